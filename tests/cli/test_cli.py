@@ -448,7 +448,7 @@ def test_compare_tells_gains_over_splits(as_json, ok, trace):
     assert {of: gain[of] for of in alike} == {of: one[of] for of in alike}
     assert (actual["settings"]["splits"], actual["methods"]["contiguous"]["gain"]) == (3, None)
     assert actual["methods"]["lpt"]["imbalance"] == singles[0]["lpt"]["imbalance"]
-    assert (one["kind"], one["splits"]) == ("interval of this placement", [one["mean"]])
+    assert (one["range"], one["splits"]) == (None, [one["mean"]])
     assert one["low"] < one["gain"] < one["high"]
     text = ok(*words, "--splits", 3)
     assert re.search(r"^Gain: on unseen traffic lpt .*95 % interval .*\)\.$", text, re.M)

@@ -150,6 +150,28 @@ def test_names_of_newer_traffic_are_not_those_of_the_profile(run, load, tmp_path
     assert run("drift", "placed.json", "newer.npz", "--group-by", "newer.txt")[::2] == (0, "")
 
 
+def test_files_of_one_name_are_groups_of_their_own(as_json, load, tmp_path):
+    """Their endings, or their folders, tell them apart."""
+    for folder in ("code", "prose"):
+        (tmp_path / folder).mkdir()
+        np.savez(tmp_path / folder / "load.npz", load=load)
+    files = [tmp_path / folder / "load.npz" for folder in ("code", "prose")]
+    named = as_json("inspect", *files, "--devices", 4, "--group-by", "files")
+    assert named["input"]["group_names"] == [str(path) for path in files]
+
+
+def test_shares_of_groups_add_up(as_json, tmp_path):
+    """Also where halves of a trace without sequences leave out what is between them."""
+    ids = np.random.default_rng(0).random((3000, 2, 8)).argsort(axis=2)[..., :2]
+    trace = tmp_path / "trace.safetensors"
+    group = np.arange(3000) // 1000 % 2
+    mt.RoutingTrace.from_arrays(ids, num_experts=8, group=group, group_names=["code", "chat"]).save(
+        trace
+    )
+    shares = as_json("inspect", trace, "--devices", 4)["group_share"]
+    assert shares == pytest.approx({"code": 2 / 3, "chat": 1 / 3})
+
+
 def test_sentences_of_the_command_name_options(as_json, tmp_path):
     """What Python calls by its arguments, the command calls by its options."""
     kinds = np.random.default_rng(0).poisson(500, (4, 2, 8))

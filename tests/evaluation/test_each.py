@@ -181,7 +181,8 @@ def test_arrival_is_the_replay_of_tokens_in_that_order(split, spare, window, lab
     assert mt.evaluate(placement, trace, arrival=1, **how).imbalance_mixed == mixed.imbalance
     # As recorded, tokens are counted at their places in that order, beside another placement.
     other = mt.Placement(random_slots(rng, 2, 4, 8, spare=0), num_experts=8)
-    [_, recorded] = evaluate_each([other, placement], trace, **how)
+    served_so = mt.Serving(mt.Topology(4), **how)
+    [[_, recorded]] = evaluate_each([other, placement], trace, [served_so])
     assert recorded.imbalance_mixed == mixed.imbalance
 
 

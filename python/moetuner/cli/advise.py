@@ -17,7 +17,7 @@ from moetuner.cli.options.groups import FILES
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import initial_option, is_start
 from moetuner.cli.options.pages import Pages, origin_of
-from moetuner.cli.options.serving import ServingOptions, setting_option
+from moetuner.cli.options.serving import JudgedOptions, setting_option
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, steps, working
 from moetuner.evaluation.comparison import PRICE, Comparison
@@ -57,7 +57,6 @@ def command(
     expert_bytes: float | None = options.expert_bytes_option(),
     price: float = option(options.Number(0, 1), "SHARE", PRICE, group=JUDGING),
     prefill_share: float | None = option(options.Number(0, 1), "SHARE", group=JUDGING),
-    waterfill: float | None = setting_option("waterfill"),
     splits: int = option(click.IntRange(1, 100), "N", advising.SPLITS, group=JUDGING),
     by_group: bool = option(group=JUDGING, is_flag=True, default=False),
     any_order: bool = option(group=JUDGING, is_flag=True, default=False),
@@ -66,7 +65,7 @@ def command(
     time_limit: float | None = option(
         options.Number(min=0, infinite=True), "SECONDS", group=SEARCH
     ),
-    serving: ServingOptions,
+    serving: JudgedOptions,
     pages: Pages,
     output: Output,
 ) -> None:
@@ -105,7 +104,7 @@ def command(
         Time limit per solve, in seconds. Results then depend on the machine.
     """
     topology = machine.topology()
-    source, served = serving.resolve(source, topology, waterfill=waterfill)
+    source, served = serving.resolve(source, topology)
     expert_bytes = serving.expert_bytes(source, expert_bytes)
     running = initial if is_start(initial) else source.load(Path(initial), topology)
     future = _future(source, unseen)

@@ -13,7 +13,7 @@ from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import baseline_option
 from moetuner.cli.options.placed import Placed
-from moetuner.cli.options.serving import ServingOptions, setting_option
+from moetuner.cli.options.serving import JudgedOptions
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output
 from moetuner.evaluation.figures import FIGURES
@@ -37,12 +37,11 @@ def command(
     source: Source,
     baseline: str | None = baseline_option(),
     machine: Machine,
-    serving: ServingOptions,
+    serving: JudgedOptions,
     fail_if_worse: float | None = option(options.Number(min=0), "PCT"),
     measures: tuple[str, ...] = option(
         click.Choice(MEASURES), default=(), flag="--measure", multiple=True
     ),
-    waterfill: float | None = setting_option("waterfill"),
     output: Output,
 ) -> int:
     """Show which groups a placement serves worse.
@@ -62,7 +61,7 @@ def command(
         Measure that --fail-if-worse judges; may be repeated. [default: the predicted
         time]
     """
-    placed = Placed.read(placement_file, source, machine, serving, waterfill=waterfill)
+    placed = Placed.read(placement_file, source, machine, serving)
     if fail_if_worse is not None:
         placed.check_gate()
     running, against = placed.baseline(baseline)
@@ -88,7 +87,9 @@ def command(
             f"failed: {text.name(worst.group)} got worse by {signed(worst.change.value)} in "
             f"{FIGURES[worst.measure].label}, more than {limit:g} %"
         )
-    contents = placed.contents(judged=judged, fail_if_worse=limit, waterfill=waterfill)
+    contents = placed.contents(
+        judged=judged, fail_if_worse=limit, waterfill=placed.serving.waterfill
+    )
     contents |= {
         "placement": str(placement_file),
         "baseline": baseline,

@@ -14,7 +14,7 @@ from moetuner.cli import options
 from moetuner.cli.options import JUDGING, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.pages import Pages, origin_of
-from moetuner.cli.options.serving import ProblemOptions, setting_option
+from moetuner.cli.options.serving import ComparedOptions
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output
 from moetuner.evaluation.comparison import Comparison, with_splits
@@ -37,7 +37,7 @@ from moetuner.report.outcome import (
     windows_of,
 )
 from moetuner.report.page.data import PageData, data_of_outcome
-from moetuner.serving import phases
+from moetuner.serving import Serving, phases
 from moetuner.solver import ALIASES, METHODS, Result
 
 DEFAULT_METHODS = "contiguous,lpt,eplb,paper,joint"
@@ -79,7 +79,7 @@ def command(
     *,
     source: Source,
     machine: Machine,
-    wanted: ProblemOptions,
+    wanted: ComparedOptions,
     methods: tuple[str, ...] = option(
         options.Text(options.read_methods, words=METHODS),
         "A,B,C",
@@ -90,7 +90,6 @@ def command(
     splits: int | None = option(click.IntRange(1, 1000), "N", group=JUDGING),
     baseline: str | None = option(str, "METHOD", group=JUDGING),
     initial_file: Path | None = option(options.IN_FILE, "PLACEMENT", group=options.RUNNING),
-    waterfill: float | None = setting_option("waterfill"),
     search: options.SearchOptions,
     pages: Pages,
     output: Output,
@@ -121,7 +120,8 @@ def command(
         seen, unseen = hold_out(source.traffic, holdout, seed=seed)
         problem = wanted.problem(source, machine.topology(), seen)
         unseen = source.as_divided(unseen, problem.serving)
-        return Split(number, problem, unseen, replace(search, seed=seed), initial, waterfill)
+        serving = wanted.served(problem, source)
+        return Split(number, problem, unseen, replace(search, seed=seed), initial, serving)
 
     first = split(0)
     problem = first.problem
@@ -149,7 +149,7 @@ def command(
         "splits": len(tries),
         "baseline": over,
         "initial": None if initial_file is None else str(initial_file),
-        "waterfill": waterfill,
+        "waterfill": wanted.given.get("waterfill"),
     }
     facts = {name: _facts(name, outcome, by_windows) for name, outcome in outcomes.items()}
     contents = {"input": source.facts(), "settings": settings, "methods": facts}
@@ -215,7 +215,7 @@ class Split:
     unseen: Traffic
     search: options.SearchOptions
     initial: Placement | None
-    waterfill: float | None
+    serving: Serving
 
     def _runs(self, method: str) -> Placement | None:
         """Return the placement of a row that runs already; None if it has to be solved."""
@@ -240,7 +240,7 @@ class Split:
             results.append(result.uninterrupted() if self.number else result)
             if result.status == "interrupted":
                 break
-        outcomes = source.replay(results, self.problem, self.unseen, waterfill=self.waterfill)
+        outcomes = source.replay(results, self.problem, self.unseen, serving=self.serving)
         return dict(zip(methods, outcomes, strict=False))
 
 

@@ -12,7 +12,7 @@ from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import baseline_option
 from moetuner.cli.options.placed import Placed
-from moetuner.cli.options.serving import ServingOptions, setting_option
+from moetuner.cli.options.serving import JudgedOptions
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output
 from moetuner.evaluation import Evaluation
@@ -40,9 +40,8 @@ def command(
     machine: Machine,
     baseline: str | None = baseline_option(),
     lost: tuple[int, ...] = option(options.DEVICE_LIST, "LIST", (), flag="--without"),
-    serving: ServingOptions,
+    serving: JudgedOptions,
     mixed_seed: int = option(click.IntRange(0, 2**63 - 1), "N", default=0),
-    waterfill: float | None = setting_option("waterfill"),
     output: Output,
 ) -> None:
     """Replay a placement, and print its figures.
@@ -56,7 +55,7 @@ def command(
     mixed_seed
         Seed of the order in which sequences, or windows of statistics, are mixed.
     """
-    placed = Placed.read(placement_file, source, machine, serving, waterfill=waterfill)
+    placed = Placed.read(placement_file, source, machine, serving)
     placed = placed.without(lost)
     placement, (traffic, *_) = placed.placement, placed.judged
     window = placed.source.counted
@@ -82,7 +81,9 @@ def command(
     losses = [f"Losses: {each.sentence}." for each in evaluation.losses.values()]
     last = [*losses, *(_ports(name, ports) for name, ports in evaluation.busiest_port.items())]
     output.say(*[""] * bool(last), *last)
-    contents = placed.contents(mixed_seed=mixed_seed, waterfill=waterfill, without=list(lost))
+    contents = placed.contents(
+        mixed_seed=mixed_seed, waterfill=placed.serving.waterfill, without=list(lost)
+    )
     contents["placement"] = str(placement_file)
     contents["baseline"] = baseline
     output.finish(contents | evaluation.to_dict() | {"gain": judgement.gain.to_dict()})

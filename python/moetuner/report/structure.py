@@ -157,7 +157,9 @@ def structure(
     statistics = seen + unseen if held_out else seen
     load = statistics.total_load
     loads = loads_by_group(traffic, threads)
-    share, distance = _groups(loads, load)
+    # Halves of a trace without sequences leave some tokens out, groups none.
+    of_all = np.stack([*loads.values()]).sum(axis=0, dtype=np.uint64) if loads else load
+    share, distance = _groups(loads, of_all)
 
     def placed(method: Method, seen: RoutingStatistics) -> Placement:
         problem = Problem(seen, topology, regime="follow", max_imbalance=max_imbalance)

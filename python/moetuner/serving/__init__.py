@@ -384,6 +384,14 @@ def machine_of(placement: Placement, machine: Topology | None) -> Topology:
     return machine
 
 
+def check_alone(**keywords: Any) -> None:
+    """Raise for a keyword beside a serving, which says it already; defaults are no keywords."""
+    defaults = {own.name: own.default for own in fields(Serving)}
+    for name, value in keywords.items():
+        if value is not None and value != defaults[name]:
+            raise ArgumentError(f"{name} must be in the serving, or give a topology", name)
+
+
 def serving_of(
     traffic: Recording,
     said: Topology | Serving | None,
@@ -408,11 +416,7 @@ def serving_of(
     if placement is not None:
         instance("placement", placement, Placement)
     if isinstance(said, Serving):
-        keywords = {"cost_model": cost_model, **settings}
-        defaults = {own.name: own.default for own in fields(Serving)} | {"cost_model": "model"}
-        for name, value in keywords.items():
-            if value != defaults[name]:
-                raise ArgumentError(f"{name} must be in the serving, or give a topology", name)
+        check_alone(cost_model=None if cost_model == "model" else cost_model, **settings)
         return said
     machine = said if placement is None else machine_of(placement, said)
     if isinstance(cost_model, str) and cost_model == "model":

@@ -19,7 +19,7 @@ from moetuner.evaluation.losses import DOMAINS, Domain, domains_of
 from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement, count_copies, find_holders
 from moetuner.solver.rebalancing import rebalance, slowest
-from moetuner.statistics import WINDOW, RoutingStatistics, check_recording, count_loads
+from moetuner.statistics import WINDOW, RoutingStatistics, as_counts, check_recording
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
@@ -205,7 +205,9 @@ def _read_load(
 ) -> NDArray[np.float64]:
     """Return tokens of every expert in windows [W,L,E], checked to be of a placement's experts."""
     check_recording(traffic)
-    counted = count_loads(traffic, window=window)
+    # Windows of all tokens, whatever their groups, as they are evaluated.
+    loads_alone = {"sets": False, "transitions": False, "coactivation": False}
+    counted = as_counts(traffic, window=window, by_group=False, **loads_alone)
     load = counted.window_load.astype(np.float64)
     if counted.is_step.any():  # the last tokens, which fill no window, are in no mean
         load = load[counted.is_step]

@@ -118,7 +118,7 @@ def group_input(
     their labels, of windows, or of files. Windows of a trace have so many tokens.
     """
     if text == FILES:
-        return _group_files(paths, [path.stem for path in paths], read)
+        return _group_files(paths, _distinct_names(paths), read)
     rows = read_names(text)
     names = [name for _, name, _ in rows]
     requests = {request: name for _, name, request in rows if request}
@@ -162,6 +162,14 @@ def _divisions(recording: Recording, window: int) -> list[_Division]:
     sequences = _Division(len(labels), "sequences", lambda: part_of)
     tokens = f"windows of {window:,} tokens"
     return [sequences, _Division(-(-length // window), tokens, lambda: np.arange(length) // window)]
+
+
+def _distinct_names(paths: Sequence[Path]) -> list[str]:
+    """Return names of files without endings; as much more of a path as tells them apart."""
+    for names in ([path.stem for path in paths], [path.name for path in paths]):
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
 
 
 def _column_hint(text: str) -> str:

@@ -152,8 +152,6 @@ class Placed:
         source: Source,
         machine: Machine,
         options: ServingOptions,
-        *,
-        waterfill: float | None = None,
     ) -> Placed:
         """Read a placement of INPUT's model; its settings replace options that are not given."""
         source = source.with_hints(read_hints(path))
@@ -172,7 +170,7 @@ class Placed:
         served = {name: value for name, value in made.serving.items() if name not in of_other}
         with naming(path):
             chosen = chosen_in(served, is_counted=made.is_counted)
-        source, serving = options.resolve(source, topology, chosen, waterfill=waterfill)
+        source, serving = options.resolve(source, topology, chosen)
         return cls(placement, text.name(path.name), made, source, serving)
 
     @cached_property

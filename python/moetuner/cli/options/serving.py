@@ -16,7 +16,7 @@ from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import working
 from moetuner.problem import TRAFFIC_CAP, Problem
 from moetuner.problem.objective import goal_for, tables_for
-from moetuner.serving import SERVED, Serving
+from moetuner.serving import SERVED, Serving, experts_per_token
 from moetuner.serving.engines import ENGINES, NO_ENGINES, engine_settings
 from moetuner.serving.settings import ENGINE, settings_of
 from moetuner.statistics import RoutingStatistics
@@ -105,18 +105,16 @@ class ServingOptions:
         source: Source,
         topology: Topology,
         recorded: Mapping[str, Any] | None = None,
-        **facts: Any,
     ) -> tuple[Source, Serving]:
         """Return INPUT as it is served, and how.
 
         INPUT is counted in windows where the tokens of a window are divided together. What no
-        option says a placement says, by what its file ``recorded``; ``facts`` as for
-        ``Serving.resolve``.
+        option says a placement says, by what its file ``recorded``.
         """
-        serving = self._resolve(source, topology, recorded, **facts)
+        serving = self._resolve(source, topology, recorded)
         if serving.rule.needs_windows and serving.is_ordered:
             source = source.as_counts()
-            serving = self._resolve(source, topology, recorded, **facts)
+            serving = self._resolve(source, topology, recorded)
         return source, serving
 
     def _resolve(
@@ -124,7 +122,6 @@ class ServingOptions:
         source: Source,
         topology: Topology,
         recorded: Mapping[str, Any] | None,
-        **facts: Any,
     ) -> Serving:
         traffic = source.traffic
         options = {name: value for name, value in self.given.items() if name in SERVED}
@@ -140,7 +137,7 @@ class ServingOptions:
             weight_bits=source.weight_bits,
             window=source.replayed,
             top_k=source.top_k,
-            **facts,
+            waterfill=self.given.get("waterfill"),
         )
 
     def expert_bytes(self, source: Source, bytes_given: float | None) -> float | None:
@@ -148,6 +145,16 @@ class ServingOptions:
         if bytes_given is None:
             bytes_given = bytes_in_cost_model(self.given.get("cost_model"), source.weight_bits)
         return source.expert_bytes(bytes_given)
+
+
+# An option of commands that say what the busiest device is left with.
+WATERFILL = {"waterfill": setting_option("waterfill")}
+
+
+class JudgedOptions(ServingOptions):
+    """Options that say how traffic is served, and whether waiting devices get more work."""
+
+    OPTIONS: ClassVar[dict[str, Any]] = {**ServingOptions.OPTIONS, **WATERFILL}
 
 
 class ProblemOptions(ServingOptions):
@@ -190,7 +197,8 @@ class ProblemOptions(ServingOptions):
             tables |= {"transitions": True, "coactivation": True}
         statistics = source.count(traffic, by_group="groups" in chosen, **tables)
         serving = self._resolve(source, topology, None)
-        rules = {name: chosen[name] for name in chosen if name not in (*SERVED, "cost_model")}
+        served = (*SERVED, "cost_model", *WATERFILL)
+        rules = {name: chosen[name] for name in chosen if name not in served}
         if source.window is not None and isinstance(source.traffic, RoutingTrace):
             if "phases" in chosen:
                 raise click.UsageError("Give either '--window' or '--prefill-share', not both.")
@@ -239,6 +247,12 @@ class ProblemOptions(ServingOptions):
             more.append(f"{self.router_groups} router groups kept whole")
         return self._resolve(source, problem.topology, None).explain(more)
 
+    def served(self, problem: Problem, source: Source) -> Serving:
+        """Return how placements of a problem are judged: as it is served, and with waterfill."""
+        waterfill = self.given.get("waterfill")
+        top_k = None if waterfill is None else experts_per_token(source.traffic, source.top_k)
+        return replace(problem.serving, waterfill=waterfill, top_k=top_k)
+
     def problem_settings(self, problem: Problem) -> dict[str, Any]:
         """Return the settings of a problem for JSON: defaults resolved."""
         settings = {name: getattr(problem, name) for name in SETTINGS}
@@ -249,3 +263,9 @@ class ProblemOptions(ServingOptions):
         served = replace(problem.serving, engine=self.engine).facts()
         settings |= {name: served[name] for name in settings if name in served}
         return {name: value for name, value in served.items() if name not in settings} | settings
+
+
+class ComparedOptions(ProblemOptions):
+    """Options of every setting of a problem, and whether waiting devices get more work."""
+
+    OPTIONS: ClassVar[dict[str, Any]] = {**ProblemOptions.OPTIONS, **WATERFILL}

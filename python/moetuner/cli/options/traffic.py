@@ -42,7 +42,7 @@ from moetuner.problem.reading import Reading
 from moetuner.recording import Recording
 from moetuner.report import outcome, recording
 from moetuner.report.outcome import Outcome
-from moetuner.serving import Serving, experts_per_token
+from moetuner.serving import Serving
 from moetuner.serving.phases import judged_windows
 from moetuner.serving.settings import ENGINE, GOAL
 from moetuner.solver import Method, Result, solve
@@ -308,18 +308,16 @@ class Source(FileHints):
         problem: Problem,
         judged_on: Traffic,
         *,
+        serving: Serving | None = None,
         by_group: bool = True,
-        waterfill: float | None = None,
     ) -> list[Outcome]:
         """Evaluate placements on other traffic, which is read once for all of them.
 
         In the windows of INPUT, and of all other phases that the problem is about, each group by
-        itself too unless that is not asked for; ``waterfill`` is as for ``Serving``.
+        itself too unless that is not asked for; ``serving`` is the problem's by default.
         """
-        placements, serving = [result.placement for result in results], problem.serving
-        if waterfill is not None:
-            top_k = experts_per_token(judged_on, self.top_k)
-            serving = replace(serving, waterfill=waterfill, top_k=top_k)
+        placements = [result.placement for result in results]
+        serving = problem.serving if serving is None else serving
         windows: list[int | None] = [self.replayed]
         if judged_on.ordered:
             judged = judged_windows(judged_on.length, problem.shares)

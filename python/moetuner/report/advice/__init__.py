@@ -36,7 +36,7 @@ from moetuner.report.advice.sweep import sweep
 from moetuner.report.advice.trial import PROPOSED, RUNNING, Trial, try_out
 from moetuner.report.advice.values import Advice, choose_main, compute_saved_us
 from moetuner.report.recording import one_kind
-from moetuner.serving import Serving
+from moetuner.serving import Serving, check_alone
 from moetuner.serving.arrival import Arrival
 from moetuner.serving.phases import PREFILL_WINDOWS, judged_windows, prefill
 from moetuner.serving.splits import Split
@@ -187,7 +187,9 @@ def advise(
             topology = replace(topology, arrival="bursts")
         unseen = None if unseen is None else unseen.without_pairs()
     options = {"regime": regime, "split": split, "arrival": arrival, "cost_model": cost_model}
-    if not isinstance(topology, Serving):
+    if isinstance(topology, Serving):
+        check_alone(engine=engine, waterfill=waterfill, **options)
+    else:
         options = {name: value for name, value in options.items() if value is not None}
         topology = Serving.resolve(
             topology, traffic, options=options, engine=engine, waterfill=waterfill

@@ -152,6 +152,9 @@ class Certificate(Frozen):
 
     @classmethod
     def _read(cls, path: Path) -> Certificate:
+        with path.open("rb") as file:
+            if file.read(1) == b"{":
+                raise ValueError("it is JSON, as placements are")
         header = safetensors.read_header(path)
         metadata: dict[str, Any] = dict(header.metadata)
         for name, wanted in (("format", FORMAT), ("version", VERSION), ("about", cls.scope)):
