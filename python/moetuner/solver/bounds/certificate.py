@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import path_in, shown
-from moetuner.files import naming, replacing, safetensors
+from moetuner.files import naming, replacing, safetensors, size_of
 from moetuner.frozen import Frozen
 from moetuner.topology import Regime
 
@@ -152,6 +152,7 @@ class Certificate(Frozen):
 
     @classmethod
     def _read(cls, path: Path) -> Certificate:
+        size_of(path)  # refuses what is no regular file, which would block
         with path.open("rb") as file:
             if file.read(1) == b"{":
                 raise ValueError("it is JSON, as placements are")
