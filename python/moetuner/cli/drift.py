@@ -91,13 +91,14 @@ def command(
     names = FILES if source.group_by == FILES else None
     profile = replace(placed.source, input_files=files, only=only or source.only, group_by=names)
     profile = profile.as_placed(placed.made, placement_file)
-    if profile.missing_names is not None and (fail_if_drift or fail_if_worse is not None):
-        replace(placed, source=profile).check_gate()
+    on_profile = replace(placed, source=profile)
+    if fail_if_drift or fail_if_worse is not None:
+        on_profile.check_gate()
     with working("comparing the expert shares"):
         # Counts as recorded: fewer of them would be less evidence.
         drifted = measuring.drift(profile.recorded, source.recorded, seed=seed)
     # A placement is flattered by what it was computed from: what was held out is not that.
-    unseen, _, part = replace(placed, source=profile).judged
+    unseen, _, part = on_profile.judged
     placement = placed.placement
     with working("replaying"):
         now = placed.source, placed.source.traffic
@@ -107,7 +108,7 @@ def command(
         f"profile: {profile.describe()}", f"now: {placed.source.describe()}", *placed.differences()
     )
     if profile.missing_names is not None:
-        output.say(f"Warning: {replace(placed, source=profile).names_warning}")
+        output.say(f"Warning: {on_profile.names_warning}")
     if part["is_seen"] is False and "holdout" not in part:
         output.say("Warning: the placement was not computed from this profile.")
     answer = "not left"

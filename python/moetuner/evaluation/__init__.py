@@ -269,8 +269,16 @@ def evaluate(
         arrival=arrival,
         waterfill=waterfill,
     )
-    options: dict[str, Any] = {"home": home, "mixed": mixed, "mixed_seed": mixed_seed}
-    return evaluate_each([placement], traffic, [serving], **options, threads=threads)[0][0]
+    [[evaluation]] = evaluate_each(
+        [placement],
+        traffic,
+        [serving],
+        home=home,
+        mixed=mixed,
+        mixed_seed=mixed_seed,
+        threads=threads,
+    )
+    return evaluation
 
 
 def evaluate_each(

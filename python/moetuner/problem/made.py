@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.reading import Reading
 from moetuner.serving import Serving
-from moetuner.serving.settings import check_setting
+from moetuner.serving.settings import check_setting, setting
 from moetuner.statistics import COUNTED
 
 
@@ -33,11 +33,6 @@ def _share_below_one(name: str, value: object) -> None:
 
 def _mapping(name: str, value: object) -> None:
     instance(name, value, Mapping, hint=" by name")
-
-
-def _said(check: Callable[[str, Any], object], default: Any = None) -> Any:
-    """Return a field that a placement's file may have, and what checks it there."""
-    return field(default=default, metadata={"check": check})
 
 
 # Settings of serving, and of a problem beyond those, that a file has under their own names.
@@ -86,17 +81,17 @@ class Made:
 
     serving: Mapping[str, Any] = field(default_factory=dict)
     wanted: Mapping[str, Any] = field(default_factory=dict)
-    version: str | None = _said(text_or_none)
-    method: str | None = _said(text_or_none)
-    effort: str | None = _said(text_or_none)
-    seed: int = _said(lambda name, value: seed_in(value, name), 0)
-    figure: str | None = _said(text_or_none)
-    unit: str | None = _said(text_or_none)
-    expert_size: tuple[int, int] | None = _said(lambda _, value: expert_size(value))
-    holdout: float | None = _said(_share_below_one)
-    counted: Mapping[str, Any] | None = _said(_mapping)
+    version: str | None = setting(None, check=text_or_none)
+    method: str | None = setting(None, check=text_or_none)
+    effort: str | None = setting(None, check=text_or_none)
+    seed: int = setting(0, check=lambda name, value: seed_in(value, name))
+    figure: str | None = setting(None, check=text_or_none)
+    unit: str | None = setting(None, check=text_or_none)
+    expert_size: tuple[int, int] | None = setting(None, check=lambda _, value: expert_size(value))
+    holdout: float | None = setting(None, check=_share_below_one)
+    counted: Mapping[str, Any] | None = setting(None, check=_mapping)
     input: Reading = field(default_factory=Reading)
-    plan: Mapping[str, Any] | None = _said(_mapping)
+    plan: Mapping[str, Any] | None = setting(None, check=_mapping)
     spelled: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -121,7 +116,7 @@ class Made:
         own: dict[str, Any] = {}
         for each in fields(cls):
             if "check" in each.metadata and each.name in values:
-                each.metadata["check"](each.name, values[each.name])
+                check_setting(each, values[each.name])
                 own[each.name] = values[each.name]
         for name in ("input", "spelled"):
             _mapping(name, values.get(name, {}))
@@ -165,13 +160,8 @@ class Made:
         for name, value in {**self.serving, **self.wanted}.items():
             write = declared[name].metadata.get("to_json") if name in declared else None
             settings[name] = value if write is None or value is None else write(value)
-        settings["input"] = self.input.to_json()
-        settings["spelled"] = dict(self.spelled)
-        settings = {
-            name: value
-            for name, value in settings.items()
-            if value or name not in ("input", "spelled")
-        }
+        more = {"input": self.input.to_json(), "spelled": dict(self.spelled)}
+        settings |= {name: values for name, values in more.items() if values}
         return {name: as_json(value) for name, value in settings.items()}
 
     @property

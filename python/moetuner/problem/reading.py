@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from moetuner._checks import positive, shown, text_or_none, whole_number
 from moetuner.recording import Recording
-
-# Which recordings it can be said of: all, those that have an order of arrival, or counts whose
-# windows are of unknown length.
-Of = Literal["all", "ordered", "counts"]
+from moetuner.serving.settings import setting
 
 
 def _texts(name: str, value: object) -> None:
@@ -20,35 +17,14 @@ def _texts(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a list of texts, got {shown(value)}")
 
 
-def _said(
-    check: Callable[[str, Any], object],
-    *,
-    replaces: Of | None = None,
-    hint: bool = False,
-    scales: bool = False,
-) -> Any:
-    """Return a field that a placement's file may have under ``input``.
-
-    Parameters
-    ----------
-    check
-        Takes its name and value, and raises for a wrong one.
-    replaces
-        Of which recordings a placement's reading stands in for an option that is not given; None
-        for none.
-    hint
-        Whether it is needed before the recording is read.
-    scales
-        Whether it says what the numbers of the recording stand for, so that other recordings of
-        the kind are read by it, too.
-    """
-    rule = {"check": check, "replaces": replaces, "hint": hint, "scales": scales}
-    return field(default=None, metadata=rule)
-
-
 @dataclass(frozen=True)
 class Reading:
     """How a recording was read.
+
+    A field says of which recordings it ``replaces`` an option that is not given: of all, or of
+    counts whose windows are of unknown length; whether it is a ``hint``, needed before the
+    recording is read; and whether it ``scales``, so that others of the kind are read by it, too:
+    what their numbers stand for.
 
     Parameters
     ----------
@@ -64,16 +40,16 @@ class Reading:
         What its files do not say of a layer.
     """
 
-    files: tuple[str, ...] | None = _said(_texts)
-    only: tuple[str, ...] | None = _said(_texts)
-    tokens: int | None = _said(partial(whole_number, lowest=0))
-    windows: int | None = _said(partial(whole_number, lowest=0))
-    model: str | None = _said(text_or_none, replaces="all", scales=True)
-    weight_bits: float | None = _said(positive, replaces="all", scales=True)
-    tokens_per_step: int | None = _said(whole_number, replaces="counts", scales=True)
-    num_experts: int | None = _said(whole_number, hint=True)
-    top_k: int | None = _said(whole_number, replaces="counts", hint=True)
-    group_by: str | None = _said(text_or_none)
+    files: tuple[str, ...] | None = setting(None, check=_texts)
+    only: tuple[str, ...] | None = setting(None, check=_texts)
+    tokens: int | None = setting(None, check=partial(whole_number, lowest=0))
+    windows: int | None = setting(None, check=partial(whole_number, lowest=0))
+    model: str | None = setting(None, check=text_or_none, replaces="all", scales=True)
+    weight_bits: float | None = setting(None, check=positive, replaces="all", scales=True)
+    tokens_per_step: int | None = setting(None, check=whole_number, replaces="counts", scales=True)
+    num_experts: int | None = setting(None, check=whole_number, hint=True)
+    top_k: int | None = setting(None, check=whole_number, replaces="counts", hint=True)
+    group_by: str | None = setting(None, check=text_or_none)
 
     @classmethod
     def of(cls, options: Any, recording: Recording) -> Reading:
@@ -104,19 +80,19 @@ class Reading:
 
     def missing(self, options: Any, recording: Recording) -> dict[str, Any]:
         """Return what stands in for options that are not given, by their names."""
-        kinds = {"all", "ordered" if recording.ordered else ""}
+        kinds = ["all"]
         if not recording.ordered and recording.window is None:
-            kinds.add("counts")
+            kinds.append("counts")
         return {
             own.name: getattr(self, own.name)
             for own in fields(self)
-            if own.metadata["replaces"] in kinds and getattr(options, own.name) is None
+            if own.metadata.get("replaces") in kinds and getattr(options, own.name) is None
         }
 
     def hints(self) -> Iterator[tuple[str, Any]]:
         """Yield what is needed before a recording is read, by the names of options."""
         for own in fields(self):
-            if own.metadata["hint"]:
+            if own.metadata.get("hint"):
                 yield own.name, getattr(self, own.name)
 
     def is_of(self, recording: Recording) -> bool:
@@ -129,10 +105,14 @@ class Reading:
 
     def without_files(self) -> Reading:
         """Return how others of the kind are read: what its numbers stand for, and hints."""
-        names = [own.name for own in fields(self) if own.metadata["scales"] or own.metadata["hint"]]
+        names = [
+            own.name
+            for own in fields(self)
+            if own.metadata.get("scales") or own.metadata.get("hint")
+        ]
         read: dict[str, Any] = {name: getattr(self, name) for name in names}
         return Reading(**read, group_by=self.group_by)
 
 
 # What other recordings of the kind are read by.
-SCALES = tuple(own.name for own in fields(Reading) if own.metadata["scales"])
+SCALES = tuple(own.name for own in fields(Reading) if own.metadata.get("scales"))

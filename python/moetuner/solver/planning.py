@@ -295,11 +295,8 @@ def _plan(
         chosen = np.unique(np.linspace(0, len(windows) - 1, SEARCHED).round().astype(int))
         found = rebalance(windows[chosen], start, budget=budget, time=time, full=False)
         other = _keep_copies(start, found.slots)
-        ways = (slots[:, stays], other)
-        if (
-            int(found.moves.sum()) <= budget
-            and np.diff([_imbalance(windows, way, speed[stays]) for way in ways]) < 0
-        ):
+        by_sum = _imbalance(windows, slots[:, stays], speed[stays])
+        if found.moves.sum() <= budget and _imbalance(windows, other, speed[stays]) < by_sum:
             slots[:, stays] = other
     serving = np.concatenate([~lost, np.zeros(join, dtype=bool)])
     return Plan(

@@ -196,15 +196,14 @@ class Placed:
                 except ValueError:  # of other traffic, from which nothing can be held out
                     is_other = True
             fingerprint = "" if is_other else self._fingerprint(seen)
-        seen, unseen = (self.source.as_divided(part, self.serving) for part in (seen, unseen))
-        traffic = self.source.traffic
-        part, sentence, is_seen = traffic, ALL, None
+        part, sentence, is_seen = self.source.traffic, ALL, None
         if fingerprint is not None:
             is_seen = fingerprint == self.placement.fingerprint
             sentence = SEEN if is_seen else OTHER
         facts: dict[str, Any] = {"part": "all", "is_seen": is_seen}
         if is_seen and share:
-            part, sentence = unseen, held_out(unseen, traffic)
+            unseen = source.as_divided(unseen, self.serving)
+            part, sentence = unseen, held_out(unseen, part)
             facts = {"part": "unseen", "is_seen": False, "holdout": share}
         groups = short_groups(part, self.source.counted)
         return seen, part, windowed(sentence, self.source, part, groups), facts

@@ -253,19 +253,18 @@ class Source(FileHints):
         missing = reading.missing(self, recorded)
         if recorded.ordered and self.window is None:
             missing["window"] = made.serving.get("window")
-        text, is_same = reading.group_by, reading.is_of(recorded)
-        if text is None or self.group_by or recorded.group is not None or self.only or not is_same:
-            source = replace(self, **missing)
-            vars(source)["recorded"] = recorded
-            return source
-        names = locate_names(text, placement_file)
-        source = replace(self, **missing, missing_names=text if names is None else None)
+        source, text = replace(self, **missing), reading.group_by
+        has_groups = self.group_by is not None or recorded.group is not None or self.only
+        if text is not None and not has_groups and reading.is_of(recorded):
+            names = locate_names(text, placement_file)
+            if names is None:
+                source = replace(source, missing_names=text)
+            else:
+                recorded = self._grouped_by(names, source.window)
         vars(source)["recorded"] = recorded
-        if names is not None:
-            vars(source)["recorded"] = self._grouped_by(names, source.window)
         return source
 
-    def _grouped_by(self, text: str, window: int | None) -> Recording:
+    def _grouped_by(self, text: str, window: int | None) -> Traffic:
         """Return INPUT with the groups that a placement remembers, none where they do not fit."""
         recorded = self.recorded
 
