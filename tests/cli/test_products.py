@@ -284,6 +284,7 @@ def test_every_option_is_in_the_table():
     """An option that is new is tried with every kind of input, or is named here with a reason."""
     elsewhere = {
         "--json": "test_json",
+        "--quiet": "test_output",
         "--figures": "needs a browser",
         "--out": "in every line that needs it",
         "--running": "test_cli_formats",

@@ -88,6 +88,15 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+# The command line, whose log gets a line every second.
+CHATTY = """
+import sys
+from moetuner.cli import main, output
+output.INTERVAL_S = 1.0
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def interrupted(folder, number, command, *arguments, until):
     """Send a process a signal once it has said something; return its output and its errors."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -131,7 +140,8 @@ def test_a_signal_writes_the_best_so_far(make_trace, tmp_path, number, json_file
     make_trace(400, layers=8, top_k=4, experts=64).save(tmp_path / "t.safetensors")
     line = "solve t.safetensors --devices 8 --objective traffic --time-limit 1e6 --out p.json"
     words = (*line.split(), "--json", json_file)
-    out, said = interrupted(tmp_path, number, MOETUNER, *words, until="solving, joint ...")
+    command = (sys.executable, "-c", CHATTY)
+    out, said = interrupted(tmp_path, number, command, *words, until="solving, joint: ")
     assert mt.Placement.load(tmp_path / "p.json").devices == 8
     text = out if json_file == "-" else (tmp_path / json_file).read_text()
     assert json.loads(text)["status"] == "interrupted"

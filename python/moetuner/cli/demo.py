@@ -96,9 +96,10 @@ def command(
     )
     methods = {method: outcome.to_dict() for method, outcome in outcomes.items()}
     output.finish({"input": source.facts(), "structure": measured.to_dict(), "methods": methods})
-    if not output.quiet:
+    if not output.is_json:
         words = [str(files[0]), "--devices", str(DEVICES)]
         words += [] if threads is None else ["--threads", str(threads)]
+        words += ["--quiet"] if output.quiet else []
         menu = click.get_current_context().find_root().command
         menu.main(["advise", *words], standalone_mode=False)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
 import textwrap
@@ -47,14 +46,17 @@ class Output:
     ----------
     json_file
         Write all results as JSON; "-" writes them to standard output, and nothing else.
+    quiet
+        Write no progress and no remarks to standard error, only errors.
     """
 
     json_file: Path | None = option(OutFile(standard_output=True), "FILE")
+    quiet: bool = option(is_flag=True, default=False, short="-q")
 
     def __post_init__(self) -> None:
         json_file = self.json_file
         # Other text between the braces would make it no JSON.
-        self.quiet = json_file is not None and (
+        self.is_json = json_file is not None and (
             str(json_file) == "-" or descriptor_of(json_file) == STANDARD_OUTPUT
         )
         self._console = Console(highlight=False, markup=False, emoji=False)
@@ -68,7 +70,7 @@ class Output:
 
         Lines that begin with a space are commands to copy or laid out already, and stay whole.
         """
-        for row in "\n".join(texts).split("\n") if texts and not self.quiet else ():
+        for row in "\n".join(texts).split("\n") if texts and not self.is_json else ():
             self._console.print(self._fitted(row), soft_wrap=True)
 
     def next_commands(self, commands: Iterable[str]) -> None:
@@ -86,7 +88,7 @@ class Output:
 
     def verdict(self, answer: str, sentence: str) -> None:
         """Print a sentence; on a terminal its first words have the colour of the answer."""
-        if not self.quiet:
+        if not self.is_json:
             text = Text(self._fitted(sentence))
             text.stylize(COLOURS.get(answer, ""), 0, len(sentence.partition(":")[0]))
             self._console.print(text, soft_wrap=True)
@@ -114,7 +116,7 @@ class Output:
             table.add_row(*map(name, row))
         if self._console.measure(table).maximum > self._width:
             table.padding = (0, 1, 0, 0)
-        if not self.quiet:
+        if not self.is_json:
             self._console.print(table, soft_wrap=True)
 
     def finish(self, contents: dict[str, Any]) -> None:
@@ -130,13 +132,15 @@ class Output:
                 temporary.write_text(text + "\n")
 
 
-# What takes longer is shown: a terminal gets a bar; a log, once it has heard nothing for so long, a
-# line. What is done at once is left out even then.
-FIRST_S, AT_ONCE_S = 1.0, 0.2
-# Then a log gets a line at the beat after an interval: no silence is longer than two seconds. After
-# four minutes intervals are such a part of the time so far, up to ten seconds: a line that is found
-# at the end of a log is not old. What has nothing new to say says what it said.
-INTERVAL_S, INTERVAL_PART, LONGEST_S = 1.5, 1 / 160, 10.0
+def is_quiet() -> bool:
+    """Return whether the running command has been told to write no progress and no remarks."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.params.get("quiet"))
+
+
+# What takes longer is shown: on a terminal as a bar, in a log as a line, of whichever work, once
+# the last line is so old.
+FIRST_S, INTERVAL_S = 1.0, 10.0
 BEAT_S = 0.5
 
 
@@ -164,8 +168,8 @@ def time_left(seconds: float, share: float | None, at: float, what: str) -> str:
 class Report:
     """Shows how far work is, once it has taken a second; a callback for ``solve``."""
 
-    # When a log last heard anything, of whichever work; until then silence begins with the work.
-    heard: ClassVar[float] = math.inf
+    # When a log last got a line, of whichever work, or the program began; None if neither is known.
+    heard: ClassVar[float | None] = None
 
     def __init__(self, label: str, time_limit: float | None) -> None:
         self.label, self.time_limit = printable(label), time_limit
@@ -179,16 +183,14 @@ class Report:
         self._bar = Bar(*columns, console=self._console, **quiet)
         self._task = self._bar.add_task(self.label, total=None, text="", at=0.0, what="")
         self._began = time.monotonic()
-        self._last = min(self._began, Report.heard)
+        self._is_quiet = is_quiet()
         # Text, share, what of, after so many seconds, and when that was told.
         self._told: tuple[str, float | None, str, float, float] = ("", None, "", 0.0, self._began)
 
     def begin(self) -> None:
         """Show that work goes on."""
-        if self._console.is_interactive:
+        if self._console.is_interactive and not self._is_quiet:
             self._bar.start()
-        else:
-            self._say(f"{self.label} ...")
 
     def end(self) -> None:
         """Take the bar away; a log would get an empty line."""
@@ -212,7 +214,7 @@ class Report:
             fields: Any = {"text": printable(text), "at": seconds, "what": what}
             self._bar.update(self._task, total=total, completed=share or 0.0, **fields)
             if now - self._began >= FIRST_S:
-                self._bar.start()
+                self.begin()
         else:
             self._told = (text, share, what, seconds, now)
             self._tell(now)
@@ -224,22 +226,13 @@ class Report:
 
     def _tell(self, now: float) -> None:
         """Write what was told last, and the time that is left now, if it is time for a line."""
-        part = INTERVAL_PART * (now - self._began)
-        if now - self._last < max(INTERVAL_S, min(part, LONGEST_S)):
+        last = self._began if Report.heard is None else Report.heard
+        if self._is_quiet or now - last < INTERVAL_S:
             return
         text, share, what, at, told = self._told
         parts = (f"{self.label}: {time_left(at + now - told, share, at, what)}", text)
-        self._say(", ".join(filter(None, parts)))
-
-    def wait_s(self) -> float:
-        """Compute the seconds until work is shown that has just begun."""
-        if self._console.is_interactive:
-            return FIRST_S
-        return max(FIRST_S - (self._began - self._last), AT_ONCE_S)
-
-    def _say(self, text: str) -> None:
-        Report.heard = self._last = time.monotonic()
-        self._console.print(f"moetuner: {text}", soft_wrap=True)
+        Report.heard = now
+        self._console.print(f"moetuner: {', '.join(filter(None, parts))}", soft_wrap=True)
 
 
 @contextmanager
@@ -248,8 +241,9 @@ def working(label: str, *, time_limit: float | None = None) -> Iterator[Report]:
     report, is_over = Report(label, time_limit), threading.Event()
 
     def watch() -> None:
-        if not is_over.wait(report.wait_s()):
+        if not is_over.wait(FIRST_S):
             report.begin()
+            report.beat()
         while not is_over.wait(BEAT_S):
             report.beat()
 

@@ -79,8 +79,9 @@ def option(kind: Any = None, metavar: str | None = None, default: Any = None, **
     default
         Its value where it is not given.
     others
-        ``group`` of the help, ``flag``, by default the field's name without "_file", ``help``, by
-        default what the docstring says of the field, and what ``click.Option`` takes.
+        ``group`` of the help, ``flag``, by default the field's name without "_file", ``short``, its
+        flag of one letter, ``help``, by default what the docstring says of the field, and what
+        ``click.Option`` takes.
     """
     return field(default=default, metadata={"type": kind, "metavar": metavar, **others})
 
@@ -133,12 +134,13 @@ def _make_option(member: Field[Any], name: str, text: str) -> click.Parameter:
     if keywords.pop("is_argument", False):
         return click.Argument([name], **keywords)
     flag = keywords.pop("flag", "--" + name.removesuffix("_file").replace("_", "-"))
+    names = [*filter(None, [keywords.pop("short", None)]), flag, name]
     default = None if member.default is MISSING else member.default
     text = re.sub(r"(?<! ) \[(?=default|required)", "  [", keywords.pop("help", text))
     shows = not any(default is none for none in (None, False, ()))
     if not keywords.get("required"):  # a default, even None, is a value
         keywords["default"] = default
-    return Option([flag, name], **{**keywords, "help": text, "show_default": shows})
+    return Option(names, **{**keywords, "help": text, "show_default": shows})
 
 
 class Command(click.Command):
