@@ -46,8 +46,11 @@ def test_the_answer_is_of_the_traffic_and_of_the_placement(run, ok, folder, answ
         assert "has not left" in ok("drift", "placement.json", table, "--profile", table)
 
 
-def test_the_same_shares_in_less_even_windows_are_said(ok, folder):
-    """Experts have the profile's tokens, most of a window's on one device: that is not denied."""
+def test_the_same_shares_in_less_even_windows_are_said(run, ok, folder):
+    """Experts have the profile's tokens, most of a window's on one device: that is not denied.
+
+    The gate on what the placement serves worse fails, though the one on drift does not.
+    """
     rng = np.random.default_rng(1)
     of_first = 1 + rng.permutation(np.linspace(-0.7, 0.7, 80))
     apart = np.repeat(np.stack([of_first, 2 - of_first], axis=1), 4, axis=1)[:, None]
@@ -58,6 +61,8 @@ def test_the_same_shares_in_less_even_windows_are_said(ok, folder):
     assert "has not left the profile: keep the placement" in out
     assert words in out
     assert words not in ok(*drift, "not-left.npz")
+    gates = ("--fail-if-drift", "--fail-if-worse=5", "--fail-if-worse=900")
+    assert [run(*drift, "apart.npz", gate)[0] for gate in gates] == [0, 3, 0]
 
 
 @pytest.mark.parametrize("machine", [("--topology", "pcie5-island2"), ("--devices", 2)])

@@ -80,8 +80,8 @@ def command(
     fail_if_drift
         Exit with status 3 if the traffic has drifted from the profile.
     fail_if_worse
-        Exit with status 3 if it has drifted, and the placement serves it worse by more than so many
-        percent.
+        Exit with status 3 if the placement serves INPUT worse than the profile by more than so many
+        percent, drifted or not.
     """
     source = source.with_hints(read_hints(placement_file))
     placed = Placed.read(placement_file, source, machine, serving)
@@ -128,7 +128,7 @@ def command(
     if answer == "worse":
         output.say(f"  {again}")
     is_worse = fail_if_worse is not None and 100 * worst["change"] > fail_if_worse
-    failed = answer != "not left" and (fail_if_drift or is_worse)
+    failed = is_worse or (fail_if_drift and answer != "not left")
     contents: dict[str, Any] = {"input": source.facts(), "profile": profile.facts()}
     served = placed.serving.facts()
     contents |= {"placement": str(placement_file), "settings": served}
