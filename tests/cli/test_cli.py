@@ -46,13 +46,16 @@ def table(tmp_path):
     return path
 
 
+SHOWN = [name for name, command in moetuner.commands.items() if not command.hidden]
+
+
 def test_the_menu_lists_every_command(ok):
     """No arguments, --help and -h show it: in the order of the flow, each in a whole line."""
     menu = ok()
     assert menu == ok("--help") == ok("-h")
     listed = re.findall(r"^  (\w+) +(.+)$", menu.split("Commands:")[1], re.MULTILINE)
-    assert [name for name, _ in listed] == list(moetuner.commands)
-    assert listed[0][0] == "demo"
+    assert [name for name, _ in listed] == SHOWN
+    assert (listed[0][0], len(listed)) == ("demo", 13)
     assert all(what.endswith(".") and "..." not in what for _, what in listed)
     assert ok("--version") == f"moetuner {mt.__version__}\n"
 
@@ -71,7 +74,7 @@ def test_every_command_ends_its_help_with_an_example_that_runs(
     ok("solve", "trace.safetensors", "--devices", 8, *certify, "--out", "other.json")
     main = re.findall(r"^    moetuner (.*)$", ok("--help"), re.MULTILINE)
     assert len(main) == 4
-    for name in moetuner.commands:
+    for name in SHOWN:
         words = ok(name, "--help").split("Example:")[1].split()
         assert words[:2] == ["moetuner", name]
         if name in ("collect", "demo", "fit"):
@@ -340,11 +343,11 @@ def test_audit_names_groups_and_fails_on_demand(as_json, run, ok, solved, trace,
     slots = np.full((3, 4, 4), -1)
     slots[:, 0], slots[:, 1] = np.arange(4), np.arange(4, 8)
     mt.Placement(slots, num_experts=8).save(all_on_two)
-    arguments = ("audit", all_on_two, trace, "--window", 40, "--fail-if-worse", 5)
+    arguments = ("evaluate", all_on_two, trace, "--by-group", "--window", 40, "--fail-if-worse", 5)
     status, text, err = run(*arguments)
     assert (status, err) == (3, "")
     for line in (
-        r"^All traffic: two.json has [\d.]+ % more predicted layer time than contiguous "
+        r"^Gain: two.json has [\d.]+ % more predicted layer time than contiguous "
         r"\(95 % interval [\d.]+ to [\d.]+ %\)\.$",
         r"^worse in predicted layer time, beyond chance: (even|odd) \+",
         r"^To do: keep contiguous, or solve again",
@@ -354,12 +357,13 @@ def test_audit_names_groups_and_fails_on_demand(as_json, run, ok, solved, trace,
     actual = as_json(*arguments, "--measure", "crossing")
     assert (actual["failed"], actual["settings"]["judged"]) == (False, ["crossing"])
     # Crossing matters in the other regime alone: it is there where it is asked for.
-    assert {of["measure"] for of in actual["worse"]} == {"imbalance", "predicted_layer_us"}
-    assert "crossing" not in as_json(*arguments[:3])["whole"]
-    assert set(actual["groups"]) == {"even", "odd"}
+    judged = actual["judgement"]
+    assert {of["measure"] for of in judged["worse"]} == {"imbalance", "predicted_layer_us"}
+    assert "crossing" not in as_json(*arguments[:4])["judgement"]["whole"]
+    assert set(judged["groups"]) == {"even", "odd"}
     # Judged by itself nothing is worse.
-    text = ok("audit", blocks, trace, "--baseline", blocks, "--fail-if-worse", 0)
-    assert "All traffic: p.json has 0.0 % less predicted layer time than p.json" in text
+    text = ok("evaluate", blocks, trace, "--baseline", blocks, "--by-group", "--fail-if-worse", 0)
+    assert "Gain: p.json has 0.0 % less predicted layer time than p.json" in text
     assert "that may be chance" in text
     assert "no group got worse beyond chance" in text
     assert "To do" not in text
@@ -374,7 +378,8 @@ def test_audit_says_what_to_record_where_one_group_got_worse(ok, tmp_path):
     labels = {"sequence": np.arange(800) // 20, "group": group, "group_names": ("gains", "loses")}
     mt.RoutingTrace.from_arrays(ids, num_experts=8, **labels).save(tmp_path / "t.safetensors")
     mt.Placement([[[0, 4, 2, 3], [1, 5, 6, 7]]]).save(tmp_path / "p.json")
-    text = ok("audit", tmp_path / "p.json", tmp_path / "t.safetensors", "--measure", "imbalance")
+    judged = ("--by-group", "--measure", "imbalance")
+    text = ok("evaluate", tmp_path / "p.json", tmp_path / "t.safetensors", *judged)
     assert "worse in imbalance, beyond chance: loses +100.0 %" in text
     assert "To do: record more of loses and solve again. --groups minimax" in text
 
@@ -386,11 +391,9 @@ def test_audit_keeps_what_a_mix_gains_from_though_every_group_alone_loses(ok, tm
     labels = {"sequence": np.arange(4000) // 20, "group": group, "group_names": ("a", "b")}
     mt.RoutingTrace.from_arrays(ids, num_experts=4, **labels).save(tmp_path / "t.safetensors")
     mt.Placement([[[0, 2], [1, 3]]]).save(tmp_path / "p.json")
-    judged = ("--measure", "imbalance", "--window", 40)
-    text = ok("audit", tmp_path / "p.json", tmp_path / "t.safetensors", *judged)
-    assert re.search(
-        r"^All traffic: p\.json has [\d.]+ % less imbalance than contiguous", text, re.M
-    )
+    judged = ("--by-group", "--measure", "imbalance", "--window", 40)
+    text = ok("evaluate", tmp_path / "p.json", tmp_path / "t.safetensors", *judged)
+    assert re.search(r"^Gain: p\.json has [\d.]+ % less imbalance than contiguous", text, re.M)
     assert re.search(r"^worse in imbalance, beyond chance: (a|b) .*, (a|b) ", text, re.M)
     assert "To do: keep p.json if the groups are served together, as all traffic gains" in text
 
@@ -400,12 +403,12 @@ def test_audit_judges_nothing_of_few_windows(as_json, ok, solved, table, tmp_pat
     blocks = tmp_path / "blocks.json"
     solved("--devices", 4, "--method", "lpt", of=table)[2].save(blocks)
     solved("--devices", 4, "--method", "contiguous", of=table)
-    words = ("audit", tmp_path / "p.json", table, "--baseline", blocks, "--fail-if-worse", 0)
+    words = ("evaluate", tmp_path / "p.json", table, "--baseline", blocks, "--by-group")
+    words = (*words, "--fail-if-worse", 0)
     text = ok(*words)
     assert "too few windows to judge (below 5): a (3), b (3)" in text
-    assert "crossing" not in text
     assert "To do: record 5 windows or more of every group that is to be judged." in text
-    assert as_json(*words)["too_few"] == {"a": 3, "b": 3}
+    assert as_json(*words)["judgement"]["too_few"] == {"a": 3, "b": 3}
 
 
 def compare(methods, *arguments):
@@ -533,7 +536,7 @@ def test_long_names_make_no_long_lines(ok, solved, make_trace, tmp_path):
     path, p = tmp_path / "t.safetensors", tmp_path / "p.json"
     mt.RoutingTrace.from_arrays(trace.expert_ids, num_experts=8, model=long, **labels).save(path)
     solved("--devices", 2, "--method", "lpt", of=path)
-    for line in (("inspect", path), ("audit", p, path), ("evaluate", p, path)):
+    for line in (("inspect", path), ("evaluate", p, path, "--by-group")):
         assert max(map(len, ok(*line).splitlines())) < 5000
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import moetuner as mt
 from moetuner import cli
-from moetuner.cli import audit, drift
+from moetuner.cli import drift, evaluate
 
 # A command, and what its error says. TRACE and LOAD are files of a small trace and a load table.
 WRONG = """
@@ -56,7 +56,7 @@ inspect x-axes.npy --num-experts 8 | axes must be [tokens, layers, top_k], got 3
 inspect x-axes.npy --num-experts 8 | or if it is meant, say --hidden-layers 300
 inspect x-last.npy --num-experts 8 | got 2 layers of top-3, whose experts repeat: swap axes
 inspect x-eplb.log | this log says how balanced GPUs are, not experts' loads: record experts
-inspect x-map.yaml | must be recorded routing, got a placement: the YAML of TensorRT-LLM
+advise x-map.yaml --devices 4 | must be recorded routing, got a placement: the YAML of TensorRT-LLM
 evaluate x-long.json TRACE | x-long.json: --devices must be given
 evaluate x-map.yaml TRACE --devices 4 | layer 1: expert 0 is in every slot
 evaluate x-zeros.json TRACE --devices 4 | x-zeros.json: row 0: expert 0 is in every slot
@@ -69,8 +69,8 @@ evaluate p.json TRACE --cost-model tpu | must be a file or one of a100
 evaluate p.json TRACE --cost-model h10:64x64 | Did you mean h100?
 evaluate p.json TRACE --cost-model h100:big | sizes must be as in h100:4096x1024, got 'big'
 evaluate p.json TRACE --cost-model junk.txt | not a cost model
-audit p.json TRACE --measure node_fanout | must be of imbalance, fanout, predicted_layer_us for
-audit p.json TRACE --measure fanouts | Did you mean fanout?
+evaluate p.json TRACE --measure node_fanout | must be of imbalance, fanout, predicted_layer_us for
+evaluate p.json TRACE --measure fanouts | Did you mean fanout?
 export junk.txt --to eplb --out x.npz | junk.txt: not a placement
 convert TRACE --out t.npz | must end in .safetensors, got 't.npz'
 convert --out t.safetensors | Missing argument 'SOURCE...'
@@ -115,10 +115,12 @@ fit --out c.json | Missing option '--model' (or '--hidden' and '--intermediate')
 fit --times z.csv --out c.json | Missing option '--model' (or '--hidden')
 fit --times z.csv --model mixtral-8x7 --out c.json | Did you mean mixtral-8x7b?
 fit --times z.csv --hidden 64 --out c.json | z.csv: line 2: must be tokens,experts,microseconds
-audit p.json TRACE --fail-if-worse nan | '--fail-if-worse'
+evaluate p.json TRACE --fail-if-worse nan | '--fail-if-worse'
 evaluate other.json TRACE | other.json: placement must have 3 layers
-audit p.json TRACE --baseline other.json | other.json: placement must have 3 layers
-report p.json TRACE --baseline other.json | other.json: placement must have 3 layers
+evaluate p.json TRACE --baseline other.json | other.json: placement must have 3 layers
+inspect p.json --window 64 | '--window' is for recordings
+inspect TRACE --expert-bytes 9 | '--expert-bytes' is for two placements
+inspect p.json other.json x-map.yaml | must be one placement, or two to compare, got 3 files
 evaluate p.json TRACE --devices 8 | '--devices' must be 4 as in the placement, got 8
 convert TRACE --from npz --out t.safetensors | must be npz as --from says, got safetensors
 export --check p.json --out x.npz | '--check' takes neither
@@ -126,7 +128,7 @@ export --to eplb --out x.npz | Missing argument 'PLACEMENT'
 export p.json --out x.npz | Missing option '--to'
 export p.json --to eplb | Missing option '--out'
 export p.json --to eplb --out x.npz --model gpt-oss-20b | No such option '--model'.
-diff p.json other.json | 3 layers, 4 devices, 8 experts as p.json, got 1 layer, 2 devices, 8 experts
+inspect p.json other.json | 8 experts as p.json, got 1 layer, 2 devices, 8 experts
 export p.json --to eblp --out x.npz | Did you mean eplb?
 """
 CASES = [tuple(line.split(" | ")) for line in WRONG.strip().splitlines()]
@@ -207,7 +209,7 @@ def test_every_status_has_a_row():
     """docs/status.md has those that the command line gives, and no others."""
     page = (Path(__file__).parents[2] / "docs" / "status.md").read_text()
     rows = {int(number) for number in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
-    own = {cli.WRONG, cli.BUG, cli.INTERRUPTED, cli.GONE, audit.WORSE, drift.DRIFTED}
+    own = {cli.WRONG, cli.BUG, cli.INTERRUPTED, cli.GONE, evaluate.FAILED, drift.DRIFTED}
     # Done, Python's own, and the signal that is not Ctrl-C.
     assert rows == own | {0, 1, 128 + signal.SIGTERM}
 

@@ -133,8 +133,8 @@ def test_names_are_looked_for_beside_the_placement(
     named = as_json("evaluate", *files)["input"]["group_names"]
     assert named == ([] if place == "nowhere" else ["code", "prose"])
     said = "names.txt, which names the groups of INPUT, is neither here nor beside placed.json"
-    assert (said in run("audit", *files)[1]) == (place == "nowhere")
-    status, _, err = run("audit", *files, "--fail-if-worse", 50)
+    assert (said in run("evaluate", *files)[1]) == (place == "nowhere")
+    status, _, err = run("evaluate", *files, "--fail-if-worse", 50)
     assert (status, said in err) == ((2, True) if place == "nowhere" else (0, False))
 
 
@@ -182,14 +182,15 @@ def test_sentences_of_the_command_name_options(as_json, tmp_path):
     assert "group_names" not in " ".join((*advice["reasons"], *advice["warnings"]))
 
 
-@pytest.mark.parametrize("command", ["evaluate", "audit", "drift"])
+@pytest.mark.parametrize("command", ["evaluate", "evaluate --report page.html", "drift"])
 def test_a_placement_remembers_how_its_input_is_read(ok, as_json, tmp_path, monkeypatch, command):
     """An array of ids does not say how many experts there are; the placement's file does then."""
     monkeypatch.chdir(tmp_path)
     ids = np.random.default_rng(0).random((16_000, 2, 7)).argsort(axis=2)[..., :2]
     np.save("ids.npy", ids)
     ok("solve", "ids.npy", "--devices", 4, "--num-experts", 8, "--out", "placed.json")
-    read = as_json(command, "placed.json", "ids.npy")["input"]
+    command, *page = command.split()
+    read = as_json(command, "placed.json", "ids.npy", *page)["input"]
     assert (read["num_experts"], read["tokens"]) == (8, 16_000)
 
 

@@ -47,16 +47,18 @@ COMMANDS = {
         "load.npz --devices 3 --slots-per-device 4 --method lpt --out copies.json",
     ],
     "compare": ["trace.safetensors --devices 4 --methods contiguous,lpt --splits 2"],
-    "evaluate": ["placement.json trace.safetensors --waterfill 1", "copies.json load.npz"],
-    "audit": ["placement.json trace.safetensors"],
+    "evaluate": [
+        "placement.json trace.safetensors --waterfill 1",
+        "placement.json trace.safetensors --by-group",
+        "copies.json load.npz --report page.html",
+    ],
     "drift": ["placement.json newer.safetensors --profile trace.safetensors"],
-    "report": ["placement.json trace.safetensors --out page.html"],
     "plan": [
         "copies.json load.npz --with 1 --out more.json",
         "copies.json load.npz --every-loss device --table losses.json",
     ],
-    "show": ["placement.json"],
-    "diff": ["other.json placement.json --expert-bytes 10"],
+    "inspect PLACEMENT": ["placement.json"],
+    "inspect BEFORE AFTER": ["other.json placement.json --expert-bytes 10"],
     "export": [
         "empty.json --to eplb --out experts.npz",
         "--check experts.npz",
@@ -112,15 +114,17 @@ def folder(make_trace, brief, tmp_path, monkeypatch):
 
 def test_json_is_as_its_page_says(run, folder):
     """Every key that a command writes is on the page with its type, and every key there comes."""
-    assert [*COMMANDS, "collect"] == sorted(moetuner.commands, key=[*COMMANDS, "collect"].index)
+    shown = {name for name, command in moetuner.commands.items() if not command.hidden}
+    assert {*(section.split()[0] for section in COMMANDS), "collect"} == shown
     seen = {}
-    for command, lines in COMMANDS.items():
+    for section, lines in COMMANDS.items():
+        command = section.split()[0]
         for line in lines:
             status, out, err = run(command, *line.split(), "--json", "-")
             assert status == 0, err
             actual = json.loads(out)
             assert next(iter(actual.items())) == ("schema", f"moetuner.{command}/1")
-            check_keys(actual, command, line, seen)
+            check_keys(actual, section, line, seen)
     for section, keys in seen.items():
         assert keys_of(section).keys() == keys, section
     # What needs a model to run has its section; every other section was seen.

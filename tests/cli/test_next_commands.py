@@ -62,12 +62,12 @@ def test_every_next_command_shows_what_was_judged(ok, as_json, brief, tmp_path, 
     gains = [of["whole"]["predicted_layer_us"]["gain"] for of in advice["judged"]]
     commands = [shlex.split(line, comments=True) for line in advice["commands"]]
     own = [words[1:] for words in commands if words[0] == "moetuner"]
-    assert {"solve", "report"} <= {words[0] for words in own}
+    assert {"solve", "evaluate"} <= {words[0] for words in own}
     for words in own:
-        if words[0] == "report":
+        if words[0] == "evaluate":
             text = ok(*words, "--json", "report.json")
             shown = json.loads((tmp_path / "report.json").read_text())
-            before, after = (shown[of]["predicted_layer_us"] for of in ("running", "proposed"))
+            before, after = (of["predicted_layer_us"] for of in (shown["running"], shown))
             assert 1 - after / before == pytest.approx(max(gains), abs=1e-9), text
             assert f"{100 * max(gains):.1f} % less predicted layer time" in text
         elif not any(waiting in words for waiting in WAITING):

@@ -49,8 +49,8 @@ def test_every_command_tells_the_same_gain(
     again = () if copies else how  # options that repeat the settings change nothing
     how = (*how, "--seed", 3)
     solved = as_json("solve", trace, *how, "--method", method, "--holdout", 0.5, "--out", p)
-    judging = ("report", p, trace, "--out", page), ("audit", p, trace), ("evaluate", p, trace)
-    actual = {words[0]: as_json(*words, *again) for words in judging}
+    judging = {"page": ("--report", page), "groups": ("--by-group",), "evaluate": ()}
+    actual = {name: as_json("evaluate", p, trace, *more, *again) for name, more in judging.items()}
     methods = ("--methods", f"contiguous,{method}", "--splits", 1)
     compared = as_json("compare", trace, *how, *methods)["methods"][method]
     names, wanted = ("before", "after", "gain", "low", "high"), solved["gain"]
@@ -84,7 +84,7 @@ def test_both_phases_have_the_same_gain_everywhere(as_json, ok, tmp_path, share)
                 [gain[name] for name in ("before", "after", "gain")], rel=1e-9
             )
     words = f"windows of 512 tokens ({100 * weighed['512']:g} % of the time) and of 8,192"
-    assert words in ok("show", p)
+    assert words in ok("inspect", p)
     assert "was computed for" not in ok("evaluate", p, trace, "--window", 8192)
     assert f"computed for {words}" in ok("evaluate", p, trace, "--window", 256)
 
@@ -140,8 +140,8 @@ def test_what_a_placement_was_judged_on_is_said(as_json, ok, trace, make_trace, 
     first = p.read_bytes()
     ok(*how)
     seen = "The placement was computed from this very input, which flatters it"
-    assert seen in ok("audit", p, trace)
-    assert seen not in ok("audit", p, other)
+    assert seen in ok("evaluate", p, trace)
+    assert seen not in ok("evaluate", p, other)
     again = p.read_bytes()
     ok(*how)
     assert first != again == p.read_bytes()
@@ -150,13 +150,13 @@ def test_what_a_placement_was_judged_on_is_said(as_json, ok, trace, make_trace, 
     assert "does not say what it was computed from" in ok("evaluate", p, trace)
 
 
-def test_show_and_diff_read_what_solve_wrote(as_json, ok, run, trace, tmp_path):
+def test_inspect_reads_what_solve_wrote(as_json, ok, run, trace, tmp_path):
     """Who, for what, from what; moves with their bytes; and a damaged file is one line."""
     a, b = (tmp_path / name for name in ("a.json", "b.json"))
     how = ("solve", trace, "--devices", 4, "--devices-per-node", 2, "--slots-per-device", 5)
     ok(*how, "--for", "vllm", "--method", "eplb", "--holdout", 0.5, "--out", a)
     ok(*how, "--method", "lpt", "--out", b)
-    text = ok("show", a)
+    text = ok("inspect", a)
     for words in (
         "a.json: 2 layers, 16 experts, 4 devices x 5 slots; 8 copies beyond one of each expert",
         f"Made by moetuner {mt.__version__}, method eplb, seed 0, effort default; file of ",
@@ -167,29 +167,32 @@ def test_show_and_diff_read_what_solve_wrote(as_json, ok, run, trace, tmp_path):
     ):
         assert words in text
     placed = [mt.Placement.load(path) for path in (a, b)]
-    assert as_json("show", a)["settings"] == placed[0].settings
+    assert as_json("inspect", a)["settings"] == placed[0].settings
     diff = placed[0].diff(placed[1], topology=mt.Topology(4, 2), expert_bytes=10)
-    actual = as_json("diff", a, b, "--expert-bytes", 10)
+    actual = as_json("inspect", a, b, "--expert-bytes", 10)
     assert {name: actual[name] for name in diff.to_dict()} == diff.to_dict()
-    assert f"Moves {diff.experts_moved} experts: " in ok("diff", a, b)
+    assert f"Moves {diff.experts_moved} experts: " in ok("inspect", a, b)
     values = json.loads(a.read_text())
     values["settings"]["topology"]["devices"] = "four"
     a.write_text(json.dumps(values))
-    for words in (("show", a), ("evaluate", a, trace)):
+    for words in (("inspect", a), ("evaluate", a, trace)):
         status, out, err = run(*words)
         assert (status, out) == (2, "")
         assert re.search(r"a\.json: settings: devices must be an integer, got 'four'$", err)
 
 
 def test_a_number_has_the_same_digits_in_every_command(as_json, ok, trace, tmp_path):
-    """Objectives of solve and show, times and imbalance of evaluate and audit, are one text."""
+    """Objectives of solve and inspect, times and imbalance of all and of groups, are one text."""
     p = tmp_path / "p.json"
     words = ("--devices", 4, "--slots-per-device", 8, "--survive", "device", "--out", p)
     solved = ok("solve", trace, *words)
     objective = solved.partition("Objective: ")[2].partition(",")[0]
     assert objective.endswith(" us per layer")
-    assert f"Objective {objective}" in ok("show", p)
-    figures, audited = as_json("evaluate", p, trace), ok("audit", p, trace).splitlines()
+    assert f"Objective {objective}" in ok("inspect", p)
+    figures, audited = (
+        as_json("evaluate", p, trace),
+        ok("evaluate", p, trace, "--by-group").splitlines(),
+    )
     for title, text in (
         ("imbalance", f"{figures['imbalance']:.3f}"),
         ("layer us", f"{figures['predicted_layer_us']:,.1f}"),
@@ -217,18 +220,20 @@ def test_many_moves_have_thousands(ok, tmp_path):
     assignment = np.tile(np.arange(1024) // 256, (4, 1))
     moved = assignment.copy()
     moved[:, ::2] = (moved[:, ::2] + 1) % 4
-    for placed, file in zip((assignment, moved), files, strict=True):
+    same = tmp_path / "same.json"
+    for placed, file in zip((assignment, moved, assignment), (*files, same), strict=True):
         mt.Placement.from_assignment(placed, 4).save(file)
-    text = ok("diff", *files, "--devices-per-node", 2)
+    text = ok("inspect", *files, "--devices-per-node", 2)
     assert "Moves 2,048 experts: 1,024 inside nodes, 1,024 between nodes." in text
-    assert ok("diff", files[0], files[0]) == "Moves 0 experts.\n"
+    assert ok("inspect", files[0], same) == "Moves 0 experts.\n"
 
 
 OTHER_TYPES = ("", "x", -1, 1.5, [], [5], ["x"], {}, {"a": 1})
 
 
 @pytest.mark.parametrize(
-    "command", ["show FILE", "diff FILE FILE", "drift FILE TRACE", "audit FILE TRACE"]
+    "command",
+    ["inspect FILE", "inspect FILE OTHER", "drift FILE TRACE", "evaluate FILE TRACE --by-group"],
 )
 def test_settings_of_another_type_are_one_line(run, make_trace, tmp_path, command):
     """Each setting of a placement's file as each type: taken, or one line that names the file."""
@@ -239,7 +244,8 @@ def test_settings_of_another_type_are_one_line(run, make_trace, tmp_path, comman
     values = json.loads(path.read_text())
     settings, recorded = values["settings"], values["settings"]["input"]
     recorded |= {"tokens": 20, "windows": 1, "tokens_per_step": 5, "top_k": 2, "model": "small"}
-    names = {"FILE": path, "TRACE": trace}
+    names = {"FILE": path, "TRACE": trace, "OTHER": tmp_path / "other.json"}
+    names["OTHER"].write_text(path.read_text())
     words = [names.get(word, word) for word in command.split()]
     for holder in (settings, recorded):
         for name, value in [*holder.items()]:

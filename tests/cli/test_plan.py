@@ -89,13 +89,14 @@ def test_what_makes_no_plan_is_one_line(run, files, arguments, line):
 
 
 def test_bytes_are_of_the_placements_model(as_json, files):
-    """Counts of an engine name no model; the placement that runs does, as it says to diff."""
+    """Counts of an engine name no model; the placement that runs does, as it says to inspect."""
     running, _ = files
     settings = {"input": {"model": "deepseek-v3", "weight_bits": 16}}
-    running.with_names(model="deepseek-v3", settings=settings).save("running.json")
+    for name in ("running.json", "other.json"):
+        running.with_names(model="deepseek-v3", settings=settings).save(name)
     planned = as_json("plan", "running.json", "load.npz", "--without", 1)
     assert planned["expert_bytes"] == 2 * 3 * 7168 * 2048
-    plain = as_json("diff", "running.json", "running.json")
+    plain = as_json("inspect", "running.json", "other.json")
     assert planned["expert_bytes"] == plain["expert_bytes"]
 
 
@@ -110,7 +111,7 @@ def test_a_file_of_plan_serves_as_what_ran(ok, as_json, files):
     }
     assert served["left.json"] == served["solved.json"]
     assert served["left.json"]["devices_per_node"] == 2
-    shown = ok("show", "left.json")
+    shown = ok("inspect", "left.json")
     assert "Made by plan from solved.json, device 3 lost, 1 device more" in shown
     again = as_json("drift", "left.json", "load.npz", "--profile", "load.npz")["command"]
     assert "--method" not in again
@@ -147,19 +148,19 @@ def test_more_moves_are_for_single_windows(files):
 def test_placements_of_other_machines_are_refused_by_name(run, files):
     """Before and after a plan: both files' names, and what shows the difference."""
     assert run("plan", "running.json", "load.npz", "--without", 1, "--out", "left.json")[0] == 0
-    _, _, err = run("audit", "left.json", "load.npz", "--baseline", "running.json")
+    _, _, err = run("evaluate", "left.json", "load.npz", "--baseline", "running.json")
     assert "running.json has 4 devices, left.json 3" in err
     assert "--without LIST" in err
-    _, _, err = run("diff", "running.json", "left.json")
+    _, _, err = run("inspect", "running.json", "left.json")
     assert "left.json must be a placement of the same model and machine" in err
     assert "moetuner plan --steps" in err
 
 
 @pytest.mark.parametrize("start", ["contiguous", "round_robin", "eplb:12"])
 def test_a_baseline_may_be_what_engines_begin_with(as_json, files, start):
-    """As --initial takes it, in every command that judges."""
+    """As --initial takes it, whatever is shown of the judgement."""
     gains = [
-        as_json(command, "running.json", "load.npz", "--baseline", start)["gain"]["gain"]
-        for command in ("evaluate", "report")
+        as_json("evaluate", "running.json", "load.npz", "--baseline", start, *more)["gain"]["gain"]
+        for more in ((), ("--by-group",))
     ]
     assert gains[0] == pytest.approx(gains[1])

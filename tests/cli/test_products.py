@@ -111,13 +111,20 @@ OWN = {
 --initial PLACEMENT
 --initial COPIES --slots-per-device 3
 """,
-    "evaluate": "--baseline COPIES\n--mixed-seed 4\n--waterfill 1\n--waterfill 2 --top-k 2",
-    "audit": """
---waterfill 0.5
+    "evaluate": """
 --baseline COPIES
+--baseline COPIES --by-group
+--mixed-seed 4
+--waterfill 1
+--waterfill 2 --top-k 2
+--by-group
+--by-group --waterfill 0.5
 --fail-if-worse 1
---measure imbalance
---measure fanout
+--fail-if-gain-below 1
+--by-group --measure imbalance
+--measure fanout --fail-if-gain-below 1
+--report page.html
+--report page.html --expert-bytes 1e6 --baseline COPIES
 """,
     "drift": "--fail-if-drift\n--fail-if-worse 1\n--profile LOADS\n--profile STATISTICS",
     "plan": """
@@ -125,7 +132,6 @@ OWN = {
 --without 0 --more-copies 2
 --steps steps.json --expert-bytes 10
 """,
-    "report": "--baseline COPIES\n--expert-bytes 1e6",
     "convert": "--from auto\n--top-k 2",
     "verify": "--placement COPIES",
 }
@@ -135,15 +141,13 @@ BEGIN = {
     "solve": "solve INPUT --devices 4 --out out.json",
     "compare": "compare INPUT --devices 4 --methods lpt,joint --splits 1",
     "evaluate": "evaluate PLACEMENT INPUT",
-    "audit": "audit PLACEMENT INPUT",
     "drift": "drift PLACEMENT INPUT --profile TRACE",
     "plan": "plan COPIES INPUT --with 1 --out more.json",
-    "report": "report PLACEMENT INPUT --out page.html",
     "convert": "convert INPUT --out joined.safetensors",
     "verify": "verify PROOF INPUT --devices 4",
 }
 # Commands without INPUT have a test of their own each.
-OTHERS = {"demo", "collect", "show", "diff", "export", "fit"}
+OTHERS = {"demo", "collect", "export", "fit"}
 
 
 def trace(tokens=480, *, seed=0, sequences=True, groups=True, model=None):
@@ -286,13 +290,15 @@ def test_every_option_is_in_the_table():
         "--json": "test_json",
         "--quiet": "test_output",
         "--figures": "needs a browser",
+        "--expert-bytes": "of inspect, for two placements: test_json",
         "--out": "in every line that needs it",
         "--running": "test_cli_formats",
         "--every-loss": "test_plan",
         "--table": "test_plan",
         "--without": "test_plan",
     }
-    assert {*BEGIN} | OTHERS == {*moetuner.commands}
+    shown = {name for name, command in moetuner.commands.items() if not command.hidden}
+    assert {*BEGIN} | OTHERS == shown
     for command in BEGIN:
         flags = {max(of.opts, key=len) for of in moetuner.commands[command].params}
         tried = {word for line in lines_of(command) for word in line.split()}

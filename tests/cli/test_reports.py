@@ -91,7 +91,7 @@ def test_advise_for_an_engine(ok, skewed, tmp_path, engine, served):
         ("advise", *FEW, "--by-group"),
         ("solve", "--devices", 4, "--objective", "balance", "--out", "/dev/null"),
         ("compare", "--devices", 4, "--methods", "contiguous,lpt", "--splits", 1),
-        ("report",),
+        ("evaluate",),
     ],
 )
 def test_every_page_opens_and_is_the_same_every_time(ok, trace, tmp_path, arguments):
@@ -99,10 +99,10 @@ def test_every_page_opens_and_is_the_same_every_time(ok, trace, tmp_path, argume
     pytest.importorskip("plotly", reason="the extra report is not installed")
     (command, *others), page, actual = arguments, tmp_path / "page.html", []
     words = (command, trace, *others, "--report", page)
-    if command == "report":
+    if command == "evaluate":
         placement = tmp_path / "placement.json"
         mt.Placement.from_assignment(np.tile(np.arange(8) % 4, (3, 1)), 4).save(placement)
-        words = (command, placement, trace, "--out", page)
+        words = (command, placement, trace, "--report", page)
     for _ in range(2):
         ok(*words)
         actual.append(page.read_text())
@@ -205,7 +205,7 @@ def test_the_way_back_stands_below_the_next_commands(ok, skewed, tmp_path, engin
     assert (remark in out) is ("sglang" in engine)
 
 
-@pytest.mark.parametrize("command", ["advise", "report"])
+@pytest.mark.parametrize("command", ["advise", "evaluate"])
 def test_a_page_says_the_way_back(ok, skewed, tmp_path, command):
     """Who has only the page finds below its commands what takes the placement away."""
     pytest.importorskip("plotly", reason="the extra report is not installed")
@@ -215,7 +215,7 @@ def test_a_page_says_the_way_back(ok, skewed, tmp_path, command):
         ok("advise", skewed, *FEW, *engine, "--report", page)
     else:
         ok("solve", skewed, "--devices", 4, "--method", "lpt", *engine, "--out", placement)
-        ok("report", placement, skewed, "--out", page)
+        ok("evaluate", placement, skewed, "--report", page)
     back = f"<p>To go back: {BACK}, and with --enable-eplb if it had it.</p>"
     text = text_of(page.read_text())
     assert back in text
@@ -263,7 +263,7 @@ def test_several_nodes_are_served_as_several(ok, skewed, tmp_path, monkeypatch, 
     machine = ("--devices", 4, "--devices-per-node", per_node, "--for", "sglang")
     out = ok("advise", skewed, *machine, "--copies", 0, "--splits", 1)
     ok("solve", skewed, *machine, "--method", "lpt", "--out", "p.json")
-    ok("report", "p.json", skewed, "--out", "page.html")
+    ok("evaluate", "p.json", skewed, "--report", "page.html")
     options = " --nnodes 2 --node-rank 0 --dist-init-addr HOST:PORT"
     lines = [line for line in out.splitlines() if "launch_server" in line]
     assert [line.endswith(options) for line in lines] == [per_node == 2]
@@ -312,7 +312,7 @@ def test_the_headline_of_a_table_is_as_short_as_a_traces(ok, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     np.savez("loads.npz", load=np.random.default_rng(0).integers(1, 99, (6, 2, 8)))
     ok("solve", "loads.npz", "--devices", 2, "--method", "lpt", "--out", "p.json")
-    ok("report", "p.json", "loads.npz", "--out", "page.html")
+    ok("evaluate", "p.json", "loads.npz", "--report", "page.html")
     page = html.unescape((tmp_path / "page.html").read_text())
     headline = re.search(r'<p class="subtitle">(.*?)</p>', page, re.DOTALL)[1]
     assert headline == "loads.npz: load table, 6 windows, 2 layers, 8 experts; 2 devices"
@@ -339,7 +339,7 @@ def test_a_page_says_how_its_engine_is_served(ok, skewed, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     how = ("--for", engine) if engine else ()
     ok("solve", skewed, "--devices", 4, "--method", "lpt", *how, "--out", "p.json")
-    ok("report", "p.json", skewed, "--out", "page.html")
+    ok("evaluate", "p.json", skewed, "--report", "page.html")
     page = text_of((tmp_path / "page.html").read_text())
     for line in lines:
         assert line in page

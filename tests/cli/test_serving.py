@@ -23,13 +23,13 @@ def trace(make_trace, tmp_path):
 
 
 def test_solve_prints_the_time_that_evaluate_prints(as_json, ok, trace, tmp_path):
-    """Solve's text has one, the replayed one; inspect has blocks', and audit changes of it."""
+    """Solve's text has one, the replayed one; inspect has blocks', and evaluate changes of it."""
     how, p = ("--devices", 4, "--window", 128, "--for", "vllm"), tmp_path / "p.json"
     text = ok("solve", trace, *how, "--out", p)
     us = as_json("evaluate", p, trace, *how)["predicted_layer_us"]
     assert f"Predicted time: {us:.1f} us per layer.\n" in text
     assert text.count("us per layer") == 1
-    assert "layer us" in ok("audit", p, trace)
+    assert "layer us" in ok("evaluate", p, trace, "--by-group")
     blocks = as_json("solve", trace, *how, "--method", "contiguous", "--out", p)
     actual = as_json("inspect", trace, *how)["contiguous"]
     assert actual["predicted_layer_us"] == pytest.approx(blocks["predicted_layer_us"], rel=1e-12)
@@ -49,8 +49,7 @@ def test_counts_are_evaluated_as_recorded(ok, tmp_path):
     assert not plain.endswith("\n\n")  # nothing comes last that needs a space before it
 
 
-@pytest.mark.parametrize("command", ["evaluate", "audit"])
-def test_an_engines_map_is_judged_as_that_engine_serves(as_json, ok, trace, tmp_path, command):
+def test_an_engines_map_is_judged_as_that_engine_serves(as_json, ok, trace, tmp_path):
     """The map alone says as much as the placement that it was exported from; options win."""
     placed, exported = tmp_path / "p.json", tmp_path / "map.json"
     ok("solve", trace, "--devices", 4, "--for", "sglang", "--window", 128, "--out", placed)
@@ -59,16 +58,16 @@ def test_an_engines_map_is_judged_as_that_engine_serves(as_json, ok, trace, tmp_
     names = ("engine", "regime", "split", "arrival")
 
     def served(file, *options):
-        settings = as_json(command, file, *judged, *options)["settings"]
+        settings = as_json("evaluate", file, *judged, *options)["settings"]
         return [settings[name] for name in names]
 
     assert served(exported) == ["sglang", "dispatch", "nearest", "mixed"] == served(placed)
     assert served(exported, "--for", "vllm") == ["vllm", "dispatch", "even", "mixed"]
     assert served(exported, "--arrival", "bursts")[-1] == "bursts"
-    assert "For SGLang: " in ok(command, exported, *judged)
+    assert "For SGLang: " in ok("evaluate", exported, *judged)
 
 
-@pytest.mark.parametrize("command", ["compare", "advise", "evaluate", "report", "audit", "inspect"])
+@pytest.mark.parametrize("command", ["compare", "advise", "evaluate", "inspect"])
 def test_serving_is_said_alike_everywhere(command):
     """Options that say how traffic is served are the same objects in all commands."""
     mine, wanted = (

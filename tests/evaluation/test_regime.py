@@ -14,7 +14,6 @@ COMMANDS = {
     "solve": ["trace", "--devices", 2, "--method", "lpt", "--out", "new"],
     "compare": ["trace", "--devices", 2, "--methods", "lpt"],
     "evaluate": ["placement", "trace"],
-    "audit": ["placement", "trace"],
 }
 
 
@@ -33,15 +32,20 @@ COMMANDS = {
         ("solve", "mine", ["--weight-bits", 16], "of DeepSeek-V3's experts in 16 bits: pass"),
         ("evaluate", "Mixtral-8x7B", [], "(mixtral-8x7b), weights in 16 bits;"),
         ("compare", None, ["--model", "mistralai/Mixtral-8x7B-FP8"], "weights in 8 bits;"),
-        ("audit", "mine", ["--for", "vllm", "--model", "mistralai/Mixtral-8x7B"], "(mixtral-8x7b)"),
         (
-            "audit",
+            "evaluate",
+            "mine",
+            ["--for", "vllm", "--model", "mistralai/Mixtral-8x7B"],
+            "(mixtral-8x7b)",
+        ),
+        (
+            "evaluate",
             "gpt-oss-20b",
             ["--cost-model", "h200:64x32"],
             "with h200:64x32, weights in 8 bits;",
         ),
         (
-            "audit",
+            "evaluate",
             "gpt-oss-20b",
             ["--cost-model", "h200:64x32", "--weight-bits", 4],
             "with h200:64x32, weights in 4 bits;",
@@ -70,7 +74,8 @@ def test_bits_of_weights_go_with_a_placement(ok, make_trace, tmp_path):
     solved = json.loads(ok("solve", trace, "--devices", 2, *moving, *bits, *out))
     assert solved["settings"]["expert_bytes"] == size / 2
     assert solved["settings"]["cost_model"]["weight_bits"] == 4
-    assert json.loads(ok("diff", placement, placement, "--json", "-"))["expert_bytes"] == size / 2
+    files = (placement, tmp_path / "running.json")
+    assert json.loads(ok("inspect", *files, "--json", "-"))["expert_bytes"] == size / 2
     for given, wanted in (([], 4), (["--weight-bits", 8], 8)):
         shown = json.loads(ok("evaluate", placement, trace, *given, "--json", "-"))
         assert shown["settings"]["cost_model"]["weight_bits"] == wanted

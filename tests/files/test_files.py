@@ -345,7 +345,7 @@ def test_names_do_nothing_to_a_terminal(run, brief, tmp_path, monkeypatch):
         ("inspect", path),
         ("solve", path, "--devices", 2, "--method", "lpt", "--out", f"p{ESCAPE}.json"),
         ("evaluate", f"p{ESCAPE}.json", path),
-        ("audit", f"p{ESCAPE}.json", path),
+        ("evaluate", f"p{ESCAPE}.json", path, "--by-group"),
         ("solve", path, "--devices", 2, "--method", f"x{ESCAPE}"),
         (f"x{ESCAPE}",),
         ("inspect", f"missing{ESCAPE}"),

@@ -175,7 +175,7 @@ def test_maps_are_taken_wherever_placements_are(ok, trace, tmp_path, form):
     served = () if engine is None else ("--for", engine)
     for command in (
         ("evaluate", "{}", trace, *served),
-        ("audit", "{}", trace, "--baseline", "{}", *served),
+        ("evaluate", "{}", trace, "--baseline", "{}", "--by-group", *served),
     ):
         texts = [
             ok(*(str(word).format(of) for word in command), "--devices", 4).replace(

@@ -157,7 +157,7 @@ def test_a_page_has_it(make_trace, ok, tmp_path, monkeypatch):
     trace = make_trace(600)
     trace.save("trace.safetensors")
     mt.Placement.from_assignment(np.tile(np.arange(8) % 4, (3, 1)), 4).save("placement.json")
-    ok("report", "placement.json", "trace.safetensors", "--out", "page.html")
+    ok("evaluate", "placement.json", "trace.safetensors", "--report", "page.html")
     text = Path("page.html").read_text()
     section = re.search(r'<section id="hot">(.*?)</section>', text, re.DOTALL)[1]
     hot = hold_out_hot_experts(trace)

@@ -18,21 +18,18 @@ from moetuner import _interrupts
 from moetuner._checks import suggestion
 from moetuner.cli import (
     advise,
-    audit,
     collect,
     compare,
     convert,
     demo,
-    diff,
     drift,
     evaluate,
     export,
     fit,
+    former,
     inspect,
     plan,
     release,
-    report,
-    show,
     solve,
     streams,
     verify,
@@ -63,7 +60,8 @@ class Menu(click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """Return the command; an error names the one that comes nearest."""
         if args[0] not in self.commands and not args[0].startswith("-"):
-            nearest = suggestion(args[0], self.commands)
+            shown = [name for name, command in self.commands.items() if not command.hidden]
+            nearest = suggestion(args[0], shown)
             raise click.UsageError(f"No such command '{args[0]:.60}'{nearest}", ctx)
         return super().resolve_command(ctx, args)
 
@@ -119,13 +117,9 @@ EXAMPLES = {
     advise: "trace.safetensors --devices 8 --for vllm --report page.html",
     solve: "trace.safetensors --devices 8 --out placement.json",
     compare: "trace.safetensors --devices 8 --methods eplb,joint --splits 1",
-    evaluate: "placement.json trace.safetensors",
-    audit: "placement.json trace.safetensors --fail-if-worse 5",
+    evaluate: "placement.json trace.safetensors --by-group --report page.html",
     drift: "placement.json newer.safetensors",
     plan: "placement.json trace.safetensors --with 2 --out more.json --steps steps.json",
-    report: "placement.json trace.safetensors --out page.html",
-    show: "placement.json",
-    diff: "placement.json other.json",
     export: "placement.json --to eplb --out experts.npz",
     convert: "trace.safetensors newer.safetensors --out both.safetensors",
     fit: "--model qwen3-30b-a3b --out gpu.json",
@@ -135,6 +129,8 @@ for _module, _example in EXAMPLES.items():
     _line = f"Example:\n\n\b\n  moetuner {_module.command.name} {_example}"
     _module.command.epilog = "\n\n".join(filter(None, (_module.command.epilog, _line)))
     moetuner.add_command(_module.command)
+for _former in former.FORMER:
+    moetuner.add_command(_former)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -410,7 +410,7 @@ def _judging(
     values |= {"expert_bytes": typed.get("expert_bytes"), "baseline": baseline}
     values |= {"window": None if main.window == window else main.window}
     values |= {"report_file": "report.html"}
-    report = options.next_command("report", f"{placed} {future or file}", values)
+    report = options.next_command("evaluate", f"{placed} {future or file}", values)
     commands.append(report)
     if advice.more is not None:
         slots = problem.slots + advice.more - advice.knee
@@ -427,11 +427,11 @@ def _judging(
 def _audit_command(source: Source, advice: Advice, unseen: Collection[Path]) -> str:
     """Return the command that shows which groups the proposed placement serves worse."""
     files, initial = unseen or source.input_files, advice.settings["initial"]
-    values: dict[str, Any] = {"window": advice.main.window, "baseline": None}
+    values: dict[str, Any] = {"window": advice.main.window, "baseline": None, "by_group": True}
     if initial != "contiguous":
         values["baseline"] = _running_file(advice) or RUNNING_FILE
     judged = f"{_proposed_file(advice)} {shlex.join(map(str, files))}"
-    return options.next_command("audit", judged, values)
+    return options.next_command("evaluate", judged, values)
 
 
 def _running_file(advice: Advice) -> str | None:

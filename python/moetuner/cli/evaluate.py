@@ -1,16 +1,20 @@
-"""``moetuner evaluate``: replay a placement on traffic."""
+"""``moetuner evaluate``: replay a placement on traffic, and judge what it changes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
 from moetuner import _checks
 from moetuner.cli import options
-from moetuner.cli.options import argument, option
+from moetuner.cli.options import JUDGING, argument, option
+from moetuner.cli.options.gates import TIME, Gates
 from moetuner.cli.options.machine import Machine
-from moetuner.cli.options.moves import baseline_option
+from moetuner.cli.options.moves import baseline_option, is_start
+from moetuner.cli.options.pages import Pages, origin_of
 from moetuner.cli.options.placed import Placed
 from moetuner.cli.options.serving import JudgedOptions
 from moetuner.cli.options.traffic import Source
@@ -18,21 +22,38 @@ from moetuner.cli.output import Output
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.arrival import WINDOWS_MIXED, at_once
 from moetuner.evaluation.figures import FIGURES, US, explain
+from moetuner.evaluation.intervals import FEWEST
+from moetuner.evaluation.judgement import Judgement
 from moetuner.files import text
-from moetuner.files.cells import counted
+from moetuner.files.cells import counted, listed, signed, span
+from moetuner.frozen import as_json
 from moetuner.recording import Recording
 from moetuner.report.outcome import on_one_device, whose_times
+from moetuner.report.page.data import PageData, make_data
 
+# Exit status where a limit is exceeded.
+FAILED = 3
+# Groups that a line names; the tables have all.
+NAMED = 8
+# What is printed, and what JSON holds: all, or the part that a former command had.
+ALL, GROUPS, PAGE = "all", "groups", "page"
 # Times have a table of their own.
 TIMES = [name for name, figure in FIGURES.items() if figure.unit == US]
 OTHERS = [name for name in FIGURES if name not in TIMES]
-HELP = f"""Replay a placement token by token, with its groups.
+HELP = f"""Replay a placement on traffic, and judge what it gains.
+
+A placement of "moetuner solve --holdout" is judged on the part of INPUT that was held out.
 
 {explain(*OTHERS, *TIMES)}.
+
+Lower is better for every measure of --by-group. Every change has its 95 % interval, over whole
+sequences (without sequence labels: over runs of windows). "Beyond chance" takes all groups and
+measures together: if none is worse or behind, 19 of 20 evaluations name none. Groups of fewer than
+five sequences, or independent windows, are not judged.
 """
 
 
-@options.command("evaluate", help=HELP)
+@options.command("evaluate", help=HELP, begin_with="--baseline --by-group --fail-if-worse --report")
 def command(
     *,
     placement_file: Path = argument("PLACEMENT", options.IN_FILE),
@@ -42,37 +63,131 @@ def command(
     lost: tuple[int, ...] = option(options.DEVICE_LIST, "LIST", (), flag="--without"),
     serving: JudgedOptions,
     mixed_seed: int = option(click.IntRange(0, 2**63 - 1), "N", default=0),
+    by_group: bool = option(is_flag=True, default=False, group=JUDGING),
+    gates: Gates,
+    pages: Pages,
+    expert_bytes: float | None = options.expert_bytes_option(),
     output: Output,
-) -> None:
-    """Replay a placement, and print its figures.
+    sections: str = ALL,
+) -> int:
+    """Replay a placement and its baseline, and show figures, gains, groups and a page.
 
     Parameters
     ----------
     baseline
-        The placement that runs. [default: contiguous]
+        The placement that runs. [default: contiguous, as engines load experts]
     lost
         Devices that are lost, such as 3,17; the placement is replayed on those that are left.
     mixed_seed
         Seed of the order in which sequences, or windows of statistics, are mixed.
+    by_group
+        Show which groups the placement serves worse.
+    expert_bytes
+        Bytes of one expert of one layer, for --report. [default: of INPUT's model, if known]
     """
-    placed = Placed.read(placement_file, source, machine, serving)
-    placed = placed.without(lost)
-    placement, (traffic, *_) = placed.placement, placed.judged
-    window = placed.source.counted
+    placed = Placed.read(placement_file, source, machine, serving).without(lost)
+    gates.check(placed)
     running, against = placed.baseline(baseline)
-    judgement = placed.judge(running, (against, placed.name), mixed_seed=mixed_seed)
-    evaluation = judgement.after
-    output.say(*placed.lines())
-    windows = f", windows of {window:,} tokens" if window else ""
-    missing = f" (without {', '.join(map(str, lost))})" if lost else ""
-    output.say(
-        f"{text.name(placement_file.name)}: {counted(placement.devices, 'device')} x "
-        f"{counted(placement.slots_per_device, 'slot')}{missing}{windows}",
-        *(f"Gain: {gain.sentence}" for gain in placed.gains(judgement)),
-        "",
+    names, traffic = (against, placed.name), placed.judged[0]
+    if pages.wanted:
+        is_file = baseline is not None and not is_start(baseline, "--baseline")
+        names = "running" if is_file else against, text.name(placement_file.stem)
+    has_groups = pages.wanted and traffic.group is not None
+    judgement = placed.judge(
+        running,
+        names,
+        figure=TIME if sections == GROUPS else None,
+        measures=gates.measures,
+        by_group=by_group or has_groups or gates.fail_if_worse is not None,
+        mixed=sections == ALL,
+        mixed_seed=mixed_seed,
     )
+    judgement = gates.with_measure(judgement)
+    output.say(*placed.lines())
+    if sections == ALL:
+        output.say(_heading(placed))
+    if sections != GROUPS:
+        output.say(*(f"Gain: {gain.sentence}" for gain in placed.gains(judgement)))
+    if sections == ALL:
+        output.say("")
+        _show_figures(output, placed, judgement.after, mixed_seed)
+    if by_group:
+        output.say(*[""] * (sections == ALL))
+        _show_groups(output, judgement)
+        if sections == GROUPS:
+            output.say(whose_times(placed.serving, traffic), _all_traffic(judgement))
+        output.say(*_summary(judgement), *_advice(judgement, gates.judged))
+    failures = [*gates.failures(judgement)]
+    output.say(*failures)
+    files = {"placement": str(placement_file), "baseline": baseline}
+    of_page = _page_contents(placed, judgement, files)
+    pages.write(output, lambda: _page(placed, judgement, of_page, expert_bytes))
+    if sections == PAGE:
+        contents = of_page
+    elif sections == GROUPS:
+        contents = _groups_contents(placed, judgement, files, gates) | {"failed": bool(failures)}
+    else:
+        settings = {"without": list(lost), "waterfill": placed.serving.waterfill, **gates.facts()}
+        contents = placed.contents(mixed_seed=mixed_seed, **settings)
+        contents |= files | judgement.after.to_dict() | {"gain": judgement.gain.to_dict()}
+        if by_group or pages.wanted:
+            contents |= as_json({"running": judgement.before, "judgement": judgement})
+        contents |= {"failed": bool(failures)}
+    output.finish(contents)
+    return FAILED if failures else 0
+
+
+def _groups_contents(
+    placed: Placed, judgement: Judgement, files: dict[str, Any], gates: Gates
+) -> dict[str, Any]:
+    """Return what changes for all traffic and for groups, as JSON."""
+    settings = gates.facts()
+    del settings["fail_if_gain_below"]
+    contents = placed.contents(**settings, waterfill=placed.serving.waterfill)
+    gain = judgement.gain.to_dict() if judgement.gain.before else None
+    return contents | files | {"gain": gain} | judgement.to_dict()
+
+
+def _page_contents(placed: Placed, judgement: Judgement, files: dict[str, Any]) -> dict[str, Any]:
+    """Return what a page carries, as JSON: both placements, and what changes."""
+    assert placed.serving.cost_model is not None
+    contents = placed.contents(**files, cost_model=placed.serving.cost_model.name)
+    contents |= as_json({"running": judgement.before, "proposed": judgement.after})
+    groups = judgement.to_dict() if judgement.groups else None
+    return contents | {"audit": groups, "gain": judgement.gain.to_dict()}
+
+
+def _page(
+    placed: Placed, judgement: Judgement, contents: dict[str, Any], expert_bytes: float | None
+) -> PageData:
+    """Return what the page shows."""
+    assert placed.serving.cost_model is not None
+    return make_data(
+        judgement,
+        origin_of(placed.source),
+        contents,
+        traffic=placed.judged[1],
+        token_bytes=placed.serving.cost_model.token_bytes,
+        expert_bytes=placed.expert_bytes if expert_bytes is None else expert_bytes,
+    )
+
+
+def _heading(placed: Placed) -> str:
+    """Write sizes of the placement, devices that are lost, and windows."""
+    placement, window = placed.placement, placed.source.counted
+    windows = f", windows of {window:,} tokens" if window else ""
+    missing = f" (without {', '.join(map(str, placed.lost))})" if placed.lost else ""
+    return (
+        f"{placed.name}: {counted(placement.devices, 'device')} x "
+        f"{counted(placement.slots_per_device, 'slot')}{missing}{windows}"
+    )
+
+
+def _show_figures(output: Output, placed: Placed, evaluation: Evaluation, mixed_seed: int) -> None:
+    """Print figures of all traffic and of its groups, times and what else is known."""
+    traffic = placed.judged[0]
     _table(output, "traffic", OTHERS, evaluation)
-    together = on_one_device(evaluation, placement.devices)
+    together = on_one_device(evaluation, placed.placement.devices)
     if together is not None:
         output.say(f"{together:.1f} of 100 tokens have all their experts of a layer on one device")
     output.say(_mixed(traffic, mixed_seed), "")
@@ -81,12 +196,6 @@ def command(
     losses = [f"Losses: {each.sentence}." for each in evaluation.losses.values()]
     last = [*losses, *(_ports(name, ports) for name, ports in evaluation.busiest_port.items())]
     output.say(*[""] * bool(last), *last)
-    contents = placed.contents(
-        mixed_seed=mixed_seed, waterfill=placed.serving.waterfill, without=list(lost)
-    )
-    contents["placement"] = str(placement_file)
-    contents["baseline"] = baseline
-    output.finish(contents | evaluation.to_dict() | {"gain": judgement.gain.to_dict()})
 
 
 def _mixed(traffic: Recording, seed: int) -> str:
@@ -125,3 +234,89 @@ def _ports(regime: str, ports: dict[str, list[float]]) -> str:
         if out or into
     ]
     return f"rows per layer at the busiest port, regime {regime}: {'; '.join(parts) or 'none'}"
+
+
+def _show_groups(output: Output, judgement: Judgement) -> None:
+    """Print a table of every measure, with the change of all traffic and of every group."""
+    assert judgement.units is not None
+    kind, length = judgement.units.name, judgement.units.blocks.length
+    in_blocks = length > 1
+    against, name = judgement.gain.names
+    judged_over = counted(judgement.gain.units, f"independent {kind}" if in_blocks else kind)
+    output.say(f"{name} against {against}, 95 % intervals over {judged_over}")
+    if in_blocks:
+        output.say(
+            f"INPUT has no sequences, and windows are alike over {length} neighbours, so intervals "
+            "come from blocks of so many windows."
+        )
+    for measure in judgement.whole:
+        rows = []
+        for group, changes in (("all", judgement.whole), *judgement.groups.items()):
+            row, change = changes[measure], changes[measure].change
+            ends = ("-", "-")
+            if row.before:
+                ends = (signed(change.value), span(change.low, change.high))
+            rows.append((group, *map(FIGURES[measure].text, (row.before, row.after)), *ends))
+        output.say("")
+        output.table((FIGURES[measure].column, "baseline", "placement", "change", "interval"), rows)
+    output.say("")
+
+
+def _all_traffic(judgement: Judgement) -> str:
+    """Write what all traffic gains."""
+    if judgement.gain.before:
+        return f"All traffic: {judgement.gain.sentence}"
+    label = FIGURES[judgement.measure].label
+    return f"All traffic: {label} is 0 under {judgement.gain.names[0]}."
+
+
+def _summary(judgement: Judgement) -> Iterator[str]:
+    """Write which groups got worse or gained less."""
+    worse = judgement.worse()
+    for line, findings in (
+        (
+            "worse in {}, beyond chance",
+            [(each, each.change) for each in worse],
+        ),
+        (
+            "behind the group that gains most in {}",
+            [(each, each.behind) for each in judgement.behind()],
+        ),
+    ):
+        for measure in judgement.whole:
+            groups = [
+                f"{text.name(each.group)} {signed(None if change is None else change.value)}"
+                for each, change in findings
+                if each.measure == measure
+            ]
+            if groups:
+                yield f"{line.format(FIGURES[measure].label)}: {listed(groups, NAMED)}"
+    if not worse:
+        yield "no group got worse beyond chance"
+
+
+def _advice(judgement: Judgement, judged: tuple[str, ...]) -> Iterator[str]:
+    """Write what to do about groups that got worse, or could not be judged."""
+    assert judgement.units is not None
+    kind, (against, placed) = judgement.units.name, judgement.gain.names
+    too_few = [f"{group} ({units})" for group, units in judgement.too_few.items()]
+    if too_few:
+        yield f"too few {kind}s to judge (below {FEWEST}): {listed(too_few, NAMED)}"
+    worse = judgement.worse(measures=judged)
+    if worse and {each.group for each in worse} >= judgement.groups.keys():
+        low = judgement.gain.low
+        if judgement.groups and low is not None and low > 0:
+            yield (
+                f"To do: keep {placed} if the groups are served together, as all traffic gains "
+                f"then; keep {against} if each is served alone."
+            )
+        else:
+            yield f"To do: keep {against}, or solve again on traffic of this kind."
+    elif worse:
+        group = worse[0].group
+        yield (
+            f"To do: record more of {group} and solve again. --groups minimax minimises for the "
+            f'worst group; --groups "{group}=3" gives {group} three times its weight.'
+        )
+    if too_few:
+        yield f"To do: record {FEWEST} {kind}s or more of every group that is to be judged."

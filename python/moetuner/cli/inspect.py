@@ -1,65 +1,160 @@
-"""``moetuner inspect``: what is in recorded routing."""
+"""``moetuner inspect``: what is in recorded routing, what a placement is, or what has to move."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+import click
 import numpy as np
 
 from moetuner.cli import options
-from moetuner.cli.options import option
-from moetuner.cli.options.machine import DEVICES
+from moetuner.cli.options import option, options_of
+from moetuner.cli.options.machine import Machine
+from moetuner.cli.options.moves import moves_sentence, show_pairs
 from moetuner.cli.options.pages import draw_into, figures_option
+from moetuner.cli.options.placed import made_of, read_any
 from moetuner.cli.options.serving import ServingOptions
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, shares, working
+from moetuner.cost import bytes_of_expert
 from moetuner.evaluation import evaluate
 from moetuner.evaluation.intervals import FEWEST
 from moetuner.files import text
-from moetuner.files.cells import number, percent
-from moetuner.placement import blocks
+from moetuner.files.cells import counted, listed, number, percent
+from moetuner.formats import is_map
+from moetuner.placement import EMPTY, Placement, blocks
 from moetuner.problem import TRAFFIC_CAP
+from moetuner.problem.made import Made
+from moetuner.problem.objective import decimals_of
 from moetuner.report.hot_experts import HotExperts
 from moetuner.report.outcome import whose_times
 from moetuner.report.page.structure import draw_structure
 from moetuner.report.structure import Structure, structure
+from moetuner.serving import SERVED, describe_machine, phases
+from moetuner.serving.engines import ENGINES
 from moetuner.topology import Topology
 
 MOST_GROUPS = 12
 # Crossing that is not worth a placement, however certain.
 LITTLE = 0.005
+# Devices of the placements that measure structure between layers.
+DEVICES = 4
+# Files of INPUT that a line names.
+NAMED = 3
+SIZES = ("layers", "num_experts", "devices", "slots_per_device")
+# Options for a placement, and for what has to move from one to another.
+OF_PLACEMENT = {*options_of(Machine), *options_of(options.LayerHints), *options_of(Output)}
+OF_MOVES = OF_PLACEMENT | {"expert_bytes"}
 
 
-@options.command("inspect")
-def command(
-    *,
-    source: Source,
-    devices: int = option(DEVICES, "N", 4),
-    max_imbalance: float = option(options.Number(min=1, infinite=True), "X", TRAFFIC_CAP),
-    serving: ServingOptions,
-    seed: int = options.seed_option(),
-    figures: Path | None = figures_option(),
-    output: Output,
-) -> None:
-    """Show what is in a trace: skew, groups, structure.
-
-    With --for, --cost-model, --regime, --split or --arrival it also predicts the time of the
-    contiguous placement, as "moetuner solve" does.
+@dataclass(frozen=True)
+class InspectedMachine(Machine):
+    """The machine of what is inspected.
 
     Parameters
     ----------
     devices
-        Devices of the placements that measure structure between layers.
+        Number of devices, if a map does not say it; of a recording, those of the placements that
+        measure structure between layers. [default: 4 for a recording]
+    """
+
+
+HELP = """Show what is in a trace or a placement, or what has to move.
+
+The content of INPUT decides what is shown:
+
+\b
+  recordings      skew, groups and structure
+  a placement     sizes, and what it was computed for; an engine's map too,
+                  in any format of "moetuner export"
+  two placements  what has to move from the first to the second
+
+Of recordings, --for, --cost-model, --regime, --split or --arrival also predict the time of the
+contiguous placement, as "moetuner solve" does. Between two placements, a copy comes from the
+nearest device that holds the expert, on the machine of the second if no option gives another.
+"""
+
+
+@options.command("inspect", help=HELP)
+def command(
+    *,
+    source: Source,
+    machine: InspectedMachine,
+    max_imbalance: float = option(options.Number(min=1, infinite=True), "X", TRAFFIC_CAP),
+    serving: ServingOptions,
+    seed: int = options.seed_option(),
+    expert_bytes: float | None = options.expert_bytes_option(),
+    figures: Path | None = figures_option(),
+    output: Output,
+    is_placement: bool | None = None,
+) -> None:
+    """Show a recording, a placement, or what has to move between two placements.
+
+    Parameters
+    ----------
     max_imbalance
-        Load cap of those placements.
+        Load cap of the placements that measure structure.
+    expert_bytes
+        Bytes of one expert of one layer, for what has to move. [default: of the model's experts, if
+        known]
     figures
         Write charts of hot experts and of skew as SVG and PNG; needs Chrome or Chromium.
     """
+    files = source.input_files
+    if is_placement is None:
+        is_placement = all(map(is_map, files))
+    if not is_placement:
+        _check_options({*options.flags()} - {"expert_bytes"}, "two placements")
+        _show_recording(
+            output,
+            source,
+            machine.topology(machine.given or DEVICES),
+            max_imbalance=max_imbalance,
+            serving=serving,
+            seed=seed,
+            figures=figures,
+        )
+        return
+    _check_options(OF_MOVES, "recordings")
+    if len(files) > 2:
+        raise click.UsageError(
+            f"INPUT must be one placement, or two to compare, got {counted(len(files), 'file')}."
+        )
+    placements = [read_any(path, machine, source) for path in files]
+    if len(files) == 2:
+        _show_moves(output, files, placements, machine, expert_bytes)
+    else:
+        _check_options(OF_PLACEMENT, "two placements")
+        _show_placement(output, files[0], placements[0])
+
+
+def _check_options(names: Collection[str], others: str) -> None:
+    """Raise for an option that is for other files than those that are inspected."""
+    flags = options.flags()
+    for name in options.typed():
+        if name in flags and name not in names:
+            raise click.UsageError(f"'{flags[name]}' is for {others}.")
+
+
+def _show_recording(
+    output: Output,
+    source: Source,
+    topology: Topology,
+    *,
+    max_imbalance: float,
+    serving: ServingOptions,
+    seed: int,
+    figures: Path | None,
+) -> None:
+    """Print skew, groups and structure of recorded routing."""
     with working("looking for structure") as report:
         measured = structure(
             source.traffic,
-            devices,
+            topology.devices,
             max_imbalance=max_imbalance,
             seed=seed,
             threads=source.threads,
@@ -72,19 +167,19 @@ def command(
     _show_hot_experts(output, measured.hot_experts)
     contents = {"input": source.facts(), **measured.to_dict()}
     if serving.is_given:
-        contents["contiguous"] = _show_served(output, source, serving, devices)
+        contents["contiguous"] = _show_served(output, source, serving, topology)
     if figures is not None:
         draw_into(figures, draw_structure(measured), output)
     output.finish(contents)
 
 
 def _show_served(
-    output: Output, source: Source, options: ServingOptions, devices: int
+    output: Output, source: Source, options: ServingOptions, topology: Topology
 ) -> dict[str, float | None]:
     """Print and return the figures of experts in blocks for the traffic as it is served."""
-    source, serving = options.resolve(source, Topology(devices))
+    source, serving = options.resolve(source, topology)
     traffic = source.traffic
-    placement = blocks(traffic.layers, traffic.num_experts, devices)
+    placement = blocks(traffic.layers, traffic.num_experts, topology.devices)
     with working("replaying"):
         evaluation = evaluate(placement, traffic, serving, threads=source.threads)
     output.say(
@@ -193,3 +288,125 @@ def _show_crossings(output: Output, structure: Structure) -> None:
             "the gap to the independence null."
         )
     output.say(line)
+
+
+def _show_placement(output: Output, placement_file: Path, placement: Placement) -> None:
+    """Print what a placement is, and what it was computed for."""
+    made = made_of(placement_file, placement)
+    sizes = {name: int(getattr(placement, name)) for name in SIZES}
+    sizes["empty_slots"] = int((placement.slots == EMPTY).sum())
+    sizes["copies"] = int((placement.replicas - 1).sum())
+    date = datetime.fromtimestamp(placement_file.stat().st_mtime).astimezone()
+    moment = date.isoformat(" ", "minutes")
+    output.say(
+        f"{text.name(placement_file.name)}: {counted(placement.layers, 'layer')}, "
+        f"{counted(placement.num_experts, 'expert')}, {counted(placement.devices, 'device')} x "
+        f"{counted(placement.slots_per_device, 'slot')}; {sizes['copies']:,} copies beyond one of "
+        f"each expert, {counted(sizes['empty_slots'], 'empty slot')}",
+        *_origins(placement, made, moment),
+    )
+    names = ("model", "topology", "fingerprint", "objective", "bound", "bound_scope")
+    contents: dict[str, Any] = {"placement": str(placement_file), "file_date": date.isoformat()}
+    contents |= sizes | {name: getattr(placement, name) for name in names}
+    output.finish(contents | {"settings": placement.settings})
+
+
+def _origins(placement: Placement, made: Made, moment: str) -> Iterator[str]:
+    """Write who made it and when, for what, from what, and what it is worth."""
+    if made.plan is not None:
+        by = f"by plan from {text.name(str(made.plan.get('running')))}, {made.plan.get('change')}"
+        yield f"Made {by}; file of {moment}"
+    elif made.method is not None:
+        yield (
+            f"Made by moetuner {made.version}, method {made.method}, seed {made.seed}, effort "
+            f"{made.effort}; file of {moment}"
+        )
+    else:
+        yield (
+            f"File of {moment}, which does not say what it was computed for: it is of an engine, "
+            "or older."
+        )
+        return
+    parts = []
+    if "objective" in made.wanted:
+        parts.append(f"objective {made.wanted['objective']}")
+    if (cap := made.wanted.get("max_imbalance")) is not None:
+        parts.append(f"load cap {cap}")
+    if counting := made.phases:
+        parts.append(phases.words(counting) or f"windows of {next(iter(counting)):,} tokens")
+    parts += [f"{name} {made.serving[name]}" for name in SERVED if name in made.serving]
+    if made.serving.get("engine") in ENGINES:
+        parts.insert(0, ENGINES[made.serving["engine"]].title)
+    machine = "" if made.machine is None else f" on {describe_machine(made.machine)}"
+    yield f"{'Served' if made.plan else 'Computed'} for {', '.join(parts)}{machine}"
+    if "cost_model" in made.serving:
+        yield f"Times are of {made.serving['cost_model'].name or 'an unnamed cost model'}"
+    if made.plan is not None:
+        return
+    recorded = made.input
+    source = listed(list(recorded.files or ["traffic of no name"]), NAMED)
+    sizes = [
+        counted(size, unit)
+        for size, unit in ((recorded.tokens, "token"), (recorded.windows, "window"))
+        if size is not None
+    ]
+    if recorded.only:
+        sizes.append(f"of {listed(list(recorded.only), NAMED)} alone")
+    if made.holdout:
+        sizes.append(f"{percent(made.holdout)} of it held out")
+    model = "" if placement.model is None else f" of {text.name(placement.model)}"
+    yield ", ".join([f"From {source}{model}", *sizes, f"fingerprint {placement.fingerprint}"])
+    if placement.objective is not None:
+        places = decimals_of(made.wanted.get("objective"))
+        bound = "" if placement.bound is None else f"; lower bound {placement.bound:,.{places}f}"
+        scope = f" of {placement.bound_scope}" if bound and placement.bound_scope else ""
+        value = f"{placement.objective:,.{places}f} {made.unit or ''}"
+        yield f"Objective {value}{bound}{scope}"
+
+
+def _show_moves(
+    output: Output,
+    files: Sequence[Path],
+    placements: Sequence[Placement],
+    machine: Machine,
+    expert_bytes: float | None,
+) -> None:
+    """Print what has to move from one placement to another."""
+    (before_file, after_file), (before, after) = files, placements
+    made = [made_of(path, each) for path, each in ((after_file, after), (before_file, before))]
+    ours, theirs = (
+        (placed.layers, placed.devices, placed.num_experts) for placed in (before, after)
+    )
+    if ours != theirs:
+        # The same model on other devices.
+        is_moved = ours[::2] == theirs[::2]
+        raise click.UsageError(
+            f"{text.name(after_file.name)} must be a placement of the same model and machine: "
+            f"{_sizes(ours)} as {text.name(before_file.name)}, got {_sizes(theirs)}"
+            + ('; "moetuner plan --steps" lists the moves to other devices.' * is_moved or ".")
+        )
+    topology = machine.topology(after.devices, _first(each.machine for each in made))
+    if expert_bytes is None:
+        model, bits = (
+            after.model or before.model,
+            _first(each.input.weight_bits for each in made),
+        )
+        expert_bytes = bytes_of_expert(_first(each.expert_size for each in made), model, bits)
+    diff = before.diff(after, expert_bytes=expert_bytes, topology=topology)
+    output.say(moves_sentence(diff, topology))
+    if expert_bytes is None and diff.experts_moved:
+        output.say("Pass --expert-bytes to see bytes.")
+    show_pairs(output, diff)
+    contents: dict[str, Any] = {"before": str(before_file), "after": str(after_file)}
+    contents |= {"expert_bytes": expert_bytes, "topology": topology.to_dict()}
+    output.finish(contents | diff.to_dict())
+
+
+def _first(values: Iterable[Any]) -> Any:
+    """Return the first value that is known; None if none is."""
+    return next((value for value in values if value is not None), None)
+
+
+def _sizes(sizes: tuple[int, int, int]) -> str:
+    """Write layers, devices and experts."""
+    return ", ".join(map(counted, sizes, ("layer", "device", "expert")))

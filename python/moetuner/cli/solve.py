@@ -69,8 +69,8 @@ def command(
     """Compute a placement and write it.
 
     The placement is computed from all of INPUT. With --holdout it is computed from a part of INPUT
-    and judged on the other part, here and by "moetuner evaluate", "report" and "audit". Ctrl-C
-    writes the best placement so far.
+    and judged on the other part, here and by "moetuner evaluate". Ctrl-C writes the best placement
+    so far.
 
     Parameters
     ----------

@@ -45,7 +45,8 @@ from moetuner.serving.engines import ENGINES
 class Reader(NamedTuple):
     """How recorded routing is read: its title, how it is recognised by content, and what reads it.
 
-    ``caution`` says, where INPUT is described, what such a recording cannot say.
+    ``caution`` says, where INPUT is described, what such a recording cannot say. If ``takes_map``,
+    maps of the same name may stand beside what was recorded, so they are recognised too.
 
     What is damaged, or does not fit together, raises ValueError with file, place and rule in one
     line; so may a damaged file that is to be recognised. Files of one recording are read together.
@@ -55,6 +56,7 @@ class Reader(NamedTuple):
     recognises: Callable[[Path], bool]
     read: Callable[[Sequence[Path], Hints], Traffic]
     caution: str = ""
+    takes_map: bool = False
 
 
 class Writer(NamedTuple):
@@ -113,7 +115,10 @@ READERS: dict[str, Reader] = {
         "tokens_per_expert of DeepSpeed's ranks", deepspeed.recognises, deepspeed.read
     ),
     "vllm-ascend": Reader(
-        "workloads of vllm-ascend's balancer", vllm_ascend.recognises, vllm_ascend.read
+        "workloads of vllm-ascend's balancer",
+        vllm_ascend.recognises,
+        vllm_ascend.read,
+        takes_map=True,
     ),
     "llama-cpp": Reader(
         "importance matrices of llama.cpp, imatrix.gguf",
@@ -382,6 +387,24 @@ def write_placement(
     if writer.engine is not None:
         check_placement(placement, writer.engine)
     writer.module.write_map(placement, path, hints)
+
+
+def is_map(path: Path) -> bool:
+    """Return whether a file holds a placement, or a map of experts, and no recorded routing.
+
+    A damaged file is no map: reading it as INPUT says what is wrong.
+    """
+    if is_stream(path) or not path.is_file():
+        return False
+    with suppress(ValueError):
+        maps = {name for name, writer in WRITERS.items() if writer.module.recognises_map(path)}
+        readers = {
+            name: reader
+            for name, reader in READERS.items()
+            if name not in own.KINDS and not (reader.takes_map and name in maps)
+        }
+        return bool(maps) and not any(reader.recognises(path) for reader in readers.values())
+    return False
 
 
 def form_of(path: str | Path) -> str:

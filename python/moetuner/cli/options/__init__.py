@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -112,7 +112,7 @@ def options_of(kind: Any) -> dict[str, click.Parameter]:
         if name in groups:
             options |= options_of(groups[name])
         elif isinstance(member, Field) and member.metadata:
-            options[name] = _make_option(member, name, texts.get(name, ""))
+            options[name] = make_option(member, name, texts.get(name, ""))
     return options
 
 
@@ -128,7 +128,7 @@ def groups_of(kind: Any) -> dict[str, type]:
     }
 
 
-def _make_option(member: Field[Any], name: str, text: str) -> click.Parameter:
+def make_option(member: Field[Any], name: str, text: str) -> click.Parameter:
     """Return the option that a field is; its help is what the docstring says of it."""
     keywords = dict(member.metadata)
     if keywords.pop("is_argument", False):
@@ -200,6 +200,54 @@ class Command(click.Command):
             if records:
                 with formatter.section(title):
                     formatter.write_dl(records)
+
+
+class FormerCommand(Command):
+    """A name that a command had until 0.2: it runs the new one, and says so on standard error.
+
+    Parameters
+    ----------
+    name, now
+        Of the command, and how it is spelled now.
+    command
+        What it runs.
+    names
+        Names of the command's options and arguments that it has.
+    params
+        Further ones, in place of the command's of the same name.
+    values
+        What the command gets that nobody can give.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        now: str,
+        command: Command,
+        *,
+        names: Collection[str],
+        params: Sequence[click.Parameter] = (),
+        **values: Any,
+    ) -> None:
+        said = f'"moetuner {name}" is "moetuner {now}" now; the old name goes with 0.2'
+        usual = {str(each.name): each.default for each in command.params}
+        other = {str(each.name): each for each in params}
+
+        def run(**typed: Any) -> Any:
+            assert command.callback is not None
+            status = command.callback(**usual | values | typed)
+            # After an error it would be a second line.
+            if not typed["quiet"]:
+                click.echo(f"moetuner: {said}", err=True)
+            return status
+
+        own = [
+            other.get(str(each.name), each)
+            for each in command.params
+            if each.name in names or each.name in other
+        ]
+        click.Command.__init__(self, name, callback=run, params=own, help=f"{said}.", hidden=True)
+        self.begin_with = command.begin_with
 
 
 def command(name: str, **others: Any) -> Callable[[Callable[..., Any]], Command]:

@@ -52,7 +52,7 @@ def write_report(
     *,
     names: tuple[str, str] = ("before", "after"),
 ) -> None:
-    """Write one page on results, which opens offline: what ``moetuner report`` writes.
+    """Write one page on results, which opens offline: what ``moetuner evaluate --report`` writes.
 
     Parameters
     ----------

@@ -1,0 +1,58 @@
+"""Names that commands had, which go on until 0.2: a table, and nothing besides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from moetuner.cli import evaluate, inspect
+from moetuner.cli.options import IN_FILE, FormerCommand, make_option
+from moetuner.cli.options.pages import page_option
+
+# Options of ``evaluate`` that the former names never had.
+NEW = {"by_group", "lost", "mixed_seed", "fail_if_gain_below"}
+PAGES = {"report_file", "figures", "expert_bytes"}
+GATES = {"measures", "fail_if_worse", "waterfill"}
+OF_EVALUATE = {str(each.name) for each in evaluate.command.params} - NEW
+
+OUT = make_option(page_option(Path("report.html"), flag="--out"), "report_file", "Page to write.")
+FILE = click.Argument(
+    ["input_files"], metavar="PLACEMENT", type=IN_FILE, callback=lambda *values: values[-1:]
+)
+FILES = click.Argument(["input_files"], metavar="BEFORE AFTER", type=IN_FILE, nargs=2)
+
+FORMER = (
+    FormerCommand(
+        "audit",
+        "evaluate --by-group",
+        evaluate.command,
+        names=OF_EVALUATE - PAGES,
+        by_group=True,
+        sections=evaluate.GROUPS,
+    ),
+    FormerCommand(
+        "report",
+        "evaluate --report FILE.html",
+        evaluate.command,
+        names=OF_EVALUATE - GATES,
+        params=[OUT],
+        sections=evaluate.PAGE,
+    ),
+    FormerCommand(
+        "show",
+        "inspect",
+        inspect.command,
+        names=inspect.OF_PLACEMENT,
+        params=[FILE],
+        is_placement=True,
+    ),
+    FormerCommand(
+        "diff",
+        "inspect",
+        inspect.command,
+        names=inspect.OF_MOVES,
+        params=[FILES],
+        is_placement=True,
+    ),
+)
