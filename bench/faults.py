@@ -312,13 +312,13 @@ def commands(inputs: Path) -> list[Writes]:
         "--report {o}/r.html",
         "advise": "advise {i}/t.safetensors --devices 4 --time-limit 0.1 --report {o}/r.html "
         "--json {o}/a.json",
-        "report": "report {i}/p.json {i}/t.safetensors --out {o}/r.html",
+        "evaluate, page": "evaluate {i}/p.json {i}/t.safetensors --report {o}/r.html",
         "convert": "convert {i}/t.safetensors --out {o}/t.safetensors",
         "fit": "fit --times {i}/times.csv --hidden 64 --out {o}/m.json",
         "moves": "export {i}/p.json --initial {i}/q.json --to moves --out {o}/m.json",
         "inspect": "inspect {i}/t.safetensors --json {o}/s.json",
         "evaluate": "evaluate {i}/p.json {i}/t.safetensors --json {o}/s.json",
-        "diff": "diff {i}/q.json {i}/p.json --json {o}/d.json",
+        "inspect, moves": "inspect {i}/q.json {i}/p.json --json {o}/d.json",
     }
     ends = {"eplb": "npz", "sglang": "json", "tensorrt-llm": "yaml", "omni-infer": "npy"}
     for form, end in {**ends, "json": "json", "vllm-ascend": "json"}.items():
@@ -365,7 +365,7 @@ def functions(inputs: Path) -> list[Writes]:
 
 OLD = b"old\n"
 # A line on how far a command is, which comes on slow machines.
-PROGRESS = re.compile(r"moetuner: (?!error: ).*(\.\.\.|: \d+ (s|%).*)$")
+PROGRESS = re.compile(r"moetuner: (?!error: ).*: \d+ (s|%).*$")
 
 
 def whole(path: Path) -> bool:

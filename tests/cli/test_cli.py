@@ -411,6 +411,22 @@ def test_audit_judges_nothing_of_few_windows(as_json, ok, solved, table, tmp_pat
     assert as_json(*words)["judgement"]["too_few"] == {"a": 3, "b": 3}
 
 
+def test_a_gate_on_the_gain_takes_the_lower_end_of_its_interval(
+    as_json, run, solved, trace, tmp_path
+):
+    """It fails below that, and where the gain may be chance: a placement against itself."""
+    solved("--devices", 4, "--method", "lpt")
+    words = ("evaluate", tmp_path / "p.json", trace, "--window", 40, "--measure", "imbalance")
+    gain, gate = as_json(*words)["gain"], "--fail-if-gain-below"
+    assert 0 < gain["low"] < gain["gain"]
+    for least, status in ((100 * gain["low"] - 1e-6, 0), (100 * gain["low"] + 1e-6, 3)):
+        actual, out, err = run(*words, gate, least, "--json", "-")
+        assert (actual, json.loads(out)["failed"], err) == (status, status == 3, "")
+    status, out, _ = run(*words, gate, 0.1, "--baseline", tmp_path / "p.json")
+    assert status == 3
+    assert "failed: the gain in imbalance may be as low as 0.0 %, below 0.1 %" in out
+
+
 def compare(methods, *arguments):
     """Give the words of a comparison."""
     return ("compare", *arguments, "--devices", 4, "--methods", methods)
