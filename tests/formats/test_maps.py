@@ -5,12 +5,13 @@ from functools import partial
 
 import numpy as np
 import pytest
+from engines_files import GOLDEN
 from hypothesis import given
 from hypothesis import strategies as st
 from placements import full_slots
 
 import moetuner as mt
-from moetuner.formats import WRITERS, form_of, read_placement, write_placement
+from moetuner.formats import WRITERS, form_of, is_map, read_placement, write_placement
 from moetuner.formats.eplb import eplb_maps
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import Layout, faults
@@ -147,6 +148,25 @@ def test_a_pattern_is_a_placement_and_no_recording(tmp_path):
     ids = tmp_path / "ids.npy"
     np.save(ids, np.array([[[0, 1]], [[1, 0]]], dtype=np.uint8))
     assert mt.open_input(ids, num_experts=4).tokens == 2
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_what_is_written_is_known_for_a_map(tmp_path, form):
+    """Whatever the format, so that inspect shows it as a placement."""
+    hints = Hints(hidden_layers=3, dense_layers=(0,))
+    entry = mt.Placement([[[0, 1, 2], [3, 4, 5]]] * 2)
+    write_placement(entry, form, path_of(tmp_path, form), hints)
+    assert is_map(path_of(tmp_path, form))
+
+
+def test_recordings_are_no_maps():
+    """Of what engines wrote, two files are maps; some recordings hold one besides."""
+    files = [path for path in GOLDEN.rglob("*") if path.is_file()]
+    assert {path.name for path in files if is_map(path)} == {
+        "exported.json",
+        "expert_location.json",
+    }
+    assert not is_map(GOLDEN)
 
 
 ROWS = [[0, 4, 1, 5, 2, 6, 3, 7], [7, 6, 5, 4, 3, 2, 1, 0], [*range(8)]]
