@@ -22,7 +22,7 @@ CASES = """
 --devices 4 --for vllm --load
 --devices 4 --objective traffic --prefill-share 0.5 --long
 --devices 4 --long
---devices 4 --window 512 --long
+--devices 4 --window 512 --long --quiet
 """
 RUNNING = ("running.json", "placement.json")
 WAITING = ("MODEL", "MORE", "NEWER")
@@ -64,6 +64,7 @@ def test_every_next_command_shows_what_was_judged(ok, as_json, brief, tmp_path, 
     own = [words[1:] for words in commands if words[0] == "moetuner"]
     assert {"solve", "evaluate"} <= {words[0] for words in own}
     for words in own:
+        assert "--quiet" not in words  # it is for this output
         if words[0] == "evaluate":
             text = ok(*words, "--json", "report.json")
             shown = json.loads((tmp_path / "report.json").read_text())

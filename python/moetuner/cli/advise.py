@@ -312,7 +312,7 @@ def next_commands(
     With ``from_all`` the placement to serve, from all of INPUT, has a command of its own.
     """
     typed, line = options.typed(), options.next_command
-    for name in ("threads", "report_file", "figures", "json_file", "unseen"):
+    for name in ("threads", "report_file", "figures", "json_file", "quiet", "unseen"):
         typed.pop(name, None)
 
     file = shlex.join(map(str, source.input_files))
