@@ -120,7 +120,7 @@ def command(
     failures = [*gates.failures(judgement)]
     output.say(*failures)
     files = {"placement": str(placement_file), "baseline": baseline}
-    of_page = _page_contents(placed, judgement, files)
+    of_page = _page_contents(placed, judgement, files) if pages.wanted else {}
     pages.write(output, lambda: _page(placed, judgement, of_page, expert_bytes))
     if sections == PAGE:
         contents = of_page
