@@ -15,14 +15,23 @@ from moetuner.cli import options
 from moetuner.cli.options import JUDGING, RUNNING, SEARCH, option
 from moetuner.cli.options.groups import FILES
 from moetuner.cli.options.machine import Machine
-from moetuner.cli.options.moves import initial_option, is_start
+from moetuner.cli.options.moves import initial_option, is_start, load_placement
 from moetuner.cli.options.pages import Pages, origin_of
 from moetuner.cli.options.serving import JudgedOptions, setting_option
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, steps, working
 from moetuner.evaluation.comparison import PRICE, Comparison
 from moetuner.evaluation.figures import FIGURES
-from moetuner.files.cells import counted, duration, in_bytes, percent, signed, span, with_values
+from moetuner.files.cells import (
+    counted,
+    duration,
+    in_bytes,
+    layer_list,
+    percent,
+    signed,
+    span,
+    with_values,
+)
 from moetuner.formats import reader_of, serving_commands, way_back
 from moetuner.problem.objective import Goal
 from moetuner.recording import Recording
@@ -106,7 +115,7 @@ def command(
     topology = machine.topology()
     source, served = serving.resolve(source, topology)
     expert_bytes = serving.expert_bytes(source, expert_bytes)
-    running = initial if is_start(initial) else source.load(Path(initial), topology)
+    running = initial if is_start(initial) else load_placement(Path(initial), source, topology)
     future = _future(source, unseen)
     output.say(source.describe())
     if future is not None:
@@ -452,9 +461,9 @@ def _go_back(advice: Advice) -> str | None:
 def _serving(source: Source, advice: Advice) -> list[str]:
     """Return the commands that export the placement, and serve it."""
     problem, why = advice.problem, ""
-    hidden, dense = source.layer_words()
-    if (hidden, dense) == ("N", "A-B"):
-        hidden, dense = str(problem.layers), "none"
+    layers, dense = source.traffic.left_out or (source.hidden_layers, source.dense_layers)
+    if not layers and dense is None:
+        layers, dense = problem.layers, ()
         why = "  # if all layers of the model have experts"
     redundant = problem.devices * problem.slots - problem.experts
     return serving_commands(
@@ -464,7 +473,7 @@ def _serving(source: Source, advice: Advice) -> list[str]:
         nodes=problem.topology.nodes,
         split=problem.split,
         placement=_proposed_file(advice),
-        hidden_layers=hidden,
-        dense_layers=dense,
+        hidden_layers=str(layers or "N"),
+        dense_layers="A-B" if dense is None else layer_list(dense),
         note=why,
     )

@@ -13,6 +13,7 @@ from moetuner._checks import DEVICE_LIMIT
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
+from moetuner.cli.options.moves import load_placement
 from moetuner.cli.options.placed import made_of
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
@@ -117,7 +118,7 @@ def command(
         Write the plans of --every-loss to this file, as JSON.
     """
     change.check(table_file)
-    running = source.load(running_file, devices=machine.given)
+    running = load_placement(running_file, source, devices=machine.given)
     made = made_of(running_file, running)
     topology = machine.topology(running.devices, made.machine)
     if expert_bytes is None:

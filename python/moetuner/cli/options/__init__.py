@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -414,13 +414,6 @@ def read_numbers(text: str) -> tuple[int, ...]:
             raise ValueError(text)
         numbers.update(range(first, last + 1))
     return tuple(sorted(numbers))
-
-
-def layer_list(layers: Sequence[int] | None) -> str | None:
-    """Write numbers of layers as ``--dense-layers`` takes them."""
-    if layers is None:
-        return None
-    return ",".join(map(str, layers)) or "none"
 
 
 # What sentences of the library call in Python's words, and the options that do it.

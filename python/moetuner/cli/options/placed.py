@@ -16,7 +16,7 @@ from moetuner._checks import (
 )
 from moetuner.cli.options import LayerHints, spelled
 from moetuner.cli.options.machine import Machine
-from moetuner.cli.options.moves import is_start, start_placement
+from moetuner.cli.options.moves import is_start, load_placement, start_placement
 from moetuner.cli.options.serving import ServingOptions
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import shares, working
@@ -25,7 +25,7 @@ from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.judgement import MEASURES, Judgement, judge
-from moetuner.evaluation.units import hold_out
+from moetuner.evaluation.units import hold_out, units_of
 from moetuner.files import naming, text
 from moetuner.files.cells import counted, listed
 from moetuner.formats import WRITERS, form_of, read_placement
@@ -155,7 +155,7 @@ class Placed:
     ) -> Placed:
         """Read a placement of INPUT's model; its settings replace options that are not given."""
         source = source.with_hints(read_hints(path))
-        placement = source.load(path, devices=machine.given)
+        placement = load_placement(path, source, devices=machine.given)
         made = made_of(path, placement)
         loads_it = WRITERS[form_of(path)].engine
         if loads_it is not None:  # a map that one engine alone loads is served by it
@@ -258,7 +258,7 @@ class Placed:
                 figure=figure or self.made.figure,
                 measures=self._measures(measures),
                 by_group=by_group,
-                units=self.source.units,
+                units=units_of(self.source.traffic, window=self.source.replayed),
                 names=names,
             )
 
@@ -334,7 +334,7 @@ class Placed:
             placement = start_placement(running, counts, machine, seed=seed, threads=threads)
             return placement.without(self.lost), running
         path = Path(running)
-        placement = self.source.load(path, devices=number)
+        placement = load_placement(path, self.source, devices=number)
         if placement.devices != number:
             raise click.UsageError(
                 f"'--baseline': {text.name(path.name)} has {counted(placement.devices, 'device')}, "

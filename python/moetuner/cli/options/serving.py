@@ -14,6 +14,7 @@ from moetuner.cli.options import SIZE, Number, Text, flags, option
 from moetuner.cli.options.machine import COST_MODEL, bytes_in_cost_model, cost_model_for
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import working
+from moetuner.cost import bytes_of_expert
 from moetuner.problem import TRAFFIC_CAP, Problem
 from moetuner.problem.objective import goal_for, tables_for
 from moetuner.serving import SERVED, Serving, experts_per_token
@@ -142,9 +143,12 @@ class ServingOptions:
 
     def expert_bytes(self, source: Source, bytes_given: float | None) -> float | None:
         """Return bytes of an expert: those given, else of --cost-model's sizes or INPUT's model."""
+        traffic, bits = source.traffic, source.weight_bits
         if bytes_given is None:
-            bytes_given = bytes_in_cost_model(self.given.get("cost_model"), source.weight_bits)
-        return source.expert_bytes(bytes_given)
+            bytes_given = bytes_in_cost_model(self.given.get("cost_model"), bits)
+        if bytes_given is None:
+            bytes_given = bytes_of_expert(traffic.expert_size, traffic.model, bits)
+        return bytes_given
 
 
 # An option of commands that say what the busiest device is left with.
@@ -248,10 +252,10 @@ class ProblemOptions(ServingOptions):
         return self._resolve(source, problem.topology, None).explain(more)
 
     def served(self, problem: Problem, source: Source) -> Serving:
-        """Return how placements of a problem are judged: as it is served, and with waterfill."""
+        """Return how placements of a problem are judged: in windows of INPUT, with waterfill."""
         waterfill = self.given.get("waterfill")
         top_k = None if waterfill is None else experts_per_token(source.traffic, source.top_k)
-        return replace(problem.serving, waterfill=waterfill, top_k=top_k)
+        return replace(problem.serving, window=source.replayed, waterfill=waterfill, top_k=top_k)
 
     def problem_settings(self, problem: Problem) -> dict[str, Any]:
         """Return the settings of a problem for JSON: defaults resolved."""
