@@ -15,7 +15,7 @@ from moetuner.cli.options import JUDGING, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import load_placement
 from moetuner.cli.options.pages import Pages, origin_of
-from moetuner.cli.options.serving import ComparedOptions
+from moetuner.cli.options.serving import ComparedOptions, settings_for_json
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output
 from moetuner.evaluation.comparison import Comparison, with_splits
@@ -25,6 +25,7 @@ from moetuner.evaluation.units import hold_out
 from moetuner.files.cells import counted, signed, span, with_values
 from moetuner.placement import Placement, blocks
 from moetuner.problem import Problem
+from moetuner.problem.made import Made
 from moetuner.recording import Recording
 from moetuner.report.advice import SPLITS
 from moetuner.report.outcome import (
@@ -39,7 +40,7 @@ from moetuner.report.outcome import (
     windows_of,
 )
 from moetuner.report.page.data import PageData, data_of_outcome
-from moetuner.serving import Serving, phases
+from moetuner.serving import Serving
 from moetuner.solver import ALIASES, METHODS, Result
 
 DEFAULT_METHODS = "contiguous,lpt,eplb,paper,joint"
@@ -124,13 +125,19 @@ def command(
         seen, unseen = hold_out(source.traffic, holdout, seed=seed)
         problem = wanted.problem(source, machine.topology(), seen)
         unseen = source.as_divided(unseen, problem.serving)
-        serving = wanted.served(problem, source)
+        serving = replace(problem.serving, window=source.replayed)
         return Split(number, problem, unseen, replace(search, seed=seed), initial, serving)
 
     first = split(0)
     problem = first.problem
-    output.say(source.describe(), *wanted.explain_problem(problem, source))
-    output.say(_setting(first, source.counted, holdout), "")
+    output.say(source.describe(), *wanted.explain_problem(problem))
+    unseen = counted(first.unseen.length, f"unseen {first.unseen.unit}")
+    output.say(
+        f"{counted(problem.slots, 'slot')} on each device, for "
+        f"{Made.for_problem(problem).describe()}; judged on "
+        f"{unseen if holdout else 'the same traffic'}.",
+        "",
+    )
     tries = _run(
         lambda number: (split(number) if number else first).outcomes(methods, source.threads),
         splits or (SPLITS if holdout else 1),
@@ -145,7 +152,7 @@ def command(
     for tokens, gains in by_windows.items():
         where = windows_of(tokens, best)
         _show_gains(output, gains, over, best.result.method, where, held_out=holdout > 0)
-    settings = wanted.problem_settings(problem) | {
+    settings = settings_for_json(problem) | {
         **asdict(search),
         "window": source.counted,
         "threads": source.threads,
@@ -318,21 +325,6 @@ def _gains(
         ]
         gains[method] = with_splits(by_window[window].gain, pairs)
     return gains
-
-
-def _setting(split: Split, window: int | None, holdout: float) -> str:
-    """Write what is solved, and what it is judged on."""
-    problem, unseen = split.problem, split.unseen
-    machine = f"{counted(problem.devices, 'device')} x {counted(problem.slots, 'slot')}"
-    if problem.topology.nodes > 1:
-        machine += f" in {problem.topology.nodes} nodes"
-    cap = "" if problem.max_imbalance is None else f", load cap {problem.max_imbalance:g}"
-    windows = f", windows of {window:,} tokens" if window else ""
-    windows = f", {phases.words(problem.shares)}" if len(problem.shares) > 1 else windows
-    judged = counted(unseen.length, f"unseen {unseen.unit}") if holdout else "the same traffic"
-    return (
-        f"{machine}, {problem.regime}, objective {problem.goal}{cap}{windows}, judged on {judged}"
-    )
 
 
 def _show_gains(

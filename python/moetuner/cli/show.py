@@ -17,8 +17,6 @@ from moetuner.files.cells import counted, listed, percent
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem.made import Made
 from moetuner.problem.objective import decimals_of
-from moetuner.serving import SERVED, describe_machine, phases
-from moetuner.serving.engines import ENGINES
 
 # Files of INPUT that a line names.
 NAMED = 3
@@ -73,18 +71,7 @@ def _lines(placement: Placement, made: Made, moment: str) -> Iterator[str]:
             "or older."
         )
         return
-    parts = []
-    if "objective" in made.wanted:
-        parts.append(f"objective {made.wanted['objective']}")
-    if (cap := made.wanted.get("max_imbalance")) is not None:
-        parts.append(f"load cap {cap}")
-    if counting := made.phases:
-        parts.append(phases.words(counting) or f"windows of {next(iter(counting)):,} tokens")
-    parts += [f"{name} {made.serving[name]}" for name in SERVED if name in made.serving]
-    if made.serving.get("engine") in ENGINES:
-        parts.insert(0, ENGINES[made.serving["engine"]].title)
-    machine = "" if made.machine is None else f" on {describe_machine(made.machine)}"
-    yield f"{'Served' if made.plan else 'Computed'} for {', '.join(parts)}{machine}"
+    yield f"{'Served' if made.plan else 'Computed'} for {made.describe()}"
     if "cost_model" in made.serving:
         yield f"Times are of {made.serving['cost_model'].name or 'an unnamed cost model'}"
     if made.plan is not None:

@@ -15,7 +15,7 @@ from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import MoveOptions
 from moetuner.cli.options.pages import Pages, origin_of
 from moetuner.cli.options.placed import held_out, windowed, with_input
-from moetuner.cli.options.serving import ProblemOptions
+from moetuner.cli.options.serving import ProblemOptions, settings_for_json
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output
 from moetuner.evaluation.judgement import Judgement
@@ -98,16 +98,16 @@ def command(
     if certificate_file is not None:
         _refuse_unprovable(problem, method, moving=initial is not None)
     arguments = asdict(search)
-    output.say(source.describe(), *wanted.explain_problem(problem, source), *moving.explain())
+    output.say(source.describe(), *wanted.explain_problem(problem), *moving.explain())
     moves, threads = moving.arguments(initial), source.threads
     result = work.solve(problem, method, threads=threads, **arguments, **moves)
-    result = replace(result, placement=with_input(result.placement, source, wanted.engine, holdout))
+    result = replace(result, placement=with_input(result.placement, source, holdout))
     # Written before anything is said about it: a closed pipe must not lose the answer.
     result.placement.save(out_file)
     output.say("")
     try:
         by_group = pages.wanted or output.json_file is not None
-        served = wanted.served(problem, source)
+        served = replace(problem.serving, window=source.replayed)
         options_of_replay = {"by_group": by_group, "threads": threads}
         before, outcomes = _replay(result, initial, problem, served, judged_on, **options_of_replay)
         outcome, judgements = outcomes[-1], {}
@@ -125,7 +125,7 @@ def command(
     moves, trades = moving.show(output, problem, initial, result, threads=threads, **arguments)
     output.say(f"wrote {out_file}")
     failure = certificate_file and _prove(problem, result, certificate_file, output)
-    settings = wanted.problem_settings(problem) | moving.settings() | arguments
+    settings = settings_for_json(problem) | moving.settings() | arguments
     settings |= {"window": source.counted, "threads": threads, "holdout": holdout}
     contents = {"input": source.facts(), "settings": settings, "placement": str(out_file)}
     contents |= {"method": method, **outcome.to_dict(), **moves}

@@ -312,7 +312,12 @@ class Problem(Frozen):
         check.instance("serving", serving, Serving, hint=", such as Serving(Topology(8))")
         names = ("regime", "split", "arrival", "cost_model", "phases")
         served = {name: getattr(serving, name) for name in names}
-        return cls(statistics, serving.topology, **{**served, **rules})
+        problem = cls(statistics, serving.topology, **{**served, **rules})
+        # What said a setting, and what no search asks for, is the serving's to know.
+        served = {name: getattr(problem, name) for name in names}
+        window = problem.statistics.window
+        vars(problem)["serving"] = replace(serving, **served, window=window)
+        return problem
 
     @cached_property
     def serving(self) -> Serving:

@@ -97,14 +97,10 @@ def read_hints(path: Path) -> Reading:
     return Reading() if form_of(path) != "json" else made_of(path, read_placement(path)).input
 
 
-def with_input(
-    placement: Placement, source: Source, engine: str | None, holdout: float
-) -> Placement:
-    """Return a placement whose settings say which INPUT, engine and holdout it was computed for."""
+def with_input(placement: Placement, source: Source, holdout: float) -> Placement:
+    """Return a placement whose settings say from which part of INPUT it was computed."""
     read = Reading.of(source, source.traffic)
-    made = Made.of(placement)
-    serving = made.serving if engine is None else {**made.serving, "engine": engine}
-    made = replace(made, serving=serving, holdout=holdout, input=read, spelled=spelled())
+    made = replace(Made.of(placement), holdout=holdout, input=read, spelled=spelled())
     return placement.with_names(settings={**placement.settings, **made.to_settings()})
 
 

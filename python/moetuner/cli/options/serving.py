@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import click
@@ -16,8 +16,9 @@ from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import working
 from moetuner.cost import bytes_of_expert
 from moetuner.problem import TRAFFIC_CAP, Problem
+from moetuner.problem.made import Made
 from moetuner.problem.objective import goal_for, tables_for
-from moetuner.serving import SERVED, Serving, experts_per_token
+from moetuner.serving import SERVED, Serving
 from moetuner.serving.engines import ENGINES, NO_ENGINES, engine_settings
 from moetuner.serving.settings import ENGINE, settings_of
 from moetuner.statistics import RoutingStatistics
@@ -240,7 +241,7 @@ class ProblemOptions(ServingOptions):
         except ArgumentError as error:
             raise click.UsageError(f"'--for {self.engine}': {error.renamed(flags())}.") from None
 
-    def explain_problem(self, problem: Problem, source: Source) -> list[str]:
+    def explain_problem(self, problem: Problem) -> list[str]:
         """Write in a line what ``--for`` has set of a problem; in none without an engine."""
         full = "full " if problem.fill_slots else ""
         total = problem.slots * problem.devices
@@ -249,24 +250,18 @@ class ProblemOptions(ServingOptions):
             more[0] += f" ({total} slots, {total - problem.experts} of them redundant)"
         if self.router_groups is not None:
             more.append(f"{self.router_groups} router groups kept whole")
-        return self._resolve(source, problem.topology, None).explain(more)
+        return problem.serving.explain(more)
 
-    def served(self, problem: Problem, source: Source) -> Serving:
-        """Return how placements of a problem are judged: in windows of INPUT, with waterfill."""
-        waterfill = self.given.get("waterfill")
-        top_k = None if waterfill is None else experts_per_token(source.traffic, source.top_k)
-        return replace(problem.serving, window=source.replayed, waterfill=waterfill, top_k=top_k)
 
-    def problem_settings(self, problem: Problem) -> dict[str, Any]:
-        """Return the settings of a problem for JSON: defaults resolved."""
-        settings = {name: getattr(problem, name) for name in SETTINGS}
-        settings |= {"objective": problem.goal}
-        settings["phases"] = {size: share for size, share in problem.shares.items() if size} or None
-        if problem.slots_per_device is None and problem.extra_slots is None:
-            settings["slots_per_device"] = problem.slots
-        served = replace(problem.serving, engine=self.engine).facts()
-        settings |= {name: served[name] for name in settings if name in served}
-        return {name: value for name, value in served.items() if name not in settings} | settings
+def settings_for_json(problem: Problem) -> dict[str, Any]:
+    """Return the settings of a problem for JSON: defaults resolved."""
+    made, served = Made.for_problem(problem), problem.serving.facts()
+    settings = {name: getattr(problem, name) for name in SETTINGS} | {**made.wanted}
+    settings["phases"] = made.serving["phases"]
+    if problem.slots_per_device is None and problem.extra_slots is None:
+        settings["slots_per_device"] = problem.slots
+    settings |= {name: served[name] for name in settings if name in served}
+    return {name: value for name, value in served.items() if name not in settings} | settings
 
 
 class ComparedOptions(ProblemOptions):
