@@ -17,6 +17,7 @@ from moetuner.cli.options.moves import load_placement
 from moetuner.cli.options.placed import made_of
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
+from moetuner.cli.recipes import to_serve
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation.losses import DOMAINS, Domain
 from moetuner.files import replacing
@@ -158,6 +159,17 @@ def command(
     if steps_file is not None:
         _write(steps_file, {"running": running_file.name} | planned.to_dict())
         output.say(f"wrote {steps_file}")
+    following = to_serve(
+        source,
+        placement,
+        out_file,
+        engine=made.serving.get("engine"),
+        split=made.serving.get("split"),
+        nodes=topology.nodes,
+    )
+    output.say("")
+    output.next_commands(following)
+    contents["commands"] = [*map(str, following)]
     output.finish(contents)
 
 
