@@ -185,7 +185,7 @@ class Setting:
             self.topology.node_of_device.tolist(),
             rows=rows,
             most_tokens=most_tokens,
-            split=self.serving.split,
+            split=self.serving.rule.token_rule,
             visits=visits,
             stays=stays,
         )
@@ -279,7 +279,7 @@ class _Group:
                 trace.top_k,
                 settings[at].topology.node_of_device.tolist(),
                 window=one.window,
-                split=one.serving.split,
+                split=one.serving.rule.token_rule,
                 of_slots=settings[at].counts_slots,
             )
             for at in dict.fromkeys(self._at)
