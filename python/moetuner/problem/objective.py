@@ -15,6 +15,7 @@ from moetuner import _core
 from moetuner.cost import CostModel
 from moetuner.evaluation import copies, figures, losses, replay
 from moetuner.evaluation.losses import Domain
+from moetuner.evaluation.options import ReplayOptions
 from moetuner.placement import Placement, blocks
 from moetuner.problem.caps import slowest
 from moetuner.problem.windows import Windows
@@ -362,7 +363,7 @@ class Objective:
 
     def _layer_times(self, placement: Placement) -> Callable[[Floats], Floats]:
         """Return what predicts microseconds over L of every layer of windows [W,L]."""
-        setting = replay.Setting(placement, self.serving, mixed=False)
+        setting = replay.Setting(placement, self.serving, ReplayOptions(mixed=False))
         visits = None if self.statistics.sets is None else self._count_visits(placement)
         follows = self.regime == "follow"
         expected = replay.Expected(self.statistics, setting, follows=follows, visits=visits)

@@ -10,6 +10,7 @@ from moetuner.cost import assumed_model
 from moetuner.evaluation import Evaluation, evaluate_each
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.judgement import Judgement, judge
+from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.replay import without_groups
 from moetuner.evaluation.units import Units
 from moetuner.files.cells import counted, distinct, number, percent
@@ -119,18 +120,20 @@ def replay(
     serving: Serving,
     traffic: Recording,
     windows: Sequence[int | None],
+    options: ReplayOptions,
     *,
     by_group: bool = True,
-    **options: Any,
+    progress: Callable[[float], None] | None = None,
 ) -> dict[int | None, list[Evaluation]]:
     """Evaluate placements on traffic that is served in windows of several sizes.
 
     Without ``by_group`` no group of a trace is evaluated by itself, which takes as long as all of
-    it. ``options`` are as for ``evaluate_each``.
+    it. ``progress`` is as for ``evaluate_each``.
     """
     traffic = traffic if by_group else without_groups(traffic)
     servings = [replace(serving, window=window) for window in windows]
-    return dict(zip(windows, evaluate_each(placements, traffic, servings, **options), strict=True))
+    evaluations = evaluate_each(placements, traffic, servings, options, progress=progress)
+    return dict(zip(windows, evaluations, strict=True))
 
 
 def left_over(traffic: Recording, window: int | None) -> str:

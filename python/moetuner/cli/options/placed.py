@@ -25,6 +25,7 @@ from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.judgement import MEASURES, Judgement, judge
+from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.units import hold_out
 from moetuner.files import naming, text
 from moetuner.files.cells import counted, listed
@@ -230,12 +231,11 @@ class Placed:
         self,
         running: Placement,
         names: tuple[str, str],
+        options: ReplayOptions,
         *,
         figure: str | None = None,
         measures: Iterable[str] = (),
         by_group: bool = False,
-        mixed: bool = True,
-        mixed_seed: int = 0,
     ) -> Judgement:
         """Replay what runs and the placement, and judge the change.
 
@@ -246,9 +246,7 @@ class Placed:
                 [running, self.placement],
                 self.judged[0],
                 [self.serving],
-                mixed=mixed,
-                mixed_seed=mixed_seed,
-                threads=self.source.threads,
+                options,
                 progress=shares(report, "of the tokens", then="figures"),
             )
         with working("comparing"):

@@ -27,6 +27,7 @@ from moetuner.cli.options import (
 from moetuner.cli.options.groups import FILES, group_input, locate_names
 from moetuner.cli.output import shares, working
 from moetuner.cost import bytes_of_expert, public_name, top_k_of, type_in_name
+from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.replay import check_model
 from moetuner.evaluation.units import Units, units_of
 from moetuner.files import naming, same_file
@@ -322,7 +323,7 @@ class Source(FileHints):
             judged = judged_windows(judged_on.length, problem.shares)
             windows += [tokens for tokens in judged if tokens != self.replayed]
         with working("replaying") as report:
-            arguments: Any = {"threads": self.threads, "by_group": by_group}
+            arguments: Any = {"options": ReplayOptions(threads=self.threads), "by_group": by_group}
             arguments["progress"] = shares(report, "of the tokens", then="figures")
             evaluations = outcome.replay(placements, serving, judged_on, windows, **arguments)
         first = evaluations.pop(self.replayed)
