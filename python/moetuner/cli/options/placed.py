@@ -23,7 +23,7 @@ from moetuner.cli.output import shares, working
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.comparison import Comparison
-from moetuner.evaluation.figures import FIGURES
+from moetuner.evaluation.figures import FIGURES, WITH_ARGUMENT
 from moetuner.evaluation.judgement import MEASURES, Judgement, judge
 from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.units import hold_out
@@ -273,8 +273,8 @@ class Placed:
         return bytes_of_expert(size, traffic.model, self.source.weight_bits)
 
     def gains(self, judgement: Judgement) -> list[Comparison]:
-        """Return what is gained in its own figure, in predicted time and with waterfill."""
-        figures = dict.fromkeys((judgement.measure, "predicted_layer_us", "imbalance_filled"))
+        """Return what is gained in its own figure, in time, and in those with an argument."""
+        figures = dict.fromkeys((judgement.measure, "predicted_layer_us", *WITH_ARGUMENT))
         return [judgement.whole[name] for name in figures if name in judgement.whole]
 
     def lines(self) -> Iterator[str]:
