@@ -202,6 +202,19 @@ class Objective:
         return self.goal != "traffic" or self.has_traffic
 
     @property
+    def is_sum_of_layers(self) -> bool:
+        """Whether it is a sum over layers, of which each may be placed by itself."""
+        joins = self.goal != "balance" and self.regime == "follow" and self.statistics.layers > 1
+        return self.is_known and not joins and self.survive is None
+
+    def layer_costs(self, placement: Placement) -> Floats:
+        """Compute what layers cost [L,N]: of windows that do not simply add up, in each."""
+        if self.goal == "traffic":
+            return self.layers_traffic(placement)[:, None]
+        costs = self.window_cost(placement).T
+        return self.worth(costs)[:, None] if self.windows.is_mean else costs
+
+    @property
     def _words(self) -> tuple[str, str, str]:
         """Unit, text of a value, and nearest figure, by what is counted."""
         if self.goal == "traffic" and self.counts_visits:
