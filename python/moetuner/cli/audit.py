@@ -19,6 +19,7 @@ from moetuner.cli.output import Output
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import FEWEST
 from moetuner.evaluation.judgement import MEASURES, Judgement
+from moetuner.evaluation.options import ReplayOptions
 from moetuner.files import text
 from moetuner.files.cells import counted, listed, signed, span
 from moetuner.report.outcome import whose_times
@@ -70,10 +71,10 @@ def command(
     judgement = placed.judge(
         running,
         (against, placed.name),
+        ReplayOptions(mixed=False, threads=source.threads),
         figure="predicted_layer_us",
         measures=measures,
         by_group=True,
-        mixed=False,
     )
     _check_measures(measures, judgement)
     audited = replace(judgement, measure=judged[0])

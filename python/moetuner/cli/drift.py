@@ -20,6 +20,7 @@ from moetuner.cli.recipes import to_solve_again
 from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.figures import FIGURES
+from moetuner.evaluation.options import ReplayOptions
 from moetuner.files import text
 from moetuner.files.cells import percent, signed
 from moetuner.placement import Placement
@@ -176,7 +177,8 @@ def _replayed(
         for name, (source, part) in (("profile", before), ("now", after)):
             replayed = window if window is not None else source.replayed
             served = replace(serving, window=replayed)
-            [[figures]] = evaluate_each([placement], part, [served], threads=source.threads)
+            options = ReplayOptions(threads=source.threads)
+            [[figures]] = evaluate_each([placement], part, [served], options)
             row[name] = {measure: getattr(figures, measure) for measure in SHOWN}
         old, new = row["profile"][measure], row["now"][measure]
         rows.append(row | {"change": new / old - 1 if old else 0.0})

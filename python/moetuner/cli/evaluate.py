@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import click
-
 from moetuner import _checks
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
+from moetuner.cli.options.figures import FigureOptions
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import baseline_option
 from moetuner.cli.options.placed import Placed
@@ -41,7 +40,7 @@ def command(
     baseline: str | None = baseline_option(),
     lost: tuple[int, ...] = option(options.DEVICE_LIST, "LIST", (), flag="--without"),
     serving: JudgedOptions,
-    mixed_seed: int = option(click.IntRange(0, 2**63 - 1), "N", default=0),
+    figures: FigureOptions,
     output: Output,
 ) -> None:
     """Replay a placement, and print its figures.
@@ -52,15 +51,14 @@ def command(
         The placement that runs. [default: contiguous]
     lost
         Devices that are lost, such as 3,17; the placement is replayed on those that are left.
-    mixed_seed
-        Seed of the order in which sequences, or windows of statistics, are mixed.
     """
     placed = Placed.read(placement_file, source, machine, serving)
     placed = placed.without(lost)
     placement, (traffic, *_) = placed.placement, placed.judged
     window = placed.source.counted
     running, against = placed.baseline(baseline)
-    judgement = placed.judge(running, (against, placed.name), mixed_seed=mixed_seed)
+    replayed = figures.replay_options(source)
+    judgement = placed.judge(running, (against, placed.name), replayed)
     evaluation = judgement.after
     output.say(*placed.lines())
     windows = f", windows of {window:,} tokens" if window else ""
@@ -75,15 +73,14 @@ def command(
     together = on_one_device(evaluation, placement.devices)
     if together is not None:
         output.say(f"{together:.1f} of 100 tokens have all their experts of a layer on one device")
-    output.say(_mixed(traffic, mixed_seed), "")
+    output.say(_mixed(traffic, replayed.mixed_seed), "")
     _table(output, "layer, us", TIMES, evaluation)
     output.say(whose_times(placed.serving, traffic))
     losses = [f"Losses: {each.sentence}." for each in evaluation.losses.values()]
     last = [*losses, *(_ports(name, ports) for name, ports in evaluation.busiest_port.items())]
     output.say(*[""] * bool(last), *last)
-    contents = placed.contents(
-        mixed_seed=mixed_seed, waterfill=placed.serving.waterfill, without=list(lost)
-    )
+    settings = {"waterfill": placed.serving.waterfill, "without": list(lost)}
+    contents = placed.contents(**replayed.facts(), **settings)
     contents["placement"] = str(placement_file)
     contents["baseline"] = baseline
     output.finish(contents | evaluation.to_dict() | {"gain": judgement.gain.to_dict()})

@@ -14,8 +14,9 @@ from moetuner.cli.options.pages import draw_into, figures_option
 from moetuner.cli.options.serving import ServingOptions
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, shares, working
-from moetuner.evaluation import evaluate
+from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.intervals import FEWEST
+from moetuner.evaluation.options import ReplayOptions
 from moetuner.files import text
 from moetuner.files.cells import number, percent
 from moetuner.placement import blocks
@@ -86,7 +87,8 @@ def _show_served(
     traffic = source.traffic
     placement = blocks(traffic.layers, traffic.num_experts, devices)
     with working("replaying"):
-        evaluation = evaluate(placement, traffic, serving, threads=source.threads)
+        replayed = ReplayOptions(threads=source.threads)
+        [[evaluation]] = evaluate_each([placement], traffic, [serving], replayed)
     output.say(
         "",
         *serving.explain(),

@@ -13,6 +13,7 @@ from moetuner.cli.options.placed import Placed
 from moetuner.cli.options.serving import ServingOptions
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output
+from moetuner.evaluation.options import ReplayOptions
 from moetuner.files import text
 from moetuner.frozen import as_json
 from moetuner.report.page.data import make_data
@@ -54,7 +55,8 @@ def command(
     model, (traffic, judged_on, _) = placed.serving.cost_model, placed.judged
     assert model is not None
     output.say(*placed.lines())
-    judgement = placed.judge(running, names, by_group=traffic.group is not None, mixed=False)
+    replayed = ReplayOptions(mixed=False, threads=source.threads)
+    judgement = placed.judge(running, names, replayed, by_group=traffic.group is not None)
     output.say(*(f"Gain: {gain.sentence}" for gain in placed.gains(judgement)))
     contents = placed.contents(
         placement=str(placement_file),

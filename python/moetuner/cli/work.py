@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from moetuner import solver
 from moetuner.cli.output import shares, working
+from moetuner.evaluation.options import ReplayOptions
 from moetuner.problem import Problem
 from moetuner.recording import Recording
 from moetuner.report import outcome
@@ -37,11 +38,19 @@ def replay(
     problem: Problem,
     serving: Serving,
     judged_on: Recording,
-    **options: Any,
+    *,
+    threads: int | None,
+    by_group: bool = True,
 ) -> list[Outcome]:
-    """Evaluate placements of results on other traffic. ``options`` are as for ``replay``."""
+    """Evaluate placements of results on other traffic, and by group unless that is not asked."""
     with working("replaying") as report:
         progress = shares(report, "of the tokens", then="figures")
         return outcome.replay_results(
-            results, problem, serving, judged_on, progress=progress, **options
+            results,
+            problem,
+            serving,
+            judged_on,
+            ReplayOptions(threads=threads),
+            by_group=by_group,
+            progress=progress,
         )

@@ -481,6 +481,18 @@ class Problem(Frozen):
             *self.caps.violations(placement),
         )
 
+    def layers_that_keep_rules(self, placement: Placement) -> NDArray[np.bool_]:
+        """Return in which layers a placement keeps the rules of slots, pins and bans [L]."""
+        count = (placement.slots != EMPTY).sum(axis=2)
+        keeps: NDArray[np.bool_] = (count <= self.capacity).all(axis=1)
+        if self.fill_slots:
+            keeps &= (count == self.capacity).all(axis=1)
+        if not self.may_copy:
+            keeps &= count.sum(axis=1) == self.experts
+        broken = [self.rules.are_broken(layer, held) for layer, held in enumerate(placement.held)]
+        keeps &= ~np.array(broken)
+        return keeps
+
     def check_shape(self, placement: Placement, name: str = "placement") -> None:
         """Raise ValueError if a placement, of this name, is of another model or machine."""
         check.instance(name, placement, Placement)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from moetuner.cost import assumed_model
 from moetuner.evaluation import Evaluation, evaluate_each
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.judgement import Judgement, judge
+from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.replay import without_groups
 from moetuner.evaluation.units import units_of
 from moetuner.files.cells import counted, distinct, number, percent
@@ -120,18 +121,20 @@ def replay(
     serving: Serving,
     traffic: Recording,
     windows: Sequence[int | None],
+    options: ReplayOptions,
     *,
     by_group: bool = True,
-    **options: Any,
+    progress: Callable[[float], None] | None = None,
 ) -> dict[int | None, list[Evaluation]]:
     """Evaluate placements on traffic that is served in windows of several sizes.
 
     Without ``by_group`` no group of a trace is evaluated by itself, which takes as long as all of
-    it. ``options`` are as for ``evaluate_each``.
+    it. ``progress`` is as for ``evaluate_each``.
     """
     traffic = traffic if by_group else without_groups(traffic)
     servings = [replace(serving, window=window) for window in windows]
-    return dict(zip(windows, evaluate_each(placements, traffic, servings, **options), strict=True))
+    evaluations = evaluate_each(placements, traffic, servings, options, progress=progress)
+    return dict(zip(windows, evaluations, strict=True))
 
 
 def replay_results(
@@ -139,19 +142,24 @@ def replay_results(
     problem: Problem,
     serving: Serving,
     judged_on: Recording,
-    **options: Any,
+    options: ReplayOptions,
+    *,
+    by_group: bool = True,
+    progress: Callable[[float], None] | None = None,
 ) -> list[Outcome]:
     """Evaluate the placements of results on other traffic, which is read once for all of them.
 
-    In the windows that are served, and in all others that the problem is about. ``options`` are as
-    for ``replay``.
+    In the windows that are served, and in all others that the problem is about. ``by_group`` and
+    ``progress`` are as for ``replay``.
     """
     windows = [serving.window]
     if judged_on.ordered:
         judged = judged_windows(judged_on.length, problem.shares)
         windows += [tokens for tokens in judged if tokens != serving.window]
     placements = [result.placement for result in results]
-    evaluations = replay(placements, serving, judged_on, windows, **options)
+    evaluations = replay(
+        placements, serving, judged_on, windows, options, by_group=by_group, progress=progress
+    )
     first = evaluations.pop(serving.window)
     return [
         Outcome(problem, *pair, {tokens: each[at] for tokens, each in evaluations.items()})

@@ -19,11 +19,11 @@ from click.shell_completion import CompletionItem
 from moetuner._checks import ArgumentError, suggestion
 from moetuner.files import same_file
 from moetuner.serving.recipes import Recipe
-from moetuner.serving.settings import ENGINE, GOAL, MACHINE, parameters_of
+from moetuner.serving.settings import ENGINE, GOAL, MACHINE, OTHER, parameters_of
 from moetuner.solver import ALIASES, EFFORTS, METHODS
 
 # Groups of the help in their order; an option is in one of them, else in the last.
-BEGIN, OTHER = "Begin with", "Other"
+BEGIN = "Begin with"
 RUNNING, SEARCH, JUDGING = "The running placement", "The search", "The evaluation"
 GROUPS = (BEGIN, MACHINE, GOAL, ENGINE, RUNNING, SEARCH, JUDGING, OTHER)
 

@@ -23,8 +23,9 @@ from moetuner.cli.output import shares, working
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.comparison import Comparison
-from moetuner.evaluation.figures import FIGURES
+from moetuner.evaluation.figures import FIGURES, WITH_ARGUMENT
 from moetuner.evaluation.judgement import MEASURES, Judgement, judge
+from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.units import hold_out, units_of
 from moetuner.files import naming, text
 from moetuner.files.cells import counted, listed
@@ -226,12 +227,11 @@ class Placed:
         self,
         running: Placement,
         names: tuple[str, str],
+        options: ReplayOptions,
         *,
         figure: str | None = None,
         measures: Iterable[str] = (),
         by_group: bool = False,
-        mixed: bool = True,
-        mixed_seed: int = 0,
     ) -> Judgement:
         """Replay what runs and the placement, and judge the change.
 
@@ -242,9 +242,7 @@ class Placed:
                 [running, self.placement],
                 self.judged[0],
                 [self.serving],
-                mixed=mixed,
-                mixed_seed=mixed_seed,
-                threads=self.source.threads,
+                options,
                 progress=shares(report, "of the tokens", then="figures"),
             )
         with working("comparing"):
@@ -271,8 +269,8 @@ class Placed:
         return bytes_of_expert(size, traffic.model, self.source.weight_bits)
 
     def gains(self, judgement: Judgement) -> list[Comparison]:
-        """Return what is gained in its own figure, in predicted time and with waterfill."""
-        figures = dict.fromkeys((judgement.measure, "predicted_layer_us", "imbalance_filled"))
+        """Return what is gained in its own figure, in time, and in those with an argument."""
+        figures = dict.fromkeys((judgement.measure, "predicted_layer_us", *WITH_ARGUMENT))
         return [judgement.whole[name] for name in figures if name in judgement.whole]
 
     def lines(self) -> Iterator[str]:

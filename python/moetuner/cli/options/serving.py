@@ -15,6 +15,7 @@ from moetuner.cli.options.machine import COST_MODEL, bytes_in_cost_model, cost_m
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import working
 from moetuner.cost import bytes_of_expert
+from moetuner.evaluation.options import ReplayOptions
 from moetuner.problem import TRAFFIC_CAP, Problem
 from moetuner.problem.made import Made
 from moetuner.problem.objective import goal_for, tables_for
@@ -25,21 +26,26 @@ from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
-DECLARED = settings_of(Problem, Serving)
+DECLARED = settings_of(Problem, Serving, ReplayOptions)
 # Those of a problem.
 SETTINGS = [own.name for own in fields(Problem) if own.metadata]
 
 
 def setting_option(name: str) -> Any:
-    """Return the option of a setting; its value is None or empty if it is not given."""
+    """Return the option of a setting; its value is None or empty if it is not given.
+
+    A whole number within limits is its default then.
+    """
     keywords = dict(DECLARED[name])
     kind: Any = None
     read, choices = keywords.pop("read", None), keywords.pop("choices", None)
-    above = keywords.pop("above", None)
+    above, within = keywords.pop("above", None), keywords.pop("within", None)
     if name == "cost_model":  # its files and presets are read as those of --topology are
         kind = COST_MODEL
     elif above is not None:
         kind = Number(min=above, min_open=True)
+    elif within is not None:
+        kind = click.IntRange(*within)
     elif choices:
         kind = click.Choice(choices)
     elif read:

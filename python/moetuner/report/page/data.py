@@ -381,7 +381,7 @@ def make_data(
     gain, replayed = replace(judgement.gain, splits=()), judgement.after.replayed
     assert replayed is not None
     answer, words, todo = GAINED[gain.answer]
-    loads = count_loads(replayed.traffic, threads=replayed.setting.threads)
+    loads = count_loads(replayed.traffic, threads=replayed.setting.options.threads)
     warnings: tuple[str, ...] = ()
     if gain.measure == "predicted_layer_us":
         model = replayed.setting.serving.cost_model
@@ -416,7 +416,9 @@ def make_data(
         warnings=warnings,
         token_bytes=token_bytes,
         expert_bytes=expert_bytes,
-        hot_experts=hold_out_hot_experts(replayed.traffic, threads=replayed.setting.threads),
+        hot_experts=hold_out_hot_experts(
+            replayed.traffic, threads=replayed.setting.options.threads
+        ),
     )
     if page.moves.experts_moved or judgement.before.imbalance != judgement.after.imbalance:
         return page
