@@ -443,6 +443,19 @@ def test_values_between_a_placement_and_a_sentence_are_nine():
     assert classes == values | parts | {"Structure", "HotExperts"}
 
 
+def test_options_of_a_replay_are_passed_on_as_one_value():
+    """Of its fields no function takes several, but the public one that makes the value of them."""
+    options = {"home", "mixed", "mixed_seed", "threads"}
+    takers = {
+        node.name
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        and len(options & {each.arg for each in (*node.args.args, *node.args.kwonlyargs)}) > 1
+    }
+    assert takers == {"evaluate"}
+
+
 def test_no_two_classes_have_one_name():
     """A name means one thing in the whole package; private ones count too."""
     names = [

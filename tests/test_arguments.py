@@ -83,9 +83,13 @@ FILES = {
 VALUES = {"PlacementDiff", "Evaluation", "Judgement", "Comparison", "Result", "Progress", "Trade",
           "Advice", "Drift", "Certificate", "Objective", "Plan"}  # fmt: skip
 # Methods of problems and objectives that only the solver calls.
-INNER = {f"Objective.{of}" for of in ("window_cost", "imbalances", "layers_traffic", "worth")}
+INNER = {
+    f"Objective.{of}"
+    for of in ("window_cost", "imbalances", "layers_traffic", "layer_costs", "worth")
+}
 INNER |= {
     "Problem.core_rules",
+    "Problem.layers_that_keep_rules",
     "Objective.over",
     "Problem.objective_in",
     "CostModel.least_compute_us",

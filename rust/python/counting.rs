@@ -255,8 +255,7 @@ fn copies_of(
     let [layers, _, per_device] = sizes(slots.shape());
     let routing = Routing::new(layers, num_experts, top_k)?;
     let split = match split {
-        // Who divides windows by a linear programme has copies of no expert here.
-        "even" | "lp" => Split::Even,
+        "even" => Split::Even,
         "nearest" => Split::Nearest,
         "round_robin" => Split::RoundRobin,
         _ => {

@@ -147,7 +147,7 @@ ON_CPU = ["--device", "cpu", "--attention-backend", "torch_native", "--skip-toke
 )
 def test_the_printed_command_starts_the_dispatch_of_its_split(split, dispatch):
     """SGLang's own arguments take the line of `advise` and pages, whatever copies are split by."""
-    *_, line = serving_commands("sglang", devices=2, redundant=COPIES, split=split)
+    line = serving_commands("sglang", devices=2, redundant=COPIES, split=split)[-1].command
     words = shlex.split(line.replace("MODEL", str(model(MODEL))), comments=True)
     assert words[:3] == ["python", "-m", "sglang.launch_server"]
     done = subprocess.run(

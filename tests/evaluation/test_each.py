@@ -12,6 +12,7 @@ from moetuner import _core
 from moetuner.evaluation import evaluate_each, figures
 from moetuner.evaluation import replay as replay_
 from moetuner.evaluation.arrival import mixed_order
+from moetuner.evaluation.options import ReplayOptions
 from moetuner.serving.splits import SPLITS as ALL_SPLITS
 
 MODEL = mt.CostModel(1.0, 0.5, 0.01, 2.0, 64.0)
@@ -40,7 +41,7 @@ def test_placements_are_replayed_as_each_by_itself(split, layers, spare, window,
         mt.Placement(random_slots(rng, layers, 4, 8, spare=more), num_experts=8) for more in spare
     ]
     how = {"window": window, "split": split, "cost_model": MODEL}
-    [together] = evaluate_each(placements, trace, [mt.Serving(topology, **how)])
+    [together] = evaluate_each(placements, trace, [mt.Serving(topology, **how)], ReplayOptions())
     for placement, evaluation in zip(placements, together, strict=True):
         assert evaluation.to_dict() == mt.evaluate(placement, trace, topology, **how).to_dict()
 
@@ -67,9 +68,10 @@ def test_windows_of_several_sizes_are_as_each_by_itself(split, arrival, windows,
     placements.append(placements[1])
     how = {"split": split, "arrival": arrival, "cost_model": MODEL}
     servings = [mt.Serving(topology, window=window, **how) for window in windows]
-    together = evaluate_each(placements, trace, servings)
+    together = evaluate_each(placements, trace, servings, ReplayOptions())
     for serving, evaluations in zip(servings, together, strict=True):
-        [alone] = evaluate_each(placements, trace, [serving], mixed=serving is servings[0])
+        options = ReplayOptions(mixed=serving is servings[0])
+        [alone] = evaluate_each(placements, trace, [serving], options)
         assert [each.to_dict() for each in evaluations] == [each.to_dict() for each in alone]
 
 
@@ -79,9 +81,8 @@ def test_progress_is_the_share_of_tokens(make_trace, monkeypatch):
     monkeypatch.setattr(replay_, "SHARD_BYTES", 400)
     shares, slots = [], np.arange(4).reshape(1, 2, 2).repeat(2, axis=0)
     placements = [mt.Placement(slots), mt.Placement(slots[:, ::-1].copy())]
-    evaluate_each(
-        placements, trace, [mt.Serving(mt.Topology(2), window=16)], progress=shares.append
-    )
+    serving = mt.Serving(mt.Topology(2), window=16)
+    evaluate_each(placements, trace, [serving], ReplayOptions(), progress=shares.append)
     assert shares == sorted(shares)
     assert (len(shares), shares[-1]) == (5, 1.0)
 
@@ -182,7 +183,7 @@ def test_arrival_is_the_replay_of_tokens_in_that_order(split, spare, window, lab
     # As recorded, tokens are counted at their places in that order, beside another placement.
     other = mt.Placement(random_slots(rng, 2, 4, 8, spare=0), num_experts=8)
     served_so = mt.Serving(mt.Topology(4), **how)
-    [[_, recorded]] = evaluate_each([other, placement], trace, [served_so])
+    [[_, recorded]] = evaluate_each([other, placement], trace, [served_so], ReplayOptions())
     assert recorded.imbalance_mixed == mixed.imbalance
 
 

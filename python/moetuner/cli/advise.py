@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-import re
-import shlex
-from collections.abc import Collection
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from moetuner.cli import options
+from moetuner.cli import options, recipes
 from moetuner.cli.options import JUDGING, RUNNING, SEARCH, option
 from moetuner.cli.options.groups import FILES
 from moetuner.cli.options.machine import Machine
-from moetuner.cli.options.moves import initial_option, is_start
+from moetuner.cli.options.moves import initial_option, is_start, load_placement
 from moetuner.cli.options.pages import Pages, origin_of
 from moetuner.cli.options.serving import JudgedOptions, setting_option
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, steps, working
 from moetuner.evaluation.comparison import PRICE, Comparison
 from moetuner.evaluation.figures import FIGURES
-from moetuner.files.cells import counted, duration, in_bytes, percent, signed, span, with_values
-from moetuner.formats import reader_of, serving_commands, way_back
+from moetuner.files.cells import (
+    counted,
+    duration,
+    in_bytes,
+    percent,
+    signed,
+    span,
+    with_values,
+)
 from moetuner.problem.objective import Goal
 from moetuner.recording import Recording
 from moetuner.report import advice as advising
-from moetuner.report.advice.conclusion import running_name, write_audit, write_order
-from moetuner.report.advice.request import slots_of_running
+from moetuner.report.advice.conclusion import write_audit, write_order
 from moetuner.report.advice.values import Advice, write_windows_of
 from moetuner.report.page.data import data_of_advice
-from moetuner.serving.engines import ENGINES, engine_of
-from moetuner.serving.phases import WINDOWS, name_phase
+from moetuner.serving.phases import name_phase
 from moetuner.serving.settings import read_count
 
 COPIES = options.Text(
@@ -40,10 +42,6 @@ COPIES = options.Text(
     "numbers as in 0,1,2,4",
 )
 DEFAULT_COPIES = ",".join(map(str, advising.COPIES))
-# Share that is held out, as of ``advise``.
-HOLDOUT = 0.5
-# Where the commands write what runs, unless a file has it.
-RUNNING_FILE = "running.json"
 
 
 @options.command("advise", begin_with="--devices --devices-per-node --for --report")
@@ -106,7 +104,7 @@ def command(
     topology = machine.topology()
     source, served = serving.resolve(source, topology)
     expert_bytes = serving.expert_bytes(source, expert_bytes)
-    running = initial if is_start(initial) else source.load(Path(initial), topology)
+    running = initial if is_start(initial) else load_placement(Path(initial), source, topology)
     future = _future(source, unseen)
     output.say(source.describe())
     if future is not None:
@@ -132,7 +130,7 @@ def command(
             threads=source.threads,
             progress=steps(report, weights),
         )
-    audit, repeated = write_audit(advice), _audit_command(source, advice, unseen)
+    audit, repeated = write_audit(advice), recipes.to_audit(source, advice, unseen).command
     advice = replace(
         advice,
         reasons=tuple(map(options.name_options, advice.reasons)),
@@ -140,17 +138,18 @@ def command(
             options.name_options(warning).replace(audit, repeated) for warning in advice.warnings
         ),
     )
-    commands = next_commands(source, advice, unseen)
+    following = recipes.after_advice(source, advice, unseen)
     _show(output, advice)
-    output.next_commands(commands)
-    go_back = _go_back(advice)
+    output.next_commands(following)
+    go_back = recipes.go_back(advice)
     if go_back is not None:
         output.say(f"  # to go back: {go_back}")
-    contents = {"input": source.facts(), **advice.to_dict(), "commands": commands}
-    contents["go_back"] = go_back
+    contents: dict[str, Any] = {"input": source.facts(), **advice.to_dict()}
+    contents |= {"commands": [*map(str, following)], "go_back": go_back}
     # A page has room for the command that the terminal names in a remark.
-    full = {"commands": next_commands(source, advice, unseen, from_all=True)}
-    pages.write(output, lambda: data_of_advice(advice, origin_of(source), contents | full))
+    full = recipes.after_advice(source, advice, unseen, from_all=True)
+    on_page = contents | {"commands": [*map(str, full)]}
+    pages.write(output, lambda: data_of_advice(advice, origin_of(source), on_page, full))
     output.finish(contents)
 
 
@@ -302,169 +301,3 @@ def _write_step(advice: Advice) -> str:
     moved = f"{counted(step.experts, 'expert')} ({in_bytes(step.bytes)})"
     # All of its digits: a budget that is rounded down is one expert less.
     return f"Moving {moved} gains {part} (--move-budget {step.bytes:.0f})"
-
-
-def next_commands(
-    source: Source, advice: Advice, unseen: Collection[Path] = (), *, from_all: bool = False
-) -> list[str]:
-    """Return the commands that come next, each with every option that changes its answer.
-
-    With ``from_all`` the placement to serve, from all of INPUT, has a command of its own.
-    """
-    typed, line = options.typed(), options.next_command
-    for name in ("threads", "report_file", "figures", "json_file", "quiet", "unseen"):
-        typed.pop(name, None)
-
-    file = shlex.join(map(str, source.input_files))
-    if advice.answer == "not now":
-        reading = {field.name: typed.get(field.name) for field in fields(Source)}
-        again = "again, when traffic, engine or the number of devices has changed"
-        return [
-            line("inspect", file, reading, "what there is to win, layer by layer"),
-            line("advise", "NEWER", _of_other(typed, "NEWER"), again),
-        ]
-    if advice.answer != "worth a trial":
-        return _recording(source, advice, typed)
-    judging = _judging(source, advice, typed, unseen, from_all=from_all)
-    return [*judging, *_serving(source, advice)]
-
-
-def _recording(source: Source, advice: Advice, typed: dict[str, Any]) -> list[str]:
-    """Return the commands that record more: by INPUT's engine, each kind of traffic by itself."""
-    line = options.next_command
-    engine = advice.settings["engine"] or engine_of(reader_of(source.input_files[0]))
-    if engine is not None and ENGINES[engine].record:
-        command = ENGINES[engine].record.format(devices=advice.problem.devices)
-        page = f"docs/engines/{engine.replace('-', '_')}.md"
-        return [
-            f"{command}  # record into MORE, a file for each kind of traffic: {page}",
-            # Groups are then called as the files are.
-            line("advise", "MORE", {**typed, "group_by": FILES, "only": None}),
-        ]
-    typed = _of_other(typed, "MORE")
-    if advice.main.window is None:
-        return [line("advise", "MORE", typed, "MORE: more windows, of all kinds of traffic")]
-    return [
-        "moetuner collect MODEL --dataset FILE --out MORE  # more sequences, of all kinds; or "
-        "as the engine records them, see docs/engines",
-        line("advise", "MORE", typed),
-    ]
-
-
-def _of_other(typed: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return options of another recording, which a file of INPUT's names does not fit."""
-    names = typed.get("group_by")
-    if names is None or names == FILES:
-        return typed
-    # The names of other requests, windows or sequences, as NEWER.csv:kind for mine.csv:kind.
-    ending = re.search(r"(\.\w+(:.*)?)?$", str(names))
-    return {**typed, "group_by": f"{name}{ending[0] if ending else ''}"}
-
-
-def _judging(
-    source: Source,
-    advice: Advice,
-    typed: dict[str, Any],
-    unseen: Collection[Path],
-    *,
-    from_all: bool,
-) -> list[str]:
-    """Return the commands that compute the placement, and show the figure that it was judged by."""
-    file, future = (shlex.join(map(str, each)) for each in (source.input_files, unseen))
-    problem, main, settings = advice.problem, advice.main, advice.settings
-    initial, window, traffic = settings["initial"], settings["windows"][0], source.traffic
-    why = "the placement that was judged"
-    solving = {**typed, "expert_bytes": None, "seed": settings["seed"]}
-    # The windows that were searched for, which INPUT's own would not all be.
-    if window is None:  # windows are given
-        solving |= {"window": None, "arrival": None}
-    elif {*problem.shares} == {window}:
-        solving["window"] = window
-    else:
-        solving |= {"window": None, "phases": f"{problem.shares.get(WINDOWS[1], 0.0):g}"}
-    if traffic.has_pairs:
-        why = "from all of INPUT with its pairs, which cannot be held out"
-    elif not unseen:
-        why += "" if from_all else "; leave out --holdout to use all of INPUT for serving"
-        solving["holdout"] = HOLDOUT
-
-    def solve(slots: int, why: str, **others: Any) -> str:
-        is_default = slots * problem.devices == problem.experts
-        is_default &= problem.topology.slots_per_device is None
-        solving["slots_per_device"] = None if is_default else slots
-        return options.next_command("solve", file, {**solving, **others}, why)
-
-    commands = []
-    baseline, placed = _running_file(advice), _proposed_file(advice)
-    if initial not in ("given", "contiguous"):
-        slots = slots_of_running(initial, problem.experts, problem.devices)
-        method_and_file = {
-            "method": initial.partition(":")[0],
-            "out_file": (baseline := RUNNING_FILE),
-        }
-        commands.append(solve(slots, f"what runs: {running_name(advice)}", **method_and_file))
-    if problem.has_slots_for(advice.placements[0]):
-        solving["initial_file"] = initial if baseline is None else baseline
-    commands.append(solve(problem.slots, why, out_file=placed))
-    values = {field.name: typed.get(field.name) for field in fields(Source)}
-    values |= {"expert_bytes": typed.get("expert_bytes"), "baseline": baseline}
-    values |= {"window": None if main.window == window else main.window}
-    values |= {"report_file": "report.html"}
-    report = options.next_command("evaluate", f"{placed} {future or file}", values)
-    commands.append(report)
-    if advice.more is not None:
-        slots = problem.slots + advice.more - advice.knee
-        more = options.apart_from(_running_file(advice), "more.json")
-        commands.append(solve(slots, "the one with more memory", out_file=more))
-    if from_all and "holdout" in solving:
-        to_serve = {"holdout": None, "out_file": placed}
-        commands.append(
-            solve(problem.slots, "the placement to serve: from all of INPUT", **to_serve)
-        )
-    return commands
-
-
-def _audit_command(source: Source, advice: Advice, unseen: Collection[Path]) -> str:
-    """Return the command that shows which groups the proposed placement serves worse."""
-    files, initial = unseen or source.input_files, advice.settings["initial"]
-    values: dict[str, Any] = {"window": advice.main.window, "baseline": None, "by_group": True}
-    if initial != "contiguous":
-        values["baseline"] = _running_file(advice) or RUNNING_FILE
-    judged = f"{_proposed_file(advice)} {shlex.join(map(str, files))}"
-    return options.next_command("evaluate", judged, values)
-
-
-def _running_file(advice: Advice) -> str | None:
-    """Return the file of what runs, if --initial names one."""
-    return options.typed()["initial"] if advice.settings["initial"] == "given" else None
-
-
-def _proposed_file(advice: Advice) -> str:
-    """Return where the next commands write the proposed placement: not over what runs."""
-    return options.apart_from(_running_file(advice), "placement.json")
-
-
-def _go_back(advice: Advice) -> str | None:
-    """Return what takes the placement away again; None where none is proposed."""
-    return way_back(advice.settings["engine"]) if advice.answer == "worth a trial" else None
-
-
-def _serving(source: Source, advice: Advice) -> list[str]:
-    """Return the commands that export the placement, and serve it."""
-    problem, why = advice.problem, ""
-    hidden, dense = source.layer_words()
-    if (hidden, dense) == ("N", "A-B"):
-        hidden, dense = str(problem.layers), "none"
-        why = "  # if all layers of the model have experts"
-    redundant = problem.devices * problem.slots - problem.experts
-    return serving_commands(
-        advice.settings["engine"],
-        devices=problem.devices,
-        redundant=redundant,
-        nodes=problem.topology.nodes,
-        split=problem.split,
-        placement=_proposed_file(advice),
-        hidden_layers=hidden,
-        dense_layers=dense,
-        note=why,
-    )

@@ -10,8 +10,8 @@ import click
 
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
-from moetuner.cli.options.traffic import describe, facts
 from moetuner.cli.output import Output, working
+from moetuner.report import recording
 
 
 @options.command("collect")
@@ -69,5 +69,7 @@ def command(
         except (ImportError, RuntimeError) as error:
             # A missing library or device is not a bug in moetuner.
             raise click.ClickException(str(error)) from error
-    output.say(f"wrote {describe([out_file], trace)}")
-    output.finish({"model": model, "dataset": str(dataset), "trace": facts([out_file], trace)})
+    output.say(f"wrote {recording.describe([out_file], trace)}")
+    output.finish(
+        {"model": model, "dataset": str(dataset), "trace": recording.facts([out_file], trace)}
+    )

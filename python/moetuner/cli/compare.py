@@ -10,11 +10,12 @@ from typing import Any
 import click
 
 from moetuner._checks import nth_seed, suggestion
-from moetuner.cli import options
+from moetuner.cli import options, work
 from moetuner.cli.options import JUDGING, option
 from moetuner.cli.options.machine import Machine
+from moetuner.cli.options.moves import load_placement
 from moetuner.cli.options.pages import Pages, origin_of
-from moetuner.cli.options.serving import ComparedOptions
+from moetuner.cli.options.serving import ComparedOptions, settings_for_json
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output
 from moetuner.evaluation.comparison import Comparison, with_splits
@@ -24,6 +25,8 @@ from moetuner.evaluation.units import hold_out
 from moetuner.files.cells import counted, signed, span, with_values
 from moetuner.placement import Placement, blocks
 from moetuner.problem import Problem
+from moetuner.problem.made import Made
+from moetuner.recording import Recording
 from moetuner.report.advice import SPLITS
 from moetuner.report.outcome import (
     Outcome,
@@ -37,7 +40,7 @@ from moetuner.report.outcome import (
     windows_of,
 )
 from moetuner.report.page.data import PageData, data_of_outcome
-from moetuner.serving import Serving, phases
+from moetuner.serving import Serving
 from moetuner.solver import ALIASES, METHODS, Result
 
 DEFAULT_METHODS = "contiguous,lpt,eplb,paper,joint"
@@ -113,22 +116,30 @@ def command(
         source, _ = wanted.resolve(source, machine.topology())
     methods, over = _baseline(baseline, methods, initial_file)
     _check_splits(splits, holdout)
-    initial = None if initial_file is None else source.load(initial_file, machine.topology())
+    initial = None
+    if initial_file is not None:
+        initial = load_placement(initial_file, source, machine.topology())
 
     def split(number: int) -> Split:
         seed = nth_seed(search.seed, number)
         seen, unseen = hold_out(source.traffic, holdout, seed=seed)
         problem = wanted.problem(source, machine.topology(), seen)
         unseen = source.as_divided(unseen, problem.serving)
-        serving = wanted.served(problem, source)
+        serving = replace(problem.serving, window=source.replayed)
         return Split(number, problem, unseen, replace(search, seed=seed), initial, serving)
 
     first = split(0)
     problem = first.problem
-    output.say(source.describe(), *wanted.explain_problem(problem, source))
-    output.say(_setting(first, source.counted, holdout), "")
+    output.say(source.describe(), *wanted.explain_problem(problem))
+    unseen = counted(first.unseen.length, f"unseen {first.unseen.unit}")
+    output.say(
+        f"{counted(problem.slots, 'slot')} on each device, for "
+        f"{Made.for_problem(problem).describe()}; judged on "
+        f"{unseen if holdout else 'the same traffic'}.",
+        "",
+    )
     tries = _run(
-        lambda number: (split(number) if number else first).outcomes(methods, source),
+        lambda number: (split(number) if number else first).outcomes(methods, source.threads),
         splits or (SPLITS if holdout else 1),
         output,
     )
@@ -136,12 +147,12 @@ def command(
     rival = outcomes.get(over, next(iter(outcomes.values())))
     best = _show(output, list(outcomes.values()), rival, held_out=holdout > 0)
     compared_with = rival if rival is not best else next(iter(outcomes.values()))
-    judged = _judge(tries, over, source)
+    judged = _judge(tries, over, source.traffic)
     by_windows = {tokens: _gains(tries, over, judged, tokens) for tokens in best.phases}
     for tokens, gains in by_windows.items():
         where = windows_of(tokens, best)
         _show_gains(output, gains, over, best.result.method, where, held_out=holdout > 0)
-    settings = wanted.problem_settings(problem) | {
+    settings = settings_for_json(problem) | {
         **asdict(search),
         "window": source.counted,
         "threads": source.threads,
@@ -156,7 +167,7 @@ def command(
 
     def page() -> PageData:
         return data_of_outcome(
-            judge_outcome(compared_with, best, source.replayed, source.units_in, by_group=True),
+            judge_outcome(compared_with, best, source.traffic, source.replayed, by_group=True),
             best,
             origin_of(source),
             contents,
@@ -225,7 +236,7 @@ class Split:
             return blocks(problem.layers, problem.experts, problem.devices)
         return self.initial if method == RUNNING else None
 
-    def outcomes(self, methods: Sequence[str], source: Source) -> dict[str, Outcome]:
+    def outcomes(self, methods: Sequence[str], threads: int | None) -> dict[str, Outcome]:
         """Solve with every method, until one is interrupted, and judge on the rest."""
         results: list[Result] = []
         for place, method in enumerate(methods, 1):
@@ -236,11 +247,11 @@ class Split:
             arguments = asdict(self.search)
             if method == "paper" and arguments["time_limit"] is None:
                 arguments["time_limit"] = PAPER_SECONDS
-            result = source.solve(method, self.problem, place=where, **arguments)
+            result = work.solve(self.problem, method, place=where, threads=threads, **arguments)
             results.append(result.uninterrupted() if self.number else result)
             if result.status == "interrupted":
                 break
-        outcomes = source.replay(results, self.problem, self.unseen, serving=self.serving)
+        outcomes = work.replay(results, self.problem, self.serving, self.unseen, threads=threads)
         return dict(zip(methods, outcomes, strict=False))
 
 
@@ -280,7 +291,7 @@ def _gain_facts(gain: Comparison) -> dict[str, Any]:
 
 
 def _judge(
-    splits: list[dict[str, Outcome]], over: str, source: Source
+    splits: list[dict[str, Outcome]], over: str, recording: Recording
 ) -> dict[str, dict[int | None, Judgement]]:
     """Judge all methods of the first split beside one, in the objective's figure, by window."""
     outcomes = splits[0]
@@ -288,7 +299,7 @@ def _judge(
     if first is None or getattr(first.evaluation, first.worth.figure) is None:
         return {}
     return {
-        name: judge_outcomes(first, outcome, source.units_in)
+        name: judge_outcomes(first, outcome, recording)
         for name, outcome in outcomes.items()
         if name != over
     }
@@ -314,21 +325,6 @@ def _gains(
         ]
         gains[method] = with_splits(by_window[window].gain, pairs)
     return gains
-
-
-def _setting(split: Split, window: int | None, holdout: float) -> str:
-    """Write what is solved, and what it is judged on."""
-    problem, unseen = split.problem, split.unseen
-    machine = f"{counted(problem.devices, 'device')} x {counted(problem.slots, 'slot')}"
-    if problem.topology.nodes > 1:
-        machine += f" in {problem.topology.nodes} nodes"
-    cap = "" if problem.max_imbalance is None else f", load cap {problem.max_imbalance:g}"
-    windows = f", windows of {window:,} tokens" if window else ""
-    windows = f", {phases.words(problem.shares)}" if len(problem.shares) > 1 else windows
-    judged = counted(unseen.length, f"unseen {unseen.unit}") if holdout else "the same traffic"
-    return (
-        f"{machine}, {problem.regime}, objective {problem.goal}{cap}{windows}, judged on {judged}"
-    )
 
 
 def _show_gains(

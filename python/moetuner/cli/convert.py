@@ -9,10 +9,10 @@ import click
 
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
-from moetuner.cli.options.traffic import describe, facts
 from moetuner.cli.output import Output, working
 from moetuner.formats import READERS, read_input, read_map
 from moetuner.formats.hints import Hints
+from moetuner.report import recording
 from moetuner.trace import RoutingTrace
 
 AUTO = "auto"
@@ -55,7 +55,7 @@ def command(
         else:
             kind = "statistics"
             traffic.save(out_file)
-    output.say(f"wrote {describe([out_file], traffic)}")
+    output.say(f"wrote {recording.describe([out_file], traffic)}")
     output.finish(
-        {"sources": [str(source) for source in sources], kind: facts([out_file], traffic)}
+        {"sources": [str(source) for source in sources], kind: recording.facts([out_file], traffic)}
     )

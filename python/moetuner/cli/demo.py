@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from moetuner.cli import options
+from moetuner.cli import options, work
 from moetuner.cli.options import option
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
@@ -63,8 +63,11 @@ def command(
     problem = Problem(
         source.count(seen), Topology(DEVICES), regime="follow", max_imbalance=TRAFFIC_CAP
     )
-    results = [source.solve(method, problem, seed=0).uninterrupted() for method in METHODS]
-    outcomes = dict(zip(METHODS, source.replay(results, problem, unseen), strict=True))
+    results = [
+        work.solve(problem, method, seed=0, threads=threads).uninterrupted() for method in METHODS
+    ]
+    replayed = work.replay(results, problem, problem.serving, unseen, threads=threads)
+    outcomes = dict(zip(METHODS, replayed, strict=True))
     output.say(
         f"Placements on {DEVICES} devices, computed from half of the texts, judged on the other.",
         "crossing: share of steps from layer to layer between devices, if tokens move on to their",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,38 +11,32 @@ import click
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.groups import FILES
-from moetuner.cli.options.machine import Machine, common_name, cost_model_for
+from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.placed import Placed, read_hints
 from moetuner.cli.options.serving import ServingOptions
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
+from moetuner.cli.recipes import to_solve_again
 from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.figures import FIGURES
+from moetuner.evaluation.options import ReplayOptions
 from moetuner.files import text
 from moetuner.files.cells import percent, signed
 from moetuner.placement import Placement
-from moetuner.problem import TRAFFIC_CAP
 from moetuner.problem.made import Made
-from moetuner.problem.objective import goal_for
-from moetuner.problem.reading import SCALES
 from moetuner.recording import Recording
 from moetuner.report.advice import drift as measuring
 from moetuner.report.outcome import whose_times
-from moetuner.serving import SERVED, Serving
+from moetuner.serving import Serving
 from moetuner.serving.phases import WINDOWS
 from moetuner.trace import RoutingTrace
 
 # Exit status where the traffic has drifted, or the placement serves it worse than was allowed.
 DRIFTED = 3
-# Options that say how INPUT is read, and the machine.
-READING = [field.name for kind in (Source, Machine) for field in fields(kind)]
-READING.remove("threads")
 SHOWN = ("imbalance", "predicted_layer_us")
 # Windows of prefill that both sides have, and how many times as long as others they must be.
 LEAST_WINDOWS = 4
-# Where the command that solves again writes.
-OUT = "placement.json"
 SENTENCES = {
     "not left": "The traffic has not left the profile: keep the placement.",
     "served": "The traffic has left the profile, and the placement still serves it: {change}.",
@@ -124,7 +117,7 @@ def command(
         # As many tokens for every expert, on average: single windows differ more from that.
         sentence += f" Its windows are less even than the profile's, though: {change}."
     output.verdict(answer, sentence)
-    again = _again(placement_file, placed, machine)
+    again = to_solve_again(placement_file, placed, machine).command
     if answer == "worse":
         output.say(f"  {again}")
     is_worse = fail_if_worse is not None and 100 * worst["change"] > fail_if_worse
@@ -184,19 +177,12 @@ def _replayed(
         for name, (source, part) in (("profile", before), ("now", after)):
             replayed = window if window is not None else source.replayed
             served = replace(serving, window=replayed)
-            [[figures]] = evaluate_each([placement], part, [served], threads=source.threads)
+            options = ReplayOptions(threads=source.threads)
+            [[figures]] = evaluate_each([placement], part, [served], options)
             row[name] = {measure: getattr(figures, measure) for measure in SHOWN}
         old, new = row["profile"][measure], row["now"][measure]
         rows.append(row | {"change": new / old - 1 if old else 0.0})
     return rows
-
-
-def _phases(placed: Placed) -> dict[str, Any]:
-    """Return the options that say which windows the placement was computed for."""
-    sizes = placed.made.phases
-    if set(sizes) <= set(WINDOWS) and len(sizes) > 1 and placed.source.window == WINDOWS[0]:
-        return {"window": None, "phases": sizes[WINDOWS[1]]}
-    return {"window": placed.source.replayed}
 
 
 def _named(made: Made, *beside: Path) -> tuple[Path, ...]:
@@ -211,43 +197,3 @@ def _named(made: Made, *beside: Path) -> tuple[Path, ...]:
         f"Missing option '--profile', what PLACEMENT was computed from{where}: a trace, statistics "
         "or a load table."
     )
-
-
-def _again(placement_file: Path, placed: Placed, machine: Machine) -> str:
-    """Write the command that computes the placement anew."""
-    placement, topology, made = placed.placement, placed.topology, placed.made
-    typed = options.typed()
-    values = {name: typed.get(name) for name in READING}
-    values |= {name: getattr(placed.source, name) for name in SCALES}
-    name = made.spelled_of("topology", beside=placement_file, value=topology)
-    name = common_name(topology) if name is None else name
-    if machine.machine is None and name is not None and machine.devices_per_node is None:
-        values |= {"machine": name, "devices": None}
-    elif machine.machine is None:
-        values["devices"] = placement.devices
-        values["devices_per_node"] = topology.devices_per_node if topology.nodes > 1 else None
-    values |= {name: placed.serving.chosen(name) for name in SERVED}
-    goal, cap = made.wanted.get("objective"), made.wanted.get("max_imbalance")
-    values |= {
-        "objective": None if goal == goal_for(None, cap) else goal,
-        "max_imbalance": None if goal == "traffic" and cap == TRAFFIC_CAP else cap,
-        "method": made.method,
-        "seed": made.seed,
-    }
-    values |= {"engine": placed.serving.engine, **_phases(placed)}
-    model = placed.serving.cost_model
-    usual = cost_model_for(None, placed.source.traffic, placed.source.weight_bits)
-    if model is not None and model != usual:
-        text = typed.get("cost_model")
-        text = text or made.spelled_of("cost_model", beside=placement_file, value=model)
-        values["cost_model"] = text or (model.name and model.name.partition(" (")[0])
-    values["slots_per_device"] = placement.slots_per_device if placement.has_copies else None
-    # What serves stays, to compare with, and so do experts that need not move.
-    least = -(-placement.num_experts // placement.devices)
-    fits = placement.slots_per_device <= (values["slots_per_device"] or least)
-    # Other methods than the default one place anew, wherever experts are.
-    if fits and values["method"] in (None, "joint"):
-        values["initial_file"] = str(placement_file)
-    values["out_file"] = options.apart_from(placement_file, OUT)
-    files = shlex.join(map(str, placed.source.input_files))
-    return options.next_command("solve", files, values)

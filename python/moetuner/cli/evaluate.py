@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import click
 
 from moetuner import _checks
 from moetuner.cli import options
 from moetuner.cli.options import JUDGING, argument, option
+from moetuner.cli.options.figures import FigureOptions
 from moetuner.cli.options.gates import TIME, Gates
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import baseline_option, is_start
@@ -62,7 +62,7 @@ def command(
     baseline: str | None = baseline_option(),
     lost: tuple[int, ...] = option(options.DEVICE_LIST, "LIST", (), flag="--without"),
     serving: JudgedOptions,
-    mixed_seed: int = option(click.IntRange(0, 2**63 - 1), "N", default=0),
+    replaying: FigureOptions,
     by_group: bool = option(is_flag=True, default=False, group=JUDGING),
     gates: Gates,
     pages: Pages,
@@ -78,8 +78,6 @@ def command(
         The placement that runs. [default: contiguous, as engines load experts]
     lost
         Devices that are lost, such as 3,17; the placement is replayed on those that are left.
-    mixed_seed
-        Seed of the order in which sequences, or windows of statistics, are mixed.
     by_group
         Show which groups the placement serves worse.
     expert_bytes
@@ -93,14 +91,16 @@ def command(
         is_file = baseline is not None and not is_start(baseline, "--baseline")
         names = "running" if is_file else against, text.name(placement_file.stem)
     has_groups = pages.wanted and traffic.group is not None
+    replayed = replaying.replay_options(source)
+    if sections != ALL:
+        replayed = replace(replayed, mixed=False)
     judgement = placed.judge(
         running,
         names,
+        replayed,
         figure=TIME if sections == GROUPS else None,
         measures=gates.measures,
         by_group=by_group or has_groups or gates.fail_if_worse is not None,
-        mixed=sections == ALL,
-        mixed_seed=mixed_seed,
     )
     judgement = gates.with_measure(judgement)
     output.say(*placed.lines())
@@ -110,7 +110,7 @@ def command(
         output.say(*(f"Gain: {gain.sentence}" for gain in placed.gains(judgement)))
     if sections == ALL:
         output.say("")
-        _show_figures(output, placed, judgement.after, mixed_seed)
+        _show_figures(output, placed, judgement.after, replayed.mixed_seed)
     if by_group:
         output.say(*[""] * (sections == ALL))
         _show_groups(output, judgement)
@@ -128,7 +128,7 @@ def command(
         contents = _groups_contents(placed, judgement, files, gates) | {"failed": bool(failures)}
     else:
         settings = {"without": list(lost), "waterfill": placed.serving.waterfill, **gates.facts()}
-        contents = placed.contents(mixed_seed=mixed_seed, **settings)
+        contents = placed.contents(**replayed.facts(), **settings)
         contents |= files | judgement.after.to_dict() | {"gain": judgement.gain.to_dict()}
         if by_group or pages.wanted:
             contents |= as_json({"running": judgement.before, "judgement": judgement})

@@ -21,7 +21,6 @@ from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import show_pairs
 from moetuner.cli.options.placed import made_of, read_any
-from moetuner.cli.options.traffic import describe
 from moetuner.cli.output import Output, working
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation.units import hold_out
@@ -42,6 +41,7 @@ from moetuner.formats.layout import check_placement, faults
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem.made import Made
 from moetuner.recording import Recording
+from moetuner.report import recording
 from moetuner.serving.engines import ENGINES
 from moetuner.statistics import count_loads
 from moetuner.topology import Topology
@@ -221,7 +221,7 @@ def _write_chosen(
 ) -> None:
     """Write which experts of recorded traffic a GPU holds; print what share of it they take."""
     traffic = open_input(path, **layer_hints.hints)
-    output.say(describe([path], traffic))
+    output.say(recording.describe([path], traffic))
     count = on_gpu.per_layer(traffic)
     chosen = choose(_load(traffic), count, each_layer=on_gpu.each_layer)
     layers = chosen.sum(axis=1)

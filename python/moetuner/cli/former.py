@@ -7,11 +7,12 @@ from pathlib import Path
 import click
 
 from moetuner.cli import evaluate, inspect
-from moetuner.cli.options import IN_FILE, FormerCommand, make_option
+from moetuner.cli.options import IN_FILE, FormerCommand, make_option, options_of
+from moetuner.cli.options.figures import FigureOptions
 from moetuner.cli.options.pages import page_option
 
 # Options of ``evaluate`` that the former names never had.
-NEW = {"by_group", "lost", "mixed_seed", "fail_if_gain_below"}
+NEW = {"by_group", "lost", "fail_if_gain_below", *options_of(FigureOptions)}
 PAGES = {"report_file", "figures", "expert_bytes"}
 GATES = {"measures", "fail_if_worse", "waterfill"}
 OF_EVALUATE = {str(each.name) for each in evaluate.command.params} - NEW

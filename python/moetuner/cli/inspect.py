@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 import numpy as np
+from click.core import ParameterSource
 
 from moetuner.cli import options
 from moetuner.cli.options import option, options_of
@@ -21,8 +22,9 @@ from moetuner.cli.options.serving import ServingOptions
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, shares, working
 from moetuner.cost import bytes_of_expert
-from moetuner.evaluation import evaluate
+from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.intervals import FEWEST
+from moetuner.evaluation.options import ReplayOptions
 from moetuner.files import text
 from moetuner.files.cells import counted, listed, number, percent
 from moetuner.formats import is_map
@@ -34,8 +36,6 @@ from moetuner.report.hot_experts import HotExperts
 from moetuner.report.outcome import whose_times
 from moetuner.report.page.structure import draw_structure
 from moetuner.report.structure import Structure, structure
-from moetuner.serving import SERVED, describe_machine, phases
-from moetuner.serving.engines import ENGINES
 from moetuner.topology import Topology
 
 MOST_GROUPS = 12
@@ -134,10 +134,11 @@ def command(
 
 def _check_options(names: Collection[str], others: str) -> None:
     """Raise for an option that is for other files than those that are inspected."""
-    flags = options.flags()
-    for name in options.typed():
-        if name in flags and name not in names:
-            raise click.UsageError(f"'{flags[name]}' is for {others}.")
+    context = click.get_current_context()
+    for name, flag in options.flags().items():
+        is_typed = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if is_typed and name not in names:
+            raise click.UsageError(f"'{flag}' is for {others}.")
 
 
 def _show_recording(
@@ -181,7 +182,8 @@ def _show_served(
     traffic = source.traffic
     placement = blocks(traffic.layers, traffic.num_experts, topology.devices)
     with working("replaying"):
-        evaluation = evaluate(placement, traffic, serving, threads=source.threads)
+        replayed = ReplayOptions(threads=source.threads)
+        [[evaluation]] = evaluate_each([placement], traffic, [serving], replayed)
     output.say(
         "",
         *serving.explain(),
@@ -327,18 +329,7 @@ def _origins(placement: Placement, made: Made, moment: str) -> Iterator[str]:
             "or older."
         )
         return
-    parts = []
-    if "objective" in made.wanted:
-        parts.append(f"objective {made.wanted['objective']}")
-    if (cap := made.wanted.get("max_imbalance")) is not None:
-        parts.append(f"load cap {cap}")
-    if counting := made.phases:
-        parts.append(phases.words(counting) or f"windows of {next(iter(counting)):,} tokens")
-    parts += [f"{name} {made.serving[name]}" for name in SERVED if name in made.serving]
-    if made.serving.get("engine") in ENGINES:
-        parts.insert(0, ENGINES[made.serving["engine"]].title)
-    machine = "" if made.machine is None else f" on {describe_machine(made.machine)}"
-    yield f"{'Served' if made.plan else 'Computed'} for {', '.join(parts)}{machine}"
+    yield f"{'Served' if made.plan else 'Computed'} for {made.describe()}"
     if "cost_model" in made.serving:
         yield f"Times are of {made.serving['cost_model'].name or 'an unnamed cost model'}"
     if made.plan is not None:

@@ -26,6 +26,7 @@ from moetuner.cli.options import OutFile, name_options, option
 from moetuner.files import descriptor_of, replacing
 from moetuner.files.cells import finite
 from moetuner.files.text import line, name, printable
+from moetuner.serving.recipes import Recipe
 from moetuner.solver import Progress
 
 # Tables, and all that goes to a file or another program, are not fitted to any screen.
@@ -73,18 +74,14 @@ class Output:
         for row in "\n".join(texts).split("\n") if texts and not self.is_json else ():
             self._console.print(self._fitted(row), soft_wrap=True)
 
-    def next_commands(self, commands: Iterable[str]) -> None:
-        """Print commands to copy, each below its remark; ``"COMMAND  # REMARK"`` has one.
-
-        That of the first command stands in the heading.
-        """
-        for number, text in enumerate(commands):
-            command, _, remark = text.partition("  # ")
+    def next_commands(self, recipes: Iterable[Recipe]) -> None:
+        """Print commands to copy, each below what it is for, which heads the first."""
+        for number, recipe in enumerate(recipes):
             if not number:
-                self.say(f"Next: {remark}".rstrip())
-            elif remark:
-                self.say(f"  # {remark}")
-            self.say(f"  {command}")
+                self.say(f"Next: {recipe.why}".rstrip())
+            elif recipe.why:
+                self.say(f"  # {recipe.why}")
+            self.say(f"  {recipe.command}")
 
     def verdict(self, answer: str, sentence: str) -> None:
         """Print a sentence; on a terminal its first words have the colour of the answer."""

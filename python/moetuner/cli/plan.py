@@ -13,9 +13,11 @@ from moetuner._checks import DEVICE_LIMIT
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
+from moetuner.cli.options.moves import load_placement
 from moetuner.cli.options.placed import made_of
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
+from moetuner.cli.recipes import to_serve
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation.losses import DOMAINS, Domain
 from moetuner.files import replacing
@@ -117,7 +119,7 @@ def command(
         Write the plans of --every-loss to this file, as JSON.
     """
     change.check(table_file)
-    running = source.load(running_file, devices=machine.given)
+    running = load_placement(running_file, source, devices=machine.given)
     made = made_of(running_file, running)
     topology = machine.topology(running.devices, made.machine)
     if expert_bytes is None:
@@ -157,6 +159,17 @@ def command(
     if steps_file is not None:
         _write(steps_file, {"running": running_file.name} | planned.to_dict())
         output.say(f"wrote {steps_file}")
+    following = to_serve(
+        source,
+        placement,
+        out_file,
+        engine=made.serving.get("engine"),
+        split=made.serving.get("split"),
+        nodes=topology.nodes,
+    )
+    output.say("")
+    output.next_commands(following)
+    contents["commands"] = [*map(str, following)]
     output.finish(contents)
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import click
 
 from moetuner._checks import nth_seed
-from moetuner.cli import options
+from moetuner.cli import options, work
 from moetuner.cli.options import JUDGING, SEARCH, SearchOptions, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import MoveOptions
 from moetuner.cli.options.pages import Pages, origin_of
 from moetuner.cli.options.placed import held_out, windowed, with_input
-from moetuner.cli.options.serving import ProblemOptions
+from moetuner.cli.options.serving import ProblemOptions, settings_for_json
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output
 from moetuner.evaluation.judgement import Judgement
@@ -37,6 +37,7 @@ from moetuner.report.outcome import (
     windows_of,
 )
 from moetuner.report.page.data import PageData, data_of_outcome
+from moetuner.serving import Serving
 from moetuner.solver import METHODS, Result
 
 FLATTERED = (
@@ -97,18 +98,22 @@ def command(
     if certificate_file is not None:
         _refuse_unprovable(problem, method, moving=initial is not None)
     arguments = asdict(search)
-    output.say(source.describe(), *wanted.explain_problem(problem, source), *moving.explain())
-    result = source.solve(method, problem, **arguments, **moving.arguments(initial))
-    result = replace(result, placement=with_input(result.placement, source, wanted.engine, holdout))
+    output.say(source.describe(), *wanted.explain_problem(problem), *moving.explain())
+    moves, threads = moving.arguments(initial), source.threads
+    result = work.solve(problem, method, threads=threads, **arguments, **moves)
+    result = replace(result, placement=with_input(result.placement, source, holdout))
     # Written before anything is said about it: a closed pipe must not lose the answer.
     result.placement.save(out_file)
     output.say("")
     try:
         by_group = pages.wanted or output.json_file is not None
-        before, outcomes = _replay(result, initial, source, problem, judged_on, by_group=by_group)
+        served = replace(problem.serving, window=source.replayed)
+        options_of_replay = {"by_group": by_group, "threads": threads}
+        before, outcomes = _replay(result, initial, problem, served, judged_on, **options_of_replay)
         outcome, judgements = outcomes[-1], {}
         if holdout:
-            judgements = judge_outcomes(before, outcome, source.units_in, by_group=pages.wanted)
+            recording = source.traffic
+            judgements = judge_outcomes(before, outcome, recording, by_group=pages.wanted)
     except KeyboardInterrupt:
         raise click.ClickException(f"interrupted; {out_file} was written") from None
     judged = FLATTERED
@@ -117,20 +122,18 @@ def command(
     judged = windowed(judged, source, judged_on)
     _show(output, problem, outcomes, before, judgements, held_out=holdout > 0)
     output.say(judged)
-    moves, trades = moving.show(
-        output, problem, initial, result, threads=source.threads, **arguments
-    )
+    moves, trades = moving.show(output, problem, initial, result, threads=threads, **arguments)
     output.say(f"wrote {out_file}")
     failure = certificate_file and _prove(problem, result, certificate_file, output)
-    settings = wanted.problem_settings(problem) | moving.settings() | arguments
-    settings |= {"window": source.counted, "threads": source.threads, "holdout": holdout}
+    settings = settings_for_json(problem) | moving.settings() | arguments
+    settings |= {"window": source.counted, "threads": threads, "holdout": holdout}
     contents = {"input": source.facts(), "settings": settings, "placement": str(out_file)}
     contents |= {"method": method, **outcome.to_dict(), **moves}
     contents |= _facts(judgements, judged_on, holdout)
 
     def page() -> PageData:
         judgement = next(iter(judgements.values()), None) or judge_outcome(
-            before, outcome, source.replayed, source.units_in, by_group=True
+            before, outcome, source.traffic, source.replayed, by_group=True
         )
         return data_of_outcome(
             judgement,
@@ -182,18 +185,17 @@ def _show(
 def _replay(
     result: Result,
     initial: Placement | None,
-    source: Source,
     problem: Problem,
+    serving: Serving,
     judged_on: Traffic,
-    *,
-    by_group: bool,
+    **options: Any,
 ) -> tuple[Outcome, list[Outcome]]:
     """Replay a result and what runs, or else blocks; return what runs, and the table's rows."""
     blocks = running(problem, contiguous(result.placement), "contiguous")
     before = [blocks]
     if initial is not None and initial != blocks.placement:
         before.append(running(problem, initial))
-    outcomes = source.replay([*before, result], problem, judged_on, by_group=by_group)
+    outcomes = work.replay([*before, result], problem, serving, judged_on, **options)
     is_shown = result.method != "contiguous" or initial is not None
     return outcomes[len(before) - 1], outcomes if is_shown else outcomes[-1:]
 

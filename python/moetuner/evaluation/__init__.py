@@ -16,6 +16,7 @@ from moetuner.evaluation import replay
 from moetuner.evaluation.arrival import orders, put_in_order
 from moetuner.evaluation.figures import FIGURES, CountsByOrder, busiest_port
 from moetuner.evaluation.losses import Domain, Losses, measure_losses
+from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.replay import Setting, check_model
 from moetuner.evaluation.rows import dispatch_rows, homes_of
 from moetuner.frozen import Frozen, as_json, html_table
@@ -148,7 +149,7 @@ class Evaluation(Frozen):
         setting = replayed.setting
         if not setting.placement.has_copies:
             return {}
-        load = count_loads(replayed.traffic, threads=setting.threads).total_load
+        load = count_loads(replayed.traffic, threads=setting.options.threads).total_load
         domains: list[Domain] = ["device"] if setting.topology.nodes < 2 else ["device", "node"]
         return {
             domain: measure_losses(
@@ -269,15 +270,8 @@ def evaluate(
         arrival=arrival,
         waterfill=waterfill,
     )
-    [[evaluation]] = evaluate_each(
-        [placement],
-        traffic,
-        [serving],
-        home=home,
-        mixed=mixed,
-        mixed_seed=mixed_seed,
-        threads=threads,
-    )
+    options = ReplayOptions(home=home, mixed=mixed, mixed_seed=mixed_seed, threads=threads)
+    [[evaluation]] = evaluate_each([placement], traffic, [serving], options)
     return evaluation
 
 
@@ -285,20 +279,16 @@ def evaluate_each(
     placements: Sequence[Placement],
     traffic: Recording,
     servings: Sequence[Serving],
+    options: ReplayOptions,
     *,
-    home: ArrayLike | Literal["blocks"] | None = None,
-    mixed: bool = True,
-    mixed_seed: int = 0,
-    threads: int | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> list[list[Evaluation]]:
     """Evaluate placements of one model and machine, each served in several ways: of each a list.
 
     A trace is read once for all that differ in windows alone, if each window is several times the
     shortest. Mixed order is replayed for the first serving only. ``progress`` gets the share of a
-    trace that has been replayed; the others are as for ``evaluate``.
+    trace that has been replayed.
     """
-    check.flag("mixed", mixed)
     if not placements:
         return [[] for _ in servings]
     shortest = min(serving.window or 0 for serving in servings)
@@ -306,14 +296,15 @@ def evaluate_each(
     # They differ in nothing but their windows.
     together = together and len({replace(each, window=None) for each in servings}) == 1
     runs = [servings] if together else [[serving] for serving in servings]
+    unmixed = replace(options, mixed=False)
     evaluated: list[list[Evaluation]] = []
     for run in runs:
         settings = [
-            Setting(placement, serving, mixed and serving is servings[0], mixed_seed, threads)
+            Setting(placement, serving, options if serving is servings[0] else unmixed)
             for serving in run
             for placement in placements
         ]
-        each = _evaluate(settings, traffic, home, progress)
+        each = _evaluate(settings, traffic, progress)
         count = len(placements)
         evaluated += [each[at : at + count] for at in range(0, len(each), count)]
     return evaluated
@@ -322,13 +313,12 @@ def evaluate_each(
 def _evaluate(
     settings: Sequence[Setting],
     traffic: Recording,
-    home: ArrayLike | Literal["blocks"] | None,
     progress: Callable[[float], None] | None = None,
 ) -> list[Evaluation]:
     for setting in settings:
         check_model(setting.placement, traffic, setting.topology)
     common, homes, numbers = settings[0], None, traffic.group_rows()
-    serving = common.serving
+    serving, home = common.serving, common.options.home
     if home is not None:
         if not traffic.ordered:
             raise ValueError("home needs a trace: statistics have no tokens")
@@ -337,12 +327,12 @@ def _evaluate(
                 f"home needs split 'even', got {serving.split!r}: others know homes only spread"
             )
         homes = homes_of(home, traffic.length, common.placement.devices)
-    served = orders(traffic, serving.arrival, seed=common.mixed_seed)
+    served = orders(traffic, serving.arrival, seed=common.options.mixed_seed)
     # Where tokens are replayed in mixed order anyway, their windows are not counted once more; but
     # the sequences of a group are mixed with each other, not with those of others.
     is_mixed = any(order is not None for _, order in served)
     counts_mixed = not is_mixed or len(numbers) > 1
-    counting = [replace(each, mixed=each.mixed and counts_mixed) for each in settings]
+    counting = settings if counts_mixed else [each.with_options(mixed=False) for each in settings]
 
     def progress_of(number: int) -> Callable[[float], None] | None:
         return progress and (lambda share: progress((number + share) / len(served)))
@@ -357,7 +347,7 @@ def _evaluate(
         for group in counted[0]:
             parts = [counts[group] for counts in counted]
             mixed = parts[0].mixed
-            if setting.mixed and is_mixed and group is None:
+            if setting.options.mixed and is_mixed and group is None:
                 mixed = parts[-1].load[parts[-1].is_step]
             if homes is not None:
                 own = as_trace(traffic if group is None else traffic.take(numbers[group]))

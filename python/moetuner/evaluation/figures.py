@@ -113,6 +113,9 @@ class Figure:
         the traffic, each in windows of its own.
     per
         What it is a mean over: windows that are steps count alike, or tokens do.
+    argument
+        Setting of serving or of the replay that it has as an argument; it is None without that, so
+        whoever gives it wants to see the figure.
     label
         What a sentence calls it, "less ..."; figures that have one are compared.
     title, regime, aspect
@@ -126,6 +129,7 @@ class Figure:
     compute: Callable[[CountsByOrder], float | None] | None = None
     windows: Windows | None = None
     per: Literal["window", "token"] = "window"
+    argument: str = ""
     label: str = ""
     unit: str = ""
     title: str = ""
@@ -330,8 +334,9 @@ FIGURES = {
         "filled",
         3,
         "imbalance of routed and shared experts' work together, if the dispatcher gives the shared "
-        "expert's to devices that wait (--waterfill)",
+        "expert's to devices that wait",
         windows=filled_of,
+        argument="waterfill",
         label="imbalance with waterfill",
         unit=" x the mean",
     ),
@@ -398,6 +403,14 @@ FIGURES = {
 }
 
 
+# Figures that are there only if somebody gives their argument.
+WITH_ARGUMENT = tuple(name for name, figure in FIGURES.items() if figure.argument)
+
+
 def explain(*names: str) -> str:
-    """Write what columns of a table mean, for help."""
-    return "; ".join(f"{FIGURES[name].column}: {FIGURES[name].meaning}" for name in names)
+    """Write what columns of a table mean, for help, and the options that give their arguments."""
+    texts = []
+    for figure in (FIGURES[name] for name in names):
+        option = f" (--{figure.argument.replace('_', '-')})" if figure.argument else ""
+        texts.append(f"{figure.column}: {figure.meaning}{option}")
+    return "; ".join(texts)

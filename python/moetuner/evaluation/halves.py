@@ -101,7 +101,8 @@ def halve_each(
     read a few times for all settings, and not again for those whose halves are known already.
     Figures are those of some names, by default all that have halves.
     """
-    settings = [replace(setting, mixed=False) for setting in settings]
+    # Halves are of windows as they arrive, and of tokens whose homes are spread evenly.
+    settings = [setting.with_options(mixed=False, home=None) for setting in settings]
     halved = {name for name, figure in FIGURES.items() if figure.windows is not None}
     names = frozenset(halved if names is None else halved & set(names))
     # The same placements are compared with several others, and in windows of several sizes.
@@ -157,7 +158,7 @@ def _halve_anew(traffic: Recording, asked: Sequence[_Asked]) -> list[ByGroup]:
             dealt = {group: units.deal(traffic, own, window) for group, own in rows.items()}
         folds[window] = dealt
     weights, orderly = [], []
-    for weight, order in orders(traffic, common.serving.arrival, seed=common.mixed_seed):
+    for weight, order in orders(traffic, common.serving.arrival, seed=common.options.mixed_seed):
         weights.append(weight)
         orderly.append(_in_one_order(traffic, order, settings, folds, names))
     return [_weigh(weights, parts) for parts in zip(*orderly, strict=True)]
@@ -351,7 +352,7 @@ class _Dealt:
             key: _by_position(setting).begin_replay(trace, len(window), largest, stays=stays)
             for key, setting in settings.items()
         }
-        threads, first = next(iter(settings.values())).threads, 0
+        threads, first = next(iter(settings.values())).options.threads, 0
         pieces = trace.ids.chosen(self.items[position], SHARD_BYTES, threads)
         for ids in read_ahead(pieces) if trace.ids.fresh else pieces:
             run, checked = slice(first, first + len(ids)), trace.ids.fresh

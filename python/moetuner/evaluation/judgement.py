@@ -18,6 +18,7 @@ from moetuner.evaluation.comparison import PRICE, Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.halves import Halved, halve, halve_each
 from moetuner.evaluation.intervals import CONFIDENCE, FEWEST, Spread, compute_change, holm
+from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.units import Units, units_of
 from moetuner.frozen import Frozen, as_json, html_table
 from moetuner.placement import Placement, contiguous
@@ -337,7 +338,7 @@ def _compare(
 def _units_of(replayed: Replayed) -> Units:
     """Return what is independent in what was replayed."""
     setting = replayed.setting
-    return units_of(replayed.traffic, window=setting.window, threads=setting.threads)
+    return units_of(replayed.traffic, window=setting.window, threads=setting.options.threads)
 
 
 def _measure_changes(
@@ -528,7 +529,8 @@ def audit(
     if not traffic.length:
         raise ValueError("traffic must have tokens to audit, got a trace of 0")
     pair = [baseline, placement]
-    [(before, after)] = evaluate_each(pair, traffic, [serving], mixed=False, threads=threads)
+    options = ReplayOptions(mixed=False, threads=threads)
+    [(before, after)] = evaluate_each(pair, traffic, [serving], options)
     known = [name for name in measures if getattr(after, name) is not None]
     if measures and not known:
         raise check.ArgumentError(

@@ -7,23 +7,17 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner._checks import (
-    ArgumentError,
-    IdArray,
-    flag,
-    instance,
-    seed_in,
-    threads_in,
-)
+from moetuner._checks import ArgumentError, IdArray, instance
 from moetuner.evaluation import copies
 from moetuner.evaluation.arrival import mixed_order, mixed_windows
+from moetuner.evaluation.options import ReplayOptions
 from moetuner.placement import EMPTY, Placement
 from moetuner.recording import Recording
 from moetuner.serving import Serving
@@ -109,24 +103,13 @@ class Setting:
     ----------
     placement, serving
         What is replayed, and how the model is served.
-    mixed
-        Whether loads in windows of mixed arrival are counted, too.
-    mixed_seed
-        Seed of their order.
-    threads
-        Threads to use; None for all cores.
+    options
+        How it is replayed.
     """
 
     placement: Placement
     serving: Serving
-    mixed: bool = True
-    mixed_seed: int = 0
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "threads", threads_in(self.threads))
-        flag("mixed", self.mixed)
-        seed_in(self.mixed_seed, "mixed_seed")
+    options: ReplayOptions = field(default_factory=ReplayOptions)
 
     @property
     def topology(self) -> Topology:
@@ -141,6 +124,10 @@ class Setting:
     def in_windows(self, window: int | None) -> Setting:
         """Return the same in windows of so many tokens."""
         return replace(self, serving=replace(self.serving, window=window))
+
+    def with_options(self, **options: Any) -> Setting:
+        """Return the same, replayed otherwise."""
+        return replace(self, options=replace(self.options, **options))
 
     @property
     def with_active(self) -> bool:
@@ -185,7 +172,7 @@ class Setting:
             self.topology.node_of_device.tolist(),
             rows=rows,
             most_tokens=most_tokens,
-            split=self.serving.split,
+            split=self.serving.rule.token_rule,
             visits=visits,
             stays=stays,
         )
@@ -249,7 +236,7 @@ def counts_of(
     _check_table_bytes(trace, settings)
     parts = {group: _Group(trace, settings, rows) for group, rows in trace.group_rows().items()}
     first = 0
-    for shard in trace.shards(SHARD_BYTES, threads=settings[0].threads):
+    for shard in trace.shards(SHARD_BYTES, threads=settings[0].options.threads):
         for part in parts.values():
             part.push(shard, first)
         first += len(shard)
@@ -279,7 +266,7 @@ class _Group:
                 trace.top_k,
                 settings[at].topology.node_of_device.tolist(),
                 window=one.window,
-                split=one.serving.split,
+                split=one.serving.rule.token_rule,
                 of_slots=settings[at].counts_slots,
             )
             for at in dict.fromkeys(self._at)
@@ -300,11 +287,11 @@ class _Group:
         self._mixed: dict[int, _core.LabelledReplay] = {}
         self._mixed_loads: dict[int, Numbers] = {}
         self._place = np.empty(0, dtype=np.uint64)
-        is_mixed = any(each.mixed for each in settings)
+        is_mixed = any(each.options.mixed for each in settings)
         if is_mixed and len(tokens) > self._window:  # one window is the same in any order
             self._place = np.empty(len(tokens), dtype=np.uint64)
             sequence = None if trace.sequence is None else trace.sequence[tokens]
-            order = mixed_order(sequence, len(tokens), seed=one.mixed_seed)
+            order = mixed_order(sequence, len(tokens), seed=one.options.mixed_seed)
             self._place[order] = np.arange(len(tokens), dtype=np.uint64)
             self._mixed = {at: self._mixed_replay(settings[at]) for at in self._replays}
 
@@ -326,7 +313,7 @@ class _Group:
         if begin == end:
             return
         ids = shard if end - begin == len(shard) else shard[self._tokens[begin:end] - first]
-        threads, checked = self._settings[0].threads, self._trace.ids.fresh
+        threads, checked = self._settings[0].options.threads, self._trace.ids.fresh
         for replay in self._replays.values():
             replay.push(ids, threads, checked=checked)
             checked = True
@@ -344,7 +331,8 @@ class _Group:
             self._tallies[at] = self._replays.pop(at).finish()
         tokens, load, follow, visits, node_visits, of_slots = self._tallies[at]
         if self._experts is not None:
-            self._expert_load, self._experts = self._experts.finish(setting.threads)[1], None
+            self._expert_load = self._experts.finish(setting.options.threads)[1]
+            self._experts = None
         if at in self._mixed:
             self._mixed_loads[at] = self._mixed.pop(at).finish()[0].transpose(1, 0, 2)
         times = (setting.window or self._window) // self._window
@@ -352,8 +340,8 @@ class _Group:
         load, visits, node_visits, of_slots = (
             _join(table, times) for table in (load, visits, node_visits, of_slots)
         )
-        mixed = load if setting.mixed else None
-        if setting.mixed and at in self._mixed_loads:
+        mixed = load if setting.options.mixed else None
+        if setting.options.mixed and at in self._mixed_loads:
             mixed = _join(self._mixed_loads[at], times)
             mixed = _take_turns(setting.placement, mixed) if setting.takes_turns else mixed
         if at not in self._at[number + 1 :]:
@@ -459,7 +447,7 @@ class Expected:
         if statistics.sets is not None:
             self._tokens = int(statistics.sets[0].counts.sum())
             of_devices, of_nodes = visits or copies.count_visits(
-                placement, topology, split, statistics.sets, setting.threads
+                placement, topology, split, statistics.sets, setting.options.threads
             )
             load = copies.serve(placement, self._share, statistics.set_load[None])[0]
             by_node = _sum_by_node(load, topology)
@@ -467,7 +455,7 @@ class Expected:
         elif statistics.coactivation is not None and statistics.top_k_of_layer is not None:
             pairs, top_k = statistics.coactivation, statistics.top_k_of_layer
             self._met = copies.estimate_met(
-                placement, topology, split, pairs, top_k, setting.threads
+                placement, topology, split, pairs, top_k, setting.options.threads
             )
 
     def counts(
@@ -484,11 +472,11 @@ class Expected:
         load = self._serve(window_load)
         is_step = np.ones(len(load), dtype=bool) if is_step is None else is_step
         mixed = None
-        if setting.mixed:
+        if setting.options.mixed:
             windows = window_load if self._divides else load
             steps = windows if is_step.all() else windows[is_step]
             mixed = np.empty((len(steps), *load.shape[1:]))
-            for place, drawn in mixed_windows(steps, seed=setting.mixed_seed):
+            for place, drawn in mixed_windows(steps, seed=setting.options.mixed_seed):
                 mixed[place] = self._serve(drawn) if self._divides else drawn
         # Which tokens a programme sends where is not known: visits and rows are of even shares.
         shared = load

@@ -194,19 +194,25 @@ class Units:
 
 def units_of(traffic: Recording, *, window: int | None = None, threads: int | None = None) -> Units:
     """Return what is independent in traffic; unlabelled traces are cut into windows of tokens."""
+    is_cut = traffic.ordered and traffic.sequence is None
+    # Every split asks for the same units.
+    known = ("units", window if is_cut else None)
+    if known not in traffic.known:
+        traffic.known[known] = _find_units(traffic, window, threads)
+    units: Units = traffic.known[known]
+    return units
+
+
+def _find_units(traffic: Recording, window: int | None, threads: int | None) -> Units:
     if isinstance(traffic, RoutingStatistics):
         return _units_of_windows(traffic)
-    if traffic.sequence is None:
-        if window is None:
-            window = piece_of(traffic)
-        loads = count_loads(traffic, window=window, threads=threads)
-        blocks = blocks_of(loads.window_load, loads.group)
-        return Units("window", blocks.number(max(traffic.length // (window or 1), 1)), blocks)
-    # Every split and every size of windows asks for the units of sequences, whose tokens are read.
-    if "units" not in traffic.known:
-        traffic.known["units"] = _units_of_sequences(as_trace(traffic))
-    units: Units = traffic.known["units"]
-    return units
+    if traffic.sequence is not None:
+        return _units_of_sequences(as_trace(traffic))
+    if window is None:
+        window = piece_of(traffic)
+    loads = count_loads(traffic, window=window, threads=threads)
+    blocks = blocks_of(loads.window_load, loads.group)
+    return Units("window", blocks.number(max(traffic.length // (window or 1), 1)), blocks)
 
 
 def _units_of_windows(table: RoutingStatistics) -> Units:

@@ -104,3 +104,8 @@ def finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def layer_list(layers: Sequence[int]) -> str:
+    """Write numbers of layers as ``--dense-layers`` takes them."""
+    return ",".join(map(str, layers)) or "none"

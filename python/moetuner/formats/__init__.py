@@ -5,6 +5,7 @@ Nothing here imports an engine, and no engine's file imports these tables.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -40,6 +41,7 @@ from moetuner.formats.layout import Layout, check_placement
 from moetuner.formats.rows import read_tables
 from moetuner.placement import Placement
 from moetuner.serving.engines import ENGINES
+from moetuner.serving.recipes import Recipe
 
 
 class Reader(NamedTuple):
@@ -173,26 +175,29 @@ def serving_commands(
     hidden_layers: str = "N",
     dense_layers: str = "A-B",
     note: str = "",
-) -> list[str]:
+    model: str | None = None,
+) -> list[Recipe]:
     """Return the commands that export a placement to an engine, and serve it there.
 
-    Layers are those of the model as options of export have them; ``note`` follows where they stand.
-    An engine that can split tokens as the placement was computed for is told to.
+    Layers are those of the model as options of export have them; ``note`` says it where they are
+    guessed. An engine that can split tokens as the placement was computed for is told to.
     """
     file = shlex.quote(placement)
     export = f"moetuner export {file} --to"
     if engine is None:
-        return [f"{export} eplb --out experts.npz"]
+        return [Recipe(f"{export} eplb --out experts.npz")]
     layers = {"hidden_layers": hidden_layers, "dense_layers": dense_layers}
     commands = []
     for name, writer in WRITERS.items():
         if writer.engine == engine:
             hints = "".join(f" --{hint.replace('_', '-')} {layers[hint]}" for hint in writer.hints)
-            out = f"experts{writer.suffixes[0]}{note if hints else ''}"
-            commands.append(f"{export} {name}{hints} --out {out}")
+            line = f"{export} {name}{hints} --out experts{writer.suffixes[0]}"
+            commands.append(Recipe(line, note if hints else ""))
     capabilities = ENGINES[engine]
     if capabilities.serve:
         line = capabilities.serve.format(devices=devices, redundant=redundant)
+        if model is not None:
+            line = re.sub(r"\bMODEL\b", shlex.quote(model), line)
         if redundant:
             line += "".join(
                 f" {each}" for name, each in capabilities.splits_by.items() if name == split
@@ -201,10 +206,9 @@ def serving_commands(
         if nodes > 1 and capabilities.on_nodes:
             line += f" {capabilities.on_nodes.format(nodes=nodes)}"
             remarks.append("on every node, each with its own rank")
-        remark = f"  # {'; '.join(remarks)}" if remarks else ""
-        commands.append(line.replace("placement.json", file) + remark)
+        commands.append(Recipe(line.replace("placement.json", file), "; ".join(remarks)))
     if capabilities.renumbers:
-        commands.append(f"{export} {engine} --checkpoint MODEL --out MODEL-placed")
+        commands.append(Recipe(f"{export} {engine} --checkpoint MODEL --out MODEL-placed"))
     return commands
 
 

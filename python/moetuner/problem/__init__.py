@@ -312,7 +312,12 @@ class Problem(Frozen):
         check.instance("serving", serving, Serving, hint=", such as Serving(Topology(8))")
         names = ("regime", "split", "arrival", "cost_model", "phases")
         served = {name: getattr(serving, name) for name in names}
-        return cls(statistics, serving.topology, **{**served, **rules})
+        problem = cls(statistics, serving.topology, **{**served, **rules})
+        # What said a setting, and what no search asks for, is the serving's to know.
+        served = {name: getattr(problem, name) for name in names}
+        window = problem.statistics.window
+        vars(problem)["serving"] = replace(serving, **served, window=window)
+        return problem
 
     @cached_property
     def serving(self) -> Serving:
@@ -475,6 +480,18 @@ class Problem(Frozen):
             *self.rules.violations(placement),
             *self.caps.violations(placement),
         )
+
+    def layers_that_keep_rules(self, placement: Placement) -> NDArray[np.bool_]:
+        """Return in which layers a placement keeps the rules of slots, pins and bans [L]."""
+        count = (placement.slots != EMPTY).sum(axis=2)
+        keeps: NDArray[np.bool_] = (count <= self.capacity).all(axis=1)
+        if self.fill_slots:
+            keeps &= (count == self.capacity).all(axis=1)
+        if not self.may_copy:
+            keeps &= count.sum(axis=1) == self.experts
+        broken = [self.rules.are_broken(layer, held) for layer, held in enumerate(placement.held)]
+        keeps &= ~np.array(broken)
+        return keeps
 
     def check_shape(self, placement: Placement, name: str = "placement") -> None:
         """Raise ValueError if a placement, of this name, is of another model or machine."""

@@ -21,7 +21,8 @@ from moetuner.frozen import as_json
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.reading import Reading
-from moetuner.serving import Serving
+from moetuner.serving import SERVED, Serving, describe_machine, phases
+from moetuner.serving.engines import ENGINES
 from moetuner.serving.settings import check_setting, setting
 from moetuner.statistics import COUNTED
 
@@ -134,9 +135,11 @@ class Made:
         names = (*(name for name in OF_SERVING if hasattr(problem, name)), "topology")
         served = {name: getattr(problem.serving, name) for name in names}
         shares = {tokens: share for tokens, share in problem.shares.items() if tokens}
-        served["phases"] = shares or None
+        served |= {"phases": shares or None, "window": statistics.window}
+        if problem.serving.engine is not None:
+            served["engine"] = problem.serving.engine
         return cls(
-            serving=served | {"window": statistics.window},
+            serving=served,
             wanted={name: getattr(problem, name) for name in OF_PROBLEM}
             | {"objective": problem.goal},
             figure=worth.figure,
@@ -174,6 +177,23 @@ class Made:
         """Sizes of windows that it was computed for, and their shares of the serving time."""
         window = self.serving.get("window")
         return self.serving.get("phases") or ({} if window is None else {window: 1.0})
+
+    def describe(self) -> str:
+        """Write what it was computed for: the engine, the goal, windows, settings, the machine."""
+        parts = []
+        if self.serving.get("engine") in ENGINES:
+            parts.append(ENGINES[self.serving["engine"]].title)
+        if "objective" in self.wanted:
+            parts.append(f"objective {self.wanted['objective']}")
+        if (cap := self.wanted.get("max_imbalance")) is not None:
+            parts.append(f"load cap {cap:g}")
+        if sizes := self.phases:
+            first = next(iter(sizes))
+            windows = "windows as recorded" if first is None else f"windows of {first:,} tokens"
+            parts.append(phases.words(sizes) or windows)
+        parts += [f"{name} {self.serving[name]}" for name in SERVED if name in self.serving]
+        machine = "" if self.machine is None else f" on {describe_machine(self.machine)}"
+        return f"{', '.join(parts)}{machine}"
 
     def spelled_of(self, name: str, *, beside: Path, value: object) -> str | None:
         """Return what an option takes for a value that this has; None where that is not known.

@@ -15,6 +15,7 @@ from moetuner import _core
 from moetuner.cost import CostModel
 from moetuner.evaluation import copies, figures, losses, replay
 from moetuner.evaluation.losses import Domain
+from moetuner.evaluation.options import ReplayOptions
 from moetuner.placement import Placement, blocks
 from moetuner.problem.caps import slowest
 from moetuner.problem.windows import Windows
@@ -201,6 +202,19 @@ class Objective:
         return self.goal != "traffic" or self.has_traffic
 
     @property
+    def is_sum_of_layers(self) -> bool:
+        """Whether it is a sum over layers, of which each may be placed by itself."""
+        joins = self.goal != "balance" and self.regime == "follow" and self.statistics.layers > 1
+        return self.is_known and not joins and self.survive is None
+
+    def layer_costs(self, placement: Placement) -> Floats:
+        """Compute what layers cost [L,N]: of windows that do not simply add up, in each."""
+        if self.goal == "traffic":
+            return self.layers_traffic(placement)[:, None]
+        costs = self.window_cost(placement).T
+        return self.worth(costs)[:, None] if self.windows.is_mean else costs
+
+    @property
     def _words(self) -> tuple[str, str, str]:
         """Unit, text of a value, and nearest figure, by what is counted."""
         if self.goal == "traffic" and self.counts_visits:
@@ -362,7 +376,7 @@ class Objective:
 
     def _layer_times(self, placement: Placement) -> Callable[[Floats], Floats]:
         """Return what predicts microseconds over L of every layer of windows [W,L]."""
-        setting = replay.Setting(placement, self.serving, mixed=False)
+        setting = replay.Setting(placement, self.serving, ReplayOptions(mixed=False))
         visits = None if self.statistics.sets is None else self._count_visits(placement)
         follows = self.regime == "follow"
         expected = replay.Expected(self.statistics, setting, follows=follows, visits=visits)

@@ -10,14 +10,16 @@ from moetuner.cost import assumed_model
 from moetuner.evaluation import Evaluation, evaluate_each
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.judgement import Judgement, judge
+from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.replay import without_groups
-from moetuner.evaluation.units import Units
+from moetuner.evaluation.units import units_of
 from moetuner.files.cells import counted, distinct, number, percent
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.recording import Recording
 from moetuner.serving import Serving
+from moetuner.serving.phases import judged_windows
 from moetuner.solver.bounds import caps
 from moetuner.solver.result import Result
 from moetuner.statistics import RoutingStatistics
@@ -119,18 +121,50 @@ def replay(
     serving: Serving,
     traffic: Recording,
     windows: Sequence[int | None],
+    options: ReplayOptions,
     *,
     by_group: bool = True,
-    **options: Any,
+    progress: Callable[[float], None] | None = None,
 ) -> dict[int | None, list[Evaluation]]:
     """Evaluate placements on traffic that is served in windows of several sizes.
 
     Without ``by_group`` no group of a trace is evaluated by itself, which takes as long as all of
-    it. ``options`` are as for ``evaluate_each``.
+    it. ``progress`` is as for ``evaluate_each``.
     """
     traffic = traffic if by_group else without_groups(traffic)
     servings = [replace(serving, window=window) for window in windows]
-    return dict(zip(windows, evaluate_each(placements, traffic, servings, **options), strict=True))
+    evaluations = evaluate_each(placements, traffic, servings, options, progress=progress)
+    return dict(zip(windows, evaluations, strict=True))
+
+
+def replay_results(
+    results: Sequence[Result],
+    problem: Problem,
+    serving: Serving,
+    judged_on: Recording,
+    options: ReplayOptions,
+    *,
+    by_group: bool = True,
+    progress: Callable[[float], None] | None = None,
+) -> list[Outcome]:
+    """Evaluate the placements of results on other traffic, which is read once for all of them.
+
+    In the windows that are served, and in all others that the problem is about. ``by_group`` and
+    ``progress`` are as for ``replay``.
+    """
+    windows = [serving.window]
+    if judged_on.ordered:
+        judged = judged_windows(judged_on.length, problem.shares)
+        windows += [tokens for tokens in judged if tokens != serving.window]
+    placements = [result.placement for result in results]
+    evaluations = replay(
+        placements, serving, judged_on, windows, options, by_group=by_group, progress=progress
+    )
+    first = evaluations.pop(serving.window)
+    return [
+        Outcome(problem, *pair, {tokens: each[at] for tokens, each in evaluations.items()})
+        for at, pair in enumerate(zip(results, first, strict=True))
+    ]
 
 
 def left_over(traffic: Recording, window: int | None) -> str:
@@ -147,22 +181,22 @@ def left_over(traffic: Recording, window: int | None) -> str:
 def judge_outcome(
     before: Outcome,
     after: Outcome,
+    recording: Recording,
     window: int | None,
-    units_in: Callable[[int | None], Units],
     *,
     by_group: bool = False,
 ) -> Judgement:
     """Judge the change from one outcome to another, in windows of so many tokens.
 
-    The verdict is on the figure that the placement was computed for. ``units_in`` gives what is
-    independent in the whole recording, in such windows.
+    The verdict is on the figure that the placement was computed for. ``recording`` is the whole of
+    which both saw a part: it tells what is independent.
     """
     return judge(
         before.phases[window],
         after.phases[window],
         figure=after.worth.figure,
         by_group=by_group,
-        units=units_in(window),
+        units=units_of(recording, window=window),
         names=(before.result.method, after.result.method),
     )
 
@@ -170,7 +204,7 @@ def judge_outcome(
 def judge_outcomes(
     before: Outcome,
     after: Outcome,
-    units_in: Callable[[int | None], Units],
+    recording: Recording,
     *,
     by_group: bool = False,
 ) -> dict[int | None, Judgement]:
@@ -178,7 +212,7 @@ def judge_outcomes(
     first = next(iter(after.phases))
     return {
         tokens: judge_outcome(
-            before, after, tokens, units_in, by_group=by_group and tokens == first
+            before, after, recording, tokens, by_group=by_group and tokens == first
         )
         for tokens in after.phases
         if tokens in before.phases

@@ -1,14 +1,18 @@
-"""What makes a recording worthless, or good for one kind of traffic only, in sentences."""
+"""What a recording is, and what makes it worthless or good for one kind of traffic, in words."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.cost import top_k_of
+from moetuner.files.cells import counted, layer_list
 from moetuner.files.text import name
+from moetuner.formats import cautions
 from moetuner.recording import Recording
 from moetuner.statistics import RoutingStatistics, measure_distance
 from moetuner.trace import as_trace
@@ -27,6 +31,62 @@ PHASES = ("prefill", "decode")
 ALIKE = 0.05
 # Windows that are compared; of more, evenly spaced ones are.
 COMPARED = 256
+
+
+def facts(paths: Sequence[Path], recording: Recording) -> dict[str, Any]:
+    """Return files, kind and sizes, for JSON."""
+    return {"files": [*map(str, paths)], **recording.facts()}
+
+
+def describe(paths: Sequence[Path], recording: Recording) -> str:
+    """Describe files in a line; in further ones what they leave out and cannot say."""
+    described = recording.facts()
+    sizes = {**described, "groups": len(described["group_names"])}
+    sizes["experts"] = described["num_experts"]
+    names_of_sizes = ("tokens", "windows", "layers", "experts", "top_k", "sequences", "groups")
+    parts = [
+        f"top-{sizes[size]}" if size == "top_k" else counted(sizes[size], size[:-1])
+        for size in names_of_sizes
+        if sizes.get(size)
+    ]
+    model = f" of {name(described['model'])}" if described["model"] else ""
+    more = f" and {counted(len(paths) - 1, 'more file')}" if len(paths) > 1 else ""
+    lines = [f"{name(paths[0].name)}{more}: {described['kind']}{model}, {', '.join(parts)}"]
+    if recording.left_out is not None:
+        hidden, dense = recording.left_out
+        lines.append(
+            "Layers without experts are left out; as options of export: "
+            f"--hidden-layers {hidden} --dense-layers {layer_list(dense)}"
+        )
+    return "\n".join([*lines, *cautions(paths)])
+
+
+def describe_steps(recording: Recording, step: int | None, top_k: int | None) -> list[str]:
+    """Write how many tokens a window of a load table is taken to have; nothing of others.
+
+    ``step`` has the tokens of a step, where windows were scaled to such.
+    """
+    top_k = top_k or top_k_of(recording)
+    many = ""
+    if top_k is None:
+        many = " (a token counts once for every expert it chose; --top-k K counts it once)"
+    if not isinstance(recording, RoutingStatistics):
+        return []
+    if step is not None:
+        each = f"of {step:,} tokens{many}"
+        if recording.windows == 1:
+            return [f"The window is scaled to a step {each}."]
+        steps = counted(recording.windows, "single step")
+        return [f"Windows are taken as {steps} {each}, drawn by chance from their loads."]
+    if recording.window is not None:
+        return []
+    sums = recording.window_load.sum(axis=2, dtype=np.int64).max(axis=1)
+    size = counted(int(np.median(sums)) // (top_k or 1), "token")
+    window = "A window" if sums.max() == sums.min() else "The median window"
+    return [
+        f"{window} is {size}{many} and is taken as one step; pass --tokens-per-step N if "
+        "the counters sum over many steps."
+    ]
 
 
 def doubts(traffic: Recording) -> list[str]:

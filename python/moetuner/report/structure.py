@@ -23,6 +23,7 @@ from moetuner._checks import (
 from moetuner.evaluation import evaluate
 from moetuner.evaluation.halves import halve
 from moetuner.evaluation.intervals import FEWEST, spread
+from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.replay import Setting
 from moetuner.evaluation.units import hold_out, units_of
 from moetuner.frozen import Frozen, html_table
@@ -184,7 +185,7 @@ def structure(
             searched = crossing(placement, parts[1])
             null = crossing(placed("heuristic", _independent(seen)), _independent(unseen))
             gain = _gain(
-                Setting(placement, Serving(topology, window=None), threads=threads),
+                Setting(placement, Serving(topology, window=None), ReplayOptions(threads=threads)),
                 traffic,
                 parts[1],
                 null,
@@ -219,7 +220,7 @@ def _gain(
     setting: Setting, traffic: Recording, unseen: Recording, null: float | None
 ) -> tuple[float, float] | None:
     """Compute the interval of the null less the crossing of unseen traffic, by its units."""
-    units = units_of(traffic, threads=setting.threads)
+    units = units_of(traffic, threads=setting.options.threads)
     crossing = spread(*halve(unseen, setting, units, by_group=False)[None]["crossing"])
     if null is None or crossing.interval is None or crossing.units < FEWEST:
         return None

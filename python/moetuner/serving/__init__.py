@@ -73,9 +73,7 @@ class Serving(Frozen):
         engines, so co-activation saves traffic. follow: they move on to the next expert, as in the
         paper, so transitions cost.
     split
-        How tokens are split over an expert's copies: by hash (even, vLLM), to the nearest (nearest,
-        SGLang), or in turns (round_robin, TensorRT-LLM); lp divides every window so that its
-        slowest device is fastest, for counts only.
+        How tokens are split over an expert's copies: a row of ``moetuner.serving.splits.RULES``.
     arrival
         Order in which traffic arrives: windows as recorded (bursts), windows of many sequences at
         once (mixed), or both: a number from 0 to 1 is the weight of mixed windows.
@@ -121,6 +119,8 @@ class Serving(Frozen):
         ENGINE,
         "the engine's, else even",
         choices=SPLITS,
+        help="How tokens are split over an expert's copies: "
+        f"{', '.join(rule.option_help for rule in RULES.values())}.",
         by_engine=True,
         label="A token's copy of an expert",
         words={name: rule.words for name, rule in RULES.items()},

@@ -137,6 +137,10 @@ ENGINES: dict[str, Engine] = {
         "TensorRT-LLM",
         "round_robin",
         "in turns",
+        serve="trtllm-serve MODEL --tp_size {devices} --ep_size {devices} "
+        "--extra_llm_api_options options.yaml",
+        serve_note='options.yaml has "moe_config: {load_balancer: experts.yaml}" and '
+        '"enable_attention_dp: true"',
         go_back="start TensorRT-LLM without load_balancer",
         record="EXPERT_STATISTIC_ITER_RANGE=100-200 EXPERT_STATISTIC_PATH=MORE trtllm-serve MODEL",
     ),
@@ -145,12 +149,15 @@ ENGINES: dict[str, Engine] = {
         "even",
         "one for each device, in turns over devices",
         repeated="refuses it",
+        serve="vllm serve MODEL --tensor-parallel-size {devices} --enable-expert-parallel "
+        """--additional-config '{{"eplb_config": {{"expert_map_path": "experts.json"}}}}'""",
         go_back="start vLLM without expert_map_path",
     ),
     "memra": Engine(
         "memra",
         may_copy=False,
         devices=2,
+        serve="MEMRA_EP_MAP=experts.json memra ...",
         go_back="start memra without MEMRA_EP_MAP",
         records_by="MEMRA_MOE_TRACE",
     ),

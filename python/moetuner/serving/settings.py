@@ -10,7 +10,7 @@ from typing import Any
 from moetuner._checks import one_of
 
 # Groups of the help that settings are in.
-MACHINE, GOAL, ENGINE = "The machine", "The goal", "The engine"
+MACHINE, GOAL, ENGINE, OTHER = "The machine", "The goal", "The engine", "Other"
 
 
 def setting(default: Any, group: str = GOAL, default_text: str = "", **metadata: Any) -> Any:
@@ -24,13 +24,13 @@ def setting(default: Any, group: str = GOAL, default_text: str = "", **metadata:
         Group of the help that it is in, and what is taken without it, unless the docstring says so.
     metadata
         How text gives it: ``choices``, or ``read``, which gives its value, or raises ValueError,
-        and says in its docstring what it reads, or ``above``, for a number above it; without it is
-        a flag. ``metavar``, ``flag``,
-        its option, by default its name, ``help``, by default what the docstring says, and
-        ``multiple``, if the option may be given several times, and ``usual``, a value that is as
-        good as none. ``check``, which takes its name and
-        value and raises for a wrong one; by default it must be one of ``choices``. ``label`` and
-        ``words``, what a page calls it, and how it writes a value: words by value, or a function.
+        and says in its docstring what it reads, or ``above``, for a number above it, or ``within``,
+        for a whole number from one to another, whose option has its default; without it is a flag.
+        ``metavar``, ``flag``, its option, by default its name, ``help``, by default what the
+        docstring says, and ``multiple``, if the option may be given several times, and ``usual``, a
+        value that is as good as none. ``check``, which takes its name and value and raises for a
+        wrong one; by default it must be one of ``choices``. ``label`` and ``words``, what a page
+        calls it, and how it writes a value: words by value, or a function.
         ``to_json`` and ``from_json``, how a placement's file holds a value. ``by_engine``, if an
         engine decides it.
     """
@@ -63,7 +63,10 @@ def check_setting(declared: Field[Any], value: object) -> None:
 
 
 # What says how a text gives a setting, of all that is declared of it.
-OPTION_KEYS = ("group", "choices", "read", "above", "usual", "metavar", "flag", "help", "multiple")
+OPTION_KEYS = (
+    *("group", "choices", "read", "above", "within"),
+    *("usual", "metavar", "flag", "help", "multiple"),
+)
 
 
 def settings_of(*kinds: Any) -> dict[str, dict[str, Any]]:
@@ -78,6 +81,8 @@ def settings_of(*kinds: Any) -> dict[str, dict[str, Any]]:
             if not own.metadata or (own.name in settings and own.name not in texts):
                 continue
             entry = {key: own.metadata[key] for key in OPTION_KEYS if key in own.metadata}
+            if "within" in entry:
+                entry["default"] = own.default
             default, text = own.metadata["default_text"], entry.get("help", texts.get(own.name, ""))
             entry["help"] = text + (f"  [default: {default}]" if default else "")
             settings[own.name] = entry

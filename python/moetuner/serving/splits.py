@@ -32,6 +32,10 @@ class Rule:
     ----------
     words
         What it does, for people, of "a token's copy of an expert".
+    option_help
+        What it does, for the help of its option, of "how tokens are split over copies".
+    token_rule
+        How the core serves single tokens where they are split so: a name that it knows.
     by_home
         Whether a token's copy depends on the device that it comes from: the nearest serves it.
     in_turns
@@ -42,13 +46,18 @@ class Rule:
     divide
         Divides all tokens of a window over copies by their loads; None where each token is served
         by itself. Windows are then counted, and tokens have no order in them.
+    dispatch_us
+        Time that the dispatcher takes in every layer for that, which no cost model has.
     """
 
     words: str
+    option_help: str
+    token_rule: Literal["even", "nearest", "round_robin"] = "even"
     by_home: bool = False
     in_turns: bool = False
     is_hashed: bool = False
     divide: Divide | None = None
+    dispatch_us: float = 0.0
 
     @property
     def needs_windows(self) -> bool:
@@ -66,18 +75,23 @@ EVEN: Split = "even"
 
 RULES: dict[str, Rule] = {
     # vLLM.
-    "even": Rule("is chosen by a hash", is_hashed=True),
+    "even": Rule("is chosen by a hash", "by hash (even, vLLM)", is_hashed=True),
     # SGLang's static dispatch: the copy on the token's home device, else those of its node, else
     # all, evenly.
-    "nearest": Rule("is the nearest", by_home=True),
+    "nearest": Rule("is the nearest", "to the nearest (nearest, SGLang)", "nearest", by_home=True),
     # TensorRT-LLM.
-    "round_robin": Rule("takes turns", in_turns=True),
+    "round_robin": Rule(
+        "takes turns", "in turns (round_robin, TensorRT-LLM)", "round_robin", in_turns=True
+    ),
     # LPLB, and SGLang's dispatch of that name: a linear programme, so that the slowest device is
     # done as soon as can be, then the slowest of the others, and so on. Which tokens go where is
     # not known, so visits, rows and pairs are those of ``even``.
     "lp": Rule(
         "is what a linear programme says",
+        "so that the slowest device of every window is fastest (lp, SGLang; for counts only)",
         is_hashed=True,
         divide=lambda slots, load, speed: _core.balanced_load(slots, load, speed),
+        # LPLB's authors: 100 us and more.
+        dispatch_us=100.0,
     ),
 }

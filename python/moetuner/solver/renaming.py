@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner.placement import EMPTY, Placement, find_holders
+from moetuner.placement import Placement, find_holders
 from moetuner.problem import Problem
 from moetuner.problem.capacity import pad_slots
 from moetuner.problem.caps import ROUNDING
@@ -31,50 +31,22 @@ def keep_running(problem: Problem, objective: Objective, running: Placement, slo
 
     Devices are renamed, and a layer that is worth no more than what runs there stays as it is.
     """
-    found = pad_slots(slots, problem.capacity)
+    found, stays = (pad_slots(each, problem.capacity) for each in (slots, running.slots))
     renamed = rename_devices(problem, running.held, found)
-    if not _is_sum_of_layers(problem, objective):
+    if not objective.is_sum_of_layers:
         return renamed
-    stays = pad_slots(running.slots, problem.capacity)
     choices = [renamed] if stays.shape != found.shape else [renamed, stays]
     placements = [Placement(each, num_experts=problem.experts) for each in [found, *choices]]
-    costs, *others = (_layer_costs(objective, each) for each in placements)
+    costs, *others = (objective.layer_costs(each) for each in placements)
     excess, *excesses = (problem.caps.excess(each) for each in placements)
     kept = found.copy()
     # What runs comes last, so that it stays wherever it is as good.
     for choice, cost, over in zip(choices, others, excesses, strict=True):
         is_as_good = (cost <= costs * (1 + ROUNDING)).all(axis=1) & (over <= excess)
         if choice is stays:
-            is_as_good &= _keeps_rules(problem, running)
+            is_as_good &= problem.layers_that_keep_rules(running)
         kept[is_as_good] = choice[is_as_good]
     return kept
-
-
-def _is_sum_of_layers(problem: Problem, objective: Objective) -> bool:
-    """Return whether the objective is a sum over layers, of which each may be changed by itself."""
-    is_joined = problem.goal != "balance" and problem.regime == "follow" and problem.layers > 1
-    return objective.is_known and not is_joined and problem.survive is None
-
-
-def _layer_costs(objective: Objective, placement: Placement) -> Floats:
-    """Compute what layers cost [L,N]: of windows that do not simply add up, in each."""
-    if objective.goal == "traffic":
-        return objective.layers_traffic(placement)[:, None]
-    costs = objective.window_cost(placement).T
-    return objective.worth(costs)[:, None] if objective.windows.is_mean else costs
-
-
-def _keeps_rules(problem: Problem, running: Placement) -> NDArray[np.bool_]:
-    """Return in which layers what runs keeps the rules of slots, pins and bans [L]."""
-    count = (running.slots != EMPTY).sum(axis=2)
-    keeps: NDArray[np.bool_] = (count <= problem.capacity).all(axis=1)
-    if problem.fill_slots:
-        keeps &= (count == problem.capacity).all(axis=1)
-    if not problem.may_copy:
-        keeps &= count.sum(axis=1) == problem.experts
-    broken = [problem.rules.are_broken(layer, held) for layer, held in enumerate(running.held)]
-    keeps &= ~np.array(broken)
-    return keeps
 
 
 def rename_devices(problem: Problem, running: NDArray[np.bool_], slots: Slots) -> Slots:
@@ -91,7 +63,7 @@ def rename_devices(problem: Problem, running: NDArray[np.bool_], slots: Slots) -
     running
         Whether a device holds an expert in what runs [L,D,E].
     slots
-        Expert ids [L,D,S].
+        Expert ids [L,D,S], experts first, as ``pad_slots`` has them.
     """
     if not _is_tiered(problem.topology):
         return slots
@@ -109,7 +81,7 @@ def rename_devices(problem: Problem, running: NDArray[np.bool_], slots: Slots) -
     names[np.broadcast_to(total < 0, layers)] = np.arange(devices)
     renamed = np.empty_like(slots)
     np.put_along_axis(renamed, names[:, :, None], slots, axis=1)
-    return pad_slots(renamed, problem.capacity)
+    return renamed
 
 
 def _is_tiered(topology: Topology) -> bool:

@@ -18,11 +18,12 @@ from click.shell_completion import CompletionItem
 
 from moetuner._checks import ArgumentError, suggestion
 from moetuner.files import same_file
-from moetuner.serving.settings import ENGINE, GOAL, MACHINE, parameters_of
+from moetuner.serving.recipes import Recipe
+from moetuner.serving.settings import ENGINE, GOAL, MACHINE, OTHER, parameters_of
 from moetuner.solver import ALIASES, EFFORTS, METHODS
 
 # Groups of the help in their order; an option is in one of them, else in the last.
-BEGIN, OTHER = "Begin with", "Other"
+BEGIN = "Begin with"
 RUNNING, SEARCH, JUDGING = "The running placement", "The search", "The evaluation"
 GROUPS = (BEGIN, MACHINE, GOAL, ENGINE, RUNNING, SEARCH, JUDGING, OTHER)
 
@@ -255,14 +256,21 @@ def command(name: str, **others: Any) -> Callable[[Callable[..., Any]], Command]
     return lambda run: Command(name, run, **others)
 
 
-def typed() -> dict[str, Any]:
-    """Return the options of the running command as they were typed, by name."""
+def typed(*kinds: type) -> dict[str, Any]:
+    """Return options of the running command as they were typed, by name: all, or those of groups.
+
+    Those that say how fast it computes, and where it writes, are no one else's.
+    """
     context = click.get_current_context()
-    return context.command.make_parser(context).parse_args([*context.meta[TYPED]])[0]
+    texts = context.command.make_parser(context).parse_args([*context.meta[TYPED]])[0]
+    names = {name for kind in kinds for name in options_of(kind)} if kinds else {*texts}
+    return {name: text for name, text in texts.items() if name in names - {*OWN}}
 
 
 # Options that are written whatever their value: what comes next reads the file.
 NAMED_FILES = ("out_file", "report_file")
+# Options that no next command takes over.
+OWN = ("threads", "report_file", "figures", "json_file", "quiet")
 
 
 def words(command: click.Command, values: dict[str, Any]) -> str:
@@ -289,12 +297,12 @@ def spelled() -> dict[str, str]:
     return {name: text for name, text in texts.items() if text}
 
 
-def next_command(name: str, file: str, values: dict[str, Any], why: str = "") -> str:
-    """Write another command on a file, with values of its options, and what it is for."""
+def recipe(name: str, files: Iterable[str | Path], values: dict[str, Any], why: str = "") -> Recipe:
+    """Return another command on some files, with values of its options, and what it is for."""
     menu = click.get_current_context().find_root().command
     assert isinstance(menu, click.Group)
-    text = f"moetuner {name} {file}{words(menu.commands[name], values)}"
-    return text + (f"  # {why}" if why else "")
+    text = f"moetuner {name} {shlex.join(map(str, files))}{words(menu.commands[name], values)}"
+    return Recipe(text, why)
 
 
 def apart_from(running: str | Path | None, name: str) -> str:
@@ -464,13 +472,6 @@ def read_numbers(text: str) -> tuple[int, ...]:
             raise ValueError(text)
         numbers.update(range(first, last + 1))
     return tuple(sorted(numbers))
-
-
-def layer_list(layers: Sequence[int] | None) -> str | None:
-    """Write numbers of layers as ``--dense-layers`` takes them."""
-    if layers is None:
-        return None
-    return ",".join(map(str, layers)) or "none"
 
 
 # What sentences of the library call in Python's words, and the options that do it.

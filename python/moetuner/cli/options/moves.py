@@ -14,7 +14,10 @@ from moetuner._checks import suggestion
 from moetuner.cli.options import RUNNING, FileText, Number, expert_bytes_option, option
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
+from moetuner.evaluation.replay import check_model
+from moetuner.files import naming
 from moetuner.files.cells import counted, in_bytes, percent
+from moetuner.formats import form_of, read_placement
 from moetuner.placement import Placement, PlacementDiff, blocks
 from moetuner.problem import Problem
 from moetuner.report.advice import READ, STARTS
@@ -63,6 +66,33 @@ def start_placement(
     return solve(running, method, seed=seed, threads=threads).placement
 
 
+def load_placement(
+    path: Path, source: Source, topology: Topology | None = None, *, devices: int | None = None
+) -> Placement:
+    """Read a placement, or a map of an engine, which must be of INPUT's model and a machine.
+
+    ``devices`` are those of a map that does not say them, where there is no topology yet.
+    """
+    traffic = source.traffic
+    _, dense = traffic.left_out or (None, None)
+    placement = read_placement(
+        path,
+        devices=devices if topology is None else topology.devices,
+        num_experts=traffic.num_experts,
+        dense_layers=dense if source.dense_layers is None else source.dense_layers,
+    )
+    with naming(path):
+        more = placement.layers - traffic.layers
+        if more > 0 and form_of(path) != "json":
+            raise ValueError(
+                f"placement must have {traffic.layers} layers like INPUT, got "
+                f"{placement.layers}: if {more} of them are not in INPUT, as they have no "
+                f"experts or predict further tokens, --dense-layers names them"
+            )
+        check_model(placement, traffic, topology or Topology(placement.devices))
+    return placement
+
+
 @dataclass(frozen=True)
 class MoveOptions:
     """The placement that a solve starts from, and what moving may cost.
@@ -100,7 +130,7 @@ class MoveOptions:
         if initial is None:
             return None
         if not is_start(initial):
-            return source.load(Path(initial), topology)
+            return load_placement(Path(initial), source, topology)
         return start_placement(
             initial, problem.statistics, topology, seed=seed, threads=source.threads
         )

@@ -16,16 +16,17 @@ from moetuner._checks import (
 )
 from moetuner.cli.options import LayerHints, spelled
 from moetuner.cli.options.machine import Machine
-from moetuner.cli.options.moves import is_start, start_placement
+from moetuner.cli.options.moves import is_start, load_placement, start_placement
 from moetuner.cli.options.serving import ServingOptions
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import shares, working
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.comparison import Comparison
-from moetuner.evaluation.figures import FIGURES
+from moetuner.evaluation.figures import FIGURES, WITH_ARGUMENT
 from moetuner.evaluation.judgement import MEASURES, Judgement, judge
-from moetuner.evaluation.units import hold_out
+from moetuner.evaluation.options import ReplayOptions
+from moetuner.evaluation.units import hold_out, units_of
 from moetuner.files import naming, text
 from moetuner.files.cells import counted, listed
 from moetuner.formats import WRITERS, form_of, read_placement
@@ -97,14 +98,10 @@ def read_hints(path: Path) -> Reading:
     return Reading() if form_of(path) != "json" else made_of(path, read_placement(path)).input
 
 
-def with_input(
-    placement: Placement, source: Source, engine: str | None, holdout: float
-) -> Placement:
-    """Return a placement whose settings say which INPUT, engine and holdout it was computed for."""
+def with_input(placement: Placement, source: Source, holdout: float) -> Placement:
+    """Return a placement whose settings say from which part of INPUT it was computed."""
     read = Reading.of(source, source.traffic)
-    made = Made.of(placement)
-    serving = made.serving if engine is None else {**made.serving, "engine": engine}
-    made = replace(made, serving=serving, holdout=holdout, input=read, spelled=spelled())
+    made = replace(Made.of(placement), holdout=holdout, input=read, spelled=spelled())
     return placement.with_names(settings={**placement.settings, **made.to_settings()})
 
 
@@ -155,7 +152,7 @@ class Placed:
     ) -> Placed:
         """Read a placement of INPUT's model; its settings replace options that are not given."""
         source = source.with_hints(read_hints(path))
-        placement = source.load(path, devices=machine.given)
+        placement = load_placement(path, source, devices=machine.given)
         made = made_of(path, placement)
         loads_it = WRITERS[form_of(path)].engine
         if loads_it is not None:  # a map that one engine alone loads is served by it
@@ -230,12 +227,11 @@ class Placed:
         self,
         running: Placement,
         names: tuple[str, str],
+        options: ReplayOptions,
         *,
         figure: str | None = None,
         measures: Iterable[str] = (),
         by_group: bool = False,
-        mixed: bool = True,
-        mixed_seed: int = 0,
     ) -> Judgement:
         """Replay what runs and the placement, and judge the change.
 
@@ -246,9 +242,7 @@ class Placed:
                 [running, self.placement],
                 self.judged[0],
                 [self.serving],
-                mixed=mixed,
-                mixed_seed=mixed_seed,
-                threads=self.source.threads,
+                options,
                 progress=shares(report, "of the tokens", then="figures"),
             )
         with working("comparing"):
@@ -258,7 +252,7 @@ class Placed:
                 figure=figure or self.made.figure,
                 measures=self._measures(measures),
                 by_group=by_group,
-                units=self.source.units,
+                units=units_of(self.source.traffic, window=self.source.replayed),
                 names=names,
             )
 
@@ -275,8 +269,8 @@ class Placed:
         return bytes_of_expert(size, traffic.model, self.source.weight_bits)
 
     def gains(self, judgement: Judgement) -> list[Comparison]:
-        """Return what is gained in its own figure, in predicted time and with waterfill."""
-        figures = dict.fromkeys((judgement.measure, "predicted_layer_us", "imbalance_filled"))
+        """Return what is gained in its own figure, in time, and in those with an argument."""
+        figures = dict.fromkeys((judgement.measure, "predicted_layer_us", *WITH_ARGUMENT))
         return [judgement.whole[name] for name in figures if name in judgement.whole]
 
     def lines(self) -> Iterator[str]:
@@ -334,7 +328,7 @@ class Placed:
             placement = start_placement(running, counts, machine, seed=seed, threads=threads)
             return placement.without(self.lost), running
         path = Path(running)
-        placement = self.source.load(path, devices=number)
+        placement = load_placement(path, self.source, devices=number)
         if placement.devices != number:
             raise click.UsageError(
                 f"'--baseline': {text.name(path.name)} has {counted(placement.devices, 'device')}, "

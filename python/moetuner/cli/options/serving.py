@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import click
@@ -14,30 +14,38 @@ from moetuner.cli.options import SIZE, Number, Text, flags, option
 from moetuner.cli.options.machine import COST_MODEL, bytes_in_cost_model, cost_model_for
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import working
+from moetuner.cost import bytes_of_expert
+from moetuner.evaluation.options import ReplayOptions
 from moetuner.problem import TRAFFIC_CAP, Problem
+from moetuner.problem.made import Made
 from moetuner.problem.objective import goal_for, tables_for
-from moetuner.serving import SERVED, Serving, experts_per_token
+from moetuner.serving import SERVED, Serving
 from moetuner.serving.engines import ENGINES, NO_ENGINES, engine_settings
 from moetuner.serving.settings import ENGINE, settings_of
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
-DECLARED = settings_of(Problem, Serving)
+DECLARED = settings_of(Problem, Serving, ReplayOptions)
 # Those of a problem.
 SETTINGS = [own.name for own in fields(Problem) if own.metadata]
 
 
 def setting_option(name: str) -> Any:
-    """Return the option of a setting; its value is None or empty if it is not given."""
+    """Return the option of a setting; its value is None or empty if it is not given.
+
+    A whole number within limits is its default then.
+    """
     keywords = dict(DECLARED[name])
     kind: Any = None
     read, choices = keywords.pop("read", None), keywords.pop("choices", None)
-    above = keywords.pop("above", None)
+    above, within = keywords.pop("above", None), keywords.pop("within", None)
     if name == "cost_model":  # its files and presets are read as those of --topology are
         kind = COST_MODEL
     elif above is not None:
         kind = Number(min=above, min_open=True)
+    elif within is not None:
+        kind = click.IntRange(*within)
     elif choices:
         kind = click.Choice(choices)
     elif read:
@@ -142,9 +150,12 @@ class ServingOptions:
 
     def expert_bytes(self, source: Source, bytes_given: float | None) -> float | None:
         """Return bytes of an expert: those given, else of --cost-model's sizes or INPUT's model."""
+        traffic, bits = source.traffic, source.weight_bits
         if bytes_given is None:
-            bytes_given = bytes_in_cost_model(self.given.get("cost_model"), source.weight_bits)
-        return source.expert_bytes(bytes_given)
+            bytes_given = bytes_in_cost_model(self.given.get("cost_model"), bits)
+        if bytes_given is None:
+            bytes_given = bytes_of_expert(traffic.expert_size, traffic.model, bits)
+        return bytes_given
 
 
 # An option of commands that say what the busiest device is left with.
@@ -236,7 +247,7 @@ class ProblemOptions(ServingOptions):
         except ArgumentError as error:
             raise click.UsageError(f"'--for {self.engine}': {error.renamed(flags())}.") from None
 
-    def explain_problem(self, problem: Problem, source: Source) -> list[str]:
+    def explain_problem(self, problem: Problem) -> list[str]:
         """Write in a line what ``--for`` has set of a problem; in none without an engine."""
         full = "full " if problem.fill_slots else ""
         total = problem.slots * problem.devices
@@ -245,24 +256,18 @@ class ProblemOptions(ServingOptions):
             more[0] += f" ({total} slots, {total - problem.experts} of them redundant)"
         if self.router_groups is not None:
             more.append(f"{self.router_groups} router groups kept whole")
-        return self._resolve(source, problem.topology, None).explain(more)
+        return problem.serving.explain(more)
 
-    def served(self, problem: Problem, source: Source) -> Serving:
-        """Return how placements of a problem are judged: as it is served, and with waterfill."""
-        waterfill = self.given.get("waterfill")
-        top_k = None if waterfill is None else experts_per_token(source.traffic, source.top_k)
-        return replace(problem.serving, waterfill=waterfill, top_k=top_k)
 
-    def problem_settings(self, problem: Problem) -> dict[str, Any]:
-        """Return the settings of a problem for JSON: defaults resolved."""
-        settings = {name: getattr(problem, name) for name in SETTINGS}
-        settings |= {"objective": problem.goal}
-        settings["phases"] = {size: share for size, share in problem.shares.items() if size} or None
-        if problem.slots_per_device is None and problem.extra_slots is None:
-            settings["slots_per_device"] = problem.slots
-        served = replace(problem.serving, engine=self.engine).facts()
-        settings |= {name: served[name] for name in settings if name in served}
-        return {name: value for name, value in served.items() if name not in settings} | settings
+def settings_for_json(problem: Problem) -> dict[str, Any]:
+    """Return the settings of a problem for JSON: defaults resolved."""
+    made, served = Made.for_problem(problem), problem.serving.facts()
+    settings = {name: getattr(problem, name) for name in SETTINGS} | {**made.wanted}
+    settings["phases"] = made.serving["phases"]
+    if problem.slots_per_device is None and problem.extra_slots is None:
+        settings["slots_per_device"] = problem.slots
+    settings |= {name: served[name] for name in settings if name in served}
+    return {name: value for name, value in served.items() if name not in settings} | settings
 
 
 class ComparedOptions(ProblemOptions):

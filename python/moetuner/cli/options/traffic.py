@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import click
 import numpy as np
 
 from moetuner._checks import suggestion
+from moetuner.cli import work
 from moetuner.cli.options import (
     COUNT,
     IN_INPUT,
@@ -20,63 +21,24 @@ from moetuner.cli.options import (
     Number,
     Text,
     argument,
-    layer_list,
     option,
     threads_option,
 )
 from moetuner.cli.options.groups import FILES, group_input, locate_names
-from moetuner.cli.output import shares, working
-from moetuner.cost import bytes_of_expert, public_name, top_k_of, type_in_name
-from moetuner.evaluation.replay import check_model
-from moetuner.evaluation.units import Units, units_of
-from moetuner.files import naming, same_file
-from moetuner.files.cells import counted
-from moetuner.files.text import name
-from moetuner.formats import cautions, form_of, open_input, read_placement
+from moetuner.cli.output import working
+from moetuner.cost import public_name, top_k_of, type_in_name
+from moetuner.files import same_file
+from moetuner.formats import open_input
 from moetuner.formats.hints import Traffic as Traffic
-from moetuner.placement import Placement
 from moetuner.presets import MODELS
-from moetuner.problem import Problem
 from moetuner.problem.made import Made
 from moetuner.problem.reading import Reading
 from moetuner.recording import Recording
-from moetuner.report import outcome, recording
-from moetuner.report.outcome import Outcome
+from moetuner.report import recording
 from moetuner.serving import Serving
-from moetuner.serving.phases import judged_windows
 from moetuner.serving.settings import ENGINE, GOAL
-from moetuner.solver import Method, Result, solve
-from moetuner.statistics import WINDOW, RoutingStatistics, as_counts
-from moetuner.topology import Topology
+from moetuner.statistics import WINDOW, RoutingStatistics
 from moetuner.trace import RoutingTrace
-
-
-def facts(paths: Sequence[Path], traffic: Recording) -> dict[str, Any]:
-    """Return kind and sizes, for JSON."""
-    return {"files": [*map(str, paths)], **traffic.facts()}
-
-
-def describe(paths: Sequence[Path], traffic: Recording) -> str:
-    """Describe files in a line."""
-    described = facts(paths, traffic)
-    sizes = {**described, "groups": len(described["group_names"])}
-    sizes["experts"] = described["num_experts"]
-    names_of_sizes = ("tokens", "windows", "layers", "experts", "top_k", "sequences", "groups")
-    parts = [
-        f"top-{sizes[size]}" if size == "top_k" else counted(sizes[size], size[:-1])
-        for size in names_of_sizes
-        if sizes.get(size)
-    ]
-    model = f" of {name(described['model'])}" if described["model"] else ""
-    more = f" and {counted(len(paths) - 1, 'more file')}" if len(paths) > 1 else ""
-    line = f"{name(paths[0].name)}{more}: {described['kind']}{model}, {', '.join(parts)}"
-    if traffic.left_out is not None:
-        hidden, dense = traffic.left_out
-        line += (
-            "\nLayers without experts are left out; as options of export: "
-            f"--hidden-layers {hidden} --dense-layers {layer_list(dense)}"
-        )
-    return "\n".join([line, *cautions(paths)])
 
 
 def read_model(text: str) -> str:
@@ -210,18 +172,6 @@ class Source(FileHints):
         """Tokens per window of a replay; None where windows are counted already."""
         return (self.window or WINDOW) if self.traffic.ordered else None
 
-    @cached_property
-    def units(self) -> Units:
-        """What is independent in INPUT: parts of it are judged by the same units."""
-        return units_of(self.traffic, window=self.replayed, threads=self.threads)
-
-    def units_in(self, window: int | None) -> Units:
-        """Return the same in windows of so many tokens: sequences do not depend on them."""
-        traffic = self.traffic
-        if window == self.replayed or traffic.sequence is not None:
-            return self.units
-        return units_of(traffic, window=window, threads=self.threads)
-
     def as_counts(self) -> Source:
         """Return the same INPUT, counted in windows if it is a trace."""
         counts = self.count_all(self.recorded)
@@ -284,124 +234,20 @@ class Source(FileHints):
         ``tables`` as for ``RoutingStatistics.from_trace``.
         """
         traffic = self.traffic if traffic is None else traffic
-        if isinstance(traffic, RoutingStatistics):
-            return traffic
-        tables |= {"window": self.window or WINDOW, "threads": self.threads}
-        with working("counting") as report:
-            tables["progress"] = shares(report, "of the tokens", then="tables")
-            return as_counts(traffic, **tables)
-
-    def solve(self, method: str, problem: Problem, *, place: str = "", **arguments: Any) -> Result:
-        """Solve, and show how far that is.
-
-        ``place`` is how far all solves are, and ``arguments`` are as for ``solve``.
-        """
-        label = f"solving, {method}{place and f' ({place})'}"
-        with working(label, time_limit=arguments.get("time_limit")) as progress:
-            arguments |= {"progress": progress, "threads": self.threads}
-            return solve(problem, cast(Method, method), **arguments)
-
-    def replay(
-        self,
-        results: Sequence[Result],
-        problem: Problem,
-        judged_on: Traffic,
-        *,
-        serving: Serving | None = None,
-        by_group: bool = True,
-    ) -> list[Outcome]:
-        """Evaluate placements on other traffic, which is read once for all of them.
-
-        In the windows of INPUT, and of all other phases that the problem is about, each group by
-        itself too unless that is not asked for; ``serving`` is the problem's by default.
-        """
-        placements = [result.placement for result in results]
-        serving = problem.serving if serving is None else serving
-        windows: list[int | None] = [self.replayed]
-        if judged_on.ordered:
-            judged = judged_windows(judged_on.length, problem.shares)
-            windows += [tokens for tokens in judged if tokens != self.replayed]
-        with working("replaying") as report:
-            arguments: Any = {"threads": self.threads, "by_group": by_group}
-            arguments["progress"] = shares(report, "of the tokens", then="figures")
-            evaluations = outcome.replay(placements, serving, judged_on, windows, **arguments)
-        first = evaluations.pop(self.replayed)
-        return [
-            Outcome(problem, *pair, {tokens: each[at] for tokens, each in evaluations.items()})
-            for at, pair in enumerate(zip(results, first, strict=True))
-        ]
-
-    def load(
-        self, path: Path, topology: Topology | None = None, *, devices: int | None = None
-    ) -> Placement:
-        """Read a placement, or a map of an engine, which must be of this traffic and a machine.
-
-        ``devices`` are those of a map that does not say them, where there is no topology yet.
-        """
-        _, dense = self.traffic.left_out or (None, None)
-        placement = read_placement(
-            path,
-            devices=devices if topology is None else topology.devices,
-            num_experts=self.traffic.num_experts,
-            dense_layers=dense if self.dense_layers is None else self.dense_layers,
-        )
-        with naming(path):
-            more = placement.layers - self.traffic.layers
-            if more > 0 and form_of(path) != "json":
-                raise ValueError(
-                    f"placement must have {self.traffic.layers} layers like INPUT, got "
-                    f"{placement.layers}: if {more} of them are not in INPUT, as they have no "
-                    f"experts or predict further tokens, --dense-layers names them"
-                )
-            check_model(placement, self.traffic, topology or Topology(placement.devices))
-        return placement
-
-    def layer_words(self) -> tuple[str, str]:
-        """Return the model's hidden layers and the dense ones as options take them."""
-        hidden, dense = self.traffic.left_out or (self.hidden_layers, self.dense_layers)
-        return str(hidden or "N"), layer_list(dense) or "A-B"
+        return work.count(traffic, window=self.window or WINDOW, threads=self.threads, **tables)
 
     def facts(self) -> dict[str, Any]:
         """Return kind and sizes, for JSON."""
-        return facts(self.input_files, self.traffic) | {"warnings": self.warnings}
+        return recording.facts(self.input_files, self.traffic) | {"warnings": self.warnings}
 
     def describe(self) -> str:
         """Describe INPUT in a line; in further ones what was assumed of it, and warnings."""
         with working(f"looking at {self.input_files[0].name}"):
-            lines = [describe(self.input_files, self.traffic), *self._step(), *self.warnings]
-        return "\n".join(lines)
+            line = recording.describe(self.input_files, self.traffic)
+            steps = recording.describe_steps(self.traffic, self.tokens_per_step, self.top_k)
+            return "\n".join([line, *steps, *self.warnings])
 
     @cached_property
     def warnings(self) -> list[str]:
         """What makes INPUT worthless, or next to it."""
         return recording.doubts(self.traffic)
-
-    def _step(self) -> list[str]:
-        """Write how many tokens a window of a load table is taken to have."""
-        traffic, top_k = self.traffic, self.top_k or top_k_of(self.traffic)
-        many = ""
-        if top_k is None:
-            many = " (a token counts once for every expert it chose; --top-k K counts it once)"
-        if not isinstance(traffic, RoutingStatistics):
-            return []
-        if self.tokens_per_step is not None:
-            each = f"of {self.tokens_per_step:,} tokens{many}"
-            if traffic.windows == 1:
-                return [f"The window is scaled to a step {each}."]
-            steps = counted(traffic.windows, "single step")
-            return [f"Windows are taken as {steps} {each}, drawn by chance from their loads."]
-        if traffic.window is not None:
-            return []
-        sums = traffic.window_load.sum(axis=2, dtype=np.int64).max(axis=1)
-        size = counted(int(np.median(sums)) // (top_k or 1), "token")
-        window = "A window" if sums.max() == sums.min() else "The median window"
-        return [
-            f"{window} is {size}{many} and is taken as one step; pass --tokens-per-step N if "
-            "the counters sum over many steps."
-        ]
-
-    def expert_bytes(self, bytes_given: float | None) -> float | None:
-        """Return bytes of an expert: those given, else of INPUT's model, if known."""
-        if bytes_given is not None:
-            return bytes_given
-        return bytes_of_expert(self.traffic.expert_size, self.traffic.model, self.weight_bits)

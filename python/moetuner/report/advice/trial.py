@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from moetuner.evaluation import Evaluation
+from moetuner.evaluation.options import ReplayOptions
 from moetuner.placement import Placement, blocks
 from moetuner.problem import Problem
 from moetuner.recording import Recording
@@ -89,9 +90,8 @@ def evaluate_all(
         request.serving,
         unseen,
         windows,
+        ReplayOptions(mixed=False, threads=request.threads),
         by_group=by_group,
-        mixed=False,
-        threads=request.threads,
     )
     return {
         window: dict(zip(placements, evaluated, strict=True))

@@ -31,6 +31,7 @@ from moetuner.report.outcome import Outcome
 from moetuner.report.page.words import settings_in_words
 from moetuner.serving import SERVED
 from moetuner.serving.phases import name_phase
+from moetuner.serving.recipes import Recipe
 from moetuner.solver import Trade
 from moetuner.solver.result import Result
 from moetuner.statistics import count_loads
@@ -98,6 +99,8 @@ class PageData:
         Where it comes from, and the JSON that the page carries, with its settings.
     load
         Tokens of every expert in that traffic [L,E].
+    recipes
+        What comes next.
     token_bytes, expert_bytes
         Bytes of a row and of an expert; None where not known.
     hot_experts
@@ -121,6 +124,7 @@ class PageData:
     origin: Origin
     contents: dict[str, Any]
     load: NDArray[Any]
+    recipes: tuple[Recipe, ...] = ()
     others: tuple[Tile, ...] = ()
     reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -235,12 +239,6 @@ class PageData:
         return before.diff(after, topology=self.topology, expert_bytes=self.expert_bytes)
 
     @property
-    def commands(self) -> tuple[tuple[str, str], ...]:
-        """What comes next: commands, each with what it is for."""
-        lines = (each.partition("  # ") for each in self.contents.get("commands", ()))
-        return tuple((command, why) for command, _, why in lines)
-
-    @property
     def windows(self) -> str:
         """Which windows the evaluations are of."""
         return in_windows(self.settings[0].window, self.evaluations[0])
@@ -261,8 +259,10 @@ class PageData:
         )
 
 
-def data_of_advice(advice: Advice, origin: Origin, contents: dict[str, Any]) -> PageData:
-    """Make the data of an advice, with its JSON and the commands in it."""
+def data_of_advice(
+    advice: Advice, origin: Origin, contents: dict[str, Any], recipes: Sequence[Recipe] = ()
+) -> PageData:
+    """Make the data of an advice, with its JSON, and of what comes next."""
     answer, todo = ADVISED[advice.answer]
     running = advice.settings["initial"].replace("_", " ")
     names = ("running" if running == "given" else running, "proposed")
@@ -298,6 +298,7 @@ def data_of_advice(advice: Advice, origin: Origin, contents: dict[str, Any]) -> 
         origin=origin,
         contents=contents,
         load=advice.problem.load.astype(np.float64),
+        recipes=tuple(recipes),
         reasons=reasons,
         warnings=advice.warnings,
         token_bytes=None if model is None else model.token_bytes,
@@ -380,7 +381,7 @@ def make_data(
     gain, replayed = replace(judgement.gain, splits=()), judgement.after.replayed
     assert replayed is not None
     answer, words, todo = GAINED[gain.answer]
-    loads = count_loads(replayed.traffic, threads=replayed.setting.threads)
+    loads = count_loads(replayed.traffic, threads=replayed.setting.options.threads)
     warnings: tuple[str, ...] = ()
     if gain.measure == "predicted_layer_us":
         model = replayed.setting.serving.cost_model
@@ -389,9 +390,11 @@ def make_data(
         unmeasured = f"Times are predicted by a cost model, not measured{weights}."
         warnings = (model.origin if model is not None and is_measured else unmeasured,)
     contents = {**contents, "verdict": gain.answer}
-    if answer == "good" and "commands" not in contents:
+    recipes: tuple[Recipe, ...] = ()
+    if answer == "good":
         setting = replayed.setting
-        contents["commands"] = _serving(contents, setting.placement, setting.topology.nodes)
+        recipes = _serving(contents, setting.placement, setting.topology.nodes)
+        contents["commands"] = [*map(str, recipes)]
         contents["go_back"] = way_back(contents.get("settings", {}).get("engine"))
     if expert_bytes is None:
         recorded = replayed.traffic
@@ -408,11 +411,14 @@ def make_data(
         origin=origin,
         contents=contents,
         load=loads.total_load.astype(np.float64),
+        recipes=recipes,
         reasons=(f"{gain.doubt[0].upper()}{gain.doubt[1:]}.",) if gain.doubt else (),
         warnings=warnings,
         token_bytes=token_bytes,
         expert_bytes=expert_bytes,
-        hot_experts=hold_out_hot_experts(replayed.traffic, threads=replayed.setting.threads),
+        hot_experts=hold_out_hot_experts(
+            replayed.traffic, threads=replayed.setting.options.threads
+        ),
     )
     if page.moves.experts_moved or judgement.before.imbalance != judgement.after.imbalance:
         return page
@@ -457,14 +463,14 @@ def in_windows(window: int | None, evaluation: Evaluation) -> str:
     return f"windows of {window:,} tokens" + (f" ({phase})" if phase else "")
 
 
-def _serving(contents: dict[str, Any], placement: Placement, nodes: int) -> list[str]:
+def _serving(contents: dict[str, Any], placement: Placement, nodes: int) -> tuple[Recipe, ...]:
     """Return the commands that give a written placement to its engine, and serve it there."""
     settings = contents.get("settings", {})
     file = contents.get("placement") or settings.get("placement")
     redundant = placement.devices * placement.slots_per_device - placement.num_experts
     if not file:
-        return []
-    return serving_commands(
+        return ()
+    recipes = serving_commands(
         settings.get("engine"),
         devices=placement.devices,
         redundant=redundant,
@@ -472,6 +478,7 @@ def _serving(contents: dict[str, Any], placement: Placement, nodes: int) -> list
         split=settings.get("split"),
         placement=str(file),
     )
+    return tuple(recipes)
 
 
 def _timeless(contents: dict[str, Any]) -> dict[str, Any]:

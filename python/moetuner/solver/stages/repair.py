@@ -45,8 +45,8 @@ def repair(problem: Problem, initial: Placement) -> Slots:
             table[layer] = EMPTY
             for device, ids in enumerate(map(np.flatnonzero, experts)):
                 table[layer, device, : len(ids)] = ids
-    nearest = problem.filled(nearest, initial)
-    balanced = problem.filled(_complete(problem, start), initial)
+    balanced = _complete(problem, start)
+    nearest, balanced = (problem.filled(each, initial) for each in (nearest, balanced))
     is_as_near = moves_from(running, balanced) <= moves_from(running, nearest)
     for layer, held in enumerate(find_holders(balanced, problem.experts)):
         is_as_near[layer] &= bool(held.any(axis=0).all()) and not rules.are_broken(layer, held)

@@ -1,0 +1,251 @@
+"""Which commands come next, with the options that they need."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from moetuner.cli import options
+from moetuner.cli.options import recipe
+from moetuner.cli.options.groups import FILES
+from moetuner.cli.options.machine import Machine, common_name, cost_model_for
+from moetuner.cli.options.placed import Placed
+from moetuner.cli.options.traffic import Source
+from moetuner.files.cells import layer_list
+from moetuner.formats import reader_of, serving_commands, way_back
+from moetuner.placement import Placement
+from moetuner.problem import TRAFFIC_CAP
+from moetuner.problem.objective import goal_for
+from moetuner.problem.reading import SCALES
+from moetuner.report.advice.conclusion import running_name
+from moetuner.report.advice.request import slots_of_running
+from moetuner.report.advice.values import Advice
+from moetuner.serving import SERVED
+from moetuner.serving.engines import ENGINES, engine_of
+from moetuner.serving.phases import WINDOWS
+from moetuner.serving.recipes import Recipe
+
+# Share of INPUT that is held out, as "moetuner advise" does.
+HOLDOUT = 0.5
+# Where the commands write what runs, unless a file has it, and what is to be served.
+RUNNING_FILE, PLACED_FILE = "running.json", "placement.json"
+
+
+def after_advice(
+    source: Source, advice: Advice, unseen: Collection[Path] = (), *, from_all: bool = False
+) -> list[Recipe]:
+    """Return the commands that come next, each with every option that changes its answer.
+
+    With ``from_all`` the placement to serve, from all of INPUT, has a command of its own.
+    """
+    typed = {name: text for name, text in options.typed().items() if name != "unseen"}
+    if advice.answer == "not now":
+        win = "what there is to win, layer by layer"
+        again = "again, when traffic, engine or the number of devices has changed"
+        return [
+            recipe("inspect", source.input_files, options.typed(Source), win),
+            recipe("advise", ["NEWER"], _of_other(typed, "NEWER"), again),
+        ]
+    if advice.answer != "worth a trial":
+        return _record_more(source, advice, typed)
+    trying = _try(source, advice, typed, unseen, from_all=from_all)
+    serving = to_serve(
+        source,
+        advice.placements[1],
+        _proposed_file(advice),
+        engine=advice.settings["engine"],
+        split=advice.problem.split,
+        nodes=advice.problem.topology.nodes,
+    )
+    return [*trying, *serving]
+
+
+def _record_more(source: Source, advice: Advice, typed: dict[str, Any]) -> list[Recipe]:
+    """Return the commands that record more: by INPUT's engine, each kind of traffic by itself."""
+    engine = advice.settings["engine"] or engine_of(reader_of(source.input_files[0]))
+    if engine is not None and ENGINES[engine].record:
+        command = ENGINES[engine].record.format(devices=advice.problem.devices)
+        page = f"docs/engines/{engine.replace('-', '_')}.md"
+        return [
+            Recipe(command, f"record into MORE, a file for each kind of traffic: {page}"),
+            # Groups are then called as the files are.
+            recipe("advise", ["MORE"], {**typed, "group_by": FILES, "only": None}),
+        ]
+    typed = _of_other(typed, "MORE")
+    if advice.main.window is None:
+        return [recipe("advise", ["MORE"], typed, "MORE: more windows, of all kinds of traffic")]
+    collect = "moetuner collect MODEL --dataset FILE --out MORE"
+    why = "more sequences, of all kinds; or as the engine records them, see docs/engines"
+    return [Recipe(collect, why), recipe("advise", ["MORE"], typed)]
+
+
+def _of_other(typed: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return options of another recording, which a file of INPUT's names does not fit."""
+    names = typed.get("group_by")
+    if names is None or names == FILES:
+        return typed
+    # The names of other requests, windows or sequences, as NEWER.csv:kind for mine.csv:kind.
+    ending = re.search(r"(\.\w+(:.*)?)?$", str(names))
+    return {**typed, "group_by": f"{name}{ending[0] if ending else ''}"}
+
+
+def _try(
+    source: Source,
+    advice: Advice,
+    typed: dict[str, Any],
+    unseen: Collection[Path],
+    *,
+    from_all: bool,
+) -> list[Recipe]:
+    """Return the commands that compute the placement, and show the figure that it was judged by."""
+    problem, main, settings = advice.problem, advice.main, advice.settings
+    initial, window, traffic = settings["initial"], settings["windows"][0], source.traffic
+    why = "the placement that was judged"
+    solving = {**typed, "expert_bytes": None, "seed": settings["seed"]}
+    # The windows that were searched for, which INPUT's own would not all be.
+    if window is None:  # windows are given
+        solving |= {"window": None, "arrival": None}
+    elif {*problem.shares} == {window}:
+        solving["window"] = window
+    else:
+        solving |= {"window": None, "phases": f"{problem.shares.get(WINDOWS[1], 0.0):g}"}
+    if traffic.has_pairs:
+        why = "from all of INPUT with its pairs, which cannot be held out"
+    elif not unseen:
+        why += "" if from_all else "; leave out --holdout to use all of INPUT for serving"
+        solving["holdout"] = HOLDOUT
+
+    def solve(slots: int, why: str, **others: Any) -> Recipe:
+        is_default = slots * problem.devices == problem.experts
+        is_default &= problem.topology.slots_per_device is None
+        solving["slots_per_device"] = None if is_default else slots
+        return recipe("solve", source.input_files, {**solving, **others}, why)
+
+    commands = []
+    baseline, placed = _running_file(advice), _proposed_file(advice)
+    if initial not in ("given", "contiguous"):
+        slots = slots_of_running(initial, problem.experts, problem.devices)
+        method_and_file = {
+            "method": initial.partition(":")[0],
+            "out_file": (baseline := RUNNING_FILE),
+        }
+        commands.append(solve(slots, f"what runs: {running_name(advice)}", **method_and_file))
+    if problem.has_slots_for(advice.placements[0]):
+        solving["initial_file"] = initial if baseline is None else baseline
+    commands.append(solve(problem.slots, why, out_file=placed))
+    values = options.typed(Source)
+    values |= {"expert_bytes": typed.get("expert_bytes"), "baseline": baseline}
+    values |= {"window": None if main.window == window else main.window}
+    values |= {"report_file": "report.html"}
+    commands.append(recipe("evaluate", [placed, *(unseen or source.input_files)], values))
+    if advice.more is not None:
+        slots = problem.slots + advice.more - advice.knee
+        more = options.apart_from(_running_file(advice), "more.json")
+        commands.append(solve(slots, "the one with more memory", out_file=more))
+    if from_all and "holdout" in solving:
+        to_serve = {"holdout": None, "out_file": placed}
+        commands.append(
+            solve(problem.slots, "the placement to serve: from all of INPUT", **to_serve)
+        )
+    return commands
+
+
+def to_audit(source: Source, advice: Advice, unseen: Collection[Path]) -> Recipe:
+    """Return the command that shows which groups the proposed placement serves worse."""
+    files, initial = unseen or source.input_files, advice.settings["initial"]
+    values: dict[str, Any] = {"window": advice.main.window, "baseline": None, "by_group": True}
+    if initial != "contiguous":
+        values["baseline"] = _running_file(advice) or RUNNING_FILE
+    return recipe("evaluate", [_proposed_file(advice), *files], values)
+
+
+def _running_file(advice: Advice) -> str | None:
+    """Return the file of what runs, if --initial names one."""
+    return options.typed()["initial"] if advice.settings["initial"] == "given" else None
+
+
+def _proposed_file(advice: Advice) -> str:
+    """Return where the next commands write the proposed placement: not over what runs."""
+    return options.apart_from(_running_file(advice), PLACED_FILE)
+
+
+def go_back(advice: Advice) -> str | None:
+    """Return what takes the placement away again; None where none is proposed."""
+    return way_back(advice.settings["engine"]) if advice.answer == "worth a trial" else None
+
+
+def to_serve(
+    source: Source,
+    placement: Placement,
+    file: str | Path,
+    *,
+    engine: str | None,
+    split: str | None,
+    nodes: int,
+) -> list[Recipe]:
+    """Return the commands that export a placement, and serve it."""
+    layers, dense = source.traffic.left_out or (source.hidden_layers, source.dense_layers)
+    why = ""
+    if not layers and dense is None:
+        layers, dense = placement.layers, ()
+        why = "if all layers of the model have experts"
+    return serving_commands(
+        engine,
+        devices=placement.devices,
+        redundant=placement.devices * placement.slots_per_device - placement.num_experts,
+        nodes=nodes,
+        split=split,
+        placement=str(file),
+        hidden_layers=str(layers or "N"),
+        dense_layers="A-B" if dense is None else layer_list(dense),
+        note=why,
+        model=source.traffic.model,
+    )
+
+
+def _phases(placed: Placed) -> dict[str, Any]:
+    """Return the options that say which windows the placement was computed for."""
+    sizes = placed.made.phases
+    if set(sizes) <= set(WINDOWS) and len(sizes) > 1 and placed.source.window == WINDOWS[0]:
+        return {"window": None, "phases": sizes[WINDOWS[1]]}
+    return {"window": placed.source.replayed}
+
+
+def to_solve_again(placement_file: Path, placed: Placed, machine: Machine) -> Recipe:
+    """Return the command that computes the placement anew."""
+    placement, topology, made = placed.placement, placed.topology, placed.made
+    typed, values = options.typed(), options.typed(Source, Machine)
+    values |= {name: getattr(placed.source, name) for name in SCALES}
+    name = made.spelled_of("topology", beside=placement_file, value=topology)
+    name = common_name(topology) if name is None else name
+    if machine.machine is None and name is not None and machine.devices_per_node is None:
+        values |= {"machine": name, "devices": None}
+    elif machine.machine is None:
+        values["devices"] = placement.devices
+        values["devices_per_node"] = topology.devices_per_node if topology.nodes > 1 else None
+    values |= {name: placed.serving.chosen(name) for name in SERVED}
+    goal, cap = made.wanted.get("objective"), made.wanted.get("max_imbalance")
+    values |= {
+        "objective": None if goal == goal_for(None, cap) else goal,
+        "max_imbalance": None if goal == "traffic" and cap == TRAFFIC_CAP else cap,
+        "method": made.method,
+        "seed": made.seed,
+    }
+    values |= {"engine": placed.serving.engine, **_phases(placed)}
+    model = placed.serving.cost_model
+    usual = cost_model_for(None, placed.source.traffic, placed.source.weight_bits)
+    if model is not None and model != usual:
+        text = typed.get("cost_model")
+        text = text or made.spelled_of("cost_model", beside=placement_file, value=model)
+        values["cost_model"] = text or (model.name and model.name.partition(" (")[0])
+    values["slots_per_device"] = placement.slots_per_device if placement.has_copies else None
+    # What serves stays, to compare with, and so do experts that need not move.
+    least = -(-placement.num_experts // placement.devices)
+    fits = placement.slots_per_device <= (values["slots_per_device"] or least)
+    # Other methods than the default one place anew, wherever experts are.
+    if fits and values["method"] in (None, "joint"):
+        values["initial_file"] = str(placement_file)
+    values["out_file"] = options.apart_from(placement_file, PLACED_FILE)
+    return recipe("solve", placed.source.input_files, values)

@@ -1,0 +1,56 @@
+"""Long work, shown while it lasts: counting, solving and replaying."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from moetuner import solver
+from moetuner.cli.output import shares, working
+from moetuner.evaluation.options import ReplayOptions
+from moetuner.problem import Problem
+from moetuner.recording import Recording
+from moetuner.report import outcome
+from moetuner.report.outcome import Outcome
+from moetuner.serving import Serving
+from moetuner.solver import Method, Result
+from moetuner.statistics import RoutingStatistics, as_counts
+
+
+def count(recording: Recording, **tables: Any) -> RoutingStatistics:
+    """Count a recording in windows; counts stay. ``tables`` are as for ``as_counts``."""
+    if isinstance(recording, RoutingStatistics):
+        return recording
+    with working("counting") as report:
+        progress = shares(report, "of the tokens", then="tables")
+        return as_counts(recording, progress=progress, **tables)
+
+
+def solve(problem: Problem, method: str, *, place: str = "", **arguments: Any) -> Result:
+    """Solve; ``place`` is how far all solves are, and ``arguments`` are as for ``solve``."""
+    label = f"solving, {method}{place and f' ({place})'}"
+    with working(label, time_limit=arguments.get("time_limit")) as progress:
+        return solver.solve(problem, cast(Method, method), progress=progress, **arguments)
+
+
+def replay(
+    results: Sequence[Result],
+    problem: Problem,
+    serving: Serving,
+    judged_on: Recording,
+    *,
+    threads: int | None,
+    by_group: bool = True,
+) -> list[Outcome]:
+    """Evaluate placements of results on other traffic, and by group unless that is not asked."""
+    with working("replaying") as report:
+        progress = shares(report, "of the tokens", then="figures")
+        return outcome.replay_results(
+            results,
+            problem,
+            serving,
+            judged_on,
+            ReplayOptions(threads=threads),
+            by_group=by_group,
+            progress=progress,
+        )
