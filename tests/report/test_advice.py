@@ -11,9 +11,17 @@ from moetuner import _checks as check
 from moetuner.evaluation.units import Blocks, Units, hold_out
 from moetuner.report import recording
 from moetuner.report.advice import drift
-from moetuner.report.advice.conclusion import KNEE, _write_copies, _write_units, conclude, find_knee
+from moetuner.report.advice.conclusion import (
+    KNEE,
+    conclude,
+    find_copies,
+    find_knee,
+    find_units,
+)
 from moetuner.report.advice.request import ITERATIONS
 from moetuner.report.advice.values import Copies, compute_saved_us
+from moetuner.report.findings import Finding
+from moetuner.report.words import say, write
 from moetuner.serving.engines import tokens_per_rank
 
 LAYERS, EXPERTS, TOP_K, LENGTH = 3, 8, 2, 50
@@ -236,8 +244,9 @@ def test_phases_are_placed_apart():
     assert set(phases.costs) == set(phases.costs_of_one) == set(names)
     assert phases.costs["prefill"] == times["decode"]["prefill"] / times["prefill"]["prefill"] - 1
     assert phases.costs_of_one["decode"] == times["both"]["decode"] / times["decode"]["decode"] - 1
-    assert phases.sentence(9.0).startswith("Prefill and decode: one placement does")
-    assert "two placements pay" in phases.sentence(-1.0)
+    costs = {"costs": phases.costs, "costs_of_one": phases.costs_of_one}
+    for two_pay, answer in ((False, "one placement does for both"), (True, "two placements pay")):
+        assert f"decode: {answer}" in say(Finding("phases apart", costs | {"two_pay": two_pay}))
     assert advise(routed(skewed()), TWO_NODES, copies=(0,), splits=1).phases is None
 
 
@@ -440,7 +449,12 @@ def test_the_knee_harms_no_window():
     assert [find_knee(costly, share) for share in (0.3, 0.5, 1.0)] == [0, 1, 1]
 
 
-SHORT = "Copies, numbers compared by short searches: "
+SHORT = "copies, numbers compared by short searches: "
+
+
+def _say_copies(*swept):
+    """Write what copies gain."""
+    return write(find_copies(*swept))
 
 
 def test_what_copies_gain_is_said_beside_what_they_cost():
@@ -451,20 +465,20 @@ def test_what_copies_gain_is_said_beside_what_they_cost():
         return Copies(count, of, count * 1e9)
 
     swept = (row(0, 0.2), row(2, 0.3), row(4, 0.1))
-    assert _write_copies(swept, 2, None, 4) == (
+    assert _say_copies(swept, 2, None, 4) == (
         f"{SHORT}2 more slots per device and layer (2 GB per device) gain 30.0 %, 20.0 % without"
     )
-    assert _write_copies(swept, 0, 2, 4) == (
+    assert _say_copies(swept, 0, 2, 4) == (
         f"{SHORT}none. With more memory than now: 2 more slots per device and layer (2 GB per "
         "device) would gain 30.0 %"
     )
     sizes = {"windows": (512, 8192)}
     both = (row(0, 0.1, 0.1, **sizes), row(2, 0.12, 0.3, **sizes))
     text = "would gain 30.0 % in windows of 8,192 tokens, 12.0 % in windows of 512 tokens"
-    assert text in _write_copies(both, 0, 2, 4)
+    assert text in _say_copies(both, 0, 2, 4)
     lossy = (row(0, 0.1, 0.1, **sizes), row(2, 0.3, -0.05, **sizes))
     text = "would gain 30.0 %, but windows of 8,192 tokens would take 5.0 % longer"
-    assert text in _write_copies(lossy, 0, None, 4)
+    assert text in _say_copies(lossy, 0, None, 4)
 
 
 @pytest.mark.parametrize(("needed", "words"), [(1, "3 of 4 layers need none"), (4, ""), (None, "")])
@@ -475,7 +489,7 @@ def test_layers_that_need_no_copies_are_said(needed, words):
         Copies(2, {None: (0.3,)}, 2e9, None, needed),
     )
     for knee, more in ((2, None), (0, 2)):
-        text = _write_copies(swept, knee, more, 4)
+        text = _say_copies(swept, knee, more, 4)
         assert words in text
         assert ("need none" in text) == bool(words)
         assert ("take 1.5 GB per device less" in text) == bool(words)
@@ -595,7 +609,7 @@ def test_windows_that_are_too_alike_are_called_so(number):
     judged = replace(judged, whole=judged.whole | {"predicted_layer_us": gain})
     advice = conclude(replace(advice, judged=(judged,), units=units))
     assert advice.answer == "not enough evidence"
-    texts = [advice.reasons[0], *_write_units(units, held_out=True)]
+    texts = [advice.reasons[0], *map(say, find_units(units, held_out=True))]
     assert all(("too alike" in text) == (number == 0) for text in texts), texts
     assert all((f"worth {number} independent" in text) == (number > 0) for text in texts), texts
 

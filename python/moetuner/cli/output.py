@@ -23,10 +23,12 @@ from rich.progress import Progress as Bar
 from rich.table import Column, Table
 from rich.text import Text
 
-from moetuner.cli.options import OutFile, name_options, option
+from moetuner.cli.options import OutFile, option
 from moetuner.files import descriptor_of, replacing
 from moetuner.files.cells import finite
 from moetuner.files.text import line, name, printable
+from moetuner.report.findings import TERMINAL, Finding
+from moetuner.report.words import say
 from moetuner.solver import Progress
 
 # Tables, and all that goes to a file or another program, are not fitted to any screen.
@@ -71,6 +73,10 @@ class Output:
         for row in "\n".join(texts).split("\n") if texts and not self.quiet else ():
             self._console.print(self._fitted(row), soft_wrap=True)
 
+    def tell(self, *findings: Finding) -> None:
+        """Print findings, a sentence each."""
+        self.say(*(say(finding, TERMINAL) for finding in findings))
+
     def next_commands(self, commands: Iterable[str]) -> None:
         """Print commands to copy, each below its remark; ``"COMMAND  # REMARK"`` has one.
 
@@ -92,7 +98,7 @@ class Output:
             self._console.print(text, soft_wrap=True)
 
     def _fitted(self, row: str) -> str:
-        row = name_options(line(row))
+        row = line(row)
         if self._width == UNLIMITED or not row or row[0] == " ":
             return row
         hanging = "  " if row.startswith(("- ", "! ")) else ""

@@ -24,17 +24,18 @@ from moetuner.files.cells import with_values
 from moetuner.placement import Placement, contiguous
 from moetuner.problem import Problem
 from moetuner.recording import Recording
+from moetuner.report.findings import Finding
 from moetuner.report.outcome import (
     Outcome,
-    empty_slots,
+    find_empty_slots,
+    find_remarks,
+    find_slower,
+    find_worth,
     head,
     judge_outcome,
     judge_outcomes,
-    remarks,
+    named_window,
     running,
-    sentences,
-    slower,
-    windows_of,
 )
 from moetuner.report.page.data import PageData, data_of_outcome
 from moetuner.solver import METHODS, Result
@@ -172,11 +173,17 @@ def _show(
     outcome = outcomes[-1]
     rows = [row.row() for row in outcomes]
     output.table(*with_values(head(problem, held_out=held_out), rows))
-    output.say(*remarks([outcome], problem), *sentences(outcome, held_out=held_out))
-    warned = [line for row in (before, *outcomes[:-1]) for line in slower(outcome, row)]
-    output.say(*dict.fromkeys(warned[:1]), *empty_slots(outcome))
+    warned = [each for row in (before, *outcomes[:-1]) for each in find_slower(outcome, row)]
+    output.tell(
+        *find_remarks([outcome], problem),
+        *find_worth(outcome, held_out=held_out),
+        *warned[:1],
+        *find_empty_slots(outcome),
+    )
     for tokens, judgement in judgements.items():
-        output.say(f"Gain{windows_of(tokens, outcome)}: {judgement.gain.sentence}")
+        window = named_window(tokens, outcome)
+        gain = {"gain": judgement.gain, "window": window, "part": None}
+        output.tell(Finding("judged gain", gain))
 
 
 def _replay(

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner._checks import ArgumentError
 from moetuner.evaluation.units import hold_out
+from moetuner.files.cells import capitalised
 from moetuner.frozen import Frozen
 from moetuner.recording import Recording
 from moetuner.statistics import as_counts, count_loads
@@ -100,7 +101,7 @@ class HotExperts(Frozen):
             cache = f", a cache of that size {100 * self.cache[at]:.0f} %"
         picks = "unseen picks" if self.is_unseen else "picks that they are chosen by"
         return (
-            f"{self.answer[0].upper()}{self.answer[1:]}: {SENTENCES[self.answer]}. Half of the "
+            f"{capitalised(self.answer)}: {SENTENCES[self.answer]}. Half of the "
             f"experts take {100 * self.static[at]:.0f} % of the {picks}{cache}; without "
             f"preference it would be {100 * self.chance[at]:.0f} %."
         )

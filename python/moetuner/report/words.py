@@ -1,0 +1,714 @@
+"""Words: the sentence of every finding, for a terminal, a page and Python.
+
+A row of ``CLAUSES`` has a text, which is filled with the finding's numbers and the voice, or a
+function of both. Clauses begin with a small letter and end without a full stop, so that they stand
+behind an answer or alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from moetuner.evaluation.comparison import Comparison
+from moetuner.files.cells import (
+    counted,
+    distinct,
+    duration,
+    in_bytes,
+    listed,
+    number,
+    percent,
+    sentence,
+    signed,
+    span,
+)
+from moetuner.files.text import name
+from moetuner.report.findings import PYTHON, Finding, Role, Voice
+from moetuner.serving.engines import ENGINES
+from moetuner.serving.phases import name_phase
+
+# Groups that a sentence names.
+LOSERS = 5
+# Smallest gain that is shown as more than nothing.
+LEAST_SHOWN = 0.0005
+# What to do where a recording shows one kind of traffic.
+MIX = "record a mix of what you serve: prefill and decode, several lengths, subjects and languages"
+# What a gain is called in a headline, before the phase that it is of.
+CALLED = {
+    "worth it": "worth a trial",
+    "certain but small": "small",
+    "no evidence": "no certain gain",
+    "too few": "too little traffic to be sure",
+    "worse": "slower",
+}
+Clause = str | Callable[..., str]
+
+
+def write(finding: Finding, voice: Voice = PYTHON) -> str:
+    """Write a finding as a clause."""
+    clause = CLAUSES[finding.kind]
+    if isinstance(clause, str):
+        return clause.format(voice=voice, **finding.numbers)
+    return clause(voice, **finding.numbers)
+
+
+def say(finding: Finding, voice: Voice = PYTHON) -> str:
+    """Write a finding as a sentence, behind the name of what it is about."""
+    clause = write(finding, voice)
+    return f"{finding.about}: {clause.rstrip('.')}." if finding.about else sentence(clause)
+
+
+def say_all(
+    findings: Iterable[Finding], voice: Voice = PYTHON, *, roles: Iterable[Role] = ()
+) -> list[str]:
+    """Write findings as sentences, of some roles or all, without those that another one says."""
+    findings, roles = list(findings), set(roles)
+    said = {kind for each in findings for kind in needless(each.kind, voice)}
+    return [
+        say(each, voice)
+        for each in findings
+        if each.kind not in said and (not roles or each.role in roles)
+    ]
+
+
+def needless(kind: str, voice: Voice) -> tuple[str, ...]:
+    """Return the kinds of findings that one of this kind says as well."""
+    # A page has tiles for the times of its headline, and the sentence among the reasons.
+    return ("gain",) if kind == "gain of one size of windows" and not voice.is_page else ()
+
+
+def say_answer(answer: str, headline: Finding, voice: Voice = PYTHON) -> str:
+    """Write an answer and its headline, which stand alone."""
+    if headline.kind == "gains of phases" and answer == CALLED["worth it"]:
+        return say(headline, voice)  # it begins with the answer
+    return sentence(f"{answer}: {write(headline, voice)}")
+
+
+def name_windows(window: int | None, recorded: int | None = None) -> str:
+    """Write windows of a size; those of a load table, which are given, by their tokens if known."""
+    if window is not None:
+        return f"windows of {window:,} tokens"
+    return "recorded windows" + (f" of {recorded:,} tokens" if recorded else "")
+
+
+def name_running(initial: str) -> str:
+    """Write what runs, such as ``"eplb:32"``; ``"given"`` is a placement of the caller's own."""
+    running, _, redundant = initial.partition(":")
+    if running == "eplb":
+        number = int(redundant or 0)
+        return "EPLB's placement" + (
+            f" with {counted(number, 'redundant expert')}" if number else ""
+        )
+    return f"the {'running' if running == 'given' else running.replace('_', '-')} placement"
+
+
+def write_interval(gain: Comparison) -> str:
+    """Write the interval of a gain in brackets; nothing if it has none, or nothing differs."""
+    return f" ({gain.sure})" if gain.sure and gain.interval != (0, 0) else ""
+
+
+def _with_interval(gain: Comparison) -> str:
+    ends = "" if gain.low is None else f" (95 % interval {span(gain.low, gain.high)})"
+    return f"{signed(gain.gain)}{ends}"
+
+
+def _amount(gain: Comparison) -> str:
+    return gain.much if abs(gain.gain) >= LEAST_SHOWN else "no less"
+
+
+# Headlines of advice that stand on gains.
+
+
+def _less_than(price: float | None) -> str:
+    if price is None:
+        return ""
+    return f"; less than the {100 * price:g} % that a change should gain"
+
+
+def _of_a_mix(groups: bool) -> str:
+    return ", if you serve a mix of the groups" if groups else ""
+
+
+def _gain(
+    voice: Voice, gain: Comparison, window: int | None, recorded: int | None, running: str
+) -> str:
+    return (
+        f"in {name_windows(window, recorded)} a layer takes {_amount(gain)} predicted time than "
+        f"with {name_running(running)}, "
+        f"{gain.before:,.1f} to {gain.after:,.1f} us{write_interval(gain)}"
+    )
+
+
+def _gain_of_one_size(voice: Voice, price: float | None, of_groups: bool, **numbers: Any) -> str:
+    clause = _gain(voice, **numbers)
+    if voice.is_page:
+        gain, running = numbers["gain"], numbers["running"]
+        clause = f"{gain.much} predicted time than with {name_running(running)}"
+    return f"{clause}{_less_than(price)}{_of_a_mix(of_groups)}"
+
+
+def _gains_of_phases(
+    voice: Voice,
+    gains: Mapping[str, Comparison],
+    prefill_lacks: int,
+    price: float | None,
+    of_groups: bool,
+) -> str:
+    by_word: dict[str, list[str]] = {word: [] for word in CALLED.values()}
+    for phase, gain in gains.items():
+        by_word[CALLED[gain.answer]].append(f"{phase} ({signed(gain.gain)})")
+    texts = [f"{word} for {' and '.join(names)}" for word, names in by_word.items() if names]
+    lacks = _prefill_lacks(prefill_lacks)
+    return f"{', '.join(texts)}{_less_than(price)}{lacks}{_of_a_mix(of_groups)}"
+
+
+def _gain_in_total(
+    voice: Voice,
+    gain: Comparison,
+    prefill_share: float,
+    gains: Mapping[str, Comparison],
+    running: str,
+    price: float | None,
+    of_groups: bool,
+) -> str:
+    parts = ", ".join(f"{phase} {signed(each.gain)}" for phase, each in gains.items())
+    return (
+        f"{gain.much} predicted time than with {name_running(running)} where "
+        f"{100 * prefill_share:g} % of the time is prefill{write_interval(gain)}: "
+        f"{parts}{_less_than(price)}{_of_a_mix(of_groups)}"
+    )
+
+
+def _prefill_lacks(tokens: int) -> str:
+    return f"; prefill not judged: record {tokens:,} more tokens" if tokens else ""
+
+
+# Too little evidence.
+
+
+def _kinds(
+    number: int, likeness: str | None, requests: int | None, only_few: bool
+) -> tuple[str, str]:
+    """Write of what kinds requests, or windows, are, and what others would be."""
+    only = " only" if only_few else ""
+    if requests is None:
+        return f"windows are of {number} kinds of traffic{only}", "kinds"
+    texts = counted(requests, "request")
+    if likeness == "text":
+        return f"{texts} repeat {counted(number, 'prompt')}{only}", "prompts"
+    if likeness == "part of the text":
+        return f"{texts} share long parts, such as a document, of {number} texts{only}", "texts"
+    return f"{texts} route alike in {number} kinds{only}, as those of one template do", "kinds"
+
+
+def _too_few_kinds(voice: Voice, unseen: int, least: int, **kinds: Any) -> str:
+    what, others = _kinds(**kinds)
+    return (
+        f"{what}; {unseen} of them are unseen, and at least {least} are needed for an interval of "
+        f"the gain; record more {others}"
+    )
+
+
+def _neighbours_alike(
+    voice: Voice, unseen: int, least: int, engine: str | None, may_name_kinds: bool
+) -> str:
+    to_record = _record_sequences(voice, engine, may_name_kinds)
+    if unseen < 2:
+        return (
+            "the windows are too alike to tell what is chance: even distant ones resemble each "
+            f"other; record longer, or with sequences{to_record}"
+        )
+    return (
+        f"neighbouring windows are alike, so the unseen ones are worth {unseen} independent "
+        f"windows, and at least {least} are needed for an interval of the gain; record longer, or "
+        f"with sequences{to_record}"
+    )
+
+
+def _record_sequences(voice: Voice, engine: str | None, may_name_kinds: bool) -> str:
+    """Write by which option the engine records sequences, and how kinds of windows are named."""
+    known = None if engine is None else ENGINES[engine]
+    text = f" ({known.title}: {known.records_by})" if known and known.records_by else ""
+    if not may_name_kinds:
+        return text
+    return f"{text}; if windows are of several kinds, name them: {voice.name_groups}"
+
+
+# What was gained, by what, and what it takes.
+
+
+def _gain_of_phase(voice: Voice, gain: Comparison, window: int | None, recorded: int | None) -> str:
+    where = f"{name_phase(window)}, {name_windows(window, recorded)}"
+    return f"{where}: {_amount(gain)} predicted time{write_interval(gain)}"
+
+
+def _gain_over_eplb(voice: Voice, gains: Mapping[str, Comparison]) -> str:
+    has_interval = any(gain.low is not None for gain in gains.values())
+    parts = []
+    for phase, gain in gains.items():
+        ends = "" if gain.low is None else f" ({span(gain.low, gain.high)})"
+        parts.append((f"{phase} " if len(gains) > 1 else "") + signed(gain.gain) + ends)
+    return f"against EPLB{' (95 % interval)' if has_interval else ''}: {', '.join(parts)}"
+
+
+def _on_one_device(voice: Voice, before: str, after: str, running: str) -> str:
+    return (
+        f"{before} of 100 tokens have all their experts of a layer on one device with "
+        f"{name_running(running)}, {after} would with the proposed one"
+    )
+
+
+def _little_to_gain(voice: Voice, aspects: list[str], slots: int | None) -> str:
+    texts = list(aspects)
+    if slots is not None:
+        texts.append(f"with {counted(slots, 'slot')} for copies")
+    *others, last = texts
+    return f"little to gain {', '.join(others)}{' or ' if others else ''}{last}"
+
+
+def _groups_apart(
+    voice: Voice, gains: Mapping[str, Comparison], window: int | None, recorded: int | None
+) -> str:
+    texts = {group: f"{name(group)} ({signed(gain.gain)})" for group, gain in gains.items()}
+    unclear = [group for group, gain in gains.items() if gain.is_too_few]
+    bad = [group for group in gains if group not in unclear and (gains[group].low or 0) <= 0]
+    line = (
+        f"placements computed from all other groups, in {name_windows(window, recorded)}: a "
+        f"certain gain for {len(gains) - len(unclear) - len(bad)} of "
+        f"{counted(len(gains), 'group')}"
+    )
+    if bad:
+        line += f"; none for {listed([texts[group] for group in bad], 2 * LOSERS)}"
+    if unclear:
+        line += f"; too little traffic to judge {listed([*map(name, unclear)], 2 * LOSERS)}"
+    return line
+
+
+def _halves_of_groups(
+    voice: Voice,
+    groups: list[list[str]],
+    worst: Comparison,
+    mix: Comparison,
+    window: int | None,
+    recorded: int | None,
+) -> str:
+    names = "; ".join(listed([*map(name, own)], LOSERS) for own in groups)
+    return (
+        f"the halves hold different groups ({names}): from one to the other "
+        f"{_with_interval(worst)} at worst, for a mix ({voice.any_order}) "
+        f"{signed(mix.gain)}, in {name_windows(window, recorded)}"
+    )
+
+
+def _slots(slots: int, bytes_per_device: float | None) -> str:
+    text = f"{counted(slots, 'more slot')} per device and layer"
+    if bytes_per_device is not None:
+        text += f" ({in_bytes(bytes_per_device)} per device)"
+    return text
+
+
+def _copies(
+    voice: Voice,
+    chosen: dict[str, Any],
+    without: float | None,
+    more: dict[str, Any] | None,
+    larger: dict[str, Any] | None,
+    spare_layers: dict[str, Any] | None,
+) -> str:
+    text = "copies, numbers compared by short searches: "
+    if chosen["slots"]:
+        verb = "gains" if chosen["slots"] == 1 else "gain"
+        gain = percent(chosen["gain"])
+        text += f"{_slots(chosen['slots'], chosen['bytes_per_device'])} {verb} {gain}"
+    else:
+        text += "none"
+    if without is not None:
+        text += f", {percent(without)} without"
+    if more is not None:
+        parts = [
+            percent(each["gain"])
+            + (f" in {name_windows(each['window'])}" if len(more["gains"]) > 1 else "")
+            for each in more["gains"]
+        ]
+        slots = _slots(more["slots"], more["bytes_per_device"])
+        text += f". With more memory than now: {slots} would gain {', '.join(parts)}"
+    elif larger is not None:
+        slots = _slots(larger["slots"], larger["bytes_per_device"])
+        text += f"; {slots} would gain {percent(larger['gain'])}"
+        if larger["loses"] is not None:
+            longer, window = percent(larger["loses"]["share"]), larger["loses"]["window"]
+            text += f", but {name_windows(window)} would take {longer} longer"
+    if spare_layers is None:
+        return text
+    saved = ""
+    if spare_layers["bytes_per_device"] is not None:
+        saved = f" and take {in_bytes(spare_layers['bytes_per_device'])} per device less"
+    return (
+        f"{text}; {spare_layers['number']} of {spare_layers['layers']} layers need none: copies in "
+        f"the others bring nine tenths of what all bring{saved}, where layers may differ in slots"
+    )
+
+
+def _phases_apart(
+    voice: Voice, costs_of_one: dict[str, float], costs: dict[str, float], two_pay: bool
+) -> str:
+    of_one, of_other = (
+        " and ".join(f"{phase} {signed(cost)}" for phase, cost in each.items())
+        for each in (costs_of_one, costs)
+    )
+    answer = "two placements pay" if two_pay else "one placement does for both"
+    return (
+        f"prefill and decode: {answer}; one computed from both costs {of_one} of predicted "
+        f"time against one of each phase, one of the other phase {of_other}"
+    )
+
+
+def _no_copies(voice: Voice, engine: str) -> str:
+    form = "renumbered checkpoint" if ENGINES[engine].renumbers else "map"
+    return (
+        f"copies were left out: {ENGINES[engine].title} loads a placement as a {form}, which has "
+        "every expert once"
+    )
+
+
+def _low_latency(voice: Voice, engine: str, tokens: int, without_copies: int | None) -> str:
+    without = "" if without_copies is None else f" ({without_copies:,} without copies)"
+    return (
+        f"{ENGINES[engine].title} with DeepEP's low-latency kernels: a rank may send at most "
+        f"{tokens:,} tokens at once, as their buffer of 32 GiB grows with the slots{without}"
+    )
+
+
+def _tokens_divided(voice: Voice, engine: str, imbalance: float, imbalance_even: float) -> str:
+    dividing = ENGINES[engine].dividing
+    assert dividing is not None
+    return (
+        f"copies whose tokens a linear programme divides ({dividing[1]}) would leave the busiest "
+        f"device {imbalance:.2f} x the mean of recorded windows, and {imbalance_even:.2f} if they "
+        "share evenly; by LPLB's authors it takes 100 us and more in every layer"
+    )
+
+
+def _waterfill(voice: Voice, before: float, after: float, gain: float) -> str:
+    return (
+        f"with waterfill the busiest device would have {before:.3f} x the mean of all work with "
+        f"what runs, and {after:.3f} with the proposal: even load is then worth {percent(gain)}"
+    )
+
+
+def _moving(
+    voice: Voice,
+    experts: int,
+    of_experts: int,
+    moved_bytes: float,
+    of_bytes: float,
+    seconds: float,
+    device_bytes: tuple[float, float],
+    steps: int | None,
+    phase: str | None,
+) -> str:
+    text = f"to move: {experts:,} of {counted(of_experts, 'expert')}"
+    text += f", {in_bytes(moved_bytes)} of {in_bytes(of_bytes)}"
+    # No link is faster than its bandwidth.
+    text += f", at least {duration(1e6 * seconds)}"
+    before, after = map(in_bytes, device_bytes)
+    if before != after:
+        text += f"; experts take {before} per device now, {after} then"
+    if steps is None:
+        return f"{text}; moving does not pay"
+    return f"{text}; paid back by {counted(steps, 'step' if phase is None else f'{phase} step')}"
+
+
+def _moving_unsized(
+    voice: Voice, experts: int, of_experts: int, step: dict[str, Any] | None
+) -> str:
+    text = f"to move: {experts:,} of {counted(of_experts, 'expert')}"
+    if step is None:
+        return f"{text}. Pass --expert-bytes to see memory, bytes and seconds"
+    return f"{text} (bytes: --expert-bytes); {_few_moves(voice, **step)}"
+
+
+def _few_moves(
+    voice: Voice, experts: int, moved_bytes: float | None, gain: float, of_gain: float
+) -> str:
+    part = f"{100 * gain:.1f} of {percent(of_gain)}"
+    if gain >= of_gain:
+        part = f"{percent(gain)}, no less than all"
+    if moved_bytes is None:
+        return f"{experts:,} gain {part} (--move-budget {experts})"
+    moved = f"{counted(experts, 'expert')} ({in_bytes(moved_bytes)})"
+    # All of its digits: a budget that is rounded down is one expert less.
+    return f"moving {moved} gains {part} (--move-budget {moved_bytes:.0f})"
+
+
+# What to know before relying on it.
+
+
+def _kinds_of_traffic(voice: Voice, **kinds: Any) -> str:
+    what, others = _kinds(**kinds)
+    rest = f"; the gain on other {others} is unknown" if kinds["only_few"] else ""
+    return f"{what}; each of them is seen or unseen as a whole{rest}"
+
+
+def _windows_in_blocks(voice: Voice, length: int, worth: int) -> str:
+    counting = f"are worth {worth} independent ones"
+    if worth < 2:
+        counting = "are too alike to tell apart"
+    return (
+        f"INPUT has no sequences: windows count in blocks of {length}, as neighbours are alike, "
+        f"and {counting}. With sequences fewer tokens suffice"
+    )
+
+
+def _change_of_halves(distance: float, expected: float) -> str:
+    return (
+        f"the second half of the recording sends {100 * distance:.0f} % of its tokens to other "
+        f"experts than the first (by chance {100 * expected:.0f} %)"
+    )
+
+
+def _drift(
+    voice: Voice, distance: float, expected: float, seen: str, unseen: str, gain: Comparison
+) -> str:
+    verb = "gains" if gain.gain >= 0 else "loses"
+    return (
+        f"{_change_of_halves(distance, expected)}, and a placement computed from the {seen} half "
+        f"{verb} {100 * abs(gain.gain):.1f} % on the {unseen}{write_interval(gain)}"
+    )
+
+
+def _drift_in_any_order(voice: Voice, **change: float) -> str:
+    return f"{_change_of_halves(**change)}; {voice.any_order} says that its order does not matter"
+
+
+def _drift_that_carries(voice: Voice, **change: float) -> str:
+    return f"{_change_of_halves(**change)}; a placement of either half gains on the other"
+
+
+def _slower_groups(
+    voice: Voice,
+    groups: Mapping[str, float],
+    window: int | None,
+    recorded: int | None,
+    repeat: dict[str, Any] | None,
+) -> str:
+    names = [f"{name(group)} ({100 * change:.1f} %)" for group, change in groups.items()]
+    text = (
+        f"slower in {name_windows(window, recorded)}, each group alone and beyond chance: "
+        f"{listed(names, LOSERS)}; one placement cannot suit all groups"
+    )
+    if repeat is None:
+        return text
+    call = voice.audit
+    if call is None:
+        size = "" if repeat["window"] is None else f", window={repeat['window']}"
+        # Audit compares with experts in blocks, if nothing else is named.
+        baseline = "" if repeat["running"] == "contiguous" else ", baseline=running"
+        call = f"audit(placement, traffic{size}{baseline})"
+    return f"{text}. To repeat: {call}"
+
+
+def _assumed_experts(voice: Voice, model: str | None, weight_bits: float | None) -> str:
+    why = (
+        f"{voice.recording} names no model" if model is None else f"model {model:.40} is not known"
+    )
+    bits = "" if weight_bits is None else f" in {weight_bits:g} bits"
+    return f"{why}, so times are of DeepSeek-V3's experts{bits}: {voice.name_model}"
+
+
+def _cost_model(cost_model: str, weight_bits: float | None) -> str:
+    return cost_model + ("" if weight_bits is None else f", weights in {weight_bits:g} bits")
+
+
+def _measured_times(
+    voice: Voice, cost_model: str, weight_bits: float | None, error: float | None
+) -> str:
+    model = cost_model if cost_model.startswith("measured") else f"measured ({cost_model})"
+    off = "" if error is None else f", with an error of {100 * error:.1f} %"
+    return (
+        f"times of experts are {_cost_model(model, weight_bits)}{off}; times of links are predicted"
+    )
+
+
+# What a method found.
+
+
+def _in_windows(window: int | None) -> str:
+    return "" if window is None else f" in windows of {window:,} tokens"
+
+
+def _predicted_time(voice: Voice, times: list[dict[str, Any]]) -> str:
+    first, *others = times
+    texts = [f"{number(first['us'], 1)} us per layer{_in_windows(first['window'])}"]
+    texts += [f"{number(each['us'], 1)} us{_in_windows(each['window'])}" for each in others]
+    return f"predicted time: {', '.join(texts)}"
+
+
+def _proven(bound: str | None, gap: float, single: bool, cap: str | None) -> str:
+    which = " with one copy of each expert" if single else ""
+    which += {None: "", "kept": " under this cap", "raised": " under the caps that it keeps"}[cap]
+    if bound is None:
+        return f"no placement{which} takes more than {percent(gap)} less time"
+    return (
+        f"no placement{which} is below {bound}, so this one is within {percent(gap)} of the optimum"
+    )
+
+
+def _objective(voice: Voice, reached: str | None, seen: bool, bound: dict[str, Any] | None) -> str:
+    parts = []
+    if reached is not None:
+        parts.append(f"objective{' on the seen part' if seen else ''}: {reached}")
+    if bound is not None:
+        parts.append(_proven(**bound))
+    return "; ".join(parts)
+
+
+def _judged_gain(voice: Voice, gain: Comparison, window: int | None, part: str | None) -> str:
+    where = {
+        None: "",
+        "unseen": "on unseen traffic ",
+        "seen": "on the traffic that it was computed from ",
+    }
+    return f"gain{_in_windows(window)}: {where[part]}{gain.sentence}"
+
+
+def _slower(
+    voice: Voice,
+    method: str | None,
+    than: str,
+    us: float,
+    us_before: float,
+    window: int | None,
+    fewest_slots: int | None,
+    goal: str,
+) -> str:
+    what = "contiguous" if than == "contiguous" else "what runs"
+    better = f"keep {what}"
+    if fewest_slots is not None:
+        better = (
+            "slots for copies cost more time than they save: try --slots-per-device "
+            f'{fewest_slots}, or "moetuner advise", which tries several numbers'
+        )
+    if goal != "time":
+        better += ", or solve for --objective time"
+    which = "this placement" if method is None else f"the placement of {method}"
+    times = " against ".join(distinct(us, us_before, 1))
+    return (
+        f"Warning: {which} is predicted to be slower than {what}: "
+        f"{times} us per layer{_in_windows(window)}; {better}"
+    )
+
+
+CLAUSES: dict[str, Clause] = {
+    # Headlines of advice.
+    "gain of one size of windows": _gain_of_one_size,
+    "gains of phases": _gains_of_phases,
+    "gain in total": _gain_in_total,
+    "one window": (
+        "there is one window, so nothing is left to judge a placement on that it was not computed "
+        "from; count loads in windows, or record a trace"
+    ),
+    "too few units": (
+        "too few unseen {unit}s ({unseen}; at least {least} are needed) for an interval of the gain"
+    ),
+    "too few kinds": _too_few_kinds,
+    "too few drawn windows": (
+        "steps were drawn from {windows} windows of INPUT only, {unseen} of them unseen, and at "
+        "least {least} are needed for an interval of the gain; record more windows"
+    ),
+    "neighbouring windows are alike": _neighbours_alike,
+    "uncertain gain": lambda voice, gain: (
+        f"the gain is {_with_interval(gain)}: too uncertain to say whether it pays; record more"
+    ),
+    "prefill not judged": lambda voice, gain, tokens: (
+        f"decode {_with_interval(gain)}{_prefill_lacks(tokens)}"
+    ),
+    "one device": "there is one device, so all placements are alike",
+    "one kind of traffic": f"{{shows}}, so the figures hold for such traffic only; {MIX}",
+    "drift": _drift,
+    # Its reasons.
+    "gain": _gain,
+    "gain of a phase": _gain_of_phase,
+    "gain over EPLB": _gain_over_eplb,
+    "tokens on one device": _on_one_device,
+    "little to gain": _little_to_gain,
+    "groups apart": _groups_apart,
+    "halves of other groups": _halves_of_groups,
+    "copies": _copies,
+    "phases apart": _phases_apart,
+    "no copies": _no_copies,
+    "low-latency kernels": _low_latency,
+    "tokens divided": _tokens_divided,
+    "waterfill": _waterfill,
+    "lost device": lambda voice, losses: f"if a device is lost: {losses.sentence}",
+    # What it takes.
+    "moving": _moving,
+    "moving, size unknown": _moving_unsized,
+    "few moves": _few_moves,
+    # Its warnings.
+    "kinds of traffic": _kinds_of_traffic,
+    "sequences all alike": (
+        "all sequences route alike: if they are one prompt, or random tokens, repeated, other "
+        "text may gain nothing"
+    ),
+    "independent windows": (
+        "INPUT has no sequences: windows count as independent, as neighbours are no more alike "
+        "than others"
+    ),
+    "drawn windows": (
+        "INPUT has no sequences: steps that were drawn from one window count as one, of {windows}"
+    ),
+    "windows in blocks": _windows_in_blocks,
+    "drift in any order": _drift_in_any_order,
+    "drift that carries": _drift_that_carries,
+    "order of the recording": (
+        "record traffic as it will be served. If the order of the recording means nothing, pass "
+        "{voice.any_order}"
+    ),
+    "slower groups": _slower_groups,
+    "load table": (
+        "a load table does not say which experts a token chose together, so traffic is an upper "
+        "bound"
+    ),
+    "assumed experts": _assumed_experts,
+    "predicted times": lambda voice, **model: (
+        f"times are predicted, not measured, with {_cost_model(**model)}"
+    ),
+    "cost model": lambda voice, **model: (
+        f"times are predicted with {_cost_model(**model)}; for others: --cost-model FILE or "
+        "GPU:HIDDENxINTERMEDIATE"
+    ),
+    "measured times": _measured_times,
+    "times of a model": lambda voice, weight_bits: (
+        f"times are predicted by {_cost_model('a cost model, not measured', weight_bits)}"
+    ),
+    "windows as recorded": (
+        "{voice.recording} holds counts, so its windows are evaluated as recorded, not mixed"
+    ),
+    # What a method found.
+    "predicted time": _predicted_time,
+    "objective": _objective,
+    "bound": lambda voice, **bound: _proven(**bound),
+    "imbalance with waterfill": (
+        "with waterfill the busiest device has {imbalance:.3f} x the mean of all work"
+    ),
+    "losses": "{losses.sentence}",
+    "representative windows": (
+        "searched on {searched:,} representative windows, evaluated on all {windows:,}"
+    ),
+    "sample of tokens": "expert sets were counted on a sample of {tokens:,} tokens",
+    "empty slots": (
+        "{empty:,} of {slots:,} slots are empty, as no copy that was tried there helps. Engines "
+        "with redundant experts need full slots: pass --fill-slots, or --for ENGINE"
+    ),
+    "slower than what runs": _slower,
+    "judged gain": _judged_gain,
+    "no smaller objective": lambda voice, window, over: (
+        f"gain{_in_windows(window)}: no method has a smaller objective than {over} on the seen part"
+    ),
+    "lacks of the recording": "{voice.recording} has {lacks}",
+    "load cap": "{remark}",
+    "broken rule": "violates rules (!): {rule}",
+    "cut short": "{status}, best so far",
+}
