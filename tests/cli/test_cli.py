@@ -561,6 +561,6 @@ def test_evaluate_says_how_many_tokens_stay_on_one_of_two_devices(
     mt.Placement(np.tile(np.arange(8).reshape(devices, -1), (3, 1, 1))).save(blocks)
     device = recorded.expert_ids // (8 // devices)
     share = 100 * (device == device[..., :1]).all(axis=2).mean()
-    line = f"{share:.1f} of 100 tokens have all their experts of a layer on one device"
+    line = f"{share:.1f} of 100 tokens have all their experts of a layer on one device."
     text = ok("evaluate", blocks, trace)
     assert (line in text.splitlines()) == ("on one device" in text) == (devices == 2)

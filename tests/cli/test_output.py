@@ -17,6 +17,7 @@ from moetuner import cli
 from moetuner.cli import advise, output
 from moetuner.report.advice.conclusion import find_costs
 from moetuner.report.advice.values import Moving, SmallStep
+from moetuner.report.findings import Finding
 from moetuner.report.words import say
 from moetuner.solver import Progress
 
@@ -151,7 +152,7 @@ def test_sentences_fit_a_terminal_and_commands_and_tables_stay_whole(columns, mo
 
     def printed():
         of = output.Output()
-        of.verdict("worth a trial", SENTENCE)
+        of.verdict(Finding("one device", forces="worth a trial"), SENTENCE)
         of.say(f"- {SENTENCE}", command)
         of.table(["a" * 40], [["b" * 59]])
         return capsys.readouterr().out.splitlines()

@@ -32,7 +32,7 @@ from moetuner.report.advice.request import slots_of_running
 from moetuner.report.advice.values import Advice, write_windows_of
 from moetuner.report.findings import TERMINAL, Voice
 from moetuner.report.page.data import data_of_advice
-from moetuner.report.words import name_running
+from moetuner.report.words.parts import name_running
 from moetuner.serving.engines import ENGINES, engine_of
 from moetuner.serving.phases import WINDOWS
 from moetuner.serving.settings import read_count
@@ -178,7 +178,7 @@ def _weigh_steps(traffic: Recording, searches: int, splits: int) -> list[float]:
 def _show(output: Output, advice: Advice, voice: Voice) -> None:
     """Print the answer, why, the figures it rests on, and copies where they pay."""
     output.say("")
-    output.verdict(advice.answer, advice.say_answer(voice))
+    output.verdict(advice.findings[0], advice.say_answer(voice))
     output.say(*(f"- {reason}" for reason in advice.say("reason", "cost", voice=voice)))
     output.say(*(f"! {warning}" for warning in advice.say("warning", voice=voice)))
     _show_figures(output, advice)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -28,6 +28,7 @@ from moetuner.report.advice import SPLITS
 from moetuner.report.findings import Finding
 from moetuner.report.outcome import (
     Outcome,
+    find_gain,
     find_remarks,
     find_slower,
     find_worth,
@@ -352,9 +353,9 @@ def _show_gains(
         rows.append((method, *cells, *[span(min(gain.splits), max(gain.splits))] * (number > 1)))
     output.say("")
     output.table(*with_values((f"gain over {over}", *columns), rows))
-    window, part = named_window(tokens, best), "unseen" if held_out else "seen"
+    window = named_window(tokens, best)
     found = Finding("no smaller objective", {"window": window, "over": over})
     if best.result.method in gains:
-        best_gain = gains[best.result.method]
-        found = Finding("judged gain", {"gain": best_gain, "window": window, "part": part})
+        part: Literal["unseen", "seen"] = "unseen" if held_out else "seen"
+        found = find_gain(gains[best.result.method], window, part)
     output.tell(found)

@@ -21,7 +21,8 @@ from moetuner.evaluation.figures import FIGURES, US, explain
 from moetuner.files import text
 from moetuner.files.cells import counted
 from moetuner.recording import Recording
-from moetuner.report.outcome import on_one_device, whose_times
+from moetuner.report.findings import Finding
+from moetuner.report.outcome import find_gain, find_times_of, on_one_device
 
 # Times have a table of their own.
 TIMES = [name for name, figure in FIGURES.items() if figure.unit == US]
@@ -68,19 +69,22 @@ def command(
     output.say(
         f"{text.name(placement_file.name)}: {counted(placement.devices, 'device')} x "
         f"{counted(placement.slots_per_device, 'slot')}{missing}{windows}",
-        *(f"Gain: {gain.sentence}" for gain in placed.gains(judgement)),
-        "",
     )
+    output.tell(*(find_gain(gain) for gain in placed.gains(judgement)))
+    output.say("")
     _table(output, "traffic", OTHERS, evaluation)
     together = on_one_device(evaluation, placement.devices)
     if together is not None:
-        output.say(f"{together:.1f} of 100 tokens have all their experts of a layer on one device")
-    output.say(_mixed(traffic, mixed_seed), "")
+        output.tell(Finding("tokens together", {"tokens": together}))
+    output.tell(_find_mixed(traffic, mixed_seed))
+    output.say("")
     _table(output, "layer, us", TIMES, evaluation)
-    output.say(whose_times(placed.serving, traffic))
-    losses = [f"Losses: {each.sentence}." for each in evaluation.losses.values()]
-    last = [*losses, *(_ports(name, ports) for name, ports in evaluation.busiest_port.items())]
-    output.say(*[""] * bool(last), *last)
+    output.tell(*find_times_of(placed.serving, traffic))
+    last = [Finding("losses", {"losses": each}) for each in evaluation.losses.values()]
+    for regime, ports in evaluation.busiest_port.items():
+        last.append(Finding("busiest ports", {"regime": regime, **ports}))
+    output.say(*[""] * bool(last))
+    output.tell(*last)
     contents = placed.contents(
         mixed_seed=mixed_seed, waterfill=placed.serving.waterfill, without=list(lost)
     )
@@ -89,15 +93,16 @@ def command(
     output.finish(contents | evaluation.to_dict() | {"gain": judgement.gain.to_dict()})
 
 
-def _mixed(traffic: Recording, seed: int) -> str:
+def _find_mixed(traffic: Recording, seed: int) -> Finding:
     """Return what a mixed window is made of: other numbers of sequences are other figures."""
     if not traffic.ordered:
-        return f"mixed: means of {min(traffic.length, WINDOWS_MIXED)} windows, seed {seed}"
+        windows = min(traffic.length, WINDOWS_MIXED)
+        return Finding("mixed windows", {"windows": windows, "seed": seed})
     if traffic.sequence is None:
-        return f"mixed: tokens in random order, as INPUT has no sequences, seed {seed}"
+        return Finding("mixed tokens", {"seed": seed})
     sequences = _checks.distinct(traffic.sequence).size
     running = min(at_once(sequences), sequences)
-    return f"mixed: {running} of {sequences:,} sequences at once (fewer in a group), seed {seed}"
+    return Finding("mixed sequences", {"running": running, "of": sequences, "seed": seed})
 
 
 def _table(output: Output, title: str, names: list[str], evaluation: Evaluation) -> None:
@@ -114,14 +119,3 @@ def _table(output: Output, title: str, names: list[str], evaluation: Evaluation)
         for group, figures in rows.items()
     ]
     output.table((title, *head), cells)
-
-
-def _ports(regime: str, ports: dict[str, list[float]]) -> str:
-    """Write the rows of the busiest port of every tier that carries any."""
-    tiers = ["in a node", "between nodes", *(f"tier {n}" for n in range(3, 1 + len(ports["out"])))]
-    parts = [
-        f"{tier} {out:,.0f} out, {into:,.0f} in"
-        for tier, out, into in zip(tiers, ports["out"], ports["in"], strict=False)
-        if out or into
-    ]
-    return f"rows per layer at the busiest port, regime {regime}: {'; '.join(parts) or 'none'}"

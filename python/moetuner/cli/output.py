@@ -90,12 +90,14 @@ class Output:
                 self.say(f"  # {remark}")
             self.say(f"  {command}")
 
-    def verdict(self, answer: str, sentence: str) -> None:
-        """Print a sentence; on a terminal its first words have the colour of the answer."""
+    def verdict(self, headline: Finding, text: str = "") -> None:
+        """Print a headline, or ``text`` of it; up to a colon it has the colour of its answer."""
         if not self.quiet:
-            text = Text(self._fitted(sentence))
-            text.stylize(COLOURS.get(answer, ""), 0, len(sentence.partition(":")[0]))
-            self._console.print(text, soft_wrap=True)
+            sentence = text or say(headline, TERMINAL)
+            shown = Text(self._fitted(sentence))
+            colour = COLOURS.get(headline.forces or "", "")
+            shown.stylize(colour, 0, len(sentence.partition(":")[0]))
+            self._console.print(shown, soft_wrap=True)
 
     def _fitted(self, row: str) -> str:
         row = line(row)

@@ -24,10 +24,10 @@ from moetuner.files.cells import with_values
 from moetuner.placement import Placement, contiguous
 from moetuner.problem import Problem
 from moetuner.recording import Recording
-from moetuner.report.findings import Finding
 from moetuner.report.outcome import (
     Outcome,
     find_empty_slots,
+    find_gain,
     find_remarks,
     find_slower,
     find_worth,
@@ -181,9 +181,7 @@ def _show(
         *find_empty_slots(outcome),
     )
     for tokens, judgement in judgements.items():
-        window = named_window(tokens, outcome)
-        gain = {"gain": judgement.gain, "window": window, "part": None}
-        output.tell(Finding("judged gain", gain))
+        output.tell(find_gain(judgement.gain, named_window(tokens, outcome)))
 
 
 def _replay(

@@ -81,7 +81,8 @@ def capitalised(clause: str) -> str:
 
 def sentence(clause: str) -> str:
     """Write a clause as a sentence."""
-    return f"{capitalised(clause).rstrip('.')}."
+    end = "" if clause.endswith(":") else "."
+    return f"{capitalised(clause).rstrip('.')}{end}"
 
 
 def listed(names: list[str], limit: int) -> str:

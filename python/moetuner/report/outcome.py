@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation, evaluate_each
+from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.judgement import Judgement, judge
 from moetuner.evaluation.replay import without_groups
@@ -235,6 +236,13 @@ def _find_bound(outcome: Outcome) -> dict[str, Any] | None:
 def named_window(window: int | None, outcome: Outcome) -> int | None:
     """Return the tokens of a window, if an outcome has figures in windows of several sizes."""
     return window if outcome.longer else None
+
+
+def find_gain(
+    gain: Comparison, window: int | None = None, part: Literal["unseen", "seen"] | None = None
+) -> Finding:
+    """Return a gain that was judged, in windows and on a part of the traffic if these are said."""
+    return Finding("judged gain", {"gain": gain, "window": window, "part": part})
 
 
 def running(problem: Problem, placement: Placement, name: str = "running") -> Result:

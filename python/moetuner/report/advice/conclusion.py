@@ -19,7 +19,7 @@ from moetuner.report.advice.values import Advice, Answer, Copies, windows_of
 from moetuner.report.findings import Finding
 from moetuner.report.outcome import find_times, left_over, on_one_device
 from moetuner.report.recording import PHASES
-from moetuner.report.words import LEAST_SHOWN, name_windows
+from moetuner.report.words.parts import LEAST_SHOWN, name_windows
 from moetuner.serving.arrival import Arrival
 from moetuner.serving.engines import ENGINES, Engine
 from moetuner.serving.phases import WINDOWS, name_phase

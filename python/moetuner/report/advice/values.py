@@ -18,7 +18,7 @@ from moetuner.report import words
 from moetuner.report.advice.drift import Drift
 from moetuner.report.findings import PYTHON, Finding, Role, Voice
 from moetuner.report.recording import PHASES
-from moetuner.report.words import name_windows
+from moetuner.report.words.parts import name_windows
 from moetuner.solver.result import Result
 
 Answer = Literal["worth a trial", "not now", "not enough evidence"]

@@ -1,37 +1,35 @@
-"""Words: the sentence of every finding, for a terminal, a page and Python.
-
-A row of ``CLAUSES`` has a text, which is filled with the finding's numbers and the voice, or a
-function of both. Clauses begin with a small letter and end without a full stop, so that they stand
-behind an answer or alone.
-"""
+"""What advice says: its headlines, reasons, costs and warnings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from moetuner.evaluation.comparison import Comparison
 from moetuner.files.cells import (
     counted,
-    distinct,
     duration,
     in_bytes,
     listed,
-    number,
     percent,
-    sentence,
     signed,
     span,
 )
 from moetuner.files.text import name
-from moetuner.report.findings import PYTHON, Finding, Role, Voice
+from moetuner.report.findings import Voice
+from moetuner.report.words.parts import (
+    Clause,
+    name_running,
+    name_windows,
+    with_interval,
+    write_amount,
+    write_interval,
+)
 from moetuner.serving.engines import ENGINES
 from moetuner.serving.phases import name_phase
 
 # Groups that a sentence names.
 LOSERS = 5
-# Smallest gain that is shown as more than nothing.
-LEAST_SHOWN = 0.0005
 # What to do where a recording shows one kind of traffic.
 MIX = "record a mix of what you serve: prefill and decode, several lengths, subjects and languages"
 # What a gain is called in a headline, before the phase that it is of.
@@ -42,79 +40,6 @@ CALLED = {
     "too few": "too little traffic to be sure",
     "worse": "slower",
 }
-Clause = str | Callable[..., str]
-
-
-def write(finding: Finding, voice: Voice = PYTHON) -> str:
-    """Write a finding as a clause."""
-    clause = CLAUSES[finding.kind]
-    if isinstance(clause, str):
-        return clause.format(voice=voice, **finding.numbers)
-    return clause(voice, **finding.numbers)
-
-
-def say(finding: Finding, voice: Voice = PYTHON) -> str:
-    """Write a finding as a sentence, behind the name of what it is about."""
-    clause = write(finding, voice)
-    return f"{finding.about}: {clause.rstrip('.')}." if finding.about else sentence(clause)
-
-
-def say_all(
-    findings: Iterable[Finding], voice: Voice = PYTHON, *, roles: Iterable[Role] = ()
-) -> list[str]:
-    """Write findings as sentences, of some roles or all, without those that another one says."""
-    findings, roles = list(findings), set(roles)
-    said = {kind for each in findings for kind in needless(each.kind, voice)}
-    return [
-        say(each, voice)
-        for each in findings
-        if each.kind not in said and (not roles or each.role in roles)
-    ]
-
-
-def needless(kind: str, voice: Voice) -> tuple[str, ...]:
-    """Return the kinds of findings that one of this kind says as well."""
-    # A page has tiles for the times of its headline, and the sentence among the reasons.
-    return ("gain",) if kind == "gain of one size of windows" and not voice.is_page else ()
-
-
-def say_answer(answer: str, headline: Finding, voice: Voice = PYTHON) -> str:
-    """Write an answer and its headline, which stand alone."""
-    if headline.kind == "gains of phases" and answer == CALLED["worth it"]:
-        return say(headline, voice)  # it begins with the answer
-    return sentence(f"{answer}: {write(headline, voice)}")
-
-
-def name_windows(window: int | None, recorded: int | None = None) -> str:
-    """Write windows of a size; those of a load table, which are given, by their tokens if known."""
-    if window is not None:
-        return f"windows of {window:,} tokens"
-    return "recorded windows" + (f" of {recorded:,} tokens" if recorded else "")
-
-
-def name_running(initial: str) -> str:
-    """Write what runs, such as ``"eplb:32"``; ``"given"`` is a placement of the caller's own."""
-    running, _, redundant = initial.partition(":")
-    if running == "eplb":
-        number = int(redundant or 0)
-        return "EPLB's placement" + (
-            f" with {counted(number, 'redundant expert')}" if number else ""
-        )
-    return f"the {'running' if running == 'given' else running.replace('_', '-')} placement"
-
-
-def write_interval(gain: Comparison) -> str:
-    """Write the interval of a gain in brackets; nothing if it has none, or nothing differs."""
-    return f" ({gain.sure})" if gain.sure and gain.interval != (0, 0) else ""
-
-
-def _with_interval(gain: Comparison) -> str:
-    ends = "" if gain.low is None else f" (95 % interval {span(gain.low, gain.high)})"
-    return f"{signed(gain.gain)}{ends}"
-
-
-def _amount(gain: Comparison) -> str:
-    return gain.much if abs(gain.gain) >= LEAST_SHOWN else "no less"
 
 
 # Headlines of advice that stand on gains.
@@ -134,8 +59,8 @@ def _gain(
     voice: Voice, gain: Comparison, window: int | None, recorded: int | None, running: str
 ) -> str:
     return (
-        f"in {name_windows(window, recorded)} a layer takes {_amount(gain)} predicted time than "
-        f"with {name_running(running)}, "
+        f"in {name_windows(window, recorded)} a layer takes {write_amount(gain)} predicted time "
+        f"than with {name_running(running)}, "
         f"{gain.before:,.1f} to {gain.after:,.1f} us{write_interval(gain)}"
     )
 
@@ -240,7 +165,7 @@ def _record_sequences(voice: Voice, engine: str | None, may_name_kinds: bool) ->
 
 def _gain_of_phase(voice: Voice, gain: Comparison, window: int | None, recorded: int | None) -> str:
     where = f"{name_phase(window)}, {name_windows(window, recorded)}"
-    return f"{where}: {_amount(gain)} predicted time{write_interval(gain)}"
+    return f"{where}: {write_amount(gain)} predicted time{write_interval(gain)}"
 
 
 def _gain_over_eplb(voice: Voice, gains: Mapping[str, Comparison]) -> str:
@@ -296,7 +221,7 @@ def _halves_of_groups(
     names = "; ".join(listed([*map(name, own)], LOSERS) for own in groups)
     return (
         f"the halves hold different groups ({names}): from one to the other "
-        f"{_with_interval(worst)} at worst, for a mix ({voice.any_order}) "
+        f"{with_interval(worst)} at worst, for a mix ({voice.any_order}) "
         f"{signed(mix.gain)}, in {name_windows(window, recorded)}"
     )
 
@@ -509,97 +434,6 @@ def _slower_groups(
     return f"{text}. To repeat: {call}"
 
 
-def _assumed_experts(voice: Voice, model: str | None, weight_bits: float | None) -> str:
-    why = (
-        f"{voice.recording} names no model" if model is None else f"model {model:.40} is not known"
-    )
-    bits = "" if weight_bits is None else f" in {weight_bits:g} bits"
-    return f"{why}, so times are of DeepSeek-V3's experts{bits}: {voice.name_model}"
-
-
-def _cost_model(cost_model: str, weight_bits: float | None) -> str:
-    return cost_model + ("" if weight_bits is None else f", weights in {weight_bits:g} bits")
-
-
-def _measured_times(
-    voice: Voice, cost_model: str, weight_bits: float | None, error: float | None
-) -> str:
-    model = cost_model if cost_model.startswith("measured") else f"measured ({cost_model})"
-    off = "" if error is None else f", with an error of {100 * error:.1f} %"
-    return (
-        f"times of experts are {_cost_model(model, weight_bits)}{off}; times of links are predicted"
-    )
-
-
-# What a method found.
-
-
-def _in_windows(window: int | None) -> str:
-    return "" if window is None else f" in windows of {window:,} tokens"
-
-
-def _predicted_time(voice: Voice, times: list[dict[str, Any]]) -> str:
-    first, *others = times
-    texts = [f"{number(first['us'], 1)} us per layer{_in_windows(first['window'])}"]
-    texts += [f"{number(each['us'], 1)} us{_in_windows(each['window'])}" for each in others]
-    return f"predicted time: {', '.join(texts)}"
-
-
-def _proven(bound: str | None, gap: float, single: bool, cap: str | None) -> str:
-    which = " with one copy of each expert" if single else ""
-    which += {None: "", "kept": " under this cap", "raised": " under the caps that it keeps"}[cap]
-    if bound is None:
-        return f"no placement{which} takes more than {percent(gap)} less time"
-    return (
-        f"no placement{which} is below {bound}, so this one is within {percent(gap)} of the optimum"
-    )
-
-
-def _objective(voice: Voice, reached: str | None, seen: bool, bound: dict[str, Any] | None) -> str:
-    parts = []
-    if reached is not None:
-        parts.append(f"objective{' on the seen part' if seen else ''}: {reached}")
-    if bound is not None:
-        parts.append(_proven(**bound))
-    return "; ".join(parts)
-
-
-def _judged_gain(voice: Voice, gain: Comparison, window: int | None, part: str | None) -> str:
-    where = {
-        None: "",
-        "unseen": "on unseen traffic ",
-        "seen": "on the traffic that it was computed from ",
-    }
-    return f"gain{_in_windows(window)}: {where[part]}{gain.sentence}"
-
-
-def _slower(
-    voice: Voice,
-    method: str | None,
-    than: str,
-    us: float,
-    us_before: float,
-    window: int | None,
-    fewest_slots: int | None,
-    goal: str,
-) -> str:
-    what = "contiguous" if than == "contiguous" else "what runs"
-    better = f"keep {what}"
-    if fewest_slots is not None:
-        better = (
-            "slots for copies cost more time than they save: try --slots-per-device "
-            f'{fewest_slots}, or "moetuner advise", which tries several numbers'
-        )
-    if goal != "time":
-        better += ", or solve for --objective time"
-    which = "this placement" if method is None else f"the placement of {method}"
-    times = " against ".join(distinct(us, us_before, 1))
-    return (
-        f"Warning: {which} is predicted to be slower than {what}: "
-        f"{times} us per layer{_in_windows(window)}; {better}"
-    )
-
-
 CLAUSES: dict[str, Clause] = {
     # Headlines of advice.
     "gain of one size of windows": _gain_of_one_size,
@@ -619,10 +453,10 @@ CLAUSES: dict[str, Clause] = {
     ),
     "neighbouring windows are alike": _neighbours_alike,
     "uncertain gain": lambda voice, gain: (
-        f"the gain is {_with_interval(gain)}: too uncertain to say whether it pays; record more"
+        f"the gain is {with_interval(gain)}: too uncertain to say whether it pays; record more"
     ),
     "prefill not judged": lambda voice, gain, tokens: (
-        f"decode {_with_interval(gain)}{_prefill_lacks(tokens)}"
+        f"decode {with_interval(gain)}{_prefill_lacks(tokens)}"
     ),
     "one device": "there is one device, so all placements are alike",
     "one kind of traffic": f"{{shows}}, so the figures hold for such traffic only; {MIX}",
@@ -671,44 +505,4 @@ CLAUSES: dict[str, Clause] = {
         "a load table does not say which experts a token chose together, so traffic is an upper "
         "bound"
     ),
-    "assumed experts": _assumed_experts,
-    "predicted times": lambda voice, **model: (
-        f"times are predicted, not measured, with {_cost_model(**model)}"
-    ),
-    "cost model": lambda voice, **model: (
-        f"times are predicted with {_cost_model(**model)}; for others: --cost-model FILE or "
-        "GPU:HIDDENxINTERMEDIATE"
-    ),
-    "measured times": _measured_times,
-    "times of a model": lambda voice, weight_bits: (
-        f"times are predicted by {_cost_model('a cost model, not measured', weight_bits)}"
-    ),
-    "windows as recorded": (
-        "{voice.recording} holds counts, so its windows are evaluated as recorded, not mixed"
-    ),
-    # What a method found.
-    "predicted time": _predicted_time,
-    "objective": _objective,
-    "bound": lambda voice, **bound: _proven(**bound),
-    "imbalance with waterfill": (
-        "with waterfill the busiest device has {imbalance:.3f} x the mean of all work"
-    ),
-    "losses": "{losses.sentence}",
-    "representative windows": (
-        "searched on {searched:,} representative windows, evaluated on all {windows:,}"
-    ),
-    "sample of tokens": "expert sets were counted on a sample of {tokens:,} tokens",
-    "empty slots": (
-        "{empty:,} of {slots:,} slots are empty, as no copy that was tried there helps. Engines "
-        "with redundant experts need full slots: pass --fill-slots, or --for ENGINE"
-    ),
-    "slower than what runs": _slower,
-    "judged gain": _judged_gain,
-    "no smaller objective": lambda voice, window, over: (
-        f"gain{_in_windows(window)}: no method has a smaller objective than {over} on the seen part"
-    ),
-    "lacks of the recording": "{voice.recording} has {lacks}",
-    "load cap": "{remark}",
-    "broken rule": "violates rules (!): {rule}",
-    "cut short": "{status}, best so far",
 }
