@@ -227,7 +227,7 @@ def test_a_request_without_a_group_is_named(run, tmp_path):
     words = ["--num-experts", 8, "--devices", 4, "--group-by", f"{table}:kind"]
     status, out, err = run("inspect", path, *words)
     assert (status, out, err.count("\n")) == (2, "", 1)
-    assert "request 'r1' must have a group" in err
+    assert "request 'r1' is not among the 2 requests that have a group" in err
 
 
 def test_a_request_has_one_group(run, as_json, tmp_path):

@@ -259,8 +259,8 @@ def test_few_moves_that_gain_more_than_all_say_so(tmp_path):
     traffic = mt.RoutingStatistics(load.astype(np.uint64))
     advice = mt.advise(traffic, mt.Topology(4), copies=[0], splits=1)
     gain = f"{100 * advice.main.gain.gain:.1f} %"
-    (line,) = _say_costs(replace(advice, step=SmallStep(3, None, advice.main.gain)))
-    assert f"; 3 gain {gain}, no less than all (--move-budget 3)." in line
+    _, line = _say_costs(replace(advice, step=SmallStep(3, None, advice.main.gain)))
+    assert line == f"Moving 3 experts gains {gain}, no less than all (--move-budget 3)."
 
 
 def test_what_moves_is_a_line_each():

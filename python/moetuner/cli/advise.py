@@ -253,7 +253,10 @@ def _name_unseen(advice: Advice) -> str:
     """Write on how much traffic the figures are, and in which order it comes."""
     replayed, kind = advice.main.after.replayed, "unseen " * advice.settings["held_out"]
     assert replayed is not None
-    traffic = replayed.traffic
+    traffic, units = replayed.traffic, advice.units
+    if units.name == "window" and units.kinds is not None:  # steps of the counters' windows
+        drawn = f"{kind}steps drawn from {advice.main.gain.units} of {units.number} windows"
+        return f"On {traffic.length:,} {drawn} of INPUT"
     order = ""
     if traffic.ordered:
         order = write_order(advice.settings["arrival"], advice.settings["engine"])

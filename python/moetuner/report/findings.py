@@ -52,6 +52,8 @@ class Voice(NamedTuple):
         What says that the order of a recording does not matter.
     name_groups, name_model
         What names the groups of a recording, and what to do to name its model.
+    expert_size
+        What gives the size of an expert.
     audit
         The command that shows which groups are served worse; None for the call of Python.
     is_page
@@ -62,14 +64,22 @@ class Voice(NamedTuple):
     any_order: str
     name_groups: str
     name_model: str
+    expert_size: str
     audit: str | None = None
     is_page: bool = False
 
 
-TERMINAL = Voice("INPUT", "--any-order", "--group-by FILE", "pass --model")
+TERMINAL = Voice(
+    "INPUT",
+    "--any-order",
+    "--group-by FILE",
+    "pass --model",
+    "--model or --cost-model h100:HIDDENxINTERMEDIATE",
+)
 PYTHON = Voice(
     "traffic",
     "in_order=False",
     "group and group_names",
     "name one by dataclasses.replace(traffic, model=...)",
+    "expert_bytes",
 )

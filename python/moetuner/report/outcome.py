@@ -290,6 +290,7 @@ def find_slower(outcome: Outcome, before: Outcome, *, name: bool = False) -> lis
         "window": named_window(window, outcome),
         "fewest_slots": fewest if problem.may_copy and problem.slots > fewest else None,
         "goal": problem.goal,
+        "survive": problem.survive,
     }
     return [Finding("slower than what runs", numbers, "warning")]
 

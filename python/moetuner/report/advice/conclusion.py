@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -181,11 +182,21 @@ def _find_too_few(advice: Advice) -> Finding:
         kind = "neighbouring windows are alike"
         engine, replayed = advice.settings["engine"], advice.main.after.replayed
         has_groups = replayed is None or replayed.traffic.group is not None
+        numbers |= _count_windows(advice)
         numbers |= {"engine": engine if engine in ENGINES else None}
         numbers["may_name_kinds"] = not has_groups
     else:
         numbers["unit"] = units.name
     return Finding(kind, numbers, forces="not enough evidence")
+
+
+def _count_windows(advice: Advice) -> dict[str, int]:
+    """Return the unseen windows, and how many an interval needs of windows as alike as these."""
+    main, blocks = advice.main, advice.units.blocks
+    traffic = main.after.replayed.traffic if main.after.replayed is not None else None
+    windows = 0 if traffic is None else traffic.length // (main.window or 1)
+    # Half of them are held out.
+    return {"windows": windows, "needed": math.ceil(2 * FEWEST * blocks.correlation)}
 
 
 def _describe_kinds(units: Units) -> dict[str, Any]:
@@ -346,7 +357,10 @@ def _find_gains(advice: Advice) -> list[Finding]:
         found.append(Finding("groups apart", {"gains": by_group, **windows_of(main)}))
     if _copies_pay(advice):
         layers = advice.problem.statistics.layers
-        found.append(find_copies(advice.copies, advice.knee, advice.more, layers))
+        problem = advice.problem
+        single = -(-problem.experts // problem.devices)
+        running_slots = max(advice.placements[0].slots_per_device - single, 0)
+        found.append(find_copies(advice.copies, advice.knee, advice.more, layers, running_slots))
     return found
 
 
@@ -382,8 +396,10 @@ def _find_small(advice: Advice) -> list[str]:
     return [aspect for aspect, values in gains.items() if max(map(abs, values)) < price]
 
 
-def find_copies(swept: tuple[Copies, ...], knee: int, more: int | None, layers: int) -> Finding:
-    """Return what slots for copies gain that run already, and what more of them would."""
+def find_copies(
+    swept: tuple[Copies, ...], knee: int, more: int | None, layers: int, running: int = 0
+) -> Finding:
+    """Return what slots for copies gain that run already, ``running``, and what more would."""
     by_slots = {each.per_device: each for each in swept}
     chosen, least = by_slots[knee], min(by_slots)
     best = max(by_slots.values(), key=lambda each: each.best)
@@ -396,7 +412,7 @@ def find_copies(swept: tuple[Copies, ...], knee: int, more: int | None, layers: 
             {"window": window, "gain": row.mean(window)}
             for window in sorted(row.gains, key=row.mean, reverse=True)
         ]
-        numbers["more"] = _describe_copies(row) | {"gains": gains}
+        numbers["more"] = _describe_copies(row) | {"gains": gains, "than_now": more - running}
     # What is gained without copies stands there already.
     elif best.best > chosen.best + KNEE and not (knee and best is by_slots[least]):
         worst = min(best.gains, key=best.mean)
@@ -432,14 +448,15 @@ def find_costs(advice: Advice) -> list[Finding]:
         fewer["of_gain"] = of_gain
     numbers: dict[str, Any] = {"experts": moving.experts, "of_experts": moving.of_experts}
     if moving.bytes is None:
-        return [Finding("moving, size unknown", {**numbers, "step": fewer}, "cost")]
-    numbers |= {
-        "moved_bytes": moving.bytes,
-        "of_bytes": moving.of_bytes,
-        "seconds": moving.seconds or 0.0,
-        "device_bytes": moving.device_bytes,
-        "steps": None if moving.steps is None else int(moving.steps),
-        "phase": name_phase(advice.main.window),
-    }
-    found = [Finding("moving", numbers, "cost")]
+        found = [Finding("moving, size unknown", numbers, "cost")]
+    else:
+        numbers |= {
+            "moved_bytes": moving.bytes,
+            "of_bytes": moving.of_bytes,
+            "seconds": moving.seconds or 0.0,
+            "device_bytes": moving.device_bytes,
+            "steps": None if moving.steps is None else int(moving.steps),
+            "phase": name_phase(advice.main.window),
+        }
+        found = [Finding("moving", numbers, "cost")]
     return found if fewer is None else [*found, Finding("few moves", fewer, "cost")]

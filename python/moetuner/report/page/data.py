@@ -34,7 +34,7 @@ from moetuner.files.cells import (
 from moetuner.formats import serving_commands, way_back
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.report.advice.values import Advice
-from moetuner.report.findings import PYTHON, Finding, Voice
+from moetuner.report.findings import PYTHON, TERMINAL, Finding, Voice
 from moetuner.report.hot_experts import HotExperts, hold_out_hot_experts
 from moetuner.report.outcome import Outcome, find_times
 from moetuner.report.page.words import settings_in_words
@@ -223,7 +223,11 @@ class PageData:
         size, model, advice = self.expert_bytes, self.settings[1].serving.cost_model, self.advice
         share = f"{moved:,} of {of_all:,} experts"
         if size is None:
-            return Tile("To move", share, "pass --expert-bytes to see bytes")
+            return Tile(
+                "To move",
+                share,
+                f"pass {TERMINAL.expert_size} to see bytes",
+            )
         notes = [share]
         if moved and model is not None:
             ports = busiest_ports(self.moves.pairs, self.topology)

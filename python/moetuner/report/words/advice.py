@@ -127,32 +127,42 @@ def _kinds(
     return f"{texts} route alike in {number} kinds{only}, as those of one template do", "kinds"
 
 
+def _are(number: int) -> str:
+    return "is" if number == 1 else "are"
+
+
 def _too_few_kinds(voice: Voice, unseen: int, least: int, **kinds: Any) -> str:
     what, others = _kinds(**kinds)
     return (
-        f"{what}; {unseen} of them are unseen, and at least {least} are needed for an interval of "
-        f"the gain; record more {others}"
+        f"{what}; {unseen} of them {_are(unseen)} unseen, and an interval of the gain needs "
+        f"{least}; record more {others}"
     )
 
 
 def _neighbours_alike(
-    voice: Voice, unseen: int, least: int, engine: str | None, may_name_kinds: bool
+    voice: Voice,
+    windows: int,
+    unseen: int,
+    least: int,
+    needed: int,
+    engine: str | None,
+    may_name_kinds: bool,
 ) -> str:
-    to_record = _record_sequences(voice, engine, may_name_kinds)
+    to_record = _record_requests(voice, engine, may_name_kinds)
     if unseen < 2:
         return (
-            "the windows are too alike to tell what is chance: even distant ones resemble each "
-            f"other; record longer, or with sequences{to_record}"
+            f"the windows are too alike, even distant ones: these {windows:,} are worth less than "
+            f"two samples. Record requests{to_record}"
         )
     return (
-        f"neighbouring windows are alike, so the unseen ones are worth {unseen} independent "
-        f"windows, and at least {least} are needed for an interval of the gain; record longer, or "
-        f"with sequences{to_record}"
+        f"neighbouring windows are too alike: these {windows:,} are worth {unseen} samples, and an "
+        f"interval of the gain needs {least}. Record {needed:,} windows or more, or requests"
+        f"{to_record}"
     )
 
 
-def _record_sequences(voice: Voice, engine: str | None, may_name_kinds: bool) -> str:
-    """Write by which option the engine records sequences, and how kinds of windows are named."""
+def _record_requests(voice: Voice, engine: str | None, may_name_kinds: bool) -> str:
+    """Write by which option the engine records requests, and how kinds of windows are named."""
     known = None if engine is None else ENGINES[engine]
     text = f" ({known.title}: {known.records_by})" if known and known.records_by else ""
     if not may_name_kinds:
@@ -210,6 +220,10 @@ def _groups_apart(
     return line
 
 
+def _gains_or_loses(gain: Comparison) -> str:
+    return f"{'gains' if gain.gain >= 0 else 'loses'} {100 * abs(gain.gain):.1f} %"
+
+
 def _halves_of_groups(
     voice: Voice,
     groups: list[list[str]],
@@ -220,9 +234,10 @@ def _halves_of_groups(
 ) -> str:
     names = "; ".join(listed([*map(name, own)], LOSERS) for own in groups)
     return (
-        f"the halves hold different groups ({names}): from one to the other "
-        f"{with_interval(worst)} at worst, for a mix ({voice.any_order}) "
-        f"{signed(mix.gain)}, in {name_windows(window, recorded)}"
+        f"the halves of the recording hold different groups ({names}). Placed on one half and "
+        f"judged on the other it {_gains_or_loses(worst)}{write_interval(worst)} at worst; if you "
+        f"serve all groups together ({voice.any_order}) it {_gains_or_loses(mix)}, in "
+        f"{name_windows(window, recorded)}"
     )
 
 
@@ -241,23 +256,26 @@ def _copies(
     larger: dict[str, Any] | None,
     spare_layers: dict[str, Any] | None,
 ) -> str:
-    text = "copies, numbers compared by short searches: "
+    text = "copies, by short searches: "
     if chosen["slots"]:
+        slots = _slots(chosen["slots"], chosen["bytes_per_device"])
         verb = "gains" if chosen["slots"] == 1 else "gain"
-        gain = percent(chosen["gain"])
-        text += f"{_slots(chosen['slots'], chosen['bytes_per_device'])} {verb} {gain}"
-    else:
-        text += "none"
+        text += f"{slots} {verb} {percent(chosen['gain'])}"
+    elif more is None:
+        text += "none pay"
     if without is not None:
-        text += f", {percent(without)} without"
+        text += f", none {percent(without)}"
     if more is not None:
         parts = [
             percent(each["gain"])
             + (f" in {name_windows(each['window'])}" if len(more["gains"]) > 1 else "")
             for each in more["gains"]
         ]
-        slots = _slots(more["slots"], more["bytes_per_device"])
-        text += f". With more memory than now: {slots} would gain {', '.join(parts)}"
+        text += ". " if chosen["slots"] else ""
+        text += f"{counted(more['than_now'], 'more slot')} per device and layer than now"
+        if more["bytes_per_device"] is not None:
+            text += f" ({in_bytes(more['bytes_per_device'])} of copies per device)"
+        text += f" would gain {', '.join(parts)}"
     elif larger is not None:
         slots = _slots(larger["slots"], larger["bytes_per_device"])
         text += f"; {slots} would gain {percent(larger['gain'])}"
@@ -266,13 +284,11 @@ def _copies(
             text += f", but {name_windows(window)} would take {longer} longer"
     if spare_layers is None:
         return text
-    saved = ""
+    text += f". {spare_layers['number']} of {spare_layers['layers']} layers need no copies: without"
+    text += " theirs nine tenths of the gain are left"
     if spare_layers["bytes_per_device"] is not None:
-        saved = f" and take {in_bytes(spare_layers['bytes_per_device'])} per device less"
-    return (
-        f"{text}; {spare_layers['number']} of {spare_layers['layers']} layers need none: copies in "
-        f"the others bring nine tenths of what all bring{saved}, where layers may differ in slots"
-    )
+        text += f", and {in_bytes(spare_layers['bytes_per_device'])} per device are free"
+    return f"{text}, where layers may differ in slots"
 
 
 def _phases_apart(
@@ -309,9 +325,9 @@ def _tokens_divided(voice: Voice, engine: str, imbalance: float, imbalance_even:
     dividing = ENGINES[engine].dividing
     assert dividing is not None
     return (
-        f"copies whose tokens a linear programme divides ({dividing[1]}) would leave the busiest "
-        f"device {imbalance:.2f} x the mean of recorded windows, and {imbalance_even:.2f} if they "
-        "share evenly; by LPLB's authors it takes 100 us and more in every layer"
+        f"with {ENGINES[engine].title}'s {dividing[0]} dispatch ({dividing[1]}) the busiest device "
+        f"would have {imbalance:.2f} x the mean instead of {imbalance_even:.2f}, for 100 us or "
+        "more a layer (by LPLB's authors)"
     )
 
 
@@ -345,26 +361,18 @@ def _moving(
     return f"{text}; paid back by {counted(steps, 'step' if phase is None else f'{phase} step')}"
 
 
-def _moving_unsized(
-    voice: Voice, experts: int, of_experts: int, step: dict[str, Any] | None
-) -> str:
-    text = f"to move: {experts:,} of {counted(of_experts, 'expert')}"
-    if step is None:
-        return f"{text}. Pass --expert-bytes to see memory, bytes and seconds"
-    return f"{text} (bytes: --expert-bytes); {_few_moves(voice, **step)}"
-
-
 def _few_moves(
     voice: Voice, experts: int, moved_bytes: float | None, gain: float, of_gain: float
 ) -> str:
     part = f"{100 * gain:.1f} of {percent(of_gain)}"
     if gain >= of_gain:
         part = f"{percent(gain)}, no less than all"
+    moved = counted(experts, "expert")
     if moved_bytes is None:
-        return f"{experts:,} gain {part} (--move-budget {experts})"
-    moved = f"{counted(experts, 'expert')} ({in_bytes(moved_bytes)})"
+        return f"moving {moved} gains {part} (--move-budget {experts})"
     # All of its digits: a budget that is rounded down is one expert less.
-    return f"moving {moved} gains {part} (--move-budget {moved_bytes:.0f})"
+    budget = f"{moved_bytes:.0f}"
+    return f"moving {moved} ({in_bytes(moved_bytes)}) gains {part} (--move-budget {budget})"
 
 
 # What to know before relying on it.
@@ -377,12 +385,12 @@ def _kinds_of_traffic(voice: Voice, **kinds: Any) -> str:
 
 
 def _windows_in_blocks(voice: Voice, length: int, worth: int) -> str:
-    counting = f"are worth {worth} independent ones"
+    samples = f"worth {worth} samples"
     if worth < 2:
-        counting = "are too alike to tell apart"
+        samples = "too alike to count as samples"
     return (
-        f"INPUT has no sequences: windows count in blocks of {length}, as neighbours are alike, "
-        f"and {counting}. With sequences fewer tokens suffice"
+        f"{voice.recording} has no requests, and {length} neighbouring windows are alike: all "
+        f"windows together are {samples}. With requests fewer tokens suffice"
     )
 
 
@@ -396,10 +404,9 @@ def _change_of_halves(distance: float, expected: float) -> str:
 def _drift(
     voice: Voice, distance: float, expected: float, seen: str, unseen: str, gain: Comparison
 ) -> str:
-    verb = "gains" if gain.gain >= 0 else "loses"
     return (
         f"{_change_of_halves(distance, expected)}, and a placement computed from the {seen} half "
-        f"{verb} {100 * abs(gain.gain):.1f} % on the {unseen}{write_interval(gain)}"
+        f"{_gains_or_loses(gain)} on the {unseen}{write_interval(gain)}"
     )
 
 
@@ -440,16 +447,17 @@ CLAUSES: dict[str, Clause] = {
     "gains of phases": _gains_of_phases,
     "gain in total": _gain_in_total,
     "one window": (
-        "there is one window, so nothing is left to judge a placement on that it was not computed "
-        "from; count loads in windows, or record a trace"
+        "there is one window, so nothing is left to judge a placement on; count loads in several "
+        "windows, or record a trace"
     ),
-    "too few units": (
-        "too few unseen {unit}s ({unseen}; at least {least} are needed) for an interval of the gain"
+    "too few units": lambda voice, unseen, unit, least: (
+        f"{counted(unseen, f'unseen {unit}')} {_are(unseen)} too few: an interval of the gain "
+        f"needs {least}; record more"
     ),
     "too few kinds": _too_few_kinds,
     "too few drawn windows": (
-        "steps were drawn from {windows} windows of INPUT only, {unseen} of them unseen, and at "
-        "least {least} are needed for an interval of the gain; record more windows"
+        "steps were drawn from only {windows} windows of {voice.recording}, {unseen} of them "
+        "unseen, and an interval of the gain needs {least}; record more windows"
     ),
     "neighbouring windows are alike": _neighbours_alike,
     "uncertain gain": lambda voice, gain: (
@@ -478,7 +486,10 @@ CLAUSES: dict[str, Clause] = {
     "lost device": lambda voice, losses: f"if a device is lost: {losses.sentence}",
     # What it takes.
     "moving": _moving,
-    "moving, size unknown": _moving_unsized,
+    "moving, size unknown": (
+        "to move: {experts:,} of {of_experts:,} experts. Pass {voice.expert_size} to see bytes "
+        "and seconds"
+    ),
     "few moves": _few_moves,
     # Its warnings.
     "kinds of traffic": _kinds_of_traffic,
@@ -486,12 +497,10 @@ CLAUSES: dict[str, Clause] = {
         "all sequences route alike: if they are one prompt, or random tokens, repeated, other "
         "text may gain nothing"
     ),
-    "independent windows": (
-        "INPUT has no sequences: windows count as independent, as neighbours are no more alike "
-        "than others"
-    ),
+    "independent windows": ("{voice.recording} has no requests; each window counts as one sample"),
     "drawn windows": (
-        "INPUT has no sequences: steps that were drawn from one window count as one, of {windows}"
+        "{voice.recording} has no requests; steps drawn from one window count as one sample, and "
+        "there are {windows} windows"
     ),
     "windows in blocks": _windows_in_blocks,
     "drift in any order": _drift_in_any_order,

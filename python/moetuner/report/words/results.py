@@ -29,11 +29,9 @@ def _measured_times(
 
 
 def _assumed_experts(voice: Voice, model: str | None, weight_bits: float | None) -> str:
-    why = (
-        f"{voice.recording} names no model" if model is None else f"model {model:.40} is not known"
-    )
+    why = f"{voice.recording} names no model" if model is None else f"{model:.40} is not known"
     bits = "" if weight_bits is None else f" in {weight_bits:g} bits"
-    return f"{why}, so times are of DeepSeek-V3's experts{bits}: {voice.name_model}"
+    return f"times are of DeepSeek-V3's experts{bits}, as {why}: {voice.name_model}"
 
 
 # What a method found.
@@ -87,6 +85,7 @@ def _slower(
     window: int | None,
     fewest_slots: int | None,
     goal: str,
+    survive: str | None,
 ) -> str:
     what = "contiguous" if than == "contiguous" else "what runs"
     better = f"keep {what}"
@@ -99,6 +98,13 @@ def _slower(
         better += ", or solve for --objective time"
     which = "this placement" if method is None else f"the placement of {method}"
     times = " against ".join(distinct(us, us_before, 1))
+    if survive is not None:
+        of_method = "" if method is None else f" with {method}"
+        return (
+            f"Warning: surviving the loss of a {survive}{of_method} costs "
+            f"{percent(us / us_before - 1)} more predicted time than {what}{_in_windows(window)}, "
+            f"{times} us per layer; leave out --survive if that is too much"
+        )
     return (
         f"Warning: {which} is predicted to be slower than {what}: "
         f"{times} us per layer{_in_windows(window)}; {better}"
@@ -163,12 +169,14 @@ CLAUSES: dict[str, Clause] = {
     "tokens together": (
         "{tokens:.1f} of 100 tokens have all their experts of a layer on one device"
     ),
-    "mixed windows": "mixed: means of {windows} windows, seed {seed}",
+    "mixed windows": "mixed windows are means of {windows} windows, drawn with seed {seed}",
     "mixed tokens": (
-        "mixed: tokens in random order, as {voice.recording} has no sequences, seed {seed}"
+        "mixed windows have tokens in random order, drawn with seed {seed}, as {voice.recording} "
+        "has no sequences"
     ),
     "mixed sequences": (
-        "mixed: {running} of {of:,} sequences at once (fewer in a group), seed {seed}"
+        "mixed windows have {running} of {of:,} sequences at once (fewer in a group), drawn with "
+        "seed {seed}"
     ),
     "busiest ports": _busiest_ports,
 }

@@ -19,7 +19,7 @@ from moetuner.report.words.parts import Clause
 HOT = {
     "a static set is worth it": "some experts are chosen far more often, and stay the same ones",
     "a cache serves better": "what was used last says more than what is used most",
-    "routing is flat": "how many experts are kept near decides, not which",
+    "routing is flat": "the number of experts that are kept near decides, not which ones",
     "nothing is held out": "whether a static set is worth it is not known from one window",
 }
 
@@ -64,13 +64,13 @@ def _half_of_experts(
     of_group: float | None,
     later: float | None,
 ) -> str:
-    details = [f"by layer {percent(low)} to {percent(high)}"]
+    text = f"half of the experts take {percent(low)} to {percent(high)} of the picks of a layer"
     if group is not None:
-        share = percent(of_group)
-        details.append(f"{share} of {name(group)} with the set of all other groups, the least")
+        text += f"; chosen by all other groups, {percent(of_group)} of those of {name(group)}, the "
+        text += "least of all groups"
     if later is not None:
-        details.append(f"{percent(later)} of the later half with the set of the earlier")
-    return f"half of the experts: {'; '.join(details)}"
+        text += f"; chosen by the earlier half, {percent(later)} of those of the later half"
+    return text
 
 
 def _interval(low: float, high: float) -> str:
@@ -108,12 +108,14 @@ def _experts_that_move(
 ) -> str:
     size = "" if moved_bytes is None else f" ({in_bytes(moved_bytes)})"
     disk = f", {from_disk:,} of them from disk, as no device has them any more" if from_disk else ""
-    return f"to move: {counted(experts, 'expert')}{size}{disk}"
+    return f"{counted(experts, 'expert')} {'moves' if experts == 1 else 'move'}{size}{disk}"
 
 
 def _busiest_device(voice: Voice, before: float, after: float, window: int | None) -> str:
-    where = "in the windows of INPUT" if window is None else f"in windows of {window:,} tokens"
-    return f"busiest device: {before:.3f} x the mean before, {after:.3f} x after, {where}"
+    where = (
+        f"the windows of {voice.recording}" if window is None else f"windows of {window:,} tokens"
+    )
+    return f"in {where} the busiest device has {before:.3f} x the mean load now, {after:.3f} x then"
 
 
 CLAUSES: dict[str, Clause] = {
@@ -145,13 +147,15 @@ CLAUSES: dict[str, Clause] = {
         "fewer than {least} independent sequences are held out: structure may be chance. Record "
         "more, with sequence labels"
     ),
-    "no structure": "the null is about as good: neighbouring layers route almost independently",
+    "no structure": (
+        "the independence null is about as good: neighbouring layers route almost independently"
+    ),
     "uncertain structure": lambda voice, low, high: (
-        f"the gap to the null ({_interval(low, high)}) may be chance"
+        f"the gap to the independence null ({_interval(low, high)}) may be chance"
     ),
     "structure": lambda voice, kept, low, high: (
-        f"a placement can keep {percent(kept)} of the transitions ({_interval(low, high)}) on "
-        "their device because neighbouring layers route together: the gap to the independence null"
+        f"a placement keeps {percent(kept)} more of the transitions ({_interval(low, high)}) on "
+        "their device than the independence null, because neighbouring layers route together"
     ),
     "contiguous placement": lambda voice, imbalance, us: (
         f"contiguous placement: imbalance {number(imbalance, 3)}, predicted time {number(us, 1)} "
@@ -161,7 +165,9 @@ CLAUSES: dict[str, Clause] = {
     "half of the experts": _half_of_experts,
     # Devices that are lost, leave or come.
     "devices that serve": _devices_that_serve,
-    "devices that leave": lambda voice, devices: f"to leave: {_named_devices(devices)}",
+    "devices that leave": lambda voice, devices: (
+        f"{_named_devices(devices)} {'leaves' if len(devices) == 1 else 'leave'}"
+    ),
     "experts that move": _experts_that_move,
     "busiest device": _busiest_device,
     "planned losses": lambda voice, machine, domain, planned, number, fatal: (
