@@ -126,8 +126,8 @@ class CostModel(Frozen):
     parameter_errors: tuple[float, ...] | None = None
     measured: tuple[int, ...] | None = None
     weight_bits: float | None = None
-    preset_text: str | None = field(default=None, compare=False)
-    sizes: Sizes = field(default="given", compare=False)
+    preset_text: str | None = field(default=None, compare=False, repr=False)
+    sizes: Sizes = field(default="given", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in AMOUNTS:

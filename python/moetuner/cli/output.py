@@ -91,12 +91,11 @@ class Output:
             self.say(f"  {command}")
 
     def verdict(self, headline: Finding, text: str = "") -> None:
-        """Print a headline, or ``text`` of it; up to a colon it has the colour of its answer."""
+        """Print a headline, or a text that begins with its answer, in the answer's colour."""
         if not self.quiet:
-            sentence = text or say(headline, TERMINAL)
-            shown = Text(self._fitted(sentence))
-            colour = COLOURS.get(headline.forces or "", "")
-            shown.stylize(colour, 0, len(sentence.partition(":")[0]))
+            answer = headline.forces or ""
+            shown = Text(self._fitted(text or say(headline, TERMINAL)))
+            shown.stylize(COLOURS.get(answer, ""), 0, len(answer) if text else len(shown))
             self._console.print(shown, soft_wrap=True)
 
     def _fitted(self, row: str) -> str:

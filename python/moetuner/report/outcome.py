@@ -21,8 +21,7 @@ from moetuner.recording import Recording
 from moetuner.report.findings import TERMINAL, Finding
 from moetuner.report.words import say
 from moetuner.serving import Serving
-from moetuner.solver.bounds import caps
-from moetuner.solver.result import Result
+from moetuner.solver.result import CapsDetails, Result
 from moetuner.statistics import RoutingStatistics
 
 # Figures of every table.
@@ -306,8 +305,8 @@ def find_remarks(outcomes: list[Outcome], problem: Problem) -> list[Finding]:
         found.append(Finding("lacks of the recording", {"lacks": worth.lacks}))
     for outcome in outcomes:
         result, method = outcome.result, outcome.result.method
-        for line in caps.remarks(problem, result.details.caps):
-            found.append(Finding("load cap", {"remark": line}, about=method))
+        for finding in find_caps(problem, result.details.caps):
+            found.append(replace(finding, about=method))
         for rule in result.violations if outcome.breaks_rules else ():
             found.append(Finding("broken rule", {"rule": rule}, about=method))
         if result.status in ("interrupted", "time_limit"):
@@ -323,6 +322,24 @@ def on_one_device(evaluation: Evaluation, devices: int) -> float | None:
     if devices != 2 or evaluation.fanout is None:
         return None
     return 100 * (2 - evaluation.fanout)
+
+
+def find_caps(problem: Problem, details: CapsDetails) -> list[Finding]:
+    """Return the layers whose load cap nothing keeps, and those where nothing was found that does.
+
+    Layers have the smallest cap that can be kept, from and to.
+    """
+    numbers = {"single": problem.stays_single, "cap": problem.max_imbalance}
+    numbers["layers"] = problem.layers
+    found = []
+    if details.infeasible:
+        needs = {layer: list(ends) for layer, ends in details.infeasible.items()}
+        found.append(Finding("cap that nothing keeps", numbers | {"needs": needs}))
+    raised = [cap for layer, cap in details.raised.items() if layer not in details.infeasible]
+    if raised:
+        numbers |= {"raised": len(raised), "highest": max(raised)}
+        found.append(Finding("cap that was raised", numbers))
+    return found
 
 
 def find_times(model: CostModel, traffic: Recording | None) -> Finding:

@@ -21,7 +21,7 @@ def _cost_model(cost_model: str, weight_bits: float | None) -> str:
 def _measured_times(
     voice: Voice, cost_model: str, weight_bits: float | None, error: float | None
 ) -> str:
-    model = cost_model if cost_model.startswith("measured") else f"measured ({cost_model})"
+    model = f"measured ({cost_model})"
     off = "" if error is None else f", with an error of {100 * error:.1f} %"
     return (
         f"times of experts are {_cost_model(model, weight_bits)}{off}; times of links are predicted"
@@ -48,9 +48,29 @@ def _predicted_time(voice: Voice, times: list[dict[str, Any]]) -> str:
     return f"predicted time: {', '.join(texts)}"
 
 
+def _single(single: bool) -> str:
+    return " with one copy of each expert" if single else ""
+
+
+def _cap_that_nothing_keeps(
+    voice: Voice, single: bool, cap: float, layers: int, needs: dict[int, list[float]]
+) -> str:
+    texts = [
+        f"layer {layer} needs {low:.4f}" + (f" to {high:.4f}" if high > low else "")
+        for layer, (low, high) in needs.items()
+    ]
+    more = f", and {len(texts) - 3} more" if len(texts) > 3 else ""
+    return (
+        f"no placement{_single(single)} keeps the load cap {cap:g} in {len(texts)} of {layers} "
+        f"layers: {', '.join(texts[:3])}{more}"
+    )
+
+
 def _proven(bound: str | None, gap: float, single: bool, cap: str | None) -> str:
-    which = " with one copy of each expert" if single else ""
-    which += {None: "", "kept": " under this cap", "raised": " under the caps that it keeps"}[cap]
+    which = (
+        _single(single)
+        + {None: "", "kept": " under this cap", "raised": " under the caps that it keeps"}[cap]
+    )
     if bound is None:
         return f"no placement{which} takes more than {percent(gap)} less time"
     return (
@@ -162,7 +182,11 @@ CLAUSES: dict[str, Clause] = {
         f"gain{_in_windows(window)}: no method has a smaller objective than {over} on the seen part"
     ),
     "lacks of the recording": "{voice.recording} has {lacks}",
-    "load cap": "{remark}",
+    "cap that nothing keeps": _cap_that_nothing_keeps,
+    "cap that was raised": lambda voice, single, cap, layers, raised, highest: (
+        f"found no placement{_single(single)} under the load cap {cap:g} in {raised} of {layers} "
+        f"layers and allowed up to {highest:.3f} there"
+    ),
     "broken rule": "violates rules (!): {rule}",
     "cut short": "{status}, best so far",
     # What a placement does.
