@@ -145,7 +145,7 @@ def test_groups_that_lose_are_named():
     advice = advise(trace, TWO_NODES, copies=(0,), splits=1, by_group=True)
     gains = {of: each[512] for of, each in advice.by_group.items()}
     assert gains["few"].low < 0 < gains["many"].low
-    assert any(f"none for few ({100 * gains['few'].gain:+.1f} %)" in of for of in advice.reasons)
+    assert any(f"not for few ({100 * gains['few'].gain:+.1f} %)" in of for of in advice.reasons)
     assert [of["group"] for of in advice.to_dict()["by_group"]] == [*gains]
     (loser,) = advice.main.worse(measures=("predicted_layer_us",))
     much = f"few ({100 * loser.change.value:.1f} %)"

@@ -209,12 +209,12 @@ def _groups_apart(
     unclear = [group for group, gain in gains.items() if gain.is_too_few]
     bad = [group for group in gains if group not in unclear and (gains[group].low or 0) <= 0]
     line = (
-        f"placements computed from all other groups, in {name_windows(window, recorded)}: a "
-        f"certain gain for {len(gains) - len(unclear) - len(bad)} of "
-        f"{counted(len(gains), 'group')}"
+        f"placements computed from all other groups gain for certain for "
+        f"{len(gains) - len(unclear) - len(bad)} of {counted(len(gains), 'group')}, in "
+        f"{name_windows(window, recorded)}"
     )
     if bad:
-        line += f"; none for {listed([texts[group] for group in bad], 2 * LOSERS)}"
+        line += f"; not for {listed([texts[group] for group in bad], 2 * LOSERS)}"
     if unclear:
         line += f"; too little traffic to judge {listed([*map(name, unclear)], 2 * LOSERS)}"
     return line
@@ -300,8 +300,8 @@ def _phases_apart(
     )
     answer = "two placements pay" if two_pay else "one placement does for both"
     return (
-        f"prefill and decode: {answer}; one computed from both costs {of_one} of predicted "
-        f"time against one of each phase, one of the other phase {of_other}"
+        f"prefill and decode: {answer}. Over a placement of its own, one computed from both costs "
+        f"{of_one} predicted time, and one computed from the other phase {of_other}"
     )
 
 

@@ -9,7 +9,6 @@ from moetuner.files.cells import (
     in_bytes,
     number,
     percent,
-    signed,
 )
 from moetuner.files.text import name
 from moetuner.report.findings import Voice
@@ -26,7 +25,8 @@ HOT = {
 
 def _change(change: float, label: str, window: int | None) -> str:
     where = f" in windows of {window:,} tokens" if window else ""
-    return f"{signed(change)} {label}{where}"
+    much = f"{percent(abs(change))} {'less' if change < 0 else 'more'}"
+    return f"{much} {label}{where}"
 
 
 def _profile_not_left(
