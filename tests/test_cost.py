@@ -12,6 +12,8 @@ import moetuner as mt
 from moetuner import cost
 from moetuner.cost import busiest_ports
 from moetuner.presets import GPUS, MEASURED
+from moetuner.report.outcome import find_times
+from moetuner.report.words import say
 
 MODEL = mt.CostModel(20, 3, 12, 0.05, token_bytes=1000, combine_bytes=3000)
 LINKS = {"intra_node_bandwidth": 100e9, "inter_node_bandwidth": 10e9}
@@ -210,9 +212,10 @@ def test_measured_presets_say_so_only_of_what_was_measured(gpu):
     """Experts of other sizes take time by their weights, and are called scaled and predicted."""
     own = mt.CostModel.preset(gpu, hidden=2048, intermediate=768)
     assert (own.name, own.token_bytes) == (f"{gpu}:2048x768", 4096)
-    assert own.origin.startswith(f"Times of experts are measured ({gpu}:2048x768), weights in 16")
+    said = say(find_times(own, None))
+    assert said.startswith(f"Times of experts are measured ({gpu}:2048x768), weights in 16")
     other = mt.CostModel.preset(gpu, hidden=4096, intermediate=1536, overlap=0.5)
-    assert other.origin.startswith("Times are predicted, not measured")
+    assert say(find_times(other, None)).startswith("Times are predicted, not measured")
     assert other.name == f"{gpu}:4096x1536 (scaled from 2048x768)"
     assert (other.expert_us, other.token_us) == (4 * own.expert_us, 4 * own.token_us)
     assert (other.base_us, other.exposed, other.overlap) == (own.base_us, own.exposed, 0.5)
@@ -231,7 +234,7 @@ def test_weights_have_bits_of_their_own(bits):
     expected = (3 * 4096 * 1024 * bits / 8 / peak.memory_bandwidth, 6 * 4096 * 1024 / flops)
     assert (model.expert_us, model.token_us) == pytest.approx(np.array(expected) / 0.6 * 1e6)
     assert (model.token_bytes, model.weight_bits) == (4096 * dtype_bytes, bits)
-    assert f"h100:4096x1024, weights in {bits:g} bits" in model.origin
+    assert f"h100:4096x1024, weights in {bits:g} bits" in say(find_times(model, None))
 
 
 @pytest.mark.parametrize(
@@ -269,8 +272,10 @@ def test_what_an_assumed_model_says_to_do_ends_the_assumption(make_trace):
     """Traces and statistics do not change, so the sentence has a call that makes another."""
     trace = replace(make_trace(100), model=None)
     for traffic in (trace, mt.RoutingStatistics.from_trace(trace, window=50)):
-        sentence = cost.assumed_model(cost.cost_model_of(traffic))
+        sentence = say(find_times(cost.cost_model_of(traffic), traffic))
         call = sentence.partition(": name one by ")[2].removesuffix(".").replace("...", "name")
         values = {"dataclasses": dataclasses, "traffic": traffic, "name": "mixtral-8x7b"}
         named = eval(call, values)
-        assert cost.assumed_model(cost.cost_model_of(named)) is None
+        model = cost.cost_model_of(named)
+        assert model.sizes == "published"
+        assert find_times(model, named).kind == "predicted times"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, asdict, dataclass, fields, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -45,6 +45,7 @@ EFFICIENCY = 0.6
 LAUNCH_US = 10.0
 
 Floats = NDArray[np.float64]
+Sizes = Literal["given", "recorded", "published", "assumed"]
 AMOUNTS = ("base_us", "expert_us", "start_us", "token_us", "token_bytes", "combine_bytes")
 
 
@@ -89,6 +90,12 @@ class CostModel(Frozen):
         How many measurements were of each regime: reading weights, and computing.
     weight_bits
         Bits of a weight as it is read, with its share of scales, where that is known.
+    preset_text
+        GPU and sizes of experts, as ``preset`` and the option of commands take them; None of a
+        model that was fitted, or has other fields.
+    sizes
+        Where the sizes of experts come from: they were given, a recording has them, the model that
+        it names is published with them, or they are assumed, as the recording names no model.
 
     Raises
     ------
@@ -119,6 +126,8 @@ class CostModel(Frozen):
     parameter_errors: tuple[float, ...] | None = None
     measured: tuple[int, ...] | None = None
     weight_bits: float | None = None
+    preset_text: str | None = field(default=None, compare=False, repr=False)
+    sizes: Sizes = field(default="given", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in AMOUNTS:
@@ -134,6 +143,8 @@ class CostModel(Frozen):
                 vars(self)[name] = tuple(getattr(self, name))
         check.one_of("once_per", self.once_per, ("device", "node"))
         check.text_or_none("name", self.name)
+        check.text_or_none("preset_text", self.preset_text)
+        check.one_of("sizes", self.sizes, get_args(Sizes))
         if self.residual is not None:
             check.not_negative("residual", self.residual, "number")
         if self.weight_bits is not None:
@@ -162,17 +173,6 @@ class CostModel(Frozen):
     def weights(self) -> str:
         """In how many bits weights are read, to follow a name; empty where that is not known."""
         return "" if self.weight_bits is None else f", weights in {self.weight_bits:g} bits"
-
-    @property
-    def origin(self) -> str:
-        """Sentence that says whether times are measured or predicted, and with what."""
-        name = self.shown_name
-        if self.measured is None:
-            return f"Times are predicted, not measured, with {name}{self.weights}."
-        name = name if name.startswith("measured") else f"measured ({name})"
-        error = self.residual if self.prediction_error is None else self.prediction_error
-        off = "" if error is None else f", with an error of {100 * error:.1f} %"
-        return f"Times of experts are {name}{self.weights}{off}; times of links are predicted."
 
     @classmethod
     def fit(
@@ -320,7 +320,7 @@ class CostModel(Frozen):
             memory_bandwidth=peak.memory_bandwidth,
             dtype_bytes=dtype_bytes,
             weight_bits=weight_bits,
-            **{"name": name, **others},
+            **{"name": name, "preset_text": name, **others},
         )
 
     @classmethod
@@ -341,6 +341,7 @@ class CostModel(Frozen):
         factor = weights / (preset.hidden * preset.intermediate)
         fields: dict[str, Any] = {
             "name": name,
+            "preset_text": name,
             "token_bytes": 2 * hidden,
             "exposed": preset.exposed,
         }
@@ -677,8 +678,6 @@ def cross_validate(
 # Times are of this GPU by default.
 DEFAULT_GPU = "h100"
 
-ASSUMED = "deepseek-v3, as "
-
 
 def public_name(model: str | None) -> str | None:
     """Return the name under which a model's sizes are known; None if they are not."""
@@ -767,17 +766,10 @@ def cost_model_of(
         weight_bits = weight_bits_of(traffic.model)
     hidden, intermediate = size_of_expert(traffic) or (HIDDEN, INTERMEDIATE)
     why = "traffic names no model" if traffic.model is None else f"{traffic.model:.40} is not known"
-    whose = public_name(traffic.model) or f"{ASSUMED}{why}"
+    public = public_name(traffic.model)
+    sizes: Sizes = "published" if public is not None else "assumed"
+    whose = public or f"deepseek-v3, as {why}"
     if traffic.expert_size is not None:
-        whose = traffic.model or "as recorded"
+        sizes, whose = "recorded", traffic.model or "as recorded"
     model = CostModel.preset(gpu, hidden=hidden, intermediate=intermediate, weight_bits=weight_bits)
-    return replace(model, name=f"{model.name} ({whose})")
-
-
-def assumed_model(model: CostModel) -> str | None:
-    """Return a sentence where a cost model is of assumed experts."""
-    _, assumed, why = (model.name or "").partition(f"({ASSUMED}")
-    if not assumed:
-        return None
-    whose = f"times are of DeepSeek-V3's experts{model.weights.replace(', weights', '')}"
-    return f"{why[:-1]}, so {whose}: name one by dataclasses.replace(traffic, model=...)."
+    return replace(model, name=f"{model.name} ({whose})", sizes=sizes)

@@ -308,11 +308,11 @@ def test_evaluate_predicts_times(as_json, ok, solved, trace, recorded, tmp_path)
     _, _, placement = solved("--devices", 4, "--method", "lpt")
     model = mt.CostModel.preset("a100", hidden=64, intermediate=32)
     model.save(file)
-    assert "small is not known, so times are of DeepSeek-V3" in ok("evaluate", out, trace)
+    assert "Times are of DeepSeek-V3's experts in 8 bits, as small is" in ok("evaluate", out, trace)
     wanted = mt.evaluate(placement, recorded, window=512, cost_model=model)
     for name in (file, "a100:64x32"):
         text = ok("evaluate", out, trace, "--cost-model", name, "--split", "nearest")
-        assert "sequences at once (fewer in a group), seed 0" in text
+        assert "sequences at once (fewer in a group), drawn with seed 0" in text
         lines = text.split("\n\n")[2].splitlines()
         assert lines.pop().startswith("Times are predicted with ")
         assert [line.split()[0] for line in lines] == ["layer,", "all", "even", "odd"]
@@ -580,6 +580,6 @@ def test_evaluate_says_how_many_tokens_stay_on_one_of_two_devices(
     mt.Placement(np.tile(np.arange(8).reshape(devices, -1), (3, 1, 1))).save(blocks)
     device = recorded.expert_ids // (8 // devices)
     share = 100 * (device == device[..., :1]).all(axis=2).mean()
-    line = f"{share:.1f} of 100 tokens have all their experts of a layer on one device"
+    line = f"{share:.1f} of 100 tokens have all their experts of a layer on one device."
     text = ok("evaluate", blocks, trace)
     assert (line in text.splitlines()) == ("on one device" in text) == (devices == 2)

@@ -55,7 +55,7 @@ def test_the_same_shares_in_less_even_windows_are_said(run, ok, folder):
     of_first = 1 + rng.permutation(np.linspace(-0.7, 0.7, 80))
     apart = np.repeat(np.stack([of_first, 2 - of_first], axis=1), 4, axis=1)[:, None]
     np.savez("apart.npz", load=rng.poisson(PROFILE * apart, (80, 2, 8)))
-    words = "windows are less even than the profile's, though: +"
+    words = "windows are less even than the profile's, though: "
     drift = ("drift", "p.json", "--profile", "profile.npz")
     out = ok(*drift, "apart.npz")
     assert "has not left the profile: keep the placement" in out

@@ -47,7 +47,7 @@ compare LOAD --devices 4 --pin 0:1:2 --forbid *:1:2 | --pin and --forbid contrad
 compare LOAD --devices 4 --objective speed | 'speed' is not one of
 solve LOAD --devices 4 --move-budget 1 | needs '--initial'
 solve LOAD --devices 4 --pareto | '--pareto' needs '--initial'
-solve LOAD --devices 2 --initial p.json | p.json: placement must have 3 layers, 8 experts and 2 dev
+solve LOAD --devices 2 --initial p.json | p.json: placement must have 2 devices like the topology
 solve LOAD --devices 2 --model gpt-oos-20b | GPU:HIDDENxINTERMEDIATE. Did you mean gpt-oss-20b?
 solve TRACE --devices 2 --tokens-per-step 8 | a window of INPUT has 512 tokens
 inspect TRACE --num-experts 9 | num_experts must be 8, got 9

@@ -27,10 +27,10 @@ def test_times_become_a_cost_model_that_everybody_calls_measured(ok, trace, time
     model = mt.CostModel.load(tmp_path / "c.json")
     lines = (model.base_us, model.expert_us, model.start_us, model.token_us)
     assert lines == pytest.approx((20, 5, 10, 0.1))
-    assert (model.name, model.token_bytes) == ("measured in times.csv", 2 * 4096)
+    assert (model.name, model.token_bytes) == ("fit of times.csv", 2 * 4096)
     ok("solve", trace, "--devices", 4, "--out", tmp_path / "p.json")
     page = tmp_path / "page.html"
-    said = "Times of experts are measured in times.csv, with an error of 0.0 %"
+    said = "Times of experts are measured (fit of times.csv), with an error of 0.0 %"
     for command in (
         ("advise", trace, "--devices", 4, "--copies", 0, "--splits", 1),
         ("evaluate", tmp_path / "p.json", trace),

@@ -138,6 +138,37 @@ def test_names_are_looked_for_beside_the_placement(
     assert (status, said in err) == ((2, True) if place == "nowhere" else (0, False))
 
 
+def test_a_held_out_part_that_is_not_found_has_its_reason(ok, tmp_path, monkeypatch):
+    """Groups that follow one another are held out one by one: without names the part is lost."""
+    monkeypatch.chdir(tmp_path)
+    likes = np.repeat(np.stack([np.linspace(2, 0, 8), np.linspace(0, 2, 8)]), 20, axis=0)
+    load = np.random.default_rng(0).poisson(1000 * np.exp(likes), (2, 40, 8)).swapaxes(0, 1)
+    np.savez("load.npz", load=load)
+    names = Path("names.txt")
+    names.write_text("code\n" * 20 + "prose\n" * 20)
+    ok(
+        "solve",
+        "load.npz",
+        "--devices",
+        4,
+        "--group-by",
+        names,
+        "--holdout",
+        0.5,
+        "--out",
+        "p.json",
+    )
+    assert "which were held out when the placement was computed" in ok(
+        "evaluate", "p.json", "load.npz"
+    )
+    names.unlink()
+    unknown = "Judged on all of INPUT: names.txt is not here, so the held-out part is not known."
+    assert unknown in ok("evaluate", "p.json", "load.npz").splitlines()
+    # Of other traffic nothing was held out.
+    np.savez("newer.npz", load=load[:30])
+    assert unknown not in ok("evaluate", "p.json", "newer.npz")
+
+
 def test_names_of_newer_traffic_are_not_those_of_the_profile(run, load, tmp_path, monkeypatch):
     """Each recording has its own groups: the option names those of INPUT alone."""
     monkeypatch.chdir(tmp_path)
@@ -228,7 +259,7 @@ def test_a_request_without_a_group_is_named(run, tmp_path):
     words = ["--num-experts", 8, "--devices", 4, "--group-by", f"{table}:kind"]
     status, out, err = run("inspect", path, *words)
     assert (status, out, err.count("\n")) == (2, "", 1)
-    assert "request 'r1' must have a group" in err
+    assert "request 'r1' is not among the 2 requests that have a group" in err
 
 
 def test_a_request_has_one_group(run, as_json, tmp_path):

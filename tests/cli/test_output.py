@@ -14,9 +14,11 @@ import moetuner
 import moetuner as mt
 from moetuner import cli
 from moetuner.cli import advise, options, output
-from moetuner.cli.advise import _write_moving
 from moetuner.cli.output import working
+from moetuner.report.advice.conclusion import find_costs
 from moetuner.report.advice.values import Moving, SmallStep
+from moetuner.report.findings import Finding
+from moetuner.report.words import say
 from moetuner.solver import Progress
 
 
@@ -163,7 +165,7 @@ def test_sentences_fit_a_terminal_and_commands_and_tables_stay_whole(columns, mo
 
     def printed():
         of = output.Output()
-        of.verdict("worth a trial", SENTENCE)
+        of.verdict(Finding("one device", forces="worth a trial"), SENTENCE)
         of.say(f"- {SENTENCE}", command)
         of.table(["a" * 40], [["b" * 59]])
         return capsys.readouterr().out.splitlines()
@@ -257,6 +259,11 @@ def test_advice_says_what_few_moves_gain(ok, as_json, tmp_path, size):
     assert f"--move-budget {budget})" in text
 
 
+def _say_costs(advice):
+    """Write what an advice takes, as the command does."""
+    return [say(finding) for finding in find_costs(advice)]
+
+
 def test_few_moves_that_gain_more_than_all_say_so(tmp_path):
     """Nobody reads 22.7 of 21.6 %: the sentence says that moving more brings nothing."""
     random = np.random.default_rng(0)
@@ -265,8 +272,8 @@ def test_few_moves_that_gain_more_than_all_say_so(tmp_path):
     traffic = mt.RoutingStatistics(load.astype(np.uint64))
     advice = mt.advise(traffic, mt.Topology(4), copies=[0], splits=1)
     gain = f"{100 * advice.main.gain.gain:.1f} %"
-    (line,) = _write_moving(replace(advice, step=SmallStep(3, None, advice.main.gain)))
-    assert f"; 3 gain {gain}, no less than all (--move-budget 3)." in line
+    _, line = _say_costs(replace(advice, step=SmallStep(3, None, advice.main.gain)))
+    assert line == f"Moving 3 experts gains {gain}, no less than all (--move-budget 3)."
 
 
 def test_what_moves_is_a_line_each():
@@ -278,7 +285,7 @@ def test_what_moves_is_a_line_each():
     advice = mt.advise(traffic, mt.Topology(4), copies=[0], splits=1)
     moving = Moving(12_604, 555e9, 0.491, 41.0, 14_848, 654e9, (40.9e9, 40.9e9))
     step = SmallStep(1260, 55_490_641_920.0, advice.main.gain)
-    lines = _write_moving(replace(advice, moving=moving, step=step))
+    lines = _say_costs(replace(advice, moving=moving, step=step))
     assert [line.partition(":")[0].partition(" (")[0] for line in lines] == [
         "To move",
         "Moving 1,260 experts",

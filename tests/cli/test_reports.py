@@ -250,7 +250,7 @@ def test_one_number_of_copies_is_compared_with_none(ok, skewed, copies, compared
     """Where as many slots run already, the gain is no copies' but the placement's."""
     words = ("--devices", 4, "--initial", "eplb:4", "--copies", copies, "--splits", 1)
     out = ok("advise", skewed, *words)
-    assert ("Copies, numbers compared" in out or "slots for copies." in out) == compared
+    assert ("Copies, by short searches" in out or "slots for copies." in out) == compared
     assert ("more slot per device and layer" in out) <= compared
     assert ("slots for copies  " in out) <= compared
 

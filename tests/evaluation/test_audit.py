@@ -176,7 +176,7 @@ def test_what_cannot_be_audited_is_refused():
     """A baseline of another model, no window, no tokens: one line."""
     empty = mt.RoutingTrace.from_arrays(np.empty((0, 3, 2), dtype=np.uint8), num_experts=8)
     for trace, wrong, message in (
-        (two_kinds(), {"baseline": blocks(3, 9, 4)}, "must have 3 layers, 8 experts and 4 devices"),
+        (two_kinds(), {"baseline": blocks(3, 9, 4)}, "must have 8 experts like the input, got 9"),
         (two_kinds(), {"window": 0}, "window must be at least 1"),
         (empty, {}, "traffic must have tokens to audit, got a trace of 0"),
     ):

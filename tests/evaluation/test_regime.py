@@ -22,14 +22,19 @@ COMMANDS = {
     [
         ("solve", "gpt-oss-20b", [], "(gpt-oss-20b), weights in 4.25 bits; for others:"),
         ("compare", "mixtral-8x7B-v0.1", ["--cost-model", "a100"], "a100:4096x14336 (mixtral-8x7b"),
-        ("evaluate", "mine", ["--cost-model", "h100"], "mine is not known, so times are of"),
+        ("evaluate", "mine", ["--cost-model", "h100"], "as mine is not known: pass --model"),
         (
             "compare",
             None,
             [],
-            "so times are of DeepSeek-V3's experts in 8 bits: pass",
+            "experts in 8 bits, as INPUT names no model: pass",
         ),
-        ("solve", "mine", ["--weight-bits", 16], "of DeepSeek-V3's experts in 16 bits: pass"),
+        (
+            "solve",
+            "mine",
+            ["--weight-bits", 16],
+            "Times are of DeepSeek-V3's experts in 16 bits, as",
+        ),
         ("evaluate", "Mixtral-8x7B", [], "(mixtral-8x7b), weights in 16 bits;"),
         ("compare", None, ["--model", "mistralai/Mixtral-8x7B-FP8"], "weights in 8 bits;"),
         (

@@ -89,8 +89,8 @@ def test_compare_marks_methods_that_break_rules(run, make_trace, tmp_path):
     arguments = ("--devices", 2, *pins, "--methods", "contiguous,lpt")
     status, out, err = run("compare", trace, *arguments, "--json", report)
     assert (status, err) == (0, "")
-    assert "contiguous ! " in out
-    named = "contiguous ! violates rules: pinned: expert 0 of layer 0 is not on device 1, and 11"
+    assert "contiguous !" in out
+    named = "contiguous: violates rules (!): pinned: expert 0 of layer 0 is not on device 1, and 11"
     assert named in out
     assert "lpt !" not in out
     assert "lpt: predicted time" in out

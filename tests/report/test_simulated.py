@@ -52,8 +52,8 @@ def test_what_is_too_little_without_labels_is_told():
     table = mt.RoutingStatistics.from_load(load.astype(np.uint64))
     advice = simulated.advised(table, 0, splits=1)
     assert advice.answer == "not enough evidence"
-    assert advice.reasons[0].startswith("Neighbouring windows are alike")
-    assert any("no sequences" in each for each in advice.warnings)
+    assert advice.reasons[0].startswith("Neighbouring windows are too alike")
+    assert any("no requests" in each for each in advice.warnings)
     assert advice.to_dict()["units"]["block_length"] == advice.units.blocks.length > 5
 
 
@@ -91,8 +91,8 @@ def test_groups_that_follow_one_another_are_judged_mixed_and_as_recorded():
     assert advice.drift.is_of_groups
     assert advice.answer == "worth a trial"
     (sentence,) = (each for each in advice.reasons if "hold different groups" in each)
-    assert "from one to the other +" in sentence
-    assert "for a mix (in_order=False) +" in sentence
+    assert "Placed on one half and judged on the other it gains " in sentence
+    assert "if you serve all groups together (in_order=False) it gains " in sentence
 
 
 def test_drift_counts_kinds():

@@ -10,8 +10,9 @@ import pytest
 from brute_force import optimum, raised_caps, small_problem
 
 import moetuner as mt
+from moetuner.report.outcome import find_caps
+from moetuner.report.words import say
 from moetuner.solver import METHODS, effort
-from moetuner.solver.bounds import caps
 from moetuner.solver.run import Run
 
 
@@ -128,9 +129,9 @@ def test_infeasible_caps_are_named(method, seed):
     assert result.infeasible == {
         layer: (pytest.approx(cap), pytest.approx(cap)) for layer, cap in least.items()
     }
-    lines = caps.remarks(problem, result)
+    lines = [*map(say, find_caps(problem, result))]
     assert bool(least) == any(
-        "no placement with one copy of each expert keeps the load cap 1.03" in line
+        "No placement with one copy of each expert keeps the load cap 1.03" in line
         for line in lines
     )
     for layer in list(least)[:3]:

@@ -149,7 +149,10 @@ def test_the_objective_weighs_losses():
     ("options", "message"),
     [
         ({"slots_per_device": 7}, "two slots for each of 16 experts, 32 in all, got 28 in layer 0"),
-        ({"slots_per_device": 8, "survive": "node"}, "two failure domains or more, got one"),
+        (
+            {"slots_per_device": 8, "survive": "node"},
+            "survive node needs devices_per_node: there is one node",
+        ),
         (
             {"slots_per_device": 8, "survive": "rack"},
             "survive must be one of device, node, got 'rack'",

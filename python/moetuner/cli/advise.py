@@ -19,22 +19,14 @@ from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, steps, working
 from moetuner.evaluation.comparison import PRICE, Comparison
 from moetuner.evaluation.figures import FIGURES
-from moetuner.files.cells import (
-    counted,
-    duration,
-    in_bytes,
-    percent,
-    signed,
-    span,
-    with_values,
-)
+from moetuner.files.cells import counted, in_bytes, signed, span, with_values
 from moetuner.problem.objective import Goal
 from moetuner.recording import Recording
 from moetuner.report import advice as advising
-from moetuner.report.advice.conclusion import write_audit, write_order
+from moetuner.report.advice.conclusion import write_order
 from moetuner.report.advice.values import Advice, write_windows_of
+from moetuner.report.findings import TERMINAL, Voice
 from moetuner.report.page.data import data_of_advice
-from moetuner.serving.phases import name_phase
 from moetuner.serving.settings import read_count
 
 COPIES = options.Text(
@@ -130,26 +122,19 @@ def command(
             threads=source.threads,
             progress=steps(report, weights),
         )
-    audit, repeated = write_audit(advice), recipes.to_audit(source, advice, unseen).command
-    advice = replace(
-        advice,
-        reasons=tuple(map(options.name_options, advice.reasons)),
-        warnings=tuple(
-            options.name_options(warning).replace(audit, repeated) for warning in advice.warnings
-        ),
-    )
+    voice = TERMINAL._replace(audit=recipes.to_audit(source, advice, unseen).command)
     following = recipes.after_advice(source, advice, unseen)
-    _show(output, advice)
+    _show(output, advice, voice)
     output.next_commands(following)
     go_back = recipes.go_back(advice)
     if go_back is not None:
         output.say(f"  # to go back: {go_back}")
-    contents: dict[str, Any] = {"input": source.facts(), **advice.to_dict()}
+    contents: dict[str, Any] = {"input": source.facts(), **advice.to_dict(voice)}
     contents |= {"commands": [*map(str, following)], "go_back": go_back}
     # A page has room for the command that the terminal names in a remark.
     full = recipes.after_advice(source, advice, unseen, from_all=True)
     on_page = contents | {"commands": [*map(str, full)]}
-    pages.write(output, lambda: data_of_advice(advice, origin_of(source), on_page, full))
+    pages.write(output, lambda: data_of_advice(advice, origin_of(source), on_page, full, voice))
     output.finish(contents)
 
 
@@ -179,12 +164,12 @@ def _weigh_steps(traffic: Recording, searches: int, splits: int) -> list[float]:
     return [*first, *of_halves, moving, fewer_moves]
 
 
-def _show(output: Output, advice: Advice) -> None:
+def _show(output: Output, advice: Advice, voice: Voice) -> None:
     """Print the answer, why, the figures it rests on, and copies where they pay."""
     output.say("")
-    output.verdict(advice.answer, advice.sentence)
-    output.say(*(f"- {reason}" for reason in (*advice.reasons[1:], *_write_moving(advice))))
-    output.say(*(f"! {warning}" for warning in advice.warnings))
+    output.verdict(advice.findings[0], advice.say_answer(voice))
+    output.say(*(f"- {reason}" for reason in advice.say("reason", "cost", voice=voice)))
+    output.say(*(f"! {warning}" for warning in advice.say("warning", voice=voice)))
     _show_figures(output, advice)
     if advice.by_group:
         windows = [write_windows_of(judged) for judged in advice.judged]
@@ -257,47 +242,11 @@ def _name_unseen(advice: Advice) -> str:
     """Write on how much traffic the figures are, and in which order it comes."""
     replayed, kind = advice.main.after.replayed, "unseen " * advice.settings["held_out"]
     assert replayed is not None
-    traffic = replayed.traffic
+    traffic, units = replayed.traffic, advice.units
+    if units.name == "window" and units.kinds is not None:  # steps of the counters' windows
+        drawn = f"{kind}steps drawn from {advice.main.gain.units} of {units.number} windows"
+        return f"On {traffic.length:,} {drawn} of INPUT"
     order = ""
     if traffic.ordered:
         order = write_order(advice.settings["arrival"], advice.settings["engine"])
     return f"On {counted(traffic.length, kind + traffic.unit)}{order}"
-
-
-def _write_moving(advice: Advice) -> list[str]:
-    """Write what has to be moved, and when that has paid."""
-    moving = advice.moving
-    if not moving.experts or advice.answer == "not now":
-        return []
-    text, total = f"To move: {moving.experts:,}", counted(moving.of_experts, "expert")
-    if moving.bytes is None or moving.of_bytes is None or moving.device_bytes is None:
-        if advice.step is None:
-            return [f"{text} of {total}. Pass --expert-bytes to see memory, bytes and seconds."]
-        return [f"{text} of {total} (bytes: --expert-bytes); {_write_step(advice)}."]
-    text += f" of {total}"
-    before, after = map(in_bytes, moving.device_bytes)
-    text += f", {in_bytes(moving.bytes)} of {in_bytes(moving.of_bytes)}"
-    # No link is faster than its bandwidth.
-    text += f", at least {duration(1e6 * (moving.seconds or 0))}"
-    text += f"; experts take {before} per device now, {after} then" * (before != after)
-    pays = "moving does not pay"
-    if moving.steps is not None:
-        phase = name_phase(advice.main.window)
-        step = "step" if phase is None else f"{phase} step"
-        pays = f"paid back by {counted(int(moving.steps), step)}"
-    lines = [f"{text}; {pays}."]
-    return lines if advice.step is None else [*lines, f"{_write_step(advice)}."]
-
-
-def _write_step(advice: Advice) -> str:
-    """Write what few moves gain of what the proposed placement does."""
-    step, main = advice.step, advice.main
-    assert step is not None
-    part = f"{100 * step.gain.gain:.1f} of {percent(main.gain.gain)}"
-    if step.gain.gain >= main.gain.gain:
-        part = f"{percent(step.gain.gain)}, no less than all"
-    if step.bytes is None:
-        return f"{step.experts:,} gain {part} (--move-budget {step.experts})"
-    moved = f"{counted(step.experts, 'expert')} ({in_bytes(step.bytes)})"
-    # All of its digits: a budget that is rounded down is one expert less.
-    return f"Moving {moved} gains {part} (--move-budget {step.bytes:.0f})"

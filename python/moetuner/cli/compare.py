@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -28,16 +28,18 @@ from moetuner.problem import Problem
 from moetuner.problem.made import Made
 from moetuner.recording import Recording
 from moetuner.report.advice import SPLITS
+from moetuner.report.findings import Finding
 from moetuner.report.outcome import (
     Outcome,
+    find_gain,
+    find_remarks,
+    find_slower,
+    find_worth,
     head,
     judge_outcome,
     judge_outcomes,
-    remarks,
+    named_window,
     running,
-    sentences,
-    slower,
-    windows_of,
 )
 from moetuner.report.page.data import PageData, data_of_outcome
 from moetuner.serving import Serving
@@ -150,8 +152,7 @@ def command(
     judged = _judge(tries, over, source.traffic)
     by_windows = {tokens: _gains(tries, over, judged, tokens) for tokens in best.phases}
     for tokens, gains in by_windows.items():
-        where = windows_of(tokens, best)
-        _show_gains(output, gains, over, best.result.method, where, held_out=holdout > 0)
+        _show_gains(output, gains, over, best, tokens, held_out=holdout > 0)
     settings = settings_for_json(problem) | {
         **asdict(search),
         "window": source.counted,
@@ -183,12 +184,12 @@ def _show(output: Output, rows: list[Outcome], rival: Outcome, *, held_out: bool
     problem = rival.problem
     cells = [outcome.row() for outcome in rows]
     output.table(*with_values(head(problem, held_out=held_out), cells, unlike=True))
-    output.say(*remarks(rows, problem))
+    output.tell(*find_remarks(rows, problem))
     solved = [row for row in rows if row.result.method != RUNNING] or rows
     best = min(solved, key=lambda outcome: (outcome.breaks_rules, outcome.result.objective))
-    for line in sentences(best, held_out=held_out):
-        output.say(f"{best.result.method}: {line[0].lower()}{line[1:]}")
-    output.say(*(line for row in solved for line in slower(row, rival, name=True)))
+    for found in find_worth(best, held_out=held_out):
+        output.tell(replace(found, about=best.result.method))
+    output.tell(*(each for row in solved for each in find_slower(row, rival, name=True)))
     return best
 
 
@@ -331,8 +332,8 @@ def _show_gains(
     output: Output,
     gains: dict[str, Comparison],
     over: str,
-    best: str,
-    windows: str,
+    best: Outcome,
+    tokens: int | None,
     *,
     held_out: bool,
 ) -> None:
@@ -348,10 +349,9 @@ def _show_gains(
         rows.append((method, *cells, *[span(min(gain.splits), max(gain.splits))] * (number > 1)))
     output.say("")
     output.table(*with_values((f"gain over {over}", *columns), rows))
-    where = "on unseen traffic" if held_out else "on the traffic that it was computed from"
-    if best in gains:
-        output.say(f"Gain{windows}: {where} {gains[best].sentence}")
-    else:
-        output.say(
-            f"Gain{windows}: no method has a smaller objective than {over} on the seen part."
-        )
+    window = named_window(tokens, best)
+    found = Finding("no smaller objective", {"window": window, "over": over})
+    if best.result.method in gains:
+        part: Literal["unseen", "seen"] = "unseen" if held_out else "seen"
+        found = find_gain(gains[best.result.method], window, part)
+    output.tell(found)

@@ -18,16 +18,15 @@ from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
 from moetuner.cli.recipes import to_solve_again
 from moetuner.evaluation import evaluate_each
-from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.options import ReplayOptions
 from moetuner.files import text
-from moetuner.files.cells import percent, signed
 from moetuner.placement import Placement
 from moetuner.problem.made import Made
 from moetuner.recording import Recording
 from moetuner.report.advice import drift as measuring
-from moetuner.report.outcome import whose_times
+from moetuner.report.findings import Finding
+from moetuner.report.outcome import find_times_of
 from moetuner.serving import Serving
 from moetuner.serving.phases import WINDOWS
 from moetuner.trace import RoutingTrace
@@ -37,12 +36,6 @@ DRIFTED = 3
 SHOWN = ("imbalance", "predicted_layer_us")
 # Windows of prefill that both sides have, and how many times as long as others they must be.
 LEAST_WINDOWS = 4
-SENTENCES = {
-    "not left": "The traffic has not left the profile: keep the placement.",
-    "served": "The traffic has left the profile, and the placement still serves it: {change}.",
-    "worse": "The traffic has left the profile, and the placement serves it worse: {change}. "
-    "Solve again:",
-}
 
 
 @options.command("drift")
@@ -103,20 +96,13 @@ def command(
     if profile.missing_names is not None:
         output.say(f"Warning: {on_profile.names_warning}")
     if part["is_seen"] is False and "holdout" not in part:
-        output.say("Warning: the placement was not computed from this profile.")
-    answer = "not left"
-    if drifted.is_beyond_chance:
-        answer = "worse" if worst["change"] > PRICE else "served"
+        output.tell(Finding("another profile", role="warning"))
     _show(output, placement_file, drifted, rows)
-    output.say(whose_times(placed.serving, source.traffic), "")
-    change = f"{signed(worst['change'])} {FIGURES[worst['measure']].label}"
-    if worst["window"]:
-        change += f" in windows of {worst['window']:,} tokens"
-    sentence = SENTENCES[answer].format(change=change)
-    if answer == "not left" and worst["change"] > PRICE:
-        # As many tokens for every expert, on average: single windows differ more from that.
-        sentence += f" Its windows are less even than the profile's, though: {change}."
-    output.verdict(answer, sentence)
+    output.tell(*find_times_of(placed.serving, source.traffic))
+    output.say("")
+    headline = measuring.conclude_drift(drifted, worst)
+    answer = headline.forces
+    output.verdict(headline)
     again = to_solve_again(placement_file, placed, machine).command
     if answer == "worse":
         output.say(f"  {again}")
@@ -134,12 +120,10 @@ def _show(
     output: Output, placement_file: Path, drifted: measuring.Drift, rows: list[dict[str, Any]]
 ) -> None:
     """Print how far the traffic is from the profile, and the placement's figures on both."""
-    output.say(
-        f"{percent(drifted.distance)} of the tokens go to other experts than in the profile; by "
-        f"chance it would be {percent(drifted.expected)} (mean of layers; most in layer "
-        f"{drifted.worst_layer}: {percent(drifted.worst_distance)}).",
-        "",
-    )
+    fields = ("distance", "expected", "worst_layer", "worst_distance")
+    shares = {name: getattr(drifted, name) for name in fields}
+    output.tell(Finding("shares of experts", shares))
+    output.say("")
     cells = [
         (
             f"{name}, windows of {row['window']:,}" if row["window"] else f"{name}, its windows",

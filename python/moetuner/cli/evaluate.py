@@ -28,7 +28,8 @@ from moetuner.files import text
 from moetuner.files.cells import counted, listed, signed, span
 from moetuner.frozen import as_json
 from moetuner.recording import Recording
-from moetuner.report.outcome import on_one_device, whose_times
+from moetuner.report.findings import Finding
+from moetuner.report.outcome import find_gain, find_times_of, on_one_device
 from moetuner.report.page.data import PageData, make_data
 
 # Exit status where a limit is exceeded.
@@ -107,7 +108,7 @@ def command(
     if sections == ALL:
         output.say(_heading(placed))
     if sections != GROUPS:
-        output.say(*(f"Gain: {gain.sentence}" for gain in placed.gains(judgement)))
+        output.tell(*(find_gain(gain) for gain in placed.gains(judgement)))
     if sections == ALL:
         output.say("")
         _show_figures(output, placed, judgement.after, replayed.mixed_seed)
@@ -115,7 +116,8 @@ def command(
         output.say(*[""] * (sections == ALL))
         _show_groups(output, judgement)
         if sections == GROUPS:
-            output.say(whose_times(placed.serving, traffic), _all_traffic(judgement))
+            output.tell(*find_times_of(placed.serving, traffic))
+            output.say(_all_traffic(judgement))
         output.say(*_summary(judgement), *_advice(judgement, gates.judged))
     failures = [*gates.failures(judgement)]
     output.say(*failures)
@@ -189,24 +191,28 @@ def _show_figures(output: Output, placed: Placed, evaluation: Evaluation, mixed_
     _table(output, "traffic", OTHERS, evaluation)
     together = on_one_device(evaluation, placed.placement.devices)
     if together is not None:
-        output.say(f"{together:.1f} of 100 tokens have all their experts of a layer on one device")
-    output.say(_mixed(traffic, mixed_seed), "")
+        output.tell(Finding("tokens together", {"tokens": together}))
+    output.tell(_find_mixed(traffic, mixed_seed))
+    output.say("")
     _table(output, "layer, us", TIMES, evaluation)
-    output.say(whose_times(placed.serving, traffic))
-    losses = [f"Losses: {each.sentence}." for each in evaluation.losses.values()]
-    last = [*losses, *(_ports(name, ports) for name, ports in evaluation.busiest_port.items())]
-    output.say(*[""] * bool(last), *last)
+    output.tell(*find_times_of(placed.serving, traffic))
+    last = [Finding("losses", {"losses": each}) for each in evaluation.losses.values()]
+    for regime, ports in evaluation.busiest_port.items():
+        last.append(Finding("busiest ports", {"regime": regime, **ports}))
+    output.say(*[""] * bool(last))
+    output.tell(*last)
 
 
-def _mixed(traffic: Recording, seed: int) -> str:
+def _find_mixed(traffic: Recording, seed: int) -> Finding:
     """Return what a mixed window is made of: other numbers of sequences are other figures."""
     if not traffic.ordered:
-        return f"mixed: means of {min(traffic.length, WINDOWS_MIXED)} windows, seed {seed}"
+        windows = min(traffic.length, WINDOWS_MIXED)
+        return Finding("mixed windows", {"windows": windows, "seed": seed})
     if traffic.sequence is None:
-        return f"mixed: tokens in random order, as INPUT has no sequences, seed {seed}"
+        return Finding("mixed tokens", {"seed": seed})
     sequences = _checks.distinct(traffic.sequence).size
     running = min(at_once(sequences), sequences)
-    return f"mixed: {running} of {sequences:,} sequences at once (fewer in a group), seed {seed}"
+    return Finding("mixed sequences", {"running": running, "of": sequences, "seed": seed})
 
 
 def _table(output: Output, title: str, names: list[str], evaluation: Evaluation) -> None:
@@ -223,17 +229,6 @@ def _table(output: Output, title: str, names: list[str], evaluation: Evaluation)
         for group, figures in rows.items()
     ]
     output.table((title, *head), cells)
-
-
-def _ports(regime: str, ports: dict[str, list[float]]) -> str:
-    """Write the rows of the busiest port of every tier that carries any."""
-    tiers = ["in a node", "between nodes", *(f"tier {n}" for n in range(3, 1 + len(ports["out"])))]
-    parts = [
-        f"{tier} {out:,.0f} out, {into:,.0f} in"
-        for tier, out, into in zip(tiers, ports["out"], ports["in"], strict=False)
-        if out or into
-    ]
-    return f"rows per layer at the busiest port, regime {regime}: {'; '.join(parts) or 'none'}"
 
 
 def _show_groups(output: Output, judgement: Judgement) -> None:

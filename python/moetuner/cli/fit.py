@@ -67,12 +67,12 @@ def command(
     """
     hidden, intermediate = _sizes(model, hidden, intermediate, needs_both=times_file is None)
     if times_file is not None:
-        times, whose = read_times(times_file), f"in {name(times_file.name)}"
+        times, whose = read_times(times_file), f"of {name(times_file.name)}"
     else:
         batch = {"experts": experts, "top_k": top_k, "device": device}
         times, whose = _timed(hidden, intermediate or 0, batch)
     tokens, active, measured = np.array(times, dtype=float).reshape(-1, 3).T
-    sizes = {"token_bytes": BYTES * hidden, "name": f"measured {whose}"}
+    sizes = {"token_bytes": BYTES * hidden, "name": f"fit {whose}"}
     try:
         # What is wrong with a file is not said of options.
         with nullcontext() if times_file is None else naming(times_file):

@@ -32,8 +32,9 @@ from moetuner.placement import EMPTY, Placement, blocks
 from moetuner.problem import TRAFFIC_CAP
 from moetuner.problem.made import Made
 from moetuner.problem.objective import decimals_of
+from moetuner.report.findings import Finding
 from moetuner.report.hot_experts import HotExperts
-from moetuner.report.outcome import whose_times
+from moetuner.report.outcome import find_times_of
 from moetuner.report.page.structure import draw_structure
 from moetuner.report.structure import Structure, structure
 from moetuner.topology import Topology
@@ -187,9 +188,11 @@ def _show_served(
     output.say(
         "",
         *serving.explain(),
-        f"Contiguous placement: imbalance {number(evaluation.imbalance, 3)}, predicted time "
-        f"{number(evaluation.predicted_layer_us, 1)} us per layer.",
-        whose_times(serving, traffic),
+    )
+    figures = {"imbalance": evaluation.imbalance, "us": evaluation.predicted_layer_us}
+    output.tell(
+        Finding("contiguous placement", figures),
+        *find_times_of(serving, traffic),
     )
     names = ("imbalance", "imbalance_mixed", "predicted_layer_us")
     return {name: getattr(evaluation, name) for name in names}
@@ -215,7 +218,8 @@ def _show_skew(output: Output, structure: Structure) -> None:
 def _show_groups(output: Output, structure: Structure) -> None:
     """Print how far groups are from the mix; those that differ most, where there are many."""
     if not structure.group_share:
-        output.say("INPUT has no groups to compare.", "")
+        output.tell(Finding("no groups"))
+        output.say("")
         return
     names = sorted(structure.group_share, key=lambda name: -structure.group_distance[name])
     rows = [
@@ -238,28 +242,24 @@ def _show_hot_experts(output: Output, hot: HotExperts) -> None:
     output.say("")
     cells = [(name, *map(percent, shares)) for name, shares in rows.items() if shares is not None]
     output.table(head, cells)
-    output.say(hot.sentence)
-    low, high = min(hot.static_of_layer), max(hot.static_of_layer)
-    details = [f"by layer {percent(low)} to {percent(high)}"]
-    if hot.static_of_group:
-        group = min(hot.static_of_group, key=hot.static_of_group.__getitem__)
-        share = percent(hot.static_of_group[group])
-        details.append(f"{share} of {text.name(group)} with the set of all other groups, the least")
-    if hot.static_later is not None:
-        details.append(f"{percent(hot.static_later)} of the later half with the set of the earlier")
-    output.say(f"Half of the experts: {'; '.join(details)}.")
+    least = min(hot.static_of_group, key=hot.static_of_group.__getitem__, default=None)
+    details = {
+        "low": min(hot.static_of_layer),
+        "high": max(hot.static_of_layer),
+        "group": least,
+        "of_group": None if least is None else hot.static_of_group[least],
+        "later": hot.static_later,
+    }
+    output.tell(hot.finding, Finding("half of the experts", details))
 
 
 def _show_crossings(output: Output, structure: Structure) -> None:
     """Print the crossing reached beside the independence null, and what their gap means."""
     if structure.crossing_contiguous is None:
-        output.say("INPUT has no transitions, so it shows no structure between layers.")
+        output.tell(Finding("no transitions"))
         return
     if structure.crossing is None or structure.crossing_independent is None:
-        output.say(
-            "Statistics have no sequences to hold out, so structure between layers is not "
-            "measured. Give the trace instead."
-        )
+        output.tell(Finding("nothing held out"))
         return
     rows = {
         "contiguous": structure.crossing_contiguous,
@@ -268,28 +268,19 @@ def _show_crossings(output: Output, structure: Structure) -> None:
     }
     head = ("crossing on held-out sequences", f"{structure.devices} devices")
     output.table(head, [(name, number(crossing, 4)) for name, crossing in rows.items()])
-    between = (
-        ""
-        if structure.gain is None
-        else f"95 % interval {100 * structure.gain[0]:.1f} to {percent(structure.gain[1])}"
-    )
-    if structure.gain is None:
-        line = (
-            f"Fewer than {FEWEST} independent sequences are held out: structure may be chance. "
-            "Record more, with sequence labels."
-        )
-    elif structure.gain[1] < LITTLE:
-        line = "The null is about as good: neighbouring layers route almost independently."
-    elif structure.gain[0] <= 0:
-        line = f"The gap to the null ({between}) may be chance."
-    else:
-        line = (
-            f"A placement can keep "
-            f"{percent(structure.crossing_independent - structure.crossing)} of the "
-            f"transitions ({between}) on their device because neighbouring layers route together: "
-            "the gap to the independence null."
-        )
-    output.say(line)
+    output.tell(_conclude(structure.gain, structure.crossing_independent - structure.crossing))
+
+
+def _conclude(gain: tuple[float, float] | None, kept: float) -> Finding:
+    """Return what the gap between a searched placement and the independence null means."""
+    if gain is None:
+        return Finding("too few sequences", {"least": FEWEST})
+    low, high = gain
+    if high < LITTLE:
+        return Finding("no structure")
+    if low <= 0:
+        return Finding("uncertain structure", {"low": low, "high": high})
+    return Finding("structure", {"kept": kept, "low": low, "high": high})
 
 
 def _show_placement(output: Output, placement_file: Path, placement: Placement) -> None:

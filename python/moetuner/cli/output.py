@@ -22,10 +22,12 @@ from rich.progress import Progress as Bar
 from rich.table import Column, Table
 from rich.text import Text
 
-from moetuner.cli.options import OutFile, name_options, option
+from moetuner.cli.options import OutFile, option
 from moetuner.files import descriptor_of, replacing
 from moetuner.files.cells import finite
 from moetuner.files.text import line, name, printable
+from moetuner.report.findings import TERMINAL, Finding
+from moetuner.report.words import say
 from moetuner.serving.recipes import Recipe
 from moetuner.solver import Progress
 
@@ -74,6 +76,10 @@ class Output:
         for row in "\n".join(texts).split("\n") if texts and not self.is_json else ():
             self._console.print(self._fitted(row), soft_wrap=True)
 
+    def tell(self, *findings: Finding) -> None:
+        """Print findings, a sentence each."""
+        self.say(*(say(finding, TERMINAL) for finding in findings))
+
     def next_commands(self, recipes: Iterable[Recipe]) -> None:
         """Print commands to copy, each below what it is for, which heads the first."""
         for number, recipe in enumerate(recipes):
@@ -83,15 +89,16 @@ class Output:
                 self.say(f"  # {recipe.why}")
             self.say(f"  {recipe.command}")
 
-    def verdict(self, answer: str, sentence: str) -> None:
-        """Print a sentence; on a terminal its first words have the colour of the answer."""
+    def verdict(self, headline: Finding, text: str = "") -> None:
+        """Print a headline, or a text that begins with its answer, in the answer's colour."""
         if not self.is_json:
-            text = Text(self._fitted(sentence))
-            text.stylize(COLOURS.get(answer, ""), 0, len(sentence.partition(":")[0]))
-            self._console.print(text, soft_wrap=True)
+            answer = headline.forces or ""
+            shown = Text(self._fitted(text or say(headline, TERMINAL)))
+            shown.stylize(COLOURS.get(answer, ""), 0, len(answer) if text else len(shown))
+            self._console.print(shown, soft_wrap=True)
 
     def _fitted(self, row: str) -> str:
-        row = name_options(line(row))
+        row = line(row)
         if self._width == UNLIMITED or not row or row[0] == " ":
             return row
         hanging = "  " if row.startswith(("- ", "! ")) else ""

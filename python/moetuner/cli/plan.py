@@ -21,8 +21,9 @@ from moetuner.cli.recipes import to_serve
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation.losses import DOMAINS, Domain
 from moetuner.files import replacing
-from moetuner.files.cells import counted, in_bytes
 from moetuner.placement import Placement
+from moetuner.report.findings import Finding
+from moetuner.report.words.traffic import write_change
 from moetuner.solver import Plan, plan, plan_losses
 from moetuner.topology import Topology
 
@@ -69,17 +70,9 @@ class Change:
             raise click.UsageError("Give '--every-loss' and '--table' together.")
 
     @property
-    def words(self) -> str:
-        """What happens, in words."""
-        parts = []
-        if self.without:
-            named = ", ".join(map(str, self.without))
-            parts.append(f"{'device' if len(self.without) == 1 else 'devices'} {named} lost")
-        if self.retire:
-            parts.append(f"{counted(self.retire, 'device')} to leave")
-        if self.join:
-            parts.append(f"{counted(self.join, 'device')} more")
-        return ", ".join(parts)
+    def numbers(self) -> dict[str, Any]:
+        """What happens, for a finding."""
+        return {"lost": list(self.without), "retire": self.retire, "join": self.join}
 
 
 @options.command("plan", begin_with="--without --retire --with --every-loss --out --steps --table")
@@ -147,7 +140,7 @@ def command(
     gone = sorted({*range(running.devices)} - {*planned.devices.tolist()})
     served = replace(
         made.on(topology.without(gone, change.join)),
-        plan={"running": running_file.name, "change": change.words},
+        plan={"running": running_file.name, "change": write_change(**change.numbers)},
     )
     placement = planned.placement.with_names(
         model=running.model, topology=topology.name, settings=served.to_settings()
@@ -182,26 +175,30 @@ def _show(
     window: int | None,
 ) -> None:
     """Print what moves, and what the busiest device has to do."""
-    serving = len(planned.devices)
-    output.say(
-        f"{counted(running.layers, 'layer')}, {counted(running.devices, 'device')} x "
-        f"{counted(running.slots_per_device, 'slot')}; {change.words}: "
-        f"{counted(serving, 'device')} serve"
-    )
+    machine = _machine(running)
+    served = {"machine": machine, "change": change.numbers, "serving": len(planned.devices)}
+    output.tell(Finding("devices that serve", served))
     if change.retire:
         kept = {*planned.devices.tolist()}
         gone = [d for d in range(running.devices) if d not in kept and d not in change.without]
-        noun = "device" if len(gone) == 1 else "devices"
-        output.say(f"to leave: {noun} {', '.join(map(str, gone))}")
-    where = "in the windows of INPUT" if window is None else f"in windows of {window:,} tokens"
-    copies, lost = len(planned.steps), int(planned.lost.sum())
-    size = "" if expert_bytes is None else f" ({in_bytes(copies * expert_bytes)})"
-    disk = f", {lost:,} of them from disk, as no device has them any more" if lost else ""
-    output.say(
-        f"to move: {counted(copies, 'expert')}{size}{disk}",
-        f"busiest device: {planned.imbalance_before:.3f} x the mean before, "
-        f"{planned.imbalance_after:.3f} x after, {where}",
+        output.tell(Finding("devices that leave", {"devices": gone}))
+    copies = len(planned.steps)
+    moved = {
+        "experts": copies,
+        "moved_bytes": None if expert_bytes is None else copies * expert_bytes,
+        "from_disk": int(planned.lost.sum()),
+    }
+    busiest = {"before": planned.imbalance_before, "after": planned.imbalance_after}
+    output.tell(
+        Finding("experts that move", moved, "cost"),
+        Finding("busiest device", {**busiest, "window": window}),
     )
+
+
+def _machine(running: Placement) -> dict[str, int]:
+    """Return layers, devices and slots of what runs, for a finding."""
+    slots = running.slots_per_device
+    return {"layers": running.layers, "devices": running.devices, "slots": slots}
 
 
 def _plan_losses(
@@ -226,12 +223,9 @@ def _plan_losses(
         )
     fatal = sum(1 for planned in plans.values() if planned.lost.any())
     worst = sorted(plans.items(), key=lambda item: -item[1].imbalance_after)[:SHOWN]
-    output.say(
-        f"{counted(running.layers, 'layer')}, {counted(running.devices, 'device')} x "
-        f"{counted(running.slots_per_device, 'slot')}; losses of a {domain}: {len(plans)} of "
-        f"{number} planned, {fatal} lose an expert",
-        "",
-    )
+    numbers = {"domain": domain, "planned": len(plans), "number": number, "fatal": fatal}
+    output.tell(Finding("planned losses", {"machine": _machine(running), **numbers}))
+    output.say("")
     rows = [
         (f"{domain} {lost}", f"{planned.lost.sum():,}", f"{len(planned.steps):,}",
          f"{planned.imbalance_after:.3f}")

@@ -19,9 +19,9 @@ from moetuner.placement import Placement
 from moetuner.problem import TRAFFIC_CAP
 from moetuner.problem.objective import goal_for
 from moetuner.problem.reading import SCALES
-from moetuner.report.advice.conclusion import running_name
 from moetuner.report.advice.request import slots_of_running
 from moetuner.report.advice.values import Advice
+from moetuner.report.words.parts import name_running
 from moetuner.serving import SERVED
 from moetuner.serving.engines import ENGINES, engine_of
 from moetuner.serving.phases import WINDOWS
@@ -131,7 +131,7 @@ def _try(
             "method": initial.partition(":")[0],
             "out_file": (baseline := RUNNING_FILE),
         }
-        commands.append(solve(slots, f"what runs: {running_name(advice)}", **method_and_file))
+        commands.append(solve(slots, f"what runs: {name_running(initial)}", **method_and_file))
     if problem.has_slots_for(advice.placements[0]):
         solving["initial_file"] = initial if baseline is None else baseline
     commands.append(solve(problem.slots, why, out_file=placed))
@@ -239,7 +239,7 @@ def to_solve_again(placement_file: Path, placed: Placed, machine: Machine) -> Re
     if model is not None and model != usual:
         text = typed.get("cost_model")
         text = text or made.spelled_of("cost_model", beside=placement_file, value=model)
-        values["cost_model"] = text or (model.name and model.name.partition(" (")[0])
+        values["cost_model"] = text or model.preset_text or model.name
     values["slots_per_device"] = placement.slots_per_device if placement.has_copies else None
     # What serves stays, to compare with, and so do experts that need not move.
     least = -(-placement.num_experts // placement.devices)

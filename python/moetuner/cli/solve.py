@@ -26,15 +26,16 @@ from moetuner.problem import Problem
 from moetuner.recording import Recording
 from moetuner.report.outcome import (
     Outcome,
-    empty_slots,
+    find_empty_slots,
+    find_gain,
+    find_remarks,
+    find_slower,
+    find_worth,
     head,
     judge_outcome,
     judge_outcomes,
-    remarks,
+    named_window,
     running,
-    sentences,
-    slower,
-    windows_of,
 )
 from moetuner.report.page.data import PageData, data_of_outcome
 from moetuner.serving import Serving
@@ -175,11 +176,15 @@ def _show(
     outcome = outcomes[-1]
     rows = [row.row() for row in outcomes]
     output.table(*with_values(head(problem, held_out=held_out), rows))
-    output.say(*remarks([outcome], problem), *sentences(outcome, held_out=held_out))
-    warned = [line for row in (before, *outcomes[:-1]) for line in slower(outcome, row)]
-    output.say(*dict.fromkeys(warned[:1]), *empty_slots(outcome))
+    warned = [each for row in (before, *outcomes[:-1]) for each in find_slower(outcome, row)]
+    output.tell(
+        *find_remarks([outcome], problem),
+        *find_worth(outcome, held_out=held_out),
+        *warned[:1],
+        *find_empty_slots(outcome),
+    )
     for tokens, judgement in judgements.items():
-        output.say(f"Gain{windows_of(tokens, outcome)}: {judgement.gain.sentence}")
+        output.tell(find_gain(judgement.gain, named_window(tokens, outcome)))
 
 
 def _replay(

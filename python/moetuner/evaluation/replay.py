@@ -185,10 +185,22 @@ def check_model(placement: Placement, traffic: Recording, topology: Topology) ->
     expected = (traffic.layers, traffic.num_experts, topology.devices)
     actual = (placement.layers, placement.num_experts, placement.devices)
     if actual != expected:
-        raise ValueError(
-            f"placement must have {expected[0]} layers, {expected[1]} experts and {expected[2]} "
-            f"devices like the input and topology, got {actual[0]}, {actual[1]} and {actual[2]}"
+        nouns = ("layer", "expert", "device")
+        differ = [at for at in range(len(nouns)) if actual[at] != expected[at]]
+        texts = [
+            " and ".join(
+                f"{sizes[at]:,} {nouns[at]}{'' if sizes[at] == 1 else 's'}" for at in differ
+            )
+            for sizes in (expected, actual)
+        ]
+        like = (
+            "the topology"
+            if differ == [2]
+            else "the input and topology"
+            if 2 in differ
+            else "the input"
         )
+        raise ValueError(f"placement must have {texts[0]} like {like}, got {texts[1]}")
 
 
 # What files hold: one of the two.

@@ -74,6 +74,17 @@ def in_bytes(count: float) -> str:
     return f"{float(f'{count:.3g}'):,g} TB"
 
 
+def capitalised(clause: str) -> str:
+    """Write a clause with a large letter first; a name such as vLLM keeps its small one."""
+    return clause if clause[1:2].isupper() else clause[:1].upper() + clause[1:]
+
+
+def sentence(clause: str) -> str:
+    """Write a clause as a sentence."""
+    end = "" if clause.endswith(":") else "."
+    return f"{capitalised(clause).rstrip('.')}{end}"
+
+
 def listed(names: list[str], limit: int) -> str:
     """Write the first of several names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""

@@ -122,7 +122,8 @@ def _group_of(request: str, groups: Mapping[str, str]) -> str:
         if name in groups:
             return groups[name]
     raise ValueError(
-        f"request {shown(request)} must have a group, got those of {len(groups)} others"
+        f"request {shown(request)} is not among the {len(groups):,} requests that have a group: "
+        "name its group too, or leave it out"
     )
 
 

@@ -106,7 +106,11 @@ def _check_copies(domain: NDArray[np.int64], experts: int, capacity: NDArray[np.
     """Raise where slots [L,D] do not suffice for copies of all experts in two failure domains."""
     slots = np.stack([capacity[:, domain == one].sum(axis=1) for one in np.unique(domain)])
     if len(slots) < 2:
-        raise ArgumentError("survive needs two failure domains or more, got one", "survive")
+        if len(domain) == 1:
+            raise ArgumentError("survive needs two devices or more, got one", "survive")
+        raise ArgumentError(
+            "survive node needs devices_per_node: there is one node", "survive", "devices_per_node"
+        )
     # A domain of more slots than experts has no use for more first and second copies.
     usable = np.minimum(slots, experts).sum(axis=0)
     for layer in np.flatnonzero(usable < 2 * experts)[:1]:

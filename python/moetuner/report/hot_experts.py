@@ -20,6 +20,8 @@ from moetuner._checks import ArgumentError
 from moetuner.evaluation.units import hold_out
 from moetuner.frozen import Frozen
 from moetuner.recording import Recording
+from moetuner.report.findings import Finding
+from moetuner.report.words import say
 from moetuner.statistics import as_counts, count_loads
 from moetuner.trace import RoutingTrace
 
@@ -36,12 +38,6 @@ TOKENS = 1 << 20
 Answer = Literal[
     "a static set is worth it", "a cache serves better", "routing is flat", "nothing is held out"
 ]
-SENTENCES: dict[Answer, str] = {
-    "a static set is worth it": "some experts are chosen far more often, and stay the same ones",
-    "a cache serves better": "what was used last says more than what is used most",
-    "routing is flat": "how many experts are kept near decides, not which",
-    "nothing is held out": "whether a static set is worth it is not known from one window",
-}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -94,16 +90,20 @@ class HotExperts(Frozen):
     @property
     def sentence(self) -> str:
         """The answer with its figures."""
+        return say(self.finding)
+
+    @property
+    def finding(self) -> Finding:
+        """The answer, and the shares of the half that it is on."""
         at = self.sizes.index(HALF)
-        cache = ""
-        if self.cache is not None:
-            cache = f", a cache of that size {100 * self.cache[at]:.0f} %"
-        picks = "unseen picks" if self.is_unseen else "picks that they are chosen by"
-        return (
-            f"{self.answer[0].upper()}{self.answer[1:]}: {SENTENCES[self.answer]}. Half of the "
-            f"experts take {100 * self.static[at]:.0f} % of the {picks}{cache}; without "
-            f"preference it would be {100 * self.chance[at]:.0f} %."
-        )
+        numbers = {
+            "answer": self.answer,
+            "static": self.static[at],
+            "cache": None if self.cache is None else self.cache[at],
+            "chance": self.chance[at],
+            "is_unseen": self.is_unseen,
+        }
+        return Finding("hot experts", numbers)
 
 
 def loads_by_group(traffic: Recording, threads: int | None = None) -> dict[str, Counts]:

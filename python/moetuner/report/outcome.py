@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
-from moetuner.cost import assumed_model
+from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation, evaluate_each
+from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.judgement import Judgement, judge
 from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.replay import without_groups
 from moetuner.evaluation.units import units_of
-from moetuner.files.cells import counted, distinct, number, percent
+from moetuner.files.cells import counted, number, percent
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.recording import Recording
+from moetuner.report.findings import Finding
 from moetuner.serving import Serving
 from moetuner.serving.phases import judged_windows
-from moetuner.solver.bounds import caps
-from moetuner.solver.result import Result
+from moetuner.solver.result import CapsDetails, Result
 from moetuner.statistics import RoutingStatistics
 
 # Figures of every table.
@@ -219,59 +220,61 @@ def judge_outcomes(
     }
 
 
-def sentences(outcome: Outcome, *, held_out: bool = False) -> list[str]:
+def find_worth(outcome: Outcome, *, held_out: bool = False) -> list[Finding]:
     """Return what was reached, and how far from the optimum it can be."""
-    result, worth, problem = outcome.result, outcome.worth, outcome.problem
-    lines, proven = [], ""
+    result, worth = outcome.result, outcome.worth
+    found: list[Finding] = []
     if worth.cost_model is not None and outcome.evaluation.predicted_layer_us is not None:
         times = [
-            f"{number(each.predicted_layer_us, 1)} us{windows_of(tokens, outcome)}"
-            for tokens, each in outcome.phases.items()
+            {"window": named_window(window, outcome), "us": each.predicted_layer_us}
+            for window, each in outcome.phases.items()
         ]
-        times[0] = times[0].replace(" us", " us per layer", 1)
-        lines.append(f"Predicted time: {', '.join(times)}.")
-    # A bound of loads alone says little of the placement.
-    if result.bound is not None and result.gap is not None:
-        which = caps.SINGLE if problem.stays_single else ""
-        if problem.max_imbalance is not None:
-            raised = result.details.caps.raised
-            which += " under the caps that it keeps" if raised else " under this cap"
-        if worth.is_predicted_time:
-            proven = f"no placement{which} takes more than {percent(result.gap)} less time"
-        else:
-            proven = within(result, worth.text(result.bound), which)
-    if worth.is_known:
+        found.append(Finding("predicted time", {"times": times}))
+    numbers: dict[str, Any] = {
         # A time that is predicted by counts would be a second one beside that of the replay.
-        seen = " on the seen part" * held_out
-        reached = f"Objective{seen}: {worth.text(result.objective)}"
-        reached = "" if worth.is_predicted_time else reached
-        line = "; ".join(filter(None, (reached, proven)))
-        lines += [f"{line[0].upper()}{line[1:]}."] if line else []
+        "reached": None if worth.is_predicted_time else worth.text(result.objective),
+        "seen": held_out,
+        "bound": _find_bound(outcome),
+    }
+    if worth.is_known and (numbers["reached"] or numbers["bound"]):
+        found.append(Finding("objective", numbers))
     filled = outcome.evaluation.imbalance_filled
     if filled is not None:
-        lines.append(f"With waterfill the busiest device has {filled:.3f} x the mean of all work.")
-    for losses in outcome.evaluation.losses.values():
-        lines.append(f"{losses.sentence[0].upper()}{losses.sentence[1:]}.")
+        found.append(Finding("imbalance with waterfill", {"imbalance": filled}))
+    found += [Finding("losses", {"losses": each}) for each in outcome.evaluation.losses.values()]
     search = result.details.search
     if search.windows_searched is not None:
-        lines.append(
-            f"Searched on {search.windows_searched:,} representative windows, evaluated on all "
-            f"{search.windows:,}."
-        )
+        searched = {"searched": search.windows_searched, "windows": search.windows}
+        found.append(Finding("representative windows", searched))
     if search.set_tokens is not None:
-        lines.append(f"Expert sets were counted on a sample of {search.set_tokens:,} tokens.")
-    return lines
+        found.append(Finding("sample of tokens", {"tokens": search.set_tokens}))
+    return found
 
 
-def windows_of(tokens: int | None, outcome: Outcome) -> str:
-    """Write in which windows a figure of an outcome is, if it has figures in several."""
-    return f" in windows of {tokens:,} tokens" if outcome.longer and tokens else ""
+def _find_bound(outcome: Outcome) -> dict[str, Any] | None:
+    """Return what is proven of a result; None where there is no bound."""
+    result, problem = outcome.result, outcome.problem
+    # A bound of loads alone says little of the placement.
+    if result.bound is None or result.gap is None:
+        return None
+    cap = None
+    if problem.max_imbalance is not None:
+        cap = "raised" if result.details.caps.raised else "kept"
+    is_time = outcome.worth.is_predicted_time
+    bound = None if is_time else outcome.worth.text(result.bound)
+    return {"bound": bound, "gap": result.gap, "single": problem.stays_single, "cap": cap}
 
 
-def within(result: Result, bound: str, which: str = "") -> str:
-    """Write what a bound proves of a placement."""
-    gap = percent(result.gap)
-    return f"no placement{which} is below {bound}, so this one is within {gap} of the optimum"
+def named_window(window: int | None, outcome: Outcome) -> int | None:
+    """Return the tokens of a window, if an outcome has figures in windows of several sizes."""
+    return window if outcome.longer else None
+
+
+def find_gain(
+    gain: Comparison, window: int | None = None, part: Literal["unseen", "seen"] | None = None
+) -> Finding:
+    """Return a gain that was judged, in windows and on a part of the traffic if these are said."""
+    return Finding("judged gain", {"gain": gain, "window": window, "part": part})
 
 
 def running(problem: Problem, placement: Placement, name: str = "running") -> Result:
@@ -287,21 +290,18 @@ def running(problem: Problem, placement: Placement, name: str = "running") -> Re
     )
 
 
-def empty_slots(outcome: Outcome) -> list[str]:
-    """Return how many slots for copies are empty, and how to fill them; nothing if none is."""
+def find_empty_slots(outcome: Outcome) -> list[Finding]:
+    """Return how many slots for copies are empty; nothing if none is."""
     problem, slots = outcome.problem, outcome.result.placement.slots
     total = int(problem.capacity.sum())
     empty = total - int((slots != EMPTY).sum())
     if not empty or not problem.may_copy:
         return []
-    return [
-        f"{empty:,} of {total:,} slots are empty, as no copy that was tried there helps. Engines "
-        "with redundant experts need full slots: pass --fill-slots, or --for ENGINE."
-    ]
+    return [Finding("empty slots", {"empty": empty, "slots": total}, "warning")]
 
 
-def slower(outcome: Outcome, before: Outcome, *, name: bool = False) -> list[str]:
-    """Return a warning where a placement is predicted to take longer than one that may run."""
+def find_slower(outcome: Outcome, before: Outcome, *, name: bool = False) -> list[Finding]:
+    """Return that a placement is predicted to take longer than one that may run, if it is."""
     slowed = [
         (tokens, time, less)
         for tokens, each in outcome.phases.items()
@@ -311,44 +311,40 @@ def slower(outcome: Outcome, before: Outcome, *, name: bool = False) -> list[str
     ]
     if not slowed:
         return []
-    tokens, time, less = slowed[0]
-    than = "contiguous" if before.result.method == "contiguous" else "what runs"
-    problem, better = outcome.problem, f"keep {than}"
+    window, time, less = slowed[0]
+    problem = outcome.problem
     fewest = -(-problem.experts // problem.devices)
-    if problem.may_copy and problem.slots > fewest:
-        better = (
-            f"slots for copies cost more time than they save: try --slots-per-device {fewest}, or "
-            '"moetuner advise", which tries several numbers'
-        )
-    if problem.goal != "time":
-        better += ", or solve for --objective time"
-    which = f"the placement of {outcome.result.method}" if name else "this placement"
-    times = " against ".join(distinct(time, less, 1))
-    return [
-        f"Warning: {which} is predicted to be slower than {than}: "
-        f"{times} us per layer{windows_of(tokens, outcome)}; "
-        f"{better}."
-    ]
+    numbers = {
+        "method": outcome.result.method if name else None,
+        "than": before.result.method,
+        "us": time,
+        "us_before": less,
+        "window": named_window(window, outcome),
+        "fewest_slots": fewest if problem.may_copy and problem.slots > fewest else None,
+        "goal": problem.goal,
+        "survive": problem.survive,
+    }
+    return [Finding("slower than what runs", numbers, "warning")]
 
 
-def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
+def find_remarks(outcomes: list[Outcome], problem: Problem) -> list[Finding]:
     """Return what a reader of the table must know."""
-    lines, worth = [], problem.objective_function
+    found, worth = [], problem.objective_function
     if worth.cost_model is not None:
         replayed = outcomes[0].evaluation.replayed
         traffic = None if replayed is None else replayed.traffic
-        lines.append(whose_times(problem.serving, traffic))
+        found += find_times_of(problem.serving, traffic)
     if worth.lacks is not None:
-        lines.append(f"INPUT has {worth.lacks}.")
+        found.append(Finding("lacks of the recording", {"lacks": worth.lacks}))
     for outcome in outcomes:
-        notes = caps.remarks(problem, outcome.result.details.caps)
-        lines.extend(f"{outcome.result.method}: {line}" for line in notes)
-        if outcome.breaks_rules:
-            mark = f"{outcome.result.method} ! violates rules:"
-            lines.extend(f"{mark} {broken}." for broken in outcome.result.violations)
-        if outcome.result.status in ("interrupted", "time_limit"):
-            lines.append(f"{outcome.result.method}: {outcome.result.status}, best so far.")
-    return lines
+        result, method = outcome.result, outcome.result.method
+        for finding in find_caps(problem, result.details.caps):
+            found.append(replace(finding, about=method))
+        for rule in result.violations if outcome.breaks_rules else ():
+            found.append(Finding("broken rule", {"rule": rule}, about=method))
+        if result.status in ("interrupted", "time_limit"):
+            found.append(Finding("cut short", {"status": result.status}, about=method))
+    return found
 
 
 def on_one_device(evaluation: Evaluation, devices: int) -> float | None:
@@ -361,16 +357,44 @@ def on_one_device(evaluation: Evaluation, devices: int) -> float | None:
     return 100 * (2 - evaluation.fanout)
 
 
-def whose_times(serving: Serving, traffic: Recording | None) -> str:
-    """Return sentences on whose times are predicted, how to get others, and of which windows."""
-    model = serving.cost_model
-    assert model is not None
-    line = assumed_model(model) or (
-        f"Times are predicted with {model.shown_name}{model.weights}; "
-        "for others: --cost-model FILE or GPU:HIDDENxINTERMEDIATE."
-    )
-    if model.measured is not None:
-        line = model.origin
+def find_caps(problem: Problem, details: CapsDetails) -> list[Finding]:
+    """Return the layers whose load cap nothing keeps, and those where nothing was found that does.
+
+    Layers have the smallest cap that can be kept, from and to.
+    """
+    numbers = {"single": problem.stays_single, "cap": problem.max_imbalance}
+    numbers["layers"] = problem.layers
+    found = []
+    if details.infeasible:
+        needs = {layer: list(ends) for layer, ends in details.infeasible.items()}
+        found.append(Finding("cap that nothing keeps", numbers | {"needs": needs}))
+    raised = [cap for layer, cap in details.raised.items() if layer not in details.infeasible]
+    if raised:
+        numbers |= {"raised": len(raised), "highest": max(raised)}
+        found.append(Finding("cap that was raised", numbers))
+    return found
+
+
+def find_times(model: CostModel, traffic: Recording | None) -> Finding:
+    """Return whose times a cost model predicts, as a warning."""
+    numbers: dict[str, Any] = {"weight_bits": model.weight_bits}
+    if model.sizes == "assumed" and model.measured is None:
+        numbers["model"] = None if traffic is None else traffic.model
+        return Finding("assumed experts", numbers, "warning")
+    numbers["cost_model"] = model.shown_name
+    if model.measured is None:
+        return Finding("predicted times", numbers, "warning")
+    error = model.residual if model.prediction_error is None else model.prediction_error
+    return Finding("measured times", numbers | {"error": error}, "warning")
+
+
+def find_times_of(serving: Serving, traffic: Recording | None) -> list[Finding]:
+    """Return whose times are predicted, and of which windows."""
+    assert serving.cost_model is not None
+    times = find_times(serving.cost_model, traffic)
+    if times.kind == "predicted times":
+        times = replace(times, kind="cost model")  # which an option may replace
+    found = [times]
     if serving.arrival != "bursts" and traffic is not None and not traffic.ordered:
-        line += " INPUT holds counts, so its windows are evaluated as recorded, not mixed."
-    return line
+        found.append(Finding("windows as recorded", role="warning"))
+    return found

@@ -474,22 +474,6 @@ def read_numbers(text: str) -> tuple[int, ...]:
     return tuple(sorted(numbers))
 
 
-# What sentences of the library call in Python's words, and the options that do it.
-OPTIONS_OF = {
-    "in_order=False": "--any-order",
-    "group and group_names": "--group-by FILE",
-    "name one by dataclasses.replace(traffic, model=...)": "pass --model",
-    "traffic names no model": "INPUT names no model",
-}
-
-
-def name_options(sentence: str) -> str:
-    """Return a sentence of the library with options in place of Python's arguments."""
-    for argument, flag in OPTIONS_OF.items():
-        sentence = sentence.replace(argument, flag)
-    return sentence
-
-
 def flags() -> dict[str, str]:
     """Return the options of the running command, as they are typed, by the arguments they give."""
     command = click.get_current_context().command

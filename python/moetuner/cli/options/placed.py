@@ -197,6 +197,12 @@ class Placed:
         if fingerprint is not None:
             is_seen = fingerprint == self.placement.fingerprint
             sentence = SEEN if is_seen else OTHER
+            if not (is_seen or is_other) and self.source.missing_names is not None:
+                missing = text.name(self.source.missing_names)
+                sentence = (
+                    f"Judged on all of INPUT: {missing} is not here, so the held-out part is not "
+                    "known."
+                )
         facts: dict[str, Any] = {"part": "all", "is_seen": is_seen}
         if is_seen and share:
             unseen = source.as_divided(unseen, self.serving)

@@ -16,7 +16,13 @@ from moetuner.evaluation.comparison import PRICE
 from moetuner.placement import Placement
 from moetuner.problem.objective import Goal
 from moetuner.recording import Recording
-from moetuner.report.advice.conclusion import conclude, find_knee, write_judged_on, write_notes
+from moetuner.report.advice.conclusion import (
+    conclude,
+    find_costs,
+    find_knee,
+    find_notes,
+    write_judged_on,
+)
 from moetuner.report.advice.drift import drift_of, halves
 from moetuner.report.advice.judging import (
     halve_trial,
@@ -251,8 +257,7 @@ def _advise(request: Request, splits: int) -> Advice:
     request.progress("weighing what moves, and phases")
     advice = Advice(
         answer="not enough evidence",
-        reasons=(),
-        warnings=(),
+        findings=(),
         judged=judged,
         over_eplb=judge_over_eplb(request, trials),
         copies=swept,
@@ -275,11 +280,12 @@ def _advise(request: Request, splits: int) -> Advice:
         by_group=judge_groups(request, knee) if request.by_group else {},
         settings=_settings(request, splits, first.problem.shares),
     )
-    advice = conclude(advice, write_notes(request, advice))
+    advice = conclude(advice, find_notes(request, advice))
     if advice.answer == "not now":
         advice = replace(advice, moving=advice.moving.stay())
     request.progress("weighing fewer moves")
-    return replace(advice, step=find_step(request, first, part, advice))
+    advice = replace(advice, step=find_step(request, first, part, advice))
+    return replace(advice, findings=(*advice.findings, *find_costs(advice)))
 
 
 def _try_splits(request: Request, part: Part, copies: int, splits: int) -> list[Trial]:

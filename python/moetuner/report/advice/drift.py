@@ -10,10 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import instance, seed_in
+from moetuner.evaluation.comparison import PRICE
+from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.kinds import loads_by
 from moetuner.evaluation.units import Units, blocks_of, units_of
 from moetuner.frozen import Frozen
 from moetuner.recording import AnyRecording, Recording
+from moetuner.report.findings import Finding
 from moetuner.statistics import RoutingStatistics, count_loads, measure_distance
 from moetuner.trace import RoutingTrace, as_trace
 
@@ -135,6 +138,22 @@ def drift(profile: Recording, traffic: Recording, *, seed: int = 0) -> Drift:
         folds = own.deal(side, np.arange(side.length), WINDOW, folds=count)
         parts.append(_loads(side, folds.fold, folds.number))
     return _drift_of(np.concatenate(parts), len(parts[0]), seed)
+
+
+def conclude_drift(drifted: Drift, worst: dict[str, Any]) -> Finding:
+    """Return whether a placement still serves traffic, by its figure that got worst.
+
+    ``worst`` has the ``measure``, its ``window`` and its relative ``change``.
+    """
+    numbers = {"change": worst["change"], "window": worst["window"]}
+    numbers["label"] = FIGURES[worst["measure"]].label
+    is_worse = worst["change"] > PRICE
+    if not drifted.is_beyond_chance:
+        numbers["is_worse"] = is_worse
+        return Finding("profile not left", numbers, "headline", "not left")
+    if is_worse:
+        return Finding("profile left, placement serves worse", numbers, "headline", "worse")
+    return Finding("profile left, placement serves", numbers, "headline", "served")
 
 
 def _units_of(traffic: Recording) -> Units:

@@ -11,29 +11,29 @@ from moetuner.evaluation import Evaluation
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.judgement import Judgement
 from moetuner.evaluation.units import Units
-from moetuner.files.cells import signed
 from moetuner.frozen import Frozen, as_json
 from moetuner.placement import Placement
 from moetuner.problem import Problem
+from moetuner.report import words
 from moetuner.report.advice.drift import Drift
+from moetuner.report.findings import PYTHON, Finding, Role, Voice
 from moetuner.report.recording import PHASES
+from moetuner.report.words.parts import name_windows
 from moetuner.solver.result import Result
 
 Answer = Literal["worth a trial", "not now", "not enough evidence"]
 
 
-def write_window(window: int | None, recorded: int | None = None) -> str:
-    """Write windows of a size; those of a load table, which are given, by their tokens if known."""
-    if window is not None:
-        return f"windows of {window:,} tokens"
-    return "recorded windows" + (f" of {recorded:,} tokens" if recorded else "")
+def windows_of(judgement: Judgement) -> dict[str, int | None]:
+    """Return which windows a judgement is in, and the tokens of those that were recorded."""
+    replayed = judgement.after.replayed
+    recorded = None if replayed is None else replayed.traffic.window
+    return {"window": judgement.window, "recorded": recorded}
 
 
 def write_windows_of(judgement: Judgement) -> str:
     """Write which windows a judgement is in."""
-    replayed = judgement.after.replayed
-    recorded = None if replayed is None else replayed.traffic.window
-    return write_window(judgement.window, recorded)
+    return name_windows(**windows_of(judgement))
 
 
 def compute_saved_us(judgement: Judgement) -> float:
@@ -190,19 +190,6 @@ class PhaseTimes(NamedTuple):
     def _cost(self, phase: str, under: str) -> float:
         return self.microseconds[under][phase] / self.microseconds[phase][phase] - 1
 
-    def sentence(self, price: float) -> str:
-        """Write whether one placement does for both, and what one for the other costs."""
-        of_one, of_other = (
-            " and ".join(f"{phase} {signed(cost)}" for phase, cost in costs.items())
-            for costs in (self.costs_of_one, self.costs)
-        )
-        pays = max(self.costs_of_one.values()) > price
-        answer = "two placements pay" if pays else "one placement does for both"
-        return (
-            f"Prefill and decode: {answer}; one computed from both costs {of_one} of predicted "
-            f"time against one of each phase, one of the other phase {of_other}"
-        )
-
     def to_dict(self) -> dict[str, Any]:
         """Return fields as JSON values."""
         costs = {name: getattr(self, name) for name in ("costs", "costs_of_one")}
@@ -219,8 +206,9 @@ class Advice(Frozen):
     ----------
     answer
         ``"worth a trial"``, ``"not now"`` or ``"not enough evidence"``.
-    reasons, warnings
-        Why, and what to know before relying on it, in sentences.
+    findings
+        What decides the answer, which comes first; why, what to know before relying on it, and
+        what it takes. ``reasons``, ``warnings`` and ``sentence`` say them.
     judged
         What runs and what is proposed on unseen traffic of the first split, in each size of
         windows, with their groups; gains of all splits beside them.
@@ -281,8 +269,7 @@ class Advice(Frozen):
     """
 
     answer: Answer
-    reasons: tuple[str, ...]
-    warnings: tuple[str, ...]
+    findings: tuple[Finding, ...] = field(repr=False)
     judged: tuple[Judgement, ...]
     over_eplb: dict[int | None, Judgement] = field(repr=False)
     copies: tuple[Copies, ...]
@@ -306,12 +293,17 @@ class Advice(Frozen):
     by_group: dict[str, dict[int | None, Comparison]] = field(default_factory=dict, repr=False)
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
 
-    _also_shown = ("sentence",)
+    _also_shown = ("sentence", "reasons", "warnings")
 
     @property
     def main(self) -> Judgement:
         """The judgement in the windows where most is gained, for certain if in any."""
         return choose_main(self.judged)
+
+    @property
+    def ordered(self) -> list[Judgement]:
+        """The judgements in windows of all sizes, those first in which most is gained."""
+        return sorted(self.judged, key=lambda judged: -judged.gain.gain)
 
     @property
     def running(self) -> Evaluation:
@@ -336,14 +328,36 @@ class Advice(Frozen):
     @property
     def sentence(self) -> str:
         """The answer and its first reason, which stand alone."""
-        answer, first = self.answer.capitalize(), self.reasons[0]
-        return first if first.startswith(answer) else f"{answer}: {first[0].lower()}{first[1:]}"
+        return self.say_answer()
 
-    def to_dict(self) -> dict[str, Any]:
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why, in sentences; the first is that of the answer."""
+        return self.say("headline", "reason")
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What to know before relying on it, in sentences."""
+        return self.say("warning")
+
+    def say_answer(self, voice: Voice = PYTHON) -> str:
+        """Write the answer and its headline, which stand alone."""
+        return words.say_answer(self.answer, self.findings[0], voice)
+
+    def say(self, *roles: Role, voice: Voice = PYTHON) -> tuple[str, ...]:
+        """Write the findings of some roles in sentences."""
+        return tuple(words.say_all(self.findings, voice, roles=roles))
+
+    def to_dict(self, voice: Voice = PYTHON) -> dict[str, Any]:
         """Return fields as JSON values, but for placements, the search and its problem."""
         left_out = {"placements", "result", "problem", "groups_of_halves"}
-        left_out |= {"by_group", "judged", "over_eplb", "halves", "step"}
-        fields: dict[str, Any] = as_json(
+        left_out |= {"by_group", "judged", "over_eplb", "halves", "step", "answer", "findings"}
+        fields: dict[str, Any] = {
+            "answer": self.answer,
+            "reasons": list(self.say("headline", "reason", voice=voice)),
+            "warnings": list(self.say("warning", voice=voice)),
+        }
+        fields |= as_json(
             {name: value for name, value in vars(self).items() if name not in left_out}
         )
         by_group = [
@@ -357,7 +371,7 @@ class Advice(Frozen):
             for seen, gain in enumerate(self.halves)
         ]
         return fields | {
-            "sentence": self.sentence,
+            "sentence": self.say_answer(voice),
             "judged": [self._describe(judgement) for judgement in self.judged],
             "running": self.running.to_dict(),
             "proposed": self.proposed.to_dict(),
@@ -365,6 +379,7 @@ class Advice(Frozen):
             "carried": list(self.carried),
             "step": None if self.step is None else self.step.to_dict(),
             "by_group": by_group,
+            "findings": [finding.to_dict() for finding in self.findings],
         }
 
     def _describe(self, judgement: Judgement) -> dict[str, Any]:

@@ -21,14 +21,24 @@ from moetuner.evaluation.judgement import Judgement, judge
 from moetuner.evaluation.losses import Losses
 from moetuner.evaluation.replay import Setting
 from moetuner.files import text
-from moetuner.files.cells import counted, digits, duration, in_bytes, percent, unit_of_time
+from moetuner.files.cells import (
+    capitalised,
+    counted,
+    digits,
+    duration,
+    in_bytes,
+    percent,
+    sentence,
+    unit_of_time,
+)
 from moetuner.formats import serving_commands, way_back
 from moetuner.placement import Placement, PlacementDiff
-from moetuner.report.advice.conclusion import running_name, write_line
 from moetuner.report.advice.values import Advice
+from moetuner.report.findings import PYTHON, TERMINAL, Finding, Voice
 from moetuner.report.hot_experts import HotExperts, hold_out_hot_experts
-from moetuner.report.outcome import Outcome
+from moetuner.report.outcome import Outcome, find_times
 from moetuner.report.page.words import settings_in_words
+from moetuner.report.words import say
 from moetuner.serving import SERVED
 from moetuner.serving.phases import name_phase
 from moetuner.serving.recipes import Recipe
@@ -217,7 +227,11 @@ class PageData:
         size, model, advice = self.expert_bytes, self.settings[1].serving.cost_model, self.advice
         share = f"{moved:,} of {of_all:,} experts"
         if size is None:
-            return Tile("To move", share, "pass --expert-bytes to see bytes")
+            return Tile(
+                "To move",
+                share,
+                f"pass {TERMINAL.expert_size} to see bytes",
+            )
         notes = [share]
         if moved and model is not None:
             ports = busiest_ports(self.moves.pairs, self.topology)
@@ -260,9 +274,14 @@ class PageData:
 
 
 def data_of_advice(
-    advice: Advice, origin: Origin, contents: dict[str, Any], recipes: Sequence[Recipe] = ()
+    advice: Advice,
+    origin: Origin,
+    contents: dict[str, Any],
+    recipes: Sequence[Recipe] = (),
+    voice: Voice = PYTHON,
 ) -> PageData:
     """Make the data of an advice, with its JSON, and of what comes next."""
+    voice = voice._replace(is_page=True)
     answer, todo = ADVISED[advice.answer]
     running = advice.settings["initial"].replace("_", " ")
     names = ("running" if running == "given" else running, "proposed")
@@ -279,28 +298,21 @@ def data_of_advice(
         for seen, gain in enumerate(advice.halves):
             label = f"Computed from {groups[seen]}; judged on {groups[1 - seen]}"
             gains.append(Tile(label, gain.much, gain.sure))
-    sentence, reasons = advice.sentence, advice.reasons[1:]
-    line = write_line(advice, advice.main)
-    if line in sentence:
-        # Times and the interval stand in the tile, and the line where one reads why.
-        change = f"{advice.main.gain.much} predicted time than with {running_name(advice)}"
-        sentence = sentence.replace(line, change)
-        reasons = (f"{line[0].upper()}{line[1:]}.", *reasons)
     return PageData(
         title=f"moetuner: {advice.answer}",
-        sentence=sentence,
+        sentence=advice.say_answer(voice),
         answer=answer,
         todo=todo,
         gains=tuple(gains),
         names=names,
         judgement=advice.main,
-        traffic=f"{judged_on[0].upper()}{judged_on[1:]}.",
+        traffic=sentence(judged_on),
         origin=origin,
         contents=contents,
         load=advice.problem.load.astype(np.float64),
         recipes=tuple(recipes),
-        reasons=reasons,
-        warnings=advice.warnings,
+        reasons=advice.say("reason", voice=voice),
+        warnings=advice.say("warning", voice=voice),
         token_bytes=None if model is None else model.token_bytes,
         expert_bytes=advice.settings["expert_bytes"],
         result=advice.result,
@@ -385,10 +397,10 @@ def make_data(
     warnings: tuple[str, ...] = ()
     if gain.measure == "predicted_layer_us":
         model = replayed.setting.serving.cost_model
-        is_measured = model is not None and model.measured is not None
-        weights = "" if model is None else model.weights
-        unmeasured = f"Times are predicted by a cost model, not measured{weights}."
-        warnings = (model.origin if model is not None and is_measured else unmeasured,)
+        found = Finding("times of a model", {"weight_bits": model and model.weight_bits})
+        if model is not None and model.measured is not None:
+            found = find_times(model, replayed.traffic)
+        warnings = (say(found),)
     contents = {**contents, "verdict": gain.answer}
     recipes: tuple[Recipe, ...] = ()
     if answer == "good":
@@ -412,7 +424,7 @@ def make_data(
         contents=contents,
         load=loads.total_load.astype(np.float64),
         recipes=recipes,
-        reasons=(f"{gain.doubt[0].upper()}{gain.doubt[1:]}.",) if gain.doubt else (),
+        reasons=(sentence(gain.doubt),) if gain.doubt else (),
         warnings=warnings,
         token_bytes=token_bytes,
         expert_bytes=expert_bytes,
@@ -450,8 +462,8 @@ def gain_tile(
         )
         verb, step = "saves" if gain.gain >= 0 else "adds", "step" if window else "window"
         note = f"{verb} {saved} of {step_time} {unit} per {step} of {layers} layers; {note}"
-    label = f"{figure.label}, {in_windows(window, evaluation)}"
-    return Tile(f"{label[0].upper()}{label[1:]}", gain.much, note, rows)
+    label = capitalised(f"{figure.label}, {in_windows(window, evaluation)}")
+    return Tile(label, gain.much, note, rows)
 
 
 def in_windows(window: int | None, evaluation: Evaluation) -> str:

@@ -15,14 +15,24 @@ from numpy.typing import NDArray
 
 from moetuner.evaluation.copies import slot_shares
 from moetuner.evaluation.figures import FIGURES
-from moetuner.files.cells import counted, digits, in_bytes, percent, signed, unit_of_time
+from moetuner.files.cells import (
+    counted,
+    digits,
+    in_bytes,
+    percent,
+    sentence,
+    signed,
+    unit_of_time,
+)
 from moetuner.placement import Placement
 from moetuner.report.advice.values import Advice
-from moetuner.report.outcome import left_over, within
+from moetuner.report.findings import Finding
+from moetuner.report.outcome import left_over
 from moetuner.report.page import charts as draw
 from moetuner.report.page.charts import PROPOSED, RUNNING, Chart, Spec
 from moetuner.report.page.data import PageData
 from moetuner.report.page.structure import draw_hot_experts, list_curves
+from moetuner.report.words import say
 
 # Groups of a chart, rows of a table, and devices that get a label.
 GROUPS, ROWS, LABELLED = 60, 200, 24
@@ -387,7 +397,7 @@ def _notes_over_time(page: PageData) -> tuple[str, ...]:
     replayed = page.evaluations[0].replayed
     assert replayed is not None
     windows, rest = page.windows, left_over(replayed.traffic, replayed.setting.window)
-    notes = [f"{windows[0].upper()}{windows[1:]}{rest and f'; {rest}'}."]
+    notes = [sentence(f"{windows}; {rest}" if rest else windows)]
     drift = page.advice.drift if page.advice is not None else None
     if drift is not None:
         notes.append(
@@ -484,7 +494,15 @@ def _search(page: PageData) -> Panel | None:
     line = {"shape": "hv", "color": "var(--good)", "dash": "dash"}
     marker = {"symbol": "triangle-up"}
     data.append(draw.scatter(x, y, "bound: %{y:,.3r}", name="bound", line=line, marker=marker))
-    said = within(result, f"{digits(result.bound)} {page.unit}")
+    proven = Finding(
+        "bound",
+        {
+            "bound": f"{digits(result.bound)} {page.unit}",
+            "gap": result.gap,
+            "single": False,
+            "cap": None,
+        },
+    )
     axis, when = "step", "after each step of the search"
     spec = draw.layout("step", page.unit, count=len(history))
     if page.timed:
@@ -504,7 +522,7 @@ def _search(page: PageData) -> Panel | None:
     return Panel(
         (Chart("search", label, draw.only(data, spec)),),
         (Table(f"Progress, {page.unit}", (axis, "phase", "best", "bound", "gap"), rows),),
-        (f"{said[0].upper()}{said[1:]}.",),
+        (say(proven),),
     )
 
 

@@ -76,26 +76,3 @@ def scope(problem: Problem, caps: CapsDetails) -> str:
         which += f", raised to {', '.join(first)}"
         which += f" and in {len(caps.raised) - 3} more" if len(caps.raised) > 3 else ""
     return which
-
-
-def remarks(problem: Problem, caps: CapsDetails) -> list[str]:
-    """Return a cap report in words, a line per fact."""
-    lines, single = [], SINGLE if problem.stays_single else ""
-    if caps.infeasible:
-        needs = [
-            f"layer {layer} needs {low:.4f}" + (f" to {high:.4f}" if high > low else "")
-            for layer, (low, high) in caps.infeasible.items()
-        ]
-        more = f", and {len(needs) - 3} more" if len(needs) > 3 else ""
-        lines.append(
-            f"no placement{single} keeps the load cap {problem.max_imbalance:g} in {len(needs)} of "
-            f"{problem.layers} layers: {', '.join(needs[:3])}{more}."
-        )
-    open_ = {at: cap for at, cap in caps.raised.items() if at not in caps.infeasible}
-    if open_:
-        lines.append(
-            f"found no placement{single} under the load cap {problem.max_imbalance:g} in "
-            f"{len(open_)} of {problem.layers} layers and allowed up to "
-            f"{max(open_.values()):.3f} there."
-        )
-    return lines

@@ -1,0 +1,517 @@
+"""What advice says: its headlines, reasons, costs and warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moetuner.evaluation.comparison import Comparison
+from moetuner.files.cells import (
+    counted,
+    duration,
+    in_bytes,
+    listed,
+    percent,
+    signed,
+    span,
+)
+from moetuner.files.text import name
+from moetuner.report.findings import Voice
+from moetuner.report.words.parts import (
+    Clause,
+    name_running,
+    name_windows,
+    with_interval,
+    write_amount,
+    write_interval,
+)
+from moetuner.serving.engines import ENGINES
+from moetuner.serving.phases import name_phase
+
+# Groups that a sentence names.
+LOSERS = 5
+# What to do where a recording shows one kind of traffic.
+MIX = "record a mix of what you serve: prefill and decode, several lengths, subjects and languages"
+# What a gain is called in a headline, before the phase that it is of.
+CALLED = {
+    "worth it": "worth a trial",
+    "certain but small": "small",
+    "no evidence": "no certain gain",
+    "too few": "too little traffic to be sure",
+    "worse": "slower",
+}
+
+
+# Headlines of advice that stand on gains.
+
+
+def _less_than(price: float | None) -> str:
+    if price is None:
+        return ""
+    return f"; less than the {100 * price:g} % that a change should gain"
+
+
+def _of_a_mix(groups: bool) -> str:
+    return ", if you serve a mix of the groups" if groups else ""
+
+
+def _gain(
+    voice: Voice, gain: Comparison, window: int | None, recorded: int | None, running: str
+) -> str:
+    return (
+        f"in {name_windows(window, recorded)} a layer takes {write_amount(gain)} predicted time "
+        f"than with {name_running(running)}, "
+        f"{gain.before:,.1f} to {gain.after:,.1f} us{write_interval(gain)}"
+    )
+
+
+def _gain_of_one_size(voice: Voice, price: float | None, of_groups: bool, **numbers: Any) -> str:
+    clause = _gain(voice, **numbers)
+    if voice.is_page:
+        gain, running = numbers["gain"], numbers["running"]
+        clause = f"{gain.much} predicted time than with {name_running(running)}"
+    return f"{clause}{_less_than(price)}{_of_a_mix(of_groups)}"
+
+
+def _gains_of_phases(
+    voice: Voice,
+    gains: Mapping[str, Comparison],
+    prefill_lacks: int,
+    price: float | None,
+    of_groups: bool,
+) -> str:
+    by_word: dict[str, list[str]] = {word: [] for word in CALLED.values()}
+    for phase, gain in gains.items():
+        by_word[CALLED[gain.answer]].append(f"{phase} ({signed(gain.gain)})")
+    texts = [f"{word} for {' and '.join(names)}" for word, names in by_word.items() if names]
+    lacks = _prefill_lacks(prefill_lacks)
+    return f"{', '.join(texts)}{_less_than(price)}{lacks}{_of_a_mix(of_groups)}"
+
+
+def _gain_in_total(
+    voice: Voice,
+    gain: Comparison,
+    prefill_share: float,
+    gains: Mapping[str, Comparison],
+    running: str,
+    price: float | None,
+    of_groups: bool,
+) -> str:
+    parts = ", ".join(f"{phase} {signed(each.gain)}" for phase, each in gains.items())
+    return (
+        f"{gain.much} predicted time than with {name_running(running)} where "
+        f"{100 * prefill_share:g} % of the time is prefill{write_interval(gain)}: "
+        f"{parts}{_less_than(price)}{_of_a_mix(of_groups)}"
+    )
+
+
+def _prefill_lacks(tokens: int) -> str:
+    return f"; prefill not judged: record {tokens:,} more tokens" if tokens else ""
+
+
+# Too little evidence.
+
+
+def _kinds(
+    number: int, likeness: str | None, requests: int | None, only_few: bool
+) -> tuple[str, str]:
+    """Write of what kinds requests, or windows, are, and what others would be."""
+    only = " only" if only_few else ""
+    if requests is None:
+        return f"windows are of {number} kinds of traffic{only}", "kinds"
+    texts = counted(requests, "request")
+    if likeness == "text":
+        return f"{texts} repeat {counted(number, 'prompt')}{only}", "prompts"
+    if likeness == "part of the text":
+        return f"{texts} share long parts, such as a document, of {number} texts{only}", "texts"
+    return f"{texts} route alike in {number} kinds{only}, as those of one template do", "kinds"
+
+
+def _are(number: int) -> str:
+    return "is" if number == 1 else "are"
+
+
+def _too_few_kinds(voice: Voice, unseen: int, least: int, **kinds: Any) -> str:
+    what, others = _kinds(**kinds)
+    return (
+        f"{what}; {unseen} of them {_are(unseen)} unseen, and an interval of the gain needs "
+        f"{least}; record more {others}"
+    )
+
+
+def _neighbours_alike(
+    voice: Voice,
+    windows: int,
+    unseen: int,
+    least: int,
+    needed: int,
+    engine: str | None,
+    may_name_kinds: bool,
+) -> str:
+    to_record = _record_requests(voice, engine, may_name_kinds)
+    if unseen < 2:
+        return (
+            f"the windows are too alike, even distant ones: these {windows:,} are worth less than "
+            f"two samples. Record requests{to_record}"
+        )
+    return (
+        f"neighbouring windows are too alike: these {windows:,} are worth {unseen} samples, and an "
+        f"interval of the gain needs {least}. Record {needed:,} windows or more, or requests"
+        f"{to_record}"
+    )
+
+
+def _record_requests(voice: Voice, engine: str | None, may_name_kinds: bool) -> str:
+    """Write by which option the engine records requests, and how kinds of windows are named."""
+    known = None if engine is None else ENGINES[engine]
+    text = f" ({known.title}: {known.records_by})" if known and known.records_by else ""
+    if not may_name_kinds:
+        return text
+    return f"{text}; if windows are of several kinds, name them: {voice.name_groups}"
+
+
+# What was gained, by what, and what it takes.
+
+
+def _gain_of_phase(voice: Voice, gain: Comparison, window: int | None, recorded: int | None) -> str:
+    where = f"{name_phase(window)}, {name_windows(window, recorded)}"
+    return f"{where}: {write_amount(gain)} predicted time{write_interval(gain)}"
+
+
+def _gain_over_eplb(voice: Voice, gains: Mapping[str, Comparison]) -> str:
+    has_interval = any(gain.low is not None for gain in gains.values())
+    parts = []
+    for phase, gain in gains.items():
+        ends = "" if gain.low is None else f" ({span(gain.low, gain.high)})"
+        parts.append((f"{phase} " if len(gains) > 1 else "") + signed(gain.gain) + ends)
+    return f"against EPLB{' (95 % interval)' if has_interval else ''}: {', '.join(parts)}"
+
+
+def _on_one_device(voice: Voice, before: str, after: str, running: str) -> str:
+    return (
+        f"{before} of 100 tokens have all their experts of a layer on one device with "
+        f"{name_running(running)}, {after} would with the proposed one"
+    )
+
+
+def _little_to_gain(voice: Voice, aspects: list[str], slots: int | None) -> str:
+    texts = list(aspects)
+    if slots is not None:
+        texts.append(f"with {counted(slots, 'slot')} for copies")
+    *others, last = texts
+    return f"little to gain {', '.join(others)}{' or ' if others else ''}{last}"
+
+
+def _groups_apart(
+    voice: Voice, gains: Mapping[str, Comparison], window: int | None, recorded: int | None
+) -> str:
+    texts = {group: f"{name(group)} ({signed(gain.gain)})" for group, gain in gains.items()}
+    unclear = [group for group, gain in gains.items() if gain.is_too_few]
+    bad = [group for group in gains if group not in unclear and (gains[group].low or 0) <= 0]
+    line = (
+        f"placements computed from all other groups gain for certain for "
+        f"{len(gains) - len(unclear) - len(bad)} of {counted(len(gains), 'group')}, in "
+        f"{name_windows(window, recorded)}"
+    )
+    if bad:
+        line += f"; not for {listed([texts[group] for group in bad], 2 * LOSERS)}"
+    if unclear:
+        line += f"; too little traffic to judge {listed([*map(name, unclear)], 2 * LOSERS)}"
+    return line
+
+
+def _gains_or_loses(gain: Comparison) -> str:
+    return f"{'gains' if gain.gain >= 0 else 'loses'} {100 * abs(gain.gain):.1f} %"
+
+
+def _halves_of_groups(
+    voice: Voice,
+    groups: list[list[str]],
+    worst: Comparison,
+    mix: Comparison,
+    window: int | None,
+    recorded: int | None,
+) -> str:
+    names = "; ".join(listed([*map(name, own)], LOSERS) for own in groups)
+    return (
+        f"the halves of the recording hold different groups ({names}). Placed on one half and "
+        f"judged on the other it {_gains_or_loses(worst)}{write_interval(worst)} at worst; if you "
+        f"serve all groups together ({voice.any_order}) it {_gains_or_loses(mix)}, in "
+        f"{name_windows(window, recorded)}"
+    )
+
+
+def _slots(slots: int, bytes_per_device: float | None) -> str:
+    text = f"{counted(slots, 'more slot')} per device and layer"
+    if bytes_per_device is not None:
+        text += f" ({in_bytes(bytes_per_device)} per device)"
+    return text
+
+
+def _copies(
+    voice: Voice,
+    chosen: dict[str, Any],
+    without: float | None,
+    more: dict[str, Any] | None,
+    larger: dict[str, Any] | None,
+    spare_layers: dict[str, Any] | None,
+) -> str:
+    text = "copies, by short searches: "
+    if chosen["slots"]:
+        slots = _slots(chosen["slots"], chosen["bytes_per_device"])
+        verb = "gains" if chosen["slots"] == 1 else "gain"
+        text += f"{slots} {verb} {percent(chosen['gain'])}"
+    elif more is None:
+        text += "none pay"
+    if without is not None:
+        text += f", none {percent(without)}"
+    if more is not None:
+        parts = [
+            percent(each["gain"])
+            + (f" in {name_windows(each['window'])}" if len(more["gains"]) > 1 else "")
+            for each in more["gains"]
+        ]
+        text += ". " if chosen["slots"] else ""
+        text += f"{counted(more['than_now'], 'more slot')} per device and layer than now"
+        if more["bytes_per_device"] is not None:
+            text += f" ({in_bytes(more['bytes_per_device'])} of copies per device)"
+        text += f" would gain {', '.join(parts)}"
+    elif larger is not None:
+        slots = _slots(larger["slots"], larger["bytes_per_device"])
+        text += f"; {slots} would gain {percent(larger['gain'])}"
+        if larger["loses"] is not None:
+            longer, window = percent(larger["loses"]["share"]), larger["loses"]["window"]
+            text += f", but {name_windows(window)} would take {longer} longer"
+    if spare_layers is None:
+        return text
+    text += f". {spare_layers['number']} of {spare_layers['layers']} layers need no copies: without"
+    text += " theirs nine tenths of the gain are left"
+    if spare_layers["bytes_per_device"] is not None:
+        text += f", and {in_bytes(spare_layers['bytes_per_device'])} per device are free"
+    return f"{text}, where layers may differ in slots"
+
+
+def _phases_apart(
+    voice: Voice, costs_of_one: dict[str, float], costs: dict[str, float], two_pay: bool
+) -> str:
+    of_one, of_other = (
+        " and ".join(f"{phase} {signed(cost)}" for phase, cost in each.items())
+        for each in (costs_of_one, costs)
+    )
+    answer = "two placements pay" if two_pay else "one placement does for both"
+    return (
+        f"prefill and decode: {answer}. Over a placement of its own, one computed from both costs "
+        f"{of_one} predicted time, and one computed from the other phase {of_other}"
+    )
+
+
+def _no_copies(voice: Voice, engine: str) -> str:
+    form = "renumbered checkpoint" if ENGINES[engine].renumbers else "map"
+    return (
+        f"copies were left out: {ENGINES[engine].title} loads a placement as a {form}, which has "
+        "every expert once"
+    )
+
+
+def _low_latency(voice: Voice, engine: str, tokens: int, without_copies: int | None) -> str:
+    without = "" if without_copies is None else f" ({without_copies:,} without copies)"
+    return (
+        f"{ENGINES[engine].title} with DeepEP's low-latency kernels: a rank may send at most "
+        f"{tokens:,} tokens at once, as their buffer of 32 GiB grows with the slots{without}"
+    )
+
+
+def _tokens_divided(voice: Voice, engine: str, imbalance: float, imbalance_even: float) -> str:
+    dividing = ENGINES[engine].dividing
+    assert dividing is not None
+    return (
+        f"with {ENGINES[engine].title}'s {dividing[0]} dispatch ({dividing[1]}) the busiest device "
+        f"would have {imbalance:.2f} x the mean instead of {imbalance_even:.2f}, for 100 us or "
+        "more a layer (by LPLB's authors)"
+    )
+
+
+def _waterfill(voice: Voice, before: float, after: float, gain: float) -> str:
+    return (
+        f"with waterfill the busiest device would have {before:.3f} x the mean of all work with "
+        f"what runs, and {after:.3f} with the proposal: even load is then worth {percent(gain)}"
+    )
+
+
+def _moving(
+    voice: Voice,
+    experts: int,
+    of_experts: int,
+    moved_bytes: float,
+    of_bytes: float,
+    seconds: float,
+    device_bytes: tuple[float, float],
+    steps: int | None,
+    phase: str | None,
+) -> str:
+    text = f"to move: {experts:,} of {counted(of_experts, 'expert')}"
+    text += f", {in_bytes(moved_bytes)} of {in_bytes(of_bytes)}"
+    # No link is faster than its bandwidth.
+    text += f", at least {duration(1e6 * seconds)}"
+    before, after = map(in_bytes, device_bytes)
+    if before != after:
+        text += f"; experts take {before} per device now, {after} then"
+    if steps is None:
+        return f"{text}; moving does not pay"
+    return f"{text}; paid back by {counted(steps, 'step' if phase is None else f'{phase} step')}"
+
+
+def _few_moves(
+    voice: Voice, experts: int, moved_bytes: float | None, gain: float, of_gain: float
+) -> str:
+    part = f"{100 * gain:.1f} of {percent(of_gain)}"
+    if gain >= of_gain:
+        part = f"{percent(gain)}, no less than all"
+    moved = counted(experts, "expert")
+    if moved_bytes is None:
+        return f"moving {moved} gains {part} (--move-budget {experts})"
+    # All of its digits: a budget that is rounded down is one expert less.
+    budget = f"{moved_bytes:.0f}"
+    return f"moving {moved} ({in_bytes(moved_bytes)}) gains {part} (--move-budget {budget})"
+
+
+# What to know before relying on it.
+
+
+def _kinds_of_traffic(voice: Voice, **kinds: Any) -> str:
+    what, others = _kinds(**kinds)
+    rest = f"; the gain on other {others} is unknown" if kinds["only_few"] else ""
+    return f"{what}; each of them is seen or unseen as a whole{rest}"
+
+
+def _windows_in_blocks(voice: Voice, length: int, worth: int) -> str:
+    samples = f"worth {worth} samples"
+    if worth < 2:
+        samples = "too alike to count as samples"
+    return (
+        f"{voice.recording} has no requests, and {length} neighbouring windows are alike: all "
+        f"windows together are {samples}. With requests fewer tokens suffice"
+    )
+
+
+def _change_of_halves(distance: float, expected: float) -> str:
+    return (
+        f"the second half of the recording sends {100 * distance:.0f} % of its tokens to other "
+        f"experts than the first (by chance {100 * expected:.0f} %)"
+    )
+
+
+def _drift(
+    voice: Voice, distance: float, expected: float, seen: str, unseen: str, gain: Comparison
+) -> str:
+    return (
+        f"{_change_of_halves(distance, expected)}, and a placement computed from the {seen} half "
+        f"{_gains_or_loses(gain)} on the {unseen}{write_interval(gain)}"
+    )
+
+
+def _drift_in_any_order(voice: Voice, **change: float) -> str:
+    return f"{_change_of_halves(**change)}; {voice.any_order} says that its order does not matter"
+
+
+def _drift_that_carries(voice: Voice, **change: float) -> str:
+    return f"{_change_of_halves(**change)}; a placement of either half gains on the other"
+
+
+def _slower_groups(
+    voice: Voice,
+    groups: Mapping[str, float],
+    window: int | None,
+    recorded: int | None,
+    repeat: dict[str, Any] | None,
+) -> str:
+    names = [f"{name(group)} ({100 * change:.1f} %)" for group, change in groups.items()]
+    text = (
+        f"slower in {name_windows(window, recorded)}, each group alone and beyond chance: "
+        f"{listed(names, LOSERS)}; one placement cannot suit all groups"
+    )
+    if repeat is None:
+        return text
+    call = voice.audit
+    if call is None:
+        size = "" if repeat["window"] is None else f", window={repeat['window']}"
+        # Audit compares with experts in blocks, if nothing else is named.
+        baseline = "" if repeat["running"] == "contiguous" else ", baseline=running"
+        call = f"audit(placement, traffic{size}{baseline})"
+    return f"{text}. To repeat: {call}"
+
+
+CLAUSES: dict[str, Clause] = {
+    # Headlines of advice.
+    "gain of one size of windows": _gain_of_one_size,
+    "gains of phases": _gains_of_phases,
+    "gain in total": _gain_in_total,
+    "one window": (
+        "there is one window, so nothing is left to judge a placement on; count loads in several "
+        "windows, or record a trace"
+    ),
+    "too few units": lambda voice, unseen, unit, least: (
+        f"{counted(unseen, f'unseen {unit}')} {_are(unseen)} too few: an interval of the gain "
+        f"needs {least}; record more"
+    ),
+    "too few kinds": _too_few_kinds,
+    "too few drawn windows": (
+        "steps were drawn from only {windows} windows of {voice.recording}, {unseen} of them "
+        "unseen, and an interval of the gain needs {least}; record more windows"
+    ),
+    "neighbouring windows are alike": _neighbours_alike,
+    "uncertain gain": lambda voice, gain: (
+        f"the gain is {with_interval(gain)}: too uncertain to say whether it pays; record more"
+    ),
+    "prefill not judged": lambda voice, gain, tokens: (
+        f"decode {with_interval(gain)}{_prefill_lacks(tokens)}"
+    ),
+    "one device": "there is one device, so all placements are alike",
+    "one kind of traffic": f"{{shows}}, so the figures hold for such traffic only; {MIX}",
+    "drift": _drift,
+    # Its reasons.
+    "gain": _gain,
+    "gain of a phase": _gain_of_phase,
+    "gain over EPLB": _gain_over_eplb,
+    "tokens on one device": _on_one_device,
+    "little to gain": _little_to_gain,
+    "groups apart": _groups_apart,
+    "halves of other groups": _halves_of_groups,
+    "copies": _copies,
+    "phases apart": _phases_apart,
+    "no copies": _no_copies,
+    "low-latency kernels": _low_latency,
+    "tokens divided": _tokens_divided,
+    "waterfill": _waterfill,
+    "lost device": lambda voice, losses: f"if a device is lost: {losses.sentence}",
+    # What it takes.
+    "moving": _moving,
+    "moving, size unknown": (
+        "to move: {experts:,} of {of_experts:,} experts. Pass {voice.expert_size} to see bytes "
+        "and seconds"
+    ),
+    "few moves": _few_moves,
+    # Its warnings.
+    "kinds of traffic": _kinds_of_traffic,
+    "sequences all alike": (
+        "all sequences route alike: if they are one prompt, or random tokens, repeated, other "
+        "text may gain nothing"
+    ),
+    "independent windows": ("{voice.recording} has no requests; each window counts as one sample"),
+    "drawn windows": (
+        "{voice.recording} has no requests; steps drawn from one window count as one sample, and "
+        "there are {windows} windows"
+    ),
+    "windows in blocks": _windows_in_blocks,
+    "drift in any order": _drift_in_any_order,
+    "drift that carries": _drift_that_carries,
+    "order of the recording": (
+        "record traffic as it will be served. If the order of the recording means nothing, pass "
+        "{voice.any_order}"
+    ),
+    "slower groups": _slower_groups,
+    "load table": (
+        "a load table does not say which experts a token chose together, so traffic is an upper "
+        "bound"
+    ),
+}

@@ -1,0 +1,47 @@
+"""Parts of sentences: windows, what runs, gains and their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from moetuner.evaluation.comparison import Comparison
+from moetuner.files.cells import counted, signed, span
+
+# A text that is filled with the numbers of a finding and the voice, or a function of both.
+Clause = str | Callable[..., str]
+# Smallest gain that is shown as more than nothing.
+LEAST_SHOWN = 0.0005
+
+
+def name_windows(window: int | None, recorded: int | None = None) -> str:
+    """Write windows of a size; those of a load table, which are given, by their tokens if known."""
+    if window is not None:
+        return f"windows of {window:,} tokens"
+    return "recorded windows" + (f" of {recorded:,} tokens" if recorded else "")
+
+
+def name_running(initial: str) -> str:
+    """Write what runs, such as ``"eplb:32"``; ``"given"`` is a placement of the caller's own."""
+    running, _, redundant = initial.partition(":")
+    if running == "eplb":
+        number = int(redundant or 0)
+        return "EPLB's placement" + (
+            f" with {counted(number, 'redundant expert')}" if number else ""
+        )
+    return f"the {'running' if running == 'given' else running.replace('_', '-')} placement"
+
+
+def write_interval(gain: Comparison) -> str:
+    """Write the interval of a gain in brackets; nothing if it has none, or nothing differs."""
+    return f" ({gain.sure})" if gain.sure and gain.interval != (0, 0) else ""
+
+
+def with_interval(gain: Comparison) -> str:
+    """Write a gain with its interval, if it has one."""
+    ends = "" if gain.low is None else f" (95 % interval {span(gain.low, gain.high)})"
+    return f"{signed(gain.gain)}{ends}"
+
+
+def write_amount(gain: Comparison) -> str:
+    """Write how much less, or more, there is."""
+    return gain.much if abs(gain.gain) >= LEAST_SHOWN else "no less"

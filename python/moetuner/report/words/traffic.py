@@ -1,0 +1,177 @@
+"""What recordings say: of a change since a profile, of structure, and of machines that change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moetuner.files.cells import (
+    counted,
+    in_bytes,
+    number,
+    percent,
+)
+from moetuner.files.text import name
+from moetuner.report.findings import Voice
+from moetuner.report.words.parts import Clause
+
+# What the shares of picks say of fixed sets of experts.
+HOT = {
+    "a static set is worth it": "some experts are chosen far more often, and stay the same ones",
+    "a cache serves better": "what was used last says more than what is used most",
+    "routing is flat": "the number of experts that are kept near decides, not which ones",
+    "nothing is held out": "whether a static set is worth it is not known from one window",
+}
+
+
+def _change(change: float, label: str, window: int | None) -> str:
+    where = f" in windows of {window:,} tokens" if window else ""
+    much = f"{percent(abs(change))} {'less' if change < 0 else 'more'}"
+    return f"{much} {label}{where}"
+
+
+def _profile_not_left(
+    voice: Voice, change: float, label: str, window: int | None, is_worse: bool
+) -> str:
+    text = "the traffic has not left the profile: keep the placement"
+    if not is_worse:
+        return text
+    # As many tokens for every expert, on average: single windows differ more from that.
+    worse = _change(change, label, window)
+    return f"{text}. Its windows are less even than the profile's, though: {worse}"
+
+
+def _hot_experts(
+    voice: Voice,
+    answer: str,
+    static: float,
+    cache: float | None,
+    chance: float,
+    is_unseen: bool,
+) -> str:
+    with_cache = "" if cache is None else f", a cache of that size {100 * cache:.0f} %"
+    picks = "unseen picks" if is_unseen else "picks that they are chosen by"
+    return (
+        f"{answer}: {HOT[answer]}. Half of the experts take {100 * static:.0f} % of the "
+        f"{picks}{with_cache}; without preference it would be {100 * chance:.0f} %"
+    )
+
+
+def _half_of_experts(
+    voice: Voice,
+    low: float,
+    high: float,
+    group: str | None,
+    of_group: float | None,
+    later: float | None,
+) -> str:
+    text = f"half of the experts take {percent(low)} to {percent(high)} of the picks of a layer"
+    if group is not None:
+        text += f"; chosen by all other groups, {percent(of_group)} of those of {name(group)}, the "
+        text += "least of all groups"
+    if later is not None:
+        text += f"; chosen by the earlier half, {percent(later)} of those of the later half"
+    return text
+
+
+def _interval(low: float, high: float) -> str:
+    return f"95 % interval {100 * low:.1f} to {percent(high)}"
+
+
+def _machine(layers: int, devices: int, slots: int) -> str:
+    return f"{counted(layers, 'layer')}, {counted(devices, 'device')} x {counted(slots, 'slot')}"
+
+
+def write_change(lost: list[int], retire: int, join: int) -> str:
+    """Write what happens to devices."""
+    parts = []
+    if lost:
+        parts.append(f"{_named_devices(lost)} lost")
+    if retire:
+        parts.append(f"{counted(retire, 'device')} to leave")
+    if join:
+        parts.append(f"{counted(join, 'device')} more")
+    return ", ".join(parts)
+
+
+def _named_devices(devices: list[int]) -> str:
+    return f"{'device' if len(devices) == 1 else 'devices'} {', '.join(map(str, devices))}"
+
+
+def _devices_that_serve(
+    voice: Voice, machine: dict[str, int], change: dict[str, Any], serving: int
+) -> str:
+    return f"{_machine(**machine)}; {write_change(**change)}: {counted(serving, 'device')} serve"
+
+
+def _experts_that_move(
+    voice: Voice, experts: int, moved_bytes: float | None, from_disk: int
+) -> str:
+    size = "" if moved_bytes is None else f" ({in_bytes(moved_bytes)})"
+    disk = f", {from_disk:,} of them from disk, as no device has them any more" if from_disk else ""
+    return f"{counted(experts, 'expert')} {'moves' if experts == 1 else 'move'}{size}{disk}"
+
+
+def _busiest_device(voice: Voice, before: float, after: float, window: int | None) -> str:
+    where = (
+        f"the windows of {voice.recording}" if window is None else f"windows of {window:,} tokens"
+    )
+    return f"in {where} the busiest device has {before:.3f} x the mean load now, {after:.3f} x then"
+
+
+CLAUSES: dict[str, Clause] = {
+    # Since a profile was recorded.
+    "shares of experts": lambda voice, distance, expected, worst_layer, worst_distance: (
+        f"{percent(distance)} of the tokens go to other experts than in the profile; by chance it "
+        f"would be {percent(expected)} (mean of layers; most in layer {worst_layer}: "
+        f"{percent(worst_distance)})"
+    ),
+    "profile not left": _profile_not_left,
+    "profile left, placement serves": lambda voice, **change: (
+        f"the traffic has left the profile, and the placement still serves it: {_change(**change)}"
+    ),
+    "profile left, placement serves worse": lambda voice, **change: (
+        f"the traffic has left the profile, and the placement serves it worse: "
+        f"{_change(**change)}. Solve again:"
+    ),
+    "another profile": "Warning: the placement was not computed from this profile",
+    # Structure.
+    "no groups": "{voice.recording} has no groups to compare",
+    "no transitions": (
+        "{voice.recording} has no transitions, so it shows no structure between layers"
+    ),
+    "nothing held out": (
+        "statistics have no sequences to hold out, so structure between layers is not measured. "
+        "Give the trace instead"
+    ),
+    "too few sequences": (
+        "fewer than {least} independent sequences are held out: structure may be chance. Record "
+        "more, with sequence labels"
+    ),
+    "no structure": (
+        "the independence null is about as good: neighbouring layers route almost independently"
+    ),
+    "uncertain structure": lambda voice, low, high: (
+        f"the gap to the independence null ({_interval(low, high)}) may be chance"
+    ),
+    "structure": lambda voice, kept, low, high: (
+        f"a placement keeps {percent(kept)} more of the transitions ({_interval(low, high)}) on "
+        "their device than the independence null, because neighbouring layers route together"
+    ),
+    "contiguous placement": lambda voice, imbalance, us: (
+        f"contiguous placement: imbalance {number(imbalance, 3)}, predicted time {number(us, 1)} "
+        "us per layer"
+    ),
+    "hot experts": _hot_experts,
+    "half of the experts": _half_of_experts,
+    # Devices that are lost, leave or come.
+    "devices that serve": _devices_that_serve,
+    "devices that leave": lambda voice, devices: (
+        f"{_named_devices(devices)} {'leaves' if len(devices) == 1 else 'leave'}"
+    ),
+    "experts that move": _experts_that_move,
+    "busiest device": _busiest_device,
+    "planned losses": lambda voice, machine, domain, planned, number, fatal: (
+        f"{_machine(**machine)}; losses of a {domain}: {planned} of {number} planned, {fatal} lose "
+        "an expert"
+    ),
+}
