@@ -5,7 +5,7 @@ import pytest
 from engines_files import GOLDEN, write_imatrix
 
 import moetuner as mt
-from moetuner.formats import cautions, reader_of
+from moetuner.formats import cautions, reader_of, readers_of
 
 pytest.importorskip("gguf")
 FOLDER = GOLDEN / "llama_cpp"
@@ -78,5 +78,6 @@ def test_dense_layers_and_experts_of_the_user_are_checked(tmp_path):
 def test_it_is_said_that_the_text_is_nobodys_traffic(ok, data):
     """Once, however many files there are, and of importance matrices alone."""
     assert ok("inspect", *sorted(FOLDER.glob("*gguf*"))).count("nobody's traffic") == 1
-    assert cautions([FOLDER]) == cautions([FOLDER / "code.gguf"]) != []
-    assert cautions([GOLDEN / "deepspeed", GOLDEN / "absent"]) == []
+    assert readers_of([FOLDER, FOLDER / "code.gguf"]) == ("llama-cpp",)
+    assert cautions(["llama-cpp"]) != []
+    assert cautions(readers_of([GOLDEN / "deepspeed", GOLDEN / "absent"])) == []

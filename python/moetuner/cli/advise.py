@@ -20,7 +20,6 @@ from moetuner.cli.output import Output, steps, working
 from moetuner.evaluation.comparison import PRICE, Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.files.cells import counted, in_bytes, signed, span, with_values
-from moetuner.formats import reader_of
 from moetuner.problem.objective import Goal
 from moetuner.recording import Recording
 from moetuner.report import advice as advising
@@ -124,7 +123,7 @@ def command(
             threads=source.threads,
             progress=steps(report, weights),
         )
-    nothing_placed = NOTHING_PLACED.get(reader_of(source.input_files[0]))
+    nothing_placed = next((NOTHING_PLACED.get(name) for name in source.readers), None)
     if nothing_placed is not None and served.engine is None:
         numbers = {"engine": nothing_placed}
         advice = advice.overruled(Finding("nothing to place", numbers, forces="not now"))

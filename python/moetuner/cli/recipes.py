@@ -14,7 +14,7 @@ from moetuner.cli.options.machine import Machine, common_name, cost_model_for
 from moetuner.cli.options.placed import Placed
 from moetuner.cli.options.traffic import Source
 from moetuner.files.cells import counted, layer_list, percent
-from moetuner.formats import reader_of, serving_commands, way_back
+from moetuner.formats import serving_commands, way_back
 from moetuner.placement import Placement
 from moetuner.problem import TRAFFIC_CAP
 from moetuner.problem.objective import goal_for
@@ -65,7 +65,7 @@ def after_advice(
 
 def _record_more(source: Source, advice: Advice, typed: dict[str, Any]) -> list[Recipe]:
     """Return the commands that record more: by INPUT's engine, each kind of traffic by itself."""
-    engine = advice.settings["engine"] or engine_of(reader_of(source.input_files[0]))
+    engine = advice.settings["engine"] or next(map(engine_of, source.readers), None)
     if engine is not None and ENGINES[engine].record:
         command = ENGINES[engine].record.format(devices=advice.problem.devices)
         page = f"docs/engines/{engine.replace('-', '_')}.md"
