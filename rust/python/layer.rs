@@ -327,7 +327,7 @@ impl Layers {
         let links = links_of(links.as_ref())?;
         let max_moves = max_moves.map_or(UNLIMITED, i64::from);
         let control = Control::new(deadline(time_limit));
-        let layers = &mut self.layers;
+        let layers = &self.layers;
         let (steps, interrupted) = watched(py, threads, &control, None, || {
             descend(layers, begin.clone(), &running, links, max_moves, &control)
         })?;

@@ -4,6 +4,7 @@
 //! How heavy an expert is, and how many copies it gets, is its mean square over windows (bench/RESULTS.md).
 
 use super::{Devices, Placed, QUICK, complete, copies, fill, longest_first, part, pin};
+use crate::layer::terms::Term;
 use crate::layer::terms::balance::Balance;
 use crate::layer::{EMPTY, Layer, Slots};
 
@@ -16,7 +17,7 @@ pub fn by_windows(layer: &Layer) -> Placed<Slots> {
     complete(&mut of_windows, &layer.site, weight, true)?;
     let mut packed = fill(&layer.site, &layer.load, QUICK)?;
     complete(&mut packed, &layer.site, weight, true)?;
-    let slowest = |slots: &Slots| Balance::new(layer, slots, &slots.copies).slowest(layer);
+    let slowest = |slots: &Slots| Balance::new(layer, slots, &slots.copies).slowest();
     Ok(if slowest(&of_windows) <= slowest(&packed) { of_windows } else { packed })
 }
 
@@ -35,7 +36,7 @@ struct ByPowers<'a> {
     layer: &'a Layer,
     /// Copies that every expert is to have `[E]`.
     copies: &'a [u32],
-    balance: Balance,
+    balance: Balance<'a>,
     /// Empty slots of every device, the first one last `[D]`.
     empty: Vec<Vec<usize>>,
     /// Devices that may take the expert at hand `[D]`.
@@ -57,7 +58,7 @@ impl Devices for ByPowers<'_> {
             for (g, may) in self.may.iter_mut().enumerate() {
                 *may = !self.empty[g].is_empty() && slots.may_take(&self.layer.site, expert, g);
             }
-            let Some(device) = self.balance.best_device(self.layer, expert, &self.may) else { break };
+            let Some(device) = self.balance.best_device(expert, &self.may) else { break };
             slots.put(self.empty[device].pop().unwrap_or_default(), expert);
             self.balance.enter(device, expert);
         }
