@@ -95,6 +95,29 @@ impl AfterLosses {
     }
 }
 
+/// Loads of devices after the loss of every domain `[F, D]`, if copies share evenly what experts have `[E]`, and how many
+/// experts are lost as a whole `[F]`.
+#[must_use]
+pub fn loads_after(slots: &Slots, load: &[f64], domain: &[u16]) -> (Vec<f64>, Vec<i64>) {
+    let devices = domain.len();
+    let mut after = AfterLosses::new(&Site::plain(vec![], vec![1.0; devices]), domain, 0.0);
+    let mut fatal = vec![0; domain.iter().max().map_or(0, |&last| usize::from(last) + 1)];
+    for (expert, &load) in load.iter().enumerate() {
+        let held: Vec<usize> = slots.devices(expert as u16).map(usize::from).collect();
+        after.count(load, held.len(), &held, 1.0);
+        if let Some(&first) = held.first()
+            && held.iter().all(|&device| domain[device] == domain[first])
+        {
+            fatal[usize::from(domain[first])] += 1;
+        }
+    }
+    let load_after = |lost: usize, g: usize| {
+        if after.domain[g] == lost { 0.0 } else { after.loads[g] + after.added_to(g)[lost] }
+    };
+    let rows = (0..fatal.len()).flat_map(|lost| (0..devices).map(move |g| (lost, g)));
+    (rows.map(|(lost, g)| load_after(lost, g)).collect(), fatal)
+}
+
 /// What each of an expert's other copies gets if so many of them are gone.
 fn left_over(load: f64, copies: usize, gone: usize) -> f64 {
     if gone == 0 || gone >= copies {
