@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner import _checks as check
 from moetuner.evaluation.arrival import Order, orders, put_in_order
 from moetuner.evaluation.figures import FIGURES, CountsByOrder, Figure, Windows
 from moetuner.evaluation.replay import (
@@ -199,9 +200,11 @@ def _in_one_order(
         alike.setdefault(id(folds[setting.window]), []).append(number)
     for numbers in alike.values():
         for group, dealt in folds[settings[numbers[0]].window].items():
-            fold = np.zeros(len(rows[None]), dtype=dealt.fold.dtype)
-            fold[recorded[group]] = dealt.fold
-            fold = (fold if order is None else fold[order])[rows[group]]
+            fold = dealt.fold
+            if order is not None:
+                fold = np.zeros(len(rows[None]), dtype=dealt.fold.dtype)
+                fold[recorded[group]] = dealt.fold
+                fold = check.at(check.at(fold, order), rows[group])
             part = _Dealt(ordered, rows[group], fold, dealt)
             halvings_of = {
                 number: _Halving(part, settings[number], counted[number][group], names)
