@@ -32,8 +32,8 @@ MARKS = 1 << 12
 # Bytes between two tokens that are read from which the file is read anew behind them: reading and
 # checking as many takes as long as another call.
 GAP_BYTES = 1 << 16
-# Bytes of tokens in another order that are gathered at once. Where they lie all over a file, it is
-# read once for every part of it that is gathered, so there are no more than so many parts.
+# Bytes of tokens in another order that are gathered at once. Where they lie all over a file, and it
+# is read for each of them several times over, there are no more than so many parts.
 GATHERED_BYTES, MOST_PARTS = 64 << 20, 8
 
 
@@ -348,10 +348,7 @@ class ReorderedIds:
         """
         _, layers, top_k = self.shape
         step = tokens_per_shard(self.shape, self.dtype, max_bytes)
-        # Beside each token's ids its number is held, and where it is put.
-        token_bytes = layers * top_k * self.dtype.itemsize + 16
-        many = max(GATHERED_BYTES // token_bytes, self.ids.shape[0] // MOST_PARTS, step)
-        many -= many % step
+        many = max(self._tokens_at_once // step, 1) * step
         for first in range(0, len(order), many):
             numbers = order[first : first + many]
             place = np.argsort(numbers)
@@ -368,6 +365,16 @@ class ReorderedIds:
             del ids  # else it is there while the next ones are gathered
             yield end
             del end
+
+    @cached_property
+    def _tokens_at_once(self) -> int:
+        """How many tokens are gathered at once: more where they lie all over the file."""
+        row = self.shape[1] * self.shape[2] * self.dtype.itemsize
+        # Beside each token's ids its number is held, and where it is put.
+        tokens = max(GATHERED_BYTES // (row + 16), 1)
+        apart = np.diff(np.sort(self.order[:tokens]))
+        read = int(apart[apart <= max(GAP_BYTES // row, 1)].sum())
+        return max(tokens, self.ids.shape[0] // MOST_PARTS if read > 2 * tokens else 0)
 
 
 def read_ahead(pieces: Iterator[IdArray]) -> Iterator[IdArray]:
