@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -104,11 +105,16 @@ def labelled(draw):
 
 def taken(draw, trace, ids, labels):
     """Draw a split or a selection of a trace, and do the same to its arrays."""
-    ways = ["layers", "split", *(["groups", "sequences"] if labels is not None else [])]
+    ways = ["layers", "split", "order"]
+    ways += ["groups", "sequences"] if labels is not None else []
     way = draw(st.sampled_from(ways))
     if way == "layers":
         layers = draw(st.permutations(range(ids.shape[1])))[: draw(st.integers(1, ids.shape[1]))]
         return trace.select(layers=layers), ids[:, layers], labels
+    if way == "order":
+        order = np.random.default_rng(draw(st.integers(0, 9))).permutation(len(ids))
+        order = order[: draw(st.integers(0, len(ids)))]
+        return trace.take(order), ids[order], None if labels is None else labels[order]
     if way == "split":
         share, seed = draw(st.floats(0.01, 0.99)), draw(st.integers(0, 9))
         parts = trace.split(share, seed=seed)
@@ -218,6 +224,36 @@ def test_tokens_that_are_far_apart_are_read_without_what_is_between(tmp_path):
     half = replace(trace, ids=trace.ids.select(keep, None))
     read = list(half.ids.chosen(np.array([0, len(ids) // 2 - 1]), 60))
     assert np.array_equal(np.concatenate(read), ids[keep][[0, -1]])
+
+
+def test_tokens_in_another_order_stay_in_the_file(tmp_path, monkeypatch):
+    """They are gathered part by part, of near and of distant tokens: all of them never at once."""
+    ids = random_ids(8_000, 12, 4, 64)
+    mt.RoutingTrace.from_arrays(ids, num_experts=64).save(tmp_path / "a.safetensors")
+    trace = mt.RoutingTrace.load(tmp_path / "a.safetensors")
+    monkeypatch.setattr("moetuner.files.ids.GATHERED_BYTES", 1 << 14)
+    steps = np.arange(8_000).reshape(40, -1).T.ravel()  # forty sequences advance together
+    for order in (steps, np.random.default_rng(0).permutation(8_000), steps[::3]):
+        wanted, done = trace.take(order), 0
+        tracemalloc.start()
+        for shard in wanted.shards(1 << 13):
+            assert np.array_equal(shard, ids[order[done : done + len(shard)]])
+            done += len(shard)
+            del shard
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert done == len(order)
+        assert peak < ids.nbytes / 2
+
+
+def test_a_wrong_token_of_another_order_is_named(tmp_path):
+    """By its number in the file, whatever is read beside it."""
+    ids = np.tile(IDS, (9000 // len(IDS), 1, 1))
+    ids[[4321, 5000]] = 255
+    save_file({"expert_ids": ids}, tmp_path / "a.safetensors")
+    trace = mt.RoutingTrace.load(tmp_path / "a.safetensors", num_experts=8)
+    with pytest.raises(ValueError, match="token 5000"):
+        list(trace.take([8000, 5000, 1]).shards())
 
 
 def test_concat_keeps_recordings_apart(make_trace):

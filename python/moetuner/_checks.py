@@ -367,6 +367,8 @@ def is_number(value: object) -> TypeGuard[float]:
 Scalar = TypeVar("Scalar", bound=np.generic)
 Integer = TypeVar("Integer", np.int16, np.int32, np.int64)
 
+# Labels that are looked at together: of all at once, numpy's copies take much memory, and nothing
+# interrupts it.
 PIECE = 1 << 20
 
 
@@ -426,27 +428,81 @@ def rows(name: str, values: ArrayLike, length: int) -> NDArray[Any]:
             f"{name} must be below {length} and at least 0, got {array.min()} to {array.max()}",
             name,
         )
-    numbers = array.astype(np.int64)
+    numbers = array.astype(np.int32 if length < 1 << 31 else np.int64)
     is_wanted = np.zeros(length, dtype=bool)
-    is_wanted[numbers] = True
+    for piece in pieces(numbers):
+        is_wanted[piece] = True
     if np.count_nonzero(is_wanted) < len(numbers):
         raise ArgumentError(f"{name} must name each row once, got {shown(array)}", name)
     return numbers
 
 
-def pieces(values: NDArray[Integer]) -> Iterator[NDArray[Integer]]:
-    """Yield labels [n] in pieces, and one at least: numpy alone takes much memory."""
+def pieces(values: NDArray[Scalar]) -> Iterator[NDArray[Scalar]]:
+    """Yield labels [n] in pieces, and one at least."""
     return (values[at : at + PIECE] for at in range(0, max(len(values), 1), PIECE))
 
 
-def distinct(values: NDArray[Integer]) -> NDArray[Integer]:
+def distinct(values: NDArray[Scalar]) -> NDArray[Scalar]:
     """Find the labels that occur, ascending."""
     return np.unique(np.concatenate([np.unique(piece) for piece in pieces(values)]))
 
 
-def among(values: NDArray[Integer], wanted: ArrayLike) -> NDArray[np.bool_]:
+def among(values: NDArray[Any], wanted: ArrayLike) -> NDArray[np.bool_]:
     """Whether each label is one of those wanted."""
     return np.concatenate([np.isin(piece, wanted) for piece in pieces(values)])
+
+
+def at(values: NDArray[Scalar], numbers: NDArray[Any]) -> NDArray[Scalar]:
+    """Return the numbered values [n]."""
+    return np.concatenate([values[piece] for piece in pieces(numbers)])
+
+
+def ranks(values: NDArray[Any], labels: NDArray[Any]) -> NDArray[Any]:
+    """Return the place of each label [n] among all that occur, ascending."""
+    kind = np.min_scalar_type(max(len(labels) - 1, 0))
+    return np.concatenate([np.searchsorted(labels, piece).astype(kind) for piece in pieces(values)])
+
+
+def counts(ranks: NDArray[Any], number: int) -> NDArray[np.int64]:
+    """Count how often each of so many ranks occurs."""
+    total = np.zeros(number, dtype=np.int64)
+    for _, there, _, times in _runs(ranks):
+        total[there] += times
+    return total
+
+
+def first_of(ranks: NDArray[Any], number: int) -> NDArray[np.int64]:
+    """Return the number of the first item of every rank, each of which has one."""
+    first, begin = np.full(number, len(ranks), dtype=np.int64), 0
+    for order, there, start, _ in _runs(ranks):
+        first[there] = np.minimum(first[there], begin + order[start])
+        begin += len(order)
+    return first
+
+
+def sorted_by(ranks: NDArray[Any], number: int) -> NDArray[Any]:
+    """Return the numbers of items in the order of their ranks [n]; equal ones stay as they are."""
+    place = np.empty(len(ranks), dtype=np.int32 if len(ranks) < 1 << 31 else np.int64)
+    size, first = counts(ranks, number), 0
+    begin = np.cumsum(size) - size
+    for order, there, start, times in _runs(ranks):
+        within = np.arange(len(order)) - np.repeat(start, times)
+        place[np.repeat(begin[there], times) + within] = first + order
+        begin[there] += times
+        first += len(order)
+    return place
+
+
+def _runs(ranks: NDArray[Any]) -> Iterator[tuple[NDArray[Any], ...]]:
+    """Yield the order of every piece of ranks [n], those there, where each begins, and how often.
+
+    Equal ones are in the order in which they come.
+    """
+    for piece in pieces(ranks):
+        order = np.argsort(piece, kind="stable")
+        in_order = piece[order]
+        start = np.flatnonzero(np.append(True, in_order[1:] != in_order[:-1])[: len(piece)])
+        yield order, in_order[start], start, np.diff(np.append(start, len(piece)))
 
 
 def numbered(group: ArrayLike) -> list[str]:

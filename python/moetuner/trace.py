@@ -362,8 +362,8 @@ class RoutingTrace(Recording):
         Parameters
         ----------
         rows
-            Mask of the tokens [T], or numbers of tokens, each once. Those that rise stay where they
-            are until they are read, as with ``select``; others are read, in the order given.
+            Mask of the tokens [T], or numbers of tokens, each once, in the order wanted. They stay
+            where they are until they are read, as with ``select``.
 
         Examples
         --------
@@ -377,28 +377,11 @@ class RoutingTrace(Recording):
             return self._taken(wanted)
         if (wanted[:-1] < wanted[1:]).all():
             return self._taken(_mask(wanted, self.tokens))
-        return self._reordered(wanted)
-
-    def _reordered(self, order: NDArray[np.int64]) -> RoutingTrace:
-        """Return the numbered tokens in their order, read into memory."""
-        part, rank = self.ids, order
-        if len(order) < self.tokens:
-            part = self.ids.select(_mask(order, self.tokens), None)
-            rank = np.searchsorted(np.sort(order), order)
-        place, first = np.empty(len(order), dtype=np.int64), 0
-        place[rank] = np.arange(len(order))
-        ids = np.empty(part.shape, dtype=part.dtype)
-        for shard in part.shards(SHARD_BYTES, None):
-            # Put in its place from the file: no second copy of all ids.
-            ids[place[first : first + len(shard)]] = shard
-            first += len(shard)
-            del shard  # else the next one is read while this one is still there
-        return replace(
-            self,
-            ids=Ids.of(ids, self.num_experts),
-            sequence=None if self.sequence is None else self.sequence[order],
-            group=None if self.group is None else self.group[order],
-        )
+        labels: dict[str, Any] = {
+            name: None if values is None else check.frozen(check.at(values, wanted))
+            for name, values in (("sequence", self.sequence), ("group", self.group))
+        }
+        return replace(self, ids=self.ids.reorder(wanted), **labels)
 
     def concat(self: RoutingTrace | Iterable[RoutingTrace], *others: RoutingTrace) -> RoutingTrace:
         """Join traces, ``trace.concat(other)`` or ``RoutingTrace.concat([trace, other])``.

@@ -1,6 +1,7 @@
 """Mixed arrival: every token once, sequences in their own order, and a full batch."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,9 +20,17 @@ def test_sequences_advance_in_their_own_order(sequence, seed, labelled):
         assert (np.diff(order[sequence[order] == label]) > 0).all()
 
 
-@given(st.lists(st.integers(-3, 12), max_size=120), st.integers(0, 3), st.booleans())
-def test_the_order_is_that_of_a_plain_loop(sequence, seed, sorts):
-    """Sequences wait in random order; the place that is free first takes the next one."""
+@given(
+    st.lists(st.integers(-3, 12), max_size=120),
+    st.integers(0, 3),
+    st.booleans(),
+    st.sampled_from([7, 1 << 20]),
+)
+def test_the_order_is_that_of_a_plain_loop(sequence, seed, sorts, piece):
+    """Sequences wait in random order; the place that is free first takes the next one.
+
+    However many labels are looked at together.
+    """
     sequence = np.array(sorted(sequence) if sorts else sequence, dtype=np.int32)
     tokens_of = [np.flatnonzero(sequence == label) for label in np.unique(sequence)]
     free_at = [0] * at_once(len(tokens_of))
@@ -31,7 +40,9 @@ def test_the_order_is_that_of_a_plain_loop(sequence, seed, sorts):
         served += [(free_at[place] + n, place, token) for n, token in enumerate(tokens_of[number])]
         free_at[place] += len(tokens_of[number])
     expected = [token for _, _, token in sorted(served)]
-    assert mixed_order(sequence, len(sequence), seed=seed).tolist() == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moetuner._checks.PIECE", piece)
+        assert mixed_order(sequence, len(sequence), seed=seed).tolist() == expected
 
 
 def test_a_step_has_a_token_of_each_running_sequence():

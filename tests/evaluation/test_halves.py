@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.evaluation import halves
+from moetuner.evaluation import evaluate_each, halves
 from moetuner.evaluation.figures import FIGURES, Figure
 from moetuner.evaluation.halves import halve, halve_each, halvings
 from moetuner.evaluation.intervals import QUANTILES, spread
 from moetuner.evaluation.judgement import MEASURES
+from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.replay import Setting
 from moetuner.evaluation.units import Folds, Units, units_of
 from moetuner.files.ids import Ids
@@ -49,6 +50,20 @@ def test_any_two_folds_are_parted_about_as_often_as_not(folds):
     limit = 1 / max(len(side), 1)
     assert (np.abs(together) <= limit + 1e-12).all() or folds in (2, 3)
     assert folds not in (4, 8, 12, 20) or together == pytest.approx(-limit)
+
+
+@pytest.mark.parametrize("arrival", ["bursts", "mixed", 0.5])
+def test_progress_of_a_comparison_rises_to_one(arrival, monkeypatch):
+    """Windows are counted, then halves of a few at a time, in one order of arrival or in two."""
+    monkeypatch.setattr(halves, "PARTS", 500)
+    trace, shares = traffic([100] * 12), []
+    placements = [IN_BLOCKS, COPIES]
+    serving = setting(arrival=arrival).serving
+    evaluations = evaluate_each(placements, trace, [serving], ReplayOptions())
+    mt.judge(*evaluations[0], progress=shares.append)
+    assert shares == sorted(shares)
+    assert len(shares) > 3
+    assert shares[-1] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("topics", [1, 4])

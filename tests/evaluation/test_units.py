@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import moetuner as mt
+from moetuner.evaluation.arrival import mixed_order
 from moetuner.evaluation.units import (
     Blocks,
     Units,
@@ -183,6 +184,21 @@ def test_names_of_sequences_do_not_matter_to_folds():
     units = Units("sequence", 30)
     one, other = (units.deal(each, np.arange(trace.tokens), 64) for each in (trace, renamed))
     assert one.fold.tolist() == other.fold.tolist()
+
+
+def test_units_and_folds_are_the_same_however_many_tokens_are_looked_at_together(monkeypatch):
+    """Of requests on few documents whose tokens were served in turns."""
+    trace = LAW.documents(np.random.default_rng(0), 6, 4, 300)
+    trace = trace.take(mixed_order(trace.sequence, trace.tokens))
+    dealt = []
+    for piece in (1 << 20, 17):
+        monkeypatch.setattr("moetuner._checks.PIECE", piece)
+        fresh = replace(trace)  # of which nothing has been computed
+        units, rows = units_of(fresh), np.arange(fresh.tokens)
+        parts = [part.sequence.tolist() for part in hold_out(fresh, 0.5, seed=1)]
+        dealt.append((units.number, units.deal(fresh, rows, 64).fold.tolist(), parts))
+    assert dealt[0] == dealt[1]
+    assert dealt[0][0] == 6
 
 
 # In which order kinds of windows come, of so many windows.

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner import _checks as check
 from moetuner.evaluation.blocks import blocks
 from moetuner.recording import AnyRecording, Recording
 from moetuner.serving.arrival import Arrival, share_mixed
@@ -26,7 +27,7 @@ FEWEST_AT_ONCE = 8
 # Windows that are mixed into one where nothing is known of sequences.
 WINDOWS_MIXED = 16
 
-Order = NDArray[np.int64]
+Order = NDArray[np.signedinteger[Any]]
 
 
 def orders(
@@ -60,29 +61,49 @@ def mixed_order(sequence: NDArray[np.int32] | None, tokens: int, *, seed: int = 
     where one has ended the next one begins. Without labels every token is a sequence.
     """
     rng = np.random.default_rng(seed)
+    kind: type[np.signedinteger[Any]] = np.int32 if tokens < 1 << 31 else np.int64
     if sequence is None:
-        return rng.permutation(tokens)
+        return rng.permutation(np.arange(tokens, dtype=kind))
     if not tokens:
-        return np.empty(0, dtype=np.int64)
+        return np.empty(0, dtype=kind)
     # Sequence by sequence, in the order of their labels, which is that of most recordings.
     grouped = None
     if (sequence[:-1] > sequence[1:]).any():
-        grouped = np.argsort(sequence, kind="stable")
-        sequence = sequence[grouped]
-    first = np.concatenate([[0], np.flatnonzero(sequence[:-1] != sequence[1:]) + 1])
+        labels = check.distinct(sequence)
+        rank = check.ranks(sequence, labels)
+        grouped = check.sorted_by(rank, len(labels))
+        sequence = check.at(rank, grouped)
+    first = np.append(0, np.flatnonzero(sequence[:-1] != sequence[1:]) + 1)
     lengths = np.diff(np.append(first, tokens))
 
-    start, place = np.zeros((2, len(lengths)), dtype=np.int64)
-    batch = at_once(len(lengths))
-    free = [(0, number) for number in range(batch)]
+    free = [(0, place) for place in range(at_once(len(lengths)))]
+    served: list[list[int]] = [[] for _ in free]
     for waiting in rng.permutation(len(lengths)).tolist():
-        step, number = heapq.heappop(free)
-        start[waiting], place[waiting] = step, number
-        heapq.heappush(free, (step + int(lengths[waiting]), number))
-    # No two tokens have one place in one step.
-    served = np.repeat((start - first) * batch + place, lengths) + batch * np.arange(tokens)
-    order = np.argsort(served)
-    return order if grouped is None else grouped[order]
+        step, place = heapq.heappop(free)
+        served[place].append(waiting)
+        heapq.heappush(free, (step + int(lengths[waiting]), place))
+    # The tokens that a place serves follow one another, and those of the next place follow them.
+    ordered = np.array([number for of_place in served for number in of_place])
+    length = lengths[ordered]
+    tokens_of_places = np.repeat((first[ordered] - np.cumsum(length) + length).astype(kind), length)
+    tokens_of_places += np.arange(tokens, dtype=kind)
+    if grouped is not None:
+        tokens_of_places = check.at(grouped, tokens_of_places)
+    steps = np.array([int(lengths[of_place].sum()) for of_place in served])
+    return _take_steps(tokens_of_places, steps)
+
+
+def _take_steps(tokens: Order, steps: NDArray[np.int64]) -> Order:
+    """Return the tokens [T] step by step, of places that have so many steps [P] one by one."""
+    order, begin, step, done = np.empty_like(tokens), np.cumsum(steps) - steps, 0, 0
+    for end in np.unique(steps).tolist():
+        running = begin[steps > step]
+        while step < end:
+            until = min(end, step + max(check.PIECE // len(running), 1))
+            rows = running + np.arange(step, until)[:, None]
+            order[done : done + rows.size] = tokens[rows].ravel()
+            done, step = done + rows.size, until
+    return order
 
 
 def mixed_windows(

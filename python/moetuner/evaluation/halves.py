@@ -11,13 +11,14 @@ residues of a prime (Paley 1933). So about as many halves as folds tell what all
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner import _checks as check
 from moetuner.evaluation.arrival import Order, orders, put_in_order
 from moetuner.evaluation.figures import FIGURES, CountsByOrder, Figure, Windows
 from moetuner.evaluation.replay import (
@@ -42,6 +43,10 @@ KEPT = 16
 PRIMES = (3, 7, 11, 19)
 # Counts of halves of windows that are in memory at once, of parts of windows, and numbers of items.
 CELLS, PARTS, ITEMS = 1 << 20, 1 << 25, 1 << 20
+
+
+# Part of the time of halves that counting all of the traffic takes.
+COUNTING = 0.3
 
 
 class Halved(NamedTuple):
@@ -82,9 +87,14 @@ def halve(
     *,
     by_group: bool = True,
     names: Collection[str] | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> ByGroup:
     """Compute figures of all traffic (None), of every group that has some, and of their halves."""
-    return halve_each(traffic, [setting], units, by_group=by_group, names=names)[0]
+    settings = [setting]
+    [figures] = halve_each(
+        traffic, settings, units, by_group=by_group, names=names, progress=progress
+    )
+    return figures
 
 
 def halve_each(
@@ -94,12 +104,14 @@ def halve_each(
     *,
     by_group: bool = True,
     names: Collection[str] | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> list[ByGroup]:
     """Compute what ``halve`` does under settings that differ in their placements and windows alone.
 
     Windows are as long as the shortest of them or several times that. The tokens of a trace are
     read a few times for all settings, and not again for those whose halves are known already.
-    Figures are those of some names, by default all that have halves.
+    Figures are those of some names, by default all that have halves. ``progress`` gets the share of
+    the work that is done.
     """
     # Halves are of windows as they arrive, and of tokens whose homes are spread evenly.
     settings = [setting.with_options(mixed=False, home=None) for setting in settings]
@@ -109,8 +121,9 @@ def halve_each(
     known: list[_Known] = traffic.known.setdefault("halves", [])
     asked = [_Asked(setting, units, by_group, names) for setting in settings]
     del known[: max(len(known) - KEPT, 0)]
+    report = progress or (lambda _: None)
     unknown = [each for each in asked if _find(known, each) is None]
-    for each, figures in zip(unknown, _halve_anew(traffic, unknown), strict=True):
+    for each, figures in zip(unknown, _halve_anew(traffic, unknown, report), strict=True):
         known.append(_Known(each, figures))
     found = [_find(known, each) for each in asked]
     return [figures for figures in found if figures is not None]
@@ -141,7 +154,9 @@ def _find(known: Sequence[_Known], asked: _Asked) -> ByGroup | None:
     return None
 
 
-def _halve_anew(traffic: Recording, asked: Sequence[_Asked]) -> list[ByGroup]:
+def _halve_anew(
+    traffic: Recording, asked: Sequence[_Asked], report: Callable[[float], None]
+) -> list[ByGroup]:
     """Compute halves that are not known, of which all but the settings are alike."""
     if not asked:
         return []
@@ -158,9 +173,14 @@ def _halve_anew(traffic: Recording, asked: Sequence[_Asked]) -> list[ByGroup]:
             dealt = {group: units.deal(traffic, own, window) for group, own in rows.items()}
         folds[window] = dealt
     weights, orderly = [], []
-    for weight, order in orders(traffic, common.serving.arrival, seed=common.options.mixed_seed):
+    served = orders(traffic, common.serving.arrival, seed=common.options.mixed_seed)
+    for number, (weight, order) in enumerate(served):
+
+        def report_order(share: float, before: int = number) -> None:
+            report((before + share) / len(served))
+
         weights.append(weight)
-        orderly.append(_in_one_order(traffic, order, settings, folds, names))
+        orderly.append(_in_one_order(traffic, order, settings, folds, names, report_order))
     return [_weigh(weights, parts) for parts in zip(*orderly, strict=True)]
 
 
@@ -184,6 +204,7 @@ def _in_one_order(
     settings: Sequence[Setting],
     folds: dict[int | None, dict[str | None, Folds]],
     names: frozenset[str],
+    report: Callable[[float], None],
 ) -> list[ByGroup]:
     """Return the figures of traffic that arrives in an order, of folds as it was recorded.
 
@@ -191,25 +212,34 @@ def _in_one_order(
     """
     ordered = put_in_order(traffic, order)
     recorded, rows = traffic.group_rows(), ordered.group_rows()
-    counted = list(counts_of(ordered, settings))
+    counted = list(counts_of(ordered, settings, lambda share: report(share * COUNTING)))
     halved: list[ByGroup] = [{} for _ in settings]
     # Windows of several sizes that have the same folds are made of the same parts.
     alike: dict[int, list[int]] = {}
     for number, setting in enumerate(settings):
         alike.setdefault(id(folds[setting.window]), []).append(number)
+    parts = sum(len(folds[settings[numbers[0]].window]) for numbers in alike.values())
+    done = 0
+
+    def report_part(share: float) -> None:
+        report(COUNTING + (1 - COUNTING) * (done + share) / parts)
+
     for numbers in alike.values():
         for group, dealt in folds[settings[numbers[0]].window].items():
-            fold = np.zeros(len(rows[None]), dtype=dealt.fold.dtype)
-            fold[recorded[group]] = dealt.fold
-            fold = (fold if order is None else fold[order])[rows[group]]
+            fold = dealt.fold
+            if order is not None:
+                fold = np.zeros(len(rows[None]), dtype=dealt.fold.dtype)
+                fold[recorded[group]] = dealt.fold
+                fold = check.at(check.at(fold, order), rows[group])
             part = _Dealt(ordered, rows[group], fold, dealt)
             halvings_of = {
                 number: _Halving(part, settings[number], counted[number][group], names)
                 for number in numbers
             }
-            part.tell([*halvings_of.values()])
+            part.tell([*halvings_of.values()], report_part)
             for number, halving in halvings_of.items():
                 halved[number][group] = halving.figures()
+            done += 1
     return halved
 
 
@@ -292,7 +322,7 @@ class _Dealt:
             table += np.bincount(cell, minlength=table.size).reshape(table.shape)
         return counts
 
-    def tell(self, halvings_of: Sequence[_Halving]) -> None:
+    def tell(self, halvings_of: Sequence[_Halving], report: Callable[[float], None]) -> None:
         """Tell halvings what each fold has of their windows.
 
         It is counted in the shortest windows, of which longer ones are made, and in those alone
@@ -324,6 +354,7 @@ class _Dealt:
                 for halving in halvings_of:
                     if id(halving.setting.placement) == placement:
                         halving.add(run, length, told)
+            report(run.stop / len(tokens))
 
     def _count(
         self,

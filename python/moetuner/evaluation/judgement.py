@@ -7,7 +7,7 @@ through optimization: How Facebook's ad delivery can lead to biased outcomes" (C
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -206,6 +206,7 @@ def judge(
     units: Units | None = None,
     price: float = PRICE,
     names: tuple[str, str] = ("before", "after"),
+    progress: Callable[[float], None] | None = None,
 ) -> Judgement:
     """Return what a change of placement does, by what both placements do to the same traffic.
 
@@ -229,6 +230,8 @@ def judge(
         Share up to which a gain is not worth the trouble of a change.
     names
         Names of the two placements.
+    progress
+        Called now and then with the share of the comparison that is done.
 
     Raises
     ------
@@ -250,6 +253,7 @@ def judge(
         check.instance(side, each, Evaluation, hint=", such as evaluate(placement, trace)")
     check.share("price", price)
     check.flag("by_group", by_group)
+    check.callable_or_none("progress", progress)
     if units is not None:
         check.instance("units", units, Units)
     if figure is not None:
@@ -267,7 +271,12 @@ def judge(
         units = _units_of(after.replayed) if units is None else units
         asked = {*measures, measure, "imbalance"} if measures else None
         changes = _measure_changes(
-            before.replayed, after.replayed, units, by_group=by_group, names=asked
+            before.replayed,
+            after.replayed,
+            units,
+            by_group=by_group,
+            names=asked,
+            progress=progress,
         )
     compared: dict[str | None, Comparisons] = {}
     for group, own in changes.items():
@@ -348,6 +357,7 @@ def _measure_changes(
     *,
     by_group: bool,
     names: Collection[str] | None,
+    progress: Callable[[float], None] | None = None,
 ) -> dict[str | None, dict[str, Spread]]:
     """Compute changes of some figures of all traffic (None), and of groups, from equal halves."""
     machines = [replace(each.setting.topology, name=None) for each in (before, after)]
@@ -359,7 +369,9 @@ def _measure_changes(
     alone = replace(after.setting, placement=before.setting.placement)
     if before.traffic is after.traffic and before.setting == alone:
         settings = [each.setting for each in (before, after)]
-        both = halve_each(after.traffic, settings, units, by_group=by_group, names=names)
+        both = halve_each(
+            after.traffic, settings, units, by_group=by_group, names=names, progress=progress
+        )
     else:
         both = [
             halve(each.traffic, each.setting, units, by_group=by_group, names=names)

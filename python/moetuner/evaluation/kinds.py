@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner import _checks as check
 from moetuner import _core
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
@@ -71,7 +72,7 @@ def kinds_of(
     """
     number = len(labels)
     assert trace.sequence is not None
-    label, of_sequence = np.searchsorted(labels, trace.sequence), np.zeros(number, dtype=np.int64)
+    label, of_sequence = check.ranks(trace.sequence, labels), np.zeros(number, dtype=np.int64)
     if trace.group is not None:
         of_sequence[label] = trace.group
     text, likeness = number_texts(trace, label, number)
@@ -167,20 +168,25 @@ def _list_passages(
     alike, size = float(((common / max(common.sum(), 1)) ** 2).sum()), PASSAGE
     if 0 < alike < 1:
         size = max(size, math.ceil(math.log(len(token) / BY_CHANCE) / -math.log(alike)))
-    order = np.argsort(label, kind="stable")
-    token, owner = token[order], label[order]
-    length = np.bincount(label, minlength=number)
-    first = np.repeat(np.cumsum(length) - length, length)
-    place = np.arange(len(token))
-    end = np.minimum(place + size, first + length[owner])
+    order, length = check.sorted_by(label, number), check.counts(label, number)
+    first, every = np.cumsum(length) - length, np.uint64(max(len(token) // PASSAGES, 1))
     # Sums of tokens times powers of an odd number: what is between two of them, shifted, is a code.
-    powers = np.cumprod(np.full(len(token), FACTOR, dtype=np.uint64))
-    sums = np.append(np.uint64(0), np.cumsum(token * powers))
-    shift = np.cumprod(np.full(len(token), pow(FACTOR, -1, 1 << 64), dtype=np.uint64))
-    code = (sums[end] - sums[place]) * shift
-    every = np.uint64(max(len(token) // PASSAGES, 1))
-    is_listed = ((end - place == size) | (place == first)) & ((code >> np.uint64(32)) % every == 0)
-    return code[is_listed], owner[is_listed]
+    longest = min(check.PIECE + size, len(token))
+    powers = np.cumprod(np.full(longest, FACTOR, dtype=np.uint64))
+    shift = np.cumprod(np.full(longest, pow(FACTOR, -1, 1 << 64), dtype=np.uint64))
+    codes, owners = [], []
+    for begin in range(0, max(len(token), 1), check.PIECE):
+        own = token[order[begin : begin + longest]]
+        sums = np.append(np.uint64(0), np.cumsum(own * powers[: len(own)]))
+        owner = label[order[begin : begin + check.PIECE]].astype(np.int64)
+        place = np.arange(begin, begin + len(owner))
+        end = np.minimum(place + size, first[owner] + length[owner])
+        code = (sums[end - begin] - sums[place - begin]) * shift[: len(place)]
+        is_long = (end - place == size) | (place == first[owner])
+        is_listed = is_long & ((code >> np.uint64(32)) % every == 0)
+        codes.append(code[is_listed])
+        owners.append(owner[is_listed])
+    return np.concatenate(codes), np.concatenate(owners)
 
 
 def _join_pairs(pairs: list[tuple[int, int]], number: int) -> Integers:
@@ -369,7 +375,7 @@ def loads_by(
         trace.top_k,
         [0] * trace.num_experts,
         rows=number,
-        most_tokens=int(np.bincount(label).max(initial=1)),
+        most_tokens=int(check.counts(label, number).max(initial=1)),
         visits=False,
     )
     first = 0

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner import _checks as check
 from moetuner import _core
 from moetuner._checks import ArgumentError, IdArray, instance
 from moetuner.evaluation import copies
@@ -298,13 +299,15 @@ class _Group:
             )
         self._mixed: dict[int, _core.LabelledReplay] = {}
         self._mixed_loads: dict[int, Numbers] = {}
-        self._place = np.empty(0, dtype=np.uint64)
+        self._place = np.empty(0, dtype=np.uint32)
         is_mixed = any(each.options.mixed for each in settings)
         if is_mixed and len(tokens) > self._window:  # one window is the same in any order
-            self._place = np.empty(len(tokens), dtype=np.uint64)
-            sequence = None if trace.sequence is None else trace.sequence[tokens]
+            sequence = None if trace.sequence is None else check.at(trace.sequence, tokens)
             order = mixed_order(sequence, len(tokens), seed=one.options.mixed_seed)
-            self._place[order] = np.arange(len(tokens), dtype=np.uint64)
+            self._place, place = np.empty(len(tokens), dtype=order.dtype), 0
+            for piece in check.pieces(order):
+                self._place[piece] = np.arange(place, place + len(piece))
+                place += len(piece)
             self._mixed = {at: self._mixed_replay(settings[at]) for at in self._replays}
 
     def _mixed_replay(self, setting: Setting) -> _core.LabelledReplay:
@@ -331,7 +334,7 @@ class _Group:
             checked = True
         if self._experts is not None:
             self._experts.push(ids, threads, checked=True)
-        place = self._place[begin:end]
+        place = self._place[begin:end].astype(np.uint64)
         for mixed in self._mixed.values():
             window = (place // self._window).astype(np.uint32)
             mixed.push(ids, window, threads, positions=place, checked=True)

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner import _checks as check
 from moetuner._checks import ArgumentError, is_number, seed_in, shown
 from moetuner.evaluation.kinds import (
     FEW_PER_GROUP,
@@ -171,9 +172,10 @@ class Units:
                 number = max(min(units // RUN, FOLDS), min(units, FEWEST_RUNS), 1)
             fold = np.arange(len(rows)) * number // max(len(rows), 1)
             return Folds(fold.astype(np.min_scalar_type(number)), number, units)
-        _, first, unit, sizes = np.unique(
-            label[rows], return_index=True, return_inverse=True, return_counts=True
-        )
+        label = check.at(label, rows)
+        labels = check.distinct(label)
+        unit = check.ranks(label, labels)
+        first, sizes = check.first_of(unit, len(labels)), check.counts(unit, len(labels))
         number = max(min(len(sizes), folds or FOLDS), 1)
         fold = np.empty(len(sizes), dtype=np.min_scalar_type(number))
         shortest = [(0, own) for own in range(number)]
@@ -183,13 +185,13 @@ class Units:
             size, own = heapq.heappop(shortest)
             fold[place] = own
             heapq.heappush(shortest, (size + int(sizes[place]), own))
-        return Folds(fold[unit], number, len(sizes))
+        return Folds(check.at(fold, unit), number, len(sizes))
 
     def of_tokens(self, sequence: NDArray[np.int32]) -> NDArray[np.int32]:
         """Return the unit of tokens of sequences [t]."""
         if self.sequences is None or self.kinds is None:
             return sequence
-        return self.kinds[np.searchsorted(self.sequences, sequence)].astype(np.int32)
+        return check.at(self.kinds.astype(np.int32), check.ranks(sequence, self.sequences))
 
 
 def units_of(traffic: Recording, *, window: int | None = None, threads: int | None = None) -> Units:
@@ -245,7 +247,7 @@ def _units_of_windows(table: RoutingStatistics) -> Units:
 
 def _units_of_sequences(trace: RoutingTrace) -> Units:
     """Return what is independent in a trace with sequences: these, or their kinds."""
-    labels = np.unique(cast("NDArray[np.int32]", trace.sequence))
+    labels = check.distinct(cast("NDArray[np.int32]", trace.sequence))
     kinds, likeness, all_alike = kinds_of(trace, labels)
     if kinds is None:
         return Units("sequence", len(labels), all_alike=all_alike)
@@ -459,9 +461,9 @@ def _draw(
     unit: NDArray[np.integer[Any]], share: float, rng: np.random.Generator
 ) -> NDArray[np.bool_]:
     """Draw a share of the units; return whose items [n] those are."""
-    labels = np.unique(unit)
+    labels = check.distinct(unit)
     count = min(max(round(share * labels.size), 1), labels.size - 1)
-    return np.isin(unit, rng.permutation(labels)[:count])
+    return check.among(unit, rng.permutation(labels)[:count])
 
 
 def alike_tokens(trace: Recording) -> int:

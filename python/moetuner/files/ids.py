@@ -1,4 +1,4 @@
-"""Where expert ids [T,L,K] are: in memory, in a file, or a selection or sequence of these.
+"""Where expert ids [T,L,K] are: in memory, in a file, or a selection, sequence or order of these.
 
 All give the same two things: valid shards in order, and one array. What lies in a file stays there
 until a shard of it is read, and is validated then.
@@ -29,6 +29,12 @@ LeftOut = tuple[int, tuple[int, ...]]
 COPIED_BYTES = 64 << 20
 # Tokens whose marks are counted together, to find the one of a number among them.
 MARKS = 1 << 12
+# Bytes between two tokens that are read from which the file is read anew behind them: reading and
+# checking as many takes as long as another call.
+GAP_BYTES = 1 << 16
+# Bytes of tokens in another order that are gathered at once. Where they lie all over a file, and it
+# is read for each of them several times over, there are no more than so many parts.
+GATHERED_BYTES, MOST_PARTS = 64 << 20, 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +52,7 @@ class Ids:
         None where all have experts, or nothing is known of others.
     """
 
-    parts: tuple[IdArray | IdsInFile | Ids, ...]
+    parts: tuple[IdArray | IdsInFile | ReorderedIds | Ids, ...]
     tokens: Mask = None
     layers: Numbers = None
     left_out: LeftOut | None = None
@@ -86,7 +92,7 @@ class Ids:
         return all(not isinstance(part, np.ndarray) and part.fresh for part in self.parts)
 
     @property
-    def whole(self) -> IdArray | IdsInFile | Ids | None:
+    def whole(self) -> IdArray | IdsInFile | ReorderedIds | Ids | None:
         """The only part, if all of it is selected."""
         is_whole = len(self.parts) == 1 and self.tokens is None and self.layers is None
         return self.parts[0] if is_whole else None
@@ -174,6 +180,15 @@ class Ids:
             return in_memory(_select(self.whole, tokens, layers))
         return Ids((self,), tokens, layers)
 
+    def reorder(self, order: NDArray[np.integer[Any]]) -> Ids:
+        """Return the numbered tokens [n] in this order.
+
+        Of a large array nothing is copied until it is read, as of a file.
+        """
+        if isinstance(self.whole, np.ndarray) and self.whole.nbytes <= COPIED_BYTES:
+            return in_memory(self.whole[order])
+        return Ids((ReorderedIds(self, frozen(order)),))
+
 
 @dataclass(frozen=True, eq=False)
 class IdsInFile:
@@ -213,30 +228,58 @@ class IdsInFile:
     def chosen(
         self, items: NDArray[np.integer[Any]], max_bytes: int, threads: int | None
     ) -> Iterator[IdArray]:
-        """Read and validate numbered tokens [n], and what lies between those of a piece."""
+        """Read and validate numbered tokens [n], whose numbers rise."""
         step = tokens_per_shard(self.shape, self.stored.dtype, max_bytes)
-        row = self.shape[1] * self.shape[2] * self.stored.dtype.itemsize
         self._check_unchanged()
         with self.path.open("rb", buffering=0) as file, naming(self.path):
-            first = 0
-            while first < len(items):
-                begin = int(items[first])
-                last = bisect_left(items, begin + step, first)
-                within = items[first:last] - begin
-                first = last
-                file.seek(self.stored.offset + begin * row)
-                ids = self._read(file, begin, int(within[-1]) + 1, threads)
-                yield ids if len(ids) == len(within) else ids[within]
-                del ids  # else the next piece is read while this one is still there
+            for first in range(0, len(items), step):
+                yield self._read_numbered(file, items[first : first + step], step, threads)
+
+    def _read_numbered(
+        self, file: IO[bytes], items: NDArray[np.integer[Any]], limit: int, threads: int | None
+    ) -> IdArray:
+        """Read and validate rising numbered tokens [n], at most so many at once.
+
+        What lies between two that are near each other is read, too, and not looked at.
+        """
+        _, layers, top_k = self.shape
+        row = layers * top_k * self.stored.dtype.itemsize
+        raw = np.empty((len(items), layers, top_k), self.stored.dtype)
+        runs = [*_runs(items, max(GAP_BYTES // row, 1), limit)]
+        for run in runs:
+            begin = int(items[run.start])
+            within = items[run] - begin
+            number = int(within[-1]) + 1
+            file.seek(self.stored.offset + begin * row)
+            if number == len(within):
+                self._fill(file, raw[run])
+            else:
+                read = np.empty((number, layers, top_k), raw.dtype)
+                self._fill(file, read)
+                raw[run] = read[within]
+                del read  # else the next run is read while this one is still there
+        try:
+            return valid(raw, self.num_experts, int(items[0]), threads)
+        except ValueError:
+            for number, ids in zip(items.tolist(), raw, strict=True):  # name the faulty token
+                valid(ids[None], self.num_experts, number, threads)
+            raise
 
     def _read(self, file: IO[bytes], first: int, tokens: int, threads: int | None) -> IdArray:
         """Read and validate so many tokens from where a file is, the first of this number."""
-        _, layers, top_k = self.shape
-        raw = np.fromfile(file, self.stored.dtype, tokens * layers * top_k)
-        missing = (tokens * layers * top_k - raw.size) * raw.itemsize
-        if missing:
-            raise ValueError(f"file shrank while it was read: {missing} bytes are missing")
-        return valid(raw.reshape(-1, layers, top_k), self.num_experts, first, threads)
+        raw = np.empty((tokens, *self.shape[1:]), self.stored.dtype)
+        self._fill(file, raw)
+        return valid(raw, self.num_experts, first, threads)
+
+    def _fill(self, file: IO[bytes], raw: NDArray[np.generic]) -> None:
+        """Read an array from where a file is."""
+        space, done = raw.reshape(-1).view(np.uint8), 0
+        while done < len(space):
+            count = cast(Any, file).readinto(space[done:])
+            if not count:
+                missing = len(space) - done
+                raise ValueError(f"file shrank while it was read: {missing} bytes are missing")
+            done += count
 
     def mapped(self) -> IdArray:
         """Map the file; its ids are not validated."""
@@ -254,6 +297,84 @@ class IdsInFile:
             )
         if self.path.stat().st_ino != self.inode:
             raise ValueError(f"{self.path}: file was replaced after it was loaded; load it again")
+
+
+@dataclass(frozen=True, eq=False)
+class ReorderedIds:
+    """Numbered tokens of other ids in an order of their own, gathered as they are read.
+
+    Parameters
+    ----------
+    ids
+        The others.
+    order
+        Their tokens [n], each once at most.
+    """
+
+    ids: Ids
+    order: NDArray[np.integer[Any]]
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes [n,L,K]."""
+        return (len(self.order), *self.ids.shape[1:])
+
+    @property
+    def dtype(self) -> IdType:
+        """Type of the shards."""
+        return self.ids.dtype
+
+    @property
+    def fresh(self) -> bool:
+        """Whether shards are validated when they are read."""
+        return self.ids.fresh
+
+    def shards(self, max_bytes: int, threads: int | None) -> Iterator[IdArray]:
+        """Gather runs of tokens."""
+        return self._gather(self.order, max_bytes, threads)
+
+    def chosen(
+        self, items: NDArray[np.integer[Any]], max_bytes: int, threads: int | None
+    ) -> Iterator[IdArray]:
+        """Gather numbered tokens [n]."""
+        return self._gather(self.order[items], max_bytes, threads)
+
+    def _gather(
+        self, order: NDArray[np.integer[Any]], max_bytes: int, threads: int | None
+    ) -> Iterator[IdArray]:
+        """Read tokens of an order in runs of at most so many bytes.
+
+        Those of several runs are read together, in the order in which they lie.
+        """
+        _, layers, top_k = self.shape
+        step = tokens_per_shard(self.shape, self.dtype, max_bytes)
+        many = max(self._tokens_at_once // step, 1) * step
+        for first in range(0, len(order), many):
+            numbers = order[first : first + many]
+            place = np.argsort(numbers)
+            ids: Any = np.empty((len(numbers), layers, top_k), self.dtype)
+            done = 0
+            for piece in self.ids.chosen(numbers[place], max_bytes, threads):
+                ids[place[done : done + len(piece)]] = piece
+                done += len(piece)
+                del piece  # else the next one is read while this one is still there
+            last = (len(ids) - 1) // step * step
+            for begin in range(0, last, step):
+                yield ids[begin : begin + step]
+            end = ids[last:].copy()
+            del ids  # else it is there while the next ones are gathered
+            yield end
+            del end
+
+    @cached_property
+    def _tokens_at_once(self) -> int:
+        """How many tokens are gathered at once: more where they lie all over the file."""
+        row = self.shape[1] * self.shape[2] * self.dtype.itemsize
+        # Beside each token's ids its number is held, and where it is put.
+        tokens = max(GATHERED_BYTES // (row + 16), 1)
+        apart = np.diff(np.sort(self.order[:tokens]))
+        read = int(apart[apart <= max(GAP_BYTES // row, 1)].sum())
+        return max(tokens, self.ids.shape[0] // MOST_PARTS if read > 2 * tokens else 0)
 
 
 def read_ahead(pieces: Iterator[IdArray]) -> Iterator[IdArray]:
@@ -284,6 +405,20 @@ def tokens_per_shard(shape: tuple[int, ...], dtype: np.dtype[Any], max_bytes: in
     if max_bytes < 1:
         raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
     return max(1, max_bytes // (shape[1] * shape[2] * dtype.itemsize))
+
+
+def _runs(items: NDArray[np.integer[Any]], gap: int, length: int) -> Iterator[slice]:
+    """Yield runs of rising numbers [n], each of which are in a range of at most such a length.
+
+    No two neighbours of a run are further apart than the gap.
+    """
+    ends = [*(np.flatnonzero(np.diff(items) > gap) + 1).tolist(), len(items)]
+    first = 0
+    for end in ends:
+        while first < end:
+            last = bisect_left(items, int(items[first]) + length, first, end)
+            yield slice(first, last)
+            first = last
 
 
 def _cut(ids: IdArray, max_bytes: int) -> Iterator[IdArray]:

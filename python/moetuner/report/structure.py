@@ -49,6 +49,10 @@ ITERATIONS = 200_000
 # would leave some cells with a pair and others without, which a search takes for structure.
 COUNTS_PER_CELL = 1 << 16
 
+# What takes time, as passes over half of a trace: counts of both, two crossings, halves of one, and
+# hot experts.
+HALVES, PASSES = 3, 8
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Structure(Frozen):
@@ -153,8 +157,12 @@ def structure(
     topology, seed, threads = Topology(devices), seed_in(seed), threads_in(threads)
     at_least("max_imbalance", max_imbalance, 1)
     held_out = traffic.ordered and traffic.length > 1
+
+    def report_pass(number: int, passes: int = 1) -> Callable[[float], None] | None:
+        return progress and (lambda share: progress((number + passes * share) / PASSES))
+
     parts = hold_out(traffic, 0.5 if held_out else 0, seed=seed)
-    seen, unseen = (_pairs(part, threads, progress, at) for at, part in enumerate(parts))
+    seen, unseen = (_pairs(part, threads, report_pass(at)) for at, part in enumerate(parts))
     statistics = seen + unseen if held_out else seen
     load = statistics.total_load
     loads = loads_by_group(traffic, threads)
@@ -167,10 +175,14 @@ def structure(
         result = solve(problem, method, seed=seed, iterations=ITERATIONS, threads=threads)
         return result.uninterrupted().placement
 
-    def crossing(placement: Placement, unseen: RoutingTrace | RoutingStatistics) -> float | None:
+    def crossing(
+        placement: Placement, unseen: RoutingTrace | RoutingStatistics, number: int | None = None
+    ) -> float | None:
         evaluation = evaluate(
             placement, unseen, window=None, cost_model=None, mixed=False, threads=threads
         )
+        if number is not None and (report := report_pass(number)):
+            report(1.0)
         return evaluation.crossing
 
     tables = statistics.transitions_or_empty
@@ -179,16 +191,17 @@ def structure(
         rng = np.random.default_rng(seed)
         chance = tuple(_bits(_drawn(table, rng)) for table in tables)
         bits = tuple(max(_bits(t) - c, 0.0) for t, c in zip(tables, chance, strict=True))
-        contiguous = crossing(placed("contiguous", seen), unseen)
+        contiguous = crossing(placed("contiguous", seen), unseen, 2)
         if held_out:
             placement = placed("heuristic", seen)
-            searched = crossing(placement, parts[1])
+            searched = crossing(placement, parts[1], 3)
             null = crossing(placed("heuristic", _independent(seen)), _independent(unseen))
             gain = _gain(
                 Setting(placement, Serving(topology, window=None), ReplayOptions(threads=threads)),
                 traffic,
                 parts[1],
                 null,
+                report_pass(4, HALVES),
             )
     total = load.sum(axis=1, dtype=np.float64)
     return Structure(
@@ -217,28 +230,32 @@ def structure(
 
 
 def _gain(
-    setting: Setting, traffic: Recording, unseen: Recording, null: float | None
+    setting: Setting,
+    traffic: Recording,
+    unseen: Recording,
+    null: float | None,
+    progress: Callable[[float], None] | None,
 ) -> tuple[float, float] | None:
     """Compute the interval of the null less the crossing of unseen traffic, by its units."""
     units = units_of(traffic, threads=setting.options.threads)
-    crossing = spread(*halve(unseen, setting, units, by_group=False)[None]["crossing"])
+    halved = halve(unseen, setting, units, by_group=False, progress=progress)
+    crossing = spread(*halved[None]["crossing"])
     if null is None or crossing.interval is None or crossing.units < FEWEST:
         return None
     return null - crossing.interval[1], null - crossing.interval[0]
 
 
 def _pairs(
-    traffic: Recording, threads: int | None, progress: Callable[[float], None] | None, half: int
+    traffic: Recording, threads: int | None, progress: Callable[[float], None] | None
 ) -> RoutingStatistics:
-    """Count the load and the transitions of one of two halves of a trace."""
-    share_of_both = None if progress is None else lambda share: progress((half + share) / 2)
+    """Count the load and the transitions of a half of a trace."""
     return as_counts(
         traffic,
         window=None,
         coactivation=False,
         sets=False,
         threads=threads,
-        progress=share_of_both,
+        progress=progress,
     )
 
 

@@ -251,7 +251,7 @@ class Placed:
                 options,
                 progress=shares(report, "of the tokens", then="figures"),
             )
-        with working("comparing"):
+        with working("comparing") as report:
             return judge(
                 before,
                 after,
@@ -260,6 +260,7 @@ class Placed:
                 by_group=by_group,
                 units=units_of(self.source.traffic, window=self.source.replayed),
                 names=names,
+                progress=shares(report, "", then="intervals"),
             )
 
     def _measures(self, more: Iterable[str]) -> tuple[str, ...]:
