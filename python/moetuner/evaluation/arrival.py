@@ -8,6 +8,7 @@ is, so both are looked at.
 from __future__ import annotations
 
 import heapq
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,7 +64,12 @@ def mixed_order(sequence: NDArray[np.int32] | None, tokens: int, *, seed: int = 
     rng = np.random.default_rng(seed)
     kind: type[np.signedinteger[Any]] = np.int32 if tokens < 1 << 31 else np.int64
     if sequence is None:
-        return rng.permutation(np.arange(tokens, dtype=kind))
+        order = np.arange(tokens, dtype=kind)
+        # It takes seconds for many tokens; who waits for a thread hears Ctrl-C.
+        shuffling = threading.Thread(target=rng.shuffle, args=(order,), daemon=True)
+        shuffling.start()
+        shuffling.join()
+        return order
     if not tokens:
         return np.empty(0, dtype=kind)
     # Sequence by sequence, in the order of their labels, which is that of most recordings.
