@@ -72,10 +72,13 @@ def command(
     source = source.with_hints(read_hints(placement_file))
     placed = Placed.read(placement_file, source, machine, serving)
     files = profile_files or _named(placed.made, placement_file, *source.input_files)
-    only = () if profile_files else placed.made.input.only or ()
+    # Groups that were placed for are the profile's; an option chooses among those of INPUT alone.
+    only = placed.made.input.only or ()
+    if profile_files and not source.only:  # a file of these groups alone, perhaps
+        only = ()
     # The groups of INPUT are no groups of the profile, whose own the placement remembers.
     names = FILES if source.group_by == FILES else None
-    profile = replace(placed.source, input_files=files, only=only or source.only, group_by=names)
+    profile = replace(placed.source, input_files=files, only=only, group_by=names)
     profile = profile.as_placed(placed.made, placement_file)
     on_profile = replace(placed, source=profile)
     if fail_if_drift or fail_if_worse is not None:
@@ -173,9 +176,10 @@ def _named(made: Made, *beside: Path) -> tuple[Path, ...]:
     """Return the files that a placement names as its input, here or beside others."""
     names = made.input.files or ()
     for folder in (Path(), *(path.parent for path in beside)):
-        files = tuple(folder / name for name in names)
-        if files and all(path.exists() for path in files):
-            return files
+        for places in (names, [Path(name).name for name in names]):
+            files = tuple(folder / place for place in places)
+            if files and all(path.exists() for path in files):
+                return files
     where = f" ({', '.join(names)} is not here)" if names else ""
     raise click.UsageError(
         f"Missing option '--profile', what PLACEMENT was computed from{where}: a trace, statistics "

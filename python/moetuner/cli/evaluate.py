@@ -134,7 +134,7 @@ def command(
         contents |= files | judgement.after.to_dict() | {"gain": judgement.gain.to_dict()}
         if by_group or pages.wanted:
             contents |= as_json({"running": judgement.before, "judgement": judgement})
-        contents |= {"failed": bool(failures)}
+        contents |= {"failed": bool(failures), "failures": failures}
     output.finish(contents)
     return FAILED if failures else 0
 

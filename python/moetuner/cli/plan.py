@@ -19,9 +19,12 @@ from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
 from moetuner.cli.recipes import to_serve
 from moetuner.cost import bytes_of_expert
+from moetuner.evaluation.arrival import orders, put_in_order
 from moetuner.evaluation.losses import DOMAINS, Domain
 from moetuner.files import replacing
 from moetuner.placement import Placement
+from moetuner.problem.made import Made
+from moetuner.recording import AnyRecording, Recording
 from moetuner.report.findings import Finding
 from moetuner.report.words.traffic import write_change
 from moetuner.solver import Plan, plan, plan_losses
@@ -122,14 +125,16 @@ def command(
         expert_bytes = bytes_of_expert(size, source.traffic.model or running.model, bits)
     contents: dict[str, Any] = {"input": source.facts(), "running": str(running_file)}
     contents |= {"expert_bytes": expert_bytes, "topology": topology.to_dict()}
+    traffic = _as_it_arrives(source.traffic, made)
     if table_file is not None:
-        contents |= _plan_losses(output, running, source, topology, change, table_file)
+        window = source.replayed
+        contents |= _plan_losses(output, running, traffic, window, topology, change, table_file)
         output.finish(contents)
         return
     with working("planning"):
         planned = plan(
             running,
-            source.traffic,
+            traffic,
             without=change.without,
             retire=change.retire,
             join=change.join,
@@ -164,6 +169,13 @@ def command(
     output.next_commands(following)
     contents["commands"] = [*map(str, following)]
     output.finish(contents)
+
+
+def _as_it_arrives(traffic: AnyRecording, made: Made) -> AnyRecording:
+    """Return traffic in the order in which a placement is served most of the time."""
+    arrival = made.serving.get("arrival", "bursts")
+    _, order = max(orders(traffic, arrival), key=lambda weighed: weighed[0])
+    return put_in_order(traffic, order)
 
 
 def _show(
@@ -204,7 +216,8 @@ def _machine(running: Placement) -> dict[str, int]:
 def _plan_losses(
     output: Output,
     running: Placement,
-    source: Source,
+    traffic: Recording,
+    window: int | None,
     topology: Topology,
     change: Change,
     table_file: Path,
@@ -213,9 +226,7 @@ def _plan_losses(
     domain = change.every_loss
     assert domain is not None
     with working("planning"):
-        plans = plan_losses(
-            running, source.traffic, domain, topology=topology, window=source.replayed
-        )
+        plans = plan_losses(running, traffic, domain, topology=topology, window=window)
     number = topology.devices if domain == "device" else topology.nodes
     if not plans:
         raise click.ClickException(

@@ -56,7 +56,10 @@ class Reading:
         """Return how options read a recording, of those fields that they have."""
         names = [own.name for own in fields(cls) if hasattr(options, own.name)]
         read: dict[str, Any] = {name: getattr(options, name) for name in names}
-        files = tuple(path.name for path in options.input_files)
+        # A path from here is found again from here; one of the whole machine is nobody else's.
+        files = tuple(
+            path.name if path.is_absolute() else str(path) for path in options.input_files
+        )
         return cls(**{**read, "files": files, **recording.size})
 
     @classmethod

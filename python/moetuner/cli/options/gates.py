@@ -13,7 +13,7 @@ from moetuner.cli.options.placed import Placed
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.judgement import MEASURES, Judgement
 from moetuner.files import text
-from moetuner.files.cells import percent, signed
+from moetuner.files.cells import percent
 
 TIME = "predicted_layer_us"
 
@@ -71,8 +71,8 @@ class Gates:
         worse = [] if limit is None else judgement.worse(limit / 100, measures=self.judged)
         for worst in worse[:1]:
             yield (
-                f"failed: {text.name(worst.group)} got worse by {signed(worst.change.value)} in "
-                f"{FIGURES[worst.measure].label}, more than {limit:g} %"
+                f"failed: {text.name(worst.group)} has {percent(worst.change.value)} more "
+                f"{FIGURES[worst.measure].label}; the gate allows {limit:g} %"
             )
         for measure in () if least is None else self.judged:
             gain, label = judgement.whole[measure], FIGURES[measure].label
@@ -81,8 +81,8 @@ class Gates:
                 yield f"failed: no gain in {label} is certain{doubt}"
             elif least is not None and 100 * gain.low < least:
                 yield (
-                    f"failed: the gain in {label} may be as low as {percent(gain.low)}, below "
-                    f"{least:g} %"
+                    f"failed: the gain in {label} is {percent(gain.gain)}, but its 95 % interval "
+                    f"begins at {100 * gain.low:.2f} %; the gate asks for {least:g} %"
                 )
 
     def facts(self) -> dict[str, Any]:

@@ -310,6 +310,12 @@ class Placed:
         if now is not None and sizes and now not in sizes:
             where = phases.words(sizes) or f"windows of {next(iter(sizes)):,} tokens"
             yield f"The placement was computed for {where}; judged in windows of {now:,}."
+        others = [size for size in sizes if size != now]
+        if now in sizes and others and self.source.traffic.ordered:
+            yield (
+                f"Judged in windows of {now:,} tokens; the placement is for windows of "
+                f"{others[0]:,}, too: --window {others[0]} judges it there."
+            )
         pairs = [*self.serving.differences(made.serving)]
         groups, recorded = list(self.source.only), made.input.only
         if recorded is not None and groups != [*recorded]:

@@ -154,7 +154,7 @@ CLAUSES: dict[str, Clause] = {
         f"the gap to the independence null ({_interval(low, high)}) may be chance"
     ),
     "structure": lambda voice, kept, low, high: (
-        f"a placement keeps {percent(kept)} more of the transitions ({_interval(low, high)}) on "
+        f"a placement keeps {100 * kept:.1f} more of 100 transitions ({_interval(low, high)}) on "
         "their device than the independence null, because neighbouring layers route together"
     ),
     "contiguous placement": lambda voice, imbalance, us: (
