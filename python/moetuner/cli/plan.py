@@ -22,9 +22,10 @@ from moetuner.cost import bytes_of_expert
 from moetuner.evaluation.arrival import orders, put_in_order
 from moetuner.evaluation.losses import DOMAINS, Domain
 from moetuner.files import replacing
+from moetuner.formats.hints import Traffic
 from moetuner.placement import Placement
 from moetuner.problem.made import Made
-from moetuner.recording import AnyRecording, Recording
+from moetuner.recording import AnyRecording
 from moetuner.report.findings import Finding
 from moetuner.report.words.traffic import write_change
 from moetuner.solver import Plan, plan, plan_losses
@@ -216,7 +217,7 @@ def _machine(running: Placement) -> dict[str, int]:
 def _plan_losses(
     output: Output,
     running: Placement,
-    traffic: Recording,
+    traffic: Traffic,
     window: int | None,
     topology: Topology,
     change: Change,
