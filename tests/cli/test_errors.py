@@ -179,13 +179,6 @@ def test_errors_are_one_line(run, folder, monkeypatch, command, words):
     assert sorted(folder.iterdir()) == files
 
 
-def test_an_engine_without_maps_is_no_misspelling(run, folder):
-    """Who exports to vLLM is told what takes the placement there, not of vllm-ascend."""
-    status, out, err = run("export", folder / "p.json", "--to", "vllm", "--out", folder / "x.json")
-    assert (status, out, err.count("\n")) == (2, "", 1)
-    assert err.endswith("(MOETUNER_PLACEMENT=placement.json, docs/engines/plugins.md).\n")
-
-
 PANIC = "the core panicked at rust/x.rs:1:2: of\nno use"
 
 
