@@ -102,6 +102,7 @@ compare TRACE --devices 4 --methods ebpl | Did you mean eplb?
 advise TRACE --devices 4 --copies some | must be numbers as in 0,1,2,4
 advise TRACE --devices 4 --initial x.json | must be a file, contiguous, round_robin, eplb or eplb:N
 advise TRACE --devices 4 --initial roundrobin | Did you mean round_robin?
+solve TRACE --devices 4 --initial epbl:4 | Did you mean eplb?
 advise TRACE --devices 4 --unseen LOAD | --unseen must be a trace like traffic, got counts
 advise LOAD --devices 4 --unseen TRACE | --unseen must be counts like traffic, got a trace
 advise TRACE --devices 4 --report page.pdf | must end in .html
