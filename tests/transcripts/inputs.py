@@ -274,6 +274,22 @@ def named_responses(path: Path) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def uneven_memra(path: Path) -> None:
+    """Write a map of memra with three experts on one card, and an entry rank of the other."""
+    fields = {"format": "memra-ep-map-v1", "ranks": 2, "entry_rank": 1, "expert_count": 4}
+    fields["layers"] = [{"layer": 3, "assignment": [0, 0, 0, 1]}]
+    path.write_text(json.dumps(fields))
+
+
+def reversed_ascend(path: Path) -> None:
+    """Write a map of vllm-ascend whose layers and devices stand in reverse order."""
+    mt.write_placement(placement(2), "vllm-ascend", path)
+    fields = json.loads(path.read_text())
+    fields["layer_list"].reverse()
+    fields["layer_list"][1]["device_list"].reverse()
+    path.write_text(json.dumps(fields))
+
+
 MACHINE = {"devices": 4, "devices_per_node": 2, "speed": [1, 1, 1, 2]}
 GOLDEN_FILES = {
     "ascend": ["workload.npz"],
@@ -354,6 +370,8 @@ INPUTS: dict[str, Callable[[Path], object]] = {
     "named.jsonl": named_responses,
     "of-others.csv": lambda path: path.write_text("id,kind\nr0,code\nr2,chat\n"),
     "of-both.csv": lambda path: path.write_text("id,kind\nr0,code\nr0,chat\nr1,code\n"),
+    "uneven-memra.json": uneven_memra,
+    "reversed-ascend.json": reversed_ascend,
     "one-window.npz": lambda path: np.savez(path, load=loads(1)),
     "mixtral-loads.npz": lambda path: np.savez(path, load=loads(40), model="mixtral-8x7b"),
     "loads.csv": rows_of_loads,
