@@ -254,6 +254,22 @@ def of_a_minority() -> mt.RoutingTrace:
     return mt.RoutingTrace.from_arrays(ids, num_experts=8, sequence=np.arange(6000) // 50, **labels)
 
 
+def hot_loads() -> np.ndarray:
+    """Return a load table whose first layer has an expert with half of the tokens."""
+    load = loads(40)
+    load[:, 0, 1] = load[:, 0].sum(axis=1) - load[:, 0, 1]
+    return load
+
+
+def with_hot_expert() -> mt.RoutingTrace:
+    """Return a trace in which one expert of each layer takes most tokens, at random."""
+    liking = np.zeros(EXPERTS)
+    liking[1] = 3
+    noise = np.random.default_rng(0).gumbel(size=(12_288, LAYERS, EXPERTS))
+    ids = np.argsort(-(liking + noise), axis=2)[..., :2]
+    return mt.RoutingTrace.from_arrays(ids, num_experts=EXPERTS, sequence=np.arange(12_288) // 64)
+
+
 def of_plugin(folder: Path) -> None:
     """Write load tables as two processes of the plugin record them."""
     for process, part in ((7, loads(3)), (8, loads(3, seed=1))):
@@ -370,6 +386,8 @@ INPUTS: dict[str, Callable[[Path], object]] = {
     "named.jsonl": named_responses,
     "of-others.csv": lambda path: path.write_text("id,kind\nr0,code\nr2,chat\n"),
     "of-both.csv": lambda path: path.write_text("id,kind\nr0,code\nr0,chat\nr1,code\n"),
+    "hot-loads.npz": lambda path: np.savez(path, load=hot_loads()),
+    "hot.safetensors": lambda path: with_hot_expert().save(path),
     "uneven-memra.json": uneven_memra,
     "reversed-ascend.json": reversed_ascend,
     "one-window.npz": lambda path: np.savez(path, load=loads(1)),
