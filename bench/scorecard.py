@@ -503,12 +503,12 @@ def list_commands() -> Iterator[tuple[str, Case]]:
             *("--splits", "2", "--regime", "follow", "--max-imbalance", "1.05"),
         ),
         "evaluate": ("evaluate", "placement.json", "trace"),
-        "audit": ("audit", "placement.json", "trace"),
+        "evaluate --by-group": ("evaluate", "placement.json", "trace", "--by-group"),
         "advise": ("advise", "trace", *machine, "--copies", "0,1"),
         "export": ("export", "placement.json", "--to", "eplb", "--out", "map.npz"),
         "convert": ("convert", "trace", "--out", "again.safetensors"),
         "verify": ("verify", "certificate.json", "trace", *machine),
-        "report": ("report", "placement.json", "trace", "--out", "page.html"),
+        "evaluate --report": ("evaluate", "placement.json", "trace", "--report", "page.html"),
     }
     for name, words in rows.items():
         yield f"moetuner {name}", lambda words=words: run_command(words)

@@ -35,6 +35,7 @@ __all__ = [
     "forget_pools",
     "instruction_sets",
     "keep_slots",
+    "loads_after_losses",
     "match_best",
     "match_devices",
     "merge_sets",
@@ -483,6 +484,16 @@ def replicate_experts(
     that lower the time of the slowest; with 0 this is DeepSeek's balancer, less second copies on a
     device. ``rules`` are kept, all but caps.
     Returns slots [L,D,S], -1 for an empty one.
+    """
+
+def loads_after_losses(
+    slots: NDArray[np.int32], load: NDArray[np.float64], domain: list[int]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Compute loads of devices after every loss, where copies share evenly.
+
+    Takes slots [L,D,S] with -1 for an empty one, load [L,E] and the failure domain of every
+    device [D]. Returns loads of devices after the loss of each domain [F,L,D], 0 of those that are
+    lost, and how many experts are lost as a whole [F,L]. It costs what losses change.
     """
 
 def adapt_slots(

@@ -3,7 +3,6 @@
 use std::time::{Duration, Instant};
 
 use super::terms::Terms;
-use super::terms::balance::Balance;
 use super::{EMPTY, Layer, Move, Slots};
 use crate::anneal::{self, Blocks, Length, Ramp};
 use crate::control::Control;
@@ -83,12 +82,10 @@ pub(super) fn search(
     let begin = Instant::now();
     let mut slots = start.clone();
     let mut terms = Terms::new(layer, &slots);
-    let mut best =
-        (if effort.quick { terms.slowest(layer) } else { terms.cost(layer) }, slots.expert_in.clone());
+    let mut best = (if effort.quick { terms.slowest() } else { terms.cost() }, slots.expert_in.clone());
     // What a slot may hold instead, where slots are to spare: any expert or, as the last of them, nothing.
     let kinds = if layer.has_spare() { layer.experts + usize::from(effort.empties) } else { 0 };
-    let has_few_windows =
-        layer.windows.count <= FEW_WINDOWS && terms.balance.as_ref().and_then(Balance::peak).is_some();
+    let has_few_windows = layer.windows.count <= FEW_WINDOWS && terms.peak().is_some();
     let last = if has_few_windows { COLDEST } else { schedule.last };
     let typical = typical_change(layer, &mut terms, &slots, kinds, schedule, random, control);
     let time = time.map(|time| time.saturating_sub(begin.elapsed()));
@@ -104,10 +101,10 @@ pub(super) fn search(
                 continue;
             }
             let limit = temperature * OUT_OF_QUESTION;
-            let Some(change) = terms.change(layer, &slots, step, limit) else { continue };
+            let Some(change) = terms.change(&slots, step, limit) else { continue };
             if accepts(change, temperature, random.bits()) {
-                terms.apply(layer, &mut slots, step);
-                let cost = if effort.quick { f64::INFINITY } else { terms.cost(layer) };
+                terms.apply(&mut slots, step);
+                let cost = if effort.quick { f64::INFINITY } else { terms.cost() };
                 if cost < best.0 {
                     best.0 = cost;
                     best.1.clone_from(&slots.expert_in);
@@ -116,7 +113,7 @@ pub(super) fn search(
         }
     });
     if effort.quick {
-        let slowest = terms.slowest(layer);
+        let slowest = terms.slowest();
         if slowest <= best.0 {
             return (slowest, slots);
         }
@@ -129,7 +126,7 @@ pub(super) fn search(
 fn proposal(
     layer: &Layer,
     slots: &Slots,
-    terms: &Terms,
+    terms: &Terms<'_>,
     kinds: usize,
     put: u64,
     random: &mut Random,
@@ -138,7 +135,7 @@ fn proposal(
     let (mut p, other) = (scale(bits >> 32, count), random.bits() >> 32);
     // Where one device is what counts, few others are worth a look.
     if bits & AIMED == AIMED
-        && let Some(slots) = terms.costliest(layer, random).map(|device| slots.of(device))
+        && let Some(slots) = terms.costliest(random).map(|device| slots.of(device))
         && !slots.is_empty()
     {
         p = slots.start + scale(bits >> 32, slots.len());
@@ -154,7 +151,7 @@ fn proposal(
 /// The median of what proposals would change the cost by, up or down; those that change nothing left out.
 fn typical_change(
     layer: &Layer,
-    terms: &mut Terms,
+    terms: &mut Terms<'_>,
     slots: &Slots,
     kinds: usize,
     schedule: Schedule,
@@ -165,9 +162,8 @@ fn typical_change(
         .take_while(|_| !control.stopped())
         .filter_map(|_| {
             let step = proposal(layer, slots, terms, kinds, schedule.put, random);
-            let change = slots
-                .allows(&layer.site, step)
-                .then(|| terms.change(layer, slots, step, f64::INFINITY))??;
+            let change =
+                slots.allows(&layer.site, step).then(|| terms.change(slots, step, f64::INFINITY))??;
             (change != 0.0).then_some(change.abs())
         })
         .collect();

@@ -7,8 +7,7 @@ use rayon::prelude::*;
 
 use super::budget::per_copy;
 use super::slots::Share;
-use super::terms::balance::Balance;
-use super::terms::{Terms, linear};
+use super::terms::Terms;
 use super::turns::{Links, beside, prices};
 use super::{Layer, Move, Slots, Split};
 use crate::control::Control;
@@ -63,9 +62,9 @@ struct Limits {
 
 /// A layer on its way down.
 struct Descent<'a> {
-    layer: &'a mut Layer,
+    layer: &'a Layer,
     slots: Slots,
-    terms: Terms,
+    terms: Terms<'a>,
     /// What runs.
     running: &'a Slots,
     /// Best exchange of two devices, and on the diagonal the best new content of a slot `[D, D]`.
@@ -82,8 +81,17 @@ struct Descent<'a> {
 }
 
 impl<'a> Descent<'a> {
-    fn new(layer: &'a mut Layer, slots: Slots, running: &'a Slots, control: &'a Control) -> Self {
-        let terms = Terms::new(layer, &slots);
+    fn new(
+        layer: &'a Layer,
+        slots: Slots,
+        running: &'a Slots,
+        serve_cost: Option<Vec<f64>>,
+        control: &'a Control,
+    ) -> Self {
+        let mut terms = Terms::new(layer, &slots);
+        if let Some(serve_cost) = serve_cost {
+            terms.price_serving(serve_cost, &slots);
+        }
         let best = vec![None; layer.devices() * layer.devices()];
         let (fresh, top, slow, is_costly) = (false, None, vec![], None);
         let mut descent = Self { layer, slots, terms, running, best, fresh, top, slow, is_costly, control };
@@ -94,7 +102,7 @@ impl<'a> Descent<'a> {
     /// Finds the slowest devices; the ones of other windows than before, or where there is more to gain now.
     fn find_slow(&mut self) -> Vec<u16> {
         let mut slow = vec![(vec![], 0.0); self.layer.devices()];
-        if let Some(peak) = self.terms.balance.as_ref().and_then(Balance::peak) {
+        if let Some(peak) = self.terms.peak() {
             for (window, device, lead) in peak.slowest() {
                 slow[device].0.push(window);
                 slow[device].1 += lead;
@@ -111,7 +119,7 @@ impl<'a> Descent<'a> {
 
     /// Finds the devices that cost most where losses count; those that did not before.
     fn find_costly(&mut self) -> Vec<u16> {
-        let costly = self.terms.after_losses().filter(|_| !self.is_linear()).map(|powers| {
+        let costly = self.terms.after_losses().filter(|_| !self.terms.has_linear()).map(|powers| {
             let mut order: Vec<usize> = (0..powers.len()).collect();
             order.sort_by(|&g, &h| powers[h].total_cmp(&powers[g]));
             let mut costly: Vec<bool> = self.slow.iter().map(|slow| slow.1 > 0.0).collect();
@@ -138,9 +146,9 @@ impl<'a> Descent<'a> {
 
     /// Whether the slowest devices bound what a step gains: where they, and what is linear, are all that costs.
     fn is_bounded(&self) -> bool {
-        let layer = &*self.layer;
+        let layer = self.layer;
         let shares = layer.site.split != Split::Nearest || layer.slots() == layer.experts;
-        shares && self.terms.are_of_slowest() && self.terms.caps.peak_excess(layer) == 0.0
+        shares && self.terms.are_of_slowest() && self.terms.excess() == 0.0
     }
 
     /// What a step gains at the most where a device is the slowest: there, the largest load falls by no more than that
@@ -161,15 +169,14 @@ impl<'a> Descent<'a> {
 
     /// What a step gains at the least, in cost, to be worth something.
     fn least_gain(&self) -> f64 {
-        LEAST_GAIN * self.terms.cost(self.layer)
+        LEAST_GAIN * self.terms.cost()
     }
 
     /// What an allowed step is worth, if it relieves caps or gains more than this; what surely gains less may be left out
     /// where nothing is above the caps.
     fn judge(&mut self, step: Move, least: f64, is_under: bool) -> Option<Choice> {
-        let layer = &*self.layer;
         let limit = if is_under { -least } else { f64::INFINITY };
-        let (rise, added) = self.terms.rise(layer, &self.slots, step, limit);
+        let (rise, added) = self.terms.rise(&self.slots, step, limit);
         if rise > LEAST_RELIEF {
             return None;
         }
@@ -177,7 +184,7 @@ impl<'a> Descent<'a> {
         if relief == 0.0 && -added <= least {
             return None;
         }
-        let (moves, gain) = (self.slots.brings(self.running, step), -added / layer.windows.scale);
+        let (moves, gain) = (self.slots.brings(self.running, step), -added / self.layer.windows.scale);
         let part = per_copy(moves as f64);
         let worth = (relief * part, gain * part);
         Some(Choice { step, moves, gain, worth })
@@ -197,8 +204,8 @@ impl<'a> Descent<'a> {
         }
         if let Some(relief) = limits.relief {
             let mut gain = relief.min(self.relieves(step));
-            if self.is_linear() {
-                gain -= self.terms.linear_change(self.layer, &self.slots, step);
+            if self.terms.has_linear() {
+                gain -= self.terms.linear_change(&self.slots, step);
             }
             if gain <= least {
                 return;
@@ -211,18 +218,14 @@ impl<'a> Descent<'a> {
         }
     }
 
-    fn is_linear(&self) -> bool {
-        self.layer.costs.has_linear()
-    }
-
     /// Looks at all exchanges of two devices, or (of one) at all contents of its slots.
     fn look(&mut self, g: usize, h: usize) {
         let mut best: Option<Choice> = None;
         let bounded = self.is_bounded();
         let relief = if g == h { f64::INFINITY } else { self.slow[g].1 + self.slow[h].1 };
-        let is_under = self.terms.caps.peak_excess(self.layer) == 0.0;
+        let is_under = self.terms.excess() == 0.0;
         let limits = Limits { relief: bounded.then_some(relief), least: self.least_gain(), is_under };
-        if !bounded || relief > 0.0 || self.is_linear() {
+        if !bounded || relief > 0.0 || self.terms.has_linear() {
             for p in self.slots.of(g) {
                 if self.control.stopped() {
                     return;
@@ -295,7 +298,7 @@ impl<'a> Descent<'a> {
             }
             touched.extend(edit.from.into_iter().chain(edit.to));
         }
-        self.terms.apply(self.layer, &mut self.slots, step);
+        self.terms.apply(&mut self.slots, step);
         touched.extend(self.find_slow());
         touched
     }
@@ -318,7 +321,7 @@ impl<'a> Descent<'a> {
 
     /// By what part the layer exceeds its cap.
     fn excess(&self) -> f64 {
-        self.terms.caps.peak_excess(self.layer)
+        self.terms.excess()
     }
 
     /// All steps of the layer, where nothing that other layers do matters to it.
@@ -372,7 +375,7 @@ fn join(layers: Vec<Steps>, mut moved: i64) -> Vec<Step> {
 /// The answer does not depend on the number of threads.
 #[must_use]
 pub fn descend(
-    layers: &mut [Layer],
+    layers: &[Layer],
     start: Vec<Slots>,
     running: &[Slots],
     links: Links<'_>,
@@ -380,19 +383,20 @@ pub fn descend(
     control: &Control,
 ) -> Vec<Step> {
     let linked = !links.transitions.is_empty();
-    for l in (0..layers.len()).filter(|_| linked && !control.stopped()) {
-        layers[l].costs.serve_cost = prices(&layers[l], beside(&start, l), links, l);
-    }
+    let serving = |l: usize| prices(&layers[l], beside(&start, l), links, l);
+    let priced = (0..layers.len()).map(|l| (linked && !control.stopped()).then(|| serving(l)));
+    let priced: Vec<Option<Vec<f64>>> = priced.collect();
     let mut moved: i64 = start.iter().zip(running).map(|(slots, running)| slots.moved_from(running)).sum();
-    let begin = |((layer, slots), running)| {
+    let begin = |(((layer, slots), running), serve_cost)| {
         if control.stopped() {
             return None;
         }
-        let mut descent = Descent::new(layer, slots, running, control);
+        let mut descent = Descent::new(layer, slots, running, serve_cost, control);
         descent.choose(max_moves - moved);
         Some(descent)
     };
-    let all: Option<Vec<Descent<'_>>> = layers.par_iter_mut().zip(start).zip(running).map(begin).collect();
+    let all: Option<Vec<Descent<'_>>> =
+        layers.par_iter().zip(start).zip(running).zip(priced).map(begin).collect();
     // Where the time is over before all layers were looked at, no step is known to be the best.
     let mut all = all.unwrap_or_default();
     if !linked && control.deadline.is_none() && max_moves == UNLIMITED {
@@ -423,15 +427,13 @@ pub fn descend(
         let excess = all.iter().map(Descent::excess).sum();
         steps.push(Step { layer: l, written, moved, excess, change });
     }
-    for layer in layers.iter_mut() {
-        layer.costs.serve_cost = vec![];
-    }
     steps
 }
 
 /// Prices serving in a layer, given its neighbours.
 fn price(all: &mut [Descent<'_>], links: Links<'_>, l: usize) {
     let neighbours = beside(all, l).map(|neighbour| neighbour.map(|descent| &descent.slots));
-    all[l].layer.costs.serve_cost = prices(all[l].layer, neighbours, links, l);
-    all[l].terms.linear = linear::cost(all[l].layer, &all[l].slots);
+    let serve_cost = prices(all[l].layer, neighbours, links, l);
+    let Descent { terms, slots, .. } = &mut all[l];
+    terms.price_serving(serve_cost, slots);
 }

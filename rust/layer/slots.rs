@@ -33,14 +33,6 @@ pub(crate) struct Share {
     pub(crate) after: f64,
 }
 
-/// A move that is looked at, before it is made: of which slots, and which shares it changes.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Looked<'a> {
-    pub(crate) slots: &'a Slots,
-    pub(crate) step: Move,
-    pub(crate) shares: &'a [Share],
-}
-
 /// The expert of every slot, and where every expert is; light enough to fill a layer in microseconds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Slots {

@@ -13,7 +13,7 @@ use super::terms::losses::{DOUBLINGS, Losses};
 use super::terms::reading::{Reading, Weights};
 use super::terms::together::Pairs;
 use super::terms::windows::{Measure, Windows};
-use super::terms::{Costs, Terms};
+use super::terms::{Costs, Term, Terms};
 use super::turns::{Effort, Links, place};
 use super::{EMPTY, Layer, Move, Rules, Site, Slots, Split};
 use crate::control::Control;
@@ -338,7 +338,7 @@ fn keeps_rules(site: &Site, slots: &Slots) -> bool {
 
 /// The slowest device's time of all windows.
 fn slowest(layer: &Layer, slots: &Slots) -> f64 {
-    Balance::new(layer, slots, &slots.copies).slowest(layer)
+    Balance::new(layer, slots, &slots.copies).slowest()
 }
 
 fn any_move(random: &mut Random, slots: usize, experts: usize) -> Move {
@@ -358,7 +358,7 @@ fn follow(
     random: &mut Random,
     layer: &Layer,
     slots: &mut Slots,
-    terms: &mut Terms,
+    terms: &mut Terms<'_>,
     exact: Option<f64>,
 ) -> Result<(), TestCaseError> {
     for _ in 0..40 {
@@ -366,13 +366,12 @@ fn follow(
         if !slots.allows(&layer.site, step) {
             continue;
         }
-        let (before, change) =
-            (terms.cost(layer), terms.change(layer, slots, step, f64::INFINITY).expect("no cap"));
+        let (before, change) = (terms.cost(), terms.change(slots, step, f64::INFINITY).expect("no cap"));
         let limit = 1e-9f64.mul_add(before.abs() + 1.0, change);
-        prop_assert!(terms.change(layer, slots, step, limit).is_some(), "{change} is no more than itself");
-        terms.apply(layer, slots, step);
-        let fresh = Terms::new(layer, slots).cost(layer);
-        prop_assert!(close(terms.cost(layer), fresh, 1e-9), "{} {fresh}", terms.cost(layer));
+        prop_assert!(terms.change(slots, step, limit).is_some(), "{change} is no more than itself");
+        terms.apply(slots, step);
+        let fresh = Terms::new(layer, slots).cost();
+        prop_assert!(close(terms.cost(), fresh, 1e-9), "{} {fresh}", terms.cost());
         if let Some(part) = exact {
             prop_assert!(close(before + change, fresh, part), "{} {fresh}", before + change);
         } else {
@@ -397,7 +396,7 @@ proptest! {
         let mut slots = fill(&layer.site, &layer.load, QUICK).expect("slots suffice");
         let mut terms = Terms::new(&layer, &slots);
         follow(&mut random, &layer, &mut slots, &mut terms, if norm { None } else { Some(1e-9) })?;
-        let (all, windows) = (terms.cost(&layer), Terms::new(&plain, &slots).cost(&plain));
+        let (all, windows) = (terms.cost(), Terms::new(&plain, &slots).cost());
         let (of_windows, scale) = (of_windows(&plain, &slots, &traffic), plain.windows.scale);
         let exact = if norm { 1e-3 } else { 1e-5 };
         prop_assert!(close(windows / scale, of_windows, exact), "{} {}", windows / scale, of_windows);
@@ -437,14 +436,14 @@ proptest! {
         if visits > 0 || layer.costs.row == 0.0 {
             let nothing = Weights { base: 0.0, expert: 0.0, exposed: 0.0, start: 0.0 };
             let defined = of_times(&layer, &slots, &traffic, if is_read { weights } else { nothing });
-            let cost = terms.cost(&layer) / layer.windows.scale;
+            let cost = terms.cost() / layer.windows.scale;
             prop_assert!(close(cost, defined, 1e-3), "{cost} {defined}");
         }
         // Where reading is left out, the slowest device is what it is with it.
         if !is_read && !norm && layer.costs.row == 0.0 {
             let least = layer.site.time.iter().copied().fold(f64::INFINITY, f64::min);
             if least >= 1.0 {
-                let (cost, defined) = (terms.cost(&layer) / layer.windows.scale, of_times(&layer, &slots, &traffic, weights));
+                let (cost, defined) = (terms.cost() / layer.windows.scale, of_times(&layer, &slots, &traffic, weights));
                 prop_assert!(close(cost, defined, 1e-3), "{cost} {defined}");
             }
         }

@@ -61,6 +61,10 @@ pub fn place(
             now[l] = slots;
         }
     }
+    // They are of where neighbours were.
+    for layer in layers {
+        layer.costs.serve_cost.clear();
+    }
     now
 }
 

@@ -16,7 +16,7 @@ use crate::layer::construct::{QUICK, by_windows, complete, fill_layers, on_sum};
 use crate::layer::descend::{UNLIMITED, descend};
 use crate::layer::terms::divided;
 use crate::layer::terms::fanout;
-use crate::layer::terms::losses::Losses;
+use crate::layer::terms::losses::{Losses, loads_after};
 use crate::layer::terms::reading::{Reading, Weights};
 use crate::layer::terms::together::Pairs;
 use crate::layer::terms::windows::{Measure, Windows};
@@ -327,7 +327,7 @@ impl Layers {
         let links = links_of(links.as_ref())?;
         let max_moves = max_moves.map_or(UNLIMITED, i64::from);
         let control = Control::new(deadline(time_limit));
-        let layers = &mut self.layers;
+        let layers = &self.layers;
         let (steps, interrupted) = watched(py, threads, &control, None, || {
             descend(layers, begin.clone(), &running, links, max_moves, &control)
         })?;
@@ -393,6 +393,41 @@ impl Layers {
         let placements: Vec<Slots> = detached(py, threads, work)?;
         self.end(py, &placements)
     }
+}
+
+/// Loads of devices after every loss [F,L,D], and experts that are lost then [F,L].
+type After<'py> = (Bound<'py, PyArray3<f64>>, Bound<'py, PyArray2<i64>>);
+
+/// Loads of devices after the loss of every domain, of slots [L,D,S], loads [L,E] and the domain of every device [D].
+#[pyfunction]
+pub(super) fn loads_after_losses<'py>(
+    py: Python<'py>,
+    slots: PyReadonlyArray3<'py, i32>,
+    load: PyReadonlyArray2<'py, f64>,
+    domain: Vec<u16>,
+) -> PyResult<After<'py>> {
+    let &[l, e] = load.shape() else { unreachable!("the array has two dimensions") };
+    let (d, per_device) = (domain.len(), slots.shape()[2]);
+    shaped("slots", slots.shape(), &[l, d, per_device])?;
+    fits("slots", d, per_device)?;
+    let domains = domain.iter().max().map_or(0, |&last| usize::from(last) + 1);
+    room_for("loads after losses", &[l + 1, domains, d, 2 * size_of::<f64>()])?;
+    let (load, slots) = (contiguous(load.as_slice().ok())?, contiguous(slots.as_slice().ok())?);
+    let capacity = vec![per_device; d];
+    let (loads, fatal) = alone(py, || {
+        let (mut loads, mut fatal) = (vec![0.0; domains * l * d], vec![0; domains * l]);
+        let rows = slots.chunks_exact((d * per_device).max(1)).zip(load.chunks_exact(e.max(1)));
+        for (layer, (rows, load)) in rows.enumerate() {
+            let slots = Slots::new(&capacity, e, &contents_of(rows, per_device, &capacity));
+            let (after, lost) = loads_after(&slots, load, &domain);
+            for (domain, after) in after.chunks_exact(d).enumerate() {
+                loads[(domain * l + layer) * d..][..d].copy_from_slice(after);
+                fatal[domain * l + layer] = lost[domain];
+            }
+        }
+        (loads, fatal)
+    })?;
+    Ok((array3(py, (domains, l, d), loads)?, array2(py, (domains, l), fatal)?))
 }
 
 /// What the steps of a descent write, what is so after each, and whether it was interrupted.

@@ -212,7 +212,8 @@ mod _core {
     };
     #[pymodule_export]
     use super::layer::{
-        Layers, adapt_slots, keep_slots, match_best, match_devices, replicate_experts, spend_budget,
+        Layers, adapt_slots, keep_slots, loads_after_losses, match_best, match_devices, replicate_experts,
+        spend_budget,
     };
     #[pymodule_export]
     use super::lines::scan_lines;

@@ -5,7 +5,7 @@ import pytest
 from engines_files import GOLDEN, write_imatrix
 
 import moetuner as mt
-from moetuner.formats import cautions, reader_of
+from moetuner.formats import cautions, reader_of, readers_of
 
 pytest.importorskip("gguf")
 FOLDER = GOLDEN / "llama_cpp"
@@ -75,7 +75,8 @@ def test_dense_layers_and_experts_of_the_user_are_checked(tmp_path):
         mt.open_input(path, num_experts=5)
 
 
-def test_it_is_said_that_the_text_is_nobodys_traffic(data):
+def test_it_is_said_that_the_text_is_nobodys_traffic():
     """Once, however many files there are, and of importance matrices alone."""
-    assert cautions([FOLDER]) == cautions([FOLDER / "code.gguf"]) != []
-    assert cautions([GOLDEN / "deepspeed", GOLDEN / "absent"]) == []
+    assert readers_of([FOLDER, FOLDER / "code.gguf"]) == ("llama-cpp",)
+    assert cautions(["llama-cpp"]) != []
+    assert cautions(readers_of([GOLDEN / "deepspeed", GOLDEN / "absent"])) == []

@@ -29,7 +29,7 @@ def test_traces(name):
     assert reader_of(path) == "memra"
     trace = mt.open_input(path, num_experts=16)
     assert np.array_equal(trace.expert_ids, truth())
-    assert "names no requests" in cautions([path])[0]
+    assert "names no requests" in cautions(["memra"])[0]
 
 
 @pytest.mark.parametrize(("name", "bytes_left_out"), [("trace.txt", 9), ("selected.bin", 7)])

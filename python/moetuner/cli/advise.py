@@ -25,8 +25,9 @@ from moetuner.recording import Recording
 from moetuner.report import advice as advising
 from moetuner.report.advice.conclusion import write_order
 from moetuner.report.advice.values import Advice, write_windows_of
-from moetuner.report.findings import TERMINAL, Voice
+from moetuner.report.findings import TERMINAL, Finding, Voice
 from moetuner.report.page.data import data_of_advice
+from moetuner.serving.engines import NOTHING_PLACED
 from moetuner.serving.settings import read_count
 
 COPIES = options.Text(
@@ -122,6 +123,10 @@ def command(
             threads=source.threads,
             progress=steps(report, weights),
         )
+    nothing_placed = next((NOTHING_PLACED.get(name) for name in source.readers), None)
+    if nothing_placed is not None and served.engine is None:
+        numbers = {"engine": nothing_placed}
+        advice = advice.overruled(Finding("nothing to place", numbers, forces="not now"))
     voice = TERMINAL._replace(audit=recipes.to_audit(source, advice, unseen).command)
     following = recipes.after_advice(source, advice, unseen)
     _show(output, advice, voice)
@@ -227,7 +232,7 @@ def _show_figures(output: Output, advice: Advice) -> None:
             cells = (str(order.index(measure)), figure.column, *texts, *_cells(gain))
             rows.setdefault(cells, []).append(f"{judged.window:,}" if judged.window else "-")
     running = advice.settings["initial"].partition(":")[0].replace("_", "-")
-    columns = ["running" if running == "given" else running]
+    columns = ["running" if running in ("given", "eplb") else running]
     columns += ["EPLB"] * bool(advice.over_eplb) + ["proposed", "gain", "95 %"]
     head = ["figure", "window", *columns]
     table = [

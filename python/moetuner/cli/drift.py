@@ -103,7 +103,7 @@ def command(
     headline = measuring.conclude_drift(drifted, worst)
     answer = headline.forces
     output.verdict(headline)
-    again = to_solve_again(placement_file, placed, machine).command
+    again = to_solve_again(placement_file, placed, machine, worst["window"]).command
     if answer == "worse":
         output.say(f"  {again}")
     is_worse = fail_if_worse is not None and 100 * worst["change"] > fail_if_worse

@@ -29,10 +29,12 @@ from moetuner.files.cells import percent
 from moetuner.formats import (
     WRITERS,
     Writer,
+    cautions,
     form_of,
     open_input,
     read_map,
     read_placement,
+    readers_of,
     write_placement,
 )
 from moetuner.formats.hints import Hints
@@ -221,7 +223,7 @@ def _write_chosen(
 ) -> None:
     """Write which experts of recorded traffic a GPU holds; print what share of it they take."""
     traffic = open_input(path, **layer_hints.hints)
-    output.say(recording.describe([path], traffic))
+    output.say(recording.describe([path], traffic), *cautions(readers_of([path])))
     count = on_gpu.per_layer(traffic)
     chosen = choose(_load(traffic), count, each_layer=on_gpu.each_layer)
     layers = chosen.sum(axis=1)

@@ -307,8 +307,10 @@ def _show_placement(output: Output, placement_file: Path, placement: Placement) 
 def _origins(placement: Placement, made: Made, moment: str) -> Iterator[str]:
     """Write who made it and when, for what, from what, and what it is worth."""
     if made.plan is not None:
-        by = f"by plan from {text.name(str(made.plan.get('running')))}, {made.plan.get('change')}"
-        yield f"Made {by}; file of {moment}"
+        running = text.name(str(made.plan.get("running")))
+        devices = counted(placement.devices, "device")
+        serve = "serves" if placement.devices == 1 else "serve"
+        yield f"By plan from {running}: {made.plan.get('change')}, {devices} {serve}; {moment}"
     elif made.method is not None:
         yield (
             f"Made by moetuner {made.version}, method {made.method}, seed {made.seed}, effort "

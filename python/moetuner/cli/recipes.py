@@ -13,8 +13,8 @@ from moetuner.cli.options.groups import FILES
 from moetuner.cli.options.machine import Machine, common_name, cost_model_for
 from moetuner.cli.options.placed import Placed
 from moetuner.cli.options.traffic import Source
-from moetuner.files.cells import layer_list
-from moetuner.formats import reader_of, serving_commands, way_back
+from moetuner.files.cells import counted, layer_list, percent
+from moetuner.formats import serving_commands, way_back
 from moetuner.placement import Placement
 from moetuner.problem import TRAFFIC_CAP
 from moetuner.problem.objective import goal_for
@@ -29,8 +29,9 @@ from moetuner.serving.recipes import Recipe
 
 # Share of INPUT that is held out, as "moetuner advise" does.
 HOLDOUT = 0.5
-# Where the commands write what runs, unless a file has it, and what is to be served.
-RUNNING_FILE, PLACED_FILE = "running.json", "placement.json"
+# Where the commands write what runs, unless a file has it, what is to be served, and what few
+# moves reach.
+RUNNING_FILE, PLACED_FILE, FEW_MOVES_FILE = "running.json", "placement.json", "few-moves.json"
 
 
 def after_advice(
@@ -64,7 +65,7 @@ def after_advice(
 
 def _record_more(source: Source, advice: Advice, typed: dict[str, Any]) -> list[Recipe]:
     """Return the commands that record more: by INPUT's engine, each kind of traffic by itself."""
-    engine = advice.settings["engine"] or engine_of(reader_of(source.input_files[0]))
+    engine = advice.settings["engine"] or next(map(engine_of, source.readers), None)
     if engine is not None and ENGINES[engine].record:
         command = ENGINES[engine].record.format(devices=advice.problem.devices)
         page = f"docs/engines/{engine.replace('-', '_')}.md"
@@ -135,6 +136,15 @@ def _try(
     if problem.has_slots_for(advice.placements[0]):
         solving["initial_file"] = initial if baseline is None else baseline
     commands.append(solve(problem.slots, why, out_file=placed))
+    step = advice.step
+    if step is not None and "initial_file" in solving:
+        gain = percent(step.gain.gain)
+        instead = f"or with few moves: {counted(step.experts, 'expert')}, for about {gain}"
+        # All digits of the bytes: a budget that is rounded down is one expert less.
+        budget = step.experts if step.bytes is None else step.bytes
+        limits = {"move_budget": f"{budget:.0f}", "expert_bytes": typed.get("expert_bytes")}
+        file = options.apart_from(_running_file(advice), FEW_MOVES_FILE)
+        commands.append(solve(problem.slots, instead, out_file=file, **limits))
     values = options.typed(Source)
     values |= {"expert_bytes": typed.get("expert_bytes"), "baseline": baseline}
     values |= {"window": None if main.window == window else main.window}
@@ -205,16 +215,24 @@ def to_serve(
     )
 
 
-def _phases(placed: Placed) -> dict[str, Any]:
-    """Return the options that say which windows the placement was computed for."""
+def _windows(placed: Placed, worse: int | None) -> dict[str, Any]:
+    """Return the options that say which windows to place for: those that it serves worse.
+
+    A placement for phases is computed for phases again.
+    """
     sizes = placed.made.phases
     if set(sizes) <= set(WINDOWS) and len(sizes) > 1 and placed.source.window == WINDOWS[0]:
         return {"window": None, "phases": sizes[WINDOWS[1]]}
-    return {"window": placed.source.replayed}
+    return {"window": placed.source.replayed and (worse or placed.source.replayed)}
 
 
-def to_solve_again(placement_file: Path, placed: Placed, machine: Machine) -> Recipe:
-    """Return the command that computes the placement anew."""
+def to_solve_again(
+    placement_file: Path, placed: Placed, machine: Machine, window: int | None
+) -> Recipe:
+    """Return the command that computes the placement anew, judged on what it has not seen.
+
+    ``window`` has the tokens of the windows that the placement serves worse.
+    """
     placement, topology, made = placed.placement, placed.topology, placed.made
     typed, values = options.typed(), options.typed(Source, Machine)
     values |= {name: getattr(placed.source, name) for name in SCALES}
@@ -233,7 +251,9 @@ def to_solve_again(placement_file: Path, placed: Placed, machine: Machine) -> Re
         "method": made.method,
         "seed": made.seed,
     }
-    values |= {"engine": placed.serving.engine, **_phases(placed)}
+    values |= {"engine": placed.serving.engine, **_windows(placed, worse=window)}
+    # What is unseen then says whether the new placement serves it better.
+    values["holdout"] = None if placed.source.traffic.has_pairs else HOLDOUT
     model = placed.serving.cost_model
     usual = cost_model_for(None, placed.source.traffic, placed.source.weight_bits)
     if model is not None and model != usual:

@@ -24,6 +24,7 @@ from moetuner.files.cells import with_values
 from moetuner.placement import Placement, contiguous
 from moetuner.problem import Problem
 from moetuner.recording import Recording
+from moetuner.report.findings import Finding
 from moetuner.report.outcome import (
     Outcome,
     find_empty_slots,
@@ -71,8 +72,8 @@ def command(
     """Compute a placement and write it.
 
     The placement is computed from all of INPUT. With --holdout it is computed from a part of INPUT
-    and judged on the other part, here and by "moetuner evaluate". Ctrl-C writes the best placement
-    so far.
+    and judged on the other part, here and by "moetuner evaluate"; with --initial, too, what runs is
+    kept where the gain on that part may be chance. Ctrl-C writes the best placement so far.
 
     Parameters
     ----------
@@ -123,13 +124,22 @@ def command(
     judged = windowed(judged, source, judged_on)
     _show(output, problem, outcomes, before, judgements, held_out=holdout > 0)
     output.say(judged)
+    kept = initial is not None and _may_be_chance(judgements) and not problem.violations(initial)
+    if kept and initial != result.placement:
+        assert initial is not None
+        moved = initial.diff(result.placement).experts_moved
+        output.tell(Finding("running kept", {"experts": moved}))
+        result = replace(result, placement=_as_result(initial, result, before))
+        outcome = replace(before, result=replace(before.result, placement=result.placement))
+        result.placement.save(out_file)
     moves, trades = moving.show(output, problem, initial, result, threads=threads, **arguments)
-    output.say(f"wrote {out_file}")
+    output.say(f"wrote {out_file}{', which is what runs' if kept else ''}")
     failure = certificate_file and _prove(problem, result, certificate_file, output)
     settings = settings_for_json(problem) | moving.settings() | arguments
     settings |= {"window": source.counted, "threads": threads, "holdout": holdout}
-    contents = {"input": source.facts(), "settings": settings, "placement": str(out_file)}
-    contents |= {"method": method, **outcome.to_dict(), **moves}
+    contents: dict[str, Any] = {"input": source.facts(), "settings": settings}
+    contents["placement"] = str(out_file)
+    contents |= {"method": method, **outcome.to_dict(), **moves, "kept": kept}
     contents |= _facts(judgements, judged_on, holdout)
 
     def page() -> PageData:
@@ -185,6 +195,17 @@ def _show(
     )
     for tokens, judgement in judgements.items():
         output.tell(find_gain(judgement.gain, named_window(tokens, outcome)))
+
+
+def _may_be_chance(judgements: dict[int | None, Judgement]) -> bool:
+    """Return whether nothing is surely gained in windows of any size; False where nothing tells."""
+    answers = {judgement.gain.answer for judgement in judgements.values()}
+    return bool(answers) and answers <= {"no evidence", "worse"}
+
+
+def _as_result(initial: Placement, result: Result, before: Outcome) -> Placement:
+    """Return what runs as the result of a search that found nothing surely better."""
+    return replace(result.placement, slots=initial.slots, objective=before.result.objective)
 
 
 def _replay(

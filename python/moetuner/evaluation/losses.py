@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner import _core
 from moetuner.placement import EMPTY, Placement
 from moetuner.serving.splits import RULES, Split
 from moetuner.topology import Topology
@@ -167,24 +168,16 @@ def loads_after(
     split: Split = "even",
 ) -> tuple[Floats, NDArray[np.int64]]:
     """Compute loads of devices after every loss [F,L,D], and how many experts are lost [F,L]."""
-    member = domains_of(topology, domain)
-    held, weight = placement.held.astype(np.float64), np.asarray(load, dtype=np.float64)
-    copies = np.maximum(held.sum(axis=1), 1.0)
-    number, divide = int(member.max()) + 1, RULES[split].divide
-    after = np.empty((number, *held.shape[:2]))
-    lost = np.empty((number, len(held)), dtype=np.int64)
-    for domain_lost in range(number):
-        is_lost = member == domain_lost
-        gone = held[:, is_lost].sum(axis=1)
-        left = copies - gone
-        share = np.divide(weight, left, out=np.zeros_like(weight), where=left > 0)
-        if divide is not None:
+    member, divide = domains_of(topology, domain), RULES[split].divide
+    weight = np.ascontiguousarray(load, dtype=np.float64)
+    slots = np.ascontiguousarray(placement.slots, dtype=np.int32)
+    after, lost = _core.loads_after_losses(slots, weight, member.tolist())
+    if divide is not None:
+        for domain_lost, loads in enumerate(after):
+            is_lost = member == domain_lost
             served = np.where(is_lost[:, None], EMPTY, placement.slots)
-            after[domain_lost] = divide(served, weight[None], topology.speed_of_device)[0]
-        else:
-            after[domain_lost] = np.matmul(held, share[:, :, None])[:, :, 0]
-        after[domain_lost][:, is_lost] = 0.0
-        lost[domain_lost] = (left <= 0).sum(axis=1)
+            loads[:] = divide(served, weight[None], topology.speed_of_device)[0]
+            loads[:, is_lost] = 0.0
     return after, lost
 
 

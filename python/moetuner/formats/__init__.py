@@ -230,16 +230,19 @@ def reader_of(path: str | Path) -> str:
     return kind_of(path)
 
 
-def cautions(paths: Iterable[Path]) -> list[str]:
-    """Return what files that can be read again cannot say, each sentence once."""
-    lines: list[str] = []
+def readers_of(paths: Iterable[Path]) -> tuple[str, ...]:
+    """Return the names of the readers of files, each once, as far as they can be read again."""
+    names: list[str] = []
     for path in paths:
-        if is_stream(path) or not path.exists():
-            continue
-        with suppress(ValueError):
-            if any(reader.caution and reader.recognises(path) for reader in READERS.values()):
-                lines.append(READERS[reader_of(path)].caution)
-    return [*dict.fromkeys(filter(None, lines))]
+        if not is_stream(path) and path.exists():
+            with suppress(ValueError):
+                names.append(reader_of(path))
+    return tuple(dict.fromkeys(names))
+
+
+def cautions(readers: Iterable[str]) -> list[str]:
+    """Return what recordings of some readers cannot say, each sentence once."""
+    return [*dict.fromkeys(READERS[name].caution for name in readers if READERS[name].caution)]
 
 
 def _refuse_map(path: Path) -> None:

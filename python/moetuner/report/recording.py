@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from moetuner.cost import top_k_of
 from moetuner.files.cells import counted, layer_list
 from moetuner.files.text import name
-from moetuner.formats import cautions
 from moetuner.recording import Recording
 from moetuner.statistics import RoutingStatistics, measure_distance
 from moetuner.trace import as_trace
@@ -39,7 +38,7 @@ def facts(paths: Sequence[Path], recording: Recording) -> dict[str, Any]:
 
 
 def describe(paths: Sequence[Path], recording: Recording) -> str:
-    """Describe files in a line; in further ones what they leave out and cannot say."""
+    """Describe files in a line; in another one the layers that they leave out, if any."""
     described = recording.facts()
     sizes = {**described, "groups": len(described["group_names"])}
     sizes["experts"] = described["num_experts"]
@@ -58,7 +57,7 @@ def describe(paths: Sequence[Path], recording: Recording) -> str:
             "Layers without experts are left out; as options of export: "
             f"--hidden-layers {hidden} --dense-layers {layer_list(dense)}"
         )
-    return "\n".join([*lines, *cautions(paths)])
+    return "\n".join(lines)
 
 
 def describe_steps(recording: Recording, step: int | None, top_k: int | None) -> list[str]:

@@ -180,6 +180,10 @@ def engine_of(reader: str) -> str | None:
     return max(fitting, key=len, default=None)
 
 
+# Readers of recordings from engines that place no experts on devices.
+NOTHING_PLACED = {"llama-traces": "llama.cpp", "llama-cpp": "llama.cpp"}
+
+
 # Bytes that a buffer of DeepEP's low-latency kernels stays below: it is counted in 16 bytes, by 32
 # bits with a sign.
 BUFFER = 16 * (2**31 - 1)

@@ -3,7 +3,8 @@
 //! Each takes an empty slot, or that of a copy which its expert can do without; then each is taken out again and put
 //! where it is best, and two change places, as long as the slowest devices gain.
 
-use super::{NoSlot, Placed, squeeze};
+use super::squeeze::squeeze;
+use super::{NoSlot, Placed};
 use crate::layer::{EMPTY, Move, Site, Slots};
 
 /// Times count to the power of two to the power of this: the slowest devices are all that counts.

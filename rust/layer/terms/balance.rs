@@ -10,17 +10,19 @@ use super::peak::Peak;
 use super::ports::Ports;
 use super::reading::Busy;
 use super::windows::{Measure, add};
-use crate::layer::slots::{Looked, Share};
+use super::{Candidate, Term, Visits};
+use crate::layer::slots::Share;
 use crate::layer::{Layer, Move, Slots, Split};
 
 /// Loads of devices, and what they cost.
 #[derive(Debug, Clone)]
-pub(crate) struct Balance {
+pub(crate) struct Balance<'a> {
+    layer: &'a Layer,
     loads: Loads,
     peak: Option<Peak>,
     norm: Option<Norm>,
     /// None where reading weights takes no longer than tokens.
-    busy: Option<Busy>,
+    busy: Option<Busy<'a>>,
     /// None where rows cost nothing.
     ports: Option<Ports>,
     /// What devices have that a move touches: tokens `[touched, width]`, and own variances.
@@ -28,12 +30,13 @@ pub(crate) struct Balance {
     touched: Vec<(u16, i64)>,
 }
 
-impl Balance {
+impl<'a> Balance<'a> {
     /// Builds the term of tokens for slots; `copies` says of how many each expert's copies are, or will be.
-    pub(crate) fn new(layer: &Layer, slots: &Slots, copies: &[u32]) -> Self {
+    pub(crate) fn new(layer: &'a Layer, slots: &Slots, copies: &[u32]) -> Self {
         let (d, width) = (layer.devices(), layer.windows.width);
         let is_norm = layer.windows.measure != Measure::Peak;
         let mut balance = Self {
+            layer,
             loads: Loads::new(layer, slots, copies),
             peak: (!is_norm).then(|| Peak::new(width)),
             norm: is_norm.then(|| Norm::new(d, &layer.windows.per_mean)),
@@ -42,101 +45,34 @@ impl Balance {
             rows: vec![0.0; d * width],
             touched: Vec::new(),
         };
-        balance.follow(layer, 0..d);
+        balance.follow(0..d);
         balance
     }
 
-    /// Builds the term of all that takes time, where devices are met by so many tokens for each of their load `[D]`.
-    pub(super) fn of_time(layer: &Layer, slots: &Slots, met: Option<Vec<f32>>) -> Self {
+    /// Builds the term of all that takes time, where devices have so many visits for each token of their load `[D]`.
+    pub(super) fn of_time(layer: &'a Layer, slots: &Slots, visits: Option<Vec<f32>>) -> Self {
         let mut balance = Self::new(layer, slots, &slots.copies);
         let (d, is_norm) = (layer.devices(), balance.norm.is_some());
         if let Some(reading) = &layer.costs.reading {
             balance.busy = Some(Busy::new(layer, reading, slots, &balance.loads));
             balance.norm = is_norm.then(|| Norm::new(d, &reading.per_mean));
-            balance.follow(layer, 0..d);
+            balance.follow(0..d);
         }
         if layer.costs.row > 0.0 {
-            let met = met.unwrap_or_else(|| vec![1.0; d]);
-            balance.ports = Some(Ports::new(layer, &balance.loads, met, is_norm));
+            let visits = visits.unwrap_or_else(|| vec![1.0; d]);
+            balance.ports = Some(Ports::new(layer, &balance.loads, visits, is_norm));
         }
         balance
     }
 
-    /// The slowest devices, where they alone are what a window costs.
-    pub(in crate::layer) fn peak(&self) -> Option<&Peak> {
-        self.peak.as_ref()
-    }
-
     /// Whether tokens of devices are all that takes time.
-    pub(in crate::layer) fn is_of_tokens(&self) -> bool {
+    fn is_of_tokens(&self) -> bool {
         self.busy.is_none() && self.ports.is_none()
     }
 
-    /// Of the placement as it stands.
-    pub(crate) fn cost(&self) -> f64 {
-        let devices = self.peak.as_ref().map_or(0.0, Peak::cost) + self.norm.as_ref().map_or(0.0, Norm::cost);
-        devices + self.ports.as_ref().map_or(0.0, Ports::cost)
-    }
-
-    /// What the slowest devices cost, whatever stands for them.
-    pub(in crate::layer) fn slowest(&self, layer: &Layer) -> f64 {
-        let mut peak = Peak::new(self.loads.width);
-        peak.refresh(&self.loads.load, &self.loads.time);
-        let counts = layer.windows.per_mean.iter().zip(&layer.windows.price);
-        peak.times().zip(counts).map(|(time, (per, price))| f64::from(time * per) * f64::from(*price)).sum()
-    }
-
-    /// What a move would add to the cost, given how much devices are met then.
-    pub(crate) fn change(&mut self, layer: &Layer, looked: Looked<'_>, met: &[(u16, f32)]) -> f64 {
-        if self.is_of_tokens()
-            && let (Some(norm), Some(pair)) = (&self.norm, exchange(layer, looked.slots, looked.step))
-        {
-            return exchanged(norm, &self.loads, pair);
-        }
-        self.stage(layer, looked, met);
-        let (loads, staged) = (&self.loads, (&self.rows[..], &self.touched[..]));
-        let ports = self.ports.as_mut().map_or(0.0, |ports| ports.change(loads, staged, met));
-        let (times, of_one, rows, is_busy) = match &self.busy {
-            Some(busy) => (&busy.time, &busy.alike, &busy.time_then, true),
-            None => (&loads.load, &loads.time, &self.rows, false),
-        };
-        let unit = |device: u16, own: i64| {
-            // Times have their deviation already.
-            if is_busy { (1.0, 0.0) } else { loads.unit(usize::from(device), own) }
-        };
-        let norm = self.norm.as_ref().map_or(0.0, |norm| norm.change(rows, &self.touched, unit));
-        let peak = |peak: &Peak| peak.cost_of(times, rows, &self.touched, of_one) - peak.cost();
-        ports + norm + self.peak.as_ref().map_or(0.0, peak)
-    }
-
-    /// Follows a move that is to be made, given how much devices are met then.
-    pub(crate) fn apply(&mut self, layer: &Layer, looked: Looked<'_>, met: &[(u16, f32)]) {
-        self.stage(layer, looked, met);
-        let Looked { slots, step, .. } = looked;
-        let width = self.loads.width;
-        for (row, &(device, own)) in self.rows.chunks_exact(width).zip(&self.touched) {
-            self.loads.load[usize::from(device) * width..][..width].copy_from_slice(row);
-            self.loads.own[usize::from(device)] = own;
-        }
-        if let Move::Put(..) = step {
-            for edit in slots.edits(step) {
-                let copies = slots.copies(edit.expert);
-                self.loads.serve(layer, edit.expert, if edit.to.is_some() { copies + 1 } else { copies - 1 });
-            }
-        }
-        if let Some(busy) = &mut self.busy {
-            busy.apply(&self.touched, width);
-        }
-        if let Some(ports) = &mut self.ports {
-            ports.apply(layer, &self.loads, &self.touched, met);
-        }
-        let touched: Vec<usize> = self.touched.iter().map(|&(device, _)| usize::from(device)).collect();
-        self.follow(layer, touched);
-    }
-
     /// Of the devices that `may` take a copy of an expert, the one whose powers then rise least.
-    pub(in crate::layer) fn best_device(&self, layer: &Layer, expert: u16, may: &[bool]) -> Option<usize> {
-        let price = &layer.windows.price;
+    pub(in crate::layer) fn best_device(&self, expert: u16, may: &[bool]) -> Option<usize> {
+        let price = &self.layer.windows.price;
         self.norm.as_ref().and_then(|norm| entered(norm, &self.loads, usize::from(expert), price, may))
     }
 
@@ -150,7 +86,7 @@ impl Balance {
     }
 
     /// Counts the devices that a move has touched anew, and what the slowest cost.
-    fn follow(&mut self, layer: &Layer, touched: impl IntoIterator<Item = usize>) {
+    fn follow(&mut self, touched: impl IntoIterator<Item = usize>) {
         let (loads, width) = (&self.loads, self.loads.width);
         if let Some(peak) = &mut self.peak {
             match &self.busy {
@@ -165,15 +101,16 @@ impl Balance {
                     None => norm.raise(g, loads.rows(g, 0).0, loads.unit(g, loads.own[g])),
                 }
             }
+            let layer = self.layer;
             norm.refresh(layer.costs.reading.as_ref().map_or(&layer.windows.price, |reading| &reading.price));
         }
     }
 
-    /// Puts the loads of all devices that a move touches, or that are met otherwise then, into `rows`.
-    fn stage(&mut self, layer: &Layer, looked: Looked<'_>, met: &[(u16, f32)]) {
-        self.stage_loads(layer, looked);
+    /// Puts the loads of all devices that a candidate touches, or visits otherwise, into `rows`.
+    fn stage(&mut self, candidate: Candidate<'_>, visits: &Visits) {
+        self.stage_loads(candidate);
         let (loads, width) = (&self.loads, self.loads.width);
-        for &(device, _) in met {
+        for &(device, _) in visits {
             let g = usize::from(device);
             if self.touched.iter().all(|touched| touched.0 != device) {
                 let at = self.touched.len();
@@ -181,12 +118,13 @@ impl Balance {
                 self.rows[at * width..][..width].copy_from_slice(loads.rows(g, 0).0);
             }
         }
-        if let (Some(busy), Some(reading)) = (&mut self.busy, &layer.costs.reading) {
-            busy.stage(layer, reading, loads, (&self.rows, &self.touched), looked.shares);
+        if let Some(busy) = &mut self.busy {
+            busy.stage(self.layer, loads, (&self.rows, &self.touched), candidate.shares);
         }
     }
 
-    fn stage_loads(&mut self, layer: &Layer, Looked { slots, step, shares }: Looked<'_>) {
+    fn stage_loads(&mut self, Candidate { slots, step, shares }: Candidate<'_>) {
+        let layer = self.layer;
         self.touched.clear();
         let (loads, width) = (&self.loads, self.loads.width);
         if let Some(Pair { devices: [g, h], rows: [a, b] }) = exchange(layer, slots, step) {
@@ -213,6 +151,81 @@ impl Balance {
                 }
             }
         }
+    }
+}
+
+impl Term for Balance<'_> {
+    fn cost(&self) -> f64 {
+        let devices = self.peak.as_ref().map_or(0.0, Peak::cost) + self.norm.as_ref().map_or(0.0, Norm::cost);
+        devices + self.ports.as_ref().map_or(0.0, Ports::cost)
+    }
+
+    fn change(&mut self, candidate: Candidate<'_>, visits: &mut Visits) -> f64 {
+        if self.is_of_tokens()
+            && let (Some(norm), Some(pair)) =
+                (&self.norm, exchange(self.layer, candidate.slots, candidate.step))
+        {
+            return exchanged(norm, &self.loads, pair);
+        }
+        self.stage(candidate, visits);
+        let (loads, staged) = (&self.loads, (&self.rows[..], &self.touched[..]));
+        let ports = self.ports.as_mut().map_or(0.0, |ports| ports.change(loads, staged, visits));
+        let (times, of_one, rows, is_busy) = match &self.busy {
+            Some(busy) => (&busy.time, &busy.alike, &busy.time_then, true),
+            None => (&loads.load, &loads.time, &self.rows, false),
+        };
+        let unit = |device: u16, own: i64| {
+            // Times have their deviation already.
+            if is_busy { (1.0, 0.0) } else { loads.unit(usize::from(device), own) }
+        };
+        let norm = self.norm.as_ref().map_or(0.0, |norm| norm.change(rows, &self.touched, unit));
+        let peak = |peak: &Peak| peak.cost_of(times, rows, &self.touched, of_one) - peak.cost();
+        ports + norm + self.peak.as_ref().map_or(0.0, peak)
+    }
+
+    fn apply(&mut self, candidate: Candidate<'_>, visits: &mut Visits) {
+        self.stage(candidate, visits);
+        let Candidate { slots, step, .. } = candidate;
+        let width = self.loads.width;
+        for (row, &(device, own)) in self.rows.chunks_exact(width).zip(&self.touched) {
+            self.loads.load[usize::from(device) * width..][..width].copy_from_slice(row);
+            self.loads.own[usize::from(device)] = own;
+        }
+        if let Move::Put(..) = step {
+            for edit in slots.edits(step) {
+                let copies = slots.copies(edit.expert);
+                let then = if edit.to.is_some() { copies + 1 } else { copies - 1 };
+                self.loads.serve(self.layer, edit.expert, then);
+            }
+        }
+        if let Some(busy) = &mut self.busy {
+            busy.apply(&self.touched, width);
+        }
+        if let Some(ports) = &mut self.ports {
+            ports.apply(self.layer, &self.loads, &self.touched, visits);
+        }
+        let touched: Vec<usize> = self.touched.iter().map(|&(device, _)| usize::from(device)).collect();
+        self.follow(touched);
+    }
+
+    fn slowest(&self) -> f64 {
+        let windows = &self.layer.windows;
+        let mut peak = Peak::new(self.loads.width);
+        peak.refresh(&self.loads.load, &self.loads.time);
+        let counts = windows.per_mean.iter().zip(&windows.price);
+        peak.times().zip(counts).map(|(time, (per, price))| f64::from(time * per) * f64::from(*price)).sum()
+    }
+
+    fn needs_shares(&self) -> bool {
+        self.busy.is_some() || self.ports.is_some()
+    }
+
+    fn is_of_slowest_alone(&self) -> bool {
+        self.peak.is_some() && self.is_of_tokens()
+    }
+
+    fn peak(&self) -> Option<&Peak> {
+        self.peak.as_ref()
     }
 }
 

@@ -3,6 +3,7 @@
 //!
 //! Which devices share copies matters, not only how many copies an expert has.
 
+use super::{Candidate, Term, Visits};
 use crate::division::{Copies, Division, Notes};
 use crate::layer::{EMPTY, Layer, Move, Slots};
 
@@ -38,10 +39,6 @@ impl Divided {
         Self { copies, windows, notes, cost }
     }
 
-    pub(crate) fn cost(&self) -> f64 {
-        self.cost
-    }
-
     /// Writes what a move puts into slots; what they held before.
     fn put(&mut self, slots: &Slots, step: Move) -> Vec<(usize, Option<u32>)> {
         let after = match step {
@@ -54,9 +51,22 @@ impl Divided {
         }
         before
     }
+}
 
-    /// What a move would add to the cost.
-    pub(crate) fn change(&mut self, slots: &Slots, step: Move) -> f64 {
+impl Term for Divided {
+    fn cost(&self) -> f64 {
+        self.cost
+    }
+
+    fn slowest(&self) -> f64 {
+        self.cost
+    }
+
+    fn needs_shares(&self) -> bool {
+        false
+    }
+
+    fn change(&mut self, Candidate { slots, step, .. }: Candidate<'_>, _: &mut Visits) -> f64 {
         let before = self.put(slots, step);
         let mut change = 0.0;
         for window in &mut self.windows {
@@ -69,8 +79,7 @@ impl Divided {
         change
     }
 
-    /// Follows a move that is not made yet.
-    pub(crate) fn apply(&mut self, slots: &Slots, step: Move) {
+    fn apply(&mut self, Candidate { slots, step, .. }: Candidate<'_>, _: &mut Visits) {
         let before = self.put(slots, step);
         self.cost = 0.0;
         for window in &mut self.windows {

@@ -11,6 +11,7 @@
 
 use std::sync::{Arc, LazyLock};
 
+use super::{Candidate, Term, Visits};
 use crate::layer::slots::Share;
 use crate::layer::{EMPTY, Layer, Move, Slots};
 use crate::random::choose_copy;
@@ -141,7 +142,11 @@ fn pattern(copies: usize, copy: usize) -> Vec<u64> {
 
 /// What devices and nodes serve, and the tokens that visit them.
 #[derive(Debug, Clone)]
-pub(crate) struct Fanout {
+pub(crate) struct Fanout<'a> {
+    layer: &'a Layer,
+    sets: &'a Sets,
+    /// Whether rows have a price, for which it tells how many tokens visit devices.
+    tells_visits: bool,
     words: usize,
     /// E + 1.
     kinds: usize,
@@ -159,21 +164,24 @@ pub(crate) struct Fanout {
     load: Vec<i64>,
     /// Devices whose visits the move changes that was looked at last, with the visits then.
     visits_then: Vec<(u16, i64)>,
-    /// Devices that are met otherwise then, with the visits for each token of load.
-    met_then: Vec<(u16, f32)>,
+    /// Devices whose sets the move may change that was applied last.
+    touched: Vec<u16>,
     /// Tokens that would visit a slot's device if the slot held an expert, or nobody, who is the last `[P, E + 1]`;
     /// [`UNKNOWN`] where nobody has asked since the others there changed. A cold search asks the same again and again.
     would: Vec<i64>,
 }
 
-impl Fanout {
+impl<'a> Fanout<'a> {
     /// Of a layer with sets.
-    pub(crate) fn new(layer: &Layer, sets: &Sets, slots: &Slots) -> Self {
+    pub(crate) fn new(layer: &'a Layer, sets: &'a Sets, slots: &Slots) -> Self {
         let (d, words) = (layer.devices(), sets.words);
         let tiers = sets.node_cost != 0.0;
         let nodes = layer.site.node.iter().map(|&node| usize::from(node) + 1).max().unwrap_or(0);
         let kinds = layer.experts + 1;
         let mut fanout = Self {
+            layer,
+            sets,
+            tells_visits: layer.costs.row > 0.0,
             words,
             kinds,
             would: vec![UNKNOWN; layer.slots() * kinds],
@@ -184,7 +192,7 @@ impl Fanout {
             node_visits: vec![0; if tiers { nodes } else { 0 }],
             load: vec![0; d],
             visits_then: Vec::new(),
-            met_then: Vec::new(),
+            touched: Vec::new(),
         };
         for e in 0..layer.experts as u16 {
             let devices: Vec<u16> = slots.devices(e).collect();
@@ -193,68 +201,47 @@ impl Fanout {
             }
         }
         let all: Vec<u16> = (0..d as u16).collect();
-        fanout.refresh(layer, sets, slots, &all);
+        fanout.refresh(slots, &all);
         fanout
     }
 
-    /// Of the placement as it stands.
-    pub(crate) fn cost(&self, sets: &Sets) -> f64 {
-        price(sets, self.visits.iter().sum(), self.node_visits.iter().sum())
-    }
-
-    /// Visits of every device for each token of its load `[D]`.
-    pub(crate) fn met(&self) -> Vec<f32> {
-        self.visits.iter().zip(&self.load).map(|(&visits, &load)| ratio(visits, load)).collect()
-    }
-
-    /// Notes how much devices are met after the move that was looked at last, given the shares that it changes.
-    pub(crate) fn meet(&mut self, layer: &Layer, sets: &Sets, shares: &[Share]) {
-        self.met_then.clear();
-        if layer.costs.row == 0.0 {
-            return;
-        }
-        for &(device, visits) in &self.visits_then {
-            let more =
-                |share: &Share| sets.load(share.expert, share.after) - sets.load(share.expert, share.before);
-            let more: i64 = shares.iter().filter(|share| share.device == device).map(more).sum();
-            self.met_then.push((device, ratio(visits, self.load[usize::from(device)] + more)));
+    /// Writes the visits for each token of load after the move that was looked at last, given the shares that it changes.
+    fn tell_visits(&self, shares: &[Share], visits: &mut Visits) {
+        let told = if self.tells_visits { &self.visits_then[..] } else { &[] };
+        for &(device, visits_then) in told {
+            let at_device = shares.iter().filter(|share| share.device == device);
+            let more: i64 = at_device.map(|share| self.added_load(share)).sum();
+            visits.push((device, ratio(visits_then, self.load[usize::from(device)] + more)));
         }
     }
 
-    /// See [`Self::meet`].
-    pub(crate) fn met_then(&self) -> &[(u16, f32)] {
-        &self.met_then
-    }
-
-    /// Follows the shares that a move changes.
-    pub(crate) fn serve(&mut self, sets: &Sets, shares: &[Share]) {
-        for share in shares {
-            self.load[usize::from(share.device)] +=
-                sets.load(share.expert, share.after) - sets.load(share.expert, share.before);
-        }
+    /// What a move adds to a device's load, in parts.
+    fn added_load(&self, share: &Share) -> i64 {
+        self.sets.load(share.expert, share.after) - self.sets.load(share.expert, share.before)
     }
 
     /// What a move would add to the cost.
-    pub(crate) fn change(&mut self, layer: &Layer, sets: &Sets, slots: &Slots, step: Move) -> f64 {
+    fn added(&mut self, slots: &Slots, step: Move) -> f64 {
+        let (layer, sets) = (self.layer, self.sets);
         if let Move::Swap(p, q) = step {
             let [a, b] = [p, q].map(|slot| slots.expert_in[slot]);
             let single = |e: u16| e == EMPTY || slots.copies(e) == 1;
             if single(a) && single(b) {
-                return self.exchange(layer, sets, slots, [(p, b), (q, a)]);
+                return self.exchange(slots, [(p, b), (q, a)]);
             }
         }
         let mut after = slots.clone();
         after.apply(step);
         let (mut devices, mut nodes) = (0, 0);
         let touched = touched(slots, step);
-        let rows: Vec<Vec<u64>> = touched.iter().map(|&g| self.row(sets, slots, &after, g, step)).collect();
+        let rows: Vec<Vec<u64>> = touched.iter().map(|&g| self.row(slots, &after, g, step)).collect();
         self.visits_then.clear();
         for (row, &device) in rows.iter().zip(&touched) {
             let then = sets.tokens([row]);
             self.visits_then.push((device, then));
             devices += then - self.visits[usize::from(device)];
         }
-        for node in self.nodes_of(layer, &touched) {
+        for node in self.nodes_of(&touched) {
             let mut sum = vec![0; self.words];
             for g in (0..layer.devices()).filter(|&g| layer.site.node[g] == node) {
                 let now = touched.iter().position(|&device| usize::from(device) == g);
@@ -266,7 +253,7 @@ impl Fanout {
     }
 
     /// Sets that a device will serve after a step.
-    fn row(&self, sets: &Sets, before: &Slots, after: &Slots, device: u16, step: Move) -> Vec<u64> {
+    fn row(&self, before: &Slots, after: &Slots, device: u16, step: Move) -> Vec<u64> {
         let is_changed = |&slot: &usize| {
             let expert = after.expert_in[slot];
             expert != before.expert_in[slot] || before.edits(step).any(|edit| edit.expert == expert)
@@ -277,26 +264,26 @@ impl Fanout {
         if let (Some(slot), None) = (first, changed.next()) {
             // The others serve what they did.
             row.copy_from_slice(&self.others[slot * self.words..][..self.words]);
-            sets.serve(&mut row, after, slot);
+            self.sets.serve(&mut row, after, slot);
         } else {
-            slots.for_each(|slot| sets.serve(&mut row, after, slot));
+            slots.for_each(|slot| self.sets.serve(&mut row, after, slot));
         }
         row
     }
 
     /// Nodes of devices, where they cost something.
-    fn nodes_of(&self, layer: &Layer, devices: &[u16]) -> Vec<u16> {
+    fn nodes_of(&self, devices: &[u16]) -> Vec<u16> {
         let visited = if self.beside.is_empty() { &[] } else { devices };
         let mut nodes: Vec<u16> =
-            visited.iter().map(|&device| layer.site.node[usize::from(device)]).collect();
+            visited.iter().map(|&device| self.layer.site.node[usize::from(device)]).collect();
         nodes.sort_unstable();
         nodes.dedup();
         nodes
     }
 
     /// Follows a move; `after` is the placement behind it, `touched` the devices that it may have changed.
-    pub(crate) fn refresh(&mut self, layer: &Layer, sets: &Sets, after: &Slots, touched: &[u16]) {
-        let words = self.words;
+    fn refresh(&mut self, after: &Slots, touched: &[u16]) {
+        let (layer, sets, words) = (self.layer, self.sets, self.words);
         for &device in touched {
             let g = usize::from(device);
             let range = after.of(g);
@@ -315,7 +302,7 @@ impl Fanout {
             }
             self.visits[g] = sets.tokens([&sum]);
         }
-        for node in self.nodes_of(layer, touched) {
+        for node in self.nodes_of(touched) {
             let members: Vec<usize> = (0..layer.devices()).filter(|&g| layer.site.node[g] == node).collect();
             for &g in &members {
                 let beside = &mut self.beside[g * words..][..words];
@@ -331,8 +318,8 @@ impl Fanout {
     }
 
     /// What it would add if two slots got these experts, which have no other copies.
-    fn exchange(&mut self, layer: &Layer, sets: &Sets, slots: &Slots, new: [(usize, u16); 2]) -> f64 {
-        let words = self.words;
+    fn exchange(&mut self, slots: &Slots, new: [(usize, u16); 2]) -> f64 {
+        let (layer, sets, words) = (self.layer, self.sets, self.words);
         let (mut devices, mut nodes) = (0, 0);
         let [here, there] = new.map(|(slot, _)| slots.device(slot));
         let apart = layer.site.node[here] != layer.site.node[there] && !self.beside.is_empty();
@@ -357,8 +344,45 @@ impl Fanout {
     }
 }
 
+impl Term for Fanout<'_> {
+    fn cost(&self) -> f64 {
+        price(self.sets, self.visits.iter().sum(), self.node_visits.iter().sum())
+    }
+
+    fn change(&mut self, Candidate { slots, step, shares }: Candidate<'_>, visits: &mut Visits) -> f64 {
+        let change = self.added(slots, step);
+        self.tell_visits(shares, visits);
+        change
+    }
+
+    fn apply(&mut self, Candidate { slots, step, shares }: Candidate<'_>, visits: &mut Visits) {
+        if self.tells_visits {
+            // Which visits there are then: what a move adds was asked for some moves ago.
+            self.added(slots, step);
+            self.tell_visits(shares, visits);
+        }
+        for share in shares {
+            self.load[usize::from(share.device)] += self.added_load(share);
+        }
+        self.touched = touched(slots, step);
+    }
+
+    fn settle(&mut self, slots: &Slots) {
+        let touched = std::mem::take(&mut self.touched);
+        self.refresh(slots, &touched);
+    }
+
+    fn needs_shares(&self) -> bool {
+        self.tells_visits
+    }
+
+    fn visits_per_load(&self) -> Option<Vec<f32>> {
+        Some(self.visits.iter().zip(&self.load).map(|(&visits, &load)| ratio(visits, load)).collect())
+    }
+}
+
 /// Devices whose sets a move may change: those of all copies of the experts that it moves.
-pub(crate) fn touched(slots: &Slots, step: Move) -> Vec<u16> {
+fn touched(slots: &Slots, step: Move) -> Vec<u16> {
     let mut touched = Vec::with_capacity(8);
     for edit in slots.edits(step) {
         touched.extend(slots.devices(edit.expert));

@@ -2,47 +2,93 @@
 //!
 //! Moved bytes are a cost of holding; traffic from neighbouring layers whose placement stands is a cost of serving.
 
-use crate::layer::slots::{Looked, Share};
+use std::borrow::Cow;
+
+use super::Candidate;
+use crate::layer::slots::Share;
 use crate::layer::{Layer, Slots};
 
-/// What a move would add.
-pub(crate) fn change(layer: &Layer, Looked { slots, step, shares }: Looked<'_>) -> f64 {
-    let at = |expert: u16, device: u16| usize::from(expert) * layer.devices() + usize::from(device);
-    let mut change = 0.0;
-    if !layer.costs.copy_cost.is_empty() {
-        for edit in slots.edits(step) {
-            let cost = |device: Option<u16>| {
-                device.map_or(0.0, |device| layer.costs.copy_cost[at(edit.expert, device)])
-            };
-            change += cost(edit.to) - cost(edit.from);
-        }
-    }
-    if !layer.costs.serve_cost.is_empty() {
-        let added = |share: &Share| {
-            (share.after - share.before) * layer.costs.serve_cost[at(share.expert, share.device)]
-        };
-        change += shares.iter().map(added).sum::<f64>();
-    }
-    change
+/// Prices of experts on devices, and what the slots cost as they stand.
+#[derive(Debug)]
+pub(super) struct Linear<'a> {
+    layer: &'a Layer,
+    /// Of a copy, and of all of an expert's tokens `[E, D]`; empty for none.
+    copy_cost: &'a [f64],
+    serve_cost: Cow<'a, [f64]>,
+    cost: f64,
 }
 
-/// Of all experts.
-pub(crate) fn cost(layer: &Layer, slots: &Slots) -> f64 {
-    let mut cost = 0.0;
-    if layer.costs.copy_cost.is_empty() && layer.costs.serve_cost.is_empty() {
-        return cost;
+impl<'a> Linear<'a> {
+    pub(super) fn new(layer: &'a Layer, slots: &Slots) -> Self {
+        let (copy_cost, serve_cost) = (&layer.costs.copy_cost[..], Cow::from(&layer.costs.serve_cost));
+        let mut linear = Self { layer, copy_cost, serve_cost, cost: 0.0 };
+        linear.cost = linear.count(slots);
+        linear
     }
-    for expert in 0..layer.experts as u16 {
-        let devices: Vec<u16> = slots.devices(expert).collect();
-        for &device in &devices {
-            let at = usize::from(expert) * layer.devices() + usize::from(device);
-            cost += layer.costs.copy_cost.get(at).copied().unwrap_or(0.0);
-            cost += layer
-                .costs
-                .serve_cost
-                .get(at)
-                .map_or(0.0, |serve| layer.site.share(&devices, device) * serve);
+
+    /// Whether anything costs.
+    pub(super) fn has_prices(&self) -> bool {
+        !(self.serve_cost.is_empty() && self.copy_cost.is_empty())
+    }
+
+    /// Whether it needs the shares of every candidate.
+    pub(super) fn needs_shares(&self) -> bool {
+        !self.serve_cost.is_empty()
+    }
+
+    pub(super) fn cost(&self) -> f64 {
+        self.cost
+    }
+
+    /// Takes other prices of serving, and counts anew.
+    pub(super) fn price_serving(&mut self, serve_cost: Vec<f64>, slots: &Slots) {
+        self.serve_cost = Cow::Owned(serve_cost);
+        self.cost = self.count(slots);
+    }
+
+    /// What a candidate would add.
+    pub(super) fn change(&self, Candidate { slots, step, shares }: Candidate<'_>) -> f64 {
+        let at = |expert: u16, device: u16| usize::from(expert) * self.layer.devices() + usize::from(device);
+        let mut change = 0.0;
+        if !self.copy_cost.is_empty() {
+            for edit in slots.edits(step) {
+                let cost = |device: Option<u16>| {
+                    device.map_or(0.0, |device| self.copy_cost[at(edit.expert, device)])
+                };
+                change += cost(edit.to) - cost(edit.from);
+            }
         }
+        if !self.serve_cost.is_empty() {
+            let added = |share: &Share| {
+                (share.after - share.before) * self.serve_cost[at(share.expert, share.device)]
+            };
+            change += shares.iter().map(added).sum::<f64>();
+        }
+        change
     }
-    cost
+
+    /// Follows a candidate that is about to be made.
+    pub(super) fn apply(&mut self, candidate: Candidate<'_>) {
+        self.cost += self.change(candidate);
+    }
+
+    /// Of all experts.
+    fn count(&self, slots: &Slots) -> f64 {
+        let mut cost = 0.0;
+        if !self.has_prices() {
+            return cost;
+        }
+        for expert in 0..self.layer.experts as u16 {
+            let devices: Vec<u16> = slots.devices(expert).collect();
+            for &device in &devices {
+                let at = usize::from(expert) * self.layer.devices() + usize::from(device);
+                cost += self.copy_cost.get(at).copied().unwrap_or(0.0);
+                cost += self
+                    .serve_cost
+                    .get(at)
+                    .map_or(0.0, |serve| self.layer.site.share(&devices, device) * serve);
+            }
+        }
+        cost
+    }
 }

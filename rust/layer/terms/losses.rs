@@ -7,6 +7,7 @@
 //!
 //! Experts that are lost as a whole leave nothing to anybody; that they are not is a rule (`super::super::rules`).
 
+use super::{Candidate, Term, Visits};
 use crate::layer::slots::Edit;
 use crate::layer::{Layer, Move, Site, Slots};
 
@@ -94,6 +95,29 @@ impl AfterLosses {
     }
 }
 
+/// Loads of devices after the loss of every domain `[F, D]`, if copies share evenly what experts have `[E]`, and how many
+/// experts are lost as a whole `[F]`.
+#[must_use]
+pub fn loads_after(slots: &Slots, load: &[f64], domain: &[u16]) -> (Vec<f64>, Vec<i64>) {
+    let devices = domain.len();
+    let mut after = AfterLosses::new(&Site::plain(vec![], vec![1.0; devices]), domain, 0.0);
+    let mut fatal = vec![0; domain.iter().max().map_or(0, |&last| usize::from(last) + 1)];
+    for (expert, &load) in load.iter().enumerate() {
+        let held: Vec<usize> = slots.devices(expert as u16).map(usize::from).collect();
+        after.count(load, held.len(), &held, 1.0);
+        if let Some(&first) = held.first()
+            && held.iter().all(|&device| domain[device] == domain[first])
+        {
+            fatal[usize::from(domain[first])] += 1;
+        }
+    }
+    let load_after = |lost: usize, g: usize| {
+        if after.domain[g] == lost { 0.0 } else { after.loads[g] + after.added_to(g)[lost] }
+    };
+    let rows = (0..fatal.len()).flat_map(|lost| (0..devices).map(move |g| (lost, g)));
+    (rows.map(|(lost, g)| load_after(lost, g)).collect(), fatal)
+}
+
 /// What each of an expert's other copies gets if so many of them are gone.
 fn left_over(load: f64, copies: usize, gone: usize) -> f64 {
     if gone == 0 || gone >= copies {
@@ -105,7 +129,10 @@ fn left_over(load: f64, copies: usize, gone: usize) -> f64 {
 
 /// How busy devices are after losses, for the slots as they stand.
 #[derive(Debug, Clone)]
-pub(crate) struct LeftOver {
+pub(crate) struct LeftOver<'a> {
+    layer: &'a Layer,
+    /// What a norm of one costs.
+    price: f64,
     after: AfterLosses,
     /// Sum of every device's powers `[D]`, and what they are without devices that are looked at; sum of all.
     powers: Vec<f64>,
@@ -122,71 +149,34 @@ pub(crate) struct LeftOver {
     brought: Vec<(usize, [f64; 2])>,
 }
 
-impl LeftOver {
-    pub(crate) fn new(layer: &Layer, losses: &Losses, slots: &Slots) -> Self {
+impl<'a> LeftOver<'a> {
+    pub(crate) fn new(layer: &'a Layer, losses: &Losses, slots: &Slots) -> Self {
         let mut after = AfterLosses::new(&layer.site, &losses.domain, layer.load.iter().sum());
         for (expert, &load) in layer.load.iter().enumerate() {
             let devices: Vec<usize> = slots.devices(expert as u16).map(usize::from).collect();
             after.count(load, devices.len(), &devices, 1.0);
         }
         let (touched, rows, devices, brought) = (vec![], vec![], vec![], vec![]);
-        let (powers, others) = (vec![0.0; layer.devices()], vec![]);
-        let mut fresh =
-            Self { after, powers, others, total: 0.0, busiest: 0, touched, rows, devices, brought };
+        let (powers, others, price) = (vec![0.0; layer.devices()], vec![], losses.cost);
+        let mut fresh = Self {
+            layer,
+            price,
+            after,
+            powers,
+            others,
+            total: 0.0,
+            busiest: 0,
+            touched,
+            rows,
+            devices,
+            brought,
+        };
         for device in 0..layer.devices() {
             let added = fresh.after.added_to(device);
             fresh.powers[device] = powers_of(added, fresh.unit(device, fresh.after.loads[device]));
         }
         fresh.add_up();
         fresh
-    }
-
-    /// Of the placement as it stands.
-    pub(crate) fn cost(&self, losses: &Losses) -> f64 {
-        root(self.total) * losses.cost
-    }
-
-    /// What the device that is done last costs, whatever stands for it.
-    pub(in crate::layer) fn slowest(&self, losses: &Losses) -> f64 {
-        self.after.excess() * losses.cost
-    }
-
-    /// What a move lowers the cost by at the most: that of all devices that it touches.
-    pub(crate) fn gain(&mut self, losses: &Losses, slots: &Slots, step: Move) -> f64 {
-        self.others.clone_from(&self.powers);
-        for Edit { expert, to, .. } in slots.edits(step) {
-            for device in slots.devices(expert).chain(to) {
-                self.others[usize::from(device)] = 0.0;
-            }
-        }
-        (root(self.total) - root(sum(&self.others))) * losses.cost
-    }
-
-    /// How much every device counts after losses `[D]`.
-    pub(in crate::layer) fn powers(&self) -> &[f64] {
-        &self.powers
-    }
-
-    /// What a move would add to the cost.
-    pub(crate) fn change(&mut self, layer: &Layer, losses: &Losses, slots: &Slots, step: Move) -> f64 {
-        self.stage(layer, slots, step);
-        self.others.clone_from(&self.powers);
-        for &(device, _, powers) in &self.touched {
-            self.others[device] = powers;
-        }
-        (root(sum(&self.others)) - root(self.total)) * losses.cost
-    }
-
-    /// Follows a move that is not made yet.
-    pub(crate) fn apply(&mut self, layer: &Layer, slots: &Slots, step: Move) {
-        self.stage(layer, slots, step);
-        let width = self.after.per_mean.len();
-        for (row, &(device, load, powers)) in self.rows.chunks_exact(width.max(1)).zip(&self.touched) {
-            self.after.added[device * width..][..width].copy_from_slice(row);
-            self.after.loads[device] = load;
-            self.powers[device] = powers;
-        }
-        self.add_up();
     }
 
     /// Takes over the powers of all devices.
@@ -196,22 +186,17 @@ impl LeftOver {
             (0..self.powers.len()).max_by(|&a, &b| self.powers[a].total_cmp(&self.powers[b])).unwrap_or(0);
     }
 
-    /// The device to which losses do most.
-    pub(in crate::layer) fn busiest(&self) -> usize {
-        self.busiest
-    }
-
     /// Load and time of a device and, of every loss, one over the mean of those that are left.
     fn unit(&self, device: usize, load: f64) -> (f64, f64, &[f64]) {
         (load, self.after.time[device], &self.after.per_mean)
     }
 
     /// Notes what all devices have then that a move touches.
-    fn stage(&mut self, layer: &Layer, slots: &Slots, step: Move) {
+    fn stage(&mut self, slots: &Slots, step: Move) {
         self.touched.clear();
         self.rows.clear();
         for edit in slots.edits(step) {
-            self.stage_edit(layer.load[usize::from(edit.expert)], slots, edit);
+            self.stage_edit(self.layer.load[usize::from(edit.expert)], slots, edit);
         }
         let width = self.after.per_mean.len();
         for at in 0..self.touched.len() {
@@ -262,6 +247,59 @@ impl LeftOver {
             self.rows.extend_from_slice(self.after.added_to(device));
             self.touched.len() - 1
         })
+    }
+}
+
+impl Term for LeftOver<'_> {
+    fn cost(&self) -> f64 {
+        root(self.total) * self.price
+    }
+
+    fn change(&mut self, Candidate { slots, step, .. }: Candidate<'_>, _: &mut Visits) -> f64 {
+        self.stage(slots, step);
+        self.others.clone_from(&self.powers);
+        for &(device, _, powers) in &self.touched {
+            self.others[device] = powers;
+        }
+        (root(sum(&self.others)) - root(self.total)) * self.price
+    }
+
+    fn apply(&mut self, Candidate { slots, step, .. }: Candidate<'_>, _: &mut Visits) {
+        self.stage(slots, step);
+        let width = self.after.per_mean.len();
+        for (row, &(device, load, powers)) in self.rows.chunks_exact(width.max(1)).zip(&self.touched) {
+            self.after.added[device * width..][..width].copy_from_slice(row);
+            self.after.loads[device] = load;
+            self.powers[device] = powers;
+        }
+        self.add_up();
+    }
+
+    fn slowest(&self) -> f64 {
+        self.after.excess() * self.price
+    }
+
+    fn needs_shares(&self) -> bool {
+        false
+    }
+
+    fn bounds_gain(&self) -> bool {
+        true
+    }
+
+    /// That of all devices that the candidate touches.
+    fn max_gain(&mut self, Candidate { slots, step, .. }: Candidate<'_>) -> f64 {
+        self.others.clone_from(&self.powers);
+        for Edit { expert, to, .. } in slots.edits(step) {
+            for device in slots.devices(expert).chain(to) {
+                self.others[usize::from(device)] = 0.0;
+            }
+        }
+        (root(self.total) - root(sum(&self.others))) * self.price
+    }
+
+    fn after_losses(&self) -> Option<(&[f64], usize)> {
+        Some((&self.powers, self.busiest))
     }
 }
 

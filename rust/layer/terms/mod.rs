@@ -1,4 +1,7 @@
 //! Terms of a layer's cost: each knows what a move changes, exactly, and how to apply it.
+//!
+//! A new term is a module here with its prices and a struct that implements [`Term`], a field of [`Costs`] and a line in
+//! [`Terms::new`]. Searches walk the list of terms and know none of them by name.
 
 pub(super) mod balance;
 pub(super) mod caps;
@@ -14,14 +17,18 @@ pub mod reading;
 pub mod together;
 pub mod windows;
 
-use super::slots::{Looked, Share};
+use std::fmt::Debug;
+
+use super::slots::Share;
 use crate::layer::{Layer, Move, Slots};
 use crate::random::Random;
 use balance::Balance;
 use caps::Caps;
 use divided::Divided;
 use fanout::Fanout;
+use linear::Linear;
 use losses::{LeftOver, Losses};
+use peak::Peak;
 use reading::Reading;
 use together::{Pairs, Together};
 
@@ -46,228 +53,235 @@ pub struct Costs {
     pub divided: Option<divided::Loads>,
 }
 
-impl Costs {
-    /// Whether a cost is asked which shares of tokens a move changes, even if copies exchange places and keep them.
-    ///
-    /// All are named: a new one does not compile until it is said here what it asks.
-    #[inline(always)]
-    fn ask_for_shares(&self) -> bool {
-        let Self { reading, row, copy_cost: _, serve_cost, sets: _, pairs, losses: _, divided: _ } = self;
-        reading.is_some() || *row > 0.0 || !serve_cost.is_empty() || pairs.is_some()
+/// A move that is judged before it is made: in which slots, and which shares of tokens it changes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Candidate<'a> {
+    pub(super) slots: &'a Slots,
+    pub(super) step: Move,
+    /// Empty or of an earlier move if copies exchange places, keep their shares, and no term needs them.
+    pub(super) shares: &'a [Share],
+}
+
+/// Devices that a candidate visits otherwise, with the visits for each token of their load then.
+pub(super) type Visits = Vec<(u16, f32)>;
+
+/// A part of a layer's cost. It holds its own prices, and what it has counted of the slots as they stand.
+///
+/// Only the first four methods are needed. The others tell searches what to leave out; by default they leave out nothing.
+pub(super) trait Term: Debug + Send {
+    /// Cost of the slots as they stand.
+    fn cost(&self) -> f64;
+
+    /// What a candidate would add to the cost; a term that counts visits writes those that rows are priced by.
+    fn change(&mut self, candidate: Candidate<'_>, visits: &mut Visits) -> f64;
+
+    /// Follows a candidate that is about to be made.
+    fn apply(&mut self, candidate: Candidate<'_>, visits: &mut Visits);
+
+    /// What the slowest devices cost in this term, whatever stands for them in [`Self::cost`].
+    fn slowest(&self) -> f64 {
+        0.0
     }
 
-    /// Whether something is linear: a copy costs what it does, whoever else is there.
-    pub(super) fn has_linear(&self) -> bool {
-        !(self.serve_cost.is_empty() && self.copy_cost.is_empty())
+    /// Follows the candidate that was applied, once the slots have changed.
+    fn settle(&mut self, _slots: &Slots) {}
+
+    /// Visits of every device for each token of its load `[D]`, if this term counts them.
+    fn visits_per_load(&self) -> Option<Vec<f32>> {
+        None
+    }
+
+    /// Whether this term needs the shares of an exchange in which copies keep theirs.
+    fn needs_shares(&self) -> bool {
+        true
+    }
+
+    /// Whether [`Self::max_gain`] says something, sooner than [`Self::change`] does.
+    fn bounds_gain(&self) -> bool {
+        false
+    }
+
+    /// The most that a candidate can take from the cost.
+    fn max_gain(&mut self, _candidate: Candidate<'_>) -> f64 {
+        f64::INFINITY
+    }
+
+    /// Whether a candidate gains no more than the tokens that it takes from the slowest devices.
+    fn is_of_slowest_alone(&self) -> bool {
+        false
+    }
+
+    /// The slowest devices of every window, where they alone are what a window costs.
+    fn peak(&self) -> Option<&Peak> {
+        None
+    }
+
+    /// How much every device counts after losses `[D]`, and the device that counts most.
+    fn after_losses(&self) -> Option<(&[f64], usize)> {
+        None
     }
 }
 
 /// The terms of a layer's cost, for the slots as they stand.
 #[derive(Debug)]
-pub(super) struct Terms {
-    /// None where no window weighs anything.
-    pub(super) balance: Option<Balance>,
-    /// None where visits cost nothing.
-    fanout: Option<Fanout>,
-    /// None where pairs cost nothing.
-    together: Option<Together>,
-    /// None where lost devices cost nothing.
-    left_over: Option<LeftOver>,
-    /// None where no window's tokens are divided as is best.
-    divided: Option<Divided>,
-    pub(super) caps: Caps,
-    /// Of [`linear`].
-    pub(super) linear: f64,
-    /// What the move changes that is looked at.
+pub(super) struct Terms<'a> {
+    layer: &'a Layer,
+    /// Those that count visits come first: others price rows by what these write.
+    all: Vec<Box<dyn Term + 'a>>,
+    /// Apart from the others: neighbouring layers change its prices.
+    linear: Linear<'a>,
+    caps: Caps,
+    /// Whether some term needs the shares of every candidate, and whether the last one bounds what it gains.
+    needs_shares: bool,
+    bounds_gain: bool,
+    /// Of the last candidate.
     shares: Vec<Share>,
+    visits: Visits,
     devices: Vec<u16>,
 }
 
-impl Terms {
-    pub(super) fn new(layer: &Layer, slots: &Slots) -> Self {
-        let weightless = layer.windows.is_weightless();
-        let fanout = layer.costs.sets.as_ref().map(|sets| Fanout::new(layer, sets, slots));
-        let pairs = layer.costs.pairs.as_ref();
-        let together = pairs.map(|pairs| Together::new(layer, pairs, slots));
-        let by_pairs = || together.as_ref().zip(pairs).map(|(together, pairs)| together.met(pairs));
-        let met = || fanout.as_ref().map(Fanout::met).or_else(by_pairs);
+impl<'a> Terms<'a> {
+    pub(super) fn new(layer: &'a Layer, slots: &Slots) -> Self {
+        let costs = &layer.costs;
+        let mut all: Vec<Box<dyn Term + 'a>> = vec![];
+        if let Some(sets) = &costs.sets {
+            all.push(Box::new(Fanout::new(layer, sets, slots)));
+        }
+        if let Some(pairs) = &costs.pairs {
+            all.push(Box::new(Together::new(layer, pairs, slots)));
+        }
+        if !layer.windows.is_weightless() {
+            let visits = all.iter().find_map(|term| term.visits_per_load());
+            all.push(Box::new(Balance::of_time(layer, slots, visits)));
+        }
+        if let Some(losses) = &costs.losses {
+            all.push(Box::new(LeftOver::new(layer, losses, slots)));
+        }
+        if let Some(loads) = &costs.divided {
+            all.push(Box::new(Divided::new(layer, loads, slots)));
+        }
+        let is_capped = layer.site.rules.cap < f64::INFINITY;
         Self {
-            balance: (!weightless).then(|| Balance::of_time(layer, slots, met())),
-            fanout,
-            together,
-            left_over: layer.costs.losses.as_ref().map(|losses| LeftOver::new(layer, losses, slots)),
-            divided: layer.costs.divided.as_ref().map(|loads| Divided::new(layer, loads, slots)),
+            layer,
+            bounds_gain: all.last().is_some_and(|term| term.bounds_gain()),
+            needs_shares: is_capped || all.iter().any(|term| term.needs_shares()),
+            all,
+            linear: Linear::new(layer, slots),
             caps: Caps::new(layer, slots),
-            linear: linear::cost(layer, slots),
             shares: Vec::new(),
+            visits: Vec::new(),
             devices: Vec::new(),
         }
     }
 
-    /// Whether tokens of the slowest devices, and what is linear, are all that costs: those bound what a move gains.
-    ///
-    /// All terms are named: a new one does not compile until it is said here whether it may cost then.
-    pub(super) fn are_of_slowest(&self) -> bool {
-        let Self { balance, fanout, together, left_over, divided, caps: _, linear: _, shares: _, devices: _ } =
-            self;
-        let of_tokens = |balance: &Balance| balance.peak().is_some() && balance.is_of_tokens();
-        balance.as_ref().is_some_and(of_tokens)
-            && fanout.is_none()
-            && together.is_none()
-            && left_over.is_none()
-            && divided.is_none()
-    }
-
-    pub(super) fn cost(&self, layer: &Layer) -> f64 {
-        let balance = self.balance.as_ref().map_or(0.0, Balance::cost);
-        let fanout = self
-            .fanout
-            .as_ref()
-            .zip(layer.costs.sets.as_ref())
-            .map_or(0.0, |(fanout, sets)| fanout.cost(sets));
-        let together = self
-            .together
-            .as_ref()
-            .zip(layer.costs.pairs.as_ref())
-            .map_or(0.0, |(together, pairs)| together.cost(pairs));
-        let left_over = self
-            .left_over
-            .as_ref()
-            .zip(layer.costs.losses.as_ref())
-            .map_or(0.0, |(left_over, losses)| left_over.cost(losses));
-        balance + fanout + together + left_over + self.of_divided() + self.linear
+    /// Cost of the slots as they stand.
+    pub(super) fn cost(&self) -> f64 {
+        self.all.iter().map(|term| term.cost()).sum::<f64>() + self.linear.cost()
     }
 
     /// What the slowest devices cost, whatever stands for them, of windows and after losses, and what is linear.
-    pub(super) fn slowest(&self, layer: &Layer) -> f64 {
-        let balance = self.balance.as_ref().map_or(0.0, |balance| balance.slowest(layer));
-        let left_over = self.left_over.as_ref().zip(layer.costs.losses.as_ref());
-        let after = left_over.map_or(0.0, |(left_over, losses)| left_over.slowest(losses));
-        balance + after + self.of_divided() + self.linear
+    pub(super) fn slowest(&self) -> f64 {
+        self.all.iter().map(|term| term.slowest()).sum::<f64>() + self.linear.cost()
     }
 
-    /// Time of the slowest devices where a dispatcher divides tokens over copies.
-    fn of_divided(&self) -> f64 {
-        self.divided.as_ref().map_or(0.0, Divided::cost)
+    /// The slowest devices of every window, where they alone are what a window costs.
+    pub(super) fn peak(&self) -> Option<&Peak> {
+        self.all.iter().find_map(|term| term.peak())
     }
 
-    /// A device that costs most where losses count: the slowest in a window, or the one to which losses do most.
-    pub(super) fn costliest(&self, layer: &Layer, random: &mut Random) -> Option<usize> {
-        let left_over = self.left_over.as_ref()?;
-        let peak = self.balance.as_ref().and_then(Balance::peak).filter(|_| random.below(2) == 0);
-        let slowest = peak.and_then(|peak| peak.slowest_in(random.below(layer.windows.count.max(1))));
-        Some(slowest.unwrap_or_else(|| left_over.busiest()))
-    }
-
-    /// What a move would add to the cost; nothing if it breaks the cap, or if that is surely more than a limit.
-    pub(super) fn change(&mut self, layer: &Layer, slots: &Slots, step: Move, limit: f64) -> Option<f64> {
-        self.look(layer, slots, step);
-        if self.caps.allows(layer, &self.shares) { self.added(layer, slots, step, limit) } else { None }
-    }
-
-    /// Notes which shares a move changes, unless no term asks.
-    #[inline(always)]
-    fn look(&mut self, layer: &Layer, slots: &Slots, step: Move) {
-        let by_share = layer.site.rules.cap < f64::INFINITY || layer.costs.ask_for_shares();
-        if by_share || balance::exchange(layer, slots, step).is_none() {
-            slots.shares(&layer.site, step, &mut self.shares, &mut self.devices);
-        }
-    }
-
-    /// What a move would add to excess over the caps, and to the cost: infinitely much if that is surely more than a limit.
-    pub(super) fn rise(&mut self, layer: &Layer, slots: &Slots, step: Move, limit: f64) -> (f64, f64) {
-        self.look(layer, slots, step);
-        let rise = self.caps.rise(layer, &self.shares);
-        (rise, self.added(layer, slots, step, limit).unwrap_or(f64::INFINITY))
+    /// Whether tokens of the slowest devices, and what is linear, are all that costs: those bound what a move gains.
+    pub(super) fn are_of_slowest(&self) -> bool {
+        !self.all.is_empty() && self.all.iter().all(|term| term.is_of_slowest_alone())
     }
 
     /// How much every device counts after losses `[D]`, where these and the slowest devices are nearly all that costs.
     pub(super) fn after_losses(&self) -> Option<&[f64]> {
-        let is_alone = self.fanout.is_none() && self.together.is_none() && self.divided.is_none();
-        let has_slowest = self.balance.as_ref().is_none_or(|balance| balance.peak().is_some());
-        self.left_over.as_ref().filter(|_| is_alone && has_slowest).map(LeftOver::powers)
+        let mut terms = self.all.iter();
+        let are_of_devices = terms.all(|term| term.peak().is_some() || term.after_losses().is_some());
+        let after = self.all.iter().find_map(|term| term.after_losses());
+        after.filter(|_| are_of_devices).map(|(powers, _)| powers)
+    }
+
+    /// A device that costs most where losses count: the slowest in a window, or the one to which losses do most.
+    pub(super) fn costliest(&self, random: &mut Random) -> Option<usize> {
+        let (_, busiest) = self.all.iter().find_map(|term| term.after_losses())?;
+        let peak = self.peak().filter(|_| random.below(2) == 0);
+        let slowest = peak.and_then(|peak| peak.slowest_in(random.below(self.layer.windows.count.max(1))));
+        Some(slowest.unwrap_or(busiest))
+    }
+
+    /// By what part the worst device exceeds the cap.
+    pub(super) fn excess(&self) -> f64 {
+        self.caps.peak_excess(self.layer)
+    }
+
+    /// Whether something is linear: a copy costs what it does, whoever else is there.
+    pub(super) fn has_linear(&self) -> bool {
+        self.linear.has_prices()
+    }
+
+    /// Prices serving anew, for the slots as they stand.
+    pub(super) fn price_serving(&mut self, serve_cost: Vec<f64>, slots: &Slots) {
+        self.linear.price_serving(serve_cost, slots);
+    }
+
+    /// What a move would add to the cost; nothing if it breaks the cap, or if that is surely more than a limit.
+    pub(super) fn change(&mut self, slots: &Slots, step: Move, limit: f64) -> Option<f64> {
+        self.look(slots, step);
+        if self.caps.allows(self.layer, &self.shares) { self.added(slots, step, limit) } else { None }
+    }
+
+    /// What a move would add to excess over the caps, and to the cost: infinitely much if that is surely more than a limit.
+    pub(super) fn rise(&mut self, slots: &Slots, step: Move, limit: f64) -> (f64, f64) {
+        self.look(slots, step);
+        let rise = self.caps.rise(self.layer, &self.shares);
+        (rise, self.added(slots, step, limit).unwrap_or(f64::INFINITY))
     }
 
     /// What a move would add to the linear costs alone.
-    pub(super) fn linear_change(&mut self, layer: &Layer, slots: &Slots, step: Move) -> f64 {
-        self.look(layer, slots, step);
-        linear::change(layer, Looked { slots, step, shares: &self.shares })
+    pub(super) fn linear_change(&mut self, slots: &Slots, step: Move) -> f64 {
+        self.look(slots, step);
+        self.linear.change(Candidate { slots, step, shares: &self.shares })
+    }
+
+    /// Notes which shares a move changes, unless no term needs them.
+    #[inline(always)]
+    fn look(&mut self, slots: &Slots, step: Move) {
+        let by_share = self.needs_shares || self.linear.needs_shares();
+        if by_share || balance::exchange(self.layer, slots, step).is_none() {
+            slots.shares(&self.layer.site, step, &mut self.shares, &mut self.devices);
+        }
     }
 
     /// What a move adds to the cost, unless that is surely more than a limit.
-    fn added(&mut self, layer: &Layer, slots: &Slots, step: Move, limit: f64) -> Option<f64> {
-        let looked = Looked { slots, step, shares: &self.shares };
-        let mut change = linear::change(layer, looked);
-        if let (Some(fanout), Some(sets)) = (&mut self.fanout, &layer.costs.sets) {
-            change += fanout.change(layer, sets, slots, step);
-            fanout.meet(layer, sets, looked.shares);
-        }
-        if let (Some(together), Some(pairs)) = (&mut self.together, &layer.costs.pairs) {
-            change += together.change(pairs, looked.shares);
-            if layer.costs.row > 0.0 {
-                together.meet(pairs);
-            }
-        }
-        if let Some(balance) = &mut self.balance {
-            change += balance.change(layer, looked, met_then(self.fanout.as_ref(), self.together.as_ref()));
-        }
-        if let (Some(left_over), Some(losses)) = (&mut self.left_over, &layer.costs.losses) {
-            // Most moves add more to the slowest device than losses could gain: what these are takes longer.
-            if self.divided.is_none() && change - left_over.gain(losses, slots, step) > limit {
+    fn added(&mut self, slots: &Slots, step: Move, limit: f64) -> Option<f64> {
+        let candidate = Candidate { slots, step, shares: &self.shares };
+        let mut change = self.linear.change(candidate);
+        self.visits.clear();
+        let (count, bounds_gain) = (self.all.len(), self.bounds_gain);
+        for (at, term) in self.all.iter_mut().enumerate() {
+            // Most moves add more to the slowest device than the last term could gain, which takes longer to say.
+            if bounds_gain && at + 1 == count && change - term.max_gain(candidate) > limit {
                 return None;
             }
-            change += left_over.change(layer, losses, slots, step);
-        }
-        if let Some(divided) = &mut self.divided {
-            change += divided.change(slots, step);
+            change += term.change(candidate, &mut self.visits);
         }
         Some(change)
     }
 
     /// Makes a move that is allowed.
-    pub(super) fn apply(&mut self, layer: &Layer, slots: &mut Slots, step: Move) {
-        slots.shares(&layer.site, step, &mut self.shares, &mut self.devices);
-        self.caps.apply(layer, &self.shares);
-        self.linear += linear::change(layer, Looked { slots, step, shares: &self.shares });
-        if let (Some(fanout), Some(sets)) = (&mut self.fanout, &layer.costs.sets)
-            && layer.costs.row > 0.0
-        {
-            // Which visits there are then: what a move adds was asked for some moves ago.
-            fanout.change(layer, sets, slots, step);
-            fanout.meet(layer, sets, &self.shares);
+    pub(super) fn apply(&mut self, slots: &mut Slots, step: Move) {
+        slots.shares(&self.layer.site, step, &mut self.shares, &mut self.devices);
+        let candidate = Candidate { slots, step, shares: &self.shares };
+        self.caps.apply(self.layer, candidate.shares);
+        self.linear.apply(candidate);
+        self.visits.clear();
+        for term in &mut self.all {
+            term.apply(candidate, &mut self.visits);
         }
-        if let (Some(together), Some(pairs)) = (&mut self.together, &layer.costs.pairs)
-            && layer.costs.row > 0.0
-        {
-            together.change(pairs, &self.shares);
-            together.meet(pairs);
-        }
-        if let Some(balance) = &mut self.balance {
-            let met = met_then(self.fanout.as_ref(), self.together.as_ref());
-            balance.apply(layer, Looked { slots, step, shares: &self.shares }, met);
-        }
-        if let (Some(together), Some(pairs)) = (&mut self.together, &layer.costs.pairs) {
-            together.apply(pairs, &self.shares);
-        }
-        if let Some(left_over) = &mut self.left_over {
-            left_over.apply(layer, slots, step);
-        }
-        if let Some(divided) = &mut self.divided {
-            divided.apply(slots, step);
-        }
-        if let (Some(fanout), Some(sets)) = (&mut self.fanout, &layer.costs.sets) {
-            fanout.serve(sets, &self.shares);
-        }
-        let touched = self.fanout.is_some().then(|| fanout::touched(slots, step));
         slots.apply(step);
-        if let (Some(fanout), Some(sets), Some(touched)) = (&mut self.fanout, &layer.costs.sets, touched) {
-            fanout.refresh(layer, sets, slots, &touched);
+        for term in &mut self.all {
+            term.settle(slots);
         }
     }
-}
-
-/// Visits for each token of load of the devices that a move changes: by expert sets, or by pairs where those are not known.
-fn met_then<'a>(fanout: Option<&'a Fanout>, together: Option<&'a Together>) -> &'a [(u16, f32)] {
-    let by_pairs = together.map_or(&[][..], Together::met_then);
-    fanout.map_or(by_pairs, Fanout::met_then)
 }

@@ -85,7 +85,8 @@ impl Reading {
 
 /// Active experts of devices, and what takes longer: reading them, or their tokens.
 #[derive(Debug, Clone)]
-pub(super) struct Busy {
+pub(super) struct Busy<'a> {
+    reading: &'a Reading,
     /// `[D, width]`.
     active: Vec<f32>,
     /// `[D, width]`.
@@ -103,14 +104,14 @@ pub(super) struct Busy {
 #[derive(Debug, Clone)]
 struct Parts(Vec<Vec<f32>>);
 
-impl Busy {
+impl<'a> Busy<'a> {
     /// Of slots, whose tokens are known.
-    pub(super) fn new(layer: &Layer, reading: &Reading, slots: &Slots, loads: &Loads) -> Self {
+    pub(super) fn new(layer: &Layer, reading: &'a Reading, slots: &Slots, loads: &Loads) -> Self {
         let (d, width) = (layer.devices(), layer.windows.width);
         let rows = || vec![0.0; d * width];
         let [active, time, active_then, time_then] = [rows(), rows(), rows(), rows()];
         let parts = Parts(vec![vec![]; layer.experts * KEPT]);
-        let mut busy = Self { active, time, active_then, time_then, alike: vec![1.0; d], parts };
+        let mut busy = Self { reading, active, time, active_then, time_then, alike: vec![1.0; d], parts };
         for e in 0..layer.experts as u16 {
             let devices: Vec<u16> = slots.devices(e).collect();
             for &device in &devices {
@@ -130,7 +131,6 @@ impl Busy {
     pub(super) fn stage(
         &mut self,
         layer: &Layer,
-        reading: &Reading,
         loads: &Loads,
         (rows, touched): (&[f32], &[(u16, i64)]),
         shares: &[Share],
@@ -145,7 +145,7 @@ impl Busy {
                 self.parts.add(active, &layer.windows, share.expert, share.after, 1.0);
             }
             let (load, time) = (&rows[at * width..][..width], &mut self.time_then[at * width..][..width]);
-            longer(time, load, active, reading, (g, loads.time[g], own));
+            longer(time, load, active, self.reading, (g, loads.time[g], own));
         }
     }
 

@@ -4,6 +4,7 @@
 //! its copies on one device say, copies being chosen independently. Every device knows each expert's *affinity*, the
 //! pairs that it has with what is there; so a move is judged by a few numbers, and followed by adding rows.
 
+use super::{Candidate, Term, Visits};
 use crate::layer::slots::Share;
 use crate::layer::{Layer, Slots};
 use crate::urn::visits_of_load;
@@ -60,7 +61,10 @@ impl Part {
 
 /// Pairs of every expert with what is on a device.
 #[derive(Debug, Clone)]
-pub(crate) struct Together {
+pub(crate) struct Together<'a> {
+    pairs: &'a Pairs,
+    /// Whether it tells how many tokens visit devices: rows have a price, and expert sets are not known.
+    tells_visits: bool,
     /// `[D, E]`.
     affinity: Vec<f64>,
     /// `[D]`.
@@ -71,20 +75,19 @@ pub(crate) struct Together {
     joined: f64,
     /// What devices have more after the move that was looked at last.
     more: Vec<(u16, Part)>,
-    /// These devices, with the visits for each token of their load then.
-    met_then: Vec<(u16, f32)>,
 }
 
-impl Together {
-    pub(crate) fn new(layer: &Layer, pairs: &Pairs, slots: &Slots) -> Self {
+impl<'a> Together<'a> {
+    pub(crate) fn new(layer: &Layer, pairs: &'a Pairs, slots: &Slots) -> Self {
         let devices = layer.devices();
         let mut together = Self {
+            pairs,
+            tells_visits: layer.costs.row > 0.0 && layer.costs.sets.is_none(),
             affinity: vec![0.0; devices * layer.experts],
             parts: vec![Part::default(); devices],
             apart: pairs.all / 2.0,
             joined: 0.0,
             more: Vec::new(),
-            met_then: Vec::new(),
         };
         for expert in 0..layer.experts as u16 {
             let devices: Vec<u16> = slots.devices(expert).collect();
@@ -94,49 +97,29 @@ impl Together {
                 before: 0.0,
                 after: layer.site.share(&devices, device),
             };
-            together.apply(pairs, &devices.iter().map(come).collect::<Vec<_>>());
+            together.follow(&devices.iter().map(come).collect::<Vec<_>>());
         }
         together
     }
 
-    pub(crate) fn cost(&self, pairs: &Pairs) -> f64 {
-        self.apart * pairs.cost
-    }
-
-    /// Visits of every device for each token of its load `[D]`.
-    pub(crate) fn met(&self, pairs: &Pairs) -> Vec<f32> {
-        self.parts.iter().map(|part| part.met(pairs)).collect()
-    }
-
-    /// See [`Self::meet`].
-    pub(crate) fn met_then(&self) -> &[(u16, f32)] {
-        &self.met_then
-    }
-
-    /// What changes of shares would add to the cost.
-    pub(crate) fn change(&mut self, pairs: &Pairs, shares: &[Share]) -> f64 {
-        self.look(pairs, shares);
-        -self.joined * pairs.cost
-    }
-
-    /// Notes how much devices are met after the changes that were looked at last.
-    pub(crate) fn meet(&mut self, pairs: &Pairs) {
-        let met =
-            |&(device, more): &(u16, Part)| (device, self.parts[usize::from(device)].with(more).met(pairs));
-        self.met_then.clear();
-        self.met_then.extend(self.more.iter().map(met));
+    /// Writes the visits for each token of load after the changes that were looked at last.
+    fn tell_visits(&self, visits: &mut Visits) {
+        if self.tells_visits {
+            let then = |device: u16, more: Part| self.parts[usize::from(device)].with(more).met(self.pairs);
+            visits.extend(self.more.iter().map(|&(device, more)| (device, then(device, more))));
+        }
     }
 
     /// Follows changes of shares.
-    pub(crate) fn apply(&mut self, pairs: &Pairs, shares: &[Share]) {
-        self.look(pairs, shares);
+    fn follow(&mut self, shares: &[Share]) {
+        self.look(shares);
         self.apart -= self.joined;
         for &(device, more) in &self.more {
             let part = &mut self.parts[usize::from(device)];
             *part = part.with(more);
         }
         for share in shares {
-            let row = pairs.row(share.expert);
+            let row = self.pairs.row(share.expert);
             let affinity = &mut self.affinity[usize::from(share.device) * row.len()..][..row.len()];
             for (affinity, &count) in affinity.iter_mut().zip(row) {
                 *affinity += (share.after - share.before) * f64::from(count);
@@ -145,7 +128,8 @@ impl Together {
     }
 
     /// Notes what devices get: of each expert its load, and its pairs with what is there and comes there.
-    fn look(&mut self, pairs: &Pairs, shares: &[Share]) {
+    fn look(&mut self, shares: &[Share]) {
+        let pairs = self.pairs;
         self.more.clear();
         self.joined = 0.0;
         for (n, share) in shares.iter().enumerate() {
@@ -164,5 +148,29 @@ impl Together {
             });
             self.more[at].1 = self.more[at].1.with(more);
         }
+    }
+}
+
+impl Term for Together<'_> {
+    fn cost(&self) -> f64 {
+        self.apart * self.pairs.cost
+    }
+
+    fn change(&mut self, Candidate { shares, .. }: Candidate<'_>, visits: &mut Visits) -> f64 {
+        self.look(shares);
+        self.tell_visits(visits);
+        -self.joined * self.pairs.cost
+    }
+
+    fn apply(&mut self, Candidate { shares, .. }: Candidate<'_>, visits: &mut Visits) {
+        if self.tells_visits {
+            self.look(shares);
+            self.tell_visits(visits);
+        }
+        self.follow(shares);
+    }
+
+    fn visits_per_load(&self) -> Option<Vec<f32>> {
+        Some(self.parts.iter().map(|part| part.met(self.pairs)).collect())
     }
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -339,6 +339,13 @@ class Advice(Frozen):
     def warnings(self) -> tuple[str, ...]:
         """What to know before relying on it, in sentences."""
         return self.say("warning")
+
+    def overruled(self, headline: Finding) -> Advice:
+        """Return the same with the answer that something forces which the traffic does not show."""
+        answer: Any = headline.forces
+        first, *others = self.findings
+        findings = (replace(headline, role="headline"), replace(first, role="reason"), *others)
+        return replace(self, answer=answer, findings=findings)
 
     def say_answer(self, voice: Voice = PYTHON) -> str:
         """Write the answer and its headline, which stand alone."""

@@ -27,6 +27,7 @@ from moetuner.report.words.parts import (
 )
 from moetuner.serving.engines import ENGINES
 from moetuner.serving.phases import name_phase
+from moetuner.serving.splits import RULES
 
 # Groups that a sentence names.
 LOSERS = 5
@@ -326,8 +327,8 @@ def _tokens_divided(voice: Voice, engine: str, imbalance: float, imbalance_even:
     assert dividing is not None
     return (
         f"with {ENGINES[engine].title}'s {dividing[0]} dispatch ({dividing[1]}) the busiest device "
-        f"would have {imbalance:.2f} x the mean instead of {imbalance_even:.2f}, for 100 us or "
-        "more a layer (by LPLB's authors)"
+        f"would have {imbalance:.2f} x the mean instead of {imbalance_even:.2f}, for "
+        f"{RULES[dividing[0]].dispatch_us:g} us or more a layer"
     )
 
 
@@ -364,15 +365,11 @@ def _moving(
 def _few_moves(
     voice: Voice, experts: int, moved_bytes: float | None, gain: float, of_gain: float
 ) -> str:
-    part = f"{100 * gain:.1f} of {percent(of_gain)}"
+    part = f"about {100 * gain:.1f} of {percent(of_gain)}"
     if gain >= of_gain:
-        part = f"{percent(gain)}, no less than all"
-    moved = counted(experts, "expert")
-    if moved_bytes is None:
-        return f"moving {moved} gains {part} (--move-budget {experts})"
-    # All of its digits: a budget that is rounded down is one expert less.
-    budget = f"{moved_bytes:.0f}"
-    return f"moving {moved} ({in_bytes(moved_bytes)}) gains {part} (--move-budget {budget})"
+        part = f"about {percent(gain)}, no less than all"
+    size = "" if moved_bytes is None else f" ({in_bytes(moved_bytes)})"
+    return f"moving {counted(experts, 'expert')}{size} gains {part}"
 
 
 # What to know before relying on it.
@@ -465,6 +462,11 @@ CLAUSES: dict[str, Clause] = {
     ),
     "prefill not judged": lambda voice, gain, tokens: (
         f"decode {with_interval(gain)}{_prefill_lacks(tokens)}"
+    ),
+    "nothing to place": (
+        "{engine} splits layers or weights over devices, not experts, so no placement helps there. "
+        "Its traces show which experts are hot, and whether a fixed set of them near the GPU is "
+        "worth it; for an engine with expert parallelism name it (--for)"
     ),
     "one device": "there is one device, so all placements are alike",
     "one kind of traffic": f"{{shows}}, so the figures hold for such traffic only; {MIX}",

@@ -6,6 +6,7 @@ from typing import Any
 
 from moetuner.evaluation.comparison import Comparison
 from moetuner.files.cells import (
+    counted,
     distinct,
     number,
     percent,
@@ -177,6 +178,10 @@ CLAUSES: dict[str, Clause] = {
         "with redundant experts need full slots: pass --fill-slots, or --for ENGINE"
     ),
     "slower than what runs": _slower,
+    "running kept": lambda voice, experts: (
+        f"what runs stays: the gain of moving {counted(experts, 'expert')} may be chance. To move "
+        "them nevertheless, leave out --holdout"
+    ),
     "judged gain": _judged_gain,
     "no smaller objective": lambda voice, window, over: (
         f"gain{_in_windows(window)}: no method has a smaller objective than {over} on the seen part"

@@ -1,0 +1,185 @@
+//! The best further copy that relieves a slow device: gather what a copy of each expert there would relieve, price it in
+//! place of every other copy, take the best that is allowed.
+//!
+//! That other copies of an expert get less when there is one more is left out, so that a step may turn out better.
+
+use super::super::budget::per_copy;
+use super::super::{EMPTY, Move};
+use super::loads::{Loads, one_if, power};
+use super::{Best, Steps};
+
+/// What a further copy of an expert on a slow device takes from it.
+struct Relief {
+    expert: u16,
+    /// Load of the copy.
+    load: f64,
+    /// Time that the slow device is done earlier.
+    time: f64,
+}
+
+/// A slot whose content may be removed, and what that does.
+struct Target {
+    slot: usize,
+    device: usize,
+    /// Copies that its content counts as brought, 0 or 1.
+    is_moved: f64,
+    /// Time of the slot's device without it, and its power; with it, the power.
+    time_without: f64,
+    power_without: f64,
+    power: f64,
+    /// What its removal adds to powers of devices other than the slow one, and to the time of that one.
+    added_elsewhere: f64,
+    added_to_slowest: f64,
+}
+
+/// Looks for a further copy, here or elsewhere, that is worth more than the best step so far.
+pub(super) fn find_copy(steps: &Steps<'_>, slow: usize, removal: &Removal, best: &mut Best) {
+    let reliefs = find_reliefs(steps, slow);
+    let slots = (0..steps.slots.expert_in.len()).filter(|&slot| steps.slots.may_lose(steps.site, slot));
+    for slot in slots {
+        let target = removal.of_slot(steps, slot, slow);
+        if target.device == slow {
+            find_copy_here(steps, &target, removal, best);
+        } else {
+            find_copy_elsewhere(steps, &target, removal, (slow, &reliefs), best);
+        }
+    }
+}
+
+/// What a further copy of each expert on the slowest device would take of it, the most first.
+fn find_reliefs(steps: &Steps<'_>, slow: usize) -> Vec<Relief> {
+    let (slots, loads) = (&steps.slots, &steps.loads);
+    let relief = |slot: usize| {
+        let expert = slots.expert_in[slot];
+        let load = loads.with_one_more[usize::from(expert)];
+        Relief { expert, load, time: (loads.load_in[slot] - load) * loads.per_token[slow] }
+    };
+    let held = slots.of(slow).filter(|&slot| slots.expert_in[slot] != EMPTY);
+    let mut reliefs: Vec<Relief> = held.map(relief).collect();
+    reliefs.sort_by(|a, b| b.time.total_cmp(&a.time));
+    reliefs
+}
+
+/// Prices copies of all experts in a slot of the slow device itself.
+fn find_copy_here(steps: &Steps<'_>, target: &Target, removal: &Removal, best: &mut Best) {
+    let per_token = steps.loads.per_token[target.device];
+    // What is gained at the most, were what comes light.
+    let largest_gain = target.power - target.power_without - target.added_elsewhere;
+    if largest_gain * per_copy(1.0 - target.is_moved) <= best.worth {
+        return;
+    }
+    for (expert, &load) in (0..).zip(&steps.loads.with_one_more) {
+        let gain = target.power - power(target.time_without + load * per_token) - target.added_elsewhere;
+        if gain * per_copy(1.0 - target.is_moved) > best.worth {
+            offer(steps, target, removal, (expert, gain), best);
+        }
+    }
+}
+
+/// Prices copies of what is on the slow device in a slot elsewhere.
+fn find_copy_elsewhere(
+    steps: &Steps<'_>,
+    target: &Target,
+    removal: &Removal,
+    (slow, reliefs): (usize, &[Relief]),
+    best: &mut Best,
+) {
+    let (now, per_token) = (steps.loads.times[slow], steps.loads.per_token[target.device]);
+    let now_power = power(now);
+    for &Relief { expert, load, time } in reliefs {
+        let relieved =
+            now_power - power(now - time + target.added_to_slowest) - target.added_elsewhere + target.power;
+        // No step relieves more for a copy, nor do those behind.
+        if target.is_moved == 0.0 && relieved - target.power_without <= best.worth {
+            break;
+        }
+        let gain = relieved - power(target.time_without + load * per_token);
+        if gain > 0.0 {
+            offer(steps, target, removal, (expert, gain), best);
+        }
+    }
+}
+
+/// Takes a copy of an expert in place of a slot's content, if it is worth more than the best and allowed, and what is left
+/// of the other gets no heavier than what comes.
+fn offer(steps: &Steps<'_>, target: &Target, removal: &Removal, (expert, gain): (u16, f64), best: &mut Best) {
+    let slots = &steps.slots;
+    let comes = one_if(steps.running.lacks(expert, target.device));
+    let worth = gain * per_copy(comes - target.is_moved);
+    let fits = || {
+        slots.may_take(steps.site, expert, target.device)
+            && slots.part(&steps.tokens, expert) >= removal.tokens_left[target.slot]
+    };
+    if worth > best.worth && fits() {
+        *best = Best { worth, step: Some(Move::Put(target.slot, expert)) };
+    }
+}
+
+/// What happens to other copies of its expert when the content of a slot is removed.
+pub(super) struct Removal {
+    /// Tokens of every other copy then `[P]`.
+    tokens_left: Vec<f64>,
+    /// What each of them has to do more, as it counts `[P]`.
+    added_load: Vec<f64>,
+    /// What that adds to the power of the slot's own device, were it another's `[P]`; of all slots of an expert `[E]`.
+    added_power: Vec<f64>,
+    added_by_expert: Vec<f64>,
+}
+
+impl Removal {
+    pub(super) fn new(steps: &Steps<'_>) -> Self {
+        let (slots, loads) = (&steps.slots, &steps.loads);
+        let [mut tokens_left, mut added_load, mut added_power] =
+            std::array::from_fn(|_| vec![0.0; slots.expert_in.len()]);
+        let mut added_by_expert = vec![0.0; steps.tokens.len()];
+        for (slot, &e) in slots.expert_in.iter().enumerate().filter(|(_, e)| slots.copies(**e) > 1) {
+            let tokens = steps.tokens[usize::from(e)] / f64::from(slots.copies(e) - 1);
+            tokens_left[slot] = tokens;
+            added_load[slot] = loads.counted(tokens) - loads.load_in[slot];
+            added_power[slot] = loads.added_power(slots.device(slot), added_load[slot]);
+            added_by_expert[usize::from(e)] += added_power[slot];
+        }
+        Self { tokens_left, added_load, added_power, added_by_expert }
+    }
+
+    /// What the removal of a slot's content does, where one device is slow.
+    fn of_slot(&self, steps: &Steps<'_>, slot: usize, slow: usize) -> Target {
+        let (slots, loads) = (&steps.slots, &steps.loads);
+        let (device, expert) = (slots.device(slot), slots.expert_in[slot]);
+        let time_without = loads.times[device] - loads.load_in[slot] * loads.per_token[device];
+        let (added_elsewhere, added_to_slowest) =
+            if expert == EMPTY { (0.0, 0.0) } else { self.added(steps, slot, slow) };
+        Target {
+            slot,
+            device,
+            is_moved: one_if(steps.running.lacks(expert, device)),
+            time_without,
+            power_without: power(time_without),
+            power: power(loads.times[device]),
+            added_elsewhere,
+            added_to_slowest,
+        }
+    }
+
+    /// What a removal adds to the powers of devices other than the slow one, and to the time of that one.
+    fn added(&self, steps: &Steps<'_>, slot: usize, slow: usize) -> (f64, f64) {
+        let (slots, expert) = (&steps.slots, steps.slots.expert_in[slot]);
+        let elsewhere = self.added_by_expert[usize::from(expert)] - self.added_power[slot];
+        let on_slow = (slots.device(slot) != slow && slots.holds(expert, slow))
+            .then(|| slots.of(slow).find(|&other| slots.expert_in[other] == expert))
+            .flatten();
+        match on_slow {
+            Some(other) => {
+                (elsewhere - self.added_power[other], self.added_load[slot] * steps.loads.per_token[slow])
+            }
+            None => (elsewhere, 0.0),
+        }
+    }
+}
+
+impl Loads {
+    /// What a device's power of time rises by with more load.
+    fn added_power(&self, device: usize, load: f64) -> f64 {
+        power(self.times[device] + load * self.per_token[device]) - power(self.times[device])
+    }
+}

@@ -1,0 +1,95 @@
+//! What devices and slots have to do, as steps see it.
+
+use super::super::{Site, Slots};
+
+/// Times count to the power of two to the power of this: what is slow counts most, and what is nearly as slow too, which
+/// on the next load may be the slowest.
+pub(super) const DOUBLINGS: u32 = 3;
+pub(super) const NORM: f64 = (1 << DOUBLINGS) as f64;
+
+/// A time to the power of the norm.
+#[inline(always)]
+pub(super) fn power(time: f64) -> f64 {
+    (0..DOUBLINGS).fold(time, |power, _| power * power)
+}
+
+/// What devices and slots have to do.
+pub(super) struct Loads {
+    /// Of every device `[D]`, as it counts, in means of all.
+    pub(super) times: Vec<f64>,
+    /// Of every device `[D]`, of the tokens that were counted.
+    pub(super) plain: Vec<f64>,
+    /// The mean, and of every device the time per token `[D]`.
+    pub(super) mean: f64,
+    pub(super) per_token: Vec<f64>,
+    /// Load in every slot `[P]`, as it counts.
+    pub(super) load_in: Vec<f64>,
+    /// What a copy would get of every expert, were there one more `[E]`.
+    pub(super) with_one_more: Vec<f64>,
+    /// Whether what is in a slot was brought, 0 or 1 `[P]`.
+    pub(super) is_moved: Vec<f64>,
+    /// What the square of a slot's load counts, as the next window's will differ.
+    pub(super) square: f64,
+}
+
+impl Loads {
+    pub(super) fn new(
+        site: &Site,
+        [seen, tokens]: [&[f64]; 2],
+        slots: &Slots,
+        running: &Slots,
+        square: f64,
+    ) -> Self {
+        let counts = |load: f64| load + square * load * load;
+        let (plain, _) = slots.times_and_loads(site, seen);
+        let (_, mut load_in) = slots.times_and_loads(site, tokens);
+        for load in &mut load_in {
+            *load = counts(*load);
+        }
+        let mean = load_in.iter().sum::<f64>() / site.rate();
+        let unit = if mean > 0.0 { 1.0 / mean } else { 0.0 };
+        let per_token: Vec<f64> = site.time.iter().map(|time| time * unit).collect();
+        let time = |g: usize| load_in[slots.of(g)].iter().sum::<f64>() * per_token[g];
+        let times = (0..site.devices()).map(time).collect();
+        let copies = slots.copies.iter().map(|&copies| f64::from(copies + 1));
+        let with_one_more = tokens.iter().zip(copies).map(|(load, copies)| counts(load / copies)).collect();
+        let is_moved = (0..load_in.len()).map(|slot| one_if(slots.is_moved(slot, running))).collect();
+        Self { times, plain, mean, per_token, load_in, with_one_more, is_moved, square }
+    }
+
+    /// A load as it counts.
+    pub(super) fn counted(&self, load: f64) -> f64 {
+        load + self.square * load * load
+    }
+
+    /// Powers of all times.
+    pub(super) fn total(&self) -> f64 {
+        self.times.iter().map(|&time| power(time)).sum()
+    }
+
+    /// Follows an exchange of two slots, `p` and `q`, on loads `[E]` that were counted.
+    pub(super) fn exchange(
+        &mut self,
+        [p, q]: [usize; 2],
+        site: &Site,
+        seen: &[f64],
+        slots: &Slots,
+        running: &Slots,
+    ) {
+        let (g, h) = (slots.device(p), slots.device(q));
+        self.load_in.swap(p, q);
+        let moved = self.load_in[q] - self.load_in[p];
+        self.times[g] -= moved * self.per_token[g];
+        self.times[h] += moved * self.per_token[h];
+        for (slot, device) in [(p, g), (q, h)] {
+            let load: f64 = slots.of(device).map(|slot| slots.part(seen, slots.expert_in[slot])).sum();
+            self.plain[device] = load * site.time[device];
+            self.is_moved[slot] = one_if(slots.is_moved(slot, running));
+        }
+    }
+}
+
+/// 1 for yes, 0 for no.
+pub(super) fn one_if(yes: bool) -> f64 {
+    f64::from(u8::from(yes))
+}

@@ -1,0 +1,260 @@
+//! How much one more copy burdens a device, as starts see it: by time, partners, losses, or all windows.
+
+use super::longest_first::Burden;
+use super::{LEAST, done};
+use crate::layer::terms::balance::Balance;
+use crate::layer::terms::losses::AfterLosses;
+use crate::layer::{EMPTY, Layer, Site, Slots};
+use crate::tournament::Tournament;
+
+/// The device of the least key, the first of equals.
+fn least<K>(
+    keys: impl Iterator<Item = (K, usize)>,
+    order: impl Fn(&K, &K) -> std::cmp::Ordering,
+) -> Option<usize> {
+    keys.min_by(|(a, _), (b, _)| order(a, b)).map(|(_, device)| device)
+}
+
+/// Devices by when they are done with what they have, on one load of every expert.
+pub(super) struct ByTime<'a> {
+    site: &'a Site,
+    load: &'a [f64],
+    /// Copies that every expert is to have `[E]`.
+    copies: &'a [u32],
+    /// Devices with free slots.
+    open: Tournament<u64>,
+    /// Key of the device that was chosen last, and of those that must not have the expert at hand.
+    chosen: u64,
+    aside: Vec<u64>,
+}
+
+impl<'a> ByTime<'a> {
+    pub(super) fn new(slots: &Slots, site: &'a Site, load: &'a [f64], copies: &'a [u32]) -> Self {
+        Self { site, load, copies, open: open(slots, site, load), chosen: u64::MAX, aside: Vec::new() }
+    }
+}
+
+/// Devices with free slots by when they are done with what they have.
+fn open(slots: &Slots, site: &Site, load: &[f64]) -> Tournament<u64> {
+    let times = slots.times_and_loads(site, load).0;
+    // Of idle devices, the fastest first.
+    let key = |g: usize| {
+        let is_open = slots.of(g).any(|slot| slots.expert_in[slot] == EMPTY);
+        if is_open { done(times[g] + LEAST * site.time[g], g) } else { u64::MAX }
+    };
+    Tournament::new((0..site.devices()).map(key), u64::MAX)
+}
+
+impl Burden for ByTime<'_> {
+    #[inline]
+    fn lightest(&mut self, _: &Slots, _: u16, may_take: impl Fn(usize) -> bool) -> Option<usize> {
+        let device = loop {
+            let key = self.open.get();
+            let device = (key & 0xffff) as usize;
+            if key == u64::MAX {
+                break None;
+            }
+            if may_take(device) {
+                self.chosen = key;
+                break Some(device);
+            }
+            self.aside.push(key);
+            self.open.set(device, u64::MAX);
+        };
+        for key in self.aside.drain(..) {
+            self.open.set((key & 0xffff) as usize, key);
+        }
+        device
+    }
+
+    #[inline]
+    fn enter(&mut self, _: &Slots, expert: u16, device: usize, is_full: bool) {
+        let weight = self.load[usize::from(expert)] / f64::from(self.copies[usize::from(expert)]);
+        let then = done(f64::from_bits(self.chosen) + weight * self.site.time[device], device);
+        self.open.set(device, if is_full { u64::MAX } else { then });
+    }
+
+    fn refresh(&mut self, slots: &Slots) {
+        self.open = open(slots, self.site, self.load);
+    }
+}
+
+/// Devices by whom they share experts with, for a dispatcher that divides tokens over copies.
+///
+/// A set of devices is slow where much of its load can go nowhere else. So the heaviest experts have copies, on as many
+/// slots of every device, no two on the same devices as long as others are left, and all devices are joined: what one has
+/// too much of can go on to all others, also when loads are not what they were. Of 288 slots on 32 devices these are rings.
+pub(super) struct ByPartners<'a> {
+    site: &'a Site,
+    load: &'a [f64],
+    /// Copies that every expert is to have `[E]`.
+    copies: &'a [u32],
+    /// Load of every device, if copies share it evenly, and its slots that are filled `[D]`.
+    loads: Vec<f64>,
+    used: Vec<usize>,
+    /// Experts that two devices share `[D, D]`, and the first device that every one is joined with `[D]`.
+    shared: Vec<u32>,
+    joined: Vec<usize>,
+}
+
+impl<'a> ByPartners<'a> {
+    pub(super) fn new(slots: &Slots, site: &'a Site, load: &'a [f64], copies: &'a [u32]) -> Self {
+        let devices = site.devices();
+        let (loads, used) = (vec![0.0; devices], vec![0; devices]);
+        let (shared, joined) = (vec![0; devices * devices], (0..devices).collect());
+        let mut fresh = Self { site, load, copies, loads, used, shared, joined };
+        for expert in 0..load.len() as u16 {
+            for device in slots.devices(expert) {
+                let earlier = slots.devices(expert).take_while(|&other| other < device);
+                fresh.count(expert, usize::from(device), earlier.map(usize::from));
+            }
+        }
+        fresh
+    }
+
+    /// Follows a copy to a device, where the others are held.
+    fn count(&mut self, expert: u16, device: usize, held: impl Iterator<Item = usize>) {
+        let devices = self.loads.len();
+        self.used[device] += 1;
+        self.loads[device] +=
+            self.load[usize::from(expert)] / f64::from(self.copies[usize::from(expert)].max(1));
+        for other in held {
+            self.shared[device * devices + other] += 1;
+            self.shared[other * devices + device] += 1;
+            let (from, to) = (self.joined[device], self.joined[other]);
+            self.joined.iter_mut().filter(|first| **first == from).for_each(|first| *first = to);
+        }
+    }
+
+    /// How little a device suits one more copy of an expert: as few as can be share two experts, are fuller or joined
+    /// already, and then have more to do.
+    fn key(&self, slots: &Slots, expert: u16, device: usize) -> (u32, f64, usize, f64) {
+        let time = self.loads[device] * self.site.time[device];
+        if self.copies[usize::from(expert)] == 1 {
+            return (0, 0.0, 0, time);
+        }
+        let held = || slots.devices(expert).map(usize::from);
+        let shared = held().map(|other| self.shared[device * self.loads.len() + other]).sum();
+        let filled = self.used[device] as f64 / self.site.capacity[device] as f64;
+        let joined = held().filter(|&other| self.joined[other] == self.joined[device]).count();
+        (shared, filled, joined, time)
+    }
+}
+
+impl Burden for ByPartners<'_> {
+    fn lightest(&mut self, slots: &Slots, expert: u16, may_take: impl Fn(usize) -> bool) -> Option<usize> {
+        let open = (0..self.loads.len()).filter(|&device| may_take(device));
+        least(open.map(|device| (self.key(slots, expert, device), device)), |a, b| {
+            let first = a.0.cmp(&b.0).then(a.1.total_cmp(&b.1));
+            first.then(a.2.cmp(&b.2)).then(a.3.total_cmp(&b.3))
+        })
+    }
+
+    fn enter(&mut self, slots: &Slots, expert: u16, device: usize, _: bool) {
+        let held = slots.devices(expert).map(usize::from).filter(|&other| other != device);
+        self.count(expert, device, held);
+    }
+
+    fn refresh(&mut self, slots: &Slots) {
+        *self = Self::new(slots, self.site, self.load, self.copies);
+    }
+}
+
+/// How much what a device has after a loss counts beside what it has.
+const WEIGHT: f64 = 2.0;
+
+/// Devices by when they are done with what they have, and with what they get if a domain is lost in which the expert at
+/// hand is as well.
+///
+/// Copies that follow load alone share all they have with few partners, which then get all of it.
+pub(super) struct ByLosses<'a> {
+    site: &'a Site,
+    load: &'a [f64],
+    /// Copies that every expert is to have `[E]`.
+    copies: &'a [u32],
+    after: AfterLosses,
+}
+
+impl<'a> ByLosses<'a> {
+    pub(super) fn new(slots: &Slots, site: &'a Site, load: &'a [f64], copies: &'a [u32]) -> Self {
+        let each: Vec<u16> = (0..site.devices() as u16).collect();
+        let domain = if site.rules.domain.is_empty() { &each } else { &site.rules.domain };
+        let after = AfterLosses::new(site, domain, load.iter().sum());
+        let mut fresh = Self { site, load, copies, after };
+        for expert in 0..load.len() as u16 {
+            let held: Vec<usize> = slots.devices(expert).map(usize::from).collect();
+            fresh.count(expert, &held, 1.0);
+        }
+        fresh
+    }
+
+    /// Counts copies of an expert, or takes them out by the sign -1.
+    fn count(&mut self, expert: u16, held: &[usize], sign: f64) {
+        let (load, copies) = (self.load[usize::from(expert)], self.copies[usize::from(expert)] as usize);
+        self.after.count(load, copies, held, sign);
+    }
+
+    /// When a device is done that takes an expert, after the worst loss among the domains of the other copies; the loss of
+    /// each adds so much to what it has, if each is in a domain of its own.
+    fn done_then(&self, slots: &Slots, expert: u16, device: usize, (share, more): (f64, f64)) -> f64 {
+        let domain = &self.after.domain;
+        let lost = slots.devices(expert).map(|other| domain[usize::from(other)]);
+        let lost = lost.filter(|&lost| lost != domain[device]);
+        let worst = lost.map(|lost| self.after.added_to(device)[lost] + more).fold(0.0, f64::max);
+        (self.after.loads[device] + share + WEIGHT * worst) * self.site.time[device]
+    }
+}
+
+impl Burden for ByLosses<'_> {
+    fn lightest(&mut self, slots: &Slots, expert: u16, may_take: impl Fn(usize) -> bool) -> Option<usize> {
+        let (load, copies) = (self.load[usize::from(expert)], f64::from(self.copies[usize::from(expert)]));
+        let parts = (load / copies, if copies > 1.0 { load / (copies * (copies - 1.0)) } else { 0.0 });
+        let open = (0..self.site.devices()).filter(|&device| may_take(device));
+        least(open.map(|device| (self.done_then(slots, expert, device, parts), device)), f64::total_cmp)
+    }
+
+    fn enter(&mut self, slots: &Slots, expert: u16, device: usize, _: bool) {
+        let held: Vec<usize> = slots.devices(expert).map(usize::from).collect();
+        let others: Vec<usize> = held.iter().copied().filter(|&other| other != device).collect();
+        self.count(expert, &others, -1.0);
+        self.count(expert, &held, 1.0);
+    }
+
+    fn refresh(&mut self, slots: &Slots) {
+        *self = Self::new(slots, self.site, self.load, self.copies);
+    }
+}
+
+/// Devices by the powers of their loads in all windows: a copy goes where the other windows leave capacity for it.
+pub(super) struct ByPowers<'a> {
+    layer: &'a Layer,
+    /// Copies that every expert is to have `[E]`.
+    copies: &'a [u32],
+    balance: Balance<'a>,
+    /// Devices that may take the expert at hand `[D]`.
+    may: Vec<bool>,
+}
+
+impl<'a> ByPowers<'a> {
+    pub(super) fn new(slots: &Slots, layer: &'a Layer, copies: &'a [u32]) -> Self {
+        let may = vec![false; layer.devices()];
+        Self { layer, copies, balance: Balance::new(layer, slots, copies), may }
+    }
+}
+
+impl Burden for ByPowers<'_> {
+    fn lightest(&mut self, _: &Slots, expert: u16, may_take: impl Fn(usize) -> bool) -> Option<usize> {
+        for (device, may) in self.may.iter_mut().enumerate() {
+            *may = may_take(device);
+        }
+        self.balance.best_device(expert, &self.may)
+    }
+
+    fn enter(&mut self, _: &Slots, expert: u16, device: usize, _: bool) {
+        self.balance.enter(device, expert);
+    }
+
+    fn refresh(&mut self, slots: &Slots) {
+        self.balance = Balance::new(self.layer, slots, self.copies);
+    }
+}
