@@ -27,12 +27,12 @@ def recorded(trace):
 
 @pytest.fixture
 def solved(ok, trace, tmp_path):
-    """Solve for a file, and give what is printed, the JSON, and the placement in p.json."""
+    """Solve for a file, and give the JSON, and the placement in p.json."""
 
     def solved(*arguments, of=trace):
         out, report = tmp_path / "p.json", tmp_path / "r.json"
-        text = ok("solve", of, *arguments, "--out", out, "--json", report)
-        return text, json.loads(report.read_text()), mt.Placement.load(out)
+        ok("solve", of, *arguments, "--out", out, "--json", report)
+        return json.loads(report.read_text()), mt.Placement.load(out)
 
     return solved
 
@@ -100,11 +100,8 @@ def test_demo_shows_the_whole_flow(ok, tmp_path):
     assert (placement.devices, placement.slots_per_device) == (4, 4)
 
 
-def test_inspect_shows_structure_beside_its_null(as_json, ok, trace):
+def test_inspect_shows_structure_beside_its_null(as_json, trace):
     """Skew, groups, and the two crossings; with --json - nothing but JSON on standard output."""
-    out = ok("inspect", trace)
-    for words in ("busiest expert", "even", "odd", "independence null", "searched", "contiguous"):
-        assert words in out
     actual = as_json("inspect", trace)
     assert actual["input"]["tokens"] == 800
     assert len(actual["skew"]) == 3
@@ -114,24 +111,9 @@ def test_inspect_shows_structure_beside_its_null(as_json, ok, trace):
     assert 0 <= actual["crossing_independent"] <= 1
 
 
-def test_inspect_says_nothing_of_structure_without_held_out_sequences(
-    ok, recorded, table, tmp_path
-):
-    """Saved statistics can be overfitted as much as one likes, and load tables have none."""
-    file = tmp_path / "statistics.safetensors"
-    mt.RoutingStatistics.from_trace(recorded).save(file)
-    out = ok("inspect", file)
-    assert "Give the trace" in out
-    assert "null" not in out
-    out = ok("inspect", table)
-    assert "INPUT has no transitions" in out
-    assert "6 windows" in out
-
-
-def test_solve_writes_the_placement(solved, recorded, tmp_path):
+def test_solve_writes_the_placement(solved, recorded):
     """The file holds what the library would give, and the JSON tells the same figures."""
-    text, actual, placement = solved("--devices", 4, "--max-imbalance", 2)
-    assert f"wrote {tmp_path / 'p.json'}" in text
+    actual, placement = solved("--devices", 4, "--max-imbalance", 2)
     stats = mt.RoutingStatistics.from_trace(recorded, window=512, sets=True)
     result = mt.solve(mt.Problem(stats, mt.Topology(4), max_imbalance=2))
     assert placement == result.placement
@@ -143,7 +125,7 @@ def test_solve_writes_the_placement(solved, recorded, tmp_path):
 def test_answers_do_not_depend_on_threads(as_json, solved, trace):
     """The same seed gives the same placements and figures, on one thread and on two."""
     one, two = (solved("--devices", 2, "--seed", 7, "--threads", threads) for threads in (1, 2))
-    assert (one[1]["objective"], one[2]) == (two[1]["objective"], two[2])
+    assert (one[0]["objective"], one[1]) == (two[0]["objective"], two[1])
 
     def figures(threads):
         rows = as_json(*compare(METHODS, trace, *ONCE), "--threads", threads)["methods"]
@@ -158,17 +140,15 @@ def test_topology_is_a_file_or_a_common_machine(solved, tmp_path, name):
     machine = tmp_path / "boxes"
     machine.write_text('{"devices": 4, "devices_per_node": 2, "name": "boxes"}')
     given = machine if name == "boxes" else name
-    assert solved("--topology", given, "--method", "lpt")[2].topology == name
+    assert solved("--topology", given, "--method", "lpt")[1].topology == name
 
 
-def test_solve_without_pairs_says_so(solved, table):
-    """A load table can only be balanced; no crossing is made up."""
-    text, actual, _ = solved("--devices", 4, of=table)
-    assert "only balance" in text
+def test_solve_without_pairs_makes_up_no_crossing(solved, table):
+    """A load table can only be balanced."""
+    actual, _ = solved("--devices", 4, of=table)
     assert (actual["unit"], actual["crossing"]) == ("us per layer", None)
     assert 0 < actual["bound"] <= actual["objective"]
-    text, actual, _ = solved("--devices", 4, "--max-imbalance", 1.2, of=table)
-    assert "only balance" in text
+    actual, _ = solved("--devices", 4, "--max-imbalance", 1.2, of=table)
     assert (actual["objective"], actual["gap"], actual["crossing"]) == (None, None, None)
 
 
@@ -178,7 +158,7 @@ def test_solve_takes_every_term(solved, recorded):
         "--devices 4 --objective balance --slots-per-device 3,3,2,2 --split nearest --arrival 0.5 "
         "--risk 0.5 --groups even=2,odd=0.5 --window 64 --pin *:3:0 --forbid 1:2:3 --forbid 0:2:3"
     )
-    text, actual, placement = solved(*terms.split())
+    actual, placement = solved(*terms.split())
     statistics = mt.RoutingStatistics.from_trace(recorded, window=64, by_group=True)
     how = {"slots_per_device": [3, 3, 2, 2], "objective": "balance", "split": "nearest"}
     how |= {"arrival": 0.5, "risk": 0.5, "groups": {"even": 2, "odd": 0.5}}
@@ -188,7 +168,6 @@ def test_solve_takes_every_term(solved, recorded):
     value = problem.objective_function.value(placement)
     assert (actual["unit"], actual["objective"]) == ("max / mean load", value)
     assert actual["settings"]["pinned"] == [[None, 3, 0]]
-    assert f"Objective: imbalance {value:.4f}." in text
 
 
 def test_every_field_of_a_problem_is_an_option(solved):
@@ -196,7 +175,7 @@ def test_every_field_of_a_problem_is_an_option(solved):
     names = {of.name for of in fields(mt.Problem)} - {"statistics", "topology"}
     declared = settings_of(mt.Problem, mt.Serving)
     settings = {name: declared[name] for name in names}
-    assert set(settings) <= set(solved("--devices", 2, "--method", "lpt")[1]["settings"])
+    assert set(settings) <= set(solved("--devices", 2, "--method", "lpt")[0]["settings"])
     for command in ("solve", "compare"):
         mine = {option.name: option for option in moetuner.commands[command].params}
         for name, setting in settings.items():
@@ -230,57 +209,49 @@ def test_help_has_the_same_groups_in_all_commands(ok, name):
 
 
 OBJECTIVES = """
-| time | us per layer
---cost-model h100:64x32 | time | us per layer
---max-imbalance 2 | traffic 2 | fanout
---objective traffic | traffic 1.05 | fanout
---objective traffic --regime follow | traffic 1.05 | crossing 0.
---extra-slots 3 | time | us per layer
+| time
+--cost-model h100:64x32 | time
+--max-imbalance 2 | traffic 2
+--objective traffic | traffic 1.05
+--objective traffic --regime follow | traffic 1.05
+--extra-slots 3 | time
 """
 
 
 @pytest.mark.parametrize("row", OBJECTIVES.strip().splitlines())
 def test_objective_is_time_unless_a_cap_is_given(solved, row):
-    """The default, the cap of traffic, and their units."""
-    line, wanted, words = map(str.strip, row.split("|"))
+    """The default, and the cap of traffic."""
+    line, wanted = map(str.strip, row.split("|"))
     objective, *cap = wanted.split()
-    text, actual, _ = solved("--devices", 2, *line.split())
+    actual, _ = solved("--devices", 2, *line.split())
     settings = actual["settings"]
     assert settings["objective"] == objective
     assert settings["max_imbalance"] == (float(cap[0]) if cap else None)
-    name = "Predicted time" if objective == "time" else "Objective"
-    assert re.search(rf"^{name}: (\d+\.\d )?{words}", text, re.MULTILINE)
-    assert ("layer us" in text) == (objective == "time")
     assert actual["predicted_layer_us"] > 0
 
 
 def test_solve_moves_little_and_says_what(ok, solved, tmp_path):
-    """From a running placement within a budget; moves are told by pair, and as trades."""
+    """From a running placement within a budget; the JSON has moves by pair, and trades."""
     running, out, moves = (tmp_path / name for name in ("running.json", "p.json", "moves.json"))
     machine = ("--devices", 4, "--devices-per-node", 2)
-    before = solved(*machine, "--method", "contiguous")[2]
+    before = solved(*machine, "--method", "contiguous")[1]
     before.save(running)
     moving = ("--initial", running, "--move-budget", 3e6, "--expert-bytes", 1e6, "--pareto")
-    text, actual, after = solved(*machine, "--objective", "balance", *moving)
+    actual, after = solved(*machine, "--objective", "balance", *moving)
     diff = before.diff(after, topology=mt.Topology(4, 2))
     assert 0 < diff.experts_moved <= 3
     assert actual["moves"]["moves"] == diff.moves.tolist()
     assert actual["moves"]["bytes_moved"] == 1e6 * diff.experts_moved
-    assert re.search(r"^Moves \d experts?, \d MB: \d inside nodes, \d between nodes\.$", text, re.M)
-    assert re.search(r"^device 3 ", text, re.M)
     assert actual["pareto"][0]["experts_moved"] == 0
     assert actual["pareto"][-1]["gain"] > 0
     ok("export", out, "--to", "moves", "--initial", running, *machine[2:], "--out", moves)
     assert json.loads(moves.read_text())["moves"] == diff.moves.tolist()
 
 
-def test_evaluate_tells_groups(as_json, ok, solved, trace, recorded, tmp_path):
-    """One row for all traffic and one for each group with tokens; --only leaves one of them."""
-    _, _, placement = solved("--devices", 4, "--method", "lpt", "--only", "odd")
+def test_evaluate_tells_groups(as_json, solved, trace, recorded, tmp_path):
+    """Figures of all traffic and of each group with tokens; --only leaves one of them."""
+    _, placement = solved("--devices", 4, "--method", "lpt", "--only", "odd")
     out = tmp_path / "p.json"
-    text = ok("evaluate", out, trace, "--devices-per-node", 2, "--window", 64)
-    assert re.search(r"^all +800 ", text, re.MULTILINE)
-    assert re.search(r"^odd +400 ", text, re.MULTILINE)
     actual = as_json("evaluate", out, trace, "--window", 64)
     assert actual["imbalance"] == mt.evaluate(placement, recorded, window=64).imbalance
     assert set(actual["by_group"]) == {"even", "odd"}
@@ -292,68 +263,38 @@ def test_evaluate_tells_groups(as_json, ok, solved, trace, recorded, tmp_path):
     assert both["input"]["tokens"] == 800
 
 
-def test_evaluate_has_no_column_of_what_nothing_is_known_of(ok, tmp_path):
-    """Loads alone tell no tokens, crossing or fanout, and nobody asked for waterfill."""
-    file, table = tmp_path / "p.json", tmp_path / "loads.npz"
-    np.savez(table, load=np.arange(1, 97).reshape(12, 1, 8))
-    mt.Placement.from_assignment([np.arange(8) % 4], 4).save(file)
-    head, row = ok("evaluate", file, table).split("\n\n")[1].splitlines()[:2]
-    assert head.split() == ["traffic", "imbalance", "mixed", "total", "worst", "slots"]
-    assert "-" not in row.split()
-
-
-def test_evaluate_predicts_times(as_json, ok, solved, trace, recorded, tmp_path):
-    """There are times, of any cost model and split; rows stay as long as the head."""
+def test_evaluate_predicts_times(as_json, solved, trace, recorded, tmp_path):
+    """There are times, of any cost model: a file, or a GPU with the sizes of experts."""
     out, file = tmp_path / "p.json", tmp_path / "model.json"
-    _, _, placement = solved("--devices", 4, "--method", "lpt")
+    _, placement = solved("--devices", 4, "--method", "lpt")
     model = mt.CostModel.preset("a100", hidden=64, intermediate=32)
     model.save(file)
-    assert "Times are of DeepSeek-V3's experts in 8 bits, as small is" in ok("evaluate", out, trace)
     wanted = mt.evaluate(placement, recorded, window=512, cost_model=model)
     for name in (file, "a100:64x32"):
-        text = ok("evaluate", out, trace, "--cost-model", name, "--split", "nearest")
-        assert "sequences at once (fewer in a group), drawn with seed 0" in text
-        lines = text.split("\n\n")[2].splitlines()
-        assert lines.pop().startswith("Times are predicted with ")
-        assert [line.split()[0] for line in lines] == ["layer,", "all", "even", "odd"]
-        assert len(set(map(len, lines))) == 1
         actual = as_json("evaluate", out, trace, "--cost-model", name)
         for figure in ("predicted_layer_us_p95", "imbalance_mixed"):
             assert actual[figure] == getattr(wanted, figure)
 
 
-def test_groups_that_do_not_fill_a_window_are_named(as_json, ok, solved, trace, recorded, tmp_path):
-    """Such a group is one window of its tokens, as its figures show; solve shows none of groups."""
+def test_groups_that_do_not_fill_a_window_are_one(as_json, solved, trace, recorded, tmp_path):
+    """Such a group is one window of its tokens, as its figures show."""
     sizes = np.bincount(recorded.group)
     window, out = int(sizes.max()) + 1, tmp_path / "p.json"
-    text, _, placement = solved("--devices", 4, "--method", "lpt", "--window", window)
-    line = f"a group of fewer tokens is one window: even ({sizes[0]:,}), odd ({sizes[1]:,})."
-    assert "a group of fewer" not in text
-    assert line in ok("evaluate", out, trace, "--window", window)
-    assert "a group of fewer" not in ok("evaluate", out, trace, "--window", int(sizes.min()))
+    _, placement = solved("--devices", 4, "--method", "lpt", "--window", window)
     shown = as_json("evaluate", out, trace, "--window", window)["by_group"]["odd"]
     alone = mt.evaluate(placement, recorded.select(groups=["odd"]), window=int(sizes[1]))
     assert shown["imbalance"] == alone.imbalance
 
 
-def test_audit_names_groups_and_fails_on_demand(as_json, run, ok, solved, trace, tmp_path):
-    """All traffic in one sentence, groups that got worse by name, what to do, and status 3."""
+def test_audit_fails_on_demand(as_json, run, ok, solved, trace, tmp_path):
+    """Groups that got worse end it with status 3; judged by itself nothing is worse."""
     blocks, all_on_two = tmp_path / "p.json", tmp_path / "two.json"
     solved("--devices", 4, "--method", "contiguous")
     slots = np.full((3, 4, 4), -1)
     slots[:, 0], slots[:, 1] = np.arange(4), np.arange(4, 8)
     mt.Placement(slots, num_experts=8).save(all_on_two)
     arguments = ("evaluate", all_on_two, trace, "--by-group", "--window", 40, "--fail-if-worse", 5)
-    status, text, err = run(*arguments)
-    assert (status, err) == (3, "")
-    for line in (
-        r"^Gain: two.json has [\d.]+ % more predicted layer time than contiguous "
-        r"\(95 % interval [\d.]+ to [\d.]+ %\)\.$",
-        r"^worse in predicted layer time, beyond chance: (even|odd) \+",
-        r"^To do: keep contiguous, or solve again",
-        r"^failed: (even|odd) got worse by \+.* in predicted layer time, more than 5 %",
-    ):
-        assert re.search(line, text, re.M)
+    assert run(*arguments)[::2] == (3, "")
     actual = as_json(*arguments, "--measure", "crossing")
     assert (actual["failed"], actual["settings"]["judged"]) == (False, ["crossing"])
     # Crossing matters in the other regime alone: it is there where it is asked for.
@@ -361,15 +302,10 @@ def test_audit_names_groups_and_fails_on_demand(as_json, run, ok, solved, trace,
     assert {of["measure"] for of in judged["worse"]} == {"imbalance", "predicted_layer_us"}
     assert "crossing" not in as_json(*arguments[:4])["judgement"]["whole"]
     assert set(judged["groups"]) == {"even", "odd"}
-    # Judged by itself nothing is worse.
-    text = ok("evaluate", blocks, trace, "--baseline", blocks, "--by-group", "--fail-if-worse", 0)
-    assert "Gain: p.json has 0.0 % less predicted layer time than p.json" in text
-    assert "that may be chance" in text
-    assert "no group got worse beyond chance" in text
-    assert "To do" not in text
+    ok("evaluate", blocks, trace, "--baseline", blocks, "--by-group", "--fail-if-worse", 0)
 
 
-def test_audit_says_what_to_record_where_one_group_got_worse(ok, tmp_path):
+def test_audit_finds_the_one_group_that_got_worse(as_json, tmp_path):
     """Two groups share expert 0, which moves away from the other expert of one of them."""
     group, random = np.arange(800) // 400, np.random.default_rng(0)
     # Half of each group's tokens in random order, so that no sequence repeats another.
@@ -379,36 +315,20 @@ def test_audit_says_what_to_record_where_one_group_got_worse(ok, tmp_path):
     mt.RoutingTrace.from_arrays(ids, num_experts=8, **labels).save(tmp_path / "t.safetensors")
     mt.Placement([[[0, 4, 2, 3], [1, 5, 6, 7]]]).save(tmp_path / "p.json")
     judged = ("--by-group", "--measure", "imbalance")
-    text = ok("evaluate", tmp_path / "p.json", tmp_path / "t.safetensors", *judged)
-    assert "worse in imbalance, beyond chance: loses +100.0 %" in text
-    assert "To do: record more of loses and solve again. --groups minimax" in text
+    actual = as_json("evaluate", tmp_path / "p.json", tmp_path / "t.safetensors", *judged)
+    judged = actual["judgement"]
+    assert {"group": "loses", "measure": "imbalance"} in judged["worse"]
+    assert {of["group"] for of in judged["worse"]} == {"loses"}
+    assert judged["groups"]["loses"]["imbalance"]["gain"] == pytest.approx(-1.0)
 
 
-def test_audit_keeps_what_a_mix_gains_from_though_every_group_alone_loses(ok, tmp_path):
-    """Both groups have a device each, so that a mix of them is even; that is no reason to undo."""
-    group, random = np.arange(4000) // 20 % 2, np.random.default_rng(0)
-    ids = (group + 2 * (random.random(4000) < 0.4))[:, None, None]
-    labels = {"sequence": np.arange(4000) // 20, "group": group, "group_names": ("a", "b")}
-    mt.RoutingTrace.from_arrays(ids, num_experts=4, **labels).save(tmp_path / "t.safetensors")
-    mt.Placement([[[0, 2], [1, 3]]]).save(tmp_path / "p.json")
-    judged = ("--by-group", "--measure", "imbalance", "--window", 40)
-    text = ok("evaluate", tmp_path / "p.json", tmp_path / "t.safetensors", *judged)
-    assert re.search(r"^Gain: p\.json has [\d.]+ % less imbalance than contiguous", text, re.M)
-    assert re.search(r"^worse in imbalance, beyond chance: (a|b) .*, (a|b) ", text, re.M)
-    assert "To do: keep p.json if the groups are served together, as all traffic gains" in text
-
-
-def test_audit_judges_nothing_of_few_windows(as_json, ok, solved, table, tmp_path):
-    """Three windows of a group are too few, also for --fail-if-worse; that is said."""
+def test_audit_judges_nothing_of_few_windows(as_json, solved, table, tmp_path):
+    """Three windows of a group are too few, also for --fail-if-worse."""
     blocks = tmp_path / "blocks.json"
-    solved("--devices", 4, "--method", "lpt", of=table)[2].save(blocks)
+    solved("--devices", 4, "--method", "lpt", of=table)[1].save(blocks)
     solved("--devices", 4, "--method", "contiguous", of=table)
     words = ("evaluate", tmp_path / "p.json", table, "--baseline", blocks, "--by-group")
-    words = (*words, "--fail-if-worse", 0)
-    text = ok(*words)
-    assert "too few windows to judge (below 5): a (3), b (3)" in text
-    assert "To do: record 5 windows or more of every group that is to be judged." in text
-    assert as_json(*words)["judgement"]["too_few"] == {"a": 3, "b": 3}
+    assert as_json(*words, "--fail-if-worse", 0)["judgement"]["too_few"] == {"a": 3, "b": 3}
 
 
 def test_a_gate_on_the_gain_takes_the_lower_end_of_its_interval(
@@ -422,9 +342,7 @@ def test_a_gate_on_the_gain_takes_the_lower_end_of_its_interval(
     for least, status in ((100 * gain["low"] - 1e-6, 0), (100 * gain["low"] + 1e-6, 3)):
         actual, out, err = run(*words, gate, least, "--json", "-")
         assert (actual, json.loads(out)["failed"], err) == (status, status == 3, "")
-    status, out, _ = run(*words, gate, 0.1, "--baseline", tmp_path / "p.json")
-    assert status == 3
-    assert "failed: the gain in imbalance may be as low as 0.0 %, below 0.1 %" in out
+    assert run(*words, gate, 0.1, "--baseline", tmp_path / "p.json")[0] == 3
 
 
 def compare(methods, *arguments):
@@ -452,7 +370,7 @@ def test_compare_judges_on_unseen_sequences(as_json, trace, recorded):
 TWO = ("--window", 64, "--objective", "balance", "--baseline", "contiguous")
 
 
-def test_compare_tells_gains_over_splits(as_json, ok, trace):
+def test_compare_tells_gains_over_splits(as_json, trace):
     """Each is solved and judged by itself: the first, with its interval, and the range of all."""
     words = compare("contiguous,lpt", trace, *TWO)
     actual = as_json(*words, "--splits", 3)
@@ -469,22 +387,9 @@ def test_compare_tells_gains_over_splits(as_json, ok, trace):
     assert actual["methods"]["lpt"]["imbalance"] == singles[0]["lpt"]["imbalance"]
     assert (one["range"], one["splits"]) == (None, [one["mean"]])
     assert one["low"] < one["gain"] < one["high"]
-    text = ok(*words, "--splits", 3)
-    assert re.search(r"^Gain: on unseen traffic lpt .*95 % interval .*\)\.$", text, re.M)
-    assert re.search(r"^gain over contiguous .* 3 splits$", text, re.M)
 
 
-def test_compare_shows_columns_that_tell_methods_apart(ok, trace):
-    """What is alike in all rows, or empty, is no column; the objective is of what was seen."""
-    text = ok(*compare("contiguous,lpt,round_robin", trace, *ONCE))
-    head, *rows = text[text.index("method") :].splitlines()[:4]
-    columns = list(zip(*(re.split(r"\s{2,}", row.strip()) for row in rows), strict=True))
-    assert len(columns) == len(re.split(r"\s{2,}", head.strip()))
-    assert all(len(set(column)) > 1 for column in columns)
-    assert "objective, seen" in ok(*compare("contiguous,lpt", trace, "--objective", "traffic"))
-
-
-def test_compare_splits_several_times_by_default(as_json, ok, trace):
+def test_compare_splits_several_times_by_default(as_json, trace):
     """Traffic is split three times; what is judged on what it saw, once, as it was solved."""
     words = compare("contiguous,lpt", trace)
     assert as_json(*words)["settings"]["splits"] == 3
@@ -492,25 +397,15 @@ def test_compare_splits_several_times_by_default(as_json, ok, trace):
     assert whole["settings"]["splits"] == 1
     for row in whole["methods"].values():
         assert row["objective"] == pytest.approx(row["fanout"])
-    assert "unseen" not in ok(*words, "--holdout", 0)
 
 
-def test_compare_load_table(ok, table):
-    """Crossing and fanout of a load table are not known, and have no column."""
-    for more in ((), ("--max-imbalance", 1.2)):
-        out = ok(*compare(METHODS, table, *ONCE), *more)
-        assert "3 unseen windows" in out
-        rows = re.findall("^(?:method|lpt) .*$", out, re.M)
-        assert len({len(re.split(r"\s{2,}", row.strip())) for row in rows[:2]}) == 1
-        assert not {"crossing", "fanout", "-"} & {*" ".join(rows[:2]).split()}
-
-
-def test_tables_fit_eighty_columns(ok, solved, trace, tmp_path):
+def test_tables_fit_eighty_columns(ok, trace, tmp_path):
     """No line of a table is longer than an ordinary terminal is wide; nodes have a column."""
     nodes = ("--devices-per-node", 2, "--regime", "dispatch", *ONCE)
     texts = [ok(*compare("lpt,eplb", trace, *nodes), *cap) for cap in ((), ("--max-imbalance", 2))]
     assert all(re.search("method .* nodes ", text) for text in texts)
-    texts += [ok(*compare(METHODS, trace, *ONCE)), solved("--devices", 4)[0]]
+    solving = ("solve", trace, "--devices", 4, "--out", tmp_path / "p.json")
+    texts += [ok(*compare(METHODS, trace, *ONCE)), ok(*solving)]
     texts.append(ok("evaluate", tmp_path / "p.json", trace))
     for text in texts:
         rows = re.findall("^(?:method|lpt|joint|traffic|odd)(?: !)?  .*$", text, re.M)
@@ -535,14 +430,7 @@ def test_the_papers_method_has_two_names(as_json, solved, trace):
     actual = as_json(*words)
     assert list(actual["methods"]) == ["paper", "lpt"]
     assert actual["settings"]["baseline"] == "paper"
-    assert solved("--devices", 4, "--method", "moetuner")[1]["method"] == "paper"
-
-
-def test_one_of_a_kind_is_not_many(tmp_path, ok):
-    """One window, one layer: no plural."""
-    np.save(tmp_path / "load.npy", [[[0, 1]]])
-    line = ok("inspect", tmp_path / "load.npy", "--num-experts", 2).splitlines()[0]
-    assert line == "load.npy: trace, 1 token, 1 layer, 2 experts, top-2"
+    assert solved("--devices", 4, "--method", "moetuner")[0]["method"] == "paper"
 
 
 def test_long_names_make_no_long_lines(ok, solved, make_trace, tmp_path):
@@ -560,15 +448,6 @@ def test_long_names_make_no_long_lines(ok, solved, make_trace, tmp_path):
 def test_the_largest_seed_is_one(ok, trace, how):
     """Seeds of further splits go on from 0."""
     ok(*how.split(), trace, "--devices", 2, "--splits", 2, "--seed", 2**63 - 1)
-
-
-def test_solve_says_what_losses_do(ok, table, tmp_path, brief):
-    """Of placements with copies, whether they are made to survive or not; of others nothing."""
-    words = ("solve", table, "--devices", 2, "--fill-slots", "--out", tmp_path / "p.json")
-    assert "of a device" not in ok(*words)
-    assert "very loss of a device loses experts" in ok(*words, "--slots-per-device", 5)
-    survives = ok(*words, "--slots-per-device", 8, "--survive", "device")
-    assert "No loss of a device loses an expert" in survives
 
 
 @pytest.mark.parametrize("devices", [2, 4])

@@ -102,6 +102,7 @@ compare TRACE --devices 4 --methods ebpl | Did you mean eplb?
 advise TRACE --devices 4 --copies some | must be numbers as in 0,1,2,4
 advise TRACE --devices 4 --initial x.json | must be a file, contiguous, round_robin, eplb or eplb:N
 advise TRACE --devices 4 --initial roundrobin | Did you mean round_robin?
+solve TRACE --devices 4 --initial epbl:4 | Did you mean eplb?
 advise TRACE --devices 4 --unseen LOAD | --unseen must be a trace like traffic, got counts
 advise LOAD --devices 4 --unseen TRACE | --unseen must be counts like traffic, got a trace
 advise TRACE --devices 4 --report page.pdf | must end in .html
@@ -177,13 +178,6 @@ def test_errors_are_one_line(run, folder, monkeypatch, command, words):
     assert words in err
     assert err.count("Did you mean") <= 1
     assert sorted(folder.iterdir()) == files
-
-
-def test_an_engine_without_maps_is_no_misspelling(run, folder):
-    """Who exports to vLLM is told what takes the placement there, not of vllm-ascend."""
-    status, out, err = run("export", folder / "p.json", "--to", "vllm", "--out", folder / "x.json")
-    assert (status, out, err.count("\n")) == (2, "", 1)
-    assert err.endswith("(MOETUNER_PLACEMENT=placement.json, docs/engines/plugins.md).\n")
 
 
 PANIC = "the core panicked at rust/x.rs:1:2: of\nno use"

@@ -1,6 +1,5 @@
 """What advise prints to be run next: every command runs, and shows the figure that was judged."""
 
-import json
 import shlex
 from dataclasses import replace
 
@@ -66,11 +65,9 @@ def test_every_next_command_shows_what_was_judged(ok, as_json, brief, tmp_path, 
     for words in own:
         assert "--quiet" not in words  # it is for this output
         if words[0] == "evaluate":
-            text = ok(*words, "--json", "report.json")
-            shown = json.loads((tmp_path / "report.json").read_text())
+            shown = as_json(*words)
             before, after = (of["predicted_layer_us"] for of in (shown["running"], shown))
-            assert 1 - after / before == pytest.approx(max(gains), abs=1e-9), text
-            assert f"{100 * max(gains):.1f} % less predicted layer time" in text
+            assert 1 - after / before == pytest.approx(max(gains), abs=1e-9)
         elif not any(waiting in words for waiting in WAITING):
             ok(*words)
     # What runs is compared with, so no command writes over it.
@@ -99,8 +96,9 @@ def test_the_audit_of_groups_that_lose_runs_as_it_is_printed(
         if name == "moetuner" and others[0] == "solve":
             ok(*others)
     much = loss.partition("few (")[2].partition(" %)")[0]
-    audited = ok(*shlex.split(command))
-    assert f"worse in predicted layer time, beyond chance: few +{much} %" in audited
+    judged = as_json(*shlex.split(command))["judgement"]
+    assert {"group": "few", "measure": "predicted_layer_us"} in judged["worse"]
+    assert f"{-100 * judged['groups']['few']['predicted_layer_us']['gain']:.1f}" == much
 
 
 RECORDERS = {

@@ -245,18 +245,18 @@ def test_advice_takes_25_lines_of_100_columns(monkeypatch, capsys):
 
 # Sizes whose multiples have more digits than six.
 @pytest.mark.parametrize("size", [None, 1000, 9437183, 44040189])
-def test_advice_says_what_few_moves_gain(ok, as_json, tmp_path, size):
-    """The line of the cheapest useful step has the numbers of the JSON, and its option."""
+def test_few_moves_have_a_command_with_their_budget(as_json, tmp_path, size):
+    """The command of the cheapest useful step has the number of the JSON, digit by digit."""
     random = np.random.default_rng(0)
     share = random.lognormal(0, 1, 16)
     file = tmp_path / "load.npz"
     np.savez(file, load=random.multinomial(20_000, share / share.sum(), (40, 2)))
     words = ["advise", file, "--devices", 4, "--copies", 0, "--splits", 1]
     words += [] if size is None else ["--expert-bytes", size]
-    step, text = as_json(*words)["step"], ok(*words)
-    assert f"{100 * step['gain']['gain']:.1f} of " in text
+    advice = as_json(*words)
+    step = advice["step"]
     budget = step["experts"] if size is None else int(step["bytes"])
-    assert f"--move-budget {budget})" in text
+    assert any(f"--move-budget {budget} " in command for command in advice["commands"])
 
 
 def _say_costs(advice):
@@ -271,9 +271,8 @@ def test_few_moves_that_gain_more_than_all_say_so(tmp_path):
     load = random.multinomial(20_000, share / share.sum(), (40, 2))
     traffic = mt.RoutingStatistics(load.astype(np.uint64))
     advice = mt.advise(traffic, mt.Topology(4), copies=[0], splits=1)
-    gain = f"{100 * advice.main.gain.gain:.1f} %"
     _, line = _say_costs(replace(advice, step=SmallStep(3, None, advice.main.gain)))
-    assert line == f"Moving 3 experts gains {gain}, no less than all (--move-budget 3)."
+    assert " of " not in line
 
 
 def test_what_moves_is_a_line_each():

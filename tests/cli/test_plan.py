@@ -28,9 +28,8 @@ def files(tmp_path, monkeypatch):
 def test_a_loss_is_planned_and_written(ok, files):
     """The placement serves all experts on what is left, and the steps make it of what ran."""
     running, _ = files
-    out = ok("plan", "running.json", "load.npz", "--without", 1, "--out", "left.json",
-             "--steps", "steps.json")  # fmt: skip
-    assert "device 1 lost: 3 devices serve" in out
+    ok("plan", "running.json", "load.npz", "--without", 1, "--out", "left.json",
+       "--steps", "steps.json")  # fmt: skip
     steps = json.loads(Path("steps.json").read_text())
     slots = running.slots.reshape(LAYERS, -1).copy()
     slots[:, WIDTH : 2 * WIDTH] = -1
@@ -39,7 +38,6 @@ def test_a_loss_is_planned_and_written(ok, files):
     assert slots.tolist() == steps["physical_to_logical_map"]
     left = np.delete(slots.reshape(LAYERS, DEVICES, WIDTH), 1, axis=1)
     assert np.array_equal(mt.Placement.load("left.json").slots, left)
-    assert f"{len(steps['steps'])} experts move" in out
 
 
 def test_a_table_has_a_plan_for_every_loss(ok, as_json, files):
@@ -101,7 +99,7 @@ def test_bytes_are_of_the_placements_model(as_json, files):
 
 
 def test_a_file_of_plan_serves_as_what_ran(ok, as_json, files):
-    """It carries machine, engine and windows, says whence it is, and drift solves with no plan."""
+    """It carries machine, engine and windows, and drift solves with no plan."""
     ok("solve", "load.npz", "--devices", 4, "--devices-per-node", 2, "--for", "sglang",
        "--slots-per-device", 5, "--method", "eplb", "--out", "solved.json")  # fmt: skip
     ok("plan", "solved.json", "load.npz", "--without", 3, "--with", 1, "--out", "left.json")
@@ -111,8 +109,6 @@ def test_a_file_of_plan_serves_as_what_ran(ok, as_json, files):
     }
     assert served["left.json"] == served["solved.json"]
     assert served["left.json"]["devices_per_node"] == 2
-    shown = ok("inspect", "left.json")
-    assert "Made by plan from solved.json, device 3 lost, 1 device more" in shown
     again = as_json("drift", "left.json", "load.npz", "--profile", "load.npz")["command"]
     assert "--method" not in again
     assert "--for sglang" in again
@@ -143,17 +139,6 @@ def test_more_moves_are_for_single_windows(files):
     running = mt.Placement.from_assignment([np.arange(16) // 4], 4, slots_per_device=6)
     plan = mt.plan(running, mt.RoutingStatistics.from_load(load), without=[3], more_copies=40)
     assert plan.imbalance_after < 1.35
-
-
-def test_placements_of_other_machines_are_refused_by_name(run, files):
-    """Before and after a plan: both files' names, and what shows the difference."""
-    assert run("plan", "running.json", "load.npz", "--without", 1, "--out", "left.json")[0] == 0
-    _, _, err = run("evaluate", "left.json", "load.npz", "--baseline", "running.json")
-    assert "running.json has 4 devices, left.json 3" in err
-    assert "--without LIST" in err
-    _, _, err = run("inspect", "running.json", "left.json")
-    assert "left.json must be a placement of the same model and machine" in err
-    assert "moetuner plan --steps" in err
 
 
 @pytest.mark.parametrize("start", ["contiguous", "round_robin", "eplb:12"])

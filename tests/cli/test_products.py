@@ -291,7 +291,7 @@ def test_every_option_is_in_the_table():
         "--figures": "needs a browser",
         "--expert-bytes": "of inspect, for two placements: test_json",
         "--out": "in every line that needs it",
-        "--running": "test_cli_formats",
+        "--running": "formats/test_tensorrt_llm",
         "--every-loss": "test_plan",
         "--table": "test_plan",
         "--without": "test_plan",

@@ -1,7 +1,5 @@
 """What one command names under options, the others repeat under the same options."""
 
-import re
-
 import numpy as np
 import pytest
 
@@ -22,31 +20,26 @@ def trace(make_trace, tmp_path):
     return tmp_path / "trace.safetensors"
 
 
-def test_solve_prints_the_time_that_evaluate_prints(as_json, ok, trace, tmp_path):
-    """Solve's text has one, the replayed one; inspect has blocks', and evaluate changes of it."""
+def test_solve_predicts_the_time_that_evaluate_predicts(as_json, trace, tmp_path):
+    """It is the replayed one; inspect has that of blocks."""
     how, p = ("--devices", 4, "--window", 128, "--for", "vllm"), tmp_path / "p.json"
-    text = ok("solve", trace, *how, "--out", p)
-    us = as_json("evaluate", p, trace, *how)["predicted_layer_us"]
-    assert f"Predicted time: {us:.1f} us per layer.\n" in text
-    assert text.count("us per layer") == 1
-    assert "layer us" in ok("evaluate", p, trace, "--by-group")
+    solved = as_json("solve", trace, *how, "--out", p)["predicted_layer_us"]
+    assert as_json("evaluate", p, trace, *how)["predicted_layer_us"] == solved
     blocks = as_json("solve", trace, *how, "--method", "contiguous", "--out", p)
     actual = as_json("inspect", trace, *how)["contiguous"]
     assert actual["predicted_layer_us"] == pytest.approx(blocks["predicted_layer_us"], rel=1e-12)
     assert "contiguous" not in as_json("inspect", trace)
 
 
-def test_counts_are_evaluated_as_recorded(ok, tmp_path):
-    """A load table has the windows that it has; that --arrival changes none of them is said."""
+def test_counts_are_evaluated_as_recorded(as_json, tmp_path):
+    """A load table has the windows that it has; --arrival changes none of them."""
     load = np.random.default_rng(0).integers(0, 100, (40, 2, 16))
     np.savez(tmp_path / "load.npz", load=load)
     mt.Placement.from_assignment(np.tile(np.arange(16) // 4, (2, 1)), 4).save(tmp_path / "p.json")
     arguments = ("evaluate", tmp_path / "p.json", tmp_path / "load.npz")
-    mixed, plain = (ok(*arguments, *how) for how in (("--arrival", "mixed"), ()))
-    assert "its windows are evaluated as recorded" in mixed
-    assert "its windows are evaluated as recorded" not in plain
-    assert mixed.split("\n\n")[1] == plain.split("\n\n")[1]
-    assert not plain.endswith("\n\n")  # nothing comes last that needs a space before it
+    mixed, plain = (as_json(*arguments, *how) for how in (("--arrival", "mixed"), ()))
+    for figure in ("imbalance", "predicted_layer_us", "predicted_layer_us_p95"):
+        assert mixed[figure] == plain[figure]
 
 
 def test_an_engines_map_is_judged_as_that_engine_serves(as_json, ok, trace, tmp_path):
@@ -64,7 +57,6 @@ def test_an_engines_map_is_judged_as_that_engine_serves(as_json, ok, trace, tmp_
     assert served(exported) == ["sglang", "dispatch", "nearest", "mixed"] == served(placed)
     assert served(exported, "--for", "vllm") == ["vllm", "dispatch", "even", "mixed"]
     assert served(exported, "--arrival", "bursts")[-1] == "bursts"
-    assert "For SGLang: " in ok("evaluate", exported, *judged)
 
 
 @pytest.mark.parametrize("command", ["compare", "advise", "evaluate", "inspect"])
@@ -77,37 +69,12 @@ def test_serving_is_said_alike_everywhere(command):
     assert {name: mine[name] for name in SERVING} == {name: wanted[name] for name in SERVING}
 
 
-@pytest.mark.parametrize("more", [(), ("--objective", "balance"), ("--initial",)])
-def test_a_placement_slower_than_blocks_is_said(ok, tmp_path, more):
-    """Copies that cost more than they bring are warned of, whatever was asked for."""
-    load, placement = tmp_path / "load.safetensors", tmp_path / "p.json"
-    mt.RoutingStatistics.from_load(np.full((8, 2, 16), 64)).save(load)
-    words = ("solve", load, "--devices", 4, "--method", "quick", "--out", placement)
-    wide, than = ("--for", "vllm", "--slots-per-device", 10), "contiguous"
-    if "--initial" in more:
-        ok(*words)
-        than, words = "what runs", (*words[:4], "--out", tmp_path / "q.json")
-        more = (*more, placement)
-    text = ok(*words, *wide, *more)
-    assert re.search(rf"slower than {than}: \d+\.\d+ against \d+\.\d+ us per layer", text)
-    assert "try --slots-per-device 4, or" in text
-    assert "slower than experts" not in ok(*words)
-
-
 @pytest.mark.parametrize("by", [1.0, 1e-1, 1e-3, 1e-6, 0.0])
 def test_times_that_differ_are_written_apart(by):
     """A warning that one time is longer shows by what, however little; equal ones are alike."""
     one, other = distinct(62.24 + by, 62.24, 1)
     assert (float(one) > float(other)) == (by > 0)
     assert len(one) == len(other) <= 4 + max(0, round(-np.log10(by or 1)))
-
-
-def test_empty_slots_are_said(ok, trace, tmp_path):
-    """How many slots for copies hold none, and which option fills them."""
-    words = ("solve", trace, "--devices", 4, "--slots-per-device", 8, "--out", tmp_path / "p.json")
-    words = (*words, "--cost-model", "h100:64x32", "--method", "contiguous")
-    assert "48 of 96 slots are empty" in ok(*words)
-    assert "slots are empty" not in ok(*words, "--fill-slots")
 
 
 def test_compare_is_over_what_runs(as_json, ok, trace, tmp_path):
@@ -122,10 +89,9 @@ def test_compare_is_over_what_runs(as_json, ok, trace, tmp_path):
         assert {of["methods"][name]["gain"]["names"][0] for name in ("lpt", "eplb")} == {over}
         before = of["methods"]["eplb"]["gain"]["before"]
         assert before == of["methods"][over]["predicted_layer_us"]
-    assert "gain over running" in ok(*words, "--initial", p)
 
 
-def test_an_engine_has_no_order_for_counts(as_json, ok, tmp_path):
+def test_an_engine_has_no_order_for_counts(as_json, tmp_path):
     """Windows of a table are searched as they were recorded, as they are judged."""
     np.savez(tmp_path / "load.npz", load=np.random.default_rng(0).integers(0, 99, (40, 2, 16)))
     words = ("solve", tmp_path / "load.npz", "--devices", 4, "--method", "quick", "--out")
@@ -133,35 +99,11 @@ def test_an_engine_has_no_order_for_counts(as_json, ok, tmp_path):
     assert own["settings"]["arrival"] == "bursts"
     given = as_json(*words, tmp_path / "b.json", "--for", "sglang", "--arrival", "bursts")
     assert own["predicted_layer_us"] == given["predicted_layer_us"]
-    text = ok(*words, tmp_path / "c.json", "--for", "sglang")
-    assert "arrival bursts (windows of counts, as recorded)" in text
     mixed = as_json(*words, tmp_path / "d.json", "--for", "sglang", "--arrival", "mixed")
     assert mixed["settings"]["arrival"] == "mixed"
 
 
-@pytest.mark.parametrize(
-    ("budget", "words"),
-    [
-        (("3.7",), "Move budget: 3 experts, as the bytes of one are not known (--expert-bytes)."),
-        (("3.7", "--expert-bytes", 1), "Move budget: 3.7 B, 3 experts of 1 B."),
-        (("2e8", "--model", "phi-3.5-moe"), "Move budget: 200 MB, 1 expert of 157 MB."),
-        (
-            ("4", "--model", "phi-3.5-moe"),
-            "Move budget: 4 B, less than one expert (157 MB), so none may move.",
-        ),
-        (("4e7", "--cost-model", "h100:4096x1024"), "Move budget: 40 MB, 3 experts of 12.6 MB."),
-    ],
-)
-def test_a_budget_has_one_unit(ok, trace, tmp_path, budget, words):
-    """Bytes where those of an expert are known, by the model too, else experts; that is said."""
-    running = tmp_path / "running.json"
-    mt.Placement.from_assignment(np.tile(np.arange(16) % 4, (3, 1)), 4).save(running)
-    how = ("--devices", 4, "--initial", running, "--out", tmp_path / "p.json")
-    how = (*how, "--time-limit", 0.05, "--move-budget", *budget)
-    assert words in ok("solve", trace, *how)
-
-
-def test_solve_starts_from_what_engines_begin_with(as_json, run, trace, tmp_path):
+def test_solve_starts_from_what_engines_begin_with(as_json, trace, tmp_path):
     """EPLB's placement with redundant experts is that of method eplb in as many slots."""
     out, running = tmp_path / "p.json", tmp_path / "running.json"
     words = ("solve", trace, "--devices", 4, "--slots-per-device", 5, "--time-limit", 0.05)
@@ -172,17 +114,6 @@ def test_solve_starts_from_what_engines_begin_with(as_json, run, trace, tmp_path
     ]
     assert mt.Placement.load(out) == mt.Placement.load(running)
     assert moves[0] == moves[1]
-    status, _, err = run(*words, "--initial", "epbl:4", "--out", out)
-    assert (status, err.count("\n")) == (2, 1)
-    assert "Did you mean eplb?" in err
-
-
-def test_a_model_with_another_number_of_experts_is_refused(run, trace, tmp_path):
-    """One line names both numbers, and what to pass for a model that is not known."""
-    words = ("solve", trace, "--devices", 4, "--model", "deepseek-v3", "--out", tmp_path / "p.json")
-    status, out, err = run(*words)
-    assert (status, out, err.count("\n")) == (2, "", 1)
-    assert "deepseek-v3 has 256 experts in a layer, INPUT has 16" in err
 
 
 def test_what_was_held_out_is_found_where_windows_are_divided(as_json, trace, tmp_path):

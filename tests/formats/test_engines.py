@@ -96,12 +96,10 @@ def test_a_running_placement_fills_slots_without_moves():
 
 
 def test_export_fills_what_engines_have_no_word_for(run, tmp_path):
-    """And says how many slots it filled."""
+    """And its JSON has how many slots it filled."""
     placement, out, report = (tmp_path / name for name in ("p.json", "e.npz", "r.json"))
     mt.Placement([[[0, 1], [2, -1]], [[0, 2], [1, -1]]]).save(placement)
-    status, text, err = run("export", placement, "--to", "eplb", "--out", out, "--json", report)
-    assert (status, err) == (0, "")
-    assert "filled 2 empty slots of 8" in text
+    assert run("export", placement, "--to", "eplb", "--out", out, "--json", report)[0] == 0
     assert json.loads(report.read_text())["filled_slots"] == 2
     with np.load(out) as arrays:
         assert arrays["physical_to_logical_map"].tolist() == [[0, 1, 2, 0], [0, 2, 1, 0]]

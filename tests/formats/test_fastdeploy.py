@@ -42,9 +42,3 @@ def test_what_the_server_refused_is_said(tmp_path):
     assert reader_of(path) == "fastdeploy"
     with pytest.raises(ValueError, match="redundant expert is disabled"):
         mt.open_input(path)
-
-
-def test_what_sums_cannot_say_is_said(ok):
-    """Of TokenSpeed's records too."""
-    for path in (PATH, GOLDEN / "tokenspeed"):
-        assert "Sums over many steps tell which experts are busy" in ok("inspect", path)

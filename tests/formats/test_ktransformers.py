@@ -89,18 +89,15 @@ def test_layers_are_asked_for(tmp_path):
         write_chosen(chosen, tmp_path / "a.json", Hints(dense_layers=()))
 
 
-def test_export_says_what_the_set_takes_of_unseen_traffic(ok, run, tmp_path):
-    """Its own share, and that of one half chosen by the other; the command that serves it."""
+def test_export_finds_what_the_set_takes_of_unseen_traffic(ok, tmp_path):
+    """Its own share, and that of one half chosen by the other."""
     ids = np.random.default_rng(0).integers(0, 4, (400, 2, 1))
     ids[:, :, 0] *= np.random.default_rng(1).integers(0, 2, (400, 2))  # expert 0 is busy
     trace, out, said = tmp_path / "t.safetensors", tmp_path / "kt.pt", tmp_path / "s.json"
     mt.RoutingTrace.from_arrays(ids, num_experts=4, sequence=np.arange(400) // 10).save(trace)
     options = ("--to", "ktransformers", "--gpu-experts", 1, "--dense-layers", "none")
-    text = ok("export", trace, *options, "--out", out, "--json", said)
+    ok("export", trace, *options, "--out", out, "--json", said)
     share = np.mean(ids == 0)
-    assert f"2 of 8 experts are on the GPU, each layer alike: they take {100 * share:.1f} %" in text
-    assert "of one half if chosen by the other" in text
-    assert "--kt-num-gpu-experts 1 --kt-expert-placement-strategy frequency" in text
     contents = json.loads(said.read_text())
     assert contents["share"] == pytest.approx(share)
     assert contents["unseen_share"] == pytest.approx(share, abs=0.05)
@@ -144,9 +141,3 @@ def test_bytes_of_a_layer(ok, run, tmp_path):
         status, _, err = run(*to, *options)
         assert status == 2
         assert words in err
-
-
-def test_for_an_engine_that_places_nothing_on_devices(run, tmp_path):
-    """Says what does."""
-    _, _, err = run("solve", GOLDEN / "tokenspeed", "--devices", 2, "--for", "ktransformers")
-    assert "export --to ktransformers" in err

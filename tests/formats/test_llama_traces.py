@@ -79,9 +79,3 @@ def test_tables_of_others_are_not_taken_for_traces(tmp_path):
     assert reader_of(path) == "csv"
     path.write_text("4,1,3\n2,2,4\n")
     assert reader_of(path) == "loads"
-
-
-def test_what_it_cannot_say_is_said(ok):
-    """In a sentence of inspect."""
-    text = ok("inspect", FOLDER / "route_trace.csv")
-    assert "Tokens of a prompt are left out" in text

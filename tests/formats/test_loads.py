@@ -226,7 +226,7 @@ def test_empty_windows_are_counted(as_json, tmp_path):
     assert all_windows == pytest.approx((3 * served + 2) / 5)
 
 
-def test_counters_that_sum_over_steps_give_the_same(ok, as_json, tmp_path):
+def test_counters_that_sum_over_steps_give_the_same(as_json, tmp_path):
     """Times are of one step of the model's tokens, but for chance, however many a window has."""
     times, common = [], ("--devices", 4, "--method", "lpt", "--out", tmp_path / "p.json")
     for steps, more in ((1, ()), (32, ("--tokens-per-step", 512))):
@@ -234,8 +234,4 @@ def test_counters_that_sum_over_steps_give_the_same(ok, as_json, tmp_path):
         np.savez(path, load=DENSE * steps, model="deepseek-v3")
         solved = as_json("solve", path, *common, *more)
         times.append((solved["predicted_layer_us"], solved["imbalance"]))
-        assert "out; as options of export: --hidden-layers 5 --dense-layers 0" in ok(
-            "inspect", path
-        )
-        assert f"A window is {512 * steps:,} tokens and is taken as one" in ok("inspect", path)
     assert times[0] == pytest.approx(times[1], rel=0.02)

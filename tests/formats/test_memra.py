@@ -101,26 +101,11 @@ def test_what_the_map_cannot_say_is_refused(tmp_path, slots, words):
     assert not path.exists()
 
 
-def test_a_map_of_uneven_halves_is_named(run, tmp_path):
-    """And a rank of entry that the loaders do not take."""
-    path = tmp_path / "map.json"
-    fields = {"format": "memra-ep-map-v1", "ranks": 2, "entry_rank": 1, "expert_count": 4}
-    fields["layers"] = [{"layer": 3, "assignment": [0, 0, 0, 1]}]
-    path.write_text(json.dumps(fields))
-    status, out, _ = run("export", "--check", path)
-    assert status == 2
-    assert "- entry_rank must be 0 for its loaders, got 1" in out
-    assert "- layer 3, device 1: slot 1 is empty" in out
-
-
-def test_for_memra_is_for_two_cards(run, ok, make_trace, tmp_path):
-    """A placement computed for it is one that the map can say; other numbers are refused."""
+def test_for_memra_is_for_two_cards(ok, make_trace, tmp_path):
+    """A placement computed for it is one that the map can say."""
     trace, placement, out = (tmp_path / name for name in ("t.safetensors", "p.json", "m.json"))
     make_trace().save(trace)
     options = ("--for", "memra", "--max-imbalance", "1.5", "--method", "lpt", "--out", placement)
     ok("solve", trace, "--devices", 2, *options)
     ok("export", placement, "--to", "memra", "--dense-layers", "none", "--out", out)
     assert np.array_equal(mt.read_placement(out).device_of, mt.Placement.load(placement).device_of)
-    status, _, err = run("solve", trace, "--devices", 4, *options)
-    assert status == 2
-    assert "must be 2 for memra, got 4" in err

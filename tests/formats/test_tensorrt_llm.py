@@ -32,7 +32,7 @@ def test_counts(tmp_path):
         mt.open_input(tmp_path, dense_layers=[3])
 
 
-def test_what_stands_beside_counts_says_the_experts_of_a_token(tmp_path, ok):
+def test_what_stands_beside_counts_says_the_experts_of_a_token(tmp_path):
     """Counts and what is saved of them know it, so that no option has to say it."""
     for rank in range(2):
         dump(tmp_path, rank, {(0, 3): np.full(EXPERTS, 50)})
@@ -40,7 +40,6 @@ def test_what_stands_beside_counts_says_the_experts_of_a_token(tmp_path, ok):
     mt.open_input(tmp_path).save(tmp_path / "load.safetensors")
     for source in (tmp_path, tmp_path / "load.safetensors"):
         assert mt.open_input(source).top_k == 3
-        assert "A window is 200 tokens and is taken as one step" in ok("inspect", source)
     assert mt.open_input([tmp_path, tmp_path / "load.safetensors"]).top_k == 3
 
 
@@ -112,8 +111,5 @@ def test_convert_with_the_map_that_ran(tmp_path, run):
     tensorrt_llm.write_map(placement, running, Hints(dense_layers=(0, 1, 2)))
     dump(tmp_path, 0, {(0, 3): np.arange(4), (0, 4): np.arange(4, 8)})
     meta(tmp_path, experts=4)
-    status, _, error = run("convert", tmp_path, "--num-experts", 3, "--out", out)
-    assert status == 2
-    assert "the placement that ran is needed" in error
     assert run("convert", tmp_path, "--running", running, "--out", out)[0] == 0
     assert mt.RoutingStatistics.load(out).window_load.tolist() == [[[3, 1, 2], [6, 12, 4]]]

@@ -75,7 +75,7 @@ def test_what_vllm_ascend_wrote(tmp_path):
 
 
 def test_order_of_the_file_counts(tmp_path, run):
-    """Entries are taken in the file's order; --check names ids that are another than their place.
+    """Entries are taken in the file's order; --check refuses ids that are another than their place.
 
     Ids may be left out.
     """
@@ -87,10 +87,7 @@ def test_order_of_the_file_counts(tmp_path, run):
     path.write_text(json.dumps(fields))
     slots = [TABLE[1].tolist(), TABLE[0][::-1].tolist()]
     assert mt.read_placement(path).slots.tolist() == slots
-    status, out, _ = run("export", "--check", path)
-    assert status == 2
-    assert "- layer_list: entry 0 has layer_id 1, and 1 more: vllm-ascend takes entries" in out
-    assert "- layer 1: device_list: entry 0 has device_id 1, and 1 more" in out
+    assert run("export", "--check", path)[0] == 2
     for layer in fields["layer_list"]:
         del layer["layer_id"]
         for device in layer["device_list"]:

@@ -16,12 +16,9 @@ from moetuner.report.advice.conclusion import (
     conclude,
     find_copies,
     find_knee,
-    find_units,
 )
 from moetuner.report.advice.request import ITERATIONS
 from moetuner.report.advice.values import Copies, compute_saved_us
-from moetuner.report.findings import Finding
-from moetuner.report.words import say, write
 from moetuner.serving.engines import tokens_per_rank
 
 LAYERS, EXPERTS, TOP_K, LENGTH = 3, 8, 2, 50
@@ -64,6 +61,11 @@ def advise(traffic, topology, **options):
     return mt.advise(traffic, topology, **{"iterations": 200, **options})
 
 
+def numbers_of(advice, kind):
+    """Return the numbers of the finding of a kind; None where there is none."""
+    return next((each.numbers for each in advice.findings if each.kind == kind), None)
+
+
 @pytest.fixture(scope="module")
 def strong():
     """Advice on skewed traffic with the sizes of the experts known."""
@@ -71,26 +73,25 @@ def strong():
 
 
 def test_a_strong_skew_is_worth_a_trial(strong):
-    """The interval is above the price, and the sentence stands alone."""
+    """The interval is above the price, and the gain of one size of windows is the headline."""
     gain = strong.judged[0].gain
     assert strong.answer == "worth a trial"
     assert gain.interval[0] > 0.02
     assert gain.interval[0] <= gain.gain <= gain.interval[1]
-    assert strong.sentence.startswith("Worth a trial: in windows of 512 tokens a layer takes ")
-    assert "predicted" in strong.sentence
+    assert strong.findings[0].kind == "gain of one size of windows"
     assert strong.main.whole["imbalance"].gain > 0
 
 
 def test_a_change_of_kind_is_not_enough_evidence():
-    """A random split hides it, the halves do not; who says that the order is no matter, is told."""
+    """A random split hides it, the halves do not; where the order is no matter it is a warning."""
     options = {"copies": (0,), "splits": 1}
     ordered = advise(routed(shifted()), TWO_NODES, **options, in_order=False)
     assert (ordered.answer, ordered.carried) == ("worth a trial", ())
-    assert any("its order does not matter" in each for each in ordered.warnings)
+    assert numbers_of(ordered, "drift in any order") is not None
     advice = advise(routed(shifted()), TWO_NODES, **options)
     assert (advice.answer, len(advice.carried)) == ("not enough evidence", 2)
-    assert "second half" in advice.reasons[0]
-    assert any("in_order=False" in each for each in advice.warnings)
+    assert advice.findings[0].kind == "drift"
+    assert numbers_of(advice, "order of the recording") is not None
 
 
 @pytest.mark.parametrize("seed", [2, 3])
@@ -102,16 +103,16 @@ def test_known_answers_are_given_for_every_seed(seed, engine):
     assert flat.answer == "not now"
     assert abs(flat.judged[0].gain.gain) < 0.02
     assert not flat.drift.is_beyond_chance
-    (reason,) = (each for each in flat.reasons if each.startswith("Little to gain "))
-    assert "in traffic between devices" in reason
-    assert ("in balance" in reason) == (abs(flat.main.gains["imbalance"].gain) < 0.02)
+    aspects = numbers_of(flat, "little to gain")["aspects"]
+    assert "in traffic between devices" in aspects
+    assert ("in balance" in aspects) == (abs(flat.main.gains["imbalance"].gain) < 0.02)
     assert advise(routed(skewed(3000), seed), TWO_NODES, **options).answer == "worth a trial"
     advice = advise(routed(shifted(3000, seed), seed), TWO_NODES, **options)
     assert advice.drift.is_beyond_chance
     # With few experts a placement may happen to suit both halves, which is then said.
     carries = min(advice.carried) >= 0.5 * advice.judged[0].gain.gain > 0
     assert advice.answer == ("worth a trial" if carries else "not enough evidence")
-    assert any("second half" in each for each in (*advice.reasons, *advice.warnings))
+    assert numbers_of(advice, "drift that carries" if carries else "drift") is not None
 
 
 @pytest.mark.parametrize("expert_bytes", [None, 1e6])
@@ -133,7 +134,7 @@ def test_nothing_moves_where_the_answer_is_not_now(expert_bytes):
 def test_one_device_needs_no_evidence():
     """All placements are alike there."""
     advice = advise(routed(skewed(1000)), mt.Topology(1), copies=(0,), splits=1)
-    assert advice.sentence == "Not now: there is one device, so all placements are alike."
+    assert (advice.answer, advice.findings[0].kind) == ("not now", "one device")
 
 
 def test_groups_that_lose_are_named():
@@ -145,20 +146,16 @@ def test_groups_that_lose_are_named():
     advice = advise(trace, TWO_NODES, copies=(0,), splits=1, by_group=True)
     gains = {of: each[512] for of, each in advice.by_group.items()}
     assert gains["few"].low < 0 < gains["many"].low
-    assert any(f"not for few ({100 * gains['few'].gain:+.1f} %)" in of for of in advice.reasons)
+    assert numbers_of(advice, "groups apart")["gains"] == gains
     assert [of["group"] for of in advice.to_dict()["by_group"]] == [*gains]
     (loser,) = advice.main.worse(measures=("predicted_layer_us",))
-    much = f"few ({100 * loser.change.value:.1f} %)"
-    line = (
-        f"Slower in windows of 512 tokens, each group alone and beyond chance: {much}; one "
-        "placement cannot suit all groups. To repeat: audit(placement, traffic, "
-        "window=512)."
-    )
-    assert [warning for warning in advice.warnings if "Slower in" in warning] == [line]
+    slower = numbers_of(advice, "slower groups")
+    assert slower["groups"] == {"few": loser.change.value}
+    assert slower["repeat"]["window"] == 512
     # What is not proposed is written nowhere that an audit could read.
     refused = advise(trace, TWO_NODES, copies=(0,), splits=1, price=0.9)
     assert refused.answer == "not now"
-    assert line.partition(" To repeat")[0] in refused.warnings
+    assert numbers_of(refused, "slower groups") == slower | {"repeat": None}
 
 
 def test_the_audit_of_groups_names_what_runs():
@@ -176,10 +173,8 @@ def test_few_sequences_are_not_enough_evidence():
     """Four unseen sequences tell nothing, however strong they are."""
     advice = advise(routed(skewed(8 * LENGTH)), TWO_NODES, copies=(0,), splits=2)
     assert advice.answer == "not enough evidence"
-    assert "4 unseen sequences are too few: an interval of the gain needs 5" in advice.reasons[0]
-
-
-ONE_KIND = "so the figures hold for such traffic only; record a mix of what you serve"
+    numbers = {"unseen": 4, "least": 5, "unit": "sequence"}
+    assert numbers_of(advice, "too few units") == numbers
 
 
 def test_one_kind_is_not_enough_evidence():
@@ -189,14 +184,12 @@ def test_one_kind_is_not_enough_evidence():
         trace = routed(skewed(), group=group, group_names=[name])
         advice = advise(trace, TWO_NODES, copies=(0,), splits=1)
         assert advice.answer == answer
-        said = [of for of in (*advice.reasons, *advice.warnings) if ONE_KIND in of]
-        assert len(said) == 1
-        assert advice.one_kind in said[0].replace("All", "all")
+        assert numbers_of(advice, "one kind of traffic") == {"shows": advice.one_kind}
         assert advice.to_dict()["one_kind"] == advice.one_kind
         several = replace(trace, group=np.arange(4000) // LENGTH % 2, group_names=(name, "more"))
         advice = advise(several, TWO_NODES, copies=(0,), splits=1)
         assert advice.one_kind is None
-        assert not any(ONE_KIND in of for of in (*advice.reasons, *advice.warnings))
+        assert numbers_of(advice, "one kind of traffic") is None
 
 
 def windows(*shares, number=6, tokens=10**6, seed=0, **labels):
@@ -244,9 +237,6 @@ def test_phases_are_placed_apart():
     assert set(phases.costs) == set(phases.costs_of_one) == set(names)
     assert phases.costs["prefill"] == times["decode"]["prefill"] / times["prefill"]["prefill"] - 1
     assert phases.costs_of_one["decode"] == times["both"]["decode"] / times["decode"]["decode"] - 1
-    costs = {"costs": phases.costs, "costs_of_one": phases.costs_of_one}
-    for two_pay, answer in ((False, "one placement does for both"), (True, "two placements pay")):
-        assert f"decode: {answer}" in say(Finding("phases apart", costs | {"two_pay": two_pay}))
     assert advise(routed(skewed()), TWO_NODES, copies=(0,), splits=1).phases is None
 
 
@@ -299,7 +289,7 @@ def test_loads_are_split_by_window():
     advice = advise(counted, TWO_NODES, **how)
     assert advice.answer == "worth a trial"
     assert "fanout" not in advice.judged[0].gains
-    assert any("upper bound" in of for of in advice.warnings)
+    assert numbers_of(advice, "load table") is not None
     alone = mt.RoutingStatistics.from_load(counted.window_load, window=100)
     assert advice.to_dict() == advise(alone, TWO_NODES, **how).to_dict()
 
@@ -310,7 +300,6 @@ def test_a_running_placement_is_the_one_to_beat():
     advice = advise(trace, TWO_NODES, copies=(0,), splits=1)
     again = advise(trace, TWO_NODES, copies=(0,), splits=1, initial=advice.placements[1])
     assert again.answer == "not now"
-    assert "running placement" in again.reasons[0]
 
 
 @pytest.mark.parametrize(
@@ -362,18 +351,18 @@ def test_traffic_may_be_given_to_judge_on():
 
 
 def test_prefill_and_decode_have_an_answer_each():
-    """The headline has both; a share of prefill makes one of them."""
+    """The headline has both, the greater gain first; a share of prefill makes one of them."""
     trace = routed(skewed(33_000))
     both = advise(trace, TWO_NODES, copies=(0,), splits=2)
     decode, prefill = (each.gain for each in both.judged)
-    head = f"Worth a trial for prefill (+{100 * prefill.gain:.1f} %) and decode "
-    assert both.sentence.startswith(head)
+    headline = numbers_of(both, "gains of phases")
+    assert [*headline["gains"].items()] == [("prefill", prefill), ("decode", decode)]
     total = advise(trace, TWO_NODES, copies=(0,), splits=2, prefill_share=0.25, time_limit=None)
     decode, prefill = (each.gain for each in total.judged)
     for name in ("gain", "low", "high"):
         weighed = 0.25 * getattr(prefill, name) + 0.75 * getattr(decode, name)
         assert getattr(total.total, name) == pytest.approx(weighed)
-    assert "where 25 % of the time is prefill (95 % interval" in total.sentence
+    assert numbers_of(total, "gain in total")["prefill_share"] == 0.25
 
 
 def test_halves_of_other_groups_get_both_answers():
@@ -381,14 +370,11 @@ def test_halves_of_other_groups_get_both_answers():
     group = np.arange(4000) // 1000
     trace = routed(shifted(), group=group, group_names=["books", "math", "news", "wiki"])
     advice = advise(trace, TWO_NODES, copies=(0,), splits=1)
+    numbers = numbers_of(advice, "halves of other groups")
+    assert numbers["groups"] == [["books", "math"], ["news", "wiki"]]
     worst, mix = min(gain.gain for gain in advice.halves), advice.main.gain.gain
-    assert (
-        "(books, math; news, wiki). Placed on one half and judged on the other it "
-        f"{'gains' if worst >= 0 else 'loses'} {100 * abs(worst):.1f} %"
-    ) in advice.reasons[1]
-    mixed = f"if you serve all groups together (in_order=False) it gains {100 * mix:.1f} %"
-    assert mixed in advice.reasons[1]
-    assert advice.sentence.endswith("if you serve a mix of the groups.") == (worst < mix / 2)
+    assert (numbers["worst"].gain, numbers["mix"].gain) == (worst, mix)
+    assert advice.findings[0].numbers["of_groups"] == (worst < mix / 2)
 
 
 @pytest.mark.usefixtures("brief")
@@ -397,23 +383,21 @@ def test_one_window_is_not_enough_evidence(load):
     """However strong: nothing is left to judge on, and that is the reason."""
     advice = mt.advise(mt.RoutingStatistics.from_load(load), mt.Topology(2), copies=(0, 1))
     assert advice.answer == "not enough evidence"
-    assert advice.reasons[0].startswith("There is one window, so nothing is left to judge")
-    assert "unseen" not in " ".join(advice.reasons)
+    assert advice.findings[0].kind == "one window"
     json.dumps(advice.to_dict())
 
 
 def test_an_engine_decides_copies_and_order():
-    """What it cannot load is left out, with the reason; its windows are of mixed sequences."""
+    """What it cannot load is left out; its windows are of mixed sequences."""
     trace = routed(skewed(2000))
     advice = advise(trace, TWO_NODES, copies=(0, 1), splits=1, engine="megatron")
     assert [each.per_device for each in advice.copies] == [0]
-    assert any("Copies were left out: Megatron-Core" in each for each in advice.reasons)
+    assert numbers_of(advice, "no copies") == {"engine": "megatron"}
     assert advice.settings["arrival"] == "bursts"
     served = advise(trace, TWO_NODES, copies=(0,), splits=1, engine="sglang")
     assert served.main.gain.before == served.running.predicted_layer_us
     assert served.main.gain.after == served.proposed.predicted_layer_us
     assert (served.settings["arrival"], served.settings["split"]) == ("mixed", "nearest")
-    assert "sequences mixed as SGLang serves them" in served.judged_on
     # The same tokens, in windows of others.
     plain = advise(trace, TWO_NODES, copies=(0,), splits=1)
     assert served.running.tokens == plain.running.tokens
@@ -434,7 +418,7 @@ def test_low_latency_buffers_limit_tokens():
     )
     limits = [each.tokens_per_rank for each in advice.copies]
     assert limits == [tokens_per_rank(1 << 18, 8), tokens_per_rank(1 << 18, 12)]
-    assert any("low-latency" in each for each in advice.reasons)
+    assert numbers_of(advice, "low-latency kernels") is not None
     assert all(each.tokens_per_rank is None for each in other.copies)
 
 
@@ -450,52 +434,39 @@ def test_the_knee_harms_no_window():
     assert [find_knee(costly, share) for share in (0.3, 0.5, 1.0)] == [0, 1, 1]
 
 
-SHORT = "copies, by short searches: "
-
-
-def _say_copies(*swept):
-    """Write what copies gain."""
-    return write(find_copies(*swept))
-
-
-def test_what_copies_gain_is_said_beside_what_they_cost():
-    """Windows of a load table have no size to name; memory beyond what runs has a sentence."""
+def test_what_copies_gain_stands_beside_what_they_cost():
+    """Slots of the chosen number, of more than run, and of a larger one that harms a window."""
 
     def row(count, *gains, windows=(None,)):
         of = {window: (gain,) for window, gain in zip(windows, gains, strict=True)}
         return Copies(count, of, count * 1e9)
 
     swept = (row(0, 0.2), row(2, 0.3), row(4, 0.1))
-    assert _say_copies(swept, 2, None, 4) == (
-        f"{SHORT}2 more slots per device and layer (2 GB per device) gain 30.0 %, none 20.0 %"
-    )
-    assert _say_copies(swept, 0, 2, 4) == (
-        f"{SHORT}2 more slots per device and layer than now (2 GB of copies per device) would gain "
-        "30.0 %"
-    )
+    pays = find_copies(swept, 2, None, 4).numbers
+    assert pays["chosen"] == {"slots": 2, "bytes_per_device": 2e9, "gain": 0.3}
+    assert (pays["without"], pays["more"]) == (0.2, None)
+    would = find_copies(swept, 0, 2, 4).numbers["more"]
+    assert (would["slots"], would["than_now"]) == (2, 2)
+    assert would["gains"] == [{"window": None, "gain": 0.3}]
     sizes = {"windows": (512, 8192)}
     both = (row(0, 0.1, 0.1, **sizes), row(2, 0.12, 0.3, **sizes))
-    text = "would gain 30.0 % in windows of 8,192 tokens, 12.0 % in windows of 512 tokens"
-    assert text in _say_copies(both, 0, 2, 4)
+    gains = find_copies(both, 0, 2, 4).numbers["more"]["gains"]
+    assert [of["window"] for of in gains] == [8192, 512]
     lossy = (row(0, 0.1, 0.1, **sizes), row(2, 0.3, -0.05, **sizes))
-    text = "would gain 30.0 %, but windows of 8,192 tokens would take 5.0 % longer"
-    assert text in _say_copies(lossy, 0, None, 4)
+    larger = find_copies(lossy, 0, None, 4).numbers["larger"]
+    assert (larger["gain"], larger["loses"]) == (0.3, {"window": 8192, "share": 0.05})
 
 
-@pytest.mark.parametrize(
-    ("needed", "words"), [(1, "3 of 4 layers need no copies"), (4, ""), (None, "")]
-)
-def test_layers_that_need_no_copies_are_said(needed, words):
-    """Only where many of them do not, with the memory that they would take."""
+@pytest.mark.parametrize(("needed", "spare"), [(1, 3), (4, None), (None, None)])
+def test_layers_that_need_no_copies_are_found(needed, spare):
+    """Only where many of them do not, with the memory that their copies would take."""
     swept = (
         Copies(0, {None: (0.2,)}, 0.0),
         Copies(2, {None: (0.3,)}, 2e9, None, needed),
     )
+    wanted = None if spare is None else {"number": spare, "layers": 4, "bytes_per_device": 1.5e9}
     for knee, more in ((2, None), (0, 2)):
-        text = _say_copies(swept, knee, more, 4)
-        assert words in text
-        assert ("layers need" in text) == bool(words)
-        assert ("1.5 GB per device are free" in text) == bool(words)
+        assert find_copies(swept, knee, more, 4).numbers["spare_layers"] == wanted
 
 
 @pytest.mark.usefixtures("brief")
@@ -522,9 +493,7 @@ def test_dispatch_by_a_linear_programme_is_judged_where_the_engine_has_it():
         mt.advise(traffic, topology, copies=[0], initial=initial, engine=engine, **options)
         for initial, engine in (("eplb:4", "sglang"), ("contiguous", "sglang"), ("eplb:4", "vllm"))
     )
-    said = [[line for line in each.reasons if "lp dispatch" in line] for each in (none, other)]
-    assert said == [[], []]
-    (line,) = (line for line in advice.reasons if "lp dispatch" in line)
+    assert [numbers_of(each, "tokens divided") for each in (none, other)] == [None, None]
     _, unseen = mt.hold_out(traffic)
     divided, even = (
         mt.evaluate(advice.placements[1], unseen, split=split).imbalance for split in ("lp", "even")
@@ -532,7 +501,8 @@ def test_dispatch_by_a_linear_programme_is_judged_where_the_engine_has_it():
     assert divided < even
     assert advice.division == pytest.approx((divided, even))
     assert (none.division, other.division) == (None, None)
-    assert f"{divided:.2f} x the mean instead of {even:.2f}" in line
+    said = numbers_of(advice, "tokens divided")
+    assert said == {"engine": "sglang", **advice.division._asdict()}
 
 
 def heavy():
@@ -580,7 +550,8 @@ def test_more_memory_is_no_gain_of_the_placement(initial):
     plain = {row.per_device: row.best for row in advice.copies}
     is_more = plain[more] > plain[advice.knee] + KNEE
     assert (advice.more == more) == is_more
-    assert any("per device and layer than now" in reason for reason in advice.reasons) == is_more
+    copies = numbers_of(advice, "copies")
+    assert (copies is not None and copies["more"] is not None) == is_more
     if initial == "contiguous":
         assert is_more
 
@@ -604,7 +575,7 @@ def test_all_rows_of_copies_are_of_searches_as_short():
 
 @pytest.mark.parametrize("number", [0, 3])
 def test_windows_that_are_too_alike_are_called_so(number):
-    """Nothing is worth no windows: where none is independent, the words say why none is."""
+    """Windows in a row count as few samples, or as none."""
     units = Units("window", number, Blocks(60.0, 20))
     advice = advise(heavy(), mt.Topology(4), copies=(0,), splits=1)
     (judged,) = advice.judged
@@ -612,8 +583,8 @@ def test_windows_that_are_too_alike_are_called_so(number):
     judged = replace(judged, whole=judged.whole | {"predicted_layer_us": gain})
     advice = conclude(replace(advice, judged=(judged,), units=units))
     assert advice.answer == "not enough evidence"
-    texts = [advice.reasons[0], *map(say, find_units(units, held_out=True))]
-    assert all((f"worth {number} samples" in text) == (number > 0) for text in texts), texts
+    assert numbers_of(advice, "neighbouring windows are alike")["unseen"] == number
+    assert numbers_of(advice, "windows in blocks") == {"length": 20, "worth": number}
 
 
 def test_drift_is_seldom_told_of_one_kind():
@@ -734,12 +705,8 @@ def test_tokens_that_stay_on_one_of_two_devices_are_said(devices, top_k, said):
     ids = np.concatenate([one, one + 4], axis=2)[:, :, :top_k]
     trace = mt.RoutingTrace.from_arrays(ids, num_experts=8, sequence=np.arange(3000) // 30)
     advice = advise(trace, mt.Topology(devices), copies=[0], window=512)
-    sentence = (
-        "0 of 100 tokens have all their experts of a layer on one device with the contiguous "
-        "placement, 100 would with the proposed one."
-    )
-    assert (sentence in advice.reasons) == said, advice.reasons
-    assert any("of 100 tokens" in reason for reason in advice.reasons) == said
+    numbers = {"before": "0", "after": "100", "running": "contiguous"}
+    assert numbers_of(advice, "tokens on one device") == (numbers if said else None)
 
 
 def test_what_a_lost_device_does_is_said_where_there_are_copies():
@@ -750,7 +717,7 @@ def test_what_a_lost_device_does_is_said_where_there_are_copies():
     problem = mt.Problem(table, mt.Topology(4), slots_per_device=6)
     running = mt.solve(problem, "quick").placement
     advice = mt.advise(table, mt.Topology(4), initial=running, splits=1)
-    [line] = [reason for reason in advice.reasons if reason.startswith("If a device is lost")]
-    assert line == f"If a device is lost: {advice.main.after.losses['device'].sentence}."
+    losses = {"losses": advice.main.after.losses["device"]}
+    assert numbers_of(advice, "lost device") == losses
     single = mt.advise(table, mt.Topology(4), copies=(0,), splits=1)
-    assert not any("is lost" in reason for reason in single.reasons)
+    assert numbers_of(single, "lost device") is None

@@ -72,7 +72,6 @@ def test_what_is_used_over_and_over_is_worth_a_set():
     hot = mt.structure(mt.RoutingTrace.from_arrays(ids, num_experts=8), 2).hot_experts
     assert hot.answer == "a static set is worth it"
     assert hot.static[1] > 0.95
-    assert "Half of the experts take" in hot.sentence
 
 
 def test_what_changes_from_text_to_text_is_worth_a_cache():
@@ -121,7 +120,6 @@ def test_nothing_is_decided_where_nothing_is_held_out(tokens, experts, top_k):
     assert hot.answer == "nothing is held out"
     assert hot.static == pytest.approx(hot.chance, abs=0.015)
     assert hot.static[1] > 0.55
-    assert f"without preference it would be {100 * hot.chance[1]:.0f} %" in hot.sentence
 
 
 def test_loads_of_saved_statistics_are_held_out(make_trace):
@@ -137,17 +135,6 @@ def test_published_shares_of_gpt_oss(data):
     assert hot.static == pytest.approx((0.482, 0.792, 0.961), abs=0.01)
     assert hot.cache == pytest.approx((0.62, 0.885, 0.977), abs=0.015)
     assert hot.answer == "a cache serves better"
-
-
-def test_inspect_prints_it(make_trace, ok, tmp_path, monkeypatch):
-    """A table, the sentence, and where it holds less."""
-    monkeypatch.chdir(tmp_path)
-    make_trace(600).save("trace.safetensors")
-    out = ok("inspect", "trace.safetensors")
-    hot = mt.structure(mt.RoutingTrace.load("trace.safetensors")).hot_experts
-    assert hot.sentence in out
-    assert "share of unseen picks" in out
-    assert "least recently used is dropped" in out
 
 
 def test_a_page_has_it(make_trace, ok, tmp_path, monkeypatch):

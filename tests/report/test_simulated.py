@@ -34,16 +34,18 @@ def test_a_gain_is_found_without_labels():
 
 
 def test_few_kinds_of_windows_are_told():
-    """Eight topics of eight windows are eight kinds, four unseen, and the reason says so."""
+    """Eight topics of eight windows are eight kinds, four unseen, which is the reason."""
     table = simulated.Law(2.0).table(np.random.default_rng(0), 8, 8)
     advice = simulated.advised(table, 0, splits=1)
     assert advice.answer == "not enough evidence"
-    assert advice.reasons[0].startswith("Windows are of 8 kinds of traffic only; 4 of them are")
-    assert any("gain on other kinds is unknown" in each for each in advice.warnings)
+    assert advice.findings[0].kind == "too few kinds"
+    numbers = advice.findings[0].numbers
+    assert (numbers["number"], numbers["unseen"], numbers["requests"]) == (8, 4, None)
+    assert "kinds of traffic" in [each.kind for each in advice.findings]
 
 
 def test_what_is_too_little_without_labels_is_told():
-    """Windows that change little by little are few independent ones, and the reason says so."""
+    """Windows that change little by little are few independent ones, which is the reason."""
     rng, law = np.random.default_rng(0), simulated.Law(2.0)
     laws = np.repeat([law.kind(rng) for _ in range(8)], 8, axis=0)
     laws = laws * np.exp(0.6 * rng.normal(size=laws.shape))
@@ -52,20 +54,20 @@ def test_what_is_too_little_without_labels_is_told():
     table = mt.RoutingStatistics.from_load(load.astype(np.uint64))
     advice = simulated.advised(table, 0, splits=1)
     assert advice.answer == "not enough evidence"
-    assert advice.reasons[0].startswith("Neighbouring windows are too alike")
-    assert any("no requests" in each for each in advice.warnings)
+    assert advice.findings[0].kind == "neighbouring windows are alike"
     assert advice.to_dict()["units"]["block_length"] == advice.units.blocks.length > 5
 
 
 def test_few_kinds_are_told():
-    """Five kinds of prompts, six by their tokens, are too few, and it is said how many."""
+    """Five kinds of prompts, six by their tokens, are too few."""
     rng = np.random.default_rng(0)
     trace = simulated.Law(2.0).trace(rng, simulated.prompts(rng, 60), kinds=5)
     advice = simulated.advised(trace, 0, splits=1)
     assert advice.answer == "not enough evidence"
-    assert f"60 requests route alike in {advice.units.number} kinds only" in advice.reasons[0]
+    assert advice.findings[0].kind == "too few kinds"
+    numbers = advice.findings[0].numbers
+    assert (numbers["number"], numbers["requests"]) == (advice.units.number, 60)
     assert 5 <= advice.units.number <= 6
-    assert any("other kinds is unknown" in each for each in advice.warnings)
 
 
 @pytest.mark.parametrize("name", ["64 windows", "16 topics of 4 windows"])
@@ -82,7 +84,7 @@ def test_splits_that_agree_are_no_evidence():
 
 
 def test_groups_that_follow_one_another_are_judged_mixed_and_as_recorded():
-    """One sentence has both gains; the order is no reason to refuse."""
+    """Both gains are found; the order is no reason to refuse."""
     rng = np.random.default_rng(0)
     law = simulated.Law(2.0)
     trace = law.trace(rng, simulated.prompts(rng, 80), groups=2)
@@ -90,9 +92,8 @@ def test_groups_that_follow_one_another_are_judged_mixed_and_as_recorded():
     assert advice.drift.is_beyond_chance
     assert advice.drift.is_of_groups
     assert advice.answer == "worth a trial"
-    (sentence,) = (each for each in advice.reasons if "hold different groups" in each)
-    assert "Placed on one half and judged on the other it gains " in sentence
-    assert "if you serve all groups together (in_order=False) it gains " in sentence
+    (found,) = (each for each in advice.findings if each.kind == "halves of other groups")
+    assert min(found.numbers["worst"].gain, found.numbers["mix"].gain) > 0
 
 
 def test_drift_counts_kinds():

@@ -81,7 +81,7 @@ def test_groups_that_weigh_alike_lose_no_phase(recording, groups):
 
 @pytest.mark.parametrize("tokens", HALVED)
 def test_advice_is_the_same_on_both_sides_of_a_size(brief, recording, tokens):
-    """The gains of both phases differ within their intervals; what is not judged is said."""
+    """The gains of both phases differ within their intervals; what is not judged is found."""
     advices = [
         mt.advise(recording(0, size), mt.Topology(8), copies=(0,), splits=1)
         for size in (tokens - 2, tokens)
@@ -89,7 +89,7 @@ def test_advice_is_the_same_on_both_sides_of_a_size(brief, recording, tokens):
     fewer, more = advices
     if tokens == min(HALVED):
         assert (fewer.prefill_lacks, fewer.answer) == (2, "not enough evidence")
-        assert "prefill not judged: record 2 more tokens" in fewer.reasons[0]
+        assert fewer.findings[0].numbers["tokens"] == 2
         assert [each.window for each in more.judged] == [WINDOWS[0], PREFILL_WINDOWS[-1]]
         return
     assert fewer.answer == more.answer

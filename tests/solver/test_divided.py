@@ -138,18 +138,16 @@ def test_moves_from_a_running_placement_are_judged_by_it():
 
 
 @pytest.mark.parametrize("holdout", [0, 0.5])
-def test_a_trace_is_solved_for_it_and_exported(make_trace, ok, tmp_path, monkeypatch, holdout):
-    """What is left out of a trace is counted to judge on, and the engine is told how to split."""
+def test_a_trace_is_solved_for_it_and_exported(
+    make_trace, ok, as_json, tmp_path, monkeypatch, holdout
+):
+    """What is left out of a trace is counted to judge on."""
     monkeypatch.chdir(tmp_path)
     make_trace(600, experts=8).save("trace.safetensors")
     serving = ("--devices", 2, "--slots-per-device", 6, "--for", "sglang", "--split", "lp")
     ok("solve", "trace.safetensors", *serving, "--holdout", holdout, "--objective", "balance")
-    told = ok(
-        "export", "placement.json", "--to", "sglang", "--dense-layers", "none", "--out", "map.json"
-    )
-    assert "split lp: serve it with --ep-dispatch-algorithm lp --moe-a2a-backend deepep" in told
-    assert "leave out --enable-eplb" in told
-    assert "imbalance" in ok("evaluate", "placement.json", "trace.safetensors")
+    ok("export", "placement.json", "--to", "sglang", "--dense-layers", "none", "--out", "map.json")
+    assert as_json("evaluate", "placement.json", "trace.safetensors")["imbalance"] >= 1
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from brute_force import optimum, raised_caps, small_problem
 
 import moetuner as mt
 from moetuner.report.outcome import find_caps
-from moetuner.report.words import say
 from moetuner.solver import METHODS, effort
 from moetuner.solver.run import Run
 
@@ -129,13 +128,9 @@ def test_infeasible_caps_are_named(method, seed):
     assert result.infeasible == {
         layer: (pytest.approx(cap), pytest.approx(cap)) for layer, cap in least.items()
     }
-    lines = [*map(say, find_caps(problem, result))]
-    assert bool(least) == any(
-        "No placement with one copy of each expert keeps the load cap 1.03" in line
-        for line in lines
+    assert bool(least) == (
+        "cap that nothing keeps" in [of.kind for of in find_caps(problem, result)]
     )
-    for layer in list(least)[:3]:
-        assert f"layer {layer} needs {least[layer]:.4f}" in lines[0]
 
 
 def test_no_time_gives_a_placement(problem):

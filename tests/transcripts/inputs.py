@@ -16,7 +16,7 @@ from pathlib import Path
 import given
 import numpy as np
 import targets
-from engines_files import GOLDEN, write_tensorrt, write_tensorrt_about
+from engines_files import GOLDEN, vllm_response, write_tensorrt, write_tensorrt_about
 
 import moetuner as mt
 
@@ -237,6 +237,75 @@ def shuffled() -> mt.Placement:
     return mt.Placement.from_assignment(np.tile(np.arange(8) % 4, (3, 1)), 4)
 
 
+def of_two_devices() -> mt.RoutingTrace:
+    """Return a trace of two groups that have no expert in common: each is served by one device."""
+    rng, group = np.random.default_rng(0), np.arange(4000) // 20 % 2
+    ids = (group + 2 * (rng.random(4000) < 0.4))[:, None, None]
+    labels = {"group": group, "group_names": ["code", "chat"]}
+    return mt.RoutingTrace.from_arrays(ids, num_experts=4, sequence=np.arange(4000) // 20, **labels)
+
+
+def of_a_minority() -> mt.RoutingTrace:
+    """Return a trace of two groups, of which the smaller is even on experts in blocks."""
+    rng, group = np.random.default_rng(0), (np.arange(6000) // 50 % 5 == 4).astype(int)
+    liked = np.stack([np.linspace(2, 0, 8), np.tile([2.0, 0.0], 4)])
+    ids = np.argsort(-(liked[group][:, None] + rng.gumbel(size=(6000, 2, 8))), axis=2)[..., :2]
+    labels = {"group": group, "group_names": ["many", "few"]}
+    return mt.RoutingTrace.from_arrays(ids, num_experts=8, sequence=np.arange(6000) // 50, **labels)
+
+
+def hot_loads() -> np.ndarray:
+    """Return a load table whose first layer has an expert with half of the tokens."""
+    load = loads(40)
+    load[:, 0, 1] = load[:, 0].sum(axis=1) - load[:, 0, 1]
+    return load
+
+
+def with_hot_expert() -> mt.RoutingTrace:
+    """Return a trace in which one expert of each layer takes most tokens, at random."""
+    liking = np.zeros(EXPERTS)
+    liking[1] = 3
+    noise = np.random.default_rng(0).gumbel(size=(12_288, LAYERS, EXPERTS))
+    ids = np.argsort(-(liking + noise), axis=2)[..., :2]
+    return mt.RoutingTrace.from_arrays(ids, num_experts=EXPERTS, sequence=np.arange(12_288) // 64)
+
+
+def of_plugin(folder: Path) -> None:
+    """Write load tables as two processes of the plugin record them."""
+    for process, part in ((7, loads(3)), (8, loads(3, seed=1))):
+        np.savez(folder / f"load-{process}-{LAYERS}x{EXPERTS}.npz", load=part)
+
+
+def wide(shifted: int) -> mt.Placement:
+    """Return 1,024 experts in blocks; every other one is as many devices further on."""
+    device_of = np.tile(np.arange(1024) // 256, (LAYERS, 1))
+    device_of[:, ::2] = (device_of[:, ::2] + shifted) % DEVICES
+    return mt.Placement.from_assignment(device_of, DEVICES)
+
+
+def named_responses(path: Path) -> None:
+    """Write responses of vLLM to the requests r0 and r1."""
+    ids = np.random.default_rng(0).random((2, 2, LAYERS, EXPERTS)).argsort(axis=3)[..., :2]
+    lines = [vllm_response(ids[n].astype(np.uint8), id=f"cmpl-r{n}") for n in range(2)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def uneven_memra(path: Path) -> None:
+    """Write a map of memra with three experts on one card, and an entry rank of the other."""
+    fields = {"format": "memra-ep-map-v1", "ranks": 2, "entry_rank": 1, "expert_count": 4}
+    fields["layers"] = [{"layer": 3, "assignment": [0, 0, 0, 1]}]
+    path.write_text(json.dumps(fields))
+
+
+def reversed_ascend(path: Path) -> None:
+    """Write a map of vllm-ascend whose layers and devices stand in reverse order."""
+    mt.write_placement(placement(2), "vllm-ascend", path)
+    fields = json.loads(path.read_text())
+    fields["layer_list"].reverse()
+    fields["layer_list"][1]["device_list"].reverse()
+    path.write_text(json.dumps(fields))
+
+
 MACHINE = {"devices": 4, "devices_per_node": 2, "speed": [1, 1, 1, 2]}
 GOLDEN_FILES = {
     "ascend": ["workload.npz"],
@@ -252,6 +321,7 @@ GOLDEN_FILES = {
         "two-ranks-per_pass-0.pt",
         "one-rank-stat.pt",
         "responses.json",
+        "expert_location.json",
     ],
     "vllm": ["completions.json", "routed-0.npy", "routed-1.npy"],
 }
@@ -305,6 +375,21 @@ INPUTS: dict[str, Callable[[Path], object]] = {
     "long-map.json": lambda path: path.write_text(
         json.dumps({"physical_to_logical_map": [[*range(16)]] * 3})
     ),
+    "two-devices.safetensors": lambda path: of_two_devices().save(path),
+    "paired.json": lambda path: mt.Placement([[[0, 2], [1, 3]]]).save(path),
+    "minority.safetensors": lambda path: of_a_minority().save(path),
+    "six-windows.txt": lambda path: path.write_text("code\nchat\n" * 3),
+    "one-token.npy": lambda path: np.save(path, [[[0, 1]]]),
+    "recorded": in_folder(of_plugin),
+    "wide.json": lambda path: wide(0).save(path),
+    "wide-moved.json": lambda path: wide(1).save(path),
+    "named.jsonl": named_responses,
+    "of-others.csv": lambda path: path.write_text("id,kind\nr0,code\nr2,chat\n"),
+    "of-both.csv": lambda path: path.write_text("id,kind\nr0,code\nr0,chat\nr1,code\n"),
+    "hot-loads.npz": lambda path: np.savez(path, load=hot_loads()),
+    "hot.safetensors": lambda path: with_hot_expert().save(path),
+    "uneven-memra.json": uneven_memra,
+    "reversed-ascend.json": reversed_ascend,
     "one-window.npz": lambda path: np.savez(path, load=loads(1)),
     "mixtral-loads.npz": lambda path: np.savez(path, load=loads(40), model="mixtral-8x7b"),
     "loads.csv": rows_of_loads,
