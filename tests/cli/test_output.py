@@ -223,7 +223,7 @@ def test_columns_are_closer_where_a_terminal_is_narrow(monkeypatch, capsys, colu
     assert [len(row) for row in rows] == [width] * 2
 
 
-def test_advice_takes_25_lines_of_100_columns(monkeypatch, capsys):
+def test_advice_takes_26_lines_of_100_columns(monkeypatch, capsys):
     """Verdict, phases, reasons, one table without empty columns, and next steps, of two nodes."""
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -233,7 +233,7 @@ def test_advice_takes_25_lines_of_100_columns(monkeypatch, capsys):
     words = ["advise", str(trace), "--devices", "8", "--devices-per-node", "4", "--splits", "1"]
     cli.moetuner.main(words, standalone_mode=False)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 25
+    assert len(lines) <= 26
     commands = next(n for n, line in enumerate(lines) if line.startswith("Next: "))
     said = [re.sub(r"\x1b\[\d*m", "", line).rstrip() for line in lines[:commands]]
     assert [line for line in said if len(line) > 100] == []

@@ -17,6 +17,7 @@ from moetuner.cli.options.pages import Pages, origin_of
 from moetuner.cli.options.serving import JudgedOptions, setting_option
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, steps, working
+from moetuner.cli.recipes import FEW_MOVES_FILE
 from moetuner.evaluation.comparison import PRICE, Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.files.cells import counted, in_bytes, signed, span, with_values
@@ -129,7 +130,12 @@ def command(
         advice = advice.overruled(Finding("nothing to place", numbers, forces="not now"))
     voice = TERMINAL._replace(audit=recipes.to_audit(source, advice, unseen).command)
     following = recipes.after_advice(source, advice, unseen)
-    _show(output, advice, voice)
+    # What few moves gain stands above their command, if there is one.
+    said = advice
+    if any(FEW_MOVES_FILE in each.command for each in following):
+        others = tuple(each for each in advice.findings if each.kind != "few moves")
+        said = replace(advice, findings=others)
+    _show(output, said, voice)
     output.next_commands(following)
     go_back = recipes.go_back(advice)
     if go_back is not None:

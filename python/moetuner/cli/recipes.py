@@ -13,7 +13,7 @@ from moetuner.cli.options.groups import FILES
 from moetuner.cli.options.machine import Machine, common_name, cost_model_for
 from moetuner.cli.options.placed import Placed
 from moetuner.cli.options.traffic import Source
-from moetuner.files.cells import counted, layer_list, percent
+from moetuner.files.cells import layer_list
 from moetuner.formats import serving_commands, way_back
 from moetuner.placement import Placement
 from moetuner.problem import TRAFFIC_CAP
@@ -21,6 +21,8 @@ from moetuner.problem.objective import goal_for
 from moetuner.problem.reading import SCALES
 from moetuner.report.advice.request import slots_of_running
 from moetuner.report.advice.values import Advice
+from moetuner.report.findings import TERMINAL
+from moetuner.report.words import write
 from moetuner.report.words.parts import name_running
 from moetuner.serving import SERVED
 from moetuner.serving.engines import ENGINES, engine_of
@@ -138,8 +140,8 @@ def _try(
     commands.append(solve(problem.slots, why, out_file=placed))
     step = advice.step
     if step is not None and "initial_file" in solving:
-        gain = percent(step.gain.gain)
-        instead = f"or with few moves: {counted(step.experts, 'expert')}, for about {gain}"
+        few = next(each for each in advice.findings if each.kind == "few moves")
+        instead = f"or with few moves: {write(few, TERMINAL)}"
         # All digits of the bytes: a budget that is rounded down is one expert less.
         budget = step.experts if step.bytes is None else step.bytes
         limits = {"move_budget": f"{budget:.0f}", "expert_bytes": typed.get("expert_bytes")}
