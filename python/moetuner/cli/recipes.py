@@ -140,8 +140,8 @@ def _try(
     commands.append(solve(problem.slots, why, out_file=placed))
     step = advice.step
     if step is not None and "initial_file" in solving:
-        few = next(each for each in advice.findings if each.kind == "few moves")
-        instead = f"or with few moves: {write(few, TERMINAL)}"
+        found = next(each for each in advice.findings if each.kind == "few moves")
+        instead = f"or with few moves: {write(found, TERMINAL)}"
         # All digits of the bytes: a budget that is rounded down is one expert less.
         budget = step.experts if step.bytes is None else step.bytes
         limits = {"move_budget": f"{budget:.0f}", "expert_bytes": typed.get("expert_bytes")}
