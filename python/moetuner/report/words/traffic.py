@@ -115,7 +115,7 @@ def _busiest_device(voice: Voice, before: float, after: float, window: int | Non
     where = (
         f"the windows of {voice.recording}" if window is None else f"windows of {window:,} tokens"
     )
-    return f"in {where} the busiest device has {before:.3f} x the mean load now, {after:.3f} x then"
+    return f"busiest device: {before:.3f} x the mean load now, {after:.3f} x then, in {where}"
 
 
 CLAUSES: dict[str, Clause] = {
