@@ -27,7 +27,7 @@ from moetuner.report import advice as advising
 from moetuner.report.advice.conclusion import write_order
 from moetuner.report.advice.values import Advice, write_windows_of
 from moetuner.report.findings import TERMINAL, Finding, Voice
-from moetuner.report.page.data import data_of_advice
+from moetuner.report.page.data import PageData, data_of_advice
 from moetuner.serving.engines import NOTHING_PLACED
 from moetuner.serving.settings import read_count
 
@@ -142,10 +142,14 @@ def command(
         output.say(f"  # to go back: {go_back}")
     contents: dict[str, Any] = {"input": source.facts(), **advice.to_dict(voice)}
     contents |= {"commands": [*map(str, following)], "go_back": go_back}
-    # A page has room for the command that the terminal names in a remark.
-    full = recipes.after_advice(source, advice, unseen, from_all=True)
-    on_page = contents | {"commands": [*map(str, full)]}
-    pages.write(output, lambda: data_of_advice(advice, origin_of(source), on_page, full, voice))
+
+    def page() -> PageData:
+        # A page has room for the command that the terminal names in a remark.
+        full = recipes.after_advice(source, advice, unseen, from_all=True)
+        on_page = contents | {"commands": [*map(str, full)]}
+        return data_of_advice(advice, origin_of(source), on_page, full, voice)
+
+    pages.write(output, page)
     output.finish(contents)
 
 
