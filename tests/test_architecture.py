@@ -15,15 +15,15 @@ VALUES = ("recording", "trace", "statistics", "topology", "cost", "placement")
 SOLVER = ("evaluation", "problem", "serving", *VALUES)
 EFFORT = ("solver.effort", "solver.budget")
 STAGES = ("solver.run", "solver.result", "solver.terms", "solver.unseen", "solver.bounds")
-COMMANDS = ("report", "formats", "solver", "torch", "files", "presets", "_interrupts")
+COMMANDS = ("report", "formats", "solver", "torch", "files", "presets")
 
-# What a room may import besides itself, `_checks`, `frozen` and `_core`. A room is a folder or a
-# module; the longest name that fits a module is its room.
+# What a room may import besides itself, `_checks`, `_texts`, `frozen` and `_core`. A room is a
+# folder or a module; the longest name that fits a module is its room.
 MAY_IMPORT = {
     "_checks": (),
-    # Handles signals while the command line is still being imported, so it comes before everything
-    # that takes long to import, numpy and click too, and knows nothing.
-    "_interrupts": (),
+    # The command line says errors with it before anything that takes long to import is loaded, so
+    # it knows nothing, not even numpy.
+    "_texts": (),
     "frozen": (),
     "presets": (),
     "files": (),
@@ -155,7 +155,7 @@ def test_imports_go_down_the_flow():
             continue
         room = place(name(path))
         assert room, f"{name(path)} is in no room of MAY_IMPORT"
-        allowed = (room, "_checks", "frozen", "_core", *MAY_IMPORT[room])
+        allowed = (room, "_checks", "_texts", "frozen", "_core", *MAY_IMPORT[room])
         for module in own_imports(path):
             assert module, f"{name(path)} imports the package itself; import the module"
             assert is_in(module, allowed), f"{name(path)} imports {module}"
@@ -255,7 +255,7 @@ def test_the_top_level_is_short():
     """The package has at most ten modules at its top, two of them private."""
     top = [path.stem for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", "__main__")]
     assert len(top) <= 10, top
-    assert [stem for stem in top if stem.startswith("_")] == ["_checks", "_interrupts"]
+    assert [stem for stem in top if stem.startswith("_")] == ["_checks", "_texts"]
 
 
 def test_foreign_libraries_have_their_place():

@@ -1,5 +1,6 @@
 """What importing the package does to the process that imports it: nothing."""
 
+import ast
 import doctest
 import html
 import importlib.metadata
@@ -26,9 +27,11 @@ def logging_state():
 before = logging_state()
 import moetuner
 after = logging_state()
+first = "numpy" in sys.modules
 import moetuner.plugins.vllm, moetuner.plugins.sglang
 heavy = ("torch", "vllm", "sglang", "rich", "highspy", "click", "plotly", "jinja2")
 print(json.dumps({
+    "first": first,
     "heavy": [name for name in heavy if name in sys.modules],
     "threads": threading.active_count(),
     "native": len(os.listdir("/proc/self/task")) if sys.platform == "linux" else 1,
@@ -40,14 +43,15 @@ print(json.dumps({
 def test_import_is_silent_and_light():
     """Nothing is printed, no heavy module comes in, no thread starts, logging stays as it was.
 
-    Nor does a heavy one come in with the file of an engine.
+    Nor does a heavy one come in with the file of an engine; numpy comes with the first name used.
     """
     # NumPy's linear algebra starts its own threads unless it is told not to.
     environment = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "error", "-c", CHECK]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert done.stderr == ""
-    assert json.loads(done.stdout) == {"heavy": [], "threads": 1, "native": 1, "logging": True}
+    silent = {"first": False, "heavy": [], "threads": 1, "native": 1, "logging": True}
+    assert json.loads(done.stdout) == silent
 
 
 def test_version_is_the_crates():
@@ -66,6 +70,41 @@ def test_public_names_exist():
     assert all(inspect.ismodule(getattr(mt, name)) for name in others)
     # ``import moetuner.audit as a`` gives a module or fails; it never gives a function.
     assert not {module.name for module in pkgutil.iter_modules(mt.__path__)} & set(mt.__all__)
+
+
+FRESH = """
+import moetuner, pickle
+assert set(moetuner.__all__) <= set(dir(moetuner))
+from moetuner import *
+for name in moetuner.__all__:
+    value = getattr(moetuner, name)
+    assert value is globals()[name] is getattr(moetuner, name), name
+    assert pickle.loads(pickle.dumps(value)) == value, name
+for name in ("formats", "presets", "serving", "solver"):
+    assert getattr(moetuner, name).__name__ == f"moetuner.{name}"
+try:
+    moetuner.Placemnt
+except AttributeError as error:
+    assert "Placemnt" in str(error)
+"""
+
+
+def test_names_are_loaded_when_they_are_used():
+    """Each is listed before it is there, is always the same object, and can be pickled."""
+    subprocess.run([sys.executable, "-c", FRESH], check=True)
+
+
+def test_editors_see_the_names_that_are_loaded():
+    """What type checkers read says of each name the module that it is loaded from."""
+    tree = ast.parse(inspect.getsource(mt))
+    (block,) = (
+        node
+        for node in tree.body
+        if isinstance(node, ast.If) and "not" not in ast.unparse(node.test)
+    )
+    told = {name.name: of.module for of in block.body for name in of.names}
+    assert told == {name: f"moetuner.{module}" for name, module in mt._HOMES.items()}
+    assert list(mt._HOMES) == mt.__all__
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 
 import moetuner as mt
 from moetuner import _core
-from moetuner._interrupts import heard, status
+from moetuner.cli.interrupts import heard, status
 
 SAMPLE = Path(mt.__file__).parent / "data" / "small-moe.safetensors"
 QUIET = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -298,7 +298,7 @@ def test_a_signal_while_it_is_imported_prints_no_traceback(tmp_path, number):
     """From the first import on that could listen, the command line ends with one line."""
     (tmp_path / "sitecustomize.py").write_text(SENDER)
     line = [sys.executable, "-m", "moetuner", "inspect", SAMPLE]
-    for name in ("moetuner._core", "numpy.lib", "moetuner.trace", "click", "moetuner.cli.verify"):
+    for name in ("moetuner._core", "numpy.lib", "moetuner.trace", "click", "moetuner.cli.inspect"):
         about = {"PYTHONPATH": str(tmp_path), "SENT_AT": name, "SENT": str(int(number))}
         done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, **about})
         actual = (done.returncode, done.stdout, done.stderr)

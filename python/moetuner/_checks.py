@@ -6,7 +6,6 @@ message names the argument, the rule and the value.
 
 from __future__ import annotations
 
-import difflib
 import math
 import operator
 import os
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _core
+from moetuner._texts import suggestion
 
 IdArray = NDArray[np.uint8] | NDArray[np.uint16]
 IdType = np.dtype[np.uint8] | np.dtype[np.uint16]
@@ -114,18 +114,6 @@ def one_of(name: str, value: object, choices: Iterable[str]) -> None:
         raise ArgumentError(
             f"{name} must be one of {', '.join(names)}, got {shown(value)}{hint}", name
         )
-
-
-def suggestion(value: object, choices: Iterable[str]) -> str:
-    """Return a question that names the nearest choice, in any case; empty if none comes near."""
-    if not isinstance(value, str):
-        return ""
-    names, begun = {choice.lower(): choice for choice in choices}, value.lower()
-    # Letters in another order, which difflib takes for far.
-    similar = [name for name in names if sorted(name) == sorted(begun)]
-    similar += difflib.get_close_matches(begun, names, n=1)
-    similar += [name for name in names if begun and name.startswith(begun)]
-    return f". Did you mean {names[similar[0]]}?" if similar else ""
 
 
 def flag(name: str, value: object) -> None:

@@ -2,13 +2,15 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import fields
 
 import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.cli import moetuner, options
+from moetuner.cli import MENU, moetuner, options
 from moetuner.serving.settings import settings_of
 
 # Searches are short, as they are not what is asked about.
@@ -84,6 +86,40 @@ def test_every_command_ends_its_help_with_an_example_that_runs(
     for name, *words in map(str.split, main):
         there = {flag for parameter in moetuner.commands[name].params for flag in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= there
+
+
+LOADED = """
+import sys
+from moetuner.cli import main
+status = main(sys.argv[1:])
+commands = [name for name in sys.modules if name.startswith("moetuner.cli.")]
+print(status, "numpy" in sys.modules, *sorted(commands), file=sys.stderr)
+"""
+LIGHT = "False moetuner.cli.interrupts moetuner.cli.streams"
+
+
+@pytest.mark.parametrize(
+    ("words", "loaded"),
+    [
+        ("--help", f"0 {LIGHT}"),
+        ("--version", "0 False moetuner.cli.interrupts moetuner.cli.release moetuner.cli.streams"),
+        ("advize", f"2 {LIGHT}"),
+    ],
+)
+def test_the_menu_loads_no_command(words, loaded):
+    """Help, the version and an unknown command need neither a command's module nor numpy."""
+    command = [sys.executable, "-c", LOADED, words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == loaded
+
+
+@pytest.mark.parametrize("name", MENU)
+def test_the_menu_says_how_a_command_begins(name):
+    """A line of the menu is the first of the command's help, which is loaded later."""
+    command = moetuner.commands[name]
+    assert command.name == name
+    assert command.help.partition("\n\n")[0].replace("\n", " ") == MENU[name]
+    assert not command.hidden
 
 
 def test_demo_shows_the_whole_flow(ok, tmp_path):

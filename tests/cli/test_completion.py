@@ -22,7 +22,9 @@ def test_every_shell_gets_a_script(shell, words, monkeypatch, capsys):
 
 
 BEGUN = """
+co | plain,collect plain,compare plain,convert
 so | plain,solve
+--ver | plain,--version
 solve --meth | plain,--method
 solve --method jo | plain,joint
 solve --for vllm | plain,vllm plain,vllm-ascend

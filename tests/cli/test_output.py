@@ -28,7 +28,7 @@ def screen(monkeypatch):
     file = io.StringIO()
     monkeypatch.setattr(output, "FIRST_S", 3600.0)
     monkeypatch.setattr(output, "BEAT_S", 3600.0)
-    monkeypatch.setattr(output.Report, "heard", None)
+    monkeypatch.setattr("moetuner.cli.streams.heard", None)
     monkeypatch.setattr(output, "time", SimpleNamespace(monotonic=lambda: 0.0))
 
     def console(*, terminal):

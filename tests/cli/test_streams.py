@@ -222,6 +222,6 @@ def test_threads_without_memory_are_no_bug(files):
 
 def test_imports_without_memory_are_one_line():
     """Where this process is the command line, which is imported before its own code runs."""
-    program = "import sys; sys.argv = ['moetuner']; import moetuner; raise MemoryError"
+    program = "import sys; sys.argv = ['moetuner']; import moetuner.cli; raise MemoryError"
     done = finished(sys.executable, "-c", program)
     assert (done.returncode, done.stderr) == (1, "moetuner: error: out of memory\n")

@@ -14,8 +14,8 @@ import pytest
 from conftest import random_ids
 
 import moetuner as mt
+from moetuner._texts import clean, name, printable
 from moetuner.files import delete_left_behind, read_whole, replacing
-from moetuner.files.text import clean, name, printable
 from moetuner.solver.bounds.certificate import Certificate
 
 PLACEMENT = mt.Placement([[[0], [1]]])

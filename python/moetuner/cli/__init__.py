@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
+from moetuner.cli import interrupts, streams  # isort: skip - before what takes long to import
+
 import difflib
+import importlib
 import os
 import re
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
-from moetuner import _interrupts
-from moetuner._checks import suggestion
-from moetuner.cli import (
-    advise,
-    collect,
-    compare,
-    convert,
-    demo,
-    drift,
-    evaluate,
-    export,
-    fit,
-    former,
-    inspect,
-    plan,
-    release,
-    solve,
-    streams,
-    verify,
-)
-from moetuner.cli.output import Report
-from moetuner.files.text import printable
+from moetuner._texts import printable, suggestion
 
 WRONG = 2
 # A bug of moetuner: nothing that whoever called it can mend.
@@ -50,8 +32,56 @@ LONGEST_LINE = 1000
 THREADS = re.compile(r"^threads: |can't start new thread")
 
 
+# Commands in the order in which most need them: each is a module of its name, which is loaded when
+# it is used, and begins with this line.
+MENU = {
+    "demo": "Run the whole flow on the bundled trace.",
+    "collect": "Record to which experts a model routes texts.",
+    "inspect": "Show what is in a trace or a placement, or what has to move.",
+    "advise": "Advise whether a better placement is worth a trial.",
+    "solve": "Compute a placement and write it.",
+    "compare": "Compare methods on traffic that they have not seen.",
+    "evaluate": "Replay a placement on traffic, and judge what it gains.",
+    "drift": "Check whether traffic has drifted from a placement's profile.",
+    "plan": "Plan which copies move when devices are lost, removed or added.",
+    "export": "Write a placement as an engine loads it, or check one.",
+    "convert": "Join recordings into one trace.",
+    "fit": "Measure one MoE layer, and write its cost model.",
+    "verify": "Recompute the bound that a certificate proves.",
+}
+# Names that commands had; module ``former`` has them.
+FORMER = ("audit", "report", "show", "diff")
+
+
+class Commands(Mapping[str, click.Command]):
+    """Commands by name, whose modules are loaded when they are taken."""
+
+    def __getitem__(self, name: str) -> click.Command:
+        """Return a command; KeyError if there is none."""
+        if name in FORMER:
+            from moetuner.cli import former
+
+            return former.FORMER[name]
+        if name not in MENU:
+            raise KeyError(name)
+        command: click.Command = importlib.import_module(f"moetuner.cli.{name}").command
+        return command
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield names in the order of the flow, not of the alphabet."""
+        return iter((*MENU, *FORMER))
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(MENU) + len(FORMER)
+
+
 class Menu(click.Group):
-    """Commands in the order in which most need them."""
+    """Commands in the order in which most need them; the menu itself loads none of them."""
+
+    def __init__(self, *arguments: Any, **others: Any) -> None:
+        super().__init__(*arguments, **others)
+        self.commands = Commands()  # type: ignore[assignment]  # nobody adds one
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return names in the order of the flow, not of the alphabet."""
@@ -59,11 +89,32 @@ class Menu(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """Return the command; an error names the one that comes nearest."""
-        if args[0] not in self.commands and not args[0].startswith("-"):
-            shown = [name for name, command in self.commands.items() if not command.hidden]
-            nearest = suggestion(args[0], shown)
-            raise click.UsageError(f"No such command '{args[0]:.60}'{nearest}", ctx)
-        return super().resolve_command(ctx, args)
+        if args[0] not in [*self.commands] and not args[0].startswith("-"):
+            raise click.UsageError(
+                f"No such command '{args[0]:.60}'{suggestion(args[0], MENU)}", ctx
+            )
+        with interrupts.ending():
+            return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a line for each command."""
+        space = formatter.width - 6 - max(map(len, MENU))
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [
+                    (name, click.Command(name, help=line).get_short_help_str(space))
+                    for name, line in MENU.items()
+                ]
+            )
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Return the commands that begin so, and options."""
+        commands = [
+            CompletionItem(name, help=line)
+            for name, line in MENU.items()
+            if name.startswith(incomplete)
+        ]
+        return commands + click.Command.shell_complete(self, ctx, incomplete)
 
 
 HELP = """Decide which GPU each expert of a Mixture-of-Experts model lives on.
@@ -101,36 +152,14 @@ Does it pay? What does the engine load? Has the traffic changed?
 @click.pass_context
 def moetuner(context: click.Context, version: bool, as_json: bool, self_test: bool) -> None:
     """Decide which GPU each expert of a Mixture-of-Experts model lives on."""
+    if version or self_test:
+        from moetuner.cli import release
     if version:
         release.say_version(context, as_json)
     elif as_json:
         raise click.UsageError("--json before a command goes with --version.", context)
     elif self_test:
         release.check_answers(context)
-
-
-# A line at the end of each command's help, in the order of the menu.
-EXAMPLES = {
-    demo: "",
-    collect: "MODEL --dataset texts.jsonl --out trace.safetensors",
-    inspect: "trace.safetensors",
-    advise: "trace.safetensors --devices 8 --for vllm --report page.html",
-    solve: "trace.safetensors --devices 8 --out placement.json",
-    compare: "trace.safetensors --devices 8 --methods eplb,joint --splits 1",
-    evaluate: "placement.json trace.safetensors --by-group --report page.html",
-    drift: "placement.json newer.safetensors",
-    plan: "placement.json trace.safetensors --with 2 --out more.json --steps steps.json",
-    export: "placement.json --to eplb --out experts.npz",
-    convert: "trace.safetensors newer.safetensors --out both.safetensors",
-    fit: "--model qwen3-30b-a3b --out gpu.json",
-    verify: "proof.json trace.safetensors --devices 8",
-}
-for _module, _example in EXAMPLES.items():
-    _line = f"Example:\n\n\b\n  moetuner {_module.command.name} {_example}"
-    _module.command.epilog = "\n\n".join(filter(None, (_module.command.epilog, _line)))
-    moetuner.add_command(_module.command)
-for _former in former.FORMER:
-    moetuner.add_command(_former)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -143,15 +172,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     _share_memory()
-    Report.heard = _interrupts.began()
-    with _interrupts.heard(), streams.standard_streams() as output:
+    streams.heard = interrupts.began()
+    with interrupts.heard(), streams.standard_streams() as output:
         status = _run(arguments)
         sys.stdout.flush()
         if output is not None and isinstance(output.failure, BrokenPipeError):
             status = status or GONE
         elif output is not None and output.failure is not None:
             status = _failed(f"standard output: {output.failure.strerror}")
-        interrupted = _interrupts.status()
+        interrupted = interrupts.status()
         if interrupted is not None and status == 0:
             print("moetuner: interrupted: this is the best so far", file=sys.stderr)  # noqa: T201
         return interrupted or status
@@ -164,6 +193,8 @@ def _share_memory() -> None:
     system for each object by itself: right, but a hundred times slower.
     """
     if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        import ctypes
+
         with suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
@@ -195,7 +226,7 @@ def _run(arguments: Sequence[str]) -> int:
     except ValueError as error:
         return _failed(str(error))
     except BaseException as error:  # the core's panics are no Exception
-        if _interrupts.status() is not None:
+        if interrupts.status() is not None:
             # The signal came in code that does not expect one, such as an import in the core.
             return _failed("interrupted", INTERRUPTED)
         if isinstance(error, RuntimeError) and THREADS.search(str(error)):

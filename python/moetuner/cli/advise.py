@@ -38,7 +38,11 @@ COPIES = options.Text(
 DEFAULT_COPIES = ",".join(map(str, advising.COPIES))
 
 
-@options.command("advise", begin_with="--devices --devices-per-node --for --report")
+@options.command(
+    "advise",
+    example="trace.safetensors --devices 8 --for vllm --report page.html",
+    begin_with="--devices --devices-per-node --for --report",
+)
 def command(
     *,
     source: Source,

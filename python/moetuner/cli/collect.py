@@ -14,7 +14,7 @@ from moetuner.cli.output import Output, working
 from moetuner.report import recording
 
 
-@options.command("collect")
+@options.command("collect", example="MODEL --dataset texts.jsonl --out trace.safetensors")
 def command(
     *,
     model: str = argument("MODEL", options.FileText()),

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import click
 
-from moetuner._checks import nth_seed, suggestion
+from moetuner._checks import nth_seed
+from moetuner._texts import suggestion
 from moetuner.cli import options, work
 from moetuner.cli.options import JUDGING, option
 from moetuner.cli.options.machine import Machine
@@ -78,7 +79,10 @@ end by themselves.
 
 
 @options.command(
-    "compare", help=TEXT, begin_with="--devices --devices-per-node --for --methods --report"
+    "compare",
+    example="trace.safetensors --devices 8 --methods eplb,joint --splits 1",
+    help=TEXT,
+    begin_with="--devices --devices-per-node --for --methods --report",
 )
 def command(
     *,

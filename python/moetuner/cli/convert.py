@@ -19,7 +19,11 @@ AUTO = "auto"
 FORMATS = "".join(f"\n\n{name}: {reader.title}." for name, reader in READERS.items())
 
 
-@options.command("convert", epilog=f"Formats of sources:{FORMATS}")
+@options.command(
+    "convert",
+    example="trace.safetensors newer.safetensors --out both.safetensors",
+    epilog=f"Formats of sources:{FORMATS}",
+)
 def command(
     *,
     sources: tuple[Path, ...] = argument("SOURCE...", options.IN_INPUT, nargs=-1, required=True),

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from moetuner import _texts
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.groups import FILES
@@ -20,7 +21,6 @@ from moetuner.cli.recipes import to_solve_again
 from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.options import ReplayOptions
-from moetuner.files import text
 from moetuner.placement import Placement
 from moetuner.problem.made import Made
 from moetuner.recording import Recording
@@ -38,7 +38,7 @@ SHOWN = ("imbalance", "predicted_layer_us")
 LEAST_WINDOWS = 4
 
 
-@options.command("drift")
+@options.command("drift", example="placement.json newer.safetensors")
 def command(
     *,
     placement_file: Path = argument("PLACEMENT", options.IN_FILE),
@@ -135,7 +135,7 @@ def _show(
         for row in rows
         for name in ("profile", "now")
     ]
-    head = (text.name(placement_file.name), *(FIGURES[name].column for name in SHOWN))
+    head = (_texts.name(placement_file.name), *(FIGURES[name].column for name in SHOWN))
     output.table(head, cells)
 
 

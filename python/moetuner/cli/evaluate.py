@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moetuner import _checks
+from moetuner import _checks, _texts
 from moetuner.cli import options
 from moetuner.cli.options import JUDGING, argument, option
 from moetuner.cli.options.figures import FigureOptions
@@ -24,7 +24,6 @@ from moetuner.evaluation.arrival import WINDOWS_MIXED, at_once
 from moetuner.evaluation.figures import FIGURES, US, explain
 from moetuner.evaluation.intervals import FEWEST
 from moetuner.evaluation.judgement import Judgement
-from moetuner.files import text
 from moetuner.files.cells import counted, listed, signed, span
 from moetuner.frozen import as_json
 from moetuner.recording import Recording
@@ -54,7 +53,12 @@ five sequences, or independent windows, are not judged.
 """
 
 
-@options.command("evaluate", help=HELP, begin_with="--baseline --by-group --fail-if-worse --report")
+@options.command(
+    "evaluate",
+    example="placement.json trace.safetensors --by-group --report page.html",
+    help=HELP,
+    begin_with="--baseline --by-group --fail-if-worse --report",
+)
 def command(
     *,
     placement_file: Path = argument("PLACEMENT", options.IN_FILE),
@@ -90,7 +94,7 @@ def command(
     names, traffic = (against, placed.name), placed.judged[0]
     if pages.wanted:
         is_file = baseline is not None and not is_start(baseline, "--baseline")
-        names = "running" if is_file else against, text.name(placement_file.stem)
+        names = "running" if is_file else against, _texts.name(placement_file.stem)
     has_groups = pages.wanted and traffic.group is not None
     replayed = replaying.replay_options(source)
     if sections != ALL:
@@ -280,7 +284,7 @@ def _summary(judgement: Judgement) -> Iterator[str]:
     ):
         for measure in judgement.whole:
             groups = [
-                f"{text.name(each.group)} {signed(None if change is None else change.value)}"
+                f"{_texts.name(each.group)} {signed(None if change is None else change.value)}"
                 for each, change in findings
                 if each.measure == measure
             ]

@@ -114,7 +114,9 @@ class FormChoice(click.Choice[str]):
         return super().convert(value, param, ctx)
 
 
-@options.command("export", epilog=f"Formats:\n\n{FORMS}")
+@options.command(
+    "export", example="placement.json --to eplb --out experts.npz", epilog=f"Formats:\n\n{FORMS}"
+)
 def command(
     *,
     placement_file: Path | None = argument("[PLACEMENT]", options.IN_INPUT, required=False),

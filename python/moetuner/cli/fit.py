@@ -12,14 +12,13 @@ from typing import Any
 import click
 import numpy as np
 
-from moetuner._checks import suggestion
+from moetuner._texts import name, suggestion
 from moetuner.cli import options
 from moetuner.cli.options import SIZE, option
 from moetuner.cli.output import Output, shares, working
 from moetuner.cost import CostModel, public_name
 from moetuner.files import naming, read_whole
 from moetuner.files.cells import number, percent, signed
-from moetuner.files.text import name
 from moetuner.presets import MODELS
 
 COLUMNS = "tokens,experts,microseconds"
@@ -29,7 +28,7 @@ BYTES = 2
 LONGEST = 1 << 26
 
 
-@options.command("fit")
+@options.command("fit", example="--model qwen3-30b-a3b --out gpu.json")
 def command(
     *,
     model: str | None = option(options.Text(words=MODELS), "NAME"),

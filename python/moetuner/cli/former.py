@@ -23,7 +23,7 @@ FILE = click.Argument(
 )
 FILES = click.Argument(["input_files"], metavar="BEFORE AFTER", type=IN_FILE, nargs=2)
 
-FORMER = (
+COMMANDS = (
     FormerCommand(
         "audit",
         "evaluate --by-group",
@@ -57,3 +57,4 @@ FORMER = (
         is_placement=True,
     ),
 )
+FORMER = {str(command.name): command for command in COMMANDS}

@@ -12,6 +12,7 @@ import click
 import numpy as np
 from click.core import ParameterSource
 
+from moetuner import _texts
 from moetuner.cli import options
 from moetuner.cli.options import option, options_of
 from moetuner.cli.options.machine import Machine
@@ -25,7 +26,6 @@ from moetuner.cost import bytes_of_expert
 from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.intervals import FEWEST
 from moetuner.evaluation.options import ReplayOptions
-from moetuner.files import text
 from moetuner.files.cells import counted, listed, number, percent
 from moetuner.formats import is_map
 from moetuner.placement import EMPTY, Placement, blocks
@@ -80,7 +80,7 @@ nearest device that holds the expert, on the machine of the second if no option 
 """
 
 
-@options.command("inspect", help=HELP)
+@options.command("inspect", example="trace.safetensors", help=HELP)
 def command(
     *,
     source: Source,
@@ -292,7 +292,7 @@ def _show_placement(output: Output, placement_file: Path, placement: Placement) 
     date = datetime.fromtimestamp(placement_file.stat().st_mtime).astimezone()
     moment = date.isoformat(" ", "minutes")
     output.say(
-        f"{text.name(placement_file.name)}: {counted(placement.layers, 'layer')}, "
+        f"{_texts.name(placement_file.name)}: {counted(placement.layers, 'layer')}, "
         f"{counted(placement.num_experts, 'expert')}, {counted(placement.devices, 'device')} x "
         f"{counted(placement.slots_per_device, 'slot')}; {sizes['copies']:,} copies beyond one of "
         f"each expert, {counted(sizes['empty_slots'], 'empty slot')}",
@@ -307,7 +307,7 @@ def _show_placement(output: Output, placement_file: Path, placement: Placement) 
 def _origins(placement: Placement, made: Made, moment: str) -> Iterator[str]:
     """Write who made it and when, for what, from what, and what it is worth."""
     if made.plan is not None:
-        running = text.name(str(made.plan.get("running")))
+        running = _texts.name(str(made.plan.get("running")))
         devices = counted(placement.devices, "device")
         serve = "serves" if placement.devices == 1 else "serve"
         yield f"By plan from {running}: {made.plan.get('change')}, {devices} {serve}; {moment}"
@@ -338,7 +338,7 @@ def _origins(placement: Placement, made: Made, moment: str) -> Iterator[str]:
         sizes.append(f"of {listed(list(recorded.only), NAMED)} alone")
     if made.holdout:
         sizes.append(f"{percent(made.holdout)} of it held out")
-    model = "" if placement.model is None else f" of {text.name(placement.model)}"
+    model = "" if placement.model is None else f" of {_texts.name(placement.model)}"
     yield ", ".join([f"From {source}{model}", *sizes, f"fingerprint {placement.fingerprint}"])
     if placement.objective is not None:
         places = decimals_of(made.wanted.get("objective"))
@@ -365,8 +365,8 @@ def _show_moves(
         # The same model on other devices.
         is_moved = ours[::2] == theirs[::2]
         raise click.UsageError(
-            f"{text.name(after_file.name)} must be a placement of the same model and machine: "
-            f"{_sizes(ours)} as {text.name(before_file.name)}, got {_sizes(theirs)}"
+            f"{_texts.name(after_file.name)} must be a placement of the same model and machine: "
+            f"{_sizes(ours)} as {_texts.name(before_file.name)}, got {_sizes(theirs)}"
             + ('; "moetuner plan --steps" lists the moves to other devices.' * is_moved or ".")
         )
     topology = machine.topology(after.devices, _first(each.machine for each in made))

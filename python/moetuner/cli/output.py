@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import click
 from rich.console import Console
@@ -22,10 +22,11 @@ from rich.progress import Progress as Bar
 from rich.table import Column, Table
 from rich.text import Text
 
+from moetuner._texts import line, name, printable
+from moetuner.cli import streams
 from moetuner.cli.options import OutFile, option
 from moetuner.files import descriptor_of, replacing
 from moetuner.files.cells import finite
-from moetuner.files.text import line, name, printable
 from moetuner.report.findings import TERMINAL, Finding
 from moetuner.report.words import say
 from moetuner.serving.recipes import Recipe
@@ -172,9 +173,6 @@ def time_left(seconds: float, share: float | None, at: float, what: str) -> str:
 class Report:
     """Shows how far work is, once it has taken a second; a callback for ``solve``."""
 
-    # When a log last got a line, of whichever work, or the program began; None if neither is known.
-    heard: ClassVar[float | None] = None
-
     def __init__(self, label: str, time_limit: float | None) -> None:
         self.label, self.time_limit = printable(label), time_limit
         self._console = Console(stderr=True, highlight=False, markup=False)
@@ -230,12 +228,12 @@ class Report:
 
     def _tell(self, now: float) -> None:
         """Write what was told last, and the time that is left now, if it is time for a line."""
-        last = self._began if Report.heard is None else Report.heard
+        last = self._began if streams.heard is None else streams.heard
         if self._is_quiet or now - last < INTERVAL_S:
             return
         text, share, what, at, told = self._told
         parts = (f"{self.label}: {time_left(at + now - told, share, at, what)}", text)
-        Report.heard = now
+        streams.heard = now
         self._console.print(f"moetuner: {', '.join(filter(None, parts))}", soft_wrap=True)
 
 

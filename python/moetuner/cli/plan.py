@@ -80,7 +80,11 @@ class Change:
         return {"lost": list(self.without), "retire": self.retire, "join": self.join}
 
 
-@options.command("plan", begin_with="--without --retire --with --every-loss --out --steps --table")
+@options.command(
+    "plan",
+    example="placement.json trace.safetensors --with 2 --out more.json --steps steps.json",
+    begin_with="--without --retire --with --every-loss --out --steps --table",
+)
 def command(
     *,
     running_file: Path = argument("RUNNING", options.IN_FILE),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 import sys
 import time
 from typing import Any
@@ -22,6 +20,8 @@ ENGINES = ("vllm", "sglang", "vllm-ascend", "tensorrt-llm", "megatron-core", "de
 
 def describe_installation() -> dict[str, Any]:
     """Return versions of everything that may matter to a fault, and what the processor can do."""
+    import platform
+
     return {
         "moetuner": __version__,
         "python": platform.python_version(),
@@ -42,6 +42,8 @@ def describe_installation() -> dict[str, Any]:
 
 def find_versions(distributions: tuple[str, ...]) -> dict[str, str]:
     """Return the versions of those that are installed; none of them is imported."""
+    import importlib.metadata
+
     versions = {}
     for distribution in distributions:
         try:
@@ -60,6 +62,8 @@ def say_version(context: click.Context, as_json: bool) -> None:
 
 def check_answers(context: click.Context) -> None:
     """Compare this machine's answers with those stored, print one line, and end with 0 or 1."""
+    import platform
+
     from moetuner import selftest
 
     start = time.monotonic()

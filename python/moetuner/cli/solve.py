@@ -48,7 +48,11 @@ FLATTERED = (
 )
 
 
-@options.command("solve", begin_with="--devices --devices-per-node --for --out --report")
+@options.command(
+    "solve",
+    example="trace.safetensors --devices 8 --out placement.json",
+    begin_with="--devices --devices-per-node --for --out --report",
+)
 def command(
     *,
     source: Source,

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+# When a log last got a line, of whichever work, or the program began; None if neither is known.
+heard: float | None = None
+
 
 class Stream(io.FileIO):
     """A standard stream that never fails: work goes on, and ``failure`` is told in the end."""

@@ -29,7 +29,7 @@ ROUNDING = 1e-12
 DECIMALS, FEW = 4, 6
 
 
-@options.command("verify")
+@options.command("verify", example="proof.json trace.safetensors --devices 8")
 def command(
     *,
     certificate_file: Path = argument("CERTIFICATE", options.IN_FILE),

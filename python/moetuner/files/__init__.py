@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from moetuner._checks import MissingArgumentError
-from moetuner.files.text import line, printable
+from moetuner._texts import line, printable
 
 Kind = Literal["safetensors", "npz", "npy", "jsonl"]
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from moetuner._texts import clean
 from moetuner.files.cells import counted, listed
-from moetuner.files.text import clean
 from moetuner.problem.pins import Pin
 from moetuner.serving.settings import read_count
 

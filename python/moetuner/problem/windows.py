@@ -10,7 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import ArgumentError, is_number, shown, suggestion
+from moetuner._checks import ArgumentError, is_number, shown
+from moetuner._texts import suggestion
 from moetuner.evaluation.arrival import WINDOWS_MIXED, mixed_windows
 from moetuner.evaluation.blocks import blocks, by_block
 from moetuner.serving.arrival import Arrival, share_mixed

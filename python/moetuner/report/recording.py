@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner._texts import name
 from moetuner.cost import top_k_of
 from moetuner.files.cells import counted, layer_list
-from moetuner.files.text import name
 from moetuner.recording import Recording
 from moetuner.statistics import RoutingStatistics, measure_distance
 from moetuner.trace import as_trace

@@ -16,9 +16,9 @@ from moetuner._checks import (
     whole_number,
     window_in,
 )
+from moetuner._texts import clean
 from moetuner.cost import CostModel, cost_model_of, top_k_of
 from moetuner.files.cells import counted, digits, percent
-from moetuner.files.text import clean
 from moetuner.frozen import Frozen
 from moetuner.placement import Placement
 from moetuner.recording import Recording

@@ -16,7 +16,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from moetuner._checks import ArgumentError, suggestion
+from moetuner._checks import ArgumentError
+from moetuner._texts import suggestion
 from moetuner.files import same_file
 from moetuner.serving.recipes import Recipe
 from moetuner.serving.settings import ENGINE, GOAL, MACHINE, OTHER, parameters_of
@@ -153,6 +154,8 @@ class Command(click.Command):
         Of the command.
     run
         What it does; without ``help``, its docstring up to the parameters is the help.
+    example
+        What follows the name in the example at the end of the help.
     begin_with
         Options that a newcomer needs, which come first in the help.
     others
@@ -160,7 +163,14 @@ class Command(click.Command):
     """
 
     def __init__(
-        self, name: str, run: Callable[..., Any], *, begin_with: str = "", **others: Any
+        self,
+        name: str,
+        run: Callable[..., Any],
+        *,
+        example: str = "",
+        begin_with: str = "",
+        epilog: str | None = None,
+        **others: Any,
     ) -> None:
         groups = {group: (kind, [*options_of(kind)]) for group, kind in groups_of(run).items()}
 
@@ -169,6 +179,8 @@ class Command(click.Command):
                 values[group] = kind(**{key: values.pop(key) for key in keys})
             return run(**values)
 
+        line = f"Example:\n\n\b\n  moetuner {name} {example}"
+        others["epilog"] = "\n\n".join(filter(None, (epilog, line)))
         others.setdefault("help", (inspect.getdoc(run) or "").partition("\n\nParameters\n")[0])
         params = [*options_of(run).values()]
         super().__init__(name, callback=call, params=params, **others)

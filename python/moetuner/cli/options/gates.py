@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
+from moetuner import _texts
 from moetuner.cli.options import JUDGING, Number, option
 from moetuner.cli.options.placed import Placed
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.judgement import MEASURES, Judgement
-from moetuner.files import text
 from moetuner.files.cells import percent
 
 TIME = "predicted_layer_us"
@@ -71,7 +71,7 @@ class Gates:
         worse = [] if limit is None else judgement.worse(limit / 100, measures=self.judged)
         for worst in worse[:1]:
             yield (
-                f"failed: {text.name(worst.group)} has {percent(worst.change.value)} more "
+                f"failed: {_texts.name(worst.group)} has {percent(worst.change.value)} more "
                 f"{FIGURES[worst.measure].label}; the gate allows {limit:g} %"
             )
         for measure in () if least is None else self.judged:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import click
 
-from moetuner._checks import suggestion
+from moetuner._texts import suggestion
 from moetuner.cli.options import RUNNING, FileText, Number, expert_bytes_option, option
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working

@@ -11,6 +11,7 @@ from typing import Any
 import click
 import numpy as np
 
+from moetuner import _texts
 from moetuner._checks import (
     nth_seed,
 )
@@ -27,7 +28,7 @@ from moetuner.evaluation.figures import FIGURES, WITH_ARGUMENT
 from moetuner.evaluation.judgement import MEASURES, Judgement, judge
 from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.units import hold_out, units_of
-from moetuner.files import naming, text
+from moetuner.files import naming
 from moetuner.files.cells import counted, listed
 from moetuner.formats import WRITERS, form_of, read_placement
 from moetuner.placement import Placement, contiguous
@@ -71,7 +72,7 @@ def short_groups(traffic: Recording, window: int | None) -> str:
         return ""
     sizes = np.bincount(traffic.group, minlength=len(traffic.group_names)).tolist()
     short = [
-        f"{text.name(group)} ({size:,})"
+        f"{_texts.name(group)} ({size:,})"
         for group, size in zip(traffic.group_names, sizes, strict=True)
         if 0 < size < window
     ]
@@ -168,7 +169,7 @@ class Placed:
         with naming(path):
             chosen = chosen_in(served, is_counted=made.is_counted)
         source, serving = options.resolve(source, topology, chosen)
-        return cls(placement, text.name(path.name), made, source, serving)
+        return cls(placement, _texts.name(path.name), made, source, serving)
 
     @cached_property
     def judged(self) -> tuple[Recording, str, dict[str, Any]]:
@@ -198,7 +199,7 @@ class Placed:
             is_seen = fingerprint == self.placement.fingerprint
             sentence = SEEN if is_seen else OTHER
             if not (is_seen or is_other) and self.source.missing_names is not None:
-                missing = text.name(self.source.missing_names)
+                missing = _texts.name(self.source.missing_names)
                 sentence = (
                     f"Judged on all of INPUT: {missing} is not here, so the held-out part is not "
                     "known."
@@ -291,7 +292,7 @@ class Placed:
     @property
     def names_warning(self) -> str:
         """What follows where names that the placement remembers are gone."""
-        names = text.name(self.source.missing_names or "")
+        names = _texts.name(self.source.missing_names or "")
         return (
             f"{names}, which names the groups of INPUT, is neither here nor beside {self.name}: "
             "without groups, what was held out may not be found; --group-by names them."
@@ -343,12 +344,13 @@ class Placed:
         path = Path(running)
         placement = load_placement(path, self.source, devices=number)
         if placement.devices != number:
+            numbers = f"{counted(placement.devices, 'device')}, {self.name} {number}"
             raise click.UsageError(
-                f"'--baseline': {text.name(path.name)} has {counted(placement.devices, 'device')}, "
-                f"{self.name} {number}; both must be of one machine. What a placement does on the "
-                'devices that are left, "moetuner evaluate PLACEMENT INPUT --without LIST" shows.'
+                f"'--baseline': {_texts.name(path.name)} has {numbers}; both must be of one "
+                'machine. What a placement does on the devices that are left, "moetuner evaluate '
+                'PLACEMENT INPUT --without LIST" shows.'
             )
-        return placement.without(self.lost), text.name(path.name)
+        return placement.without(self.lost), _texts.name(path.name)
 
     def contents(self, **settings: Any) -> dict[str, Any]:
         """Return INPUT, settings with more of them, and what was judged on, for JSON."""

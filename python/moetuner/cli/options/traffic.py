@@ -11,7 +11,7 @@ from typing import Any
 import click
 import numpy as np
 
-from moetuner._checks import suggestion
+from moetuner._texts import suggestion
 from moetuner.cli import work
 from moetuner.cli.options import (
     COUNT,

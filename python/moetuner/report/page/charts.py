@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner.files.text import name as one_line
+from moetuner._texts import name as one_line
 
 Spec = dict[str, Any]
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _checks as check
+from moetuner import _texts
 from moetuner.cost import busiest_ports, bytes_of_expert
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.comparison import Comparison
@@ -20,7 +21,6 @@ from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.judgement import Judgement, judge
 from moetuner.evaluation.losses import Losses
 from moetuner.evaluation.replay import Setting
-from moetuner.files import text
 from moetuner.files.cells import (
     capitalised,
     counted,
@@ -294,7 +294,7 @@ def data_of_advice(
     if advice.total is not None:
         gains.append(Tile("Prefill and decode in total", advice.total.much, advice.total.sure))
     if advice.drift is not None and advice.drift.is_of_groups:
-        groups = [", ".join(map(text.name, names)) for names in advice.groups_of_halves]
+        groups = [", ".join(map(_texts.name, names)) for names in advice.groups_of_halves]
         for seen, gain in enumerate(advice.halves):
             label = f"Computed from {groups[seen]}; judged on {groups[1 - seen]}"
             gains.append(Tile(label, gain.much, gain.sure))
@@ -336,7 +336,7 @@ def data_of_results(
     if any(each.replayed is None or each.replayed.group is not None for each in both):
         raise ValueError("results must be as returned: not pickled, and not of a group alone")
     traffic, setting = both[1].replayed.traffic, both[1].replayed.setting
-    model = f" of {text.name(traffic.model)}" if traffic.model else ""
+    model = f" of {_texts.name(traffic.model)}" if traffic.model else ""
     sizes = f"{counted(traffic.layers, 'layer')} of {counted(traffic.num_experts, 'expert')}"
     origin = Origin(f"Routing{model}, {sizes}", (), "moetuner.write_report")
     if isinstance(results, Advice):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from moetuner.files import text
+from moetuner import _texts
 from moetuner.files.cells import counted, digits, in_bytes, percent
 from moetuner.problem import Problem
 from moetuner.serving import Serving
@@ -32,7 +32,7 @@ def _counted(noun: str) -> Write:
 
 
 def _text(value: Any) -> str:
-    return text.clean(str(value))
+    return _texts.clean(str(value))
 
 
 def _number(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moetuner._texts import name
 from moetuner.evaluation.comparison import Comparison
 from moetuner.files.cells import (
     counted,
@@ -15,7 +16,6 @@ from moetuner.files.cells import (
     signed,
     span,
 )
-from moetuner.files.text import name
 from moetuner.report.findings import Voice
 from moetuner.report.words.parts import (
     Clause,

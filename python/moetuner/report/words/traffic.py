@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from moetuner._texts import name
 from moetuner.files.cells import (
     counted,
     in_bytes,
     number,
     percent,
 )
-from moetuner.files.text import name
 from moetuner.report.findings import Voice
 from moetuner.report.words.parts import Clause
 

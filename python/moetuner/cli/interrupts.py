@@ -1,8 +1,8 @@
 """Ctrl-C, SIGTERM and want of memory on the command line, from the first import on.
 
-A library leaves signals to its user. But the command line is imported for most of a second before
-its own code runs, and an interrupt then would print a traceback. So where this process is the
-command line, and only there, signals end it quietly until ``main`` takes over.
+A library leaves signals to its user. But a command is imported for a third of a second before its
+own code runs, and an interrupt then would print a traceback. So where this process is the command
+line, and only there, signals end it quietly until ``heard`` takes over.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import pairwise
-from pathlib import Path
 from types import FrameType, TracebackType
 
 # Signal that has interrupted the command that runs.
@@ -27,9 +25,8 @@ def quiet_start() -> None:
     """End at once on signals while the command line is being imported; elsewhere do nothing."""
     global _began
     started = sys.argv[0] if getattr(sys, "argv", None) else ""
-    # While "python -m moetuner" looks for the module, its name is not yet in place.
-    as_module = started == "-m" and ("-m", "moetuner") in pairwise(sys.orig_argv)
-    if not (Path(started).name == "moetuner" or as_module):
+    # The command, or "python -m moetuner".
+    if not f"/{started}".endswith(("/moetuner", "/moetuner/__main__.py")):
         return
     _began = time.monotonic()
     sys.excepthook = _say_briefly
@@ -64,6 +61,23 @@ def heard() -> Iterator[None]:
             for number in taken:
                 own = before[number]
                 signal.signal(number, signal.SIG_DFL if own is _end else own)
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """End at once on signals that ``heard`` takes, while a command is being imported.
+
+    Some of what Python calls during an import drops a KeyboardInterrupt, and what is half imported
+    cannot be imported again.
+    """
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is _interrupt]
+    if _began is None:  # another's process, which may not end
+        numbers = []
+    for number in numbers:
+        signal.signal(number, _end)
+    yield
+    for number in numbers:
+        signal.signal(number, _interrupt)
 
 
 def status() -> int | None:
