@@ -320,7 +320,7 @@ def commands(inputs: Path) -> list[Writes]:
         "evaluate": "evaluate {i}/p.json {i}/t.safetensors --json {o}/s.json",
         "inspect, moves": "inspect {i}/q.json {i}/p.json --json {o}/d.json",
     }
-    ends = {"eplb": "npz", "sglang": "json", "tensorrt-llm": "yaml", "omni-infer": "npy"}
+    ends = {"eplb": "npz", "sglang": "json", "tensorrt-llm": "yaml"}
     for form, end in {**ends, "json": "json", "vllm-ascend": "json"}.items():
         dense = "--dense-layers none " if form in ("sglang", "tensorrt-llm") else ""
         line = f"export {{i}}/p.json --to {form} {dense}--out {{o}}/map.{end}"

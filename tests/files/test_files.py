@@ -175,7 +175,6 @@ for name, save in (
     ("t.safetensors", trace.save),
     ("s.safetensors", mt.RoutingStatistics.from_trace(trace).save),
     ("p.json", placement.save),
-    ("p.npy", lambda path: mt.write_placement(placement, "omni-infer", path)),
     ("p.npz", lambda path: mt.write_placement(placement, "eplb", path)),
 ):
     path = Path(name)

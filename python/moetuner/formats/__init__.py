@@ -28,7 +28,6 @@ from moetuner.formats import (
     loads,
     megatron,
     memra,
-    omni_infer,
     own,
     sglang,
     tensorrt_llm,
@@ -160,7 +159,6 @@ WRITERS: dict[str, Writer] = {
         "the JSON of vllm-ascend's expert_map_path", (".json",), vllm_ascend, "vllm-ascend"
     ),
     "memra": Writer("memra's MEMRA_EP_MAP", (".json",), memra, "memra", ("dense_layers",)),
-    "omni-infer": Writer("the pattern of omni-infer's placement", (".npy",), omni_infer),
 }
 
 
