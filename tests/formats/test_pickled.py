@@ -89,6 +89,7 @@ named(b"torch\nload", b")R.") | asks for torch.load
 named(b"torch._utils\n__builtins__", b")R.") | asks for torch._utils.__builtins__
 named(b"numpy\nload", b")R.") | asks for numpy.load
 named(b"torch\nLongStorage", b")R.") | does not write
+named(b"torch\ndevice", b"X\x02\0\0\0abR.") | arguments must be a tuple
 named(b"torch\nLongStorage", b"}b.") | asks to change an object
 b"\x80\x02ix\nx\n." | pickle instruction
 b"\x80\x02ox\nx\n." | pickle instruction
@@ -179,7 +180,7 @@ def test_layouts_and_depths(tmp_path):
     "code", [b"}", b"]", b")", b"N", b"(", b"N\x94", b"]\x94", b"M\0\x80", b"h\0"]
 )
 def test_memory_is_bounded_by_the_description(tmp_path, code):
-    """Many short instructions that make large objects take at most 15 times the file."""
+    """Many short instructions that make large objects take at most 18 times the file."""
     text = b"\x80\x02]q\x00(" + code * (100_000 // len(code)) + b"tt."
     path = archive(tmp_path / "a.pt", text)
     tracemalloc.start()
@@ -187,7 +188,14 @@ def test_memory_is_bounded_by_the_description(tmp_path, code):
         pickled.load(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 15 * path.stat().st_size + (1 << 22)
+    assert peak < 18 * path.stat().st_size + (1 << 22)
+
+
+def test_long_lists_of_numbers_are_plain_content(tmp_path):
+    """Ids of three bytes each, the most memory for honest content, are read."""
+    ids = [{"input_ids": [*range(300, 60_000)]} for _ in range(5)]
+    path = archive(tmp_path / "a.pt", pickle.dumps(ids, protocol=2))
+    assert pickled.load(path) == ids
 
 
 def test_other_files(tmp_path):

@@ -1,21 +1,20 @@
 """Files of ``torch.save``, opened without torch and without running anything that is in them.
 
 Such a file is a zip archive: ``data.pkl`` describes containers and tensors, and every storage has
-an entry of raw bytes. The description is a programme for pickle's stack machine. Its instructions
-are looked through first: those that could call or change anything are refused, and so is what would
-take far more memory than the file has bytes. Then Python's own unpickler carries it out, which gets
-plain containers, numbers, texts and tensors for what torch.save names, and no other name. Tensors
-stay in the file until their ``array`` is read.
+an entry of raw bytes. The description is a programme for pickle's stack machine. Python's unpickler
+carries it out, but only instructions that make plain values and fill containers; of all names it
+gets those that torch.save writes, which stand for containers and tensors. It ends where it would
+take far more memory than the description has bytes. Tensors stay in the file until their ``array``
+is read.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
-import pickletools
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -32,8 +31,8 @@ from moetuner.formats.records import head
 # Of an archive's description; per-token dumps list their tokens there.
 LONGEST_PICKLE = 1 << 27
 # Bytes of memory that what is made may take for each byte of the description, beyond some that are
-# free: an integer of three bytes takes 40, a container of five or more takes 72.
-FREE_BYTES, BYTES_PER_BYTE = 1 << 22, 14
+# free: in a list an integer of three bytes takes 48, a container of five or more takes 72.
+FREE_BYTES, BYTES_PER_BYTE = 1 << 22, 17
 POINTER, OBJECT, CONTAINER = 8, 40, 80
 # Values for each byte, where the description names the same part again and again.
 EXPANSION = 16
@@ -115,7 +114,7 @@ def load(path: Path) -> Any:
 @lru_cache(maxsize=1)
 def _load(path: Path, *_: int) -> Any:
     with naming(path), npz.open_archive(path, "archive of torch.save") as archive:
-        return _Content(path, archive).read()
+        return _Content(path, archive).value()
 
 
 def save(path: Path, name: str, array: NDArray[np.int64], **texts: str) -> None:
@@ -167,7 +166,7 @@ NAMES = {"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", "
 NAMES |= {"torch._utils._rebuild_tensor_v3", "collections.OrderedDict", "torch.device"}
 NAMES |= {f"torch.{name}" for name in (*STORAGES, *UNSIGNED)}
 
-# Instructions that are carried out, and bytes of memory of what each makes, beside its text.
+# Instructions that are allowed, and bytes of memory of what each makes, beside its text.
 COSTS = dict.fromkeys(("NONE", "BININT1", "NEWTRUE", "NEWFALSE", "EMPTY_TUPLE"), POINTER)
 COSTS |= dict.fromkeys(("BINGET", "LONG_BINGET", "BINPUT", "LONG_BINPUT", "MEMOIZE"), POINTER)
 COSTS |= dict.fromkeys(("BININT2", "BININT", "BINFLOAT", "LONG1"), OBJECT)
@@ -178,125 +177,8 @@ COSTS |= dict.fromkeys(("REDUCE", "BINPERSID", "GLOBAL", "STACK_GLOBAL"), CONTAI
 COSTS |= dict.fromkeys(("PROTO", "FRAME", "BUILD", "APPEND", "APPENDS"), 0)
 COSTS |= dict.fromkeys(("SETITEM", "SETITEMS", "STOP"), 0)
 
-# Kinds of values, as far as it matters what may be done with them: what a dict takes as a key, flat
-# tuples of that, dicts, and what makes a dict. The texts that name that maker are their own kinds.
-KEY, FLAT, DICT, MAKER, OTHER = "key", "flat", "dict", "maker", "other"
-MAKER_NAME = ("collections", "OrderedDict")
-KINDS = {
-    **dict.fromkeys(("NONE", "BININT1", "BININT2", "BININT", "LONG1"), KEY),
-    **dict.fromkeys(("NEWTRUE", "NEWFALSE", "BINFLOAT"), KEY),
-    **dict.fromkeys(("BINBYTES", "SHORT_BINBYTES", "EMPTY_LIST"), OTHER),
-    "EMPTY_DICT": DICT,
-    "EMPTY_TUPLE": FLAT,
-}
-IS_KEY = {KEY, *MAKER_NAME}
-SIZES_OF_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-
-
-def _instructions(description: bytes) -> Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]:
-    try:
-        yield from pickletools.genops(description)
-    except ValueError as error:
-        raise ValueError(f"damaged description: {error}") from None
-
-
-class _Outline:
-    """What the instructions of a description would do, in kinds of values: nothing is made."""
-
-    def __init__(self, memory: int) -> None:
-        self.memory = memory
-        self.stack: list[str] = []
-        self.below: list[list[str]] = []  # stacks below marks
-        self.memo: list[str] = []
-
-    def check(self, description: bytes) -> None:
-        """Follow instruction after instruction, up to the last."""
-        for opcode, argument, _ in _instructions(description):
-            if opcode.name not in COSTS:
-                code = ord(opcode.code)
-                raise ValueError(f"must be plain content, got pickle instruction {code:#04x}")
-            self.spend(COSTS[opcode.name])
-            self.follow(opcode.name, argument)
-        if len(self.stack) != 1 or self.below:
-            raise ValueError("damaged description: it must leave one value")
-
-    def follow(self, name: str, argument: Any) -> None:
-        """Follow an instruction."""
-        if name in KINDS:
-            self.stack.append(KINDS[name])
-        elif name in ("BINUNICODE", "SHORT_BINUNICODE"):
-            self.stack.append(argument if argument in MAKER_NAME else KEY)
-        elif name == "MARK":
-            self.below.append(self.stack)
-            self.stack = []
-        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            self.remember(len(self.memo) if name == "MEMOIZE" else argument)
-        elif name in ("BINGET", "LONG_BINGET"):
-            self.stack.append(self.memo[argument])
-        elif name in ("TUPLE", "LIST", "APPENDS", "SETITEMS"):
-            self.collect(name, self.pop_mark())
-        elif name in SIZES_OF_TUPLES:
-            self.collect("TUPLE", [self.stack.pop() for _ in range(SIZES_OF_TUPLES[name])])
-        elif name == "SETITEM":
-            self.set([self.stack.pop(), self.stack.pop()][::-1])
-        elif name == "APPEND":
-            self.stack.pop()
-        elif name == "BUILD":
-            self.stack.pop()
-            if self.stack[-1] != DICT:
-                raise ValueError("asks to change an object that is no dict")
-        elif name not in ("PROTO", "FRAME", "STOP"):
-            self.make(name, argument)
-
-    def make(self, name: str, argument: Any) -> None:
-        """Follow what names something, or makes what a name stands for."""
-        if name == "GLOBAL":
-            self.stack.append(MAKER if argument == " ".join(MAKER_NAME) else OTHER)
-        elif name == "STACK_GLOBAL":
-            pair = self.stack.pop(), self.stack.pop()
-            self.stack.append(MAKER if pair[::-1] == MAKER_NAME else OTHER)
-        elif name == "REDUCE":
-            self.stack.pop()
-            self.stack.append(DICT if self.stack.pop() == MAKER else OTHER)
-        else:  # BINPERSID
-            self.stack.pop()
-            self.stack.append(OTHER)
-
-    def spend(self, size: int) -> None:
-        """Count memory of what would be made."""
-        self.memory -= size
-        if self.memory < 0:
-            raise ValueError("description makes far more than it has bytes")
-
-    def remember(self, number: int) -> None:
-        """Remember the value on top by a number: the next one, as picklers do, or a known one."""
-        if number > len(self.memo):
-            raise ValueError(f"must number its parts one after the other, got {number}")
-        self.memo[number : number + 1] = [self.stack[-1]]
-
-    def pop_mark(self) -> list[str]:
-        """Pop everything down to the last mark, which was a container."""
-        values, self.stack = self.stack, self.below.pop()
-        self.spend(POINTER * len(values) - CONTAINER)
-        return values
-
-    def collect(self, name: str, values: list[str]) -> None:
-        """Follow what makes or fills a container."""
-        if name == "SETITEMS":
-            self.set(values)
-        elif name == "TUPLE":
-            self.stack.append(FLAT if IS_KEY.issuperset(values) else OTHER)
-        elif name == "LIST":
-            self.stack.append(OTHER)
-
-    def set(self, pairs: list[str]) -> None:
-        """Follow what sets keys of the dict on top."""
-        if self.stack[-1] != DICT or len(pairs) % 2:
-            raise TypeError("only dicts take keys")
-        self.spend(CONTAINER * (len(pairs) // 2))
-        # The hash of a tuple of tuples could take forever.
-        if not {FLAT, *IS_KEY}.issuperset(pairs[::2]):
-            raise TypeError("keys must be texts or numbers, or tuples of them")
+# What a dict takes as a key, and in tuples: the hash of a tuple of tuples could take forever.
+KEYS = (str, int, float, type(None))
 
 
 @dataclass(frozen=True)
@@ -310,7 +192,7 @@ class _Name:
         """Make the container or tensor that a name and its arguments stand for."""
         match (self.text, *arguments):
             case ("collections.OrderedDict",):
-                return _Dict()
+                return {}
             case ("torch.Size", tuple(sizes)):
                 return sizes
             case ("torch.device", *parts):
@@ -334,15 +216,22 @@ class _Name:
         raise ValueError(f"asks for a call of {self.text} that torch.save does not write")
 
 
-class _Dict(dict[Any, Any]):
-    """An ordered dict of torch.save, without attributes, such as the versions of a state dict."""
+class _Memo(list[Any]):
+    """Values that a description names again by their numbers."""
 
-    def __setstate__(self, state: object) -> None:
-        """Drop attributes."""
+    def __setitem__(self, number: Any, value: Any) -> None:
+        """Remember a value by the next number, as picklers do, or by a known one."""
+        if number > len(self):
+            raise ValueError(f"must number its parts one after the other, got {number}")
+        super().__setitem__(slice(number, number + 1), [value])
 
 
-class _Content(pickle.Unpickler):
-    """The content of an archive: its description, which the outline has let through, unpickled."""
+class _Content(pickle._Unpickler):  # the one in Python, whose instructions can be chosen
+    """The content of an archive: its description, carried out by allowed instructions alone."""
+
+    # Of the unpickler: values since the last mark, and those below each mark.
+    stack: list[Any]
+    metastack: list[list[Any]]
 
     def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
         self.path, self.size, self.archive = path, size_of(path), archive
@@ -357,17 +246,64 @@ class _Content(pickle.Unpickler):
             raise ValueError("byteorder must be little: write it anew on such a machine")
         text = self.entry(DESCRIPTION, LONGEST_PICKLE)
         super().__init__(io.BytesIO(text))
-        self.text = text
+        self.length, self.memo = len(text), _Memo()
+        self.memory = max(FREE_BYTES, BYTES_PER_BYTE * len(text))
 
-    def read(self) -> Any:
-        """Look through the description, and then carry it out."""
+    def value(self) -> Any:
+        """Carry out the description; return what it describes."""
         try:
-            _Outline(max(FREE_BYTES, BYTES_PER_BYTE * len(self.text))).check(self.text)
             content = self.load()
         except (*DAMAGE, pickle.UnpicklingError) as error:
             raise ValueError(f"damaged description: {error or 'it is cut off'}") from None
-        _check_unfolded(content, max(1 << 16, EXPANSION * len(self.text)))
+        if self.stack or self.metastack:
+            raise ValueError("damaged description: it must leave one value")
+        _check_unfolded(content, max(1 << 16, EXPANSION * self.length))
         return content
+
+    def spend(self, size: int) -> None:
+        """Count memory of what is made."""
+        self.memory -= size
+        if self.memory < 0:
+            raise ValueError("description makes far more than it has bytes")
+
+    def pop_mark(self) -> list[Any]:
+        """Pop everything down to the last mark, which was a container."""
+        values: list[Any] = super().pop_mark()  # type: ignore[misc]  # not in its stub
+        self.spend(POINTER * len(values) - CONTAINER)
+        return values
+
+    def load_setitem(self) -> None:
+        """Set a key of the dict on top."""
+        value, key = self.stack.pop(), self.stack.pop()
+        self.set([key, value])
+
+    def load_setitems(self) -> None:
+        """Set keys of the dict on top."""
+        self.set(self.pop_mark())
+
+    def set(self, pairs: list[Any]) -> None:
+        """Set keys and values, one after the other, of the dict on top."""
+        if not isinstance(self.stack[-1], dict) or len(pairs) % 2:
+            raise TypeError("only dicts take keys")
+        self.spend(CONTAINER * (len(pairs) // 2))
+        for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+            members = key if isinstance(key, tuple) else (key,)
+            if not all(isinstance(member, KEYS) for member in members):
+                raise TypeError("keys must be texts or numbers, or tuples of them")
+            self.stack[-1][key] = value
+
+    def load_reduce(self) -> None:
+        """Call what a name stands for."""
+        # Of a text, every character would become an argument.
+        if not isinstance(self.stack[-1], tuple):
+            raise TypeError("arguments must be a tuple")
+        super().load_reduce()  # type: ignore[misc]
+
+    def load_build(self) -> None:
+        """Drop attributes of a dict, such as the versions of a state dict."""
+        self.stack.pop()
+        if not isinstance(self.stack[-1], dict):
+            raise ValueError("asks to change an object that is no dict")
 
     def place(self, name: str) -> tuple[int, int]:
         """Return first byte and number of bytes of an entry: plain bytes of the file."""
@@ -429,6 +365,27 @@ class _Content(pickle.Unpickler):
                 if dtype is not None:
                     return _Storage(key, dtype)
         raise ValueError("persistent ids must be storages with a type and a key")
+
+
+def _step(code: int) -> Callable[[Any], None]:
+    """Return what carries out an instruction, if it is allowed."""
+
+    def refuse(_: _Content) -> None:
+        raise ValueError(f"must be plain content, got pickle instruction {code:#04x}")
+
+    def carry_out(content: Any) -> None:
+        content.spend(cost)
+        getattr(content, method)()
+
+    name = INSTRUCTIONS.get(code)
+    if name is None:
+        return refuse
+    method, cost = pickle._Unpickler.dispatch[code].__name__, COSTS[name]
+    return carry_out
+
+
+INSTRUCTIONS = {getattr(pickle, name)[0]: name for name in COSTS}
+_Content.dispatch = {code: _step(code) for code in range(256)}
 
 
 def _check_unfolded(content: Any, limit: int) -> None:
