@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import moetuner as mt
-from moetuner.cost import cross_validate
+from moetuner.cost.fit import cross_validate
 from moetuner.presets import MEASURED
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

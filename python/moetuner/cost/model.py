@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
-from functools import cache
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,20 +12,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _checks as check
+from moetuner.cost.fit import fit_times
 from moetuner.files import naming, read_whole, replacing
 from moetuner.files.text import parse_json
 from moetuner.frozen import Frozen
-from moetuner.presets import (
-    BITS_IN_NAMES,
-    FOUR_BIT_WAYS,
-    GPUS,
-    MEASURED,
-    MODELS,
-    OTHER_MODELS,
-    OWN_SIZES,
-    Measured,
-)
-from moetuner.recording import Recording
+from moetuner.presets import GPUS, MEASURED, Measured
 from moetuner.topology import Topology
 
 SCHEMA = "moetuner.cost_model/1"
@@ -200,26 +189,7 @@ class CostModel(Frozen):
             batches, or they do not show both regimes, reading weights (few tokens on many experts)
             and computing (many tokens on few).
         """
-        columns = measurements(tokens, experts, microseconds)
-        lines = _fit(*columns, exposes=False)
-        _check_both_lines(lines, *columns)
-        off, spread = cross_validate(*columns, exposes=False)
-        other, other_spread = cross_validate(*columns, exposes=True)
-        gain = np.array([np.mean(np.abs(a) - np.abs(b)) for a, b in zip(off, other, strict=True)])
-        # What is simpler unless the other is better by more than a standard error.
-        if gain.mean() > gain.std(ddof=1) / np.sqrt(FOLDS):
-            lines, off, spread = _fit(*columns, exposes=True), other, other_spread
-        by_experts, by_tokens = _times(lines, *columns[:2])
-        computing = int((by_tokens >= by_experts).sum())
-        *line, exposed = lines.tolist()
-        fields = {
-            "exposed": exposed,
-            "residual": _root_mean_square(_errors(lines, *columns)),
-            "prediction_error": _root_mean_square(np.concatenate(off)),
-            "parameter_errors": tuple(spread.tolist()),
-            "measured": (len(by_tokens) - computing, computing),
-        }
-        return cls(*line, **{**fields, **others})
+        return cls(**{**fit_times(tokens, experts, microseconds), **others})
 
     @classmethod
     def from_hardware(
@@ -517,259 +487,3 @@ def busiest_ports(sent: ArrayLike, topology: Topology) -> Floats:
         rows = np.asarray(sent, dtype=np.float64) * (topology.tier == tier)
         ports.append(np.maximum(rows.sum(axis=-1), rows.sum(axis=-2)).max(axis=-1))
     return np.stack(ports, axis=-1)
-
-
-# Different batches, twice as many as there are coefficients, and those that each line needs: with
-# fewer the residual says nothing of the error.
-FEWEST, FEWEST_OF_LINE = 8, 3
-FOLDS = 8
-# Logarithm of the odds, by Bayes' criterion, below which a second line only follows noise.
-SURE = 6.0
-FIRST_GUESSES = 12
-ROUNDS = 50
-# Huber's: residuals beyond this many typical ones count linearly, so that a few hiccups of the
-# machine do not bend the lines.
-OUTLIER = 1.345
-
-
-def measurements(*values: ArrayLike) -> list[Floats]:
-    """Check tokens, experts and microseconds, [n] each."""
-    names = ("tokens", "experts", "microseconds")
-    columns = [check.numbers_in(name, column) for name, column in zip(names, values, strict=True)]
-    shapes = [list(column.shape) for column in columns]
-    if columns[0].ndim != 1 or any(shape != shapes[0] for shape in shapes):
-        raise ValueError(f"tokens, experts and microseconds must be [n] each, got {shapes}")
-    for name, column in zip(names, columns, strict=True):
-        lowest = check.SMALLEST if name == "microseconds" else 0
-        for at in np.flatnonzero(~((column >= lowest) & (column <= check.LARGEST))):
-            rule = f"from {lowest:g} to {check.LARGEST:g}"
-            raise ValueError(f"{name} must be {rule}, got {column[at]} at {at}")
-    different = len(set(zip(*columns[:2], strict=True)))
-    if different < FEWEST:
-        raise ValueError(
-            f"fit needs at least {FEWEST} different pairs of tokens and experts, got {different}"
-        )
-    return columns
-
-
-def _times(lines: Floats, tokens: Floats, experts: Floats) -> tuple[Floats, Floats]:
-    """Compute the times [n] that a + b experts + e d tokens and c + d tokens predict."""
-    a, b, c, d, e = lines
-    return a + b * experts + e * d * tokens, c + d * tokens
-
-
-def _errors(lines: Floats, tokens: Floats, experts: Floats, times: Floats) -> Floats:
-    """Compute relative errors [n] of the larger line: timings scatter by shares."""
-    return np.maximum(*_times(lines, tokens, experts)) / times - 1
-
-
-def _fit(tokens: Floats, experts: Floats, times: Floats, *, exposes: bool) -> Floats:
-    """Fit two lines, a to e, by deciding which one a measurement is on and fitting anew.
-
-    Unless it ``exposes`` computing, e is 0.
-    """
-    best, least = np.zeros(5), np.inf
-    columns = (np.stack([experts, tokens][: 1 + exposes]), tokens[None])
-    # Tokens per expert decide which line is above.
-    density = tokens / np.maximum(experts, 1)
-    for cut in np.quantile(density, np.linspace(0, 1, FIRST_GUESSES)):
-        on_tokens, weight = density >= cut, 1 / times
-        for _ in range(ROUNDS):
-            parts = zip(columns, (~on_tokens, on_tokens), strict=True)
-            (a, b, *more), (c, d) = (_line(x[:, on], times[on], weight[on]) for x, on in parts)
-            exposed = min(sum(more) / d, 1.0) if d else 0.0
-            lines = np.array([a, b, c, d, exposed])
-            error = np.abs(_errors(lines, tokens, experts, times))
-            typical = 1.4826 * float(np.median(error)) + 1e-12
-            tiny = 1e-300 * typical
-            softer = np.sqrt(np.minimum(1, OUTLIER * typical / np.maximum(error, tiny))) / times
-            by_experts, by_tokens = _times(lines, tokens, experts)
-            same = np.array_equal(by_tokens >= by_experts, on_tokens)
-            if same and np.abs(softer - weight).max() <= 1e-4 * weight.max():
-                break
-            on_tokens, weight = by_tokens >= by_experts, softer
-        loss = _loss(error)
-        if loss < least:
-            best, least = lines, loss
-    return best
-
-
-def _line(x: Floats, y: Floats, weight: Floats) -> Floats:
-    """Compute the weighted least squares of y [n] on 1 and x [k,n], no coefficient negative."""
-    columns, used = np.stack([weight, *(weight * x)], axis=1), np.arange(len(x) + 1)
-    line = np.zeros(len(used))
-    while used.size:
-        found = np.linalg.lstsq(columns[:, used], weight * y, rcond=None)[0]
-        if (found >= 0).all():
-            line[used] = found
-            break
-        # The only one that is negative is 0 in the answer, too.
-        size = np.sqrt(np.sum(columns[:, used] ** 2, axis=0))
-        used = np.delete(used, np.argmin(found * size))
-    return line
-
-
-def _loss(error: Floats) -> float:
-    """Compute Huber's loss at a scale of one part in a hundred: guesses compare on one scale."""
-    size = np.abs(error)
-    return float(np.where(size < 0.01, size**2 / 2, 0.01 * (size - 0.005)).sum())
-
-
-def _check_both_lines(lines: Floats, tokens: Floats, experts: Floats, times: Floats) -> None:
-    """Raise where measurements show one line only, or too few batches of one.
-
-    Nothing is known of the other then, and predictions would be wrong wherever that one is above.
-    """
-    by_experts, by_tokens = _times(lines, tokens, experts)
-    above = (by_tokens - by_experts) / times
-    # Where lines meet, a measurement is of both, and tells them apart as little as noise does.
-    off = _errors(lines, tokens, experts, times)
-    clear = max(_root_mean_square(off), 1e-6)
-    names = ("reading weights", "computing")
-    missing = ("few tokens on many experts", "many tokens on few experts")
-    alone = []
-    for x in (experts, tokens):
-        start, slope = _line(x[None], times, 1 / times)
-        alone.append(_loss((start + slope * x) / times - 1))
-    both = _loss(off)
-    # Two lines have two coefficients more, and must earn them.
-    odds = len(times) / 2 * np.log(max(min(alone), 1e-12) / max(both, 1e-12))
-    if odds - np.log(len(times)) < SURE:
-        seen = int(np.argmin(alone))
-        raise ValueError(
-            f"measurements must show both regimes, got {names[seen]} only: add {missing[1 - seen]}"
-        )
-    for name, more, sizes in zip(
-        names, missing, (experts[above < -clear], tokens[above > clear]), strict=True
-    ):
-        if len(sizes) < FEWEST_OF_LINE or len(np.unique(sizes)) < 2:
-            raise ValueError(
-                f"measurements must have at least {FEWEST_OF_LINE} batches of {name}, of two "
-                f"sizes or more, got {len(sizes)}: add {more}"
-            )
-
-
-def _root_mean_square(error: Floats) -> float:
-    return float(np.sqrt(np.mean(error**2)))
-
-
-def cross_validate(
-    tokens: Floats,
-    experts: Floats,
-    times: Floats,
-    *,
-    exposes: bool,
-    folds: int = FOLDS,
-    seed: int = 0,
-) -> tuple[list[Floats], Floats]:
-    """Compute the errors on batches left out, by fold, and standard errors of the lines [5]."""
-    batches = np.unique(np.stack([tokens, experts]), axis=1, return_inverse=True)[1].ravel()
-    # Folds are random, since batches are measured along a grid; the answer is always the same.
-    fold = np.random.default_rng(seed).permutation(int(batches.max()) + 1)[batches] % folds
-    errors, parts = [], []
-    for number in range(folds):
-        out = fold == number
-        parts.append(_fit(tokens[~out], experts[~out], times[~out], exposes=exposes))
-        errors.append(_errors(parts[-1], tokens[out], experts[out], times[out]))
-    # The jackknife's: parts share most of what they were fitted to.
-    return errors, np.sqrt(folds - 1) * np.std(parts, axis=0)
-
-
-# Times are of this GPU by default.
-DEFAULT_GPU = "h100"
-
-
-def public_name(model: str | None) -> str | None:
-    """Return the name under which a model's sizes are known; None if they are not."""
-    if model is None:
-        return None
-    # Names on hubs come after an owner; people write the rest as they like.
-    name = re.sub(r"[\s_]+", "-", model.strip().rstrip("/").rsplit("/", 1)[-1].lower())
-    fits = [public for public in MODELS if re.match(rf"{re.escape(public)}([-.]|$)", name)]
-    public = max(fits, key=len, default="")
-    more = set(_words(name[len(public) :]))
-    sizes = {word for word in more if re.fullmatch(r"\d+b", word)}
-    return None if more & OTHER_MODELS or sizes - OWN_SIZES else public or None
-
-
-@cache
-def experts_of_served(name: str, top_k: int, experts: int | None = None) -> int | None:
-    """Return the experts of a layer of a model by its name on a server; None if they are unknown.
-
-    A server calls a model as its user likes. A name says something where it is that of a published
-    model with as many experts per token, and in a layer if those are known.
-    """
-    model = MODELS.get(public_name(name) or "")
-    if model is None or model.top_k != top_k or experts not in (None, model.experts):
-        return None
-    return model.experts
-
-
-def size_of_expert(traffic: Recording) -> tuple[int, int] | None:
-    """Return hidden and intermediate size of an expert, recorded or published; None if unknown."""
-    public = MODELS.get(public_name(traffic.model) or "")
-    return traffic.expert_size or (None if public is None else public[:2])
-
-
-def type_in_name(model: str | None) -> str | None:
-    """Return the type of weights that a checkpoint's name says, such as "fp8"; None for none."""
-    name = re.sub(r"(?<!\d)(\d)[-_ ]bit", r"\1bit", (model or "").lower())
-    types = [word for word in _words(name) if word in BITS_IN_NAMES]
-    types = [word for word in types if word not in FOUR_BIT_WAYS] or types
-    bits = [BITS_IN_NAMES[word] for word in types]
-    # Of two that contradict each other, as bf16 and int4, neither is known.
-    return types[0] if types and max(bits) - min(bits) < 1 else None
-
-
-def _words(name: str) -> list[str]:
-    """Return the words of a name in small letters, whatever is between them."""
-    return re.findall(r"[a-z0-9]+", name)
-
-
-def weight_bits_of(model: str | None) -> float:
-    """Return the bits of a model's weights: by its name, else as published, else 8."""
-    type_of_weights, public = type_in_name(model), public_name(model)
-    if type_of_weights is not None:
-        return BITS_IN_NAMES[type_of_weights]
-    return WEIGHT_BITS if public is None else MODELS[public].weight_bits
-
-
-def top_k_of(traffic: Recording) -> int | None:
-    """Return experts per token, as recorded or as the public model has them; else None."""
-    public = MODELS.get(public_name(traffic.model) or "")
-    recorded: int | None = traffic.top_k
-    return recorded or (None if public is None else public.top_k)
-
-
-def bytes_of_expert(
-    size: Sequence[int] | None, model: str | None, weight_bits: float | None = None
-) -> float | None:
-    """Return the bytes of an expert of one layer; None where its size is not known.
-
-    Its weights have ``weight_bits``, by default those of the model.
-    """
-    public = MODELS.get(public_name(model) or "")
-    size = size or (None if public is None else public[:2])
-    bits = weight_bits_of(model) if weight_bits is None else weight_bits
-    return None if size is None else 3.0 * size[0] * size[1] * bits / 8
-
-
-def cost_model_of(
-    traffic: Recording, gpu: str = DEFAULT_GPU, weight_bits: float | None = None
-) -> CostModel:
-    """Return the roofline of a GPU with the experts of the model of a trace or statistics.
-
-    Where their size is not known they are DeepSeek-V3's, and weights have ``weight_bits``, by
-    default those of the model. The name says whose they are.
-    """
-    if weight_bits is None and gpu not in MEASURED:
-        weight_bits = weight_bits_of(traffic.model)
-    hidden, intermediate = size_of_expert(traffic) or (HIDDEN, INTERMEDIATE)
-    why = "traffic names no model" if traffic.model is None else f"{traffic.model:.40} is not known"
-    public = public_name(traffic.model)
-    sizes: Sizes = "published" if public is not None else "assumed"
-    whose = public or f"deepseek-v3, as {why}"
-    if traffic.expert_size is not None:
-        sizes, whose = "recorded", traffic.model or "as recorded"
-    model = CostModel.preset(gpu, hidden=hidden, intermediate=intermediate, weight_bits=weight_bits)
-    return replace(model, name=f"{model.name} ({whose})", sizes=sizes)
