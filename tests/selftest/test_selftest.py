@@ -8,6 +8,7 @@ import threading
 
 import numpy as np
 import pytest
+import rules
 
 from moetuner import selftest
 from moetuner.cli import main
@@ -19,6 +20,11 @@ def test_answers_are_the_stored_ones(threads):
     """Every case has a stored hash, which comes out on any number of threads."""
     assert selftest.read_hashes().keys() == cases.CASES.keys()
     assert selftest.find_differences(threads) == []
+
+
+def test_answers_under_other_rules_are_the_stored_ones():
+    """Other baselines, groups, speeds, bans, lost ranks and few moves, on two threads."""
+    assert rules.compute_hashes(2) == json.loads(rules.STORED.read_text())
 
 
 def test_hashes_are_of_values_and_shapes():
@@ -36,13 +42,13 @@ def test_hashes_are_of_values_and_shapes():
 def test_placements_answer_their_problem():
     """Copies, bans and lost ranks of the cases are in their answers."""
     traffic = cases.Traffic()
-    banned = cases.CASES["joint, traffic, bans"](traffic)[0]
+    banned = rules.CASES["joint, traffic, bans"](traffic)[0]
     assert (banned[:, 3] == 0).any(axis=1).all()
     assert not (banned[0, 0] == 5).any()
-    survived = cases.CASES["joint, balance, survive"](traffic)[0]
+    survived = rules.CASES["joint, balance, survive"](traffic)[0]
     holders = [[(row == expert).any(axis=1).sum() for expert in range(16)] for row in survived]
     assert np.min(holders) >= 2
-    lost = cases.CASES["policy, a lost rank"](traffic)[0].reshape(8, 8, 10)
+    lost = rules.CASES["policy, a lost rank"](traffic)[0].reshape(8, 8, 10)
     assert (lost[:, 3] == -1).all()
     assert (lost[:, [0, 1, 2, 4, 5, 6, 7]] >= 0).all()
 
@@ -71,21 +77,21 @@ def test_another_answer_is_named(monkeypatch, capsys):
 
 def test_eight_threads_get_the_same_answers():
     """Threads that count, solve and replay at once, half the cases each, do not disturb others."""
-    found = [None] * 8
+    found, answers = [None] * 8, cases.CASES | rules.CASES
     start = threading.Barrier(len(found))
 
     def work(place):
-        names = list(cases.CASES)[place // 2 % 2 :: 2]
+        names = list(answers)[place // 2 % 2 :: 2]
         start.wait()
         traffic = cases.Traffic(1 + place % 2)
-        found[place] = {name: selftest.hash_of(cases.CASES[name](traffic)) for name in names}
+        found[place] = {name: selftest.hash_of(answers[name](traffic)) for name in names}
 
     threads = [threading.Thread(target=work, args=[place]) for place in range(len(found))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    stored = selftest.read_hashes()
+    stored = selftest.read_hashes() | json.loads(rules.STORED.read_text())
     assert found[0] | found[2] == stored
     for hashes in found:
         assert hashes.items() <= stored.items()
