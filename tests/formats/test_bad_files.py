@@ -28,6 +28,7 @@ from targets import HINTS
 import moetuner as mt
 from moetuner.formats import READERS, read_input, tensorrt_llm, vllm_ascend
 from moetuner.formats.hints import Hints
+from moetuner.formats.own import KINDS
 
 COUNTS = np.arange(24, dtype=np.float32).reshape(2, 3, 4)  # ranks, layers, experts
 TABLE = np.array([[[0, 1], [2, 0]], [[2, 1], [0, 1]]])
@@ -177,9 +178,10 @@ def ascend_map(folder, change):
     return vllm_ascend.read_map(path, Hints())
 
 
-def pattern(folder, *layers):
-    np.save(folder / "pattern.npy", layers)
-    return mt.read_placement(folder / "pattern.npy")
+def sglang_responses(folder, experts):
+    path = folder / "responses.json"
+    path.write_text(json.dumps({"meta_info": {"routed_experts": experts}}))
+    return mt.open_input(path, num_experts=8, top_k=2, reader="sglang-responses")
 
 
 def tokenspeed(folder, *changes):
@@ -505,22 +507,47 @@ sglang_map | {"physical_to_logical_map": [[0, 1]], "b": 1} | single key
 sglang_map | {"physical_to_logical_map": [[0, 1, 2]]} | must have a multiple of 2 slots
 sglang_map | {"hello": 1} | none of
 sglang_map | {"physical_to_logical_map": [[(1 << 64) - 1, 1 << 63]]} | must be integers below 2
-pattern | [[1, 0, 1, 1]], [[0, 0, 0, 0]] | not a placement
-pattern | [[1, 0, 1, 2]], [[0, 1, 0, 0]] | not a placement
-pattern | [[1.0, 0, 1, 1]], [[0, 1, 0, 0]] | not a placement
-pattern | [1, 0, 1, 1] | not a placement
+sglang_responses | [1] | response 0: routed_experts must be base64, got [1]
+sglang_responses | "AAAA" | response 0: routed_experts must be 32-bit integers, got 3 bytes
+sglang_responses | "hello" | response 0: routed_experts must be base64, got 5 letters
 """
 
 
 LINES = [line.partition(" | ")[::2] for line in CASES.strip().splitlines()]
 
 
+def check_line_of(reader, case, folder):
+    """Make the file of a row, read it, and assert that it is refused in the row's words."""
+    given, _, words = case.rpartition(" | ")
+    called = eval(f"lambda folder: {reader}(folder, {given})", globals())
+    refused(words, folder, lambda: called(folder))
+
+
 @pytest.mark.parametrize(("reader", "case"), LINES)
 def test_what_is_wrong_is_said(tmp_path, reader, case):
     """The message is one line that begins with a path of the recording."""
-    given, _, words = case.rpartition(" | ")
-    called = eval(f"lambda folder: {reader}(folder, {given})", globals())
-    refused(words, tmp_path, lambda: called(tmp_path))
+    check_line_of(reader, case, tmp_path)
+
+
+def test_every_reader_has_a_row(tmp_path, monkeypatch):
+    """Rows of each kind of file together ask all readers but those of moetuner's own files."""
+    asked = set()
+
+    def listen(name, reader):
+        def read(*arguments, **others):
+            asked.add(name)
+            return reader.read(*arguments, **others)
+
+        return reader._replace(read=read)
+
+    for name, reader in READERS.items():
+        monkeypatch.setitem(READERS, name, listen(name, reader))
+    ends = [*dict(LINES).items(), *dict(reversed(LINES)).items()]
+    for number, (kind, case) in enumerate(ends):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        check_line_of(kind, case, folder)
+    assert READERS.keys() - {*KINDS} <= asked
 
 
 def test_hidden_files_of_a_folder_are_left_out(tmp_path):

@@ -1,0 +1,56 @@
+"""Every reader has what a new one needs: a file of its engine, a sample to damage, and a page.
+
+Its rows of bad files are asked for in ``test_bad_files.py``.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+from engines_files import GOLDEN
+from targets import ARCHIVES, BYTES, DUMPS, GGUF, TABLES, TORCH, WRITTEN, write
+
+from moetuner.formats import READERS, reader_of
+from moetuner.formats.own import KINDS
+
+DOCS = Path(__file__).parents[2] / "docs"
+# No engine writes these; TensorRT-LLM has run on no machine of this project, as it wants a GPU.
+WITHOUT_GOLDEN = {*KINDS, "csv", "arrow", "loads", "tensorrt-llm"}
+
+
+def readers_of_files(paths):
+    """Return the readers that take files for their own."""
+    found = set()
+    for path in paths:
+        try:
+            found.add(reader_of(path))
+        except ValueError:  # a map of experts, or what explains the files
+            continue
+    return found
+
+
+def test_every_engine_has_a_golden_file():
+    """Something that the engine itself wrote is recognised."""
+    files = (path for path in GOLDEN.rglob("*") if path.is_file() and path.suffix != ".md")
+    assert READERS.keys() - WITHOUT_GOLDEN <= readers_of_files(files)
+
+
+def test_every_reader_has_a_sample_to_damage(tmp_path):
+    """A target of the fuzz tests is of its format, where the packages that write it are there."""
+    for package in ("torch", "gguf", "pyarrow"):
+        pytest.importorskip(package)
+    names = (*ARCHIVES, *BYTES, *WRITTEN, *TABLES, *DUMPS, *TORCH, *GGUF, "parquet")
+    paths = [tmp_path / str(number) for number, _ in enumerate(names)]
+    for name, path in zip(names, paths, strict=True):
+        write(name, path)
+    assert readers_of_files(paths) == READERS.keys()
+
+
+@pytest.mark.parametrize("name", sorted(READERS.keys() - {*KINDS}))
+def test_every_reader_has_a_page(name):
+    """A page has the name of its module, or names it, however that is spelled."""
+    module = READERS[name].recognises.__module__.rpartition(".")[2]
+    pages = {path.stem: path.read_text().lower() for path in DOCS.rglob("*.md")}
+    del pages["architecture"]  # its example is no page
+    spelled = re.compile(r"[-_ .]?".join(module.split("_")))
+    assert module in pages or any(spelled.search(text) for text in pages.values())
