@@ -115,12 +115,12 @@ def brief(monkeypatch):
     monkeypatch.setitem(effort.EFFORTS, "default", effort.Effort(1e5, 2, (math.inf,), 4, 8, 1))
     monkeypatch.setitem(effort.EFFORTS, "thorough", effort.Effort(2e5, 4, (1.1, math.inf), 4, 8, 1))
     monkeypatch.setattr(structure, "ITERATIONS", 50)
-    few = {"TRIALS_OF_FEW": {}, "SLOT_WORK": 1600, "LEAST_WORK": 100, "LEAST_TRIALS": 50}
-    few |= dict.fromkeys(("MOST_TRIALS", "CHAIN_LEAST", "CHAIN_MOST", "LEAST_LINKED"), 50)
+    few = {"SLOT_WORK": 1600}
+    few |= dict.fromkeys(("MOST_TRIALS", "CHAIN_LEAST"), 50)
     few |= dict.fromkeys(("PAIR_TRIALS", "TANGENT_TRIALS", "CATCH_UP"), 50)
-    few |= dict.fromkeys(("LINKED_TRIALS", "VISIT_TRIALS", "LIVE_TRIALS", "BOUND_ITERATIONS"), 4)
-    few |= dict.fromkeys(("ROUNDS", "RESTARTS", "VISIT_RESTARTS", "PRICE_ROUNDS"), 1)
-    few |= dict.fromkeys(("TANGENT_STEPS", "CLUSTER_NODES", "TOTALS_NODES", "PLACE_NODES"), 1)
+    few |= dict.fromkeys(("LIVE_TRIALS", "BOUND_ITERATIONS"), 4)
+    few |= dict.fromkeys(("ROUNDS", "RESTARTS", "PRICE_ROUNDS"), 1)
+    few |= dict.fromkeys(("TANGENT_STEPS", "STAGE_NODES", "PLACE_NODES"), 1)
     few |= {"POLISHED_SLOTS": 0, "PRICES_TRIED": 1, "LENGTHS": 2}
     for name, value in few.items():
         monkeypatch.setattr(effort, name, value)

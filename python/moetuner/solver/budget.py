@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -95,7 +96,9 @@ class Budget:
     @property
     def work(self) -> Effort:
         """What bounds the work; under a time limit only the time does."""
-        return EFFORTS["thorough" if self.time_limit is not None else self.effort]
+        if self.time_limit is None:
+            return EFFORTS[self.effort]
+        return replace(EFFORTS["thorough"], layer_work=math.inf)
 
     @property
     def gone(self) -> float:

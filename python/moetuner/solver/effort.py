@@ -67,7 +67,7 @@ EFFORTS = {
         single_restarts=2,
     ),
     "thorough": Effort(
-        layer_work=math.inf,
+        layer_work=3e10,
         chain_trials=2600,
         traffic_caps=(1.02, 1.08, 1.2, 1.5, math.inf),
         tangent_iterations=150,
@@ -76,66 +76,57 @@ EFFORTS = {
     ),
 }
 
-# The joint method: the share of a time limit for the search ("The joint method"). It comes first:
-# everything else can only add to what it finds.
-SEARCH_SHARE = 0.55
-# The search of single copies gets this share where there is room for more copies, and that one for
-# balance, which copies seldom make worse; if a time limit is at least so many times what judging an
-# answer takes (not measured).
-SINGLE_SHARE, SINGLE_BALANCE_SHARE, SINGLE_LEAST = 0.4, 0.1, 20
-# Share of a time limit for the search for balance that a search for time begins with, and the part
-# of the work of one (the share is not measured). On gpt-oss-20b (8 devices, both phases, three
-# splits) the search for time is then 0.26 to 0.43 % ahead of the one for balance on what it saw,
-# else 0.03 % ahead to 0.08 % behind; it takes a tenth longer.
-# In layers of many slots and windows it is the whole search for balance, whose trials take a fifth
-# of those for time, and the one for time is a part of its own work ("The default and cheaper
+# Shares of a time limit ("Constants"). A search that a bound follows gets half of what is left
+# ("The joint method"): everything else can only add to what it finds.
+SEARCH_SHARE = 0.5
+# A search whose answer a longer one starts from gets this share: single copies where there may be
+# more, devices of one speed where they have several, traffic alone, pairs, divided tokens.
+START_SHARE = 0.4
+# A search for balance gets this share: it starts others, which seldom make it worse.
+BRIEF_SHARE = 0.1
+# Single copies are searched if a limit is so many times what judging an answer takes.
+SINGLE_LEAST = 20
+# The search for balance that one for time begins with has this part of the work of a search. On
+# gpt-oss-20b (8 devices, both phases, three splits) the search for time is then 0.26 to 0.43 %
+# ahead of the one for balance on what it saw, else 0.03 % ahead to 0.08 % behind; it takes a tenth
+# longer. In layers of many slots and windows the search for balance is a whole one, whose trials
+# take a fifth of those for time, and the one for time has this part ("The default and cheaper
 # methods").
-BALANCE_SHARE, BALANCE_PART, AFTER_BALANCE_PART = 0.15, 4, 2
-# Share of a time limit for the problem of devices that are equally fast, where they are not (not
-# measured).
-EQUAL_SHARE = 0.4
+BALANCE_PART = 2
 
 # Dynamic programming over all partitions, about a nanosecond a step: what a solve, or the check of
 # its certificate, may take, and steps of a second on a slow core ("The co-location programme").
 PARTITION_STEPS, PARTITION_STEPS_PER_SECOND = 4_000_000_000, 500_000_000
 
 # Layer by layer ("Unseen windows", its "Schedule" and "Time of a whole solve").
-# Trials for a slot: of few windows more search brings more, and is cheap; one or two are soon
-# level. Of many, the work is bounded: trials times windows, which are looked at LANES at a time.
-TRIALS_OF_FEW = {range(1, 4): 1000, range(4, 17): 10_000}
-SLOT_WORK, LANES = 60_000, 16
-# Trials of a layer: the least, also as work, and the most.
-LEAST_TRIALS, LEAST_WORK, MOST_TRIALS = 20_000, 1_600_000, 1_500_000
+# Trials of a search that no effort exceeds: for a slot, times windows, which are looked at LANES at
+# a time, and of a layer. They bound tiny layers and searches under a time limit.
+SLOT_WORK, LANES, MOST_TRIALS = 160_000, 16, 1_500_000
 # How many times as many units a trial of times takes, which follows active experts and ports.
 TIME_UNITS = 2
-# Trials of a start of the search of traffic: the least and the most.
-CHAIN_LEAST, CHAIN_MOST = 200_000, 16_000_000
-# Turns of all layers, trials for a slot, and the least of a layer, where neighbouring layers count.
-ROUNDS, LINKED_TRIALS, LEAST_LINKED = 3, 600, 60_000
+# The fewest trials of a start of the search of traffic.
+CHAIN_LEAST = 100_000
+# Turns of all layers where neighbouring layers count.
+ROUNDS = 3
 # Placements that are judged on all windows, where a search has seen some that stand for them.
 JUDGED = 3
 # Slots of all layers up to which a placement is polished by the objective itself, and the best
 # placements from which that begins; then the best is changed at random so many times, by so many
 # changes, and polished again (not measured).
 POLISHED_SLOTS, POLISHED, KICKS, KICKED = 18, 4, 4, 3
-# Contents of a layer, and placements, of which all are tried (not measured).
-FEW_CONTENTS, FEW_PLACEMENTS = 1000, 2500
+# Contents of a layer, and placements, of which all are tried ("Constants").
+FEW_CHOICES = 1000
 # Times that risk and groups are weighed anew, and when something is known of the weights.
 REWEIGHTINGS, REWEIGHTINGS_AGAIN = 4, 2
-# Share of what is left that searches of traffic alone get where time weighs both (not measured).
-TRAFFIC_SHARE = 0.6
 
-# Fewest visits ("Fewest devices per token"): trials of each start on pairs, where they are of wide
-# layers (whose trials look at all swaps of an expert), and the share of a time limit that they get.
-PAIR_TRIALS, WIDE_SLOTS, WIDE_PAIR_TRIALS, PAIR_SHARE = 200_000, 100, 20_000, 0.3
-# Trials for a slot of the exact search; the work that all layers may be at the most, of which 64
-# sets of a trial are a unit; and the units of a trial besides its sets.
-VISIT_TRIALS, MOST_VISIT_WORK, UNITS_PER_TRIAL = 30_000, 1.5e10, 100
+# Fewest visits ("Fewest devices per token"): trials of each start on pairs, and where they are of
+# wide layers, whose trials look at all swaps of an expert.
+PAIR_TRIALS, WIDE_SLOTS, WIDE_PAIR_TRIALS = 200_000, 100, 20_000
+# Units of work of a trial besides its sets, of which 64 are a unit.
+UNITS_PER_TRIAL = 100
 # Where experts have copies: parts that the core cuts a set's tokens into, and how many times as
 # much a trial takes.
 SET_PARTS, COPY_UNITS = 12, 6
-# Searches that share the trials of a layer of at most so many slots; it is left when two agree.
-VISIT_FEW_SLOTS, VISIT_RESTARTS = 64, 8
 
 # Bounds of pairs ("The joint method", the bound alone): floating-point work of the iterations that
 # are made without a time limit, how many at most, and how many with one.
@@ -143,19 +134,19 @@ BOUND_WORK, BOUND_ITERATIONS, BOUND_ITERATIONS_TIMED = 3e9, 150, 10_000
 # Seconds for an entry of the tables of pairs, in which no bound can be proven ("Limits").
 BOUND_SECONDS = 3e-7
 
-# Bounds of visits ("Bounds of visits"): the share of a time limit for the search before them. Looks
-# at all contents of a layer at the most, and contents that are looked at without a time limit.
+# Bounds of visits ("Bounds of visits"). Looks at all contents of a layer at the most, and contents
+# that are looked at without a time limit.
 # Experts of a layer up to which a programme is solved between two looks, in milliseconds; and looks
 # times layers times cubed experts, without a time limit.
-VISIT_SEARCH_SHARE, PRICE_ROUNDS, PRICE_WORK = 0.5, 60, 3e9
+PRICE_ROUNDS, PRICE_WORK = 60, 3e9
 PRICE_EXPERTS, PROGRAMME_WORK = 128, 5e8
 # Contents of a device up to which all are tried, as the core has it; seconds for each of them and
 # each expert of a token; and in how many times what all of them take prices are good.
 PRICE_CONTENTS, PRICE_SECONDS, PRICE_TIMES = 25_000_000, 2.5e-9, 20
 # Steps of tangents, trials of the placement that each moves towards, a step's size as a share of
-# the range of slopes, and the steps' share of a time limit. Without one: steps times layers times
-# squared experts, and the fewest iterations of the bound of pairs that are worth it.
-TANGENT_STEPS, TANGENT_TRIALS, TANGENT_STEP, TANGENT_SHARE = 16, 10_000, 0.15, 0.5
+# the range of slopes. Without a time limit: steps times layers times squared experts, and the
+# fewest iterations of the bound of pairs that are worth it.
+TANGENT_STEPS, TANGENT_TRIALS, TANGENT_STEP = 16, 10_000, 0.15
 TANGENT_WORK, TANGENT_ITERATIONS = 1e6, 20
 # Seconds for a pair of experts of a set, to be weighed ("Limits").
 TANGENT_SECONDS = 3e-8
@@ -163,7 +154,7 @@ TANGENT_SECONDS = 3e-8
 # The paper's two stages ("Stage 1 and the paper's method"): nodes of HiGHS's search tree, so that
 # no call can run for ever. One core: half a second for a layer of 32 experts on 16 devices, seven
 # seconds to place 16 layers on 4 devices.
-CLUSTER_NODES, TOTALS_NODES, PLACE_NODES = 200, 200, 20
+STAGE_NODES, PLACE_NODES = 200, 20
 # Products y[l,c,d] * y[l+1,c',d'] that HiGHS is given at most: with 6480 it took a minute.
 MOST_PRODUCTS = 4096
 
@@ -201,9 +192,9 @@ LIVE_TRIALS = 35
 # The quick search in windows ("Balance in windows within milliseconds"): trials for a slot, the
 # least of a layer, and the most for a slot times LANES windows.
 BALANCING_TRIALS, LEAST_BALANCING, BALANCING_WORK = 10, 2500, 400
-# Where a dispatcher divides tokens over copies: trials for a slot, the most for a slot times
-# windows, and the share of a time limit (not measured).
-DIVIDED_TRIALS, DIVIDED_WORK, DIVIDED_SHARE = 20, 64, 0.5
+# Where a dispatcher divides tokens over copies: trials for a slot, and the most for a slot times
+# windows (not measured).
+DIVIDED_TRIALS, DIVIDED_WORK = 20, 64
 # Without hurry: trials for a slot times LANES windows, and the fewest windows for which it is used;
 # and those of a start, from which all that counts is searched.
 BALANCING_FULL, MANY_WINDOWS, BALANCING_START = 4000, 17, 400
@@ -213,14 +204,10 @@ SPREAD_TRIALS = 50
 CATCH_UP = 20_000
 
 
-def count_trials(slots: int, windows: int | None) -> int:
-    """Return the trials of a layer of slots in windows, or (None) where neighbours count."""
-    if windows is None:
-        return min(max(LINKED_TRIALS * slots, LEAST_LINKED), MOST_TRIALS)
+def most_trials(slots: int, windows: int) -> int:
+    """Return the most trials of a search of a layer of slots in windows, whatever the effort."""
     lanes = -(-windows // LANES) * LANES
-    known = (trials for counts, trials in TRIALS_OF_FEW.items() if windows in counts)
-    per_slot = next(known, SLOT_WORK // lanes)
-    return min(max(per_slot * slots, LEAST_TRIALS, LEAST_WORK // lanes), MOST_TRIALS)
+    return min(SLOT_WORK // lanes * slots, MOST_TRIALS)
 
 
 def start_trials(slots: int, windows: int) -> int:

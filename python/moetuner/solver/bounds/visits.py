@@ -314,7 +314,7 @@ def _by_tangents(
     finishing = level.weighing_seconds + pairs.least_seconds(level.problem)
     if budget.time_limit is not None and budget.time_limit < finishing:
         return None
-    searching = budget.within(effort.TANGENT_SHARE, keep=finishing)
+    searching = budget.within(effort.SEARCH_SHARE, keep=finishing)
     slopes, interrupted = _moved_slopes(level, start, searching)
     weighed = _weighed(level, slopes)
     if weighed is None:
@@ -407,7 +407,7 @@ def _reserve(run: Run, left: float) -> float:
     """Return the share of so many seconds that prices or tangents need; 0 if they cannot end."""
     if run.problem.may_copy:
         return 0.0
-    least, share = least_seconds(run.problem), 1 - effort.VISIT_SEARCH_SHARE
+    least, share = least_seconds(run.problem), 1 - effort.SEARCH_SHARE
     if left and run.problem.experts <= effort.PRICE_EXPERTS:
         # Prices are soon as good as they get.
         share = min(share, effort.PRICE_TIMES * least / left)

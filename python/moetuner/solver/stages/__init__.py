@@ -130,7 +130,7 @@ def _has_spare_slots(run: Run) -> bool:
 def _single_share(run: Run) -> float:
     """Return the share of single copies: for balance little, which copies seldom make worse."""
     of_balance = run.problem.goal == "balance"
-    return effort.SINGLE_BALANCE_SHARE if of_balance else effort.SINGLE_SHARE
+    return effort.BRIEF_SHARE if of_balance else effort.START_SHARE
 
 
 SINGLE_COPIES = Stage(
@@ -181,10 +181,10 @@ def _may_be_balanced(run: Run) -> bool:
 def _anneal(run: Run, budget: Budget) -> None:
     """Anneal all layers by all that counts; large ones that were balanced half as long."""
     is_balanced = any(start.role is Role.BALANCED for start in run.incumbents)
-    anneal(run, budget, LayerModel(run, effort.AFTER_BALANCE_PART if is_balanced else 1))
+    anneal(run, budget, LayerModel(run, effort.BALANCE_PART if is_balanced else 1))
 
 
-BALANCE = Stage(_balance, applies=_may_be_balanced, share=lambda _: effort.BALANCE_SHARE)
+BALANCE = Stage(_balance, applies=_may_be_balanced, share=lambda _: effort.BRIEF_SHARE)
 SEARCHES = (
     *(SINGLE_COPIES, CHAIN, PAIRS, VISITS, CONSTRUCT, SINGLE_OF_LOADS, CHAIN_UNDER_CAPS),
     *(BALANCE, COMBINE, replace(ANNEAL, run=_anneal), COMBINE, SETTLE, POLISH),
@@ -208,7 +208,7 @@ def _has_unequal_speeds(run: Run) -> bool:
     return is_time and bool(speeds.min() < speeds.max())
 
 
-EQUAL = Stage(_equal, applies=_has_unequal_speeds, share=lambda _: effort.EQUAL_SHARE)
+EQUAL = Stage(_equal, applies=_has_unequal_speeds, share=lambda _: effort.START_SHARE)
 
 
 def _even(run: Run, budget: Budget) -> None:

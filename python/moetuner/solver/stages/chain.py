@@ -61,7 +61,7 @@ def _trials(problem: Problem, budget: Budget) -> int | None:
     if budget.iterations is not None or budget.left is not None or places >= effort.WIDE_SLOTS:
         return budget.iterations
     trials = budget.work.chain_trials * places * problem.layers
-    return min(max(trials, effort.CHAIN_LEAST), effort.CHAIN_MOST)
+    return max(trials, effort.CHAIN_LEAST)
 
 
 def _partitions(run: Run, budget: Budget) -> None:

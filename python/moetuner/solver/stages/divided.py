@@ -53,4 +53,4 @@ def _divide(run: Run, budget: Budget) -> None:
     run.offer(slots, "layers", interrupted=interrupted)
 
 
-DIVIDE = Stage(_divide, applies=divides, share=lambda _: effort.DIVIDED_SHARE)
+DIVIDE = Stage(_divide, applies=divides, share=lambda _: effort.START_SHARE)

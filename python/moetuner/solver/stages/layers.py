@@ -22,7 +22,7 @@ from moetuner.solver.budget import Budget
 from moetuner.solver.run import Moves, Run, Stage
 from moetuner.solver.stages.chain import search_traffic
 from moetuner.solver.stages.floor import balance_windows, quick_trials, windows_alone
-from moetuner.solver.stages.visits import is_of_visits, most_trials, units_of_trial
+from moetuner.solver.stages.visits import is_of_visits, units_of_trial
 from moetuner.solver.terms import (
     Links,
     core_layers,
@@ -125,15 +125,11 @@ class LayerModel:
         """Return the trials of a layer in each of so many searches."""
         if budget.iterations is not None:
             return budget.iterations
-        linked, sets = self.objective.transitions is not None, self.objective.sets
-        trials = effort.count_trials(self.slots_of_layer, None if linked else len(self.windows))
-        if run.is_tiny:  # and polished by the objective itself
-            trials = min(trials, effort.LEAST_TRIALS)
-        if sets is not None:
-            trials = min(trials, most_trials(sets))
+        linked = self.objective.transitions is not None
         searches *= self.parts * (2 * effort.ROUNDS if linked else 1)
-        units = units_of_trial(run, has_tokens_alone=has_tokens_alone)
-        return int(min(trials, budget.work.layer_work / (searches * units)))
+        work = searches * units_of_trial(run, has_tokens_alone=has_tokens_alone)
+        most = effort.most_trials(self.slots_of_layer, len(self.windows))
+        return int(min(most, budget.work.layer_work / work))
 
 
 def is_of_layers(run: Run) -> bool:
@@ -263,7 +259,7 @@ def anneal(run: Run, budget: Budget, model: LayerModel | None = None) -> None:
 
 CONSTRUCT = Stage(_construct, applies=is_searched_anew)
 CHAIN_UNDER_CAPS = Stage(
-    _chain_under_caps, applies=_joins_layers, share=lambda _: effort.TRAFFIC_SHARE
+    _chain_under_caps, applies=_joins_layers, share=lambda _: effort.START_SHARE
 )
 
 

@@ -52,7 +52,7 @@ def _polish(run: Run, budget: Budget) -> None:
 def _try_all(run: Run, contents: Contents, budget: Budget) -> bool:
     """Try all placements that keep the rules, if they are few; return whether they were."""
     every = [content for content in contents if content is not None]
-    are_many = len(every) < len(contents) or math.prod(map(len, every)) > effort.FEW_PLACEMENTS
+    are_many = len(every) < len(contents) or math.prod(map(len, every)) > effort.FEW_CHOICES
     if are_many or budget.iterations is not None:
         return False
     best = run.best
@@ -130,7 +130,7 @@ def _neighbours(problem: Problem, slots: Slots, contents: Contents) -> Iterator[
 def _contents(problem: Problem, layer: int) -> list[Slots] | None:
     """Return all contents [D,S] of a layer that keep the rules; None if they may be many."""
     choices = [_subsets(problem.experts, int(slots)) for slots in problem.capacity[layer]]
-    if math.prod(map(len, choices)) > effort.FEW_CONTENTS:
+    if math.prod(map(len, choices)) > effort.FEW_CHOICES:
         return None
     padded = (
         np.array([[*held, *[EMPTY] * (problem.slots - len(held))] for held in chosen], np.int32)

@@ -16,15 +16,6 @@ from moetuner.solver.budget import Budget
 from moetuner.solver.run import Role, Run, Stage
 from moetuner.solver.stages.chain import search_traffic
 from moetuner.solver.terms import Terms, core_layers, make_site, visit_costs
-from moetuner.statistics import ExpertSets
-
-
-def most_trials(sets: tuple[ExpertSets, ...]) -> int:
-    """Return how many trials of every layer are affordable: each looks at the layer's sets."""
-    return int(
-        effort.MOST_VISIT_WORK
-        / sum(len(layer_sets) / 64 + effort.UNITS_PER_TRIAL for layer_sets in sets)
-    )
 
 
 def units_of_trial(run: Run, *, has_tokens_alone: bool = False) -> float:
@@ -60,16 +51,15 @@ def _pairs(run: Run, budget: Budget) -> None:
 def _visits(run: Run, budget: Budget) -> None:
     """Search visits under the load cap, from single copies; ``iterations`` are of every layer."""
     problem, start = run.problem, _start(run)
-    sets, slots_of_layer = run.objective.sets, problem.devices * problem.slots
-    assert sets is not None
+    slots_of_layer = problem.devices * problem.slots
     costs = visit_costs(problem)
     run.details = run.details.searched(device_cost=costs.device_cost, node_cost=costs.node_cost)
     if problem.devices < 2:
         return
     trials = budget.iterations
     if trials is None:
-        trials = min(effort.VISIT_TRIALS * slots_of_layer, most_trials(sets))
-        trials = int(min(trials, budget.work.layer_work / units_of_trial(run)))
+        work = budget.work.layer_work / units_of_trial(run)
+        trials = int(min(effort.most_trials(slots_of_layer, 1), work))
     run.details = run.details.searched(trials=trials)
     # A window that weighs nothing: balance is a cap here, not a cost.
     load = problem.load[None].astype(np.float64)
@@ -77,7 +67,7 @@ def _visits(run: Run, budget: Budget) -> None:
     site = make_site(problem, caps=caps, nearest=False)
     layers = core_layers(load, np.zeros(1), site, terms=Terms(visits=costs))
     # Layers of few slots have valleys that one descent does not leave, and descents that agree.
-    restarts = effort.VISIT_RESTARTS if slots_of_layer <= effort.VISIT_FEW_SLOTS else 1
+    restarts = effort.RESTARTS if slots_of_layer <= effort.FEW_SLOTS else 1
     slots, interrupted = layers.place(
         start,
         trials=max(trials // restarts, 1),
@@ -101,5 +91,5 @@ def _has_no_start(run: Run) -> bool:
     return is_of_visits(run) and not is_begun
 
 
-PAIRS = Stage(_pairs, applies=_has_no_start, share=lambda _: effort.PAIR_SHARE)
+PAIRS = Stage(_pairs, applies=_has_no_start, share=lambda _: effort.START_SHARE)
 VISITS = Stage(_visits, applies=is_of_visits)

@@ -137,7 +137,7 @@ def solve_layer(
         np.r_[(named[:, None] == np.arange(clusters)).ravel(), spread],
         seed=seed,
         absolute_gap=tolerance,
-        nodes=effort.CLUSTER_NODES,
+        nodes=effort.STAGE_NODES,
         time_limit=budget.left,
         progress=budget.report(f"clusters of layer {layer}"),
     )

@@ -146,7 +146,7 @@ def _even_totals(
     placed = start[:, :, None] == np.arange(n)
     spread = np.abs((placed * count.reshape(y.shape)).sum(axis=(0, 1)) - total / n)
     values = np.r_[placed.ravel(), spread]
-    solution = ilp.solve(values, seed=seed, nodes=effort.TOTALS_NODES, time_limit=budget.left)
+    solution = ilp.solve(values, seed=seed, nodes=effort.STAGE_NODES, time_limit=budget.left)
     device: Devices = solution.values[y].argmax(axis=2)
     return device
 
