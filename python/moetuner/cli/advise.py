@@ -25,7 +25,7 @@ from moetuner.problem.objective import Goal
 from moetuner.recording import Recording
 from moetuner.report import advice as advising
 from moetuner.report.advice.conclusion import write_order
-from moetuner.report.advice.values import Advice, write_windows_of
+from moetuner.report.advice.values import Advice, write_windows
 from moetuner.report.findings import TERMINAL, Finding, Voice
 from moetuner.report.page.data import PageData, data_of_advice
 from moetuner.serving.engines import NOTHING_PLACED
@@ -187,7 +187,7 @@ def _show(output: Output, advice: Advice, voice: Voice) -> None:
     output.say(*(f"! {warning}" for warning in advice.say("warning", voice=voice)))
     _show_figures(output, advice)
     if advice.by_group:
-        windows = [write_windows_of(judged) for judged in advice.judged]
+        windows = [write_windows(judged) for judged in advice.judged]
         head = ["group, unseen", *(column for name in windows for column in (name, "95 %"))]
         rows = [
             (group, *(cell for gain in gains.values() for cell in _cells(gain)))

@@ -21,7 +21,7 @@ from moetuner.formats import form_of, read_placement
 from moetuner.placement import Placement, PlacementDiff, blocks
 from moetuner.problem import Problem
 from moetuner.report.advice import READ, STARTS
-from moetuner.report.advice.request import slots_of_running
+from moetuner.report.advice.request import count_running_slots
 from moetuner.solver import Method, Result, Trade, pareto, solve
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
@@ -61,7 +61,7 @@ def start_placement(
     sizes = statistics.layers, statistics.experts, topology.devices
     if name == "contiguous":
         return blocks(*sizes)
-    running = Problem(statistics, topology, slots_per_device=slots_of_running(name, *sizes[1:]))
+    running = Problem(statistics, topology, slots_per_device=count_running_slots(name, *sizes[1:]))
     method = cast(Method, name.partition(":")[0])
     return solve(running, method, seed=seed, threads=threads).placement
 

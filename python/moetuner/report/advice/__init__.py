@@ -19,24 +19,24 @@ from moetuner.recording import Recording
 from moetuner.report.advice.conclusion import (
     conclude,
     find_costs,
-    find_knee,
+    find_fewest_copies_near_best,
     find_notes,
     write_judged_on,
 )
-from moetuner.report.advice.drift import drift_of, halves
+from moetuner.report.advice.drift import cut_in_half, measure_drift
 from moetuner.report.advice.judging import (
-    halve_trial,
-    judge_division,
+    combine_phases,
+    compute_move_cost,
+    compute_trial_halves,
     judge_groups,
     judge_halves,
+    judge_lp_split,
     judge_over_eplb,
     judge_phases,
     judge_trials,
     name_groups,
-    weigh_move,
-    weigh_phases,
 )
-from moetuner.report.advice.request import Part, Request, slots_of_running, split_of
+from moetuner.report.advice.request import Part, Request, count_running_slots, split_traffic
 from moetuner.report.advice.step import find_step
 from moetuner.report.advice.sweep import sweep
 from moetuner.report.advice.trial import PROPOSED, RUNNING, Trial, try_out
@@ -178,7 +178,10 @@ def advise(
     if unseen is not None:
         check_unseen(traffic, unseen)
     _check_groups(traffic, by_group)
-    counts, windows = _counts(copies), _windows(traffic, unseen, check.window_in(window))
+    counts, windows = (
+        _sort_copies(copies),
+        _choose_windows(traffic, unseen, check.window_in(window)),
+    )
     splits = check.whole_number("splits", splits, highest=100)
     if prefill_share is not None:
         _check_share(prefill_share, windows)
@@ -232,15 +235,18 @@ def _advise(request: Request, splits: int) -> Advice:
     # The whole, seen twice, is the same every time, and so is traffic that was given apart.
     splits = splits if request.is_held_out and request.unseen is None else 1
     request.progress("counting what is seen")
-    part = split_of(request, check.nth_seed(request.seed, 0))
+    part = split_traffic(request, check.nth_seed(request.seed, 0))
     swept = sweep(request, part)
     # More memory is no gain of a placement: what is proposed takes no more than what runs.
     as_now = tuple(row for row in swept if row.per_device <= request.running_copies)
-    knee, best = (find_knee(rows, request.prefill_share) for rows in (as_now or swept, swept))
+    knee, best = (
+        find_fewest_copies_near_best(rows, request.prefill_share)
+        for rows in (as_now or swept, swept)
+    )
     trials = _try_splits(request, part, knee, splits)
     request.progress("judging")
     first = trials[0]
-    halve_trial(request, first, [RUNNING, PROPOSED], by_group=True)
+    compute_trial_halves(request, first, [RUNNING, PROPOSED], by_group=True)
     judged = tuple(
         judge_trials(request, trials, RUNNING, window, request.units[window], by_group=True)
         for window in request.windows
@@ -250,9 +256,11 @@ def _advise(request: Request, splits: int) -> Advice:
         swept = (replace(swept[0], gains={each.window: (each.gain.gain,) for each in judged}),)
     units = request.units[main.window]
     request.progress("comparing the halves of the recording")
-    change = drift_of(request.traffic, units, seed=request.seed) if request.unseen is None else None
+    change = (
+        measure_drift(request.traffic, units, seed=request.seed) if request.unseen is None else None
+    )
     is_other = request.in_order and change is not None and change.is_beyond_chance
-    parts = halves(request.traffic) if is_other else ()
+    parts = cut_in_half(request.traffic) if is_other else ()
     carried = judge_halves(request, parts, knee, main.window) if parts else ()
     request.progress("weighing what moves, and phases")
     advice = Advice(
@@ -263,9 +271,9 @@ def _advise(request: Request, splits: int) -> Advice:
         copies=swept,
         knee=knee,
         more=best if best > knee else None,
-        moving=weigh_move(request, first, compute_saved_us(main)),
+        moving=compute_move_cost(request, first, compute_saved_us(main)),
         phases=judge_phases(request, part, knee),
-        division=judge_division(request, part, first.placements[PROPOSED], main.window),
+        division=judge_lp_split(request, part, first.placements[PROPOSED], main.window),
         drift=change,
         halves=carried,
         groups_of_halves=name_groups(parts),
@@ -275,10 +283,10 @@ def _advise(request: Request, splits: int) -> Advice:
         problem=first.problem,
         judged_on=write_judged_on(request, part.unseen),
         one_kind=one_kind(request.traffic, request.unseen),
-        prefill_lacks=_prefill_lacks(request),
-        total=weigh_phases(request, judged),
+        prefill_lacks=_count_missing_tokens(request),
+        total=combine_phases(request, judged),
         by_group=judge_groups(request, knee) if request.by_group else {},
-        settings=_settings(request, splits, first.problem.shares),
+        settings=_list_settings(request, splits, first.problem.shares),
     )
     advice = conclude(advice, find_notes(request, advice))
     if advice.answer == "not now":
@@ -293,7 +301,7 @@ def _try_splits(request: Request, part: Part, copies: int, splits: int) -> list[
     trials: list[Trial] = []
     for number in range(splits):
         request.progress(f"split {number + 1} of {splits}: solving and judging")
-        split = split_of(request, check.nth_seed(request.seed, number)) if number else part
+        split = split_traffic(request, check.nth_seed(request.seed, number)) if number else part
         effort = "brief" if number else "default"
         trial = try_out(request, split, copies, by_group=not number, effort=effort)
         # The counts that others were computed from are not asked for any more.
@@ -301,7 +309,9 @@ def _try_splits(request: Request, part: Part, copies: int, splits: int) -> list[
     return trials
 
 
-def _settings(request: Request, splits: int, phases: dict[int | None, float]) -> dict[str, Any]:
+def _list_settings(
+    request: Request, splits: int, phases: dict[int | None, float]
+) -> dict[str, Any]:
     """Return what was asked for as JSON values."""
     initial, topology = request.initial, request.topology
     return {
@@ -337,7 +347,7 @@ def _check_groups(traffic: Recording, by_group: bool) -> None:
         raise check.ArgumentError("by_group needs traffic of two groups or more", "by_group")
 
 
-def _counts(copies: Sequence[int]) -> list[int]:
+def _sort_copies(copies: Sequence[int]) -> list[int]:
     """Return the numbers of slots for copies that are tried, in order."""
     listed = check.listed("copies", copies, "whole numbers")
     counts = sorted({check.whole_number("copies", each, lowest=0) for each in listed})
@@ -346,7 +356,7 @@ def _counts(copies: Sequence[int]) -> list[int]:
     return counts
 
 
-def _windows(
+def _choose_windows(
     traffic: Recording, unseen: Recording | None, window: int | None
 ) -> tuple[int | None, ...]:
     """Return the windows that are judged: of both phases where one is not given."""
@@ -357,7 +367,7 @@ def _windows(
     return judged_windows(traffic.length // 2 if unseen is None else unseen.length)
 
 
-def _prefill_lacks(request: Request) -> int:
+def _count_missing_tokens(request: Request) -> int:
     """Return by how many tokens the recording is too short to judge prefill."""
     judged, fewest = request.judged_on, 2 * PREFILL_WINDOWS[-1]
     is_judged = len(request.windows) > 1 or request.serving.phases is not None
@@ -384,7 +394,7 @@ def _check_values(
             raise check.ArgumentError(
                 f"initial must be {names} or eplb:N, got {check.shown(initial)}", "initial"
             )
-        slots_of_running(initial, traffic.num_experts, topology.devices)
+        count_running_slots(initial, traffic.num_experts, topology.devices)
     else:
         check.instance("initial", initial, Placement)
 

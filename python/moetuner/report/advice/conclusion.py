@@ -15,8 +15,8 @@ from moetuner.evaluation.units import Units
 from moetuner.files.cells import counted
 from moetuner.recording import Recording
 from moetuner.report.advice.request import Request
-from moetuner.report.advice.sweep import tokens_at_once
-from moetuner.report.advice.values import Advice, Answer, Copies, windows_of
+from moetuner.report.advice.sweep import compute_token_limit
+from moetuner.report.advice.values import Advice, Answer, Copies, describe_windows
 from moetuner.report.findings import Finding
 from moetuner.report.outcome import find_times, left_over, on_one_device
 from moetuner.report.recording import PHASES
@@ -27,9 +27,9 @@ from moetuner.serving.phases import WINDOWS, name_phase
 from moetuner.topology import Regime
 
 # Part of the best gain that a number of copies may miss and still be the knee, as a share.
-KNEE = 0.005
+NEAR_BEST = 0.005
 # Times the price that the upper end of an interval may reach where nothing is to be won.
-NEAR = 2
+NEAR_PRICE = 2
 # Kinds of sequences below which it is said how few they are.
 FEW_KINDS = 10
 # Part of the gain that must be left on the other half of a recording that changes its kind.
@@ -38,7 +38,9 @@ CARRIED = 0.5
 MOST_LAYERS = 0.75
 
 
-def find_knee(swept: tuple[Copies, ...], prefill_share: float | None = None) -> int:
+def find_fewest_copies_near_best(
+    swept: tuple[Copies, ...], prefill_share: float | None = None
+) -> int:
     """Return the fewest slots for copies whose gain comes near to the best that harms no window.
 
     Where the share of prefill is known, what counts is the gain of decode and prefill together.
@@ -51,15 +53,19 @@ def find_knee(swept: tuple[Copies, ...], prefill_share: float | None = None) -> 
             each.per_device: sum(share * each.mean(window) for window, share in shares.items())
             for each in swept
         }
-        return min(slots for slots, gain in totals.items() if gain >= max(totals.values()) - KNEE)
+        return min(
+            slots for slots, gain in totals.items() if gain >= max(totals.values()) - NEAR_BEST
+        )
     least = min(swept, key=lambda each: each.per_device)
     harmless = [
         each
         for each in swept
-        if all(each.mean(window) >= min(0.0, least.mean(window)) - KNEE for window in each.gains)
+        if all(
+            each.mean(window) >= min(0.0, least.mean(window)) - NEAR_BEST for window in each.gains
+        )
     ]
     best = max(each.best for each in harmless)
-    return min(each.per_device for each in harmless if each.best >= best - KNEE)
+    return min(each.per_device for each in harmless if each.best >= best - NEAR_BEST)
 
 
 def write_judged_on(request: Request, unseen: Recording) -> str:
@@ -105,13 +111,13 @@ def conclude(advice: Advice, notes: Sequence[Finding] = ()) -> Advice:
         *(each for each in changed if each.role == "warning"),
         *_find_slower(advice, answer),
         *(each for each in one_kind if each.role == "warning"),
-        *_find_times(advice),
+        *_find_time_source(advice),
     ]
     findings = (replace(headline, role="headline"), *forcing[-2::-1], *reasons, *warnings)
     return replace(advice, answer=answer, findings=findings)
 
 
-def _by_phase(judgements: Iterable[Judgement]) -> dict[str, Comparison]:
+def _gains_by_phase(judgements: Iterable[Judgement]) -> dict[str, Comparison]:
     """Return gains by the phase that has windows of their size, else by the windows."""
     return {name_phase(each.window) or name_windows(each.window): each.gain for each in judgements}
 
@@ -123,7 +129,7 @@ def _decide_by_gains(advice: Advice) -> Finding:
 
     def pays_nothing(gain: Comparison) -> bool:
         # More traffic is not worth recording where that is surely not far above the price.
-        is_low = gain.high is not None and gain.gain <= price and gain.high <= NEAR * price
+        is_low = gain.high is not None and gain.gain <= price and gain.high <= NEAR_PRICE * price
         return gain.answer in ("certain but small", "worse") or (
             gain.answer == "no evidence" and is_low
         )
@@ -158,12 +164,12 @@ def _find_headline(advice: Advice, price: float | None) -> Finding:
     if advice.total is not None:
         share = advice.settings["prefill_share"]
         numbers |= {"gain": advice.total, "prefill_share": share, **running}
-        numbers["gains"] = _by_phase(advice.ordered)
+        numbers["gains"] = _gains_by_phase(advice.ordered)
         return Finding("gain in total", numbers, forces=answer)
     if len(advice.judged) == 1 and not advice.prefill_lacks:
-        numbers |= {"gain": advice.main.gain, **windows_of(advice.main), **running}
+        numbers |= {"gain": advice.main.gain, **describe_windows(advice.main), **running}
         return Finding("gain of one size of windows", numbers, forces=answer)
-    numbers |= {"gains": _by_phase(advice.ordered), "prefill_lacks": advice.prefill_lacks}
+    numbers |= {"gains": _gains_by_phase(advice.ordered), "prefill_lacks": advice.prefill_lacks}
     return Finding("gains of phases", numbers, forces=answer)
 
 
@@ -255,7 +261,7 @@ def _find_groups(advice: Advice) -> list[Finding]:
         "groups": [list(names) for names in advice.groups_of_halves],
         "worst": min(advice.halves, key=lambda gain: gain.gain),
         "mix": advice.main.gain,
-        **windows_of(advice.main),
+        **describe_windows(advice.main),
     }
     return [Finding("halves of other groups", numbers)]
 
@@ -281,11 +287,11 @@ def _find_slower(advice: Advice, answer: Answer) -> list[Finding]:
     if answer == "worth a trial":
         repeat = {"window": main.window, "running": advice.settings["initial"]}
     groups = {each.group: each.change.value for each in losers}
-    numbers = {"groups": groups, **windows_of(main), "repeat": repeat}
+    numbers = {"groups": groups, **describe_windows(main), "repeat": repeat}
     return [Finding("slower groups", numbers, "warning")]
 
 
-def _find_times(advice: Advice) -> list[Finding]:
+def _find_time_source(advice: Advice) -> list[Finding]:
     """Return whose times these are, and what a load table does not know."""
     model = advice.problem.cost_model
     assert model is not None
@@ -316,7 +322,7 @@ def _find_engine(request: Request, engine: Engine, name: str, advice: Advice) ->
     notes = []
     if not engine.may_copy and max(request.copies):
         notes.append(Finding("no copies", {"engine": name}))
-    tokens, without = tokens_at_once(request, advice.knee), tokens_at_once(request, 0)
+    tokens, without = compute_token_limit(request, advice.knee), compute_token_limit(request, 0)
     if tokens is not None and tokens < WINDOWS[-1]:
         limits = {"tokens": tokens, "without_copies": without if advice.knee else None}
         notes.append(Finding("low-latency kernels", {"engine": name, **limits}))
@@ -335,17 +341,17 @@ def _find_gains(advice: Advice) -> list[Finding]:
     """Return what is gained in windows of each size, in what, and what copies gain."""
     ordered = advice.ordered
     running = {"running": advice.settings["initial"]}
-    found = [Finding("gain", {"gain": ordered[0].gain, **windows_of(ordered[0]), **running})]
+    found = [Finding("gain", {"gain": ordered[0].gain, **describe_windows(ordered[0]), **running})]
     if len(ordered) > 1:
         found = [
-            Finding("gain of a phase", {"gain": judged.gain, **windows_of(judged)})
+            Finding("gain of a phase", {"gain": judged.gain, **describe_windows(judged)})
             for judged in ordered
         ]
     if advice.over_eplb:
-        gains = _by_phase(advice.over_eplb[judged.window] for judged in ordered)
+        gains = _gains_by_phase(advice.over_eplb[judged.window] for judged in ordered)
         found.append(Finding("gain over EPLB", {"gains": gains}))
     found += _find_on_one(advice)
-    aspects = _find_small(advice)
+    aspects = _find_small_gains(advice)
     slots = None
     if len(advice.copies) > 1 and not _copies_pay(advice):
         slots = max(row.per_device for row in advice.copies)
@@ -354,7 +360,7 @@ def _find_gains(advice: Advice) -> list[Finding]:
     if advice.by_group:
         main = advice.main
         by_group = {group: gains[main.window] for group, gains in advice.by_group.items()}
-        found.append(Finding("groups apart", {"gains": by_group, **windows_of(main)}))
+        found.append(Finding("groups apart", {"gains": by_group, **describe_windows(main)}))
     if _copies_pay(advice):
         layers = advice.problem.statistics.layers
         problem = advice.problem
@@ -381,10 +387,10 @@ def _copies_pay(advice: Advice) -> bool:
         return False
     best = max(row.best for row in advice.copies)
     chosen = next(row for row in advice.copies if row.per_device == advice.knee)
-    return bool(advice.knee or advice.more is not None or best > chosen.best + KNEE)
+    return bool(advice.knee or advice.more is not None or best > chosen.best + NEAR_BEST)
 
 
-def _find_small(advice: Advice) -> list[str]:
+def _find_small_gains(advice: Advice) -> list[str]:
     """Return in what the gain is below the price: balance, traffic."""
     price: float = advice.settings["price"]
     regime: Regime = advice.settings["regime"]
@@ -414,7 +420,7 @@ def find_copies(
         ]
         numbers["more"] = _describe_copies(row) | {"gains": gains, "than_now": more - running}
     # What is gained without copies stands there already.
-    elif best.best > chosen.best + KNEE and not (knee and best is by_slots[least]):
+    elif best.best > chosen.best + NEAR_BEST and not (knee and best is by_slots[least]):
         worst = min(best.gains, key=best.mean)
         loses = {"window": worst, "share": -best.mean(worst)} if best.mean(worst) < 0 else None
         numbers["larger"] = _describe_copies(best) | {"gain": best.best, "loses": loses}

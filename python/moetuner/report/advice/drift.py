@@ -123,7 +123,7 @@ def drift(profile: Recording, traffic: Recording, *, seed: int = 0) -> Drift:
         )
     sizes = [max(side.choices, 1) for side in sides.values()]
     units = [_units_of(side) for side in sides.values()]
-    numbers = [_exchangeable(*each) for each in zip(sides.values(), units, strict=True)]
+    numbers = [_count_exchangeable(*each) for each in zip(sides.values(), units, strict=True)]
     rate = min(MOST / sum(sizes), *(n / size for n, size in zip(numbers, sizes, strict=True)))
     counts = [max(round(rate * size), 1) for size in sizes]
     if math.comb(sum(counts), counts[0]) * CHANCE < 1:
@@ -136,8 +136,8 @@ def drift(profile: Recording, traffic: Recording, *, seed: int = 0) -> Drift:
     parts = []
     for side, count, own in zip(sides.values(), counts, units, strict=True):
         folds = own.deal(side, np.arange(side.length), WINDOW, folds=count)
-        parts.append(_loads(side, folds.fold, folds.number))
-    return _drift_of(np.concatenate(parts), len(parts[0]), seed)
+        parts.append(_count_block_loads(side, folds.fold, folds.number))
+    return _compare_blocks(np.concatenate(parts), len(parts[0]), seed)
 
 
 def conclude_drift(drifted: Drift, worst: dict[str, Any]) -> Finding:
@@ -161,7 +161,7 @@ def _units_of(traffic: Recording) -> Units:
     return units_of(traffic, window=WINDOW)
 
 
-def _exchangeable(traffic: Recording, units: Units) -> int:
+def _count_exchangeable(traffic: Recording, units: Units) -> int:
     """Return how many parts of traffic may change places: none is shorter than what is alike.
 
     Windows that are worth an independent one are not enough: ends of neighbouring parts are alike.
@@ -172,21 +172,21 @@ def _exchangeable(traffic: Recording, units: Units) -> int:
     return max(traffic.length // longest, 1)
 
 
-def drift_of(traffic: Recording, units: Units, *, seed: int = 0) -> Drift | None:
+def measure_drift(traffic: Recording, units: Units, *, seed: int = 0) -> Drift | None:
     """Compute how far the halves of a recording differ; None where there is too little to tell."""
     blocks = BLOCKS
     if units.kinds is not None and units.sequences is None:  # kinds of windows
         alike = blocks_of(count_loads(traffic).window_load, traffic.group).length
         blocks = min(BLOCKS, units.number, traffic.length // alike)
     elif units.name == "window":
-        blocks = min(BLOCKS, _exchangeable(traffic, units))
+        blocks = min(BLOCKS, _count_exchangeable(traffic, units))
     first = None
     for by_group in (False, True):
-        item, place = _in_order(traffic, by_group=by_group)
-        loads = _loads(traffic, (place * blocks // len(place))[item], blocks)
+        item, place = _find_places(traffic, by_group=by_group)
+        loads = _count_block_loads(traffic, (place * blocks // len(place))[item], blocks)
         if len(loads) < FEWEST or not loads.sum():
             return first
-        one = _drift_of(loads, len(loads) // 2, seed)
+        one = _compare_blocks(loads, len(loads) // 2, seed)
         if first is not None:
             return replace(first, is_of_groups=not one.is_beyond_chance)
         first = one
@@ -195,7 +195,9 @@ def drift_of(traffic: Recording, units: Units, *, seed: int = 0) -> Drift | None
     return first
 
 
-def _loads(traffic: Recording, block: NDArray[np.integer[Any]], blocks: int) -> NDArray[np.float64]:
+def _count_block_loads(
+    traffic: Recording, block: NDArray[np.integer[Any]], blocks: int
+) -> NDArray[np.float64]:
     """Count load [B,L,E] of the blocks that tokens, or windows, are in; those that have some."""
     if traffic.ordered:
         loads = loads_by(as_trace(traffic), block, blocks)
@@ -205,27 +207,29 @@ def _loads(traffic: Recording, block: NDArray[np.integer[Any]], blocks: int) -> 
     return loads[np.unique(block)]
 
 
-def _drift_of(loads: NDArray[np.float64], number: int, seed: int) -> Drift:
+def _compare_blocks(loads: NDArray[np.float64], number: int, seed: int) -> Drift:
     """Compare the first blocks [B,L,E] with the rest, and with as many at random."""
     first, rng = np.arange(len(loads)) < number, np.random.default_rng(seed)
-    by_layer = _distances(loads, first[None])[0]
+    by_layer = _measure_distances(loads, first[None])[0]
     distance, worst = float(by_layer.mean()), int(by_layer.argmax())
     halvings = np.stack([rng.permutation(first) for _ in range(HALVES)])
     runs = np.split(halvings, range(TOGETHER, HALVES, TOGETHER))
-    others = np.concatenate([_distances(loads, run).mean(axis=1) for run in runs])
+    others = np.concatenate([_measure_distances(loads, run).mean(axis=1) for run in runs])
     chance = (1 + int((others >= distance - 1e-12).sum())) / (1 + HALVES)
     furthest = float(by_layer[worst])
     return Drift(distance, float(others.mean()), chance, worst_layer=worst, worst_distance=furthest)
 
 
-def halves(traffic: AnyRecording) -> tuple[AnyRecording, AnyRecording]:
+def cut_in_half(traffic: AnyRecording) -> tuple[AnyRecording, AnyRecording]:
     """Cut a recording in the middle of its sequences, or of its windows or tokens without them."""
-    item, place = _in_order(traffic, by_group=False)
+    item, place = _find_places(traffic, by_group=False)
     is_early = place[item] < len(place) // 2
     return traffic.take(is_early), traffic.take(~is_early)
 
 
-def _in_order(traffic: Recording, *, by_group: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _find_places(
+    traffic: Recording, *, by_group: bool
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the item of every token or window, and each item's place in the order of recording.
 
     Items are sequences, or windows or tokens without them. With ``by_group`` those of every group
@@ -247,7 +251,7 @@ def _in_order(traffic: Recording, *, by_group: bool) -> tuple[NDArray[np.int64],
     return item, place
 
 
-def _distances(loads: NDArray[np.float64], first: NDArray[np.bool_]) -> NDArray[np.float64]:
+def _measure_distances(loads: NDArray[np.float64], first: NDArray[np.bool_]) -> NDArray[np.float64]:
     """Compute how far shares of the first blocks [N,B] are from those of the rest [N,L]."""
     one = np.tensordot(first.astype(np.float64), loads, axes=1)
     return measure_distance(one, loads.sum(axis=0) - one)

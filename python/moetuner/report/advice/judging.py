@@ -21,10 +21,10 @@ from moetuner.report.advice.request import (
     Part,
     Request,
     Window,
-    count,
-    halve,
-    problem_of,
+    build_problem,
+    count_traffic,
     search_shortly,
+    split_recording,
 )
 from moetuner.report.advice.trial import (
     EPLB,
@@ -35,7 +35,7 @@ from moetuner.report.advice.trial import (
     evaluate_all,
     try_out,
 )
-from moetuner.report.advice.values import Division, Moving, PhaseTimes
+from moetuner.report.advice.values import LpSplit, Moving, PhaseTimes
 from moetuner.report.recording import PHASES
 from moetuner.serving.splits import EVEN, Split
 from moetuner.statistics import RoutingStatistics, count_loads
@@ -69,7 +69,9 @@ def judge_trials(
     return replace(judgement, whole=comparisons)
 
 
-def halve_trial(request: Request, trial: Trial, keys: Sequence[Key], *, by_group: bool) -> None:
+def compute_trial_halves(
+    request: Request, trial: Trial, keys: Sequence[Key], *, by_group: bool
+) -> None:
     """Compute halves of some placements' figures in windows of all sizes at once.
 
     The tokens are read once for all of them; judgements then know these halves.
@@ -88,18 +90,18 @@ def judge_over_eplb(request: Request, trials: Sequence[Trial]) -> dict[Window, J
     first = trials[0].placements
     if first[EPLB] == first[RUNNING]:
         return {}
-    halve_trial(request, trials[0], [EPLB], by_group=False)
+    compute_trial_halves(request, trials[0], [EPLB], by_group=False)
     return {
         window: judge_trials(request, trials, EPLB, window, request.units[window])
         for window in request.windows
     }
 
 
-def _gain(request: Request, trial: Trial, window: Window, units: Units) -> Comparison:
+def _judge_gain(request: Request, trial: Trial, window: Window, units: Units) -> Comparison:
     return judge_trials(request, [trial], RUNNING, window, units).gain
 
 
-def weigh_phases(request: Request, judged: Sequence[Judgement]) -> Comparison | None:
+def combine_phases(request: Request, judged: Sequence[Judgement]) -> Comparison | None:
     """Weigh the gains of decode and prefill by their shares of the serving time, if known.
 
     Both are of the same sequences, so their errors add up.
@@ -108,14 +110,14 @@ def weigh_phases(request: Request, judged: Sequence[Judgement]) -> Comparison | 
         return None
     share, (decode, prefill) = request.prefill_share, (each.gain for each in judged)
 
-    def weigh(of_decode: float, of_prefill: float) -> float:
+    def combine(of_decode: float, of_prefill: float) -> float:
         return share * of_prefill + (1 - share) * of_decode
 
     both = (decode.change, prefill.change)
     errors = [change.error for change in both if change.error is not None]
     change = Spread(
-        weigh(decode.change.value, prefill.change.value),
-        weigh(errors[0], errors[1]) if len(errors) == len(both) else None,
+        combine(decode.change.value, prefill.change.value),
+        combine(errors[0], errors[1]) if len(errors) == len(both) else None,
         min(each.freedom for each in both),
         min(each.units for each in both),
     )
@@ -124,7 +126,7 @@ def weigh_phases(request: Request, judged: Sequence[Judgement]) -> Comparison | 
         before=1.0,
         after=1 + change.value,
         change=change,
-        splits=tuple(map(weigh, decode.splits, prefill.splits)),
+        splits=tuple(map(combine, decode.splits, prefill.splits)),
     )
 
 
@@ -148,9 +150,9 @@ def judge_halves(
     gains = []
     for half, other, name in zip(halves, halves[::-1], ("first", "second"), strict=True):
         request.progress(f"a placement of the {name} half on the other")
-        part = Part(request.seed, count(request, half), other)
+        part = Part(request.seed, count_traffic(request, half), other)
         trial = try_out(request, part, copies)
-        gains.append(_gain(request, trial, window, request.units[window]))
+        gains.append(_judge_gain(request, trial, window, request.units[window]))
     return tuple(gains)
 
 
@@ -163,9 +165,9 @@ def judge_groups(request: Request, copies: int) -> dict[str, dict[Window, Compar
         request.progress(f"a placement of all groups but {group}, on {group}")
         is_own = np.isin(rows, own_rows)
         own, others = request.traffic.take(is_own), request.traffic.take(~is_own)
-        trial = try_out(request, Part(request.seed, count(request, others), own), copies)
+        trial = try_out(request, Part(request.seed, count_traffic(request, others), own), copies)
         gains[str(group)] = {
-            window: _gain(request, trial, window, request.units_of(own, window))
+            window: _judge_gain(request, trial, window, request.units_of(own, window))
             for window in request.windows
         }
     return gains
@@ -173,18 +175,18 @@ def judge_groups(request: Request, copies: int) -> dict[str, dict[Window, Compar
 
 def judge_phases(request: Request, part: Part, copies: int) -> PhaseTimes | None:
     """Search shortly for prefill, for decode and for both, and predict each on each."""
-    seen, unseen = halve(request, request.seed)
+    seen, unseen = split_recording(request, request.seed)
     rows, unseen_rows = seen.group_rows(), unseen.group_rows()
     has_phases = set(PHASES) <= rows.keys() & unseen_rows.keys()
     if not (seen.ordered and has_phases):
         return None
-    problem = problem_of(request, part.statistics, copies)
+    problem = build_problem(request, part.statistics, copies)
     placements: dict[Key, Placement] = {"both": search_shortly(request, problem)}
     windows = {phase: request.windows[-1 if phase == "prefill" else 0] for phase in PHASES}
     for phase, window in windows.items():
-        counted = count(request, seen.take(rows[phase]))
+        counted = count_traffic(request, seen.take(rows[phase]))
         phases = None if window is None else {window: 1.0}
-        of_phase = problem_of(request, counted, copies, phases=phases)
+        of_phase = build_problem(request, counted, copies, phases=phases)
         placements[phase] = search_shortly(request, of_phase)
     times: dict[str, dict[str, float]] = {str(name): {} for name in placements}
     for phase, window in windows.items():
@@ -195,7 +197,7 @@ def judge_phases(request: Request, part: Part, copies: int) -> PhaseTimes | None
     return PhaseTimes(times)
 
 
-def weigh_move(request: Request, trial: Trial, saved_us: float) -> Moving:
+def compute_move_cost(request: Request, trial: Trial, saved_us: float) -> Moving:
     """Compute what it costs to leave what runs, and what memory experts take then."""
     size, topology = request.expert_bytes, request.topology
     running, proposed = trial.placements[RUNNING], trial.placements[PROPOSED]
@@ -218,9 +220,9 @@ def weigh_move(request: Request, trial: Trial, saved_us: float) -> Moving:
     )
 
 
-def judge_division(
+def judge_lp_split(
     request: Request, part: Part, placement: Placement, window: Window
-) -> Division | None:
+) -> LpSplit | None:
     """Evaluate copies under a dispatcher by a linear programme, where the engine has one.
 
     Where nothing has copies, or the placement was computed for one, there is nothing to compare.
@@ -246,4 +248,4 @@ def judge_division(
             threads=request.threads,
         ).imbalance
 
-    return Division(imbalance(dividing[0]), imbalance(EVEN))
+    return LpSplit(imbalance(dividing[0]), imbalance(EVEN))

@@ -28,7 +28,7 @@ Window = int | None
 ITERATIONS = 500
 
 
-def slots_of_running(initial: Placement | str, experts: int, devices: int) -> int:
+def count_running_slots(initial: Placement | str, experts: int, devices: int) -> int:
     """Return the slots of a device in a layer under what runs, which EPLB has to fill."""
     if isinstance(initial, Placement):
         return initial.slots_per_device
@@ -89,7 +89,7 @@ class Request:
     def running_copies(self) -> int:
         """Slots for copies of a device in a layer that run already, whose memory costs nothing."""
         experts, devices = self.traffic.num_experts, self.topology.devices
-        return max(slots_of_running(self.initial, experts, devices) - self.single_slots, 0)
+        return max(count_running_slots(self.initial, experts, devices) - self.single_slots, 0)
 
     @property
     def tried_copies(self) -> tuple[int, ...]:
@@ -97,7 +97,7 @@ class Request:
         may_copy = self.engine is None or self.engine.may_copy
         highest = self.traffic.num_experts - self.single_slots if may_copy else 0
         wanted = sorted({*self.copies, self.running_copies})
-        return tuple(count for count in wanted if count <= highest) or (0,)
+        return tuple(slots for slots in wanted if slots <= highest) or (0,)
 
     @property
     def is_held_out(self) -> bool:
@@ -131,27 +131,27 @@ class Part:
     unseen: Recording
 
 
-def split_of(request: Request, seed: int) -> Part:
+def split_traffic(request: Request, seed: int) -> Part:
     """Return what placements are computed from, and judged on, with a seed of the choice."""
-    seen, unseen = halve(request, seed)
-    return Part(seed, count(request, seen), unseen)
+    seen, unseen = split_recording(request, seed)
+    return Part(seed, count_traffic(request, seen), unseen)
 
 
-def halve(request: Request, seed: int) -> tuple[Recording, Recording]:
+def split_recording(request: Request, seed: int) -> tuple[Recording, Recording]:
     """Return the seen and the unseen part of the traffic; those that were given apart, as such."""
     if request.unseen is not None:
         return request.traffic, request.unseen
     return hold_out(request.traffic, 0.5 if request.is_held_out else 0.0, seed=seed)
 
 
-def count(request: Request, seen: Recording) -> RoutingStatistics:
+def count_traffic(request: Request, seen: Recording) -> RoutingStatistics:
     """Count traffic as ``moetuner solve`` does."""
     options: dict[str, Any] = {"window": request.windows[0], "threads": request.threads}
     options |= tables_for(request.serving.regime, goal_for(request.objective, None))
     return as_counts(seen, **options)
 
 
-def problem_of(
+def build_problem(
     request: Request,
     statistics: RoutingStatistics,
     copies: int,

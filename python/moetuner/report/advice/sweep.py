@@ -8,7 +8,7 @@ from moetuner.cost import size_of_expert
 from moetuner.evaluation import Evaluation
 from moetuner.files.cells import counted
 from moetuner.placement import Placement
-from moetuner.report.advice.request import Part, Request, Window, problem_of, search_shortly
+from moetuner.report.advice.request import Part, Request, Window, build_problem, search_shortly
 from moetuner.report.advice.trial import (
     RUNNING,
     Key,
@@ -38,11 +38,11 @@ def sweep(request: Request, part: Part) -> tuple[Copies, ...]:
     counts = request.tried_copies
     if len(counts) == 1:
         placements[counts[0]] = placements[RUNNING]
-        return _gains(request, part, placements)
+        return _compute_gains(request, part, placements)
     values: dict[int, float] = {}
 
     def search(copies: int) -> None:
-        problem = problem_of(request, part.statistics, copies)
+        problem = build_problem(request, part.statistics, copies)
         placements[copies] = search_shortly(request, problem)
         values[copies] = problem.value(placements[copies])
 
@@ -54,10 +54,12 @@ def sweep(request: Request, part: Part) -> tuple[Copies, ...]:
         if copies in ends or min(values.values()) < values[fit[-1]] * (1 - LEAST_GAIN):
             search(copies)
     keys: list[Key] = [RUNNING, *(copies for copies in counts if copies in values)]
-    return _gains(request, part, {key: placements[key] for key in keys})
+    return _compute_gains(request, part, {key: placements[key] for key in keys})
 
 
-def _gains(request: Request, part: Part, placements: dict[Key, Placement]) -> tuple[Copies, ...]:
+def _compute_gains(
+    request: Request, part: Part, placements: dict[Key, Placement]
+) -> tuple[Copies, ...]:
     """Compute what placements with copies gain over what runs, and the memory they take."""
     request.progress("replaying them on what is unseen")
     evaluations = evaluate_all(request, placements, part.unseen, request.windows)
@@ -82,7 +84,7 @@ def _gains(request: Request, part: Part, placements: dict[Key, Placement]) -> tu
         memory = None
         if request.expert_bytes is not None:
             memory = copies * request.traffic.layers * request.expert_bytes
-        tokens = tokens_at_once(request, copies)
+        tokens = compute_token_limit(request, copies)
         swept.append(Copies(copies, gains, memory, tokens, layers))
     return tuple(swept)
 
@@ -103,7 +105,7 @@ def _count_layers(
     return int(np.argmax(np.cumsum(gains[1][order]) >= ENOUGH * total)) + 1
 
 
-def tokens_at_once(request: Request, copies: int) -> int | None:
+def compute_token_limit(request: Request, copies: int) -> int | None:
     """Compute the limit of low-latency kernels with so many slots for copies, if known."""
     size = size_of_expert(request.traffic)
     if request.engine is None or not request.engine.has_low_latency or size is None:

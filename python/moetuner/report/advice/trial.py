@@ -12,7 +12,7 @@ from moetuner.placement import Placement, blocks
 from moetuner.problem import Problem
 from moetuner.recording import Recording
 from moetuner.report import outcome
-from moetuner.report.advice.request import Part, Request, Window, problem_of, search
+from moetuner.report.advice.request import Part, Request, Window, build_problem, search
 from moetuner.solver import Method
 from moetuner.solver.result import Result
 
@@ -41,7 +41,7 @@ def try_out(
     its gain is no chance: for that a brief search is enough.
     """
     problem, running = (
-        problem_of(request, part.statistics, copies),
+        build_problem(request, part.statistics, copies),
         running_placement(request, part),
     )
     # What runs stays wherever it is as good, if it fits into the slots.
@@ -68,7 +68,7 @@ def running_placement(request: Request, part: Part) -> Placement:
     if request.initial == "contiguous":
         traffic = request.traffic
         return blocks(traffic.layers, traffic.num_experts, request.topology.devices)
-    problem = problem_of(request, part.statistics, request.running_copies)
+    problem = build_problem(request, part.statistics, request.running_copies)
     if isinstance(request.initial, Placement):
         problem.check_running(request.initial)
         return request.initial

@@ -24,16 +24,16 @@ from moetuner.solver.result import Result
 Answer = Literal["worth a trial", "not now", "not enough evidence"]
 
 
-def windows_of(judgement: Judgement) -> dict[str, int | None]:
+def describe_windows(judgement: Judgement) -> dict[str, int | None]:
     """Return which windows a judgement is in, and the tokens of those that were recorded."""
     replayed = judgement.after.replayed
     recorded = None if replayed is None else replayed.traffic.window
     return {"window": judgement.window, "recorded": recorded}
 
 
-def write_windows_of(judgement: Judgement) -> str:
+def write_windows(judgement: Judgement) -> str:
     """Write which windows a judgement is in."""
-    return name_windows(**windows_of(judgement))
+    return name_windows(**describe_windows(judgement))
 
 
 def compute_saved_us(judgement: Judgement) -> float:
@@ -154,7 +154,7 @@ class SmallStep(NamedTuple):
         return {"experts": self.experts, "bytes": self.bytes, "gain": self.gain.to_dict()}
 
 
-class Division(NamedTuple):
+class LpSplit(NamedTuple):
     """How even copies leave devices if a linear programme divides their tokens.
 
     Parameters
@@ -289,7 +289,7 @@ class Advice(Frozen):
     prefill_lacks: int = 0
     total: Comparison | None = None
     step: SmallStep | None = None
-    division: Division | None = None
+    division: LpSplit | None = None
     by_group: dict[str, dict[int | None, Comparison]] = field(default_factory=dict, repr=False)
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
 
