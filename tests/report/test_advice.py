@@ -204,25 +204,25 @@ def test_a_recording_shows_one_kind_or_several():
     flat, tilted = np.full(EXPERTS, 1 / EXPERTS), np.linspace(1, 2, EXPERTS) / (1.5 * EXPERTS)
     assert np.abs(flat - tilted).sum() / 2 > recording.ALIKE
     alike, differ = windows(flat), windows(flat, tilted)
-    assert recording.one_kind(alike).startswith("all windows are alike, within 0.")
-    assert recording.one_kind(windows(flat, number=1)) == "there is one window"
-    assert recording.one_kind(differ) is None
-    assert recording.one_kind(windows(flat, tokens=100)) is None
+    assert recording.find_one_kind(alike).startswith("all windows are alike, within 0.")
+    assert recording.find_one_kind(windows(flat, number=1)) == "there is one window"
+    assert recording.find_one_kind(differ) is None
+    assert recording.find_one_kind(windows(flat, tokens=100)) is None
     # One window among many is another kind.
     load = np.concatenate([windows(flat, number=40).window_load, differ.window_load[1:2]])
-    assert recording.one_kind(mt.RoutingStatistics.from_load(load)) is None
+    assert recording.find_one_kind(mt.RoutingStatistics.from_load(load)) is None
     other = windows(tilted)
-    assert recording.one_kind(other).startswith("all windows are alike")
-    assert recording.one_kind(alike, other) is None
+    assert recording.find_one_kind(other).startswith("all windows are alike")
+    assert recording.find_one_kind(alike, other) is None
     # Labels know better than windows.
     group = np.arange(6) % 2
-    assert recording.one_kind(replace(alike, group=group, group_names=("en", "zh"))) is None
+    assert recording.find_one_kind(replace(alike, group=group, group_names=("en", "zh"))) is None
     labelled = replace(differ, group=group * 0, group_names=("prefill", "decode"))
-    assert recording.one_kind(labelled) == "all traffic is prefill"
+    assert recording.find_one_kind(labelled) == "all traffic is prefill"
     decode = replace(differ, group=group * 0 + 1, group_names=("prefill", "decode"))
-    assert recording.one_kind(labelled, decode) is None
-    assert recording.one_kind(labelled, alike) is None
-    assert recording.one_kind(routed(even(200))) is None
+    assert recording.find_one_kind(labelled, decode) is None
+    assert recording.find_one_kind(labelled, alike) is None
+    assert recording.find_one_kind(routed(even(200))) is None
 
 
 def test_phases_are_placed_apart():

@@ -27,7 +27,7 @@ from moetuner.report import advice as advising
 from moetuner.report.advice.conclusion import write_order
 from moetuner.report.advice.values import Advice, write_windows
 from moetuner.report.findings import TERMINAL, Finding, Voice
-from moetuner.report.page.data import PageData, data_of_advice
+from moetuner.report.page.data import PageData, make_advice_data
 from moetuner.serving.engines import NOTHING_PLACED
 from moetuner.serving.settings import read_count
 
@@ -147,7 +147,7 @@ def command(
         # A page has room for the command that the terminal names in a remark.
         full = recipes.after_advice(source, advice, unseen, from_all=True)
         on_page = contents | {"commands": [*map(str, full)]}
-        return data_of_advice(advice, origin_of(source), on_page, full, voice)
+        return make_advice_data(advice, origin_of(source), on_page, full, voice)
 
     pages.write(output, page)
     output.finish(contents)

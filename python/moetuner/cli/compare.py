@@ -38,10 +38,10 @@ from moetuner.report.outcome import (
     head,
     judge_outcome,
     judge_outcomes,
-    named_window,
     running,
+    window_to_name,
 )
-from moetuner.report.page.data import PageData, data_of_outcome
+from moetuner.report.page.data import PageData, make_outcome_data
 from moetuner.serving import Serving
 from moetuner.solver import ALIASES, METHODS, Result
 
@@ -167,7 +167,7 @@ def command(
     contents = {"input": source.facts(), "settings": settings, "methods": facts}
 
     def page() -> PageData:
-        return data_of_outcome(
+        return make_outcome_data(
             judge_outcome(compared_with, best, source.traffic, source.replayed, by_group=True),
             best,
             origin_of(source),
@@ -349,7 +349,7 @@ def _show_gains(
         rows.append((method, *cells, *[span(min(gain.splits), max(gain.splits))] * (number > 1)))
     output.say("")
     output.table(*with_values((f"gain over {over}", *columns), rows))
-    window = named_window(tokens, best)
+    window = window_to_name(tokens, best)
     found = Finding("no smaller objective", {"window": window, "over": over})
     if best.result.method in gains:
         part: Literal["unseen", "seen"] = "unseen" if held_out else "seen"

@@ -35,10 +35,10 @@ from moetuner.report.outcome import (
     head,
     judge_outcome,
     judge_outcomes,
-    named_window,
     running,
+    window_to_name,
 )
-from moetuner.report.page.data import PageData, data_of_outcome
+from moetuner.report.page.data import PageData, make_outcome_data
 from moetuner.serving import Serving
 from moetuner.solver import METHODS, Result
 
@@ -146,7 +146,7 @@ def command(
         judgement = next(iter(judgements.values()), None) or judge_outcome(
             before, outcome, source.traffic, source.replayed, by_group=True
         )
-        return data_of_outcome(
+        return make_outcome_data(
             judgement,
             outcome,
             origin_of(source),
@@ -194,7 +194,7 @@ def _show(
         *find_empty_slots(outcome),
     )
     for tokens, judgement in judgements.items():
-        output.tell(find_gain(judgement.gain, named_window(tokens, outcome)))
+        output.tell(find_gain(judgement.gain, window_to_name(tokens, outcome)))
 
 
 def _may_be_chance(judgements: dict[int | None, Judgement]) -> bool:

@@ -106,7 +106,7 @@ class HotExperts(Frozen):
         return Finding("hot experts", numbers)
 
 
-def loads_by_group(traffic: Recording, threads: int | None = None) -> dict[str, Counts]:
+def count_loads_by_group(traffic: Recording, threads: int | None = None) -> dict[str, Counts]:
     """Count tokens of the experts of every group that has some [L,E]."""
     if traffic.group is None or not traffic.group.size:
         return {}
@@ -130,7 +130,7 @@ def hold_out_hot_experts(
     with suppress(ArgumentError):
         parts = hold_out(traffic, 0.5, seed=seed)
     seen, unseen = (count_loads(part, threads=threads).total_load for part in parts)
-    loads = loads_by_group(traffic, threads)
+    loads = count_loads_by_group(traffic, threads)
     return measure_hot_experts(traffic, seen, unseen, parts[1], loads, threads)
 
 
@@ -157,21 +157,21 @@ def measure_hot_experts(
     threads
         Threads to use.
     """
-    chosen, is_unseen = _hottest(seen, HALF), part is not traffic
+    chosen, is_unseen = _choose_hottest(seen, HALF), part is not traffic
     of_layer = (unseen * chosen).sum(axis=1) / np.maximum(unseen.sum(axis=1, dtype=float), 1.0)
     return HotExperts(
         sizes=SIZES,
         is_unseen=is_unseen,
-        static=tuple(_taken(unseen, _hottest(seen, size)) for size in SIZES),
+        static=tuple(_compute_share(unseen, _choose_hottest(seen, size)) for size in SIZES),
         chance=SIZES if is_unseen else _draw_shares(unseen),
         cache=_follow_cache(part, threads) if isinstance(part, RoutingTrace) else None,
         static_of_layer=tuple(of_layer.tolist()),
-        static_of_group=_by_group(loads),
-        static_later=_later(traffic, threads),
+        static_of_group=_measure_groups(loads),
+        static_later=_measure_later_half(traffic, threads),
     )
 
 
-def _hottest(load: Counts, size: float) -> NDArray[np.bool_]:
+def _choose_hottest(load: Counts, size: float) -> NDArray[np.bool_]:
     """Return the most used of all experts of all layers [L,E]; of equals the first ones."""
     chosen = np.zeros(load.size, dtype=bool)
     order = np.argsort(-load.ravel().astype(np.float64), kind="stable")
@@ -179,7 +179,7 @@ def _hottest(load: Counts, size: float) -> NDArray[np.bool_]:
     return chosen.reshape(load.shape)
 
 
-def _taken(load: Counts, chosen: NDArray[np.bool_]) -> float:
+def _compute_share(load: Counts, chosen: NDArray[np.bool_]) -> float:
     """Compute the share of picks [L,E] that are of the chosen experts."""
     return float(load[chosen].sum(dtype=np.float64) / max(load.sum(dtype=np.float64), 1.0))
 
@@ -189,7 +189,7 @@ def _draw_shares(load: Counts) -> tuple[float, ...]:
     rng, experts = np.random.default_rng(0), load.shape[1]
     even = np.full(experts, 1 / experts)
     drawn = rng.multinomial(load.sum(axis=1, dtype=np.int64), even).astype(np.uint64)
-    return tuple(_taken(drawn, _hottest(drawn, size)) for size in SIZES)
+    return tuple(_compute_share(drawn, _choose_hottest(drawn, size)) for size in SIZES)
 
 
 def _follow_cache(trace: RoutingTrace, threads: int | None) -> tuple[float, ...]:
@@ -210,15 +210,18 @@ def _follow_cache(trace: RoutingTrace, threads: int | None) -> tuple[float, ...]
     return tuple(float(counts[:, :number].sum(dtype=np.float64) / total) for number in held)
 
 
-def _by_group(loads: dict[str, Counts]) -> dict[str, float]:
+def _measure_groups(loads: dict[str, Counts]) -> dict[str, float]:
     """Compute what half of the experts, by all other groups, takes of the picks of each group."""
     if len(loads) < 2:
         return {}
     total = sum(loads.values(), start=np.uint64(0))
-    return {name: _taken(load, _hottest(total - load, HALF)) for name, load in loads.items()}
+    return {
+        name: _compute_share(load, _choose_hottest(total - load, HALF))
+        for name, load in loads.items()
+    }
 
 
-def _later(traffic: Recording, threads: int | None) -> float | None:
+def _measure_later_half(traffic: Recording, threads: int | None) -> float | None:
     """Compute what half of the experts, by the earlier half, takes of the picks of the later."""
     if traffic.length < 2:
         return None
@@ -228,4 +231,4 @@ def _later(traffic: Recording, threads: int | None) -> float | None:
     early, late = (
         windows.sum(axis=0, dtype=np.uint64) for windows in np.split(load, [len(load) // 2])
     )
-    return _taken(late, _hottest(early, HALF))
+    return _compute_share(late, _choose_hottest(early, HALF))

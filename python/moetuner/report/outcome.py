@@ -93,7 +93,10 @@ class Outcome:
         value = self.result.objective if worth.is_known else None
         return (
             f"{self.result.method} !" if self.breaks_rules else self.result.method,
-            *(FIGURES[name].text(getattr(evaluation, name)) for name in _figures(self.problem)),
+            *(
+                FIGURES[name].text(getattr(evaluation, name))
+                for name in _list_figures(self.problem)
+            ),
             *(() if worth.is_predicted_time else (number(value, worth.decimals),)),
             percent(self.gap),
             number(self.result.seconds, 2),
@@ -106,12 +109,12 @@ def head(problem: Problem, *, held_out: bool = False) -> tuple[str, ...]:
     The objective is of what was seen, which is said where the figures are of other traffic.
     """
     worth = problem.objective_function
-    columns = [FIGURES[name].column for name in _figures(problem)]
+    columns = [FIGURES[name].column for name in _list_figures(problem)]
     value = () if worth.is_predicted_time else ("objective" + ", seen" * held_out,)
     return ("method", *columns, *value, "gap", "seconds")
 
 
-def _figures(problem: Problem) -> tuple[str, ...]:
+def _list_figures(problem: Problem) -> tuple[str, ...]:
     """Return the figures of a table; where all windows are mixed, their imbalance stands once."""
     imbalance = MIXED[:1] if problem.arrival == "mixed" else MIXED
     return (*imbalance, *problem.objective_function.figures)
@@ -168,7 +171,7 @@ def replay_results(
     ]
 
 
-def left_over(traffic: Recording, window: int | None) -> str:
+def write_left_out(traffic: Recording, window: int | None) -> str:
     """Write what of some traffic is no step, so that no mean over windows has it; "" if nothing."""
     if isinstance(traffic, RoutingStatistics):
         short = int((~traffic.is_step).sum())
@@ -226,7 +229,7 @@ def find_worth(outcome: Outcome, *, held_out: bool = False) -> list[Finding]:
     found: list[Finding] = []
     if worth.cost_model is not None and outcome.evaluation.predicted_layer_us is not None:
         times = [
-            {"window": named_window(window, outcome), "us": each.predicted_layer_us}
+            {"window": window_to_name(window, outcome), "us": each.predicted_layer_us}
             for window, each in outcome.phases.items()
         ]
         found.append(Finding("predicted time", {"times": times}))
@@ -265,7 +268,7 @@ def _find_bound(outcome: Outcome) -> dict[str, Any] | None:
     return {"bound": bound, "gap": result.gap, "single": problem.stays_single, "cap": cap}
 
 
-def named_window(window: int | None, outcome: Outcome) -> int | None:
+def window_to_name(window: int | None, outcome: Outcome) -> int | None:
     """Return the tokens of a window, if an outcome has figures in windows of several sizes."""
     return window if outcome.longer else None
 
@@ -319,7 +322,7 @@ def find_slower(outcome: Outcome, before: Outcome, *, name: bool = False) -> lis
         "than": before.result.method,
         "us": time,
         "us_before": less,
-        "window": named_window(window, outcome),
+        "window": window_to_name(window, outcome),
         "fewest_slots": fewest if problem.may_copy and problem.slots > fewest else None,
         "goal": problem.goal,
         "survive": problem.survive,
@@ -347,7 +350,7 @@ def find_remarks(outcomes: list[Outcome], problem: Problem) -> list[Finding]:
     return found
 
 
-def on_one_device(evaluation: Evaluation, devices: int) -> float | None:
+def count_on_one_device(evaluation: Evaluation, devices: int) -> float | None:
     """Return the tokens in a hundred with all their experts of a layer on one device.
 
     None where it is not known, as on more than two devices: on two, a token visits one or both.

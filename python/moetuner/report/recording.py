@@ -88,7 +88,7 @@ def describe_steps(recording: Recording, step: int | None, top_k: int | None) ->
     ]
 
 
-def doubts(traffic: Recording) -> list[str]:
+def list_warnings(traffic: Recording) -> list[str]:
     """Return warnings about a recording from which nothing good can be computed."""
     experts = traffic.num_experts
     layers: list[NDArray[Any]]
@@ -135,7 +135,7 @@ def doubts(traffic: Recording) -> list[str]:
     return lines
 
 
-def one_kind(traffic: Recording, unseen: Recording | None = None) -> str | None:
+def find_one_kind(traffic: Recording, unseen: Recording | None = None) -> str | None:
     """Return what shows that a recording is of one kind of traffic, in words.
 
     Labels tell: one group, or one phase. Without labels the windows of counts do: a single one, or
@@ -153,12 +153,12 @@ def one_kind(traffic: Recording, unseen: Recording | None = None) -> str | None:
     load = np.concatenate(counts) if counts else np.empty(0)
     if len(load) == 1:
         return "there is one window"
-    if len(load) and (apart := _furthest(load)) <= ALIKE:
+    if len(load) and (apart := _measure_largest_distance(load)) <= ALIKE:
         return f"all windows are alike, within {max(100 * apart, 0.1):.1f} % of their tokens"
     return None
 
 
-def _furthest(load: NDArray[Any]) -> float:
+def _measure_largest_distance(load: NDArray[Any]) -> float:
     """Compute the largest share of a window's tokens [W,L,E] that go where the rest's do not."""
     total, furthest = load.sum(axis=0, dtype=np.float64), 0.0
     for window in np.unique(np.linspace(0, len(load) - 1, min(len(load), COMPARED)).round()):

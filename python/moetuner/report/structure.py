@@ -32,8 +32,8 @@ from moetuner.problem import Problem
 from moetuner.recording import Recording
 from moetuner.report.hot_experts import (
     HotExperts,
+    count_loads_by_group,
     hold_out_hot_experts,
-    loads_by_group,
     measure_hot_experts,
 )
 from moetuner.serving import Serving
@@ -162,20 +162,22 @@ def structure(
         return progress and (lambda share: progress((number + passes * share) / PASSES))
 
     parts = hold_out(traffic, 0.5 if held_out else 0, seed=seed)
-    seen, unseen = (_pairs(part, threads, report_pass(at)) for at, part in enumerate(parts))
+    seen, unseen = (
+        _count_transitions(part, threads, report_pass(at)) for at, part in enumerate(parts)
+    )
     statistics = seen + unseen if held_out else seen
     load = statistics.total_load
-    loads = loads_by_group(traffic, threads)
+    loads = count_loads_by_group(traffic, threads)
     # Halves of a trace without sequences leave some tokens out, groups none.
     of_all = np.stack([*loads.values()]).sum(axis=0, dtype=np.uint64) if loads else load
-    share, distance = _groups(loads, of_all)
+    share, distance = _compare_groups(loads, of_all)
 
-    def placed(method: Method, seen: RoutingStatistics) -> Placement:
+    def place(method: Method, seen: RoutingStatistics) -> Placement:
         problem = Problem(seen, topology, regime="follow", max_imbalance=max_imbalance)
         result = solve(problem, method, seed=seed, iterations=ITERATIONS, threads=threads)
         return result.uninterrupted().placement
 
-    def crossing(
+    def measure_crossing(
         placement: Placement, unseen: RoutingTrace | RoutingStatistics, number: int | None = None
     ) -> float | None:
         evaluation = evaluate(
@@ -189,14 +191,18 @@ def structure(
     bits = chance = contiguous = searched = null = gain = None
     if tables.any():
         rng = np.random.default_rng(seed)
-        chance = tuple(_bits(_drawn(table, rng)) for table in tables)
-        bits = tuple(max(_bits(t) - c, 0.0) for t, c in zip(tables, chance, strict=True))
-        contiguous = crossing(placed("contiguous", seen), unseen, 2)
+        chance = tuple(_measure_information(_draw_pairs(table, rng)) for table in tables)
+        bits = tuple(
+            max(_measure_information(t) - c, 0.0) for t, c in zip(tables, chance, strict=True)
+        )
+        contiguous = measure_crossing(place("contiguous", seen), unseen, 2)
         if held_out:
-            placement = placed("heuristic", seen)
-            searched = crossing(placement, parts[1], 3)
-            null = crossing(placed("heuristic", _independent(seen)), _independent(unseen))
-            gain = _gain(
+            placement = place("heuristic", seen)
+            searched = measure_crossing(placement, parts[1], 3)
+            null = measure_crossing(
+                place("heuristic", _make_independent(seen)), _make_independent(unseen)
+            )
+            gain = _measure_gain(
                 Setting(placement, Serving(topology, window=None), ReplayOptions(threads=threads)),
                 traffic,
                 parts[1],
@@ -205,7 +211,9 @@ def structure(
             )
     total = load.sum(axis=1, dtype=np.float64)
     return Structure(
-        skew=tuple(np.where(total > 0, _shares(load).max(axis=1) * load.shape[1], 1.0).tolist()),
+        skew=tuple(
+            np.where(total > 0, _compute_shares(load).max(axis=1) * load.shape[1], 1.0).tolist()
+        ),
         unused=tuple((load == 0).sum(axis=1).tolist()),
         group_share=share,
         group_distance=distance,
@@ -229,7 +237,7 @@ def structure(
     )
 
 
-def _gain(
+def _measure_gain(
     setting: Setting,
     traffic: Recording,
     unseen: Recording,
@@ -245,7 +253,7 @@ def _gain(
     return null - crossing.interval[1], null - crossing.interval[0]
 
 
-def _pairs(
+def _count_transitions(
     traffic: Recording, threads: int | None, progress: Callable[[float], None] | None
 ) -> RoutingStatistics:
     """Count the load and the transitions of a half of a trace."""
@@ -259,7 +267,7 @@ def _pairs(
     )
 
 
-def _independent(statistics: RoutingStatistics) -> RoutingStatistics:
+def _make_independent(statistics: RoutingStatistics) -> RoutingStatistics:
     """Replace transitions by those of independent layers with the same loads, scaled up."""
     load = statistics.total_load.astype(np.float64)
     pairs = np.zeros_like(statistics.transitions_or_empty, dtype=np.uint64)
@@ -276,7 +284,7 @@ def _independent(statistics: RoutingStatistics) -> RoutingStatistics:
     return replace(statistics, transitions=pairs, coactivation=None)
 
 
-def _groups(
+def _compare_groups(
     loads: dict[str, NDArray[np.uint64]], load: NDArray[np.uint64]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Compute the share and distance of every group from its load and that of all [L,E]."""
@@ -286,21 +294,21 @@ def _groups(
     return share, distance
 
 
-def _shares(load: NDArray[np.uint64]) -> NDArray[np.float64]:
+def _compute_shares(load: NDArray[np.uint64]) -> NDArray[np.float64]:
     """Load [L,E] as shares of its layer; zero where a layer has none."""
     total = load.sum(axis=1, keepdims=True, dtype=np.float64)
     shares: NDArray[np.float64] = np.divide(load, total, out=np.zeros(load.shape), where=total > 0)
     return shares
 
 
-def _drawn(table: NDArray[np.uint64], rng: np.random.Generator) -> NDArray[np.int64]:
+def _draw_pairs(table: NDArray[np.uint64], rng: np.random.Generator) -> NDArray[np.int64]:
     """Draw as many pairs of independent layers: few fill few cells, which looks like dependence."""
     share = np.outer(table.sum(axis=1, dtype=np.float64), table.sum(axis=0, dtype=np.float64))
     share /= max(float(share.sum()), 1.0)
     return rng.multinomial(int(table.sum(dtype=np.uint64)), share.ravel()).reshape(table.shape)
 
 
-def _bits(table: NDArray[np.integer[Any]]) -> float:
+def _measure_information(table: NDArray[np.integer[Any]]) -> float:
     """Compute the mutual information of rows and columns of a table of counts."""
     joint = table / max(float(table.sum(dtype=np.float64)), 1.0)
     apart = np.outer(joint.sum(axis=1), joint.sum(axis=0))

@@ -41,7 +41,7 @@ from moetuner.report.advice.step import find_step
 from moetuner.report.advice.sweep import sweep
 from moetuner.report.advice.trial import PROPOSED, RUNNING, Trial, try_out
 from moetuner.report.advice.values import Advice, choose_main, compute_saved_us
-from moetuner.report.recording import one_kind
+from moetuner.report.recording import find_one_kind
 from moetuner.serving import Serving, check_alone
 from moetuner.serving.arrival import Arrival
 from moetuner.serving.phases import PREFILL_WINDOWS, judged_windows, prefill
@@ -282,7 +282,7 @@ def _advise(request: Request, splits: int) -> Advice:
         units=units,
         problem=first.problem,
         judged_on=write_judged_on(request, part.unseen),
-        one_kind=one_kind(request.traffic, request.unseen),
+        one_kind=find_one_kind(request.traffic, request.unseen),
         prefill_lacks=_count_missing_tokens(request),
         total=combine_phases(request, judged),
         by_group=judge_groups(request, knee) if request.by_group else {},

@@ -18,7 +18,7 @@ from moetuner.report.advice.request import Request
 from moetuner.report.advice.sweep import compute_token_limit
 from moetuner.report.advice.values import Advice, Answer, Copies, describe_windows
 from moetuner.report.findings import Finding
-from moetuner.report.outcome import find_times, left_over, on_one_device
+from moetuner.report.outcome import count_on_one_device, find_times, write_left_out
 from moetuner.report.recording import PHASES
 from moetuner.report.words.parts import LEAST_SHOWN, name_windows
 from moetuner.serving.arrival import Arrival
@@ -75,7 +75,7 @@ def write_judged_on(request: Request, unseen: Recording) -> str:
         text += f" of {counted(unseen.sequences, 'sequence')}"
     # The longest windows leave most over.
     longest = request.windows[-1]
-    rest = left_over(unseen, longest)
+    rest = write_left_out(unseen, longest)
     where = "" if longest is None else f"in windows of {longest:,} "
     text += f" that the placement was {'not ' * request.is_held_out}computed from"
     text += write_order(request.serving.arrival, request.serving.engine)
@@ -373,7 +373,7 @@ def _find_gains(advice: Advice) -> list[Finding]:
 def _find_on_one(advice: Advice) -> list[Finding]:
     """Return how many tokens stay on one of two devices; nothing where that does not change."""
     devices = advice.settings["devices"]
-    shares = [on_one_device(each, devices) for each in (advice.running, advice.proposed)]
+    shares = [count_on_one_device(each, devices) for each in (advice.running, advice.proposed)]
     before, after = ("" if share is None else f"{share:.0f}" for share in shares)
     if before == after or advice.settings["regime"] != "dispatch":
         return []

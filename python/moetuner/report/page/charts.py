@@ -50,7 +50,7 @@ class Chart:
     stacked: Spec | None = None
 
 
-def packed(values: ArrayLike, kind: str = "f4") -> Spec:
+def pack(values: ArrayLike, kind: str = "f4") -> Spec:
     """Pack numbers as plotly reads them: base64, with a shape where there are two dimensions."""
     array = np.ascontiguousarray(np.asarray(values), dtype=np.dtype(kind).newbyteorder("<"))
     spec: Spec = {"dtype": kind, "bdata": base64.b64encode(array.tobytes()).decode()}
@@ -59,7 +59,7 @@ def packed(values: ArrayLike, kind: str = "f4") -> Spec:
     return spec
 
 
-def plain(text: str, limit: int = 40) -> str:
+def escape_tags(text: str, limit: int = 40) -> str:
     """Return a name that is nothing but text: plotly reads some tags."""
     text = one_line(text).replace("<", "\u2039").replace(">", "\u203a").replace("&", "\uff06")
     return text if len(text) <= limit else text[: limit - 1] + "…"
@@ -72,7 +72,7 @@ def layout(x: str = "", y: str = "", *, count: int = 0, **others: Any) -> Spec:
     """
     axis = {"automargin": True, "gridcolor": "var(--grid)"}
     return {
-        "xaxis": {"title": {"text": x}, **axis, "zeroline": False, **one_by_one(count)},
+        "xaxis": {"title": {"text": x}, **axis, "zeroline": False, **label_each(count)},
         "yaxis": {"title": {"text": y}, **axis, **ZERO},
         "margin": {"l": 56, "r": 16, "t": 28, "b": 44},
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
@@ -84,12 +84,12 @@ def layout(x: str = "", y: str = "", *, count: int = 0, **others: Any) -> Spec:
     }
 
 
-def only(data: list[Spec], layout: Spec) -> dict[str, Spec]:
+def variant(data: list[Spec], layout: Spec) -> dict[str, Spec]:
     """Return the one variant of a chart."""
     return {"": {"data": data, "layout": layout}}
 
 
-def one_by_one(count: int) -> Spec:
+def label_each(count: int) -> Spec:
     """Return what labels whole numbers one by one, where there are few."""
     return {"dtick": 1} if 0 < count <= 12 else {}
 
@@ -108,13 +108,13 @@ def scatter(
 
     ``legend`` is their name there and under the pointer; ``kind`` is the type of x.
     """
-    named = {} if legend is None else {"name": plain(legend)}
+    named = {} if legend is None else {"name": escape_tags(legend)}
     return {
         "type": "scatter",
         "mode": mode,
         **named,
-        "x": packed(x, kind),
-        "y": packed(y),
+        "x": pack(x, kind),
+        "y": pack(y),
         "hovertemplate": f"{hover}<extra>{named.get('name', '')}</extra>",
         **others,
     }
@@ -122,11 +122,11 @@ def scatter(
 
 def whiskers(values: NDArray[Any], low: NDArray[Any], high: NDArray[Any], **others: Any) -> Spec:
     """Draw intervals around values."""
-    above, below = (packed(np.maximum(part, 0)) for part in (high - values, values - low))
+    above, below = (pack(np.maximum(part, 0)) for part in (high - values, values - low))
     return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, **others}
 
 
-def thinned(values: Sequence[float]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def thin(values: Sequence[float]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return places and values of at most 1,000 points that keep the least and most of each run."""
     array = np.asarray(values, dtype=np.float64)
     if len(array) <= POINTS:
@@ -140,10 +140,10 @@ def thinned(values: Sequence[float]) -> tuple[NDArray[np.int64], NDArray[np.floa
 
 def heat_map(table: NDArray[Any], hover: str, **others: Any) -> Spec:
     """Draw a matrix by colours."""
-    return {"type": "heatmap", "z": packed(table), "hovertemplate": hover, **others}
+    return {"type": "heatmap", "z": pack(table), "hovertemplate": hover, **others}
 
 
-def colours(unit: str, low: float, high: float, **others: Any) -> Spec:
+def make_colour_scale(unit: str, low: float, high: float, **others: Any) -> Spec:
     """Return a scale of colours, told bright from dark also by who sees none."""
     key = {"title": {"text": unit, "side": "right"}, **others, "thickness": 12}
     return {"colorscale": "Cividis", "cmin": low, "cmax": high, "colorbar": key}
@@ -154,7 +154,7 @@ def outline(path: str, colour: str = "var(--border)", width: int = 1, **where: s
     return {"type": "path", "path": path, **where, "line": {"color": colour, "width": width}}
 
 
-def stacked(parts: int) -> Spec:
+def stack(parts: int) -> Spec:
     """Return height and axes of matrices below each other."""
     axes: Spec = {}
     for number in range(parts):
@@ -171,7 +171,7 @@ def matrices(
     highest = max(float(table.max(initial=0)) for table in tables) or 1.0
     spec = layout(f"to {what}", f"from {what}", margin={"l": 56, "r": 16, "t": 40, "b": 44})
     axes = spec.pop("xaxis"), spec.pop("yaxis")
-    spec |= {"coloraxis": colours(unit, 0, highest), "annotations": [], "shapes": []}
+    spec |= {"coloraxis": make_colour_scale(unit, 0, highest), "annotations": [], "shapes": []}
     data = []
     for number, (table, name) in enumerate(zip(tables, names, strict=True)):
         x, y = (f"{axis}{number + 1 if number else ''}" for axis in "xy")
@@ -190,7 +190,7 @@ def matrices(
         }
         at = {"xref": f"{x} domain", "yref": f"{y} domain", "x": 0.5, "y": 1.02}
         spec["annotations"].append(
-            {"text": plain(name), **at, "showarrow": False, "yanchor": "bottom"}
+            {"text": escape_tags(name), **at, "showarrow": False, "yanchor": "bottom"}
         )
         if 1 < node < side:
             ends = [(n - 0.5, n + node - 0.5) for n in range(0, side, node)]

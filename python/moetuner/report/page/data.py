@@ -37,7 +37,7 @@ from moetuner.report.advice.values import Advice
 from moetuner.report.findings import PYTHON, TERMINAL, Finding, Voice
 from moetuner.report.hot_experts import HotExperts, hold_out_hot_experts
 from moetuner.report.outcome import Outcome, find_times
-from moetuner.report.page.words import settings_in_words
+from moetuner.report.page.words import write_settings
 from moetuner.report.words import say
 from moetuner.serving import SERVED
 from moetuner.serving.phases import name_phase
@@ -255,7 +255,7 @@ class PageData:
     @property
     def windows(self) -> str:
         """Which windows the evaluations are of."""
-        return in_windows(self.settings[0].window, self.evaluations[0])
+        return write_windows(self.settings[0].window, self.evaluations[0])
 
     @property
     def facts(self) -> tuple[tuple[str, str], ...]:
@@ -269,11 +269,11 @@ class PageData:
         return (
             ("Command", self.origin.command),
             ("SHA-256 of INPUT", digest.hexdigest() if are_files else "not a file"),
-            *settings_in_words(settings),
+            *write_settings(settings),
         )
 
 
-def data_of_advice(
+def make_advice_data(
     advice: Advice,
     origin: Origin,
     contents: dict[str, Any],
@@ -290,7 +290,7 @@ def data_of_advice(
     for judgement in advice.judged:
         over_eplb = advice.over_eplb.get(judgement.window)
         eplb = {} if over_eplb is None else {"EPLB": over_eplb.gain.before}
-        gains.append(gain_tile(replace(judgement.gain, names=names), judgement, eplb))
+        gains.append(make_gain_tile(replace(judgement.gain, names=names), judgement, eplb))
     if advice.total is not None:
         gains.append(Tile("Prefill and decode in total", advice.total.much, advice.total.sure))
     if advice.drift is not None and advice.drift.is_of_groups:
@@ -321,7 +321,7 @@ def data_of_advice(
     )
 
 
-def data_of_results(
+def make_results_data(
     results: Advice | tuple[Evaluation, Evaluation], names: tuple[str, str] = ("before", "after")
 ) -> PageData:
     """Make the data of what Python has: an advice, or two evaluations of the same traffic."""
@@ -340,16 +340,16 @@ def data_of_results(
     sizes = f"{counted(traffic.layers, 'layer')} of {counted(traffic.num_experts, 'expert')}"
     origin = Origin(f"Routing{model}, {sizes}", (), "moetuner.write_report")
     if isinstance(results, Advice):
-        return data_of_advice(results, origin, results.to_dict())
+        return make_advice_data(results, origin, results.to_dict())
     settings = {name: getattr(setting.serving, name) for name in (*SERVED, "window")}
     contents = {"settings": settings, "before": both[0].to_dict(), "after": both[1].to_dict()}
     judgement = judge(both[0], both[1], by_group=True, names=(two[0], two[1]))
-    return make_data(
+    return make_judgement_data(
         judgement, origin, contents, traffic="The traffic that both were evaluated on."
     )
 
 
-def data_of_outcome(
+def make_outcome_data(
     judgement: Judgement,
     outcome: Outcome,
     origin: Origin,
@@ -367,10 +367,10 @@ def data_of_outcome(
         distance = (Tile("Distance to the optimum", f"at most {percent(outcome.gap)}", note),)
     timed = contents["settings"]["time_limit"] is not None
     # All but the seconds that solves took is the same in every run.
-    data = make_data(
+    data = make_judgement_data(
         judgement,
         origin,
-        contents if timed else _timeless(contents),
+        contents if timed else _leave_out_seconds(contents),
         traffic=traffic,
         token_bytes=None if model is None else model.token_bytes,
         expert_bytes=expert_bytes,
@@ -380,7 +380,7 @@ def data_of_outcome(
     )
 
 
-def make_data(
+def make_judgement_data(
     judgement: Judgement,
     origin: Origin,
     contents: dict[str, Any],
@@ -405,7 +405,7 @@ def make_data(
     recipes: tuple[Recipe, ...] = ()
     if answer == "good":
         setting = replayed.setting
-        recipes = _serving(contents, setting.placement, setting.topology.nodes)
+        recipes = _list_serving_commands(contents, setting.placement, setting.topology.nodes)
         contents["commands"] = [*map(str, recipes)]
         contents["go_back"] = way_back(contents.get("settings", {}).get("engine"))
     if expert_bytes is None:
@@ -416,7 +416,7 @@ def make_data(
         sentence=f"{words}: {gain.change_in_words}{'' if gain.is_too_few else f' ({gain.sure})'}.",
         answer=answer,
         todo=todo,
-        gains=(gain_tile(gain, judgement),),
+        gains=(make_gain_tile(gain, judgement),),
         names=gain.names,
         judgement=judgement,
         traffic=traffic,
@@ -439,7 +439,7 @@ def make_data(
     return replace(page, sentence=nothing, todo=KEEP, reasons=())
 
 
-def gain_tile(
+def make_gain_tile(
     gain: Comparison,
     judgement: Judgement,
     others: Mapping[str, float] | None = None,
@@ -462,11 +462,11 @@ def gain_tile(
         )
         verb, step = "saves" if gain.gain >= 0 else "adds", "step" if window else "window"
         note = f"{verb} {saved} of {step_time} {unit} per {step} of {layers} layers; {note}"
-    label = capitalised(f"{figure.label}, {in_windows(window, evaluation)}")
+    label = capitalised(f"{figure.label}, {write_windows(window, evaluation)}")
     return Tile(label, gain.much, note, rows)
 
 
-def in_windows(window: int | None, evaluation: Evaluation) -> str:
+def write_windows(window: int | None, evaluation: Evaluation) -> str:
     """Write which windows are balanced together, and whose they are."""
     if window is None:
         is_trace = evaluation.tokens is not None
@@ -475,7 +475,9 @@ def in_windows(window: int | None, evaluation: Evaluation) -> str:
     return f"windows of {window:,} tokens" + (f" ({phase})" if phase else "")
 
 
-def _serving(contents: dict[str, Any], placement: Placement, nodes: int) -> tuple[Recipe, ...]:
+def _list_serving_commands(
+    contents: dict[str, Any], placement: Placement, nodes: int
+) -> tuple[Recipe, ...]:
     """Return the commands that give a written placement to its engine, and serve it there."""
     settings = contents.get("settings", {})
     file = contents.get("placement") or settings.get("placement")
@@ -493,9 +495,9 @@ def _serving(contents: dict[str, Any], placement: Placement, nodes: int) -> tupl
     return tuple(recipes)
 
 
-def _timeless(contents: dict[str, Any]) -> dict[str, Any]:
+def _leave_out_seconds(contents: dict[str, Any]) -> dict[str, Any]:
     """Return contents without the seconds that solves took."""
     rest = {key: each for key, each in contents.items() if key != "solve_seconds"}
     if "methods" in rest:
-        rest["methods"] = {name: _timeless(each) for name, each in rest["methods"].items()}
+        rest["methods"] = {name: _leave_out_seconds(each) for name, each in rest["methods"].items()}
     return rest

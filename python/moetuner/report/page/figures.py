@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from moetuner.report.page import own
+from moetuner.report.page import read_asset
 from moetuner.report.page.charts import Chart
 
 Format = Literal["svg", "png"]
@@ -44,7 +44,7 @@ def write_figures(
     import plotly.io
 
     folder.mkdir(parents=True, exist_ok=True)
-    colours = dict(re.findall(r"(--[a-z]+): (#\w+)", own("page.css").split("}", 1)[0]))
+    colours = dict(re.findall(r"(--[a-z]+): (#\w+)", read_asset("page.css").split("}", 1)[0]))
     back = {"paper_bgcolor": colours["--back"], "plot_bgcolor": colours["--back"]}
     figures, files, heights = [], [], []
     for chart in charts:

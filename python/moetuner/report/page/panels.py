@@ -27,7 +27,7 @@ from moetuner.files.cells import (
 from moetuner.placement import Placement
 from moetuner.report.advice.values import Advice
 from moetuner.report.findings import Finding
-from moetuner.report.outcome import left_over
+from moetuner.report.outcome import write_left_out
 from moetuner.report.page import charts as draw
 from moetuner.report.page.charts import PROPOSED, RUNNING, Chart, Spec
 from moetuner.report.page.data import PageData
@@ -78,13 +78,13 @@ class Panel:
     key: str = ""
 
 
-def panels_of(page: PageData) -> tuple[Panel, ...]:
+def make_panels(page: PageData) -> tuple[Panel, ...]:
     """Make the panels after the verdict, in the order of reading; empty ones are left out."""
-    made = ((key, panel_of(page)) for key, panel_of in PANELS.items())
+    made = ((key, make_panel(page)) for key, make_panel in PANELS.items())
     return tuple(replace(panel, key=key) for key, panel in made if panel is not None)
 
 
-def _layers(page: PageData) -> Panel | None:
+def _show_layers(page: PageData) -> Panel | None:
     measure, unit = "imbalance", "busiest device / mean"
     values = [each.imbalance_per_layer for each in page.evaluations]
     predicted = [each.predicted_us_per_layer for each in page.evaluations]
@@ -115,18 +115,18 @@ def _layers(page: PageData) -> Panel | None:
         for layer in layers
     ]
     has_links = page.evaluations[0].traffic.get("dispatch") is not None
-    is_linked = len(layers) > 1 and has_links and 1 < _sides(page) <= draw.MOST_DEVICES
+    is_linked = len(layers) > 1 and has_links and 1 < _count_sides(page) <= draw.MOST_DEVICES
     click = " Click a layer to see its links below." if is_linked else ""
     label = f"{measure} of every layer under both placements"
     spec = draw.layout("layer", unit, count=len(layers))
     return Panel(
-        (Chart("layers", label, draw.only(data, spec), selects=("links", "boundary")),),
+        (Chart("layers", label, draw.variant(data, spec), selects=("links", "boundary")),),
         (Table(f"Layers, {unit}", ("layer", *page.names, "less"), rows),),
         words=f"{measure}.{click}",
     )
 
 
-def _experts(page: PageData) -> Panel | None:
+def _show_experts(page: PageData) -> Panel | None:
     relative = page.load / np.maximum(page.load.mean(axis=1, keepdims=True), 1e-12)
     variants, tables, waits = {}, [], {}
     for name, setting in reversed(list(zip(page.names, page.settings, strict=True))):
@@ -139,7 +139,7 @@ def _experts(page: PageData) -> Panel | None:
         )
         waits[name] = served.sum(axis=2) / page.topology.speed_of_device
         busy = np.where(slots >= 0, served, -1.0)
-        variants[name] = _slots(placement, busy, copies, waits[name])
+        variants[name] = _draw_slots(placement, busy, copies, waits[name])
         rows = []
         for at in np.argsort(-busy, axis=None, kind="stable")[:20]:
             place = np.unravel_index(at, busy.shape)
@@ -152,20 +152,20 @@ def _experts(page: PageData) -> Panel | None:
     chart = Chart("experts", label, variants, height)
     notes: tuple[str, ...] = ()
     if page.topology.devices > 1 and page.load.any():
-        table, notes = _waits({name: waits[name] for name in page.names})
+        table, notes = _list_slowest_devices({name: waits[name] for name in page.names})
         tables.insert(0, table)
     words = " A red box is the device that all others wait for." if notes else ""
     return Panel((chart,), tuple(tables), notes, words)
 
 
-def _hot_experts(page: PageData) -> Panel | None:
+def _show_hot_experts(page: PageData) -> Panel | None:
     hot = page.hot_experts
     if hot is None or not page.load.any():
         return None
     rows = [(name, *map(percent, shares)) for name, shares in list_curves(hot).items()]
     head = ("experts that are kept near", *(f"{100 * size:g} %" for size in hot.sizes))
     by_group = sorted(hot.static_of_group.items(), key=lambda item: item[1])
-    groups = [(draw.plain(name), percent(share)) for name, share in by_group[:ROWS]]
+    groups = [(draw.escape_tags(name), percent(share)) for name, share in by_group[:ROWS]]
     tables = [Table(f"Share of {'unseen ' if hot.is_unseen else ''}picks", head, rows)]
     if groups:
         title = "Half of the experts, chosen by all other groups"
@@ -173,7 +173,7 @@ def _hot_experts(page: PageData) -> Panel | None:
     return Panel((draw_hot_experts(hot),), tuple(tables), (hot.sentence,))
 
 
-def _waits(busy: dict[str, NDArray[Any]]) -> tuple[Table, tuple[str, ...]]:
+def _list_slowest_devices(busy: dict[str, NDArray[Any]]) -> tuple[Table, tuple[str, ...]]:
     """List the device that all others wait for in every layer, of times [L,D] by placement."""
     columns, notes = [], []
     for name, times in busy.items():
@@ -192,7 +192,7 @@ def _waits(busy: dict[str, NDArray[Any]]) -> tuple[Table, tuple[str, ...]]:
     return Table("Devices that all others wait for", ("layer", *head), rows), tuple(notes)
 
 
-def _slots(
+def _draw_slots(
     placement: Placement, busy: NDArray[Any], copies: NDArray[Any], times: NDArray[Any]
 ) -> Spec:
     """Draw how busy slots [L,D,S] are, device after device, the busiest slots first.
@@ -224,15 +224,15 @@ def _slots(
         "showgrid": False,
     }
     spec["yaxis"] |= {"autorange": "reversed", "showgrid": False, "zeroline": False}
-    spec["yaxis"] |= draw.one_by_one(placement.layers)
+    spec["yaxis"] |= draw.label_each(placement.layers)
     ticks = {"tickvals": [*range(-3, 4)], "ticktext": ["⅛", "¼", "½", "1", "2", "4", "8"]}
-    scale = draw.colours("x mean", -3, 3, **ticks)
+    scale = draw.make_colour_scale("x mean", -3, 3, **ticks)
     data = draw.heat_map(
         shade,
         "layer %{y}, expert %{customdata[0]}: %{text:.3r} x the mean of an expert (copies: "
         "%{customdata[1]})<extra></extra>",
-        customdata=draw.packed(np.stack([expert, number_of], axis=2), "i4"),
-        text=draw.packed(np.maximum(share, 0)),
+        customdata=draw.pack(np.stack([expert, number_of], axis=2), "i4"),
+        text=draw.pack(np.maximum(share, 0)),
         colorscale=scale["colorscale"],
         zmin=scale["cmin"],
         zmax=scale["cmax"],
@@ -241,30 +241,30 @@ def _slots(
     return {"data": [data], "layout": spec}
 
 
-def _sides(page: PageData) -> int:
+def _count_sides(page: PageData) -> int:
     """Count the rows of a layer's matrix."""
     topology = page.topology
     has_devices = topology.devices <= draw.MOST_DEVICES or topology.nodes == 1
     return topology.devices if has_devices else topology.nodes
 
 
-def _by_node(table: NDArray[Any], page: PageData) -> tuple[NDArray[Any], str]:
+def _sum_by_node(table: NDArray[Any], page: PageData) -> tuple[NDArray[Any], str]:
     """Sum devices [..,D,D] to nodes where there are too many to draw."""
-    nodes, size = _sides(page), page.topology.node_size
+    nodes, size = _count_sides(page), page.topology.node_size
     if nodes == page.topology.devices:
         return table, "device"
     summed = table.reshape(*table.shape[:-2], nodes, size, nodes, size).sum(axis=(-3, -1))
     return summed, "node"
 
 
-def _tables(page: PageData, regime: str) -> list[NDArray[Any]]:
+def _list_traffic(page: PageData, regime: str) -> list[NDArray[Any]]:
     """Return what both placements move in a regime; fewer tables where that is not known."""
     tables = (each.traffic.get(regime) for each in page.evaluations)
     return [table for table in tables if table is not None]
 
 
-def _links(page: PageData) -> Panel | None:
-    rows = _tables(page, "dispatch")
+def _show_links(page: PageData) -> Panel | None:
+    rows = _list_traffic(page, "dispatch")
     if len(rows) < 2 or page.topology.devices == 1:
         return None
     tokens, layers = max(page.evaluations[0].tokens or 1, 1), len(rows[0])
@@ -281,9 +281,9 @@ def _links(page: PageData) -> Panel | None:
         )
         for name, (unit, table) in units.items()
     }
-    if _sides(page) <= draw.MOST_DEVICES:
+    if _count_sides(page) <= draw.MOST_DEVICES:
         share = [table / tokens * 1000 for table in rows]
-        variants |= _by_layer(page, share, "rows of 1,000 tokens", "layer {}")
+        variants |= _draw_by_layer(page, share, "rows of 1,000 tokens", "layer {}")
     ports = [
         (name, regime, str(tier), digits(out), digits(into))
         for name, each in zip(page.names, page.evaluations, strict=True)
@@ -293,24 +293,24 @@ def _links(page: PageData) -> Panel | None:
     label = "two matrices of what goes from each device to each other one"
     title = "Rows at the busiest port of a tier, of a layer on average"
     return Panel(
-        (Chart("links", label, variants, height=420, stacked=draw.stacked(2)),),
+        (Chart("links", label, variants, height=420, stacked=draw.stack(2)),),
         (Table(title, ("placement", "regime", "tier", "out", "in"), ports),),
     )
 
 
-def _by_layer(
+def _draw_by_layer(
     page: PageData, tables: Sequence[NDArray[Any]], unit: str, name: str
 ) -> dict[str, Spec]:
     """Draw what both placements move between devices [L,D,D], or nodes, layer by layer."""
-    (one, what), (other, _) = (_by_node(table, page) for table in tables)
+    (one, what), (other, _) = (_sum_by_node(table, page) for table in tables)
     return {
         name.format(at, at + 1): draw.matrices(both, page.names, what, unit)
         for at, both in enumerate(zip(one, other, strict=True))
     }
 
 
-def _next(page: PageData) -> Panel | None:
-    tables = _tables(page, "follow")
+def _show_next(page: PageData) -> Panel | None:
+    tables = _list_traffic(page, "follow")
     goes_on = page.settings[1].serving.regime == "follow" and page.topology.devices > 1
     if not goes_on or len(tables) < 2 or not len(tables[0]):
         return None
@@ -337,33 +337,33 @@ def _next(page: PageData) -> Panel | None:
             )
     spec = draw.layout("layer", "leaves, %", count=len(boundaries))
     spec["yaxis"]["rangemode"] = "tozero"
-    has_matrices = _sides(page) <= draw.MOST_DEVICES
+    has_matrices = _count_sides(page) <= draw.MOST_DEVICES
     selects = ("boundary",) if has_matrices else ()
-    charts = [Chart("next", "share of steps that leave", draw.only(lines, spec), 320, selects)]
+    charts = [Chart("next", "share of steps that leave", draw.variant(lines, spec), 320, selects)]
     if has_matrices:
         totals = [np.maximum(pairs.sum(axis=(1, 2)), 1)[:, None, None] for pairs in tables]
         shares = [pairs / total * 100 for pairs, total in zip(tables, totals, strict=True)]
-        variants = _by_layer(page, shares, "% of steps", "layer {} to {}")
+        variants = _draw_by_layer(page, shares, "% of steps", "layer {} to {}")
         label = "steps between devices at one boundary"
-        charts.append(Chart("boundary", label, variants, 400, stacked=draw.stacked(2)))
+        charts.append(Chart("boundary", label, variants, 400, stacked=draw.stack(2)))
     rows = [
         (str(at), *(percent(float(share[at])) for share in columns.values())) for at in boundaries
     ]
     return Panel(tuple(charts), (Table("Share that leaves", ("boundary", *columns), rows),))
 
 
-def _over_time(page: PageData) -> Panel | None:
+def _show_over_time(page: PageData) -> Panel | None:
     number = len(page.evaluations[0].imbalance_per_window)
     if number < 2:
         return None
     if number < FEWEST_WINDOWS:
-        return replace(_list_windows(page), notes=_notes_over_time(page))
+        return replace(_list_windows(page), notes=_write_notes_over_time(page))
     lines, rows = [], []
     for name, each, colour, dash in zip(
         page.names, page.evaluations, COLOURS, ("dot", "solid"), strict=True
     ):
         values = each.imbalance_per_window
-        places, drawn = draw.thinned(list(values))
+        places, drawn = draw.thin(list(values))
         lines.append(
             draw.scatter(
                 places,
@@ -376,11 +376,11 @@ def _over_time(page: PageData) -> Panel | None:
             )
         )
         rows.append((name, *map(digits, np.percentile(values, (5, 50, 95)))))
-    chart = draw.only(lines, draw.layout("window", "busiest / mean", count=number))
+    chart = draw.variant(lines, draw.layout("window", "busiest / mean", count=number))
     return Panel(
         (Chart("time", "imbalance of every window", chart, 340),),
         (Table("Imbalance of windows", ("placement", "5 %", "median", "95 %"), rows),),
-        _notes_over_time(page),
+        _write_notes_over_time(page),
         words=" Drag to look closer, double-click to go back.",
     )
 
@@ -392,11 +392,11 @@ def _list_windows(page: PageData) -> Panel:
     return Panel(tables=(Table("Imbalance of windows", ("window", *page.names), rows),))
 
 
-def _notes_over_time(page: PageData) -> tuple[str, ...]:
+def _write_notes_over_time(page: PageData) -> tuple[str, ...]:
     """Write which windows these are, and how far the traffic drifts in them."""
     replayed = page.evaluations[0].replayed
     assert replayed is not None
-    windows, rest = page.windows, left_over(replayed.traffic, replayed.setting.window)
+    windows, rest = page.windows, write_left_out(replayed.traffic, replayed.setting.window)
     notes = [sentence(f"{windows}; {rest}" if rest else windows)]
     drift = page.advice.drift if page.advice is not None else None
     if drift is not None:
@@ -407,7 +407,7 @@ def _notes_over_time(page: PageData) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _groups(page: PageData) -> Panel | None:
+def _show_groups(page: PageData) -> Panel | None:
     audit = page.judgement
     if not audit.groups:
         return None
@@ -426,7 +426,7 @@ def _groups(page: PageData) -> Panel | None:
     ends = [(change.value, *(change.interval or 2 * (change.value,))) for _, change in drawn]
     value, low, high = 100 * np.array(ends).reshape(-1, 3).T
     names, places = [name for name, _ in drawn], list(range(len(drawn)))
-    labels = [draw.plain(name) + unclear.get(name, "") for name in names]
+    labels = [draw.escape_tags(name) + unclear.get(name, "") for name in names]
     looks = [
         JUDGED["few" if name in unclear else "worse" if name in losers else ""] for name in names
     ]
@@ -445,7 +445,7 @@ def _groups(page: PageData) -> Panel | None:
     spec["xaxis"] |= {**draw.ZERO, "rangemode": "tozero"}
     rows = [
         (
-            draw.plain(name),
+            draw.escape_tags(name),
             *map(signed, (change.value, change.low, change.high)),
             "too few" if name in unclear else "worse" if name in losers else "",
         )
@@ -461,13 +461,13 @@ def _groups(page: PageData) -> Panel | None:
         )
     label, height = "change of every group with its interval", 130 + 24 * len(drawn)
     return Panel(
-        (Chart("groups", label, draw.only([data], spec), height),),
+        (Chart("groups", label, draw.variant([data], spec), height),),
         (Table("Groups", ("group", "change", "from", "to", "judged"), rows, len(changes)),),
         tuple(notes),
     )
 
 
-def _search(page: PageData) -> Panel | None:
+def _show_search(page: PageData) -> Panel | None:
     result = page.result
     if result is None or not result.bound or result.bound_is_of_loads:
         return None
@@ -520,19 +520,19 @@ def _search(page: PageData) -> Panel | None:
     ]
     label = f"best placement and bound {when}"
     return Panel(
-        (Chart("search", label, draw.only(data, spec)),),
+        (Chart("search", label, draw.variant(data, spec)),),
         (Table(f"Progress, {page.unit}", (axis, "phase", "best", "bound", "gap"), rows),),
         (say(proven),),
     )
 
 
-def _price(page: PageData) -> Panel | None:
+def _show_price(page: PageData) -> Panel | None:
     charts, tables, words = [], [], ""
     if page.advice is not None and len(page.advice.copies) > 1:
         words = (
             " Numbers of copies are compared by short searches, so gains are not the headline's."
         )
-        charts.append(_copies_chart(page.advice))
+        charts.append(_draw_copies(page.advice))
         windows = list(page.advice.copies[0].gains)
         head = [f"windows of {window:,}" if window else "gain" for window in windows]
         rows = [
@@ -553,7 +553,7 @@ def _price(page: PageData) -> Panel | None:
             "%{x:,.3r} " + unit + ": %{y:,.3r} less",
             line={"shape": "hv", "color": PROPOSED},
         )
-        chart = draw.only([data], draw.layout(unit, "less of the objective"))
+        chart = draw.variant([data], draw.layout(unit, "less of the objective"))
         charts.append(Chart("trades", "gain against what moves", chart))
         rows = [
             (str(each.experts_moved), digits(each.objective), digits(each.gain))
@@ -563,7 +563,7 @@ def _price(page: PageData) -> Panel | None:
     return Panel(tuple(charts), tuple(tables), words=words) if charts else None
 
 
-def _copies_chart(advice: Advice) -> Chart:
+def _draw_copies(advice: Advice) -> Chart:
     by_size = advice.copies[0].bytes_per_device is not None
     data = []
     for number, window in enumerate(advice.copies[0].gains):
@@ -588,14 +588,14 @@ def _copies_chart(advice: Advice) -> Chart:
     spec = draw.layout(axis, "gain on unseen traffic, %")
     spec["yaxis"]["rangemode"] = "tozero"
     label = "gain on unseen traffic against slots for copies"
-    return Chart("copies", label, draw.only(data, spec))
+    return Chart("copies", label, draw.variant(data, spec))
 
 
-def _moves(page: PageData) -> Panel | None:
+def _show_moves(page: PageData) -> Panel | None:
     diff = page.moves
     if not diff.experts_moved:
         return None
-    pairs, what = _by_node(diff.pairs, page)
+    pairs, what = _sum_by_node(diff.pairs, page)
     chart = {"": draw.matrices([pairs], ["experts"], what, "experts")}
     rows = [tuple(map(str, row)) for row in diff.moves[:ROWS].tolist()]
     head = ("layer", "expert", "from", "to")
@@ -609,14 +609,14 @@ def _moves(page: PageData) -> Panel | None:
 
 # What makes the panel of every question of the page, or nothing.
 PANELS: dict[str, Callable[[PageData], Panel | None]] = {
-    "layers": _layers,
-    "experts": _experts,
-    "hot": _hot_experts,
-    "links": _links,
-    "next": _next,
-    "time": _over_time,
-    "groups": _groups,
-    "search": _search,
-    "price": _price,
-    "moves": _moves,
+    "layers": _show_layers,
+    "experts": _show_experts,
+    "hot": _show_hot_experts,
+    "links": _show_links,
+    "next": _show_next,
+    "time": _show_over_time,
+    "groups": _show_groups,
+    "search": _show_search,
+    "price": _show_price,
+    "moves": _show_moves,
 }

@@ -40,7 +40,7 @@ def draw_hot_experts(hot: HotExperts) -> Chart:
     ]
     axes = draw.layout("% of the experts that are kept near", "% of the picks")
     label = "picks that the experts take which are kept near"
-    return Chart("hot", label, draw.only(lines, axes))
+    return Chart("hot", label, draw.variant(lines, axes))
 
 
 def draw_structure(structure: Structure) -> tuple[Chart, ...]:
@@ -56,4 +56,4 @@ def draw_structure(structure: Structure) -> tuple[Chart, ...]:
     )
     axes = draw.layout("layer", "busiest expert / mean load", count=len(layers))
     label = "load of the busiest expert of every layer"
-    return draw_hot_experts(structure.hot_experts), Chart("skew", label, draw.only([skew], axes))
+    return draw_hot_experts(structure.hot_experts), Chart("skew", label, draw.variant([skew], axes))

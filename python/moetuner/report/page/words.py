@@ -49,7 +49,7 @@ def _initial(value: Any) -> str:
     return words.get(method, name)
 
 
-def _declared(*kinds: Any) -> dict[str, tuple[str, Write]]:
+def _list_declared(*kinds: Any) -> dict[str, tuple[str, Write]]:
     """Return what settings of dataclasses are called, and how their values are written."""
     rows: dict[str, tuple[str, Write]] = {}
     for own in (own for kind in kinds for own in fields(kind) if "label" in own.metadata):
@@ -64,7 +64,7 @@ SETTINGS: dict[str, tuple[str, Write]] = {
     "devices": ("Devices", _number),
     "devices_per_node": ("Devices of a node", _number),
     "topology": ("Machine", _text),
-    **_declared(Serving, Problem),
+    **_list_declared(Serving, Problem),
     "initial": ("Running placement", _initial),
     "baseline": ("Compared with", _initial),
     "placement": ("Proposed placement", _text),
@@ -94,12 +94,12 @@ SETTINGS: dict[str, tuple[str, Write]] = {
     "seed": ("Random seed", str),
 }
 # What changes no answer is not told.
-UNTOLD = ("threads",)
+NOT_SHOWN = ("threads",)
 
 
-def settings_in_words(settings: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+def write_settings(settings: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """Return the names and values of settings that were made."""
-    told = {key: value for key, value in settings.items() if key not in UNTOLD}
+    told = {key: value for key, value in settings.items() if key not in NOT_SHOWN}
     order = [*SETTINGS, *(key for key in told if key not in SETTINGS)]
     rows = []
     for key in order:
@@ -114,15 +114,15 @@ def settings_in_words(settings: Mapping[str, Any]) -> tuple[tuple[str, str], ...
 
 def unbroken(prose: str) -> Markup:
     """Return text whose options a browser does not break at their dashes."""
-    return _marked(OPTION, prose, "option")
+    return _mark(OPTION, prose, "option")
 
 
 def as_command(line: str) -> Markup:
     """Return a command that breaks between its words: within one only where it fills a line."""
-    return _marked(WORD, line, "word")
+    return _mark(WORD, line, "word")
 
 
-def _marked(part: re.Pattern[str], line: str, kind: str) -> Markup:
+def _mark(part: re.Pattern[str], line: str, kind: str) -> Markup:
     """Mark parts of a line as of a kind, and options in them."""
     from markupsafe import Markup, escape
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from moetuner.files.cells import sentence
 from moetuner.report.findings import PYTHON, Finding, Role, Voice
 from moetuner.report.words import advice, results, traffic
-from moetuner.report.words.advice import CALLED
+from moetuner.report.words.advice import ANSWER_WORDS
 
 CLAUSES = advice.CLAUSES | results.CLAUSES | traffic.CLAUSES
 
@@ -36,7 +36,7 @@ def say_all(
 ) -> list[str]:
     """Write findings as sentences, of some roles or all, without those that another one says."""
     findings, roles = list(findings), set(roles)
-    said = {kind for each in findings for kind in needless(each.kind, voice)}
+    said = {kind for each in findings for kind in list_repeated(each.kind, voice)}
     return [
         say(each, voice)
         for each in findings
@@ -44,7 +44,7 @@ def say_all(
     ]
 
 
-def needless(kind: str, voice: Voice) -> tuple[str, ...]:
+def list_repeated(kind: str, voice: Voice) -> tuple[str, ...]:
     """Return the kinds of findings that one of this kind says as well."""
     # A page has tiles for the times of its headline, and the sentence among the reasons.
     return ("gain",) if kind == "gain of one size of windows" and not voice.is_page else ()
@@ -52,6 +52,6 @@ def needless(kind: str, voice: Voice) -> tuple[str, ...]:
 
 def say_answer(answer: str, headline: Finding, voice: Voice = PYTHON) -> str:
     """Write an answer and its headline, which stand alone."""
-    if headline.kind == "gains of phases" and answer == CALLED["worth it"]:
+    if headline.kind == "gains of phases" and answer == ANSWER_WORDS["worth it"]:
         return say(headline, voice)  # it begins with the answer
     return sentence(f"{answer}: {write(headline, voice)}")

@@ -21,8 +21,8 @@ from moetuner.report.words.parts import (
     Clause,
     name_running,
     name_windows,
-    with_interval,
     write_amount,
+    write_gain,
     write_interval,
 )
 from moetuner.serving.engines import ENGINES
@@ -30,11 +30,11 @@ from moetuner.serving.phases import name_phase
 from moetuner.serving.splits import RULES
 
 # Groups that a sentence names.
-LOSERS = 5
+MOST_NAMED = 5
 # What to do where a recording shows one kind of traffic.
 MIX = "record a mix of what you serve: prefill and decode, several lengths, subjects and languages"
 # What a gain is called in a headline, before the phase that it is of.
-CALLED = {
+ANSWER_WORDS = {
     "worth it": "worth a trial",
     "certain but small": "small",
     "no evidence": "no certain gain",
@@ -81,9 +81,9 @@ def _gains_of_phases(
     price: float | None,
     of_groups: bool,
 ) -> str:
-    by_word: dict[str, list[str]] = {word: [] for word in CALLED.values()}
+    by_word: dict[str, list[str]] = {word: [] for word in ANSWER_WORDS.values()}
     for phase, gain in gains.items():
-        by_word[CALLED[gain.answer]].append(f"{phase} ({signed(gain.gain)})")
+        by_word[ANSWER_WORDS[gain.answer]].append(f"{phase} ({signed(gain.gain)})")
     texts = [f"{word} for {' and '.join(names)}" for word, names in by_word.items() if names]
     lacks = _prefill_lacks(prefill_lacks)
     return f"{', '.join(texts)}{_less_than(price)}{lacks}{_of_a_mix(of_groups)}"
@@ -215,9 +215,9 @@ def _groups_apart(
         f"{name_windows(window, recorded)}"
     )
     if bad:
-        line += f"; not for {listed([texts[group] for group in bad], 2 * LOSERS)}"
+        line += f"; not for {listed([texts[group] for group in bad], 2 * MOST_NAMED)}"
     if unclear:
-        line += f"; too little traffic to judge {listed([*map(name, unclear)], 2 * LOSERS)}"
+        line += f"; too little traffic to judge {listed([*map(name, unclear)], 2 * MOST_NAMED)}"
     return line
 
 
@@ -233,7 +233,7 @@ def _halves_of_groups(
     window: int | None,
     recorded: int | None,
 ) -> str:
-    names = "; ".join(listed([*map(name, own)], LOSERS) for own in groups)
+    names = "; ".join(listed([*map(name, own)], MOST_NAMED) for own in groups)
     return (
         f"the halves of the recording hold different groups ({names}). Placed on one half and "
         f"judged on the other it {_gains_or_loses(worst)}{write_interval(worst)} at worst; if you "
@@ -425,7 +425,7 @@ def _slower_groups(
     names = [f"{name(group)} ({100 * change:.1f} %)" for group, change in groups.items()]
     text = (
         f"slower in {name_windows(window, recorded)}, each group alone and beyond chance: "
-        f"{listed(names, LOSERS)}; one placement cannot suit all groups"
+        f"{listed(names, MOST_NAMED)}; one placement cannot suit all groups"
     )
     if repeat is None:
         return text
@@ -458,10 +458,10 @@ CLAUSES: dict[str, Clause] = {
     ),
     "neighbouring windows are alike": _neighbours_alike,
     "uncertain gain": lambda voice, gain: (
-        f"the gain is {with_interval(gain)}: too uncertain to say whether it pays; record more"
+        f"the gain is {write_gain(gain)}: too uncertain to say whether it pays; record more"
     ),
     "prefill not judged": lambda voice, gain, tokens: (
-        f"decode {with_interval(gain)}{_prefill_lacks(tokens)}"
+        f"decode {write_gain(gain)}{_prefill_lacks(tokens)}"
     ),
     "nothing to place": (
         "{engine} splits layers or weights over devices, not experts, so no placement helps there. "

@@ -36,7 +36,7 @@ def write_interval(gain: Comparison) -> str:
     return f" ({gain.sure})" if gain.sure and gain.interval != (0, 0) else ""
 
 
-def with_interval(gain: Comparison) -> str:
+def write_gain(gain: Comparison) -> str:
     """Write a gain with its interval, if it has one."""
     ends = "" if gain.low is None else f" (95 % interval {span(gain.low, gain.high)})"
     return f"{signed(gain.gain)}{ends}"

@@ -15,7 +15,7 @@ from moetuner.report.findings import Voice
 from moetuner.report.words.parts import Clause
 
 # What the shares of picks say of fixed sets of experts.
-HOT = {
+MEANING = {
     "a static set is worth it": "some experts are chosen far more often, and stay the same ones",
     "a cache serves better": "what was used last says more than what is used most",
     "routing is flat": "the number of experts that are kept near decides, not which ones",
@@ -51,7 +51,7 @@ def _hot_experts(
     with_cache = "" if cache is None else f", a cache of that size {100 * cache:.0f} %"
     picks = "unseen picks" if is_unseen else "picks that they are chosen by"
     return (
-        f"{answer}: {HOT[answer]}. Half of the experts take {100 * static:.0f} % of the "
+        f"{answer}: {MEANING[answer]}. Half of the experts take {100 * static:.0f} % of the "
         f"{picks}{with_cache}; without preference it would be {100 * chance:.0f} %"
     )
 
