@@ -38,7 +38,7 @@ from moetuner.report.outcome import (
     head,
     judge_outcome,
     judge_outcomes,
-    running,
+    make_running_result,
     window_to_name,
 )
 from moetuner.report.page.data import PageData, make_outcome_data
@@ -242,7 +242,7 @@ class Split:
         results: list[Result] = []
         for place, method in enumerate(methods, 1):
             if (runs := self._runs(method)) is not None:
-                results.append(running(self.problem, runs, method))
+                results.append(make_running_result(self.problem, runs, method))
                 continue
             where = f"{place} of {len(methods)}, split {self.number + 1}"
             arguments = asdict(self.search)

@@ -35,7 +35,7 @@ from moetuner.report.outcome import (
     head,
     judge_outcome,
     judge_outcomes,
-    running,
+    make_running_result,
     window_to_name,
 )
 from moetuner.report.page.data import PageData, make_outcome_data
@@ -217,10 +217,10 @@ def _replay(
     **options: Any,
 ) -> tuple[Outcome, list[Outcome]]:
     """Replay a result and what runs, or else blocks; return what runs, and the table's rows."""
-    blocks = running(problem, contiguous(result.placement), "contiguous")
+    blocks = make_running_result(problem, contiguous(result.placement), "contiguous")
     before = [blocks]
     if initial is not None and initial != blocks.placement:
-        before.append(running(problem, initial))
+        before.append(make_running_result(problem, initial))
     outcomes = work.replay([*before, result], problem, serving, judged_on, **options)
     is_shown = result.method != "contiguous" or initial is not None
     return outcomes[len(before) - 1], outcomes if is_shown else outcomes[-1:]

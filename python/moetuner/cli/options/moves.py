@@ -20,7 +20,7 @@ from moetuner.files.cells import counted, in_bytes, percent
 from moetuner.formats import form_of, read_placement
 from moetuner.placement import Placement, PlacementDiff, blocks
 from moetuner.problem import Problem
-from moetuner.report.advice import READ, STARTS
+from moetuner.report.advice import INITIAL_NAME, STARTS
 from moetuner.report.advice.request import count_running_slots
 from moetuner.solver import Method, Result, Trade, pareto, solve
 from moetuner.statistics import RoutingStatistics
@@ -43,7 +43,7 @@ baseline_option = partial(
 
 def is_start(initial: str, flag: str = "--initial") -> bool:
     """Return whether a text names what engines begin with; raise unless it names a file then."""
-    if READ.fullmatch(initial):
+    if INITIAL_NAME.fullmatch(initial):
         return True
     if not Path(initial).is_file():
         raise click.BadParameter(

@@ -1,4 +1,4 @@
-"""A trial: placements computed from one part of some traffic, and evaluated on another."""
+"""A trial: placements that are computed from seen traffic, and evaluated on unseen traffic."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from moetuner.report.advice.request import Part, Request, Window, build_problem,
 from moetuner.solver import Method
 from moetuner.solver.result import Result
 
-# Placements that are judged: what runs, EPLB's in as many slots as the proposed one, and that one;
-# or by slots for copies of a device in a layer; or by the phase they are for.
+# Placements of a trial: the running one, EPLB's in as many slots as the proposed one, and the
+# proposed one. Other keys are slots for copies of a device in a layer, and names of phases.
 RUNNING, EPLB, PROPOSED = "running", "eplb", "proposed"
 Key = int | str
 
 
 @dataclass(frozen=True)
 class Trial:
-    """The placements of a part, and their evaluations by window."""
+    """Placements that were computed from seen traffic, and their evaluations by window."""
 
     result: Result
     problem: Problem
@@ -35,16 +35,13 @@ class Trial:
 def try_out(
     request: Request, part: Part, copies: int, *, by_group: bool = False, effort: str = "brief"
 ) -> Trial:
-    """Place with some slots for copies, and evaluate that beside EPLB's and what runs.
+    """Search a placement with a number of copies; evaluate it, EPLB's and the running one.
 
-    The placement that is proposed is searched with default effort. Others of the kind show whether
-    its gain is no chance: for that a brief search is enough.
+    A brief search is enough to see whether the gain of a proposed placement may be chance.
     """
-    problem, running = (
-        build_problem(request, part.statistics, copies),
-        running_placement(request, part),
-    )
-    # What runs stays wherever it is as good, if it fits into the slots.
+    problem = build_problem(request, part.statistics, copies)
+    running = find_running_placement(request, part)
+    # A search that starts at the running placement moves only what gains.
     result = search(
         request,
         problem,
@@ -63,8 +60,8 @@ def try_out(
     return Trial(result, problem, placements, evaluations)
 
 
-def running_placement(request: Request, part: Part) -> Placement:
-    """Return what runs; EPLB's placement is that of what was seen."""
+def find_running_placement(request: Request, part: Part) -> Placement:
+    """Return the running placement; EPLB's is computed from the seen traffic."""
     if request.initial == "contiguous":
         traffic = request.traffic
         return blocks(traffic.layers, traffic.num_experts, request.topology.devices)
@@ -84,7 +81,7 @@ def evaluate_all(
     *,
     by_group: bool = False,
 ) -> dict[Window, dict[Key, Evaluation]]:
-    """Evaluate placements on other traffic, by window."""
+    """Return the evaluations of placements on unseen traffic, by size of windows."""
     evaluations = outcome.replay(
         list(placements.values()),
         request.serving,
