@@ -169,9 +169,7 @@ def measure_hot_experts(
     return HotExperts(
         sizes=SIZES,
         is_unseen=is_unseen,
-        static=tuple(
-            _compute_share(unseen_load, _choose_hottest(seen_load, size)) for size in SIZES
-        ),
+        static=tuple(static),
         chance=SIZES if is_unseen else _draw_shares(unseen_load),
         cache=_simulate_cache(unseen, threads) if isinstance(unseen, RoutingTrace) else None,
         static_of_layer=tuple(of_layer.tolist()),

@@ -249,8 +249,8 @@ def _advise(request: Request, splits: int) -> Advice:
     )
     main = choose_main(judgements)
     if len(copies) == 1:  # a single number is not searched for
-        gains = {judgement.window: (judgement.gain.gain,) for judgement in judgements}
-        copies = (replace(copies[0], gains=gains),)
+        only = copies[0]
+        copies = (replace(only, gains={one.window: (one.gain.gain,) for one in judgements}),)
     units = request.units[main.window]
     request.progress("comparing the halves of the recording")
     drift = None

@@ -1,7 +1,7 @@
-"""write_page(): results on one page that opens offline, for people who decide.
+"""Write results on one page that opens offline, for people who decide.
 
-The page asks nobody for anything: its policy of content forbids every request. Data and plotly's
-script are embedded, compressed, and unpacked by the browser.
+The page loads nothing: its content security policy forbids every request. Data and plotly's script
+are embedded, compressed, and unpacked by the browser.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ EXTRA = "a report needs plotly and jinja2: pip install 'moetuner[report]'"
 
 
 def check_libraries() -> None:
-    """Raise ImportError, naming the extra, unless the libraries of a page are installed."""
+    """Raise ImportError, which names the extra, unless the libraries of a page are installed."""
     for library in ("plotly", "jinja2"):
         if find_spec(library) is None:
             raise ImportError(EXTRA)
 
 
 def write_page(path: Path, data: PageData) -> None:
-    """Write a page; it appears whole or not at all, and is the same for the same results."""
+    """Write a page atomically; it has the same bytes for the same results."""
     page = render(data)
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -52,16 +52,16 @@ def write_report(
     *,
     names: tuple[str, str] = ("before", "after"),
 ) -> None:
-    """Write one page on results, which opens offline: what ``moetuner evaluate --report`` writes.
+    """Write results on one page that opens offline, as ``moetuner evaluate --report`` does.
 
     Parameters
     ----------
     path
-        HTML file to write; it appears whole or not at all.
+        HTML file, which is written atomically.
     results
-        What ``advise`` returned, or evaluations of two placements on the same traffic.
+        An advice, or evaluations of two placements on the same traffic.
     names
-        Of the two placements; an advice has its own.
+        Names of the two placements; an advice has its own.
 
     Raises
     ------
@@ -130,35 +130,37 @@ def _compile_template() -> Template:
 
 @cache
 def _read_plotly() -> tuple[str, str]:
-    """Return the hash of plotly's script, and the script as the page carries it."""
+    """Return the hash of plotly's script, and the script compressed."""
     file = resources.files("plotly") / "package_data" / "plotly.min.js"
     script = file.read_text(encoding="utf-8")
     return _hash(script), _compress(script.encode())
 
 
 def _hash(script: str) -> str:
-    """Return the hash by which a policy of content allows a script."""
+    """Return the hash by which a content security policy allows a script."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def _compress(content: bytes) -> str:
+    """Compress bytes, as text for the page."""
     return base64.b64encode(gzip.compress(content, 9, mtime=0)).decode()
 
 
 def _leave_out_matrices(contents: Any) -> Any:
-    """Leave out matrices of groups: of many groups they would be most of the page."""
+    """Return contents without matrices of groups, which would be most of the page."""
     if not isinstance(contents, dict):
         return contents
-    slim = {key: _leave_out_matrices(each) for key, each in contents.items()}
-    by_group = slim.get("by_group")
-    # An advice has a list of gains there, an evaluation a map of evaluations.
-    for each in by_group.values() if isinstance(by_group, dict) else ():
-        each.pop("traffic", None)
-    return slim
+    rest = {key: _leave_out_matrices(value) for key, value in contents.items()}
+    by_group = rest.get("by_group")
+    # An evaluation has a map of evaluations there, an advice a list of gains.
+    if isinstance(by_group, dict):
+        for evaluation in by_group.values():
+            evaluation.pop("traffic", None)
+    return rest
 
 
 def _write_json(value: Any, indent: int | None = None) -> bytes:
-    """Write JSON, null for what JSON cannot say."""
+    """Write JSON, with null for numbers that JSON does not have."""
     compact = None if indent else (",", ":")
     return json.dumps(finite(value), allow_nan=False, indent=indent, separators=compact).encode()
 

@@ -1,4 +1,4 @@
-"""Charts as plotly draws them: points and lines, and heat maps."""
+"""Build charts for plotly: points, lines and heat maps."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from moetuner.files.text import name as one_line
 
 Spec = dict[str, Any]
 
-# Devices up to which a layer has a matrix of its own of devices; with more, of nodes.
+# Most devices of a matrix of a single layer; with more devices it has nodes.
 MOST_DEVICES = 16
-# Points of a line.
+# Most points of a line.
 POINTS = 1000
 ZERO: Spec = {"zeroline": True, "zerolinecolor": "var(--text)", "zerolinewidth": 1}
 RUNNING, PROPOSED = "var(--running)", "var(--proposed)"
@@ -24,22 +24,22 @@ RUNNING, PROPOSED = "var(--running)", "var(--proposed)"
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart: what plotly draws, for each choice that a reader has.
+    """One chart: plotly's data and layout, in one variant or several to choose from.
 
     Parameters
     ----------
     key
-        Unique on the page.
+        Name that is unique on the page.
     label
-        What is seen, for those who cannot see it.
+        Description for readers who cannot see the chart.
     variants
-        Data and layout by the name of the choice.
+        Data and layout by the name of the variant.
     height
-        Pixels.
+        Height in pixels.
     selects
-        Charts whose choice number ``n + first`` a click on point n makes.
+        Keys of charts in which a click on layer n chooses the variant of that layer.
     stacked
-        Height and axes of its parts below each other, for narrow screens.
+        Height and axes of matrices below each other, for narrow screens.
     """
 
     key: str
@@ -51,7 +51,7 @@ class Chart:
 
 
 def pack(values: ArrayLike, kind: str = "f4") -> Spec:
-    """Pack numbers as plotly reads them: base64, with a shape where there are two dimensions."""
+    """Encode numbers as plotly reads them: base64, with a shape where there are two dimensions."""
     array = np.ascontiguousarray(np.asarray(values), dtype=np.dtype(kind).newbyteorder("<"))
     spec: Spec = {"dtype": kind, "bdata": base64.b64encode(array.tobytes()).decode()}
     if array.ndim > 1:
@@ -60,7 +60,7 @@ def pack(values: ArrayLike, kind: str = "f4") -> Spec:
 
 
 def escape_tags(text: str, limit: int = 40) -> str:
-    """Return a name that is nothing but text: plotly reads some tags."""
+    """Return a name of at most ``limit`` characters in which plotly finds no tags."""
     text = one_line(text).replace("<", "\u2039").replace(">", "\u203a").replace("&", "\uff06")
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
@@ -68,7 +68,7 @@ def escape_tags(text: str, limit: int = 40) -> str:
 def layout(x: str = "", y: str = "", *, count: int = 0, **others: Any) -> Spec:
     """Return a layout with titles of the axes.
 
-    Where x numbers ``count`` things, and these are few, every number has a label.
+    Where x has ``count`` whole numbers, and these are few, every one has a label.
     """
     axis = {"automargin": True, "gridcolor": "var(--grid)"}
     return {
@@ -85,12 +85,12 @@ def layout(x: str = "", y: str = "", *, count: int = 0, **others: Any) -> Spec:
 
 
 def variant(data: list[Spec], layout: Spec) -> dict[str, Spec]:
-    """Return the one variant of a chart."""
+    """Return the variants of a chart that has only one."""
     return {"": {"data": data, "layout": layout}}
 
 
 def label_each(count: int) -> Spec:
-    """Return what labels whole numbers one by one, where there are few."""
+    """Return the axis setting that labels every whole number, where there are few."""
     return {"dtick": 1} if 0 < count <= 12 else {}
 
 
@@ -106,7 +106,7 @@ def scatter(
 ) -> Spec:
     """Draw points, or a line through them.
 
-    ``legend`` is their name there and under the pointer; ``kind`` is the type of x.
+    ``legend`` is their name in the legend and under the pointer; ``kind`` is the type of x.
     """
     named = {} if legend is None else {"name": escape_tags(legend)}
     return {
@@ -122,35 +122,35 @@ def scatter(
 
 def whiskers(values: NDArray[Any], low: NDArray[Any], high: NDArray[Any], **others: Any) -> Spec:
     """Draw intervals around values."""
-    above, below = (pack(np.maximum(part, 0)) for part in (high - values, values - low))
+    above, below = (pack(np.maximum(length, 0)) for length in (high - values, values - low))
     return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, **others}
 
 
 def thin(values: Sequence[float]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return places and values of at most 1,000 points that keep the least and most of each run."""
+    """Return places and values of at most ``POINTS`` points: the least and most of each run."""
     array = np.asarray(values, dtype=np.float64)
     if len(array) <= POINTS:
         return np.arange(len(array)), array
-    chosen = []
+    ends = []
     for run in np.array_split(np.arange(len(array)), POINTS // 2):
-        chosen += sorted({int(run[array[run].argmin()]), int(run[array[run].argmax()])})
-    at = np.array(chosen)
-    return at, array[at]
+        ends += sorted({int(run[array[run].argmin()]), int(run[array[run].argmax()])})
+    places = np.array(ends)
+    return places, array[places]
 
 
 def heat_map(table: NDArray[Any], hover: str, **others: Any) -> Spec:
-    """Draw a matrix by colours."""
+    """Draw a matrix in colours."""
     return {"type": "heatmap", "z": pack(table), "hovertemplate": hover, **others}
 
 
 def make_colour_scale(unit: str, low: float, high: float, **others: Any) -> Spec:
-    """Return a scale of colours, told bright from dark also by who sees none."""
-    key = {"title": {"text": unit, "side": "right"}, **others, "thickness": 12}
-    return {"colorscale": "Cividis", "cmin": low, "cmax": high, "colorbar": key}
+    """Return a scale of colours that colour-blind readers can tell apart by brightness."""
+    bar = {"title": {"text": unit, "side": "right"}, **others, "thickness": 12}
+    return {"colorscale": "Cividis", "cmin": low, "cmax": high, "colorbar": bar}
 
 
 def outline(path: str, colour: str = "var(--border)", width: int = 1, **where: str) -> Spec:
-    """Draw lines over a heat map; one shape for all, as each has a price in the browser."""
+    """Draw lines over a heat map, as one shape: many shapes make the browser slow."""
     return {"type": "path", "path": path, **where, "line": {"color": colour, "width": width}}
 
 

@@ -1,4 +1,4 @@
-"""The charts of what ``moetuner inspect`` measures; pages show some of them too."""
+"""Draw the charts of ``moetuner inspect``; pages show some of them too."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moetuner.report.structure import Structure
 
 
 def list_curves(hot: HotExperts) -> dict[str, Sequence[float]]:
-    """Return the shares of picks that experts take which are kept near, by how they are chosen."""
+    """Return the shares of picks that experts kept near take, by how these are chosen."""
     curves: dict[str, Sequence[float]] = {
         "most used, a fixed set": hot.static,
         "without preference": hot.chance,
@@ -22,8 +22,8 @@ def list_curves(hot: HotExperts) -> dict[str, Sequence[float]]:
 
 
 def draw_hot_experts(hot: HotExperts) -> Chart:
-    """Draw the share of picks that experts take which are kept near, over how many these are."""
-    # No experts take nothing, and all of them everything.
+    """Draw the share of picks that experts kept near take, over their number."""
+    # Curves begin at no experts, which take no picks, and end at all, which take all.
     ends = 100 * np.array([0.0, *hot.sizes, 1.0])
     colours = (PROPOSED, "var(--muted)", RUNNING)
     lines = [
