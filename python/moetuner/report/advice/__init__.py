@@ -249,8 +249,9 @@ def _advise(request: Request, splits: int) -> Advice:
     )
     main = choose_main(judgements)
     if len(copies) == 1:  # a single number is not searched for
-        only = copies[0]
-        copies = (replace(only, gains={one.window: (one.gain.gain,) for one in judgements}),)
+        gains: dict[int | None, tuple[float, ...]]
+        gains = {judgement.window: (judgement.gain.gain,) for judgement in judgements}
+        copies = (replace(copies[0], gains=gains),)
     units = request.units[main.window]
     request.progress("comparing the halves of the recording")
     drift = None
@@ -375,12 +376,12 @@ def _choose_windows(
 
 def _count_missing_tokens(request: Request) -> int:
     """Return by how many tokens the recording is too short to judge prefill; 0 if it is not."""
-    judged, fewest = request.judged_on, 2 * PREFILL_WINDOWS[-1]
+    tokens, fewest = request.judged_on.length, 2 * PREFILL_WINDOWS[-1]
     is_judged = len(request.windows) > 1 or request.serving.phases is not None
     if is_judged or request.windows[0] is None:
         return 0
     # Without unseen traffic, half of the recording is judged on.
-    return fewest - judged.length if request.unseen is not None else 2 * fewest - judged.length
+    return (fewest if request.unseen is not None else 2 * fewest) - tokens
 
 
 def _check_values(
@@ -408,12 +409,14 @@ def _check_values(
 def check_unseen(traffic: Recording, unseen: Recording) -> None:
     """Raise if the unseen traffic is of another kind or model, or has no tokens."""
     check_recording(unseen, "unseen")
-    both = (traffic, unseen)
     if traffic.noun != unseen.noun:
         raise check.ArgumentError(
             f"unseen must be {traffic.noun} like traffic, got {unseen.noun}", "unseen"
         )
-    wanted, got = (f"{each.layers} layers of {each.num_experts} experts" for each in both)
+    wanted, got = (
+        f"{recording.layers} layers of {recording.num_experts} experts"
+        for recording in (traffic, unseen)
+    )
     if wanted != got:
         raise check.ArgumentError(f"unseen must have {wanted} like traffic, got {got}", "unseen")
     if unseen.is_empty:

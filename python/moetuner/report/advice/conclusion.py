@@ -341,33 +341,35 @@ def _find_gains(advice: Advice) -> list[Finding]:
     """Return the gains in windows of each size, over EPLB, by group, and of copies."""
     ordered = advice.ordered
     running = {"running": advice.settings["initial"]}
-    found = [Finding("gain", {"gain": ordered[0].gain, **describe_windows(ordered[0]), **running})]
+    reasons = [
+        Finding("gain", {"gain": ordered[0].gain, **describe_windows(ordered[0]), **running})
+    ]
     if len(ordered) > 1:
-        found = [
-            Finding("gain of a phase", {"gain": judged.gain, **describe_windows(judged)})
-            for judged in ordered
+        reasons = [
+            Finding("gain of a phase", {"gain": judgement.gain, **describe_windows(judgement)})
+            for judgement in ordered
         ]
     if advice.over_eplb:
-        gains = _gains_by_phase(advice.over_eplb[judged.window] for judged in ordered)
-        found.append(Finding("gain over EPLB", {"gains": gains}))
-    found += _find_on_one(advice)
+        gains = _gains_by_phase(advice.over_eplb[judgement.window] for judgement in ordered)
+        reasons.append(Finding("gain over EPLB", {"gains": gains}))
+    reasons += _find_on_one(advice)
     aspects = _find_small_gains(advice)
     slots = None
     if len(advice.copies) > 1 and not _copies_pay(advice):
         slots = max(row.per_device for row in advice.copies)
     if aspects or slots is not None:
-        found.append(Finding("little to gain", {"aspects": aspects, "slots": slots}))
+        reasons.append(Finding("little to gain", {"aspects": aspects, "slots": slots}))
     if advice.by_group:
         main = advice.main
         by_group = {group: gains[main.window] for group, gains in advice.by_group.items()}
-        found.append(Finding("groups apart", {"gains": by_group, **describe_windows(main)}))
+        reasons.append(Finding("groups apart", {"gains": by_group, **describe_windows(main)}))
     if _copies_pay(advice):
         layers = advice.problem.statistics.layers
         problem = advice.problem
         single = -(-problem.experts // problem.devices)
         running_slots = max(advice.placements[0].slots_per_device - single, 0)
-        found.append(find_copies(advice.copies, advice.knee, advice.more, layers, running_slots))
-    return found
+        reasons.append(find_copies(advice.copies, advice.knee, advice.more, layers, running_slots))
+    return reasons
 
 
 def _find_on_one(advice: Advice) -> list[Finding]:
@@ -456,7 +458,7 @@ def find_costs(advice: Advice) -> list[Finding]:
         return []
     numbers: dict[str, Any] = {"experts": moving.experts, "of_experts": moving.of_experts}
     if moving.bytes is None:
-        found = [Finding("moving, size unknown", numbers, "cost")]
+        costs = [Finding("moving, size unknown", numbers, "cost")]
     else:
         numbers |= {
             "moved_bytes": moving.bytes,
@@ -466,9 +468,9 @@ def find_costs(advice: Advice) -> list[Finding]:
             "steps": None if moving.steps is None else int(moving.steps),
             "phase": name_phase(advice.main.window),
         }
-        found = [Finding("moving", numbers, "cost")]
+        costs = [Finding("moving", numbers, "cost")]
     if step is not None:
         numbers = {"experts": step.experts, "moved_bytes": step.bytes, "gain": step.gain.gain}
         numbers["of_gain"] = advice.main.gain.gain
-        found.append(Finding("few moves", numbers, "cost"))
-    return found
+        costs.append(Finding("few moves", numbers, "cost"))
+    return costs

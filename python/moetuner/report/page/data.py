@@ -344,7 +344,8 @@ def make_results_data(
         for value in values:
             check.instance(argument, value, kind)
     before, after = evaluations
-    if any(one.replayed is None or one.replayed.group is not None for one in evaluations):
+    replays = [evaluation.replayed for evaluation in evaluations]
+    if any(replay is None or replay.group is not None for replay in replays):
         raise ValueError("results must be as returned: not pickled, and not of a group alone")
     traffic, setting = after.replayed.traffic, after.replayed.setting
     model = f" of {text.name(traffic.model)}" if traffic.model else ""

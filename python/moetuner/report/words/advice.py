@@ -98,7 +98,7 @@ def _gain_in_total(
     price: float | None,
     of_groups: bool,
 ) -> str:
-    by_phase = ", ".join(f"{phase} {signed(part.gain)}" for phase, part in gains.items())
+    by_phase = ", ".join(f"{phase} {signed(of_phase.gain)}" for phase, of_phase in gains.items())
     return (
         f"{gain.much} predicted time than with {name_running(running)} where "
         f"{100 * prefill_share:g} % of the time is prefill{write_interval(gain)}: "

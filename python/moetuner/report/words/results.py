@@ -76,12 +76,12 @@ def _proven(bound: str | None, gap: float, single: bool, cap: str | None) -> str
 
 
 def _objective(voice: Voice, reached: str | None, seen: bool, bound: dict[str, Any] | None) -> str:
-    parts = []
+    texts = []
     if reached is not None:
-        parts.append(f"objective{' on the seen part' if seen else ''}: {reached}")
+        texts.append(f"objective{' on the seen part' if seen else ''}: {reached}")
     if bound is not None:
-        parts.append(_proven(**bound))
-    return "; ".join(parts)
+        texts.append(_proven(**bound))
+    return "; ".join(texts)
 
 
 def _judged_gain(voice: Voice, gain: Comparison, window: int | None, part: str | None) -> str:

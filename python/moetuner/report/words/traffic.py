@@ -84,14 +84,14 @@ def _machine(layers: int, devices: int, slots: int) -> str:
 
 def write_change(lost: list[int], retire: int, join: int) -> str:
     """Write which devices are lost, leave and join."""
-    parts = []
+    texts = []
     if lost:
-        parts.append(f"{_named_devices(lost)} lost")
+        texts.append(f"{_named_devices(lost)} lost")
     if retire:
-        parts.append(f"{counted(retire, 'device')} to leave")
+        texts.append(f"{counted(retire, 'device')} to leave")
     if join:
-        parts.append(f"{counted(join, 'device')} more")
-    return ", ".join(parts)
+        texts.append(f"{counted(join, 'device')} more")
+    return ", ".join(texts)
 
 
 def _named_devices(devices: list[int]) -> str:
