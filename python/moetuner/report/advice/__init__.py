@@ -36,7 +36,7 @@ from moetuner.report.advice.judging import (
     judge_trials,
     name_groups,
 )
-from moetuner.report.advice.request import Part, Request, count_running_slots, split_traffic
+from moetuner.report.advice.request import Holdout, Request, count_running_slots, split_traffic
 from moetuner.report.advice.step import find_step
 from moetuner.report.advice.sweep import sweep
 from moetuner.report.advice.trial import PROPOSED, RUNNING, Trial, try_out
@@ -236,10 +236,10 @@ def _advise(request: Request, splits: int) -> Advice:
     # Other splits would be the same where nothing is held out, and where unseen traffic was given.
     splits = splits if request.is_held_out and request.unseen is None else 1
     request.progress("counting what is seen")
-    part = split_traffic(request, check.nth_seed(request.seed, 0))
-    copies = sweep(request, part)
+    holdout = split_traffic(request, check.nth_seed(request.seed, 0))
+    copies = sweep(request, holdout)
     chosen_copies, larger_copies = _choose_copies(request, copies)
-    trials = _try_splits(request, part, chosen_copies, splits)
+    trials = _try_splits(request, holdout, chosen_copies, splits)
     request.progress("judging")
     first = trials[0]
     compute_trial_halves(request, first, [RUNNING, PROPOSED], by_group=True)
@@ -270,8 +270,8 @@ def _advise(request: Request, splits: int) -> Advice:
         knee=chosen_copies,
         more=larger_copies,
         moving=compute_move_cost(request, first, compute_saved_us(main)),
-        phases=judge_phases(request, part, chosen_copies),
-        division=judge_lp_split(request, part, first.placements[PROPOSED], main.window),
+        phases=judge_phases(request, holdout, chosen_copies),
+        division=judge_lp_split(request, holdout, first.placements[PROPOSED], main.window),
         drift=drift,
         halves=gains_of_halves,
         groups_of_halves=name_groups(halves),
@@ -279,7 +279,7 @@ def _advise(request: Request, splits: int) -> Advice:
         result=first.result,
         units=units,
         problem=first.problem,
-        judged_on=write_judged_on(request, part.unseen),
+        judged_on=write_judged_on(request, holdout.unseen),
         one_kind=find_one_kind(request.traffic, request.unseen),
         prefill_lacks=_count_missing_tokens(request),
         total=combine_phases(request, judgements),
@@ -290,7 +290,7 @@ def _advise(request: Request, splits: int) -> Advice:
     if advice.answer == "not now":
         advice = replace(advice, moving=advice.moving.stay())
     request.progress("weighing fewer moves")
-    advice = replace(advice, step=find_step(request, first, part, advice))
+    advice = replace(advice, step=find_step(request, first, holdout, advice))
     return replace(advice, findings=(*advice.findings, *find_costs(advice)))
 
 
@@ -303,12 +303,12 @@ def _choose_copies(request: Request, rows: tuple[Copies, ...]) -> tuple[int, int
     return chosen, larger if larger > chosen else None
 
 
-def _try_splits(request: Request, part: Part, copies: int, splits: int) -> list[Trial]:
+def _try_splits(request: Request, holdout: Holdout, copies: int, splits: int) -> list[Trial]:
     """Return a trial of every split; the first is searched at length, the others briefly."""
     trials: list[Trial] = []
     for number in range(splits):
         request.progress(f"split {number + 1} of {splits}: solving and judging")
-        split = split_traffic(request, check.nth_seed(request.seed, number)) if number else part
+        split = split_traffic(request, check.nth_seed(request.seed, number)) if number else holdout
         effort = "brief" if number else "default"
         trial = try_out(request, split, copies, by_group=not number, effort=effort)
         # Only the first problem is read later: without theirs the others' counts can be freed.

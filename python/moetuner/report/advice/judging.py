@@ -18,7 +18,7 @@ from moetuner.evaluation.units import Units
 from moetuner.placement import EMPTY, Placement
 from moetuner.recording import Recording
 from moetuner.report.advice.request import (
-    Part,
+    Holdout,
     Request,
     Window,
     build_problem,
@@ -154,8 +154,8 @@ def judge_halves(
     gains = []
     for half, other, name in zip(halves, halves[::-1], ("first", "second"), strict=True):
         request.progress(f"a placement of the {name} half on the other")
-        part = Part(request.seed, count_traffic(request, half), other)
-        trial = try_out(request, part, copies)
+        holdout = Holdout(request.seed, count_traffic(request, half), other)
+        trial = try_out(request, holdout, copies)
         gains.append(_judge_gain(request, trial, window, request.units[window]))
     return tuple(gains)
 
@@ -169,7 +169,9 @@ def judge_groups(request: Request, copies: int) -> dict[str, dict[Window, Compar
         request.progress(f"a placement of all groups but {group}, on {group}")
         is_in_group = np.isin(all_rows, rows)
         unseen, others = request.traffic.take(is_in_group), request.traffic.take(~is_in_group)
-        trial = try_out(request, Part(request.seed, count_traffic(request, others), unseen), copies)
+        trial = try_out(
+            request, Holdout(request.seed, count_traffic(request, others), unseen), copies
+        )
         gains[str(group)] = {
             window: _judge_gain(request, trial, window, request.units_of(unseen, window))
             for window in request.windows
@@ -177,7 +179,7 @@ def judge_groups(request: Request, copies: int) -> dict[str, dict[Window, Compar
     return gains
 
 
-def judge_phases(request: Request, part: Part, copies: int) -> PhaseTimes | None:
+def judge_phases(request: Request, holdout: Holdout, copies: int) -> PhaseTimes | None:
     """Predict times of both phases under brief placements for prefill, for decode and for both.
 
     None where the traffic has not both phases, seen and unseen.
@@ -187,7 +189,7 @@ def judge_phases(request: Request, part: Part, copies: int) -> PhaseTimes | None
     has_phases = set(PHASES) <= rows.keys() & unseen_rows.keys()
     if not (seen.ordered and has_phases):
         return None
-    problem = build_problem(request, part.statistics, copies)
+    problem = build_problem(request, holdout.statistics, copies)
     placements: dict[Key, Placement] = {"both": search_shortly(request, problem)}
     windows = {phase: request.windows[-1 if phase == "prefill" else 0] for phase in PHASES}
     for phase, window in windows.items():
@@ -233,7 +235,7 @@ def compute_move_cost(request: Request, trial: Trial, saved_us: float) -> Moving
 
 
 def judge_lp_split(
-    request: Request, part: Part, placement: Placement, window: Window
+    request: Request, holdout: Holdout, placement: Placement, window: Window
 ) -> LpSplit | None:
     """Compute the imbalance of a placement if a linear programme splits the tokens of its copies.
 
@@ -243,7 +245,7 @@ def judge_lp_split(
     dividing = None if request.engine is None else request.engine.dividing
     if dividing is None or request.serving.rule.needs_windows or (placement.replicas == 1).all():
         return None
-    counts = count_loads(without_groups(part.unseen), window=window, threads=request.threads)
+    counts = count_loads(without_groups(holdout.unseen), window=window, threads=request.threads)
     steps = np.flatnonzero(counts.is_step)
     if not steps.size:
         return None

@@ -127,7 +127,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Part:
+class Holdout:
     """The counts that placements are computed from, and the traffic that they are judged on."""
 
     seed: int
@@ -135,10 +135,10 @@ class Part:
     unseen: Recording
 
 
-def split_traffic(request: Request, seed: int) -> Part:
+def split_traffic(request: Request, seed: int) -> Holdout:
     """Return the counts of the seen part and the unseen part, chosen with a seed."""
     seen, unseen = split_recording(request, seed)
-    return Part(seed, count_traffic(request, seen), unseen)
+    return Holdout(seed, count_traffic(request, seen), unseen)
 
 
 def split_recording(request: Request, seed: int) -> tuple[Recording, Recording]:

@@ -8,7 +8,7 @@ from moetuner.cost import size_of_expert
 from moetuner.evaluation import Evaluation
 from moetuner.files.cells import counted
 from moetuner.placement import Placement
-from moetuner.report.advice.request import Part, Request, Window, build_problem, search_shortly
+from moetuner.report.advice.request import Holdout, Request, Window, build_problem, search_shortly
 from moetuner.report.advice.trial import (
     RUNNING,
     Key,
@@ -26,7 +26,7 @@ LEAST_GAIN = 0.005
 NONE: Key = 0
 
 
-def sweep(request: Request, part: Part) -> tuple[Copies, ...]:
+def sweep(request: Request, holdout: Holdout) -> tuple[Copies, ...]:
     """Return what each number of copies gains on the unseen traffic, and what it costs.
 
     All searches are equally short, so that only the copies differ. A single number is not searched:
@@ -34,15 +34,15 @@ def sweep(request: Request, part: Part) -> tuple[Copies, ...]:
     what runs, the next one and the largest are searched first, and those between only where one of
     the two gains on the seen traffic.
     """
-    placements: dict[Key, Placement] = {RUNNING: find_running_placement(request, part)}
+    placements: dict[Key, Placement] = {RUNNING: find_running_placement(request, holdout)}
     counts = request.tried_copies
     if len(counts) == 1:
         placements[counts[0]] = placements[RUNNING]
-        return _compute_gains(request, part, placements)
+        return _compute_gains(request, holdout, placements)
     values: dict[int, float] = {}
 
     def search(copies: int) -> None:
-        problem = build_problem(request, part.statistics, copies)
+        problem = build_problem(request, holdout.statistics, copies)
         placements[copies] = search_shortly(request, problem)
         values[copies] = problem.value(placements[copies])
 
@@ -54,20 +54,20 @@ def sweep(request: Request, part: Part) -> tuple[Copies, ...]:
         if copies in always or min(values.values()) < values[affordable[-1]] * (1 - LEAST_GAIN):
             search(copies)
     keys: list[Key] = [RUNNING, *(copies for copies in counts if copies in values)]
-    return _compute_gains(request, part, {key: placements[key] for key in keys})
+    return _compute_gains(request, holdout, {key: placements[key] for key in keys})
 
 
 def _compute_gains(
-    request: Request, part: Part, placements: dict[Key, Placement]
+    request: Request, holdout: Holdout, placements: dict[Key, Placement]
 ) -> tuple[Copies, ...]:
     """Compute what placements with copies gain over what runs, and the memory that they take."""
     request.progress("replaying them on what is unseen")
-    evaluations = evaluate_all(request, placements, part.unseen, request.windows)
+    evaluations = evaluate_all(request, placements, holdout.unseen, request.windows)
     # Layers are ordered by what their copies gain on the seen traffic.
     with_copies = {key: placement for key, placement in placements.items() if key != RUNNING}
     seen = {}
     if len(with_copies) > 1 and NONE in with_copies and request.serving.regime == "dispatch":
-        counts = part.statistics
+        counts = holdout.statistics
         seen = evaluate_all(request, with_copies, counts, (counts.window,))[counts.window]
     rows = []
     for copies in with_copies:

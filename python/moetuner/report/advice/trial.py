@@ -12,7 +12,7 @@ from moetuner.placement import Placement, blocks
 from moetuner.problem import Problem
 from moetuner.recording import Recording
 from moetuner.report import outcome
-from moetuner.report.advice.request import Part, Request, Window, build_problem, search
+from moetuner.report.advice.request import Holdout, Request, Window, build_problem, search
 from moetuner.solver import Method
 from moetuner.solver.result import Result
 
@@ -33,44 +33,51 @@ class Trial:
 
 
 def try_out(
-    request: Request, part: Part, copies: int, *, by_group: bool = False, effort: str = "brief"
+    request: Request,
+    holdout: Holdout,
+    copies: int,
+    *,
+    by_group: bool = False,
+    effort: str = "brief",
 ) -> Trial:
     """Search a placement with a number of copies; evaluate it, EPLB's and the running one.
 
     A brief search is enough to see whether the gain of a proposed placement may be chance.
     """
-    problem = build_problem(request, part.statistics, copies)
-    running = find_running_placement(request, part)
+    problem = build_problem(request, holdout.statistics, copies)
+    running = find_running_placement(request, holdout)
     # A search that starts at the running placement moves only what gains.
     result = search(
         request,
         problem,
         "joint",
-        part.seed,
+        holdout.seed,
         iterations=request.iterations,
         initial=running if problem.has_slots_for(running) else None,
         effort=effort,
     )
     placements: dict[Key, Placement] = {
         RUNNING: running,
-        EPLB: search(request, problem, "eplb", part.seed).placement,
+        EPLB: search(request, problem, "eplb", holdout.seed).placement,
         PROPOSED: result.placement,
     }
-    evaluations = evaluate_all(request, placements, part.unseen, request.windows, by_group=by_group)
+    evaluations = evaluate_all(
+        request, placements, holdout.unseen, request.windows, by_group=by_group
+    )
     return Trial(result, problem, placements, evaluations)
 
 
-def find_running_placement(request: Request, part: Part) -> Placement:
+def find_running_placement(request: Request, holdout: Holdout) -> Placement:
     """Return the running placement; EPLB's is computed from the seen traffic."""
     if request.initial == "contiguous":
         traffic = request.traffic
         return blocks(traffic.layers, traffic.num_experts, request.topology.devices)
-    problem = build_problem(request, part.statistics, request.running_copies)
+    problem = build_problem(request, holdout.statistics, request.running_copies)
     if isinstance(request.initial, Placement):
         problem.check_running(request.initial)
         return request.initial
     method = request.initial.partition(":")[0]
-    return search(request, problem, cast(Method, method), part.seed).placement
+    return search(request, problem, cast(Method, method), holdout.seed).placement
 
 
 def evaluate_all(
