@@ -114,8 +114,8 @@ def advise(
         or of one sequence after the other.
     copies
         Numbers of slots of a device in a layer, beyond one slot for each expert, to try. Of numbers
-        that take more memory than what runs, the next one and the largest are tried first, and
-        those between only where one of the two gains on the seen traffic.
+        that take more memory than the running placement, the next one and the largest are tried
+        first, and those between only where one of the two gains on the seen traffic.
     window
         Tokens of a window, whose load is balanced together. By default 512 for decode, and for
         prefill 8192, or 4096 or 2048 where the recording does not fill two windows of that size.
@@ -296,7 +296,7 @@ def _advise(request: Request, splits: int) -> Advice:
 
 def _choose_copies(request: Request, rows: tuple[Copies, ...]) -> tuple[int, int | None]:
     """Return the slots for copies to propose, and a larger number that gains more, if any does."""
-    # A gain that takes more memory is not the placement's: the proposal takes what runs, at most.
+    # More memory is no merit of a placement: the proposal takes no more than the running one.
     affordable = tuple(row for row in rows if row.per_device <= request.running_copies)
     chosen = find_fewest_copies_near_best(affordable or rows, request.prefill_share)
     larger = find_fewest_copies_near_best(rows, request.prefill_share)
@@ -387,7 +387,7 @@ def _count_missing_tokens(request: Request) -> int:
 def _check_values(
     traffic: Recording, topology: Topology, price: float, initial: Placement | str
 ) -> None:
-    """Raise for traffic without tokens, a price that is no share, and what cannot run."""
+    """Raise for traffic without tokens, a price out of range, and a placement that cannot run."""
     check_recording(traffic)
     check.instance("topology", topology, Topology, hint=", such as Topology(devices=8)")
     if traffic.ordered and traffic.length < 2:

@@ -128,7 +128,7 @@ def _decide_by_gains(advice: Advice) -> Finding:
     price: float = advice.settings["price"]
     answers = {gain.answer for gain in advice.verdicts}
 
-    def pays_nothing(gain: Comparison) -> bool:
+    def is_ruled_out(gain: Comparison) -> bool:
         # More traffic is not worth recording where the gain is surely not far above the price.
         is_low = gain.high is not None and gain.gain <= price and gain.high <= NEAR_PRICE * price
         return gain.answer in ("certain but small", "worse") or (
@@ -142,7 +142,7 @@ def _decide_by_gains(advice: Advice) -> Finding:
         return _find_too_few(advice)
     if "worth it" in answers:
         return _find_headline(advice, None)
-    if all(pays_nothing(gain) for gain in advice.verdicts):
+    if all(is_ruled_out(gain) for gain in advice.verdicts):
         if not advice.prefill_lacks:
             return _find_headline(advice, price)
         numbers = {"gain": advice.judged[0].gain, "tokens": advice.prefill_lacks}

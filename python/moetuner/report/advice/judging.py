@@ -1,4 +1,4 @@
-"""Judge trials: the proposed placement beside what runs, in windows, halves, groups and phases."""
+"""Judge proposed placements beside running ones, in windows, halves, groups and phases."""
 
 from __future__ import annotations
 

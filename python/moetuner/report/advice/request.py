@@ -91,7 +91,7 @@ class Request:
 
     @property
     def running_copies(self) -> int:
-        """Slots for copies of a device in a layer of what runs: their memory costs nothing more."""
+        """Slots for copies of a device in a layer that run already: their memory costs nothing."""
         experts, devices = self.traffic.num_experts, self.topology.devices
         return max(count_running_slots(self.initial, experts, devices) - self.single_slots, 0)
 

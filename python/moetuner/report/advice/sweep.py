@@ -31,8 +31,8 @@ def sweep(request: Request, holdout: Holdout) -> tuple[Copies, ...]:
 
     All searches are equally short, so that only the copies differ. A single number is not searched:
     the caller fills in the gain of the proposed placement. Of numbers that take more memory than
-    what runs, the next one and the largest are searched first, and those between only where one of
-    the two gains on the seen traffic.
+    the running placement, the next one and the largest are searched first, and those between only
+    where one of the two gains on the seen traffic.
     """
     placements: dict[Key, Placement] = {RUNNING: find_running_placement(request, holdout)}
     counts = request.tried_copies
@@ -60,7 +60,7 @@ def sweep(request: Request, holdout: Holdout) -> tuple[Copies, ...]:
 def _compute_gains(
     request: Request, holdout: Holdout, placements: dict[Key, Placement]
 ) -> tuple[Copies, ...]:
-    """Compute what placements with copies gain over what runs, and the memory that they take."""
+    """Compute gains of placements with copies over the running one, and the memory of copies."""
     request.progress("replaying them on what is unseen")
     evaluations = evaluate_all(request, placements, holdout.unseen, request.windows)
     # Layers are ordered by what their copies gain on the seen traffic.

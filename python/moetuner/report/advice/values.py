@@ -141,8 +141,8 @@ class SmallStep(NamedTuple):
     bytes
         Bytes of weights that move; None where the bytes of an expert are unknown.
     gain
-        Gain over what runs, on the unseen traffic of the first split, in the windows where most is
-        gained.
+        Gain over the running placement, on the unseen traffic of the first split, in the windows
+        where most is gained.
     """
 
     experts: int
@@ -220,10 +220,10 @@ class Advice(Frozen):
         Gain and cost of each number of slots for copies that was tried, by equally short searches.
     knee
         Slots for copies of a device and layer in the proposed placement: of the numbers that take
-        no more memory than what runs, the fewest whose gain is nearly the best.
+        no more memory than the running placement, the fewest whose gain is nearly the best.
     more
         The fewest slots for copies whose gain is nearly the best of all numbers, where they take
-        more memory than what runs; None otherwise.
+        more memory than the running placement; None otherwise.
     moving
         Cost of moving from the running placement to the proposed one.
     step
@@ -340,7 +340,7 @@ class Advice(Frozen):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What to know before relying on the answer, in sentences."""
+        """Limits of the answer, in sentences."""
         return self.say("warning")
 
     def overruled(self, headline: Finding) -> Advice:
