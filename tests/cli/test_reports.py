@@ -10,7 +10,7 @@ import pytest
 
 import moetuner as mt
 from moetuner.cli.options import pages
-from moetuner.report.page.words import SETTINGS, UNTOLD
+from moetuner.report.page.words import NOT_SHOWN, SETTINGS
 
 # Searches are short, as they are not what is asked about.
 pytestmark = pytest.mark.usefixtures("brief")
@@ -113,7 +113,7 @@ def test_settings_are_told_in_words(ok, trace, tmp_path, arguments):
     (command, *others), page = arguments, tmp_path / "page.html"
     ok(command, trace, *others, "--report", page, "--json", tmp_path / "made.json")
     settings = json.loads((tmp_path / "made.json").read_text())["settings"]
-    assert {*settings} <= {*SETTINGS, *UNTOLD}
+    assert {*settings} <= {*SETTINGS, *NOT_SHOWN}
     facts = dict(
         re.findall(r"<dt>(.*?)</dt><dd dir=\"auto\">(.*?)</dd>", text_of(page.read_text()))
     )

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moetuner as mt
-from moetuner.report.recording import doubts
+from moetuner.report.recording import list_warnings
 
 RANDOM = np.random.default_rng(0)
 LOAD = RANDOM.multinomial(4096, RANDOM.dirichlet(np.ones(12), 4), (3, 4))
@@ -200,21 +200,21 @@ ONE = np.where(np.arange(32), 1, 1000) * np.ones((1, 4, 1), int)
 )
 def test_worthless_recordings(load, words):
     """What is wrong with a recording is said of counts and of a trace alike."""
-    warnings = doubts(mt.RoutingStatistics.from_load(load))
+    warnings = list_warnings(mt.RoutingStatistics.from_load(load))
     assert [words in line for line in warnings] == ([] if words is None else [True])
     if load.any():
         rows = [np.repeat(np.arange(of.size), of) for of in load[0]]
         rows = [np.random.default_rng(len(row)).permutation(row) for row in rows]
         ids = np.stack([row[: min(map(len, rows))] for row in rows], axis=1)[:, :, None]
         trace = mt.RoutingTrace.from_arrays(ids, num_experts=load.shape[2])
-        assert [words in line for line in doubts(trace)] == ([] if words is None else [True])
+        assert [words in line for line in list_warnings(trace)] == ([] if words is None else [True])
 
 
 def test_empty_windows_are_counted(as_json, tmp_path):
     """Windows in which nothing was served make every mean look better, which is said."""
     load = LOAD[[0, 0, 1, 1, 2]]
     load[[1, 3]] = 0
-    (line,) = doubts(mt.RoutingStatistics.from_load(load))
+    (line,) = list_warnings(mt.RoutingStatistics.from_load(load))
     assert line.startswith("Warning: empty windows, 2 of 5, count as steps of even load")
     np.savez(tmp_path / "load.npz", load=load)
     assert as_json("inspect", tmp_path / "load.npz")["input"]["warnings"] == [line]

@@ -15,7 +15,7 @@ from moetuner.formats import WRITERS, form_of, is_map, read_placement, write_pla
 from moetuner.formats.eplb import eplb_maps
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import Layout, faults
-from moetuner.report.recording import doubts
+from moetuner.report.recording import list_warnings
 
 # memra's map knows no order of slots; it has tests of its own.
 READ = sorted(name for name in WRITERS if name != "memra")
@@ -186,6 +186,6 @@ def test_maps_and_distributions_of_others(data):
         assert mt.read_placement(path, devices=devices).slots_per_device * devices == 384
     degenerate = mt.open_input(data / "maps" / "sglang-degenerate.pt")
     assert degenerate.left_out == (61, (0, 1, 2))
-    assert "16 of 256 experts take" in doubts(degenerate)[0]
+    assert "16 of 256 experts take" in list_warnings(degenerate)[0]
     with pytest.raises(ValueError, match="every count is zero"):
         mt.open_input(data / "maps" / "sglang-all-zero.pt")

@@ -12,10 +12,10 @@ from moetuner.evaluation.units import Blocks, Units, hold_out
 from moetuner.report import recording
 from moetuner.report.advice import drift
 from moetuner.report.advice.conclusion import (
-    KNEE,
+    NEAR_BEST,
     conclude,
     find_copies,
-    find_knee,
+    find_fewest_copies_near_best,
 )
 from moetuner.report.advice.request import ITERATIONS
 from moetuner.report.advice.values import Copies, compute_saved_us
@@ -204,25 +204,25 @@ def test_a_recording_shows_one_kind_or_several():
     flat, tilted = np.full(EXPERTS, 1 / EXPERTS), np.linspace(1, 2, EXPERTS) / (1.5 * EXPERTS)
     assert np.abs(flat - tilted).sum() / 2 > recording.ALIKE
     alike, differ = windows(flat), windows(flat, tilted)
-    assert recording.one_kind(alike).startswith("all windows are alike, within 0.")
-    assert recording.one_kind(windows(flat, number=1)) == "there is one window"
-    assert recording.one_kind(differ) is None
-    assert recording.one_kind(windows(flat, tokens=100)) is None
+    assert recording.find_one_kind(alike).startswith("all windows are alike, within 0.")
+    assert recording.find_one_kind(windows(flat, number=1)) == "there is one window"
+    assert recording.find_one_kind(differ) is None
+    assert recording.find_one_kind(windows(flat, tokens=100)) is None
     # One window among many is another kind.
     load = np.concatenate([windows(flat, number=40).window_load, differ.window_load[1:2]])
-    assert recording.one_kind(mt.RoutingStatistics.from_load(load)) is None
+    assert recording.find_one_kind(mt.RoutingStatistics.from_load(load)) is None
     other = windows(tilted)
-    assert recording.one_kind(other).startswith("all windows are alike")
-    assert recording.one_kind(alike, other) is None
+    assert recording.find_one_kind(other).startswith("all windows are alike")
+    assert recording.find_one_kind(alike, other) is None
     # Labels know better than windows.
     group = np.arange(6) % 2
-    assert recording.one_kind(replace(alike, group=group, group_names=("en", "zh"))) is None
+    assert recording.find_one_kind(replace(alike, group=group, group_names=("en", "zh"))) is None
     labelled = replace(differ, group=group * 0, group_names=("prefill", "decode"))
-    assert recording.one_kind(labelled) == "all traffic is prefill"
+    assert recording.find_one_kind(labelled) == "all traffic is prefill"
     decode = replace(differ, group=group * 0 + 1, group_names=("prefill", "decode"))
-    assert recording.one_kind(labelled, decode) is None
-    assert recording.one_kind(labelled, alike) is None
-    assert recording.one_kind(routed(even(200))) is None
+    assert recording.find_one_kind(labelled, decode) is None
+    assert recording.find_one_kind(labelled, alike) is None
+    assert recording.find_one_kind(routed(even(200))) is None
 
 
 def test_phases_are_placed_apart():
@@ -428,10 +428,15 @@ def test_the_knee_harms_no_window():
     def copies(number, small, large):
         return Copies(number, {512: (small,), 8192: (large,)}, None)
 
-    assert find_knee((copies(0, 0.0, 0.1), copies(1, -0.2, 0.3))) == 0
-    assert find_knee((copies(0, 0.0, 0.1), copies(1, 0.0, 0.3), copies(2, 0.0, 0.302))) == 1
+    assert find_fewest_copies_near_best((copies(0, 0.0, 0.1), copies(1, -0.2, 0.3))) == 0
+    assert (
+        find_fewest_copies_near_best(
+            (copies(0, 0.0, 0.1), copies(1, 0.0, 0.3), copies(2, 0.0, 0.302))
+        )
+        == 1
+    )
     costly = copies(0, 0.0, 0.1), copies(1, -0.2, 0.4)
-    assert [find_knee(costly, share) for share in (0.3, 0.5, 1.0)] == [0, 1, 1]
+    assert [find_fewest_copies_near_best(costly, share) for share in (0.3, 0.5, 1.0)] == [0, 1, 1]
 
 
 def test_what_copies_gain_stands_beside_what_they_cost():
@@ -548,7 +553,7 @@ def test_more_memory_is_no_gain_of_the_placement(initial):
     assert after.slots_per_device <= max(before.slots_per_device, EXPERTS // 4)
     assert advice.knee <= running
     plain = {row.per_device: row.best for row in advice.copies}
-    is_more = plain[more] > plain[advice.knee] + KNEE
+    is_more = plain[more] > plain[advice.knee] + NEAR_BEST
     assert (advice.more == more) == is_more
     copies = numbers_of(advice, "copies")
     assert (copies is not None and copies["more"] is not None) == is_more
@@ -590,7 +595,7 @@ def test_windows_that_are_too_alike_are_called_so(number):
 def test_drift_is_seldom_told_of_one_kind():
     """Of twenty recordings of one kind, none changes it."""
     traces = [routed(skewed(2000), seed) for seed in range(20)] + [routed(shifted(2000))]
-    drifts = [drift.drift_of(trace, Units("sequence", 40)) for trace in traces]
+    drifts = [drift.measure_drift(trace, Units("sequence", 40)) for trace in traces]
     assert [of.is_beyond_chance for of in drifts] == [False] * 20 + [True]
 
 

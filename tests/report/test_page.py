@@ -19,8 +19,8 @@ from moetuner.placement import contiguous as blocks_of
 from moetuner.report import page
 from moetuner.report.page import figures
 from moetuner.report.page import panels as drawing
-from moetuner.report.page.charts import POINTS, thinned
-from moetuner.report.page.data import Origin, make_data
+from moetuner.report.page.charts import POINTS, thin
+from moetuner.report.page.data import Origin, make_judgement_data
 from moetuner.solver import Progress
 from moetuner.solver.result import LOADS
 
@@ -38,7 +38,7 @@ def shown(trace, placement, topology, regime="dispatch", **others):
     options |= {"window": None} if isinstance(trace, mt.RoutingStatistics) else {}
     evaluations = tuple(mt.evaluate(each, trace, topology, **options) for each in placements)
     contents = {"proposed": evaluations[1].to_dict()}
-    made = make_data(
+    made = make_judgement_data(
         mt.judge(*evaluations, by_group=True, names=("contiguous", "proposed")),
         Origin(HOSTILE[0], [], "moetuner report"),
         contents,
@@ -176,7 +176,7 @@ def test_hot_experts_show_the_device_that_waits(speed):
     for expert in range(8):
         times[:, expert % 4] += load.sum(axis=0)[:, expert] / topology.speed_of_device[expert % 4]
     slowest, ratios = times.argmax(axis=1), times.max(axis=1) / times.mean(axis=1)
-    (panel,) = (each for each in drawing.panels_of(made) if each.key == "experts")
+    (panel,) = (each for each in drawing.make_panels(made) if each.key == "experts")
     spec = panel.charts[0].variants["proposed"]["layout"]
     (boxes,) = (each for each in spec["shapes"] if each.get("showlegend"))
     corners = [
@@ -195,7 +195,7 @@ def test_nobody_waits_alone_or_without_tokens(load, devices):
     """One device waits for no other, and without a load none waits."""
     placement = mt.Placement.from_assignment([np.arange(4) % devices], devices)
     made = shown(mt.RoutingStatistics.from_load(load), placement, mt.Topology(devices))
-    (panel,) = (each for each in drawing.panels_of(made) if each.key == "experts")
+    (panel,) = (each for each in drawing.make_panels(made) if each.key == "experts")
     assert "wait" not in str(panel)
 
 
@@ -204,7 +204,7 @@ def test_every_chart_is_plotlys_with_a_label_and_a_table(made, html):
     objects = pytest.importorskip("plotly.graph_objects")
     for variant in (of for chart in data(html, "charts").values() for of in chart["variants"]):
         assert objects.Figure(data=variant["data"], layout=variant["layout"])
-    panels = drawing.panels_of(made)
+    panels = drawing.make_panels(made)
     questions = re.findall(r"<h2>(.*?)</h2>\n<p class=\"reading\">(.*?)</p>", html)
     assert [question[-1] for question, _ in questions] == [*["?"] * len(panels), "n"]
     assert all(reading.endswith(".") for _, reading in questions)
@@ -230,7 +230,7 @@ def test_what_is_not_known_is_left_out(load, devices):
 def test_many_windows_stay_few_points():
     """The least and most of every run of windows remain."""
     values = np.random.default_rng(0).normal(size=10_000)
-    at, drawn = thinned(values.tolist())
+    at, drawn = thin(values.tolist())
     assert len(at) <= POINTS
     assert (drawn.min(), drawn.max()) == (values.min(), values.max())
     assert (values[at] == drawn).all()
@@ -285,7 +285,7 @@ def test_figures_are_the_charts_of_the_page(made, tmp_path):
     pytest.importorskip("kaleido", reason="the extra figures is not installed")
     folder = tmp_path / "new" / "figures"
     few = replace(made, judgement=replace(made.judgement, groups={}))
-    charts = [chart for panel in drawing.panels_of(few) for chart in panel.charts]
+    charts = [chart for panel in drawing.make_panels(few) for chart in panel.charts]
     number = figures.write_figures(folder, charts, ("svg",))
     keys = {chart.key for chart in charts}
     assert {file.name for file in folder.iterdir()} == {f"{key}.svg" for key in keys}
@@ -308,7 +308,7 @@ def test_a_search_is_shown_by_its_steps(made):
     result = mt.Result(placement, "joint", "feasible", 2.0, 1.5, "load", 0.7, history=history)
     for timed, steps in ((False, [1, 2, 3]), (True, [0.21, 0.3, 0.5, 0.7])):
         unit = "us per layer"
-        panels = drawing.panels_of(replace(made, result=result, timed=timed, unit=unit))
+        panels = drawing.make_panels(replace(made, result=result, timed=timed, unit=unit))
         (search,) = (of for of in panels if of.key == "search")
         best, bound = search.charts[0].variants[""]["data"]
         assert numbers(best["x"]).tolist() == pytest.approx(steps)
@@ -328,7 +328,7 @@ def test_a_search_without_a_bound_is_not_shown(made, proven):
     result = mt.Result(
         made.placements[1], "joint", "feasible", 2.0, seconds=0.7, history=(*history,), **bounded
     )
-    panels = drawing.panels_of(replace(made, result=result))
+    panels = drawing.make_panels(replace(made, result=result))
     assert "search" not in {panel.key for panel in panels}
 
 
@@ -336,7 +336,7 @@ def test_a_search_without_a_bound_is_not_shown(made, proven):
 def test_tokens_go_next_only_where_they_do(trace, regime):
     """Where tokens go home after a layer there is no question of where they go next."""
     placement = mt.Placement.from_assignment([np.arange(16) % 4] * 4, 4)
-    panels = drawing.panels_of(shown(trace, placement, mt.Topology(4), regime=regime))
+    panels = drawing.make_panels(shown(trace, placement, mt.Topology(4), regime=regime))
     assert ("next" in {panel.key for panel in panels}) == (regime == "follow")
 
 
@@ -347,7 +347,7 @@ def test_few_windows_are_a_table(windows):
     table = mt.RoutingStatistics.from_load(load)
     placement = mt.Placement.from_assignment([np.arange(4) % 2] * 2, 2)
     made = shown(table, placement, mt.Topology(2))
-    (panel,) = (each for each in drawing.panels_of(made) if each.key == "time")
+    (panel,) = (each for each in drawing.make_panels(made) if each.key == "time")
     assert bool(panel.charts) == (windows == 5)
     section = re.search(r'<section id="time">(.*?)</section>', page.render(made), re.DOTALL)[1]
     assert ("<details open>" in section) == (windows < 5)
@@ -538,7 +538,7 @@ def test_a_reader_sees_what_numpy_says(made, tmp_path):
         context.on("request", lambda request: heard.append(request.url))
         tab = opened(context, file)
         assert heard == [file.as_uri()]
-        charts = sum(len(each.charts) for each in drawing.panels_of(made))
+        charts = sum(len(each.charts) for each in drawing.make_panels(made))
         assert tab.locator('[data-drawn="yes"]').count() == charts
         assert "Share chart" not in tab.locator("body").inner_text()
         sizes = tab.evaluate(

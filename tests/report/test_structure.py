@@ -7,7 +7,7 @@ import pytest
 
 import moetuner as mt
 from moetuner.report.page.structure import draw_structure
-from moetuner.report.structure import _independent, structure
+from moetuner.report.structure import _make_independent, structure
 
 
 def routed(tokens, follow, seed=0):
@@ -81,7 +81,7 @@ def test_null_of_few_pairs_is_no_structure(tokens):
     stats = mt.RoutingStatistics.from_trace(mt.RoutingTrace.from_arrays(ids, num_experts=64))
     load = stats.total_load.astype(float)
     product = np.outer(load[0], load[1])
-    result = _independent(stats).transitions[0]
+    result = _make_independent(stats).transitions[0]
     assert result / max(result.sum(), 1) == pytest.approx(product / max(product.sum(), 1), abs=1e-6)
 
 

@@ -25,9 +25,9 @@ from moetuner.problem.objective import Goal
 from moetuner.recording import Recording
 from moetuner.report import advice as advising
 from moetuner.report.advice.conclusion import write_order
-from moetuner.report.advice.values import Advice, write_windows_of
+from moetuner.report.advice.values import Advice, write_windows
 from moetuner.report.findings import TERMINAL, Finding, Voice
-from moetuner.report.page.data import PageData, data_of_advice
+from moetuner.report.page.data import PageData, make_advice_data
 from moetuner.serving.engines import NOTHING_PLACED
 from moetuner.serving.settings import read_count
 
@@ -151,7 +151,7 @@ def command(
         # A page has room for the command that the terminal names in a remark.
         full = recipes.after_advice(source, advice, unseen, from_all=True)
         on_page = contents | {"commands": [*map(str, full)]}
-        return data_of_advice(advice, origin_of(source), on_page, full, voice)
+        return make_advice_data(advice, origin_of(source), on_page, full, voice)
 
     pages.write(output, page)
     output.finish(contents)
@@ -191,7 +191,7 @@ def _show(output: Output, advice: Advice, voice: Voice) -> None:
     output.say(*(f"! {warning}" for warning in advice.say("warning", voice=voice)))
     _show_figures(output, advice)
     if advice.by_group:
-        windows = [write_windows_of(judged) for judged in advice.judged]
+        windows = [write_windows(judged) for judged in advice.judged]
         head = ["group, unseen", *(column for name in windows for column in (name, "95 %"))]
         rows = [
             (group, *(cell for gain in gains.values() for cell in _cells(gain)))

@@ -39,10 +39,10 @@ from moetuner.report.outcome import (
     head,
     judge_outcome,
     judge_outcomes,
-    named_window,
-    running,
+    make_running_result,
+    window_to_name,
 )
-from moetuner.report.page.data import PageData, data_of_outcome
+from moetuner.report.page.data import PageData, make_outcome_data
 from moetuner.serving import Serving
 from moetuner.solver import ALIASES, METHODS, Result
 
@@ -171,7 +171,7 @@ def command(
     contents = {"input": source.facts(), "settings": settings, "methods": facts}
 
     def page() -> PageData:
-        return data_of_outcome(
+        return make_outcome_data(
             judge_outcome(compared_with, best, source.traffic, source.replayed, by_group=True),
             best,
             origin_of(source),
@@ -246,7 +246,7 @@ class Split:
         results: list[Result] = []
         for place, method in enumerate(methods, 1):
             if (runs := self._runs(method)) is not None:
-                results.append(running(self.problem, runs, method))
+                results.append(make_running_result(self.problem, runs, method))
                 continue
             where = f"{place} of {len(methods)}, split {self.number + 1}"
             arguments = asdict(self.search)
@@ -353,7 +353,7 @@ def _show_gains(
         rows.append((method, *cells, *[span(min(gain.splits), max(gain.splits))] * (number > 1)))
     output.say("")
     output.table(*with_values((f"gain over {over}", *columns), rows))
-    window = named_window(tokens, best)
+    window = window_to_name(tokens, best)
     found = Finding("no smaller objective", {"window": window, "over": over})
     if best.result.method in gains:
         part: Literal["unseen", "seen"] = "unseen" if held_out else "seen"

@@ -28,8 +28,8 @@ from moetuner.files.cells import counted, listed, signed, span
 from moetuner.frozen import as_json
 from moetuner.recording import Recording
 from moetuner.report.findings import Finding
-from moetuner.report.outcome import find_gain, find_times_of, on_one_device
-from moetuner.report.page.data import PageData, make_data
+from moetuner.report.outcome import count_on_one_device, find_gain, find_times_of
+from moetuner.report.page.data import PageData, make_judgement_data
 
 # Exit status where a limit is exceeded.
 FAILED = 3
@@ -168,7 +168,7 @@ def _page(
 ) -> PageData:
     """Return what the page shows."""
     assert placed.serving.cost_model is not None
-    return make_data(
+    return make_judgement_data(
         judgement,
         origin_of(placed.source),
         contents,
@@ -193,7 +193,7 @@ def _show_figures(output: Output, placed: Placed, evaluation: Evaluation, mixed_
     """Print figures of all traffic and of its groups, times and what else is known."""
     traffic = placed.judged[0]
     _table(output, "traffic", OTHERS, evaluation)
-    together = on_one_device(evaluation, placed.placement.devices)
+    together = count_on_one_device(evaluation, placed.placement.devices)
     if together is not None:
         output.tell(Finding("tokens together", {"tokens": together}))
     output.tell(_find_mixed(traffic, mixed_seed))

@@ -19,7 +19,7 @@ from moetuner.placement import Placement
 from moetuner.problem import TRAFFIC_CAP
 from moetuner.problem.objective import goal_for
 from moetuner.problem.reading import SCALES
-from moetuner.report.advice.request import slots_of_running
+from moetuner.report.advice.request import count_running_slots
 from moetuner.report.advice.values import Advice
 from moetuner.report.findings import TERMINAL
 from moetuner.report.words import write
@@ -129,7 +129,7 @@ def _try(
     commands = []
     baseline, placed = _running_file(advice), _proposed_file(advice)
     if initial not in ("given", "contiguous"):
-        slots = slots_of_running(initial, problem.experts, problem.devices)
+        slots = count_running_slots(initial, problem.experts, problem.devices)
         method_and_file = {
             "method": initial.partition(":")[0],
             "out_file": (baseline := RUNNING_FILE),

@@ -35,10 +35,10 @@ from moetuner.report.outcome import (
     head,
     judge_outcome,
     judge_outcomes,
-    named_window,
-    running,
+    make_running_result,
+    window_to_name,
 )
-from moetuner.report.page.data import PageData, data_of_outcome
+from moetuner.report.page.data import PageData, make_outcome_data
 from moetuner.serving import Serving
 from moetuner.solver import METHODS, Result
 
@@ -150,7 +150,7 @@ def command(
         judgement = next(iter(judgements.values()), None) or judge_outcome(
             before, outcome, source.traffic, source.replayed, by_group=True
         )
-        return data_of_outcome(
+        return make_outcome_data(
             judgement,
             outcome,
             origin_of(source),
@@ -198,7 +198,7 @@ def _show(
         *find_empty_slots(outcome),
     )
     for tokens, judgement in judgements.items():
-        output.tell(find_gain(judgement.gain, named_window(tokens, outcome)))
+        output.tell(find_gain(judgement.gain, window_to_name(tokens, outcome)))
 
 
 def _may_be_chance(judgements: dict[int | None, Judgement]) -> bool:
@@ -221,10 +221,10 @@ def _replay(
     **options: Any,
 ) -> tuple[Outcome, list[Outcome]]:
     """Replay a result and what runs, or else blocks; return what runs, and the table's rows."""
-    blocks = running(problem, contiguous(result.placement), "contiguous")
+    blocks = make_running_result(problem, contiguous(result.placement), "contiguous")
     before = [blocks]
     if initial is not None and initial != blocks.placement:
-        before.append(running(problem, initial))
+        before.append(make_running_result(problem, initial))
     outcomes = work.replay([*before, result], problem, serving, judged_on, **options)
     is_shown = result.method != "contiguous" or initial is not None
     return outcomes[len(before) - 1], outcomes if is_shown else outcomes[-1:]

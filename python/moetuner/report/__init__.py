@@ -1,1 +1,1 @@
-"""What people read of results."""
+"""Reports: advice, outcomes, structure and pages, in words, tables and charts."""

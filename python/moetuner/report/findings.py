@@ -1,7 +1,7 @@
-"""Findings: what is said of results, before it is text.
+"""Findings: statements on results, as values before they are text.
 
-A finding has a kind and numbers. ``report.words`` has the sentence of every kind, and a voice says
-in whose words it is written.
+A finding has a kind and numbers. ``report.words`` has the sentence of every kind, and a voice has
+the names that a reader knows: of options, of arguments, or of parts of a page.
 """
 
 from __future__ import annotations
@@ -11,27 +11,28 @@ from typing import Any, Literal, NamedTuple
 
 from moetuner.frozen import Frozen
 
-# A headline stands alone with the answer, a reason says why, a warning what to know before relying
-# on it, and a cost what a change takes.
+# A headline stands alone with the answer, a reason explains it, a warning limits how far one may
+# rely on it, and a cost says what a change takes.
 Role = Literal["headline", "reason", "warning", "cost"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Finding(Frozen):
-    """Something that was found out about results.
+    """A statement on results: its kind, and the numbers of its sentence.
 
     Parameters
     ----------
     kind
-        What was found; ``report.words`` has a sentence for it.
+        Key of the sentence in ``report.words``.
     numbers
-        What the sentence is about: numbers, names, and values such as a ``Comparison``.
+        Values that the sentence is filled with: numbers, names, and objects such as a
+        ``Comparison``.
     role
-        Where it is said.
+        Place of the sentence: headline, reason, warning or cost.
     forces
-        The answer that it decides; None where it decides nothing.
+        The answer that the finding decides; None where it decides nothing.
     about
-        The method that it is about, where several are shown; its name is written in front.
+        Method that the finding is about, where several are shown; the sentence begins with it.
     """
 
     kind: str
@@ -42,22 +43,22 @@ class Finding(Frozen):
 
 
 class Voice(NamedTuple):
-    """How sentences name what a reader can do, and where they stand.
+    """Names that sentences use for inputs and options, by who reads them.
 
     Parameters
     ----------
     recording
-        What the traffic is called.
+        Name of the traffic.
     any_order
-        What says that the order of a recording does not matter.
+        Option or argument that says that the order of a recording does not matter.
     name_groups, name_model
-        What names the groups of a recording, and what to do to name its model.
+        Option or argument that names the groups of a recording, and how to name its model.
     expert_size
-        What gives the size of an expert.
+        Options or argument that give the size of an expert.
     audit
         The command that shows which groups are served worse; None for the call of Python.
     is_page
-        Whether a headline stands above tiles, which have its times and intervals.
+        Whether the headline stands above tiles, which show its times and intervals.
     """
 
     recording: str

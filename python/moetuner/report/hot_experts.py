@@ -1,9 +1,10 @@
-"""How much of the work a few experts do: whether a fixed set of them is worth keeping near.
+"""Measure the work of the hottest experts: whether a fixed set of them is worth keeping near.
 
-A set is chosen by counts of one half of a recording and judged on the other: beside a cache of as
-many experts, which drops the least recently used, and beside routing without preference, which
-finds in a set the set's share of all experts. Where nothing can be held out, nothing is decided:
-the busiest of equally likely experts take more than their share of the picks by chance.
+A set is chosen by counts of one half of a recording and judged on the other. It is compared with a
+cache of as many experts, which drops the least recently used one, and with routing without
+preference, which picks from a set as often as the set's share of all experts. Where nothing can be
+held out, there is no answer: by chance the busiest of equally likely experts take more than their
+share of the picks.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from moetuner.statistics import as_counts, count_loads
 from moetuner.trace import RoutingTrace
 
 Counts = NDArray[np.uint64]
-# Shares of all experts that sets have.
+# Sizes of sets, as shares of all experts.
 SIZES = (0.25, 0.5, 0.75)
-# The share whose figures decide, and are given by kind and by layer.
+# Size of the set that decides, and whose figures are given by group and by layer.
 HALF = 0.5
-# Picks that are more than those without preference, or than a set's, as far as that matters.
-WORTH = 0.05
-# Tokens at most that a cache is followed over.
+# Smallest difference in the share of picks, to chance or to a fixed set, that matters.
+LEAST_DIFFERENCE = 0.05
+# Most tokens that a cache is simulated over.
 TOKENS = 1 << 20
 
 Answer = Literal[
@@ -42,29 +43,30 @@ Answer = Literal[
 
 @dataclass(frozen=True, eq=False, repr=False)
 class HotExperts(Frozen):
-    """What part of the picks the hottest experts take.
+    """Shares of the picks that the hottest experts take.
 
     Parameters
     ----------
     sizes
-        Shares of all experts of all layers that the sets have.
+        Sizes of the sets, as shares of all experts of all layers.
     is_unseen
-        Whether the picks are of traffic that the sets were not chosen by.
+        Whether the picks are of other traffic than the sets were chosen by.
     static
-        Share of the picks that the most used experts take, of each size.
+        Share of the picks that a fixed set of the most used experts takes, by size.
     chance
-        The same of experts that are equally likely: the size, where sets were not chosen by these
-        picks; else the share of the busiest experts of as many picks that are drawn at random.
+        Share of the picks that a set takes if all experts are equally likely, by size: the size
+        itself; where sets were chosen by these same picks, the share of the busiest experts of as
+        many random picks.
     cache
-        The same of a cache that drops the least recently used experts of each layer; None of
-        counts, which have no order.
+        Share of the picks that a cache takes which drops the least recently used expert of a
+        layer, by size; None for counts, which have no order.
     static_of_layer
         Share of a layer's picks that the set of half of all experts takes [L].
     static_of_group
-        Share of the picks of each group that the half takes which all other groups use most.
+        Share of the picks of each group that half of the experts take, chosen by all other groups.
     static_later
-        Share of the picks of the later half of a recording that the half takes which the earlier
-        one uses most; None if there is no later one.
+        Share of the picks of the later half of a recording that half of the experts take, chosen by
+        the earlier half; None if there is no later half.
     """
 
     sizes: tuple[float, ...]
@@ -78,36 +80,37 @@ class HotExperts(Frozen):
 
     @property
     def answer(self) -> Answer:
-        """What the half of all experts says: a fixed set, a cache, neither, or nothing."""
+        """Whether a fixed set of half of the experts, a cache or neither is worth it."""
         if not self.is_unseen:
             return "nothing is held out"
-        at = self.sizes.index(HALF)
-        static = self.static[at]
-        if self.cache is not None and self.cache[at] > static + WORTH:
+        half = self.sizes.index(HALF)
+        static = self.static[half]
+        if self.cache is not None and self.cache[half] > static + LEAST_DIFFERENCE:
             return "a cache serves better"
-        return "a static set is worth it" if static > HALF + WORTH else "routing is flat"
+        is_worth_it = static > HALF + LEAST_DIFFERENCE
+        return "a static set is worth it" if is_worth_it else "routing is flat"
 
     @property
     def sentence(self) -> str:
-        """The answer with its figures."""
+        """The answer and its figures, as a sentence."""
         return say(self.finding)
 
     @property
     def finding(self) -> Finding:
-        """The answer, and the shares of the half that it is on."""
-        at = self.sizes.index(HALF)
+        """The answer, and the shares that half of the experts take."""
+        half = self.sizes.index(HALF)
         numbers = {
             "answer": self.answer,
-            "static": self.static[at],
-            "cache": None if self.cache is None else self.cache[at],
-            "chance": self.chance[at],
+            "static": self.static[half],
+            "cache": None if self.cache is None else self.cache[half],
+            "chance": self.chance[half],
             "is_unseen": self.is_unseen,
         }
         return Finding("hot experts", numbers)
 
 
-def loads_by_group(traffic: Recording, threads: int | None = None) -> dict[str, Counts]:
-    """Count tokens of the experts of every group that has some [L,E]."""
+def count_loads_by_group(traffic: Recording, threads: int | None = None) -> dict[str, Counts]:
+    """Count the load [L,E] of every group that has tokens."""
     if traffic.group is None or not traffic.group.size:
         return {}
     windows = count_loads(traffic, threads=threads)
@@ -122,23 +125,25 @@ def loads_by_group(traffic: Recording, threads: int | None = None) -> dict[str, 
 def hold_out_hot_experts(
     traffic: Recording, *, seed: int = 0, threads: int | None = None
 ) -> HotExperts:
-    """Measure the hottest experts on a half of traffic that is held out, as far as one can be."""
-    # Loads of windows can be held out, pairs of all windows cannot.
+    """Measure the hottest experts on a held-out half of traffic, or on all where none can be."""
+    # Windows can be held out, but not their share of the pairs of all windows.
     traffic = traffic.without_pairs()
-    parts: tuple[Recording, Recording] = (traffic, traffic)
-    # Of a single token or window nothing can be held out.
+    seen = unseen = traffic
+    # A single token or window cannot be split.
     with suppress(ArgumentError):
-        parts = hold_out(traffic, 0.5, seed=seed)
-    seen, unseen = (count_loads(part, threads=threads).total_load for part in parts)
-    loads = loads_by_group(traffic, threads)
-    return measure_hot_experts(traffic, seen, unseen, parts[1], loads, threads)
+        seen, unseen = hold_out(traffic, 0.5, seed=seed)
+    seen_load, unseen_load = (
+        count_loads(recording, threads=threads).total_load for recording in (seen, unseen)
+    )
+    loads = count_loads_by_group(traffic, threads)
+    return measure_hot_experts(traffic, seen_load, unseen_load, unseen, loads, threads)
 
 
 def measure_hot_experts(
     traffic: Recording,
-    seen: Counts,
-    unseen: Counts,
-    part: Recording,
+    seen_load: Counts,
+    unseen_load: Counts,
+    unseen: Recording,
     loads: dict[str, Counts],
     threads: int | None = None,
 ) -> HotExperts:
@@ -147,55 +152,57 @@ def measure_hot_experts(
     Parameters
     ----------
     traffic
-        All of a recording.
-    seen, unseen
-        Tokens of the experts by which sets are chosen, and by which they are judged [L,E].
-    part
-        What was not seen: all of it if nothing was held out.
+        The recording.
+    seen_load, unseen_load
+        Load [L,E] by which sets are chosen, and by which they are judged.
+    unseen
+        The held-out part of the recording; all of it if nothing was held out.
     loads
-        Tokens of the experts in all of the recording, by group [L,E].
+        Load [L,E] of every group in the whole recording.
     threads
         Threads to use.
     """
-    chosen, is_unseen = _hottest(seen, HALF), part is not traffic
-    of_layer = (unseen * chosen).sum(axis=1) / np.maximum(unseen.sum(axis=1, dtype=float), 1.0)
+    is_unseen, is_hot = unseen is not traffic, _choose_hottest(seen_load, HALF)
+    static = [_compute_share(unseen_load, _choose_hottest(seen_load, size)) for size in SIZES]
+    layer_load = np.maximum(unseen_load.sum(axis=1, dtype=float), 1.0)
+    of_layer = (unseen_load * is_hot).sum(axis=1) / layer_load
     return HotExperts(
         sizes=SIZES,
         is_unseen=is_unseen,
-        static=tuple(_taken(unseen, _hottest(seen, size)) for size in SIZES),
-        chance=SIZES if is_unseen else _draw_shares(unseen),
-        cache=_follow_cache(part, threads) if isinstance(part, RoutingTrace) else None,
+        static=tuple(static),
+        chance=SIZES if is_unseen else _draw_shares(unseen_load),
+        cache=_simulate_cache(unseen, threads) if isinstance(unseen, RoutingTrace) else None,
         static_of_layer=tuple(of_layer.tolist()),
-        static_of_group=_by_group(loads),
-        static_later=_later(traffic, threads),
+        static_of_group=_measure_groups(loads),
+        static_later=_measure_later_half(traffic, threads),
     )
 
 
-def _hottest(load: Counts, size: float) -> NDArray[np.bool_]:
-    """Return the most used of all experts of all layers [L,E]; of equals the first ones."""
-    chosen = np.zeros(load.size, dtype=bool)
+def _choose_hottest(load: Counts, size: float) -> NDArray[np.bool_]:
+    """Return which experts of all layers [L,E] are the most used; ties go to the first ones."""
+    is_hot = np.zeros(load.size, dtype=bool)
     order = np.argsort(-load.ravel().astype(np.float64), kind="stable")
-    chosen[order[: round(size * load.size)]] = True
-    return chosen.reshape(load.shape)
+    is_hot[order[: round(size * load.size)]] = True
+    return is_hot.reshape(load.shape)
 
 
-def _taken(load: Counts, chosen: NDArray[np.bool_]) -> float:
-    """Compute the share of picks [L,E] that are of the chosen experts."""
-    return float(load[chosen].sum(dtype=np.float64) / max(load.sum(dtype=np.float64), 1.0))
+def _compute_share(load: Counts, is_chosen: NDArray[np.bool_]) -> float:
+    """Compute the share of the picks [L,E] that the chosen experts take."""
+    return float(load[is_chosen].sum(dtype=np.float64) / max(load.sum(dtype=np.float64), 1.0))
 
 
 def _draw_shares(load: Counts) -> tuple[float, ...]:
-    """Draw as many picks of each layer [L,E] as there are, and return what the busiest take."""
+    """Compute the shares that the busiest experts take of as many random picks as load [L,E]."""
     rng, experts = np.random.default_rng(0), load.shape[1]
     even = np.full(experts, 1 / experts)
     drawn = rng.multinomial(load.sum(axis=1, dtype=np.int64), even).astype(np.uint64)
-    return tuple(_taken(drawn, _hottest(drawn, size)) for size in SIZES)
+    return tuple(_compute_share(drawn, _choose_hottest(drawn, size)) for size in SIZES)
 
 
-def _follow_cache(trace: RoutingTrace, threads: int | None) -> tuple[float, ...]:
-    """Compute the share of picks that caches hold which drop the least recently used experts.
+def _simulate_cache(trace: RoutingTrace, threads: int | None) -> tuple[float, ...]:
+    """Compute the shares of picks that least-recently-used caches of each size have.
 
-    As many experts of each layer; token after token, as when one sequence is decoded.
+    Every layer caches as many experts. Tokens come one by one, as when one sequence is decoded.
     """
     orders = np.tile(np.arange(trace.num_experts, dtype=np.uint16), (trace.layers, 1))
     counts, tokens = np.zeros(orders.shape, dtype=np.uint64), 0
@@ -206,20 +213,23 @@ def _follow_cache(trace: RoutingTrace, threads: int | None) -> tuple[float, ...]
         if tokens >= TOKENS:
             break
     total = max(counts.sum(dtype=np.float64), 1.0)
-    held = [round(size * trace.num_experts) for size in SIZES]
-    return tuple(float(counts[:, :number].sum(dtype=np.float64) / total) for number in held)
+    cached = [round(size * trace.num_experts) for size in SIZES]
+    return tuple(float(counts[:, :number].sum(dtype=np.float64) / total) for number in cached)
 
 
-def _by_group(loads: dict[str, Counts]) -> dict[str, float]:
-    """Compute what half of the experts, by all other groups, takes of the picks of each group."""
+def _measure_groups(loads: dict[str, Counts]) -> dict[str, float]:
+    """Compute the share of each group's picks of half of the experts, chosen by other groups."""
     if len(loads) < 2:
         return {}
     total = sum(loads.values(), start=np.uint64(0))
-    return {name: _taken(load, _hottest(total - load, HALF)) for name, load in loads.items()}
+    return {
+        name: _compute_share(load, _choose_hottest(total - load, HALF))
+        for name, load in loads.items()
+    }
 
 
-def _later(traffic: Recording, threads: int | None) -> float | None:
-    """Compute what half of the experts, by the earlier half, takes of the picks of the later."""
+def _measure_later_half(traffic: Recording, threads: int | None) -> float | None:
+    """Compute the share of the later half's picks of half of the experts, chosen by the earlier."""
     if traffic.length < 2:
         return None
     window = -(-traffic.length // 2)
@@ -228,4 +238,4 @@ def _later(traffic: Recording, threads: int | None) -> float | None:
     early, late = (
         windows.sum(axis=0, dtype=np.uint64) for windows in np.split(load, [len(load) // 2])
     )
-    return _taken(late, _hottest(early, HALF))
+    return _compute_share(late, _choose_hottest(early, HALF))

@@ -1,4 +1,4 @@
-"""What one method found, and what that does to other traffic: tables, sentences and JSON."""
+"""Outcomes: the result of a method and its evaluations, as rows of tables, findings and JSON."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from moetuner.serving.phases import judged_windows
 from moetuner.solver.result import CapsDetails, Result
 from moetuner.statistics import RoutingStatistics
 
-# Figures of every table.
+# Figures of every table: the second is of windows whose tokens or sequences are mixed.
 MIXED = ("imbalance", "imbalance_mixed")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one method found on the traffic it saw, and what that does to the traffic it did not.
+    """The result of a method on seen traffic, with its evaluation on the traffic to judge on.
 
-    ``longer`` has the evaluations in other windows that the problem is about, by their tokens.
+    ``longer`` has the evaluations in the other windows that the problem covers, by their tokens.
     """
 
     problem: Problem
@@ -43,37 +43,34 @@ class Outcome:
 
     @property
     def phases(self) -> dict[int | None, Evaluation]:
-        """All evaluations, by the tokens of a window."""
+        """The evaluations in windows of all sizes, by the tokens of a window."""
         replayed = self.evaluation.replayed
         window = None if replayed is None else replayed.setting.window
-        return {
-            window: self.evaluation,
-            **self.longer,
-        }
+        return {window: self.evaluation, **self.longer}
 
     @property
     def worth(self) -> Objective:
-        """What the placement is worth to the problem."""
+        """The objective of the problem."""
         return self.problem.objective_function
 
     @property
     def breaks_rules(self) -> bool:
-        """Whether the placement breaks rules, other than a cap that had to be raised."""
+        """Whether the placement breaks rules, apart from load caps that had to be raised."""
         return self.result.status == "violates rules"
 
     @property
     def gap(self) -> float | None:
-        """Gap of the result; None where the objective is not known."""
+        """Gap of the result; None where the objective is unknown."""
         return self.result.gap if self.worth.is_known else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return fields of the evaluation and of the result."""
+        """Return fields of the evaluation and of the result as JSON values."""
         has_value = self.worth.is_known
         return {
             **self.evaluation.to_dict(),
             "phases": [
-                {"window": tokens, "predicted_layer_us": each.predicted_layer_us}
-                for tokens, each in self.phases.items()
+                {"window": tokens, "predicted_layer_us": evaluation.predicted_layer_us}
+                for tokens, evaluation in self.phases.items()
             ],
             "objective": self.result.objective if has_value else None,
             "unit": self.worth.unit,
@@ -88,12 +85,15 @@ class Outcome:
         }
 
     def row(self) -> tuple[str, ...]:
-        """Return the cells of a table under ``head``."""
+        """Return the cells of a row under ``head``."""
         evaluation, worth = self.evaluation, self.worth
         value = self.result.objective if worth.is_known else None
         return (
             f"{self.result.method} !" if self.breaks_rules else self.result.method,
-            *(FIGURES[name].text(getattr(evaluation, name)) for name in _figures(self.problem)),
+            *(
+                FIGURES[name].text(getattr(evaluation, name))
+                for name in _list_figures(self.problem)
+            ),
             *(() if worth.is_predicted_time else (number(value, worth.decimals),)),
             percent(self.gap),
             number(self.result.seconds, 2),
@@ -101,18 +101,20 @@ class Outcome:
 
 
 def head(problem: Problem, *, held_out: bool = False) -> tuple[str, ...]:
-    """Return a table's columns, within 80 characters; a predicted time has one as a figure.
+    """Return a table's columns, within 80 characters.
 
-    The objective is of what was seen, which is said where the figures are of other traffic.
+    An objective that is a predicted time has no column of its own beside that figure. The objective
+    is of seen traffic, which its column says where the figures are of other traffic.
     """
     worth = problem.objective_function
-    columns = [FIGURES[name].column for name in _figures(problem)]
-    value = () if worth.is_predicted_time else ("objective" + ", seen" * held_out,)
-    return ("method", *columns, *value, "gap", "seconds")
+    columns = [FIGURES[name].column for name in _list_figures(problem)]
+    if not worth.is_predicted_time:
+        columns.append("objective, seen" if held_out else "objective")
+    return ("method", *columns, "gap", "seconds")
 
 
-def _figures(problem: Problem) -> tuple[str, ...]:
-    """Return the figures of a table; where all windows are mixed, their imbalance stands once."""
+def _list_figures(problem: Problem) -> tuple[str, ...]:
+    """Return the figures of a table; where all windows are mixed, the imbalance has one column."""
     imbalance = MIXED[:1] if problem.arrival == "mixed" else MIXED
     return (*imbalance, *problem.objective_function.figures)
 
@@ -127,10 +129,10 @@ def replay(
     by_group: bool = True,
     progress: Callable[[float], None] | None = None,
 ) -> dict[int | None, list[Evaluation]]:
-    """Evaluate placements on traffic that is served in windows of several sizes.
+    """Evaluate placements on traffic, in windows of several sizes.
 
-    Without ``by_group`` no group of a trace is evaluated by itself, which takes as long as all of
-    it. ``progress`` is as for ``evaluate_each``.
+    ``by_group`` says whether to evaluate every group of a trace by itself too, which takes as long
+    again. ``progress`` is as for ``evaluate_each``.
     """
     traffic = traffic if by_group else without_groups(traffic)
     servings = [replace(serving, window=window) for window in windows]
@@ -148,28 +150,33 @@ def replay_results(
     by_group: bool = True,
     progress: Callable[[float], None] | None = None,
 ) -> list[Outcome]:
-    """Evaluate the placements of results on other traffic, which is read once for all of them.
+    """Return outcomes of results on the traffic to judge on, which is read once for all of them.
 
-    In the windows that are served, and in all others that the problem is about. ``by_group`` and
-    ``progress`` are as for ``replay``.
+    They have evaluations in the windows that are served, and in all others that the problem covers.
+    ``by_group`` and ``progress`` are as for ``replay``.
     """
     windows = [serving.window]
     if judged_on.ordered:
-        judged = judged_windows(judged_on.length, problem.shares)
-        windows += [tokens for tokens in judged if tokens != serving.window]
+        others = judged_windows(judged_on.length, problem.shares)
+        windows += [tokens for tokens in others if tokens != serving.window]
     placements = [result.placement for result in results]
     evaluations = replay(
         placements, serving, judged_on, windows, options, by_group=by_group, progress=progress
     )
-    first = evaluations.pop(serving.window)
+    served = evaluations.pop(serving.window)
     return [
-        Outcome(problem, *pair, {tokens: each[at] for tokens, each in evaluations.items()})
-        for at, pair in enumerate(zip(results, first, strict=True))
+        Outcome(
+            problem,
+            result,
+            served[number],
+            {tokens: of_results[number] for tokens, of_results in evaluations.items()},
+        )
+        for number, result in enumerate(results)
     ]
 
 
-def left_over(traffic: Recording, window: int | None) -> str:
-    """Write what of some traffic is no step, so that no mean over windows has it; "" if nothing."""
+def write_left_out(traffic: Recording, window: int | None) -> str:
+    """Write which traffic fills no window, so that means over windows leave it out; "" if none."""
     if isinstance(traffic, RoutingStatistics):
         short = int((~traffic.is_step).sum())
         return f"imbalance and time leave out {counted(short, 'shorter window')}" if short else ""
@@ -187,10 +194,10 @@ def judge_outcome(
     *,
     by_group: bool = False,
 ) -> Judgement:
-    """Judge the change from one outcome to another, in windows of so many tokens.
+    """Judge the change from one outcome to another, in windows of a size.
 
-    The verdict is on the figure that the placement was computed for. ``recording`` is the whole of
-    which both saw a part: it tells what is independent.
+    The verdict is on the figure that the placement was computed for. ``recording`` is the whole
+    recording, seen and unseen, from which the independent samples are computed.
     """
     return judge(
         before.phases[window],
@@ -209,7 +216,10 @@ def judge_outcomes(
     *,
     by_group: bool = False,
 ) -> dict[int | None, Judgement]:
-    """Judge the same in every size of windows; groups in the first ones alone."""
+    """Judge the change from one outcome to another in every size of windows, by its tokens.
+
+    Groups are judged in windows of the first size alone.
+    """
     first = next(iter(after.phases))
     return {
         tokens: judge_outcome(
@@ -221,40 +231,40 @@ def judge_outcomes(
 
 
 def find_worth(outcome: Outcome, *, held_out: bool = False) -> list[Finding]:
-    """Return what was reached, and how far from the optimum it can be."""
+    """Return predicted time, objective and bound of an outcome, and how it was searched."""
     result, worth = outcome.result, outcome.worth
-    found: list[Finding] = []
+    findings: list[Finding] = []
     if worth.cost_model is not None and outcome.evaluation.predicted_layer_us is not None:
         times = [
-            {"window": named_window(window, outcome), "us": each.predicted_layer_us}
-            for window, each in outcome.phases.items()
+            {"window": window_to_name(window, outcome), "us": evaluation.predicted_layer_us}
+            for window, evaluation in outcome.phases.items()
         ]
-        found.append(Finding("predicted time", {"times": times}))
+        findings.append(Finding("predicted time", {"times": times}))
     numbers: dict[str, Any] = {
-        # A time that is predicted by counts would be a second one beside that of the replay.
+        # A time that is predicted from counts would be a second one beside that of the replay.
         "reached": None if worth.is_predicted_time else worth.text(result.objective),
         "seen": held_out,
         "bound": _find_bound(outcome),
     }
     if worth.is_known and (numbers["reached"] or numbers["bound"]):
-        found.append(Finding("objective", numbers))
-    filled = outcome.evaluation.imbalance_filled
-    if filled is not None:
-        found.append(Finding("imbalance with waterfill", {"imbalance": filled}))
-    found += [Finding("losses", {"losses": each}) for each in outcome.evaluation.losses.values()]
-    search = result.details.search
+        findings.append(Finding("objective", numbers))
+    evaluation, search = outcome.evaluation, result.details.search
+    if evaluation.imbalance_filled is not None:
+        imbalance = {"imbalance": evaluation.imbalance_filled}
+        findings.append(Finding("imbalance with waterfill", imbalance))
+    findings += [Finding("losses", {"losses": losses}) for losses in evaluation.losses.values()]
     if search.windows_searched is not None:
-        searched = {"searched": search.windows_searched, "windows": search.windows}
-        found.append(Finding("representative windows", searched))
+        windows = {"searched": search.windows_searched, "windows": search.windows}
+        findings.append(Finding("representative windows", windows))
     if search.set_tokens is not None:
-        found.append(Finding("sample of tokens", {"tokens": search.set_tokens}))
-    return found
+        findings.append(Finding("sample of tokens", {"tokens": search.set_tokens}))
+    return findings
 
 
 def _find_bound(outcome: Outcome) -> dict[str, Any] | None:
-    """Return what is proven of a result; None where there is no bound."""
+    """Return the bound of a result and what it holds for; None where there is no bound or gap."""
     result, problem = outcome.result, outcome.problem
-    # A bound of loads alone says little of the placement.
+    # A bound without a gap is of loads alone, and says little about the placement.
     if result.bound is None or result.gap is None:
         return None
     cap = None
@@ -265,20 +275,20 @@ def _find_bound(outcome: Outcome) -> dict[str, Any] | None:
     return {"bound": bound, "gap": result.gap, "single": problem.stays_single, "cap": cap}
 
 
-def named_window(window: int | None, outcome: Outcome) -> int | None:
-    """Return the tokens of a window, if an outcome has figures in windows of several sizes."""
+def window_to_name(window: int | None, outcome: Outcome) -> int | None:
+    """Return the tokens of a window, if an outcome has windows of several sizes; else None."""
     return window if outcome.longer else None
 
 
 def find_gain(
     gain: Comparison, window: int | None = None, part: Literal["unseen", "seen"] | None = None
 ) -> Finding:
-    """Return a gain that was judged, in windows and on a part of the traffic if these are said."""
+    """Return the finding of a gain, in windows of a size and on a part of traffic if named."""
     return Finding("judged gain", {"gain": gain, "window": window, "part": part})
 
 
-def running(problem: Problem, placement: Placement, name: str = "running") -> Result:
-    """Return the result that a placement which runs already would be; rules are not for it."""
+def make_running_result(problem: Problem, placement: Placement, name: str = "running") -> Result:
+    """Return a placement that runs already as a result, which need not keep the problem's rules."""
     return Result(
         placement,
         method=name,
@@ -291,7 +301,7 @@ def running(problem: Problem, placement: Placement, name: str = "running") -> Re
 
 
 def find_empty_slots(outcome: Outcome) -> list[Finding]:
-    """Return how many slots for copies are empty; nothing if none is."""
+    """Return the number of empty slots, where experts may have copies; nothing if none is empty."""
     problem, slots = outcome.problem, outcome.result.placement.slots
     total = int(problem.capacity.sum())
     empty = total - int((slots != EMPTY).sum())
@@ -301,25 +311,28 @@ def find_empty_slots(outcome: Outcome) -> list[Finding]:
 
 
 def find_slower(outcome: Outcome, before: Outcome, *, name: bool = False) -> list[Finding]:
-    """Return that a placement is predicted to take longer than one that may run, if it is."""
-    slowed = [
-        (tokens, time, less)
-        for tokens, each in outcome.phases.items()
-        if (time := each.predicted_layer_us) is not None
-        and (less := before.phases[tokens].predicted_layer_us) is not None
-        and time > less
+    """Return that a placement is predicted to be slower than another that may run, if it is.
+
+    ``name`` says whether to name the method of the slower one.
+    """
+    slower = [
+        (tokens, time, time_before)
+        for tokens, evaluation in outcome.phases.items()
+        if (time := evaluation.predicted_layer_us) is not None
+        and (time_before := before.phases[tokens].predicted_layer_us) is not None
+        and time > time_before
     ]
-    if not slowed:
+    if not slower:
         return []
-    window, time, less = slowed[0]
+    window, time, time_before = slower[0]
     problem = outcome.problem
     fewest = -(-problem.experts // problem.devices)
     numbers = {
         "method": outcome.result.method if name else None,
         "than": before.result.method,
         "us": time,
-        "us_before": less,
-        "window": named_window(window, outcome),
+        "us_before": time_before,
+        "window": window_to_name(window, outcome),
         "fewest_slots": fewest if problem.may_copy and problem.slots > fewest else None,
         "goal": problem.goal,
         "survive": problem.survive,
@@ -328,55 +341,56 @@ def find_slower(outcome: Outcome, before: Outcome, *, name: bool = False) -> lis
 
 
 def find_remarks(outcomes: list[Outcome], problem: Problem) -> list[Finding]:
-    """Return what a reader of the table must know."""
-    found, worth = [], problem.objective_function
+    """Return what a reader of a table of outcomes must know: times, caps and broken rules."""
+    findings, worth = [], problem.objective_function
     if worth.cost_model is not None:
         replayed = outcomes[0].evaluation.replayed
         traffic = None if replayed is None else replayed.traffic
-        found += find_times_of(problem.serving, traffic)
+        findings += find_times_of(problem.serving, traffic)
     if worth.lacks is not None:
-        found.append(Finding("lacks of the recording", {"lacks": worth.lacks}))
+        findings.append(Finding("lacks of the recording", {"lacks": worth.lacks}))
     for outcome in outcomes:
         result, method = outcome.result, outcome.result.method
         for finding in find_caps(problem, result.details.caps):
-            found.append(replace(finding, about=method))
+            findings.append(replace(finding, about=method))
         for rule in result.violations if outcome.breaks_rules else ():
-            found.append(Finding("broken rule", {"rule": rule}, about=method))
+            findings.append(Finding("broken rule", {"rule": rule}, about=method))
         if result.status in ("interrupted", "time_limit"):
-            found.append(Finding("cut short", {"status": result.status}, about=method))
-    return found
+            findings.append(Finding("cut short", {"status": result.status}, about=method))
+    return findings
 
 
-def on_one_device(evaluation: Evaluation, devices: int) -> float | None:
-    """Return the tokens in a hundred with all their experts of a layer on one device.
+def count_on_one_device(evaluation: Evaluation, devices: int) -> float | None:
+    """Compute how many of 100 tokens have all their experts of a layer on one device.
 
-    None where it is not known, as on more than two devices: on two, a token visits one or both.
+    None where that is unknown, as on more than two devices.
     """
+    # On two devices a token visits one or both, so the mean fanout gives the share.
     if devices != 2 or evaluation.fanout is None:
         return None
     return 100 * (2 - evaluation.fanout)
 
 
 def find_caps(problem: Problem, details: CapsDetails) -> list[Finding]:
-    """Return the layers whose load cap nothing keeps, and those where nothing was found that does.
+    """Return the layers whose load cap no placement keeps, and those whose cap was raised.
 
-    Layers have the smallest cap that can be kept, from and to.
+    The former have the smallest cap that can be kept, as a range.
     """
-    numbers = {"single": problem.stays_single, "cap": problem.max_imbalance}
+    numbers: dict[str, Any] = {"single": problem.stays_single, "cap": problem.max_imbalance}
     numbers["layers"] = problem.layers
-    found = []
+    findings = []
     if details.infeasible:
         needs = {layer: list(ends) for layer, ends in details.infeasible.items()}
-        found.append(Finding("cap that nothing keeps", numbers | {"needs": needs}))
+        findings.append(Finding("cap that nothing keeps", numbers | {"needs": needs}))
     raised = [cap for layer, cap in details.raised.items() if layer not in details.infeasible]
     if raised:
         numbers |= {"raised": len(raised), "highest": max(raised)}
-        found.append(Finding("cap that was raised", numbers))
-    return found
+        findings.append(Finding("cap that was raised", numbers))
+    return findings
 
 
 def find_times(model: CostModel, traffic: Recording | None) -> Finding:
-    """Return whose times a cost model predicts, as a warning."""
+    """Return the warning that times are predicted or measured, and of which experts they are."""
     numbers: dict[str, Any] = {"weight_bits": model.weight_bits}
     if model.sizes == "assumed" and model.measured is None:
         numbers["model"] = None if traffic is None else traffic.model
@@ -389,12 +403,12 @@ def find_times(model: CostModel, traffic: Recording | None) -> Finding:
 
 
 def find_times_of(serving: Serving, traffic: Recording | None) -> list[Finding]:
-    """Return whose times are predicted, and of which windows."""
+    """Return the warnings on predicted times, for commands whose options name a cost model."""
     assert serving.cost_model is not None
     times = find_times(serving.cost_model, traffic)
     if times.kind == "predicted times":
-        times = replace(times, kind="cost model")  # which an option may replace
-    found = [times]
+        times = replace(times, kind="cost model")  # this sentence names the option
+    warnings = [times]
     if serving.arrival != "bursts" and traffic is not None and not traffic.ordered:
-        found.append(Finding("windows as recorded", role="warning"))
-    return found
+        warnings.append(Finding("windows as recorded", role="warning"))
+    return warnings

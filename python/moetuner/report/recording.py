@@ -1,4 +1,4 @@
-"""What a recording is, and what makes it worthless or good for one kind of traffic, in words."""
+"""Describe a recording, and warn where it is worthless or of one kind of traffic, in words."""
 
 from __future__ import annotations
 
@@ -16,41 +16,42 @@ from moetuner.recording import Recording
 from moetuner.statistics import RoutingStatistics, measure_distance
 from moetuner.trace import as_trace
 
-# Of a trace the first tokens tell.
+# Bytes of the first tokens of a trace, from which warnings are computed.
 SAMPLE_BYTES = 1 << 24
-# Choices per expert and layer below which counts say little: chance alone moves them by a third.
+# Choices per expert and layer below which chance alone changes a count by a third.
 FEWEST_CHOICES = 10
-# Shares of the choices of the median layer, beyond which prompts must have been alike: of one
-# expert in sixteen, and of as many as a token chooses.
-FEW_TAKE, SAME_TAKE = 0.45, 0.9
+# Shares of the choices of the median layer beyond which prompts must have been alike: taken by one
+# expert in sixteen, and by as many experts as a token chooses.
+SIXTEENTH_TAKES, TOP_K_TAKE = 0.45, 0.9
 PHASES = ("prefill", "decode")
-# Share of its tokens that a window sends to other experts than the rest, below which it is of their
-# kind. Prompt lengths differ by 5 to 17 % in docs/mixing.md. Chance counts as a difference: windows
-# too small to tell are never called alike.
+# Largest share of its tokens that a window sends to other experts than the rest, if windows are
+# alike. In docs/mixing.md prompts of other lengths differ by 5 to 17 %. Chance is not subtracted:
+# windows that are too small to compare are never called alike.
 ALIKE = 0.05
-# Windows that are compared; of more, evenly spaced ones are.
+# Most windows that are compared, evenly spaced.
 COMPARED = 256
 
 
 def facts(paths: Sequence[Path], recording: Recording) -> dict[str, Any]:
-    """Return files, kind and sizes, for JSON."""
+    """Return the files, kind and sizes of a recording as JSON values."""
     return {"files": [*map(str, paths)], **recording.facts()}
 
 
 def describe(paths: Sequence[Path], recording: Recording) -> str:
-    """Describe files in a line; in another one the layers that they leave out, if any."""
-    described = recording.facts()
-    sizes = {**described, "groups": len(described["group_names"])}
-    sizes["experts"] = described["num_experts"]
+    """Write a line on a recording and its files, and one on layers that they leave out, if any."""
+    sizes = recording.facts()
+    sizes |= {"groups": len(sizes["group_names"]), "experts": sizes["num_experts"]}
     names_of_sizes = ("tokens", "windows", "layers", "experts", "top_k", "sequences", "groups")
-    parts = [
+    texts = [
         f"top-{sizes[size]}" if size == "top_k" else counted(sizes[size], size[:-1])
         for size in names_of_sizes
         if sizes.get(size)
     ]
-    model = f" of {name(described['model'])}" if described["model"] else ""
-    more = f" and {counted(len(paths) - 1, 'more file')}" if len(paths) > 1 else ""
-    lines = [f"{name(paths[0].name)}{more}: {described['kind']}{model}, {', '.join(parts)}"]
+    model = f" of {name(sizes['model'])}" if sizes["model"] else ""
+    files = name(paths[0].name)
+    if len(paths) > 1:
+        files += f" and {counted(len(paths) - 1, 'more file')}"
+    lines = [f"{files}: {sizes['kind']}{model}, {', '.join(texts)}"]
     if recording.left_out is not None:
         hidden, dense = recording.left_out
         lines.append(
@@ -61,35 +62,35 @@ def describe(paths: Sequence[Path], recording: Recording) -> str:
 
 
 def describe_steps(recording: Recording, step: int | None, top_k: int | None) -> list[str]:
-    """Write how many tokens a window of a load table is taken to have; nothing of others.
+    """Write how many tokens a window of a load table is taken to have; nothing for a trace.
 
-    ``step`` has the tokens of a step, where windows were scaled to such.
+    ``step`` is the number of tokens of a step, where windows were scaled to steps.
     """
-    top_k = top_k or top_k_of(recording)
-    many = ""
-    if top_k is None:
-        many = " (a token counts once for every expert it chose; --top-k K counts it once)"
     if not isinstance(recording, RoutingStatistics):
         return []
+    top_k = top_k or top_k_of(recording)
+    unit = ""
+    if top_k is None:
+        unit = " (a token counts once for every expert it chose; --top-k K counts it once)"
     if step is not None:
-        each = f"of {step:,} tokens{many}"
+        tokens = f"of {step:,} tokens{unit}"
         if recording.windows == 1:
-            return [f"The window is scaled to a step {each}."]
+            return [f"The window is scaled to a step {tokens}."]
         steps = counted(recording.windows, "single step")
-        return [f"Windows are taken as {steps} {each}, drawn by chance from their loads."]
+        return [f"Windows are taken as {steps} {tokens}, drawn by chance from their loads."]
     if recording.window is not None:
         return []
     sums = recording.window_load.sum(axis=2, dtype=np.int64).max(axis=1)
     size = counted(int(np.median(sums)) // (top_k or 1), "token")
     window = "A window" if sums.max() == sums.min() else "The median window"
     return [
-        f"{window} is {size}{many} and is taken as one step; pass --tokens-per-step N if "
+        f"{window} is {size}{unit} and is taken as one step; pass --tokens-per-step N if "
         "the counters sum over many steps."
     ]
 
 
-def doubts(traffic: Recording) -> list[str]:
-    """Return warnings about a recording from which nothing good can be computed."""
+def list_warnings(traffic: Recording) -> list[str]:
+    """Return warnings about a recording from which no useful placement can be computed."""
     experts = traffic.num_experts
     layers: list[NDArray[Any]]
     if isinstance(traffic, RoutingStatistics):
@@ -112,20 +113,23 @@ def doubts(traffic: Recording) -> list[str]:
         ]
     lines: list[str] = []
     busiest = -np.sort(-load, axis=1) / np.maximum(load.sum(axis=1, keepdims=True), 1)
-    for number, limit in ((max(1, experts // 16), FEW_TAKE), (top_k_of(traffic) or 2, SAME_TAKE)):
+    limits = ((max(1, experts // 16), SIXTEENTH_TAKES), (top_k_of(traffic) or 2, TOP_K_TAKE))
+    for number, limit in limits:
         share = float(np.median(busiest[:, :number].sum(axis=1)))
         if share > limit and number < experts and not lines:
             lines = [
                 f"Warning: {number} of {experts} experts take {share:.0%} of the choices of the "
                 "median layer, as prompts do that are alike: record the prompts of real users."
             ]
-    texts = [each.tobytes() for each in layers]
-    copied = [layer for layer, text in enumerate(texts) if texts.index(text) < layer]
-    for layer in copied[:1]:
-        more = f", and {len(copied) - 1} more repeat others" if len(copied) > 1 else ""
+    contents = [ids_or_loads.tobytes() for ids_or_loads in layers]
+    repeated = [layer for layer, content in enumerate(contents) if contents.index(content) < layer]
+    if repeated:
+        layer, number = repeated[0], len(repeated) - 1
+        others = f", and {number} more repeat others" if number else ""
+        original = contents.index(contents[layer])
         lines.append(
-            f"Warning: layer {layer} has exactly what layer {texts.index(texts[layer])} has{more}: "
-            "record every layer by itself."
+            f"Warning: layer {layer} has exactly what layer {original} has{others}: record every "
+            "layer by itself."
         )
     if empty:
         lines.append(
@@ -135,33 +139,38 @@ def doubts(traffic: Recording) -> list[str]:
     return lines
 
 
-def one_kind(traffic: Recording, unseen: Recording | None = None) -> str | None:
-    """Return what shows that a recording is of one kind of traffic, in words.
+def find_one_kind(traffic: Recording, unseen: Recording | None = None) -> str | None:
+    """Return the evidence that a recording is of one kind of traffic, in words, or None.
 
-    Labels tell: one group, or one phase. Without labels the windows of counts do: a single one, or
-    windows that are all alike, of one kind or of a mix that stays the same. None where there are
-    several kinds, or nothing is known. ``unseen`` is traffic to judge on, of kinds of its own.
+    The evidence is labels of one group or one phase; without labels, counts of a single window, or
+    of windows that are all alike, as they are for one kind or a constant mix. ``unseen`` is traffic
+    to judge on, which may be of other kinds.
     """
-    parts = [traffic] if unseen is None else [traffic, unseen]
-    # What has no labels may be of any group.
-    labels = {label for part in parts for label in (part.group_rows().keys() - {None} or {""})}
+    recordings = [traffic] if unseen is None else [traffic, unseen]
+    # A recording without labels may be of any group.
+    labels = {
+        label
+        for recording in recordings
+        for label in (recording.group_rows().keys() - {None} or {""})
+    }
     if labels != {""}:
         label = labels.pop() or ""
         kind = label if label in PHASES else f"of one group, {name(label)}"
         return None if labels else f"all traffic is {kind}"
-    counts = [part.window_load for part in parts if isinstance(part, RoutingStatistics)]
+    counts = [counts.window_load for counts in recordings if isinstance(counts, RoutingStatistics)]
     load = np.concatenate(counts) if counts else np.empty(0)
     if len(load) == 1:
         return "there is one window"
-    if len(load) and (apart := _furthest(load)) <= ALIKE:
-        return f"all windows are alike, within {max(100 * apart, 0.1):.1f} % of their tokens"
+    if len(load) and (distance := _measure_largest_distance(load)) <= ALIKE:
+        return f"all windows are alike, within {max(100 * distance, 0.1):.1f} % of their tokens"
     return None
 
 
-def _furthest(load: NDArray[Any]) -> float:
-    """Compute the largest share of a window's tokens [W,L,E] that go where the rest's do not."""
-    total, furthest = load.sum(axis=0, dtype=np.float64), 0.0
+def _measure_largest_distance(load: NDArray[Any]) -> float:
+    """Compute the largest distance of the load of a window [W,L,E] from that of all others."""
+    total, largest = load.sum(axis=0, dtype=np.float64), 0.0
     for window in np.unique(np.linspace(0, len(load) - 1, min(len(load), COMPARED)).round()):
-        own = load[int(window)].astype(np.float64)
-        furthest = max(furthest, float(measure_distance(own, total - own).mean()))
-    return furthest
+        load_in_window = load[int(window)].astype(np.float64)
+        distance = float(measure_distance(load_in_window, total - load_in_window).mean())
+        largest = max(largest, distance)
+    return largest

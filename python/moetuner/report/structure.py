@@ -1,8 +1,8 @@
-"""structure(): what there is in routing that a placement could use, before any is chosen.
+"""Measure the structure of routing that a placement could use, before a placement is computed.
 
-Takes a trace, statistics or a load table and says how skewed the load is, how far groups differ,
-and how much inter-layer placement can win: the crossing of a searched placement on traffic it has
-not seen, beside the independence null.
+For a trace, statistics or a load table ``structure`` computes how skewed the load is, how far
+groups differ, and how much inter-layer placement can gain: the crossing of a searched placement on
+unseen traffic, beside the independence null.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from moetuner.problem import Problem
 from moetuner.recording import Recording
 from moetuner.report.hot_experts import (
     HotExperts,
+    count_loads_by_group,
     hold_out_hot_experts,
-    loads_by_group,
     measure_hot_experts,
 )
 from moetuner.serving import Serving
@@ -45,13 +45,13 @@ from moetuner.trace import RoutingTrace
 # Steps per start: within a hundredth of what ten times as many reach, in a fraction of a second.
 ITERATIONS = 200_000
 
-# Whole counts of the null for every cell of a table: with fewer pairs than cells, rounding alone
-# would leave some cells with a pair and others without, which a search takes for structure.
+# Mean count of a cell of the null's tables. With fewer pairs than cells, rounding would leave some
+# cells with a pair and others without, which a search takes for structure.
 COUNTS_PER_CELL = 1 << 16
 
-# What takes time, as passes over half of a trace: counts of both, two crossings, halves of one, and
-# hot experts.
-HALVES, PASSES = 3, 8
+# Time of halves of the crossing, and of all steps, in passes over half of a trace. The steps are
+# counts of both halves, two crossings, halves of one of them, and hot experts.
+PASSES_OF_HALVES, PASSES = 3, 8
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -65,34 +65,34 @@ class Structure(Frozen):
     unused
         Experts without a token, per layer [L].
     group_share
-        Share of the load that each group brings.
+        Share of the load that each group has.
     group_distance
         Total variation distance between a group's expert shares and those of all traffic, averaged
-        over layers: the part of the group's tokens that would have to go to other experts to look
-        like the mix. 0 is the same, 1 is disjoint.
+        over layers: the share of the group's tokens that would have to go to other experts to look
+        like the mix. 0 means alike, 1 disjoint.
     information
         Mutual information between the experts of neighbouring layers in bits [L-1], at most
-        log2(E), less ``information_chance``; None without transitions. Of few pairs it is too low.
+        log2(E), less ``information_chance``; None without transitions. Too low with few pairs.
     information_chance
         Bits that as many pairs of independent layers with the same loads seem to have [L-1].
     devices, max_imbalance
-        What the crossings are for.
+        Devices and load cap of the placements whose crossings are measured.
     held_out
-        Whether there is traffic that the searches have not seen. On what they saw, noise looks
-        like structure, so without it nothing is searched.
+        Whether there is traffic that the searches have not seen. On seen traffic noise looks like
+        structure, so without unseen traffic nothing is searched.
     crossing
-        Of the searched placement; None if nothing is held out or there are no transitions (a load
-        table, a single layer).
+        Crossing of the searched placement; None if nothing is held out or there are no transitions
+        (a load table, a single layer).
     crossing_contiguous
-        Of experts in blocks, as engines load them; None without transitions.
+        Crossing of experts in blocks, as engines load them; None without transitions.
     crossing_independent
-        The independence null: what the same search reaches if every layer routed with the same
-        loads but independently of its neighbour. None where ``crossing`` is.
+        The independence null: the crossing after the same search if every layer routed with the
+        same loads, but independently of its neighbour. None where ``crossing`` is None.
     gain
-        How much less than the null crosses: 95 % interval over held-out sequences. None where
-        these are too few to tell.
+        95 % interval, over held-out sequences, of the null less the crossing. None where there are
+        too few of them.
     hot_experts
-        What part of the picks the hottest experts take.
+        Share of the picks that the hottest experts take.
     """
 
     skew: tuple[float, ...]
@@ -132,18 +132,18 @@ def structure(
     Parameters
     ----------
     traffic
-        A trace: half of its sequences are held out. Saved statistics cannot be split, and so tell
-        nothing of what a search can win. A load table tells skew and groups.
+        A trace, half of whose sequences are held out. Saved statistics cannot be split, so they do
+        not show what a search can gain. A load table shows skew and groups.
     devices
-        Devices that the crossings are for.
+        Devices of the placements whose crossings are measured.
     max_imbalance
         Load cap of the searches.
     seed
-        Of the split and the searches.
+        Random seed of the split and the searches.
     threads
         Threads to use, all cores by default; the answer does not depend on it.
     progress
-        Called now and then with the share of what is to be read that has been.
+        Called now and then with the share of the work that is done.
 
     Examples
     --------
@@ -161,21 +161,23 @@ def structure(
     def report_pass(number: int, passes: int = 1) -> Callable[[float], None] | None:
         return progress and (lambda share: progress((number + passes * share) / PASSES))
 
-    parts = hold_out(traffic, 0.5 if held_out else 0, seed=seed)
-    seen, unseen = (_pairs(part, threads, report_pass(at)) for at, part in enumerate(parts))
+    halves = hold_out(traffic, 0.5 if held_out else 0, seed=seed)
+    seen, unseen = (
+        _count_transitions(half, threads, report_pass(number)) for number, half in enumerate(halves)
+    )
     statistics = seen + unseen if held_out else seen
     load = statistics.total_load
-    loads = loads_by_group(traffic, threads)
-    # Halves of a trace without sequences leave some tokens out, groups none.
-    of_all = np.stack([*loads.values()]).sum(axis=0, dtype=np.uint64) if loads else load
-    share, distance = _groups(loads, of_all)
+    loads = count_loads_by_group(traffic, threads)
+    # Halves of a trace without sequences leave some tokens out; groups have all of them.
+    load_of_groups = np.stack([*loads.values()]).sum(axis=0, dtype=np.uint64) if loads else load
+    share, distance = _compare_groups(loads, load_of_groups)
 
-    def placed(method: Method, seen: RoutingStatistics) -> Placement:
+    def place(method: Method, seen: RoutingStatistics) -> Placement:
         problem = Problem(seen, topology, regime="follow", max_imbalance=max_imbalance)
         result = solve(problem, method, seed=seed, iterations=ITERATIONS, threads=threads)
         return result.uninterrupted().placement
 
-    def crossing(
+    def measure_crossing(
         placement: Placement, unseen: RoutingTrace | RoutingStatistics, number: int | None = None
     ) -> float | None:
         evaluation = evaluate(
@@ -189,23 +191,30 @@ def structure(
     bits = chance = contiguous = searched = null = gain = None
     if tables.any():
         rng = np.random.default_rng(seed)
-        chance = tuple(_bits(_drawn(table, rng)) for table in tables)
-        bits = tuple(max(_bits(t) - c, 0.0) for t, c in zip(tables, chance, strict=True))
-        contiguous = crossing(placed("contiguous", seen), unseen, 2)
+        chance = tuple(_measure_information(_draw_pairs(table, rng)) for table in tables)
+        bits = tuple(
+            max(_measure_information(table) - by_chance, 0.0)
+            for table, by_chance in zip(tables, chance, strict=True)
+        )
+        contiguous = measure_crossing(place("contiguous", seen), unseen, 2)
         if held_out:
-            placement = placed("heuristic", seen)
-            searched = crossing(placement, parts[1], 3)
-            null = crossing(placed("heuristic", _independent(seen)), _independent(unseen))
-            gain = _gain(
+            placement = place("heuristic", seen)
+            searched = measure_crossing(placement, halves[1], 3)
+            null = measure_crossing(
+                place("heuristic", _make_independent(seen)), _make_independent(unseen)
+            )
+            gain = _measure_gain(
                 Setting(placement, Serving(topology, window=None), ReplayOptions(threads=threads)),
                 traffic,
-                parts[1],
+                halves[1],
                 null,
-                report_pass(4, HALVES),
+                report_pass(4, PASSES_OF_HALVES),
             )
     total = load.sum(axis=1, dtype=np.float64)
     return Structure(
-        skew=tuple(np.where(total > 0, _shares(load).max(axis=1) * load.shape[1], 1.0).tolist()),
+        skew=tuple(
+            np.where(total > 0, _compute_shares(load).max(axis=1) * load.shape[1], 1.0).tolist()
+        ),
         unused=tuple((load == 0).sum(axis=1).tolist()),
         group_share=share,
         group_distance=distance,
@@ -219,9 +228,8 @@ def structure(
         crossing_independent=null,
         gain=gain,
         hot_experts=(
-            # Both halves are counted.
             measure_hot_experts(
-                traffic, seen.total_load, unseen.total_load, parts[1], loads, threads
+                traffic, seen.total_load, unseen.total_load, halves[1], loads, threads
             )
             if held_out
             else hold_out_hot_experts(traffic, seed=seed, threads=threads)
@@ -229,23 +237,23 @@ def structure(
     )
 
 
-def _gain(
+def _measure_gain(
     setting: Setting,
     traffic: Recording,
     unseen: Recording,
     null: float | None,
     progress: Callable[[float], None] | None,
 ) -> tuple[float, float] | None:
-    """Compute the interval of the null less the crossing of unseen traffic, by its units."""
+    """Compute the interval of the null less the crossing of unseen traffic; None if too short."""
     units = units_of(traffic, threads=setting.options.threads)
-    halved = halve(unseen, setting, units, by_group=False, progress=progress)
-    crossing = spread(*halved[None]["crossing"])
+    figures = halve(unseen, setting, units, by_group=False, progress=progress)[None]
+    crossing = spread(*figures["crossing"])
     if null is None or crossing.interval is None or crossing.units < FEWEST:
         return None
     return null - crossing.interval[1], null - crossing.interval[0]
 
 
-def _pairs(
+def _count_transitions(
     traffic: Recording, threads: int | None, progress: Callable[[float], None] | None
 ) -> RoutingStatistics:
     """Count the load and the transitions of a half of a trace."""
@@ -259,8 +267,8 @@ def _pairs(
     )
 
 
-def _independent(statistics: RoutingStatistics) -> RoutingStatistics:
-    """Replace transitions by those of independent layers with the same loads, scaled up."""
+def _make_independent(statistics: RoutingStatistics) -> RoutingStatistics:
+    """Return statistics with the transitions of independent layers with the same loads, scaled."""
     load = statistics.total_load.astype(np.float64)
     pairs = np.zeros_like(statistics.transitions_or_empty, dtype=np.uint64)
     for layer, table in enumerate(statistics.transitions_or_empty):
@@ -276,33 +284,38 @@ def _independent(statistics: RoutingStatistics) -> RoutingStatistics:
     return replace(statistics, transitions=pairs, coactivation=None)
 
 
-def _groups(
+def _compare_groups(
     loads: dict[str, NDArray[np.uint64]], load: NDArray[np.uint64]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Compute the share and distance of every group from its load and that of all [L,E]."""
+    """Compute each group's share of the load, and its distance from all traffic, of loads [L,E]."""
     total = load.sum(dtype=np.float64)
-    share = {name: float(each.sum(dtype=np.float64) / total) for name, each in loads.items()}
-    distance = {name: float(measure_distance(each, load).mean()) for name, each in loads.items()}
-    return share, distance
+    shares, distances = {}, {}
+    for group, group_load in loads.items():
+        shares[group] = float(group_load.sum(dtype=np.float64) / total)
+        distances[group] = float(measure_distance(group_load, load).mean())
+    return shares, distances
 
 
-def _shares(load: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Load [L,E] as shares of its layer; zero where a layer has none."""
+def _compute_shares(load: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Compute load [L,E] as shares of its layer; zero where a layer has none."""
     total = load.sum(axis=1, keepdims=True, dtype=np.float64)
     shares: NDArray[np.float64] = np.divide(load, total, out=np.zeros(load.shape), where=total > 0)
     return shares
 
 
-def _drawn(table: NDArray[np.uint64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Draw as many pairs of independent layers: few fill few cells, which looks like dependence."""
+def _draw_pairs(table: NDArray[np.uint64], rng: np.random.Generator) -> NDArray[np.int64]:
+    """Draw a table of as many pairs of independent layers with the same loads.
+
+    Few pairs fill few cells, which looks like dependence.
+    """
     share = np.outer(table.sum(axis=1, dtype=np.float64), table.sum(axis=0, dtype=np.float64))
     share /= max(float(share.sum()), 1.0)
     return rng.multinomial(int(table.sum(dtype=np.uint64)), share.ravel()).reshape(table.shape)
 
 
-def _bits(table: NDArray[np.integer[Any]]) -> float:
-    """Compute the mutual information of rows and columns of a table of counts."""
+def _measure_information(table: NDArray[np.integer[Any]]) -> float:
+    """Compute the mutual information in bits of rows and columns of a table of counts."""
     joint = table / max(float(table.sum(dtype=np.float64)), 1.0)
-    apart = np.outer(joint.sum(axis=1), joint.sum(axis=0))
-    there = joint > 0
-    return float(max((joint[there] * np.log2(joint[there] / apart[there])).sum(), 0.0))
+    product = np.outer(joint.sum(axis=1), joint.sum(axis=0))
+    filled = joint > 0
+    return float(max((joint[filled] * np.log2(joint[filled] / product[filled])).sum(), 0.0))

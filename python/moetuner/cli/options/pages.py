@@ -18,7 +18,7 @@ from moetuner.report.page import check_libraries, write_page
 from moetuner.report.page.charts import Chart
 from moetuner.report.page.data import Origin, PageData
 from moetuner.report.page.figures import check_figures, write_figures
-from moetuner.report.page.panels import panels_of
+from moetuner.report.page.panels import make_panels
 
 
 def needs_report(
@@ -72,7 +72,7 @@ class Pages:
         if self.report_file is not None:
             output.say(f"wrote {self.report_file}")
         if self.figures is not None:
-            charts = [chart for panel in panels_of(data) for chart in panel.charts]
+            charts = [chart for panel in make_panels(data) for chart in panel.charts]
             draw_into(self.figures, charts, output)
 
 

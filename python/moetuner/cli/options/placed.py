@@ -35,7 +35,7 @@ from moetuner.placement import Placement, contiguous
 from moetuner.problem.made import Made
 from moetuner.problem.reading import Reading
 from moetuner.recording import Recording
-from moetuner.report.outcome import left_over
+from moetuner.report.outcome import write_left_out
 from moetuner.serving import Serving, chosen_in, phases
 from moetuner.statistics import COUNTED, as_counts
 from moetuner.topology import Topology
@@ -61,7 +61,7 @@ def windowed(sentence: str, source: Source, judged_on: Recording, groups: str = 
     """Add to a sentence which windows INPUT is judged in, what is in none, and ``groups``."""
     if not source.counted:
         return sentence
-    rest = left_over(judged_on, source.replayed)
+    rest = write_left_out(judged_on, source.replayed)
     windows = [f"Windows have {source.counted:,} tokens", rest, groups]
     return f"{sentence} {'; '.join(filter(None, windows))}."
 

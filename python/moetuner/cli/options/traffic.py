@@ -256,4 +256,4 @@ class Source(FileHints):
     @cached_property
     def warnings(self) -> list[str]:
         """What makes INPUT worthless, or next to it."""
-        return recording.doubts(self.traffic)
+        return recording.list_warnings(self.traffic)

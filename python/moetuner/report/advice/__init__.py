@@ -1,4 +1,4 @@
-"""advise(): whether expert placement pays for some traffic, with how many copies, at what cost.
+"""Judge whether expert placement pays for some traffic, with how many copies, and at what cost.
 
 Placements are computed from one part of the traffic and judged on the other, over several splits.
 """
@@ -19,29 +19,29 @@ from moetuner.recording import Recording
 from moetuner.report.advice.conclusion import (
     conclude,
     find_costs,
-    find_knee,
+    find_fewest_copies_near_best,
     find_notes,
     write_judged_on,
 )
-from moetuner.report.advice.drift import drift_of, halves
+from moetuner.report.advice.drift import cut_in_half, measure_drift
 from moetuner.report.advice.judging import (
-    halve_trial,
-    judge_division,
+    combine_phases,
+    compute_move_cost,
+    compute_trial_halves,
     judge_groups,
     judge_halves,
+    judge_lp_split,
     judge_over_eplb,
     judge_phases,
     judge_trials,
     name_groups,
-    weigh_move,
-    weigh_phases,
 )
-from moetuner.report.advice.request import Part, Request, slots_of_running, split_of
+from moetuner.report.advice.request import Holdout, Request, count_running_slots, split_traffic
 from moetuner.report.advice.step import find_step
 from moetuner.report.advice.sweep import sweep
 from moetuner.report.advice.trial import PROPOSED, RUNNING, Trial, try_out
-from moetuner.report.advice.values import Advice, choose_main, compute_saved_us
-from moetuner.report.recording import one_kind
+from moetuner.report.advice.values import Advice, Copies, choose_main, compute_saved_us
+from moetuner.report.recording import find_one_kind
 from moetuner.serving import Serving, check_alone
 from moetuner.serving.arrival import Arrival
 from moetuner.serving.phases import PREFILL_WINDOWS, judged_windows, prefill
@@ -50,9 +50,10 @@ from moetuner.statistics import RoutingStatistics, check_recording
 from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
 
-# What engines begin with, and EPLB's placement, which may have redundant experts.
+# Placements that may run: two that engines load by default, and EPLB's, which may have redundant
+# experts.
 STARTS = ("contiguous", "round_robin", "eplb")
-READ = re.compile(rf"({'|'.join(STARTS)})|eplb:\d{{1,5}}", re.ASCII)
+INITIAL_NAME = re.compile(rf"({'|'.join(STARTS)})|eplb:\d{{1,5}}", re.ASCII)
 
 SPLITS, COPIES = 3, (0, 1, 2, 4)
 
@@ -95,69 +96,69 @@ def advise(
     traffic
         A trace, which is split by sequence, or by kind where its sequences repeat few prompts; or
         statistics, whose loads are split by window. Where neighbouring windows are alike, and where
-        a trace has no sequences, runs are held out. Of a single window nothing can be left to judge
-        on, so the answer is that there is not enough evidence.
+        a trace has no sequences, runs are held out. A single window cannot be split: the answer is
+        then that there is not enough evidence.
     unseen
-        Traffic to judge on, of the same kind and model; placements are then computed from all of
+        Traffic to judge on, of the same kind and model. Placements are then computed from all of
         ``traffic``, once.
     topology
-        The devices and links; or a ``Serving``, which says that and how the model is served.
+        The devices and links; or a ``Serving``, which has them and says how the model is served.
     initial
-        The placement that runs: one of your own, ``"contiguous"`` or ``"round_robin"``, or EPLB's
-        of the same traffic, ``"eplb"``, which ``"eplb:32"`` gives 32 redundant experts over all
-        devices.
+        The placement that runs: one of your own, ``"contiguous"``, ``"round_robin"``, or
+        ``"eplb"``, which EPLB computes from the same traffic; ``"eplb:32"`` has 32 redundant
+        experts over all devices.
     engine
-        Who serves the model: decides which copy serves a token, whether there may be copies, that
-        all slots are full and of one number in all layers, and whether the tokens of a window are
-        of sequences that are served together or of one after the other. Names as in
-        ``engine_settings``.
+        Engine that serves the model, by its name in ``engine_settings``. It decides which copy
+        serves a token, whether there may be copies, whether all slots must be full and equally
+        many in all layers, and whether a window has tokens of sequences that are served together
+        or of one sequence after the other.
     copies
-        Numbers of slots of a device in a layer, beyond one slot for each expert, that are tried: of
-        those that take more memory than what runs the next and the largest, and those between where
-        one of these gains on the traffic that is seen.
+        Numbers of slots of a device in a layer, beyond one slot for each expert, to try. Of numbers
+        that take more memory than the running placement, the next one and the largest are tried
+        first, and those between only where one of the two gains on the seen traffic.
     window
-        Tokens whose load is balanced together; by default 512 as in decoding, and as in reading
-        prompts 8192, or 4096 or 2048 of a recording that does not fill two of these. Load tables
-        bring their own windows.
+        Tokens of a window, whose load is balanced together. By default 512 for decode, and for
+        prefill 8192, or 4096 or 2048 where the recording does not fill two windows of that size.
+        Load tables bring their own windows.
     splits
-        Ways to choose the half that is seen.
+        Number of random choices of the half that is seen.
     price
         Share of the predicted time that a change must save to be worth the trouble.
     prefill_share
         Share of the serving time that is prefill. Placements are computed for it, and the answer is
-        then on prefill and decode together, instead of on the better one of them. By default
-        a fifth of the time is prefill in the search.
+        on the gain of prefill and decode together, instead of on the better one of the two. By
+        default the search takes a fifth of the time to be prefill.
     waterfill
-        As for ``evaluate``: then it is said what the proposal gains where the dispatcher gives the
-        shared expert's work to devices that wait.
+        As for ``evaluate``. The advice then says what the proposed placement gains where the
+        dispatcher gives the shared expert's work to devices that wait.
     by_group
-        Whether to judge also, on each group, a placement that was computed from all other groups.
+        Whether to judge, on each group, a placement that was computed from all other groups.
     objective
         As for ``Problem``; time by default.
     expert_bytes
-        Bytes of one expert of one layer; by default of the model's experts, where known.
+        Bytes of one expert of one layer; by default that of the model's experts, where known.
     cost_model, regime, split, arrival
         As for ``Problem``; split and arrival by default the engine's, else even and in bursts.
     in_order
-        Whether the order of the recording is that of serving. Where not, a change of kind between
-        its halves is no matter.
+        Whether traffic was recorded in the order of serving. If not, a difference between the
+        halves of the recording does not count against a gain.
     iterations
         Search steps of each start. By default short searches choose the number of copies, and the
-        proposed placement takes as many as ``solve``.
+        search for the proposed placement takes as many steps as ``solve``.
     time_limit
-        Seconds of each solve; results then depend on the machine.
+        Time limit per solve, in seconds. Results then depend on the machine.
     seed
-        Of splits and searches.
+        Random seed of splits and searches.
     threads
         Threads to use, all cores by default; the answer does not depend on it.
     progress
-        Called with what is being done, a few words each time.
+        Called with a few words on each step of the computation, when it begins.
 
     Raises
     ------
     ValueError
-        If the traffic has nothing to place, the placement is not of this model and machine, or an
-        argument is out of range.
+        If the traffic has no tokens, the placement is not of this model and machine, or an argument
+        is out of range.
 
     Examples
     --------
@@ -178,7 +179,10 @@ def advise(
     if unseen is not None:
         check_unseen(traffic, unseen)
     _check_groups(traffic, by_group)
-    counts, windows = _counts(copies), _windows(traffic, unseen, check.window_in(window))
+    counts, windows = (
+        _sort_copies(copies),
+        _choose_windows(traffic, unseen, check.window_in(window)),
+    )
     splits = check.whole_number("splits", splits, highest=100)
     if prefill_share is not None:
         _check_share(prefill_share, windows)
@@ -187,7 +191,7 @@ def advise(
     if traffic.ordered:
         if window is not None:
             phases = {window: 1.0}
-    else:
+    else:  # counts have no sequences that could be mixed
         arrival = None
         if isinstance(topology, Serving):
             topology = replace(topology, arrival="bursts")
@@ -229,80 +233,93 @@ def advise(
 
 def _advise(request: Request, splits: int) -> Advice:
     """Split the traffic, sweep numbers of copies, judge on every split, and conclude."""
-    # The whole, seen twice, is the same every time, and so is traffic that was given apart.
+    # Other splits would be the same where nothing is held out, and where unseen traffic was given.
     splits = splits if request.is_held_out and request.unseen is None else 1
     request.progress("counting what is seen")
-    part = split_of(request, check.nth_seed(request.seed, 0))
-    swept = sweep(request, part)
-    # More memory is no gain of a placement: what is proposed takes no more than what runs.
-    as_now = tuple(row for row in swept if row.per_device <= request.running_copies)
-    knee, best = (find_knee(rows, request.prefill_share) for rows in (as_now or swept, swept))
-    trials = _try_splits(request, part, knee, splits)
+    holdout = split_traffic(request, check.nth_seed(request.seed, 0))
+    copies = sweep(request, holdout)
+    chosen_copies, larger_copies = _choose_copies(request, copies)
+    trials = _try_splits(request, holdout, chosen_copies, splits)
     request.progress("judging")
     first = trials[0]
-    halve_trial(request, first, [RUNNING, PROPOSED], by_group=True)
-    judged = tuple(
+    compute_trial_halves(request, first, [RUNNING, PROPOSED], by_group=True)
+    judgements = tuple(
         judge_trials(request, trials, RUNNING, window, request.units[window], by_group=True)
         for window in request.windows
     )
-    main = choose_main(judged)
-    if len(swept) == 1:  # which was not searched for
-        swept = (replace(swept[0], gains={each.window: (each.gain.gain,) for each in judged}),)
+    main = choose_main(judgements)
+    if len(copies) == 1:  # a single number is not searched for
+        gains: dict[int | None, tuple[float, ...]]
+        gains = {judgement.window: (judgement.gain.gain,) for judgement in judgements}
+        copies = (replace(copies[0], gains=gains),)
     units = request.units[main.window]
     request.progress("comparing the halves of the recording")
-    change = drift_of(request.traffic, units, seed=request.seed) if request.unseen is None else None
-    is_other = request.in_order and change is not None and change.is_beyond_chance
-    parts = halves(request.traffic) if is_other else ()
-    carried = judge_halves(request, parts, knee, main.window) if parts else ()
+    drift = None
+    if request.unseen is None:
+        drift = measure_drift(request.traffic, units, seed=request.seed)
+    has_drifted = request.in_order and drift is not None and drift.is_beyond_chance
+    halves = cut_in_half(request.traffic) if has_drifted else ()
+    gains_of_halves = judge_halves(request, halves, chosen_copies, main.window) if halves else ()
     request.progress("weighing what moves, and phases")
     advice = Advice(
         answer="not enough evidence",
         findings=(),
-        judged=judged,
+        judged=judgements,
         over_eplb=judge_over_eplb(request, trials),
-        copies=swept,
-        knee=knee,
-        more=best if best > knee else None,
-        moving=weigh_move(request, first, compute_saved_us(main)),
-        phases=judge_phases(request, part, knee),
-        division=judge_division(request, part, first.placements[PROPOSED], main.window),
-        drift=change,
-        halves=carried,
-        groups_of_halves=name_groups(parts),
+        copies=copies,
+        knee=chosen_copies,
+        more=larger_copies,
+        moving=compute_move_cost(request, first, compute_saved_us(main)),
+        phases=judge_phases(request, holdout, chosen_copies),
+        division=judge_lp_split(request, holdout, first.placements[PROPOSED], main.window),
+        drift=drift,
+        halves=gains_of_halves,
+        groups_of_halves=name_groups(halves),
         placements=(first.placements[RUNNING], first.placements[PROPOSED]),
         result=first.result,
         units=units,
         problem=first.problem,
-        judged_on=write_judged_on(request, part.unseen),
-        one_kind=one_kind(request.traffic, request.unseen),
-        prefill_lacks=_prefill_lacks(request),
-        total=weigh_phases(request, judged),
-        by_group=judge_groups(request, knee) if request.by_group else {},
-        settings=_settings(request, splits, first.problem.shares),
+        judged_on=write_judged_on(request, holdout.unseen),
+        one_kind=find_one_kind(request.traffic, request.unseen),
+        prefill_lacks=_count_missing_tokens(request),
+        total=combine_phases(request, judgements),
+        by_group=judge_groups(request, chosen_copies) if request.by_group else {},
+        settings=_list_settings(request, splits, first.problem.shares),
     )
     advice = conclude(advice, find_notes(request, advice))
     if advice.answer == "not now":
         advice = replace(advice, moving=advice.moving.stay())
     request.progress("weighing fewer moves")
-    advice = replace(advice, step=find_step(request, first, part, advice))
+    advice = replace(advice, step=find_step(request, first, holdout, advice))
     return replace(advice, findings=(*advice.findings, *find_costs(advice)))
 
 
-def _try_splits(request: Request, part: Part, copies: int, splits: int) -> list[Trial]:
-    """Place by the seen half of every split, and judge on the other: the first at length."""
+def _choose_copies(request: Request, rows: tuple[Copies, ...]) -> tuple[int, int | None]:
+    """Return the slots for copies to propose, and a larger number that gains more, if any does."""
+    # More memory is no merit of a placement: the proposal takes no more than the running one.
+    affordable = tuple(row for row in rows if row.per_device <= request.running_copies)
+    chosen = find_fewest_copies_near_best(affordable or rows, request.prefill_share)
+    larger = find_fewest_copies_near_best(rows, request.prefill_share)
+    return chosen, larger if larger > chosen else None
+
+
+def _try_splits(request: Request, holdout: Holdout, copies: int, splits: int) -> list[Trial]:
+    """Return a trial of every split; the first is searched at length, the others briefly."""
     trials: list[Trial] = []
     for number in range(splits):
         request.progress(f"split {number + 1} of {splits}: solving and judging")
-        split = split_of(request, check.nth_seed(request.seed, number)) if number else part
+        split = split_traffic(request, check.nth_seed(request.seed, number)) if number else holdout
         effort = "brief" if number else "default"
         trial = try_out(request, split, copies, by_group=not number, effort=effort)
-        # The counts that others were computed from are not asked for any more.
+        # Only the first problem is read later: without theirs the others' counts can be freed.
         trials.append(replace(trial, problem=trials[0].problem) if number else trial)
     return trials
 
 
-def _settings(request: Request, splits: int, phases: dict[int | None, float]) -> dict[str, Any]:
-    """Return what was asked for as JSON values."""
+def _list_settings(
+    request: Request, splits: int, phases: dict[int | None, float]
+) -> dict[str, Any]:
+    """Return the settings of an advice as JSON values."""
     initial, topology = request.initial, request.topology
     return {
         "engine": request.serving.engine,
@@ -331,25 +348,25 @@ def _settings(request: Request, splits: int, phases: dict[int | None, float]) ->
 
 
 def _check_groups(traffic: Recording, by_group: bool) -> None:
-    """Raise where groups are to be judged by themselves, and there are none."""
+    """Raise if groups are to be judged by themselves, and there are fewer than two."""
     check.flag("by_group", by_group)
     if by_group and len(traffic.group_rows()) < 3:
         raise check.ArgumentError("by_group needs traffic of two groups or more", "by_group")
 
 
-def _counts(copies: Sequence[int]) -> list[int]:
-    """Return the numbers of slots for copies that are tried, in order."""
+def _sort_copies(copies: Sequence[int]) -> list[int]:
+    """Return the numbers of slots for copies to try, in ascending order."""
     listed = check.listed("copies", copies, "whole numbers")
-    counts = sorted({check.whole_number("copies", each, lowest=0) for each in listed})
+    counts = sorted({check.whole_number("copies", count, lowest=0) for count in listed})
     if not counts:
         raise check.ArgumentError("copies must be at least one number of slots, got none", "copies")
     return counts
 
 
-def _windows(
+def _choose_windows(
     traffic: Recording, unseen: Recording | None, window: int | None
 ) -> tuple[int | None, ...]:
-    """Return the windows that are judged: of both phases where one is not given."""
+    """Return the sizes of windows to judge: the given one, else those of decode and prefill."""
     if not traffic.ordered:
         return (None,)  # statistics come in their windows
     if window is not None:
@@ -357,20 +374,20 @@ def _windows(
     return judged_windows(traffic.length // 2 if unseen is None else unseen.length)
 
 
-def _prefill_lacks(request: Request) -> int:
-    """Return by how many tokens the recording is too short to judge prefill."""
-    judged, fewest = request.judged_on, 2 * PREFILL_WINDOWS[-1]
+def _count_missing_tokens(request: Request) -> int:
+    """Return by how many tokens the recording is too short to judge prefill; 0 if it is not."""
+    tokens, fewest = request.judged_on.length, 2 * PREFILL_WINDOWS[-1]
     is_judged = len(request.windows) > 1 or request.serving.phases is not None
     if is_judged or request.windows[0] is None:
         return 0
-    # Half of the recording is judged on, if nothing else is.
-    return fewest - judged.length if request.unseen is not None else 2 * fewest - judged.length
+    # Without unseen traffic, half of the recording is judged on.
+    return (fewest if request.unseen is not None else 2 * fewest) - tokens
 
 
 def _check_values(
     traffic: Recording, topology: Topology, price: float, initial: Placement | str
 ) -> None:
-    """Raise for traffic of no tokens, a price that is none, and what cannot run."""
+    """Raise for traffic without tokens, a price out of range, and a placement that cannot run."""
     check_recording(traffic)
     check.instance("topology", topology, Topology, hint=", such as Topology(devices=8)")
     if traffic.ordered and traffic.length < 2:
@@ -379,25 +396,27 @@ def _check_values(
         raise ValueError("traffic must have tokens, got a load of 0")
     check.share("price", price)
     if isinstance(initial, str):
-        if not READ.fullmatch(initial):
+        if not INITIAL_NAME.fullmatch(initial):
             names = ", ".join(STARTS)
             raise check.ArgumentError(
                 f"initial must be {names} or eplb:N, got {check.shown(initial)}", "initial"
             )
-        slots_of_running(initial, traffic.num_experts, topology.devices)
+        count_running_slots(initial, traffic.num_experts, topology.devices)
     else:
         check.instance("initial", initial, Placement)
 
 
 def check_unseen(traffic: Recording, unseen: Recording) -> None:
-    """Raise if traffic to judge on is of another kind or model, or holds nothing."""
+    """Raise if the unseen traffic is of another kind or model, or has no tokens."""
     check_recording(unseen, "unseen")
-    both = (traffic, unseen)
     if traffic.noun != unseen.noun:
         raise check.ArgumentError(
             f"unseen must be {traffic.noun} like traffic, got {unseen.noun}", "unseen"
         )
-    wanted, got = (f"{each.layers} layers of {each.num_experts} experts" for each in both)
+    wanted, got = (
+        f"{recording.layers} layers of {recording.num_experts} experts"
+        for recording in (traffic, unseen)
+    )
     if wanted != got:
         raise check.ArgumentError(f"unseen must have {wanted} like traffic, got {got}", "unseen")
     if unseen.is_empty:
@@ -405,7 +424,7 @@ def check_unseen(traffic: Recording, unseen: Recording) -> None:
 
 
 def _check_share(share: float, windows: tuple[int | None, ...]) -> None:
-    """Raise for a share of prefill that is none, and where only one phase is judged."""
+    """Raise if the share of prefill is no share, or only one phase is judged."""
     check.share("prefill_share", share)
     if len(windows) == 1:
         raise check.ArgumentError(

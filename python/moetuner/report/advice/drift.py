@@ -1,4 +1,4 @@
-"""Whether traffic changes its kind, while it is recorded or since, beyond chance."""
+"""Measure whether traffic changes beyond chance, within a recording or since an earlier one."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ from moetuner.report.findings import Finding
 from moetuner.statistics import RoutingStatistics, count_loads, measure_distance
 from moetuner.trace import RoutingTrace, as_trace
 
-# Parts of equal numbers of sequences, in the order of the recording, that are permuted.
+# Blocks of a recording, with equal numbers of sequences, that the permutation test permutes.
 BLOCKS = 32
-# Ways to halve the blocks that say how far halves of one kind differ, and the most of these that
-# may differ as much as the first half does from the second; so many are looked at together.
-HALVES, CHANCE, TOGETHER = 400, 0.01, 16
-# Share of the tokens that go to other experts, beyond chance, from which a change is told.
-LEAST = 0.05
-# Fewest blocks that can be halved in so many ways.
-FEWEST = 12
-# Times that windows are alike over, in the shortest block that may change sides: the ends of
-# neighbouring ones are alike.
-LASTING = 3
+# Permutations of the test, its level of significance, and how many are computed at once.
+PERMUTATIONS, SIGNIFICANCE, BATCH = 400, 0.01, 16
+# Smallest share of the tokens that go to other experts, beyond chance, that counts as drift.
+LEAST_DRIFT = 0.05
+# Fewest blocks with more different halves than the test has permutations.
+FEWEST_BLOCKS = 12
+# Correlation lengths of windows in the shortest block that may change sides: the ends of
+# neighbouring blocks are alike.
+LENGTHS_PER_BLOCK = 3
 # Most blocks of two recordings together, and tokens of a window of a trace without sequences.
-MOST, WINDOW = 128, 512
+MOST_BLOCKS, WINDOW = 128, 512
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Drift(Frozen):
-    """How far one part of some traffic differs from another.
+    """Distance between two parts of some traffic, beside the distance that chance gives.
 
-    Of ``drift`` these are the traffic and its profile, of ``advise`` the halves of a recording.
+    The parts are a profile and later traffic for ``drift``, and the halves of a recording for
+    ``advise``.
 
     Parameters
     ----------
     distance
         Total variation distance of the parts' expert shares, averaged over layers: the share of the
-        tokens that would have to go to other experts.
+        tokens that would have to go to other experts to make the parts alike.
     expected
-        The same of parts that are chosen at random.
+        Mean distance of parts that are chosen at random.
     chance
-        How many of the random parts differ as much.
+        Share of the random choices whose parts differ as much: the p-value of the distance.
     is_of_groups
-        Whether the halves differ as they hold different groups, and each group stays as it is.
+        Whether the halves differ because they hold different groups, each of which stays as it is.
     worst_layer, worst_distance
         Layer that differs most, and its distance.
 
@@ -78,8 +78,9 @@ class Drift(Frozen):
 
     @property
     def is_beyond_chance(self) -> bool:
-        """Whether the parts differ beyond chance, and by more than would not matter."""
-        return self.chance <= CHANCE and self.distance - self.expected >= LEAST
+        """Whether the parts differ beyond chance, and by enough to matter."""
+        is_significant = self.chance <= SIGNIFICANCE
+        return is_significant and self.distance - self.expected >= LEAST_DRIFT
 
     def to_dict(self) -> dict[str, Any]:
         """Return fields and properties as JSON values."""
@@ -87,10 +88,10 @@ class Drift(Frozen):
 
 
 def drift(profile: Recording, traffic: Recording, *, seed: int = 0) -> Drift:
-    """Compute how far traffic has left a profile, such as that of a placement.
+    """Compute how far traffic has drifted from a profile, such as that of a placement.
 
-    Both are cut into blocks of about as many tokens, of sequences, or of windows, longer than these
-    are alike. What differs by chance is what remains when blocks change sides at random.
+    Both are cut into blocks with about as many tokens: of sequences, or of windows where a block is
+    longer than the windows are alike. The distance by chance is that of random choices of blocks.
 
     Parameters
     ----------
@@ -102,7 +103,7 @@ def drift(profile: Recording, traffic: Recording, *, seed: int = 0) -> Drift:
     Raises
     ------
     ValueError
-        If the two are of different models, or have too few sequences or windows to tell.
+        If the two are of different models, or have too few independent sequences or windows.
 
     Examples
     --------
@@ -122,33 +123,39 @@ def drift(profile: Recording, traffic: Recording, *, seed: int = 0) -> Drift:
             f"traffic must be {shapes[0]} [layers, experts] as profile, got {shapes[1]}"
         )
     sizes = [max(side.choices, 1) for side in sides.values()]
-    units = [_units_of(side) for side in sides.values()]
-    numbers = [_exchangeable(*each) for each in zip(sides.values(), units, strict=True)]
-    rate = min(MOST / sum(sizes), *(n / size for n, size in zip(numbers, sizes, strict=True)))
+    units = [units_of(side, window=WINDOW) for side in sides.values()]
+    samples = [
+        _count_exchangeable(side, unit) for side, unit in zip(sides.values(), units, strict=True)
+    ]
+    # As many blocks per token on both sides, and no more blocks than independent samples.
+    rate = min(
+        MOST_BLOCKS / sum(sizes),
+        *(number / size for number, size in zip(samples, sizes, strict=True)),
+    )
     counts = [max(round(rate * size), 1) for size in sizes]
-    if math.comb(sum(counts), counts[0]) * CHANCE < 1:
-        fewer, more = sorted(zip(numbers, sides, strict=True))
+    if math.comb(sum(counts), counts[0]) * SIGNIFICANCE < 1:
+        (fewer, scarce), (more, ample) = sorted(zip(samples, sides, strict=True))
         raise ValueError(
-            f"drift needs more sequences or windows: {fewer[1]} has {fewer[0]} independent, "
-            f"{more[1]} {more[0]}; record {FEWEST} or more of both"
+            f"drift needs more sequences or windows: {scarce} has {fewer} independent, "
+            f"{ample} {more}; record {FEWEST_BLOCKS} or more of both"
         )
     seed = seed_in(seed)
-    parts = []
-    for side, count, own in zip(sides.values(), counts, units, strict=True):
-        folds = own.deal(side, np.arange(side.length), WINDOW, folds=count)
-        parts.append(_loads(side, folds.fold, folds.number))
-    return _drift_of(np.concatenate(parts), len(parts[0]), seed)
+    loads = []
+    for side, count, unit in zip(sides.values(), counts, units, strict=True):
+        folds = unit.deal(side, np.arange(side.length), WINDOW, folds=count)
+        loads.append(_count_block_loads(side, folds.fold, folds.number))
+    return _compare_blocks(np.concatenate(loads), len(loads[0]), seed)
 
 
-def conclude_drift(drifted: Drift, worst: dict[str, Any]) -> Finding:
-    """Return whether a placement still serves traffic, by its figure that got worst.
+def conclude_drift(drift: Drift, worst: dict[str, Any]) -> Finding:
+    """Return whether a placement still serves traffic, by the figure that got worst.
 
     ``worst`` has the ``measure``, its ``window`` and its relative ``change``.
     """
     numbers = {"change": worst["change"], "window": worst["window"]}
     numbers["label"] = FIGURES[worst["measure"]].label
     is_worse = worst["change"] > PRICE
-    if not drifted.is_beyond_chance:
+    if not drift.is_beyond_chance:
         numbers["is_worse"] = is_worse
         return Finding("profile not left", numbers, "headline", "not left")
     if is_worse:
@@ -156,47 +163,51 @@ def conclude_drift(drifted: Drift, worst: dict[str, Any]) -> Finding:
     return Finding("profile left, placement serves", numbers, "headline", "served")
 
 
-def _units_of(traffic: Recording) -> Units:
-    """Return what is independent, as ``advise`` counts it."""
-    return units_of(traffic, window=WINDOW)
+def _count_exchangeable(traffic: Recording, units: Units) -> int:
+    """Return the number of blocks of traffic that a permutation may exchange.
 
-
-def _exchangeable(traffic: Recording, units: Units) -> int:
-    """Return how many parts of traffic may change places: none is shorter than what is alike.
-
-    Windows that are worth an independent one are not enough: ends of neighbouring parts are alike.
+    Blocks of windows have several correlation lengths, as the ends of neighbouring blocks are
+    alike.
     """
     if units.blocks.length == 1:
         return max(units.number, 1)
-    longest = LASTING * traffic.rows_in(WINDOW) * units.blocks.length
-    return max(traffic.length // longest, 1)
+    rows = LENGTHS_PER_BLOCK * traffic.rows_in(WINDOW) * units.blocks.length
+    return max(traffic.length // rows, 1)
 
 
-def drift_of(traffic: Recording, units: Units, *, seed: int = 0) -> Drift | None:
-    """Compute how far the halves of a recording differ; None where there is too little to tell."""
+def measure_drift(traffic: Recording, units: Units, *, seed: int = 0) -> Drift | None:
+    """Compute how far the halves of a recording differ; None where it has too few blocks.
+
+    If the halves of a recording with groups differ, they are compared again with every group spread
+    evenly over the recording: where they are alike then, only the order of the groups differs.
+    """
     blocks = BLOCKS
     if units.kinds is not None and units.sequences is None:  # kinds of windows
-        alike = blocks_of(count_loads(traffic).window_load, traffic.group).length
-        blocks = min(BLOCKS, units.number, traffic.length // alike)
+        length = blocks_of(count_loads(traffic).window_load, traffic.group).length
+        blocks = min(BLOCKS, units.number, traffic.length // length)
     elif units.name == "window":
-        blocks = min(BLOCKS, _exchangeable(traffic, units))
-    first = None
-    for by_group in (False, True):
-        item, place = _in_order(traffic, by_group=by_group)
-        loads = _loads(traffic, (place * blocks // len(place))[item], blocks)
-        if len(loads) < FEWEST or not loads.sum():
-            return first
-        one = _drift_of(loads, len(loads) // 2, seed)
-        if first is not None:
-            return replace(first, is_of_groups=not one.is_beyond_chance)
-        first = one
-        if not one.is_beyond_chance or traffic.group is None:
-            break
-    return first
+        blocks = min(BLOCKS, _count_exchangeable(traffic, units))
+
+    def compare_halves(*, by_group: bool) -> Drift | None:
+        item, place = _find_places(traffic, by_group=by_group)
+        loads = _count_block_loads(traffic, (place * blocks // len(place))[item], blocks)
+        if len(loads) < FEWEST_BLOCKS or not loads.sum():
+            return None
+        return _compare_blocks(loads, len(loads) // 2, seed)
+
+    as_recorded = compare_halves(by_group=False)
+    if as_recorded is None or not as_recorded.is_beyond_chance or traffic.group is None:
+        return as_recorded
+    spread = compare_halves(by_group=True)
+    if spread is None:
+        return as_recorded
+    return replace(as_recorded, is_of_groups=not spread.is_beyond_chance)
 
 
-def _loads(traffic: Recording, block: NDArray[np.integer[Any]], blocks: int) -> NDArray[np.float64]:
-    """Count load [B,L,E] of the blocks that tokens, or windows, are in; those that have some."""
+def _count_block_loads(
+    traffic: Recording, block: NDArray[np.integer[Any]], blocks: int
+) -> NDArray[np.float64]:
+    """Count the load [B,L,E] of every block that has a token or a window; ``block`` is theirs."""
     if traffic.ordered:
         loads = loads_by(as_trace(traffic), block, blocks)
     else:
@@ -205,37 +216,45 @@ def _loads(traffic: Recording, block: NDArray[np.integer[Any]], blocks: int) -> 
     return loads[np.unique(block)]
 
 
-def _drift_of(loads: NDArray[np.float64], number: int, seed: int) -> Drift:
-    """Compare the first blocks [B,L,E] with the rest, and with as many at random."""
-    first, rng = np.arange(len(loads)) < number, np.random.default_rng(seed)
-    by_layer = _distances(loads, first[None])[0]
+def _compare_blocks(loads: NDArray[np.float64], number: int, seed: int) -> Drift:
+    """Compare the first ``number`` of blocks [B,L,E] with the rest, by a permutation test."""
+    is_first, rng = np.arange(len(loads)) < number, np.random.default_rng(seed)
+    by_layer = _measure_distances(loads, is_first[None])[0]
     distance, worst = float(by_layer.mean()), int(by_layer.argmax())
-    halvings = np.stack([rng.permutation(first) for _ in range(HALVES)])
-    runs = np.split(halvings, range(TOGETHER, HALVES, TOGETHER))
-    others = np.concatenate([_distances(loads, run).mean(axis=1) for run in runs])
-    chance = (1 + int((others >= distance - 1e-12).sum())) / (1 + HALVES)
-    furthest = float(by_layer[worst])
-    return Drift(distance, float(others.mean()), chance, worst_layer=worst, worst_distance=furthest)
+    permutations = np.stack([rng.permutation(is_first) for _ in range(PERMUTATIONS)])
+    batches = np.split(permutations, range(BATCH, PERMUTATIONS, BATCH))
+    by_chance = np.concatenate([_measure_distances(loads, batch).mean(axis=1) for batch in batches])
+    p_value = (1 + int((by_chance >= distance - 1e-12).sum())) / (1 + PERMUTATIONS)
+    return Drift(
+        distance,
+        expected=float(by_chance.mean()),
+        chance=p_value,
+        worst_layer=worst,
+        worst_distance=float(by_layer[worst]),
+    )
 
 
-def halves(traffic: AnyRecording) -> tuple[AnyRecording, AnyRecording]:
-    """Cut a recording in the middle of its sequences, or of its windows or tokens without them."""
-    item, place = _in_order(traffic, by_group=False)
+def cut_in_half(traffic: AnyRecording) -> tuple[AnyRecording, AnyRecording]:
+    """Return the halves of a recording by its sequences, or its windows or tokens without them."""
+    item, place = _find_places(traffic, by_group=False)
     is_early = place[item] < len(place) // 2
     return traffic.take(is_early), traffic.take(~is_early)
 
 
-def _in_order(traffic: Recording, *, by_group: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the item of every token or window, and each item's place in the order of recording.
+def _find_places(
+    traffic: Recording, *, by_group: bool
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the item of every token or window, and the place of every item in the recording.
 
-    Items are sequences, or windows or tokens without them. With ``by_group`` those of every group
-    are spread over the whole, in their order.
+    Items are sequences; where there are none, windows or tokens. With ``by_group`` the items of
+    every group are spread evenly over the recording, in their order.
     """
     item = first = np.arange(traffic.length)
     if traffic.sequence is not None:
         _, first, item = np.unique(traffic.sequence, return_index=True, return_inverse=True)
     order = np.argsort(first)
     if by_group and traffic.group is not None:
+        # Item r of the n of a group belongs where a share (r + 0.5) / n of the recording is over.
         group = traffic.group[first][order]
         sizes = np.bincount(group)
         grouped = np.argsort(group, kind="stable")
@@ -247,7 +266,9 @@ def _in_order(traffic: Recording, *, by_group: bool) -> tuple[NDArray[np.int64],
     return item, place
 
 
-def _distances(loads: NDArray[np.float64], first: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Compute how far shares of the first blocks [N,B] are from those of the rest [N,L]."""
-    one = np.tensordot(first.astype(np.float64), loads, axes=1)
-    return measure_distance(one, loads.sum(axis=0) - one)
+def _measure_distances(
+    loads: NDArray[np.float64], is_first: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Compute the distances [N,L] of the first blocks [N,B] from the rest, of loads [B,L,E]."""
+    load = np.tensordot(is_first.astype(np.float64), loads, axes=1)
+    return measure_distance(load, loads.sum(axis=0) - load)

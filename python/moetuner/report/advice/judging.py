@@ -1,4 +1,4 @@
-"""Trials judged: the proposed placement beside what runs, in windows, halves, groups and phases."""
+"""Judge proposed placements beside running ones, in windows, halves, groups and phases."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from moetuner.evaluation.units import Units
 from moetuner.placement import EMPTY, Placement
 from moetuner.recording import Recording
 from moetuner.report.advice.request import (
-    Part,
+    Holdout,
     Request,
     Window,
-    count,
-    halve,
-    problem_of,
+    build_problem,
+    count_traffic,
     search_shortly,
+    split_recording,
 )
 from moetuner.report.advice.trial import (
     EPLB,
@@ -35,13 +35,13 @@ from moetuner.report.advice.trial import (
     evaluate_all,
     try_out,
 )
-from moetuner.report.advice.values import Division, Moving, PhaseTimes
+from moetuner.report.advice.values import LpSplit, Moving, PhaseTimes
 from moetuner.report.recording import PHASES
 from moetuner.serving.splits import EVEN, Split
 from moetuner.statistics import RoutingStatistics, count_loads
 
-# Windows at most, at even distances, whose tokens are divided anew.
-DIVIDED_WINDOWS = 256
+# Most windows, evenly spaced, whose tokens the linear programme splits.
+LP_WINDOWS = 256
 
 
 def judge_trials(
@@ -53,7 +53,7 @@ def judge_trials(
     *,
     by_group: bool = False,
 ) -> Judgement:
-    """Judge what is proposed beside another placement, with the first split's intervals."""
+    """Judge the proposed placement beside another one, with intervals of the first split."""
     evaluations = [trial.evaluations[window] for trial in trials]
     judgement = judge(
         evaluations[0][key],
@@ -64,144 +64,160 @@ def judge_trials(
         price=request.price,
         names=("running" if key == RUNNING else "EPLB", "proposed"),
     )
-    pairs = [(each[key], each[PROPOSED]) for each in evaluations]
-    comparisons = {name: with_splits(each, pairs) for name, each in judgement.whole.items()}
+    pairs = [(by_key[key], by_key[PROPOSED]) for by_key in evaluations]
+    comparisons = {
+        measure: with_splits(comparison, pairs) for measure, comparison in judgement.whole.items()
+    }
     return replace(judgement, whole=comparisons)
 
 
-def halve_trial(request: Request, trial: Trial, keys: Sequence[Key], *, by_group: bool) -> None:
-    """Compute halves of some placements' figures in windows of all sizes at once.
+def compute_trial_halves(
+    request: Request, trial: Trial, keys: Sequence[Key], *, by_group: bool
+) -> None:
+    """Compute the halves that intervals need, of some placements in windows of all sizes at once.
 
-    The tokens are read once for all of them; judgements then know these halves.
+    The tokens are read once for all of them. Judgements find these halves in their cache.
     """
     units = [request.units[window] for window in request.windows]
-    if any(each is not units[0] for each in units):
-        return  # folds of windows are of their own size
+    if any(samples is not units[0] for samples in units):
+        return  # samples that are windows differ by the size of windows
     evaluations = [trial.evaluations[window][key] for window in request.windows for key in keys]
-    replayed = [each.replayed for each in evaluations if each.replayed is not None]
-    settings = [each.setting for each in replayed]
-    halve_each(replayed[0].traffic, settings, units[0], by_group=by_group)
+    replays = [evaluation.replayed for evaluation in evaluations if evaluation.replayed is not None]
+    settings = [replay.setting for replay in replays]
+    halve_each(replays[0].traffic, settings, units[0], by_group=by_group)
 
 
 def judge_over_eplb(request: Request, trials: Sequence[Trial]) -> dict[Window, Judgement]:
-    """Judge what is proposed beside EPLB's placement, by window; nothing if that is what runs."""
+    """Judge the proposed placement beside EPLB's, by window; nothing if EPLB's runs."""
     first = trials[0].placements
     if first[EPLB] == first[RUNNING]:
         return {}
-    halve_trial(request, trials[0], [EPLB], by_group=False)
+    compute_trial_halves(request, trials[0], [EPLB], by_group=False)
     return {
         window: judge_trials(request, trials, EPLB, window, request.units[window])
         for window in request.windows
     }
 
 
-def _gain(request: Request, trial: Trial, window: Window, units: Units) -> Comparison:
+def _judge_gain(request: Request, trial: Trial, window: Window, units: Units) -> Comparison:
     return judge_trials(request, [trial], RUNNING, window, units).gain
 
 
-def weigh_phases(request: Request, judged: Sequence[Judgement]) -> Comparison | None:
-    """Weigh the gains of decode and prefill by their shares of the serving time, if known.
+def combine_phases(request: Request, judgements: Sequence[Judgement]) -> Comparison | None:
+    """Combine the gains of decode and prefill, weighted by their shares of the serving time.
 
-    Both are of the same sequences, so their errors add up.
+    None where the share of prefill is unknown. Both gains are of the same sequences, so their
+    errors add up.
     """
     if request.prefill_share is None:
         return None
-    share, (decode, prefill) = request.prefill_share, (each.gain for each in judged)
+    share = request.prefill_share
+    decode, prefill = (judgement.gain for judgement in judgements)
 
-    def weigh(of_decode: float, of_prefill: float) -> float:
-        return share * of_prefill + (1 - share) * of_decode
+    def combine(in_decode: float, in_prefill: float) -> float:
+        return share * in_prefill + (1 - share) * in_decode
 
-    both = (decode.change, prefill.change)
-    errors = [change.error for change in both if change.error is not None]
+    changes = (decode.change, prefill.change)
+    errors = [change.error for change in changes if change.error is not None]
     change = Spread(
-        weigh(decode.change.value, prefill.change.value),
-        weigh(errors[0], errors[1]) if len(errors) == len(both) else None,
-        min(each.freedom for each in both),
-        min(each.units for each in both),
+        combine(decode.change.value, prefill.change.value),
+        combine(errors[0], errors[1]) if len(errors) == len(changes) else None,
+        min(change.freedom for change in changes),
+        min(change.units for change in changes),
     )
     return replace(
         decode,
         before=1.0,
         after=1 + change.value,
         change=change,
-        splits=tuple(map(weigh, decode.splits, prefill.splits)),
+        splits=tuple(map(combine, decode.splits, prefill.splits)),
     )
 
 
 def name_groups(halves: Sequence[Recording]) -> tuple[tuple[str, ...], ...]:
-    """Return the groups of both halves; one that the middle cuts is where most of it is."""
+    """Return the groups of both halves; a group in both counts where most of its rows are."""
     sizes = [{name: len(rows) for name, rows in half.group_rows().items()} for half in halves]
     return tuple(
         tuple(
             str(name)
-            for name in own
-            if name is not None and own[name] >= sizes[1 - place].get(name, 0)
+            for name, size in size_of_group.items()
+            if name is not None and size >= sizes[1 - half].get(name, 0)
         )
-        for place, own in enumerate(sizes)
+        for half, size_of_group in enumerate(sizes)
     )
 
 
 def judge_halves(
     request: Request, halves: Sequence[Recording], copies: int, window: Window
 ) -> tuple[Comparison, ...]:
-    """Judge a placement of each half of the recording on the other."""
+    """Judge a placement computed from each half of the recording on the other half."""
     gains = []
     for half, other, name in zip(halves, halves[::-1], ("first", "second"), strict=True):
         request.progress(f"a placement of the {name} half on the other")
-        part = Part(request.seed, count(request, half), other)
-        trial = try_out(request, part, copies)
-        gains.append(_gain(request, trial, window, request.units[window]))
+        holdout = Holdout(request.seed, count_traffic(request, half), other)
+        trial = try_out(request, holdout, copies)
+        gains.append(_judge_gain(request, trial, window, request.units[window]))
     return tuple(gains)
 
 
 def judge_groups(request: Request, copies: int) -> dict[str, dict[Window, Comparison]]:
-    """Judge a placement of all other groups on each group."""
+    """Judge, on each group, a placement computed from all other groups."""
     gains: dict[str, dict[Window, Comparison]] = {}
     groups = request.traffic.group_rows()
-    rows = groups.pop(None)
-    for group, own_rows in groups.items():
+    all_rows = groups.pop(None)
+    for group, rows in groups.items():
         request.progress(f"a placement of all groups but {group}, on {group}")
-        is_own = np.isin(rows, own_rows)
-        own, others = request.traffic.take(is_own), request.traffic.take(~is_own)
-        trial = try_out(request, Part(request.seed, count(request, others), own), copies)
+        is_in_group = np.isin(all_rows, rows)
+        unseen, others = request.traffic.take(is_in_group), request.traffic.take(~is_in_group)
+        trial = try_out(
+            request, Holdout(request.seed, count_traffic(request, others), unseen), copies
+        )
         gains[str(group)] = {
-            window: _gain(request, trial, window, request.units_of(own, window))
+            window: _judge_gain(request, trial, window, request.units_of(unseen, window))
             for window in request.windows
         }
     return gains
 
 
-def judge_phases(request: Request, part: Part, copies: int) -> PhaseTimes | None:
-    """Search shortly for prefill, for decode and for both, and predict each on each."""
-    seen, unseen = halve(request, request.seed)
+def judge_phases(request: Request, holdout: Holdout, copies: int) -> PhaseTimes | None:
+    """Predict times of both phases under brief placements for prefill, for decode and for both.
+
+    None where the traffic has not both phases, seen and unseen.
+    """
+    seen, unseen = split_recording(request, request.seed)
     rows, unseen_rows = seen.group_rows(), unseen.group_rows()
     has_phases = set(PHASES) <= rows.keys() & unseen_rows.keys()
     if not (seen.ordered and has_phases):
         return None
-    problem = problem_of(request, part.statistics, copies)
+    problem = build_problem(request, holdout.statistics, copies)
     placements: dict[Key, Placement] = {"both": search_shortly(request, problem)}
     windows = {phase: request.windows[-1 if phase == "prefill" else 0] for phase in PHASES}
     for phase, window in windows.items():
-        counted = count(request, seen.take(rows[phase]))
+        counts = count_traffic(request, seen.take(rows[phase]))
         phases = None if window is None else {window: 1.0}
-        of_phase = problem_of(request, counted, copies, phases=phases)
-        placements[phase] = search_shortly(request, of_phase)
+        problem = build_problem(request, counts, copies, phases=phases)
+        placements[phase] = search_shortly(request, problem)
     times: dict[str, dict[str, float]] = {str(name): {} for name in placements}
     for phase, window in windows.items():
-        own = unseen.take(unseen_rows[phase])
-        evaluated = evaluate_all(request, placements, own, [window])[window]
+        unseen_phase = unseen.take(unseen_rows[phase])
+        evaluations = evaluate_all(request, placements, unseen_phase, [window])[window]
         for name, by_phase in times.items():
-            by_phase[phase] = evaluated[name].predicted_layer_us or 0.0
+            by_phase[phase] = evaluations[name].predicted_layer_us or 0.0
     return PhaseTimes(times)
 
 
-def weigh_move(request: Request, trial: Trial, saved_us: float) -> Moving:
-    """Compute what it costs to leave what runs, and what memory experts take then."""
+def compute_move_cost(request: Request, trial: Trial, saved_us: float) -> Moving:
+    """Compute the cost of moving from the running to the proposed placement, and its memory.
+
+    ``saved_us`` is what a step of the model saves then.
+    """
     size, topology = request.expert_bytes, request.topology
     running, proposed = trial.placements[RUNNING], trial.placements[PROPOSED]
     diff = running.diff(proposed, topology=topology, expert_bytes=size)
-    copies = [(each.slots != EMPTY).sum(axis=(0, 2)) for each in (running, proposed)]
-    total = int(copies[1].sum())
+    before, after = (
+        (placement.slots != EMPTY).sum(axis=(0, 2)) for placement in (running, proposed)
+    )
+    total = int(after.sum())
     if size is None:
         return Moving(diff.experts_moved, None, None, None, total, None, None)
     ports = busiest_ports(diff.pairs, topology)
@@ -214,28 +230,29 @@ def weigh_move(request: Request, trial: Trial, saved_us: float) -> Moving:
         steps=float(np.ceil(us / saved_us)) if saved_us > 0 else None,
         of_experts=total,
         of_bytes=total * size,
-        device_bytes=(size * int(copies[0].max()), size * int(copies[1].max())),
+        device_bytes=(size * int(before.max()), size * int(after.max())),
     )
 
 
-def judge_division(
-    request: Request, part: Part, placement: Placement, window: Window
-) -> Division | None:
-    """Evaluate copies under a dispatcher by a linear programme, where the engine has one.
+def judge_lp_split(
+    request: Request, holdout: Holdout, placement: Placement, window: Window
+) -> LpSplit | None:
+    """Compute the imbalance of a placement if a linear programme splits the tokens of its copies.
 
-    Where nothing has copies, or the placement was computed for one, there is nothing to compare.
+    None where the engine has no such dispatcher, no expert has copies, or the placement was
+    computed for such a dispatcher.
     """
     dividing = None if request.engine is None else request.engine.dividing
     if dividing is None or request.serving.rule.needs_windows or (placement.replicas == 1).all():
         return None
-    counts = count_loads(without_groups(part.unseen), window=window, threads=request.threads)
+    counts = count_loads(without_groups(holdout.unseen), window=window, threads=request.threads)
     steps = np.flatnonzero(counts.is_step)
     if not steps.size:
         return None
-    chosen = np.unique(np.linspace(0, steps.size - 1, DIVIDED_WINDOWS).round().astype(int))
-    windows = RoutingStatistics.from_load(counts.window_load[steps[chosen]])
+    spaced = np.unique(np.linspace(0, steps.size - 1, LP_WINDOWS).round().astype(int))
+    windows = RoutingStatistics.from_load(counts.window_load[steps[spaced]])
 
-    def imbalance(split: Split) -> float:
+    def measure_imbalance(split: Split) -> float:
         return evaluate(
             placement,
             windows,
@@ -246,4 +263,4 @@ def judge_division(
             threads=request.threads,
         ).imbalance
 
-    return Division(imbalance(dividing[0]), imbalance(EVEN))
+    return LpSplit(measure_imbalance(dividing[0]), measure_imbalance(EVEN))

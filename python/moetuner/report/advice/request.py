@@ -1,4 +1,4 @@
-"""What advise() is asked: values that are the same for all splits, and the problems they make."""
+"""The request of advise(): settings that all splits share, and the problems built from them."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ Window = int | None
 ITERATIONS = 500
 
 
-def slots_of_running(initial: Placement | str, experts: int, devices: int) -> int:
-    """Return the slots of a device in a layer under what runs, which EPLB has to fill."""
+def count_running_slots(initial: Placement | str, experts: int, devices: int) -> int:
+    """Return the slots of a device in a layer under the running placement.
+
+    Raises ArgumentError if EPLB's redundant experts do not fill the devices evenly.
+    """
     if isinstance(initial, Placement):
         return initial.slots_per_device
     redundant = int(initial.partition(":")[2] or 0)
@@ -48,7 +51,8 @@ def slots_of_running(initial: Placement | str, experts: int, devices: int) -> in
 class Request:
     """The arguments of ``advise``, checked, with their defaults resolved.
 
-    ``windows`` are the sizes that are judged, and ``progress`` is called with what is being done.
+    ``windows`` are the sizes of windows to judge; ``progress`` is called with a few words on each
+    step of the computation.
     """
 
     traffic: Recording
@@ -71,7 +75,7 @@ class Request:
 
     @property
     def engine(self) -> Engine | None:
-        """What is known of the engine."""
+        """The engine's settings; None where none is named."""
         name = self.serving.engine
         return None if name is None else ENGINES[name]
 
@@ -87,80 +91,80 @@ class Request:
 
     @property
     def running_copies(self) -> int:
-        """Slots for copies of a device in a layer that run already, whose memory costs nothing."""
+        """Slots for copies of a device in a layer that run already: their memory costs nothing."""
         experts, devices = self.traffic.num_experts, self.topology.devices
-        return max(slots_of_running(self.initial, experts, devices) - self.single_slots, 0)
+        return max(count_running_slots(self.initial, experts, devices) - self.single_slots, 0)
 
     @property
     def tried_copies(self) -> tuple[int, ...]:
-        """Slots for copies that are tried: those that engine and model allow, and what runs."""
+        """Slots for copies to try: the requested and running ones that engine and model allow."""
         may_copy = self.engine is None or self.engine.may_copy
         highest = self.traffic.num_experts - self.single_slots if may_copy else 0
-        wanted = sorted({*self.copies, self.running_copies})
-        return tuple(count for count in wanted if count <= highest) or (0,)
+        candidates = sorted({*self.copies, self.running_copies})
+        return tuple(slots for slots in candidates if slots <= highest) or (0,)
 
     @property
     def is_held_out(self) -> bool:
-        """Whether placements are judged on what they were not computed from.
+        """Whether placements are judged on traffic that they were not computed from.
 
-        One window cannot be halved.
+        A recording of one window cannot be halved.
         """
         return self.traffic.length > 1 or self.unseen is not None
 
     @property
     def judged_on(self) -> Recording:
-        """The traffic of which a part, or all, is judged on."""
+        """The recording that has the unseen traffic: given apart, or half of ``traffic``."""
         return self.traffic if self.unseen is None else self.unseen
 
     @cached_property
     def units(self) -> dict[Window, Units]:
-        """What is independent in the traffic that is judged on, by window."""
+        """The independent samples of ``judged_on``, by size of windows."""
         return {window: self.units_of(self.judged_on, window) for window in self.windows}
 
     def units_of(self, traffic: Recording, window: Window) -> Units:
-        """Return what is independent in traffic."""
+        """Return the independent samples of traffic in windows of a size."""
         return units_of(traffic, window=window, threads=self.threads)
 
 
 @dataclass(frozen=True)
-class Part:
-    """What placements are computed from, and what they are judged on."""
+class Holdout:
+    """The counts that placements are computed from, and the traffic that they are judged on."""
 
     seed: int
     statistics: RoutingStatistics
     unseen: Recording
 
 
-def split_of(request: Request, seed: int) -> Part:
-    """Return what placements are computed from, and judged on, with a seed of the choice."""
-    seen, unseen = halve(request, seed)
-    return Part(seed, count(request, seen), unseen)
+def split_traffic(request: Request, seed: int) -> Holdout:
+    """Return the counts of the seen part and the unseen part, chosen with a seed."""
+    seen, unseen = split_recording(request, seed)
+    return Holdout(seed, count_traffic(request, seen), unseen)
 
 
-def halve(request: Request, seed: int) -> tuple[Recording, Recording]:
-    """Return the seen and the unseen part of the traffic; those that were given apart, as such."""
+def split_recording(request: Request, seed: int) -> tuple[Recording, Recording]:
+    """Return the seen and the unseen part of the traffic, as given apart or chosen with a seed."""
     if request.unseen is not None:
         return request.traffic, request.unseen
     return hold_out(request.traffic, 0.5 if request.is_held_out else 0.0, seed=seed)
 
 
-def count(request: Request, seen: Recording) -> RoutingStatistics:
-    """Count traffic as ``moetuner solve`` does."""
+def count_traffic(request: Request, seen: Recording) -> RoutingStatistics:
+    """Count seen traffic as ``moetuner solve`` does."""
     options: dict[str, Any] = {"window": request.windows[0], "threads": request.threads}
     options |= tables_for(request.serving.regime, goal_for(request.objective, None))
     return as_counts(seen, **options)
 
 
-def problem_of(
+def build_problem(
     request: Request,
     statistics: RoutingStatistics,
     copies: int,
     *,
     phases: Phases | None = None,
 ) -> Problem:
-    """Return the problem of so many slots for copies on a device, as ``moetuner solve`` has it.
+    """Build the problem of ``moetuner solve`` with a number of slots for copies on a device.
 
-    ``phases`` take the place of those that were asked for.
+    ``phases`` replace those of the request.
     """
     slots, fill_slots = request.single_slots + copies, False
     if request.serving.engine is not None:
@@ -190,7 +194,7 @@ def search(
     initial: Placement | None = None,
     effort: str = "default",
 ) -> Result:
-    """Solve a problem, from ``initial`` if given; an interrupt ends the advice."""
+    """Return the result of solving a problem, from ``initial`` if given; raise if interrupted."""
     return solve(
         problem,
         method,
@@ -204,7 +208,7 @@ def search(
 
 
 def search_shortly(request: Request, problem: Problem) -> Placement:
-    """Search briefly in few steps, for what was asked for, else for time."""
+    """Return the placement of a brief search: of the request's steps, else of ``ITERATIONS``."""
     steps = ITERATIONS if request.iterations is None else request.iterations
     return search(
         request, problem, "heuristic", request.seed, iterations=steps, effort="brief"

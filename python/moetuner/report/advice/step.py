@@ -8,7 +8,7 @@ from moetuner.evaluation.judgement import judge
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.capacity import pad_slots
-from moetuner.report.advice.request import Part, Request
+from moetuner.report.advice.request import Holdout, Request
 from moetuner.report.advice.trial import PROPOSED, RUNNING, Trial, evaluate_all
 from moetuner.report.advice.values import Advice, SmallStep
 from moetuner.solver import find_few_moves
@@ -24,7 +24,7 @@ PARTS = (0.01, 0.014, 0.02, 0.03, 0.04, 0.06, 0.08, 0.11, 0.16, 0.23, 0.32, 0.45
 STEP = "step"
 
 
-def find_step(request: Request, trial: Trial, part: Part, advice: Advice) -> SmallStep | None:
+def find_step(request: Request, trial: Trial, part: Holdout, advice: Advice) -> SmallStep | None:
     """Return the fewest moves that gain most of what the proposed placement gains.
 
     They are chosen by what was seen and judged on what was not, in the windows where most is
@@ -88,7 +88,7 @@ def _relieve(problem: Problem, running: Placement, budget: int) -> Placement:
 
 
 def _judge(
-    request: Request, trial: Trial, part: Part, advice: Advice, placement: Placement
+    request: Request, trial: Trial, part: Holdout, advice: Advice, placement: Placement
 ) -> SmallStep:
     """Judge a placement beside what runs, on the unseen traffic of the first split."""
     window, running = advice.main.window, trial.placements[RUNNING]

@@ -1,4 +1,4 @@
-"""How many slots for copies: placements with each number by searches of one length, compared."""
+"""Compare numbers of slots for copies, by placements from searches of the same length."""
 
 from __future__ import annotations
 
@@ -8,67 +8,69 @@ from moetuner.cost import size_of_expert
 from moetuner.evaluation import Evaluation
 from moetuner.files.cells import counted
 from moetuner.placement import Placement
-from moetuner.report.advice.request import Part, Request, Window, problem_of, search_shortly
+from moetuner.report.advice.request import Holdout, Request, Window, build_problem, search_shortly
 from moetuner.report.advice.trial import (
     RUNNING,
     Key,
     evaluate_all,
-    running_placement,
+    find_running_placement,
 )
 from moetuner.report.advice.values import Copies
 from moetuner.serving.engines import tokens_per_rank
 
-# Part of what copies in all layers gain that those of the layers which need them must bring.
+# Share of the gain of copies in all layers that copies in the fewest layers must bring.
 ENOUGH = 0.9
-# What the next number of copies, or the largest, gains at the least if those between are tried.
+# Smallest gain of the next or the largest number of copies with which numbers between are tried.
 LEAST_GAIN = 0.005
 # The placement without slots for copies.
 NONE: Key = 0
 
 
-def sweep(request: Request, part: Part) -> tuple[Copies, ...]:
-    """Return what each number of copies gains on the unseen traffic of a part.
+def sweep(request: Request, holdout: Holdout) -> tuple[Copies, ...]:
+    """Return what each number of copies gains on the unseen traffic, and what it costs.
 
-    All are searched as shortly: what differs is the merit of the copies. A single number is not
-    searched: the gain of the proposed placement takes the place of its own. Of numbers that take
-    more memory than what runs, the next one and the largest are tried, and those between where one
-    of the two gains on the traffic that is seen.
+    All searches are equally short, so that only the copies differ. A single number is not searched:
+    the caller fills in the gain of the proposed placement. Of numbers that take more memory than
+    the running placement, the next one and the largest are searched first, and those between only
+    where one of the two gains on the seen traffic.
     """
-    placements: dict[Key, Placement] = {RUNNING: running_placement(request, part)}
+    placements: dict[Key, Placement] = {RUNNING: find_running_placement(request, holdout)}
     counts = request.tried_copies
     if len(counts) == 1:
         placements[counts[0]] = placements[RUNNING]
-        return _gains(request, part, placements)
+        return _compute_gains(request, holdout, placements)
     values: dict[int, float] = {}
 
     def search(copies: int) -> None:
-        problem = problem_of(request, part.statistics, copies)
+        problem = build_problem(request, holdout.statistics, copies)
         placements[copies] = search_shortly(request, problem)
         values[copies] = problem.value(placements[copies])
 
-    fit = [copies for copies in counts if copies <= request.running_copies] or [counts[0]]
-    more = counts[len(fit) :]
-    ends = {*fit, *more[:1], *more[-1:]}
-    for copies in sorted(counts, key=lambda number: (number not in ends, number)):
+    affordable = [copies for copies in counts if copies <= request.running_copies] or [counts[0]]
+    larger = counts[len(affordable) :]
+    always = {*affordable, *larger[:1], *larger[-1:]}
+    for copies in sorted(counts, key=lambda number: (number not in always, number)):
         request.progress(f"searching with {counted(copies, 'slot')} for copies")
-        if copies in ends or min(values.values()) < values[fit[-1]] * (1 - LEAST_GAIN):
+        if copies in always or min(values.values()) < values[affordable[-1]] * (1 - LEAST_GAIN):
             search(copies)
     keys: list[Key] = [RUNNING, *(copies for copies in counts if copies in values)]
-    return _gains(request, part, {key: placements[key] for key in keys})
+    return _compute_gains(request, holdout, {key: placements[key] for key in keys})
 
 
-def _gains(request: Request, part: Part, placements: dict[Key, Placement]) -> tuple[Copies, ...]:
-    """Compute what placements with copies gain over what runs, and the memory they take."""
+def _compute_gains(
+    request: Request, holdout: Holdout, placements: dict[Key, Placement]
+) -> tuple[Copies, ...]:
+    """Compute gains of placements with copies over the running one, and the memory of copies."""
     request.progress("replaying them on what is unseen")
-    evaluations = evaluate_all(request, placements, part.unseen, request.windows)
-    # Copies are of use in some layers alone: which, says the traffic that was seen.
-    tried = {key: placement for key, placement in placements.items() if key != RUNNING}
+    evaluations = evaluate_all(request, placements, holdout.unseen, request.windows)
+    # Layers are ordered by what their copies gain on the seen traffic.
+    with_copies = {key: placement for key, placement in placements.items() if key != RUNNING}
     seen = {}
-    if len(tried) > 1 and NONE in tried and request.serving.regime == "dispatch":
-        counts = part.statistics
-        seen = evaluate_all(request, tried, counts, (counts.window,))[counts.window]
-    swept = []
-    for copies in tried:
+    if len(with_copies) > 1 and NONE in with_copies and request.serving.regime == "dispatch":
+        counts = holdout.statistics
+        seen = evaluate_all(request, with_copies, counts, (counts.window,))[counts.window]
+    rows = []
+    for copies in with_copies:
         assert isinstance(copies, int)
         gains: dict[Window, tuple[float, ...]] = {}
         for window, evaluated in evaluations.items():
@@ -77,20 +79,25 @@ def _gains(request: Request, part: Part, placements: dict[Key, Placement]) -> tu
         layers = None
         if copies and copies in seen:
             window = max(gains, key=gains.__getitem__)
-            judged = evaluations[window]
-            layers = _count_layers((seen[NONE], seen[copies]), (judged[NONE], judged[copies]))
+            unseen = evaluations[window]
+            layers = _count_layers((seen[NONE], seen[copies]), (unseen[NONE], unseen[copies]))
         memory = None
         if request.expert_bytes is not None:
             memory = copies * request.traffic.layers * request.expert_bytes
-        tokens = tokens_at_once(request, copies)
-        swept.append(Copies(copies, gains, memory, tokens, layers))
-    return tuple(swept)
+        tokens = compute_token_limit(request, copies)
+        rows.append(Copies(copies, gains, memory, tokens, layers))
+    return tuple(rows)
 
 
 def _count_layers(
     seen: tuple[Evaluation, Evaluation], unseen: tuple[Evaluation, Evaluation]
 ) -> int | None:
-    """Count the layers whose copies bring ``ENOUGH`` of the gain of all, without and with them."""
+    """Return the fewest layers whose copies bring ``ENOUGH`` of the gain of all on unseen traffic.
+
+    ``seen`` and ``unseen`` are evaluations of the placements without and with copies. Layers count
+    in the order of what they gain on the seen traffic. None if copies gain nothing, or there are no
+    times.
+    """
     gains = []
     for without, copied in (seen, unseen):
         if without.predicted_us_per_layer is None or copied.predicted_us_per_layer is None:
@@ -103,8 +110,8 @@ def _count_layers(
     return int(np.argmax(np.cumsum(gains[1][order]) >= ENOUGH * total)) + 1
 
 
-def tokens_at_once(request: Request, copies: int) -> int | None:
-    """Compute the limit of low-latency kernels with so many slots for copies, if known."""
+def compute_token_limit(request: Request, copies: int) -> int | None:
+    """Compute the tokens that a rank may send at once by low-latency kernels, if known."""
     size = size_of_expert(request.traffic)
     if request.engine is None or not request.engine.has_low_latency or size is None:
         return None

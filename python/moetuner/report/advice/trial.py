@@ -1,4 +1,4 @@
-"""A trial: placements computed from one part of some traffic, and evaluated on another."""
+"""A trial: placements that are computed from seen traffic, and evaluated on unseen traffic."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from moetuner.placement import Placement, blocks
 from moetuner.problem import Problem
 from moetuner.recording import Recording
 from moetuner.report import outcome
-from moetuner.report.advice.request import Part, Request, Window, problem_of, search
+from moetuner.report.advice.request import Holdout, Request, Window, build_problem, search
 from moetuner.solver import Method
 from moetuner.solver.result import Result
 
-# Placements that are judged: what runs, EPLB's in as many slots as the proposed one, and that one;
-# or by slots for copies of a device in a layer; or by the phase they are for.
+# Placements of a trial: the running one, EPLB's in as many slots as the proposed one, and the
+# proposed one. Other keys are slots for copies of a device in a layer, and names of phases.
 RUNNING, EPLB, PROPOSED = "running", "eplb", "proposed"
 Key = int | str
 
 
 @dataclass(frozen=True)
 class Trial:
-    """The placements of a part, and their evaluations by window."""
+    """Placements that were computed from seen traffic, and their evaluations by window."""
 
     result: Result
     problem: Problem
@@ -33,47 +33,51 @@ class Trial:
 
 
 def try_out(
-    request: Request, part: Part, copies: int, *, by_group: bool = False, effort: str = "brief"
+    request: Request,
+    holdout: Holdout,
+    copies: int,
+    *,
+    by_group: bool = False,
+    effort: str = "brief",
 ) -> Trial:
-    """Place with some slots for copies, and evaluate that beside EPLB's and what runs.
+    """Search a placement with a number of copies; evaluate it, EPLB's and the running one.
 
-    The placement that is proposed is searched with default effort. Others of the kind show whether
-    its gain is no chance: for that a brief search is enough.
+    A brief search is enough to see whether the gain of a proposed placement may be chance.
     """
-    problem, running = (
-        problem_of(request, part.statistics, copies),
-        running_placement(request, part),
-    )
-    # What runs stays wherever it is as good, if it fits into the slots.
+    problem = build_problem(request, holdout.statistics, copies)
+    running = find_running_placement(request, holdout)
+    # A search that starts at the running placement moves only what gains.
     result = search(
         request,
         problem,
         "joint",
-        part.seed,
+        holdout.seed,
         iterations=request.iterations,
         initial=running if problem.has_slots_for(running) else None,
         effort=effort,
     )
     placements: dict[Key, Placement] = {
         RUNNING: running,
-        EPLB: search(request, problem, "eplb", part.seed).placement,
+        EPLB: search(request, problem, "eplb", holdout.seed).placement,
         PROPOSED: result.placement,
     }
-    evaluations = evaluate_all(request, placements, part.unseen, request.windows, by_group=by_group)
+    evaluations = evaluate_all(
+        request, placements, holdout.unseen, request.windows, by_group=by_group
+    )
     return Trial(result, problem, placements, evaluations)
 
 
-def running_placement(request: Request, part: Part) -> Placement:
-    """Return what runs; EPLB's placement is that of what was seen."""
+def find_running_placement(request: Request, holdout: Holdout) -> Placement:
+    """Return the running placement; EPLB's is computed from the seen traffic."""
     if request.initial == "contiguous":
         traffic = request.traffic
         return blocks(traffic.layers, traffic.num_experts, request.topology.devices)
-    problem = problem_of(request, part.statistics, request.running_copies)
+    problem = build_problem(request, holdout.statistics, request.running_copies)
     if isinstance(request.initial, Placement):
         problem.check_running(request.initial)
         return request.initial
     method = request.initial.partition(":")[0]
-    return search(request, problem, cast(Method, method), part.seed).placement
+    return search(request, problem, cast(Method, method), holdout.seed).placement
 
 
 def evaluate_all(
@@ -84,7 +88,7 @@ def evaluate_all(
     *,
     by_group: bool = False,
 ) -> dict[Window, dict[Key, Evaluation]]:
-    """Evaluate placements on other traffic, by window."""
+    """Return the evaluations of placements on unseen traffic, by size of windows."""
     evaluations = outcome.replay(
         list(placements.values()),
         request.serving,

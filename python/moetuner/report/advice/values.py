@@ -1,4 +1,4 @@
-"""What advise() answers."""
+"""The values that advise() returns: an Advice and its sections."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from moetuner.solver.result import Result
 Answer = Literal["worth a trial", "not now", "not enough evidence"]
 
 
-def windows_of(judgement: Judgement) -> dict[str, int | None]:
-    """Return which windows a judgement is in, and the tokens of those that were recorded."""
+def describe_windows(judgement: Judgement) -> dict[str, int | None]:
+    """Return the size of a judgement's windows, and the tokens of recorded ones, for a finding."""
     replayed = judgement.after.replayed
     recorded = None if replayed is None else replayed.traffic.window
     return {"window": judgement.window, "recorded": recorded}
 
 
-def write_windows_of(judgement: Judgement) -> str:
-    """Write which windows a judgement is in."""
-    return name_windows(**windows_of(judgement))
+def write_windows(judgement: Judgement) -> str:
+    """Write the size of a judgement's windows."""
+    return name_windows(**describe_windows(judgement))
 
 
 def compute_saved_us(judgement: Judgement) -> float:
@@ -41,32 +41,32 @@ def compute_saved_us(judgement: Judgement) -> float:
     return judgement.layers * (judgement.gain.before - judgement.gain.after)
 
 
-def choose_main(judged: tuple[Judgement, ...]) -> Judgement:
-    """Return the windows where most is gained, for certain if in any."""
-    return max(judged, key=lambda each: (each.gain.is_worth_it, each.gain.gain))
+def choose_main(judgements: tuple[Judgement, ...]) -> Judgement:
+    """Return the judgement with the largest gain, among those that are worth it if any is."""
+    return max(judgements, key=lambda judgement: (judgement.gain.is_worth_it, judgement.gain.gain))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Copies(Frozen):
-    """What some slots for copies gain on unseen traffic, and what they cost.
+    """Gain and cost of a number of slots for copies.
 
     Parameters
     ----------
     per_device
         Slots of a device in every layer beyond those that hold each expert once.
     gains
-        Share of predicted time that is saved over the running placement in the first split, by
-        window, after a search as short as that of all others; where no other number was tried, as
-        judged.
+        Share of predicted time that is saved over the running placement on the unseen traffic of
+        the first split, by window, after a search as short as that of all other numbers. Where no
+        other number was tried, the gain of the proposed placement.
     bytes_per_device
-        Memory that the copies take; None where the bytes of an expert are not known.
+        Memory that the copies take; None where the bytes of an expert are unknown.
     tokens_per_rank
         Tokens that a rank may send at once by DeepEP's low-latency kernels, whose buffers grow with
-        the slots; None where the engine has none or the size of a row is not known.
+        the slots; None where the engine has no such kernels or the size of a row is unknown.
     layers
-        Fewest layers whose copies bring nine tenths of what those of all layers gain on unseen
-        traffic, taken in the order of what they gain on the traffic that was seen; None where
-        placements without copies are not compared, or are as good.
+        Fewest layers whose copies bring nine tenths of the gain of copies in all layers on unseen
+        traffic, if layers get copies in the order of their gain on seen traffic; None where
+        placements without copies were not tried, or are as good.
     """
 
     per_device: int
@@ -76,7 +76,7 @@ class Copies(Frozen):
     layers: int | None = None
 
     def mean(self, window: int | None) -> float:
-        """Mean gain in windows of a size."""
+        """Return the mean gain in windows of a size."""
         return float(np.mean(self.gains[window]))
 
     @property
@@ -87,30 +87,30 @@ class Copies(Frozen):
     def to_dict(self) -> dict[str, Any]:
         """Return fields as JSON values."""
         gains = [
-            {"window": window, "mean": self.mean(window), "splits": list(each)}
-            for window, each in self.gains.items()
+            {"window": window, "mean": self.mean(window), "splits": list(splits)}
+            for window, splits in self.gains.items()
         ]
         return {**vars(self), "gains": gains}
 
 
 class Moving(NamedTuple):
-    """What it costs to leave the running placement; nothing where the answer is "not now".
+    """Cost of moving to the proposed placement; nothing moves where the answer is "not now".
 
     Parameters
     ----------
     experts
         Copies that have to be moved to devices.
     bytes, seconds
-        Of weights, and the time of the busiest port at the topology's bandwidth; None where the
-        bytes of an expert are not known.
+        Bytes of weights that move, and the time that this takes the busiest port at the topology's
+        bandwidth; None where the bytes of an expert are unknown.
     steps
-        Steps of the model after which a stop of so many seconds has paid; None where nothing is
-        gained, or the seconds are not known.
+        Steps of the model that save as much time as moving takes; None where nothing is gained, or
+        the seconds are unknown.
     of_experts, of_bytes
-        What the proposed placement has on all devices.
+        Copies of the proposed placement on all devices, and their bytes.
     device_bytes
-        Weights of experts on the fullest device, before and after; None where the bytes of an
-        expert are not known.
+        Bytes of experts on the fullest device, before and after; None where the bytes of an expert
+        are unknown.
     """
 
     experts: int
@@ -122,7 +122,7 @@ class Moving(NamedTuple):
     device_bytes: tuple[float, float] | None
 
     def stay(self) -> Moving:
-        """Return what it costs to keep the running placement: nothing moves."""
+        """Return the cost of keeping the running placement: nothing moves."""
         if self.device_bytes is None:
             return self._replace(experts=0)
         before, _ = self.device_bytes
@@ -132,17 +132,17 @@ class Moving(NamedTuple):
 
 
 class SmallStep(NamedTuple):
-    """What few moves gain of what the proposed placement does.
+    """A step with few moves, which gains most of what the proposed placement gains.
 
     Parameters
     ----------
     experts
         Copies that have to be moved to devices.
     bytes
-        Of weights; None where the bytes of an expert are not known.
+        Bytes of weights that move; None where the bytes of an expert are unknown.
     gain
-        Over what runs, on the unseen traffic of the first split, in the windows where most is
-        gained.
+        Gain over the running placement, on the unseen traffic of the first split, in the windows
+        where most is gained.
     """
 
     experts: int
@@ -154,13 +154,14 @@ class SmallStep(NamedTuple):
         return {"experts": self.experts, "bytes": self.bytes, "gain": self.gain.to_dict()}
 
 
-class Division(NamedTuple):
-    """How even copies leave devices if a linear programme divides their tokens.
+class LpSplit(NamedTuple):
+    """Imbalance where a linear programme splits the tokens of copies, beside even shares.
 
     Parameters
     ----------
     imbalance, imbalance_even
-        Busiest device over the mean of recorded windows, divided so and in even shares.
+        Load of the busiest device over the mean, averaged over windows: by the linear programme,
+        and in even shares.
     """
 
     imbalance: float
@@ -168,23 +169,23 @@ class Division(NamedTuple):
 
 
 class PhaseTimes(NamedTuple):
-    """One placement for prefill and decode, or two.
+    """Predicted times of one placement for prefill and decode, and of one for each.
 
-    ``microseconds`` is the predicted layer time on the unseen traffic of a phase, by what the
-    placement was computed from (``"prefill"``, ``"decode"``, ``"both"``), then by phase.
+    ``microseconds`` has the layer time on the unseen traffic of a phase, by what the placement was
+    computed from (``"prefill"``, ``"decode"``, ``"both"``), then by phase.
     """
 
     microseconds: dict[str, dict[str, float]]
 
     @property
     def costs(self) -> dict[str, float]:
-        """By how much a phase is slower under the other phase's placement than under its own."""
+        """Share of time that each phase takes longer under the other's placement than its own."""
         pairs = zip(PHASES, PHASES[::-1], strict=True)
         return {phase: self._cost(phase, other) for phase, other in pairs}
 
     @property
     def costs_of_one(self) -> dict[str, float]:
-        """By how much a phase is slower under one placement for both than under its own."""
+        """Share of time that each phase takes longer under one for both than under its own."""
         return {phase: self._cost(phase, "both") for phase in PHASES}
 
     def _cost(self, phase: str, under: str) -> float:
@@ -198,7 +199,7 @@ class PhaseTimes(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Advice(Frozen):
-    """Whether a placement is worth a trial, with what speaks for and against it.
+    """Answer whether a placement is worth a trial, with its reasons, gains and costs.
 
     Times are predicted by a cost model and not measured.
 
@@ -207,57 +208,59 @@ class Advice(Frozen):
     answer
         ``"worth a trial"``, ``"not now"`` or ``"not enough evidence"``.
     findings
-        What decides the answer, which comes first; why, what to know before relying on it, and
-        what it takes. ``reasons``, ``warnings`` and ``sentence`` say them.
+        Findings: the headline, which decides the answer, comes first; then reasons, warnings and
+        costs. ``sentence``, ``reasons`` and ``warnings`` say them.
     judged
-        What runs and what is proposed on unseen traffic of the first split, in each size of
-        windows, with their groups; gains of all splits beside them.
+        Judgements of the proposed placement beside the running one on unseen traffic of the first
+        split, one for each size of windows, with groups; their gains have the values of all splits.
     over_eplb
-        The same with EPLB's placement, in as many slots as the proposed one has, in place of what
-        runs, by window; empty if EPLB's is what runs.
-    copies, knee
-        What slots for copies would bring, all by searches of the same length, and how many of a
-        device the proposed placement has: of those that take no more memory than what runs the
-        fewest that are nearly as good as the best.
+        The same beside EPLB's placement, in as many slots as the proposed one has, by window; empty
+        if EPLB's placement runs.
+    copies
+        Gain and cost of each number of slots for copies that was tried, by equally short searches.
+    knee
+        Slots for copies of a device and layer in the proposed placement: of the numbers that take
+        no more memory than the running placement, the fewest whose gain is nearly the best.
     more
-        The fewest that are nearly as good as the best of all, where that is more memory than runs;
-        None where it is not.
+        The fewest slots for copies whose gain is nearly the best of all numbers, where they take
+        more memory than the running placement; None otherwise.
     moving
-        From the running placement to the proposed one.
+        Cost of moving from the running placement to the proposed one.
     step
         The cheapest useful step: few moves that gain most of it; None where there is none.
     phases
-        Prefill and decode apart; None where the traffic does not know both.
+        Placements for prefill and decode apart; None where the traffic does not have both.
     division
-        The proposed placement if a linear programme divides tokens over copies; None where the
-        engine has none, or nothing has copies.
+        Imbalance of the proposed placement if a linear programme splits tokens over copies; None
+        where the engine has no such dispatch, or no expert has copies.
     drift
-        How far the second half of the recording differs from the first; None where that is not
-        known.
+        How far the second half of the recording differs from the first; None where unseen traffic
+        was given, or the recording is too short.
     halves, groups_of_halves
-        Gains of a placement of the first half on the second, and the other way round, where the
-        halves differ, in the window where most is gained; and the groups of both halves.
+        Where the halves of the recording differ: the gain of a placement computed from the first
+        half on the second, and the reverse, in the window where most is gained; and the groups of
+        both halves.
     placements
-        What runs and what is proposed, of the first split.
+        The running and the proposed placement of the first split.
     result
-        What the search found on the seen traffic of the first split.
+        Result of the search on the seen traffic of the first split.
     judged_on
-        What that unseen traffic is, in words.
+        Description of the unseen traffic of the first split.
     one_kind
-        What shows that the recording is of one kind of traffic, in words: figures hold for such
-        traffic only. None where it has several kinds, or does not tell.
+        Evidence that the recording is of one kind of traffic, in words: figures hold for such
+        traffic only. None where it has several kinds, or the kind is unknown.
     prefill_lacks
-        Tokens by which the recording is too short to judge prefill; 0 where it is judged, or
-        windows of one size were asked for.
+        Tokens by which the recording is too short to judge prefill; 0 where prefill is judged, or
+        windows of one size were requested.
     total
         Gain over all of the serving time, where the share of prefill is known.
     by_group
-        Gain of a placement that was computed from all other groups, by group and window; empty
-        unless asked for.
+        Gain on each group of a placement that was computed from all other groups, by group and
+        window; empty unless requested.
     units
-        What is independent in the traffic, in the window where most is gained.
+        Independent samples of the traffic, in the window where most is gained.
     settings
-        What was asked for.
+        Settings of the advice, with defaults resolved.
 
     Examples
     --------
@@ -289,7 +292,7 @@ class Advice(Frozen):
     prefill_lacks: int = 0
     total: Comparison | None = None
     step: SmallStep | None = None
-    division: Division | None = None
+    division: LpSplit | None = None
     by_group: dict[str, dict[int | None, Comparison]] = field(default_factory=dict, repr=False)
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -297,58 +300,58 @@ class Advice(Frozen):
 
     @property
     def main(self) -> Judgement:
-        """The judgement in the windows where most is gained, for certain if in any."""
+        """The judgement with the largest gain, among those that are worth it if any is."""
         return choose_main(self.judged)
 
     @property
     def ordered(self) -> list[Judgement]:
-        """The judgements in windows of all sizes, those first in which most is gained."""
-        return sorted(self.judged, key=lambda judged: -judged.gain.gain)
+        """The judgements in windows of all sizes, by falling gain."""
+        return sorted(self.judged, key=lambda judgement: -judgement.gain.gain)
 
     @property
     def running(self) -> Evaluation:
-        """What the running placement does to unseen traffic, in these windows."""
+        """Evaluation of the running placement, in the windows of the main judgement."""
         return self.main.before
 
     @property
     def proposed(self) -> Evaluation:
-        """What the proposed placement does to it."""
+        """Evaluation of the proposed placement, in the windows of the main judgement."""
         return self.main.after
 
     @property
     def verdicts(self) -> tuple[Comparison, ...]:
-        """The gains that the answer is on: in total if that is known, else in all windows."""
-        return (self.total,) if self.total else tuple(each.gain for each in self.judged)
+        """The gains that decide the answer: the total if it is known, else those of all windows."""
+        return (self.total,) if self.total else tuple(judgement.gain for judgement in self.judged)
 
     @property
     def carried(self) -> tuple[float, ...]:
-        """Lower ends of the gains of a placement of the one half on the other."""
+        """Lower ends of the gains of placements computed from one half and judged on the other."""
         return tuple(gain.low or 0.0 for gain in self.halves)
 
     @property
     def sentence(self) -> str:
-        """The answer and its first reason, which stand alone."""
+        """The answer and its first reason, as a sentence that stands alone."""
         return self.say_answer()
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why, in sentences; the first is that of the answer."""
+        """The reasons, in sentences; the first is that of the answer."""
         return self.say("headline", "reason")
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What to know before relying on it, in sentences."""
+        """Limits of the answer, in sentences."""
         return self.say("warning")
 
     def overruled(self, headline: Finding) -> Advice:
-        """Return the same with the answer that something forces which the traffic does not show."""
+        """Return the advice with another headline, which forces its answer."""
         answer: Any = headline.forces
         first, *others = self.findings
         findings = (replace(headline, role="headline"), replace(first, role="reason"), *others)
         return replace(self, answer=answer, findings=findings)
 
     def say_answer(self, voice: Voice = PYTHON) -> str:
-        """Write the answer and its headline, which stand alone."""
+        """Write the answer and its headline in a sentence that stands alone."""
         return words.say_answer(self.answer, self.findings[0], voice)
 
     def say(self, *roles: Role, voice: Voice = PYTHON) -> tuple[str, ...]:
@@ -356,7 +359,7 @@ class Advice(Frozen):
         return tuple(words.say_all(self.findings, voice, roles=roles))
 
     def to_dict(self, voice: Voice = PYTHON) -> dict[str, Any]:
-        """Return fields as JSON values, but for placements, the search and its problem."""
+        """Return fields as JSON values, without placements, the search and its problem."""
         left_out = {"placements", "result", "problem", "groups_of_halves"}
         left_out |= {"by_group", "judged", "over_eplb", "halves", "step", "answer", "findings"}
         fields: dict[str, Any] = {
@@ -390,7 +393,7 @@ class Advice(Frozen):
         }
 
     def _describe(self, judgement: Judgement) -> dict[str, Any]:
-        """Return a judgement, the one over EPLB, and what a step saves, as JSON values."""
+        """Return a judgement, the one beside EPLB, and the time saved per step, as JSON values."""
         over_eplb, saved = self.over_eplb.get(judgement.window), compute_saved_us(judgement)
         return {
             **judgement.to_dict(),

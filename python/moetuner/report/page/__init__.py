@@ -1,7 +1,7 @@
-"""write_page(): results on one page that opens offline, for people who decide.
+"""Write results on one page that opens offline, for people who decide.
 
-The page asks nobody for anything: its policy of content forbids every request. Data and plotly's
-script are embedded, compressed, and unpacked by the browser.
+The page loads nothing: its content security policy forbids every request. Data and plotly's script
+are embedded, compressed, and unpacked by the browser.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from moetuner.evaluation import Evaluation
 from moetuner.files import replacing
 from moetuner.files.cells import finite
 from moetuner.report.advice.values import Advice
-from moetuner.report.page.data import PageData, data_of_results
-from moetuner.report.page.panels import panels_of
+from moetuner.report.page.data import PageData, make_results_data
+from moetuner.report.page.panels import make_panels
 from moetuner.report.page.words import as_command, unbroken
 
 if TYPE_CHECKING:
@@ -33,14 +33,14 @@ EXTRA = "a report needs plotly and jinja2: pip install 'moetuner[report]'"
 
 
 def check_libraries() -> None:
-    """Raise ImportError, naming the extra, unless the libraries of a page are installed."""
+    """Raise ImportError, which names the extra, unless the libraries of a page are installed."""
     for library in ("plotly", "jinja2"):
         if find_spec(library) is None:
             raise ImportError(EXTRA)
 
 
 def write_page(path: Path, data: PageData) -> None:
-    """Write a page; it appears whole or not at all, and is the same for the same results."""
+    """Write a page atomically; it has the same bytes for the same results."""
     page = render(data)
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -52,16 +52,16 @@ def write_report(
     *,
     names: tuple[str, str] = ("before", "after"),
 ) -> None:
-    """Write one page on results, which opens offline: what ``moetuner evaluate --report`` writes.
+    """Write results on one page that opens offline, as ``moetuner evaluate --report`` does.
 
     Parameters
     ----------
     path
-        HTML file to write; it appears whole or not at all.
+        HTML file, which is written atomically.
     results
-        What ``advise`` returned, or evaluations of two placements on the same traffic.
+        An advice, or evaluations of two placements on the same traffic.
     names
-        Of the two placements; an advice has its own.
+        Names of the two placements; an advice has its own.
 
     Raises
     ------
@@ -82,7 +82,7 @@ def write_report(
     >>> "better has 16.5 % less predicted layer time" in Path("page.html").read_text()
     True
     """
-    write_page(path_in(path), data_of_results(results, names))
+    write_page(path_in(path), make_results_data(results, names))
 
 
 def render(data: PageData) -> str:
@@ -90,7 +90,7 @@ def render(data: PageData) -> str:
     check_libraries()
     from markupsafe import Markup
 
-    panels, script, plotly = panels_of(data), own("page.js"), _plotly()
+    panels, script, plotly = make_panels(data), read_asset("page.js"), _read_plotly()
     charts = {
         chart.key: {
             "variants": [{"name": name, **spec} for name, spec in chart.variants.items()],
@@ -101,23 +101,23 @@ def render(data: PageData) -> str:
         for panel in panels
         for chart in panel.charts
     }
-    contents = {"moetuner": __version__, **_slim(data.contents)}
-    return _template().render(
+    contents = {"moetuner": __version__, **_leave_out_matrices(data.contents)}
+    return _compile_template().render(
         page=data,
         panels=panels,
         version=__version__,
-        style=Markup(own("page.css")),
+        style=Markup(read_asset("page.css")),
         script=Markup(script),
         hashes=[_hash(script), plotly[0]],
         plotly=plotly[1],
-        charts=_packed(_json(charts)),
-        contents=_packed(_json(contents, indent=1)),
+        charts=_compress(_write_json(charts)),
+        contents=_compress(_write_json(contents, indent=1)),
         has_charts=bool(charts),
     )
 
 
 @cache
-def _template() -> Template:
+def _compile_template() -> Template:
     """Return the page's template, compiled."""
     import jinja2
 
@@ -125,44 +125,46 @@ def _template() -> Template:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"unbroken": unbroken, "as_command": as_command}
-    return environment.from_string(own("page.html"))
+    return environment.from_string(read_asset("page.html"))
 
 
 @cache
-def _plotly() -> tuple[str, str]:
-    """Return the hash of plotly's script, and the script as the page carries it."""
+def _read_plotly() -> tuple[str, str]:
+    """Return the hash of plotly's script, and the script compressed."""
     file = resources.files("plotly") / "package_data" / "plotly.min.js"
     script = file.read_text(encoding="utf-8")
-    return _hash(script), _packed(script.encode())
+    return _hash(script), _compress(script.encode())
 
 
 def _hash(script: str) -> str:
-    """Return the hash by which a policy of content allows a script."""
+    """Return the hash by which a content security policy allows a script."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def _packed(content: bytes) -> str:
+def _compress(content: bytes) -> str:
+    """Compress bytes, as text for the page."""
     return base64.b64encode(gzip.compress(content, 9, mtime=0)).decode()
 
 
-def _slim(contents: Any) -> Any:
-    """Leave out matrices of groups: of many groups they would be most of the page."""
+def _leave_out_matrices(contents: Any) -> Any:
+    """Return contents without matrices of groups, which would be most of the page."""
     if not isinstance(contents, dict):
         return contents
-    slim = {key: _slim(each) for key, each in contents.items()}
-    by_group = slim.get("by_group")
-    # An advice has a list of gains there, an evaluation a map of evaluations.
-    for each in by_group.values() if isinstance(by_group, dict) else ():
-        each.pop("traffic", None)
-    return slim
+    rest = {key: _leave_out_matrices(value) for key, value in contents.items()}
+    by_group = rest.get("by_group")
+    # An evaluation has a map of evaluations there, an advice a list of gains.
+    if isinstance(by_group, dict):
+        for evaluation in by_group.values():
+            evaluation.pop("traffic", None)
+    return rest
 
 
-def _json(value: Any, indent: int | None = None) -> bytes:
-    """Write JSON, null for what JSON cannot say."""
+def _write_json(value: Any, indent: int | None = None) -> bytes:
+    """Write JSON, with null for numbers that JSON does not have."""
     compact = None if indent else (",", ":")
     return json.dumps(finite(value), allow_nan=False, indent=indent, separators=compact).encode()
 
 
-def own(name: str) -> str:
+def read_asset(name: str) -> str:
     """Read a template, a script or a style sheet of the page."""
     return (resources.files("moetuner") / "report" / "page" / name).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Charts as plotly draws them: points and lines, and heat maps."""
+"""Build charts for plotly: points, lines and heat maps."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from moetuner._texts import name as one_line
 
 Spec = dict[str, Any]
 
-# Devices up to which a layer has a matrix of its own of devices; with more, of nodes.
+# Most devices of a matrix of a single layer; with more devices it has nodes.
 MOST_DEVICES = 16
-# Points of a line.
+# Most points of a line.
 POINTS = 1000
 ZERO: Spec = {"zeroline": True, "zerolinecolor": "var(--text)", "zerolinewidth": 1}
 RUNNING, PROPOSED = "var(--running)", "var(--proposed)"
@@ -24,22 +24,22 @@ RUNNING, PROPOSED = "var(--running)", "var(--proposed)"
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart: what plotly draws, for each choice that a reader has.
+    """One chart: plotly's data and layout, in one variant or several to choose from.
 
     Parameters
     ----------
     key
-        Unique on the page.
+        Name that is unique on the page.
     label
-        What is seen, for those who cannot see it.
+        Description for readers who cannot see the chart.
     variants
-        Data and layout by the name of the choice.
+        Data and layout by the name of the variant.
     height
-        Pixels.
+        Height in pixels.
     selects
-        Charts whose choice number ``n + first`` a click on point n makes.
+        Keys of charts in which a click on layer n chooses the variant of that layer.
     stacked
-        Height and axes of its parts below each other, for narrow screens.
+        Height and axes of matrices below each other, for narrow screens.
     """
 
     key: str
@@ -50,8 +50,8 @@ class Chart:
     stacked: Spec | None = None
 
 
-def packed(values: ArrayLike, kind: str = "f4") -> Spec:
-    """Pack numbers as plotly reads them: base64, with a shape where there are two dimensions."""
+def pack(values: ArrayLike, kind: str = "f4") -> Spec:
+    """Encode numbers as plotly reads them: base64, with a shape where there are two dimensions."""
     array = np.ascontiguousarray(np.asarray(values), dtype=np.dtype(kind).newbyteorder("<"))
     spec: Spec = {"dtype": kind, "bdata": base64.b64encode(array.tobytes()).decode()}
     if array.ndim > 1:
@@ -59,8 +59,8 @@ def packed(values: ArrayLike, kind: str = "f4") -> Spec:
     return spec
 
 
-def plain(text: str, limit: int = 40) -> str:
-    """Return a name that is nothing but text: plotly reads some tags."""
+def escape_tags(text: str, limit: int = 40) -> str:
+    """Return a name of at most ``limit`` characters in which plotly finds no tags."""
     text = one_line(text).replace("<", "\u2039").replace(">", "\u203a").replace("&", "\uff06")
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
@@ -68,11 +68,11 @@ def plain(text: str, limit: int = 40) -> str:
 def layout(x: str = "", y: str = "", *, count: int = 0, **others: Any) -> Spec:
     """Return a layout with titles of the axes.
 
-    Where x numbers ``count`` things, and these are few, every number has a label.
+    Where x has ``count`` whole numbers, and these are few, every one has a label.
     """
     axis = {"automargin": True, "gridcolor": "var(--grid)"}
     return {
-        "xaxis": {"title": {"text": x}, **axis, "zeroline": False, **one_by_one(count)},
+        "xaxis": {"title": {"text": x}, **axis, "zeroline": False, **label_each(count)},
         "yaxis": {"title": {"text": y}, **axis, **ZERO},
         "margin": {"l": 56, "r": 16, "t": 28, "b": 44},
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
@@ -84,13 +84,13 @@ def layout(x: str = "", y: str = "", *, count: int = 0, **others: Any) -> Spec:
     }
 
 
-def only(data: list[Spec], layout: Spec) -> dict[str, Spec]:
-    """Return the one variant of a chart."""
+def variant(data: list[Spec], layout: Spec) -> dict[str, Spec]:
+    """Return the variants of a chart that has only one."""
     return {"": {"data": data, "layout": layout}}
 
 
-def one_by_one(count: int) -> Spec:
-    """Return what labels whole numbers one by one, where there are few."""
+def label_each(count: int) -> Spec:
+    """Return the axis setting that labels every whole number, where there are few."""
     return {"dtick": 1} if 0 < count <= 12 else {}
 
 
@@ -106,15 +106,15 @@ def scatter(
 ) -> Spec:
     """Draw points, or a line through them.
 
-    ``legend`` is their name there and under the pointer; ``kind`` is the type of x.
+    ``legend`` is their name in the legend and under the pointer; ``kind`` is the type of x.
     """
-    named = {} if legend is None else {"name": plain(legend)}
+    named = {} if legend is None else {"name": escape_tags(legend)}
     return {
         "type": "scatter",
         "mode": mode,
         **named,
-        "x": packed(x, kind),
-        "y": packed(y),
+        "x": pack(x, kind),
+        "y": pack(y),
         "hovertemplate": f"{hover}<extra>{named.get('name', '')}</extra>",
         **others,
     }
@@ -122,39 +122,39 @@ def scatter(
 
 def whiskers(values: NDArray[Any], low: NDArray[Any], high: NDArray[Any], **others: Any) -> Spec:
     """Draw intervals around values."""
-    above, below = (packed(np.maximum(part, 0)) for part in (high - values, values - low))
+    above, below = (pack(np.maximum(length, 0)) for length in (high - values, values - low))
     return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, **others}
 
 
-def thinned(values: Sequence[float]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return places and values of at most 1,000 points that keep the least and most of each run."""
+def thin(values: Sequence[float]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return places and values of at most ``POINTS`` points: the least and most of each run."""
     array = np.asarray(values, dtype=np.float64)
     if len(array) <= POINTS:
         return np.arange(len(array)), array
-    chosen = []
+    ends = []
     for run in np.array_split(np.arange(len(array)), POINTS // 2):
-        chosen += sorted({int(run[array[run].argmin()]), int(run[array[run].argmax()])})
-    at = np.array(chosen)
-    return at, array[at]
+        ends += sorted({int(run[array[run].argmin()]), int(run[array[run].argmax()])})
+    places = np.array(ends)
+    return places, array[places]
 
 
 def heat_map(table: NDArray[Any], hover: str, **others: Any) -> Spec:
-    """Draw a matrix by colours."""
-    return {"type": "heatmap", "z": packed(table), "hovertemplate": hover, **others}
+    """Draw a matrix in colours."""
+    return {"type": "heatmap", "z": pack(table), "hovertemplate": hover, **others}
 
 
-def colours(unit: str, low: float, high: float, **others: Any) -> Spec:
-    """Return a scale of colours, told bright from dark also by who sees none."""
-    key = {"title": {"text": unit, "side": "right"}, **others, "thickness": 12}
-    return {"colorscale": "Cividis", "cmin": low, "cmax": high, "colorbar": key}
+def make_colour_scale(unit: str, low: float, high: float, **others: Any) -> Spec:
+    """Return a scale of colours that colour-blind readers can tell apart by brightness."""
+    bar = {"title": {"text": unit, "side": "right"}, **others, "thickness": 12}
+    return {"colorscale": "Cividis", "cmin": low, "cmax": high, "colorbar": bar}
 
 
 def outline(path: str, colour: str = "var(--border)", width: int = 1, **where: str) -> Spec:
-    """Draw lines over a heat map; one shape for all, as each has a price in the browser."""
+    """Draw lines over a heat map, as one shape: many shapes make the browser slow."""
     return {"type": "path", "path": path, **where, "line": {"color": colour, "width": width}}
 
 
-def stacked(parts: int) -> Spec:
+def stack(parts: int) -> Spec:
     """Return height and axes of matrices below each other."""
     axes: Spec = {}
     for number in range(parts):
@@ -171,7 +171,7 @@ def matrices(
     highest = max(float(table.max(initial=0)) for table in tables) or 1.0
     spec = layout(f"to {what}", f"from {what}", margin={"l": 56, "r": 16, "t": 40, "b": 44})
     axes = spec.pop("xaxis"), spec.pop("yaxis")
-    spec |= {"coloraxis": colours(unit, 0, highest), "annotations": [], "shapes": []}
+    spec |= {"coloraxis": make_colour_scale(unit, 0, highest), "annotations": [], "shapes": []}
     data = []
     for number, (table, name) in enumerate(zip(tables, names, strict=True)):
         x, y = (f"{axis}{number + 1 if number else ''}" for axis in "xy")
@@ -190,7 +190,7 @@ def matrices(
         }
         at = {"xref": f"{x} domain", "yref": f"{y} domain", "x": 0.5, "y": 1.02}
         spec["annotations"].append(
-            {"text": plain(name), **at, "showarrow": False, "yanchor": "bottom"}
+            {"text": escape_tags(name), **at, "showarrow": False, "yanchor": "bottom"}
         )
         if 1 < node < side:
             ends = [(n - 0.5, n + node - 0.5) for n in range(0, side, node)]

@@ -1,4 +1,4 @@
-"""PageData: what a page shows, made from results."""
+"""Make the data of a page from an advice, an outcome or a judgement."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from moetuner.report.advice.values import Advice
 from moetuner.report.findings import PYTHON, TERMINAL, Finding, Voice
 from moetuner.report.hot_experts import HotExperts, hold_out_hot_experts
 from moetuner.report.outcome import Outcome, find_times
-from moetuner.report.page.words import settings_in_words
+from moetuner.report.page.words import write_settings
 from moetuner.report.words import say
 from moetuner.serving import SERVED
 from moetuner.serving.phases import name_phase
@@ -50,7 +50,7 @@ from moetuner.topology import Topology
 TRY = "Try it: serve the same traffic with both placements, and compare the times you measure."
 KEEP = "Keep what runs. Ask again when the traffic, the engine or the machine has changed."
 RECORD = "Record more traffic before you change anything, then ask again."
-# Colour and words of a verdict, and what to do.
+# Colour, words and next step of a verdict.
 GAINED = {
     "worth it": ("good", "The change is worth it", TRY),
     "certain but small": ("unsure", "The gain is certain but small", KEEP),
@@ -66,7 +66,7 @@ ADVISED = {
 
 
 class Tile(NamedTuple):
-    """A number of the first screen: its name, value, a note, and values that it is made of."""
+    """A number of the first screen: its label, value, a note, and rows of other placements."""
 
     label: str
     value: str
@@ -75,9 +75,9 @@ class Tile(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """Where the numbers of a page come from: the input in a line, its files, and the command.
+    """Origin of the numbers of a page: a line on the input, its files, and the command.
 
-    ``notes`` are sentences on what was assumed of the input.
+    ``notes`` are sentences on assumptions about the input.
     """
 
     description: str
@@ -88,37 +88,37 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True)
 class PageData:
-    """Results that a page is made of, and words around them.
+    """The results that a page shows, and the sentences around them.
 
     Parameters
     ----------
     title
-        What the page is about.
+        Title of the page.
     sentence, todo, reasons, warnings
-        The verdict, which stands alone; what to do now; what it rests on; what to know first.
+        The verdict, which stands alone; the next step; the reasons of the verdict; and its limits.
     answer
-        Which colour the verdict has: ``"good"``, ``"bad"`` or ``"unsure"``.
+        Colour of the verdict: ``"good"``, ``"bad"`` or ``"unsure"``.
     gains, others
-        Tiles of the first screen: what is gained in each window, and others than those of all
-        pages.
+        Tiles of the first screen: gains in windows of each size, and tiles that only some pages
+        have.
     names, judgement
-        Of the running and the proposed placement, and what changing from one to the other does.
+        Names of the running and the proposed placement, and the judgement of the change.
     traffic
-        A sentence on what traffic that was judged on.
+        A sentence on the traffic that the placements were judged on.
     origin, contents
-        Where it comes from, and the JSON that the page carries, with its settings.
+        Origin of the numbers, and the JSON that the page carries, with its settings.
     load
-        Tokens of every expert in that traffic [L,E].
+        Load of every expert in that traffic [L,E].
     recipes
-        What comes next.
+        Commands to run next.
     token_bytes, expert_bytes
-        Bytes of a row and of an expert; None where not known.
+        Bytes of a row and of an expert; None where unknown.
     hot_experts
-        What part of the picks the hottest experts take.
+        Shares of the picks that the hottest experts take.
     result, advice, trades
-        What else there is to show.
+        Results that have panels of their own, where there are any.
     unit
-        What the objective of the result and of its bound is counted in.
+        Unit of the objective of the result and of its bound.
     timed
         Whether the search had a time limit, so that its answer depends on the clock anyway.
     """
@@ -149,18 +149,19 @@ class PageData:
 
     @property
     def evaluations(self) -> tuple[Evaluation, Evaluation]:
-        """What the running and the proposed placement do to the traffic."""
+        """Evaluations of the running and the proposed placement."""
         return self.judgement.before, self.judgement.after
 
     @property
     def settings(self) -> list[Setting]:
-        """How the placements were replayed."""
-        return [each.replayed.setting for each in self.evaluations if each.replayed is not None]
+        """Settings of the replays of both placements."""
+        replays = (evaluation.replayed for evaluation in self.evaluations)
+        return [replay.setting for replay in replays if replay is not None]
 
     @property
     def placements(self) -> list[Placement]:
         """The running and the proposed placement."""
-        return [each.placement for each in self.settings]
+        return [setting.placement for setting in self.settings]
 
     @property
     def topology(self) -> Topology:
@@ -169,7 +170,7 @@ class PageData:
 
     @property
     def subtitle(self) -> str:
-        """What the input and the machine are."""
+        """Description of the input and the machine."""
         topology = self.topology
         machine = counted(topology.devices, "device")
         if topology.nodes > 1:
@@ -180,58 +181,64 @@ class PageData:
 
     @property
     def tiles(self) -> tuple[Tile, ...]:
-        """Numbers of the first screen."""
-        first, ratios = self.names[0], [each.imbalance for each in self.evaluations]
-        if self.advice is not None:
-            both = self.advice.main.whole["imbalance"]
-            ratios = [both.before, both.after]
-        before, after = (FIGURES["imbalance"].text(ratio) for ratio in ratios)
-        busiest = Tile("Busiest device", f"{after} x the mean", f"{before} x with {first}")
-        tokens = self.evaluations[0].tokens
-        judged = counted(len(self.evaluations[0].imbalance_per_window), "window")
-        judged = judged if tokens is None else counted(tokens, "token")
-        memory, moving = self._memory(), self._moving()
-        losses = [self._losses(*each) for each in self.evaluations[1].losses.items()]
+        """Tiles of the first screen."""
+        losses = self.evaluations[1].losses
         return (
             *self.gains,
-            busiest,
-            memory,
-            moving,
-            *losses,
+            self._show_busiest(),
+            self._show_memory(),
+            self._show_moving(),
+            *(self._show_losses(domain, losses[domain]) for domain in losses),
             *self.others,
-            Tile("Judged on", judged, self.traffic),
+            self._show_traffic(),
         )
 
-    def _losses(self, domain: str, losses: Losses) -> Tile:
-        """Show what the loss of a device, or a node, does."""
+    def _show_busiest(self) -> Tile:
+        """Show the load of the busiest device under both placements."""
+        ratios = [evaluation.imbalance for evaluation in self.evaluations]
+        if self.advice is not None:
+            imbalance = self.advice.main.whole["imbalance"]
+            ratios = [imbalance.before, imbalance.after]
+        before, after = (FIGURES["imbalance"].text(ratio) for ratio in ratios)
+        return Tile("Busiest device", f"{after} x the mean", f"{before} x with {self.names[0]}")
+
+    def _show_traffic(self) -> Tile:
+        """Show how many tokens, or windows, the placements were judged on."""
+        tokens = self.evaluations[0].tokens
+        if tokens is None:
+            windows = len(self.evaluations[0].imbalance_per_window)
+            return Tile("Judged on", counted(windows, "window"), self.traffic)
+        return Tile("Judged on", counted(tokens, "token"), self.traffic)
+
+    def _show_losses(self, domain: str, losses: Losses) -> Tile:
+        """Show the share of losses of a device, or a node, that lose an expert."""
         before = self.evaluations[0].losses.get(domain)
-        had = 1.0 if before is None else before.fatal
-        note = f"lose an expert of some layer; {percent(had)} do with {self.names[0]}"
+        fatal_before = 1.0 if before is None else before.fatal
+        note = f"lose an expert of some layer; {percent(fatal_before)} do with {self.names[0]}"
         if losses.imbalance_after is not None:
             note += f"; after a loss the busiest has {digits(losses.imbalance_after)} x the mean"
         return Tile(f"Fatal losses of a {domain}", percent(losses.fatal), note)
 
-    def _memory(self) -> Tile:
-        """Show what the experts of the fullest device take."""
-        before, after = (int((each.slots >= 0).sum(axis=(0, 2)).max()) for each in self.placements)
-        size = self.expert_bytes
-        had, has = (
-            f"{n:,} experts" if size is None else in_bytes(n * size) for n in (before, after)
+    def _show_memory(self) -> Tile:
+        """Show the memory that experts take on the fullest device."""
+        before, after = (
+            int((placement.slots >= 0).sum(axis=(0, 2)).max()) for placement in self.placements
         )
-        note = f"{'as much as' if before == after else had} with {self.names[0]}"
-        return Tile("Expert memory per device", has, note)
+        size = self.expert_bytes
+        text_before, text_after = (
+            f"{experts:,} experts" if size is None else in_bytes(experts * size)
+            for experts in (before, after)
+        )
+        note = f"{'as much as' if before == after else text_before} with {self.names[0]}"
+        return Tile("Expert memory per device", text_after, note)
 
-    def _moving(self) -> Tile:
-        """Show what has to move, of how much, for how long, and when that is paid back."""
-        moved, of_all = self.moves.experts_moved, int((self.placements[1].slots >= 0).sum())
+    def _show_moving(self) -> Tile:
+        """Show how many experts move, how long that takes, and when it is paid back."""
+        moved, copies = self.moves.experts_moved, int((self.placements[1].slots >= 0).sum())
         size, model, advice = self.expert_bytes, self.settings[1].serving.cost_model, self.advice
-        share = f"{moved:,} of {of_all:,} experts"
+        share = f"{moved:,} of {copies:,} experts"
         if size is None:
-            return Tile(
-                "To move",
-                share,
-                f"pass {TERMINAL.expert_size} to see bytes",
-            )
+            return Tile("To move", share, f"pass {TERMINAL.expert_size} to see bytes")
         notes = [share]
         if moved and model is not None:
             ports = busiest_ports(self.moves.pairs, self.topology)
@@ -243,23 +250,23 @@ class PageData:
                 "does not pay" if steps is None else f"paid back in {counted(int(steps), 'step')}"
             )
         return Tile(
-            "To move", f"{in_bytes(moved * size)} of {in_bytes(of_all * size)}", "; ".join(notes)
+            "To move", f"{in_bytes(moved * size)} of {in_bytes(copies * size)}", "; ".join(notes)
         )
 
     @cached_property
     def moves(self) -> PlacementDiff:
-        """What goes from device to device."""
+        """Experts that move from device to device."""
         before, after = self.placements
         return before.diff(after, topology=self.topology, expert_bytes=self.expert_bytes)
 
     @property
     def windows(self) -> str:
-        """Which windows the evaluations are of."""
-        return in_windows(self.settings[0].window, self.evaluations[0])
+        """Size of the windows of the evaluations."""
+        return write_windows(self.settings[0].window, self.evaluations[0])
 
     @property
     def facts(self) -> tuple[tuple[str, str], ...]:
-        """Names and values: the command, the checksum of files, and settings."""
+        """Labels and values: the command, the checksum of files, and settings."""
         digest, settings = hashlib.sha256(), self.contents.get("settings", {})
         are_files = bool(self.origin.files) and all(path.is_file() for path in self.origin.files)
         for path in self.origin.files if are_files else ():
@@ -269,18 +276,18 @@ class PageData:
         return (
             ("Command", self.origin.command),
             ("SHA-256 of INPUT", digest.hexdigest() if are_files else "not a file"),
-            *settings_in_words(settings),
+            *write_settings(settings),
         )
 
 
-def data_of_advice(
+def make_advice_data(
     advice: Advice,
     origin: Origin,
     contents: dict[str, Any],
     recipes: Sequence[Recipe] = (),
     voice: Voice = PYTHON,
 ) -> PageData:
-    """Make the data of an advice, with its JSON, and of what comes next."""
+    """Make the page data of an advice, with its JSON and the commands to run next."""
     voice = voice._replace(is_page=True)
     answer, todo = ADVISED[advice.answer]
     running = advice.settings["initial"].replace("_", " ")
@@ -290,7 +297,7 @@ def data_of_advice(
     for judgement in advice.judged:
         over_eplb = advice.over_eplb.get(judgement.window)
         eplb = {} if over_eplb is None else {"EPLB": over_eplb.gain.before}
-        gains.append(gain_tile(replace(judgement.gain, names=names), judgement, eplb))
+        gains.append(make_gain_tile(replace(judgement.gain, names=names), judgement, eplb))
     if advice.total is not None:
         gains.append(Tile("Prefill and decode in total", advice.total.much, advice.total.sure))
     if advice.drift is not None and advice.drift.is_of_groups:
@@ -321,35 +328,40 @@ def data_of_advice(
     )
 
 
-def data_of_results(
+def make_results_data(
     results: Advice | tuple[Evaluation, Evaluation], names: tuple[str, str] = ("before", "after")
 ) -> PageData:
-    """Make the data of what Python has: an advice, or two evaluations of the same traffic."""
-    what = "evaluations, two of them, or an Advice"
+    """Make the page data of an advice, or of two evaluations of the same traffic."""
     pair = (results.running, results.proposed) if isinstance(results, Advice) else results
-    both, two = check.listed("results", pair, what), check.listed("names", names, "texts")
-    for name, values, kind in (("results", both, Evaluation), ("names", two, str)):
+    evaluations = check.listed("results", pair, "evaluations, two of them, or an Advice")
+    names_given = check.listed("names", names, "texts")
+    for argument, values, kind in (
+        ("results", evaluations, Evaluation),
+        ("names", names_given, str),
+    ):
         if len(values) != 2:
-            raise ValueError(f"{name} must be two, got {len(values)}")
-        for each in values:
-            check.instance(name, each, kind)
-    if any(each.replayed is None or each.replayed.group is not None for each in both):
+            raise ValueError(f"{argument} must be two, got {len(values)}")
+        for value in values:
+            check.instance(argument, value, kind)
+    before, after = evaluations
+    replays = [evaluation.replayed for evaluation in evaluations]
+    if any(replay is None or replay.group is not None for replay in replays):
         raise ValueError("results must be as returned: not pickled, and not of a group alone")
-    traffic, setting = both[1].replayed.traffic, both[1].replayed.setting
+    traffic, setting = after.replayed.traffic, after.replayed.setting
     model = f" of {_texts.name(traffic.model)}" if traffic.model else ""
     sizes = f"{counted(traffic.layers, 'layer')} of {counted(traffic.num_experts, 'expert')}"
     origin = Origin(f"Routing{model}, {sizes}", (), "moetuner.write_report")
     if isinstance(results, Advice):
-        return data_of_advice(results, origin, results.to_dict())
+        return make_advice_data(results, origin, results.to_dict())
     settings = {name: getattr(setting.serving, name) for name in (*SERVED, "window")}
-    contents = {"settings": settings, "before": both[0].to_dict(), "after": both[1].to_dict()}
-    judgement = judge(both[0], both[1], by_group=True, names=(two[0], two[1]))
-    return make_data(
+    contents = {"settings": settings, "before": before.to_dict(), "after": after.to_dict()}
+    judgement = judge(before, after, by_group=True, names=(names_given[0], names_given[1]))
+    return make_judgement_data(
         judgement, origin, contents, traffic="The traffic that both were evaluated on."
     )
 
 
-def data_of_outcome(
+def make_outcome_data(
     judgement: Judgement,
     outcome: Outcome,
     origin: Origin,
@@ -359,18 +371,18 @@ def data_of_outcome(
     trades: tuple[Trade, ...] = (),
     expert_bytes: float | None = None,
 ) -> PageData:
-    """Make the data of the outcome of a problem, judged beside another one."""
+    """Make the page data of an outcome, judged beside another one."""
     worth, result, model = outcome.worth, outcome.result, outcome.problem.cost_model
     distance: tuple[Tile, ...] = ()
     if worth.is_known and outcome.gap is not None:
         note = f"proven by a lower bound ({result.bound_source})"
         distance = (Tile("Distance to the optimum", f"at most {percent(outcome.gap)}", note),)
     timed = contents["settings"]["time_limit"] is not None
-    # All but the seconds that solves took is the same in every run.
-    data = make_data(
+    # Without the seconds of solves, the page is the same in every run.
+    data = make_judgement_data(
         judgement,
         origin,
-        contents if timed else _timeless(contents),
+        contents if timed else _leave_out_seconds(contents),
         traffic=traffic,
         token_bytes=None if model is None else model.token_bytes,
         expert_bytes=expert_bytes,
@@ -380,7 +392,7 @@ def data_of_outcome(
     )
 
 
-def make_data(
+def make_judgement_data(
     judgement: Judgement,
     origin: Origin,
     contents: dict[str, Any],
@@ -389,7 +401,7 @@ def make_data(
     token_bytes: float | None = None,
     expert_bytes: float | None = None,
 ) -> PageData:
-    """Make the data of a judgement; ``traffic`` is a sentence on what it was judged on."""
+    """Make the page data of a judgement; ``traffic`` is a sentence on what it was judged on."""
     gain, replayed = replace(judgement.gain, splits=()), judgement.after.replayed
     assert replayed is not None
     answer, words, todo = GAINED[gain.answer]
@@ -397,15 +409,15 @@ def make_data(
     warnings: tuple[str, ...] = ()
     if gain.measure == "predicted_layer_us":
         model = replayed.setting.serving.cost_model
-        found = Finding("times of a model", {"weight_bits": model and model.weight_bits})
+        times = Finding("times of a model", {"weight_bits": model and model.weight_bits})
         if model is not None and model.measured is not None:
-            found = find_times(model, replayed.traffic)
-        warnings = (say(found),)
+            times = find_times(model, replayed.traffic)
+        warnings = (say(times),)
     contents = {**contents, "verdict": gain.answer}
     recipes: tuple[Recipe, ...] = ()
     if answer == "good":
         setting = replayed.setting
-        recipes = _serving(contents, setting.placement, setting.topology.nodes)
+        recipes = _list_serving_commands(contents, setting.placement, setting.topology.nodes)
         contents["commands"] = [*map(str, recipes)]
         contents["go_back"] = way_back(contents.get("settings", {}).get("engine"))
     if expert_bytes is None:
@@ -416,7 +428,7 @@ def make_data(
         sentence=f"{words}: {gain.change_in_words}{'' if gain.is_too_few else f' ({gain.sure})'}.",
         answer=answer,
         todo=todo,
-        gains=(gain_tile(gain, judgement),),
+        gains=(make_gain_tile(gain, judgement),),
         names=gain.names,
         judgement=judgement,
         traffic=traffic,
@@ -439,14 +451,14 @@ def make_data(
     return replace(page, sentence=nothing, todo=KEEP, reasons=())
 
 
-def gain_tile(
+def make_gain_tile(
     gain: Comparison,
     judgement: Judgement,
     others: Mapping[str, float] | None = None,
 ) -> Tile:
-    """Show a gain of a judgement, and of how much it is.
+    """Show a gain of a judgement, with the figures before and after.
 
-    ``others`` are the figure of more placements, by name.
+    ``others`` has the figure of other placements, by name.
     """
     window, evaluation = judgement.window, judgement.after
     figure, is_time = FIGURES[gain.measure], gain.measure == "predicted_layer_us"
@@ -462,12 +474,12 @@ def gain_tile(
         )
         verb, step = "saves" if gain.gain >= 0 else "adds", "step" if window else "window"
         note = f"{verb} {saved} of {step_time} {unit} per {step} of {layers} layers; {note}"
-    label = capitalised(f"{figure.label}, {in_windows(window, evaluation)}")
+    label = capitalised(f"{figure.label}, {write_windows(window, evaluation)}")
     return Tile(label, gain.much, note, rows)
 
 
-def in_windows(window: int | None, evaluation: Evaluation) -> str:
-    """Write which windows are balanced together, and whose they are."""
+def write_windows(window: int | None, evaluation: Evaluation) -> str:
+    """Write the size of the windows that are balanced, and the phase that has them."""
     if window is None:
         is_trace = evaluation.tokens is not None
         return "all tokens as one window" if is_trace else "windows as recorded"
@@ -475,8 +487,10 @@ def in_windows(window: int | None, evaluation: Evaluation) -> str:
     return f"windows of {window:,} tokens" + (f" ({phase})" if phase else "")
 
 
-def _serving(contents: dict[str, Any], placement: Placement, nodes: int) -> tuple[Recipe, ...]:
-    """Return the commands that give a written placement to its engine, and serve it there."""
+def _list_serving_commands(
+    contents: dict[str, Any], placement: Placement, nodes: int
+) -> tuple[Recipe, ...]:
+    """Return the commands that load a written placement into its engine and serve it."""
     settings = contents.get("settings", {})
     file = contents.get("placement") or settings.get("placement")
     redundant = placement.devices * placement.slots_per_device - placement.num_experts
@@ -493,9 +507,10 @@ def _serving(contents: dict[str, Any], placement: Placement, nodes: int) -> tupl
     return tuple(recipes)
 
 
-def _timeless(contents: dict[str, Any]) -> dict[str, Any]:
+def _leave_out_seconds(contents: dict[str, Any]) -> dict[str, Any]:
     """Return contents without the seconds that solves took."""
-    rest = {key: each for key, each in contents.items() if key != "solve_seconds"}
+    rest = {key: value for key, value in contents.items() if key != "solve_seconds"}
     if "methods" in rest:
-        rest["methods"] = {name: _timeless(each) for name, each in rest["methods"].items()}
+        methods = rest["methods"].items()
+        rest["methods"] = {name: _leave_out_seconds(outcome) for name, outcome in methods}
     return rest

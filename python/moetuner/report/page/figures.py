@@ -1,4 +1,4 @@
-"""write_figures(): charts as files, for papers and slides."""
+"""Write charts as files, for papers and slides."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from moetuner.report.page import own
+from moetuner.report.page import read_asset
 from moetuner.report.page.charts import Chart
 
 Format = Literal["svg", "png"]
@@ -23,7 +23,7 @@ WIDTH, SCALE = 1080, 2
 
 
 def check_figures() -> None:
-    """Raise ImportError unless figures can be drawn, naming the extra or the browser."""
+    """Raise ImportError, which names the extra or the browser, unless figures can be drawn."""
     if find_spec("kaleido") is None:
         raise ImportError(EXTRA)
     from choreographer.browsers.chromium import Chromium
@@ -35,20 +35,20 @@ def check_figures() -> None:
 def write_figures(
     folder: Path, charts: Sequence[Chart], formats: tuple[Format, ...] = ("svg", "png")
 ) -> int:
-    """Write every chart as it first stands on the page, in light colours; return how many files.
+    """Write the first variant of every chart, in light colours; return the number of files.
 
-    They are named after their charts. Heat maps of an SVG are images in it.
+    Files are named after their charts. Heat maps of an SVG are images in it.
     """
     check_figures()
     import plotly.graph_objects as draw
     import plotly.io
 
     folder.mkdir(parents=True, exist_ok=True)
-    colours = dict(re.findall(r"(--[a-z]+): (#\w+)", own("page.css").split("}", 1)[0]))
+    colours = dict(re.findall(r"(--[a-z]+): (#\w+)", read_asset("page.css").split("}", 1)[0]))
     back = {"paper_bgcolor": colours["--back"], "plot_bgcolor": colours["--back"]}
     figures, files, heights = [], [], []
     for chart in charts:
-        spec = _coloured(next(iter(chart.variants.values())), colours)
+        spec = _replace_colours(next(iter(chart.variants.values())), colours)
         figure = draw.Figure(data=spec["data"], layout={**spec["layout"], **back})
         figure.update_layout(template="none")
         for kind in formats:
@@ -61,13 +61,13 @@ def write_figures(
     return len(files)
 
 
-def _coloured(value: Any, colours: dict[str, str]) -> Any:
-    """Replace names of the style sheet's colours by what they are in its light scheme."""
+def _replace_colours(value: Any, colours: dict[str, str]) -> Any:
+    """Return a chart's values with colours of the light scheme for names of the style sheet."""
     if isinstance(value, str):
         named = re.fullmatch(r"var\((--[a-z]+)\)", value)
         return value if named is None else colours[named[1]]
     if isinstance(value, dict):
-        return {key: _coloured(each, colours) for key, each in value.items()}
+        return {key: _replace_colours(entry, colours) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_coloured(each, colours) for each in value]
+        return [_replace_colours(entry, colours) for entry in value]
     return value

@@ -1,6 +1,6 @@
-"""The panels of a page: charts, and the same numbers in tables.
+"""Make the panels of a page: charts, and the same numbers in tables.
 
-Nothing is computed here but places of marks and units: what is drawn stands in evaluations, audits
+Only units and places of marks are computed here: the numbers are those of evaluations, judgements
 and results.
 """
 
@@ -27,19 +27,19 @@ from moetuner.files.cells import (
 from moetuner.placement import Placement
 from moetuner.report.advice.values import Advice
 from moetuner.report.findings import Finding
-from moetuner.report.outcome import left_over
+from moetuner.report.outcome import write_left_out
 from moetuner.report.page import charts as draw
 from moetuner.report.page.charts import PROPOSED, RUNNING, Chart, Spec
 from moetuner.report.page.data import PageData
 from moetuner.report.page.structure import draw_hot_experts, list_curves
 from moetuner.report.words import say
 
-# Groups of a chart, rows of a table, and devices that get a label.
+# Most groups of a chart, rows of a table, and devices with a label.
 GROUPS, ROWS, LABELLED = 60, 200, 24
-# Windows below which their figures stand in a table, and in no chart.
+# Fewest windows that a chart is drawn of; fewer are listed in a table.
 FEWEST_WINDOWS = 5
-# Symbol and colour of a group.
-JUDGED = {
+# Symbol and colour of a group by how it is judged.
+MARKS = {
     "": ("circle", PROPOSED),
     "worse": ("x", "var(--bad)"),
     "few": ("circle-open", "var(--muted)"),
@@ -49,7 +49,7 @@ COLOURS, SYMBOLS = (RUNNING, PROPOSED), ("x", "circle")
 
 @dataclass(frozen=True)
 class Table:
-    """Numbers of a chart; ``total_rows`` is how many rows there are in all."""
+    """A table of numbers; ``total_rows`` is the number of all rows, where only some are shown."""
 
     title: str
     head: Sequence[str]
@@ -59,16 +59,16 @@ class Table:
 
 @dataclass(frozen=True)
 class Panel:
-    """An answer to a question of the page.
+    """Charts, tables and notes that answer a question of the page.
 
     Parameters
     ----------
     charts, tables, notes
-        What is shown; tables without a chart stand open.
+        Charts, tables and sentences; tables without a chart stand open.
     words
-        What completes the sentence on how to read it.
+        End of the sentence on how to read the charts.
     key
-        The question, and its anchor.
+        Key of the question, and its anchor.
     """
 
     charts: tuple[Chart, ...] = ()
@@ -78,16 +78,17 @@ class Panel:
     key: str = ""
 
 
-def panels_of(page: PageData) -> tuple[Panel, ...]:
-    """Make the panels after the verdict, in the order of reading; empty ones are left out."""
-    made = ((key, panel_of(page)) for key, panel_of in PANELS.items())
-    return tuple(replace(panel, key=key) for key, panel in made if panel is not None)
+def make_panels(page: PageData) -> tuple[Panel, ...]:
+    """Make the panels below the verdict, in the order of reading; empty ones are left out."""
+    panels = ((key, make_panel(page)) for key, make_panel in PANELS.items())
+    return tuple(replace(panel, key=key) for key, panel in panels if panel is not None)
 
 
-def _layers(page: PageData) -> Panel | None:
+def _show_layers(page: PageData) -> Panel | None:
+    """Show predicted time, else imbalance, of every layer."""
     measure, unit = "imbalance", "busiest device / mean"
-    values = [each.imbalance_per_layer for each in page.evaluations]
-    predicted = [each.predicted_us_per_layer for each in page.evaluations]
+    values = [evaluation.imbalance_per_layer for evaluation in page.evaluations]
+    predicted = [evaluation.predicted_us_per_layer for evaluation in page.evaluations]
     times = [by_layer for by_layer in predicted if by_layer is not None]
     if len(times) == 2:
         name, size = unit_of_time(max(map(max, times)))
@@ -99,73 +100,74 @@ def _layers(page: PageData) -> Panel | None:
     data = [
         draw.scatter(
             layers,
-            height,
+            by_layer,
             "layer %{x}: %{y:,.3r}",
             mode="markers",
             legend=name,
             kind="i2",
             marker={"symbol": symbol, "color": colour, "size": 9},
         )
-        for name, height, symbol, colour in zip(page.names, values, SYMBOLS, COLOURS, strict=True)
+        for name, by_layer, symbol, colour in zip(page.names, values, SYMBOLS, COLOURS, strict=True)
     ]
     data[1] |= {"mode": "markers+text", "textposition": "top center"}
-    data[1]["text"] = [str(each) if each in worst else "" for each in layers]
+    data[1]["text"] = [str(layer) if layer in worst else "" for layer in layers]
     rows = [
-        (str(layer), *map(digits, (*(each[layer] for each in values), gain[layer])))
+        (str(layer), *map(digits, (*(by_layer[layer] for by_layer in values), gain[layer])))
         for layer in layers
     ]
     has_links = page.evaluations[0].traffic.get("dispatch") is not None
-    is_linked = len(layers) > 1 and has_links and 1 < _sides(page) <= draw.MOST_DEVICES
+    is_linked = len(layers) > 1 and has_links and 1 < _count_sides(page) <= draw.MOST_DEVICES
     click = " Click a layer to see its links below." if is_linked else ""
     label = f"{measure} of every layer under both placements"
     spec = draw.layout("layer", unit, count=len(layers))
     return Panel(
-        (Chart("layers", label, draw.only(data, spec), selects=("links", "boundary")),),
+        (Chart("layers", label, draw.variant(data, spec), selects=("links", "boundary")),),
         (Table(f"Layers, {unit}", ("layer", *page.names, "less"), rows),),
         words=f"{measure}.{click}",
     )
 
 
-def _experts(page: PageData) -> Panel | None:
+def _show_experts(page: PageData) -> Panel | None:
+    """Show the load of every copy, by layer and device, and the slowest devices."""
     relative = page.load / np.maximum(page.load.mean(axis=1, keepdims=True), 1e-12)
-    variants, tables, waits = {}, [], {}
+    variants, tables, times = {}, [], {}
     for name, setting in reversed(list(zip(page.names, page.settings, strict=True))):
         placement = setting.placement
         slots = placement.slots
         expert, layer = np.maximum(slots, 0), np.arange(placement.layers)[:, None, None]
         copies = np.maximum(placement.replicas[layer, expert], 1)
-        served = relative[layer, expert] * slot_shares(
-            placement, page.topology, setting.serving.split
-        )
-        waits[name] = served.sum(axis=2) / page.topology.speed_of_device
-        busy = np.where(slots >= 0, served, -1.0)
-        variants[name] = _slots(placement, busy, copies, waits[name])
+        shares = slot_shares(placement, page.topology, setting.serving.split)
+        served = relative[layer, expert] * shares
+        times[name] = served.sum(axis=2) / page.topology.speed_of_device
+        load = np.where(slots >= 0, served, -1.0)
+        variants[name] = _draw_slots(placement, load, copies, times[name])
         rows = []
-        for at in np.argsort(-busy, axis=None, kind="stable")[:20]:
-            place = np.unravel_index(at, busy.shape)
+        for index in np.argsort(-load, axis=None, kind="stable")[:20]:
+            place = np.unravel_index(index, load.shape)
             cells = (place[0], slots[place], place[1], copies[place])
-            rows.append((*map(str, cells), digits(float(busy[place]))))
+            rows.append((*map(str, cells), digits(float(load[place]))))
         head = ("layer", "expert", "device", "copies", "x mean")
-        tables.append(Table(f"Hottest copies, {name}", head, rows, busy.size))
+        tables.append(Table(f"Hottest copies, {name}", head, rows, load.size))
     label = "heat map of the load of every copy, by layer and device"
     height = max(280, min(760, 90 + 9 * page.placements[1].layers))
     chart = Chart("experts", label, variants, height)
     notes: tuple[str, ...] = ()
     if page.topology.devices > 1 and page.load.any():
-        table, notes = _waits({name: waits[name] for name in page.names})
+        table, notes = _list_slowest_devices({name: times[name] for name in page.names})
         tables.insert(0, table)
     words = " A red box is the device that all others wait for." if notes else ""
     return Panel((chart,), tuple(tables), notes, words)
 
 
-def _hot_experts(page: PageData) -> Panel | None:
+def _show_hot_experts(page: PageData) -> Panel | None:
+    """Show the shares of picks that the hottest experts take."""
     hot = page.hot_experts
     if hot is None or not page.load.any():
         return None
     rows = [(name, *map(percent, shares)) for name, shares in list_curves(hot).items()]
     head = ("experts that are kept near", *(f"{100 * size:g} %" for size in hot.sizes))
     by_group = sorted(hot.static_of_group.items(), key=lambda item: item[1])
-    groups = [(draw.plain(name), percent(share)) for name, share in by_group[:ROWS]]
+    groups = [(draw.escape_tags(name), percent(share)) for name, share in by_group[:ROWS]]
     tables = [Table(f"Share of {'unseen ' if hot.is_unseen else ''}picks", head, rows)]
     if groups:
         title = "Half of the experts, chosen by all other groups"
@@ -173,38 +175,39 @@ def _hot_experts(page: PageData) -> Panel | None:
     return Panel((draw_hot_experts(hot),), tuple(tables), (hot.sentence,))
 
 
-def _waits(busy: dict[str, NDArray[Any]]) -> tuple[Table, tuple[str, ...]]:
+def _list_slowest_devices(by_placement: dict[str, NDArray[Any]]) -> tuple[Table, tuple[str, ...]]:
     """List the device that all others wait for in every layer, of times [L,D] by placement."""
     columns, notes = [], []
-    for name, times in busy.items():
+    for name, times in by_placement.items():
         slowest, loaded = times.argmax(axis=1), times.any(axis=1)
         ratios = times.max(axis=1) / np.maximum(times.mean(axis=1), 1e-12)
         columns.append(np.where(loaded, slowest.astype(str), "-").tolist())
         columns.append([digits(ratio) if ratio else "-" for ratio in ratios.tolist()])
-        layers_of = np.bincount(slowest[loaded], minlength=times.shape[1])
-        device, number = int(layers_of.argmax()), int(layers_of.max())
+        layers = np.bincount(slowest[loaded], minlength=times.shape[1])
+        device, number = int(layers.argmax()), int(layers.max())
         notes.append(
             f"With {name}, all others wait most often for device {device}: in {number} of "
             f"{counted(len(times), 'layer')}."
         )
-    head = [f"{name}, {what}" for name in busy for what in ("device", "x mean")]
+    head = [f"{name}, {column}" for name in by_placement for column in ("device", "x mean")]
     rows = [(str(layer), *row) for layer, row in enumerate(zip(*columns, strict=True))]
     return Table("Devices that all others wait for", ("layer", *head), rows), tuple(notes)
 
 
-def _slots(
-    placement: Placement, busy: NDArray[Any], copies: NDArray[Any], times: NDArray[Any]
+def _draw_slots(
+    placement: Placement, load: NDArray[Any], copies: NDArray[Any], times: NDArray[Any]
 ) -> Spec:
-    """Draw how busy slots [L,D,S] are, device after device, the busiest slots first.
+    """Draw the load of slots [L,D,S] as a heat map, device by device, the busiest slots first.
 
-    ``times`` are of devices [L,D]; all wait for the one with the longest.
+    ``copies`` has the number of copies of each slot's expert. ``times`` are of devices [L,D]; all
+    devices wait for the one with the longest.
     """
-    order = np.argsort(-busy, axis=2, kind="stable")
-    share, expert, number_of = (
-        np.take_along_axis(each, order, axis=2).reshape(placement.layers, -1)
-        for each in (busy, placement.slots, copies)
+    order = np.argsort(-load, axis=2, kind="stable")
+    sorted_load, expert, sorted_copies = (
+        np.take_along_axis(by_slot, order, axis=2).reshape(placement.layers, -1)
+        for by_slot in (load, placement.slots, copies)
     )
-    shade = np.where(share > 0, np.log2(np.maximum(share, 2**-6)), np.nan)
+    shade = np.where(sorted_load > 0, np.log2(np.maximum(sorted_load, 2**-6)), np.nan)
     devices, slots = placement.devices, placement.slots_per_device
     labelled = range(0, devices, max(1, -(-devices // LABELLED)))
     lines = "".join(f"M{slots * d - 0.5},0V1" for d in range(1, devices))
@@ -224,15 +227,15 @@ def _slots(
         "showgrid": False,
     }
     spec["yaxis"] |= {"autorange": "reversed", "showgrid": False, "zeroline": False}
-    spec["yaxis"] |= draw.one_by_one(placement.layers)
+    spec["yaxis"] |= draw.label_each(placement.layers)
     ticks = {"tickvals": [*range(-3, 4)], "ticktext": ["⅛", "¼", "½", "1", "2", "4", "8"]}
-    scale = draw.colours("x mean", -3, 3, **ticks)
+    scale = draw.make_colour_scale("x mean", -3, 3, **ticks)
     data = draw.heat_map(
         shade,
         "layer %{y}, expert %{customdata[0]}: %{text:.3r} x the mean of an expert (copies: "
         "%{customdata[1]})<extra></extra>",
-        customdata=draw.packed(np.stack([expert, number_of], axis=2), "i4"),
-        text=draw.packed(np.maximum(share, 0)),
+        customdata=draw.pack(np.stack([expert, sorted_copies], axis=2), "i4"),
+        text=draw.pack(np.maximum(sorted_load, 0)),
         colorscale=scale["colorscale"],
         zmin=scale["cmin"],
         zmax=scale["cmax"],
@@ -241,78 +244,83 @@ def _slots(
     return {"data": [data], "layout": spec}
 
 
-def _sides(page: PageData) -> int:
-    """Count the rows of a layer's matrix."""
+def _count_sides(page: PageData) -> int:
+    """Count the rows of a layer's matrix: devices, or nodes where devices are too many."""
     topology = page.topology
     has_devices = topology.devices <= draw.MOST_DEVICES or topology.nodes == 1
     return topology.devices if has_devices else topology.nodes
 
 
-def _by_node(table: NDArray[Any], page: PageData) -> tuple[NDArray[Any], str]:
-    """Sum devices [..,D,D] to nodes where there are too many to draw."""
-    nodes, size = _sides(page), page.topology.node_size
+def _sum_by_node(table: NDArray[Any], page: PageData) -> tuple[NDArray[Any], str]:
+    """Sum devices [..,D,D] to nodes where they are too many to draw; return what rows are, too."""
+    nodes, size = _count_sides(page), page.topology.node_size
     if nodes == page.topology.devices:
         return table, "device"
     summed = table.reshape(*table.shape[:-2], nodes, size, nodes, size).sum(axis=(-3, -1))
     return summed, "node"
 
 
-def _tables(page: PageData, regime: str) -> list[NDArray[Any]]:
-    """Return what both placements move in a regime; fewer tables where that is not known."""
-    tables = (each.traffic.get(regime) for each in page.evaluations)
+def _list_traffic(page: PageData, regime: str) -> list[NDArray[Any]]:
+    """Return the traffic of both placements in a regime; fewer tables where it is unknown."""
+    tables = (evaluation.traffic.get(regime) for evaluation in page.evaluations)
     return [table for table in tables if table is not None]
 
 
-def _links(page: PageData) -> Panel | None:
-    rows = _tables(page, "dispatch")
+def _show_links(page: PageData) -> Panel | None:
+    """Show the traffic from device to device, and at the busiest ports."""
+    rows = _list_traffic(page, "dispatch")
     if len(rows) < 2 or page.topology.devices == 1:
         return None
     tokens, layers = max(page.evaluations[0].tokens or 1, 1), len(rows[0])
-    share = [table.sum(axis=0) / layers / tokens * 1000 for table in rows]
-    units = {"": ("rows", share)}
+    mean_rows = [table.sum(axis=0) / layers / tokens * 1000 for table in rows]
+    units = {"": ("rows", mean_rows)}
     if page.token_bytes:
-        size = [each * page.token_bytes / 1e3 for each in share]
-        units[", in kB"] = ("kB", size)
-        time = [each / page.topology.bandwidth * 1e9 for each in size]
-        units[", in us of their link"] = ("us", time)
+        sizes = [table * page.token_bytes / 1e3 for table in mean_rows]
+        units[", in kB"] = ("kB", sizes)
+        times = [table / page.topology.bandwidth * 1e9 for table in sizes]
+        units[", in us of their link"] = ("us", times)
     variants = {
         f"mean of all layers{name}": draw.matrices(
-            table, page.names, "device", f"{unit} of 1,000 tokens", page.topology.node_size
+            tables, page.names, "device", f"{unit} of 1,000 tokens", page.topology.node_size
         )
-        for name, (unit, table) in units.items()
+        for name, (unit, tables) in units.items()
     }
-    if _sides(page) <= draw.MOST_DEVICES:
-        share = [table / tokens * 1000 for table in rows]
-        variants |= _by_layer(page, share, "rows of 1,000 tokens", "layer {}")
+    if _count_sides(page) <= draw.MOST_DEVICES:
+        rows_by_layer = [table / tokens * 1000 for table in rows]
+        variants |= _draw_by_layer(page, rows_by_layer, "rows of 1,000 tokens", "layer {}")
     ports = [
         (name, regime, str(tier), digits(out), digits(into))
-        for name, each in zip(page.names, page.evaluations, strict=True)
-        for regime, port in each.busiest_port.items()
+        for name, evaluation in zip(page.names, page.evaluations, strict=True)
+        for regime, port in evaluation.busiest_port.items()
         for tier, (out, into) in enumerate(zip(port["out"], port["in"], strict=True), start=1)
     ]
     label = "two matrices of what goes from each device to each other one"
     title = "Rows at the busiest port of a tier, of a layer on average"
     return Panel(
-        (Chart("links", label, variants, height=420, stacked=draw.stacked(2)),),
+        (Chart("links", label, variants, height=420, stacked=draw.stack(2)),),
         (Table(title, ("placement", "regime", "tier", "out", "in"), ports),),
     )
 
 
-def _by_layer(
+def _draw_by_layer(
     page: PageData, tables: Sequence[NDArray[Any]], unit: str, name: str
 ) -> dict[str, Spec]:
-    """Draw what both placements move between devices [L,D,D], or nodes, layer by layer."""
-    (one, what), (other, _) = (_by_node(table, page) for table in tables)
+    """Draw the traffic of both placements between devices [L,D,D], or nodes, layer by layer.
+
+    ``name`` is that of a variant, with the numbers of the layer and the next one to fill in.
+    """
+    (before, ends), (after, _) = (_sum_by_node(table, page) for table in tables)
     return {
-        name.format(at, at + 1): draw.matrices(both, page.names, what, unit)
-        for at, both in enumerate(zip(one, other, strict=True))
+        name.format(layer, layer + 1): draw.matrices(both, page.names, ends, unit)
+        for layer, both in enumerate(zip(before, after, strict=True))
     }
 
 
-def _next(page: PageData) -> Panel | None:
-    tables = _tables(page, "follow")
-    goes_on = page.settings[1].serving.regime == "follow" and page.topology.devices > 1
-    if not goes_on or len(tables) < 2 or not len(tables[0]):
+def _show_next(page: PageData) -> Panel | None:
+    """Show the share of steps to the next layer that leave their device, or node."""
+    tables = _list_traffic(page, "follow")
+    is_followed = page.settings[1].serving.regime == "follow" and page.topology.devices > 1
+    if not is_followed or len(tables) < 2 or not len(tables[0]):
         return None
     node, boundaries = page.topology.node_of_device, np.arange(len(tables[0]))
     lines: list[Spec] = []
@@ -337,37 +345,39 @@ def _next(page: PageData) -> Panel | None:
             )
     spec = draw.layout("layer", "leaves, %", count=len(boundaries))
     spec["yaxis"]["rangemode"] = "tozero"
-    has_matrices = _sides(page) <= draw.MOST_DEVICES
+    has_matrices = _count_sides(page) <= draw.MOST_DEVICES
     selects = ("boundary",) if has_matrices else ()
-    charts = [Chart("next", "share of steps that leave", draw.only(lines, spec), 320, selects)]
+    charts = [Chart("next", "share of steps that leave", draw.variant(lines, spec), 320, selects)]
     if has_matrices:
         totals = [np.maximum(pairs.sum(axis=(1, 2)), 1)[:, None, None] for pairs in tables]
         shares = [pairs / total * 100 for pairs, total in zip(tables, totals, strict=True)]
-        variants = _by_layer(page, shares, "% of steps", "layer {} to {}")
+        variants = _draw_by_layer(page, shares, "% of steps", "layer {} to {}")
         label = "steps between devices at one boundary"
-        charts.append(Chart("boundary", label, variants, 400, stacked=draw.stacked(2)))
+        charts.append(Chart("boundary", label, variants, 400, stacked=draw.stack(2)))
     rows = [
-        (str(at), *(percent(float(share[at])) for share in columns.values())) for at in boundaries
+        (str(layer), *(percent(float(share[layer])) for share in columns.values()))
+        for layer in boundaries
     ]
     return Panel(tuple(charts), (Table("Share that leaves", ("boundary", *columns), rows),))
 
 
-def _over_time(page: PageData) -> Panel | None:
-    number = len(page.evaluations[0].imbalance_per_window)
-    if number < 2:
+def _show_over_time(page: PageData) -> Panel | None:
+    """Show the imbalance of every window."""
+    windows = len(page.evaluations[0].imbalance_per_window)
+    if windows < 2:
         return None
-    if number < FEWEST_WINDOWS:
-        return replace(_list_windows(page), notes=_notes_over_time(page))
+    if windows < FEWEST_WINDOWS:
+        return replace(_list_windows(page), notes=_write_notes_over_time(page))
     lines, rows = [], []
-    for name, each, colour, dash in zip(
+    for name, evaluation, colour, dash in zip(
         page.names, page.evaluations, COLOURS, ("dot", "solid"), strict=True
     ):
-        values = each.imbalance_per_window
-        places, drawn = draw.thinned(list(values))
+        values = evaluation.imbalance_per_window
+        places, thinned = draw.thin(list(values))
         lines.append(
             draw.scatter(
                 places,
-                drawn,
+                thinned,
                 "window %{x}: %{y:.3r}",
                 mode="lines",
                 legend=name,
@@ -376,27 +386,29 @@ def _over_time(page: PageData) -> Panel | None:
             )
         )
         rows.append((name, *map(digits, np.percentile(values, (5, 50, 95)))))
-    chart = draw.only(lines, draw.layout("window", "busiest / mean", count=number))
+    chart = draw.variant(lines, draw.layout("window", "busiest / mean", count=windows))
     return Panel(
         (Chart("time", "imbalance of every window", chart, 340),),
         (Table("Imbalance of windows", ("placement", "5 %", "median", "95 %"), rows),),
-        _notes_over_time(page),
+        _write_notes_over_time(page),
         words=" Drag to look closer, double-click to go back.",
     )
 
 
 def _list_windows(page: PageData) -> Panel:
-    """Make the panel of so few windows that a line between them would say more than they do."""
-    values = [each.imbalance_per_window for each in page.evaluations]
-    rows = [(str(at), *map(digits, each)) for at, each in enumerate(zip(*values, strict=True))]
+    """List the imbalance of windows that are too few for a chart."""
+    values = [evaluation.imbalance_per_window for evaluation in page.evaluations]
+    rows = [
+        (str(window), *map(digits, both)) for window, both in enumerate(zip(*values, strict=True))
+    ]
     return Panel(tables=(Table("Imbalance of windows", ("window", *page.names), rows),))
 
 
-def _notes_over_time(page: PageData) -> tuple[str, ...]:
-    """Write which windows these are, and how far the traffic drifts in them."""
+def _write_notes_over_time(page: PageData) -> tuple[str, ...]:
+    """Write the size of the windows, and how far the traffic drifts over the recording."""
     replayed = page.evaluations[0].replayed
     assert replayed is not None
-    windows, rest = page.windows, left_over(replayed.traffic, replayed.setting.window)
+    windows, rest = page.windows, write_left_out(replayed.traffic, replayed.setting.window)
     notes = [sentence(f"{windows}; {rest}" if rest else windows)]
     drift = page.advice.drift if page.advice is not None else None
     if drift is not None:
@@ -407,30 +419,30 @@ def _notes_over_time(page: PageData) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _groups(page: PageData) -> Panel | None:
-    audit = page.judgement
-    if not audit.groups:
+def _show_groups(page: PageData) -> Panel | None:
+    """Show the change of every group with its interval."""
+    judgement = page.judgement
+    if not judgement.groups:
         return None
-    assert audit.units is not None
-    measure = "predicted_layer_us" if "predicted_layer_us" in audit.whole else "imbalance"
-    unclear = dict.fromkeys(audit.too_few, " (too few)")
-    losers = {each.group for each in audit.worse(measures=(measure,))}
-    every = ((name, figures[measure]) for name, figures in audit.groups.items())
-    changes = [(name, each.change) for name, each in every if each.before]
-    # Those that cannot be judged come last, which is on top.
-    changes.sort(key=lambda each: (each[0] in audit.too_few, -each[1].value, each[0]))
+    assert judgement.units is not None
+    measure = "predicted_layer_us" if "predicted_layer_us" in judgement.whole else "imbalance"
+    too_few = {*judgement.too_few}
+    worse = {loss.group for loss in judgement.worse(measures=(measure,))}
+    gains = ((name, figures[measure]) for name, figures in judgement.groups.items())
+    changes = [(name, gain.change) for name, gain in gains if gain.before]
+    # Groups that cannot be judged come last: at the top of the chart.
+    changes.sort(key=lambda change: (change[0] in too_few, -change[1].value, change[0]))
     drawn = changes
     if len(changes) > GROUPS:
         drawn = [*changes[: GROUPS // 2], *changes[-GROUPS // 2 :]]
-    # Without an interval there is the value alone.
+    # A change without an interval is drawn as a point.
     ends = [(change.value, *(change.interval or 2 * (change.value,))) for _, change in drawn]
     value, low, high = 100 * np.array(ends).reshape(-1, 3).T
     names, places = [name for name, _ in drawn], list(range(len(drawn)))
-    labels = [draw.plain(name) + unclear.get(name, "") for name in names]
-    looks = [
-        JUDGED["few" if name in unclear else "worse" if name in losers else ""] for name in names
+    labels = [draw.escape_tags(name) + (" (too few)" if name in too_few else "") for name in names]
+    marks = [
+        MARKS["few" if name in too_few else "worse" if name in worse else ""] for name in names
     ]
-    symbols, colours = ([look[at] for look in looks] for at in range(2))
     data = draw.scatter(
         value,
         places,
@@ -438,59 +450,65 @@ def _groups(page: PageData) -> Panel | None:
         mode="markers",
         customdata=labels,
         error_x=draw.whiskers(value, low, high, color="var(--muted)"),
-        marker={"symbol": symbols, "color": colours, "size": 10},
+        marker={
+            "symbol": [symbol for symbol, _ in marks],
+            "color": [colour for _, colour in marks],
+            "size": 10,
+        },
     )
     spec = draw.layout("change, %")
     spec["yaxis"] |= {"tickvals": places, "ticktext": labels, "zeroline": False}
     spec["xaxis"] |= {**draw.ZERO, "rangemode": "tozero"}
     rows = [
         (
-            draw.plain(name),
+            draw.escape_tags(name),
             *map(signed, (change.value, change.low, change.high)),
-            "too few" if name in unclear else "worse" if name in losers else "",
+            "too few" if name in too_few else "worse" if name in worse else "",
         )
         for name, change in changes[:ROWS]
     ]
-    judged = counted(len(changes) - len(unclear), "group")
     notes = [f"Change of {FIGURES[measure].label}."]
-    if len(unclear) < len(changes):
-        notes[0] += f" Worse beyond chance: {len(losers)} of {judged}."
-    if unclear:
-        notes.append(
-            f"Too few {audit.units.name}s to judge: {counted(len(unclear), 'group')}, in grey."
-        )
+    if len(too_few) < len(changes):
+        groups = counted(len(changes) - len(too_few), "group")
+        notes[0] += f" Worse beyond chance: {len(worse)} of {groups}."
+    if too_few:
+        groups = counted(len(too_few), "group")
+        notes.append(f"Too few {judgement.units.name}s to judge: {groups}, in grey.")
     label, height = "change of every group with its interval", 130 + 24 * len(drawn)
     return Panel(
-        (Chart("groups", label, draw.only([data], spec), height),),
+        (Chart("groups", label, draw.variant([data], spec), height),),
         (Table("Groups", ("group", "change", "from", "to", "judged"), rows, len(changes)),),
         tuple(notes),
     )
 
 
-def _search(page: PageData) -> Panel | None:
+def _show_search(page: PageData) -> Panel | None:
+    """Show the best objective and the bound during the search."""
     result = page.result
     if result is None or not result.bound or result.bound_is_of_loads:
         return None
-    # When somebody looked depends on the clock; without a time limit nothing else does.
-    steps = (each for each in result.history if page.timed or each.is_step)
-    history = [each for each in steps if each.objective is not None]
-    if len({each.objective for each in history}) < 2:
+    # The clock makes entries between steps; with a time limit the answer depends on it anyway.
+    entries = (entry for entry in result.history if page.timed or entry.is_step)
+    history = [entry for entry in entries if entry.objective is not None]
+    if len({entry.objective for entry in history}) < 2:
         return None
-    at = [max(each.seconds, 0.001) if page.timed else n for n, each in enumerate(history, 1)]
+    times = [max(entry.seconds, 0.001) if page.timed else n for n, entry in enumerate(history, 1)]
     data = [
         draw.scatter(
-            at,
-            [each.objective or 0.0 for each in history],
+            times,
+            [entry.objective or 0.0 for entry in history],
             "%{customdata}: %{y:,.3r}",
             name="best so far",
-            customdata=[each.phase for each in history],
+            customdata=[entry.phase for entry in history],
             line={"shape": "hv", "color": PROPOSED},
         )
     ]
-    known = [(x, each.bound) for x, each in zip(at, history, strict=True) if each.bound]
-    bounded = known or [(at[-1], result.bound)]
-    # Proven at the end, and true all the time.
-    x, y = zip((at[0], bounded[0][1]), *bounded, strict=True)
+    bounds = [
+        (time, entry.bound) for time, entry in zip(times, history, strict=True) if entry.bound
+    ]
+    bounds = bounds or [(times[-1], result.bound)]
+    # The first bound holds from the beginning, though it was proven later.
+    x, y = zip((times[0], bounds[0][1]), *bounds, strict=True)
     line = {"shape": "hv", "color": "var(--good)", "dash": "dash"}
     marker = {"symbol": "triangle-up"}
     data.append(draw.scatter(x, y, "bound: %{y:,.3r}", name="bound", line=line, marker=marker))
@@ -511,72 +529,75 @@ def _search(page: PageData) -> Panel | None:
         spec["xaxis"]["type"] = "log"
     rows = [
         (
-            digits(x) if page.timed else str(x),
-            each.phase,
-            *map(digits, (each.objective, each.bound)),
-            percent(each.gap),
+            digits(time) if page.timed else str(time),
+            entry.phase,
+            *map(digits, (entry.objective, entry.bound)),
+            percent(entry.gap),
         )
-        for x, each in list(zip(at, history, strict=True))[-ROWS:]
+        for time, entry in list(zip(times, history, strict=True))[-ROWS:]
     ]
     label = f"best placement and bound {when}"
     return Panel(
-        (Chart("search", label, draw.only(data, spec)),),
+        (Chart("search", label, draw.variant(data, spec)),),
         (Table(f"Progress, {page.unit}", (axis, "phase", "best", "bound", "gap"), rows),),
         (say(proven),),
     )
 
 
-def _price(page: PageData) -> Panel | None:
+def _show_price(page: PageData) -> Panel | None:
+    """Show what numbers of copies, and of moves, gain."""
     charts, tables, words = [], [], ""
     if page.advice is not None and len(page.advice.copies) > 1:
         words = (
             " Numbers of copies are compared by short searches, so gains are not the headline's."
         )
-        charts.append(_copies_chart(page.advice))
+        charts.append(_draw_copies(page.advice))
         windows = list(page.advice.copies[0].gains)
         head = [f"windows of {window:,}" if window else "gain" for window in windows]
         rows = [
             (
-                str(each.per_device),
-                *(signed(each.mean(window)) for window in windows),
-                "-" if each.bytes_per_device is None else in_bytes(each.bytes_per_device),
-                "knee" if each.per_device == page.advice.knee else "",
+                str(copies.per_device),
+                *(signed(copies.mean(window)) for window in windows),
+                "-" if copies.bytes_per_device is None else in_bytes(copies.bytes_per_device),
+                "knee" if copies.per_device == page.advice.knee else "",
             )
-            for each in page.advice.copies
+            for copies in page.advice.copies
         ]
         tables.append(Table("Slots for copies", ("slots", *head, "per device", "chosen"), rows))
     if page.trades:
         unit = "experts moved" if page.expert_bytes is None else "bytes moved"
         data = draw.scatter(
-            [each.experts_moved * (page.expert_bytes or 1) for each in page.trades],
-            [each.gain for each in page.trades],
+            [trade.experts_moved * (page.expert_bytes or 1) for trade in page.trades],
+            [trade.gain for trade in page.trades],
             "%{x:,.3r} " + unit + ": %{y:,.3r} less",
             line={"shape": "hv", "color": PROPOSED},
         )
-        chart = draw.only([data], draw.layout(unit, "less of the objective"))
+        chart = draw.variant([data], draw.layout(unit, "less of the objective"))
         charts.append(Chart("trades", "gain against what moves", chart))
         rows = [
-            (str(each.experts_moved), digits(each.objective), digits(each.gain))
-            for each in page.trades
+            (str(trade.experts_moved), digits(trade.objective), digits(trade.gain))
+            for trade in page.trades
         ]
         tables.append(Table("Moves", ("experts moved", "objective", "gain"), rows))
     return Panel(tuple(charts), tuple(tables), words=words) if charts else None
 
 
-def _copies_chart(advice: Advice) -> Chart:
+def _draw_copies(advice: Advice) -> Chart:
+    """Draw the gain of each number of slots for copies over their memory, or their number."""
     by_size = advice.copies[0].bytes_per_device is not None
+    slots = [copies.per_device for copies in advice.copies]
+    gigabytes = [(copies.bytes_per_device or 0) / 1e9 for copies in advice.copies]
+    # The chosen number has a larger mark with a border.
+    widths = [3 if number == advice.knee else 0 for number in slots]
+    sizes = [14 if number == advice.knee else 8 for number in slots]
+    border = {"color": "var(--text)", "width": widths}
     data = []
     for number, window in enumerate(advice.copies[0].gains):
-        slots = [each.per_device for each in advice.copies]
-        is_knee = [each == advice.knee for each in slots]
-        border = {"color": "var(--text)", "width": [3 * each for each in is_knee]}
-        sizes = [14 if each else 8 for each in is_knee]
         colour, symbol = ((PROPOSED, "circle"), (RUNNING, "square"))[number % 2]
-        gigabytes = [(each.bytes_per_device or 0) / 1e9 for each in advice.copies]
         data.append(
             draw.scatter(
                 gigabytes if by_size else slots,
-                [100 * each.mean(window) for each in advice.copies],
+                [100 * copies.mean(window) for copies in advice.copies],
                 "%{customdata} slots: %{y:.3r} %",
                 name="copies" if window is None else f"windows of {window:,}",
                 customdata=slots,
@@ -588,35 +609,36 @@ def _copies_chart(advice: Advice) -> Chart:
     spec = draw.layout(axis, "gain on unseen traffic, %")
     spec["yaxis"]["rangemode"] = "tozero"
     label = "gain on unseen traffic against slots for copies"
-    return Chart("copies", label, draw.only(data, spec))
+    return Chart("copies", label, draw.variant(data, spec))
 
 
-def _moves(page: PageData) -> Panel | None:
+def _show_moves(page: PageData) -> Panel | None:
+    """Show how many experts move from device to device, and which."""
     diff = page.moves
     if not diff.experts_moved:
         return None
-    pairs, what = _by_node(diff.pairs, page)
-    chart = {"": draw.matrices([pairs], ["experts"], what, "experts")}
+    pairs, ends = _sum_by_node(diff.pairs, page)
+    chart = {"": draw.matrices([pairs], ["experts"], ends, "experts")}
     rows = [tuple(map(str, row)) for row in diff.moves[:ROWS].tolist()]
     head = ("layer", "expert", "from", "to")
     size = "" if diff.bytes_moved is None else f", {in_bytes(diff.bytes_moved)}"
     return Panel(
-        (Chart("moves", f"experts that go from {what} to {what}", chart, height=400),),
+        (Chart("moves", f"experts that go from {ends} to {ends}", chart, height=400),),
         (Table("Moves (all are in the JSON)", head, rows, diff.experts_moved),),
         (f"{diff.experts_moved:,} experts move{size}.",),
     )
 
 
-# What makes the panel of every question of the page, or nothing.
+# Functions that make the panel of a question of the page, or None, in the order of reading.
 PANELS: dict[str, Callable[[PageData], Panel | None]] = {
-    "layers": _layers,
-    "experts": _experts,
-    "hot": _hot_experts,
-    "links": _links,
-    "next": _next,
-    "time": _over_time,
-    "groups": _groups,
-    "search": _search,
-    "price": _price,
-    "moves": _moves,
+    "layers": _show_layers,
+    "experts": _show_experts,
+    "hot": _show_hot_experts,
+    "links": _show_links,
+    "next": _show_next,
+    "time": _show_over_time,
+    "groups": _show_groups,
+    "search": _show_search,
+    "price": _show_price,
+    "moves": _show_moves,
 }

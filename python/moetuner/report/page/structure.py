@@ -1,4 +1,4 @@
-"""The charts of what ``moetuner inspect`` measures; pages show some of them too."""
+"""Draw the charts of ``moetuner inspect``; pages show some of them too."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moetuner.report.structure import Structure
 
 
 def list_curves(hot: HotExperts) -> dict[str, Sequence[float]]:
-    """Return the shares of picks that experts take which are kept near, by how they are chosen."""
+    """Return the shares of picks that experts kept near take, by how these are chosen."""
     curves: dict[str, Sequence[float]] = {
         "most used, a fixed set": hot.static,
         "without preference": hot.chance,
@@ -22,8 +22,8 @@ def list_curves(hot: HotExperts) -> dict[str, Sequence[float]]:
 
 
 def draw_hot_experts(hot: HotExperts) -> Chart:
-    """Draw the share of picks that experts take which are kept near, over how many these are."""
-    # No experts take nothing, and all of them everything.
+    """Draw the share of picks that experts kept near take, over their number."""
+    # Curves begin at no experts, which take no picks, and end at all, which take all.
     ends = 100 * np.array([0.0, *hot.sizes, 1.0])
     colours = (PROPOSED, "var(--muted)", RUNNING)
     lines = [
@@ -40,7 +40,7 @@ def draw_hot_experts(hot: HotExperts) -> Chart:
     ]
     axes = draw.layout("% of the experts that are kept near", "% of the picks")
     label = "picks that the experts take which are kept near"
-    return Chart("hot", label, draw.only(lines, axes))
+    return Chart("hot", label, draw.variant(lines, axes))
 
 
 def draw_structure(structure: Structure) -> tuple[Chart, ...]:
@@ -56,4 +56,4 @@ def draw_structure(structure: Structure) -> tuple[Chart, ...]:
     )
     axes = draw.layout("layer", "busiest expert / mean load", count=len(layers))
     label = "load of the busiest expert of every layer"
-    return draw_hot_experts(structure.hot_experts), Chart("skew", label, draw.only([skew], axes))
+    return draw_hot_experts(structure.hot_experts), Chart("skew", label, draw.variant([skew], axes))

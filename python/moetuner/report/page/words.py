@@ -1,4 +1,4 @@
-"""Words of a page: settings as people say them, and text that breaks where it may."""
+"""Write settings of a page in words, and mark text where a browser may not break it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 OPTION = re.compile(r"(?<![^\s'\"(])--?[a-z][\w-]*")
-# A word of a command: an option with what it takes, or one word.
+# A word of a command: an option with its value, or one word.
 WORD = re.compile(r"-\S+(?: (?!-)(?:'[^']*'|\S+))?|\S+")
 Write = Callable[[Any], str]
 
 
-def _chosen(**words: str) -> Write:
-    """Write one of a few values by its words."""
+def _worded(**words: str) -> Write:
+    """Return what writes a value by its words."""
     return lambda value: words.get(str(value).lower(), str(value))
 
 
 def _counted(noun: str) -> Write:
+    """Return what writes a number with a noun."""
     return lambda value: counted(value, noun) if isinstance(value, int) else str(value)
 
 
@@ -40,7 +41,7 @@ def _number(value: Any) -> str:
 
 
 def _initial(value: Any) -> str:
-    """Write what runs: a method, or a placement."""
+    """Write the method that computed the running placement, or that it was given."""
     words = {"contiguous": "experts in blocks, as engines load them", "given": "as given"}
     method, _, copies = _text(value).partition(":")
     name = {"eplb": "EPLB", "round_robin": "round robin"}.get(method, method)
@@ -49,22 +50,25 @@ def _initial(value: Any) -> str:
     return words.get(method, name)
 
 
-def _declared(*kinds: Any) -> dict[str, tuple[str, Write]]:
-    """Return what settings of dataclasses are called, and how their values are written."""
+def _list_declared(*kinds: Any) -> dict[str, tuple[str, Write]]:
+    """Return the labels of fields of dataclasses, and functions that write their values."""
     rows: dict[str, tuple[str, Write]] = {}
-    for own in (own for kind in kinds for own in fields(kind) if "label" in own.metadata):
-        words = own.metadata["words"]
-        rows[own.name] = own.metadata["label"], words if callable(words) else _chosen(**words)
+    for kind in kinds:
+        for field in fields(kind):
+            if "label" in field.metadata:
+                words = field.metadata["words"]
+                write = words if callable(words) else _worded(**words)
+                rows[field.name] = field.metadata["label"], write
     return rows
 
 
-# Settings in the order of the page: what they are called there, and how a value is written.
+# Settings in the order of the page: their labels, and functions that write their values.
 SETTINGS: dict[str, tuple[str, Write]] = {
     "engine": ("Engine", lambda value: ENGINES[value].title if value in ENGINES else str(value)),
     "devices": ("Devices", _number),
     "devices_per_node": ("Devices of a node", _number),
     "topology": ("Machine", _text),
-    **_declared(Serving, Problem),
+    **_list_declared(Serving, Problem),
     "initial": ("Running placement", _initial),
     "baseline": ("Compared with", _initial),
     "placement": ("Proposed placement", _text),
@@ -82,28 +86,28 @@ SETTINGS: dict[str, tuple[str, Write]] = {
     "holdout": ("Held out to judge on", percent),
     "held_out": (
         "Judged on",
-        _chosen(true="traffic that was held out", false="traffic that it was computed from"),
+        _worded(true="traffic that was held out", false="traffic that it was computed from"),
     ),
     "in_order": (
         "Recorded",
-        _chosen(true="in the order of serving", false="one group after the other"),
+        _worded(true="in the order of serving", false="one group after the other"),
     ),
     "splits": ("Halves taken by chance", lambda value: counted(value, "time")),
     "time_limit": ("Time limit", lambda value: f"{digits(value)} s"),
-    "effort": ("Search", _chosen(brief="brief", default="as usual", thorough="thorough")),
+    "effort": ("Search", _worded(brief="brief", default="as usual", thorough="thorough")),
     "seed": ("Random seed", str),
 }
-# What changes no answer is not told.
-UNTOLD = ("threads",)
+# Settings that change no answer are not shown.
+NOT_SHOWN = ("threads",)
 
 
-def settings_in_words(settings: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Return the names and values of settings that were made."""
-    told = {key: value for key, value in settings.items() if key not in UNTOLD}
-    order = [*SETTINGS, *(key for key in told if key not in SETTINGS)]
+def write_settings(settings: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Return the labels and the written values of settings that are set."""
+    shown = {key: value for key, value in settings.items() if key not in NOT_SHOWN}
+    order = [*SETTINGS, *(key for key in shown if key not in SETTINGS)]
     rows = []
     for key in order:
-        value = told.get(key)
+        value = shown.get(key)
         is_set = isinstance(value, bool) or key == "seed" or bool(value)
         if value is None or not is_set:
             continue
@@ -113,23 +117,23 @@ def settings_in_words(settings: Mapping[str, Any]) -> tuple[tuple[str, str], ...
 
 
 def unbroken(prose: str) -> Markup:
-    """Return text whose options a browser does not break at their dashes."""
-    return _marked(OPTION, prose, "option")
+    """Return text as HTML in which a browser does not break options at their dashes."""
+    return _mark(OPTION, prose, "option")
 
 
 def as_command(line: str) -> Markup:
-    """Return a command that breaks between its words: within one only where it fills a line."""
-    return _marked(WORD, line, "word")
+    """Return a command as HTML that breaks between words, and within one that fills a line."""
+    return _mark(WORD, line, "word")
 
 
-def _marked(part: re.Pattern[str], line: str, kind: str) -> Markup:
-    """Mark parts of a line as of a kind, and options in them."""
+def _mark(pattern: re.Pattern[str], line: str, kind: str) -> Markup:
+    """Return a line as HTML whose matches of a pattern have a class, ``kind``."""
     from markupsafe import Markup, escape
 
     pieces, end = [], 0
-    for found in part.finditer(line):
-        inner = escape(found[0]) if kind == "option" else unbroken(found[0])
+    for match in pattern.finditer(line):
+        inner = escape(match[0]) if kind == "option" else unbroken(match[0])
         marked = Markup('<span class="{}">{}</span>').format(kind, inner)
-        pieces += [escape(line[end : found.start()]), marked]
-        end = found.end()
+        pieces += [escape(line[end : match.start()]), marked]
+        end = match.end()
     return Markup("").join([*pieces, escape(line[end:])])

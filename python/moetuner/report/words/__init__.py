@@ -1,8 +1,8 @@
-"""Words: the sentence of every finding, for a terminal, a page and Python.
+"""Write findings as sentences, for a terminal, a page and Python.
 
-A row of ``CLAUSES`` has a text, which is filled with the finding's numbers and the voice, or a
-function of both. Clauses begin with a small letter and end without a full stop, so that they stand
-behind an answer or alone.
+``CLAUSES`` has, by kind of finding, a text which is filled with the finding's numbers and the
+voice, or a function of both. Clauses begin with a small letter and end without a full stop, so that
+they stand behind an answer or alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from moetuner.files.cells import sentence
 from moetuner.report.findings import PYTHON, Finding, Role, Voice
 from moetuner.report.words import advice, results, traffic
-from moetuner.report.words.advice import CALLED
+from moetuner.report.words.advice import ANSWER_WORDS
 
 CLAUSES = advice.CLAUSES | results.CLAUSES | traffic.CLAUSES
 
@@ -26,7 +26,7 @@ def write(finding: Finding, voice: Voice = PYTHON) -> str:
 
 
 def say(finding: Finding, voice: Voice = PYTHON) -> str:
-    """Write a finding as a sentence, behind the name of what it is about."""
+    """Write a finding as a sentence, behind the name of the method that it is about, if any."""
     clause = write(finding, voice)
     return f"{finding.about}: {clause.rstrip('.')}." if finding.about else sentence(clause)
 
@@ -34,24 +34,24 @@ def say(finding: Finding, voice: Voice = PYTHON) -> str:
 def say_all(
     findings: Iterable[Finding], voice: Voice = PYTHON, *, roles: Iterable[Role] = ()
 ) -> list[str]:
-    """Write findings as sentences, of some roles or all, without those that another one says."""
+    """Write findings of some roles, or all, as sentences, without those that another one covers."""
     findings, roles = list(findings), set(roles)
-    said = {kind for each in findings for kind in needless(each.kind, voice)}
+    covered = {kind for finding in findings for kind in list_covered(finding.kind, voice)}
     return [
-        say(each, voice)
-        for each in findings
-        if each.kind not in said and (not roles or each.role in roles)
+        say(finding, voice)
+        for finding in findings
+        if finding.kind not in covered and (not roles or finding.role in roles)
     ]
 
 
-def needless(kind: str, voice: Voice) -> tuple[str, ...]:
-    """Return the kinds of findings that one of this kind says as well."""
-    # A page has tiles for the times of its headline, and the sentence among the reasons.
+def list_covered(kind: str, voice: Voice) -> tuple[str, ...]:
+    """Return the kinds of findings whose numbers the sentence of this kind has."""
+    # On a page the headline has no times; there the sentence stands among the reasons.
     return ("gain",) if kind == "gain of one size of windows" and not voice.is_page else ()
 
 
 def say_answer(answer: str, headline: Finding, voice: Voice = PYTHON) -> str:
-    """Write an answer and its headline, which stand alone."""
-    if headline.kind == "gains of phases" and answer == CALLED["worth it"]:
+    """Write an answer and its headline in a sentence that stands alone."""
+    if headline.kind == "gains of phases" and answer == ANSWER_WORDS["worth it"]:
         return say(headline, voice)  # it begins with the answer
     return sentence(f"{answer}: {write(headline, voice)}")

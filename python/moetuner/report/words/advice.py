@@ -1,4 +1,4 @@
-"""What advice says: its headlines, reasons, costs and warnings."""
+"""Clauses of advice: its headlines, reasons, costs and warnings."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from moetuner.report.words.parts import (
     Clause,
     name_running,
     name_windows,
-    with_interval,
     write_amount,
+    write_gain,
     write_interval,
 )
 from moetuner.serving.engines import ENGINES
@@ -30,11 +30,11 @@ from moetuner.serving.phases import name_phase
 from moetuner.serving.splits import RULES
 
 # Groups that a sentence names.
-LOSERS = 5
-# What to do where a recording shows one kind of traffic.
+MOST_NAMED = 5
+# Recommendation where a recording has one kind of traffic.
 MIX = "record a mix of what you serve: prefill and decode, several lengths, subjects and languages"
-# What a gain is called in a headline, before the phase that it is of.
-CALLED = {
+# Words for a gain in a headline, before the name of its phase.
+ANSWER_WORDS = {
     "worth it": "worth a trial",
     "certain but small": "small",
     "no evidence": "no certain gain",
@@ -43,7 +43,7 @@ CALLED = {
 }
 
 
-# Headlines of advice that stand on gains.
+# Headlines of advice that gains decide.
 
 
 def _less_than(price: float | None) -> str:
@@ -81,9 +81,9 @@ def _gains_of_phases(
     price: float | None,
     of_groups: bool,
 ) -> str:
-    by_word: dict[str, list[str]] = {word: [] for word in CALLED.values()}
+    by_word: dict[str, list[str]] = {word: [] for word in ANSWER_WORDS.values()}
     for phase, gain in gains.items():
-        by_word[CALLED[gain.answer]].append(f"{phase} ({signed(gain.gain)})")
+        by_word[ANSWER_WORDS[gain.answer]].append(f"{phase} ({signed(gain.gain)})")
     texts = [f"{word} for {' and '.join(names)}" for word, names in by_word.items() if names]
     lacks = _prefill_lacks(prefill_lacks)
     return f"{', '.join(texts)}{_less_than(price)}{lacks}{_of_a_mix(of_groups)}"
@@ -98,11 +98,11 @@ def _gain_in_total(
     price: float | None,
     of_groups: bool,
 ) -> str:
-    parts = ", ".join(f"{phase} {signed(each.gain)}" for phase, each in gains.items())
+    by_phase = ", ".join(f"{phase} {signed(of_phase.gain)}" for phase, of_phase in gains.items())
     return (
         f"{gain.much} predicted time than with {name_running(running)} where "
         f"{100 * prefill_share:g} % of the time is prefill{write_interval(gain)}: "
-        f"{parts}{_less_than(price)}{_of_a_mix(of_groups)}"
+        f"{by_phase}{_less_than(price)}{_of_a_mix(of_groups)}"
     )
 
 
@@ -116,7 +116,7 @@ def _prefill_lacks(tokens: int) -> str:
 def _kinds(
     number: int, likeness: str | None, requests: int | None, only_few: bool
 ) -> tuple[str, str]:
-    """Write of what kinds requests, or windows, are, and what others would be."""
+    """Write how many kinds requests, or windows, are of, and the noun for other kinds."""
     only = " only" if only_few else ""
     if requests is None:
         return f"windows are of {number} kinds of traffic{only}", "kinds"
@@ -133,10 +133,10 @@ def _are(number: int) -> str:
 
 
 def _too_few_kinds(voice: Voice, unseen: int, least: int, **kinds: Any) -> str:
-    what, others = _kinds(**kinds)
+    kinds_in_words, others = _kinds(**kinds)
     return (
-        f"{what}; {unseen} of them {_are(unseen)} unseen, and an interval of the gain needs "
-        f"{least}; record more {others}"
+        f"{kinds_in_words}; {unseen} of them {_are(unseen)} unseen, and an interval of the gain "
+        f"needs {least}; record more {others}"
     )
 
 
@@ -163,29 +163,30 @@ def _neighbours_alike(
 
 
 def _record_requests(voice: Voice, engine: str | None, may_name_kinds: bool) -> str:
-    """Write by which option the engine records requests, and how kinds of windows are named."""
-    known = None if engine is None else ENGINES[engine]
-    text = f" ({known.title}: {known.records_by})" if known and known.records_by else ""
+    """Write how the engine records requests, and how to name kinds of windows."""
+    text = ""
+    if engine is not None and ENGINES[engine].records_by:
+        text = f" ({ENGINES[engine].title}: {ENGINES[engine].records_by})"
     if not may_name_kinds:
         return text
     return f"{text}; if windows are of several kinds, name them: {voice.name_groups}"
 
 
-# What was gained, by what, and what it takes.
+# Gains, and the cost of moving.
 
 
 def _gain_of_phase(voice: Voice, gain: Comparison, window: int | None, recorded: int | None) -> str:
-    where = f"{name_phase(window)}, {name_windows(window, recorded)}"
-    return f"{where}: {write_amount(gain)} predicted time{write_interval(gain)}"
+    windows = f"{name_phase(window)}, {name_windows(window, recorded)}"
+    return f"{windows}: {write_amount(gain)} predicted time{write_interval(gain)}"
 
 
 def _gain_over_eplb(voice: Voice, gains: Mapping[str, Comparison]) -> str:
     has_interval = any(gain.low is not None for gain in gains.values())
-    parts = []
+    texts = []
     for phase, gain in gains.items():
-        ends = "" if gain.low is None else f" ({span(gain.low, gain.high)})"
-        parts.append((f"{phase} " if len(gains) > 1 else "") + signed(gain.gain) + ends)
-    return f"against EPLB{' (95 % interval)' if has_interval else ''}: {', '.join(parts)}"
+        interval = "" if gain.low is None else f" ({span(gain.low, gain.high)})"
+        texts.append((f"{phase} " if len(gains) > 1 else "") + signed(gain.gain) + interval)
+    return f"against EPLB{' (95 % interval)' if has_interval else ''}: {', '.join(texts)}"
 
 
 def _on_one_device(voice: Voice, before: str, after: str, running: str) -> str:
@@ -207,17 +208,17 @@ def _groups_apart(
     voice: Voice, gains: Mapping[str, Comparison], window: int | None, recorded: int | None
 ) -> str:
     texts = {group: f"{name(group)} ({signed(gain.gain)})" for group, gain in gains.items()}
-    unclear = [group for group, gain in gains.items() if gain.is_too_few]
-    bad = [group for group in gains if group not in unclear and (gains[group].low or 0) <= 0]
+    too_few = [group for group, gain in gains.items() if gain.is_too_few]
+    uncertain = [group for group in gains if group not in too_few and (gains[group].low or 0) <= 0]
     line = (
         f"placements computed from all other groups gain for certain for "
-        f"{len(gains) - len(unclear) - len(bad)} of {counted(len(gains), 'group')}, in "
+        f"{len(gains) - len(too_few) - len(uncertain)} of {counted(len(gains), 'group')}, in "
         f"{name_windows(window, recorded)}"
     )
-    if bad:
-        line += f"; not for {listed([texts[group] for group in bad], 2 * LOSERS)}"
-    if unclear:
-        line += f"; too little traffic to judge {listed([*map(name, unclear)], 2 * LOSERS)}"
+    if uncertain:
+        line += f"; not for {listed([texts[group] for group in uncertain], 2 * MOST_NAMED)}"
+    if too_few:
+        line += f"; too little traffic to judge {listed([*map(name, too_few)], 2 * MOST_NAMED)}"
     return line
 
 
@@ -233,7 +234,7 @@ def _halves_of_groups(
     window: int | None,
     recorded: int | None,
 ) -> str:
-    names = "; ".join(listed([*map(name, own)], LOSERS) for own in groups)
+    names = "; ".join(listed([*map(name, half)], MOST_NAMED) for half in groups)
     return (
         f"the halves of the recording hold different groups ({names}). Placed on one half and "
         f"judged on the other it {_gains_or_loses(worst)}{write_interval(worst)} at worst; if you "
@@ -267,22 +268,22 @@ def _copies(
     if without is not None:
         text += f", none {percent(without)}"
     if more is not None:
-        parts = [
-            percent(each["gain"])
-            + (f" in {name_windows(each['window'])}" if len(more["gains"]) > 1 else "")
-            for each in more["gains"]
+        gains = [
+            percent(gain["gain"])
+            + (f" in {name_windows(gain['window'])}" if len(more["gains"]) > 1 else "")
+            for gain in more["gains"]
         ]
         text += ". " if chosen["slots"] else ""
         text += f"{counted(more['than_now'], 'more slot')} per device and layer than now"
         if more["bytes_per_device"] is not None:
             text += f" ({in_bytes(more['bytes_per_device'])} of copies per device)"
-        text += f" would gain {', '.join(parts)}"
+        text += f" would gain {', '.join(gains)}"
     elif larger is not None:
         slots = _slots(larger["slots"], larger["bytes_per_device"])
         text += f"; {slots} would gain {percent(larger['gain'])}"
         if larger["loses"] is not None:
-            longer, window = percent(larger["loses"]["share"]), larger["loses"]["window"]
-            text += f", but {name_windows(window)} would take {longer} longer"
+            share, window = percent(larger["loses"]["share"]), larger["loses"]["window"]
+            text += f", but {name_windows(window)} would take {share} longer"
     if spare_layers is None:
         return text
     text += f". {spare_layers['number']} of {spare_layers['layers']} layers need no copies: without"
@@ -296,8 +297,8 @@ def _phases_apart(
     voice: Voice, costs_of_one: dict[str, float], costs: dict[str, float], two_pay: bool
 ) -> str:
     of_one, of_other = (
-        " and ".join(f"{phase} {signed(cost)}" for phase, cost in each.items())
-        for each in (costs_of_one, costs)
+        " and ".join(f"{phase} {signed(cost)}" for phase, cost in by_phase.items())
+        for by_phase in (costs_of_one, costs)
     )
     answer = "two placements pay" if two_pay else "one placement does for both"
     return (
@@ -352,7 +353,7 @@ def _moving(
 ) -> str:
     text = f"to move: {experts:,} of {counted(of_experts, 'expert')}"
     text += f", {in_bytes(moved_bytes)} of {in_bytes(of_bytes)}"
-    # No link is faster than its bandwidth.
+    # The bandwidth of the links bounds the time from below.
     text += f", at least {duration(1e6 * seconds)}"
     before, after = map(in_bytes, device_bytes)
     if before != after:
@@ -365,20 +366,20 @@ def _moving(
 def _few_moves(
     voice: Voice, experts: int, moved_bytes: float | None, gain: float, of_gain: float
 ) -> str:
-    part = f"about {100 * gain:.1f} of {percent(of_gain)}"
+    amount = f"about {100 * gain:.1f} of {percent(of_gain)}"
     if gain >= of_gain:
-        part = f"about {percent(gain)}, no less than all"
+        amount = f"about {percent(gain)}, no less than all"
     size = "" if moved_bytes is None else f" ({in_bytes(moved_bytes)})"
-    return f"moving {counted(experts, 'expert')}{size} gains {part}"
+    return f"moving {counted(experts, 'expert')}{size} gains {amount}"
 
 
-# What to know before relying on it.
+# Warnings.
 
 
 def _kinds_of_traffic(voice: Voice, **kinds: Any) -> str:
-    what, others = _kinds(**kinds)
+    kinds_in_words, others = _kinds(**kinds)
     rest = f"; the gain on other {others} is unknown" if kinds["only_few"] else ""
-    return f"{what}; each of them is seen or unseen as a whole{rest}"
+    return f"{kinds_in_words}; each of them is seen or unseen as a whole{rest}"
 
 
 def _windows_in_blocks(voice: Voice, length: int, worth: int) -> str:
@@ -425,7 +426,7 @@ def _slower_groups(
     names = [f"{name(group)} ({100 * change:.1f} %)" for group, change in groups.items()]
     text = (
         f"slower in {name_windows(window, recorded)}, each group alone and beyond chance: "
-        f"{listed(names, LOSERS)}; one placement cannot suit all groups"
+        f"{listed(names, MOST_NAMED)}; one placement cannot suit all groups"
     )
     if repeat is None:
         return text
@@ -439,7 +440,7 @@ def _slower_groups(
 
 
 CLAUSES: dict[str, Clause] = {
-    # Headlines of advice.
+    # Headlines.
     "gain of one size of windows": _gain_of_one_size,
     "gains of phases": _gains_of_phases,
     "gain in total": _gain_in_total,
@@ -458,10 +459,10 @@ CLAUSES: dict[str, Clause] = {
     ),
     "neighbouring windows are alike": _neighbours_alike,
     "uncertain gain": lambda voice, gain: (
-        f"the gain is {with_interval(gain)}: too uncertain to say whether it pays; record more"
+        f"the gain is {write_gain(gain)}: too uncertain to say whether it pays; record more"
     ),
     "prefill not judged": lambda voice, gain, tokens: (
-        f"decode {with_interval(gain)}{_prefill_lacks(tokens)}"
+        f"decode {write_gain(gain)}{_prefill_lacks(tokens)}"
     ),
     "nothing to place": (
         "{engine} splits layers or weights over devices, not experts, so no placement helps there. "
@@ -471,7 +472,7 @@ CLAUSES: dict[str, Clause] = {
     "one device": "there is one device, so all placements are alike",
     "one kind of traffic": f"{{shows}}, so the figures hold for such traffic only; {MIX}",
     "drift": _drift,
-    # Its reasons.
+    # Reasons.
     "gain": _gain,
     "gain of a phase": _gain_of_phase,
     "gain over EPLB": _gain_over_eplb,
@@ -486,14 +487,14 @@ CLAUSES: dict[str, Clause] = {
     "tokens divided": _tokens_divided,
     "waterfill": _waterfill,
     "lost device": lambda voice, losses: f"if a device is lost: {losses.sentence}",
-    # What it takes.
+    # Costs.
     "moving": _moving,
     "moving, size unknown": (
         "to move: {experts:,} of {of_experts:,} experts. Pass {voice.expert_size} to see bytes "
         "and seconds"
     ),
     "few moves": _few_moves,
-    # Its warnings.
+    # Warnings.
     "kinds of traffic": _kinds_of_traffic,
     "sequences all alike": (
         "all sequences route alike: if they are one prompt, or random tokens, repeated, other "

@@ -1,4 +1,4 @@
-"""Parts of sentences: windows, what runs, gains and their intervals."""
+"""Write parts of sentences: windows, the running placement, gains and their intervals."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ LEAST_SHOWN = 0.0005
 
 
 def name_windows(window: int | None, recorded: int | None = None) -> str:
-    """Write windows of a size; those of a load table, which are given, by their tokens if known."""
+    """Write the size of windows; for those of a load table, ``recorded`` is the size, if known."""
     if window is not None:
         return f"windows of {window:,} tokens"
     return "recorded windows" + (f" of {recorded:,} tokens" if recorded else "")
 
 
 def name_running(initial: str) -> str:
-    """Write what runs, such as ``"eplb:32"``; ``"given"`` is a placement of the caller's own."""
-    running, _, redundant = initial.partition(":")
-    if running == "eplb":
+    """Write the name of the running placement, such as ``"eplb:32"``, or ``"given"`` by a user."""
+    method, _, redundant = initial.partition(":")
+    if method == "eplb":
         number = int(redundant or 0)
         return "EPLB's placement" + (
             f" with {counted(number, 'redundant expert')}" if number else ""
         )
-    return f"the {'running' if running == 'given' else running.replace('_', '-')} placement"
+    return f"the {'running' if method == 'given' else method.replace('_', '-')} placement"
 
 
 def write_interval(gain: Comparison) -> str:
@@ -36,12 +36,12 @@ def write_interval(gain: Comparison) -> str:
     return f" ({gain.sure})" if gain.sure and gain.interval != (0, 0) else ""
 
 
-def with_interval(gain: Comparison) -> str:
+def write_gain(gain: Comparison) -> str:
     """Write a gain with its interval, if it has one."""
     ends = "" if gain.low is None else f" (95 % interval {span(gain.low, gain.high)})"
     return f"{signed(gain.gain)}{ends}"
 
 
 def write_amount(gain: Comparison) -> str:
-    """Write how much less, or more, there is."""
+    """Write how much less, or more, the figure is after the change."""
     return gain.much if abs(gain.gain) >= LEAST_SHOWN else "no less"

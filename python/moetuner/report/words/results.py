@@ -1,4 +1,4 @@
-"""What results say: of whose times, what a method found, and what a placement does."""
+"""Clauses on results: predicted times, outcomes of a method, and figures of a placement."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _assumed_experts(voice: Voice, model: str | None, weight_bits: float | None)
     return f"times are of DeepSeek-V3's experts{bits}, as {why}: {voice.name_model}"
 
 
-# What a method found.
+# Outcomes of a method.
 
 
 def _in_windows(window: int | None) -> str:
@@ -45,7 +45,7 @@ def _in_windows(window: int | None) -> str:
 def _predicted_time(voice: Voice, times: list[dict[str, Any]]) -> str:
     first, *others = times
     texts = [f"{number(first['us'], 1)} us per layer{_in_windows(first['window'])}"]
-    texts += [f"{number(each['us'], 1)} us{_in_windows(each['window'])}" for each in others]
+    texts += [f"{number(time['us'], 1)} us{_in_windows(time['window'])}" for time in others]
     return f"predicted time: {', '.join(texts)}"
 
 
@@ -68,24 +68,20 @@ def _cap_that_nothing_keeps(
 
 
 def _proven(bound: str | None, gap: float, single: bool, cap: str | None) -> str:
-    which = (
-        _single(single)
-        + {None: "", "kept": " under this cap", "raised": " under the caps that it keeps"}[cap]
-    )
+    caps = {None: "", "kept": " under this cap", "raised": " under the caps that it keeps"}
+    no_placement = f"no placement{_single(single)}{caps[cap]}"
     if bound is None:
-        return f"no placement{which} takes more than {percent(gap)} less time"
-    return (
-        f"no placement{which} is below {bound}, so this one is within {percent(gap)} of the optimum"
-    )
+        return f"{no_placement} takes more than {percent(gap)} less time"
+    return f"{no_placement} is below {bound}, so this one is within {percent(gap)} of the optimum"
 
 
 def _objective(voice: Voice, reached: str | None, seen: bool, bound: dict[str, Any] | None) -> str:
-    parts = []
+    texts = []
     if reached is not None:
-        parts.append(f"objective{' on the seen part' if seen else ''}: {reached}")
+        texts.append(f"objective{' on the seen part' if seen else ''}: {reached}")
     if bound is not None:
-        parts.append(_proven(**bound))
-    return "; ".join(parts)
+        texts.append(_proven(**bound))
+    return "; ".join(texts)
 
 
 def _judged_gain(voice: Voice, gain: Comparison, window: int | None, part: str | None) -> str:
@@ -97,7 +93,7 @@ def _judged_gain(voice: Voice, gain: Comparison, window: int | None, part: str |
     return f"gain{_in_windows(window)}: {where[part]}{gain.sentence}"
 
 
-def _slower(
+def _slower_than_running(
     voice: Voice,
     method: str | None,
     than: str,
@@ -108,44 +104,44 @@ def _slower(
     goal: str,
     survive: str | None,
 ) -> str:
-    what = "contiguous" if than == "contiguous" else "what runs"
-    better = f"keep {what}"
+    running = "contiguous" if than == "contiguous" else "what runs"
+    remedy = f"keep {running}"
     if fewest_slots is not None:
-        better = (
+        remedy = (
             "slots for copies cost more time than they save: try --slots-per-device "
             f'{fewest_slots}, or "moetuner advise", which tries several numbers'
         )
     if goal != "time":
-        better += ", or solve for --objective time"
-    which = "this placement" if method is None else f"the placement of {method}"
+        remedy += ", or solve for --objective time"
+    slower = "this placement" if method is None else f"the placement of {method}"
     times = " against ".join(distinct(us, us_before, 1))
     if survive is not None:
         of_method = "" if method is None else f" with {method}"
         return (
             f"Warning: surviving the loss of a {survive}{of_method} costs "
-            f"{percent(us / us_before - 1)} more predicted time than {what}{_in_windows(window)}, "
-            f"{times} us per layer; leave out --survive if that is too much"
+            f"{percent(us / us_before - 1)} more predicted time than {running}{_in_windows(window)}"
+            f", {times} us per layer; leave out --survive if that is too much"
         )
     return (
-        f"Warning: {which} is predicted to be slower than {what}: "
-        f"{times} us per layer{_in_windows(window)}; {better}"
+        f"Warning: {slower} is predicted to be slower than {running}: "
+        f"{times} us per layer{_in_windows(window)}; {remedy}"
     )
 
 
 def _busiest_ports(voice: Voice, regime: str, out: list[float], **others: list[float]) -> str:
-    """Write the rows of the busiest port of every tier that carries any."""
+    """Write the rows at the busiest port of every tier that carries any."""
     tiers = ["in a node", "between nodes", *(f"tier {n}" for n in range(3, 1 + len(out)))]
-    parts = [
-        f"{tier} {sent:,.0f} out, {got:,.0f} in"
-        for tier, sent, got in zip(tiers, out, others["in"], strict=False)
-        if sent or got
+    texts = [
+        f"{tier} {sent:,.0f} out, {received:,.0f} in"
+        for tier, sent, received in zip(tiers, out, others["in"], strict=False)
+        if sent or received
     ]
-    rows = "; ".join(parts) or "none"
+    rows = "; ".join(texts) or "none"
     return f"rows per layer at the busiest port, regime {regime}: {rows}"
 
 
 CLAUSES: dict[str, Clause] = {
-    # Whose times are predicted.
+    # Which times are predicted.
     "assumed experts": _assumed_experts,
     "predicted times": lambda voice, **model: (
         f"times are predicted, not measured, with {_cost_model(**model)}"
@@ -161,7 +157,7 @@ CLAUSES: dict[str, Clause] = {
     "windows as recorded": (
         "{voice.recording} holds counts, so its windows are evaluated as recorded, not mixed"
     ),
-    # What a method found.
+    # Outcomes of a method.
     "predicted time": _predicted_time,
     "objective": _objective,
     "bound": lambda voice, **bound: _proven(**bound),
@@ -177,7 +173,7 @@ CLAUSES: dict[str, Clause] = {
         "{empty:,} of {slots:,} slots are empty, as no copy that was tried there helps. Engines "
         "with redundant experts need full slots: pass --fill-slots, or --for ENGINE"
     ),
-    "slower than what runs": _slower,
+    "slower than what runs": _slower_than_running,
     "running kept": lambda voice, experts: (
         f"what runs stays: the gain of moving {counted(experts, 'expert')} may be chance. To move "
         "them nevertheless, leave out --holdout"
@@ -194,7 +190,7 @@ CLAUSES: dict[str, Clause] = {
     ),
     "broken rule": "violates rules (!): {rule}",
     "cut short": "{status}, best so far",
-    # What a placement does.
+    # Figures of a placement.
     "tokens together": (
         "{tokens:.1f} of 100 tokens have all their experts of a layer on one device"
     ),

@@ -1,4 +1,4 @@
-"""What recordings say: of a change since a profile, of structure, and of machines that change."""
+"""Clauses on recordings: drift from a profile, structure, and devices that leave or join."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from moetuner.files.cells import (
 from moetuner.report.findings import Voice
 from moetuner.report.words.parts import Clause
 
-# What the shares of picks say of fixed sets of experts.
-HOT = {
+# Explanation of each answer on hot experts.
+MEANING = {
     "a static set is worth it": "some experts are chosen far more often, and stay the same ones",
     "a cache serves better": "what was used last says more than what is used most",
     "routing is flat": "the number of experts that are kept near decides, not which ones",
@@ -24,9 +24,10 @@ HOT = {
 
 
 def _change(change: float, label: str, window: int | None) -> str:
-    where = f" in windows of {window:,} tokens" if window else ""
-    much = f"{percent(abs(change))} {'less' if change < 0 else 'more'}"
-    return f"{much} {label}{where}"
+    """Write how much a figure changes, and in which windows."""
+    windows = f" in windows of {window:,} tokens" if window else ""
+    amount = f"{percent(abs(change))} {'less' if change < 0 else 'more'}"
+    return f"{amount} {label}{windows}"
 
 
 def _profile_not_left(
@@ -35,7 +36,7 @@ def _profile_not_left(
     text = "the traffic has not left the profile: keep the placement"
     if not is_worse:
         return text
-    # As many tokens for every expert, on average: single windows differ more from that.
+    # Experts have the same shares on average, but single windows differ more from them.
     worse = _change(change, label, window)
     return f"{text}. Its windows are less even than the profile's, though: {worse}"
 
@@ -51,7 +52,7 @@ def _hot_experts(
     with_cache = "" if cache is None else f", a cache of that size {100 * cache:.0f} %"
     picks = "unseen picks" if is_unseen else "picks that they are chosen by"
     return (
-        f"{answer}: {HOT[answer]}. Half of the experts take {100 * static:.0f} % of the "
+        f"{answer}: {MEANING[answer]}. Half of the experts take {100 * static:.0f} % of the "
         f"{picks}{with_cache}; without preference it would be {100 * chance:.0f} %"
     )
 
@@ -82,15 +83,15 @@ def _machine(layers: int, devices: int, slots: int) -> str:
 
 
 def write_change(lost: list[int], retire: int, join: int) -> str:
-    """Write what happens to devices."""
-    parts = []
+    """Write which devices are lost, leave and join."""
+    texts = []
     if lost:
-        parts.append(f"{_named_devices(lost)} lost")
+        texts.append(f"{_named_devices(lost)} lost")
     if retire:
-        parts.append(f"{counted(retire, 'device')} to leave")
+        texts.append(f"{counted(retire, 'device')} to leave")
     if join:
-        parts.append(f"{counted(join, 'device')} more")
-    return ", ".join(parts)
+        texts.append(f"{counted(join, 'device')} more")
+    return ", ".join(texts)
 
 
 def _named_devices(devices: list[int]) -> str:
@@ -119,7 +120,7 @@ def _busiest_device(voice: Voice, before: float, after: float, window: int | Non
 
 
 CLAUSES: dict[str, Clause] = {
-    # Since a profile was recorded.
+    # Drift from a profile.
     "shares of experts": lambda voice, distance, expected, worst_layer, worst_distance: (
         f"{percent(distance)} of the tokens go to other experts than in the profile; by chance it "
         f"would be {percent(expected)} (mean of layers; most in layer {worst_layer}: "
@@ -163,7 +164,7 @@ CLAUSES: dict[str, Clause] = {
     ),
     "hot experts": _hot_experts,
     "half of the experts": _half_of_experts,
-    # Devices that are lost, leave or come.
+    # Devices that are lost, leave or join.
     "devices that serve": _devices_that_serve,
     "devices that leave": lambda voice, devices: (
         f"{_named_devices(devices)} {'leaves' if len(devices) == 1 else 'leave'}"
