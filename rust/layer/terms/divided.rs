@@ -25,13 +25,20 @@ fn expert_of(expert: u16) -> Option<u32> {
     (expert != EMPTY).then(|| u32::from(expert))
 }
 
+/// The copies in slots of devices that take so long for a token `[D]`, as the dispatcher has them.
+pub(super) fn copies_of(slots: &Slots, time: &[f64]) -> Copies {
+    let rate = time.iter().map(|time| 1.0 / time).collect();
+    let capacity = (0..time.len()).map(|device| slots.of(device).len());
+    let mut copies = Copies::empty(capacity, slots.copies.len(), rate);
+    for (slot, &expert) in slots.expert_in.iter().enumerate() {
+        copies.put(slot, expert_of(expert));
+    }
+    copies
+}
+
 impl Divided {
     pub(crate) fn new(layer: &Layer, loads: &Loads, slots: &Slots) -> Self {
-        let rate = layer.site.time.iter().map(|time| 1.0 / time).collect();
-        let mut copies = Copies::empty(layer.site.capacity.iter().copied(), layer.experts, rate);
-        for (slot, &expert) in slots.expert_in.iter().enumerate() {
-            copies.put(slot, expert_of(expert));
-        }
+        let copies = copies_of(slots, &layer.site.time);
         let mut notes = Notes::default();
         let rows = loads.0.chunks_exact(layer.experts);
         let windows: Vec<Division> = rows.map(|load| Division::new(&copies, load, &mut notes)).collect();

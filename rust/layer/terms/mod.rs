@@ -27,7 +27,7 @@ use balance::Balance;
 use divided::Divided;
 use fanout::Fanout;
 use linear::Linear;
-use losses::{LeftOver, Losses};
+use losses::{LossNorm, Losses};
 use peak::Peak;
 use reading::Reading;
 use together::{Pairs, Together};
@@ -171,7 +171,7 @@ impl<'a> Terms<'a> {
             all.push(Box::new(Balance::of_time(layer, slots, visits)));
         }
         if let Some(losses) = &costs.losses {
-            all.push(Box::new(LeftOver::new(layer, losses, slots)));
+            all.push(Box::new(LossNorm::new(layer, losses, slots)));
         }
         if let Some(loads) = &costs.divided {
             all.push(Box::new(Divided::new(layer, loads, slots)));
