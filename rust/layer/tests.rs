@@ -459,7 +459,7 @@ proptest! {
         let site = Site::plain(vec![experts; devices], vec![0.5; devices]);
         let running = Slots::new(&site.capacity, devices * experts, &(0..(devices * experts) as u16).collect::<Vec<_>>());
         let layers = load.chunks_exact(devices * experts).map(|load| ((load, &site), &running));
-        let seen = Change::of(layers, 0.0).variance;
+        let seen = Change::estimate(layers, 0.0).variance;
         let least = 1.0 - 1.0 / devices as f64;
         let expected = part * part / (1.0 + part * part) * least;
         prop_assert!((seen - expected).abs() <= 0.15 * expected + 1e-12, "{seen} {expected}");
@@ -478,7 +478,7 @@ proptest! {
         let site = Site::plain(vec![experts; devices], vec![0.5; devices]);
         let running = Slots::new(&site.capacity, devices * experts, &(0..(devices * experts) as u16).collect::<Vec<_>>());
         let part_at = |deviations| {
-            Change::of(load.chunks_exact(devices * experts).map(|load| ((load, &site), &running)), deviations).part
+            Change::estimate(load.chunks_exact(devices * experts).map(|load| ((load, &site), &running)), deviations).real_part
         };
         let expected = tokens / (tokens + 1.0 / part.powi(2));
         let seen = part_at(1.0);
