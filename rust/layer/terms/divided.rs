@@ -95,3 +95,26 @@ impl Term for Divided {
         }
     }
 }
+
+/// What the slowest devices take, if tokens are divided as is best: over all sets of devices, what is there alone (Hall, 1935).
+#[cfg(test)]
+pub(in crate::layer) const DEFINITION: super::Definition = super::Definition {
+    price: |random, layer, loads| {
+        layer.costs.divided = (random.below(2) == 0).then(|| Loads(loads.to_vec()));
+    },
+    cost: |layer, slots| {
+        let Some(Loads(loads)) = &layer.costs.divided else { return 0.0 };
+        let longest = |load: &[f64]| -> f64 {
+            let sets = 1u32..1 << layer.devices();
+            let time = |set: u32| {
+                let is_inside = |g: usize| set >> g & 1 == 1;
+                let stays = |&e: &usize| slots.devices(e as u16).all(|g| is_inside(usize::from(g)));
+                let inside: f64 = (0..layer.experts).filter(stays).map(|e| load[e]).sum();
+                let rates = (0..layer.devices()).filter(|&g| is_inside(g)).map(|g| 1.0 / layer.site.time[g]);
+                inside / rates.sum::<f64>()
+            };
+            sets.map(time).fold(0.0, f64::max)
+        };
+        loads.chunks(layer.experts).map(longest).sum()
+    },
+};

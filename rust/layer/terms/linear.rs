@@ -94,3 +94,19 @@ impl Term for Linear<'_> {
         true
     }
 }
+
+#[cfg(test)]
+pub(super) const DEFINITION: super::Definition = super::Definition {
+    price: |random, layer, _| {
+        let mut table = || (0..layer.experts * layer.devices()).map(|_| random.below(1000) as f64).collect();
+        (layer.costs.copy_cost, layer.costs.serve_cost) = (table(), table());
+    },
+    cost: |layer, slots| {
+        let cells = (0..layer.experts).flat_map(|e| (0..layer.devices()).map(move |g| (e, g)));
+        let cost = |(at, (e, g)): (usize, (usize, usize))| {
+            let copy = if slots.holds(e as u16, g) { layer.costs.copy_cost[at] } else { 0.0 };
+            copy + super::share(layer, slots, e, g) * layer.costs.serve_cost[at]
+        };
+        cells.enumerate().map(cost).sum()
+    },
+};

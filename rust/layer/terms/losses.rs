@@ -14,7 +14,7 @@ use crate::layer::slots::Edit;
 use crate::layer::{Layer, Move, Slots};
 
 /// The norm is of order two to the power of this.
-pub const DOUBLINGS: u32 = 4;
+const DOUBLINGS: u32 = 4;
 /// Losses that are looked at together.
 const WIDTH: usize = 8;
 
@@ -401,3 +401,31 @@ fn sum(values: &[f64]) -> f64 {
 fn root(sum: f64) -> f64 {
     (0..DOUBLINGS).fold(sum, |root, _| root.sqrt())
 }
+
+/// The norm of what devices have after losses above the mean of those that are left.
+#[cfg(test)]
+pub(super) const DEFINITION: super::Definition = super::Definition {
+    price: |random, layer, _| {
+        let (own, nodes) = ((0..layer.devices() as u16).collect(), layer.site.node.clone());
+        layer.costs.losses = Some(Losses { domain: [own, nodes][random.below(2)].clone(), cost: 1000.0 });
+    },
+    cost: |layer, slots| {
+        let losses = layer.costs.losses.as_ref().expect("losses are priced");
+        let (total, order) = (layer.load.iter().sum::<f64>(), f64::from(2u32.pow(DOUBLINGS)));
+        let (mut powers, time) = (0.0, |g: usize| layer.site.time[g]);
+        let domains: std::collections::BTreeSet<u16> = losses.domain.iter().copied().collect();
+        for lost in domains {
+            let left: Vec<usize> = (0..layer.devices()).filter(|&g| losses.domain[g] != lost).collect();
+            let mean = total / left.iter().map(|&g| 1.0 / time(g)).sum::<f64>();
+            for &device in left.iter().filter(|_| total > 0.0) {
+                let served = |e: u16| {
+                    let alive = slots.devices(e).filter(|&g| losses.domain[usize::from(g)] != lost).count();
+                    if slots.holds(e, device) { layer.load[usize::from(e)] / alive as f64 } else { 0.0 }
+                };
+                let load: f64 = (0..layer.experts as u16).map(served).sum();
+                powers += (load * time(device) / mean - 1.0).max(0.0).powf(order);
+            }
+        }
+        powers.powf(1.0 / order) * losses.cost
+    },
+};

@@ -1,7 +1,7 @@
 //! Terms of a layer's cost: each knows what a move changes, exactly, and how to apply it.
 //!
-//! A new term is a module here with its prices and a struct that implements [`Term`], a field of [`Costs`] and a line in
-//! [`Terms::new`]. Searches walk the list of terms and know none of them by name.
+//! A new term is a module here with its prices, a struct that implements [`Term`] and its definition for the test of all
+//! terms; in this file a field of [`Costs`], a line in [`Terms::with_serving`] and one in `DEFINITIONS`. Searches walk the list of terms and know none of them by name.
 
 pub(super) mod balance;
 pub mod divided;
@@ -51,6 +51,25 @@ pub struct Costs {
     pub losses: Option<Losses>,
     /// Windows whose tokens a dispatcher divides over copies as is best.
     pub divided: Option<divided::Loads>,
+}
+
+/// Random prices of a term on weighted loads of windows `[W, E]`, and what slots cost by its definition, for tests.
+#[cfg(test)]
+pub(super) struct Definition {
+    pub(super) price: fn(&mut Random, &mut Layer, &[f64]),
+    pub(super) cost: fn(&Layer, &Slots) -> f64,
+}
+
+/// Of all terms that a layer alone defines: windows, and expert sets, are defined by traffic.
+#[cfg(test)]
+pub(super) const DEFINITIONS: [Definition; 4] =
+    [linear::DEFINITION, together::DEFINITION, losses::DEFINITION, divided::DEFINITION];
+
+/// The share of an expert's tokens that a device serves.
+#[cfg(test)]
+pub(super) fn share(layer: &Layer, slots: &Slots, expert: usize, device: usize) -> f64 {
+    let devices: Vec<u16> = slots.devices(expert as u16).collect();
+    if devices.contains(&(device as u16)) { layer.site.share(&devices, device as u16) } else { 0.0 }
 }
 
 /// A move that is judged before it is made: in which slots, and which shares of tokens it changes.

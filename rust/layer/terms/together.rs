@@ -178,3 +178,38 @@ impl Term for Together<'_> {
         Some(self.parts.iter().map(|part| part.visits(self.pairs)).collect())
     }
 }
+
+#[cfg(test)]
+pub(super) const DEFINITION: super::Definition = super::Definition {
+    price: |random, layer, _| {
+        let experts = layer.experts;
+        let mut counts = vec![0.0; experts * experts];
+        for (e, f) in (0..experts).flat_map(|e| (0..e).map(move |f| (e, f))) {
+            counts[e * experts + f] = random.below(1000) as f32;
+            counts[f * experts + e] = counts[e * experts + f];
+        }
+        layer.costs.pairs = Some(Pairs::new(counts, 4, 2.0));
+    },
+    cost: |layer, slots| {
+        let pairs = layer.costs.pairs.as_ref().expect("pairs are priced");
+        let share = |e, g| super::share(layer, slots, e, g);
+        let cost = |(e, f): (usize, usize)| {
+            let together: f64 = (0..layer.devices()).map(|g| share(e, g) * share(f, g)).sum();
+            pairs.cost * f64::from(pairs.counts[e * layer.experts + f]) * (1.0 - together)
+        };
+        (0..layer.experts).flat_map(|e| (0..e).map(move |f| (e, f))).map(cost).sum()
+    },
+};
+
+/// Pairs of the experts of a traffic's sets.
+#[cfg(test)]
+pub(in crate::layer) fn pairs_of(ids: &[u16], counts: &[u64], experts: usize) -> Pairs {
+    let k = (ids.len() / counts.len().max(1)).max(1);
+    let mut table = vec![0.0; experts * experts];
+    for (ids, &count) in ids.chunks_exact(k).zip(counts) {
+        for (&e, &f) in ids.iter().flat_map(|e| ids.iter().map(move |f| (e, f))).filter(|(e, f)| e != f) {
+            table[usize::from(e) * experts + usize::from(f)] += count as f32;
+        }
+    }
+    Pairs::new(table, k as u32, 0.0)
+}
