@@ -7,6 +7,7 @@ use super::construct::{QUICK, by_windows, fill, on_sum};
 use super::terms::balance::Balance;
 use super::terms::divided;
 use super::terms::fanout;
+use super::terms::losses::{Losses, SingleLosses};
 use super::terms::reading::{Reading, Weights};
 use super::terms::together::pairs_of;
 use super::terms::windows::{Measure, Windows};
@@ -429,6 +430,35 @@ proptest! {
         let slots = place(std::slice::from_mut(&mut layer), vec![start], links, effort, seed, &Control::new(None)).remove(0);
         prop_assert!(keeps_rules(&layer.site, &slots));
         prop_assert!(time(&layer, &slots) <= before * (1.0 + 1e-9));
+    }
+
+    /// What has to survive a loss begins with copies that are spread: of experts that are alike, a device shares with no
+    /// other one more than two. So does a search from where pairs of devices share all.
+    #[test]
+    fn what_is_lost_goes_to_many_devices(half in 4usize..7, load in 1.0f64..1e6, seed: u64) {
+        let (devices, experts) = (2 * half, 4 * half);
+        let rules = Rules { min_copies: 2, ..Rules::default() };
+        let site = Site { rules, ..Site::plain(vec![4; devices], vec![1.0; devices]) };
+        let load = vec![load; experts];
+        let domain: Vec<u16> = (0..devices as u16).collect();
+        // A device has four halves of a load, and after a loss at most two more.
+        let most = 3.0 * (devices - 1) as f64 / experts as f64;
+        let worst = |slots: &Slots| {
+            let losses = SingleLosses::new(slots, &load, &domain, &site.time, false);
+            losses.imbalance.into_iter().fold(0.0, f64::max)
+        };
+        let start = fill(&site, &load, QUICK).expect("slots suffice");
+        prop_assert!(worst(&start) <= most * (1.0 + 1e-9), "{} {most}", worst(&start));
+        let windows = Windows::new(&load, &[1.0], experts, &site, Measure::Peak);
+        let mut layer = Layer::plain(site.clone(), load.clone(), windows);
+        layer.costs.losses = Some(Losses { domain: domain.clone(), cost: layer.windows.scale * load[0] });
+        let pairs: Vec<u16> = (0..devices).flat_map(|g| (0..4).map(move |slot| (g / 2 * 4 + slot) as u16)).collect();
+        let pairs = Slots::new(&site.capacity, experts, &pairs);
+        prop_assert!(worst(&pairs) > most * (1.0 + 1e-9));
+        let effort = Effort { trials: 2_000, empties: false, restarts: 1, rounds: 1, quick: false, cool: false, parallel: false };
+        let links = Links { transitions: &[], cost: &[] };
+        let found = place(std::slice::from_mut(&mut layer), vec![pairs], links, effort, seed, &Control::new(None)).remove(0);
+        prop_assert!(worst(&found) <= most * (1.0 + 1e-9), "{} {most}", worst(&found));
     }
 
     /// What is placed keeps the rules; so does a quick search, which is no worse than its start by the slowest devices, nor
