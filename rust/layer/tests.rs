@@ -442,23 +442,23 @@ proptest! {
         let load = vec![load; experts];
         let domain: Vec<u16> = (0..devices as u16).collect();
         // A device has four halves of a load, and after a loss at most two more.
-        let most = 3.0 * (devices - 1) as f64 / experts as f64;
+        let limit = 3.0 * (devices - 1) as f64 / experts as f64;
         let worst = |slots: &Slots| {
             let losses = SingleLosses::new(slots, &load, &domain, &site.time, false);
             losses.imbalance.into_iter().fold(0.0, f64::max)
         };
         let start = fill(&site, &load, QUICK).expect("slots suffice");
-        prop_assert!(worst(&start) <= most * (1.0 + 1e-9), "{} {most}", worst(&start));
+        prop_assert!(worst(&start) <= limit * (1.0 + 1e-9), "{} {limit}", worst(&start));
         let windows = Windows::new(&load, &[1.0], experts, &site, Measure::Peak);
         let mut layer = Layer::plain(site.clone(), load.clone(), windows);
         layer.costs.losses = Some(Losses { domain: domain.clone(), cost: layer.windows.scale * load[0] });
         let pairs: Vec<u16> = (0..devices).flat_map(|g| (0..4).map(move |slot| (g / 2 * 4 + slot) as u16)).collect();
         let pairs = Slots::new(&site.capacity, experts, &pairs);
-        prop_assert!(worst(&pairs) > most * (1.0 + 1e-9));
+        prop_assert!(worst(&pairs) > limit * (1.0 + 1e-9));
         let effort = Effort { trials: 2_000, empties: false, restarts: 1, rounds: 1, quick: false, cool: false, parallel: false };
         let links = Links { transitions: &[], cost: &[] };
         let found = place(std::slice::from_mut(&mut layer), vec![pairs], links, effort, seed, &Control::new(None)).remove(0);
-        prop_assert!(worst(&found) <= most * (1.0 + 1e-9), "{} {most}", worst(&found));
+        prop_assert!(worst(&found) <= limit * (1.0 + 1e-9), "{} {limit}", worst(&found));
     }
 
     /// What is placed keeps the rules; so does a quick search, which is no worse than its start by the slowest devices, nor
