@@ -35,9 +35,9 @@ __all__ = [
     "forget_pools",
     "instruction_sets",
     "keep_slots",
-    "loads_after_losses",
     "match_best",
     "match_devices",
+    "measure_losses",
     "merge_sets",
     "pack",
     "pair_cost",
@@ -486,14 +486,21 @@ def replicate_experts(
     Returns slots [L,D,S], -1 for an empty one.
     """
 
-def loads_after_losses(
-    slots: NDArray[np.int32], load: NDArray[np.float64], domain: list[int]
+def measure_losses(
+    slots: NDArray[np.int32],
+    load: NDArray[np.float64],
+    domain: list[int],
+    time: list[float],
+    *,
+    divided: bool = False,
+    threads: int | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Compute loads of devices after every loss, where copies share evenly.
+    """Measure single losses of failure domains.
 
-    Takes slots [L,D,S] with -1 for an empty one, load [L,E] and the failure domain of every
-    device [D]. Returns loads of devices after the loss of each domain [F,L,D], 0 of those that are
-    lost, and how many experts are lost as a whole [F,L]. It costs what losses change.
+    Takes slots [L,D,S] with -1 for an empty one, load [L,E], the failure domain of every device
+    [D], and its time per token as a share of the slowest one's [D]. Copies share evenly, or a
+    dispatcher divides all tokens anew. Returns the time of the busiest device over the mean of
+    those that are left, 1 where nothing is served, and how many experts are lost as a whole [F,L].
     """
 
 def adapt_slots(

@@ -158,6 +158,7 @@ class Evaluation(Frozen):
                 setting.topology,
                 domain,
                 split=setting.serving.split,
+                threads=setting.options.threads,
             )
             for domain in domains
         }
