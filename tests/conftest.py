@@ -121,7 +121,7 @@ def brief(monkeypatch):
     few |= dict.fromkeys(("LINKED_TRIALS", "VISIT_TRIALS", "LIVE_TRIALS", "BOUND_ITERATIONS"), 4)
     few |= dict.fromkeys(("ROUNDS", "RESTARTS", "VISIT_RESTARTS", "PRICE_ROUNDS"), 1)
     few |= dict.fromkeys(("TANGENT_STEPS", "CLUSTER_NODES", "TOTALS_NODES", "PLACE_NODES"), 1)
-    few |= {"POLISHED_SLOTS": 0, "PRICES_TRIED": 1, "LENGTHS": 2}
+    few |= {"POLISHED_SLOTS": 0}
     for name, value in few.items():
         monkeypatch.setattr(effort, name, value)
 

@@ -12,10 +12,10 @@ import moetuner as mt
 from moetuner.problem.capacity import pad_slots
 from moetuner.solver import budget, find_first
 from moetuner.solver.budget import Budget
-from moetuner.solver.run import Run
+from moetuner.solver.run import Moves, Run
 from moetuner.solver.stages import moves
 from moetuner.solver.stages.descent import descend
-from moetuner.solver.stages.front import choose
+from moetuner.solver.stages.front import Front, choose
 from moetuner.solver.stages.layers import LayerModel
 from moetuner.solver.stages.repair import repair
 
@@ -412,6 +412,21 @@ def test_filling_empty_slots_is_counted_in_the_budget():
             assert running.diff(result.placement).experts_moved <= empty + more
         with pytest.raises(ValueError, match=f"fill_slots: .* takes {empty} moves"):
             mt.solve(problem, initial=running, move_budget=empty - 1)
+
+
+@pytest.mark.parametrize("goal", GOALS)
+def test_a_front_has_all_points_of_one_to_fewer_moves(goal):
+    """Whatever the budget the search meets the same placements, and ends earlier for a smaller."""
+    problem, initial = problem_of(goal), contiguous(3, 16, 4)
+    smaller: set[bytes] = set()
+    for limit in (3, 6, 11, 24, 40):
+        run = Run(problem, budget=Budget(iterations=100), moves=Moves(initial))
+        moves.offer_running(run)
+        front = Front(run, run.moves)
+        moves.fill(front, run.budget, limit)
+        points = set(front.points)
+        assert points >= smaller
+        smaller = points
 
 
 @pytest.mark.parametrize("goal", GOALS)

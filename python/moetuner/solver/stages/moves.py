@@ -93,7 +93,7 @@ def fill(front: Front, budget: Budget, limit: float) -> None:
     model = LayerModel(run, prices.number)
     front.add(start)
     path = _step_down(front, model, budget, start, limit)
-    if has_few_slots(run) and not front.mixes:
+    if has_few_slots(run) and not front.is_exact:
         _spend_rest(front, model, budget, path, limit)
     if budget.left is not None and budget.left <= budget.gone:
         # A search in less time than the steps took adds nothing.
@@ -168,8 +168,8 @@ def _step_down(
     run, initial = front.run, front.moves.initial
     # Steps are the same to any limit, but for the last two moves before it.
     path, interrupted = descend(run, model, start.slots, initial, limit + 2, budget.within())
-    limits = rising_limits(start.moves, min(limit, int(path.moves.max())))
-    for steps in sorted({path.before(moves) for moves in limits}):
+    limits = rising_limits(run.incumbents[0].moves, min(limit, int(path.moves.max())))
+    for steps in sorted({path.before(moves) for moves in limits if moves >= start.moves}):
         front.add(run.judge(path.after(steps), "moves"), is_start=is_start)
     if interrupted:
         raise KeyboardInterrupt
@@ -179,7 +179,7 @@ def _step_down(
 def _spend_rest(front: Front, model: LayerModel, budget: Budget, path: Path, limit: int) -> None:
     """Add ends of further steps to numbers of moves that no end of a path has.
 
-    The next step of the path takes too many. Mixtures of layers have no need of it.
+    The next step of the path takes too many. The best mixtures of layers have no need of it.
     """
     run, initial = front.run, front.moves.initial
     for moves in rising_limits(int(path.moves[0]), limit):
@@ -201,19 +201,25 @@ def _search_at_prices(
     None is below what a move costs, and the last one is that.
     """
     run, least = front.run, front.moves.price
+    limits = rising_limits(run.incumbents[0].moves, limit)
     for number, price in enumerate([*falling[:-1], least]):
         price = max(price, least)
         part = budget.within(1 / (len(falling) - number))
         found = _search_at_price(run, part, model, price, front.start_at(price, model.weight))
         front.add(found)
-        if found.moves <= limit and _goes_on(run):
+        if not front.is_exact:
+            front.mix(limits, model.weight)
+        # Smaller budgets end here: what they mix, larger ones have mixed of the same.
+        if found.moves > limit or budget.is_over():
+            return
+        if _goes_on(run):
             best = run.judge(front.start_at(price, model.weight), "moves")
             farthest = 2 * best.moves + effort.MORE_MOVES
             _step_down(front, model, budget, best, farthest, is_start=True)
-        if not front.is_exact:
-            front.mix(rising_limits(run.incumbents[0].moves, limit), model.weight)
-        if found.moves > limit or price == least or budget.is_over():
+        if price == least:
             break
+    if not front.is_exact:
+        front.mix(limits, model.weight)
 
 
 def _search_at_price(
