@@ -186,9 +186,11 @@ CLUSTER_NODES, TOTALS_NODES, PLACE_NODES = 200, 200, 20
 # Products y[l,c,d] * y[l+1,c',d'] that HiGHS is given at most: with 6480 it took a minute.
 MOST_PRODUCTS = 4096
 
-# Few moves ("Budgets that rise"): how prices of a move fall where layers are mixed, and where they
-# are joined; the part of the objective that the first move gains at least, for the first price; and
-# moves beyond twice those of what a search found up to which steps go on.
+# Few moves ("Budgets that rise", which has each at half and at twice its value): how prices of a
+# move fall where layers are mixed, and where they are joined: more prices take longer, and come
+# nearer to a budget. The part of the objective that the first move gains at least, for the first
+# price: at less, searches end before the budget is spent. Moves beyond twice those of what a search
+# found up to which steps go on: they find what searches leave, of few moves above all.
 MIXED_PRICES, JOINED_PRICES = Prices(7, 1 / 4, 1 / 3), Prices(24, 4.0, 0.7)
 DEAREST, MORE_MOVES = 1e-3, 8
 # Share of a time limit for a solve from nothing, where moves are free (not measured).
@@ -199,7 +201,8 @@ FRESH_SHARE = 0.9
 PARETO_STEPS, PARETO_PRICES = 24, (0.1, 0.3, 0.7, 1.5, 3.0, 8.0)
 
 # The fewest moves that gain enough ("Advice on a real model"): moves up to which steps go at first,
-# and how many times as many come next: all steps down take many times as long.
+# and how many times as many come next: all steps down take many times as long. The answer does not
+# depend on them; at half and at twice their values the time is the same within what it varies.
 FIRST_REACH, REACH_TIMES = 64, 4
 
 # Balancing with copies ("Balancing with copies"): pairs of devices that are tried for exchanges.

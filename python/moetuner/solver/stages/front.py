@@ -16,7 +16,7 @@ Ints = NDArray[np.int64]
 Slots = NDArray[np.int32]
 
 # Numbers of moves at which points are kept are 3 % apart. At 1.5 and 6 % no objective of the
-# scorecard's few moves changes by more than 0.02 %, up or down; 1.5 % takes a tenth longer.
+# scorecard's few moves changes by more than 0.02 %, up or down, and 1.5 % takes longer.
 APART = 1.03
 # A layer's load above its cap counts so many times the whole objective, as caps come first.
 CAPS_FIRST = 1e6
