@@ -195,10 +195,6 @@ MIXED_PRICES, JOINED_PRICES = Prices(7, 1 / 4, 1 / 3), Prices(24, 4.0, 0.7)
 DEAREST, MORE_MOVES = 1e-3, 8
 # Share of a time limit for a solve from nothing, where moves are free (not measured).
 FRESH_SHARE = 0.9
-# `pareto` (not measured) keeps the ends of so many steps, at about even distances of the logarithm
-# of their moves, and tries prices of a move, in parts of what a move gains on average where moving
-# is free. The first moves gain far more than that, the last ones far less.
-PARETO_STEPS, PARETO_PRICES = 24, (0.1, 0.3, 0.7, 1.5, 3.0, 8.0)
 
 # The fewest moves that gain enough ("Advice on a real model"): moves up to which steps go at first,
 # and how many times as many come next: all steps down take many times as long. The answer does not

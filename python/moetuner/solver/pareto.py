@@ -135,6 +135,7 @@ def pareto(
         inner = run.inner(from_running(METHODS[method]), budget, moves=Moves(initial))
         run.offer(inner.answer().slots, "free", interrupted=inner.interrupted)
 
+    # Under a time limit half of it is left for the solve from nothing (not measured).
     from_few = Stage(lambda _, part: fill(front, part, np.inf), share=lambda _: 0.5)
     run.through((from_few, Stage(at_no_price)))
     for incumbent in run.incumbents:
