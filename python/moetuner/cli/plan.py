@@ -19,7 +19,7 @@ from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
 from moetuner.cli.recipes import to_serve
 from moetuner.cost import bytes_of_expert
-from moetuner.evaluation.arrival import orders, put_in_order
+from moetuner.evaluation.arrival import orders
 from moetuner.evaluation.losses import DOMAINS, Domain
 from moetuner.files import replacing
 from moetuner.formats.hints import Traffic
@@ -177,7 +177,7 @@ def _as_it_arrives(traffic: AnyRecording, made: Made) -> AnyRecording:
     """Return traffic in the order in which a placement is served most of the time."""
     arrival = made.serving.get("arrival", "bursts")
     _, order = max(orders(traffic, arrival), key=lambda weighed: weighed[0])
-    return put_in_order(traffic, order)
+    return traffic if order is None else traffic.take(order)
 
 
 def _show(

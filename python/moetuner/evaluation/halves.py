@@ -19,17 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _checks as check
-from moetuner.evaluation.arrival import Order, orders, put_in_order
+from moetuner.evaluation.arrival import Order, orders
 from moetuner.evaluation.figures import FIGURES, CountsByOrder, Figure, Windows
+from moetuner.evaluation.reading import Rows, read
 from moetuner.evaluation.replay import (
-    SHARD_BYTES,
     Counts,
     Setting,
     counts_of,
     without_groups,
 )
 from moetuner.evaluation.units import Folds, Units
-from moetuner.files.ids import read_ahead
 from moetuner.recording import Recording
 from moetuner.serving.splits import EVEN
 from moetuner.trace import as_trace
@@ -210,7 +209,7 @@ def _in_one_order(
 
     Folds are by window and group.
     """
-    ordered = put_in_order(traffic, order)
+    ordered = traffic if order is None else traffic.take(order)
     recorded, rows = traffic.group_rows(), ordered.group_rows()
     counted = list(counts_of(ordered, settings, lambda share: report(share * COUNTING)))
     halved: list[ByGroup] = [{} for _ in settings]
@@ -379,29 +378,24 @@ class _Dealt:
         position = position[is_read[position // length - begin]]
         rows = row[position // length - begin, self.fold[position]]
         largest = int(tokens[windows].max())
+
+        def row_of(run: slice) -> Integers:
+            return rows[run]
+
+        reader = Rows(trace, self.items[position], row_of, len(window), largest, place=position)
         replays = {
-            key: _by_position(setting).begin_replay(trace, len(window), largest, stays=stays)
+            key: _by_position(setting).begin_replay(reader, stays=stays)
             for key, setting in settings.items()
         }
-        threads, first = next(iter(settings.values())).options.threads, 0
-        pieces = trace.ids.chosen(self.items[position], SHARD_BYTES, threads)
-        for ids in read_ahead(pieces) if trace.ids.fresh else pieces:
-            run, checked = slice(first, first + len(ids)), trace.ids.fresh
-            # Copies serve by the place of a token among these, as where all of them are replayed.
-            positions = position[run].astype(np.uint64)
-            for replay in replays.values():
-                replay.push(ids, rows[run], threads, positions=positions, checked=checked)
-                checked = True
-            first += len(ids)
-            del ids  # else the next piece is read while this one is still there
+        read([reader], threads=next(iter(settings.values())).options.threads)
         pairs, own = (trace.layers - 1) * trace.top_k**2, tokens[windows][window, fold]
         told = {}
         for key, replay in replays.items():
-            *tables, stay = replay.finish()
+            load, visits, node_visits, _, _, stay = replay.finish()
             told[key] = _Parts(
                 windows[window],
                 fold,
-                [_flat(table.transpose(1, 0, 2)) for table in tables],
+                [_flat(table) for table in (load, visits, node_visits)],
                 own - stay / pairs if stays else None,
             )
         return told
