@@ -18,6 +18,7 @@ from moetuner.cli.options.placed import made_of
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
 from moetuner.cli.recipes import to_serve
+from moetuner.cli.work import count
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation.arrival import orders
 from moetuner.evaluation.losses import DOMAINS, Domain
@@ -127,7 +128,15 @@ def command(
         expert_bytes = bytes_of_expert(size, source.traffic.model or running.model, bits)
     contents: dict[str, Any] = {"input": source.facts(), "running": str(running_file)}
     contents |= {"expert_bytes": expert_bytes, "topology": topology.to_dict()}
-    traffic = _as_it_arrives(source.traffic, made)
+    # Windows of all tokens, whatever their groups, as they are evaluated.
+    traffic = count(
+        _as_it_arrives(source.traffic, made),
+        window=source.replayed,
+        by_group=False,
+        sets=False,
+        transitions=False,
+        coactivation=False,
+    )
     if table_file is not None:
         window = source.replayed
         contents |= _plan_losses(output, running, traffic, window, topology, change, table_file)

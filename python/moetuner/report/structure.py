@@ -24,6 +24,7 @@ from moetuner.evaluation import evaluate
 from moetuner.evaluation.halves import halve
 from moetuner.evaluation.intervals import FEWEST, spread
 from moetuner.evaluation.options import ReplayOptions
+from moetuner.evaluation.reading import Progress, part_of
 from moetuner.evaluation.replay import Setting
 from moetuner.evaluation.units import hold_out, units_of
 from moetuner.frozen import Frozen, html_table
@@ -49,9 +50,9 @@ ITERATIONS = 200_000
 # would leave some cells with a pair and others without, which a search takes for structure.
 COUNTS_PER_CELL = 1 << 16
 
-# What takes time, as passes over half of a trace: counts of both, two crossings, halves of one, and
-# hot experts.
-HALVES, PASSES = 3, 8
+# What takes time, as passes over half of a trace: finding what is independent, counts of both
+# halves, three solves and crossings, halves of one half, and hot experts.
+UNITS, HALVES, PASSES = 4, 3, 16
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -158,11 +159,21 @@ def structure(
     at_least("max_imbalance", max_imbalance, 1)
     held_out = traffic.ordered and traffic.length > 1
 
-    def report_pass(number: int, passes: int = 1) -> Callable[[float], None] | None:
-        return progress and (lambda share: progress((number + passes * share) / PASSES))
+    def report_pass(number: int, passes: int = 1) -> Progress | None:
+        return part_of(progress, number / PASSES, (number + passes) / PASSES)
 
+    passed = UNITS + 2
+
+    def report_next() -> None:
+        nonlocal passed
+        passed += 1
+        if progress is not None:
+            progress(passed / PASSES)
+
+    if held_out:
+        units_of(traffic, threads=threads, progress=report_pass(0, UNITS))
     parts = hold_out(traffic, 0.5 if held_out else 0, seed=seed)
-    seen, unseen = (_pairs(part, threads, report_pass(at)) for at, part in enumerate(parts))
+    seen, unseen = (_pairs(part, threads, report_pass(UNITS + at)) for at, part in enumerate(parts))
     statistics = seen + unseen if held_out else seen
     load = statistics.total_load
     loads = loads_by_group(traffic, threads)
@@ -173,16 +184,14 @@ def structure(
     def placed(method: Method, seen: RoutingStatistics) -> Placement:
         problem = Problem(seen, topology, regime="follow", max_imbalance=max_imbalance)
         result = solve(problem, method, seed=seed, iterations=ITERATIONS, threads=threads)
+        report_next()
         return result.uninterrupted().placement
 
-    def crossing(
-        placement: Placement, unseen: RoutingTrace | RoutingStatistics, number: int | None = None
-    ) -> float | None:
+    def crossing(placement: Placement, unseen: RoutingTrace | RoutingStatistics) -> float | None:
         evaluation = evaluate(
             placement, unseen, window=None, cost_model=None, mixed=False, threads=threads
         )
-        if number is not None and (report := report_pass(number)):
-            report(1.0)
+        report_next()
         return evaluation.crossing
 
     tables = statistics.transitions_or_empty
@@ -191,17 +200,17 @@ def structure(
         rng = np.random.default_rng(seed)
         chance = tuple(_bits(_drawn(table, rng)) for table in tables)
         bits = tuple(max(_bits(t) - c, 0.0) for t, c in zip(tables, chance, strict=True))
-        contiguous = crossing(placed("contiguous", seen), unseen, 2)
+        contiguous = crossing(placed("contiguous", seen), unseen)
         if held_out:
             placement = placed("heuristic", seen)
-            searched = crossing(placement, parts[1], 3)
+            searched = crossing(placement, parts[1])
             null = crossing(placed("heuristic", _independent(seen)), _independent(unseen))
             gain = _gain(
                 Setting(placement, Serving(topology, window=None), ReplayOptions(threads=threads)),
                 traffic,
                 parts[1],
                 null,
-                report_pass(4, HALVES),
+                report_pass(PASSES - 1 - HALVES, HALVES),
             )
     total = load.sum(axis=1, dtype=np.float64)
     return Structure(

@@ -13,6 +13,7 @@ from moetuner._checks import instance, seed_in
 from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.kinds import loads_by
+from moetuner.evaluation.reading import Progress, part_of
 from moetuner.evaluation.units import Units, blocks_of, units_of
 from moetuner.frozen import Frozen
 from moetuner.recording import AnyRecording, Recording
@@ -32,6 +33,8 @@ FEWEST = 12
 # Times that windows are alike over, in the shortest block that may change sides: the ends of
 # neighbouring ones are alike.
 LASTING = 3
+# Readings of two recordings: two of each for what is independent, then one of each.
+PASSES = 6
 # Most blocks of two recordings together, and tokens of a window of a trace without sequences.
 MOST, WINDOW = 128, 512
 
@@ -86,7 +89,13 @@ class Drift(Frozen):
         return {**super().to_dict(), "is_beyond_chance": self.is_beyond_chance}
 
 
-def drift(profile: Recording, traffic: Recording, *, seed: int = 0) -> Drift:
+def drift(
+    profile: Recording,
+    traffic: Recording,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Drift:
     """Compute how far traffic has left a profile, such as that of a placement.
 
     Both are cut into blocks of about as many tokens, of sequences, or of windows, longer than these
@@ -98,6 +107,8 @@ def drift(profile: Recording, traffic: Recording, *, seed: int = 0) -> Drift:
         Traces, statistics or load tables of one model.
     seed
         Seed of the random sides.
+    progress
+        Called now and then with the share of the readings of both that is done.
 
     Raises
     ------
@@ -122,7 +133,10 @@ def drift(profile: Recording, traffic: Recording, *, seed: int = 0) -> Drift:
             f"traffic must be {shapes[0]} [layers, experts] as profile, got {shapes[1]}"
         )
     sizes = [max(side.choices, 1) for side in sides.values()]
-    units = [_units_of(side) for side in sides.values()]
+    units = [
+        _units_of(side, part_of(progress, at / PASSES, (at + 2) / PASSES))
+        for at, side in zip((0, 2), sides.values(), strict=True)
+    ]
     numbers = [_exchangeable(*each) for each in zip(sides.values(), units, strict=True)]
     rate = min(MOST / sum(sizes), *(n / size for n, size in zip(numbers, sizes, strict=True)))
     counts = [max(round(rate * size), 1) for size in sizes]
@@ -134,9 +148,10 @@ def drift(profile: Recording, traffic: Recording, *, seed: int = 0) -> Drift:
         )
     seed = seed_in(seed)
     parts = []
-    for side, count, own in zip(sides.values(), counts, units, strict=True):
+    for at, side, count, own in zip((4, 5), sides.values(), counts, units, strict=True):
         folds = own.deal(side, np.arange(side.length), WINDOW, folds=count)
-        parts.append(_loads(side, folds.fold, folds.number))
+        own_progress = part_of(progress, at / PASSES, (at + 1) / PASSES)
+        parts.append(_loads(side, folds.fold, folds.number, own_progress))
     return _drift_of(np.concatenate(parts), len(parts[0]), seed)
 
 
@@ -156,9 +171,9 @@ def conclude_drift(drifted: Drift, worst: dict[str, Any]) -> Finding:
     return Finding("profile left, placement serves", numbers, "headline", "served")
 
 
-def _units_of(traffic: Recording) -> Units:
+def _units_of(traffic: Recording, progress: Progress | None = None) -> Units:
     """Return what is independent, as ``advise`` counts it."""
-    return units_of(traffic, window=WINDOW)
+    return units_of(traffic, window=WINDOW, progress=progress)
 
 
 def _exchangeable(traffic: Recording, units: Units) -> int:
@@ -195,10 +210,15 @@ def drift_of(traffic: Recording, units: Units, *, seed: int = 0) -> Drift | None
     return first
 
 
-def _loads(traffic: Recording, block: NDArray[np.integer[Any]], blocks: int) -> NDArray[np.float64]:
+def _loads(
+    traffic: Recording,
+    block: NDArray[np.integer[Any]],
+    blocks: int,
+    progress: Progress | None = None,
+) -> NDArray[np.float64]:
     """Count load [B,L,E] of the blocks that tokens, or windows, are in; those that have some."""
     if traffic.ordered:
-        loads = loads_by(as_trace(traffic), block, blocks)
+        loads = loads_by(as_trace(traffic), block, blocks, progress=progress)
     else:
         loads = np.zeros((blocks, traffic.layers, traffic.num_experts))
         np.add.at(loads, block, count_loads(traffic).window_load.astype(np.float64))
