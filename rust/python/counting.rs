@@ -291,6 +291,7 @@ impl Replay {
     #[new]
     #[pyo3(signature = (slots, num_experts, top_k, node_of_device, *, rows, most_tokens, split = "even",
                         visits = true, pairs = false, stays = false, of_slots = false))]
+    #[allow(clippy::fn_params_excessive_bools)] // Python gives them by name.
     fn new(
         slots: PyReadonlyArray3<'_, i32>,
         num_experts: usize,

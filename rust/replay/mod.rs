@@ -24,6 +24,8 @@ use crate::error::{Error, Result, room_for};
 use crate::trace::{ExpertId, Routing, validate};
 
 /// What is counted beside the load of devices.
+// Each is wanted for itself.
+#[allow(clippy::struct_excessive_bools)]
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Wanted {
     /// Visits of devices and of nodes.

@@ -81,7 +81,9 @@ impl Sides {
                 }
             }
             let scale = row.length as f64 / row.tokens as f64;
-            table.iter_mut().for_each(|sum| *sum *= scale);
+            for sum in table {
+                *sum *= scale;
+            }
         });
     }
 }

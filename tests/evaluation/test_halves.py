@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.evaluation import evaluate_each, halves
+from moetuner.evaluation import cells, evaluate_each, halves
 from moetuner.evaluation.figures import FIGURES, Figure
 from moetuner.evaluation.halves import halve, halve_each, halvings
 from moetuner.evaluation.intervals import QUANTILES, spread
@@ -55,7 +55,7 @@ def test_any_two_folds_are_parted_about_as_often_as_not(folds):
 @pytest.mark.parametrize("arrival", ["bursts", "mixed", 0.5])
 def test_progress_of_a_comparison_rises_to_one(arrival, monkeypatch):
     """Windows are counted, then halves of a few at a time, in one order of arrival or in two."""
-    monkeypatch.setattr(halves, "PARTS", 500)
+    monkeypatch.setattr(cells, "PARTS", 500)
     trace, shares = traffic([100] * 12), []
     placements = [IN_BLOCKS, COPIES]
     serving = setting(arrival=arrival).serving
@@ -130,7 +130,7 @@ def test_runs_of_windows_change_no_half(monkeypatch, arrival, limit):
     settings = [setting(COPIES, window, arrival=arrival) for window in (64, 128)]
     trace = traffic(sizes)
     wanted = halve_each(trace, settings, units_of(trace))
-    monkeypatch.setattr(halves, limit, 1)
+    monkeypatch.setattr(cells if limit == "PARTS" else halves, limit, 1)
     trace = traffic(sizes)
     actual = halve_each(trace, settings, units_of(trace))
     for one, other in zip(actual, wanted, strict=True):

@@ -12,32 +12,29 @@ residues of a prime (Paley 1933). So about as many halves as folds tell what all
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from dataclasses import replace
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import _checks as check
 from moetuner import _core
 from moetuner.evaluation.arrival import orders, places
+from moetuner.evaluation.cells import Cells, Dealt
 from moetuner.evaluation.figures import FIGURES, CountsByOrder, Figure, Windows
-from moetuner.evaluation.reading import Progress, Rows, part_of, read
+from moetuner.evaluation.reading import Progress, part_of
 from moetuner.evaluation.replay import Counts, Setting, counts_of, without_groups
 from moetuner.evaluation.units import Folds, Units
 from moetuner.recording import Recording
-from moetuner.serving.splits import EVEN
-from moetuner.trace import as_trace
 
 Floats = NDArray[np.float64]
-Integers = NDArray[np.integer[Any]]
 
 # Settings whose halves are kept for each recording.
 KEPT = 16
 # Primes that are 3 modulo 4: folds that each can halve are one more.
 PRIMES = (3, 7, 11, 19)
-# Counts of halves of windows that are in memory at once, and of parts of windows.
-CELLS, PARTS = 1 << 20, 1 << 25
+# Counts of halves of windows that are in memory at once.
+CELLS = 1 << 20
 # Part of the time of halves that counting all of the traffic takes.
 COUNTING = 0.3
 
@@ -164,13 +161,13 @@ def _halve_anew(
         counted = [*counts_of(traffic, settings, part_of(own_report, 0, COUNTING), order)]
         halved.append([{} for _ in settings])
         for at, (group, own) in enumerate(rows.items()):
-            part = _Dealt(traffic, own, places(order, own), folds[group])
+            dealt = Dealt(traffic, own, places(order, own), folds[group])
             halvings_of = [
-                _Halving(part, setting, counts[group], request.names)
+                _Halving(dealt, setting, counts[group], request.names)
                 for setting, counts in zip(settings, counted, strict=True)
             ]
             done, each = COUNTING + (1 - COUNTING) * at / len(rows), (1 - COUNTING) / len(rows)
-            part.halve(halvings_of, part_of(own_report, done, done + each))
+            _halve_dealt(dealt, halvings_of, part_of(own_report, done, done + each))
             for figures, halving in zip(halved[-1], halvings_of, strict=True):
                 figures[group] = halving.figures()
     weights = [weight for weight, _ in served]
@@ -191,145 +188,29 @@ def _weigh(weights: Sequence[float], by_order: Sequence[ByGroup]) -> ByGroup:
     return weighed
 
 
-class _Cells(NamedTuple):
-    """What folds have of some of the shortest windows under a placement.
+def _halve_dealt(dealt: Dealt, halvings_of: Sequence[_Halving], progress: Progress | None) -> None:
+    """Add what folds have of windows to halvings of several placements.
 
-    Parameters
-    ----------
-    window, fold
-        The window of every cell, rising, and its fold [C].
-    tables
-        Load and visits of devices, and visits of nodes [C,L,D or N].
-    stays
-        Pairs of neighbouring layers' experts that one device serves both [C,1,1].
+    It is counted in the shortest windows, of which longer ones are made, and where folds share a
+    window: of others all is known.
     """
-
-    window: NDArray[np.uint32]
-    fold: NDArray[np.uint8]
-    tables: Sequence[NDArray[Any]]
-    stays: NDArray[np.uint64]
-
-
-@dataclass(frozen=True)
-class _Dealt:
-    """Some tokens of a trace, or windows of a load table, that were dealt into folds.
-
-    Parameters
-    ----------
-    traffic
-        The trace, or the table.
-    items
-        Which tokens of the trace these are, or windows of the table [n].
-    place
-        Where each of them arrives among these [n]; None as recorded.
-    folds
-        The fold of each of them.
-    """
-
-    traffic: Recording
-    items: Integers
-    place: Integers | None
-    folds: Folds
-
-    def window_of(self, run: slice, length: int) -> Integers:
-        """Return the window of a run of items, in windows of so many."""
-        place = np.arange(run.start, run.stop) if self.place is None else self.place[run]
-        return place.astype(np.int64) // length
-
-    def runs(self, windows: slice, length: int) -> list[slice]:
-        """Return runs of items that hold all items of a run of windows."""
-        first, end = windows.start * length, min(windows.stop * length, len(self.items))
-        if self.place is not None:
-            first, end = 0, len(self.items)
-        return [slice(at, min(at + check.PIECE, end)) for at in range(first, end, check.PIECE)]
-
-    def by_fold(self, length: int) -> NDArray[np.uint64]:
-        """Count items by window and fold [W,F], in windows of so many items."""
-        number, folds = max(-(-len(self.items) // length), 1), self.folds.number
-        counts = np.zeros(number * folds, dtype=np.uint64)
-        for run in self.runs(slice(0, number), length):
-            cell = self.window_of(run, length) * folds + self.folds.fold[run]
-            first = int(cell.min())
-            times = np.bincount(cell - first).astype(np.uint64)
-            counts[first : first + len(times)] += times
-        return counts.reshape(number, folds)
-
-    def halve(self, halvings_of: Sequence[_Halving], progress: Progress | None) -> None:
-        """Count what each fold has of windows, and add it to halvings of several placements.
-
-        It is counted in the shortest windows, of which longer ones are made, and where folds share
-        a window: of others all is known. Some windows are read at once, and forgotten before the
-        next ones.
-        """
-        length = min(each.length for each in halvings_of)
-        tokens = self.by_fold(length)
-        is_read = np.zeros(len(tokens), dtype=bool)
-        for each in halvings_of if self.folds.number > 1 else ():
-            is_read |= each.is_shared.repeat(-(-each.length // length))[: len(tokens)]
-        settings = {id(each.setting.placement): each.setting for each in halvings_of}
-        sizes = sum(
-            setting.placement.layers * (2 * setting.topology.devices + setting.topology.nodes)
-            for setting in settings.values()
-        )
-        # Runs are as long as what is counted of them fits, and several of the longest windows.
-        times = max(-(-each.length // length) for each in halvings_of)
-        cells = max(int(np.count_nonzero(tokens[is_read])) * sizes // len(tokens), 1)
-        step = max(PARTS // cells // times, 1) * times
-        stays = any(each.is_crossing for each in halvings_of)
-        for first in range(0, len(tokens), step):
-            run = slice(first, min(first + step, len(tokens)))
-            windows = run.start + np.flatnonzero(is_read[run])
-            counted = self._count(windows, tokens, length, settings, stays=stays)
-            for each in halvings_of:
-                each.add(run, length, counted.get(id(each.setting.placement)))
-            if progress is not None:
-                progress(run.stop / len(tokens))
-
-    def _count(
-        self,
-        windows: Integers,
-        tokens: NDArray[np.uint64],
-        length: int,
-        settings: dict[int, Setting],
-        *,
-        stays: bool,
-    ) -> dict[int, _Cells]:
-        """Count what every fold has of some windows, rising, under every placement."""
-        if not windows.size:
-            return {}
-        fold_tokens = tokens[windows]
-        window, fold = np.nonzero(fold_tokens)
-        # The cell of every window and fold; windows that are not read have none.
-        cell = np.full((windows[-1] + 1 - windows[0], self.folds.number), -1)
-        cell[windows[window] - windows[0], fold] = np.arange(len(window))
-        items, row = [], []
-        for run in self.runs(slice(int(windows[0]), int(windows[-1]) + 1), length):
-            at = self.window_of(run, length) - windows[0]
-            inside = np.flatnonzero((at >= 0) & (at < len(cell)))
-            cells = cell[at[inside], self.folds.fold[run][inside]]
-            items.append(run.start + inside[cells >= 0])
-            row.append(cells[cells >= 0].astype(np.uint32))
-        item, rows = np.concatenate(items), np.concatenate(row)
-        reader = Rows(
-            as_trace(self.traffic),
-            self.items[item],
-            lambda run: rows[run],
-            len(window),
-            int(fold_tokens.max()),
-            place=item if self.place is None else self.place[item],
-        )
-        # Copies serve by the place of a token, as evenly as those that take turns.
-        replays = {
-            key: _by_position(setting).begin_replay(reader, stays=stays)
-            for key, setting in settings.items()
-        }
-        read([reader], threads=next(iter(settings.values())).options.threads)
-        told = {}
-        for key, replay in replays.items():
-            *tables, _, _, stayed = replay.finish()
-            own = windows[window].astype(np.uint32), fold.astype(np.uint8)
-            told[key] = _Cells(*own, tables, stayed[:, None, None])
-        return told
+    length = min(each.length for each in halvings_of)
+    number = max(-(-len(dealt.items) // length), 1)
+    is_read = np.zeros(number, dtype=bool)
+    for each in halvings_of if dealt.folds.number > 1 else ():
+        is_read |= each.is_shared.repeat(-(-each.length // length))[:number]
+    counted = dealt.count(
+        is_read,
+        length,
+        {id(each.setting.placement): each.setting for each in halvings_of},
+        times=max(-(-each.length // length) for each in halvings_of),
+        stays=any(each.is_crossing for each in halvings_of),
+    )
+    for run, cells in counted:
+        for each in halvings_of:
+            each.add(run, length, cells.get(id(each.setting.placement)))
+        if progress is not None:
+            progress(run.stop / number)
 
 
 class _Halving:
@@ -337,7 +218,7 @@ class _Halving:
 
     Parameters
     ----------
-    part
+    dealt
         What is halved.
     setting
         How it was replayed.
@@ -348,16 +229,16 @@ class _Halving:
     """
 
     def __init__(
-        self, part: _Dealt, setting: Setting, counts: Counts, names: Collection[str]
+        self, dealt: Dealt, setting: Setting, counts: Counts, names: Collection[str]
     ) -> None:
-        has_tokens = part.traffic.ordered
-        self.setting, self._folds, self._counts = setting, part.folds, counts
-        self.length = part.traffic.rows_in(setting.window or max(len(part.items), 1))
-        self._tokens = part.by_fold(self.length)
+        has_tokens = dealt.traffic.ordered
+        self.setting, self._folds, self._counts = setting, dealt.folds, counts
+        self.length = dealt.traffic.rows_in(setting.window or max(len(dealt.items), 1))
+        self._tokens = dealt.by_fold(self.length)
         # What crosses is known of all windows together only.
-        self.is_crossing = "crossing" in names and has_tokens and part.traffic.layers > 1
+        self.is_crossing = "crossing" in names and has_tokens and dealt.traffic.layers > 1
         self.is_shared = (np.count_nonzero(self._tokens, axis=1) > 1) | self.is_crossing
-        self._pairs = (part.traffic.layers - 1) * (part.traffic.top_k or 1) ** 2
+        self._pairs = (dealt.traffic.layers - 1) * (dealt.traffic.top_k or 1) ** 2
         if self.is_crossing:
             self._counts = replace(counts, crossed=np.zeros(len(self._tokens)))  # not known yet
         self._visits = np.maximum(counts.visits.sum(axis=0, dtype=np.float64), 1e-300)
@@ -370,13 +251,13 @@ class _Halving:
             if is_asked and replay.steps(cast(Windows, figure.windows)):
                 self._figures[name] = figure
         self._values = {name: each.value(replay) or 0.0 for name, each in self._figures.items()}
-        first = halvings(part.folds.number)
-        bits = 1 << np.arange(part.folds.number)
+        first = halvings(dealt.folds.number)
+        bits = 1 << np.arange(dealt.folds.number)
         self._sides = (np.concatenate([first, ~first]) @ bits).tolist()
         # Of every figure its sums over windows of all sides, and of their weights.
         self._sums = {name: np.zeros((2, len(self._sides))) for name in self._figures}
 
-    def add(self, run: slice, length: int, cells: _Cells | None) -> None:
+    def add(self, run: slice, length: int, cells: Cells | None) -> None:
         """Add what sides have of a run of windows of so many items, of which these are made."""
         times, size = -(-self.length // length), self._counts.load[0].size
         end, step = -(-run.stop // times), max(CELLS // max(len(self._sides) * size, 1), 1)
@@ -405,7 +286,7 @@ class _Halving:
         return halved
 
     def _counts_of(
-        self, sides: _core.Sides, windows: slice, times: int, cells: _Cells | None
+        self, sides: _core.Sides, windows: slice, times: int, cells: Cells | None
     ) -> Counts:
         """Return counts of what sides have of windows, each scaled to all tokens of its window."""
         all_of, crossed = self._counts, None
@@ -445,10 +326,3 @@ class _Halving:
             is_step=all_of.is_step[window],
             crossed=crossed,
         )
-
-
-def _by_position(setting: Setting) -> Setting:
-    """Return a setting whose copies serve by position: as evenly as those that take turns."""
-    if not setting.serving.rule.in_turns:
-        return setting
-    return replace(setting, serving=replace(setting.serving, split=EVEN))
