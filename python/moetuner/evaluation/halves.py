@@ -147,7 +147,11 @@ def _halve_anew(
         return []
     if traffic.sequence is None and len({setting.window for setting in settings}) > 1:
         # Without labels, folds are runs of windows of one size.
-        return [_halve_anew(traffic, [setting], request, progress)[0] for setting in settings]
+        ends = np.linspace(0, 1, len(settings) + 1).tolist()
+        return [
+            _halve_anew(traffic, [setting], request, part_of(progress, begin, end))[0]
+            for setting, begin, end in zip(settings, ends[:-1], ends[1:], strict=True)
+        ]
     one = settings[0]
     traffic = traffic if request.by_group else without_groups(traffic)
     rows = traffic.group_rows()
@@ -166,8 +170,9 @@ def _halve_anew(
                 _Halving(dealt, setting, counts[group], request.names)
                 for setting, counts in zip(settings, counted, strict=True)
             ]
-            done, each = COUNTING + (1 - COUNTING) * at / len(rows), (1 - COUNTING) / len(rows)
-            _halve_dealt(dealt, halvings_of, part_of(own_report, done, done + each))
+            begin = COUNTING + (1 - COUNTING) * at / len(rows)
+            end = COUNTING + (1 - COUNTING) * (at + 1) / len(rows)
+            _halve_dealt(dealt, halvings_of, part_of(own_report, begin, end))
             for figures, halving in zip(halved[-1], halvings_of, strict=True):
                 figures[group] = halving.figures()
     weights = [weight for weight, _ in served]
