@@ -96,10 +96,14 @@ pub struct Tally {
 /// docs/experiments.md, Counting and replay).
 const RUN: usize = 64;
 
+/// Devices at the most whose load alone is counted by bits: of more, single ids are counted as fast.
+const FEW: usize = 64;
+
 impl Replay {
     /// Nothing replayed yet in so many `rows`, none of which gets more than `largest` tokens.
     pub fn new(routing: Routing, copies: Copies, rows: usize, largest: u64, wanted: Wanted) -> Result<Self> {
-        let is_counted = (wanted.visits || wanted.pairs || wanted.stays) && !wanted.slots;
+        let is_counted = wanted.visits || wanted.pairs || wanted.stays || copies.devices <= FEW;
+        let is_counted = is_counted && !wanted.slots;
         let planes = if is_counted { Planes::new(&copies, routing) } else { None };
         let mut size = copies.devices;
         if wanted.visits || wanted.slots {
