@@ -786,9 +786,16 @@ def as_counts(recording: Recording, **options: Any) -> RoutingStatistics:
 
 
 def count_loads(
-    recording: Recording, *, window: int | None = None, threads: int | None = None
+    recording: Recording,
+    *,
+    window: int | None = None,
+    threads: int | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> RoutingStatistics:
-    """Count loads alone, in windows of the tokens of every group; counts stay as they are."""
+    """Count loads alone, in windows of the tokens of every group; counts stay as they are.
+
+    ``progress`` gets the share of a trace's tokens that have been counted.
+    """
     return as_counts(
         recording,
         window=window,
@@ -797,6 +804,7 @@ def count_loads(
         coactivation=False,
         sets=False,
         threads=threads,
+        progress=progress,
     )
 
 

@@ -203,7 +203,7 @@ mod _core {
     use super::chain::{exact_chain, search};
     #[pymodule_export]
     use super::counting::{
-        LabelledReplay, Replay, StatisticsCounter, code_tokens, count_recency, merge_sets, validate,
+        Replay, Sides, StatisticsCounter, code_tokens, count_recency, merge_sets, validate,
     };
     #[pymodule_export]
     use super::expected::{
