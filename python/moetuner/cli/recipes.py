@@ -17,7 +17,7 @@ from moetuner.files.cells import layer_list
 from moetuner.formats import serving_commands, way_back
 from moetuner.placement import Placement
 from moetuner.problem import TRAFFIC_CAP
-from moetuner.problem.objective import goal_for
+from moetuner.problem.objective import choose_goal
 from moetuner.problem.reading import SCALES
 from moetuner.report.advice.request import count_running_slots
 from moetuner.report.advice.values import Advice
@@ -238,7 +238,7 @@ def to_solve_again(
     placement, topology, made = placed.placement, placed.topology, placed.made
     typed, values = options.typed(), options.typed(Source, Machine)
     values |= {name: getattr(placed.source, name) for name in SCALES}
-    name = made.spelled_of("topology", beside=placement_file, value=topology)
+    name = made.find_spelling("topology", beside=placement_file, value=topology)
     name = common_name(topology) if name is None else name
     if machine.machine is None and name is not None and machine.devices_per_node is None:
         values |= {"machine": name, "devices": None}
@@ -248,7 +248,7 @@ def to_solve_again(
     values |= {name: placed.serving.chosen(name) for name in SERVED}
     goal, cap = made.wanted.get("objective"), made.wanted.get("max_imbalance")
     values |= {
-        "objective": None if goal == goal_for(None, cap) else goal,
+        "objective": None if goal == choose_goal(None, cap) else goal,
         "max_imbalance": None if goal == "traffic" and cap == TRAFFIC_CAP else cap,
         "method": made.method,
         "seed": made.seed,
@@ -260,7 +260,7 @@ def to_solve_again(
     usual = cost_model_for(None, placed.source.traffic, placed.source.weight_bits)
     if model is not None and model != usual:
         text = typed.get("cost_model")
-        text = text or made.spelled_of("cost_model", beside=placement_file, value=model)
+        text = text or made.find_spelling("cost_model", beside=placement_file, value=model)
         values["cost_model"] = text or model.preset_text or model.name
     values["slots_per_device"] = placement.slots_per_device if placement.has_copies else None
     # What serves stays, to compare with, and so do experts that need not move.

@@ -20,7 +20,7 @@ from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement, fill
 from moetuner.problem import capacity
 from moetuner.problem.caps import Caps
-from moetuner.problem.objective import Goal, Objective, goal_for, tables_for
+from moetuner.problem.objective import Goal, Objective, choose_goal, choose_tables
 from moetuner.problem.pins import Pin, SlotRules, make_rules
 from moetuner.problem.settings import (
     PIN,
@@ -30,7 +30,7 @@ from moetuner.problem.settings import (
     read_slots,
     write_groups,
 )
-from moetuner.problem.windows import Risk, Windows, weighed, windows_of
+from moetuner.problem.windows import Risk, Windows, choose_windows, join_sizes
 from moetuner.serving import Serving, phases
 from moetuner.serving.arrival import Arrival
 from moetuner.serving.phases import Phases
@@ -264,7 +264,7 @@ class Problem(Frozen):
         return RoutingStatistics.from_trace(
             trace,
             window=math.gcd(*lengths) or WINDOW,
-            sets=tables_for(self.regime, self.goal)["sets"],
+            sets=choose_tables(self.regime, self.goal)["sets"],
             by_group=self.groups is not None,
         )
 
@@ -345,12 +345,12 @@ class Problem(Frozen):
         parts = {
             tokens: part
             for tokens in self.shares
-            if (part := windows_of(self.statistics, *rules, tokens)).weight.any()
+            if (part := choose_windows(self.statistics, *rules, tokens)).weight.any()
         }
         if len(parts) == 1:
             return next(iter(parts.values()))
         costs = [self._cost_in_blocks(part) for part in parts.values()]
-        return weighed([*parts.values()], [self.shares[tokens] for tokens in parts], costs)
+        return join_sizes([*parts.values()], [self.shares[tokens] for tokens in parts], costs)
 
     def _cost_in_blocks(self, part: Windows) -> float:
         """Return what windows of the statistics cost in blocks, computed once for all problems."""
@@ -363,7 +363,7 @@ class Problem(Frozen):
     @property
     def goal(self) -> Goal:
         """The objective: what was asked for, or the default."""
-        return goal_for(self.objective, self.max_imbalance)
+        return choose_goal(self.objective, self.max_imbalance)
 
     @property
     def is_plain(self) -> bool:
@@ -371,7 +371,7 @@ class Problem(Frozen):
         return (
             self.goal == "traffic"
             and not (self.fill_slots and self.may_copy)
-            and not self.rules.some
+            and not self.rules.exist
             and self.capacity.min() == self.capacity.max()
             and self.topology.has_equal_devices
         )
@@ -386,7 +386,7 @@ class Problem(Frozen):
         counts = (self.slots_per_device, self.extra_slots, self.topology.slots_per_device)
         wanted = self.fill_slots or any(slots is not None for slots in counts)
         spare = (self.capacity.sum(axis=1) > self.experts).any()
-        return bool(spare) and (wanted or self.rules.ask_for_copies)
+        return bool(spare) and (wanted or self.rules.need_copies)
 
     @property
     def stays_single(self) -> bool:
@@ -543,7 +543,7 @@ class Problem(Frozen):
         None too if rules ask for copies. Its placements are placements of this problem. ``even``
         ones have equally many experts on all devices, as far as slots allow.
         """
-        if not self.may_copy or self.rules.ask_for_copies:
+        if not self.may_copy or self.rules.need_copies:
             return None
         arguments = {field.name: getattr(self, field.name) for field in fields(self)}
         kind = _EvenCopies if even else _SingleCopies

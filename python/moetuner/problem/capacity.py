@@ -43,7 +43,7 @@ def compute_capacity(
                 "slots_per_device",
                 "extra_slots",
             )
-        return _spread(load, devices, whole_number("extra_slots", extra_slots, lowest=0))
+        return _spread_slots(load, devices, whole_number("extra_slots", extra_slots, lowest=0))
     wanted = topology.slots_per_device if slots_per_device is None else slots_per_device
     if isinstance(wanted, Sequence | np.ndarray):
         row = [
@@ -71,7 +71,7 @@ def compute_capacity(
     return np.tile(np.array(row, dtype=np.int64), (layers, 1))
 
 
-def _spread(load: NDArray[np.uint64], devices: int, extra: int) -> NDArray[np.int64]:
+def _spread_slots(load: NDArray[np.uint64], devices: int, extra: int) -> NDArray[np.int64]:
     """Spread extra slots: each to the layer whose heaviest copy it relieves most.
 
     A layer waits for its heaviest copy wherever no packing can hide it, so the benefit of a copy is

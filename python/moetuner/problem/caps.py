@@ -41,7 +41,7 @@ class Caps:
     split: Split
 
     @property
-    def some(self) -> bool:
+    def exist(self) -> bool:
         """Whether there is a cap at all."""
         return self.max_imbalance is not None and not math.isinf(self.max_imbalance)
 
@@ -52,7 +52,7 @@ class Caps:
         It is floor(max_imbalance * mean device load), as if all devices were equally fast.
         """
         total: NDArray[np.uint64] = self.load.sum(axis=1, dtype=np.uint64)
-        if self.max_imbalance is None or not self.some:
+        if self.max_imbalance is None or not self.exist:
             return total
         # Caps are whole numbers, however large, and a hair wider than the number asked for:
         # whoever divides floats and compares finds all placements allowed that keep the cap.
@@ -63,7 +63,7 @@ class Caps:
     @cached_property
     def over_speed(self) -> Floats | None:
         """Largest load over speed of a device [L], with any copies; None without a cap."""
-        if self.max_imbalance is None or not self.some:
+        if self.max_imbalance is None or not self.exist:
             return None
         total = self.load.sum(axis=1, dtype=np.float64)
         with np.errstate(over="ignore"):  # a cap beyond all numbers is none

@@ -37,12 +37,12 @@ def _mapping(name: str, value: object) -> None:
 
 
 # Settings of serving, and of a problem beyond those, that a file has under their own names.
-OF_SERVING = {own.name: own for own in fields(Serving) if own.metadata}
+SERVING_FIELDS = {own.name: own for own in fields(Serving) if own.metadata}
 # Pins and bans, of which there may be thousands, are in none.
-OF_PROBLEM = {
+PROBLEM_FIELDS = {
     own.name: own
     for own in fields(Problem)
-    if own.metadata and own.name not in OF_SERVING and not own.metadata.get("multiple")
+    if own.metadata and own.name not in SERVING_FIELDS and not own.metadata.get("multiple")
 }
 
 
@@ -96,17 +96,17 @@ class Made:
     spelled: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, placement: Placement) -> Made:
+    def read(cls, placement: Placement) -> Made:
         """Return what a placement says; raise ValueError for what breaks a rule."""
         try:
-            return cls._read(placement.settings)
+            return cls._parse(placement.settings)
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"settings: {error}") from None
 
     @classmethod
-    def _read(cls, settings: Mapping[str, Any]) -> Made:
+    def _parse(cls, settings: Mapping[str, Any]) -> Made:
         values = {name: value for name, value in settings.items() if value is not None}
-        served = _build(OF_SERVING, values)
+        served = _build(SERVING_FIELDS, values)
         if "topology" in values:
             served["topology"] = topology.from_keys(values["topology"])
         if "window" in values:
@@ -125,14 +125,14 @@ class Made:
         for key, text in spelled.items():
             text_or_none(f"spelled.{key}", text)
         read = Reading.from_json(values.get("input", {}))
-        wanted = _build(OF_PROBLEM, values)
+        wanted = _build(PROBLEM_FIELDS, values)
         return cls(serving=served, wanted=wanted, input=read, spelled=spelled, **own)
 
     @classmethod
     def for_problem(cls, problem: Problem, **search: Any) -> Made:
         """Return what is said of a placement that was computed for a problem, by a search."""
         statistics, worth = problem.statistics, problem.objective_function
-        names = (*(name for name in OF_SERVING if hasattr(problem, name)), "topology")
+        names = (*(name for name in SERVING_FIELDS if hasattr(problem, name)), "topology")
         served = {name: getattr(problem.serving, name) for name in names}
         shares = {tokens: share for tokens, share in problem.shares.items() if tokens}
         served |= {"phases": shares or None, "window": statistics.window}
@@ -140,7 +140,7 @@ class Made:
             served["engine"] = problem.serving.engine
         return cls(
             serving=served,
-            wanted={name: getattr(problem, name) for name in OF_PROBLEM}
+            wanted={name: getattr(problem, name) for name in PROBLEM_FIELDS}
             | {"objective": problem.goal},
             figure=worth.figure,
             unit=worth.unit,
@@ -154,7 +154,7 @@ class Made:
 
     def to_settings(self) -> dict[str, Any]:
         """Return the settings of a placement's file, as JSON values."""
-        declared = {**OF_SERVING, **OF_PROBLEM}
+        declared = {**SERVING_FIELDS, **PROBLEM_FIELDS}
         settings: dict[str, Any] = {
             each.name: getattr(self, each.name)
             for each in fields(self)
@@ -195,7 +195,7 @@ class Made:
         machine = "" if self.machine is None else f" on {describe_machine(self.machine)}"
         return f"{', '.join(parts)}{machine}"
 
-    def spelled_of(self, name: str, *, beside: Path, value: object) -> str | None:
+    def find_spelling(self, name: str, *, beside: Path, value: object) -> str | None:
         """Return what an option takes for a value that this has; None where that is not known.
 
         A file that was named is looked for here, then beside another file.

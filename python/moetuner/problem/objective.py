@@ -31,7 +31,7 @@ Value = TypeVar("Value")
 # Part of the objective that the busiest device after a loss is: intact load comes first.
 LOSS_SHARE = 0.1
 # Placements whose figures are cached.
-CACHED = 16
+RECENT = 16
 
 
 Method = Callable[[Any, Placement], Value]
@@ -62,14 +62,14 @@ def _cached(store: str) -> Callable[[Method[Value]], Method[Value]]:
     return decorate
 
 
-def goal_for(objective: Goal | None, max_imbalance: float | None) -> Goal:
+def choose_goal(objective: Goal | None, max_imbalance: float | None) -> Goal:
     """Return what is made small: what was asked for; by default traffic under a load cap alone."""
     if objective is not None:
         return objective
     return "time" if max_imbalance is None else "traffic"
 
 
-def tables_for(regime: Regime, goal: Goal) -> dict[str, bool]:
+def choose_tables(regime: Regime, goal: Goal) -> dict[str, bool]:
     """Return which tables of a trace an objective is made of, as ``from_trace`` takes them.
 
     Where expert sets say all that a time is made of, nothing asks for pairs besides them, which
@@ -92,7 +92,7 @@ WORDS = {
 }
 
 
-def decimals_of(goal: Goal | None) -> int:
+def count_decimals(goal: Goal | None) -> int:
     """Return the decimals of an objective's value that say something."""
     return 1 if goal == "time" else 4
 
@@ -149,17 +149,17 @@ class Objective:
         self.topology, self.regime = serving.topology, serving.regime
         self.goal, self.windows, self.shares = goal, windows, shares
         self._by_groups, self.survive = by_groups, survive
-        self._last: deque[tuple[Any, Any]] = deque(maxlen=CACHED)
-        self._visited: deque[tuple[Any, Any]] = deque(maxlen=CACHED)
+        self._recent: deque[tuple[Any, Any]] = deque(maxlen=RECENT)
+        self._recent_visits: deque[tuple[Any, Any]] = deque(maxlen=RECENT)
 
     def __getstate__(self) -> dict[str, Any]:
         """Drop what is cached when a problem is pickled or copied."""
-        empty = {name: deque[Any](maxlen=CACHED) for name in ("_last", "_visited")}
+        empty = {name: deque[Any](maxlen=RECENT) for name in ("_recent", "_recent_visits")}
         return {**self.__dict__, **empty}
 
     def _count_visits_with(self, other: Objective) -> None:
         """Count what tokens visit once for both: windows of load do not alter it."""
-        self._visited = other._visited
+        self._recent_visits = other._recent_visits
 
     def __repr__(self) -> str:
         """Return what is made small, and in which regime."""
@@ -249,7 +249,7 @@ class Objective:
     @property
     def decimals(self) -> int:
         """Decimals of the value that say something, in a table."""
-        return decimals_of(self.goal)
+        return count_decimals(self.goal)
 
     @property
     def is_predicted_time(self) -> bool:
@@ -299,7 +299,7 @@ class Objective:
     @property
     def transitions(self) -> NDArray[np.uint64] | None:
         """Counts [L-1,E,E] that join the layers; None where layers are independent."""
-        return self._some_pairs if self.regime == "follow" else None
+        return self._counted_pairs if self.regime == "follow" else None
 
     @property
     def sets(self) -> tuple[ExpertSets, ...] | None:
@@ -311,16 +311,16 @@ class Objective:
     def coactivation(self) -> NDArray[np.uint64] | None:
         """Counts [L,E,E] of pairs that stand for visits of unknown sets; None elsewhere."""
         stand_in = self.regime == "dispatch" and not self.counts_visits
-        return self._some_pairs if stand_in else None
+        return self._counted_pairs if stand_in else None
 
     @property
-    def _some_pairs(self) -> NDArray[np.uint64] | None:
+    def _counted_pairs(self) -> NDArray[np.uint64] | None:
         pairs = None if self.goal == "balance" else self.pairs
         return pairs if pairs is not None and pairs.any() else None
 
     # Of time and balance: costs of windows and layers, over a reference.
 
-    @_cached("_last")
+    @_cached("_recent")
     def window_cost(self, placement: Placement) -> Floats:
         """Compute what every window and layer [W,L] adds to time or balance."""
         compute = self._layer_times if self.goal == "time" else self._slowest
@@ -334,7 +334,7 @@ class Objective:
         even.
         """
         if self.goal != "time":
-            return self._even
+            return self._even_load
         reference = self.windows.reference
         return np.ones(len(self.windows)) if reference is None else reference
 
@@ -352,7 +352,7 @@ class Objective:
 
         By this the time of several sizes of windows is shared.
         """
-        cost, weight = self._even, self.windows.weight
+        cost, weight = self._even_load, self.windows.weight
         if self.goal == "time":
             sizes = self.statistics.layers, self.statistics.experts, self.topology.devices
             cost = self.window_cost(blocks(*sizes)).sum(axis=1)
@@ -361,10 +361,10 @@ class Objective:
     def imbalances(self, placement: Placement) -> Floats:
         """Compute what every layer [L] adds to max / mean load, whatever the goal is."""
         served = self.windows.map(self._slowest(placement))
-        return np.array([self.windows.value(costs, self._even) for costs in served.T])
+        return np.array([self.windows.value(costs, self._even_load) for costs in served.T])
 
     @cached_property
-    def _even(self) -> Floats:
+    def _even_load(self) -> Floats:
         """Load over speed of every window's layers [W], if every device had its part."""
         speed = self.topology.speed_of_device
         mean: Floats = self.windows.tokens / speed.sum()
@@ -420,7 +420,7 @@ class Objective:
         """Whether what the regime's traffic is made of was counted: expert sets or pairs."""
         return self.counts_visits or self.pairs is not None
 
-    @_cached("_last")
+    @_cached("_recent")
     def traffic(self, placement: Placement) -> float:
         """Return what ``value`` is with the objective traffic; 0 where nothing was counted.
 
@@ -433,7 +433,7 @@ class Objective:
         if self.pairs is None:
             return 0.0
         if self.regime == "dispatch":
-            return float(self._apart(placement).sum())
+            return float(self._compute_apart(placement).sum())
         topology = self.topology
         moved = copies.count_pairs(placement, topology, self.serving.split, self.pairs)
         return float((moved * topology.cost).sum()) / self.scale
@@ -443,7 +443,7 @@ class Objective:
         if self.counts_visits:
             return self._visits(placement)
         has_pairs = self.regime == "dispatch" and self.has_traffic
-        return self._apart(placement) if has_pairs else np.zeros(self.statistics.layers)
+        return self._compute_apart(placement) if has_pairs else np.zeros(self.statistics.layers)
 
     def cost(self, placement: Placement) -> int:
         """Compute the exact cost of the pairs of a placement with one copy of each expert.
@@ -524,7 +524,7 @@ class Objective:
         pairs, load = self.statistics.transitions, float(self.statistics.total_load[:-1].sum())
         return max(float(pairs.sum()) / load, 1.0) if pairs is not None and load else 1.0
 
-    def _apart(self, placement: Placement) -> Floats:
+    def _compute_apart(self, placement: Placement) -> Floats:
         """Compute the share of all co-activated pairs that are apart, by layer [L]."""
         share = copies.slot_shares(placement, self.topology, self.serving.split)
         pairs = self.statistics.coactivation_or_empty
@@ -537,7 +537,7 @@ class Objective:
         total: Floats = device_cost * devices.sum(axis=1) + node_cost * nodes.sum(axis=1)
         return total / max(self.tokens, 1)
 
-    @_cached("_visited")
+    @_cached("_recent_visits")
     def _count_visits(self, placement: Placement) -> tuple[Floats, Floats]:
         """Count the tokens that visit every device [L,D], and every node [L,N]."""
         assert self.statistics.sets is not None

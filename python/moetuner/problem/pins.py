@@ -37,12 +37,12 @@ class SlotRules:
     domain: NDArray[np.int64] | None = None
 
     @property
-    def some(self) -> bool:
+    def exist(self) -> bool:
         """Whether there is a rule at all."""
         return any(each is not None for each in (self.pinned, self.forbidden, self.domain))
 
     @property
-    def ask_for_copies(self) -> bool:
+    def need_copies(self) -> bool:
         """Whether an expert must have several copies in a layer."""
         is_pinned_twice = self.pinned is not None and bool((self.pinned.sum(axis=2) > 1).any())
         return is_pinned_twice or self.domain is not None
@@ -51,9 +51,11 @@ class SlotRules:
         """Return whether what devices hold of a layer [D,E] breaks a rule."""
         lacks = self.pinned is not None and (self.pinned[layer].T & ~held).any()
         banned = self.forbidden is not None and (self.forbidden[layer].T & held).any()
-        return bool(lacks or banned or (self.domain is not None and self._dies(held[None]).any()))
+        return bool(
+            lacks or banned or (self.domain is not None and self._die_with_domain(held[None]).any())
+        )
 
-    def _dies(self, held: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    def _die_with_domain(self, held: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Return which experts have all copies in one failure domain [L,E]."""
         assert self.domain is not None
         domains = [held[:, self.domain == one].any(axis=1) for one in np.unique(self.domain)]
@@ -74,7 +76,7 @@ class SlotRules:
                     f"{and_more(len(wrong))}"
                 )
         if self.domain is not None:
-            dying = np.argwhere(self._dies(placement.held))
+            dying = np.argwhere(self._die_with_domain(placement.held))
             for layer, expert in dying[:1]:
                 lines.append(
                     f"survive: expert {expert} of layer {layer} has no copy outside one failure "
@@ -92,7 +94,10 @@ def make_rules(
 ) -> SlotRules:
     """Return tables of rules for so many experts in slots [L,D], checked."""
     shape = (len(capacity), experts, capacity.shape[1])
-    must, must_not = _table("pinned", pinned, shape), _table("forbidden", forbidden, shape)
+    must, must_not = (
+        _build_table("pinned", pinned, shape),
+        _build_table("forbidden", forbidden, shape),
+    )
     if must is not None:
         _check_pins(must, must_not, capacity)
     if must_not is not None:
@@ -178,7 +183,7 @@ def _check_bans(
             )
 
 
-def _table(
+def _build_table(
     name: str, rules: Iterable[Pin], shape: tuple[int, int, int]
 ) -> NDArray[np.bool_] | None:
     table: NDArray[np.bool_] | None = None

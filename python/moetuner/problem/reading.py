@@ -52,7 +52,7 @@ class Reading:
     group_by: str | None = setting(None, check=text_or_none)
 
     @classmethod
-    def of(cls, options: Any, recording: Recording) -> Reading:
+    def from_options(cls, options: Any, recording: Recording) -> Reading:
         """Return how options read a recording, of those fields that they have."""
         names = [own.name for own in fields(cls) if hasattr(options, own.name)]
         read: dict[str, Any] = {name: getattr(options, name) for name in names}
@@ -81,7 +81,7 @@ class Reading:
             if (value := getattr(self, own.name)) is not None
         }
 
-    def missing(self, options: Any, recording: Recording) -> dict[str, Any]:
+    def substitute(self, options: Any, recording: Recording) -> dict[str, Any]:
         """Return what stands in for options that are not given, by their names."""
         kinds = ["all"]
         if not recording.ordered and recording.window is None:
@@ -98,11 +98,11 @@ class Reading:
             if own.metadata.get("hint"):
                 yield own.name, getattr(self, own.name)
 
-    def is_of(self, recording: Recording) -> bool:
+    def fits(self, recording: Recording) -> bool:
         """Whether a recording is as large as the one that was read."""
         return all(getattr(self, name) == size for name, size in recording.size.items())
 
-    def is_other_than(self, recording: Recording) -> bool:
+    def contradicts(self, recording: Recording) -> bool:
         """Whether what was read had another size than a recording; not where it is not known."""
         return any(getattr(self, name) not in (None, size) for name, size in recording.size.items())
 

@@ -59,12 +59,12 @@ class Windows:
         ``"mean"``, or the level of the conditional value at risk.
     minimax
         Whether the worst group counts.
-    more
+    extra
         More windows, behind those of ``load`` [M,L,E]: of mixed arrival, or longer ones; None for
         none.
     reference
         What a step takes by whose time all others are weighed [W]; None where all are alike.
-    parts
+    by_size
         The same, by size, where windows are of several.
     """
 
@@ -73,9 +73,9 @@ class Windows:
     group: NDArray[np.int64] | None
     risk: Risk
     minimax: bool
-    more: Floats | None = None
+    extra: Floats | None = None
     reference: Floats | None = None
-    parts: tuple[Windows, ...] = ()
+    by_size: tuple[Windows, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of windows, W."""
@@ -93,20 +93,20 @@ class Windows:
         else:
             for run in blocks(len(self.load), self.load[0].size):
                 yield self.load[run].astype(np.float64)
-        if self.more is not None:
-            yield self.more
+        if self.extra is not None:
+            yield self.extra
 
     @cached_property
     def total(self) -> Floats:
         """Tokens of all windows together [L,E], each counted once."""
         total: Floats = self.load.sum(axis=0, dtype=np.float64)
-        return total if self.more is None else total + self.more.sum(axis=0)
+        return total if self.extra is None else total + self.extra.sum(axis=0)
 
     @cached_property
     def tokens(self) -> Floats:
         """Tokens of every window, over all layers and once per expert [W]."""
-        if self.parts:
-            return np.concatenate([part.tokens for part in self.parts])
+        if self.by_size:
+            return np.concatenate([part.tokens for part in self.by_size])
         return self.map(lambda load: load.sum(axis=(1, 2)))
 
     @cached_property
@@ -120,18 +120,18 @@ class Windows:
         if self.load.dtype == np.float64:
             return self
         return (
-            _joined([part.searched for part in self.parts])
-            if self.parts
-            else _representatives(self)
+            _concatenate([part.searched for part in self.by_size])
+            if self.by_size
+            else _merge_alike(self)
         )
 
     @cached_property
     def sampled(self) -> Windows:
         """Some of these windows, which count as all of them; these where they are not many."""
-        if self.parts:
-            sampled = [part.sampled for part in self.parts]
-            changed = any(one is not part for one, part in zip(sampled, self.parts, strict=True))
-            return _joined(sampled) if changed else self
+        if self.by_size:
+            sampled = [part.sampled for part in self.by_size]
+            changed = any(one is not part for one, part in zip(sampled, self.by_size, strict=True))
+            return _concatenate(sampled) if changed else self
         used = np.flatnonzero(self.weight[: len(self.load)] > 0)
         if self.load.dtype == np.float64 or len(used) <= SAMPLED:
             return self
@@ -152,7 +152,7 @@ class Windows:
     def clusters(self) -> list[tuple[int, NDArray[np.int64], Floats]]:
         """Windows that are alike: their group, their numbers, and their mean [L,E]."""
         load = self.load
-        features = _features(load)
+        features = _compute_features(load)
         used = np.flatnonzero(self.weight[: len(load)] > 0)
         labels = np.zeros(len(load), dtype=np.int64)
         if self.group is not None:
@@ -160,7 +160,7 @@ class Windows:
         found = []
         for label in np.unique(labels[used]).tolist():
             of_label = used[labels[used] == label]
-            cluster = _clusters(features[of_label], max(len(of_label) * MERGED // len(used), 1))
+            cluster = _cluster(features[of_label], max(len(of_label) * MERGED // len(used), 1))
             for number in np.unique(cluster):
                 members = of_label[cluster == number]
                 runs = [load[members[run]] for run in blocks(len(members), load[0].size)]
@@ -189,20 +189,22 @@ class Windows:
 
     def values(self, costs: Floats, reference: Floats) -> Floats:
         """Compute the ``value`` [...] of each of several costs [...,W] over one reference."""
-        parts = [self._value(costs, reference, counted) for counted in self._parts()]
+        parts = [self._value(costs, reference, counted) for counted in self._find_competing()]
         worst: Floats = np.max(parts, axis=0)
         return worst
 
     def reweight(self, cost: Floats, reference: Floats) -> Floats:
         """Return weights [W] under which the mean over windows is what the value is made of."""
-        worst = max(self._parts(), key=lambda counted: float(self._value(cost, reference, counted)))
+        worst = max(
+            self._find_competing(), key=lambda counted: float(self._value(cost, reference, counted))
+        )
         weight = np.zeros(len(self.weight))
         weight[worst] = self.tail(cost[worst], reference[worst], self.weight[worst])
         mass = self.weight * reference
         scaled: Floats = weight * (mass.sum() / max((weight * mass).sum(), 1e-300))
         return scaled
 
-    def _parts(self) -> list[NDArray[np.bool_]]:
+    def _find_competing(self) -> list[NDArray[np.bool_]]:
         """Return windows that compete: of every group if the worst one counts, else all as one."""
         if not self.minimax or self.group is None:
             return [np.ones(len(self.weight), dtype=bool)]
@@ -232,7 +234,7 @@ class Windows:
         return tail
 
 
-def windows_of(
+def choose_windows(
     statistics: RoutingStatistics,
     arrival: Arrival,
     risk: Risk,
@@ -249,38 +251,40 @@ def windows_of(
             f"risk must be 'mean', or a level from 0 to below 1, got {shown(risk)}", "risk"
         )
     share = share_mixed(arrival)
-    asked = ("windows", share, risk, _named(groups), tokens)
+    asked = ("windows", share, risk, _make_key(groups), tokens)
     if asked not in statistics.known:
-        statistics.known[asked] = _find_windows(statistics, share, risk, groups, tokens)
+        statistics.known[asked] = _find_chosen(statistics, share, risk, groups, tokens)
     found: Windows = statistics.known[asked]
     return found
 
 
-def _named(groups: Mapping[str, float] | Literal["minimax"] | None) -> object:
+def _make_key(groups: Mapping[str, float] | Literal["minimax"] | None) -> object:
     """Return groups as a key."""
     return tuple(groups.items()) if isinstance(groups, Mapping) else groups
 
 
-def _find_windows(
+def _find_chosen(
     statistics: RoutingStatistics,
     share: float,
     risk: Risk,
     groups: Mapping[str, float] | Literal["minimax"] | None,
     tokens: int | None,
 ) -> Windows:
-    """Return what ``windows_of`` does, computed anew."""
-    by_group = None if groups is None else _group_weights(statistics, groups)
+    """Return what ``choose_windows`` does, computed anew."""
+    by_group = None if groups is None else _weigh_groups(statistics, groups)
     kind, times = (risk, groups == "minimax"), 1
     load: NDArray[Any] = statistics.window_load
-    group, weight = statistics.group, _weigh(statistics, by_group)
+    group, weight = statistics.group, _weigh_windows(statistics, by_group)
     if tokens is not None and statistics.window is not None and tokens != statistics.window:
         times = tokens // statistics.window
-        load, group, weight = _join(statistics, tokens, by_group)
+        load, group, weight = _join_windows(statistics, tokens, by_group)
     many = len(load) > MOST
     load = load if many else load.astype(np.float64)
     if share == 0 or statistics.windows < 2:
         return Windows(load, weight, group, *kind)
-    mixed = _mix(statistics, _weigh(statistics, by_group), min(len(load), MOST), times)
+    mixed = _mix_windows(
+        statistics, _weigh_windows(statistics, by_group), min(len(load), MOST), times
+    )
     mixed_weight = np.full(len(mixed), share * weight.sum() / len(mixed))
     weights = np.concatenate([weight * (1 - share), mixed_weight])
     if group is not None:
@@ -294,13 +298,13 @@ def _find_windows(
     return Windows(load, weights[used], None if group is None else group[used], *kind)
 
 
-def _weigh(statistics: RoutingStatistics, by_group: Floats | None) -> Floats:
+def _weigh_windows(statistics: RoutingStatistics, by_group: Floats | None) -> Floats:
     """Return the weights of windows [W]: those of their groups, and nothing for what is no step."""
     weight = statistics.is_step.astype(np.float64)
     return weight if by_group is None else weight * by_group[statistics.group]
 
 
-def _join(
+def _join_windows(
     statistics: RoutingStatistics, length: int, by_group: Floats | None
 ) -> tuple[Loads, NDArray[np.int64] | None, Floats]:
     """Return windows of ``length`` tokens [M,L,E], their groups [M] and weights [M].
@@ -346,7 +350,7 @@ def _size_of_mean(size: int, windows: int) -> int:
     return max(int(1 / (1 / size + UNSEEN / windows)), 1)
 
 
-def _mix(statistics: RoutingStatistics, weight: Floats, count: int, times: int) -> Floats:
+def _mix_windows(statistics: RoutingStatistics, weight: Floats, count: int, times: int) -> Floats:
     """Return windows of mixed arrival [M,L,E], each as long as ``times`` of those counted.
 
     A longer step has tokens of more sequences. They are means of as few windows as unseen traffic
@@ -374,7 +378,7 @@ def _draw_tokens(mean: Floats, weight: float) -> Floats:
     return mixed
 
 
-def _representatives(windows: Windows) -> Windows:
+def _merge_alike(windows: Windows) -> Windows:
     """Return means of windows that are alike, each of one group, which count as all of them."""
     load, weight, group = windows.load, windows.weight, windows.group
     clusters = windows.clusters
@@ -382,11 +386,11 @@ def _representatives(windows: Windows) -> Windows:
     weights = [weight[members].sum() for _, members, _ in clusters]
     groups = [label for label, _, _ in clusters]
     merged, merged_weight, of_merged = np.array(means), np.array(weights), np.array(groups)
-    if windows.more is not None:
+    if windows.extra is not None:
         # They are drawn at random: some say what all of them do.
         added = slice(len(load), len(load) + MERGED)
         part = weight[len(load) :].sum() / max(weight[added].sum(), 1e-300)
-        merged = np.concatenate([merged, windows.more[:MERGED]])
+        merged = np.concatenate([merged, windows.extra[:MERGED]])
         merged_weight = np.concatenate([merged_weight, weight[added] * part])
         if group is not None:
             of_merged = np.concatenate([of_merged, group[added]])
@@ -398,7 +402,9 @@ def _representatives(windows: Windows) -> Windows:
     return Windows(merged, merged_weight, origins, *rules, reference=reference)
 
 
-def weighed(parts: Sequence[Windows], shares: Sequence[float], costs: Sequence[float]) -> Windows:
+def join_sizes(
+    parts: Sequence[Windows], shares: Sequence[float], costs: Sequence[float]
+) -> Windows:
     """Join windows of several sizes, so that each size has its share of the time.
 
     Of its steps each takes a cost on average. The weights are as many as there are windows.
@@ -410,7 +416,7 @@ def weighed(parts: Sequence[Windows], shares: Sequence[float], costs: Sequence[f
     unit = sum(map(len, parts)) / sum(
         by * part.weight.sum() for by, part in zip(scale, parts, strict=True)
     )
-    return _joined(
+    return _concatenate(
         [
             part.reweighed(by * unit, cost)
             for part, by, cost in zip(parts, scale, costs, strict=True)
@@ -418,10 +424,10 @@ def weighed(parts: Sequence[Windows], shares: Sequence[float], costs: Sequence[f
     )
 
 
-def _joined(parts: Sequence[Windows]) -> Windows:
+def _concatenate(parts: Sequence[Windows]) -> Windows:
     """Return the windows of all parts as one list."""
     first, *others = parts
-    behind = [] if first.more is None else [first.more]
+    behind = [] if first.extra is None else [first.extra]
     more: Floats | None = np.concatenate(
         [*behind, *(block for part in others for block in part.blocks())]
     )
@@ -442,7 +448,7 @@ def _joined(parts: Sequence[Windows]) -> Windows:
     )
 
 
-def _features(load: NDArray[Any]) -> Floats:
+def _compute_features(load: NDArray[Any]) -> Floats:
     """Sum the loads of windows [W,L,E] with random signs: whole numbers [W,n], far where they are.
 
     Distances are kept in expectation (Johnson and Lindenstrauss, 1984; with signs Achlioptas,
@@ -462,7 +468,7 @@ def _features(load: NDArray[Any]) -> Floats:
     return np.rint(features * scale)
 
 
-def _clusters(points: Floats, count: int) -> NDArray[np.int64]:
+def _cluster(points: Floats, count: int) -> NDArray[np.int64]:
     """Assign points [n,d] of whole numbers to clusters [n] that are near their means (Lloyd, 1982).
 
     It begins with points at even distances, so with some of all times.
@@ -480,7 +486,7 @@ def _clusters(points: Floats, count: int) -> NDArray[np.int64]:
     return nearest
 
 
-def _group_weights(
+def _weigh_groups(
     statistics: RoutingStatistics, groups: Mapping[str, float] | Literal["minimax"]
 ) -> Floats:
     """Return what a window of every group counts [G]."""

@@ -54,7 +54,7 @@ ALL = "Judged on all of INPUT; the placement does not say what it was computed f
 def made_of(path: Path, placement: Placement) -> Made:
     """Return what a placement's file says of how it was made."""
     with naming(path):
-        return Made.of(placement)
+        return Made.read(placement)
 
 
 def windowed(sentence: str, source: Source, judged_on: Recording, groups: str = "") -> str:
@@ -101,8 +101,8 @@ def read_hints(path: Path) -> Reading:
 
 def with_input(placement: Placement, source: Source, holdout: float) -> Placement:
     """Return a placement whose settings say from which part of INPUT it was computed."""
-    read = Reading.of(source, source.traffic)
-    made = replace(Made.of(placement), holdout=holdout, input=read, spelled=spelled())
+    read = Reading.from_options(source, source.traffic)
+    made = replace(Made.read(placement), holdout=holdout, input=read, spelled=spelled())
     return placement.with_names(settings={**placement.settings, **made.to_settings()})
 
 
@@ -185,7 +185,7 @@ class Placed:
         # What is held out are parts of what was recorded, however that is counted afterwards.
         source, made = self.source.uncounted or self.source, self.made
         traffic = source.traffic
-        share, is_other = made.holdout or 0.0, made.input.is_other_than(traffic)
+        share, is_other = made.holdout or 0.0, made.input.contradicts(traffic)
         seen, unseen = traffic, traffic
         with working("looking for what was held out"):
             if share and not is_other:

@@ -18,7 +18,7 @@ from moetuner.cost import bytes_of_expert
 from moetuner.evaluation.options import ReplayOptions
 from moetuner.problem import TRAFFIC_CAP, Problem
 from moetuner.problem.made import Made
-from moetuner.problem.objective import goal_for, tables_for
+from moetuner.problem.objective import choose_goal, choose_tables
 from moetuner.serving import SERVED, Serving
 from moetuner.serving.engines import ENGINES, NO_ENGINES, engine_settings
 from moetuner.serving.settings import ENGINE, settings_of
@@ -202,8 +202,8 @@ class ProblemOptions(ServingOptions):
         Pairs that the objective is not made of are counted for methods that may ask for them.
         """
         chosen = self.given
-        goal = goal_for(chosen.get("objective"), chosen.get("max_imbalance"))
-        tables = tables_for(chosen.get("regime", "dispatch"), goal)
+        goal = choose_goal(chosen.get("objective"), chosen.get("max_imbalance"))
+        tables = choose_tables(chosen.get("regime", "dispatch"), goal)
         if pairs:
             tables |= {"transitions": True, "coactivation": True}
         statistics = source.count(traffic, by_group="groups" in chosen, **tables)

@@ -11,7 +11,7 @@ from moetuner._checks import ArgumentError
 from moetuner.evaluation.units import Units, hold_out, units_of
 from moetuner.placement import Placement
 from moetuner.problem import TRAFFIC_CAP, Problem
-from moetuner.problem.objective import Goal, goal_for, tables_for
+from moetuner.problem.objective import Goal, choose_goal, choose_tables
 from moetuner.recording import Recording
 from moetuner.serving import Serving
 from moetuner.serving.engines import ENGINES, Engine, engine_settings
@@ -151,7 +151,7 @@ def split_recording(request: Request, seed: int) -> tuple[Recording, Recording]:
 def count_traffic(request: Request, seen: Recording) -> RoutingStatistics:
     """Count seen traffic as ``moetuner solve`` does."""
     options: dict[str, Any] = {"window": request.windows[0], "threads": request.threads}
-    options |= tables_for(request.serving.regime, goal_for(request.objective, None))
+    options |= choose_tables(request.serving.regime, choose_goal(request.objective, None))
     return as_counts(seen, **options)
 
 
