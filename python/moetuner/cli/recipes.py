@@ -24,8 +24,8 @@ from moetuner.report.advice.values import Advice
 from moetuner.report.findings import TERMINAL
 from moetuner.report.words import write
 from moetuner.report.words.parts import name_running
-from moetuner.serving import SERVED
-from moetuner.serving.engines import ENGINES, engine_of
+from moetuner.serving import ENGINE_SETTINGS
+from moetuner.serving.engines import ENGINES, find_engine
 from moetuner.serving.phases import WINDOWS
 from moetuner.serving.recipes import Recipe
 
@@ -67,7 +67,7 @@ def after_advice(
 
 def _record_more(source: Source, advice: Advice, typed: dict[str, Any]) -> list[Recipe]:
     """Return the commands that record more: by INPUT's engine, each kind of traffic by itself."""
-    engine = advice.settings["engine"] or next(map(engine_of, source.readers), None)
+    engine = advice.settings["engine"] or next(map(find_engine, source.readers), None)
     if engine is not None and ENGINES[engine].record:
         command = ENGINES[engine].record.format(devices=advice.problem.devices)
         page = f"docs/engines/{engine.replace('-', '_')}.md"
@@ -245,7 +245,7 @@ def to_solve_again(
     elif machine.machine is None:
         values["devices"] = placement.devices
         values["devices_per_node"] = topology.devices_per_node if topology.nodes > 1 else None
-    values |= {name: placed.serving.chosen(name) for name in SERVED}
+    values |= {name: placed.serving.chosen(name) for name in ENGINE_SETTINGS}
     goal, cap = made.wanted.get("objective"), made.wanted.get("max_imbalance")
     values |= {
         "objective": None if goal == choose_goal(None, cap) else goal,

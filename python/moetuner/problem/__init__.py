@@ -40,7 +40,7 @@ from moetuner.serving.settings import (
     MACHINE,
     check_settings,
     read_count,
-    same_setting,
+    reuse_setting,
     setting,
 )
 from moetuner.serving.splits import RULES, Split
@@ -142,7 +142,7 @@ class Problem(Frozen):
         label="Slots of a device in a layer",
         words=lambda value: str(value).strip("[()]"),
     )
-    regime: Regime = same_setting(Serving, "regime")
+    regime: Regime = reuse_setting(Serving, "regime")
     max_imbalance: float | None = setting(
         None,
         GOAL,
@@ -167,8 +167,8 @@ class Problem(Frozen):
             "traffic": "traffic between devices",
         },
     )
-    cost_model: CostModel | None = same_setting(Serving, "cost_model")
-    split: Split = same_setting(Serving, "split")
+    cost_model: CostModel | None = reuse_setting(Serving, "cost_model")
+    split: Split = reuse_setting(Serving, "split")
     extra_slots: int | None = setting(
         None,
         MACHINE,
@@ -177,7 +177,7 @@ class Problem(Frozen):
         label="Copies over all layers",
         words=lambda value: f"{value:,}",
     )
-    arrival: Arrival = same_setting(Serving, "arrival")
+    arrival: Arrival = reuse_setting(Serving, "arrival")
     risk: Risk = setting(
         "mean",
         GOAL,
@@ -195,7 +195,7 @@ class Problem(Frozen):
         label="Groups",
         words=write_groups,
     )
-    phases: Phases | None = same_setting(Serving, "phases")
+    phases: Phases | None = reuse_setting(Serving, "phases")
     pinned: Iterable[Pin] = setting(
         (), ENGINE, flag="--pin", label="Experts kept on a device", **PIN
     )
@@ -238,7 +238,7 @@ class Problem(Frozen):
                 check.not_negative(f"groups: weight of {check.shown(group)}", weight, "number")
             vars(self)["groups"] = dict(self.groups)
         if self.phases is not None:
-            vars(self)["phases"] = phases.checked(self.phases)
+            vars(self)["phases"] = phases.check_phases(self.phases)
         if isinstance(traffic, RoutingTrace):
             vars(self)["statistics"] = self._count(traffic)
         if self.cost_model is None:
@@ -336,7 +336,7 @@ class Problem(Frozen):
     @cached_property
     def shares(self) -> dict[int | None, float]:
         """Share of the serving time of each size of windows that counts, by its tokens."""
-        return phases.weigh_phases(self.statistics, self.phases)
+        return phases.compute_phase_shares(self.statistics, self.phases)
 
     @cached_property
     def windows(self) -> Windows:

@@ -21,7 +21,7 @@ from moetuner.frozen import as_json
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.reading import Reading
-from moetuner.serving import SERVED, Serving, describe_machine, phases
+from moetuner.serving import ENGINE_SETTINGS, Serving, describe_machine, phases
 from moetuner.serving.engines import ENGINES
 from moetuner.serving.settings import check_setting, setting
 from moetuner.statistics import COUNTED
@@ -190,8 +190,10 @@ class Made:
         if sizes := self.phases:
             first = next(iter(sizes))
             windows = "windows as recorded" if first is None else f"windows of {first:,} tokens"
-            parts.append(phases.words(sizes) or windows)
-        parts += [f"{name} {self.serving[name]}" for name in SERVED if name in self.serving]
+            parts.append(phases.describe(sizes) or windows)
+        parts += [
+            f"{name} {self.serving[name]}" for name in ENGINE_SETTINGS if name in self.serving
+        ]
         machine = "" if self.machine is None else f" on {describe_machine(self.machine)}"
         return f"{', '.join(parts)}{machine}"
 

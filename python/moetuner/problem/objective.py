@@ -243,7 +243,7 @@ class Objective:
             return f"fanout + {node:.3g} x node fanout = {value:.4f}"
         if self._words is WORDS["follow"] and np.unique(self.link_cost).size > 2:
             return f"cost of links {value:.4f} per transition"
-        where = phases.words(self.shares) if self.goal != "traffic" else ""
+        where = phases.describe(self.shares) if self.goal != "traffic" else ""
         return self._words[1].format(value) + (f", in {where}" if where else "")
 
     @property

@@ -50,7 +50,7 @@ def _write_arrival(value: Any) -> str:
 def _write_phases(value: Mapping[Any, float]) -> str:
     """Write the shares of the windows that a placement is for."""
     shares = {None if key in (None, "None") else int(key): share for key, share in value.items()}
-    return phase.words(shares)
+    return phase.describe(shares)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -157,7 +157,7 @@ class Serving(Frozen):
         metavar="SHARE",
         help="Share of the serving time that is prefill (windows of "
         f"{phase.WINDOWS[1]:,} tokens); the rest is decode ({phase.WINDOWS[0]}).",
-        check=lambda _, value: phase.checked(value),
+        check=lambda _, value: phase.check_phases(value),
         from_json=phase.from_keys,
         label="Placed for",
         words=_write_phases,
@@ -188,7 +188,7 @@ class Serving(Frozen):
         instance("origin", self.origin, Mapping, hint=" of settings, by name")
         check_settings(self)
         if self.phases is not None:
-            vars(self)["phases"] = phase.checked(self.phases)
+            vars(self)["phases"] = phase.check_phases(self.phases)
         if self.waterfill is not None and self.top_k is None:
             raise ArgumentError(
                 "waterfill needs traffic that tells experts per token: a trace, or counts that "
@@ -233,7 +233,7 @@ class Serving(Frozen):
         engine
             Who serves the model, as an option gives it.
         recorded
-            What a placement's file chose of serving, see ``chosen_in``.
+            What a placement's file chose of serving, see ``find_choices``.
         weight_bits
             Bits of an expert's weight, for the cost model where nobody gives one.
         facts
@@ -250,13 +250,13 @@ class Serving(Frozen):
         is_ordered = traffic.ordered
         sources: list[tuple[Origin, Mapping[str, Any]]] = [
             ("option", options),
-            ("engine", decided_by(engine, is_ordered=is_ordered)),
+            ("engine", get_engine_defaults(engine, is_ordered=is_ordered)),
             ("placement", recorded),
-            ("engine", decided_by(serves, is_ordered=is_ordered)),
+            ("engine", get_engine_defaults(serves, is_ordered=is_ordered)),
         ]
         chosen: dict[str, Any] = {}
         origin: dict[str, Origin] = {}
-        for name in (*SERVED, "cost_model"):
+        for name in (*ENGINE_SETTINGS, "cost_model"):
             for says, known in sources:
                 if name in known:
                     chosen[name], origin[name] = known[name], says
@@ -264,7 +264,7 @@ class Serving(Frozen):
         if "cost_model" not in chosen:
             chosen["cost_model"] = cost_model_of(traffic, weight_bits=weight_bits)
         if facts.get("waterfill") is not None:
-            facts["top_k"] = experts_per_token(traffic, facts.get("top_k"))
+            facts["top_k"] = find_top_k(traffic, facts.get("top_k"))
         return cls(topology, engine=serves, **chosen, is_ordered=is_ordered, origin=origin, **facts)
 
     def chosen(self, name: str) -> Any:
@@ -278,14 +278,17 @@ class Serving(Frozen):
         machine = {name: getattr(self.topology, name) for name in ("devices", "devices_per_node")}
         machine |= {"topology": self.topology.name, "engine": self.engine}
         model = None if self.cost_model is None else asdict(self.cost_model)
-        return machine | {"cost_model": model, **{name: getattr(self, name) for name in SERVED}}
+        return machine | {
+            "cost_model": model,
+            **{name: getattr(self, name) for name in ENGINE_SETTINGS},
+        }
 
     def explain(self, more: Sequence[str] = ()) -> list[str]:
         """Write in a line what the engine decides, and who decides else; none without an engine."""
         if self.engine is None:
             return []
         engine = ENGINES[self.engine]
-        texts = {name: f"{name} {getattr(self, name)}" for name in SERVED}
+        texts = {name: f"{name} {getattr(self, name)}" for name in ENGINE_SETTINGS}
         if not engine.may_copy:
             del texts["split"]
         elif self.origin.get("split") == "engine":
@@ -311,8 +314,8 @@ class Serving(Frozen):
             then, now = describe_machine(was), describe_machine(self.topology)
             yield "machine", then, (now if now != then else "of other links")
         if settings.get("engine") in ENGINES and settings["engine"] != self.engine:
-            yield "engine", _title(settings["engine"]), _title(self.engine)
-        for name in SERVED:
+            yield "engine", _get_title(settings["engine"]), _get_title(self.engine)
+        for name in ENGINE_SETTINGS:
             value = getattr(self, name)
             if settings.get(name, value) != value:
                 yield name, str(settings[name]), str(value)
@@ -322,31 +325,31 @@ class Serving(Frozen):
 
 
 # Settings that an engine decides unless an option does.
-SERVED = tuple(own.name for own in fields(Serving) if own.metadata.get("by_engine"))
+ENGINE_SETTINGS = tuple(own.name for own in fields(Serving) if own.metadata.get("by_engine"))
 DEFAULTS = {own.name: own.default for own in fields(Serving) if own.metadata}
 
 
-def decided_by(engine: str | None, *, is_ordered: bool = True) -> dict[str, Any]:
+def get_engine_defaults(engine: str | None, *, is_ordered: bool = True) -> dict[str, Any]:
     """Return the settings that an engine decides of traffic, which may have no order of arrival."""
     if engine is None:
         return {}
-    names = [name for name in SERVED if is_ordered or name != "arrival"]
+    names = [name for name in ENGINE_SETTINGS if is_ordered or name != "arrival"]
     return {name: getattr(ENGINES[engine], name, DEFAULTS[name]) for name in names}
 
 
-def chosen_in(settings: Mapping[str, Any], *, is_counted: bool = False) -> dict[str, Any]:
+def find_choices(settings: Mapping[str, Any], *, is_counted: bool = False) -> dict[str, Any]:
     """Return what a placement's settings chose of serving, beyond what its engine decides.
 
     Of traffic that is counted already nobody chose that its windows come as they were recorded.
     """
-    names = ["cost_model", *SERVED]
+    names = ["cost_model", *ENGINE_SETTINGS]
     engine = settings.get("engine")
     if engine is not None:
         one_of("settings: engine", engine, ENGINES)
         names.append("engine")
     if is_counted and settings.get("arrival") == DEFAULTS["arrival"]:
         names.remove("arrival")
-    by_engine = decided_by(engine)
+    by_engine = get_engine_defaults(engine)
     return {
         name: settings[name]
         for name in names
@@ -354,7 +357,7 @@ def chosen_in(settings: Mapping[str, Any], *, is_counted: bool = False) -> dict[
     }
 
 
-def _title(engine: str | None) -> str:
+def _get_title(engine: str | None) -> str:
     return "none" if engine is None else ENGINES[engine].title
 
 
@@ -365,14 +368,14 @@ def describe_machine(machine: Topology) -> str:
     return f"{counted(machine.nodes, 'node')} of {devices}{name}"
 
 
-def experts_per_token(traffic: Recording, top_k: int | None = None) -> int | None:
+def find_top_k(traffic: Recording, top_k: int | None = None) -> int | None:
     """Return routed experts of a token: as its sets, as given, as recorded, or as its model."""
     if isinstance(traffic, RoutingStatistics) and traffic.sets is not None:
         return int(traffic.sets[0].top_k)
     return top_k or top_k_of(traffic)
 
 
-def machine_of(placement: Placement, machine: Topology | None) -> Topology:
+def find_machine(placement: Placement, machine: Topology | None) -> Topology:
     """Return the topology if there is one, else the placement's, else one node of its devices."""
     instance("placement", placement, Placement)
     if machine is None:
@@ -384,7 +387,7 @@ def machine_of(placement: Placement, machine: Topology | None) -> Topology:
     return machine
 
 
-def check_alone(**keywords: Any) -> None:
+def refuse_keywords(**keywords: Any) -> None:
     """Raise for a keyword beside a serving, which says it already; defaults are no keywords."""
     defaults = {own.name: own.default for own in fields(Serving)}
     for name, value in keywords.items():
@@ -392,7 +395,7 @@ def check_alone(**keywords: Any) -> None:
             raise ArgumentError(f"{name} must be in the serving, or give a topology", name)
 
 
-def serving_of(
+def make_serving(
     traffic: Recording,
     said: Topology | Serving | None,
     placement: Placement | None = None,
@@ -416,16 +419,16 @@ def serving_of(
     if placement is not None:
         instance("placement", placement, Placement)
     if isinstance(said, Serving):
-        check_alone(cost_model=None if cost_model == "model" else cost_model, **settings)
+        refuse_keywords(cost_model=None if cost_model == "model" else cost_model, **settings)
         return said
-    machine = said if placement is None else machine_of(placement, said)
+    machine = said if placement is None else find_machine(placement, said)
     if isinstance(cost_model, str) and cost_model == "model":
         check_recording(traffic)
         cost_model = cost_model_of(traffic)
     if settings.get("waterfill") is not None:
         positive("waterfill", settings["waterfill"])
         check_recording(traffic)
-        settings.setdefault("top_k", experts_per_token(traffic))
+        settings.setdefault("top_k", find_top_k(traffic))
     return Serving(
         machine,  # type: ignore[arg-type]  # Serving checks it
         cost_model=cost_model,  # type: ignore[arg-type]

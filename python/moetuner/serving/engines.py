@@ -81,7 +81,7 @@ class Engine:
     record: str = ""
 
     @property
-    def dividing(self) -> tuple[Split, str] | None:
+    def window_split(self) -> tuple[Split, str] | None:
         """Its split that divides whole windows, and the options for it; None if it has none."""
         pairs = self.splits_by.items()
         return next((pair for pair in pairs if RULES[pair[0]].needs_windows), None)
@@ -174,7 +174,7 @@ ENGINES: dict[str, Engine] = {
 }
 
 
-def engine_of(reader: str) -> str | None:
+def find_engine(reader: str) -> str | None:
     """Return the engine whose recordings a reader of ``formats`` reads; None if it is no one's."""
     fitting = [engine for engine in ENGINES if f"{reader}-".startswith(f"{engine}-")]
     return max(fitting, key=len, default=None)
@@ -257,7 +257,7 @@ def engine_settings(
         "regime": "dispatch",  # tokens fan out from their home device and come back, in all of them
         "split": capabilities.split,
         "arrival": capabilities.arrival,
-        "slots_per_device": _slots(
+        "slots_per_device": _check_slots(
             capabilities, statistics, topology, slots_per_device, extra_slots
         ),
         "fill_slots": capabilities.may_copy,
@@ -276,7 +276,7 @@ def engine_settings(
     return settings
 
 
-def _slots(
+def _check_slots(
     engine: Engine,
     statistics: RoutingStatistics,
     topology: Topology,

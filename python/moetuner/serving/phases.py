@@ -30,7 +30,7 @@ PREFILL_WINDOWS = (WINDOWS[1], 4096, 2048)
 PREFILL_SHARE = 0.2
 
 
-def prefill(share: float) -> dict[int, float]:
+def make_phases(share: float) -> dict[int, float]:
     """Return both phases, of whose time so much is prefill."""
     return dict(zip(WINDOWS, (1 - share, share), strict=True))
 
@@ -40,10 +40,10 @@ def read_prefill_share(text: str) -> dict[int, float]:
     share = float(text)
     if not 0 <= share <= 1:
         raise ValueError(text)
-    return prefill(share)
+    return make_phases(share)
 
 
-def judged_windows(tokens: int, sizes: Iterable[int | None] = WINDOWS) -> tuple[int, ...]:
+def choose_judged_windows(tokens: int, sizes: Iterable[int | None] = WINDOWS) -> tuple[int, ...]:
     """Return the windows to judge so many tokens in, for windows of some sizes.
 
     Prefill is judged in the longest windows that the tokens fill twice, if they fill any.
@@ -65,7 +65,7 @@ def name_phase(window: int | None) -> str | None:
     return "prefill" if window in PREFILL_WINDOWS else None
 
 
-def checked(phases: object) -> dict[int, float]:
+def check_phases(phases: object) -> dict[int, float]:
     """Return phases as a dict, the shortest windows first; raise for what makes no sense."""
     check.instance("phases", phases, Mapping, hint=" of shares by tokens of a window")
     assert isinstance(phases, Mapping)
@@ -88,10 +88,12 @@ def from_keys(values: object) -> dict[int, float]:
             raise check.ArgumentError(
                 f"phases must be shares by tokens, got {check.shown(tokens)}", "phases"
             )
-    return checked({int(tokens): share for tokens, share in values.items()})
+    return check_phases({int(tokens): share for tokens, share in values.items()})
 
 
-def weigh_phases(statistics: RoutingStatistics, phases: Phases | None) -> dict[int | None, float]:
+def compute_phase_shares(
+    statistics: RoutingStatistics, phases: Phases | None
+) -> dict[int | None, float]:
     """Return the shares of the time, by tokens of a window, that count for some statistics.
 
     Without phases, those that were counted from a trace in windows as engines decode have both,
@@ -101,7 +103,7 @@ def weigh_phases(statistics: RoutingStatistics, phases: Phases | None) -> dict[i
         of_trace = statistics.transitions is not None or statistics.sets is not None
         if not of_trace or statistics.window != WINDOW:
             return {statistics.window: 1.0}
-        phases = prefill(PREFILL_SHARE)
+        phases = make_phases(PREFILL_SHARE)
     total = sum(phases.values())
     shares: dict[int | None, float] = {
         tokens: share / total for tokens, share in phases.items() if share
@@ -118,7 +120,7 @@ def weigh_phases(statistics: RoutingStatistics, phases: Phases | None) -> dict[i
     return shares
 
 
-def words(shares: Mapping[int | None, float]) -> str:
+def describe(shares: Mapping[int | None, float]) -> str:
     """Write in which windows a mean is, and how much each counts; nothing of a single size."""
     if len(shares) < 2:
         return ""

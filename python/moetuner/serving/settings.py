@@ -39,7 +39,7 @@ def setting(default: Any, group: str = GOAL, default_text: str = "", **metadata:
     )
 
 
-def same_setting(kind: Any, name: str) -> Any:
+def reuse_setting(kind: Any, name: str) -> Any:
     """Return the field of another dataclass that is the same setting: declared there alone."""
     declared = kind.__dataclass_fields__[name]
     return field(default=declared.default, metadata=declared.metadata)
@@ -69,14 +69,14 @@ OPTION_KEYS = (
 )
 
 
-def settings_of(*kinds: Any) -> dict[str, dict[str, Any]]:
+def list_settings(*kinds: Any) -> dict[str, dict[str, Any]]:
     """Return of the settings among dataclasses' fields, by name, how options give them, and help.
 
     The help of a setting that several declare is that of the last.
     """
     settings: dict[str, dict[str, Any]] = {}
     for kind in kinds:
-        texts = parameters_of(kind)
+        texts = read_parameters(kind)
         for own in fields(kind):
             if not own.metadata or (own.name in settings and own.name not in texts):
                 continue
@@ -89,7 +89,7 @@ def settings_of(*kinds: Any) -> dict[str, dict[str, Any]]:
     return settings
 
 
-def parameters_of(kind: Any) -> dict[str, str]:
+def read_parameters(kind: Any) -> dict[str, str]:
     """Return what a docstring says of parameters, by name, without markup and shapes."""
     texts: dict[str, str] = {}
     names: list[str] = []

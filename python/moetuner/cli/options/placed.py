@@ -36,7 +36,7 @@ from moetuner.problem.made import Made
 from moetuner.problem.reading import Reading
 from moetuner.recording import Recording
 from moetuner.report.outcome import write_left_out
-from moetuner.serving import Serving, chosen_in, phases
+from moetuner.serving import Serving, find_choices, phases
 from moetuner.statistics import COUNTED, as_counts
 from moetuner.topology import Topology
 
@@ -167,7 +167,7 @@ class Placed:
         of_other = {"cost_model"} if is_other else set()
         served = {name: value for name, value in made.serving.items() if name not in of_other}
         with naming(path):
-            chosen = chosen_in(served, is_counted=made.is_counted)
+            chosen = find_choices(served, is_counted=made.is_counted)
         source, serving = options.resolve(source, topology, chosen)
         return cls(placement, _texts.name(path.name), made, source, serving)
 
@@ -309,7 +309,7 @@ class Placed:
         made, now = self.made, self.source.counted
         sizes = made.phases
         if now is not None and sizes and now not in sizes:
-            where = phases.words(sizes) or f"windows of {next(iter(sizes)):,} tokens"
+            where = phases.describe(sizes) or f"windows of {next(iter(sizes)):,} tokens"
             yield f"The placement was computed for {where}; judged in windows of {now:,}."
         others = [size for size in sizes if size != now]
         if now in sizes and others and self.source.traffic.ordered:

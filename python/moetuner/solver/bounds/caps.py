@@ -66,7 +66,7 @@ def are_least(caps: CapsDetails) -> bool:
 def scope(problem: Problem, caps: CapsDetails) -> str:
     """Return of which placements a bound on a solved problem, with such caps, is one."""
     which = "placements" + (" that may have copies" if problem.may_copy else SINGLE)
-    if problem.goal != "traffic" and (where := phases.words(problem.shares)):
+    if problem.goal != "traffic" and (where := phases.describe(problem.shares)):
         which += f" in {where}"
     if not problem.caps.exist:
         return which
