@@ -493,7 +493,7 @@ def _runs(ranks: NDArray[Any]) -> Iterator[tuple[NDArray[Any], ...]]:
         yield order, in_order[start], start, np.diff(np.append(start, len(piece)))
 
 
-def numbered(group: ArrayLike) -> list[str]:
+def name_groups(group: ArrayLike) -> list[str]:
     """Return names for groups that have none: their numbers."""
     array = array_in("group", group)
     if array.dtype.kind not in "iu" and array.size:
@@ -504,7 +504,7 @@ def numbered(group: ArrayLike) -> list[str]:
     return [str(number) for number in range(count)]
 
 
-def joined_sequences(parts: list[NDArray[np.int32] | None]) -> NDArray[np.int64] | None:
+def join_sequences(parts: list[NDArray[np.int32] | None]) -> NDArray[np.int64] | None:
     """Join the sequence labels of traces; where one would come back all are numbered anew."""
     present = [part for part in parts if part is not None]
     if len(present) < len(parts):
@@ -519,7 +519,7 @@ def joined_sequences(parts: list[NDArray[np.int32] | None]) -> NDArray[np.int64]
     )
 
 
-def joined_groups(parts: Iterable[Any]) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
+def join_groups(parts: Iterable[Any]) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
     """Return group numbers of traces or statistics one after the other, and the joint names."""
     names = tuple(dict.fromkeys(name for part in parts for name in part.group_names))
     if any(part.group is None for part in parts):
@@ -546,13 +546,13 @@ def expert_size(sizes: Any) -> tuple[int, int] | None:
     return hidden, intermediate
 
 
-def size_text(size: tuple[int, int] | None) -> str | None:
+def format_size(size: tuple[int, int] | None) -> str | None:
     """Return a size as files write it: hidden x intermediate."""
     return None if size is None else f"{size[0]}x{size[1]}"
 
 
-def size_of(text: str | None) -> tuple[int, int] | None:
-    """Read what ``size_text`` wrote."""
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """Read what ``format_size`` wrote."""
     if text is None:
         return None
     sizes = re.fullmatch(r"(\d{1,8})x(\d{1,8})", text, re.ASCII)

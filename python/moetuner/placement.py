@@ -60,7 +60,7 @@ class PlacementDiff(Frozen):
     pairs: NDArray[np.int64]
 
 
-def difference(
+def compare_holders(
     before: NDArray[np.bool_],
     after: NDArray[np.bool_],
     topology: Topology | None,
@@ -229,7 +229,7 @@ class Placement(Frozen):
                 f"num_experts must be from 1 to {capacity}, a slot for each, got {experts}",
                 "num_experts",
             )
-        _check(slots, experts)
+        _check_slots(slots, experts)
         slots = np.array(slots, dtype=np.int32, order="C")  # a copy of its own
         slots.flags.writeable = False
         vars(self).update(slots=slots, num_experts=experts)
@@ -437,14 +437,14 @@ class Placement(Frozen):
                 text = content.decode().strip()
                 while text or not placements:
                     values, end = DECODER.raw_decode(text)
-                    placements.append(cls._of_values(values))
+                    placements.append(cls._from_values(values))
                     text = text[end:].lstrip()
             except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
                 raise ValueError(f"not a placement: {error}") from None
         return placements
 
     @classmethod
-    def _of_values(cls, values: Any) -> Placement:
+    def _from_values(cls, values: Any) -> Placement:
         if not isinstance(values, dict) or values.get("schema") != SCHEMA:
             schema = values.get("schema") if isinstance(values, dict) else type(values)
             raise ValueError(f"schema must be {SCHEMA!r}, got {check.shown(schema)}")
@@ -487,7 +487,7 @@ class Placement(Frozen):
                     f"topology must have {self.devices} devices like the placements, "
                     f"got {topology.devices}"
                 )
-        return difference(self.held, other.held, topology, expert_bytes)
+        return compare_holders(self.held, other.held, topology, expert_bytes)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Placement):
@@ -518,7 +518,7 @@ def count_copies(slots: NDArray[Any], experts: int) -> NDArray[np.int64]:
     return counts.reshape(layers, width)[:, 1:]
 
 
-def _check(slots: NDArray[Any], experts: int) -> None:
+def _check_slots(slots: NDArray[Any], experts: int) -> None:
     """Raise for the first layer that breaks a rule."""
     if slots.min() < EMPTY or slots.max() >= experts:
         layer, device, slot = np.argwhere((slots < EMPTY) | (slots >= experts))[0]

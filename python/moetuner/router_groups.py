@@ -45,14 +45,14 @@ def merge(statistics: RoutingStatistics, groups: int) -> RoutingStatistics:
         If the groups do not divide the experts.
     """
     instance("statistics", statistics, RoutingStatistics)
-    size = _size(statistics.experts, groups)
+    size = _compute_group_size(statistics.experts, groups)
     load = statistics.window_load
-    together = _pairs(statistics.coactivation, size)
+    together = _add_up_pairs(statistics.coactivation, size)
     if together is not None:
         together[:, np.arange(groups), np.arange(groups)] = 0
     return RoutingStatistics(
         load.reshape(*load.shape[:2], groups, size).sum(axis=3, dtype=np.uint64),
-        _pairs(statistics.transitions, size),
+        _add_up_pairs(statistics.transitions, size),
         together,
         **{name: getattr(statistics, name) for name in ("window", "group", "group_names", "model")},
     )
@@ -67,7 +67,7 @@ def expand(placement: Placement, experts: int) -> Placement:
         If the groups do not divide the experts.
     """
     instance("placement", placement, Placement)
-    size = _size(experts, placement.num_experts)
+    size = _compute_group_size(experts, placement.num_experts)
     group = placement.slots[..., None]
     slots = np.where(group == EMPTY, EMPTY, group * size + np.arange(size))
     names: Any = {"model": placement.model, "topology": placement.topology}
@@ -82,7 +82,7 @@ def forbid(experts: int, groups: int, devices: int) -> list[tuple[None, int, int
     ValueError
         If the groups do not divide the experts or the devices.
     """
-    size = _size(experts, groups)
+    size = _compute_group_size(experts, groups)
     whole_number("devices", devices, highest=DEVICE_LIMIT)
     if devices % groups:
         raise ArgumentError(f"groups must divide {devices} devices, got {groups}", "groups")
@@ -154,7 +154,7 @@ def assign_nodes(
     """
     layers, ranks, _ = slots.shape
     row, size = np.arange(layers), load.shape[1] // groups
-    of_group = load.reshape(layers, groups, size).sum(axis=2)
+    group_load = load.reshape(layers, groups, size).sum(axis=2)
     node_of_rank = np.arange(ranks) // (ranks // nodes)
     group_of_slot = np.where(slots >= 0, slots // size, groups)
     cell = (row[:, None, None] * (groups + 1) + group_of_slot) * nodes + node_of_rank[:, None]
@@ -163,22 +163,22 @@ def assign_nodes(
     node_of = np.zeros((layers, groups), dtype=np.int64)
     free = np.full((layers, nodes), groups // nodes)
     heavy = np.zeros((layers, nodes))
-    for group in np.lexsort((-of_group, -there.max(axis=2)), axis=1).T:
+    for group in np.lexsort((-group_load, -there.max(axis=2)), axis=1).T:
         node = np.lexsort((heavy, -there[row, group], free == 0), axis=1)[:, 0]
         node_of[row, group] = node
         free[row, node] -= 1
-        heavy[row, node] += of_group[row, group]
-    left = budget // (4 * size)
+        heavy[row, node] += group_load[row, group]
+    remaining = budget // (4 * size)
     for _ in range(GROUP_PAIRS):
-        gain, pairs = _best_exchange(of_group, node_of, heavy, dead_zone, deviations)
-        change = np.argsort(-gain, kind="stable")[:left]
+        gain, pairs = _find_best_exchange(group_load, node_of, heavy, dead_zone, deviations)
+        change = np.argsort(-gain, kind="stable")[:remaining]
         change = change[gain[change] > 0]
         if not change.size:
             break
-        left -= change.size
+        remaining -= change.size
         for layer in change:
             pair = pairs[layer]
-            moved = of_group[layer, pair] @ (1, -1)
+            moved = group_load[layer, pair] @ (1, -1)
             heavy[layer, node_of[layer, pair]] += (-moved, moved)
             node_of[layer, pair] = node_of[layer, pair[::-1]]
     order = np.argsort(node_of, axis=1, kind="stable")
@@ -186,8 +186,8 @@ def assign_nodes(
     return experts.reshape(layers, nodes, -1)
 
 
-def _best_exchange(
-    of_group: NDArray[np.float64],
+def _find_best_exchange(
+    group_load: NDArray[np.float64],
     node_of: NDArray[np.int64],
     heavy: NDArray[np.float64],
     dead_zone: float,
@@ -197,10 +197,10 @@ def _best_exchange(
 
     As a part of its load [L], 0 where that is too little or may be chance; pairs of groups [L,2].
     """
-    layers, groups = of_group.shape
+    layers, groups = group_load.shape
     row, worst = np.arange(layers), heavy.argmax(axis=1)
     before, second = heavy[row, worst], np.sort(heavy, axis=1)[:, -2]
-    moved = of_group[:, :, None] - of_group[:, None, :]
+    moved = group_load[:, :, None] - group_load[:, None, :]
     rest = np.maximum(before[:, None, None] - moved, second[:, None, None])
     rest = np.maximum(rest, np.take_along_axis(heavy, node_of, axis=1)[:, None, :] + moved)
     here = node_of == worst[:, None]
@@ -213,7 +213,7 @@ def _best_exchange(
     return gain, np.stack(np.divmod(best, groups), axis=1)
 
 
-def _size(experts: int, groups: int) -> int:
+def _compute_group_size(experts: int, groups: int) -> int:
     experts_in(experts, "experts")
     whole_number("groups", groups)
     if experts % groups:
@@ -221,7 +221,7 @@ def _size(experts: int, groups: int) -> int:
     return experts // groups
 
 
-def _pairs(table: NDArray[np.uint64] | None, size: int) -> NDArray[np.uint64] | None:
+def _add_up_pairs(table: NDArray[np.uint64] | None, size: int) -> NDArray[np.uint64] | None:
     """Add up pairs [..,E,E] over the experts of groups."""
     if table is None:
         return None

@@ -62,7 +62,7 @@ class ExpertSets(Frozen):
             raise ValueError(
                 f"ids of expert sets must be [sets, top_k] from 0 to 65535, got {check.shown(ids)}"
             )
-        counts = _counts("counts of expert sets", self.counts, "[sets]").astype(np.uint64)
+        counts = _check_counts("counts of expert sets", self.counts, "[sets]").astype(np.uint64)
         if len(counts) != len(ids):
             raise ValueError(
                 f"counts of expert sets must be whole numbers [{len(ids)}] like their ids, "
@@ -131,7 +131,7 @@ PAIRS = {"transitions": 1, "coactivation": 0}
 # Options of counting, and the fields that they make: these decide the fingerprint of traffic.
 COUNTED = {"by_group": "group"} | {name: name for name in ("sets", "transitions", "coactivation")}
 # Fields that are no tables.
-ABOUT = ("window", "set_tokens", "group_names", "model", "expert_size", "top_k")
+METADATA = ("window", "set_tokens", "group_names", "model", "expert_size", "top_k")
 
 # Tokens of a window by default: about what an engine decodes in a step.
 WINDOW = 512
@@ -227,13 +227,13 @@ class RoutingStatistics(Recording, Frozen):
     drawn_from: NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        load = _counts("load", self.window_load, "[windows, layers, experts]")
+        load = _check_counts("load", self.window_load, "[windows, layers, experts]")
         if 0 in load.shape:
             raise ValueError(
                 f"load must have at least one window, layer and expert, got {list(load.shape)}"
             )
         vars(self).update(
-            window_load=narrowest(load),
+            window_load=narrow(load),
             window=check.window_in(self.window),
             group_names=check.names(self.group_names),
             expert_size=check.expert_size(self.expert_size),
@@ -242,7 +242,9 @@ class RoutingStatistics(Recording, Frozen):
         for name, table in self._pairs.items():
             if table is not None:
                 shape = (layers - PAIRS[name], experts, experts)
-                pairs = _counts(name, table, "[.., experts, experts]").astype("u8", copy=False)
+                pairs = _check_counts(name, table, "[.., experts, experts]").astype(
+                    "u8", copy=False
+                )
                 if pairs.shape != shape:
                     raise ValueError(f"{name} must be {list(shape)}, got {list(pairs.shape)}")
                 vars(self)[name] = pairs
@@ -333,10 +335,10 @@ class RoutingStatistics(Recording, Frozen):
         _check_table_bytes(trace, window, tables)
         check.callable_or_none("progress", progress)
         report = progress or (lambda _: None)
-        every = _sampling(trace) if sets else 1
+        every = _choose_stride(trace) if sets else 1
         options: Any = {"window": window, "every": every, "threads": threads, "tables": tables}
         if not by_group:
-            return cls._counted(trace, report, **options)
+            return cls._count(trace, report, **options)
         if trace.group is None:
             raise check.ArgumentError(
                 "by_group needs a trace with groups; this one has none", "by_group"
@@ -348,13 +350,13 @@ class RoutingStatistics(Recording, Frozen):
             def report_part(done: float, at: int = at) -> None:
                 report((at + done) / len(numbers))
 
-            part = cls._counted(group_trace, report_part, **options)
+            part = cls._count(group_trace, report_part, **options)
             group = np.full(part.windows, number)
             parts.append(replace(part, group=group, group_names=trace.group_names))
         return cls.sum(parts)
 
     @classmethod
-    def _counted(
+    def _count(
         cls,
         trace: RoutingTrace,
         report: Callable[[float], None],
@@ -367,7 +369,7 @@ class RoutingStatistics(Recording, Frozen):
         """Count a trace whose arguments were checked, and the sets of one token in ``every``."""
         sizes = (trace.layers, trace.num_experts, trace.top_k)
         counter, counted = _core.StatisticsCounter(*sizes, window=window, every=every, **tables), 0
-        for shard in trace.shards(_shard_bytes(trace), threads=threads):
+        for shard in trace.shards(_choose_shard_bytes(trace), threads=threads):
             counter.push(shard, threads, checked=trace.ids.fresh)
             counted += len(shard)
             report(counted / trace.tokens)
@@ -610,7 +612,7 @@ class RoutingStatistics(Recording, Frozen):
             if both[0] != both[1] and (name == "window" or None not in both):
                 values = " and ".join(map(check.shown, both))
                 raise ValueError(f"statistics must have the same {name}, got {values}")
-        group, names = check.joined_groups([self, other])
+        group, names = check.join_groups([self, other])
         fields: dict[str, Any] = {"window": self.window, "group": group}
         fields["group_names"] = names if group is not None else ()
         for name in ("model", "expert_size", "top_k"):
@@ -683,11 +685,11 @@ class RoutingStatistics(Recording, Frozen):
             raise ValueError("load must have a count above 0 to be scaled, got only zeros")
         several = -(-STEPS // len(used)) if drawn and len(used) > 1 else 1
         if not drawn or len(used) == 1:
-            scaled = [_scaled_to(self.window_load[window], choices) for window in used]
+            scaled = [_scale(self.window_load[window], choices) for window in used]
         else:
             used = np.repeat(used, several)
             scaled = [
-                _drawn_from(self.window_load[window], choices, [seed, number])
+                _draw(self.window_load[window], choices, [seed, number])
                 for number, window in enumerate(used)
             ]
         fields: dict[str, Any] = dict.fromkeys((*PAIRS, "sets", "set_tokens"))
@@ -750,7 +752,7 @@ class RoutingStatistics(Recording, Frozen):
     def save(self, path: str | Path) -> None:
         """Write as safetensors; the file appears whole or not at all."""
         pairs = {"load": self.window_load, **self._pairs, "group": self.group}
-        metadata: Any = {name: getattr(self, name) for name in ABOUT}
+        metadata: Any = {name: getattr(self, name) for name in METADATA}
         contents.write_statistics(check.path_in(path), pairs | to_tables(self.sets), metadata)
 
     @classmethod
@@ -811,7 +813,7 @@ def measure_distance(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float
     return apart
 
 
-def _counts(name: str, table: Any, dimensions: str) -> Loads:
+def _check_counts(name: str, table: Any, dimensions: str) -> Loads:
     """Turn a table of counts into unsigned numbers, or say what is wrong with it."""
     table = check.array_in(name, table)
     if table.ndim != dimensions.count(",") + 1 or table.dtype.kind not in "uif":
@@ -832,9 +834,9 @@ def _counts(name: str, table: Any, dimensions: str) -> Loads:
     return np.ascontiguousarray(table, dtype=unsigned)
 
 
-def _scaled_to(load: Loads, choices: int) -> Loads:
+def _scale(load: Loads, choices: int) -> Loads:
     """Scale a window [L,E] to so many choices in its busiest layer, by the largest remainder."""
-    shares, wanted = _shares_in(load, choices)
+    shares, wanted = _compute_shares(load, choices)
     exact = shares * wanted[:, None]
     scaled = np.floor(exact).astype(np.int64)
     rank = np.argsort(np.argsort(scaled - exact, axis=1, kind="stable"), axis=1)
@@ -842,9 +844,9 @@ def _scaled_to(load: Loads, choices: int) -> Loads:
     return scaled.astype(np.uint64)
 
 
-def _drawn_from(load: Loads, choices: int, seeds: list[int]) -> Loads:
+def _draw(load: Loads, choices: int, seeds: list[int]) -> Loads:
     """Draw so many choices, in the busiest layer, in proportion to the load of a window [L,E]."""
-    shares, wanted = _shares_in(load, choices)
+    shares, wanted = _compute_shares(load, choices)
     # Other windows of the same number, as those of a newer file, have a chance of their own.
     rng = np.random.default_rng([*seeds, zlib.crc32(shares.tobytes())])
     return np.stack(
@@ -855,21 +857,21 @@ def _drawn_from(load: Loads, choices: int, seeds: list[int]) -> Loads:
     ).astype(np.uint64)
 
 
-def _shares_in(load: Loads, choices: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _compute_shares(load: Loads, choices: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Return shares [L,E] of experts, and how many choices [L] layers have; most have all."""
     total = load.astype(np.float64).sum(axis=1, keepdims=True)
     shares: NDArray[np.float64] = load / np.maximum(total, 1)
     return shares, np.rint(choices * (total / total.max()))[:, 0].astype(np.int64)
 
 
-def narrowest(table: Loads) -> Loads:
+def narrow(table: Loads) -> Loads:
     """Return a large table in the narrowest unsigned type that holds it: equal ones are alike."""
     is_large = table.size * 8 > NARROW_BYTES
     kind = np.min_scalar_type(int(table.max())) if is_large else np.dtype(np.uint64)
     return table.astype(kind, copy=False)
 
 
-def _shard_bytes(trace: RoutingTrace) -> int:
+def _choose_shard_bytes(trace: RoutingTrace) -> int:
     """Return how many bytes of a trace to count at a time."""
     tokens = WIDE_SHARD_TOKENS * trace.layers * trace.top_k * trace.ids.dtype.itemsize
     return min(max(SHARD_BYTES, tokens), WIDE_SHARD_BYTES)
@@ -888,7 +890,7 @@ def _check_table_bytes(trace: RoutingTrace, window: int | None, tables: Mapping[
         )
 
 
-def _sampling(trace: RoutingTrace) -> int:
+def _choose_stride(trace: RoutingTrace) -> int:
     """Return how many tokens each whose sets are counted stands for."""
     experts, top_k = trace.num_experts, trace.top_k
     distinct = min(trace.tokens, math.comb(experts, top_k))

@@ -140,7 +140,7 @@ class Topology(Frozen):
             _set_link(self, f"{end}_bandwidth", f"{end}_latency")
         # Tables are tuples, so that topologies compare, hash and cannot be changed.
         if self.link_cost is not None:
-            cost = checked(self.link_cost, self.devices)
+            cost = check_link_cost(self.link_cost, self.devices)
             vars(self)["link_cost"] = tuple(map(tuple, cost.tolist()))
         if self.speed is not None:
             speeds = enumerate(check.per_device("speed", self.speed, self.devices))
@@ -251,7 +251,7 @@ class Topology(Frozen):
         cost = np.rint(16 * fastest / self.bandwidth)
         if self.link_cost is not None:
             cost = np.array(self.link_cost, dtype=np.float64)
-        return check.frozen(in_integers(cost))
+        return check.frozen(scale_to_integers(cost))
 
     @property
     def has_equal_devices(self) -> bool:
@@ -383,7 +383,7 @@ LINKS = ("devices_per_node", "intra_node", "inter_node")
 HIGHEST_COST = (1 << 16) - 1
 
 
-def checked(values: ArrayLike, devices: int) -> NDArray[np.float64]:
+def check_link_cost(values: ArrayLike, devices: int) -> NDArray[np.float64]:
     """Check a matrix of costs [D,D]."""
     array = check.array_in("link_cost", values)
     if array.shape != (devices, devices) or array.dtype.kind not in "iuf":
@@ -408,7 +408,7 @@ def checked(values: ArrayLike, devices: int) -> NDArray[np.float64]:
     return cost
 
 
-def in_integers(cost: NDArray[np.float64]) -> NDArray[np.int64]:
+def scale_to_integers(cost: NDArray[np.float64]) -> NDArray[np.int64]:
     """Return lowest terms of whole numbers; others scaled until the largest is ``HIGHEST_COST``."""
     if (cost == np.floor(cost)).all() and cost.max() < 2.0**53:
         integers = cost.astype(np.int64)

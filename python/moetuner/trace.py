@@ -83,7 +83,7 @@ class RoutingTrace(Recording):
         tokens = self.ids.shape[0]
         names_given: Any = self.group_names
         if names_given is None and self.group is not None:
-            names_given = check.numbered(self.group)
+            names_given = check.name_groups(self.group)
         names = check.names(names_given)
         vars(self).update(
             num_experts=check.experts_in(self.num_experts),
@@ -296,7 +296,7 @@ class RoutingTrace(Recording):
         if self.sequence is not None and sequences.size > 1:
             chosen = np.random.default_rng(seed).permutation(sequences)[:count]
             first = check.among(self.sequence, chosen)
-        return self._taken(first), self._taken(~first)
+        return self._keep(first), self._keep(~first)
 
     def select(
         self,
@@ -322,29 +322,29 @@ class RoutingTrace(Recording):
         ValueError
             If the trace has no such layer, group or sequence.
         """
-        tokens = None if groups is None else self._of_groups(groups)
+        tokens = None if groups is None else self._mark_groups(groups)
         if sequences is not None:
-            of_these = self._of_sequences(sequences)
+            of_these = self._mark_sequences(sequences)
             tokens = of_these if tokens is None else tokens & of_these
         if layers is None:
-            return self._taken(tokens)
+            return self._keep(tokens)
         limits = {"lowest": 0, "highest": self.layers - 1}
         listed = check.listed("layers", layers, "numbers")
         numbers = [check.whole_number("layers", layer, **limits) for layer in listed]
         if not numbers or len(set(numbers)) < len(numbers):
             raise ValueError(f"layers must be at least one and differ, got {numbers}")
-        return self._taken(tokens, np.asarray(numbers, dtype=np.intp))
+        return self._keep(tokens, np.asarray(numbers, dtype=np.intp))
 
-    def _of_groups(self, groups: Iterable[str | SupportsIndex] | str) -> NDArray[np.bool_]:
+    def _mark_groups(self, groups: Iterable[str | SupportsIndex] | str) -> NDArray[np.bool_]:
         """Return whether tokens [T] are of some groups."""
         if self.group is None:
             raise check.ArgumentError("groups: the trace has no groups", "groups")
         names: list[Any] = [groups]
         if not isinstance(groups, str):
             names = check.listed("groups", groups, "names or numbers")
-        return check.among(self.group, [self._group_number(name) for name in names])
+        return check.among(self.group, [self._find_group(name) for name in names])
 
-    def _of_sequences(self, sequences: Iterable[SupportsIndex]) -> NDArray[np.bool_]:
+    def _mark_sequences(self, sequences: Iterable[SupportsIndex]) -> NDArray[np.bool_]:
         """Return whether tokens [T] are of some sequences."""
         if self.sequence is None:
             raise ValueError("sequences: the trace has no sequences")
@@ -374,9 +374,9 @@ class RoutingTrace(Recording):
         """
         wanted = check.rows("rows", rows, self.tokens)
         if wanted.dtype == np.bool_:
-            return self._taken(wanted)
+            return self._keep(wanted)
         if (wanted[:-1] < wanted[1:]).all():
-            return self._taken(_mask(wanted, self.tokens))
+            return self._keep(_make_mask(wanted, self.tokens))
         labels: dict[str, Any] = {
             name: None if values is None else check.frozen(check.at(values, wanted))
             for name, values in (("sequence", self.sequence), ("group", self.group))
@@ -408,8 +408,8 @@ class RoutingTrace(Recording):
                 f"traces must have the same layers, experts and top_k, got {sorted(sizes)}"
             )
         labels: dict[str, Any] = {}
-        labels["group"], labels["group_names"] = check.joined_groups(traces)
-        labels["sequence"] = check.joined_sequences([trace.sequence for trace in traces])
+        labels["group"], labels["group_names"] = check.join_groups(traces)
+        labels["sequence"] = check.join_sequences([trace.sequence for trace in traces])
         for name in ("model", "expert_size"):
             values = {getattr(trace, name) for trace in traces}
             labels[name] = values.pop() if len(values) == 1 else None
@@ -434,7 +434,7 @@ class RoutingTrace(Recording):
         ]
         return html_table(("", "RoutingTrace"), rows)
 
-    def _taken(
+    def _keep(
         self, tokens: NDArray[np.bool_] | None, layers: NDArray[np.intp] | None = None
     ) -> RoutingTrace:
         """Return some tokens [T] of some layers."""
@@ -446,7 +446,7 @@ class RoutingTrace(Recording):
             }
         return replace(self, ids=self.ids.select(tokens, layers), **labels)
 
-    def _group_number(self, group: str | SupportsIndex) -> int:
+    def _find_group(self, group: str | SupportsIndex) -> int:
         if isinstance(group, str):
             if group not in self.group_names:
                 names = check.shown(list(self.group_names))
@@ -463,7 +463,7 @@ def as_trace(recording: Recording) -> RoutingTrace:
     return cast(RoutingTrace, recording)
 
 
-def _mask(numbers: NDArray[np.int64], length: int) -> NDArray[np.bool_]:
+def _make_mask(numbers: NDArray[np.int64], length: int) -> NDArray[np.bool_]:
     """Return the mask [length] of numbered tokens."""
     mask = np.zeros(length, dtype=bool)
     mask[numbers] = True

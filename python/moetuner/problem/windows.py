@@ -15,7 +15,7 @@ from moetuner._texts import suggestion
 from moetuner.evaluation.arrival import WINDOWS_MIXED, mixed_windows
 from moetuner.evaluation.blocks import blocks, by_block
 from moetuner.serving.arrival import Arrival, share_mixed
-from moetuner.statistics import Loads, RoutingStatistics, narrowest
+from moetuner.statistics import Loads, RoutingStatistics, narrow
 
 Floats = NDArray[np.float64]
 Risk = Literal["mean"] | float
@@ -337,7 +337,7 @@ def _join_windows(
     group, weight = np.array(groups, np.int64)[order], np.array(weights)[order]
     if by_group is not None:
         weight *= by_group[group]
-    return narrowest(np.stack(loads)[order]), None if statistics.group is None else group, weight
+    return narrow(np.stack(loads)[order]), None if statistics.group is None else group, weight
 
 
 def _size_of_mean(size: int, windows: int) -> int:
