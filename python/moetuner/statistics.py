@@ -720,9 +720,10 @@ class RoutingStatistics(Recording, Frozen):
         [[[1, 1]]]
         """
         tokens = check.whole_number("tokens", tokens, highest=1 << 40)
-        known: RoutingStatistics | None = self.known.get(("joined", tokens))
-        if known is not None:
-            return known
+        return self.compute_once(("joined", tokens), lambda: self._join(tokens))
+
+    def _join(self, tokens: int) -> RoutingStatistics:
+        """Return what ``joined`` does, computed anew."""
         runs = self.runs(tokens)
         if not len(runs):
             raise ValueError(f"tokens must be those of windows that INPUT fills, got {tokens:,}")
@@ -731,9 +732,7 @@ class RoutingStatistics(Recording, Frozen):
         for name in ("group", "drawn_from"):
             label = getattr(self, name)
             fields[name] = None if label is None else label[runs[:, 0]]
-        joined = replace(self, window_load=cast(Any, load), window=tokens, **fields)
-        self.known["joined", tokens] = joined
-        return joined
+        return replace(self, window_load=cast(Any, load), window=tokens, **fields)
 
     def runs(self, tokens: int) -> NDArray[np.int64]:
         """Return the windows that make longer ones of so many tokens [W,n], in their order."""

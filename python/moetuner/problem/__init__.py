@@ -354,11 +354,8 @@ class Problem(Frozen):
 
     def _cost_in_blocks(self, part: Windows) -> float:
         """Return what windows of the statistics cost in blocks, computed once for all problems."""
-        known = self.statistics.known
-        asked = ("cost in blocks", id(part), self.goal, replace(self.serving, arrival="bursts"))
-        if asked not in known:
-            known[asked] = self._make_objective(part).cost_in_blocks
-        return float(known[asked])
+        key = ("cost in blocks", id(part), self.goal, replace(self.serving, arrival="bursts"))
+        return self.statistics.compute_once(key, lambda: self._make_objective(part).cost_in_blocks)
 
     @property
     def goal(self) -> Goal:

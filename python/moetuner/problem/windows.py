@@ -251,16 +251,11 @@ def choose_windows(
             f"risk must be 'mean', or a level from 0 to below 1, got {shown(risk)}", "risk"
         )
     share = share_mixed(arrival)
-    asked = ("windows", share, risk, _make_key(groups), tokens)
-    if asked not in statistics.known:
-        statistics.known[asked] = _find_chosen(statistics, share, risk, groups, tokens)
-    found: Windows = statistics.known[asked]
-    return found
-
-
-def _make_key(groups: Mapping[str, float] | Literal["minimax"] | None) -> object:
-    """Return groups as a key."""
-    return tuple(groups.items()) if isinstance(groups, Mapping) else groups
+    weights = tuple(groups.items()) if isinstance(groups, Mapping) else groups
+    return statistics.compute_once(
+        ("windows", share, risk, weights, tokens),
+        lambda: _find_chosen(statistics, share, risk, groups, tokens),
+    )
 
 
 def _find_chosen(

@@ -6,8 +6,9 @@ the two has is None or empty for the other; what only one can do is a method of 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from functools import cached_property
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,6 +17,7 @@ from moetuner.files.ids import LeftOut
 
 Integers = NDArray[np.integer[Any]]
 AnyRecording = TypeVar("AnyRecording", bound="Recording")
+Value = TypeVar("Value")
 
 
 class Recording:
@@ -136,9 +138,15 @@ class Recording:
 
     @cached_property
     def known(self) -> dict[Any, Any]:
-        """What has been computed of this recording, by what that is; recordings do not change."""
+        """Results computed from this recording, by their keys; recordings do not change."""
         return {}
 
+    def compute_once(self, key: Hashable, compute: Callable[[], Value]) -> Value:
+        """Return the result of ``compute``, which is called once for each key."""
+        if key not in self.known:
+            self.known[key] = compute()
+        return cast(Value, self.known[key])
+
     def __getstate__(self) -> dict[str, Any]:
-        """Leave behind what has been computed when a recording is pickled or copied."""
+        """Return all but the computed results, which no pickle or copy takes along."""
         return {name: value for name, value in self.__dict__.items() if name != "known"}
