@@ -1,4 +1,4 @@
-"""Routers that first choose among groups of neighbouring experts: all that is known of groups.
+"""Router groups: routers that first choose among groups of neighbouring experts.
 
 Renumbering experts is exact for such a router (DeepSeek-V3) only if its groups stay whole. With no
 more devices than groups, place the groups; with more, keep every group on devices of its own::
@@ -23,10 +23,10 @@ from moetuner._checks import DEVICE_LIMIT, ArgumentError, experts_in, instance, 
 from moetuner.placement import EMPTY, Placement
 from moetuner.statistics import RoutingStatistics
 
-# Pairs of groups that change places in a layer at most; each of them must gain half the dead zone.
+# Largest number of exchanges of two groups in a layer; each must gain half the dead zone.
 GROUP_PAIRS = 8
-# Settings of the groups of experts among which a router chooses first, and of how many it may
-# choose. Attention heads, convolutions and quantised weights have groups as well.
+# Settings of a configuration: the number of groups among which a router chooses first, and how many
+# groups it may choose. Attention heads, convolutions and quantised weights have groups as well.
 GROUPS = re.compile(
     r"(n|num)_group|(?!.*(top_?k|limit|size|use))((.*_)?(expert|router|moe)s?_.*groups?(_.*)?"
     r"|(n|num)_expert_?groups?)"
@@ -35,9 +35,9 @@ LIMIT = re.compile(r"(?=.*(top_?k|limit)).*groups?(_.*)?")
 
 
 def merge(statistics: RoutingStatistics, groups: int) -> RoutingStatistics:
-    """Count as if every group were one expert.
+    """Return the statistics of groups, as if every group were one expert.
 
-    Expert sets are dropped: how often two experts of a group met is not a matter of placing groups.
+    Expert sets are dropped, and so are pairs inside a group: no placement of groups parts them.
 
     Raises
     ------
@@ -59,7 +59,7 @@ def merge(statistics: RoutingStatistics, groups: int) -> RoutingStatistics:
 
 
 def expand(placement: Placement, experts: int) -> Placement:
-    """Put the experts in the place of their groups: a placement of groups becomes one of experts.
+    """Return the placement of experts that follows from a placement of their groups.
 
     Raises
     ------
@@ -110,9 +110,9 @@ def count_groups(settings: Mapping[str, Any]) -> int:
 
 
 def check_whole(order: NDArray[np.int64], groups: int, layer: str) -> None:
-    """Check that the order [E] keeps the router's groups of experts whole.
+    """Raise if an order of experts [E] does not keep the router's groups whole.
 
-    It chooses groups by their positions: of mixed ones others would win, and other experts.
+    The router takes groups by position: with mixed groups it would choose other experts.
     """
     size, rest = divmod(len(order), groups)
     if rest:
@@ -128,9 +128,10 @@ def check_whole(order: NDArray[np.int64], groups: int, layer: str) -> None:
 
 
 def count_nodes(groups: int, experts: int, nodes: int, ranks: int) -> int:
-    """Count the nodes of a model's ranks that keep router groups whole; 1 where none has to.
+    """Return the number of nodes if each is to hold whole router groups, else 1.
 
-    They do where they divide the groups and the ranks, as in engines' hierarchical policies.
+    Nodes hold whole groups if their number divides groups and ranks, as in engines' hierarchical
+    policies.
     """
     divides = ranks % nodes == 0 and groups % nodes == 0 and experts % groups == 0
     return nodes if divides and groups > 1 else 1
@@ -146,11 +147,11 @@ def assign_nodes(
     dead_zone: float,
     deviations: float,
 ) -> NDArray[np.int64]:
-    """Return the experts of every node [L,N,E/N], whole groups, as many on each.
+    """Return the experts of every node [L,N,E/N], in whole groups, equally many on each node.
 
-    Groups go where most of them is, then the heaviest first to the node with the least load. In
-    layers where that relieves the heaviest node, two groups change places, and again, within half
-    the budget.
+    A group goes to the node that holds most of its experts, the heaviest group first, and among
+    such nodes to the one with the least load. Then pairs of groups are exchanged in layers where
+    that relieves the heaviest node, within half the budget.
     """
     layers, ranks, _ = slots.shape
     row, size = np.arange(layers), load.shape[1] // groups
@@ -193,9 +194,9 @@ def _find_best_exchange(
     dead_zone: float,
     deviations: float,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return what the heaviest node of every layer gains by a change of two groups, and which.
+    """Return the gain of the best exchange of two groups in every layer [L], and its groups [L,2].
 
-    As a part of its load [L], 0 where that is too little or may be chance; pairs of groups [L,2].
+    The gain is a share of the heaviest node's load, 0 if it is too small or may be chance.
     """
     layers, groups = group_load.shape
     row, worst = np.arange(layers), heavy.argmax(axis=1)
@@ -222,7 +223,7 @@ def _compute_group_size(experts: int, groups: int) -> int:
 
 
 def _add_up_pairs(table: NDArray[np.uint64] | None, size: int) -> NDArray[np.uint64] | None:
-    """Add up pairs [..,E,E] over the experts of groups."""
+    """Return pairs of experts [..,E,E], added up to pairs of groups."""
     if table is None:
         return None
     groups = table.shape[-1] // size

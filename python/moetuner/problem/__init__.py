@@ -31,6 +31,7 @@ from moetuner.problem.settings import (
     write_groups,
 )
 from moetuner.problem.windows import Risk, Windows, choose_windows, join_sizes
+from moetuner.recording import compute_once
 from moetuner.serving import Serving, phases
 from moetuner.serving.arrival import Arrival
 from moetuner.serving.phases import Phases
@@ -352,8 +353,8 @@ class Problem(Frozen):
     def _cost_in_blocks(self, windows: Windows) -> float:
         """Return the mean cost of windows in blocks, computed once for all problems."""
         key = ("cost in blocks", id(windows), self.goal, replace(self.serving, arrival="bursts"))
-        return self.statistics.compute_once(
-            key, lambda: self._make_objective(windows).cost_in_blocks
+        return compute_once(
+            self.statistics, key, lambda: self._make_objective(windows).cost_in_blocks
         )
 
     @property

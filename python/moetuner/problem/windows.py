@@ -15,6 +15,7 @@ from moetuner._checks import ArgumentError, is_number, shown
 from moetuner._texts import suggestion
 from moetuner.evaluation.arrival import WINDOWS_MIXED, mixed_windows
 from moetuner.evaluation.blocks import blocks, by_block
+from moetuner.recording import compute_once
 from moetuner.serving.arrival import Arrival, share_mixed
 from moetuner.statistics import Loads, RoutingStatistics, narrow
 
@@ -249,7 +250,8 @@ def choose_windows(
         )
     share = share_mixed(arrival)
     weights = tuple(groups.items()) if isinstance(groups, Mapping) else groups
-    return statistics.compute_once(
+    return compute_once(
+        statistics,
         ("windows", share, risk, weights, tokens),
         lambda: _find_chosen(statistics, share, risk, groups, tokens),
     )
