@@ -108,6 +108,8 @@ pub struct Notes {
     is_left: Vec<bool>,
     /// Tokens that have lost their slot, by expert.
     left: Vec<(u32, f64)>,
+    /// Experts whose tokens are counted already.
+    counted: Vec<u32>,
 }
 
 impl Notes {
@@ -126,19 +128,19 @@ impl Division {
         let held = copies.slots.iter().zip(load).filter(|(slots, _)| !slots.is_empty());
         let total = held.map(|(_, load)| load).sum();
         let (served, tokens) = (vec![0.0; slots], vec![0.0; devices]);
-        let mut fresh = Self { served, tokens, total, time: 0.0, slowest: vec![] };
+        let mut division = Self { served, tokens, total, time: 0.0, slowest: vec![] };
         // Experts of one copy first: the others go where there is time left.
         for has_copies in [false, true] {
             for (slots, &load) in copies.slots.iter().zip(load) {
                 if (slots.len() > 1) == has_copies {
-                    fresh.give(copies, slots, load, notes);
+                    division.give(copies, slots, load, notes);
                 }
             }
         }
         notes.begin(devices);
-        fresh.level(copies, [fresh.mean(copies), 0.0], notes);
-        fresh.settle(notes);
-        fresh
+        division.level(copies, [total / copies.rate.iter().sum::<f64>(), 0.0], notes);
+        division.settle(notes);
+        division
     }
 
     /// Levels the devices that are not among the slowest, and so on without the slowest of those.
@@ -160,11 +162,6 @@ impl Division {
         }
     }
 
-    /// The time in which all devices are done at once.
-    fn mean(&self, copies: &Copies) -> f64 {
-        self.total / copies.rate.iter().sum::<f64>()
-    }
-
     /// The time in which the slowest device is done.
     #[must_use]
     pub fn time(&self) -> f64 {
@@ -173,7 +170,8 @@ impl Division {
 
     /// Divides tokens anew after slots have changed, which held these experts before; the time that it takes.
     ///
-    /// The notes say what has changed, for [`Self::restore`] or [`Self::settle`].
+    /// Tokens of experts that have no slot any more are served by nobody. The notes say what has changed, for
+    /// [`Self::restore`] or [`Self::settle`].
     pub fn follow(&mut self, copies: &Copies, before: &[(usize, Option<u32>)], notes: &mut Notes) -> f64 {
         notes.left.clear();
         for &(slot, expert) in before {
@@ -182,13 +180,16 @@ impl Division {
             }
             self.serve(copies, slot, -self.served[slot], notes);
         }
+        let mut total = self.total;
         for at in 0..notes.left.len() {
             let (expert, tokens) = notes.left[at];
-            self.give(copies, &copies.slots[expert as usize], tokens, notes);
+            let slots = &copies.slots[expert as usize];
+            total -= if slots.is_empty() { tokens } else { 0.0 };
+            self.give(copies, slots, tokens, notes);
         }
         notes.begin(copies.rate.len());
         let least = self.least_of_slowest(copies, before, notes);
-        self.level(copies, [self.mean(copies), least], notes);
+        self.level(copies, [total / copies.rate.iter().sum::<f64>(), least], notes);
         notes.time
     }
 
@@ -240,14 +241,14 @@ impl Division {
         }
         // Only experts that have moved may have tokens there that others could serve.
         let experts = before.iter().flat_map(|&(slot, expert)| [expert, copies.expert(slot)]).flatten();
-        let mut counted = [NOTHING; 4];
-        for (at, expert) in experts.enumerate() {
+        notes.counted.clear();
+        for expert in experts {
             let is_inside = |slot: &&u32| notes.is_inside[copies.device[**slot as usize] as usize];
             let slots = &copies.slots[expert as usize];
-            if !counted.contains(&expert) && !slots.iter().all(|slot| is_inside(&slot)) {
+            if !notes.counted.contains(&expert) && !slots.iter().all(|slot| is_inside(&slot)) {
                 tokens -= slots.iter().filter(is_inside).map(|&slot| self.served[slot as usize]).sum::<f64>();
             }
-            counted[at] = expert;
+            notes.counted.push(expert);
         }
         notes.slowest.clone_from(&self.slowest);
         if rate > 0.0 { tokens / rate } else { 0.0 }

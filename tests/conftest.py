@@ -121,7 +121,7 @@ def brief(monkeypatch):
     few |= dict.fromkeys(("LIVE_TRIALS", "BOUND_ITERATIONS"), 4)
     few |= dict.fromkeys(("ROUNDS", "RESTARTS", "PRICE_ROUNDS"), 1)
     few |= dict.fromkeys(("TANGENT_STEPS", "STAGE_NODES", "PLACE_NODES"), 1)
-    few |= {"POLISHED_SLOTS": 0, "PRICES_TRIED": 1, "LENGTHS": 2}
+    few |= {"POLISHED_SLOTS": 0}
     for name, value in few.items():
         monkeypatch.setattr(effort, name, value)
 

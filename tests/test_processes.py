@@ -236,7 +236,7 @@ def test_memory_that_is_not_there_is_an_error():
         load = np.ones((4096, 8))
         resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
         def replay():
-            _core.Replay(slots, 16384, 1, [0] * 8192)
+            _core.Replay(slots, 16384, 1, [0] * 8192, rows=1, most_tokens=1, pairs=True)
         def count():
             _core.StatisticsCounter(40, 60000, 1)
         for call in (

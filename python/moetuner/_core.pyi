@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 __version__: str
 __all__ = [
-    "LabelledReplay",
     "Layers",
     "Replay",
     "Rules",
+    "Sides",
     "StatisticsCounter",
     "__version__",
     "adapt_slots",
@@ -35,9 +35,9 @@ __all__ = [
     "forget_pools",
     "instruction_sets",
     "keep_slots",
-    "loads_after_losses",
     "match_best",
     "match_devices",
+    "measure_losses",
     "merge_sets",
     "pack",
     "pair_cost",
@@ -392,40 +392,32 @@ def pair_cost(
     """Return what counts [N,E,E] of pairs cost [D,D], with their experts on devices [N,E] each."""
 
 @final
-class Replay:
-    """Replays a trace under a placement, shard by shard."""
+class Sides:
+    """What sides of folds have of windows; where several have the same of one, it is one row."""
 
-    def __new__(
-        cls,
-        slots: NDArray[np.int32],
-        num_experts: int,
-        top_k: int,
-        node_of_device: list[int],
-        *,
-        window: int | None = None,
-        split: str = "even",
-        pairs: bool = True,
-        of_slots: bool = False,
-    ) -> Replay: ...
-    def push(
-        self, expert_ids: _ExpertIds, threads: int | None = None, *, checked: bool = False
-    ) -> None:
-        """Replay the next tokens [T,L,K], C-contiguous; a faulty shard changes nothing."""
+    def __new__(cls, tokens: NDArray[np.uint64], sides: list[int]) -> Sides:
+        """Take tokens by window and fold [W,F], and the folds of every side, a bit each [S]."""
 
-    def finish(
+    def rows(
         self,
-    ) -> tuple[
-        int,
-        NDArray[np.unsignedinteger[Any]],
-        NDArray[np.uint64],
-        NDArray[np.unsignedinteger[Any]],
-        NDArray[np.unsignedinteger[Any]],
-        NDArray[np.unsignedinteger[Any]],
-    ]:
-        """Tokens, load [W,L,D], traffic [L-1,D,D], visits [W,L,D], [W,L,N], slots [W,L,P]."""
+    ) -> tuple[NDArray[np.uint32], NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint32]]:
+        """Window [R], tokens [R], tokens of the window [R], row of every window and side [W,S]."""
+
+    def add_up(
+        self,
+        window: NDArray[np.uint32],
+        fold: NDArray[np.uint8],
+        counts: NDArray[np.unsignedinteger[Any]],
+        table: NDArray[np.float64],
+        threads: int | None = None,
+    ) -> None:
+        """Write rows [R,a,b] that have a part of their window, scaled to all of it.
+
+        Counts [C,a,b] are of cells of these windows, rising, and folds [C]. Other rows stay.
+        """
 
 @final
-class LabelledReplay:
+class Replay:
     """Replays tokens under a placement, each counted in a row of its own choice."""
 
     def __new__(
@@ -439,9 +431,11 @@ class LabelledReplay:
         most_tokens: int,
         split: str = "even",
         visits: bool = True,
+        pairs: bool = False,
         stays: bool = False,
-    ) -> LabelledReplay:
-        """Take what `Replay` takes, and how many rows there are, of at most so many tokens."""
+        of_slots: bool = False,
+    ) -> Replay:
+        """Take slots [L,D,S], the node of every device, and how many rows of how many tokens."""
 
     def push(
         self,
@@ -453,7 +447,11 @@ class LabelledReplay:
         homes: NDArray[np.uint16] | None = None,
         checked: bool = False,
     ) -> None:
-        """Count the next tokens [T,L,K], each in a row [T], at positions [T] and homes [T]."""
+        """Count the next tokens [T,L,K], each in a row [T], at positions [T] and homes [T].
+
+        Copies that take turns do so in the order in which tokens are pushed. A faulty shard changes
+        nothing.
+        """
 
     def finish(
         self,
@@ -461,12 +459,13 @@ class LabelledReplay:
         NDArray[np.unsignedinteger[Any]],
         NDArray[np.unsignedinteger[Any]],
         NDArray[np.unsignedinteger[Any]],
+        NDArray[np.unsignedinteger[Any]],
+        NDArray[np.uint64],
         NDArray[np.uint64],
     ]:
-        """Load [L,R,D], visits [L,R,D], node visits [L,R,N], and pairs that stay [R].
+        """Load [R,L,D], visits [R,L,D], [R,L,N], slots [R,L,P], pairs [L-1,D,D], stays [R].
 
-        These are of experts of neighbouring layers that one device serves both. What was not wanted
-        is empty.
+        Stays are pairs whose experts one device serves both. What was not wanted is empty.
         """
 
 def replicate_experts(
@@ -486,14 +485,21 @@ def replicate_experts(
     Returns slots [L,D,S], -1 for an empty one.
     """
 
-def loads_after_losses(
-    slots: NDArray[np.int32], load: NDArray[np.float64], domain: list[int]
+def measure_losses(
+    slots: NDArray[np.int32],
+    load: NDArray[np.float64],
+    domain: list[int],
+    time: list[float],
+    *,
+    divided: bool = False,
+    threads: int | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Compute loads of devices after every loss, where copies share evenly.
+    """Measure single losses of failure domains.
 
-    Takes slots [L,D,S] with -1 for an empty one, load [L,E] and the failure domain of every
-    device [D]. Returns loads of devices after the loss of each domain [F,L,D], 0 of those that are
-    lost, and how many experts are lost as a whole [F,L]. It costs what losses change.
+    Takes slots [L,D,S] with -1 for an empty one, load [L,E], the failure domain of every device
+    [D], and its time per token as a share of the slowest one's [D]. Copies share evenly, or a
+    dispatcher divides all tokens anew. Returns the time of the busiest device over the mean of
+    those that are left, 1 where nothing is served, and how many experts are lost as a whole [F,L].
     """
 
 def adapt_slots(

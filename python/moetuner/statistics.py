@@ -782,9 +782,16 @@ def as_counts(recording: Recording, **options: Any) -> RoutingStatistics:
 
 
 def count_loads(
-    recording: Recording, *, window: int | None = None, threads: int | None = None
+    recording: Recording,
+    *,
+    window: int | None = None,
+    threads: int | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> RoutingStatistics:
-    """Return the loads of a trace alone, in windows within its groups; counts as they are."""
+    """Return the loads of a trace alone, in windows within its groups; counts as they are.
+
+    ``progress`` is called with the share of a trace's tokens that are counted.
+    """
     return as_counts(
         recording,
         window=window,
@@ -793,6 +800,7 @@ def count_loads(
         coactivation=False,
         sets=False,
         threads=threads,
+        progress=progress,
     )
 
 

@@ -3,7 +3,7 @@
 //! A trace has thousands of windows, and of most nothing is counted any more: only those that are still open take
 //! 64 bits a count.
 
-use std::ops::Range;
+use std::ops::{AddAssign, Range};
 
 use crate::error::{Result, room_for};
 
@@ -68,31 +68,55 @@ impl Narrow {
         }
     }
 
-    /// Some columns each of every row of `tables` `[rows, size]` of one type, one table after the other.
+    /// Some columns each of `tables` `[rows, size]` of one type, one of each layer `[rows, layers, columns]`.
     pub(crate) fn columns<const N: usize>(
-        tables: Vec<Self>,
+        tables: &[Self],
+        rows: usize,
         size: usize,
         columns: &[Range<usize>; N],
     ) -> [Self; N] {
-        fn extend<T: Copy>(all: &mut Vec<T>, from: &[T], size: usize, columns: &Range<usize>) {
-            from.chunks_exact(size).for_each(|row| all.extend_from_slice(&row[columns.clone()]));
-        }
-        let mut parts = columns.each_ref().map(|_| tables[0].zeros_like(0));
-        // Of each table, once it was copied, nothing is held any more.
-        for table in tables {
-            for (part, columns) in parts.iter_mut().zip(columns) {
-                match (part, &table) {
-                    (Self::U8(all), Self::U8(from)) => extend(all, from, size, columns),
-                    (Self::U16(all), Self::U16(from)) => extend(all, from, size, columns),
-                    (Self::U32(all), Self::U32(from)) => extend(all, from, size, columns),
-                    (Self::U64(all), Self::U64(from)) => extend(all, from, size, columns),
+        columns.each_ref().map(|columns| {
+            let mut all = tables[0].zeros_like(0);
+            of_any_type!(&mut all, all => {
+                all.reserve_exact(rows * tables.len() * columns.len());
+                for row in 0..rows {
+                    for table in tables {
+                        all.extend_from_slice(&Number::slice(table)[row * size..][columns.clone()]);
+                    }
+                }
+            });
+            all
+        })
+    }
+}
+
+/// What counts are made of.
+pub(crate) trait Number: Copy + AddAssign + From<u8> {
+    /// Adds a count; the sum is not above what was promised.
+    fn add(&mut self, count: u64);
+
+    /// The counts of a table of this type.
+    fn slice(table: &Narrow) -> &[Self];
+}
+
+macro_rules! numbers {
+    ($($type:ty: $kind:ident),*) => {
+        $(impl Number for $type {
+            #[inline(always)]
+            fn add(&mut self, count: u64) {
+                *self += count as $type;
+            }
+
+            fn slice(table: &Narrow) -> &[Self] {
+                match table {
+                    Narrow::$kind(all) => all,
                     _ => unreachable!("tables are of one type"),
                 }
             }
-        }
-        parts
-    }
+        })*
+    };
 }
+numbers!(u8: U8, u16: U16, u32: U32, u64: U64);
 
 /// Counts by window: runs of `length` tokens, or the whole trace.
 #[derive(Debug)]

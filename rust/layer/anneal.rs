@@ -85,6 +85,7 @@ pub(super) fn search(
     let mut best = (if effort.quick { terms.slowest() } else { terms.cost() }, slots.expert_in.clone());
     // What a slot may hold instead, where slots are to spare: any expert or, as the last of them, nothing.
     let kinds = if layer.has_spare() { layer.experts + usize::from(effort.empties) } else { 0 };
+    let takes_long = terms.take_long();
     let has_few_windows = layer.windows.count <= FEW_WINDOWS && terms.peak().is_some();
     let last = if has_few_windows { COLDEST } else { schedule.last };
     let typical = typical_change(layer, &mut terms, &slots, kinds, schedule, random, control);
@@ -93,7 +94,7 @@ pub(super) fn search(
     let ramp = Ramp { first: schedule.first * typical, change: last / schedule.first };
     anneal::anneal(length, BLOCKS, [ramp], control, |[temperature]| {
         for trial in 0..BLOCKS.trials {
-            if trial % BETWEEN == BETWEEN - 1 && layer.costs.sets.is_some() && control.stopped() {
+            if trial % BETWEEN == BETWEEN - 1 && takes_long && control.stopped() {
                 break;
             }
             let step = proposal(layer, &slots, &terms, kinds, schedule.put, random);

@@ -88,10 +88,10 @@ impl<'a> Descent<'a> {
         serve_cost: Option<Vec<f64>>,
         control: &'a Control,
     ) -> Self {
-        let mut terms = Terms::new(layer, &slots);
-        if let Some(serve_cost) = serve_cost {
-            terms.price_serving(serve_cost, &slots);
-        }
+        let terms = match serve_cost {
+            Some(serve_cost) => Terms::with_serving(layer, &slots, serve_cost.into()),
+            None => Terms::new(layer, &slots),
+        };
         let best = vec![None; layer.devices() * layer.devices()];
         let (fresh, top, slow, is_costly) = (false, None, vec![], None);
         let mut descent = Self { layer, slots, terms, running, best, fresh, top, slow, is_costly, control };
@@ -119,7 +119,7 @@ impl<'a> Descent<'a> {
 
     /// Finds the devices that cost most where losses count; those that did not before.
     fn find_costly(&mut self) -> Vec<u16> {
-        let costly = self.terms.after_losses().filter(|_| !self.terms.has_linear()).map(|powers| {
+        let costly = self.terms.after_losses().map(|powers| {
             let mut order: Vec<usize> = (0..powers.len()).collect();
             order.sort_by(|&g, &h| powers[h].total_cmp(&powers[g]));
             let mut costly: Vec<bool> = self.slow.iter().map(|slow| slow.1 > 0.0).collect();
@@ -144,7 +144,7 @@ impl<'a> Descent<'a> {
         }
     }
 
-    /// Whether the slowest devices bound what a step gains: where they, and what is linear, are all that costs.
+    /// Whether the slowest devices bound what a step gains: where they, and what is separable, are all that costs.
     fn is_bounded(&self) -> bool {
         let layer = self.layer;
         let shares = layer.site.split != Split::Nearest || layer.slots() == layer.experts;
@@ -204,8 +204,8 @@ impl<'a> Descent<'a> {
         }
         if let Some(relief) = limits.relief {
             let mut gain = relief.min(self.relieves(step));
-            if self.terms.has_linear() {
-                gain -= self.terms.linear_change(&self.slots, step);
+            if self.terms.has_separable() {
+                gain -= self.terms.separable_change(&self.slots, step);
             }
             if gain <= least {
                 return;
@@ -225,7 +225,7 @@ impl<'a> Descent<'a> {
         let relief = if g == h { f64::INFINITY } else { self.slow[g].1 + self.slow[h].1 };
         let is_under = self.terms.excess() == 0.0;
         let limits = Limits { relief: bounded.then_some(relief), least: self.least_gain(), is_under };
-        if !bounded || relief > 0.0 || self.terms.has_linear() {
+        if !bounded || relief > 0.0 || self.terms.has_separable() {
             for p in self.slots.of(g) {
                 if self.control.stopped() {
                     return;
@@ -434,6 +434,6 @@ pub fn descend(
 fn price(all: &mut [Descent<'_>], links: Links<'_>, l: usize) {
     let neighbours = beside(all, l).map(|neighbour| neighbour.map(|descent| &descent.slots));
     let serve_cost = prices(all[l].layer, neighbours, links, l);
-    let Descent { terms, slots, .. } = &mut all[l];
-    terms.price_serving(serve_cost, slots);
+    let descent = &mut all[l];
+    descent.terms = Terms::with_serving(descent.layer, &descent.slots, serve_cost.into());
 }

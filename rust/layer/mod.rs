@@ -9,6 +9,7 @@
 pub mod adapt;
 mod anneal;
 mod budget;
+mod caps;
 pub mod construct;
 pub mod descend;
 mod rules;

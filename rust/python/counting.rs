@@ -4,20 +4,20 @@ use std::num::NonZeroU64;
 
 use numpy::{
     IntoPyArray, PyArray1, PyArray2, PyArray3, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2,
-    PyReadonlyArray3, PyUntypedArrayMethods,
+    PyReadonlyArray3, PyReadwriteArray3, PyUntypedArrayMethods,
 };
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use rayon::prelude::*;
 
-use super::{alone, array2, array3, caught, detached, sizes};
+use super::{alone, array2, array3, caught, detached, shaped, sizes};
 use crate::counting::recency::count;
 use crate::counting::sets::Sets;
 use crate::counting::windows::{Narrow, of_any_type};
 use crate::counting::{Counter, Tables};
 use crate::error::{Error, room_for};
-use crate::replay::labels::{Labelled, Labels};
-use crate::replay::{Copies, Split};
+use crate::replay::sides::Cells;
+use crate::replay::{Copies, Labels, Split, Wanted};
 use crate::trace::Routing;
 
 /// Expert ids as numpy hands them over.
@@ -267,95 +267,31 @@ fn copies_of(
     Ok((routing, caught(|| Copies::new(slots, routing, per_device, node_of_device, split))??))
 }
 
-/// Replays a trace under a placement, shard by shard.
+/// Replays tokens under a placement, each counted in a row of its own choice, shard by shard.
 #[pyclass(module = "moetuner._core")]
 pub(super) struct Replay {
     routing: Routing,
-    devices: usize,
-    nodes: usize,
-    slots: usize,
+    sizes: [usize; 4],
+    rows: usize,
     replay: Option<crate::replay::Replay>,
 }
 
-/// tokens, load [W,L,D], traffic [L-1,D,D], visits [W,L,D], node visits [W,L,N], load of slots [W,L,P]
+/// load [R,L,D], visits [R,L,D], node visits [R,L,N], load of slots [R,L,P], traffic [L-1,D,D], pairs that stay [R]
 type Tallied<'py> = (
-    u64,
+    Bound<'py, PyAny>,
+    Bound<'py, PyAny>,
+    Bound<'py, PyAny>,
     Bound<'py, PyAny>,
     Bound<'py, PyArray3<u64>>,
-    Bound<'py, PyAny>,
-    Bound<'py, PyAny>,
-    Bound<'py, PyAny>,
+    Bound<'py, PyArray1<u64>>,
 );
 
 #[pymethods]
 impl Replay {
     #[new]
-    #[pyo3(signature = (slots, num_experts, top_k, node_of_device, *, window = None, split = "even",
-                        pairs = true, of_slots = false))]
-    fn new(
-        slots: PyReadonlyArray3<'_, i32>,
-        num_experts: usize,
-        top_k: usize,
-        node_of_device: Vec<u16>,
-        window: Option<NonZeroU64>,
-        split: &str,
-        pairs: bool,
-        of_slots: bool,
-    ) -> PyResult<Self> {
-        let (routing, copies) = copies_of(&slots, num_experts, top_k, &node_of_device, split)?;
-        let (devices, nodes) = (copies.devices, copies.nodes());
-        let slots = if of_slots { slots.as_slice()?.len() / routing.layers } else { 0 };
-        let window = window.map(NonZeroU64::get);
-        let replay = Some(crate::replay::Replay::new(routing, copies, window, pairs, of_slots)?);
-        Ok(Self { routing, devices, nodes, slots, replay })
-    }
-
-    #[pyo3(signature = (expert_ids, threads = None, *, checked = false))]
-    fn push(
-        &mut self,
-        py: Python<'_>,
-        expert_ids: Ids<'_>,
-        threads: Option<usize>,
-        checked: bool,
-    ) -> PyResult<()> {
-        expert_ids.check(self.routing)?;
-        let replay = self.replay.as_mut().ok_or_else(finished)?;
-        with_ids!(expert_ids, ids => Ok(detached(py, threads, || replay.push(ids, checked))??))
-    }
-
-    fn finish<'py>(&mut self, py: Python<'py>) -> PyResult<Tallied<'py>> {
-        let replay = self.replay.take().ok_or_else(finished)?;
-        let tally = alone(py, || replay.finish())?;
-        let (layers, d) = (self.routing.layers, self.devices);
-        Ok((
-            tally.tokens,
-            narrow3(py, (tally.windows, layers, d), tally.load)?,
-            array3(py, (layers - 1, d, d), tally.traffic)?,
-            narrow3(py, (tally.windows, layers, d), tally.visits)?,
-            narrow3(py, (tally.windows, layers, self.nodes), tally.node_visits)?,
-            narrow3(py, (tally.windows, layers, self.slots), tally.slots)?,
-        ))
-    }
-}
-
-/// load [L,R,D], visits [L,R,D], node visits [L,R,N], pairs that stay [R]
-type LabelledCounts<'py> =
-    (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyArray1<u64>>);
-
-/// Replays tokens under a placement, each counted in a row of its own choice, shard by shard.
-#[pyclass(module = "moetuner._core")]
-pub(super) struct LabelledReplay {
-    routing: Routing,
-    sizes: [usize; 3],
-    rows: usize,
-    replay: Option<Labelled>,
-}
-
-#[pymethods]
-impl LabelledReplay {
-    #[new]
     #[pyo3(signature = (slots, num_experts, top_k, node_of_device, *, rows, most_tokens, split = "even",
-                        visits = true, stays = false))]
+                        visits = true, pairs = false, stays = false, of_slots = false))]
+    #[allow(clippy::fn_params_excessive_bools)] // Python gives them by name.
     fn new(
         slots: PyReadonlyArray3<'_, i32>,
         num_experts: usize,
@@ -365,12 +301,16 @@ impl LabelledReplay {
         most_tokens: u64,
         split: &str,
         visits: bool,
+        pairs: bool,
         stays: bool,
+        of_slots: bool,
     ) -> PyResult<Self> {
         let (routing, copies) = copies_of(&slots, num_experts, top_k, &node_of_device, split)?;
-        let of_visits = if visits { [copies.devices, copies.nodes()] } else { [0, 0] };
-        let sizes = [copies.devices, of_visits[0], of_visits[1]];
-        let replay = Some(Labelled::new(routing, copies, rows, most_tokens, visits, stays)?);
+        let wanted = Wanted { visits: visits || of_slots, pairs, stays, slots: of_slots };
+        let (devices, nodes) = if wanted.visits { (copies.devices, copies.nodes()) } else { (0, 0) };
+        let slots = if of_slots { slots.as_slice()?.len() / routing.layers } else { 0 };
+        let sizes = [copies.devices, devices, nodes, slots];
+        let replay = Some(crate::replay::Replay::new(routing, copies, rows, most_tokens, wanted)?);
         Ok(Self { routing, sizes, rows, replay })
     }
 
@@ -394,16 +334,98 @@ impl LabelledReplay {
         with_ids!(expert_ids, ids => Ok(detached(py, threads, || replay.push(ids, labels, checked))??))
     }
 
-    fn finish<'py>(&mut self, py: Python<'py>) -> PyResult<LabelledCounts<'py>> {
+    fn finish<'py>(&mut self, py: Python<'py>) -> PyResult<Tallied<'py>> {
         let replay = self.replay.take().ok_or_else(finished)?;
-        let ([load, visits, nodes], stays) = alone(py, || replay.finish())?;
-        let table = |counts, size| narrow3(py, (self.routing.layers, self.rows, size), counts);
+        let tally = alone(py, || replay.finish())?;
+        let (layers, [devices, visited, nodes, slots]) = (self.routing.layers, self.sizes);
+        let table = |counts, size| narrow3(py, (self.rows, layers, size), counts);
+        let between = if tally.traffic.is_empty() { 0 } else { layers - 1 };
         Ok((
-            table(load, self.sizes[0])?,
-            table(visits, self.sizes[1])?,
-            table(nodes, self.sizes[2])?,
-            stays.into_pyarray(py),
+            table(tally.load, devices)?,
+            table(tally.visits, visited)?,
+            table(tally.node_visits, nodes)?,
+            table(tally.slots, slots)?,
+            array3(py, (between, devices, devices), tally.traffic)?,
+            tally.stays.into_pyarray(py),
         ))
+    }
+}
+
+/// What sides of folds have of windows, added up from what each fold has of them.
+#[pyclass(module = "moetuner._core")]
+pub(super) struct Sides {
+    sides: crate::replay::sides::Sides,
+    shape: (usize, usize),
+}
+
+/// window [R], tokens [R], length [R], row of every window and side [W,S]
+type SideRows<'py> = (
+    Bound<'py, PyArray1<u32>>,
+    Bound<'py, PyArray1<u64>>,
+    Bound<'py, PyArray1<u64>>,
+    Bound<'py, PyArray2<u32>>,
+);
+
+/// Counts as numpy hands them over.
+#[derive(FromPyObject)]
+enum CellCounts<'py> {
+    U8(PyReadonlyArray3<'py, u8>),
+    U16(PyReadonlyArray3<'py, u16>),
+    U32(PyReadonlyArray3<'py, u32>),
+    U64(PyReadonlyArray3<'py, u64>),
+}
+
+#[pymethods]
+impl Sides {
+    #[new]
+    fn new(tokens: PyReadonlyArray2<'_, u64>, sides: Vec<u32>) -> PyResult<Self> {
+        let [windows, folds] = sizes(tokens.shape());
+        if !(1..=32).contains(&folds) {
+            return Err(Error::shape("tokens", "from 1 to 32 folds", &folds).into());
+        }
+        let shape = (windows, sides.len());
+        Ok(Self { sides: crate::replay::sides::Sides::new(tokens.as_slice()?, folds, &sides), shape })
+    }
+
+    fn rows<'py>(&self, py: Python<'py>) -> PyResult<SideRows<'py>> {
+        let rows = &self.sides.rows;
+        Ok((
+            rows.iter().map(|row| row.window).collect::<Vec<_>>().into_pyarray(py),
+            rows.iter().map(|row| row.tokens).collect::<Vec<_>>().into_pyarray(py),
+            rows.iter().map(|row| row.length).collect::<Vec<_>>().into_pyarray(py),
+            array2(py, self.shape, self.sides.of_side.clone())?,
+        ))
+    }
+
+    #[pyo3(signature = (window, fold, counts, table, threads = None))]
+    fn add_up(
+        &self,
+        py: Python<'_>,
+        window: PyReadonlyArray1<'_, u32>,
+        fold: PyReadonlyArray1<'_, u8>,
+        counts: CellCounts<'_>,
+        mut table: PyReadwriteArray3<'_, f64>,
+        threads: Option<usize>,
+    ) -> PyResult<()> {
+        let cells = Cells { window: window.as_slice()?, fold: fold.as_slice()? };
+        let [rows, layers, columns] = sizes(table.shape());
+        let size = layers * columns;
+        shaped("table", &[rows], &[self.sides.rows.len()])?;
+        shaped("fold", &[cells.fold.len()], &[cells.window.len()])?;
+        let to = table.as_slice_mut()?;
+        macro_rules! add {
+            ($counts:expr) => {{
+                shaped("counts", $counts.shape(), &[cells.window.len(), layers, columns])?;
+                let counts = $counts.as_slice()?;
+                detached(py, threads, || self.sides.add_up(cells, counts, size, to))
+            }};
+        }
+        match &counts {
+            CellCounts::U8(counts) => add!(counts),
+            CellCounts::U16(counts) => add!(counts),
+            CellCounts::U32(counts) => add!(counts),
+            CellCounts::U64(counts) => add!(counts),
+        }
     }
 }
 

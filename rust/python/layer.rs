@@ -16,7 +16,7 @@ use crate::layer::construct::{QUICK, by_windows, complete, fill_layers, on_sum};
 use crate::layer::descend::{UNLIMITED, descend};
 use crate::layer::terms::divided;
 use crate::layer::terms::fanout;
-use crate::layer::terms::losses::{Losses, loads_after};
+use crate::layer::terms::losses::{Losses, SingleLosses};
 use crate::layer::terms::reading::{Reading, Weights};
 use crate::layer::terms::together::Pairs;
 use crate::layer::terms::windows::{Measure, Windows};
@@ -395,39 +395,39 @@ impl Layers {
     }
 }
 
-/// Loads of devices after every loss [F,L,D], and experts that are lost then [F,L].
-type After<'py> = (Bound<'py, PyArray3<f64>>, Bound<'py, PyArray2<i64>>);
+/// The busiest device over the mean of those that are left after every loss, and experts that are lost then [F,L].
+type Measured<'py> = (Bound<'py, PyArray2<f64>>, Bound<'py, PyArray2<i64>>);
 
-/// Loads of devices after the loss of every domain, of slots [L,D,S], loads [L,E] and the domain of every device [D].
+/// Measures single losses of slots [L,D,S] and loads [L,E], by the domain and time per token of every device [D].
 #[pyfunction]
-pub(super) fn loads_after_losses<'py>(
+#[pyo3(signature = (slots, load, domain, time, *, divided = false, threads = None))]
+pub(super) fn measure_losses<'py>(
     py: Python<'py>,
     slots: PyReadonlyArray3<'py, i32>,
     load: PyReadonlyArray2<'py, f64>,
     domain: Vec<u16>,
-) -> PyResult<After<'py>> {
+    time: Vec<f64>,
+    divided: bool,
+    threads: Option<usize>,
+) -> PyResult<Measured<'py>> {
     let &[l, e] = load.shape() else { unreachable!("the array has two dimensions") };
     let (d, per_device) = (domain.len(), slots.shape()[2]);
     shaped("slots", slots.shape(), &[l, d, per_device])?;
+    shaped("time", &[time.len()], &[d])?;
     fits("slots", d, per_device)?;
-    let domains = domain.iter().max().map_or(0, |&last| usize::from(last) + 1);
-    room_for("loads after losses", &[l + 1, domains, d, 2 * size_of::<f64>()])?;
     let (load, slots) = (contiguous(load.as_slice().ok())?, contiguous(slots.as_slice().ok())?);
     let capacity = vec![per_device; d];
-    let (loads, fatal) = alone(py, || {
-        let (mut loads, mut fatal) = (vec![0.0; domains * l * d], vec![0; domains * l]);
-        let rows = slots.chunks_exact((d * per_device).max(1)).zip(load.chunks_exact(e.max(1)));
-        for (layer, (rows, load)) in rows.enumerate() {
-            let slots = Slots::new(&capacity, e, &contents_of(rows, per_device, &capacity));
-            let (after, lost) = loads_after(&slots, load, &domain);
-            for (domain, after) in after.chunks_exact(d).enumerate() {
-                loads[(domain * l + layer) * d..][..d].copy_from_slice(after);
-                fatal[domain * l + layer] = lost[domain];
-            }
-        }
-        (loads, fatal)
-    })?;
-    Ok((array3(py, (domains, l, d), loads)?, array2(py, (domains, l), fatal)?))
+    let measure = |layer: usize| {
+        let rows = &slots[layer * d * per_device..][..d * per_device];
+        let slots = Slots::new(&capacity, e, &contents_of(rows, per_device, &capacity));
+        SingleLosses::new(&slots, &load[layer * e..][..e], &domain, &time, divided)
+    };
+    let all: Vec<SingleLosses> = detached(py, threads, || (0..l).into_par_iter().map(measure).collect())?;
+    let domains = domain.iter().max().map_or(0, |&last| usize::from(last) + 1);
+    let by_loss = || (0..domains).flat_map(|lost| all.iter().map(move |losses| (losses, lost)));
+    let imbalance = by_loss().map(|(losses, lost)| losses.imbalance[lost]).collect();
+    let experts_lost = by_loss().map(|(losses, lost)| losses.experts_lost[lost]).collect();
+    Ok((array2(py, (domains, l), imbalance)?, array2(py, (domains, l), experts_lost)?))
 }
 
 /// What the steps of a descent write, what is so after each, and whether it was interrupted.

@@ -203,7 +203,7 @@ mod _core {
     use super::chain::{exact_chain, search};
     #[pymodule_export]
     use super::counting::{
-        LabelledReplay, Replay, StatisticsCounter, code_tokens, count_recency, merge_sets, validate,
+        Replay, Sides, StatisticsCounter, code_tokens, count_recency, merge_sets, validate,
     };
     #[pymodule_export]
     use super::expected::{
@@ -212,7 +212,7 @@ mod _core {
     };
     #[pymodule_export]
     use super::layer::{
-        Layers, adapt_slots, keep_slots, loads_after_losses, match_best, match_devices, replicate_experts,
+        Layers, adapt_slots, keep_slots, match_best, match_devices, measure_losses, replicate_experts,
         spend_budget,
     };
     #[pymodule_export]

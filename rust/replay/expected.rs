@@ -7,7 +7,7 @@
 
 use rayon::prelude::*;
 
-use super::by_expert;
+use super::copies::by_expert;
 use crate::error::Result;
 use crate::random::choose_copy;
 use crate::urn::visits_of_load;

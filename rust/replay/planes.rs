@@ -3,10 +3,9 @@
 //! The counts of all devices lie side by side in a few words, so one addition per expert counts a token. The bits of
 //! 64 tokens, transposed, are rows like those of ids: load, traffic and visits are numbers of ones.
 
-use std::ops::Range;
-
 use super::Copies;
 use crate::counting::pairs::{MOST_UNITS, NO_UNIT, Side, Units};
+use crate::counting::windows::Number;
 use crate::trace::{ExpertId, Routing};
 
 /// Rows at the most: for more, counting pairs of slots is as fast or faster (measured: docs/experiments.md, Counting and replay).
@@ -81,33 +80,67 @@ impl Planes {
         Units::new(&units, self.columns_of_bits(), self.columns())
     }
 
-    /// Fills `side` with the counts of the ids of a layer; the block begins with token `first` of the trace.
-    pub(super) fn fill<I: ExpertId>(
-        &self,
-        copies: &Copies,
-        l: usize,
-        ids: &[I],
-        first: u64,
-        side: &mut Side<u16>,
-    ) {
-        if copies.is_single(l) {
-            side.fill_sums(ids, &self.units[l]);
-        } else {
-            side.fill_sums(&copies.route(l, ids, side.top_k, first.., None), &self.units[l]);
-        }
+    /// Fills `side` with the counts of the ids of a layer or, where experts have copies, of the slots that serve them.
+    pub(super) fn fill<I: ExpertId>(&self, l: usize, ids: &[I], side: &mut Side<u16>) {
+        side.fill_sums(ids, &self.units[l]);
     }
 
-    /// Adds load and visits of devices and visits of nodes, one after the other, of some of the tokens.
-    pub(super) fn count(&self, side: &Side<u16>, tokens: Range<usize>, copies: &Copies, counts: &mut [u64]) {
-        let (load, visits) = counts.split_at_mut(self.devices);
-        let mut ones = vec![0; self.columns()];
-        count(side.words(tokens), &copies.devices_of_node, &mut ones, visits);
-        for (bit, ones) in ones.chunks_exact(self.devices).enumerate() {
-            for (load, ones) in load.iter_mut().zip(ones) {
-                *load += ones << bit;
+    /// Adds what tokens do to their rows of a table `[rows, size]`: load of devices and, where a row has places for them,
+    /// visits of devices and nodes; and pairs that stay with those of the layer before. `rows` are of these tokens and of
+    /// those after them.
+    pub(super) fn count<T: Number>(
+        &self,
+        side: &Side<u16>,
+        before: Option<&Side<u16>>,
+        rows: &[u32],
+        copies: &Copies,
+        (table, size): (&mut [T], usize),
+        stays: &mut [u64],
+    ) {
+        let mut sums = vec![0; self.columns() + self.devices + copies.nodes()];
+        let mut from = 0;
+        for run in rows[..side.tokens].chunk_by(|row, next| row == next) {
+            let (row, tokens) = (run[0] as usize, from..from + run.len());
+            sums.fill(0);
+            let (ones, visits) = sums.split_at_mut(self.columns());
+            count(side.words(tokens.clone()), &copies.devices_of_node, ones, visits);
+            let (load, places) = table[row * size..][..size].split_at_mut(self.devices);
+            for (bit, ones) in ones.chunks_exact(self.devices).enumerate() {
+                load.iter_mut().zip(ones).for_each(|(load, ones)| load.add(ones << bit));
+            }
+            places.iter_mut().zip(visits).for_each(|(place, visits)| place.add(*visits));
+            if let Some(before) = before {
+                stays[row] +=
+                    count_same(before.words(tokens.clone()), side.words(tokens.clone()), self.devices);
+            }
+            from = tokens.end;
+        }
+    }
+}
+
+/// Counts pairs of a one on the left and one on the right of the same device, each by what its bit is worth.
+#[multiversion::multiversion(targets(
+    "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx512vpopcntdq+avx2+bmi2+popcnt",
+    "x86_64+avx2+bmi2+popcnt"
+))]
+fn count_same<'a>(
+    left: impl Iterator<Item = (&'a [u64], u64)>,
+    right: impl Iterator<Item = (&'a [u64], u64)>,
+    devices: usize,
+) -> u64 {
+    let mut all = 0;
+    for ((left, within), (right, _)) in left.zip(right) {
+        for (bit, left) in left.chunks_exact(devices).enumerate() {
+            for (other, right) in right.chunks_exact(devices).enumerate() {
+                let mut ones = 0;
+                for (left, right) in left.iter().zip(right) {
+                    ones += u64::from((left & right & within).count_ones());
+                }
+                all += ones << (bit + other);
             }
         }
     }
+    all
 }
 
 /// Adds the ones of every column, and visits of devices and nodes. `rows` are the columns of 64 tokens at a time, and

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moetuner.evaluation.arrival import at_once, mixed_order, mixed_windows
+from moetuner.evaluation.arrival import at_once, mix, mixed_order, mixed_windows, places
 
 
 @given(st.lists(st.integers(0, 20), max_size=200), st.integers(0, 3), st.booleans())
@@ -63,3 +63,17 @@ def test_mixed_windows_are_means(windows):
     assert (actual <= load.max(axis=0) + 1e-12).all()
     if windows <= 16:
         assert np.allclose(actual, load.mean(axis=0))
+
+
+@given(st.integers(0, 60), st.integers(0, 99), st.sampled_from([None, 1, 7]))
+def test_places_are_where_rows_are_in_the_order(length, seed, every):
+    """Of all rows, or of some among these: a list says the same, also if those are mixed again."""
+    rng = np.random.default_rng(seed)
+    order, sequence = rng.permutation(length), rng.integers(0, 5, length).astype(np.int32)
+    rows = np.arange(length) if every is None else np.flatnonzero(rng.integers(0, every, length))
+    served = [row for row in order.tolist() if row in rows]
+    place = places(order, rows)
+    assert place.tolist() == [served.index(row) for row in rows.tolist()]
+    again = mixed_order(sequence[served], len(rows), seed=seed).tolist()
+    mixed = mix(sequence, rows, place, seed=seed)
+    assert mixed.tolist() == [again.index(place) for place in place.tolist()]

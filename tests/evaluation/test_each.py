@@ -6,11 +6,11 @@ from conftest import random_ids
 from hypothesis import given
 from hypothesis import strategies as st
 from placements import random_slots
+from served import replayed
 
 import moetuner as mt
 from moetuner import _core
-from moetuner.evaluation import evaluate_each, figures
-from moetuner.evaluation import replay as replay_
+from moetuner.evaluation import evaluate_each, figures, reading
 from moetuner.evaluation.arrival import mixed_order
 from moetuner.evaluation.options import ReplayOptions
 from moetuner.serving.splits import SPLITS as ALL_SPLITS
@@ -78,7 +78,7 @@ def test_windows_of_several_sizes_are_as_each_by_itself(split, arrival, windows,
 def test_progress_is_the_share_of_tokens(make_trace, monkeypatch):
     """It rises to one, and a reading serves all placements."""
     trace = make_trace(tokens=500, experts=4, layers=2)
-    monkeypatch.setattr(replay_, "SHARD_BYTES", 400)
+    monkeypatch.setattr(reading, "SHARD_BYTES", 400)
     shares, slots = [], np.arange(4).reshape(1, 2, 2).repeat(2, axis=0)
     placements = [mt.Placement(slots), mt.Placement(slots[:, ::-1].copy())]
     serving = mt.Serving(mt.Topology(2), window=16)
@@ -87,49 +87,38 @@ def test_progress_is_the_share_of_tokens(make_trace, monkeypatch):
     assert (len(shares), shares[-1]) == (5, 1.0)
 
 
-def test_turns_have_no_rows():
-    """Where copies take turns, what a token does depends on all before it: an error."""
-    slots = np.array([[[0, 1], [1, -1]]], dtype=np.int32)
-    with pytest.raises(ValueError, match="take turns"):
-        _core.LabelledReplay(slots, 2, 1, [0, 0], rows=3, most_tokens=2, split="round_robin")
-
-
 @given(
-    st.sampled_from(["even", "nearest"]),
+    st.sampled_from(["even", "nearest", "round_robin"]),
     st.integers(0, 2),
     st.integers(0, 99),
     st.sampled_from([(4, 2), (4, 1), (12, 3), (72, 9)]),
-    st.booleans(),
+    st.sampled_from([1, 3, 40]),
 )
-def test_rows_are_replays_of_their_tokens(split, spare, seed, machine, in_runs):
-    """Cut anywhere, tokens count in their rows, at their positions, as a replay counts them."""
+def test_rows_are_replays_of_their_tokens(split, spare, seed, machine, run):
+    """Cut anywhere, tokens count in their rows, at their positions, as a plain loop counts them.
+
+    Rows are those of single tokens, or of runs that are counted together.
+    """
     rng, (devices, nodes) = np.random.default_rng(seed), machine
-    ids = random_ids(60, 3, 2, 2 * devices, seed=seed)
+    ids = random_ids(90, 3, 2, 2 * devices, seed=seed)
     slots = random_slots(rng, 3, devices, 2 * devices, spare=spare)
     slots = mt.Placement(slots, num_experts=2 * devices).slots
     node = (np.arange(devices) * nodes // devices).tolist()
-    how = (slots, 2 * devices, 2, node)
-    rows, cut = rng.integers(0, 5, 60).astype(np.uint32), rng.integers(0, 61)
-    if in_runs:
-        rows.sort()
-    labelled = _core.LabelledReplay(*how, rows=5, most_tokens=60, split=split, stays=True)
-    for part in (slice(0, cut), slice(cut, 60)):
-        labelled.push(ids[part], rows[part], positions=np.arange(60, dtype=np.uint64)[part])
-    *counted, stays = labelled.finish()
-    tables = [table.transpose(1, 0, 2) for table in counted]
+    rows, cut = rng.integers(0, 5, 90).repeat(run)[:90].astype(np.uint32), rng.integers(0, 91)
+    counter = _core.Replay(
+        slots, 2 * devices, 2, node, rows=5, most_tokens=90, split=split, stays=True
+    )
+    for part in (slice(0, cut), slice(cut, 90)):
+        counter.push(ids[part], rows[part], positions=np.arange(90, dtype=np.uint64)[part])
+    load, visits, node_visits, _, _, stays = counter.finish()
     # Windows of one token each are the tokens' own counts.
-    replay = _core.Replay(*how, window=1, split=split)
-    replay.push(ids)
-    _, load, follow, visits, node_visits, _ = replay.finish()
-    for mine, each in zip(tables, (load, visits, node_visits), strict=True):
+    wanted, _, *wanted_visits = replayed(slots, ids, node, 1, split)
+    for mine, each in zip((load, visits, node_visits), (wanted, *wanted_visits), strict=True):
         for row in range(5):
             assert mine[row].tolist() == each[rows == row].sum(axis=0).tolist()
-    assert stays.sum() == np.einsum("ldd->", follow)
-    for row in range(5):
-        alone = _core.Replay(*how, window=1, split=split)
-        alone.push(ids[rows == row])
-        if not spare:  # else copies serve by positions
-            assert stays[row] == np.einsum("ldd->", alone.finish()[2])
+    # Pairs that one device serves both: of tokens, the products of what it serves of both layers.
+    same = (wanted[:, :-1] * wanted[:, 1:]).sum(axis=(1, 2))
+    assert stays.tolist() == [same[rows == row].sum() for row in range(5)]
 
 
 def test_blocks_of_windows_change_nothing(make_trace, monkeypatch):

@@ -46,14 +46,15 @@ def test_replay_is_the_plain_loop(case, split, cut):
     topology = mt.Topology(devices, 2 if devices % 2 == 0 else None)
     nodes = topology.node_of_device.tolist()
     load, follow, visits, node_visits = wanted = replayed(slots, ids, nodes, window, split)
-    counter = _core.Replay(
-        slots.astype(np.int32), experts, ids.shape[2], nodes, window=window, split=split
-    )
-    for shard in (ids[:cut], ids[cut:]):
-        counter.push(np.ascontiguousarray(shard, dtype=np.uint16))
-    tokens, *counted, of_slots = counter.finish()
+    row = (np.arange(len(ids)) // (window or max(len(ids), 1))).astype(np.uint32)
+    sizes = {"rows": len(load), "most_tokens": window or len(ids)}
+    how = (slots.astype(np.int32), experts, ids.shape[2], nodes)
+    counter = _core.Replay(*how, **sizes, split=split, pairs=True)
+    for part in (slice(0, cut), slice(cut, None)):
+        counter.push(np.ascontiguousarray(ids[part], dtype=np.uint16), row[part])
+    *counted, of_slots, pairs, _ = counter.finish()
     assert not of_slots.size
-    assert tokens == len(ids)
+    counted.insert(1, pairs)
     assert [mine.tolist() for mine in counted] == [theirs.tolist() for theirs in wanted]
     trace = mt.RoutingTrace.from_arrays(ids, num_experts=experts)
     placement = mt.Placement(slots, num_experts=experts)

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.evaluation import evaluate_each, halves
+from moetuner.evaluation import cells, evaluate_each, halves
 from moetuner.evaluation.figures import FIGURES, Figure
 from moetuner.evaluation.halves import halve, halve_each, halvings
 from moetuner.evaluation.intervals import QUANTILES, spread
 from moetuner.evaluation.judgement import MEASURES
 from moetuner.evaluation.options import ReplayOptions
+from moetuner.evaluation.reading import Rows
 from moetuner.evaluation.replay import Setting
 from moetuner.evaluation.units import Folds, Units, units_of
-from moetuner.files.ids import Ids
 from moetuner.placement import blocks
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
@@ -55,7 +55,7 @@ def test_any_two_folds_are_parted_about_as_often_as_not(folds):
 @pytest.mark.parametrize("arrival", ["bursts", "mixed", 0.5])
 def test_progress_of_a_comparison_rises_to_one(arrival, monkeypatch):
     """Windows are counted, then halves of a few at a time, in one order of arrival or in two."""
-    monkeypatch.setattr(halves, "PARTS", 500)
+    monkeypatch.setattr(cells, "PARTS", 500)
     trace, shares = traffic([100] * 12), []
     placements = [IN_BLOCKS, COPIES]
     serving = setting(arrival=arrival).serving
@@ -122,7 +122,7 @@ def test_sides_add_up_to_the_figure_of_all(together):
         assert (weights * figure.sides).sum(axis=0) == pytest.approx(figure.value)
 
 
-@pytest.mark.parametrize("limit", ["CELLS", "PARTS", "ITEMS"])
+@pytest.mark.parametrize("limit", ["CELLS", "PARTS"])
 @pytest.mark.parametrize("arrival", ["bursts", "mixed", 0.5])
 def test_runs_of_windows_change_no_half(monkeypatch, arrival, limit):
     """However few windows of two sizes are read, or looked at, in one go."""
@@ -130,7 +130,7 @@ def test_runs_of_windows_change_no_half(monkeypatch, arrival, limit):
     settings = [setting(COPIES, window, arrival=arrival) for window in (64, 128)]
     trace = traffic(sizes)
     wanted = halve_each(trace, settings, units_of(trace))
-    monkeypatch.setattr(halves, limit, 1)
+    monkeypatch.setattr(cells if limit == "PARTS" else halves, limit, 1)
     trace = traffic(sizes)
     actual = halve_each(trace, settings, units_of(trace))
     for one, other in zip(actual, wanted, strict=True):
@@ -142,19 +142,16 @@ def test_windows_of_one_fold_are_not_read_again(monkeypatch):
     """Of sequences that fill windows nothing is: what each has is known of all of it."""
     asked = []
 
-    def chosen(ids, items, *options):
-        asked.extend(items.tolist())
-        return read(ids, items, *options)
+    def push(rows, ids, numbers, *options, **how):
+        if len(rows.tokens) < 704:
+            asked.extend(numbers.tolist())
+        return count(rows, ids, numbers, *options, **how)
 
-    read = Ids.chosen
-    monkeypatch.setattr(Ids, "chosen", chosen)
+    count = Rows.push
+    monkeypatch.setattr(Rows, "push", push)
     trace = traffic([64] * 10 + [32] * 2)
-    settings = [setting(window=window) for window in (64, 128)]
-    halve_each(trace, settings, units_of(trace), names=["imbalance", "fanout"])
+    halve(trace, setting(), units_of(trace), names=["imbalance", "fanout"])
     assert asked == [*range(640, 704)]
-    # But for what crosses, which is known of all windows together.
-    halve_each(trace, settings, units_of(trace))
-    assert asked == [*range(640, 704), *range(704)]
 
 
 def test_figures_that_were_not_asked_for_are_not_computed():

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from placements import random_slots
 
 import moetuner as mt
-from moetuner.evaluation.losses import DOMAINS, bound_worst_loss, domains_of, measure_losses
+from moetuner import _core
+from moetuner.evaluation.losses import (
+    DOMAINS,
+    bound_worst_loss,
+    domains_of,
+    imbalances_after,
+    measure_losses,
+)
 
 
 def lose(placement, load, topology, domain, lost):
@@ -140,3 +147,24 @@ def test_the_bound_is_silent_where_it_is_not_proven(topology, split):
     losses = measure_losses(TWICE, np.full((1, 4), 4), topology, split=split)
     assert losses.worst_bound is None
     assert measure_losses(TWICE, np.full((1, 4), 4), mt.Topology(4)).worst_bound == 1.125
+
+
+@given(st.integers(2, 3), st.integers(0, 6), st.sampled_from(DOMAINS), st.integers(0, 999))
+def test_a_dispatcher_divides_tokens_anew_after_a_loss(nodes, spare, domain, seed):
+    """With split lp the busiest device has what it has if the lost ones were never there."""
+    rng = np.random.default_rng(seed)
+    speeds = tuple(rng.choice([1.0, 2.0], 2 * nodes).tolist())
+    topology = mt.Topology(2 * nodes, 2, speed=speeds)
+    placement = mt.Placement(random_slots(rng, 2, 2 * nodes, 8, spare=spare), num_experts=8)
+    load = rng.integers(0, 100, (2, 8)).astype(np.uint64)
+    imbalance, _ = imbalances_after(placement, load, topology, domain, split="lp")
+    member = domains_of(topology, domain)
+    for lost in range(member.max() + 1):
+        left = member != lost
+        slots = np.ascontiguousarray(placement.slots[:, left])
+        speed = topology.speed_of_device[left]
+        served = _core.balanced_load(slots, load[None].astype(float), speed)[0]
+        total = served.sum(axis=1)
+        even = np.where(total > 0, total, 1) / speed.sum()
+        expected = np.where(total > 0, (served / speed).max(axis=1) / even, 1)
+        assert imbalance[lost] == pytest.approx(expected, rel=1e-7)

@@ -442,3 +442,18 @@ def test_few_experts_make_no_text(often):
     trace = mt.RoutingTrace.from_arrays(ids, num_experts=8, sequence=np.arange(6000) // 100)
     units = units_of(trace)
     assert units.number == (1 if often == 1 else 60)
+
+
+def test_progress_of_readings_rises_to_one(make_trace):
+    """Of what is independent, with labels and without, and of how far recordings differ."""
+    trace = make_trace(tokens=2000)
+    unlabelled, other = replace(trace, sequence=None), replace(trace)
+    for work in (
+        lambda progress: units_of(trace, progress=progress),
+        lambda progress: units_of(unlabelled, progress=progress),
+        lambda progress: mt.drift(trace, other, progress=progress),
+    ):
+        shares = []
+        work(shares.append)
+        assert shares == sorted(shares)
+        assert shares[-1] == pytest.approx(1)

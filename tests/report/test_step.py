@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.report.advice import step
+from moetuner.solver import effort
 
 
 def table(layers):
@@ -18,7 +18,7 @@ def table(layers):
 @pytest.mark.parametrize("most", [0, 10**6])
 def test_a_step_of_a_large_model_takes_few_moves(monkeypatch, most):
     """Whichever search finds it: a seventh of all moves gains three quarters."""
-    monkeypatch.setattr(step, "FEW_SLOTS", most)
+    monkeypatch.setattr(effort, "FEW_SLOTS", most)
     advice = mt.advise(table(4), mt.Topology(8), copies=(0,), splits=1, iterations=200)
     assert advice.step.experts <= 0.16 * advice.moving.experts
     assert advice.step.gain.gain >= 0.6 * advice.main.gain.gain

@@ -10,13 +10,13 @@ from conftest import random_ids
 
 import moetuner as mt
 from moetuner.problem.capacity import pad_slots
-from moetuner.solver import budget, effort, find_few_moves
+from moetuner.solver import budget, find_first
 from moetuner.solver.budget import Budget
-from moetuner.solver.run import Run
+from moetuner.solver.run import Moves, Run
 from moetuner.solver.stages import moves
 from moetuner.solver.stages.descent import descend
+from moetuner.solver.stages.front import Front, choose
 from moetuner.solver.stages.layers import LayerModel
-from moetuner.solver.stages.pool import choose
 from moetuner.solver.stages.repair import repair
 
 
@@ -62,25 +62,31 @@ def problem_of(goal, seed=0):
 @pytest.mark.parametrize("goal", GOALS)
 @pytest.mark.parametrize("share", [0.3, 0.75, 1.0])
 def test_few_moves_are_the_first_steps_that_gain_enough(goal, share):
-    """They gain the share of what the end of all steps does, and one step fewer does not."""
+    """They gain the share of what the end of all steps does; one step fewer does not."""
     problem, initial = problem_of(goal), contiguous(3, 16, 4)
     path = steps(problem, initial)
     ends = [mt.Placement(path.after(step), num_experts=16) for step in range(len(path.moves))]
-    found = find_few_moves(problem, initial, ends[-1], share)
     values = [problem.value(end) for end in ends]
     wanted = values[0] - share * (values[0] - values[-1])
+    found = find_first(problem, initial, wanted, most_moves=int(path.moves[-1]))
     taken = next(step for step, end in enumerate(ends) if (end.held == found.held).all())
     assert values[taken] <= wanted
     within_caps = int(path.excess.argmin())
     assert taken >= within_caps
-    assert taken == within_caps or values[taken - 1] > wanted
+    is_enough = [value <= wanted for value in values]
+    first_ones = [
+        step
+        for step in range(within_caps, len(ends))
+        if is_enough[step] and (step == within_caps or not is_enough[step - 1])
+    ]
+    assert path.moves[taken] <= max(path.moves[first_ones])
 
 
 def test_no_few_moves_where_steps_end_before():
     """Steps that cannot gain so much are not taken."""
     problem, initial = problem_of(GOALS[0]), contiguous(3, 16, 4)
-    better = mt.solve(problem, "heuristic").placement
-    assert find_few_moves(problem, initial, better, 2.0) is None
+    better = problem.value(mt.solve(problem, "heuristic").placement)
+    assert find_first(problem, initial, 2 * better - problem.value(initial), most_moves=48) is None
 
 
 @pytest.mark.parametrize("goal", GOALS)
@@ -408,19 +414,39 @@ def test_filling_empty_slots_is_counted_in_the_budget():
             mt.solve(problem, initial=running, move_budget=empty - 1)
 
 
-def test_a_front_is_solved_at_every_price(monkeypatch):
-    """Steps alone give a good front of a small problem: what is solved besides is counted."""
-    prices, inner = set(), Run.inner
+@pytest.mark.parametrize("goal", GOALS)
+def test_a_front_has_all_points_of_one_to_fewer_moves(goal):
+    """Whatever the budget the search meets the same placements, and ends earlier for a smaller."""
+    problem, initial = problem_of(goal), contiguous(3, 16, 4)
+    smaller: set[bytes] = set()
+    for limit in (3, 6, 11, 24, 40):
+        run = Run(problem, budget=Budget(iterations=100), moves=Moves(initial))
+        moves.offer_running(run)
+        front = Front(run, run.moves)
+        moves.fill(front, run.budget, limit)
+        points = set(front.points)
+        assert points >= smaller
+        smaller = points
 
-    def counted(run, *arguments, moves=None, **more):
-        prices.add(None if moves is None else moves.price)
-        return inner(run, *arguments, moves=moves, **more)
 
-    monkeypatch.setattr(Run, "inner", counted)
-    trades = mt.pareto(problem_of(GOALS[0]), contiguous(3, 16, 4), iterations=200)
-    assert len(prices - {None}) == len(effort.PARETO_PRICES) + 1
+@pytest.mark.parametrize("goal", GOALS)
+def test_a_front_has_what_a_budget_finds(goal):
+    """No point is behind what its moves as a budget find; more moves gain more."""
+    problem, initial = problem_of(goal), contiguous(3, 16, 4)
+    trades = mt.pareto(problem, initial, iterations=100)
+    ranks = [rank(problem, trade.placement) for trade in trades]
+    assert len(trades) > 3
     assert trades[0].experts_moved == 0
-    assert len(trades) > 4
+    assert ranks == sorted(ranks, reverse=True)
+    for trade, (excess, value) in list(zip(trades, ranks, strict=True))[:3]:
+        result = mt.solve(
+            *(problem, "heuristic"),
+            initial=initial,
+            move_budget=trade.experts_moved,
+            iterations=100,
+        )
+        found = rank(problem, result.placement)
+        assert (excess - 1e-9, value * (1 - 1e-9)) <= found
 
 
 @pytest.mark.parametrize("settings", [{}, {"objective": "balance"}, {"slots_per_device": 9}])

@@ -16,11 +16,12 @@ from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.placed import Placed, read_hints
 from moetuner.cli.options.serving import ServingOptions
 from moetuner.cli.options.traffic import Source
-from moetuner.cli.output import Output, working
+from moetuner.cli.output import Output, shares, working
 from moetuner.cli.recipes import to_solve_again
 from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.options import ReplayOptions
+from moetuner.evaluation.reading import Progress, part_of
 from moetuner.placement import Placement
 from moetuner.problem.made import Made
 from moetuner.recording import Recording
@@ -83,15 +84,17 @@ def command(
     on_profile = replace(placed, source=profile)
     if fail_if_drift or fail_if_worse is not None:
         on_profile.check_gate()
-    with working("comparing the expert shares"):
+    with working("comparing the expert shares") as report:
         # Counts as recorded: fewer of them would be less evidence.
-        drifted = measuring.drift(profile.recorded, source.recorded, seed=seed)
+        recorded = (profile.recorded, source.recorded)
+        drifted = measuring.drift(*recorded, seed=seed, progress=shares(report, "", then="shares"))
     # A placement is flattered by what it was computed from: what was held out is not that.
     unseen, _, part = on_profile.judged
     placement = placed.placement
-    with working("replaying"):
+    with working("replaying") as report:
         now = placed.source, placed.source.traffic
-        rows = _replayed(placement, placed.serving, source.window, (profile, unseen), now)
+        progress = shares(report, "of the tokens", then="figures")
+        rows = _replayed(placement, placed.serving, source.window, (profile, unseen), now, progress)
     worst = max(rows, key=lambda row: row["change"])
     output.say(
         f"profile: {profile.describe()}", f"now: {placed.source.describe()}", *placed.differences()
@@ -145,6 +148,7 @@ def _replayed(
     window: int | None,
     before: tuple[Source, Recording],
     after: tuple[Source, Recording],
+    progress: Progress,
 ) -> list[dict[str, Any]]:
     """Return figures of a placement on two recordings, by window, and how much worse they got."""
     tokens = [part.tokens for _, part in (before, after) if isinstance(part, RoutingTrace)]
@@ -158,14 +162,16 @@ def _replayed(
             windows.append(longer)
     # Windows of counts may be as long as they were recorded, and so are their times.
     measure = SHOWN[before[0].counted == after[0].counted is not None]
-    rows = []
+    rows, done, passes = [], 0, 2 * len(windows)
     for window in windows:
         row: dict[str, Any] = {"window": window, "measure": measure}
         for name, (source, part) in (("profile", before), ("now", after)):
             replayed = window if window is not None else source.replayed
             served = replace(serving, window=replayed)
             options = ReplayOptions(threads=source.threads)
-            [[figures]] = evaluate_each([placement], part, [served], options)
+            own_progress = part_of(progress, done / passes, (done + 1) / passes)
+            [[figures]] = evaluate_each([placement], part, [served], options, progress=own_progress)
+            done += 1
             row[name] = {measure: getattr(figures, measure) for measure in SHOWN}
         old, new = row["profile"][measure], row["now"][measure]
         rows.append(row | {"change": new / old - 1 if old else 0.0})

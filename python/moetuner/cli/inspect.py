@@ -160,7 +160,7 @@ def _show_recording(
             max_imbalance=max_imbalance,
             seed=seed,
             threads=source.threads,
-            progress=shares(report, "read", then="structure"),
+            progress=shares(report, "", then="structure"),
         )
     output.say(source.describe(), "")
     _show_skew(output, measured)
@@ -182,9 +182,10 @@ def _show_served(
     source, serving = options.resolve(source, topology)
     traffic = source.traffic
     placement = blocks(traffic.layers, traffic.num_experts, topology.devices)
-    with working("replaying"):
-        replayed = ReplayOptions(threads=source.threads)
-        [[evaluation]] = evaluate_each([placement], traffic, [serving], replayed)
+    replayed = ReplayOptions(threads=source.threads)
+    with working("replaying") as report:
+        progress = shares(report, "of the tokens", then="figures")
+        [[evaluation]] = evaluate_each([placement], traffic, [serving], replayed, progress=progress)
     output.say(
         "",
         *serving.explain(),

@@ -18,8 +18,9 @@ from moetuner.cli.options.placed import made_of
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
 from moetuner.cli.recipes import to_serve
+from moetuner.cli.work import count
 from moetuner.cost import bytes_of_expert
-from moetuner.evaluation.arrival import orders, put_in_order
+from moetuner.evaluation.arrival import orders
 from moetuner.evaluation.losses import DOMAINS, Domain
 from moetuner.files import replacing
 from moetuner.formats.hints import Traffic
@@ -131,7 +132,15 @@ def command(
         expert_bytes = bytes_of_expert(size, source.traffic.model or running.model, bits)
     contents: dict[str, Any] = {"input": source.facts(), "running": str(running_file)}
     contents |= {"expert_bytes": expert_bytes, "topology": topology.to_dict()}
-    traffic = _as_it_arrives(source.traffic, made)
+    # Windows of all tokens, whatever their groups, as they are evaluated.
+    traffic = count(
+        _as_it_arrives(source.traffic, made),
+        window=source.replayed,
+        by_group=False,
+        sets=False,
+        transitions=False,
+        coactivation=False,
+    )
     if table_file is not None:
         window = source.replayed
         contents |= _plan_losses(output, running, traffic, window, topology, change, table_file)
@@ -181,7 +190,7 @@ def _as_it_arrives(traffic: AnyRecording, made: Made) -> AnyRecording:
     """Return traffic in the order in which a placement is served most of the time."""
     arrival = made.serving.get("arrival", "bursts")
     _, order = max(orders(traffic, arrival), key=lambda weighed: weighed[0])
-    return put_in_order(traffic, order)
+    return traffic if order is None else traffic.take(order)
 
 
 def _show(

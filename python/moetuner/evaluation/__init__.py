@@ -13,10 +13,11 @@ from numpy.typing import ArrayLike, NDArray
 from moetuner import _checks as check
 from moetuner.cost import CostModel
 from moetuner.evaluation import replay
-from moetuner.evaluation.arrival import orders, put_in_order
+from moetuner.evaluation.arrival import orders
 from moetuner.evaluation.figures import FIGURES, CountsByOrder, busiest_port
 from moetuner.evaluation.losses import Domain, Losses, measure_losses
 from moetuner.evaluation.options import ReplayOptions
+from moetuner.evaluation.reading import part_of
 from moetuner.evaluation.replay import Setting, check_model
 from moetuner.evaluation.rows import dispatch_rows, homes_of
 from moetuner.frozen import Frozen, as_json, html_table
@@ -158,6 +159,7 @@ class Evaluation(Frozen):
                 setting.topology,
                 domain,
                 split=setting.serving.split,
+                threads=setting.options.threads,
             )
             for domain in domains
         }
@@ -334,13 +336,10 @@ def _evaluate(
     counts_mixed = not is_mixed or len(numbers) > 1
     counting = settings if counts_mixed else [each.with_options(mixed=False) for each in settings]
 
-    def progress_of(number: int) -> Callable[[float], None] | None:
-        return progress and (lambda share: progress((number + share) / len(served)))
-
-    runs = [
-        replay.counts_of(put_in_order(traffic, order), counting, progress_of(number))
-        for number, (_, order) in enumerate(served)
-    ]
+    runs = []
+    for at, (_, order) in enumerate(served):
+        own_progress = part_of(progress, at / len(served), (at + 1) / len(served))
+        runs.append(replay.counts_of(traffic, counting, own_progress, order))
     evaluated = []
     for setting, *counted in zip(settings, *runs, strict=True):
         by_group = {}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moetuner import _checks as check
 from moetuner.evaluation.blocks import blocks
-from moetuner.recording import AnyRecording, Recording
+from moetuner.recording import Recording
 from moetuner.serving.arrival import Arrival, share_mixed
 
 # Sequences that are served at once: as many as engines take by default, but no more than a quarter
@@ -29,6 +29,7 @@ FEWEST_AT_ONCE = 8
 WINDOWS_MIXED = 16
 
 Order = NDArray[np.signedinteger[Any]]
+Integers = NDArray[np.integer[Any]]
 
 
 def orders(
@@ -45,9 +46,40 @@ def orders(
     return [mixed] if share == 1 else [(1 - share, None), mixed]
 
 
-def put_in_order(recording: AnyRecording, order: Order | None) -> AnyRecording:
-    """Return a recording with its rows, and their labels, in an order [T]."""
-    return recording if order is None else recording.take(order)
+def places(order: Order | None, rows: Integers) -> Integers | None:
+    """Return the place of each of some rows, rising [n], among these in an order of all [T].
+
+    None is the order of the recording.
+    """
+    if order is None:
+        return None
+    place = np.full(len(order), -1, dtype=order.dtype)
+    for piece in check.pieces(rows):
+        place[piece] = 0
+    first = 0
+    for piece in check.pieces(order):
+        served = piece[place[piece] == 0] if len(rows) < len(order) else piece
+        place[served] = np.arange(first, first + len(served))
+        first += len(served)
+    return place if len(rows) == len(order) else check.at(place, rows)
+
+
+def mix(
+    sequence: NDArray[np.int32] | None, tokens: Integers, place: Integers | None, *, seed: int
+) -> Integers | None:
+    """Return the places [n] of some tokens of sequences [T] if those that arrive are mixed.
+
+    They arrive at places [n] before, as recorded if None.
+    """
+    if sequence is not None:
+        sequence = check.at(sequence, tokens)
+        if place is not None:
+            served = np.empty_like(sequence)
+            served[place] = sequence
+            sequence = served
+    every = np.arange(len(tokens))
+    mixed = places(mixed_order(sequence, len(tokens), seed=seed), every)
+    return mixed if place is None or mixed is None else check.at(mixed, place)
 
 
 def at_once(sequences: int) -> int:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from moetuner import _checks as check
 from moetuner import _core
+from moetuner.evaluation.reading import Progress, Rows, part_of, read
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
@@ -62,25 +63,26 @@ FEW_PER_GROUP = 4
 
 
 def kinds_of(
-    trace: RoutingTrace, labels: NDArray[np.int32]
+    trace: RoutingTrace, labels: NDArray[np.int32], progress: Progress | None = None
 ) -> tuple[Integers | None, Likeness, bool]:
     """Find the kinds of the sequences in ``labels`` [S], numbered; None where each is its own.
 
     Sequences that share a document are of one kind, and so are those that route alike. Groups are
     kinds that are known, so each is looked at by itself. Also return what those of a kind have in
     common, and whether no group has sequences that differ by more than the noise of their tokens.
+    ``progress`` gets the share of two readings of the trace.
     """
     number = len(labels)
     assert trace.sequence is not None
     label, of_sequence = check.ranks(trace.sequence, labels), np.zeros(number, dtype=np.int64)
     if trace.group is not None:
         of_sequence[label] = trace.group
-    text, likeness = number_texts(trace, label, number)
+    text, likeness = number_texts(trace, label, number, part_of(progress, 0, 1 / 2))
     texts, first = np.unique(text, return_index=True)
     layers = min(LAYERS, trace.layers, CELLS // max(number * trace.num_experts, 1))
     if layers < 1:
         return (text if len(texts) < number else None), likeness, False
-    count = loads_by(trace, label, number, layers)[first]
+    count = loads_by(trace, label, number, layers, part_of(progress, 1 / 2, 1))[first]
     kind, all_alike = _find_kinds_by_group(count, of_sequence[first])
     if EACH * (int(kind.max(initial=-1)) + 1) > len(texts):
         kind = np.arange(len(texts))
@@ -120,13 +122,15 @@ def _are_shared(kind: Integers, group: Integers) -> bool:
     return bool(size.max(axis=1).sum() < (1 - SHARED) * len(kind)) or size.shape[1] == 1
 
 
-def number_texts(trace: RoutingTrace, label: Integers, number: int) -> tuple[Integers, Likeness]:
+def number_texts(
+    trace: RoutingTrace, label: Integers, number: int, progress: Progress | None = None
+) -> tuple[Integers, Likeness]:
     """Return numbers of texts of sequences [S], which those that share one have in common.
 
     Also return whether they repeat all of it. ``label`` is the sequence of every token [T]. Experts
     of all layers tell tokens apart. What most sequences have in common is no text of its own.
     """
-    passage, owner = _list_passages(trace, label, number)
+    passage, owner = _list_passages(trace, label, number, progress)
     # Equal passages follow one another, by sequence, each once in a sequence.
     order = np.argsort(passage, kind="stable")
     passage, owner = passage[order], owner[order]
@@ -151,7 +155,7 @@ def number_texts(trace: RoutingTrace, label: Integers, number: int) -> tuple[Int
 
 
 def _list_passages(
-    trace: RoutingTrace, label: Integers, number: int
+    trace: RoutingTrace, label: Integers, number: int, progress: Progress | None
 ) -> tuple[NDArray[np.uint64], Integers]:
     """Return codes of passages, neighbouring tokens of a sequence, and the sequence of each.
 
@@ -163,6 +167,8 @@ def _list_passages(
     for shard in trace.shards():
         token[done : done + len(shard)] = _core.code_tokens(shard, table)
         done += len(shard)
+        if progress is not None:
+            progress(done / trace.tokens)
         del shard  # else the next one is read while this one is still there
     common = np.unique(token[:: max(len(token) // PASSAGES, 1)], return_counts=True)[1]
     alike, size = float(((common / max(common.sum(), 1)) ** 2).sum()), PASSAGE
@@ -364,26 +370,18 @@ def subtract_levels(share: Floats, group: NDArray[np.integer[Any]] | None) -> Fl
 
 
 def loads_by(
-    trace: RoutingTrace, label: NDArray[Any], number: int, layers: int | None = None
+    trace: RoutingTrace,
+    label: NDArray[Any],
+    number: int,
+    layers: int | None = None,
+    progress: Progress | None = None,
 ) -> Floats:
     """Count load of experts by labels [T] of tokens [N,L,E], in all or so many layers."""
     layers = trace.layers if layers is None else layers
     chosen = np.unique(np.linspace(0, trace.layers - 1, layers).round().astype(np.int64))
-    counter = _core.LabelledReplay(
-        np.tile(np.arange(trace.num_experts, dtype=np.int32)[:, None], (len(chosen), 1, 1)),
-        trace.num_experts,
-        trace.top_k,
-        [0] * trace.num_experts,
-        rows=number,
-        most_tokens=int(check.counts(label, number).max(initial=1)),
-        visits=False,
-    )
-    first = 0
-    for shard in trace.shards():
-        labels = label[first : first + len(shard)].astype(np.uint32)
-        first += len(shard)
-        if len(chosen) < trace.layers:
-            shard = shard.take(chosen, axis=1)
-        counter.push(shard, labels, checked=trace.ids.fresh)
-        del shard  # else the next one is read while this one is still there
-    return counter.finish()[0].transpose(1, 0, 2).astype(np.float64)
+    tokens, largest = np.arange(trace.tokens), int(check.counts(label, number).max(initial=1))
+    rows = Rows(trace, tokens, lambda run: label[run], number, largest)
+    counted = rows.count_experts(len(chosen))
+    read([rows], layers=chosen, progress=progress)
+    load: Floats = counted.finish()[0].astype(np.float64)
+    return load

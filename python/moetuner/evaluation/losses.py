@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner.placement import EMPTY, Placement
+from moetuner.placement import Placement
 from moetuner.serving.splits import RULES, Split
 from moetuner.topology import Topology
 
@@ -92,15 +92,17 @@ def measure_losses(
     domain: Domain = "device",
     *,
     split: Split = "even",
+    threads: int | None = None,
 ) -> Losses:
     """Compute what single losses do to loads of experts [L,E].
 
     Loads after a loss are known unless the nearest copy serves.
     """
-    after, lost = loads_after(placement, load, topology, domain, split=split)
+    imbalance, lost = imbalances_after(
+        placement, load, topology, domain, split=split, threads=threads
+    )
     rule = RULES[split]
     has_formula = not rule.by_home
-    imbalance = compute_imbalances(after, topology, domain)
     bound = None
     is_even = rule.is_even and len(set(topology.speed_of_device.tolist())) == 1
     if domain == "device" and is_even and not lost.any():
@@ -159,33 +161,24 @@ def _fall(share: float, copies: int) -> float:
     return 2 * share * share / ((copies - 1) * copies * (copies + 1))
 
 
-def loads_after(
+def imbalances_after(
     placement: Placement,
     load: NDArray[Any],
     topology: Topology,
     domain: Domain,
     *,
     split: Split = "even",
+    threads: int | None = None,
 ) -> tuple[Floats, NDArray[np.int64]]:
-    """Compute loads of devices after every loss [F,L,D], and how many experts are lost [F,L]."""
-    member, divide = domains_of(topology, domain), RULES[split].divide
-    weight = np.ascontiguousarray(load, dtype=np.float64)
-    slots = np.ascontiguousarray(placement.slots, dtype=np.int32)
-    after, lost = _core.loads_after_losses(slots, weight, member.tolist())
-    if divide is not None:
-        for domain_lost, loads in enumerate(after):
-            is_lost = member == domain_lost
-            served = np.where(is_lost[:, None], EMPTY, placement.slots)
-            loads[:] = divide(served, weight[None], topology.speed_of_device)[0]
-            loads[:, is_lost] = 0.0
-    return after, lost
+    """Compute the busiest device over the mean of those that are left, and experts lost [F,L].
 
-
-def compute_imbalances(after: Floats, topology: Topology, domain: Domain) -> Floats:
-    """Compute the slowest device's time over that of even ones [F,L], of loads after losses."""
-    member, speed = domains_of(topology, domain), topology.speed_of_device
-    left = speed.sum() - np.bincount(member, speed)
-    total = after.sum(axis=2)
-    slowest = (after / speed).max(axis=2) * left[:, None]
-    imbalance: Floats = np.divide(slowest, total, out=np.ones_like(total), where=total > 0)
-    return imbalance
+    Both are of every loss and layer; 1 where nothing is served.
+    """
+    return _core.measure_losses(
+        np.ascontiguousarray(placement.slots, dtype=np.int32),
+        np.ascontiguousarray(load, dtype=np.float64),
+        domains_of(topology, domain).tolist(),
+        topology.time_of_device.tolist(),
+        divided=RULES[split].needs_windows,
+        threads=threads,
+    )

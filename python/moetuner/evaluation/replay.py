@@ -5,20 +5,19 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import _checks as check
 from moetuner import _core
-from moetuner._checks import ArgumentError, IdArray, instance
+from moetuner._checks import ArgumentError, instance
 from moetuner.evaluation import copies
-from moetuner.evaluation.arrival import mixed_order, mixed_windows
+from moetuner.evaluation.arrival import Order, mix, mixed_windows, places
 from moetuner.evaluation.options import ReplayOptions
+from moetuner.evaluation.reading import Progress, Rows, read
 from moetuner.placement import EMPTY, Placement
 from moetuner.recording import Recording
 from moetuner.serving import Serving
@@ -26,10 +25,8 @@ from moetuner.statistics import TABLE_LIMIT, RoutingStatistics, check_recording
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace, as_trace
 
-# Bytes of a trace that are replayed at once: under all placements while they are in the cache.
-SHARD_BYTES = 16 << 20
-
 Numbers = NDArray[Any]
+Integers = NDArray[np.integer[Any]]
 Floats = NDArray[np.float64]
 
 
@@ -156,27 +153,11 @@ class Setting:
         """The share of its expert's tokens that every slot serves [L,D,S]."""
         return copies.slot_shares(self.placement, self.topology, self.serving.split)
 
-    def begin_replay(
-        self,
-        trace: RoutingTrace,
-        rows: int,
-        most_tokens: int,
-        *,
-        visits: bool = True,
-        stays: bool = False,
-    ) -> _core.LabelledReplay:
-        """Begin to replay tokens of a trace in rows of at most ``most_tokens`` tokens each."""
-        return _core.LabelledReplay(
-            self.placement.slots,
-            trace.num_experts,
-            trace.top_k,
-            self.topology.node_of_device.tolist(),
-            rows=rows,
-            most_tokens=most_tokens,
-            split=self.serving.rule.token_rule,
-            visits=visits,
-            stays=stays,
-        )
+    def begin_replay(self, rows: Rows, **wanted: Any) -> _core.Replay:
+        """Begin to replay tokens in their rows; ``wanted`` is as for the core."""
+        split = self.serving.rule.token_rule
+        nodes = self.topology.node_of_device.tolist()
+        return rows.replay(self.placement.slots, nodes, split=split, **wanted)
 
 
 def check_model(placement: Placement, traffic: Recording, topology: Topology) -> None:
@@ -216,28 +197,20 @@ def without_groups(recording: Recording) -> Recording:
 
 
 def counts_of(
-    traffic: Recording, settings: Sequence[Setting], progress: Callable[[float], None] | None = None
+    traffic: Recording,
+    settings: Sequence[Setting],
+    progress: Progress | None = None,
+    order: Order | None = None,
 ) -> Iterator[dict[str | None, Counts]]:
     """Count traffic, once for all settings, which differ in their placements and windows alone.
 
-    Windows of a trace are as long as the shortest of them or several times that. Yields what was
-    counted under each, of all rows, a group by itself. ``progress`` gets the share of a
-    trace's tokens that were read.
+    Windows of a trace are as long as the shortest of them or several times that, and are of its
+    tokens as they arrive in an ``order`` [T], by default as recorded. Yields what was counted under
+    each, of all rows, a group by itself. ``progress`` gets the share of a trace's tokens that were
+    read.
     """
     if isinstance(traffic, RoutingStatistics):
-        for expected in (Expected(traffic, setting) for setting in settings):
-            by_group = {
-                group: replace(
-                    expected.counts(traffic.window_load[rows], is_step=traffic.is_step[rows]),
-                    divided_load=expected.divide_all(traffic.window_load[rows]),
-                )
-                for group, rows in traffic.group_rows().items()
-            }
-            # Which experts meet, in which layers, is only known of all windows together.
-            yield {
-                group: counts if group is None else replace(counts, tokens=None, follow=None)
-                for group, counts in by_group.items()
-            }
+        yield from _expected_counts(traffic, settings)
         return
     if any(each.divides for each in settings):
         raise ArgumentError(
@@ -247,109 +220,92 @@ def counts_of(
         )
     trace = as_trace(traffic)
     _check_table_bytes(trace, settings)
-    parts = {group: _Group(trace, settings, rows) for group, rows in trace.group_rows().items()}
-    first = 0
-    for shard in trace.shards(SHARD_BYTES, threads=settings[0].options.threads):
-        for part in parts.values():
-            part.push(shard, first)
-        first += len(shard)
-        if progress is not None:
-            progress(first / trace.tokens)
-        del shard  # else the next shard is read while this one is still in memory
+    if order is not None and any(each.takes_turns for each in settings):
+        # Whose turn it is depends on the tokens before: they are read in the order of arrival.
+        trace, order = trace.take(order), None
+    parts = {
+        group: _Part(trace, settings, rows, order) for group, rows in trace.group_rows().items()
+    }
+    readers = [rows for part in parts.values() for rows in part.readers]
+    read(readers, threads=settings[0].options.threads, progress=progress)
     for number in range(len(settings)):
         yield {group: part.finish(number) for group, part in parts.items()}
 
 
-class _Group:
-    """Some tokens of a trace under replay, for all settings."""
+def _expected_counts(
+    statistics: RoutingStatistics, settings: Sequence[Setting]
+) -> Iterator[dict[str | None, Counts]]:
+    """Yield what is expected under each setting, of all windows and of every group."""
+    load, is_step = statistics.window_load, statistics.is_step
+    for expected in (Expected(statistics, setting) for setting in settings):
+        by_group = {
+            group: replace(
+                expected.counts(load[rows], is_step=is_step[rows]),
+                divided_load=expected.divide_all(load[rows]),
+            )
+            for group, rows in statistics.group_rows().items()
+        }
+        # Which experts meet, in which layers, is only known of all windows together.
+        yield {
+            group: counts if group is None else replace(counts, tokens=None, follow=None)
+            for group, counts in by_group.items()
+        }
+
+
+class _Part:
+    """Some tokens of a trace under replay, in the order in which they arrive, for all settings."""
 
     def __init__(
-        self, trace: RoutingTrace, settings: Sequence[Setting], tokens: NDArray[np.integer[Any]]
+        self,
+        trace: RoutingTrace,
+        settings: Sequence[Setting],
+        tokens: Integers,
+        order: Order | None,
     ) -> None:
-        self._trace, self._settings, self._tokens = trace, settings, tokens
+        self._settings, self._tokens = settings, tokens
         # Longer windows are sums of the shortest ones.
         one = min(settings, key=lambda each: each.window or 0)
         self._window = one.window or max(len(tokens), 1)
+        place = places(order, tokens)
+        rows = Rows.by_window(trace, tokens, self._window, place)
+        self.readers = [rows]
         # Of each placement once, whatever the windows.
         self._at = [_first_with(each.placement, settings) for each in settings]
         self._replays = {
-            at: _core.Replay(
-                settings[at].placement.slots,
-                trace.num_experts,
-                trace.top_k,
-                settings[at].topology.node_of_device.tolist(),
-                window=one.window,
-                split=one.serving.rule.token_rule,
-                of_slots=settings[at].counts_slots,
-            )
+            at: settings[at].begin_replay(rows, pairs=True, of_slots=settings[at].counts_slots)
             for at in dict.fromkeys(self._at)
         }
-        self._tallies: dict[int, tuple[int, Numbers, Numbers, Numbers, Numbers, Numbers]] = {}
-        self._experts: _core.StatisticsCounter | None = None
-        self._expert_load: Numbers | None = None
+        self._tallies: dict[int, tuple[Numbers, ...]] = {}
         counts_all = all(each.counts_slots for each in settings)
-        if (one.with_active and not counts_all) or one.serving.rule.by_home:
-            self._experts = _core.StatisticsCounter(
-                trace.layers,
-                trace.num_experts,
-                trace.top_k,
-                window=one.window,
-                transitions=False,
-                coactivation=False,
-            )
-        self._mixed: dict[int, _core.LabelledReplay] = {}
+        has_experts = (one.with_active and not counts_all) or one.serving.rule.by_home
+        self._experts = rows.count_experts() if has_experts else None
+        self._expert_load: Numbers | None = None
+        self._mixed: dict[int, _core.Replay] = {}
         self._mixed_loads: dict[int, Numbers] = {}
-        self._place = np.empty(0, dtype=np.uint32)
         is_mixed = any(each.options.mixed for each in settings)
         if is_mixed and len(tokens) > self._window:  # one window is the same in any order
-            sequence = None if trace.sequence is None else check.at(trace.sequence, tokens)
-            order = mixed_order(sequence, len(tokens), seed=one.options.mixed_seed)
-            self._place, place = np.empty(len(tokens), dtype=order.dtype), 0
-            for piece in check.pieces(order):
-                self._place[piece] = np.arange(place, place + len(piece))
-                place += len(piece)
-            self._mixed = {at: self._mixed_replay(settings[at]) for at in self._replays}
-
-    def _mixed_replay(self, setting: Setting) -> _core.LabelledReplay:
-        """Begin to count loads in windows of mixed arrival: of experts where copies take turns."""
-        trace, experts = self._trace, self._trace.num_experts
-        if setting.takes_turns:
-            device_of = np.tile(np.arange(experts), (trace.layers, 1))
-            apart = Placement.from_assignment(device_of, experts)
-            serving = replace(setting.serving, topology=Topology(experts))
-            setting = replace(setting, placement=apart, serving=serving)
-        windows = -(-len(self._tokens) // self._window)
-        return setting.begin_replay(trace, windows, self._window, visits=False)
-
-    def push(self, shard: IdArray, first: int) -> None:
-        """Replay those of a shard's tokens that are of this part."""
-        begin = bisect_left(self._tokens, first)
-        end = bisect_left(self._tokens, first + len(shard), begin)
-        if begin == end:
-            return
-        ids = shard if end - begin == len(shard) else shard[self._tokens[begin:end] - first]
-        threads, checked = self._settings[0].options.threads, self._trace.ids.fresh
-        for replay in self._replays.values():
-            replay.push(ids, threads, checked=checked)
-            checked = True
-        if self._experts is not None:
-            self._experts.push(ids, threads, checked=True)
-        place = self._place[begin:end].astype(np.uint64)
-        for mixed in self._mixed.values():
-            window = (place // self._window).astype(np.uint32)
-            mixed.push(ids, window, threads, positions=place, checked=True)
+            mixed_place = mix(trace.sequence, tokens, place, seed=one.options.mixed_seed)
+            mixed = Rows.by_window(trace, tokens, self._window, mixed_place)
+            self.readers.append(mixed)
+            for at in self._replays:
+                # Where copies take turns, loads of experts tell those of devices.
+                self._mixed[at] = (
+                    mixed.count_experts()
+                    if settings[at].takes_turns
+                    else settings[at].begin_replay(mixed, visits=False)
+                )
 
     def finish(self, number: int) -> Counts:
         """Return what was counted under a setting, once."""
         setting, at = self._settings[number], self._at[number]
         if at in self._replays:
             self._tallies[at] = self._replays.pop(at).finish()
-        tokens, load, follow, visits, node_visits, of_slots = self._tallies[at]
+        load, visits, node_visits, of_slots, follow, _ = self._tallies[at]
         if self._experts is not None:
-            self._expert_load = self._experts.finish(setting.options.threads)[1]
+            self._expert_load = self._experts.finish()[0]
             self._experts = None
         if at in self._mixed:
-            self._mixed_loads[at] = self._mixed.pop(at).finish()[0].transpose(1, 0, 2)
+            self._mixed_loads[at] = self._mixed.pop(at).finish()[0]
         times = (setting.window or self._window) // self._window
         experts = None if self._expert_load is None else _join(self._expert_load, times)
         load, visits, node_visits, of_slots = (
@@ -361,12 +317,12 @@ class _Group:
             mixed = _take_turns(setting.placement, mixed) if setting.takes_turns else mixed
         if at not in self._at[number + 1 :]:
             del self._tallies[at]
-        steps = max(tokens // (times * self._window), 1)
+        steps = max(len(self._tokens) // (times * self._window), 1)
         dispatch, active = _count_by_experts(
             setting, setting.slot_shares, visits, experts, of_slots=of_slots
         )
         return Counts(
-            tokens=tokens,
+            tokens=len(self._tokens),
             load=load,
             mixed=None if mixed is None else mixed[:steps],
             visits=visits,

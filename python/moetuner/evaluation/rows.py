@@ -7,8 +7,8 @@ from typing import Literal, cast, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner import _core
 from moetuner._checks import ArgumentError, array_in, instance, one_of, shown, whole_number
+from moetuner.evaluation.reading import Rows, read
 from moetuner.placement import Placement
 from moetuner.trace import RoutingTrace
 
@@ -79,37 +79,28 @@ def dispatch_rows(
         np.arange(trace.tokens) if position is None else _check_positions(position, trace.tokens)
     )
     device = np.arange(placement.devices)
-    replay = _core.LabelledReplay(
-        placement.slots,
-        trace.num_experts,
-        trace.top_k,
-        (device // size).tolist(),
-        rows=placement.devices,
-        most_tokens=max(trace.tokens, 1),
-        split=split_rule(split),
+    rows = Rows(
+        trace,
+        np.arange(trace.tokens),
+        lambda run: homes[run],
+        placement.devices,
+        trace.tokens,
+        place=places,
+        home=homes,
     )
-    first = 0
-    for shard in trace.shards():
-        tokens = slice(first, first + len(shard))
-        replay.push(
-            shard,
-            homes[tokens].astype(np.uint32),
-            positions=places[tokens].astype(np.uint64),
-            homes=homes[tokens].astype(np.uint16),
-            checked=trace.ids.fresh,
-        )
-        first += len(shard)
-    _, visits, to_nodes, _ = (table.astype(np.int64) for table in replay.finish())
-    rows = visits
+    replay = rows.replay(placement.slots, (device // size).tolist(), split=split_rule(split))
+    read([rows])
+    visits, to_nodes = (table.transpose(1, 0, 2).astype(np.int64) for table in replay.finish()[1:3])
+    sent = visits
     if devices_per_node is not None:
-        rows, nodes = np.zeros_like(visits), np.arange(to_nodes.shape[2])
+        sent, nodes = np.zeros_like(visits), np.arange(to_nodes.shape[2])
         for own in device:
             # The device of every node that has the home's number in its own.
             relay = nodes * size + own % size
-            rows[:, own, relay] += to_nodes[:, own]
-            rows[:, relay[device // size], device] += visits[:, own]
-    rows[:, device, device] = 0
-    return rows
+            sent[:, own, relay] += to_nodes[:, own]
+            sent[:, relay[device // size], device] += visits[:, own]
+    sent[:, device, device] = 0
+    return sent
 
 
 def homes_of(home: ArrayLike | str, tokens: int, devices: int) -> NDArray[np.int64]:

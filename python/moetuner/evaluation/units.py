@@ -27,6 +27,7 @@ from moetuner.evaluation.kinds import (
     number_groups,
     subtract_levels,
 )
+from moetuner.evaluation.reading import Progress
 from moetuner.recording import AnyRecording, Recording
 from moetuner.statistics import RoutingStatistics, check_recording, count_loads
 from moetuner.trace import RoutingTrace, as_trace
@@ -194,25 +195,36 @@ class Units:
         return check.at(self.kinds.astype(np.int32), check.ranks(sequence, self.sequences))
 
 
-def units_of(traffic: Recording, *, window: int | None = None, threads: int | None = None) -> Units:
-    """Return what is independent in traffic; unlabelled traces are cut into windows of tokens."""
+def units_of(
+    traffic: Recording,
+    *,
+    window: int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Units:
+    """Return what is independent in traffic; unlabelled traces are cut into windows of tokens.
+
+    ``progress`` gets the share of a trace's readings that is done.
+    """
     is_cut = traffic.ordered and traffic.sequence is None
     # Every split asks for the same units.
     known = ("units", window if is_cut else None)
     if known not in traffic.known:
-        traffic.known[known] = _find_units(traffic, window, threads)
+        traffic.known[known] = _find_units(traffic, window, threads, progress)
     units: Units = traffic.known[known]
     return units
 
 
-def _find_units(traffic: Recording, window: int | None, threads: int | None) -> Units:
+def _find_units(
+    traffic: Recording, window: int | None, threads: int | None, progress: Progress | None
+) -> Units:
     if isinstance(traffic, RoutingStatistics):
         return _units_of_windows(traffic)
     if traffic.sequence is not None:
-        return _units_of_sequences(as_trace(traffic))
+        return _units_of_sequences(as_trace(traffic), progress)
     if window is None:
         window = piece_of(traffic)
-    loads = count_loads(traffic, window=window, threads=threads)
+    loads = count_loads(traffic, window=window, threads=threads, progress=progress)
     blocks = blocks_of(loads.window_load, loads.group)
     return Units("window", blocks.number(max(traffic.length // (window or 1), 1)), blocks)
 
@@ -245,10 +257,10 @@ def _units_of_windows(table: RoutingStatistics) -> Units:
     return Units("window", blocks.number(int(table.is_step.sum())), blocks)
 
 
-def _units_of_sequences(trace: RoutingTrace) -> Units:
+def _units_of_sequences(trace: RoutingTrace, progress: Progress | None) -> Units:
     """Return what is independent in a trace with sequences: these, or their kinds."""
     labels = check.distinct(cast("NDArray[np.int32]", trace.sequence))
-    kinds, likeness, all_alike = kinds_of(trace, labels)
+    kinds, likeness, all_alike = kinds_of(trace, labels, progress)
     if kinds is None:
         return Units("sequence", len(labels), all_alike=all_alike)
     number = int(kinds.max(initial=-1)) + 1

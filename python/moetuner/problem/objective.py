@@ -186,11 +186,10 @@ class Objective:
         if self.survive is None:
             return np.ones(placement.layers)
         load, topology = self.statistics.total_load, self.topology
-        after, _ = losses.loads_after(
+        imbalance, _ = losses.imbalances_after(
             placement, load, topology, self.survive, split=self.serving.split
         )
-        worst = losses.compute_imbalances(after, topology, self.survive).max(axis=0)
-        factor: Floats = 1 + LOSS_SHARE * (worst - 1)
+        factor: Floats = 1 + LOSS_SHARE * (imbalance.max(axis=0) - 1)
         return factor
 
     def worth(self, costs: Floats) -> Floats:

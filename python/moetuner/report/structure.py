@@ -24,6 +24,7 @@ from moetuner.evaluation import evaluate
 from moetuner.evaluation.halves import halve
 from moetuner.evaluation.intervals import FEWEST, spread
 from moetuner.evaluation.options import ReplayOptions
+from moetuner.evaluation.reading import Progress, part_of
 from moetuner.evaluation.replay import Setting
 from moetuner.evaluation.units import hold_out, units_of
 from moetuner.frozen import Frozen, html_table
@@ -49,9 +50,9 @@ ITERATIONS = 200_000
 # cells with a pair and others without, which a search takes for structure.
 COUNTS_PER_CELL = 1 << 16
 
-# Time of halves of the crossing, and of all steps, in passes over half of a trace. The steps are
-# counts of both halves, two crossings, halves of one of them, and hot experts.
-PASSES_OF_HALVES, PASSES = 3, 8
+# Time of all steps in passes over half of a trace: finding what is independent, counts of both
+# halves, three solves and crossings, halves of one half, and hot experts.
+PASSES_OF_SAMPLES, PASSES_OF_HALVES, PASSES = 4, 3, 16
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -158,12 +159,23 @@ def structure(
     at_least("max_imbalance", max_imbalance, 1)
     held_out = traffic.ordered and traffic.length > 1
 
-    def report_pass(number: int, passes: int = 1) -> Callable[[float], None] | None:
-        return progress and (lambda share: progress((number + passes * share) / PASSES))
+    def report_pass(number: int, passes: int = 1) -> Progress | None:
+        return part_of(progress, number / PASSES, (number + passes) / PASSES)
 
+    passed = PASSES_OF_SAMPLES + 2
+
+    def report_next() -> None:
+        nonlocal passed
+        passed += 1
+        if progress is not None:
+            progress(passed / PASSES)
+
+    if held_out:
+        units_of(traffic, threads=threads, progress=report_pass(0, PASSES_OF_SAMPLES))
     halves = hold_out(traffic, 0.5 if held_out else 0, seed=seed)
     seen, unseen = (
-        _count_transitions(half, threads, report_pass(number)) for number, half in enumerate(halves)
+        _count_transitions(half, threads, report_pass(PASSES_OF_SAMPLES + number))
+        for number, half in enumerate(halves)
     )
     statistics = seen + unseen if held_out else seen
     load = statistics.total_load
@@ -175,16 +187,16 @@ def structure(
     def place(method: Method, seen: RoutingStatistics) -> Placement:
         problem = Problem(seen, topology, regime="follow", max_imbalance=max_imbalance)
         result = solve(problem, method, seed=seed, iterations=ITERATIONS, threads=threads)
+        report_next()
         return result.uninterrupted().placement
 
     def measure_crossing(
-        placement: Placement, unseen: RoutingTrace | RoutingStatistics, number: int | None = None
+        placement: Placement, unseen: RoutingTrace | RoutingStatistics
     ) -> float | None:
         evaluation = evaluate(
             placement, unseen, window=None, cost_model=None, mixed=False, threads=threads
         )
-        if number is not None and (report := report_pass(number)):
-            report(1.0)
+        report_next()
         return evaluation.crossing
 
     tables = statistics.transitions_or_empty
@@ -196,10 +208,10 @@ def structure(
             max(_measure_information(table) - by_chance, 0.0)
             for table, by_chance in zip(tables, chance, strict=True)
         )
-        contiguous = measure_crossing(place("contiguous", seen), unseen, 2)
+        contiguous = measure_crossing(place("contiguous", seen), unseen)
         if held_out:
             placement = place("heuristic", seen)
-            searched = measure_crossing(placement, halves[1], 3)
+            searched = measure_crossing(placement, halves[1])
             null = measure_crossing(
                 place("heuristic", _make_independent(seen)), _make_independent(unseen)
             )
@@ -208,7 +220,7 @@ def structure(
                 traffic,
                 halves[1],
                 null,
-                report_pass(4, PASSES_OF_HALVES),
+                report_pass(PASSES - 1 - PASSES_OF_HALVES, PASSES_OF_HALVES),
             )
     total = load.sum(axis=1, dtype=np.float64)
     return Structure(

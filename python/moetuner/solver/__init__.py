@@ -17,7 +17,7 @@ from moetuner.solver.bounds.verification import verify
 from moetuner.solver.budget import Budget, History, Progress
 from moetuner.solver.effort import EFFORTS
 from moetuner.solver.methods import ALIASES, METHODS, SEARCHES, Method
-from moetuner.solver.pareto import Trade, find_few_moves, pareto
+from moetuner.solver.pareto import Trade, find_first, pareto
 from moetuner.solver.planning import Plan, plan, plan_losses
 from moetuner.solver.result import Details, Result
 from moetuner.solver.run import Moves, Run
@@ -37,7 +37,7 @@ __all__ = [
     "Result",
     "Trade",
     "balance",
-    "find_few_moves",
+    "find_first",
     "pareto",
     "plan",
     "plan_losses",

@@ -46,6 +46,25 @@ class Effort:
     settles_balance: bool = True
 
 
+@dataclass(frozen=True)
+class Prices:
+    """How prices of a move fall: a lower one finds more moves.
+
+    Parameters
+    ----------
+    number
+        Prices at the most.
+    first
+        The first of them, as a part of what the first move gains.
+    ratio
+        Each as a part of the one before.
+    """
+
+    number: int
+    first: float
+    ratio: float
+
+
 # Chosen by "Effort" and, where tangents are meant, by "Bounds of visits": what an effort takes and
 # reaches. Under a time limit the time decides.
 EFFORTS = {
@@ -158,24 +177,19 @@ STAGE_NODES, PLACE_NODES = 200, 20
 # Products y[l,c,d] * y[l+1,c',d'] that HiGHS is given at most: with 6480 it took a minute.
 MOST_PRODUCTS = 4096
 
-# Few moves ("Risk, the worst group, and budgets"): prices of a move that are tried
-# to come nearer to a budget, times that risk and groups are weighed anew by steps, and lengths of a
-# way whose ends are compared by what the objective truly is.
-PRICES_TRIED, STEP_REWEIGHTINGS, LENGTHS = 4, 3, 6
-# Without a time limit ("Budgets that rise"): prices of a move at the most, the first of them as a
-# part of what the first move gains, and each as a part of the one before; more where layers are
-# joined, which are not mixed; and slots of all layers up to which what a step leaves is used up.
-RUNGS, RUNG_FIRST, RUNG_RATIO, STEP_SLOTS = 7, 1 / 4, 1 / 3, 1024
-JOINED_RUNGS, JOINED_FIRST, JOINED_RATIO = 24, 4.0, 0.7
+# Few moves ("Budgets that rise", which has each at half and at twice its value): how prices of a
+# move fall where layers are mixed, and where they are joined: more prices take longer, and come
+# nearer to a budget. The part of the objective that the first move gains at least, for the first
+# price: at less, searches end before the budget is spent. Moves beyond twice those of what a search
+# found up to which steps go on: they find what searches leave, of few moves above all.
+MIXED_PRICES, JOINED_PRICES = Prices(7, 1 / 4, 1 / 3), Prices(24, 4.0, 0.7)
+DEAREST, MORE_MOVES = 1e-3, 8
 # Share of a time limit for a solve from nothing, where moves are free (not measured).
 FRESH_SHARE = 0.9
-# `pareto` (not measured) keeps the ends of so many steps, at about even distances of the logarithm
-# of their moves, and tries prices of a move, in parts of what a move gains on average where moving
-# is free. The first moves gain far more than that, the last ones far less.
-PARETO_STEPS, PARETO_PRICES = 24, (0.1, 0.3, 0.7, 1.5, 3.0, 8.0)
 
-# Few moves that gain most are looked for within so many moves, and then within so many times as
-# many: all steps down take many times as long ("Advice on a real model").
+# The fewest moves that gain enough ("Advice on a real model"): moves up to which steps go at first,
+# and how many times as many come next: all steps down take many times as long. The answer does not
+# depend on them; at half and at twice their values the time is the same within what it varies.
 FIRST_REACH, REACH_TIMES = 64, 4
 
 # Balancing with copies ("Balancing with copies"): pairs of devices that are tried for exchanges.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -15,13 +15,19 @@ from moetuner.problem import Problem
 from moetuner.solver.answer import named
 from moetuner.solver.bounds.caps import cap_report
 from moetuner.solver.budget import Budget, History, Progress
-from moetuner.solver.effort import FIRST_REACH, PARETO_PRICES, PARETO_STEPS, REACH_TIMES
 from moetuner.solver.methods import METHODS, SEARCHES, Method
 from moetuner.solver.run import Incumbent, Moves, Run, Stage
-from moetuner.solver.stages.descent import descend
-from moetuner.solver.stages.layers import LayerModel
-from moetuner.solver.stages.moves import AT_PRICES, from_running, offer_running, require_moves
-from moetuner.solver.stages.polish import POLISH
+from moetuner.solver.stages.front import Front, undominated
+from moetuner.solver.stages.moves import (
+    fill,
+    first_enough,
+    from_running,
+    offer_running,
+    require_moves,
+)
+
+# Trades that are listed at most, at about even distances of the logarithm of their moves.
+TRADES = 24
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -123,102 +129,51 @@ def pareto(
         budget = replace(budget, progress=History(progress).add)
     run = Run(problem, seed=seed, budget=budget, moves=Moves(initial, expert_bytes=expert_bytes))
     offer_running(run)
-    run.through((Stage(_descend), Stage(lambda run, part: _at_prices(run, METHODS[method], part))))
-    return [
-        _trade(run, initial, incumbent, run.rank_of_all(incumbent)[1])
-        for incumbent in _undominated(run)
-    ]
+    front = Front(run, require_moves(run))
+
+    def at_no_price(run: Run, budget: Budget) -> None:
+        inner = run.inner(from_running(METHODS[method]), budget, moves=Moves(initial))
+        run.offer(inner.answer().slots, "free", interrupted=inner.interrupted)
+
+    # Under a time limit half of it is left for the solve from nothing (not measured).
+    from_few = Stage(lambda _, part: fill(front, part, np.inf), share=lambda _: 0.5)
+    run.through((from_few, Stage(at_no_price)))
+    for incumbent in run.incumbents:
+        front.add(incumbent)
+    return [_trade(run, initial, point, run.rank_of_all(point)[1]) for point in _listed(run, front)]
 
 
-def find_few_moves(
+def find_first(
     problem: Problem,
     initial: Placement,
-    better: Placement,
-    share: float,
+    enough: float,
     *,
+    most_moves: int,
     time_limit: float | None = None,
     threads: int | None = None,
 ) -> Placement | None:
-    """Return the fewest steps from what runs that gain a share of what a better placement does.
+    """Return the first point of the front, by its moves, with at most an objective of ``enough``.
 
-    Of all steps those are taken that gain most for a move. None where they end before that.
+    None where no point with at most so many moves has it.
     """
     budget = Budget(time_limit, threads=threads)
     run = Run(problem, budget=budget, moves=Moves(initial))
-    start = offer_running(run)
-    wanted = start.value - share * (start.value - run.judge(better.slots).value)
-    model, reach = LayerModel(run), start.moves + FIRST_REACH
-
-    def is_enough(steps: int) -> bool:
-        return run.judge(path.after(steps)).value <= wanted
-
-    while True:
-        path, interrupted = descend(run, model, start.slots, initial, reach, budget)
-        if interrupted:
-            raise KeyboardInterrupt
-        # Steps are the same to any limit that is farther, but for the last two moves before it.
-        last = path.before(reach - 2)
-        if reach >= problem.capacity.sum() or path.moves[-1] < reach - 2:
-            last = len(path.value) - 1
-        # Steps that bring layers within their caps come first.
-        fewest = int(path.excess.argmin())
-        if fewest <= last and is_enough(last):
-            break
-        if last == len(path.value) - 1:
-            return None
-        reach *= REACH_TIMES
-    while fewest < last:
-        middle = (fewest + last) // 2
-        if is_enough(middle):
-            last = middle
-        else:
-            fewest = middle + 1
-    slots = keep_slots(initial.slots, run.judge(path.after(last)).slots, problem.capacity)
+    offer_running(run)
+    point = first_enough(Front(run, require_moves(run)), budget, most_moves, enough)
+    if point is None:
+        return None
+    slots = keep_slots(initial.slots, point.slots, problem.capacity)
     return Placement(slots, num_experts=problem.experts)
 
 
-def _descend(run: Run, budget: Budget) -> None:
-    """Offer the ends of some of the steps that gain most for a move."""
-    start, running = run.incumbents[0].slots, require_moves(run).initial
-    path, interrupted = descend(run, LayerModel(run), start, running, np.inf, budget)
-    for steps in path.spread(PARETO_STEPS):
-        run.offer(path.after(steps), "moves")
-    if interrupted:
-        raise KeyboardInterrupt
-
-
-def _at_prices(run: Run, stages: Sequence[Stage], budget: Budget) -> None:
-    """Offer what a method solves at several prices of a move, beginning with none."""
-    initial, left = require_moves(run).initial, len(PARETO_PRICES)
-
-    def at(price: float, left: int) -> Incumbent:
-        moves = Moves(initial, cost=price)
-        ways, start = from_running(stages), None
-        if price:
-            # The steps from what runs are known: only those that are worth the price are taken.
-            ways = (AT_PRICES, POLISH)
-            start = min(
-                run.incumbents,
-                key=lambda incumbent: (incumbent.excess, incumbent.value + price * incumbent.moves),
-            ).slots
-        inner = run.inner(ways, budget.within(1 / left), moves=moves, start=start)
-        return run.offer(inner.answer().slots, "prices", interrupted=inner.interrupted)
-
-    free = at(0.0, left + 1)
-    gain = run.incumbents[0].value - free.value
-    if free.moves and gain > 0:
-        for number, part in enumerate(PARETO_PRICES):
-            at(part * gain / free.moves, left - number)
-
-
-def _undominated(run: Run) -> list[Incumbent]:
-    """Return incumbents that none equals or betters in moves, and in excess and objective."""
-    ranks = [run.rank_of_all(incumbent) for incumbent in run.incumbents]
-    front: list[int] = []
-    for at in sorted(range(len(ranks)), key=lambda at: (run.incumbents[at].moves, *ranks[at])):
-        if not front or ranks[at] < ranks[front[-1]]:
-            front.append(at)
-    return [run.incumbents[at] for at in front]
+def _listed(run: Run, front: Front) -> list[Incumbent]:
+    """Return some of the points that none betters by all windows, at rising numbers of moves."""
+    points = front.undominated()
+    moves = np.array([point.moves for point in points])
+    spread = np.geomspace(1, max(moves[-1] - moves[0], 1), TRADES) + moves[0]
+    last = {int(np.flatnonzero(moves <= limit)[-1]) for limit in spread}
+    chosen = [points[at] for at in sorted(last | {0, len(points) - 1})]
+    return undominated((point, run.rank_of_all(point)) for point in chosen)
 
 
 def _trade(run: Run, initial: Placement, incumbent: Incumbent, objective: float) -> Trade:

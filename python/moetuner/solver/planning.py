@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,33 @@ DISK = -1
 SEARCHED = 16
 # What a step says, in this order.
 COLUMNS = ("layer", "expert", "source", "target", "slot", "batch")
+
+
+@dataclass(frozen=True)
+class _Service:
+    """A placement that serves windows of load [W,L,E] on a machine, if that is known."""
+
+    placement: Placement
+    windows: NDArray[np.float64]
+    topology: Topology | None
+
+    @cached_property
+    def speed(self) -> NDArray[np.float64]:
+        """Speeds of devices [D]."""
+        if self.topology is None:
+            return np.ones(self.placement.devices)
+        return self.topology.speed_of_device
+
+    @cached_property
+    def load(self) -> NDArray[np.float64]:
+        """Load of every expert over all windows [L,E]."""
+        load: NDArray[np.float64] = self.windows.sum(axis=0)
+        return load
+
+    @cached_property
+    def imbalance(self) -> float:
+        """Slowest device's time over that of even ones."""
+        return _imbalance(self.windows, self.placement.slots, self.speed)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -145,15 +173,15 @@ def plan(
     """
     check.instance("running", running, Placement)
     windows = _read_load(running, traffic, check.window_in(window))
-    load = windows.sum(axis=0)
     lost = check.chosen("without", without, running.devices)
-    leaving = _choose_leaving(running, load, lost, retire)
+    leaving = _choose_leaving(running, windows.sum(axis=0), lost, retire)
     check.whole_number("join", join, lowest=0, highest=check.DEVICE_LIMIT - running.devices)
     if more_copies is not None:
         check.whole_number("more_copies", more_copies, lowest=0)
     if topology is not None:
         _check_machine(running, topology)
-    return _plan(running, windows, lost, leaving, join, more_copies, topology)
+    service = _Service(running, windows, topology)
+    return _plan(service, lost, leaving, join, more_copies)
 
 
 def plan_losses(
@@ -181,13 +209,14 @@ def plan_losses(
     if topology is not None:
         _check_machine(running, topology)
     windows = _read_load(running, traffic, check.window_in(window))
+    service = _Service(running, windows, topology)
     member = domains_of(topology or Topology(running.devices), domain)
     plans = {}
     for number in range(int(member.max()) + 1):
         lost = member == number
         if (~lost).sum() * running.slots_per_device >= running.num_experts:
             none = np.zeros_like(lost)
-            plans[number] = _plan(running, windows, lost, none, 0, None, topology)
+            plans[number] = _plan(service, lost, none, 0, None)
     return plans
 
 
@@ -258,15 +287,14 @@ def _choose_leaving(
 
 
 def _plan(
-    running: Placement,
-    windows: NDArray[np.float64],
+    service: _Service,
     lost: NDArray[np.bool_],
     leaving: NDArray[np.bool_],
     join: int,
     more_copies: int | None,
-    topology: Topology | None,
 ) -> Plan:
     """Bring what is missing, and as many copies more as gain something and are allowed."""
+    running, windows = service.placement, service.windows
     width, experts = running.slots_per_device, running.num_experts
     coming = np.full((running.layers, join, width), EMPTY, dtype=np.int32)
     before = np.concatenate([running.slots, coming], axis=1)
@@ -278,9 +306,7 @@ def _plan(
             f"{-(-experts // width)} devices of {width} slots, got {stays.sum()}"
         )
     start = np.ascontiguousarray(before[:, stays])
-    speed = np.ones(len(stays))
-    if topology is not None:
-        speed[: running.devices] = topology.speed_of_device
+    speed = np.concatenate([service.speed, np.ones(join)])
     time = speed[stays].min() / speed[stays]
     budget = 0
     if more_copies is None and join:
@@ -289,7 +315,7 @@ def _plan(
         budget = int((count_copies(start, experts) == 0).sum()) + more_copies
     slots = np.full(before.shape, EMPTY, dtype=np.int32)
     # An empty slot is filled where that gains something, if more may move than must.
-    end = rebalance(windows.sum(axis=0), start, budget=budget, time=time, full=False).slots
+    end = rebalance(service.load, start, budget=budget, time=time, full=False).slots
     slots[:, stays] = _keep_copies(start, end)
     if budget and len(windows) > 1:
         chosen = np.unique(np.linspace(0, len(windows) - 1, SEARCHED).round().astype(int))
@@ -304,8 +330,8 @@ def _plan(
         slots=slots,
         devices=np.flatnonzero(stays),
         lost=(count_copies(before, experts) == 0).sum(axis=1),
-        steps=_order_steps(np.where(serving[:, None], before, EMPTY), slots, topology),
-        imbalance_before=_imbalance(windows, running.slots, speed[: running.devices]),
+        steps=_order_steps(np.where(serving[:, None], before, EMPTY), slots, service.topology),
+        imbalance_before=service.imbalance,
         imbalance_after=_imbalance(windows, slots[:, stays], speed[stays]),
     )
 
@@ -415,9 +441,11 @@ class _Order:
         for device, slot in places:
             gone, comes = self.now[device, slot], self.end[device, slot]
             if gone != EMPTY:
+                self.copies[gone] -= self.holders[device, gone]
                 self.holders[device, gone] = False
             self.now[device, slot] = comes
         for device, slot in places:
-            self.holders[device, self.end[device, slot]] = True
-        self.copies = self.holders.sum(axis=0)
+            comes = self.end[device, slot]
+            self.copies[comes] += not self.holders[device, comes]
+            self.holders[device, comes] = True
         return steps

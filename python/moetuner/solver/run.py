@@ -205,8 +205,6 @@ class Run:
         self.bound: Bound | None = None
         self.details = Details()
         self.interrupted = self.cut = False
-        # What the last steps of a descent gain for a move.
-        self.slope = 0.0
         # Seconds that judging a placement takes, and that the judgement on all windows will take.
         self.judging = self.judging_all = 0.0
 

@@ -23,12 +23,12 @@ pub(in crate::layer) struct Change {
     pub(in crate::layer) variance: f64,
     /// Part of the differences of devices that is no chance: about n / (n + m) of n tokens, where chance is half of the
     /// differences of m.
-    pub(in crate::layer) part: f64,
+    pub(in crate::layer) real_part: f64,
 }
 
 impl Change {
     /// Estimates the change from all layers; counts scatter by so many standard deviations of their own.
-    pub(in crate::layer) fn of<'a>(
+    pub(in crate::layer) fn estimate<'a>(
         layers: impl Iterator<Item = ((&'a [f64], &'a Site), &'a Slots)>,
         deviations: f64,
     ) -> Self {
@@ -50,41 +50,45 @@ impl Change {
         }
         let chance = chance * deviations * deviations;
         let variance = (seen - chance).max(0.0) / squares;
-        let part = match (deviations > 0.0, freedom > 0.0) {
+        let real_part = match (deviations > 0.0, freedom > 0.0) {
             (false, _) => 1.0,
             (_, false) => UNKNOWN,
             _ if seen > 0.0 => (1.0 - chance * (1.0 + SURE * (2.0 / freedom).sqrt()) / seen).max(0.0),
             _ => 0.0,
         };
-        Self { variance: if squares > 0.0 { variance.min(LARGEST_VARIANCE) } else { 0.0 }, part }
+        Self { variance: if squares > 0.0 { variance.min(LARGEST_VARIANCE) } else { 0.0 }, real_part }
     }
 
-    /// Asks layers to gain more the more of it may be chance.
+    /// The gain that layers must have, the more of it the more may be chance.
     ///
     /// Of a device that differs by x, the part p x is expected to stay if nothing moves, with a variance of p c, where c is
     /// that of counts. What comes in place of the part f of its slots brings f (1 - p) c with it. So the slowest is
     /// expected to gain where p x is more than sqrt(f (1 - p) c) times as many standard deviations as it has of many.
-    pub(super) fn wary(self, spending: Spending) -> Spending {
-        let wary = if self.part < 1.0 { ((1.0 - self.part) * REPLACED).sqrt() / self.part } else { 0.0 };
-        Spending { deviations: wary * spending.deviations, ..spending }
+    pub(super) fn raise_threshold(self, spending: Spending) -> Spending {
+        let factor = if self.real_part < 1.0 {
+            ((1.0 - self.real_part) * REPLACED).sqrt() / self.real_part
+        } else {
+            0.0
+        };
+        Spending { deviations: factor * spending.deviations, ..spending }
     }
 
-    /// Weighs a layer's loads with what runs, on which devices are even: what a device has more than others counts as
-    /// far as it is no chance.
-    pub(super) fn weigh(self, load: &[f64], site: &Site, running: &Slots) -> Vec<f64> {
+    /// The load that a layer is expected to have next, where what runs was chosen so that devices are even: what a device
+    /// has more than others stays as far as it is no chance.
+    pub(super) fn expected_load(self, load: &[f64], site: &Site, running: &Slots) -> Vec<f64> {
         let (times, _) = running.times_and_loads(site, load);
         let mean = times.iter().sum::<f64>() / times.len() as f64;
         let factor = |device: u16| {
             let time = times[usize::from(device)];
-            if time > 0.0 { self.part + (1.0 - self.part) * mean / time } else { 1.0 }
+            if time > 0.0 { self.real_part + (1.0 - self.real_part) * mean / time } else { 1.0 }
         };
-        let weigh = |(&load, e): (&f64, u16)| {
+        let expected = |(&load, e): (&f64, u16)| {
             let (sum, count) = running
                 .devices(e)
                 .map(factor)
                 .fold((0.0, 0.0), |(sum, count), factor| (sum + factor, count + 1.0));
             if count > 0.0 { load * sum / count } else { load }
         };
-        load.iter().zip(0..).map(weigh).collect()
+        load.iter().zip(0..).map(expected).collect()
     }
 }

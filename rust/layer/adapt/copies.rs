@@ -108,7 +108,7 @@ fn offer(steps: &Steps<'_>, target: &Target, removal: &Removal, (expert, gain): 
     let worth = gain * per_copy(comes - target.is_moved);
     let fits = || {
         slots.may_take(steps.site, expert, target.device)
-            && slots.part(&steps.tokens, expert) >= removal.tokens_left[target.slot]
+            && slots.part(&steps.expected, expert) >= removal.tokens_left[target.slot]
     };
     if worth > best.worth && fits() {
         *best = Best { worth, step: Some(Move::Put(target.slot, expert)) };
@@ -119,7 +119,7 @@ fn offer(steps: &Steps<'_>, target: &Target, removal: &Removal, (expert, gain): 
 pub(super) struct Removal {
     /// Tokens of every other copy then `[P]`.
     tokens_left: Vec<f64>,
-    /// What each of them has to do more, as it counts `[P]`.
+    /// What each of them has to do more, with its variance `[P]`.
     added_load: Vec<f64>,
     /// What that adds to the power of the slot's own device, were it another's `[P]`; of all slots of an expert `[E]`.
     added_power: Vec<f64>,
@@ -131,11 +131,11 @@ impl Removal {
         let (slots, loads) = (&steps.slots, &steps.loads);
         let [mut tokens_left, mut added_load, mut added_power] =
             std::array::from_fn(|_| vec![0.0; slots.expert_in.len()]);
-        let mut added_by_expert = vec![0.0; steps.tokens.len()];
+        let mut added_by_expert = vec![0.0; steps.expected.len()];
         for (slot, &e) in slots.expert_in.iter().enumerate().filter(|(_, e)| slots.copies(**e) > 1) {
-            let tokens = steps.tokens[usize::from(e)] / f64::from(slots.copies(e) - 1);
+            let tokens = steps.expected[usize::from(e)] / f64::from(slots.copies(e) - 1);
             tokens_left[slot] = tokens;
-            added_load[slot] = loads.counted(tokens) - loads.load_in[slot];
+            added_load[slot] = loads.with_variance(tokens) - loads.load_in[slot];
             added_power[slot] = loads.added_power(slots.device(slot), added_load[slot]);
             added_by_expert[usize::from(e)] += added_power[slot];
         }

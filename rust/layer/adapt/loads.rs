@@ -15,14 +15,14 @@ pub(super) fn power(time: f64) -> f64 {
 
 /// What devices and slots have to do.
 pub(super) struct Loads {
-    /// Of every device `[D]`, as it counts, in means of all.
+    /// Time of every device `[D]` on expected loads with their variance, in means of all.
     pub(super) times: Vec<f64>,
-    /// Of every device `[D]`, of the tokens that were counted.
-    pub(super) plain: Vec<f64>,
+    /// Time of every device `[D]` on measured loads.
+    pub(super) measured_times: Vec<f64>,
     /// The mean, and of every device the time per token `[D]`.
     pub(super) mean: f64,
     pub(super) per_token: Vec<f64>,
-    /// Load in every slot `[P]`, as it counts.
+    /// Expected load in every slot `[P]`, with its variance.
     pub(super) load_in: Vec<f64>,
     /// What a copy would get of every expert, were there one more `[E]`.
     pub(super) with_one_more: Vec<f64>,
@@ -35,16 +35,16 @@ pub(super) struct Loads {
 impl Loads {
     pub(super) fn new(
         site: &Site,
-        [seen, tokens]: [&[f64]; 2],
+        [measured, expected]: [&[f64]; 2],
         slots: &Slots,
         running: &Slots,
         square: f64,
     ) -> Self {
-        let counts = |load: f64| load + square * load * load;
-        let (plain, _) = slots.times_and_loads(site, seen);
-        let (_, mut load_in) = slots.times_and_loads(site, tokens);
+        let with_variance = |load: f64| load + square * load * load;
+        let (measured_times, _) = slots.times_and_loads(site, measured);
+        let (_, mut load_in) = slots.times_and_loads(site, expected);
         for load in &mut load_in {
-            *load = counts(*load);
+            *load = with_variance(*load);
         }
         let mean = load_in.iter().sum::<f64>() / site.rate();
         let unit = if mean > 0.0 { 1.0 / mean } else { 0.0 };
@@ -52,13 +52,14 @@ impl Loads {
         let time = |g: usize| load_in[slots.of(g)].iter().sum::<f64>() * per_token[g];
         let times = (0..site.devices()).map(time).collect();
         let copies = slots.copies.iter().map(|&copies| f64::from(copies + 1));
-        let with_one_more = tokens.iter().zip(copies).map(|(load, copies)| counts(load / copies)).collect();
+        let with_one_more =
+            expected.iter().zip(copies).map(|(load, copies)| with_variance(load / copies)).collect();
         let is_moved = (0..load_in.len()).map(|slot| one_if(slots.is_moved(slot, running))).collect();
-        Self { times, plain, mean, per_token, load_in, with_one_more, is_moved, square }
+        Self { times, measured_times, mean, per_token, load_in, with_one_more, is_moved, square }
     }
 
-    /// A load as it counts.
-    pub(super) fn counted(&self, load: f64) -> f64 {
+    /// A load, and what its variance adds to it.
+    pub(super) fn with_variance(&self, load: f64) -> f64 {
         load + self.square * load * load
     }
 
@@ -67,12 +68,12 @@ impl Loads {
         self.times.iter().map(|&time| power(time)).sum()
     }
 
-    /// Follows an exchange of two slots, `p` and `q`, on loads `[E]` that were counted.
+    /// Follows an exchange of two slots, `p` and `q`, whose loads `[E]` were measured.
     pub(super) fn exchange(
         &mut self,
         [p, q]: [usize; 2],
         site: &Site,
-        seen: &[f64],
+        measured: &[f64],
         slots: &Slots,
         running: &Slots,
     ) {
@@ -82,8 +83,8 @@ impl Loads {
         self.times[g] -= moved * self.per_token[g];
         self.times[h] += moved * self.per_token[h];
         for (slot, device) in [(p, g), (q, h)] {
-            let load: f64 = slots.of(device).map(|slot| slots.part(seen, slots.expert_in[slot])).sum();
-            self.plain[device] = load * site.time[device];
+            let load: f64 = slots.of(device).map(|slot| slots.part(measured, slots.expert_in[slot])).sum();
+            self.measured_times[device] = load * site.time[device];
             self.is_moved[slot] = one_if(slots.is_moved(slot, running));
         }
     }

@@ -76,19 +76,20 @@ pub fn adapt_layers(
         .map(|(slots, fresh)| !fresh && slots.copies.iter().all(|&copies| copies > 0))
         .collect();
     let shaped = layers().zip(sites).zip(&running).zip(&is_shaped).filter(|(_, shaped)| **shaped);
-    let change = Change::of(shaped.map(|(layer, _)| layer), effort.spending.deviations);
-    let weighed = |(layer, shaped): (((&[f64], &Site), &Slots), &bool)| {
+    let change = Change::estimate(shaped.map(|(layer, _)| layer), effort.spending.deviations);
+    let expect = |(layer, shaped): (((&[f64], &Site), &Slots), &bool)| {
         let ((load, site), slots) = layer;
-        if *shaped { change.weigh(load, site, slots) } else { load.to_vec() }
+        if *shaped { change.expected_load(load, site, slots) } else { load.to_vec() }
     };
-    let tokens: Vec<Vec<f64>> = layers().zip(sites).zip(&running).zip(&is_shaped).map(weighed).collect();
-    let all = layers().zip(tokens).zip(sites).zip(running).zip(fresh).enumerate();
-    let improved = all.map(|(layer, ((((seen, tokens), site), running), &fresh))| {
-        improve(site, seen, tokens, running, fresh, change.variance, effort).map_err(|fault| fault.of(layer))
+    let expected: Vec<Vec<f64>> = layers().zip(sites).zip(&running).zip(&is_shaped).map(expect).collect();
+    let all = layers().zip(expected).zip(sites).zip(running).zip(fresh).enumerate();
+    let improved = all.map(|(layer, ((((measured, expected), site), running), &fresh))| {
+        improve(site, measured, expected, running, fresh, change.variance, effort)
+            .map_err(|fault| fault.of(layer))
     });
     let all: Vec<Steps<'_>> = improved.collect::<Result<_>>()?;
     let ways: Vec<&[Way]> = all.iter().map(|steps| &steps.ways[..]).collect();
-    let chosen = choose(&ways, change.wary(effort.spending));
+    let chosen = choose(&ways, change.raise_threshold(effort.spending));
     let end = |(steps, at): (&Steps<'_>, usize)| {
         (steps.running.keep_slots(&steps.contents[at]), [steps.ways[0], steps.ways[at]])
     };
@@ -103,8 +104,8 @@ fn is_idle(load: &[f64]) -> bool {
 /// Goes from running slots as far as steps gain, and packs anew; where nothing runs yet, a packing is all there is.
 fn improve<'a>(
     site: &'a Site,
-    seen: &'a [f64],
-    tokens: Vec<f64>,
+    measured: &'a [f64],
+    expected: Vec<f64>,
     running: Slots,
     is_fresh: bool,
     variance: f64,
@@ -114,16 +115,16 @@ fn improve<'a>(
     let is_new = running.expert_in.iter().all(|&e| e == EMPTY);
     let mut packed = None;
     if is_new || effort.steps > 0 && site.has_equal_devices() {
-        packed = Some(fill(site, &tokens, effort.trials)?);
+        packed = Some(fill(site, &expected, effort.trials)?);
     }
     let mut first = packed.take_if(|_| is_new).unwrap_or_else(|| running.clone());
-    complete(&mut first, site, &tokens, effort.full)?;
+    complete(&mut first, site, &expected, effort.full)?;
     // Of a time that varies, the power's mean is larger by n (n - 1) / 2 variances: as if it took (n - 1) / 2 longer.
-    let unit = tokens.iter().sum::<f64>() / devices as f64;
-    let square = if unit > 0.0 { (NORM - 1.0) / 2.0 * variance / unit } else { 0.0 };
-    let loads = Loads::new(site, [seen, &tokens], &first, &running, square);
+    let mean = expected.iter().sum::<f64>() / devices as f64;
+    let square = if mean > 0.0 { (NORM - 1.0) / 2.0 * variance / mean } else { 0.0 };
+    let loads = Loads::new(site, [measured, &expected], &first, &running, square);
     let (ways, contents, others) = (vec![], vec![], Others::new(slots, devices));
-    let mut steps = Steps { site, seen, tokens, running, slots: first, loads, others, ways, contents };
+    let mut steps = Steps { site, measured, expected, running, slots: first, loads, others, ways, contents };
     steps.note();
     // What no load has shaped is left at once: experts that are neighbours there are often busy together, which a single
     // load does not show.
@@ -165,9 +166,9 @@ struct Best {
 /// A layer and the steps that were taken: what is so after every one, and the contents of slots `[P]` then.
 struct Steps<'a> {
     site: &'a Site,
-    /// Tokens of every expert, as they were counted and as they count `[E]`.
-    seen: &'a [f64],
-    tokens: Vec<f64>,
+    /// Load of every expert, as it was measured and as it is expected next `[E]`.
+    measured: &'a [f64],
+    expected: Vec<f64>,
     /// What ran at the start.
     running: Slots,
     slots: Slots,
@@ -179,7 +180,7 @@ struct Steps<'a> {
 
 impl Steps<'_> {
     fn note(&mut self) {
-        let slowest = self.loads.plain.iter().copied().fold(0.0, f64::max);
+        let slowest = self.loads.measured_times.iter().copied().fold(0.0, f64::max);
         let moves = self.loads.is_moved.iter().sum::<f64>() as usize;
         let mut norm = self.loads.total() / self.loads.times.len() as f64;
         for _ in 0..DOUBLINGS {
@@ -205,9 +206,9 @@ impl Steps<'_> {
     fn offer(&mut self, packed: &Slots, part: f64, full: bool) -> Placed<()> {
         let least = self.ways.iter().map(|way| way.cost).fold(f64::INFINITY, f64::min);
         self.slots = keep_devices(packed, &self.running, &self.site.capacity);
-        complete(&mut self.slots, self.site, &self.tokens, full)?;
-        let tokens = [self.seen, &self.tokens];
-        self.loads = Loads::new(self.site, tokens, &self.slots, &self.running, self.loads.square);
+        complete(&mut self.slots, self.site, &self.expected, full)?;
+        let loads = [self.measured, &self.expected];
+        self.loads = Loads::new(self.site, loads, &self.slots, &self.running, self.loads.square);
         self.note();
         if self.ways.pop_if(|way| way.cost >= least * (1.0 - part)).is_some() {
             self.contents.pop();
@@ -218,15 +219,15 @@ impl Steps<'_> {
     /// Gives the expert with the heaviest copies one more, in place of one whose expert has the lightest without it; false
     /// where none is heavier by enough.
     fn copy_heaviest(&mut self) -> bool {
-        let (slots, site, tokens) = (&self.slots, self.site, &self.tokens[..]);
+        let (slots, site, expected) = (&self.slots, self.site, &self.expected[..]);
         // Load of every copy, were there one less of its expert.
-        let without = |(&tokens, &copies): (&f64, &u32)| {
-            if copies > 1 { tokens / f64::from(copies - 1) } else { f64::INFINITY }
+        let without = |(&load, &copies): (&f64, &u32)| {
+            if copies > 1 { load / f64::from(copies - 1) } else { f64::INFINITY }
         };
-        let without: Vec<f64> = tokens.iter().zip(&slots.copies).map(without).collect();
+        let without: Vec<f64> = expected.iter().zip(&slots.copies).map(without).collect();
         let least = without.iter().copied().fold(f64::INFINITY, f64::min) * (1.0 + HEAVIER);
-        let part = |e: u16| slots.part(tokens, e);
-        let mut heavy: Vec<u16> = (0..tokens.len() as u16).filter(|&e| part(e) > least).collect();
+        let part = |e: u16| slots.part(expected, e);
+        let mut heavy: Vec<u16> = (0..expected.len() as u16).filter(|&e| part(e) > least).collect();
         heavy.sort_by(|&e, &f| part(f).total_cmp(&part(e)));
         let best = heavy.into_iter().find_map(|e| {
             let limit = part(e) / (1.0 + HEAVIER);
@@ -286,10 +287,10 @@ impl Steps<'_> {
         self.slots.apply(step);
         let (slots, running) = (&self.slots, &self.running);
         match step {
-            Move::Swap(p, q) => self.loads.exchange([p, q], self.site, self.seen, slots, running),
+            Move::Swap(p, q) => self.loads.exchange([p, q], self.site, self.measured, slots, running),
             Move::Put(..) => {
-                let (tokens, square) = ([self.seen, &self.tokens], self.loads.square);
-                self.loads = Loads::new(self.site, tokens, slots, running, square);
+                let (loads, square) = ([self.measured, &self.expected], self.loads.square);
+                self.loads = Loads::new(self.site, loads, slots, running, square);
             }
         }
         true

@@ -92,24 +92,24 @@ pub(super) struct ByPartners<'a> {
     /// Load of every device, if copies share it evenly, and its slots that are filled `[D]`.
     loads: Vec<f64>,
     used: Vec<usize>,
-    /// Experts that two devices share `[D, D]`, and the first device that every one is joined with `[D]`.
+    /// Experts that two devices share `[D, D]`, and the first of the devices that every one is joined with `[D]`.
     shared: Vec<u32>,
-    joined: Vec<usize>,
+    component: Vec<usize>,
 }
 
 impl<'a> ByPartners<'a> {
     pub(super) fn new(slots: &Slots, site: &'a Site, load: &'a [f64], copies: &'a [u32]) -> Self {
         let devices = site.devices();
         let (loads, used) = (vec![0.0; devices], vec![0; devices]);
-        let (shared, joined) = (vec![0; devices * devices], (0..devices).collect());
-        let mut fresh = Self { site, load, copies, loads, used, shared, joined };
+        let (shared, component) = (vec![0; devices * devices], (0..devices).collect());
+        let mut burden = Self { site, load, copies, loads, used, shared, component };
         for expert in 0..load.len() as u16 {
             for device in slots.devices(expert) {
                 let earlier = slots.devices(expert).take_while(|&other| other < device);
-                fresh.count(expert, usize::from(device), earlier.map(usize::from));
+                burden.count(expert, usize::from(device), earlier.map(usize::from));
             }
         }
-        fresh
+        burden
     }
 
     /// Follows a copy to a device, where the others are held.
@@ -121,8 +121,8 @@ impl<'a> ByPartners<'a> {
         for other in held {
             self.shared[device * devices + other] += 1;
             self.shared[other * devices + device] += 1;
-            let (from, to) = (self.joined[device], self.joined[other]);
-            self.joined.iter_mut().filter(|first| **first == from).for_each(|first| *first = to);
+            let (from, to) = (self.component[device], self.component[other]);
+            self.component.iter_mut().filter(|first| **first == from).for_each(|first| *first = to);
         }
     }
 
@@ -136,7 +136,7 @@ impl<'a> ByPartners<'a> {
         let held = || slots.devices(expert).map(usize::from);
         let shared = held().map(|other| self.shared[device * self.loads.len() + other]).sum();
         let filled = self.used[device] as f64 / self.site.capacity[device] as f64;
-        let joined = held().filter(|&other| self.joined[other] == self.joined[device]).count();
+        let joined = held().filter(|&other| self.component[other] == self.component[device]).count();
         (shared, filled, joined, time)
     }
 }
@@ -179,13 +179,13 @@ impl<'a> ByLosses<'a> {
     pub(super) fn new(slots: &Slots, site: &'a Site, load: &'a [f64], copies: &'a [u32]) -> Self {
         let each: Vec<u16> = (0..site.devices() as u16).collect();
         let domain = if site.rules.domain.is_empty() { &each } else { &site.rules.domain };
-        let after = AfterLosses::new(site, domain, load.iter().sum());
-        let mut fresh = Self { site, load, copies, after };
+        let after = AfterLosses::all_served(&site.time, domain, load.iter().sum());
+        let mut burden = Self { site, load, copies, after };
         for expert in 0..load.len() as u16 {
             let held: Vec<usize> = slots.devices(expert).map(usize::from).collect();
-            fresh.count(expert, &held, 1.0);
+            burden.count(expert, &held, 1.0);
         }
-        fresh
+        burden
     }
 
     /// Counts copies of an expert, or takes them out by the sign -1.

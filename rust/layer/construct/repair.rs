@@ -44,7 +44,7 @@ pub(super) fn repair(slots: &mut Slots, site: &Site, load: &[f64]) -> Placed<()>
     // What made room is elsewhere now.
     let rounds = if is_shifted { 0 } else { ROUNDS };
     for _ in 0..rounds {
-        if !search.reseat(&mut taken) & !search.exchange(&mut taken) {
+        if !search.relocate(&mut taken) & !search.exchange(&mut taken) {
             break;
         }
     }
@@ -65,7 +65,7 @@ struct Search<'a> {
     times: Vec<f64>,
     powers: Vec<f64>,
     /// Tokens of every copy of an expert `[E]`; none of nothing, behind them.
-    part: Vec<f64>,
+    per_copy: Vec<f64>,
     /// One over the mean.
     unit: f64,
     /// Devices that a change of a slot touches.
@@ -77,8 +77,8 @@ impl<'a> Search<'a> {
         let mean = load.iter().sum::<f64>() / site.rate();
         let unit = if mean > 0.0 { 1.0 / mean } else { 0.0 };
         let [times, powers] = [vec![0.0; site.devices()], vec![0.0; site.devices()]];
-        let part = vec![0.0; load.len() + 1];
-        let mut search = Self { slots, site, load, times, powers, part, unit, touched: vec![] };
+        let per_copy = vec![0.0; load.len() + 1];
+        let mut search = Self { slots, site, load, times, powers, per_copy, unit, touched: vec![] };
         search.count_all();
         search
     }
@@ -86,7 +86,7 @@ impl<'a> Search<'a> {
     /// Counts what all copies and devices have to do.
     fn count_all(&mut self) {
         for expert in 0..self.load.len() as u16 {
-            self.part[usize::from(expert)] = self.part_of(expert, self.slots.copies(expert));
+            self.per_copy[usize::from(expert)] = self.load_per_copy(expert, self.slots.copies(expert));
         }
         self.count(0..self.site.devices());
     }
@@ -94,20 +94,20 @@ impl<'a> Search<'a> {
     /// Counts anew what devices have to do.
     fn count(&mut self, devices: impl Iterator<Item = usize>) {
         for device in devices {
-            let load = self.slots.of(device).map(|slot| self.part_in(slot)).sum::<f64>();
+            let load = self.slots.of(device).map(|slot| self.load_in(slot)).sum::<f64>();
             self.times[device] = load * self.site.time[device] * self.unit;
             self.powers[device] = power(self.times[device]);
         }
     }
 
     /// Tokens of each of so many copies of an expert.
-    fn part_of(&self, expert: u16, copies: u32) -> f64 {
+    fn load_per_copy(&self, expert: u16, copies: u32) -> f64 {
         self.load[usize::from(expert)] / f64::from(copies.max(1))
     }
 
     /// Tokens of what is in a slot.
-    fn part_in(&self, slot: usize) -> f64 {
-        self.part[usize::from(self.slots.expert_in[slot]).min(self.load.len())]
+    fn load_in(&self, slot: usize) -> f64 {
+        self.per_copy[usize::from(self.slots.expert_in[slot]).min(self.load.len())]
     }
 
     /// Replaces what a slot holds, by an expert or by nothing.
@@ -115,7 +115,7 @@ impl<'a> Search<'a> {
         let experts = [self.slots.expert_in[slot], expert].into_iter().filter(|&expert| expert != EMPTY);
         self.slots.put(slot, expert);
         for expert in experts.clone() {
-            self.part[usize::from(expert)] = self.part_of(expert, self.slots.copies(expert));
+            self.per_copy[usize::from(expert)] = self.load_per_copy(expert, self.slots.copies(expert));
         }
         let mut touched = std::mem::take(&mut self.touched);
         touched.clear();
@@ -131,24 +131,24 @@ impl<'a> Search<'a> {
     }
 
     /// What more load adds to the power of a device's time.
-    fn lifted(&self, device: usize, load: f64) -> f64 {
+    fn added_power(&self, device: usize, load: f64) -> f64 {
         power(self.times[device] + load * self.site.time[device] * self.unit) - self.powers[device]
     }
 
     /// Takes every expert out, and puts it where it is best; whether that gains.
-    fn reseat(&mut self, taken: &mut [Taken]) -> bool {
+    fn relocate(&mut self, taken: &mut [Taken]) -> bool {
         let (mut gains, mut total) = (false, self.total());
-        for each in taken {
-            self.put(each.slot, each.before);
-            let best = self.best_slot(each.expert).unwrap_or(each.slot);
+        for place in taken {
+            self.put(place.slot, place.before);
+            let best = self.best_slot(place.expert).unwrap_or(place.slot);
             let before = self.slots.expert_in[best];
-            self.put(best, each.expert);
-            let then = if best == each.slot { total } else { self.total() };
+            self.put(best, place.expert);
+            let then = if best == place.slot { total } else { self.total() };
             if then < total * (1.0 - ROUNDING) {
-                (each.slot, each.before, gains, total) = (best, before, true, then);
-            } else if best != each.slot {
+                (place.slot, place.before, gains, total) = (best, before, true, then);
+            } else if best != place.slot {
                 self.put(best, before);
-                self.put(each.slot, each.expert);
+                self.put(place.slot, place.expert);
             }
         }
         gains
@@ -160,7 +160,7 @@ impl<'a> Search<'a> {
         for first in 0..taken.len() {
             for second in 0..first {
                 let (p, q) = (taken[first].slot, taken[second].slot);
-                if self.swapped(p, q) >= -least || !self.slots.allows(self.site, Move::Swap(p, q)) {
+                if self.added_by_exchange(p, q) >= -least || !self.slots.allows(self.site, Move::Swap(p, q)) {
                     continue;
                 }
                 self.slots.apply(Move::Swap(p, q));
@@ -176,12 +176,12 @@ impl<'a> Search<'a> {
 
     /// The slot with which an expert costs least: an empty one, if there is one that it may take.
     fn best_slot(&self, expert: u16) -> Option<usize> {
-        let comes = self.part_of(expert, self.slots.copies(expert) + 1);
+        let comes = self.load_per_copy(expert, self.slots.copies(expert) + 1);
         let open = (0..self.times.len()).filter(|&g| self.slots.may_take(self.site, expert, g));
         let empty = open.clone().filter_map(|g| vacant(self.slots, g));
         let mut best = (f64::INFINITY, None);
         for slot in empty {
-            let cost = self.lifted(self.slots.device(slot), comes);
+            let cost = self.added_power(self.slots.device(slot), comes);
             if best.1.is_none() || cost < best.0 {
                 best = (cost, Some(slot));
             }
@@ -193,7 +193,7 @@ impl<'a> Search<'a> {
         for slot in open.flat_map(|g| self.slots.of(g)) {
             let has_more = self.slots.copies(self.slots.expert_in[slot]) > fewest;
             if has_more && self.slots.may_lose(self.site, slot) {
-                let cost = self.cost(comes, slot, best.0);
+                let cost = self.added_by_replacing(comes, slot, best.0);
                 if best.1.is_none() || cost < best.0 {
                     best = (cost, Some(slot));
                 }
@@ -204,21 +204,21 @@ impl<'a> Search<'a> {
 
     /// What a copy of so many tokens in place of the one in a slot adds to powers of times; at least so much if it is no
     /// less than a limit. Its expert's other copies, if there are any, are not relieved.
-    fn cost(&self, comes: f64, slot: usize, limit: f64) -> f64 {
+    fn added_by_replacing(&self, comes: f64, slot: usize, limit: f64) -> f64 {
         let (gone, device) = (self.slots.expert_in[slot], self.slots.device(slot));
-        let here = self.lifted(device, comes - self.part_in(slot));
+        let here = self.added_power(device, comes - self.load_in(slot));
         if here >= limit {
             return here;
         }
-        let more = self.part_of(gone, self.slots.copies(gone) - 1) - self.part_in(slot);
+        let more = self.load_per_copy(gone, self.slots.copies(gone) - 1) - self.load_in(slot);
         let others = self.slots.devices(gone).map(usize::from).filter(|&other| other != device);
-        here + others.map(|other| self.lifted(other, more)).sum::<f64>()
+        here + others.map(|other| self.added_power(other, more)).sum::<f64>()
     }
 
     /// What an exchange of two slots adds to powers of times.
-    fn swapped(&self, p: usize, q: usize) -> f64 {
-        let more = self.part_in(q) - self.part_in(p);
-        self.lifted(self.slots.device(p), more) + self.lifted(self.slots.device(q), -more)
+    fn added_by_exchange(&self, p: usize, q: usize) -> f64 {
+        let more = self.load_in(q) - self.load_in(p);
+        self.added_power(self.slots.device(p), more) + self.added_power(self.slots.device(q), -more)
     }
 }
 

@@ -25,13 +25,20 @@ fn expert_of(expert: u16) -> Option<u32> {
     (expert != EMPTY).then(|| u32::from(expert))
 }
 
+/// The copies in slots of devices that take so long for a token `[D]`, as the dispatcher has them.
+pub(super) fn copies_of(slots: &Slots, time: &[f64]) -> Copies {
+    let rate = time.iter().map(|time| 1.0 / time).collect();
+    let capacity = (0..time.len()).map(|device| slots.of(device).len());
+    let mut copies = Copies::empty(capacity, slots.copies.len(), rate);
+    for (slot, &expert) in slots.expert_in.iter().enumerate() {
+        copies.put(slot, expert_of(expert));
+    }
+    copies
+}
+
 impl Divided {
     pub(crate) fn new(layer: &Layer, loads: &Loads, slots: &Slots) -> Self {
-        let rate = layer.site.time.iter().map(|time| 1.0 / time).collect();
-        let mut copies = Copies::empty(layer.site.capacity.iter().copied(), layer.experts, rate);
-        for (slot, &expert) in slots.expert_in.iter().enumerate() {
-            copies.put(slot, expert_of(expert));
-        }
+        let copies = copies_of(slots, &layer.site.time);
         let mut notes = Notes::default();
         let rows = loads.0.chunks_exact(layer.experts);
         let windows: Vec<Division> = rows.map(|load| Division::new(&copies, load, &mut notes)).collect();
@@ -88,3 +95,26 @@ impl Term for Divided {
         }
     }
 }
+
+/// What the slowest devices take, if tokens are divided as is best: over all sets of devices, what is there alone (Hall, 1935).
+#[cfg(test)]
+pub(in crate::layer) const DEFINITION: super::Definition = super::Definition {
+    price: |random, layer, loads| {
+        layer.costs.divided = (random.below(2) == 0).then(|| Loads(loads.to_vec()));
+    },
+    cost: |layer, slots| {
+        let Some(Loads(loads)) = &layer.costs.divided else { return 0.0 };
+        let longest = |load: &[f64]| -> f64 {
+            let sets = 1u32..1 << layer.devices();
+            let time = |set: u32| {
+                let is_inside = |g: usize| set >> g & 1 == 1;
+                let stays = |&e: &usize| slots.devices(e as u16).all(|g| is_inside(usize::from(g)));
+                let inside: f64 = (0..layer.experts).filter(stays).map(|e| load[e]).sum();
+                let rates = (0..layer.devices()).filter(|&g| is_inside(g)).map(|g| 1.0 / layer.site.time[g]);
+                inside / rates.sum::<f64>()
+            };
+            sets.map(time).fold(0.0, f64::max)
+        };
+        loads.chunks(layer.experts).map(longest).sum()
+    },
+};

@@ -376,6 +376,10 @@ impl Term for Fanout<'_> {
         self.tells_visits
     }
 
+    fn takes_long(&self) -> bool {
+        true
+    }
+
     fn visits_per_load(&self) -> Option<Vec<f32>> {
         Some(self.visits.iter().zip(&self.load).map(|(&visits, &load)| ratio(visits, load)).collect())
     }

@@ -4,7 +4,7 @@
 
 use std::borrow::Cow;
 
-use super::Candidate;
+use super::{Candidate, Term, Visits};
 use crate::layer::slots::Share;
 use crate::layer::{Layer, Slots};
 
@@ -19,35 +19,19 @@ pub(super) struct Linear<'a> {
 }
 
 impl<'a> Linear<'a> {
-    pub(super) fn new(layer: &'a Layer, slots: &Slots) -> Self {
-        let (copy_cost, serve_cost) = (&layer.costs.copy_cost[..], Cow::from(&layer.costs.serve_cost));
+    /// Builds the term; none where nothing costs.
+    pub(super) fn new(layer: &'a Layer, serve_cost: Cow<'a, [f64]>, slots: &Slots) -> Option<Self> {
+        let copy_cost = &layer.costs.copy_cost[..];
+        if copy_cost.is_empty() && serve_cost.is_empty() {
+            return None;
+        }
         let mut linear = Self { layer, copy_cost, serve_cost, cost: 0.0 };
         linear.cost = linear.count(slots);
-        linear
-    }
-
-    /// Whether anything costs.
-    pub(super) fn has_prices(&self) -> bool {
-        !(self.serve_cost.is_empty() && self.copy_cost.is_empty())
-    }
-
-    /// Whether it needs the shares of every candidate.
-    pub(super) fn needs_shares(&self) -> bool {
-        !self.serve_cost.is_empty()
-    }
-
-    pub(super) fn cost(&self) -> f64 {
-        self.cost
-    }
-
-    /// Takes other prices of serving, and counts anew.
-    pub(super) fn price_serving(&mut self, serve_cost: Vec<f64>, slots: &Slots) {
-        self.serve_cost = Cow::Owned(serve_cost);
-        self.cost = self.count(slots);
+        Some(linear)
     }
 
     /// What a candidate would add.
-    pub(super) fn change(&self, Candidate { slots, step, shares }: Candidate<'_>) -> f64 {
+    fn added(&self, Candidate { slots, step, shares }: Candidate<'_>) -> f64 {
         let at = |expert: u16, device: u16| usize::from(expert) * self.layer.devices() + usize::from(device);
         let mut change = 0.0;
         if !self.copy_cost.is_empty() {
@@ -67,17 +51,9 @@ impl<'a> Linear<'a> {
         change
     }
 
-    /// Follows a candidate that is about to be made.
-    pub(super) fn apply(&mut self, candidate: Candidate<'_>) {
-        self.cost += self.change(candidate);
-    }
-
-    /// Of all experts.
+    /// Cost of all experts.
     fn count(&self, slots: &Slots) -> f64 {
         let mut cost = 0.0;
-        if !self.has_prices() {
-            return cost;
-        }
         for expert in 0..self.layer.experts as u16 {
             let devices: Vec<u16> = slots.devices(expert).collect();
             for &device in &devices {
@@ -92,3 +68,45 @@ impl<'a> Linear<'a> {
         cost
     }
 }
+
+impl Term for Linear<'_> {
+    fn cost(&self) -> f64 {
+        self.cost
+    }
+
+    fn change(&mut self, candidate: Candidate<'_>, _: &mut Visits) -> f64 {
+        self.added(candidate)
+    }
+
+    fn apply(&mut self, candidate: Candidate<'_>, _: &mut Visits) {
+        self.cost += self.added(candidate);
+    }
+
+    fn slowest(&self) -> f64 {
+        self.cost
+    }
+
+    fn needs_shares(&self) -> bool {
+        !self.serve_cost.is_empty()
+    }
+
+    fn is_separable(&self) -> bool {
+        true
+    }
+}
+
+#[cfg(test)]
+pub(super) const DEFINITION: super::Definition = super::Definition {
+    price: |random, layer, _| {
+        let mut table = || (0..layer.experts * layer.devices()).map(|_| random.below(1000) as f64).collect();
+        (layer.costs.copy_cost, layer.costs.serve_cost) = (table(), table());
+    },
+    cost: |layer, slots| {
+        let cells = (0..layer.experts).flat_map(|e| (0..layer.devices()).map(move |g| (e, g)));
+        let cost = |(at, (e, g)): (usize, (usize, usize))| {
+            let copy = if slots.holds(e as u16, g) { layer.costs.copy_cost[at] } else { 0.0 };
+            copy + super::share(layer, slots, e, g) * layer.costs.serve_cost[at]
+        };
+        cells.enumerate().map(cost).sum()
+    },
+};

@@ -7,12 +7,14 @@
 //!
 //! Experts that are lost as a whole leave nothing to anybody; that they are not is a rule (`super::super::rules`).
 
+use super::divided::copies_of;
 use super::{Candidate, Term, Visits};
+use crate::division::{Division, Notes};
 use crate::layer::slots::Edit;
-use crate::layer::{Layer, Move, Site, Slots};
+use crate::layer::{Layer, Move, Slots};
 
 /// The norm is of order two to the power of this.
-pub const DOUBLINGS: u32 = 4;
+const DOUBLINGS: u32 = 4;
 /// Losses that are looked at together.
 const WIDTH: usize = 8;
 
@@ -41,22 +43,32 @@ pub(in crate::layer) struct AfterLosses {
 }
 
 impl AfterLosses {
-    /// Of devices that hold nothing yet, where all of so much load is served.
-    pub(in crate::layer) fn new(site: &Site, domain: &[u16], total: f64) -> Self {
+    /// Devices that hold nothing yet and take so long for a token `[D]`, in domains `[D]`; of each the load that is served
+    /// after its loss `[F]`.
+    pub(in crate::layer) fn new(time: &[f64], domain: &[u16], served: &[f64]) -> Self {
         let domain: Vec<usize> = domain.iter().map(|&domain| usize::from(domain)).collect();
-        let width = domain.iter().max().map_or(0, |last| last + 1).next_multiple_of(WIDTH);
+        let width = served.len().next_multiple_of(WIDTH);
         let rate = |lost: usize| {
-            let left = domain.iter().zip(&site.time).filter(|(domain, _)| **domain != lost);
+            let left = domain.iter().zip(time).filter(|(domain, _)| **domain != lost);
             left.map(|(_, time)| 1.0 / time).sum::<f64>()
         };
-        let is_domain = |lost: usize| domain.contains(&lost) && total > 0.0;
-        let per_mean =
-            (0..width).map(|lost| if is_domain(lost) { rate(lost) / total } else { 0.0 }).collect();
+        let per_mean = |lost: usize| {
+            let is_domain = domain.contains(&lost) && served[lost] > 0.0;
+            if is_domain { rate(lost) / served[lost] } else { 0.0 }
+        };
+        let mut per_mean: Vec<f64> = (0..served.len()).map(per_mean).collect();
+        per_mean.resize(width, 0.0);
         let mut added = vec![0.0; domain.len() * width];
         for (device, &own) in domain.iter().enumerate() {
             added[device * width + own] = f64::NEG_INFINITY;
         }
-        Self { loads: vec![0.0; domain.len()], time: site.time.clone(), domain, per_mean, added }
+        Self { loads: vec![0.0; domain.len()], time: time.to_vec(), domain, per_mean, added }
+    }
+
+    /// The same where every loss leaves all of a load to be served.
+    pub(in crate::layer) fn all_served(time: &[f64], domain: &[u16], total: f64) -> Self {
+        let domains = domain.iter().max().map_or(0, |&last| usize::from(last) + 1);
+        Self::new(time, domain, &vec![total; domains])
     }
 
     /// What the loss of every domain adds to a device `[width]`.
@@ -76,7 +88,7 @@ impl AfterLosses {
                 continue;
             }
             let number = devices.iter().filter(|&&other| self.domain[other] == lost).count();
-            let more = sign * left_over(load, copies, number);
+            let more = sign * added_by_loss(load, copies, number);
             for &device in devices.iter().filter(|&&device| self.domain[device] != lost) {
                 self.added[device * width + lost] += more;
             }
@@ -88,38 +100,90 @@ impl AfterLosses {
         (self.loads[device] + self.added_to(device)[lost]) * self.time[device] * self.per_mean[lost]
     }
 
-    /// What the busiest device has after the worst loss, above the mean of those that are left.
-    fn excess(&self) -> f64 {
-        let all = (0..self.loads.len()).flat_map(|g| (0..self.per_mean.len()).map(move |lost| (g, lost)));
-        all.map(|(g, lost)| self.imbalance(g, lost) - 1.0).fold(0.0, f64::max)
+    /// What the busiest device has after the loss of every domain `[width]`, in means of those that are left.
+    fn worst(&self) -> Vec<f64> {
+        let mut worst = vec![0.0; self.per_mean.len()];
+        for device in 0..self.loads.len() {
+            for (lost, worst) in worst.iter_mut().enumerate() {
+                *worst = self.imbalance(device, lost).max(*worst);
+            }
+        }
+        worst
+    }
+
+    /// The same where a dispatcher divides the loads of experts `[E]` over the copies that are left.
+    fn divide(&self, slots: &Slots, load: &[f64]) -> Vec<f64> {
+        let (mut copies, mut notes) = (copies_of(slots, &self.time), Notes::default());
+        let mut division = Division::new(&copies, load, &mut notes);
+        let worst = |(lost, &per_mean): (usize, &f64)| {
+            if per_mean == 0.0 {
+                return 0.0;
+            }
+            let devices = (0..self.domain.len()).filter(|&device| self.domain[device] == lost);
+            let gone: Vec<_> =
+                devices.flat_map(|device| slots.of(device)).map(|slot| (slot, copies.expert(slot))).collect();
+            for &(slot, _) in &gone {
+                copies.put(slot, None);
+            }
+            let time = division.follow(&copies, &gone, &mut notes);
+            division.restore(&copies, &mut notes);
+            for (slot, expert) in gone {
+                copies.put(slot, expert);
+            }
+            time * per_mean
+        };
+        self.per_mean.iter().enumerate().map(worst).collect()
     }
 }
 
-/// Loads of devices after the loss of every domain `[F, D]`, if copies share evenly what experts have `[E]`, and how many
-/// experts are lost as a whole `[F]`.
-#[must_use]
-pub fn loads_after(slots: &Slots, load: &[f64], domain: &[u16]) -> (Vec<f64>, Vec<i64>) {
-    let devices = domain.len();
-    let mut after = AfterLosses::new(&Site::plain(vec![], vec![1.0; devices]), domain, 0.0);
-    let mut fatal = vec![0; domain.iter().max().map_or(0, |&last| usize::from(last) + 1)];
-    for (expert, &load) in load.iter().enumerate() {
-        let held: Vec<usize> = slots.devices(expert as u16).map(usize::from).collect();
-        after.count(load, held.len(), &held, 1.0);
-        if let Some(&first) = held.first()
-            && held.iter().all(|&device| domain[device] == domain[first])
-        {
-            fatal[usize::from(domain[first])] += 1;
+/// How uneven single losses leave a layer, by the domain that is lost `[F]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SingleLosses {
+    /// Time of the busiest device over the mean of those that are left; 1 where nothing is served.
+    pub imbalance: Vec<f64>,
+    /// Experts whose copies are all lost.
+    pub experts_lost: Vec<i64>,
+}
+
+impl SingleLosses {
+    /// Measures losses of domains of devices `[D]`, which take so long for a token `[D]`, on loads `[E]`.
+    ///
+    /// Copies share evenly, or a dispatcher divides all tokens anew.
+    #[must_use]
+    pub fn new(slots: &Slots, load: &[f64], domain: &[u16], time: &[f64], is_divided: bool) -> Self {
+        let domains = domain.iter().max().map_or(0, |&last| usize::from(last) + 1);
+        let held: Vec<Vec<usize>> =
+            (0..load.len()).map(|e| slots.devices(e as u16).map(usize::from).collect()).collect();
+        let all: f64 =
+            load.iter().zip(&held).filter(|(_, held)| !held.is_empty()).map(|(load, _)| load).sum();
+        let (mut served, mut experts_lost) = (vec![all; domains], vec![0; domains]);
+        for (load, held) in load.iter().zip(&held) {
+            if let Some((&first, others)) = held.split_first()
+                && others.iter().all(|&device| domain[device] == domain[first])
+            {
+                served[usize::from(domain[first])] -= load;
+                experts_lost[usize::from(domain[first])] += 1;
+            }
         }
+        let mut after = AfterLosses::new(time, domain, &served);
+        let mut imbalance: Vec<f64> = if is_divided {
+            after.divide(slots, load)
+        } else {
+            for (load, held) in load.iter().zip(&held) {
+                after.count(*load, held.len(), held, 1.0);
+            }
+            after.worst()
+        };
+        imbalance.truncate(domains);
+        for (imbalance, _) in imbalance.iter_mut().zip(&served).filter(|(_, served)| **served <= 0.0) {
+            *imbalance = 1.0;
+        }
+        Self { imbalance, experts_lost }
     }
-    let load_after = |lost: usize, g: usize| {
-        if after.domain[g] == lost { 0.0 } else { after.loads[g] + after.added_to(g)[lost] }
-    };
-    let rows = (0..fatal.len()).flat_map(|lost| (0..devices).map(move |g| (lost, g)));
-    (rows.map(|(lost, g)| load_after(lost, g)).collect(), fatal)
 }
 
 /// What each of an expert's other copies gets if so many of them are gone.
-fn left_over(load: f64, copies: usize, gone: usize) -> f64 {
+fn added_by_loss(load: f64, copies: usize, gone: usize) -> f64 {
     if gone == 0 || gone >= copies {
         0.0
     } else {
@@ -129,7 +193,7 @@ fn left_over(load: f64, copies: usize, gone: usize) -> f64 {
 
 /// How busy devices are after losses, for the slots as they stand.
 #[derive(Debug, Clone)]
-pub(crate) struct LeftOver<'a> {
+pub(crate) struct LossNorm<'a> {
     layer: &'a Layer,
     /// What a norm of one costs.
     price: f64,
@@ -146,19 +210,19 @@ pub(crate) struct LeftOver<'a> {
     rows: Vec<f64>,
     /// An expert's devices with the move and without, and of their domains what a loss of each brings before and after.
     devices: Vec<usize>,
-    brought: Vec<(usize, [f64; 2])>,
+    added: Vec<(usize, [f64; 2])>,
 }
 
-impl<'a> LeftOver<'a> {
+impl<'a> LossNorm<'a> {
     pub(crate) fn new(layer: &'a Layer, losses: &Losses, slots: &Slots) -> Self {
-        let mut after = AfterLosses::new(&layer.site, &losses.domain, layer.load.iter().sum());
+        let mut after = AfterLosses::all_served(&layer.site.time, &losses.domain, layer.load.iter().sum());
         for (expert, &load) in layer.load.iter().enumerate() {
             let devices: Vec<usize> = slots.devices(expert as u16).map(usize::from).collect();
             after.count(load, devices.len(), &devices, 1.0);
         }
-        let (touched, rows, devices, brought) = (vec![], vec![], vec![], vec![]);
+        let (touched, rows, devices, added) = (vec![], vec![], vec![], vec![]);
         let (powers, others, price) = (vec![0.0; layer.devices()], vec![], losses.cost);
-        let mut fresh = Self {
+        let mut term = Self {
             layer,
             price,
             after,
@@ -169,14 +233,14 @@ impl<'a> LeftOver<'a> {
             touched,
             rows,
             devices,
-            brought,
+            added,
         };
         for device in 0..layer.devices() {
-            let added = fresh.after.added_to(device);
-            fresh.powers[device] = powers_of(added, fresh.unit(device, fresh.after.loads[device]));
+            let added = term.after.added_to(device);
+            term.powers[device] = powers_of(added, term.unit(device, term.after.loads[device]));
         }
-        fresh.add_up();
-        fresh
+        term.add_up();
+        term
     }
 
     /// Takes over the powers of all devices.
@@ -213,15 +277,15 @@ impl<'a> LeftOver<'a> {
         let is_in = |device: usize| [Some(device) != to, Some(device) != from];
         self.devices.clear();
         self.devices.extend(slots.devices(expert).map(usize::from).chain(to));
-        self.brought.clear();
+        self.added.clear();
         for (n, &gone) in self.devices.iter().enumerate() {
             let is_in_domain = |other: &usize| self.after.domain[*other] == self.after.domain[gone];
             if !self.devices[..n].iter().any(is_in_domain) {
                 let count = |when: usize| {
                     self.devices.iter().filter(|other| is_in_domain(other) && is_in(**other)[when]).count()
                 };
-                let brought = [0, 1].map(|when| left_over(load, copies[when], count(when)));
-                self.brought.push((self.after.domain[gone], brought));
+                let added = [0, 1].map(|when| added_by_loss(load, copies[when], count(when)));
+                self.added.push((self.after.domain[gone], added));
             }
         }
         let part = |when: usize, device: usize| {
@@ -232,10 +296,9 @@ impl<'a> LeftOver<'a> {
             let at = self.touch(device);
             self.touched[at].1 += part(1, device) - part(0, device);
             let row = &mut self.rows[at * self.after.per_mean.len()..];
-            for &(lost, brought) in self.brought.iter().filter(|(lost, _)| *lost != self.after.domain[device])
-            {
+            for &(lost, added) in self.added.iter().filter(|(lost, _)| *lost != self.after.domain[device]) {
                 let [was, is] = is_in(device);
-                row[lost] += if is { brought[1] } else { 0.0 } - if was { brought[0] } else { 0.0 };
+                row[lost] += if is { added[1] } else { 0.0 } - if was { added[0] } else { 0.0 };
             }
         }
     }
@@ -250,7 +313,7 @@ impl<'a> LeftOver<'a> {
     }
 }
 
-impl Term for LeftOver<'_> {
+impl Term for LossNorm<'_> {
     fn cost(&self) -> f64 {
         root(self.total) * self.price
     }
@@ -276,7 +339,8 @@ impl Term for LeftOver<'_> {
     }
 
     fn slowest(&self) -> f64 {
-        self.after.excess() * self.price
+        let above = self.after.worst().into_iter().map(|imbalance| imbalance - 1.0);
+        above.fold(0.0, f64::max) * self.price
     }
 
     fn needs_shares(&self) -> bool {
@@ -337,3 +401,31 @@ fn sum(values: &[f64]) -> f64 {
 fn root(sum: f64) -> f64 {
     (0..DOUBLINGS).fold(sum, |root, _| root.sqrt())
 }
+
+/// The norm of what devices have after losses above the mean of those that are left.
+#[cfg(test)]
+pub(super) const DEFINITION: super::Definition = super::Definition {
+    price: |random, layer, _| {
+        let (own, nodes) = ((0..layer.devices() as u16).collect(), layer.site.node.clone());
+        layer.costs.losses = Some(Losses { domain: [own, nodes][random.below(2)].clone(), cost: 1000.0 });
+    },
+    cost: |layer, slots| {
+        let losses = layer.costs.losses.as_ref().expect("losses are priced");
+        let (total, order) = (layer.load.iter().sum::<f64>(), f64::from(2u32.pow(DOUBLINGS)));
+        let (mut powers, time) = (0.0, |g: usize| layer.site.time[g]);
+        let domains: std::collections::BTreeSet<u16> = losses.domain.iter().copied().collect();
+        for lost in domains {
+            let left: Vec<usize> = (0..layer.devices()).filter(|&g| losses.domain[g] != lost).collect();
+            let mean = total / left.iter().map(|&g| 1.0 / time(g)).sum::<f64>();
+            for &device in left.iter().filter(|_| total > 0.0) {
+                let served = |e: u16| {
+                    let alive = slots.devices(e).filter(|&g| losses.domain[usize::from(g)] != lost).count();
+                    if slots.holds(e, device) { layer.load[usize::from(e)] / alive as f64 } else { 0.0 }
+                };
+                let load: f64 = (0..layer.experts as u16).map(served).sum();
+                powers += (load * time(device) / mean - 1.0).max(0.0).powf(order);
+            }
+        }
+        powers.powf(1.0 / order) * losses.cost
+    },
+};

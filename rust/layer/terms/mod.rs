@@ -1,13 +1,12 @@
 //! Terms of a layer's cost: each knows what a move changes, exactly, and how to apply it.
 //!
-//! A new term is a module here with its prices and a struct that implements [`Term`], a field of [`Costs`] and a line in
-//! [`Terms::new`]. Searches walk the list of terms and know none of them by name.
+//! A new term is a module here with its prices, a struct that implements [`Term`] and its definition for the test of all
+//! terms; in this file a field of [`Costs`], a line in [`Terms::with_serving`] and one in `DEFINITIONS`. Searches walk the list of terms and know none of them by name.
 
 pub(super) mod balance;
-pub(super) mod caps;
 pub mod divided;
 pub mod fanout;
-pub(super) mod linear;
+mod linear;
 mod loads;
 pub mod losses;
 mod norm;
@@ -17,17 +16,18 @@ pub mod reading;
 pub mod together;
 pub mod windows;
 
+use std::borrow::Cow;
 use std::fmt::Debug;
 
 use super::slots::Share;
+use crate::layer::caps::Caps;
 use crate::layer::{Layer, Move, Slots};
 use crate::random::Random;
 use balance::Balance;
-use caps::Caps;
 use divided::Divided;
 use fanout::Fanout;
 use linear::Linear;
-use losses::{LeftOver, Losses};
+use losses::{LossNorm, Losses};
 use peak::Peak;
 use reading::Reading;
 use together::{Pairs, Together};
@@ -51,6 +51,25 @@ pub struct Costs {
     pub losses: Option<Losses>,
     /// Windows whose tokens a dispatcher divides over copies as is best.
     pub divided: Option<divided::Loads>,
+}
+
+/// Random prices of a term on weighted loads of windows `[W, E]`, and what slots cost by its definition, for tests.
+#[cfg(test)]
+pub(super) struct Definition {
+    pub(super) price: fn(&mut Random, &mut Layer, &[f64]),
+    pub(super) cost: fn(&Layer, &Slots) -> f64,
+}
+
+/// Of all terms that a layer alone defines: windows, and expert sets, are defined by traffic.
+#[cfg(test)]
+pub(super) const DEFINITIONS: [Definition; 4] =
+    [linear::DEFINITION, together::DEFINITION, losses::DEFINITION, divided::DEFINITION];
+
+/// The share of an expert's tokens that a device serves.
+#[cfg(test)]
+pub(super) fn share(layer: &Layer, slots: &Slots, expert: usize, device: usize) -> f64 {
+    let devices: Vec<u16> = slots.devices(expert as u16).collect();
+    if devices.contains(&(device as u16)) { layer.site.share(&devices, device as u16) } else { 0.0 }
 }
 
 /// A move that is judged before it is made: in which slots, and which shares of tokens it changes.
@@ -111,6 +130,16 @@ pub(super) trait Term: Debug + Send {
         false
     }
 
+    /// Whether a copy costs what it does, whoever else is there: what a candidate adds is then soon said.
+    fn is_separable(&self) -> bool {
+        false
+    }
+
+    /// Whether [`Self::change`] may take as long as a user waits for Ctrl-C, if it is asked for often.
+    fn takes_long(&self) -> bool {
+        false
+    }
+
     /// The slowest devices of every window, where they alone are what a window costs.
     fn peak(&self) -> Option<&Peak> {
         None
@@ -122,15 +151,13 @@ pub(super) trait Term: Debug + Send {
     }
 }
 
-/// The terms of a layer's cost, for the slots as they stand.
+/// The terms of a layer's cost for the slots as they stand, and the cap, which comes before all cost.
 #[derive(Debug)]
 pub(super) struct Terms<'a> {
     layer: &'a Layer,
     /// Those that count visits come first: others price rows by what these write.
     all: Vec<Box<dyn Term + 'a>>,
-    /// Apart from the others: neighbouring layers change its prices.
-    linear: Linear<'a>,
-    caps: Caps,
+    caps: Option<Caps<'a>>,
     /// Whether some term needs the shares of every candidate, and whether the last one bounds what it gains.
     needs_shares: bool,
     bounds_gain: bool,
@@ -142,8 +169,16 @@ pub(super) struct Terms<'a> {
 
 impl<'a> Terms<'a> {
     pub(super) fn new(layer: &'a Layer, slots: &Slots) -> Self {
+        Self::with_serving(layer, slots, Cow::from(&layer.costs.serve_cost))
+    }
+
+    /// Takes other prices of serving `[E, D]` than the layer's own: those of where neighbouring layers are by now.
+    pub(super) fn with_serving(layer: &'a Layer, slots: &Slots, serve_cost: Cow<'a, [f64]>) -> Self {
         let costs = &layer.costs;
         let mut all: Vec<Box<dyn Term + 'a>> = vec![];
+        if let Some(linear) = Linear::new(layer, serve_cost, slots) {
+            all.push(Box::new(linear));
+        }
         if let Some(sets) = &costs.sets {
             all.push(Box::new(Fanout::new(layer, sets, slots)));
         }
@@ -155,19 +190,18 @@ impl<'a> Terms<'a> {
             all.push(Box::new(Balance::of_time(layer, slots, visits)));
         }
         if let Some(losses) = &costs.losses {
-            all.push(Box::new(LeftOver::new(layer, losses, slots)));
+            all.push(Box::new(LossNorm::new(layer, losses, slots)));
         }
         if let Some(loads) = &costs.divided {
             all.push(Box::new(Divided::new(layer, loads, slots)));
         }
-        let is_capped = layer.site.rules.cap < f64::INFINITY;
+        let caps = Caps::new(layer, slots);
         Self {
             layer,
             bounds_gain: all.last().is_some_and(|term| term.bounds_gain()),
-            needs_shares: is_capped || all.iter().any(|term| term.needs_shares()),
+            needs_shares: caps.is_some() || all.iter().any(|term| term.needs_shares()),
             all,
-            linear: Linear::new(layer, slots),
-            caps: Caps::new(layer, slots),
+            caps,
             shares: Vec::new(),
             visits: Vec::new(),
             devices: Vec::new(),
@@ -176,12 +210,12 @@ impl<'a> Terms<'a> {
 
     /// Cost of the slots as they stand.
     pub(super) fn cost(&self) -> f64 {
-        self.all.iter().map(|term| term.cost()).sum::<f64>() + self.linear.cost()
+        self.all.iter().map(|term| term.cost()).sum()
     }
 
-    /// What the slowest devices cost, whatever stands for them, of windows and after losses, and what is linear.
+    /// What the slowest devices cost, whatever stands for them, of windows and after losses, and what is separable.
     pub(super) fn slowest(&self) -> f64 {
-        self.all.iter().map(|term| term.slowest()).sum::<f64>() + self.linear.cost()
+        self.all.iter().map(|term| term.slowest()).sum()
     }
 
     /// The slowest devices of every window, where they alone are what a window costs.
@@ -189,9 +223,15 @@ impl<'a> Terms<'a> {
         self.all.iter().find_map(|term| term.peak())
     }
 
-    /// Whether tokens of the slowest devices, and what is linear, are all that costs: those bound what a move gains.
+    /// Whether tokens of the slowest devices, and what is separable, are all that costs: those bound what a move gains.
     pub(super) fn are_of_slowest(&self) -> bool {
-        !self.all.is_empty() && self.all.iter().all(|term| term.is_of_slowest_alone())
+        self.all.iter().any(|term| term.is_of_slowest_alone())
+            && self.all.iter().all(|term| term.is_of_slowest_alone() || term.is_separable())
+    }
+
+    /// Whether one change may take as long as a user waits for Ctrl-C, if it is asked for often.
+    pub(super) fn take_long(&self) -> bool {
+        self.all.iter().any(|term| term.takes_long())
     }
 
     /// How much every device counts after losses `[D]`, where these and the slowest devices are nearly all that costs.
@@ -212,43 +252,40 @@ impl<'a> Terms<'a> {
 
     /// By what part the worst device exceeds the cap.
     pub(super) fn excess(&self) -> f64 {
-        self.caps.peak_excess(self.layer)
+        self.caps.as_ref().map_or(0.0, Caps::excess)
     }
 
-    /// Whether something is linear: a copy costs what it does, whoever else is there.
-    pub(super) fn has_linear(&self) -> bool {
-        self.linear.has_prices()
-    }
-
-    /// Prices serving anew, for the slots as they stand.
-    pub(super) fn price_serving(&mut self, serve_cost: Vec<f64>, slots: &Slots) {
-        self.linear.price_serving(serve_cost, slots);
+    /// Whether some term is separable.
+    pub(super) fn has_separable(&self) -> bool {
+        self.all.iter().any(|term| term.is_separable())
     }
 
     /// What a move would add to the cost; nothing if it breaks the cap, or if that is surely more than a limit.
     pub(super) fn change(&mut self, slots: &Slots, step: Move, limit: f64) -> Option<f64> {
         self.look(slots, step);
-        if self.caps.allows(self.layer, &self.shares) { self.added(slots, step, limit) } else { None }
+        let is_allowed = self.caps.as_ref().is_none_or(|caps| caps.allows(&self.shares));
+        if is_allowed { self.added(slots, step, limit) } else { None }
     }
 
     /// What a move would add to excess over the caps, and to the cost: infinitely much if that is surely more than a limit.
     pub(super) fn rise(&mut self, slots: &Slots, step: Move, limit: f64) -> (f64, f64) {
         self.look(slots, step);
-        let rise = self.caps.rise(self.layer, &self.shares);
+        let rise = self.caps.as_ref().map_or(0.0, |caps| caps.rise(&self.shares));
         (rise, self.added(slots, step, limit).unwrap_or(f64::INFINITY))
     }
 
-    /// What a move would add to the linear costs alone.
-    pub(super) fn linear_change(&mut self, slots: &Slots, step: Move) -> f64 {
+    /// What a move would add to what is separable alone.
+    pub(super) fn separable_change(&mut self, slots: &Slots, step: Move) -> f64 {
         self.look(slots, step);
-        self.linear.change(Candidate { slots, step, shares: &self.shares })
+        let candidate = Candidate { slots, step, shares: &self.shares };
+        let separable = self.all.iter_mut().filter(|term| term.is_separable());
+        separable.map(|term| term.change(candidate, &mut self.visits)).sum()
     }
 
     /// Notes which shares a move changes, unless no term needs them.
     #[inline(always)]
     fn look(&mut self, slots: &Slots, step: Move) {
-        let by_share = self.needs_shares || self.linear.needs_shares();
-        if by_share || balance::exchange(self.layer, slots, step).is_none() {
+        if self.needs_shares || balance::exchange(self.layer, slots, step).is_none() {
             slots.shares(&self.layer.site, step, &mut self.shares, &mut self.devices);
         }
     }
@@ -256,7 +293,7 @@ impl<'a> Terms<'a> {
     /// What a move adds to the cost, unless that is surely more than a limit.
     fn added(&mut self, slots: &Slots, step: Move, limit: f64) -> Option<f64> {
         let candidate = Candidate { slots, step, shares: &self.shares };
-        let mut change = self.linear.change(candidate);
+        let mut change = 0.0;
         self.visits.clear();
         let (count, bounds_gain) = (self.all.len(), self.bounds_gain);
         for (at, term) in self.all.iter_mut().enumerate() {
@@ -273,8 +310,9 @@ impl<'a> Terms<'a> {
     pub(super) fn apply(&mut self, slots: &mut Slots, step: Move) {
         slots.shares(&self.layer.site, step, &mut self.shares, &mut self.devices);
         let candidate = Candidate { slots, step, shares: &self.shares };
-        self.caps.apply(self.layer, candidate.shares);
-        self.linear.apply(candidate);
+        if let Some(caps) = &mut self.caps {
+            caps.apply(&self.shares);
+        }
         self.visits.clear();
         for term in &mut self.all {
             term.apply(candidate, &mut self.visits);

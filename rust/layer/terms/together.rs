@@ -53,7 +53,7 @@ impl Part {
     }
 
     /// Visits for each token of load.
-    fn met(self, pairs: &Pairs) -> f32 {
+    fn visits(self, pairs: &Pairs) -> f32 {
         let all = pairs.all.max(1.0);
         visits_of_load(self.load / all, self.pairs / all, pairs.top_k) as f32
     }
@@ -70,11 +70,11 @@ pub(crate) struct Together<'a> {
     /// `[D]`.
     parts: Vec<Part>,
     /// Pairs that are not on one device.
-    apart: f64,
+    pairs_apart: f64,
     /// Pairs that the move brings together that was looked at last.
-    joined: f64,
+    pairs_gained: f64,
     /// What devices have more after the move that was looked at last.
-    more: Vec<(u16, Part)>,
+    changes: Vec<(u16, Part)>,
 }
 
 impl<'a> Together<'a> {
@@ -85,19 +85,19 @@ impl<'a> Together<'a> {
             tells_visits: layer.costs.row > 0.0 && layer.costs.sets.is_none(),
             affinity: vec![0.0; devices * layer.experts],
             parts: vec![Part::default(); devices],
-            apart: pairs.all / 2.0,
-            joined: 0.0,
-            more: Vec::new(),
+            pairs_apart: pairs.all / 2.0,
+            pairs_gained: 0.0,
+            changes: Vec::new(),
         };
         for expert in 0..layer.experts as u16 {
             let devices: Vec<u16> = slots.devices(expert).collect();
-            let come = |&device: &u16| Share {
+            let arrival = |&device: &u16| Share {
                 expert,
                 device,
                 before: 0.0,
                 after: layer.site.share(&devices, device),
             };
-            together.follow(&devices.iter().map(come).collect::<Vec<_>>());
+            together.follow(&devices.iter().map(arrival).collect::<Vec<_>>());
         }
         together
     }
@@ -105,16 +105,17 @@ impl<'a> Together<'a> {
     /// Writes the visits for each token of load after the changes that were looked at last.
     fn tell_visits(&self, visits: &mut Visits) {
         if self.tells_visits {
-            let then = |device: u16, more: Part| self.parts[usize::from(device)].with(more).met(self.pairs);
-            visits.extend(self.more.iter().map(|&(device, more)| (device, then(device, more))));
+            let then =
+                |device: u16, more: Part| self.parts[usize::from(device)].with(more).visits(self.pairs);
+            visits.extend(self.changes.iter().map(|&(device, more)| (device, then(device, more))));
         }
     }
 
     /// Follows changes of shares.
     fn follow(&mut self, shares: &[Share]) {
         self.look(shares);
-        self.apart -= self.joined;
-        for &(device, more) in &self.more {
+        self.pairs_apart -= self.pairs_gained;
+        for &(device, more) in &self.changes {
             let part = &mut self.parts[usize::from(device)];
             *part = part.with(more);
         }
@@ -130,36 +131,39 @@ impl<'a> Together<'a> {
     /// Notes what devices get: of each expert its load, and its pairs with what is there and comes there.
     fn look(&mut self, shares: &[Share]) {
         let pairs = self.pairs;
-        self.more.clear();
-        self.joined = 0.0;
+        self.changes.clear();
+        self.pairs_gained = 0.0;
         for (n, share) in shares.iter().enumerate() {
             let (row, change) = (pairs.row(share.expert), share.after - share.before);
-            let mut met = self.affinity[usize::from(share.device) * row.len() + usize::from(share.expert)];
+            let mut pairs_here =
+                self.affinity[usize::from(share.device) * row.len() + usize::from(share.expert)];
             for other in shares[..n].iter().filter(|other| other.device == share.device) {
-                met += (other.after - other.before) * f64::from(row[usize::from(other.expert)]);
+                pairs_here += (other.after - other.before) * f64::from(row[usize::from(other.expert)]);
             }
-            self.joined += change * met;
-            let more =
-                Part { load: change * pairs.load[usize::from(share.expert)], pairs: 2.0 * change * met };
-            let at = self.more.iter().position(|(device, _)| *device == share.device);
+            self.pairs_gained += change * pairs_here;
+            let more = Part {
+                load: change * pairs.load[usize::from(share.expert)],
+                pairs: 2.0 * change * pairs_here,
+            };
+            let at = self.changes.iter().position(|(device, _)| *device == share.device);
             let at = at.unwrap_or_else(|| {
-                self.more.push((share.device, Part::default()));
-                self.more.len() - 1
+                self.changes.push((share.device, Part::default()));
+                self.changes.len() - 1
             });
-            self.more[at].1 = self.more[at].1.with(more);
+            self.changes[at].1 = self.changes[at].1.with(more);
         }
     }
 }
 
 impl Term for Together<'_> {
     fn cost(&self) -> f64 {
-        self.apart * self.pairs.cost
+        self.pairs_apart * self.pairs.cost
     }
 
     fn change(&mut self, Candidate { shares, .. }: Candidate<'_>, visits: &mut Visits) -> f64 {
         self.look(shares);
         self.tell_visits(visits);
-        -self.joined * self.pairs.cost
+        -self.pairs_gained * self.pairs.cost
     }
 
     fn apply(&mut self, Candidate { shares, .. }: Candidate<'_>, visits: &mut Visits) {
@@ -171,6 +175,41 @@ impl Term for Together<'_> {
     }
 
     fn visits_per_load(&self) -> Option<Vec<f32>> {
-        Some(self.parts.iter().map(|part| part.met(self.pairs)).collect())
+        Some(self.parts.iter().map(|part| part.visits(self.pairs)).collect())
     }
+}
+
+#[cfg(test)]
+pub(super) const DEFINITION: super::Definition = super::Definition {
+    price: |random, layer, _| {
+        let experts = layer.experts;
+        let mut counts = vec![0.0; experts * experts];
+        for (e, f) in (0..experts).flat_map(|e| (0..e).map(move |f| (e, f))) {
+            counts[e * experts + f] = random.below(1000) as f32;
+            counts[f * experts + e] = counts[e * experts + f];
+        }
+        layer.costs.pairs = Some(Pairs::new(counts, 4, 2.0));
+    },
+    cost: |layer, slots| {
+        let pairs = layer.costs.pairs.as_ref().expect("pairs are priced");
+        let share = |e, g| super::share(layer, slots, e, g);
+        let cost = |(e, f): (usize, usize)| {
+            let together: f64 = (0..layer.devices()).map(|g| share(e, g) * share(f, g)).sum();
+            pairs.cost * f64::from(pairs.counts[e * layer.experts + f]) * (1.0 - together)
+        };
+        (0..layer.experts).flat_map(|e| (0..e).map(move |f| (e, f))).map(cost).sum()
+    },
+};
+
+/// Pairs of the experts of a traffic's sets.
+#[cfg(test)]
+pub(in crate::layer) fn pairs_of(ids: &[u16], counts: &[u64], experts: usize) -> Pairs {
+    let k = (ids.len() / counts.len().max(1)).max(1);
+    let mut table = vec![0.0; experts * experts];
+    for (ids, &count) in ids.chunks_exact(k).zip(counts) {
+        for (&e, &f) in ids.iter().flat_map(|e| ids.iter().map(move |f| (e, f))).filter(|(e, f)| e != f) {
+            table[usize::from(e) * experts + usize::from(f)] += count as f32;
+        }
+    }
+    Pairs::new(table, k as u32, 0.0)
 }

@@ -13,6 +13,7 @@ from moetuner._checks import instance, seed_in
 from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.kinds import loads_by
+from moetuner.evaluation.reading import Progress, part_of
 from moetuner.evaluation.units import Units, blocks_of, units_of
 from moetuner.frozen import Frozen
 from moetuner.recording import AnyRecording, Recording
@@ -31,6 +32,8 @@ FEWEST_BLOCKS = 12
 # Correlation lengths of windows in the shortest block that may change sides: the ends of
 # neighbouring blocks are alike.
 LENGTHS_PER_BLOCK = 3
+# Passes over two recordings: two of each to find independent samples, then one of each.
+PASSES = 6
 # Most blocks of two recordings together, and tokens of a window of a trace without sequences.
 MOST_BLOCKS, WINDOW = 128, 512
 
@@ -87,7 +90,13 @@ class Drift(Frozen):
         return {**super().to_dict(), "is_beyond_chance": self.is_beyond_chance}
 
 
-def drift(profile: Recording, traffic: Recording, *, seed: int = 0) -> Drift:
+def drift(
+    profile: Recording,
+    traffic: Recording,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Drift:
     """Compute how far traffic has drifted from a profile, such as that of a placement.
 
     Both are cut into blocks with about as many tokens: of sequences, or of windows where a block is
@@ -99,6 +108,8 @@ def drift(profile: Recording, traffic: Recording, *, seed: int = 0) -> Drift:
         Traces, statistics or load tables of one model.
     seed
         Seed of the random sides.
+    progress
+        Called now and then with the share of the readings of both that is done.
 
     Raises
     ------
@@ -123,7 +134,12 @@ def drift(profile: Recording, traffic: Recording, *, seed: int = 0) -> Drift:
             f"traffic must be {shapes[0]} [layers, experts] as profile, got {shapes[1]}"
         )
     sizes = [max(side.choices, 1) for side in sides.values()]
-    units = [units_of(side, window=WINDOW) for side in sides.values()]
+    units = [
+        units_of(
+            side, window=WINDOW, progress=part_of(progress, first / PASSES, (first + 2) / PASSES)
+        )
+        for first, side in zip((0, 2), sides.values(), strict=True)
+    ]
     samples = [
         _count_exchangeable(side, unit) for side, unit in zip(sides.values(), units, strict=True)
     ]
@@ -141,9 +157,10 @@ def drift(profile: Recording, traffic: Recording, *, seed: int = 0) -> Drift:
         )
     seed = seed_in(seed)
     loads = []
-    for side, count, unit in zip(sides.values(), counts, units, strict=True):
+    for first, side, count, unit in zip((4, 5), sides.values(), counts, units, strict=True):
         folds = unit.deal(side, np.arange(side.length), WINDOW, folds=count)
-        loads.append(_count_block_loads(side, folds.fold, folds.number))
+        report = part_of(progress, first / PASSES, (first + 1) / PASSES)
+        loads.append(_count_block_loads(side, folds.fold, folds.number, report))
     return _compare_blocks(np.concatenate(loads), len(loads[0]), seed)
 
 
@@ -205,11 +222,14 @@ def measure_drift(traffic: Recording, units: Units, *, seed: int = 0) -> Drift |
 
 
 def _count_block_loads(
-    traffic: Recording, block: NDArray[np.integer[Any]], blocks: int
+    traffic: Recording,
+    block: NDArray[np.integer[Any]],
+    blocks: int,
+    progress: Progress | None = None,
 ) -> NDArray[np.float64]:
     """Count the load [B,L,E] of every block that has a token or a window; ``block`` is theirs."""
     if traffic.ordered:
-        loads = loads_by(as_trace(traffic), block, blocks)
+        loads = loads_by(as_trace(traffic), block, blocks, progress=progress)
     else:
         loads = np.zeros((blocks, traffic.layers, traffic.num_experts))
         np.add.at(loads, block, count_loads(traffic).window_load.astype(np.float64))

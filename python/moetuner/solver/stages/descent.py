@@ -52,40 +52,18 @@ class Path:
         slots.reshape(-1)[self.places[:steps].ravel()] = self.experts[:steps].ravel()
         return slots
 
-    def lengths(self, most_moves: float, price: float, count: int) -> list[int]:
-        """Choose numbers of steps that are worth a look: the best, then some up to the most."""
-        last = len(np.flatnonzero(self.moves[1:] <= most_moves))
-        evenly = np.linspace(0, last, count + 1)[1:].astype(int)
-        return [n for n in dict.fromkeys([self.best(most_moves, price), *evenly.tolist()]) if n]
-
-    def spread(self, count: int) -> list[int]:
-        """Choose numbers of steps whose moves are about evenly spread in their logarithm."""
-        if len(self.moves) < 2:
-            return []
-        moves = self.moves - self.moves[0]
-        wanted = np.geomspace(1, max(int(moves.max()), 2), count)
-        ends = {int(np.flatnonzero(moves <= limit)[-1]) for limit in wanted}
-        return sorted(ends | {self.best(np.inf, 0.0)} - {0})
-
-    def slope(self, most_moves: float) -> float:
-        """Return what the last steps within a budget gain for a move."""
-        end = self.best(most_moves, 0.0)
-        return self._per_move(end * 3 // 4, end)
-
-    def _per_move(self, begin: int, end: int) -> float:
-        """Return what the steps between two gain for a move."""
-        moves = self.moves[end] - self.moves[begin]
-        return float(self.value[begin] - self.value[end]) / max(int(moves), 1)
-
     def before(self, moves: int) -> int:
         """Return how many steps there are before the first with which more than so many move."""
         return int(np.argmax(np.append(self.moves, np.inf) > moves)) - 1
 
     @property
     def steepest(self) -> float:
-        """Return what the first step that moves a copy gains for it."""
+        """What the first step that moves a copy gains for it."""
         moving = np.flatnonzero(self.moves > self.moves[0])
-        return self._per_move(0, int(moving[0])) if moving.size else 0.0
+        if not moving.size:
+            return 0.0
+        first = int(moving[0])
+        return float(self.value[0] - self.value[first]) / int(self.moves[first] - self.moves[0])
 
     def best(self, most_moves: float, price: float) -> int:
         """Choose how many steps to take, with at most so many moves at such a price."""

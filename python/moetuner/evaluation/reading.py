@@ -1,0 +1,172 @@
+"""The one reading of a trace: its tokens are counted in rows, under any number of placements.
+
+A row is a window of any order of arrival, a part of one, a sequence, or a home device. Counts add
+up, so a trace is read in its own order, and once for all that is counted.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner import _checks as check
+from moetuner import _core
+from moetuner._checks import IdArray
+from moetuner.files.ids import read_ahead
+from moetuner.trace import RoutingTrace
+
+# Bytes of a trace that are counted at once: under all placements while they are in the cache.
+SHARD_BYTES = 16 << 20
+
+Integers = NDArray[np.integer[Any]]
+# The row of a run of a reader's tokens [n].
+RowOf = Callable[[slice], Integers]
+# Gets the share of some work that is done.
+Progress = Callable[[float], None]
+
+
+def part_of(progress: Progress | None, begin: float, end: float) -> Progress | None:
+    """Return a callback for a part of some work, from one share of all of it to another."""
+    return progress and (lambda share: progress(begin + (end - begin) * share))
+
+
+class Rows:
+    """Some tokens of a trace, the row that each is in, and the replays that count them.
+
+    Parameters
+    ----------
+    trace
+        The trace.
+    tokens
+        Numbers of the tokens, rising [n].
+    row_of
+        Returns the rows of a run of these tokens.
+    number, largest
+        How many rows there are, and how many tokens the largest of them has.
+    place
+        Position of every token among these, in the order in which they arrive [n]: its hash chooses
+        between copies. None for the order of the recording.
+    home
+        Device that every token comes from [n]; None spreads homes evenly, by hash.
+    """
+
+    def __init__(
+        self,
+        trace: RoutingTrace,
+        tokens: Integers,
+        row_of: RowOf,
+        number: int,
+        largest: int,
+        *,
+        place: Integers | None = None,
+        home: Integers | None = None,
+    ) -> None:
+        self.trace, self.tokens = trace, tokens
+        self._row_of, self._place, self._home = row_of, place, home
+        self._sizes: Any = {"rows": number, "most_tokens": max(largest, 1)}
+        self._replays: list[_core.Replay] = []
+
+    @classmethod
+    def by_window(
+        cls, trace: RoutingTrace, tokens: Integers, window: int, place: Integers | None = None
+    ) -> Rows:
+        """Put tokens in windows of so many, in the order in which they arrive."""
+
+        def row_of(run: slice) -> Integers:
+            return (np.arange(run.start, run.stop) if place is None else place[run]) // window
+
+        number = max(-(-len(tokens) // window), 1)
+        return cls(trace, tokens, row_of, number, min(window, len(tokens)), place=place)
+
+    def replay(
+        self, slots: NDArray[np.int32], node_of_device: list[int], **wanted: Any
+    ) -> _core.Replay:
+        """Begin to count what a placement does to these tokens; ``wanted`` is as for the core."""
+        experts, top_k = self.trace.num_experts, self.trace.top_k
+        replay = _core.Replay(slots, experts, top_k, node_of_device, **self._sizes, **wanted)
+        self._replays.append(replay)
+        return replay
+
+    def count_experts(self, layers: int | None = None) -> _core.Replay:
+        """Begin to count the tokens of experts, in all or so many layers, each on a device alone.
+
+        Their counts are the loads.
+        """
+        experts, layers = self.trace.num_experts, layers or self.trace.layers
+        apart = np.tile(np.arange(experts, dtype=np.int32)[:, None], (layers, 1, 1))
+        return self.replay(apart, [0] * experts, visits=False)
+
+    def push(self, ids: IdArray, numbers: Integers, threads: int | None, *, checked: bool) -> None:
+        """Count those of the tokens with these rising numbers that are among the own ones."""
+        begin = bisect_left(self.tokens, numbers[0])
+        run = slice(begin, bisect_left(self.tokens, numbers[-1] + 1, begin))
+        count = run.stop - begin
+        if not count:
+            return
+        if count < len(ids):
+            ids = ids[np.searchsorted(numbers, self.tokens[run])]
+        row = self._row_of(run).astype(np.uint32)
+        place = None if self._place is None else self._place[run].astype(np.uint64)
+        home = None if self._home is None else self._home[run].astype(np.uint16)
+        for replay in self._replays:
+            replay.push(ids, row, threads, positions=place, homes=home, checked=checked)
+            checked = True
+
+
+def read(
+    readers: Sequence[Rows],
+    *,
+    layers: Integers | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Read the tokens that readers of one trace have, and count them for all of these.
+
+    Parameters
+    ----------
+    readers
+        What counts the tokens.
+    layers
+        Numbers of the layers that are counted, rising; None for all.
+    threads
+        Threads to use, all cores by default.
+    progress
+        Gets the share of the tokens that have been read.
+    """
+    trace = readers[0].trace
+    is_read = np.zeros(trace.tokens, dtype=bool)
+    for reader in readers:
+        for piece in check.pieces(reader.tokens):
+            is_read[piece] = True
+    total, done = int(np.count_nonzero(is_read)), 0
+    for ids, numbers in _pieces(trace, None if total == trace.tokens else is_read, threads):
+        if layers is not None and len(layers) < trace.layers:
+            ids = ids.take(layers, axis=1)
+        for reader in readers:
+            reader.push(ids, numbers, threads, checked=trace.ids.fresh)
+        done += len(numbers)
+        if progress is not None:
+            progress(done / total)
+        del ids  # else the next ones are read while these are still in memory
+
+
+def _pieces(
+    trace: RoutingTrace, is_read: NDArray[np.bool_] | None, threads: int | None
+) -> Iterator[tuple[IdArray, Integers]]:
+    """Yield the ids of marked tokens, or of all, some at a time, and the numbers of the tokens."""
+    numbers = None if is_read is None else np.flatnonzero(is_read)
+    if numbers is None:
+        pieces = trace.shards(SHARD_BYTES, threads=threads)
+    else:
+        pieces = trace.ids.chosen(numbers, SHARD_BYTES, threads)
+        pieces = read_ahead(pieces) if trace.ids.fresh else pieces
+    first = 0
+    for ids in pieces:
+        run = slice(first, first + len(ids))
+        first = run.stop
+        yield ids, np.arange(run.start, run.stop) if numbers is None else numbers[run]
+        del ids  # else the next ones are read while these are still in memory

@@ -1,0 +1,188 @@
+//! Which slot serves an expert of a token, where experts have copies.
+
+use rayon::prelude::*;
+
+use crate::error::{Error, Result, SLOTS};
+use crate::random::{choose_copy, mixed, scale};
+use crate::trace::{ExpertId, Routing};
+
+/// Which copy of an expert serves a token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Split {
+    /// By a hash of the token's position ([`mixed`]), the same in all layers.
+    Even,
+    /// The one on the token's home device; else by hash among those of the home's node; else by hash among all. The
+    /// home is the hash's leading bits, which spreads homes evenly.
+    Nearest,
+    /// An expert's copies take turns.
+    RoundRobin,
+}
+
+/// A placement as the replay needs it: copies of every expert, layer by layer.
+#[derive(Debug, Clone)]
+pub struct Copies {
+    /// Devices.
+    pub devices: usize,
+    pub(super) slots: usize,
+    pub(super) node_of_device: Vec<u16>,
+    pub(super) devices_of_node: Vec<Vec<u16>>,
+    pub(super) device_of_slot: Vec<u16>,
+    /// Slots of every expert, one after the other `[L, filled slots]`.
+    pub(super) slots_of: Vec<Vec<u16>>,
+    /// Where an expert's slots begin in `slots_of` `[L, E + 1]`.
+    begin: Vec<Vec<u32>>,
+    split: Split,
+    /// Tokens of every expert before the block at hand `[L, E]`; counted where copies take turns.
+    served: Vec<Vec<u64>>,
+}
+
+impl Copies {
+    /// Nodes, numbered from 0.
+    #[must_use]
+    pub fn nodes(&self) -> usize {
+        self.devices_of_node.len()
+    }
+
+    /// Takes slots `[L, D, S]` (expert ids, -1 for empty) and the node of every device `[D]`.
+    pub fn new(
+        slots: &[i32],
+        routing: Routing,
+        per_device: usize,
+        node_of_device: &[u16],
+        split: Split,
+    ) -> Result<Self> {
+        let Routing { layers, experts, .. } = routing;
+        let devices = node_of_device.len();
+        let p = devices * per_device;
+        if p == 0 || p > SLOTS {
+            return Err(Error::shape("slots", format!("from 1 to {SLOTS} slots in a layer"), &p));
+        }
+        let mut copies = Vec::with_capacity(layers);
+        let mut begin = Vec::with_capacity(layers);
+        for layer in slots.chunks_exact(p) {
+            let (starts, slots_of) = by_expert(layer, experts)?;
+            if let Some(e) = starts.windows(2).position(|ends| ends[0] == ends[1]) {
+                return Err(Error::shape(
+                    "slots",
+                    "a slot for every expert",
+                    &format!("none for expert {e}"),
+                ));
+            }
+            copies.push(slots_of);
+            begin.push(starts);
+        }
+        let nodes = node_of_device.iter().max().map_or(0, |&last| usize::from(last) + 1);
+        let mut devices_of_node = vec![Vec::new(); nodes];
+        for (device, &node) in (0..).zip(node_of_device) {
+            devices_of_node[usize::from(node)].push(device);
+        }
+        Ok(Self {
+            devices,
+            slots: p,
+            node_of_device: node_of_device.to_vec(),
+            devices_of_node,
+            device_of_slot: (0..p).map(|slot| (slot / per_device) as u16).collect(),
+            slots_of: copies,
+            begin,
+            split,
+            served: vec![vec![0; experts]; if split == Split::RoundRobin { layers } else { 0 }],
+        })
+    }
+
+    /// The slots that serve the ids of a layer, of tokens at these positions and homes, which are the hashes' by default.
+    pub(super) fn route<I: ExpertId>(
+        &self,
+        l: usize,
+        ids: &[I],
+        top_k: usize,
+        positions: impl Iterator<Item = u64>,
+        homes: Option<&[u16]>,
+    ) -> Vec<u16> {
+        let (copies, begin) = (&self.slots_of[l], &self.begin[l]);
+        if self.is_single(l) {
+            return ids.iter().map(|id| copies[id.index()]).collect();
+        }
+        let devices_of = |id: &I| &copies[begin[id.index()] as usize..begin[id.index() + 1] as usize];
+        if self.split == Split::RoundRobin {
+            let mut served = self.served[l].clone();
+            let turn = |id: &I| {
+                let turn = served[id.index()];
+                served[id.index()] += 1;
+                devices_of(id)[(turn % devices_of(id).len() as u64) as usize]
+            };
+            return ids.iter().map(turn).collect();
+        }
+        let mut slots = Vec::with_capacity(ids.len());
+        for (token, (position, ids)) in positions.zip(ids.chunks_exact(top_k)).enumerate() {
+            let hash = mixed(position as u32) as usize;
+            if self.split == Split::Even {
+                slots.extend(ids.iter().map(|id| devices_of(id)[choose_copy(hash, devices_of(id).len())]));
+            } else {
+                let home =
+                    homes.map_or_else(|| scale(hash as u64, self.devices), |homes| homes[token].into());
+                slots.extend(ids.iter().map(|id| self.nearest(devices_of(id), home, hash)));
+            }
+        }
+        slots
+    }
+
+    /// The copy that serves a token of this home.
+    fn nearest(&self, slots: &[u16], home: usize, hash: usize) -> u16 {
+        let device = |slot: u16| usize::from(self.device_of_slot[usize::from(slot)]);
+        if let Some(&own) = slots.iter().find(|&&slot| device(slot) == home) {
+            return own;
+        }
+        let node = self.node_of_device[home];
+        let is_near = |slot: &&u16| self.node_of_device[device(**slot)] == node;
+        match slots.iter().filter(is_near).count() {
+            0 => slots[choose_copy(hash, slots.len())],
+            count => *slots
+                .iter()
+                .filter(is_near)
+                .nth(choose_copy(hash, count))
+                .expect("a number below their count"),
+        }
+    }
+
+    /// Whether the copy that serves a token depends on the tokens before.
+    pub(super) fn takes_turns(&self) -> bool {
+        self.split == Split::RoundRobin && (0..self.slots_of.len()).any(|l| !self.is_single(l))
+    }
+
+    /// Counts a block's tokens, for whose turn it is in the next one.
+    pub(super) fn count_served<I: ExpertId>(&mut self, block: &[I], routing: Routing) {
+        let top_k = routing.top_k;
+        self.served.par_iter_mut().enumerate().for_each(|(l, served)| {
+            for token in block.chunks_exact(routing.row()) {
+                for id in &token[l * top_k..(l + 1) * top_k] {
+                    served[id.index()] += 1;
+                }
+            }
+        });
+    }
+
+    /// Whether every expert of a layer has one slot.
+    pub(super) fn is_single(&self, l: usize) -> bool {
+        self.slots_of[l].len() + 1 == self.begin[l].len()
+    }
+}
+
+/// Where the slots of every expert begin `[E + 1]`, and the slots of a layer, expert by expert.
+pub(super) fn by_expert(slots: &[i32], experts: usize) -> Result<(Vec<u32>, Vec<u16>)> {
+    let filled =
+        || (0..).zip(slots).filter_map(|(slot, &expert)| Some((slot, usize::try_from(expert).ok()?)));
+    let mut begin = vec![0; experts + 1];
+    for (_, expert) in filled() {
+        let Some(count) = begin.get_mut(expert + 1) else {
+            return Err(Error::shape("slots", format!("expert ids below {experts}"), &expert));
+        };
+        *count += 1;
+    }
+    (0..experts).for_each(|e| begin[e + 1] += begin[e]);
+    let (mut next, mut slots_of) = (begin.clone(), vec![0; begin[experts] as usize]);
+    for (slot, expert) in filled() {
+        slots_of[next[expert] as usize] = slot;
+        next[expert] += 1;
+    }
+    Ok((begin, slots_of))
+}
