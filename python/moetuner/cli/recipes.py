@@ -28,6 +28,7 @@ from moetuner.serving import ENGINE_SETTINGS
 from moetuner.serving.engines import ENGINES, find_engine
 from moetuner.serving.phases import WINDOWS
 from moetuner.serving.recipes import Recipe
+from moetuner.serving.running import Running
 
 # Share of INPUT that is held out, as "moetuner advise" does.
 HOLDOUT = 0.5
@@ -131,7 +132,7 @@ def _try(
     if initial not in ("given", "contiguous"):
         slots = count_running_slots(initial, problem.experts, problem.devices)
         method_and_file = {
-            "method": initial.partition(":")[0],
+            "method": Running.parse(initial).method,
             "out_file": (baseline := RUNNING_FILE),
         }
         commands.append(solve(slots, f"what runs: {name_running(initial)}", **method_and_file))

@@ -5,7 +5,6 @@ Placements are computed from one part of the traffic and judged on the other, ov
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, get_args
@@ -45,15 +44,11 @@ from moetuner.report.recording import find_one_kind
 from moetuner.serving import Serving, refuse_keywords
 from moetuner.serving.arrival import Arrival
 from moetuner.serving.phases import PREFILL_WINDOWS, choose_judged_windows, make_phases
+from moetuner.serving.running import STARTS, Running
 from moetuner.serving.splits import Split
 from moetuner.statistics import RoutingStatistics, check_recording
 from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
-
-# Placements that may run: two that engines load by default, and EPLB's, which may have redundant
-# experts.
-STARTS = ("contiguous", "round_robin", "eplb")
-INITIAL_NAME = re.compile(rf"({'|'.join(STARTS)})|eplb:\d{{1,5}}", re.ASCII)
 
 SPLITS, COPIES = 3, (0, 1, 2, 4)
 
@@ -396,7 +391,7 @@ def _check_values(
         raise ValueError("traffic must have tokens, got a load of 0")
     check.share("price", price)
     if isinstance(initial, str):
-        if not INITIAL_NAME.fullmatch(initial):
+        if not Running.is_name(initial):
             names = ", ".join(STARTS)
             raise check.ArgumentError(
                 f"initial must be {names} or eplb:N, got {check.shown(initial)}", "initial"

@@ -16,6 +16,7 @@ from moetuner.recording import Recording
 from moetuner.serving import Serving
 from moetuner.serving.engines import ENGINES, Engine, engine_settings
 from moetuner.serving.phases import Phases
+from moetuner.serving.running import Running
 from moetuner.solver import Method, solve
 from moetuner.solver.result import Result
 from moetuner.statistics import RoutingStatistics, as_counts
@@ -35,11 +36,12 @@ def count_running_slots(initial: Placement | str, experts: int, devices: int) ->
     """
     if isinstance(initial, Placement):
         return initial.slots_per_device
-    redundant = int(initial.partition(":")[2] or 0)
-    slots = -(-(experts + redundant) // devices)
-    if initial.startswith("eplb") and slots * devices != experts + redundant:
+    running = Running.parse(initial)
+    slots = -(-(experts + running.redundant) // devices)
+    if running.method == "eplb" and slots * devices != experts + running.redundant:
         raise ArgumentError(
-            f"initial {initial} must fill all devices evenly: {experts} experts and {redundant} "
+            f"initial {initial} must fill all devices evenly: {experts} experts and "
+            f"{running.redundant} "
             f"redundant ones are no multiple of {devices} devices; "
             f"eplb:{slots * devices - experts} would do",
             "initial",
