@@ -128,8 +128,8 @@ class LayerModel:
         linked = self.objective.transitions is not None
         searches *= self.parts * (2 * effort.ROUNDS if linked else 1)
         work = searches * units_of_trial(run, has_tokens_alone=has_tokens_alone)
-        most = effort.most_trials(self.slots_of_layer, len(self.windows))
-        return int(min(most, budget.work.layer_work / work))
+        trials = effort.most_trials(self.slots_of_layer, len(self.windows))
+        return int(min(trials, budget.work.layer_work / work))
 
 
 def is_of_layers(run: Run) -> bool:
