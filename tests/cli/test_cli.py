@@ -11,7 +11,7 @@ import pytest
 
 import moetuner as mt
 from moetuner.cli import MENU, moetuner, options
-from moetuner.serving.settings import settings_of
+from moetuner.serving.settings import list_settings
 
 # Searches are short, as they are not what is asked about.
 pytestmark = pytest.mark.usefixtures("brief")
@@ -209,7 +209,7 @@ def test_solve_takes_every_term(solved, recorded):
 def test_every_field_of_a_problem_is_an_option(solved):
     """Declared once: there is an option in a group, its help, and its value in the JSON."""
     names = {of.name for of in fields(mt.Problem)} - {"statistics", "topology"}
-    declared = settings_of(mt.Problem, mt.Serving)
+    declared = list_settings(mt.Problem, mt.Serving)
     settings = {name: declared[name] for name in names}
     assert set(settings) <= set(solved("--devices", 2, "--method", "lpt")[0]["settings"])
     for command in ("solve", "compare"):

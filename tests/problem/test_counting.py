@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.problem.objective import tables_for
+from moetuner.problem.objective import choose_tables
 
 GOALS = [
     (regime, goal) for regime in ("dispatch", "follow") for goal in ("time", "balance", "traffic")
@@ -22,7 +22,7 @@ def test_a_trace_is_counted_as_the_goal_needs(make_trace, regime, goal):
     """A problem of a trace is that of its counts, lacks nothing, and can be made another one."""
     trace = make_trace(tokens=1100)
     problem = mt.Problem(trace, mt.Topology(2), regime=regime, objective=goal)
-    needed = [name for name, is_counted in tables_for(regime, goal).items() if is_counted]
+    needed = [name for name, is_counted in choose_tables(regime, goal).items() if is_counted]
     assert all(getattr(problem.statistics, name) is not None for name in needed)
     # Visits are no part of balance, nor of what moves on: sets take memory.
     assert (problem.statistics.sets is not None) == ("sets" in needed)

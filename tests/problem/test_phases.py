@@ -7,7 +7,7 @@ import pytest
 
 import moetuner as mt
 from moetuner.placement import blocks
-from moetuner.problem.objective import tables_for
+from moetuner.problem.objective import choose_tables
 from moetuner.problem.windows import MOST
 from moetuner.serving.phases import WINDOWS
 
@@ -47,7 +47,7 @@ def plain_mean(statistics, placement, tokens, topology, goal):
 def test_a_time_of_expert_sets_asks_for_no_pairs(brief, devices_per_node, copies):
     """Counted with sets alone, a trace has the same phases, answer and bound as with all tables."""
     trace, topology = recorded(3 * WINDOWS[1]), mt.Topology(4, devices_per_node=devices_per_node)
-    tables = tables_for("dispatch", "time")
+    tables = choose_tables("dispatch", "time")
     assert tables == {"sets": True, "transitions": False, "coactivation": False}
     results = [
         mt.solve(
@@ -80,7 +80,7 @@ def test_what_an_objective_is_made_of_is_counted(regime, goal):
             objective=goal,
             regime=regime,
         ).value(placement)
-        for tables in ({"sets": True}, tables_for(regime, goal))
+        for tables in ({"sets": True}, choose_tables(regime, goal))
     ]
     assert values[0] == values[1]
 

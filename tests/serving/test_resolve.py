@@ -7,7 +7,7 @@ import pytest
 from conftest import random_ids
 
 import moetuner as mt
-from moetuner.serving import SERVED, Serving, chosen_in
+from moetuner.serving import ENGINE_SETTINGS, Serving, find_choices
 from moetuner.serving.engines import ENGINES
 from moetuner.serving.splits import RULES, SPLITS
 
@@ -53,10 +53,10 @@ def test_counts_have_no_order_that_an_engine_could_decide():
 
 def test_a_placement_chose_what_its_engine_would_not_have():
     """What an engine decides is no choice: another engine decides anew."""
-    assert chosen_in(RECORDED) == {"engine": "tensorrt-llm", "arrival": "bursts"}
-    assert chosen_in({**RECORDED, "arrival": "mixed"}) == {"engine": "tensorrt-llm"}
+    assert find_choices(RECORDED) == {"engine": "tensorrt-llm", "arrival": "bursts"}
+    assert find_choices({**RECORDED, "arrival": "mixed"}) == {"engine": "tensorrt-llm"}
     # Nobody chose that windows of a table come as they were recorded.
-    assert chosen_in(RECORDED, is_counted=True) == {"engine": "tensorrt-llm"}
+    assert find_choices(RECORDED, is_counted=True) == {"engine": "tensorrt-llm"}
 
 
 @pytest.mark.parametrize("split", [split for split in SPLITS if not RULES[split].needs_windows])
@@ -72,7 +72,7 @@ def test_a_serving_is_as_good_as_keywords(split):
     assert judged[0].to_dict() == judged[1].to_dict()
     served = mt.Problem.served(COUNTS, serving, objective="balance")
     assert served == mt.Problem(COUNTS, TOPOLOGY, objective="balance", **how)
-    names = ("topology", *SERVED, "cost_model")
+    names = ("topology", *ENGINE_SETTINGS, "cost_model")
     assert [getattr(served.serving, name) for name in names] == [
         getattr(serving, name) for name in names
     ]

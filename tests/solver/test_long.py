@@ -10,7 +10,7 @@ from conftest import random_ids
 import moetuner as mt
 from moetuner import statistics as statistics_
 from moetuner.problem import windows as windows_
-from moetuner.problem.windows import MERGED, MOST, windows_of
+from moetuner.problem.windows import MERGED, MOST, choose_windows
 from moetuner.solver.bounds.loads import least_balance, least_time
 
 MANY = 2 * MOST + 3
@@ -50,7 +50,7 @@ def test_means_stand_for_all_windows(arrival):
     """They have all tokens, none of two groups, and as much weight as what they stand for."""
     group = np.arange(MANY) % 3
     statistics = many(group=group, group_names=("a", "b", "c"))
-    windows = windows_of(statistics, arrival, "mean", {"a": 2.0, "b": 1.0, "c": 0.0})
+    windows = choose_windows(statistics, arrival, "mean", {"a": 2.0, "b": 1.0, "c": 0.0})
     few = windows.searched
     assert few is windows.searched
     assert few.load.dtype == np.float64
@@ -190,7 +190,7 @@ def test_a_sample_of_very_many_windows_counts_as_all(arrival, monkeypatch):
     monkeypatch.setattr("moetuner.problem.windows.SAMPLED", MANY // 3)
     group = np.arange(MANY) * 3 // MANY
     statistics = many(group=group, group_names=("a", "b", "c"))
-    windows = windows_of(statistics, arrival, "mean", {"a": 2.0, "b": 1.0, "c": 0.0})
+    windows = choose_windows(statistics, arrival, "mean", {"a": 2.0, "b": 1.0, "c": 0.0})
     sample = windows.sampled
     recorded = np.flatnonzero(sample.group < 3)
     assert len(recorded) == len(sample.load) == MANY // 3

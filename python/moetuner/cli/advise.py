@@ -29,6 +29,7 @@ from moetuner.report.advice.values import Advice, write_windows
 from moetuner.report.findings import TERMINAL, Finding, Voice
 from moetuner.report.page.data import PageData, make_advice_data
 from moetuner.serving.engines import NOTHING_PLACED
+from moetuner.serving.running import Running
 from moetuner.serving.settings import read_count
 
 COPIES = options.Text(
@@ -245,7 +246,7 @@ def _show_figures(output: Output, advice: Advice) -> None:
             # What a token visits is the same in windows of all sizes.
             cells = (str(order.index(measure)), figure.column, *texts, *_cells(gain))
             rows.setdefault(cells, []).append(f"{judged.window:,}" if judged.window else "-")
-    running = advice.settings["initial"].partition(":")[0].replace("_", "-")
+    running = Running.parse(advice.settings["initial"]).method.replace("_", "-")
     columns = ["running" if running in ("given", "eplb") else running]
     columns += ["EPLB"] * bool(advice.over_eplb) + ["proposed", "gain", "95 %"]
     head = ["figure", "window", *columns]

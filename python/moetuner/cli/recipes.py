@@ -17,17 +17,18 @@ from moetuner.files.cells import layer_list
 from moetuner.formats import serving_commands, way_back
 from moetuner.placement import Placement
 from moetuner.problem import TRAFFIC_CAP
-from moetuner.problem.objective import goal_for
+from moetuner.problem.objective import choose_goal
 from moetuner.problem.reading import SCALES
 from moetuner.report.advice.request import count_running_slots
 from moetuner.report.advice.values import Advice
 from moetuner.report.findings import TERMINAL
 from moetuner.report.words import write
 from moetuner.report.words.parts import name_running
-from moetuner.serving import SERVED
-from moetuner.serving.engines import ENGINES, engine_of
+from moetuner.serving import ENGINE_SETTINGS
+from moetuner.serving.engines import ENGINES, find_engine
 from moetuner.serving.phases import WINDOWS
 from moetuner.serving.recipes import Recipe
+from moetuner.serving.running import Running
 
 # Share of INPUT that is held out, as "moetuner advise" does.
 HOLDOUT = 0.5
@@ -67,7 +68,7 @@ def after_advice(
 
 def _record_more(source: Source, advice: Advice, typed: dict[str, Any]) -> list[Recipe]:
     """Return the commands that record more: by INPUT's engine, each kind of traffic by itself."""
-    engine = advice.settings["engine"] or next(map(engine_of, source.readers), None)
+    engine = advice.settings["engine"] or next(map(find_engine, source.readers), None)
     if engine is not None and ENGINES[engine].record:
         command = ENGINES[engine].record.format(devices=advice.problem.devices)
         page = f"docs/engines/{engine.replace('-', '_')}.md"
@@ -131,7 +132,7 @@ def _try(
     if initial not in ("given", "contiguous"):
         slots = count_running_slots(initial, problem.experts, problem.devices)
         method_and_file = {
-            "method": initial.partition(":")[0],
+            "method": Running.parse(initial).method,
             "out_file": (baseline := RUNNING_FILE),
         }
         commands.append(solve(slots, f"what runs: {name_running(initial)}", **method_and_file))
@@ -238,17 +239,17 @@ def to_solve_again(
     placement, topology, made = placed.placement, placed.topology, placed.made
     typed, values = options.typed(), options.typed(Source, Machine)
     values |= {name: getattr(placed.source, name) for name in SCALES}
-    name = made.spelled_of("topology", beside=placement_file, value=topology)
+    name = made.find_spelling("topology", beside=placement_file, value=topology)
     name = common_name(topology) if name is None else name
     if machine.machine is None and name is not None and machine.devices_per_node is None:
         values |= {"machine": name, "devices": None}
     elif machine.machine is None:
         values["devices"] = placement.devices
         values["devices_per_node"] = topology.devices_per_node if topology.nodes > 1 else None
-    values |= {name: placed.serving.chosen(name) for name in SERVED}
+    values |= {name: placed.serving.chosen(name) for name in ENGINE_SETTINGS}
     goal, cap = made.wanted.get("objective"), made.wanted.get("max_imbalance")
     values |= {
-        "objective": None if goal == goal_for(None, cap) else goal,
+        "objective": None if goal == choose_goal(None, cap) else goal,
         "max_imbalance": None if goal == "traffic" and cap == TRAFFIC_CAP else cap,
         "method": made.method,
         "seed": made.seed,
@@ -260,7 +261,7 @@ def to_solve_again(
     usual = cost_model_for(None, placed.source.traffic, placed.source.weight_bits)
     if model is not None and model != usual:
         text = typed.get("cost_model")
-        text = text or made.spelled_of("cost_model", beside=placement_file, value=model)
+        text = text or made.find_spelling("cost_model", beside=placement_file, value=model)
         values["cost_model"] = text or model.preset_text or model.name
     values["slots_per_device"] = placement.slots_per_device if placement.has_copies else None
     # What serves stays, to compare with, and so do experts that need not move.

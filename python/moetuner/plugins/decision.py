@@ -21,7 +21,7 @@ from moetuner._checks import (
     numbers_in,
     whole_number,
 )
-from moetuner.placement import EMPTY, difference, find_holders
+from moetuner.placement import EMPTY, compare_holders, find_holders
 from moetuner.router_groups import assign_nodes, count_nodes
 from moetuner.solver.rebalancing import (
     DEAD_ZONE,
@@ -226,7 +226,7 @@ class Case:
     def copies_moved(self, slots: Slots) -> int:
         """Count experts that come to a rank which does not hold them yet."""
         before, after = (find_holders(table, self.experts) for table in (self.slots, slots))
-        return difference(before, after, None, None).experts_moved
+        return compare_holders(before, after, None, None).experts_moved
 
     def rebalance(self, limits: MoveLimits, profile: RoutingStatistics | None = None) -> Rebalanced:
         """Relieve the slowest ranks, and keep together what a profile has seen together."""

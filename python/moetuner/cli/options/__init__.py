@@ -20,7 +20,7 @@ from moetuner._checks import ArgumentError
 from moetuner._texts import suggestion
 from moetuner.files import same_file
 from moetuner.serving.recipes import Recipe
-from moetuner.serving.settings import ENGINE, GOAL, MACHINE, OTHER, parameters_of
+from moetuner.serving.settings import ENGINE, GOAL, MACHINE, OTHER, read_parameters
 from moetuner.solver import ALIASES, EFFORTS, METHODS
 
 # Groups of the help in their order; an option is in one of them, else in the last.
@@ -107,7 +107,7 @@ def options_of(kind: Any) -> dict[str, click.Parameter]:
         members = {name: each.default for name, each in signature.parameters.items()}
     texts: dict[str, str] = {}
     for base in reversed(getattr(kind, "__mro__", (kind,))):
-        texts |= parameters_of(base)
+        texts |= read_parameters(base)
     groups = groups_of(kind)
     options: dict[str, click.Parameter] = {}
     for name, member in members.items():

@@ -20,8 +20,8 @@ from moetuner.files.cells import counted, in_bytes, percent
 from moetuner.formats import form_of, read_placement
 from moetuner.placement import Placement, PlacementDiff, blocks
 from moetuner.problem import Problem
-from moetuner.report.advice import INITIAL_NAME, STARTS
 from moetuner.report.advice.request import count_running_slots
+from moetuner.serving.running import STARTS, Running
 from moetuner.solver import Method, Result, Trade, pareto, solve
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
@@ -43,7 +43,7 @@ baseline_option = partial(
 
 def is_start(initial: str, flag: str = "--initial") -> bool:
     """Return whether a text names what engines begin with; raise unless it names a file then."""
-    if INITIAL_NAME.fullmatch(initial):
+    if Running.is_name(initial):
         return True
     if not Path(initial).is_file():
         raise click.BadParameter(
@@ -62,7 +62,7 @@ def start_placement(
     if name == "contiguous":
         return blocks(*sizes)
     running = Problem(statistics, topology, slots_per_device=count_running_slots(name, *sizes[1:]))
-    method = cast(Method, name.partition(":")[0])
+    method = cast(Method, Running.parse(name).method)
     return solve(running, method, seed=seed, threads=threads).placement
 
 

@@ -36,7 +36,7 @@ from moetuner.problem.made import Made
 from moetuner.problem.reading import Reading
 from moetuner.recording import Recording
 from moetuner.report.outcome import write_left_out
-from moetuner.serving import Serving, chosen_in, phases
+from moetuner.serving import Serving, find_choices, phases
 from moetuner.statistics import COUNTED, as_counts
 from moetuner.topology import Topology
 
@@ -54,7 +54,7 @@ ALL = "Judged on all of INPUT; the placement does not say what it was computed f
 def made_of(path: Path, placement: Placement) -> Made:
     """Return what a placement's file says of how it was made."""
     with naming(path):
-        return Made.of(placement)
+        return Made.read(placement)
 
 
 def windowed(sentence: str, source: Source, judged_on: Recording, groups: str = "") -> str:
@@ -101,8 +101,8 @@ def read_hints(path: Path) -> Reading:
 
 def with_input(placement: Placement, source: Source, holdout: float) -> Placement:
     """Return a placement whose settings say from which part of INPUT it was computed."""
-    read = Reading.of(source, source.traffic)
-    made = replace(Made.of(placement), holdout=holdout, input=read, spelled=spelled())
+    read = Reading.from_options(source, source.traffic)
+    made = replace(Made.read(placement), holdout=holdout, input=read, spelled=spelled())
     return placement.with_names(settings={**placement.settings, **made.to_settings()})
 
 
@@ -167,7 +167,7 @@ class Placed:
         of_other = {"cost_model"} if is_other else set()
         served = {name: value for name, value in made.serving.items() if name not in of_other}
         with naming(path):
-            chosen = chosen_in(served, is_counted=made.is_counted)
+            chosen = find_choices(served, is_counted=made.is_counted)
         source, serving = options.resolve(source, topology, chosen)
         return cls(placement, _texts.name(path.name), made, source, serving)
 
@@ -185,7 +185,7 @@ class Placed:
         # What is held out are parts of what was recorded, however that is counted afterwards.
         source, made = self.source.uncounted or self.source, self.made
         traffic = source.traffic
-        share, is_other = made.holdout or 0.0, made.input.is_other_than(traffic)
+        share, is_other = made.holdout or 0.0, made.input.contradicts(traffic)
         seen, unseen = traffic, traffic
         with working("looking for what was held out"):
             if share and not is_other:
@@ -309,7 +309,7 @@ class Placed:
         made, now = self.made, self.source.counted
         sizes = made.phases
         if now is not None and sizes and now not in sizes:
-            where = phases.words(sizes) or f"windows of {next(iter(sizes)):,} tokens"
+            where = phases.describe(sizes) or f"windows of {next(iter(sizes)):,} tokens"
             yield f"The placement was computed for {where}; judged in windows of {now:,}."
         others = [size for size in sizes if size != now]
         if now in sizes and others and self.source.traffic.ordered:

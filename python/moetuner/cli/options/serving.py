@@ -18,15 +18,15 @@ from moetuner.cost import bytes_of_expert
 from moetuner.evaluation.options import ReplayOptions
 from moetuner.problem import TRAFFIC_CAP, Problem
 from moetuner.problem.made import Made
-from moetuner.problem.objective import goal_for, tables_for
-from moetuner.serving import SERVED, Serving
+from moetuner.problem.objective import choose_goal, choose_tables
+from moetuner.serving import ENGINE_SETTINGS, Serving
 from moetuner.serving.engines import ENGINES, NO_ENGINES, engine_settings
-from moetuner.serving.settings import ENGINE, settings_of
+from moetuner.serving.settings import ENGINE, list_settings
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
-DECLARED = settings_of(Problem, Serving, ReplayOptions)
+DECLARED = list_settings(Problem, Serving, ReplayOptions)
 # Those of a problem.
 SETTINGS = [own.name for own in fields(Problem) if own.metadata]
 
@@ -92,7 +92,7 @@ class ServingOptions:
 
     OPTIONS: ClassVar[dict[str, Any]] = {
         "engine": ENGINE_OPTION,
-        **{name: setting_option(name) for name in ("cost_model", *SERVED)},
+        **{name: setting_option(name) for name in ("cost_model", *ENGINE_SETTINGS)},
     }
 
     def __init__(self, engine: str | None = None, **values: Any) -> None:
@@ -132,7 +132,7 @@ class ServingOptions:
         recorded: Mapping[str, Any] | None,
     ) -> Serving:
         traffic = source.traffic
-        options = {name: value for name, value in self.given.items() if name in SERVED}
+        options = {name: value for name, value in self.given.items() if name in ENGINE_SETTINGS}
         if "cost_model" in self.given:
             text = self.given["cost_model"]
             options["cost_model"] = cost_model_for(text, traffic, source.weight_bits)
@@ -202,13 +202,13 @@ class ProblemOptions(ServingOptions):
         Pairs that the objective is not made of are counted for methods that may ask for them.
         """
         chosen = self.given
-        goal = goal_for(chosen.get("objective"), chosen.get("max_imbalance"))
-        tables = tables_for(chosen.get("regime", "dispatch"), goal)
+        goal = choose_goal(chosen.get("objective"), chosen.get("max_imbalance"))
+        tables = choose_tables(chosen.get("regime", "dispatch"), goal)
         if pairs:
             tables |= {"transitions": True, "coactivation": True}
         statistics = source.count(traffic, by_group="groups" in chosen, **tables)
         serving = self._resolve(source, topology, None)
-        served = (*SERVED, "cost_model", *WATERFILL)
+        served = (*ENGINE_SETTINGS, "cost_model", *WATERFILL)
         rules = {name: chosen[name] for name in chosen if name not in served}
         if source.window is not None and isinstance(source.traffic, RoutingTrace):
             if "phases" in chosen:

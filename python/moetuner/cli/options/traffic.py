@@ -205,12 +205,12 @@ class Source(FileHints):
     def as_placed(self, made: Made, placement_file: Path) -> Source:
         """Return the same INPUT, read once; a placement's settings replace options not given."""
         recorded, reading = self.recorded, made.input
-        missing = reading.missing(self, recorded)
+        missing = reading.substitute(self, recorded)
         if recorded.ordered and self.window is None:
             missing["window"] = made.serving.get("window")
         source, text = replace(self, **missing), reading.group_by
         has_groups = self.group_by is not None or recorded.group is not None or self.only
-        if text is not None and not has_groups and reading.is_of(recorded):
+        if text is not None and not has_groups and reading.fits(recorded):
             names = locate_names(text, placement_file)
             if names is None:
                 source = replace(source, missing_names=text)

@@ -39,7 +39,7 @@ from moetuner.report.hot_experts import HotExperts, hold_out_hot_experts
 from moetuner.report.outcome import Outcome, find_times
 from moetuner.report.page.words import write_settings
 from moetuner.report.words import say
-from moetuner.serving import SERVED
+from moetuner.serving import ENGINE_SETTINGS
 from moetuner.serving.phases import name_phase
 from moetuner.serving.recipes import Recipe
 from moetuner.solver import Trade
@@ -353,7 +353,7 @@ def make_results_data(
     origin = Origin(f"Routing{model}, {sizes}", (), "moetuner.write_report")
     if isinstance(results, Advice):
         return make_advice_data(results, origin, results.to_dict())
-    settings = {name: getattr(setting.serving, name) for name in (*SERVED, "window")}
+    settings = {name: getattr(setting.serving, name) for name in (*ENGINE_SETTINGS, "window")}
     contents = {"settings": settings, "before": before.to_dict(), "after": after.to_dict()}
     judgement = judge(before, after, by_group=True, names=(names_given[0], names_given[1]))
     return make_judgement_data(

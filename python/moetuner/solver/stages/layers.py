@@ -271,7 +271,7 @@ def _is_searched_hot(run: Run) -> bool:
     """
     objective, problem = run.objective, run.problem
     pairs = (objective.sets, objective.coactivation, objective.transitions)
-    of_loads = problem.goal != "traffic" and not problem.caps.some
+    of_loads = problem.goal != "traffic" and not problem.caps.exist
     of_loads = of_loads and all(each is None for each in pairs)
     is_spread = problem.survive is not None and is_searched_anew(run) and not has_few_slots(run)
     return is_of_layers(run) and not (is_spread and of_loads)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moetuner.placement import EMPTY, Placement, difference, find_holders
+from moetuner.placement import EMPTY, Placement, compare_holders, find_holders
 from moetuner.topology import Topology
 from moetuner.torch.parallel.agreement import Agreement, NoMemoryError, attempt, fingerprint
 from moetuner.torch.parallel.layer import ExpertParallelMoE
@@ -49,7 +49,7 @@ def moves(old: NDArray[np.int32], new: NDArray[np.int32], node: int | None = Non
     experts = int(new.max()) + 1
     before, after = (find_holders(slots[None], experts) for slots in (old, new))
     topology = None if node is None else Topology(len(old), devices_per_node=node)
-    comes = difference(before, after, topology, None).moves.tolist()
+    comes = compare_holders(before, after, topology, None).moves.tolist()
     source_of = {(target, expert): source for _, expert, source, target in comes}
     places = map(tuple, np.argwhere(old != EMPTY).tolist())
     slot_of = {(at[0], int(old[at])): at[1] for at in places}
