@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import random_ids
+from make import random_ids
 
 import moetuner as mt
 from moetuner import router_groups

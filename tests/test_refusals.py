@@ -11,7 +11,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import random_ids
+from make import in_turns, random_ids, trace_of
 from safetensors.numpy import load_file, save_file
 
 import moetuner as mt
@@ -26,7 +26,7 @@ NAN = float("nan")
 
 def trace(ids=IDS, num_experts=8, **labels):
     """Make a trace."""
-    return mt.RoutingTrace.from_arrays(ids, num_experts=num_experts, **labels)
+    return trace_of(ids, num_experts, **labels)
 
 
 def put(token, layer, value, dtype=np.uint8):
@@ -62,7 +62,7 @@ TIERS = [mt.Tier(4, 2), mt.Tier(6, 1)]
 WIDE = trace(np.zeros((4, 9, 1), np.uint16), 1 << 16)
 NODES = mt.Topology(4, 2)
 TWICE = mt.Placement([[[0, 1], [0, -1]]])
-RUNS = mt.Placement.from_assignment(np.tile(np.arange(6) % 4, (3, 1)), 4)
+RUNS = in_turns(3, 6, 4)
 WIDER = mt.Placement.from_assignment(np.tile(np.arange(6) // 3, (3, 1)), 4)
 
 TWELVE = mt.RoutingStatistics.from_load(np.ones((2, 3, 12)))

@@ -8,6 +8,7 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
+from make import trace_of
 
 import moetuner as mt
 from moetuner.cli import MENU, moetuner, options
@@ -348,7 +349,7 @@ def test_audit_finds_the_one_group_that_got_worse(as_json, tmp_path):
     is_shared = np.concatenate([random.permutation(400) < 200 for _ in range(2)])
     ids = np.where(is_shared, 0, np.where(group, 4, 1))[:, None, None]
     labels = {"sequence": np.arange(800) // 20, "group": group, "group_names": ("gains", "loses")}
-    mt.RoutingTrace.from_arrays(ids, num_experts=8, **labels).save(tmp_path / "t.safetensors")
+    trace_of(ids, **labels).save(tmp_path / "t.safetensors")
     mt.Placement([[[0, 4, 2, 3], [1, 5, 6, 7]]]).save(tmp_path / "p.json")
     judged = ("--by-group", "--measure", "imbalance")
     actual = as_json("evaluate", tmp_path / "p.json", tmp_path / "t.safetensors", *judged)
@@ -474,7 +475,7 @@ def test_long_names_make_no_long_lines(ok, solved, make_trace, tmp_path):
     trace, long = make_trace(400), "x y " * 30000
     labels = {"sequence": trace.sequence, "group": trace.group, "group_names": ["a", long, "c"]}
     path, p = tmp_path / "t.safetensors", tmp_path / "p.json"
-    mt.RoutingTrace.from_arrays(trace.expert_ids, num_experts=8, model=long, **labels).save(path)
+    trace_of(trace.expert_ids, model=long, **labels).save(path)
     solved("--devices", 2, "--method", "lpt", of=path)
     for line in (("inspect", path), ("evaluate", p, path, "--by-group")):
         assert max(map(len, ok(*line).splitlines())) < 5000

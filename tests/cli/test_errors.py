@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from make import trace_of
 
 import moetuner as mt
 from moetuner import cli
 from moetuner.cli import drift, evaluate
+from moetuner.placement import blocks
 
 # A command, and what its error says. TRACE and LOAD are files of a small trace and a load table.
 WRONG = """
@@ -142,7 +144,7 @@ def folder(tmp_path_factory):
     random = np.random.default_rng(0)
     sequence = np.arange(300) // 10
     ids = np.argsort(random.random((300, 3, 8)), axis=2)[:, :, :2]
-    trace = mt.RoutingTrace.from_arrays(ids, num_experts=8, sequence=sequence, group=sequence % 2)
+    trace = trace_of(ids, sequence=sequence, group=sequence % 2)
     trace.save(at / "trace.safetensors")
     load = random.integers(0, 100, (6, 3, 8))
     np.savez(at / "load.npz", load=load, group=np.arange(6) % 2, group_names=np.array(["a", "b"]))
@@ -160,7 +162,7 @@ def folder(tmp_path_factory):
     for name, rows in (("zeros", [[0] * 8] * 3), ("long", [[*range(8)]] * 4)):
         (at / f"x-{name}.json").write_text(json.dumps({"physical_to_logical_map": rows}))
     (at / "x-counts.json").write_text(json.dumps({"logical_count": [[0] * 8] * 3}))
-    mt.Placement.from_assignment(np.tile(np.arange(8) // 2, (3, 1)), 4).save(at / "p.json")
+    blocks(3, 8, 4).save(at / "p.json")
     mt.Placement([[[0, 1, 2, 3], [4, 5, 6, 7]]]).save(at / "other.json")
     return at
 

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import random_ids
+from make import random_ids, trace_of
 
 import moetuner as mt
 from moetuner.serving.engines import ENGINES
@@ -69,7 +69,7 @@ def test_both_phases_have_the_same_gain_everywhere(as_json, tmp_path, share):
     """What solve tells of windows of decode and prefill is what evaluate and compare tell."""
     trace, p = tmp_path / "trace.safetensors", tmp_path / "p.json"
     ids, sequence = random_ids(40_000, 1, 2, 8), np.arange(40_000) // 200
-    mt.RoutingTrace.from_arrays(ids, num_experts=8, sequence=sequence).save(trace)
+    trace_of(ids, sequence=sequence).save(trace)
     how = ("--devices", 4, *(("--prefill-share", share) if share else ()))
     solved = as_json("solve", trace, *how, "--method", "lpt", "--holdout", 0.5, "--out", p)
     weighed = {"512": 1 - (share or 0.2), "8192": share or 0.2}

@@ -9,9 +9,9 @@ import re
 import warnings
 from pathlib import Path
 
+import make
 import numpy as np
 import pytest
-from conftest import random_ids
 
 import moetuner as mt
 from moetuner.cli import moetuner
@@ -150,15 +150,9 @@ BEGIN = {
 OTHERS = {"demo", "collect", "export", "fit"}
 
 
-def trace(tokens=480, *, seed=0, sequences=True, groups=True, model=None):
+def trace(tokens=480, *, groups=("a", "b", "c", "none of it"), model=None, **options):
     """Make a trace of two layers, with what labels are wanted."""
-    sequence, labels = np.arange(tokens) // 20, {"model": model}
-    if sequences:
-        labels["sequence"] = sequence
-    if groups:
-        labels |= {"group": sequence % 3, "group_names": ["a", "b", "c", "none of it"]}
-    ids = random_ids(tokens, 2, 2, 8, seed=seed)
-    return mt.RoutingTrace.from_arrays(ids, num_experts=8, **labels)
+    return make.trace(tokens, 2, length=20, groups=groups, model=model, **options)
 
 
 def write_inputs():
@@ -168,12 +162,12 @@ def write_inputs():
     traces = {
         "trace": trace(),
         "newer": trace(seed=1),
-        "plain": trace(sequences=False, groups=False, model="mixtral-8x7b"),
+        "plain": trace(sequences=False, groups=None, model="mixtral-8x7b"),
         "groups": trace(sequences=False),
         "window": trace(40),
-        "few": trace(3, groups=False),
-        "one": trace(1, groups=False),
-        "none": trace(0, sequences=False, groups=False),
+        "few": trace(3, groups=None),
+        "one": trace(1, groups=None),
+        "none": trace(0, sequences=False, groups=None),
     }
     for name, of in traces.items():
         of.save(f"{name}.safetensors")
@@ -221,7 +215,7 @@ def inputs(run, brief, tmp_path, monkeypatch):
     pytest.importorskip("plotly", reason="the extra report is not installed")
     monkeypatch.chdir(tmp_path)
     names = write_inputs()
-    mt.Placement.from_assignment(np.tile(np.arange(8) % 4, (2, 1)), 4).save("placement.json")
+    make.in_turns(2, 8, 4).save("placement.json")
     mt.Placement([[[0, 1, 2], [2, 3, 0], [4, 5, 0], [6, 7, 1]]] * 2).save("copies.json")
     Path("machine.json").write_text('{"devices": 4, "devices_per_node": 2}')
     how = ("--objective", "traffic", "--max-imbalance", 2, "--certificate", "proof.json")

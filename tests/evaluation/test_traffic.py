@@ -2,14 +2,15 @@
 
 import numpy as np
 import pytest
-from conftest import random_ids
 from hypothesis import given
 from hypothesis import strategies as st
+from make import random_ids, trace_of
 from placements import random_slots
 from served import rows
 
 import moetuner as mt
 from moetuner.evaluation.rows import dispatch_rows
+from moetuner.placement import blocks
 
 
 @st.composite
@@ -32,7 +33,7 @@ def test_rows_are_those_of_the_plain_loop(case, split, hierarchical):
     if split == "nearest" and not hierarchical:
         node = slots.shape[1]
     expected = rows(slots, ids, home, node, split, hierarchical=hierarchical)
-    trace = mt.RoutingTrace.from_arrays(ids, num_experts=experts)
+    trace = trace_of(ids, experts)
     placement = mt.Placement(slots, num_experts=experts)
     sent = dispatch_rows(
         placement, trace, home, split=split, devices_per_node=node if hierarchical else None
@@ -63,7 +64,7 @@ def test_positions_and_homes_that_are_given(make_trace):
     trace, rng = make_trace(tokens=10), np.random.default_rng(0)
     placement = mt.Placement(random_slots(rng, 3, 4, 8, 2), num_experts=8)
     home, order = np.array([0, 0, 0, 1, 1, 1, 2, 2, 3, 3]), rng.permutation(10)
-    other = mt.RoutingTrace.from_arrays(trace.expert_ids[order], num_experts=8)
+    other = trace_of(trace.expert_ids[order])
     expected = dispatch_rows(placement, trace).tolist()
     assert dispatch_rows(placement, trace, home).tolist() == expected
     assert dispatch_rows(placement, other, home[order], position=order).tolist() == expected
@@ -72,7 +73,7 @@ def test_positions_and_homes_that_are_given(make_trace):
 def test_wrong_arguments_are_named(make_trace):
     """Homes, nodes, rules and sizes that cannot be."""
     trace = make_trace()
-    placement = mt.Placement.from_assignment(np.tile(np.arange(8) // 2, (3, 1)), 4)
+    placement = blocks(3, 8, 4)
     for arguments, message in [
         ({"home": np.full(200, 4)}, "home must be from 0 to 3, got 4 to 4"),
         ({"home": np.zeros(3, dtype=int)}, r"home must be integers \[200\], got int64 \[3\]"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from make import trace_of
 
 import moetuner as mt
 
@@ -29,7 +30,7 @@ def test_devices_are_filled_as_well_as_can_be(tokens, top_k, is_slow, seed):
     ids = np.array([rng.permutation(EXPERTS)[:top_k] for _ in range(tokens)])
     speed = np.array([0.5, 1.0, 1.0] if is_slow else [1.0, 1.0, 1.0])
     topology = mt.Topology(DEVICES, speed=speed.tolist())
-    trace = mt.RoutingTrace.from_arrays(ids[:, None], num_experts=EXPERTS)
+    trace = trace_of(ids[:, None], EXPERTS)
     found = mt.evaluate(PLACEMENT, trace, topology, window=None, waterfill=1).imbalance_filled
     routed = np.bincount(ids.ravel() // 2, minlength=DEVICES)
     even = tokens * (top_k + 1) / speed.sum()

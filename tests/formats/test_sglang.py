@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-from conftest import random_ids
 from damage import check_reading
 from engines_files import GOLDEN as OF_ALL
 from engines_files import save_torch as dump
@@ -13,6 +12,7 @@ from engines_files import sglang_pass as of_tokens
 from engines_files import truth, write_sglang
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from make import random_ids
 from targets import HINTS
 
 import moetuner as mt

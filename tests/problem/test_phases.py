@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from make import trace_of
 
 import moetuner as mt
 from moetuner.placement import blocks
@@ -22,7 +23,7 @@ def recorded(tokens, seed=0, *, experts=8, layers=2, groups=None):
     if groups is not None:
         labels |= {"group": np.repeat(np.arange(len(groups)), groups)}
         labels["group_names"] = [f"g{number}" for number in range(len(groups))]
-    return mt.RoutingTrace.from_arrays(ids, num_experts=experts, **labels)
+    return trace_of(ids, experts, **labels)
 
 
 def counted(tokens, window=512, **how):

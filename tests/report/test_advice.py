@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from make import random_ids, trace_of
 
 import moetuner as mt
 from moetuner import _checks as check
@@ -28,10 +29,8 @@ BLOCKS = mt.Placement(np.tile(np.arange(EXPERTS).reshape(4, 2), (LAYERS, 1, 1)))
 
 def routed(scores, seed=0, **labels):
     """Trace that picks the experts with the highest scores [T,L,E], with noise of its own."""
-    noise = np.random.default_rng(seed).gumbel(size=scores.shape)
-    ids = np.argsort(-(scores + noise), axis=2, kind="stable")[:, :, :TOP_K]
-    sequence = np.arange(len(ids)) // LENGTH
-    return mt.RoutingTrace.from_arrays(ids, num_experts=EXPERTS, sequence=sequence, **labels)
+    ids = random_ids(len(scores), LAYERS, TOP_K, EXPERTS, seed=seed, liking=scores)
+    return trace_of(ids, EXPERTS, length=LENGTH, **labels)
 
 
 def even(tokens=4000):
@@ -315,7 +314,7 @@ def test_a_running_placement_is_the_one_to_beat():
         ({"prefill_share": 0.5}, "prefill_share needs a trace of at least 8,192 tokens"),
         ({"prefill_share": 2}, "prefill_share must be a share from 0 to 1"),
         ({"unseen": mt.RoutingStatistics.from_load([[[1] * 8] * 3])}, "unseen must be"),
-        ({"unseen": mt.RoutingTrace.from_arrays([[[0, 1]]], num_experts=8)}, "got 1 layers of 8"),
+        ({"unseen": trace_of([[[0, 1]]])}, "got 1 layers of 8"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, words):
@@ -708,7 +707,7 @@ def test_tokens_that_stay_on_one_of_two_devices_are_said(devices, top_k, said):
     rng = np.random.default_rng(3)
     one = rng.integers(0, 4, (3000, 2, 1))
     ids = np.concatenate([one, one + 4], axis=2)[:, :, :top_k]
-    trace = mt.RoutingTrace.from_arrays(ids, num_experts=8, sequence=np.arange(3000) // 30)
+    trace = trace_of(ids, length=30)
     advice = advise(trace, mt.Topology(devices), copies=[0], window=512)
     numbers = {"before": "0", "after": "100", "running": "contiguous"}
     assert numbers_of(advice, "tokens on one device") == (numbers if said else None)

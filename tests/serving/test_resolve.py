@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import random_ids
+from make import random_ids, trace_of
 
 import moetuner as mt
 from moetuner.serving import SERVED, Serving, chosen_in
@@ -13,9 +13,7 @@ from moetuner.serving.splits import RULES, SPLITS
 
 TOPOLOGY = mt.Topology(4, devices_per_node=2)
 MODEL = mt.CostModel(1.0, 0.5, 0.01, 2.0, 64.0)
-TRACE = mt.RoutingTrace.from_arrays(
-    random_ids(240, 2, 2, 8), num_experts=8, sequence=np.arange(240) // 12
-)
+TRACE = trace_of(random_ids(240, 2, 2, 8), length=12)
 COUNTS = mt.RoutingStatistics.from_trace(TRACE, window=40)
 RECORDED = {"engine": "tensorrt-llm", "split": "round_robin", "arrival": "bursts"}
 
