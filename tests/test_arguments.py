@@ -192,6 +192,7 @@ WRONG = {
     "position": (3, "ab", [0], [0.0] * 12, ["a"] * 12, {}),
     **dict.fromkeys(("tokens", "microseconds"),
                     ("abcd", [1], [[1, 2], [3]], [NAN] * 10, [-1] * 10, [None] * 10, 3, {})),
+    "Problem.phases": (0.5, 3, "ab", [512], True),
     "RoutingTrace.ids": (IDS, [], "abc", 3),
     "RoutingTrace.select.groups": (3, "z", ["z"], [9], [-1], [1.0], [None], [True], [HUGE], [b"0"]),
     "RoutingStatistics.transitions": PAIRS, "RoutingStatistics.coactivation": PAIRS,

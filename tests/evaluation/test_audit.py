@@ -170,15 +170,3 @@ def test_the_difference_of_independent_figures_is_as_uncertain_as_both():
     assert (actual.value, actual.units) == (1.0, 5)
     assert actual.error == pytest.approx(5)
     assert actual.freedom == int(25**2 / (9**2 / 9 + 16**2 / 4))
-
-
-def test_what_cannot_be_audited_is_refused():
-    """A baseline of another model, no window, no tokens: one line."""
-    empty = trace_of(np.empty((0, 3, 2), dtype=np.uint8))
-    for trace, wrong, message in (
-        (two_kinds(), {"baseline": blocks(3, 9, 4)}, "must have 8 experts like the input, got 9"),
-        (two_kinds(), {"window": 0}, "window must be at least 1"),
-        (empty, {}, "traffic must have tokens to audit, got a trace of 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            mt.audit(IN_BLOCKS, trace, **wrong)

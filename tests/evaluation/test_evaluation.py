@@ -121,14 +121,6 @@ def test_statistics_tell_the_same_balance_and_crossing(make_trace):
     assert mt.evaluate(IN_BLOCKS, load).crossing is None
 
 
-def test_other_models_and_machines_are_refused(make_trace):
-    """The message gives both sizes."""
-    with pytest.raises(ValueError, match="must have 2 devices like the topology, got 4"):
-        mt.evaluate(IN_BLOCKS, make_trace(), mt.Topology(2))
-    with pytest.raises(ValueError, match="must have 9 experts like the input, got 8"):
-        mt.evaluate(IN_BLOCKS, make_trace(experts=9))
-
-
 REPLICATED = np.array([[[0, 1, 2, 4], [3, 0, 5, -1], [4, 5, 0, 6], [6, 7, 1, -1]]])
 
 

@@ -234,9 +234,6 @@ def test_a_trace_is_counted_first(make_trace):
     trace = make_trace(40, experts=8)
     single = in_turns(trace.layers, 8, 2)
     assert mt.evaluate(single, trace, split="lp") == mt.evaluate(single, trace)
-    copies = mt.Placement([[[*range(8)], [*range(8)]]] * trace.layers)
-    with pytest.raises(ValueError, match="traffic must be counts for split 'lp'"):
-        mt.evaluate(copies, trace, split="lp")
 
 
 def test_the_command_line_counts_a_trace(make_trace, as_json, tmp_path, monkeypatch):

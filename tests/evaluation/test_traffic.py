@@ -1,7 +1,6 @@
 """dispatch_rows(): what a plain loop over tokens sends, from every home."""
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from make import random_ids, trace_of
@@ -10,7 +9,6 @@ from served import rows
 
 import moetuner as mt
 from moetuner.evaluation.rows import dispatch_rows
-from moetuner.placement import blocks
 
 
 @st.composite
@@ -68,23 +66,3 @@ def test_positions_and_homes_that_are_given(make_trace):
     expected = dispatch_rows(placement, trace).tolist()
     assert dispatch_rows(placement, trace, home).tolist() == expected
     assert dispatch_rows(placement, other, home[order], position=order).tolist() == expected
-
-
-def test_wrong_arguments_are_named(make_trace):
-    """Homes, nodes, rules and sizes that cannot be."""
-    trace = make_trace()
-    placement = blocks(3, 8, 4)
-    for arguments, message in [
-        ({"home": np.full(200, 4)}, "home must be from 0 to 3, got 4 to 4"),
-        ({"home": np.zeros(3, dtype=int)}, r"home must be integers \[200\], got int64 \[3\]"),
-        ({"home": "anywhere"}, "home must be devices .* got 'anywhere'"),
-        ({"position": [0.5]}, r"position must be integers \[200\], got float64 \[1\]"),
-        ({"split": "best"}, "split must be one of even, nearest, got 'best'"),
-        ({"devices_per_node": 3}, r"devices_per_node must divide the devices \(4\), got 3"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            dispatch_rows(placement, trace, **arguments)
-    with pytest.raises(ValueError, match="3 layers and 9 experts"):
-        dispatch_rows(placement, make_trace(experts=9))
-    with pytest.raises(ValueError, match="home needs a trace"):
-        mt.evaluate(placement, mt.RoutingStatistics.from_trace(trace), home="blocks")

@@ -77,10 +77,3 @@ def test_no_gain_is_promised_where_there_is_none():
     advice = mt.advise(statistics, mt.Topology(DEVICES), waterfill=1, copies=[0])
     line = next(line for line in advice.reasons if line.startswith("With waterfill"))
     assert line.endswith("even load is then worth 0.0 %.")
-
-
-def test_experts_per_token_must_be_known():
-    """Counts that name no model do not tell how much work a shared expert is: one line says so."""
-    statistics = mt.RoutingStatistics.from_load(np.full((1, 1, EXPERTS), 9))
-    with pytest.raises(ValueError, match="waterfill needs traffic that tells experts per token"):
-        mt.evaluate(PLACEMENT, statistics, waterfill=1)

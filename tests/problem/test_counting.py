@@ -43,8 +43,6 @@ def test_windows_are_those_of_the_phases(make_trace):
     assert mt.Problem(trace, topology).statistics.group is None
     grouped = mt.Problem(trace, topology, groups="minimax").statistics
     assert set(grouped.group.tolist()) == {0, 1}
-    with pytest.raises(ValueError, match="groups needs a trace with groups; this one has none"):
-        mt.Problem(make_trace(labelled=False), topology, groups="minimax")
     with pytest.raises(TypeError, match="statistics must be a RoutingStatistics or RoutingTrace"):
         mt.Problem(trace.expert_ids, topology)
 

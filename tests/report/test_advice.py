@@ -301,28 +301,6 @@ def test_a_running_placement_is_the_one_to_beat():
     assert again.answer == "not now"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"traffic": routed(even(1))}, "traffic must have two tokens"),
-        ({"traffic": mt.RoutingStatistics.from_load([[[0, 0]]] * 9)}, "traffic must have tokens"),
-        ({"copies": ()}, "at least one number of slots"),
-        ({"initial": mt.Placement([[[0, 1], [2, 3]]])}, "initial must have 3 layers"),
-        ({"initial": "eplb:3"}, "8 experts and 3 redundant ones .* 4 devices; eplb:4 would do"),
-        ({"initial": "lpt"}, "initial must be contiguous, round_robin, eplb or eplb:N"),
-        ({"by_group": True}, "by_group needs traffic of two groups"),
-        ({"prefill_share": 0.5}, "prefill_share needs a trace of at least 8,192 tokens"),
-        ({"prefill_share": 2}, "prefill_share must be a share from 0 to 1"),
-        ({"unseen": mt.RoutingStatistics.from_load([[[1] * 8] * 3])}, "unseen must be"),
-        ({"unseen": trace_of([[[0, 1]]])}, "got 1 layers of 8"),
-    ],
-)
-def test_wrong_arguments_are_named(arguments, words):
-    """Each in one line, with what would be right."""
-    with pytest.raises((ValueError, TypeError), match=words):
-        advise(**{"traffic": routed(even(400)), "topology": TWO_NODES, **arguments})
-
-
 def test_eplb_may_run():
     """It is computed from what was seen, with redundant experts, and is no row beside itself."""
     trace = routed(skewed(2000))

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from make import random_ids, trace_of
 
@@ -74,16 +73,6 @@ def test_a_serving_is_as_good_as_keywords(split):
     assert [getattr(served.serving, name) for name in names] == [
         getattr(serving, name) for name in names
     ]
-
-
-def test_keywords_beside_a_serving_are_refused():
-    """It says them already; which of the two is meant nobody knows."""
-    placement = mt.Placement.from_assignment([np.arange(8) // 2] * 2, 4)
-    serving = Serving(TOPOLOGY)
-    with pytest.raises(ValueError, match=r"^split must be in the serving, or give a topology"):
-        mt.evaluate(placement, TRACE, serving, split="nearest")
-    with pytest.raises(ValueError, match=r"^engine must be in the serving"):
-        mt.advise(TRACE, serving, engine="vllm")
 
 
 def test_what_a_placement_was_computed_for_otherwise_is_told():
