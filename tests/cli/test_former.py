@@ -27,7 +27,7 @@ FORMER = {
 
 @pytest.mark.parametrize("old", FORMER)
 def test_a_former_name_prints_what_the_new_one_prints(
-    run, ok, make_trace, tmp_path, monkeypatch, old
+    run, ok, brief, make_trace, tmp_path, monkeypatch, old
 ):
     """The same lines, JSON that the new one has, and the status."""
     pytest.importorskip("plotly", reason="the extra report is not installed")

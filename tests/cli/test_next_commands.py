@@ -111,7 +111,7 @@ RECORDERS = {
 
 
 @pytest.mark.parametrize("engine", [*RECORDERS, None])
-def test_what_to_record_is_the_engine_s_own_way(as_json, tmp_path, monkeypatch, engine):
+def test_what_to_record_is_the_engine_s_own_way(as_json, brief, tmp_path, monkeypatch, engine):
     """Where evidence is missing, the engine's recorder comes next, with a group for every file."""
     monkeypatch.chdir(tmp_path)
     short = recorded(60)
@@ -134,7 +134,7 @@ def test_what_to_record_is_the_engine_s_own_way(as_json, tmp_path, monkeypatch, 
 @pytest.mark.parametrize("engine", ["vllm", None])
 @pytest.mark.parametrize("tokens", [60, 4000])
 def test_names_of_one_recording_are_not_those_of_another(
-    as_json, tmp_path, monkeypatch, engine, tokens
+    as_json, brief, tmp_path, monkeypatch, engine, tokens
 ):
     """--group-by FILE names sequences of INPUT: what is recorded next has a file of its own."""
     monkeypatch.chdir(tmp_path)
@@ -151,7 +151,7 @@ def test_names_of_one_recording_are_not_those_of_another(
     assert f"moetuner advise {name} --group-by {other} " in advice["commands"][-1]
 
 
-def test_a_recording_tells_its_engine(as_json, tmp_path, monkeypatch):
+def test_a_recording_tells_its_engine(as_json, brief, tmp_path, monkeypatch):
     """What an engine recorded is recorded again by that engine, without --for."""
     monkeypatch.chdir(tmp_path)
     ids = np.random.default_rng(0).random((30, 2, 8)).argsort(axis=2)[..., :2]
