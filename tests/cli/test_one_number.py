@@ -185,7 +185,10 @@ OTHER_TYPES = ("", "x", -1, 1.5, [], [5], ["x"], {}, {"a": 1})
     ["inspect FILE", "inspect FILE OTHER", "drift FILE TRACE", "evaluate FILE TRACE --by-group"],
 )
 def test_settings_of_another_type_are_one_line(run, make_trace, tmp_path, command):
-    """Each setting of a placement's file as each type: taken, or one line that names the file."""
+    """Each setting of a placement's file as each type: taken, or one line that names the file.
+
+    Every command reads the same settings, so that only one tries all types with each of them.
+    """
     make_trace(20).save(trace := tmp_path / "trace.safetensors")
     path = tmp_path / "placement.json"
     how = ("--method", "lpt", "--for", "vllm", "--holdout", 0.5, "--out", path)
@@ -197,8 +200,8 @@ def test_settings_of_another_type_are_one_line(run, make_trace, tmp_path, comman
     names["OTHER"].write_text(path.read_text())
     words = [names.get(word, word) for word in command.split()]
     for holder in (settings, recorded):
-        for name, value in [*holder.items()]:
-            for other in OTHER_TYPES:
+        for number, (name, value) in enumerate([*holder.items()]):
+            for other in OTHER_TYPES if command == "inspect FILE" else OTHER_TYPES[number % 3 :: 3]:
                 holder[name] = other
                 path.write_text(json.dumps(values))
                 status, out, err = run(*words)
