@@ -137,17 +137,6 @@ def test_demo_shows_the_whole_flow(ok, tmp_path):
     assert (placement.devices, placement.slots_per_device) == (4, 4)
 
 
-def test_inspect_shows_structure_beside_its_null(as_json, trace):
-    """Skew, groups, and the two crossings; with --json - nothing but JSON on standard output."""
-    actual = as_json("inspect", trace)
-    assert actual["input"]["tokens"] == 800
-    assert len(actual["skew"]) == 3
-    assert set(actual["group_distance"]) == {"even", "odd"}
-    assert actual["held_out"] is True
-    assert 0 <= actual["crossing"] <= 1
-    assert 0 <= actual["crossing_independent"] <= 1
-
-
 def test_solve_writes_the_placement(solved, recorded):
     """The file holds what the library would give, and the JSON tells the same figures."""
     actual, placement = solved("--devices", 4, "--max-imbalance", 2)
