@@ -252,7 +252,11 @@ def check_run(run, line):
 
 @pytest.mark.parametrize("command", BEGIN)
 def test_every_command_on_every_kind_of_input(run, inputs, command):
-    """Bare on each; with each option on a trace, and on kinds that differ from it in turns."""
+    """Bare on each; with each of its options on a trace and another kind, in turns by command.
+
+    How INPUT is read is declared once for all commands: each tries such options on one kind.
+    """
+    turn = [*BEGIN].index(command)
     trace, *others = (
         "trace.safetensors",
         "plain.safetensors",
@@ -267,10 +271,13 @@ def test_every_command_on_every_kind_of_input(run, inputs, command):
     for number, line in enumerate(lines_of(command)):
         # Copies may lose on any kind, which is told in other words.
         is_bare = line == BEGIN[command] or line.endswith("--copies 0,1")
-        names = {trace, others[number % len(others)], inputs[number % len(inputs)]}
+        kinds = (others, inputs)[(number + turn) % 2]
+        names = {kinds[(number + turn) // 2 % len(kinds)]}
+        if line.removeprefix(f"{BEGIN[command]} ") not in READING.splitlines():
+            names.add(trace)
         answered = answered_of(line, inputs if is_bare or is_thorough else names)
         # Some options are of one kind alone.
-        answered = answered or answered_of(line, [name for name in others if name not in names])
+        answered = answered or answered_of(line, {trace, *others} - names)
         # What a proof or a profile is of is one kind; prefill wants more tokens than any has here.
         if command not in ("drift", "verify"):
             assert answered or "--prefill-share" in line, line
