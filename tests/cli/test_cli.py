@@ -8,6 +8,7 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
+from make import trace_of
 
 import moetuner as mt
 from moetuner.cli import MENU, moetuner, options
@@ -134,17 +135,6 @@ def test_demo_shows_the_whole_flow(ok, tmp_path):
     assert written == {"eplb.npz", "placement.json", "trace.safetensors"}
     placement = mt.Placement.load(tmp_path / "demo" / "placement.json")
     assert (placement.devices, placement.slots_per_device) == (4, 4)
-
-
-def test_inspect_shows_structure_beside_its_null(as_json, trace):
-    """Skew, groups, and the two crossings; with --json - nothing but JSON on standard output."""
-    actual = as_json("inspect", trace)
-    assert actual["input"]["tokens"] == 800
-    assert len(actual["skew"]) == 3
-    assert set(actual["group_distance"]) == {"even", "odd"}
-    assert actual["held_out"] is True
-    assert 0 <= actual["crossing"] <= 1
-    assert 0 <= actual["crossing_independent"] <= 1
 
 
 def test_solve_writes_the_placement(solved, recorded):
@@ -348,7 +338,7 @@ def test_audit_finds_the_one_group_that_got_worse(as_json, tmp_path):
     is_shared = np.concatenate([random.permutation(400) < 200 for _ in range(2)])
     ids = np.where(is_shared, 0, np.where(group, 4, 1))[:, None, None]
     labels = {"sequence": np.arange(800) // 20, "group": group, "group_names": ("gains", "loses")}
-    mt.RoutingTrace.from_arrays(ids, num_experts=8, **labels).save(tmp_path / "t.safetensors")
+    trace_of(ids, **labels).save(tmp_path / "t.safetensors")
     mt.Placement([[[0, 4, 2, 3], [1, 5, 6, 7]]]).save(tmp_path / "p.json")
     judged = ("--by-group", "--measure", "imbalance")
     actual = as_json("evaluate", tmp_path / "p.json", tmp_path / "t.safetensors", *judged)
@@ -474,7 +464,7 @@ def test_long_names_make_no_long_lines(ok, solved, make_trace, tmp_path):
     trace, long = make_trace(400), "x y " * 30000
     labels = {"sequence": trace.sequence, "group": trace.group, "group_names": ["a", long, "c"]}
     path, p = tmp_path / "t.safetensors", tmp_path / "p.json"
-    mt.RoutingTrace.from_arrays(trace.expert_ids, num_experts=8, model=long, **labels).save(path)
+    trace_of(trace.expert_ids, model=long, **labels).save(path)
     solved("--devices", 2, "--method", "lpt", of=path)
     for line in (("inspect", path), ("evaluate", p, path, "--by-group")):
         assert max(map(len, ok(*line).splitlines())) < 5000

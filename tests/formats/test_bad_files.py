@@ -5,7 +5,6 @@ import struct
 
 import numpy as np
 import pytest
-from conftest import random_ids
 from damage import refused
 from engines_files import (
     SGLANG_MAP,
@@ -22,6 +21,7 @@ from engines_files import (
     write_tensorrt_about,
 )
 from engines_files import vllm_response as answer  # noqa: F401 - for the table
+from make import random_ids
 from safetensors.numpy import save_file
 from targets import HINTS
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from engines_files import GOLDEN
+from engines_files import GOLDEN, truth
 
 import moetuner as mt
 from moetuner.formats import reader_of
@@ -12,16 +12,11 @@ from moetuner.formats import reader_of
 PATH = GOLDEN / "fastdeploy" / "stats.jsonl"
 
 
-def truth():
-    with np.load(PATH.parent / "truth.npz") as arrays:
-        return arrays["load"]
-
-
 def test_answers_are_windows():
     """Each the sum over its ranks; the dense layer is left out and said."""
     assert reader_of(PATH) == "fastdeploy"
     statistics = mt.open_input(PATH)
-    assert np.array_equal(statistics.window_load, truth())
+    assert np.array_equal(statistics.window_load, truth("fastdeploy", "load"))
     assert statistics.left_out == (4, (0,))
 
 
@@ -32,7 +27,7 @@ def test_answers_in_files_of_their_own(tmp_path):
         files.append(tmp_path / f"{number}.json")
         files[-1].write_text(json.dumps(json.loads(line), indent=1))
     assert {reader_of(file) for file in files} == {"fastdeploy"}
-    assert np.array_equal(mt.open_input(files).window_load, truth())
+    assert np.array_equal(mt.open_input(files).window_load, truth("fastdeploy", "load"))
 
 
 def test_what_the_server_refused_is_said(tmp_path):

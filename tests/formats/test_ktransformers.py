@@ -7,6 +7,7 @@ import pytest
 from engines_files import GOLDEN
 from hypothesis import given
 from hypothesis import strategies as st
+from make import trace_of
 
 import moetuner as mt
 from moetuner.formats import pickled
@@ -94,7 +95,7 @@ def test_export_finds_what_the_set_takes_of_unseen_traffic(ok, tmp_path):
     ids = np.random.default_rng(0).integers(0, 4, (400, 2, 1))
     ids[:, :, 0] *= np.random.default_rng(1).integers(0, 2, (400, 2))  # expert 0 is busy
     trace, out, said = tmp_path / "t.safetensors", tmp_path / "kt.pt", tmp_path / "s.json"
-    mt.RoutingTrace.from_arrays(ids, num_experts=4, sequence=np.arange(400) // 10).save(trace)
+    trace_of(ids, 4, length=10).save(trace)
     options = ("--to", "ktransformers", "--gpu-experts", 1, "--dense-layers", "none")
     ok("export", trace, *options, "--out", out, "--json", said)
     share = np.mean(ids == 0)

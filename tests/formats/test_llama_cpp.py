@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from engines_files import GOLDEN, write_imatrix
+from engines_files import GOLDEN, truth, write_imatrix
 
 import moetuner as mt
 from moetuner.formats import cautions, reader_of, readers_of
@@ -12,16 +12,15 @@ FOLDER = GOLDEN / "llama_cpp"
 LOAD = np.arange(1, 9).reshape(2, 4)
 
 
-def truth(name):
-    with np.load(FOLDER / "truth.npz") as arrays:
-        return arrays[name]
+def counted(name):
+    return truth("llama_cpp", name)
 
 
 def test_counts_of_a_matrix():
     """A layer's experts are counted once, though three of its tensors have the counts."""
     path = FOLDER / "imatrix.gguf"
     assert reader_of(path) == "llama-cpp"
-    assert np.array_equal(mt.open_input(path).window_load, truth("at_4")[None])
+    assert np.array_equal(mt.open_input(path).window_load, counted("at_4")[None])
     assert mt.open_input(path).window_load.sum(axis=2).tolist() == [[4 * 16 * 2] * 3]
 
 
@@ -29,7 +28,7 @@ def test_saves_of_one_run_are_windows():
     """What was counted between two saves is a window, in whatever order the files come."""
     files = [FOLDER / f"imatrix.gguf{end}" for end in (".at_4", ".at_2", "")]
     actual = mt.open_input(files).window_load
-    expected = np.stack([truth("at_2"), truth("at_4") - truth("at_2")])
+    expected = np.stack([counted("at_2"), counted("at_4") - counted("at_2")])
     assert np.array_equal(actual, expected)
 
 
@@ -54,7 +53,7 @@ def test_texts_are_groups():
     statistics = mt.open_input(FOLDER)
     assert statistics.group_names == ("code.txt", "wiki.train.raw")
     assert statistics.group.tolist() == [0, 1, 1]
-    assert np.array_equal(statistics.window_load[0], truth("code"))
+    assert np.array_equal(statistics.window_load[0], counted("code"))
 
 
 def test_the_weight_that_is_there_counts(tmp_path):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from engines_files import GOLDEN
+from engines_files import GOLDEN, truth
 
 import moetuner as mt
 from moetuner.formats import reader_of
@@ -10,10 +10,9 @@ from moetuner.formats import reader_of
 FOLDER = GOLDEN / "llama_traces"
 
 
-def truth():
+def answered():
     """Give ids of the tokens that all layers computed, by prompt: its last one, and the answer."""
-    with np.load(FOLDER / "truth.npz") as arrays:
-        ids, lengths = arrays["ids"], arrays["lengths"]
+    ids, lengths = truth("llama_traces")
     starts = np.cumsum([0, *lengths.sum(axis=1)])
     return [
         ids[start + prompt - 1 : start + prompt + answer]
@@ -27,7 +26,7 @@ def test_rows_of_choices(name, prompts):
     path = FOLDER / f"{name}.csv"
     assert reader_of(path) == "llama-traces"
     trace = mt.open_input(path, num_experts=8)
-    expected = truth()[:prompts]
+    expected = answered()[:prompts]
     assert np.array_equal(trace.expert_ids, np.concatenate(expected))
     assert np.bincount(trace.sequence).tolist() == [len(ids) for ids in expected]
 
@@ -37,7 +36,7 @@ def test_rows_of_tokens():
     path = FOLDER / "moe-trace.csv"
     assert reader_of(path) == "llama-traces"
     trace = mt.open_input(path, num_experts=8)
-    for label, (ids, batches) in enumerate(zip(truth(), (2, 1), strict=True)):
+    for label, (ids, batches) in enumerate(zip(answered(), (2, 1), strict=True)):
         actual = trace.select(sequences=[label]).expert_ids
         assert len(actual) == len(ids) - 1 + batches
         assert np.array_equal(actual[batches:], ids[1:])

@@ -4,9 +4,9 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import random_ids
 from engines_files import GOLDEN, megatron_lines, save_torch
 from engines_files import write_megatron as write
+from make import random_ids
 
 import moetuner as mt
 from moetuner.formats import reader_of

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from engines_files import GOLDEN
+from engines_files import GOLDEN, truth
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,12 +14,8 @@ from moetuner.formats.hints import Hints
 from moetuner.formats.layout import faults
 
 FOLDER = GOLDEN / "memra"
+IDS = truth("memra", "ids")
 HALVES = mt.Placement([[[0, 3], [1, 2]], [[0, 1], [2, 3]]])
-
-
-def truth():
-    with np.load(FOLDER / "truth.npz") as arrays:
-        return arrays["ids"]
 
 
 @pytest.mark.parametrize("name", ["trace.txt", "weights.txt", "selected.bin"])
@@ -28,7 +24,7 @@ def test_traces(name):
     path = FOLDER / name
     assert reader_of(path) == "memra"
     trace = mt.open_input(path, num_experts=16)
-    assert np.array_equal(trace.expert_ids, truth())
+    assert np.array_equal(trace.expert_ids, IDS)
     assert "names no requests" in cautions(["memra"])[0]
 
 
@@ -39,13 +35,13 @@ def test_a_pass_that_is_cut_off_is_left_out(tmp_path, name, bytes_left_out):
     end = content.rfind(b"65535") - bytes_left_out if name == "trace.txt" else -bytes_left_out
     path = tmp_path / name
     path.write_bytes(content[:end])
-    assert np.array_equal(mt.open_input(path, num_experts=16).expert_ids, truth()[:-1])
+    assert np.array_equal(mt.open_input(path, num_experts=16).expert_ids, IDS[:-1])
 
 
 def test_files_follow_one_another():
     """Two traces, of different kinds, are one."""
     trace = mt.open_input([FOLDER / "trace.txt", FOLDER / "selected.bin"], num_experts=16)
-    assert np.array_equal(trace.expert_ids, np.concatenate([truth(), truth()]))
+    assert np.array_equal(trace.expert_ids, np.concatenate([IDS, IDS]))
 
 
 def test_a_long_first_line_is_recognised(tmp_path):

@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-from conftest import random_ids
 from damage import check_reading
 from engines_files import GOLDEN as OF_ALL
 from engines_files import save_torch as dump
@@ -13,6 +12,7 @@ from engines_files import sglang_pass as of_tokens
 from engines_files import truth, write_sglang
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from make import random_ids
 from targets import HINTS
 
 import moetuner as mt
@@ -158,10 +158,6 @@ def test_shapes_of_responses(tmp_path):
     path.write_text(json.dumps({"meta_info": {"routed_experts": text}}))
     with pytest.raises(ValueError, match="hidden_layers is needed"):
         mt.open_input(path, num_experts=8, top_k=2)
-    for wrong in ("abc", "####", text[:-3], 7):
-        path.write_text(json.dumps({"meta_info": usage | {"routed_experts": wrong}}))
-        with pytest.raises(ValueError, match=r"^[^\n]+$"):
-            mt.open_input(path, num_experts=8, top_k=2, reader="sglang-responses").expert_ids.sum()
 
 
 def test_map(tmp_path):
@@ -181,9 +177,6 @@ def test_map(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             write_placement(placement, "sglang", path, hints)
-    path.write_text(json.dumps(rows | {"extra": 1}))
-    with pytest.raises(ValueError, match="single key"):
-        mt.read_placement(path, devices=2)
     dump(path, {"physical_to_logical_map": placement.slots.reshape(4, -1)})
     assert pickled.is_pickled(path)
     assert mt.read_placement(path, devices=2) == placement

@@ -5,11 +5,11 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import random_ids
 from damage import refused
 from engines_files import save_table as as_arrow
 from hypothesis import given
 from hypothesis import strategies as st
+from make import random_ids, trace_of
 
 import moetuner as mt
 from moetuner.formats import arrow, csv, reader_of
@@ -286,7 +286,7 @@ def test_recordings_of_few_tokens_are_read(tmp_path):
     """A trace of moetuner's own has named axes, however many layers there are to a token."""
     path = tmp_path / "t.safetensors"
     for tokens in (0, 1, 3, 5):
-        mt.RoutingTrace.from_arrays(random_ids(tokens, 4, 3, 12), num_experts=12).save(path)
+        trace_of(random_ids(tokens, 4, 3, 12), 12).save(path)
         assert mt.open_input(path).tokens == tokens
     np.save(tmp_path / "t.npy", random_ids(3, 4, 3, 12))
     with pytest.raises(ValueError, match="axes must be"):

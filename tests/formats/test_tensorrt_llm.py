@@ -4,9 +4,9 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import random_ids
 from engines_files import write_tensorrt as dump
 from engines_files import write_tensorrt_about
+from make import random_ids
 from placements import full_slots
 
 import moetuner as mt

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from engines_files import GOLDEN, save_torch
+from engines_files import GOLDEN, save_torch, truth
 
 import moetuner as mt
 from moetuner.formats import reader_of
@@ -22,8 +22,7 @@ def write(folder, counts, profile="1", size=None):
 
 def test_what_tokenspeed_wrote():
     """Its own sum over ranks, by folder and by files, without the row of the dense layer."""
-    with np.load(FOLDER / "truth.npz") as arrays:
-        expected = arrays["logical_count"][1:]
+    expected = truth("tokenspeed", "logical_count")[1:]
     for source in (FOLDER, FILES, FILES[::-1]):
         statistics = mt.open_input(source)
         assert np.array_equal(statistics.window_load, expected[None])

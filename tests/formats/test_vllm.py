@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from conftest import random_ids
 from engines_files import GOLDEN, truth
 from engines_files import vllm_response as response
 from hypothesis import given
 from hypothesis import strategies as st
+from make import random_ids
 
 import moetuner as mt
 from moetuner.formats import reader_of

@@ -411,12 +411,6 @@ def test_lost_ranks_stay_empty_and_nothing_is_lost_with_them(ranks, width, lost,
         assert brought <= len(missing) if lost else brought == 0
 
 
-def test_a_lost_rank_is_one_of_them():
-    """A rank that is none is refused, with the range."""
-    with pytest.raises(ValueError, match="dead must be from 0 to 1, got 2"):
-        rebalance_experts([[4, 3, 2, 1]], 6, None, 1, 2, dead=[2])
-
-
 def powers(slots, load):
     """Compute the sum of the 16th powers of loads of ranks, of slots [D,S] that are full."""
     copies = np.bincount(slots.ravel(), minlength=len(load))

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from make import trace_of
 
 import moetuner as mt
 from moetuner.plugins import rebalance_experts, sglang, vllm, vllm_ascend
@@ -376,7 +377,7 @@ def test_a_profile_is_a_trace_or_statistics(tmp_path):
     """Both give the same map; with a file that is not there the engine decides."""
     random = np.random.default_rng(0)
     ids = random.permuted(np.tile(np.arange(8), (200, 2, 1)), axis=2)[:, :, :2]
-    trace = mt.RoutingTrace.from_arrays(ids, num_experts=8)
+    trace = trace_of(ids)
     trace.save(tmp_path / "trace.safetensors")
     statistics = mt.RoutingStatistics.from_trace(trace)
     statistics.save(tmp_path / "statistics.safetensors")

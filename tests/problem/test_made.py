@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from make import trace_of
 
 import moetuner as mt
 from moetuner.problem.made import Made
@@ -92,7 +93,7 @@ def test_a_reading_stands_in_for_options_that_fit_the_recording():
         model, weight_bits, tokens_per_step, top_k, num_experts = None, 8.0, None, None, None
 
     reading = Reading(model="deepseek-v3", weight_bits=4.0, tokens_per_step=512, num_experts=8)
-    trace = mt.RoutingTrace.from_arrays([[[0, 1]]] * 4, num_experts=8)
+    trace = trace_of([[[0, 1]]] * 4)
     assert reading.substitute(Options, trace) == {"model": "deepseek-v3"}
     of_table = reading.substitute(Options, COUNTS)
     assert of_table == {"model": "deepseek-v3", "tokens_per_step": 512, "top_k": None}

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from make import random_ids, trace_of
 
 import moetuner as mt
 from moetuner.evaluation.arrival import mixed_windows
@@ -11,13 +12,10 @@ from moetuner.problem.windows import CERTAIN, choose_windows
 DEVICES, EXPERTS = 4, 16
 
 
-def trace_of(tokens=64 * 400):
+def recorded(tokens=64 * 400):
     """Draw independent tokens, of which every one chooses three of sixteen experts."""
-    rng = np.random.default_rng(0)
-    liking = np.tile([0.0, 0.5, 1.0, 1.5], DEVICES)
-    scores = liking + rng.gumbel(size=(tokens, 2, EXPERTS))
-    ids = np.argsort(-scores, axis=2)[:, :, :3]
-    return mt.RoutingTrace.from_arrays(ids, num_experts=EXPERTS, sequence=np.arange(tokens) // 20)
+    ids = random_ids(tokens, 2, 3, EXPERTS, liking=np.tile([0.0, 0.5, 1.0, 1.5], DEVICES))
+    return trace_of(ids, EXPERTS, length=20)
 
 
 def mixed(load, groups=None, **fields):
@@ -28,7 +26,7 @@ def mixed(load, groups=None, **fields):
 
 def test_they_are_as_uneven_as_a_replay_of_mixed_tokens():
     """What the search sees of a placement is what evaluate says of it, not the mean of windows."""
-    trace = trace_of()
+    trace = recorded()
     counts = mt.RoutingStatistics.from_trace(trace, window=64)
     load = mixed(counts.window_load).load
     device = load.reshape(len(load), 2, DEVICES, -1).sum(axis=3)

@@ -168,12 +168,3 @@ def test_sglang_has_a_back_end_where_copies_are_not_shared_evenly(split, redunda
     words = shlex.split(line, comments=True)
     assert ("--moe-a2a-backend" in words) is (redundant > 0 and split != "even")
     assert ("--ep-dispatch-algorithm" in words) is (redundant > 0 and split == "lp")
-
-
-@pytest.mark.parametrize(
-    "more", [{"objective": "traffic"}, {"objective": None, "max_imbalance": 2}]
-)
-def test_traffic_is_none_of_its_goals(more):
-    """Rows and pairs are split evenly, so nothing would differ."""
-    with pytest.raises(ValueError, match=r"split 'lp' balances load, so objective must be"):
-        problem_of(skewed(0), **more)

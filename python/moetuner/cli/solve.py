@@ -261,7 +261,8 @@ def _prove(problem: Problem, result: Result, path: Path, output: Output) -> str 
         )
     certificate.save(path)
     worth = problem.objective_function
-    proven = certificate.cost / (worth.tokens if certificate.method == "visits" else worth.scale)
+    unit = max(worth.tokens, 1) if certificate.method == "visits" else worth.scale
+    proven = certificate.cost / unit
     line = f"wrote {path}"
     if result.bound is not None and proven < result.bound:
         line += f", which proves {proven:.6f}; the bound beyond that has no certificate"
