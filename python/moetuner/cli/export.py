@@ -29,17 +29,17 @@ from moetuner.files.cells import percent
 from moetuner.formats import (
     WRITERS,
     Writer,
-    cautions,
-    form_of,
+    find_form,
+    find_readers,
+    list_cautions,
     open_input,
     read_map,
     read_placement,
-    readers_of,
     write_placement,
 )
 from moetuner.formats.hints import Hints
-from moetuner.formats.ktransformers import choose, write_chosen
-from moetuner.formats.layout import check_placement, faults
+from moetuner.formats.ktransformers import choose_gpu_experts, write_chosen
+from moetuner.formats.layout import check_placement, find_faults
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem.made import Made
 from moetuner.recording import Recording
@@ -225,16 +225,16 @@ def _write_chosen(
 ) -> None:
     """Write which experts of recorded traffic a GPU holds; print what share of it they take."""
     traffic = open_input(path, **layer_hints.hints)
-    output.say(recording.describe([path], traffic), *cautions(readers_of([path])))
+    output.say(recording.describe([path], traffic), *list_cautions(find_readers([path])))
     count = on_gpu.per_layer(traffic)
-    chosen = choose(_load(traffic), count, each_layer=on_gpu.each_layer)
+    chosen = choose_gpu_experts(_load(traffic), count, each_layer=on_gpu.each_layer)
     layers = chosen.sum(axis=1)
     contents = {"input": str(path), "format": KTRANSFORMERS, "out": str(out_file)}
     shares = {"share": _share(chosen, traffic), "unseen_share": None}
     took = f"they take {percent(shares['share'])} of the choices of INPUT, which chose them"
     with contextlib.suppress(ArgumentError):  # of one token or window no part is held out
         seen, unseen = hold_out(traffic.without_pairs())
-        by_half = choose(_load(seen), count, each_layer=on_gpu.each_layer)
+        by_half = choose_gpu_experts(_load(seen), count, each_layer=on_gpu.each_layer)
         shares["unseen_share"] = _share(by_half, unseen)
         took += f"; {percent(shares['unseen_share'])} of one half if chosen by the other"
     each = f"{layers.min()} to {layers.max()} in a layer" if np.ptp(layers) else "each layer alike"
@@ -314,13 +314,13 @@ def _check(path: Path, form: str | None, engine: str | None, hints: Hints, outpu
     """Print what a map is, and what is wrong with it; fail if anything is."""
     if form is not None and form not in WRITERS:
         raise click.UsageError(f"'--check' is of maps; {form} is none.")
-    form = form or form_of(path)
+    form = form or find_form(path)
     writer = WRITERS[form]
     layout = read_map(path, hints, form)
     engine = engine or writer.engine
     rows, slots = layout.experts.shape
     output.say(f"{path.name}: {writer.title}, {rows} rows of {slots} slots")
-    wrong = faults(layout, engine, hints)
+    wrong = find_faults(layout, engine, hints)
     output.say(*(f"- {fault}" for fault in wrong))
     title = "an engine" if engine is None else ENGINES[engine].title
     if not wrong:

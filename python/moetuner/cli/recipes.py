@@ -14,7 +14,7 @@ from moetuner.cli.options.machine import Machine, common_name, cost_model_for
 from moetuner.cli.options.placed import Placed
 from moetuner.cli.options.traffic import Source
 from moetuner.files.cells import layer_list
-from moetuner.formats import serving_commands, way_back
+from moetuner.formats import find_way_back, list_serving_recipes
 from moetuner.placement import Placement
 from moetuner.problem import TRAFFIC_CAP
 from moetuner.problem.objective import goal_for
@@ -185,7 +185,7 @@ def _proposed_file(advice: Advice) -> str:
 
 def go_back(advice: Advice) -> str | None:
     """Return what takes the placement away again; None where none is proposed."""
-    return way_back(advice.settings["engine"]) if advice.answer == "worth a trial" else None
+    return find_way_back(advice.settings["engine"]) if advice.answer == "worth a trial" else None
 
 
 def to_serve(
@@ -203,7 +203,7 @@ def to_serve(
     if not layers and dense is None:
         layers, dense = placement.layers, ()
         why = "if all layers of the model have experts"
-    return serving_commands(
+    return list_serving_recipes(
         engine,
         devices=placement.devices,
         redundant=placement.devices * placement.slots_per_device - placement.num_experts,

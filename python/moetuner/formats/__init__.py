@@ -28,7 +28,7 @@ from moetuner.formats import (
     loads,
     megatron,
     memra,
-    own,
+    native,
     sglang,
     tensorrt_llm,
     tokenspeed,
@@ -133,13 +133,13 @@ READERS: dict[str, Reader] = {
         "CSV with columns layer and expert", csv.recognises, partial(read_tables, csv.open_table)
     ),
     **{
-        kind: Reader(f"moetuner's own, as {kind}", partial(own.recognises, kind), own.read)
-        for kind in own.KINDS
+        kind: Reader(f"moetuner's own, as {kind}", partial(native.recognises, kind), native.read)
+        for kind in native.KINDS
     },
 }
 
 WRITERS: dict[str, Writer] = {
-    "json": Writer("moetuner's own JSON, which its plugins load", (".json",), own),
+    "json": Writer("moetuner's own JSON, which its plugins load", (".json",), native),
     "eplb": Writer("the three arrays of DeepSeek's balancer", (".npz",), eplb),
     "sglang": Writer(
         "SGLang's --init-expert-location",
@@ -162,7 +162,7 @@ WRITERS: dict[str, Writer] = {
 }
 
 
-def serving_commands(
+def list_serving_recipes(
     engine: str | None,
     *,
     devices: int,
@@ -210,16 +210,16 @@ def serving_commands(
     return commands
 
 
-def way_back(engine: str | None) -> str:
+def find_way_back(engine: str | None) -> str:
     """Return what takes a placement away again from its engine."""
     return "start the engine without the map" if engine is None else ENGINES[engine].go_back
 
 
-def reader_of(path: str | Path) -> str:
+def find_reader(path: str | Path) -> str:
     """Return the name of the reader of a file, or of a folder by its first files."""
     path = path_in(path)
     for name, reader in READERS.items():
-        if name == own.KINDS[0] and path.is_file():
+        if name == native.KINDS[0] and path.is_file():
             _refuse_map(path)
         if reader.recognises(path):
             return name
@@ -228,17 +228,17 @@ def reader_of(path: str | Path) -> str:
     return kind_of(path)
 
 
-def readers_of(paths: Iterable[Path]) -> tuple[str, ...]:
+def find_readers(paths: Iterable[Path]) -> tuple[str, ...]:
     """Return the names of the readers of files, each once, as far as they can be read again."""
     names: list[str] = []
     for path in paths:
         if not is_stream(path) and path.exists():
             with suppress(ValueError):
-                names.append(reader_of(path))
+                names.append(find_reader(path))
     return tuple(dict.fromkeys(names))
 
 
-def cautions(readers: Iterable[str]) -> list[str]:
+def list_cautions(readers: Iterable[str]) -> list[str]:
     """Return what recordings of some readers cannot say, each sentence once."""
     return [*dict.fromkeys(READERS[name].caution for name in readers if READERS[name].caution)]
 
@@ -246,7 +246,7 @@ def cautions(readers: Iterable[str]) -> list[str]:
 def _refuse_map(path: Path) -> None:
     """Raise where a file that no engine recorded is a map of experts of one."""
     for writer in WRITERS.values():
-        if writer.module is not own and writer.module.recognises_map(path):
+        if writer.module is not native and writer.module.recognises_map(path):
             raise ValueError(f"{path}: must be recorded routing, got a placement: {writer.title}")
 
 
@@ -327,12 +327,12 @@ def read_input(paths: Sequence[Path], hints: Hints, reader: str | None = None) -
     """Read files and folders; neighbours of the same reader are one recording."""
     if reader is not None:
         one_of("reader", reader, READERS)
-    names = [reader_of(path) if reader in (None, *own.KINDS) else reader for path in paths]
+    names = [find_reader(path) if reader in (None, *native.KINDS) else reader for path in paths]
     for path, name in zip(paths, names, strict=True):
         if reader not in (None, name):
             raise ValueError(f"{path}: must be {reader} as --from says, got {name}")
     recordings = groupby(zip(names, paths, strict=True), key=lambda pair: pair[0])
-    return own.join(
+    return native.join(
         [READERS[str(name)].read([path for _, path in files], hints) for name, files in recordings],
         paths,
     )
@@ -406,13 +406,13 @@ def is_map(path: Path) -> bool:
         readers = {
             name: reader
             for name, reader in READERS.items()
-            if name not in own.KINDS and not (reader.takes_map and name in maps)
+            if name not in native.KINDS and not (reader.takes_map and name in maps)
         }
         return bool(maps) and not any(reader.recognises(path) for reader in readers.values())
     return False
 
 
-def form_of(path: str | Path) -> str:
+def find_form(path: str | Path) -> str:
     """Return the name in ``WRITERS`` of the format that a map of experts is in, by its content."""
     path = path_in(path)
     size_of(path)
@@ -422,7 +422,7 @@ def form_of(path: str | Path) -> str:
     routing = ""
     for name, reader in READERS.items():
         with suppress(ValueError):
-            if name not in own.KINDS and reader.recognises(path):
+            if name not in native.KINDS and reader.recognises(path):
                 routing = f" but recorded routing, to be given as INPUT ({reader.title})"
     raise ValueError(
         f"{path}: not a placement{routing}: its content is none of {', '.join(WRITERS)}"
@@ -433,7 +433,7 @@ def read_map(path: str | Path, hints: Hints, form: str | None = None) -> Layout:
     """Read a map of experts as it stands; its content decides of which format, if none is given."""
     path = path_in(path)
     with naming(path):
-        layout: Layout = WRITERS[form or form_of(path)].module.read_map(path, hints)
+        layout: Layout = WRITERS[form or find_form(path)].module.read_map(path, hints)
     return layout
 
 
@@ -477,8 +477,8 @@ def read_placement(
     path = path_in(path)
     if form is not None:
         one_of("form", form, WRITERS)
-    form = form or form_of(path)
-    if WRITERS[form].module is own:
+    form = form or find_form(path)
+    if WRITERS[form].module is native:
         return Placement.load(path)
     hints = Hints(num_experts, devices=devices, dense_layers=_numbers(dense_layers))
     layout = read_map(path, hints, form)

@@ -16,7 +16,7 @@ from moetuner.formats import pickled
 from moetuner.formats.records import head
 
 
-def names_in(path: Path) -> list[str]:
+def list_names(path: Path) -> list[str]:
     """List the names of the arrays of a file; none where it holds something else.
 
     Those of a list of torch.save are ``arr_0`` and so on, as ``numpy.savez`` gives them; an array
@@ -48,14 +48,16 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
     return {name: safetensors.read(path, header.tensor(name)) for name in names}
 
 
-def by_step(path: Path, pattern: re.Pattern[str], like: str) -> dict[tuple[int, int], NDArray[Any]]:
+def read_by_step(
+    path: Path, pattern: re.Pattern[str], like: str
+) -> dict[tuple[int, int], NDArray[Any]]:
     """Read all arrays of a file by the step and the layer in their names, in rising order.
 
     ``pattern`` is of whole names, with a group ``layer`` and, unless all are of step 0, a group
     ``step``; ``like`` is a name that fits, for messages.
     """
     names: dict[tuple[int, int], str] = {}
-    for name in names_in(path):
+    for name in list_names(path):
         match = pattern.fullmatch(name)
         if match is None:
             raise ValueError(f"arrays must be named as {like}, got {name:.60}")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from moetuner._checks import experts_in
 from moetuner.files import size_of
-from moetuner.formats.pages import DELTA_BYTE_ARRAY, Page, pages_of
+from moetuner.formats.pages import DELTA_BYTE_ARRAY, Page, read_page_headers
 from moetuner.formats.records import head
 from moetuner.formats.rows import LABELS, Add, Columns, OpenTable, add_rows
 
@@ -116,7 +116,7 @@ def _pages(file: BinaryIO, column: Any, size: int) -> Iterator[Page]:
     begin = column.data_page_offset
     if column.has_dictionary_page and 0 < (column.dictionary_page_offset or 0) < begin:
         begin = column.dictionary_page_offset
-    for page in pages_of(file, begin, min(begin + column.total_compressed_size, size)):
+    for page in read_page_headers(file, begin, min(begin + column.total_compressed_size, size)):
         if page.encoding == DELTA_BYTE_ARRAY:
             raise ValueError(
                 f"column {column.path_in_schema} must have another encoding than DELTA_BYTE_ARRAY: "

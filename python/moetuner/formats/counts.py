@@ -66,7 +66,7 @@ def check_filled(entries: int, shape: tuple[int, int, int]) -> None:
         )
 
 
-def statistics_of(
+def make_statistics(
     table: NDArray[Any], hints: Hints, moe: list[int] | None = None
 ) -> RoutingStatistics:
     """Make statistics of counts [W,hidden,E] or [hidden,E], of the layers ``moe`` alone."""
@@ -111,20 +111,20 @@ def add_up(total: NDArray[Any] | None, counts: NDArray[Any]) -> NDArray[np.int64
     return total.astype(np.int64, copy=False) + counts.astype(np.int64, copy=False)
 
 
-def sum_of_ranks(
-    paths: Sequence[Path], hints: Hints, load_of: Callable[[Path], NDArray[Any]]
+def sum_ranks(
+    paths: Sequence[Path], hints: Hints, read_load: Callable[[Path], NDArray[Any]]
 ) -> NDArray[np.int64]:
-    """Add the counts [W,L,E] of the files of all ranks, as ``load_of`` reads them."""
+    """Add the counts [W,L,E] of the files of all ranks, as ``read_load`` reads them."""
     total: Any = None
     for path in paths:
         with naming(path):
-            load = counts_in("counts", load_of(path))
+            load = counts_in("counts", read_load(path))
             hints.check_experts(load.shape[2])
             total = add_up(total, load)
     return cast("NDArray[np.int64]", total)
 
 
-def by_expert(
+def sum_by_expert(
     load: NDArray[np.int64], slots: NDArray[np.int64], experts: int | None
 ) -> NDArray[np.int64]:
     """Add up loads of slots [..,L,P] by the expert [L,P] that is in them: [..,L,E]."""

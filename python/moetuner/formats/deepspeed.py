@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import shown
-from moetuner.formats.arrays import by_step, names_in
-from moetuner.formats.counts import sum_of_ranks
+from moetuner.formats.arrays import list_names, read_by_step
+from moetuner.formats.counts import sum_ranks
 from moetuner.formats.hints import Hints
-from moetuner.formats.sources import by_rank, first_file
+from moetuner.formats.sources import first_file, list_by_rank
 from moetuner.statistics import RoutingStatistics
 
 NAME = re.compile(r"(?:.*\D)?(?P<layer>\d{1,5})\D*\.?(?:tokens_per_expert|exp_counts)", re.ASCII)
@@ -34,7 +34,7 @@ PATTERN = "*[0-9].*"
 
 def recognises(path: Path) -> bool:
     """Whether a file, or a folder's first one of a rank, holds nothing but such counts."""
-    names = names_in(first_file(path, PATTERN))
+    names = list_names(first_file(path, PATTERN))
     return bool(names) and all(name.endswith(SUFFIXES) for name in names)
 
 
@@ -42,8 +42,8 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
     """Add the counts of all ranks, which have the same layers."""
     layers: list[int] = []
 
-    def load_of(path: Path) -> NDArray[Any]:
-        arrays = by_step(path, NAME, "model.layers.0.mlp.tokens_per_expert")
+    def read_load(path: Path) -> NDArray[Any]:
+        arrays = read_by_step(path, NAME, "model.layers.0.mlp.tokens_per_expert")
         here = [layer for _, layer in arrays]
         if here != (layers or here):
             raise ValueError(
@@ -52,7 +52,7 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
         layers[:] = here
         return _stacked(arrays)
 
-    return RoutingStatistics.from_load(sum_of_ranks(by_rank(paths, PATTERN), hints, load_of))
+    return RoutingStatistics.from_load(sum_ranks(list_by_rank(paths, PATTERN), hints, read_load))
 
 
 def _stacked(arrays: Mapping[tuple[int, int], NDArray[Any]]) -> NDArray[Any]:

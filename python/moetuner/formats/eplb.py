@@ -95,4 +95,4 @@ def read_map(path: Path, _: Hints) -> Layout:
         count = arrays.get("logical_replica_count")
         count = None if count is None else array_in("logical_replica_count", count)
         experts = None if count is None or count.ndim != 2 else count.shape[1]
-        return Layout.of(arrays[MAP], num_experts=experts)
+        return Layout.from_rows(arrays[MAP], num_experts=experts)

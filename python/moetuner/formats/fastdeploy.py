@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from moetuner._checks import array_in, shown
 from moetuner.files import naming
-from moetuner.formats.counts import add_up, counts_in, statistics_of
+from moetuner.formats.counts import add_up, counts_in, make_statistics
 from moetuner.formats.hints import Hints
 from moetuner.formats.records import MARK, head, looks_like_json, records
-from moetuner.formats.sources import files_in
+from moetuner.formats.sources import list_files
 from moetuner.statistics import RoutingStatistics
 
 BEGIN = re.compile(
@@ -39,7 +39,7 @@ def recognises(path: Path) -> bool:
 def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
     """Read answers as windows."""
     windows: list[NDArray[np.int64]] = []
-    files = files_in(paths)
+    files = list_files(paths)
     for path in files:
         with naming(path):
             for window in _answers(path):
@@ -53,7 +53,7 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
         if not windows:
             raise ValueError("must hold at least one answer, got none")
         load = np.stack(windows)
-        return statistics_of(load, hints, hints.moe_layers(load.shape[1]))
+        return make_statistics(load, hints, hints.moe_layers(load.shape[1]))
 
 
 def _answers(path: Path) -> Iterator[NDArray[np.int64]]:

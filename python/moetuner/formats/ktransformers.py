@@ -25,7 +25,9 @@ from moetuner.formats.sglang import CHOSEN, COUNTS
 SUFFIX = ".pt"
 
 
-def choose(load: NDArray[np.integer], gpu_experts: int, *, each_layer: bool) -> NDArray[np.bool_]:
+def choose_gpu_experts(
+    load: NDArray[np.integer], gpu_experts: int, *, each_layer: bool
+) -> NDArray[np.bool_]:
     """Return the experts that are chosen most often [L,E], ``gpu_experts`` a layer on average.
 
     With ``each_layer`` every layer has as many; of equals the first ones are taken.

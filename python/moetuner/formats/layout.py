@@ -45,7 +45,7 @@ class Layout:
     remarks: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, rows: Any, **fields: Any) -> Layout:
+    def from_rows(cls, rows: Any, **fields: Any) -> Layout:
         """Check that rows are integers of one width, and wrap them."""
         rows = list(rows) if isinstance(rows, list | tuple | np.ndarray) else []
         for number, row in enumerate(rows):
@@ -63,7 +63,7 @@ class Layout:
         return cls(table.astype(np.int64), **fields)
 
     @classmethod
-    def of_placement(cls, placement: Placement) -> Layout:
+    def from_placement(cls, placement: Placement) -> Layout:
         """Return the map that a placement is."""
         rows = placement.slots.reshape(placement.layers, -1).astype(np.int64)
         return cls(rows, placement.devices, placement.num_experts)
@@ -107,7 +107,7 @@ class Layout:
             raise MissingArgumentError(
                 "devices must be given: the file does not say how many there are", "devices"
             )
-        for fault in _device_faults(self, None, hints):
+        for fault in _find_device_faults(self, None, hints):
             raise ValueError(fault)
         experts = hints.num_experts or self.num_experts or int(rows.max(initial=EMPTY)) + 1
         slots = rows.reshape(len(rows), devices, -1)
@@ -116,23 +116,23 @@ class Layout:
 
 def check_placement(placement: Placement, engine: str) -> None:
     """Check that an engine could load a placement."""
-    wrong = faults(Layout.of_placement(placement), engine, Hints())
+    wrong = find_faults(Layout.from_placement(placement), engine, Hints())
     if wrong:
         raise ValueError(f'{wrong[0]}: solve with "--for {engine}"')
 
 
-def faults(layout: Layout, engine: str | None, hints: Hints) -> list[str]:
+def find_faults(layout: Layout, engine: str | None, hints: Hints) -> list[str]:
     """List what is wrong with a map; empty if the engine, None for any, could load it."""
     row = None if engine is None else ENGINES[engine]
     return [
         *layout.remarks,
-        *_layer_faults(layout, hints),
-        *_device_faults(layout, row, hints),
-        *_expert_faults(layout, row, hints),
+        *_find_layer_faults(layout, hints),
+        *_find_device_faults(layout, row, hints),
+        *_find_expert_faults(layout, row, hints),
     ]
 
 
-def _layer_faults(layout: Layout, hints: Hints) -> list[str]:
+def _find_layer_faults(layout: Layout, hints: Hints) -> list[str]:
     count = len(layout.experts)
     hidden, dense = hints.hidden_layers, hints.dense_layers
     wrong = set(layout.layers or ()) & set(dense or ())
@@ -153,7 +153,7 @@ def _layer_faults(layout: Layout, hints: Hints) -> list[str]:
     return [f"{rule}: of another model{unknown}"]
 
 
-def _device_faults(layout: Layout, engine: Engine | None, hints: Hints) -> list[str]:
+def _find_device_faults(layout: Layout, engine: Engine | None, hints: Hints) -> list[str]:
     rows, slots = layout.experts.shape
     devices = layout.devices or hints.devices
     if layout.devices and hints.devices and layout.devices != hints.devices:
@@ -179,7 +179,7 @@ def _device_faults(layout: Layout, engine: Engine | None, hints: Hints) -> list[
     ]
 
 
-def _expert_faults(layout: Layout, engine: Engine | None, hints: Hints) -> list[str]:
+def _find_expert_faults(layout: Layout, engine: Engine | None, hints: Hints) -> list[str]:
     table = layout.experts
     experts = hints.num_experts or layout.num_experts or int(table.max(initial=0)) + 1
     if layout.num_experts and layout.num_experts != experts:

@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.files import naming, size_of
-from moetuner.formats.counts import counts_in, statistics_of
+from moetuner.formats.counts import counts_in, make_statistics
 from moetuner.formats.hints import Hints
 from moetuner.formats.records import head
-from moetuner.formats.sources import files_in, first_file
+from moetuner.formats.sources import first_file, list_files
 from moetuner.statistics import RoutingStatistics
 
 MAGIC = b"GGUF"
@@ -63,7 +63,7 @@ def recognises(path: Path) -> bool:
 def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
     """Read matrices: those of one text are windows by difference, those of several are groups."""
     matrices = []
-    for path in files_in(paths, PATTERN):
+    for path in list_files(paths, PATTERN):
         with naming(path):
             matrices.append(_read(path))
     if not matrices:
@@ -80,7 +80,7 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
         hints.check_have_experts(first.layers)
         texts = [*dict.fromkeys(matrix.texts for matrix in matrices)]
         windows = [_windows([m for m in matrices if m.texts == text]) for text in texts]
-        statistics = statistics_of(np.concatenate(windows), hints)
+        statistics = make_statistics(np.concatenate(windows), hints)
         if len(texts) == 1:
             return statistics
         names = [", ".join(text) or f"text {number}" for number, text in enumerate(texts)]

@@ -92,7 +92,7 @@ def _read(path: Path) -> _Choices:
         names = line.strip().split(",")
         if wanted is RANKED and "layer" not in names:
             file.seek(0)
-            return _Choices(_check(_rows_of_tokens(_numbers(file, 0, None))))
+            return _Choices(_check(_list_choices(_numbers(file, 0, None))))
         if not all(names.count(name) == 1 for name in wanted):
             raise ValueError(f"must have columns {', '.join(wanted)}, got {line.strip()!r:.80}")
         rows = _numbers(file, header, [names.index(name) for name in wanted])
@@ -140,7 +140,7 @@ def _name_line(
                 )
 
 
-def _rows_of_tokens(table: NDArray[np.int64]) -> NDArray[np.int64]:
+def _list_choices(table: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return a row for every choice of rows pos, layer, ids; a prompt begins a sequence."""
     if table.shape[1] < 3:
         raise ValueError(f"must have rows pos,layer,id0,..., got {table.shape[1]} numbers in one")

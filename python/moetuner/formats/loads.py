@@ -22,10 +22,10 @@ from moetuner.files import naming, npz, read_whole, safetensors
 from moetuner.files.text import parse_json
 from moetuner.formats.counts import (
     COUNT_LIMIT,
-    by_expert,
     check_filled,
     counts_in,
-    statistics_of,
+    make_statistics,
+    sum_by_expert,
 )
 from moetuner.formats.hints import Hints
 from moetuner.formats.records import MARK, head
@@ -61,26 +61,26 @@ LoadCounts = NDArray[np.int64]
 
 def recognises(path: Path) -> bool:
     """Whether a file is a load table of one of these forms."""
-    return _reader_of(path) is not None
+    return _find_reader(path) is not None
 
 
 def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
     """Read load tables, one after the other; scrapes of Prometheus as what was counted between."""
-    readers = [_reader_of(path) for path in paths]
+    readers = [_find_reader(path) for path in paths]
     if {*readers} == {_scrapes}:
         with naming(paths[0]):
-            return statistics_of(_scrapes(paths, hints), hints)
+            return make_statistics(_scrapes(paths, hints), hints)
     parts = []
     for path, reader in zip(paths, readers, strict=True):
         with naming(path):
             if reader is None or reader is _scrapes:
                 raise ValueError("must be a load table like the others (docs/loads.md)")
-            parts.append(statistics_of(reader(path, hints), hints))
+            parts.append(make_statistics(reader(path, hints), hints))
     with naming(", ".join(map(str, paths))):
         return RoutingStatistics.sum(parts)
 
 
-def _reader_of(path: Path) -> Callable[..., NDArray[Any]] | None:
+def _find_reader(path: Path) -> Callable[..., NDArray[Any]] | None:
     start = head(path)
     if start.startswith(npz.MAGIC):
         return _array if _holds_counts(path) else None
@@ -160,7 +160,7 @@ def _records(path: Path, _: Hints) -> LoadCounts:
                 load, slots = (np.asarray(fields.get(key)) for key in ("expert_load", "p2l_map"))
                 if slots.ndim != 2 or slots.dtype.kind not in "iu":
                     raise ValueError("p2l_map must be lists of experts, one for every layer")
-                window = by_expert(counts_in("expert_load", load), slots, None)
+                window = sum_by_expert(counts_in("expert_load", load), slots, None)
                 if windows and window.shape != windows[0].shape:
                     raise ValueError(
                         f"must have layers and experts of the lines before, "

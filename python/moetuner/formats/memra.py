@@ -29,7 +29,7 @@ from moetuner.files.text import parse_json
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import Layout
 from moetuner.formats.records import head, looks_like_json
-from moetuner.formats.sources import files_in, first_file
+from moetuner.formats.sources import first_file, list_files
 from moetuner.placement import EMPTY, Placement
 from moetuner.trace import RoutingTrace
 
@@ -73,7 +73,7 @@ def recognises(path: Path) -> bool:
 
 def read(paths: Sequence[Path], hints: Hints) -> RoutingTrace:
     """Read traces one after the other."""
-    files = files_in(paths)
+    files = list_files(paths)
     if not files:
         raise ValueError(f"{paths[0]}: folder must hold traces, got none")
     with naming(files[0]):
@@ -249,7 +249,7 @@ def read_map(path: Path, _: Hints) -> Layout:
         for at, rank in np.ndindex(len(rows), ranks):
             here = np.flatnonzero(np.equal(rows[numbers[at]], rank))
             slots[at, rank, : len(here)] = here
-        return Layout.of(
+        return Layout.from_rows(
             slots.reshape(len(rows), -1),
             devices=ranks,
             num_experts=experts,

@@ -32,7 +32,7 @@ class Page(NamedTuple):
     encoding: int
 
 
-def pages_of(file: BinaryIO, begin: int, end: int) -> Iterator[Page]:
+def read_page_headers(file: BinaryIO, begin: int, end: int) -> Iterator[Page]:
     """Read the headers of the pages from one place in a file to another."""
     while begin < end:
         fields, length = _header(file, begin)

@@ -16,7 +16,7 @@ from moetuner.cost import experts_of_served, public_name
 from moetuner.files import naming
 from moetuner.files.contents import TraceInParts
 from moetuner.formats.hints import Hints
-from moetuner.formats.sources import files_in
+from moetuner.formats.sources import list_files
 from moetuner.trace import RoutingTrace
 
 # What OpenAI's routes put before the name that a client gave its request.
@@ -41,11 +41,11 @@ def decode(text: object, where: str) -> bytes:
         raise ValueError(f"{where}: routed_experts must be base64, got {got}") from None
 
 
-def arrays_in(
+def read_routed(
     paths: Sequence[Path], arrays_of: Callable[[Path], Iterable[Routed]], remedy: str
 ) -> Iterator[Routed]:
     """Read the arrays of files and folders."""
-    for path in files_in(paths):
+    for path in list_files(paths):
         with naming(path):
             count = 0
             for routed in arrays_of(path):
@@ -55,7 +55,7 @@ def arrays_in(
                 raise ValueError(f"holds no routed experts: {remedy}")
 
 
-def trace_of(
+def join_arrays(
     paths: Sequence[Path],
     arrays: Iterable[Routed],
     hints: Hints,
@@ -90,7 +90,7 @@ def trace_of(
                 raise ValueError(f"{source} must all have the same layers and top-k, got {both}")
             labels = {"sequence": np.full(len(ids), count, np.int32)}
             if hints.groups is not None and are_named:
-                group = groups.setdefault(_group_of(request, hints.groups), len(groups))
+                group = groups.setdefault(_find_group(request, hints.groups), len(groups))
                 labels["group"] = np.full(len(ids), group, np.int32)
             trace.add(ids[:, rows], **labels)
             if experts_of_served(model, sizes[1], trace.num_experts) is not None:
@@ -115,7 +115,7 @@ def trace_of(
         )
 
 
-def _group_of(request: str, groups: Mapping[str, str]) -> str:
+def _find_group(request: str, groups: Mapping[str, str]) -> str:
     """Return the group of a request by its name, as the client or the server writes it."""
     names = [request, *(request.removeprefix(prefix) for prefix in PREFIXES)]
     for name in names:

@@ -27,12 +27,12 @@ from moetuner._checks import ArgumentError, MissingArgumentError, array_in, show
 from moetuner.files import naming, npz, read_whole, replacing
 from moetuner.files.text import parse_json
 from moetuner.formats import pickled
-from moetuner.formats.counts import add_up, by_expert, counts_in, statistics_of
+from moetuner.formats.counts import add_up, counts_in, make_statistics, sum_by_expert
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
 from moetuner.formats.records import head, looks_like_json, records
-from moetuner.formats.responses import Routed, arrays_in, decode, trace_of
-from moetuner.formats.sources import files_in, first_file
+from moetuner.formats.responses import Routed, decode, join_arrays, read_routed
+from moetuner.formats.sources import first_file, list_files
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 
@@ -79,7 +79,7 @@ def read(paths: Sequence[Path], hints: Hints) -> Traffic:
     """Read dumps of one recording, of all ranks: a trace of mode per_token, else counts."""
     counts: list[NDArray[Any]] = []
     passes: list[_Pass] = []
-    files = files_in(paths)
+    files = list_files(paths)
     for path in files:
         content = _content(path)
         with naming(path):
@@ -111,7 +111,7 @@ def read(paths: Sequence[Path], hints: Hints) -> Traffic:
         # The sequence of every token is known when all tokens were read.
         labels: list[int] = []
         arrays = _tokens(passes, hints, labels)
-        return trace_of(paths, arrays, hints, source="passes", sequence=labels)
+        return join_arrays(paths, arrays, hints, source="passes", sequence=labels)
 
 
 def _content(path: Path) -> Any:
@@ -155,7 +155,7 @@ def _windows(counts: Sequence[NDArray[Any]], hints: Hints) -> RoutingStatistics:
     load = np.concatenate(counts) if counts else np.empty((0, 0, 0), int)
     if not len(load):
         raise ValueError("must have at least one step with tokens, got none")
-    return statistics_of(load, hints, hints.moe_layers(load.shape[1]))
+    return make_statistics(load, hints, hints.moe_layers(load.shape[1]))
 
 
 def _passes(path: Path, content: dict[str, Any]) -> Iterator[_Pass]:
@@ -182,7 +182,7 @@ def _by_pass(passes: Sequence[_Pass], experts: int) -> list[NDArray[Any]]:
     for step in passes:
         with naming(step.path):
             count = counts_in(COUNT, _tensor(step.fields, COUNT, 2).array())
-            load = by_expert(count, step.slots, experts)
+            load = sum_by_expert(count, step.slots, experts)
             # A rank has a pass once; again, it is another run of the engine.
             key = (step.number, seen[step.number, step.rank])
             seen[step.number, step.rank] += 1
@@ -288,7 +288,7 @@ class _Sequences:
 
 def read_responses(paths: Sequence[Path], hints: Hints) -> Traffic:
     """Read routed experts of responses: each is a sequence."""
-    return trace_of(paths, arrays_in(paths, lambda path: _responses(path, hints), ON), hints)
+    return join_arrays(paths, read_routed(paths, lambda path: _responses(path, hints), ON), hints)
 
 
 def _responses(path: Path, hints: Hints) -> Iterator[Routed]:
@@ -382,4 +382,4 @@ def read_map(path: Path, _: Hints) -> Layout:
             raise ValueError(f"must have the single key {MAP}, got {keys}")
         rows = content[MAP]
         rows = rows.array() if isinstance(rows, pickled.Tensor) else rows
-        return Layout.of(rows, counts_dense=True)
+        return Layout.from_rows(rows, counts_dense=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 NUMBERS = (re.compile(r"rank[_-]?(\d{1,6})", re.ASCII), re.compile(r"[_-](\d{1,6})$", re.ASCII))
 
 
-def files_in(paths: Iterable[Path], pattern: str = "*") -> list[Path]:
+def list_files(paths: Iterable[Path], pattern: str = "*") -> list[Path]:
     """List the files that paths name: themselves, and those of folders that fit a pattern.
 
     Hidden ones are left out: so are files called while they are written.
@@ -29,10 +29,10 @@ def files_in(paths: Iterable[Path], pattern: str = "*") -> list[Path]:
 
 def first_file(path: Path, pattern: str = "*") -> Path:
     """Return a file itself, or the first of a folder's that fits a pattern; else the folder."""
-    return next(iter(files_in([path], pattern)), path)
+    return next(iter(list_files([path], pattern)), path)
 
 
-def rank_of(path: Path) -> int | None:
+def find_rank(path: Path) -> int | None:
     """Return the rank in the name of a file; None if there is none."""
     for pattern in NUMBERS:
         if number := pattern.search(path.stem):
@@ -40,15 +40,17 @@ def rank_of(path: Path) -> int | None:
     return None
 
 
-def by_rank(paths: Sequence[Path], pattern: str) -> list[Path]:
+def list_by_rank(paths: Sequence[Path], pattern: str) -> list[Path]:
     """List files, and those of folders that fit a pattern, in the order of their ranks."""
     files: list[Path] = []
     for path in paths:
-        here = sorted(files_in([path], pattern), key=lambda file: (rank_of(file) or 0, file.name))
+        here = sorted(
+            list_files([path], pattern), key=lambda file: (find_rank(file) or 0, file.name)
+        )
         if path.is_dir():
             if not here:
                 raise ValueError(f"{path}: folder must hold {pattern}, got none")
-            numbered = [(rank, file) for file in here if (rank := rank_of(file)) is not None]
+            numbered = [(rank, file) for file in here if (rank := find_rank(file)) is not None]
             for (rank, file), (after, other) in pairwise(numbered):
                 if rank == after:
                     raise ValueError(

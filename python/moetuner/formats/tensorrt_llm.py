@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 from moetuner._checks import LAYER_LIMIT, experts_in, shown, whole_number
 from moetuner.files import naming, read_whole, replacing
 from moetuner.files.text import parse_json
-from moetuner.formats.arrays import by_step, names_in
-from moetuner.formats.counts import by_expert, sum_of_ranks
+from moetuner.formats.arrays import list_names, read_by_step
+from moetuner.formats.counts import sum_by_expert, sum_ranks
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
 from moetuner.formats.microbatches import Microbatches
 from moetuner.formats.records import head
-from moetuner.formats.sources import by_rank, rank_of
+from moetuner.formats.sources import find_rank, list_by_rank
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
@@ -47,14 +47,14 @@ def recognises(path: Path) -> bool:
         return any(recognises(file) for pattern in (COUNTS, RAW) for file in path.glob(pattern))
     if head(path, 9)[8:] != b"{":
         return False
-    names = names_in(path)
+    names = list_names(path)
     return bool(names) and all(map(ENTRY.fullmatch, names))
 
 
 def read(paths: Sequence[Path], hints: Hints) -> Traffic:
     """Read the dumps of all ranks: a trace of raw choices, else counts by iteration."""
     raw = any(_is_raw(path) or (path.is_dir() and any(path.glob(RAW))) for path in paths)
-    files = by_rank(paths, RAW if raw else COUNTS)
+    files = list_by_rank(paths, RAW if raw else COUNTS)
     first = files[0]
     if any(_is_raw(file) != raw for file in files):
         raise ValueError(f"{first.parent}: must be raw dumps or counts, got both")
@@ -74,12 +74,12 @@ def read(paths: Sequence[Path], hints: Hints) -> Traffic:
     if raw:
         return _trace(dumps, layers, counted, running)
     shape = (len(keys) // len(layers), len(layers), counted)
-    load = sum_of_ranks(
+    load = sum_ranks(
         files, Hints(), lambda file: np.stack(list(dumps[file].values())).reshape(shape)
     )
     with naming(first):
         if running is not None:
-            load = by_expert(load, running, hints.num_experts)
+            load = sum_by_expert(load, running, hints.num_experts)
         return RoutingStatistics.from_load(load, top_k=top_k)
 
 
@@ -102,7 +102,7 @@ def _about(file: Path) -> tuple[int, int]:
 def _dump(path: Path, raw: bool, width: int) -> dict[tuple[int, int], NDArray[Any]]:
     """Read counts [E], or ids [tokens, top-k], by iteration and layer."""
     with naming(path):
-        dump = by_step(path, ENTRY, "iteration_layer")
+        dump = read_by_step(path, ENTRY, "iteration_layer")
         for (iteration, layer), array in dump.items():
             is_right = array.ndim == 1 + raw and array.shape[-1] == width
             if not is_right or array.dtype.kind not in "iu":
@@ -141,7 +141,7 @@ def _trace(
     """Join the raw choices of all ranks; an iteration of a rank is a sequence."""
     batches = Microbatches(counted)
     for number, (file, dump) in enumerate(dumps.items()):
-        rank = rank_of(file)
+        rank = find_rank(file)
         with naming(file):
             for (iteration, layer), ids in dump.items():
                 batches.add((iteration, 0, number if rank is None else rank), layer, ids)
@@ -198,7 +198,7 @@ def read_map(path: Path, hints: Hints) -> Layout:
             if not isinstance(row, list) or len(row) != slots:
                 size = len(row) if isinstance(row, list) else "none"
                 raise ValueError(f"layer {number} must have num_slots {slots} experts, got {size}")
-        return Layout.of(list(numbers.values()), layers=tuple(numbers))
+        return Layout.from_rows(list(numbers.values()), layers=tuple(numbers))
 
 
 def _layer(key: object) -> int:

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from moetuner._checks import shown
 from moetuner.files import naming
 from moetuner.formats import pickled
-from moetuner.formats.counts import add_up, counts_in, statistics_of
+from moetuner.formats.counts import add_up, counts_in, make_statistics
 from moetuner.formats.hints import Hints
 from moetuner.formats.records import head
-from moetuner.formats.sources import files_in, first_file
+from moetuner.formats.sources import first_file, list_files
 from moetuner.statistics import RoutingStatistics
 
 PATTERN = "*.expert-load.pt"
@@ -45,7 +45,7 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
     """Add the records of all ranks, profile by profile."""
     by_rank: dict[int, list[NDArray[np.int64]]] = {}
     sizes: set[int] = set()
-    files = files_in(paths, PATTERN)
+    files = list_files(paths, PATTERN)
     for path in files:
         with naming(path):
             rank, size, count = _record(path)
@@ -70,7 +70,7 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
                 )
         loads = [_sum(counts) for counts in zip_longest(*(by_rank[rank] for rank in by_rank))]
         load = np.stack(loads)
-        return statistics_of(load, hints, hints.moe_layers(load.shape[1]))
+        return make_statistics(load, hints, hints.moe_layers(load.shape[1]))
 
 
 def _record(path: Path) -> tuple[int, int, NDArray[np.int64]]:

@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 from numpy.typing import NDArray
 
 from moetuner.files import naming, npz, safetensors
-from moetuner.formats.arrays import names_in, read_arrays
+from moetuner.formats.arrays import list_names, read_arrays
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.pickled import is_pickled
 from moetuner.formats.records import head, looks_like_json, records
-from moetuner.formats.responses import Routed, arrays_in, decode, trace_of
+from moetuner.formats.responses import Routed, decode, join_arrays, read_routed
 from moetuner.formats.sources import first_file
 
 Array = TypeVar("Array", "NDArray[Any]", safetensors.TensorInFile)
@@ -42,7 +42,7 @@ def recognises(path: Path) -> bool:
         return ours and b'"sglext"' not in start and b'"meta_info"' not in start
     if start.startswith(npz.MAGIC):
         return _has_dense_rows(path)
-    names = names_in(path) if start.startswith(b"PK\x03\x04") and not is_pickled(path) else []
+    names = list_names(path) if start.startswith(b"PK\x03\x04") and not is_pickled(path) else []
     if not names or not all(map(SEQUENCE.fullmatch, names)):
         return False
     (first,) = read_arrays(path, names[:1]).values()
@@ -66,11 +66,11 @@ def _has_dense_rows(path: Path) -> bool:
 
 def read(paths: Sequence[Path], hints: Hints) -> Traffic:
     """Read routed experts: every response or array is a sequence."""
-    return trace_of(paths, arrays_in(paths, _arrays, ON), hints)
+    return join_arrays(paths, read_routed(paths, _arrays, ON), hints)
 
 
 def _arrays(path: Path) -> Iterator[Routed]:
-    names = [] if looks_like_json(head(path, 64)) else names_in(path)
+    names = [] if looks_like_json(head(path, 64)) else list_names(path)
     if names:
         arrays = read_arrays(path, names)
         for name in sorted(names, key=lambda name: (len(name), name)):

@@ -24,8 +24,8 @@ from moetuner._checks import shown
 from moetuner.files import naming, npz, read_whole, replacing
 from moetuner.files.text import parse_json
 from moetuner.formats import pickled
-from moetuner.formats.arrays import names_in, read_arrays
-from moetuner.formats.counts import by_expert, counts_in
+from moetuner.formats.arrays import list_names, read_arrays
+from moetuner.formats.counts import counts_in, sum_by_expert
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import Layout
 from moetuner.formats.records import head
@@ -46,7 +46,7 @@ def recognises(path: Path) -> bool:
 
 def _names(path: Path) -> tuple[str | None, str | None]:
     """Return the names of workload and table in a file; that of a bare array is empty."""
-    names = names_in(path)
+    names = list_names(path)
     load, table = (
         next((name for name in choices if name in names), None)
         for choices in ((*LOADS, ""), TABLES)
@@ -103,7 +103,7 @@ def _by_expert(
             f"table must be {[layers, ranks, slots]} like the workload, got {list(table.shape)}"
         )
     stages = load.reshape(-1, layers, ranks * slots)
-    return by_expert(stages, table.reshape(layers, -1), experts)
+    return sum_by_expert(stages, table.reshape(layers, -1), experts)
 
 
 def write_map(placement: Placement, path: Path, _: Hints) -> None:
@@ -147,7 +147,7 @@ def read_map(path: Path, _: Hints) -> Layout:
                     f"{[len(experts) for experts in lists][:16]}"
                 )
             rows.append(list(chain(*lists)))
-        return Layout.of(rows, devices=devices, remarks=tuple(remarks))
+        return Layout.from_rows(rows, devices=devices, remarks=tuple(remarks))
 
 
 def _members(where: str, fields: object, key: str, count: str = "") -> list[Any]:

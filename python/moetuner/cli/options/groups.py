@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from moetuner._checks import shown
 from moetuner.files import naming, read_whole
 from moetuner.files.cells import counted
-from moetuner.formats import own
+from moetuner.formats import native
 from moetuner.formats.hints import Traffic
 from moetuner.recording import Recording
 from moetuner.statistics import WINDOW
@@ -189,4 +189,4 @@ def _group_files(paths: Sequence[Path], names: Sequence[str], read: Read) -> Tra
     for path, name in zip(paths, names, strict=True):
         part = read([path], None)
         parts.append(_label(part, np.zeros(part.length, np.int64), [name]))
-    return own.join(parts, paths)
+    return native.join(parts, paths)

@@ -17,7 +17,7 @@ from moetuner.cli.output import Output, working
 from moetuner.evaluation.replay import check_model
 from moetuner.files import naming
 from moetuner.files.cells import counted, in_bytes, percent
-from moetuner.formats import form_of, read_placement
+from moetuner.formats import find_form, read_placement
 from moetuner.placement import Placement, PlacementDiff, blocks
 from moetuner.problem import Problem
 from moetuner.report.advice import INITIAL_NAME, STARTS
@@ -83,7 +83,7 @@ def load_placement(
     )
     with naming(path):
         more = placement.layers - traffic.layers
-        if more > 0 and form_of(path) != "json":
+        if more > 0 and find_form(path) != "json":
             raise ValueError(
                 f"placement must have {traffic.layers} layers like INPUT, got "
                 f"{placement.layers}: if {more} of them are not in INPUT, as they have no "

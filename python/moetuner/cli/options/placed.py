@@ -30,7 +30,7 @@ from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.units import hold_out, units_of
 from moetuner.files import naming
 from moetuner.files.cells import counted, listed
-from moetuner.formats import WRITERS, form_of, read_placement
+from moetuner.formats import WRITERS, find_form, read_placement
 from moetuner.placement import Placement, contiguous
 from moetuner.problem.made import Made
 from moetuner.problem.reading import Reading
@@ -96,7 +96,7 @@ def read_any(path: Path, machine: Machine, hints: LayerHints) -> Placement:
 
 def read_hints(path: Path) -> Reading:
     """Return how a placement's INPUT was read, by its file; nothing from an engine's map."""
-    return Reading() if form_of(path) != "json" else made_of(path, read_placement(path)).input
+    return Reading() if find_form(path) != "json" else made_of(path, read_placement(path)).input
 
 
 def with_input(placement: Placement, source: Source, holdout: float) -> Placement:
@@ -155,7 +155,7 @@ class Placed:
         source = source.with_hints(read_hints(path))
         placement = load_placement(path, source, devices=machine.given)
         made = made_of(path, placement)
-        loads_it = WRITERS[form_of(path)].engine
+        loads_it = WRITERS[find_form(path)].engine
         if loads_it is not None:  # a map that one engine alone loads is served by it
             made = replace(made, serving={**made.serving, "engine": loads_it})
         source, recorded = source.as_placed(made, path), made.input

@@ -28,7 +28,7 @@ from moetuner.cli.options.groups import FILES, group_input, locate_names
 from moetuner.cli.output import working
 from moetuner.cost import public_name, top_k_of, type_in_name
 from moetuner.files import same_file
-from moetuner.formats import cautions, open_input, readers_of
+from moetuner.formats import find_readers, list_cautions, open_input
 from moetuner.formats.hints import Traffic as Traffic
 from moetuner.presets import MODELS
 from moetuner.problem.made import Made
@@ -122,7 +122,7 @@ class Source(FileHints):
     @cached_property
     def readers(self) -> tuple[str, ...]:
         """Names of the readers of INPUT's files; of a pipe none is known."""
-        return readers_of(self.input_files)
+        return find_readers(self.input_files)
 
     @cached_property
     def recorded(self) -> Traffic:
@@ -249,7 +249,7 @@ class Source(FileHints):
         """Describe INPUT in a line; in further ones what was assumed of it, and warnings."""
         with working(f"looking at {self.input_files[0].name}"):
             line = recording.describe(self.input_files, self.traffic)
-            cannot_say = cautions(self.readers)
+            cannot_say = list_cautions(self.readers)
             steps = recording.describe_steps(self.traffic, self.tokens_per_step, self.top_k)
             return "\n".join([line, *cannot_say, *steps, *self.warnings])
 

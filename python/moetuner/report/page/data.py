@@ -31,7 +31,7 @@ from moetuner.files.cells import (
     sentence,
     unit_of_time,
 )
-from moetuner.formats import serving_commands, way_back
+from moetuner.formats import find_way_back, list_serving_recipes
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.report.advice.values import Advice
 from moetuner.report.findings import PYTHON, TERMINAL, Finding, Voice
@@ -419,7 +419,7 @@ def make_judgement_data(
         setting = replayed.setting
         recipes = _list_serving_commands(contents, setting.placement, setting.topology.nodes)
         contents["commands"] = [*map(str, recipes)]
-        contents["go_back"] = way_back(contents.get("settings", {}).get("engine"))
+        contents["go_back"] = find_way_back(contents.get("settings", {}).get("engine"))
     if expert_bytes is None:
         recorded = replayed.traffic
         expert_bytes = bytes_of_expert(recorded.expert_size, recorded.model)
@@ -496,7 +496,7 @@ def _list_serving_commands(
     redundant = placement.devices * placement.slots_per_device - placement.num_experts
     if not file:
         return ()
-    recipes = serving_commands(
+    recipes = list_serving_recipes(
         settings.get("engine"),
         devices=placement.devices,
         redundant=redundant,

@@ -11,7 +11,7 @@ from moetuner.files.contents import holds_statistics, is_own
 from moetuner.formats.counts import drop_dense_layers
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
-from moetuner.formats.sources import files_in, first_file
+from moetuner.formats.sources import first_file, list_files
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
@@ -27,7 +27,7 @@ def recognises(kind: Kind, path: Path) -> bool:
 
 def read(paths: Sequence[Path], hints: Hints) -> Traffic:
     """Read files one after the other: traces, or counts."""
-    files = files_in(paths)
+    files = list_files(paths)
     return join([_traffic(path, hints) for path in files], files)
 
 
@@ -81,4 +81,4 @@ def recognises_map(path: Path) -> bool:
 
 def read_map(path: Path, _: Hints) -> Layout:
     """Read moetuner's JSON."""
-    return Layout.of_placement(Placement.load(path))
+    return Layout.from_placement(Placement.load(path))
