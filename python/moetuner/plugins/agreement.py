@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from moetuner.plugins.consensus import TimedStore, agree, verdict_key
 from moetuner.plugins.rounds import Rounds
 
-Said = TypeVar("Said", "Post", "Verdict")
+Message = TypeVar("Said", "Post", "Verdict")
 
 # Counts up when posts mean something else than before. What posts and verdicts say of ``version``,
 # ``do`` and ``reason`` stays, so that ranks of two versions can tell each other that they differ.
@@ -107,11 +107,11 @@ def judge(posts: Sequence[Post | None], wait: float = WAIT) -> Verdict:
     """Return the verdict on what ranks posted; None is a rank that did not."""
     versions = {rank: post.version for rank, post in enumerate(posts) if post is not None}
     speaker = min(versions, default=0)
-    if strange := [rank for rank in versions if versions[rank] != versions[speaker]]:
+    if others := [rank for rank in versions if versions[rank] != versions[speaker]]:
         return Verdict(
             "off",
-            f"{name_ranks(strange)} and rank {speaker} agree by other versions of moetuner "
-            f"({versions[strange[0]]} and {versions[speaker]}): install the same on all",
+            f"{name_ranks(others)} and rank {speaker} agree by other versions of moetuner "
+            f"({versions[others[0]]} and {versions[speaker]}): install the same on all",
             speaker=speaker,
         )
     silent = [rank for rank, post in enumerate(posts) if post is None]
@@ -127,28 +127,30 @@ def judge(posts: Sequence[Post | None], wait: float = WAIT) -> Verdict:
     first = answers[0]
     if first.pending and all(post.pending == first.pending for post in answers):
         return Verdict("reload")
-    never = "own" if all(post.reloads for post in answers) else "off"
-    read = [post.files for post in answers], [post.unread for post in answers]
-    decided = [post.map for post in answers], [bool(post.error) for post in answers]
+    # Files that are not read again differ in every later decision, too.
+    differing = "own" if all(post.reloads for post in answers) else "off"
+    files = [post.files for post in answers], [post.unread for post in answers]
+    maps = [post.map for post in answers], [bool(post.error) for post in answers]
     for do, what, (values, failures) in (
-        (never, "read other files or variables", read),
-        ("own", "decided another map", decided),
+        (differing, "read other files or variables", files),
+        ("own", "decided another map", maps),
     ):
         failed = [rank for rank, failure in enumerate(failures) if failure]
-        other = [rank for rank, value in enumerate(values) if value != values[0]]
+        different = [rank for rank, value in enumerate(values) if value != values[0]]
         if failed:
             where = "" if len(failed) == len(answers) else f"{name_ranks(failed)}: "
             return Verdict(do, f"{where}{answers[failed[0]].error}")
-        if other:
-            return Verdict(do, f"{name_ranks(other)} {what} than rank 0")
+        if different:
+            return Verdict(do, f"{name_ranks(different)} {what} than rank 0")
     return Verdict("take", map=first.map)
 
 
 def name_ranks(ranks: Sequence[int]) -> str:
     """Name ranks in a line: ``rank 1``, or ``ranks 1, 2, 5``."""
     named = ", ".join(map(str, ranks[:MOST_NAMED]))
-    more = f" and {len(ranks) - MOST_NAMED} more" if len(ranks) > MOST_NAMED else ""
-    return f"rank{'s' if len(ranks) > 1 else ''} {named}{more}"
+    if len(ranks) > MOST_NAMED:
+        named += f" and {len(ranks) - MOST_NAMED} more"
+    return f"rank{'s' if len(ranks) > 1 else ''} {named}"
 
 
 class MapAgreement:
@@ -227,9 +229,13 @@ class MapAgreement:
 
         def write_verdict(posts: Sequence[str | None]) -> str:
             try:
-                verdict = judge([_read_post(rank, said) for rank, said in enumerate(posts)], wait)
+                verdict = judge(
+                    [_read_post(rank, message) for rank, message in enumerate(posts)], wait
+                )
             except Exception as error:
-                speaker = next((rank for rank, said in enumerate(posts) if said is not None), 0)
+                speaker = next(
+                    (rank for rank, message in enumerate(posts) if message is not None), 0
+                )
                 reason = (str(error) or repr(error))[:LONGEST]
                 verdict = Verdict(reason=reason, speaker=speaker, failures=1)
             if verdict.silent or verdict.failures:
@@ -239,7 +245,7 @@ class MapAgreement:
             return to_json(verdict)
 
         try:
-            said, complete = agree(
+            message, complete = agree(
                 store,
                 rounds.key,
                 group.rank,
@@ -247,7 +253,7 @@ class MapAgreement:
                 post=to_json(post),
                 judge=write_verdict,
                 wait=wait,
-                distrusts=_is_strange,
+                distrusts=_has_other_version,
             )
         except TimeoutError as error:
             # The others may read this rank's post when the store answers again: then there is a
@@ -255,39 +261,39 @@ class MapAgreement:
             lost = Verdict(reason=_cannot_compare(error), speaker=group.rank, failures=1)
             store.put_later(verdict_key(rounds.key), to_json(lost))
             raise
-        rounds.close(store, said, complete=complete)
-        verdict = read_verdict(said)
+        rounds.close(store, message, complete=complete)
+        verdict = read_verdict(message)
         if verdict.do == "take" and verdict.map != post.map:
             # The verdict is on the post of another process that had this rank.
             return Verdict(reason="this rank came too late with another map")
         return verdict
 
 
-def to_json(said: Post | Verdict) -> str:
+def to_json(message: Post | Verdict) -> str:
     """Return what a rank says in JSON, or in its place why it cannot say it."""
     try:
-        content = asdict(said)
-        if isinstance(said, Verdict):
+        content = asdict(message)
+        if isinstance(message, Verdict):
             # Without the usual values, so that earlier versions can read as much as possible.
             usual = asdict(Verdict(do=""))
             content = {name: value for name, value in content.items() if value != usual[name]}
         return json.dumps(content)
     except Exception as error:
         why = {"error": repr(error), "reason": repr(error)}
-        return json.dumps({**why, "files": getattr(said, "files", ""), "version": VERSION})
+        return json.dumps({**why, "files": getattr(message, "files", ""), "version": VERSION})
 
 
-def read(kind: type[Said], said: str) -> Said:
+def read_message(kind: type[Message], message: str) -> Message:
     """Return what a rank said, without fields that this version does not know."""
-    content = json.loads(said)
-    known = {field.name for field in fields(kind)}
-    return kind(**{name: value for name, value in content.items() if name in known})
+    content = json.loads(message)
+    names = {field.name for field in fields(kind)}
+    return kind(**{name: value for name, value in content.items() if name in names})
 
 
-def read_verdict(said: str | None) -> Verdict:
+def read_verdict(message: str | None) -> Verdict:
     """Return a verdict; one that makes no sense is the engine's own map."""
     try:
-        verdict = Verdict() if said is None else read(Verdict, said)
+        verdict = Verdict() if message is None else read_message(Verdict, message)
         if verdict.do in ("take", "own", "reload", "off"):
             return verdict
         reason = f"{verdict.do!r} is not a verdict"
@@ -296,12 +302,12 @@ def read_verdict(said: str | None) -> Verdict:
     return Verdict(reason=reason, failures=1)
 
 
-def _read_post(rank: int, said: str | None) -> Post | None:
+def _read_post(rank: int, message: str | None) -> Post | None:
     """Return the post of a rank."""
-    if said is None:
+    if message is None:
         return None
     try:
-        return replace(read(Post, said), version=json.loads(said).get("version", 0))
+        return replace(read_message(Post, message), version=json.loads(message).get("version", 0))
     except Exception as error:
         raise ValueError(f"rank {rank}: its post cannot be read: {error!r}") from error
 
@@ -310,9 +316,9 @@ def _cannot_compare(error: Exception) -> str:
     return f"ranks cannot compare their maps: {error!r}"[:LONGEST]
 
 
-def _is_strange(said: str) -> bool:
+def _has_other_version(message: str) -> bool:
     """Whether a post is of another version, which may not know how to judge ours."""
     try:
-        return bool(json.loads(said).get("version", 0) != VERSION)
+        return bool(json.loads(message).get("version", 0) != VERSION)
     except Exception:
         return True

@@ -20,10 +20,10 @@ from moetuner.plugins.decision import Case, Slots
 from moetuner.plugins.files import Files, compute_checksum
 from moetuner.plugins.log import Log, quote_error
 from moetuner.plugins.recorder import LoadRecorder
-from moetuner.plugins.settings import Settings, complaints
+from moetuner.plugins.settings import Settings, find_idle_variables
 
 # Seconds between two looks at the file of MOETUNER_RELOAD.
-LOOK = 0.5
+LOOK_SECONDS = 0.5
 # One thread reads files again at a time, so that who asks for it after another finds them read.
 READING = threading.Lock()
 
@@ -66,7 +66,7 @@ class Balancer:
         self._rank = 0
 
     @classmethod
-    def of(cls, log: Log, engine: str) -> Balancer | None:
+    def from_environment(cls, log: Log, engine: str) -> Balancer | None:
         """Return what the process's environment asks for, None if that is nothing.
 
         Warn of variables that do nothing, and of files that cannot be read. A variable that makes
@@ -74,10 +74,10 @@ class Balancer:
         """
         # Engines have many processes; the first speaks for all that start as it does.
         rank = int(multiprocessing.parent_process() is not None)
-        for line in complaints():
+        for line in find_idle_variables():
             log.warn(line, rank)
         try:
-            settings = Settings.of()
+            settings = Settings.from_environment()
             balancer = None if settings is None else cls(settings, log)
         except ValueError as error:
             balancer = cls(str(error), log)
@@ -165,7 +165,7 @@ class Balancer:
         arguments = (weight, num_replicas, num_groups, num_nodes, num_ranks, old_map, sparse)
         while True:
             begin, pending = time.perf_counter(), self._pending
-            decided, post = self._outcome(arguments, model, form, pending)
+            decided, post = self._decide_alone(arguments, model, form, pending)
             verdict = self._agreement.verdict(group, post, wait)
             if verdict.do != "reload" or pending is None:
                 break
@@ -184,10 +184,10 @@ class Balancer:
             # A copy, as an engine goes on with its arrays, and may reset them.
             case, took = replace(case, windows=case.load[None]), time.perf_counter() - begin
             what = case, slots, source, rank, took
-            self._later("a decision is not described", self._describe, *what)
+            self._run_in_background("a decision is not described", self._describe, *what)
         return answer
 
-    def _outcome(
+    def _decide_alone(
         self,
         arguments: tuple[Any, ...],
         model: str | None,
@@ -198,7 +198,7 @@ class Balancer:
         files = self.files
         post = Post(files.checksum, reloads=self.settings.reload is not None)
         try:
-            case, source = Case.of(*arguments), "live loads"
+            case, source = Case.from_arguments(*arguments), "live loads"
             if pending is not None and self._serves(pending, case, model, form):
                 post = replace(post, pending=pending.checksum)
             if files.error:
@@ -241,10 +241,10 @@ class Balancer:
             if not why and not self.files.fault(other, name, rules):
                 why = pending.fault(other, name, rules)
         if why:
-            self._not_taken(why)
+            self._warn_not_taken(why)
         return not why
 
-    def _not_taken(self, why: str) -> None:
+    def _warn_not_taken(self, why: str) -> None:
         self.log.warn(f"read again, not taken: {why}", self._rank)
 
     def _describe(self, case: Case, slots: Slots, source: str, rank: int, seconds: float) -> None:
@@ -273,7 +273,7 @@ class Balancer:
     def record(self, weight: ArrayLike, rank: int = 0) -> None:
         """Keep windows of load [L,E] or [W,L,E] on rank 0, where asked for; never fails."""
         if self._recorder is not None and rank == 0:
-            self._later("loads are not recorded", self._recorder.add, np.array(weight))
+            self._run_in_background("loads are not recorded", self._recorder.add, np.array(weight))
 
     def flush(self) -> None:
         """Wait until all windows are in the file, and all lines are logged."""
@@ -281,7 +281,9 @@ class Balancer:
             self._background.shutdown()
             self._background = None
 
-    def _later(self, failure: str, work: Callable[..., object], *arguments: Any) -> None:
+    def _run_in_background(
+        self, failure: str, work: Callable[..., object], *arguments: Any
+    ) -> None:
         """Do work that must not delay the engine in a thread of its own; it never fails."""
 
         def run() -> None:
@@ -297,7 +299,7 @@ class Balancer:
     def _watch(self) -> None:
         while True:
             self.look_again()
-            time.sleep(LOOK)
+            time.sleep(LOOK_SECONDS)
 
     def look_again(self) -> None:
         """Read the files again if that of MOETUNER_RELOAD changed; the next decision agrees."""
@@ -308,7 +310,7 @@ class Balancer:
             self._seen = seen
             files = Files.read(self.settings)
             if files.error:
-                self._not_taken(files.error)
+                self._warn_not_taken(files.error)
             self._pending = files
 
 

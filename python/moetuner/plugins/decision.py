@@ -105,7 +105,9 @@ def rebalance_experts(
     [[0, 1, 3, 0, 2, 3]]
     """
     # Where a profile has fewer layers, those without load are dense.
-    case = Case.of(weight, num_replicas, num_groups, num_nodes, num_ranks, old_map, sparse=())
+    case = Case.from_arguments(
+        weight, num_replicas, num_groups, num_nodes, num_ranks, old_map, sparse=()
+    )
     limits = MoveLimits(budget, dead_zone, deviations, traffic)
     layers, ranks, width = case.slots.shape
     lost = chosen("dead", dead, ranks, "ranks")
@@ -117,7 +119,9 @@ def rebalance_experts(
         raise ValueError(
             f"dead must leave a slot for each of {case.experts} experts, got {left.shape[1]} slots"
         )
-    rest = Case.of(weight, left.shape[1], None, 1, ranks - int(lost.sum()), left, sparse=())
+    rest = Case.from_arguments(
+        weight, left.shape[1], None, 1, ranks - int(lost.sum()), left, sparse=()
+    )
     answer = np.full((layers, ranks, width), EMPTY, dtype=np.int64)
     served = rest.make_map(rest.rebalance(limits, profile).slots)
     answer[:, ~lost] = served.reshape(layers, -1, width)
@@ -159,7 +163,7 @@ class Case:
     sparse: NDArray[np.intp] | None = None
 
     @classmethod
-    def of(
+    def from_arguments(
         cls,
         weight: ArrayLike,
         num_replicas: int,
@@ -233,7 +237,7 @@ class Case:
         pairs = None if profile is None else self.weigh_pairs(profile, limits.traffic)
         budget = self.slots.size if limits.budget is None else min(limits.budget, self.slots.size)
         if self.nodes > 1:
-            return self._whole_groups(budget, pairs, limits)
+            return self._rebalance_nodes(budget, pairs, limits)
         return rebalance(
             self.windows,
             self.slots,
@@ -244,7 +248,7 @@ class Case:
             pairs=pairs,
         )
 
-    def _whole_groups(self, budget: int, pairs: Pairs | None, limits: MoveLimits) -> Rebalanced:
+    def _rebalance_nodes(self, budget: int, pairs: Pairs | None, limits: MoveLimits) -> Rebalanced:
         """Rebalance every node by itself, on the groups that it has."""
         layers, ranks, width = self.slots.shape
         nodes = self.nodes

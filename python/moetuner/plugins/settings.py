@@ -57,7 +57,7 @@ class Settings:
     rules: MoveLimits = field(default_factory=MoveLimits)
 
     @classmethod
-    def of(cls, environment: Mapping[str, str] | None = None) -> Settings | None:
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings | None:
         """Read an environment, by default the process's; None if it asks for nothing."""
         variables = os.environ if environment is None else environment
 
@@ -106,7 +106,7 @@ def _number(name: str, value: str) -> float:
     return number
 
 
-def complaints(environment: Mapping[str, str] | None = None) -> list[str]:
+def find_idle_variables(environment: Mapping[str, str] | None = None) -> list[str]:
     """Return a line for every variable that does nothing: its name is unknown, or others win."""
     variables = os.environ if environment is None else environment
     names = [name.removeprefix(PREFIX) for name in sorted(variables) if name.startswith(PREFIX)]
@@ -118,7 +118,7 @@ def complaints(environment: Mapping[str, str] | None = None) -> list[str]:
         hint = f"did you mean {PREFIX}{similar[0]}?" if similar else f"known are {', '.join(NAMES)}"
         lines.append(f"{PREFIX}{name} is not a variable of moetuner: {hint}")
     try:
-        settings = Settings.of(variables)
+        settings = Settings.from_environment(variables)
     except ValueError:
         return lines
     placement = settings is not None and bool(settings.placements)

@@ -14,7 +14,7 @@ import numpy as np
 
 from moetuner.plugins.balancer import Balancer
 from moetuner.plugins.log import Log
-from moetuner.plugins.tensors import find_group, rank_of_process, read_array, three_maps
+from moetuner.plugins.tensors import find_group, find_process_rank, make_eplb_tensors, read_array
 
 LOG = Log(logging.getLogger("moetuner.plugins"))
 LATE = "the placement takes effect at the first rebalance, not at model load"
@@ -33,7 +33,7 @@ def register() -> None:
     """
     asked = False
     try:
-        balancer = Balancer.of(LOG, "SGLang")
+        balancer = Balancer.from_environment(LOG, "SGLang")
         asked, hooks = balancer is not None, Hooks(balancer)
         targets: dict[str, Callable[..., Any]] = {
             "eplb_algorithms.compute_algorithm": hooks.compute_algorithm
@@ -73,7 +73,7 @@ class Hooks:
         LOG.warn(
             "neither MOETUNER_PLACEMENT nor MOETUNER_REBALANCE is set: SGLang's own algorithm "
             "decides",
-            rank_of_process(),
+            find_process_rank(),
         )
         return original(
             *("auto" if value == ALGORITHM else value for value in arguments),
@@ -87,7 +87,7 @@ class Hooks:
         trivial = original(model_config, *arguments, **named)
         if self.balancer is None or trivial is None:
             return trivial
-        rank = rank_of_process()
+        rank = find_process_rank()
         try:
             first = self._placed(self.balancer, model_config, trivial, rank)
             if first is None:
@@ -110,7 +110,7 @@ class Hooks:
         layers, slots = running.shape
         ranks, experts = int(trivial.ep_size), int(trivial.num_logical_experts)
         name = getattr(model_config, "model_path", None)
-        self._sparse[layers] = sparse_layers(model_config, layers)
+        self._sparse[layers] = list_sparse_layers(model_config, layers)
         balancer.take_model(layers, name)
         first = balancer.decide(
             np.zeros((layers, experts), dtype=np.int64),
@@ -123,7 +123,7 @@ class Hooks:
             model=name,
             rank=rank,
             wait=WAIT_AT_LOAD,
-            form=lambda slots: three_maps(slots, ranks, experts)[0],
+            form=lambda slots: make_eplb_tensors(slots, ranks, experts)[0],
             sparse=self._sparse[layers],
         )
         return None if first is None or (first.numpy() == running).all() else first
@@ -135,7 +135,7 @@ class Hooks:
             maps = self._rebalance(**named)
         except Exception as error:
             # Another version, on all ranks alike.
-            LOG.warn(f"SGLang's own algorithm decides: {error!r}", rank_of_process())
+            LOG.warn(f"SGLang's own algorithm decides: {error!r}", find_process_rank())
             maps = None
         if maps is not None:
             return maps
@@ -159,7 +159,7 @@ class Hooks:
     ) -> Any:
         """Return our maps, None where SGLang's own algorithm decides."""
         assert self.balancer is not None
-        loads, rank = read_array(tokens_per_expert), rank_of_process()
+        loads, rank = read_array(tokens_per_expert), find_process_rank()
         self.balancer.record(loads, rank)
         if algorithm != ALGORITHM:
             return None
@@ -176,13 +176,13 @@ class Hooks:
             model=self.balancer.name_model(layers),
             rank=rank,
             # Two copies of an expert on a rank are refused here: SGLang would fill only one.
-            form=lambda slots: three_maps(slots, ranks, experts),
+            form=lambda slots: make_eplb_tensors(slots, ranks, experts),
             sparse=self._sparse.get(layers, []),
         )
         return None if maps is None else tuple(one.to(tokens_per_expert.device) for one in maps)
 
 
-def sparse_layers(model_config: Any, layers: int) -> list[int]:
+def list_sparse_layers(model_config: Any, layers: int) -> list[int]:
     """Return the layers with experts that a model's configuration names, or none."""
     config: Any = getattr(model_config, "hf_text_config", None)
     config = config or getattr(model_config, "hf_config", None)

@@ -14,7 +14,7 @@ from moetuner.placement import Placement
 from moetuner.plugins.agreement import Group
 
 
-def three_maps(slots: NDArray[np.int64], ranks: int, experts: int) -> tuple[Any, ...]:
+def make_eplb_tensors(slots: NDArray[np.int64], ranks: int, experts: int) -> tuple[Any, ...]:
     """Return experts of slots [L,P], slots of experts [L,E,X] and copies [L,E] as tensors."""
     import torch
 
@@ -44,7 +44,7 @@ def changing_in_place() -> AbstractContextManager[Any]:
     return torch.inference_mode()
 
 
-def rank_of_process() -> int:
+def find_process_rank() -> int:
     """Return the rank of this process in the whole job, 0 where there is none."""
     return int(torch_distributed().get_rank()) if torch_distributed() else 0
 

@@ -19,10 +19,10 @@ from contextlib import suppress
 from typing import Any
 
 from moetuner.plugins.log import Log
-from moetuner.plugins.tensors import changing_in_place, rank_of_process
+from moetuner.plugins.tensors import changing_in_place, find_process_rank
 
 # What a layer of experts, an `EplbState` and a worker remember.
-PLACED, MODELS, KEPT = "moetuner_placed", "moetuner_models", "moetuner_kept"
+PLACED, MODELS, SAVED = "moetuner_placed", "moetuner_models", "moetuner_kept"
 # What `RoutedExperts.weight_loader` takes.
 TENSOR = ["param", "loaded_weight", "weight_name", "shard_id"]
 ARGUMENTS = ["self", *TENSOR, "expert_id", "return_success"]
@@ -109,11 +109,11 @@ class PlacedModel:
             self.log.warn(
                 "scales that are computed when weights are loaded do not move with their expert "
                 "after an update: right until the next rearrangement, not after it",
-                rank_of_process(),
+                find_process_rank(),
             )
         unfollowed = self.unfollowed or ("a tensor of all experts" if is_whole else "")
         if unfollowed and self.moved:
-            return self.refuse("load_weights", unfollowed, rank_of_process())
+            return self.refuse("load_weights", unfollowed, find_process_rank())
         if unfollowed:
             return bool(into(expert))
         self._read()
@@ -147,24 +147,31 @@ def follow_updates(
     ``layers`` ``RoutedExperts`` and ``worker`` ``Worker``; None for one that this version of vLLM
     does not have. ``rearranges`` says whether experts move while the engine serves.
     """
-    missing = _missing(layers)
+    missing = _find_missing(layers)
     if not missing:
-        wrap(layers, "weight_loader", "follows", _loader)
+        wrap(layers, "weight_loader", "follows", _wrap_weight_loader)
     wrap(
-        states, "add_model", "follows", functools.partial(_adding, layers, missing, log, rearranges)
+        states,
+        "add_model",
+        "follows",
+        functools.partial(_wrap_add_model, layers, missing, log, rearranges),
     )
     if hasattr(states, "drain_async"):
-        wrap(states, "step", "follows", _stepping)
+        wrap(states, "step", "follows", _wrap_step)
     for name in LOADS:
         if hasattr(worker, name):
-            wrap(worker, name, "follows", functools.partial(_refusing, name))
-    for name, around in (("sleep", _sleeping), ("discard", _discarding), ("wake_up", _waking)):
+            wrap(worker, name, "follows", functools.partial(_wrap_load, name))
+    for name, around in (
+        ("sleep", _wrap_sleep),
+        ("discard", _wrap_discard),
+        ("wake_up", _wrap_wake_up),
+    ):
         if hasattr(worker, name):
             wrap(worker, name, "follows", functools.partial(around, log))
     return missing
 
 
-def _missing(layers: Any) -> str:
+def _find_missing(layers: Any) -> str:
     loader = getattr(layers, "weight_loader", None)
     if loader is None:
         return "this version of vLLM has no RoutedExperts.weight_loader"
@@ -173,7 +180,7 @@ def _missing(layers: Any) -> str:
     return ""
 
 
-def _loader(load: Any) -> Any:
+def _wrap_weight_loader(load: Any) -> Any:
     def load_where_it_is(
         self: Any,
         param: Any,
@@ -213,21 +220,21 @@ def first_slots(layer: Any, expert: int) -> list[int]:
     return [*range(expert, slots, experts)] if expert < experts else []
 
 
-def _adding(layers: Any, missing: str, log: Log, rearranges: bool, add_model: Any) -> Any:
+def _wrap_add_model(layers: Any, missing: str, log: Log, rearranges: bool, add_model: Any) -> Any:
     def add(self: Any, *arguments: Any, **named: Any) -> Any:
         added = add_model(self, *arguments, **named)
         model = named.get("model", arguments[0] if arguments else None)
         try:
-            placed = note(self, model, layers, missing, log)
+            placed = track_model(self, model, layers, missing, log)
             placed.computes_scales &= rearranges
         except Exception as error:
-            log.warn(f"weight updates cannot follow experts: {error!r}", rank_of_process())
+            log.warn(f"weight updates cannot follow experts: {error!r}", find_process_rank())
         return added
 
     return add
 
 
-def note(states: Any, model: Any, layers: Any, missing: str, log: Log) -> PlacedModel:
+def track_model(states: Any, model: Any, layers: Any, missing: str, log: Log) -> PlacedModel:
     """Tell every layer of a model that vLLM has taken where its experts are."""
     every = list(states.model_states.values())
     state = next((placed for placed in every if getattr(placed, "model", None) is model), every[-1])
@@ -238,14 +245,14 @@ def note(states: Any, model: Any, layers: Any, missing: str, log: Log) -> Placed
         placed.unfollowed = "weights beside an asynchronous rearrangement"
     experts = [getattr(layer, "routed_experts", layer) for layer in model.moe_layers]
     for layer in experts:
-        placed.unfollowed = placed.unfollowed or _own_loader(layer, layers)
+        placed.unfollowed = placed.unfollowed or _find_other_loader(layer, layers)
         kinds = type(getattr(layer, "quant_method", None)).__mro__
         placed.computes_scales |= any(kind.__name__ == ONLINE for kind in kinds)
     if placed.unfollowed:
         log.warn(
             f"weights that change do not follow experts that move ({placed.unfollowed}): "
             f"{' and '.join(LOADS[:2])} are refused from then on",
-            rank_of_process(),
+            find_process_rank(),
         )
     known = [model for model in find_models(states) if any(model.state is other for other in every)]
     vars(states)[MODELS] = [*(model for model in known if model.state is not state), placed]
@@ -254,7 +261,7 @@ def note(states: Any, model: Any, layers: Any, missing: str, log: Log) -> Placed
     return placed
 
 
-def _own_loader(experts: Any, layers: Any) -> str:
+def _find_other_loader(experts: Any, layers: Any) -> str:
     """Return what loads these experts in a way that cannot be followed, nothing if nothing does."""
     kind = type(experts)
     if not isinstance(experts, layers) or kind.weight_loader is not layers.weight_loader:
@@ -270,12 +277,12 @@ def find_models(states: Any) -> list[PlacedModel]:
     return list(getattr(states, "__dict__", {}).get(MODELS, []))
 
 
-def models_of_worker(worker: Any) -> list[PlacedModel]:
+def find_models_of_worker(worker: Any) -> list[PlacedModel]:
     """Return the models of a worker."""
     return find_models(getattr(getattr(worker, "model_runner", None), "eplb_state", None))
 
 
-def _stepping(step: Any) -> Any:
+def _wrap_step(step: Any) -> Any:
     def step_after_update(self: Any, *arguments: Any, **named: Any) -> Any:
         # What an asynchronous rearrangement has staged is older than the update. All ranks took the
         # update between the same two steps, so all are here.
@@ -288,11 +295,11 @@ def _stepping(step: Any) -> Any:
     return step_after_update
 
 
-def _refusing(name: str, call: Any) -> Any:
+def _wrap_load(name: str, call: Any) -> Any:
     def guarded(self: Any, *arguments: Any, **named: Any) -> Any:
         checkpoint = named.get("is_checkpoint_format", len(arguments) < 3 or arguments[2])
         kernel = name == "reload_weights" and not checkpoint
-        for model in models_of_worker(self):
+        for model in find_models_of_worker(self):
             why = "weights in the kernel's format" if kernel else model.unfollowed
             if why and model.moved:
                 return model.refuse(name, why, self.rank) or None
@@ -301,7 +308,7 @@ def _refusing(name: str, call: Any) -> Any:
     return guarded
 
 
-def _sleeping(log: Log, sleep: Any) -> Any:
+def _wrap_sleep(log: Log, sleep: Any) -> Any:
     def sleep_with_maps(self: Any, level: int = 1, *arguments: Any, **named: Any) -> Any:
         if level == 2:
             keep_maps(self, log)
@@ -310,7 +317,7 @@ def _sleeping(log: Log, sleep: Any) -> Any:
     return sleep_with_maps
 
 
-def _discarding(log: Log, discard: Any) -> Any:
+def _wrap_discard(log: Log, discard: Any) -> Any:
     def discard_without_maps(self: Any, tags: Any, *arguments: Any, **named: Any) -> Any:
         if "weights" in tags:
             keep_maps(self, log)
@@ -319,7 +326,7 @@ def _discarding(log: Log, discard: Any) -> Any:
     return discard_without_maps
 
 
-def _waking(log: Log, wake_up: Any) -> Any:
+def _wrap_wake_up(log: Log, wake_up: Any) -> Any:
     def wake_up_with_maps(self: Any, tags: Any = None, *arguments: Any, **named: Any) -> Any:
         woken = wake_up(self, tags, *arguments, **named)
         if tags is None or "weights" in tags:
@@ -331,13 +338,13 @@ def _waking(log: Log, wake_up: Any) -> Any:
 
 def keep_maps(worker: Any, log: Log) -> None:
     """Keep the maps on the host: they were allocated with the weights, and go with them."""
-    if KEPT in vars(worker):
+    if SAVED in vars(worker):
         return
     try:
-        kept = []
-        for model in models_of_worker(worker):
+        saved = []
+        for model in find_models_of_worker(worker):
             maps = {name: getattr(model.state, name, None) for name in MAPS}
-            kept.append(
+            saved.append(
                 (
                     model.state,
                     {
@@ -347,18 +354,18 @@ def keep_maps(worker: Any, log: Log) -> None:
                     },
                 )
             )
-        vars(worker)[KEPT] = kept
+        vars(worker)[SAVED] = saved
     except Exception as error:
-        log.warn(f"a sleep of level 2 loses where experts are: {error!r}", rank_of_process())
+        log.warn(f"a sleep of level 2 loses where experts are: {error!r}", find_process_rank())
 
 
 def bring_maps(worker: Any) -> None:
     """Bring the maps back; what counts loads begins anew."""
-    if (maps := vars(worker).pop(KEPT, None)) is None:
+    if (maps := vars(worker).pop(SAVED, None)) is None:
         return
     with changing_in_place():
-        for state, kept in maps:
-            for name, tensor in kept.items():
+        for state, saved in maps:
+            for name, tensor in saved.items():
                 getattr(state, name).copy_(tensor)
             for name in ("expert_load_pass_buffer", "expert_load_pass", "expert_load_window"):
                 if (counts := getattr(state, name, None)) is not None:

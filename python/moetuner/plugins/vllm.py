@@ -16,7 +16,7 @@ from typing import Any
 
 from moetuner.plugins.balancer import Balancer
 from moetuner.plugins.log import Log
-from moetuner.plugins.tensors import find_group, rank_of_process, read_array, three_maps
+from moetuner.plugins.tensors import find_group, find_process_rank, make_eplb_tensors, read_array
 from moetuner.plugins.updates import follow_updates, wrap
 from moetuner.serving.engines import tokens_per_rank
 
@@ -34,7 +34,7 @@ def register() -> None:
     vLLM calls this in every process, some of them several times, and would not start if it raised.
     """
     try:
-        if _is_registered() or (balancer := Balancer.of(LOG, "vLLM")) is None:
+        if _is_registered() or (balancer := Balancer.from_environment(LOG, "vLLM")) is None:
             return
         replaced = attempt("vLLM keeps its own policy", replace_policy, balancer)
         if replaced and balancer.settings.decides:
@@ -68,7 +68,7 @@ def replace_policy(balancer: Balancer) -> None:
 
     if "default" not in EPLB_POLICIES:
         raise LookupError(f"it has none named default, but {', '.join(map(str, EPLB_POLICIES))}")
-    EPLB_POLICIES["default"] = policy_class(EPLB_POLICIES["default"], balancer)
+    EPLB_POLICIES["default"] = make_policy_class(EPLB_POLICIES["default"], balancer)
 
 
 def place_models(balancer: Balancer) -> None:
@@ -129,7 +129,7 @@ def coordinator() -> Any:
     return get_ep_group()
 
 
-def policy_class(theirs: Any, balancer: Balancer) -> Any:
+def make_policy_class(theirs: Any, balancer: Balancer) -> Any:
     """Return a policy class of vLLM that decides by ours, and by ``theirs`` where ours fails."""
     import torch
 
@@ -154,7 +154,7 @@ def policy_class(theirs: Any, balancer: Balancer) -> Any:
         ) -> Any:
             sizes = (num_replicas, num_groups, num_nodes, num_ranks)
             loads = read_array(weight)
-            rank = rank_of_process()
+            rank = find_process_rank()
             balancer.record(loads, rank)
             old = old_global_expert_indices
             maps = balancer.decide(
@@ -166,7 +166,7 @@ def policy_class(theirs: Any, balancer: Balancer) -> Any:
                 rank=rank,
                 sparse=None,
                 form=lambda slots: (
-                    three_maps(slots, num_ranks, loads.shape[1])
+                    make_eplb_tensors(slots, num_ranks, loads.shape[1])
                     if returns_three
                     else torch.from_numpy(slots)
                 ),
@@ -185,10 +185,10 @@ def place_at_load(states: Any, balancer: Balancer) -> None:
     rearrangement moves the weights. With elastic expert parallelism ranks may come alone; there the
     first rearrangement does it.
     """
-    wrap(states, "add_model", "places", functools.partial(_placing, balancer))
+    wrap(states, "add_model", "places", functools.partial(_wrap_add_model, balancer))
 
 
-def _placing(balancer: Balancer, add_model: Any) -> Any:
+def _wrap_add_model(balancer: Balancer, add_model: Any) -> Any:
     def add_and_place(self: Any, *arguments: Any, **named: Any) -> Any:
         added = add_model(self, *arguments, **named)
         arguments_by_name = dict(zip(("model", "model_config"), arguments, strict=False)) | named
@@ -225,7 +225,7 @@ def place(states: Any, model: Any, balancer: Balancer) -> None:
         running,
         group=lambda: find_group(coordinator),
         model=name,
-        rank=rank_of_process(),
+        rank=find_process_rank(),
         wait=WAIT_AT_LOAD,
         quiet=True,
         sparse=None,

@@ -25,7 +25,7 @@ LOG = Log(logging.getLogger("vllm.moetuner"))
 def register() -> None:
     """Answer for every policy type with ours; nothing without ``MOETUNER_`` variables."""
     try:
-        settings = Settings.of()
+        settings = Settings.from_environment()
     except ValueError:
         return  # vLLM's entry point has said it
     try:
