@@ -93,7 +93,7 @@ class Menu(click.Group):
             raise click.UsageError(
                 f"No such command '{args[0]:.60}'{suggestion(args[0], MENU)}", ctx
             )
-        with interrupts.ending():
+        with interrupts.ending_at_once():
             return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -172,15 +172,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     _share_memory()
-    streams.heard = interrupts.began()
-    with interrupts.heard(), streams.standard_streams() as output:
+    streams.last_line_time = interrupts.start_time()
+    with interrupts.raising_interrupts(), streams.standard_streams() as output:
         status = _run(arguments)
         sys.stdout.flush()
         if output is not None and isinstance(output.failure, BrokenPipeError):
             status = status or GONE
         elif output is not None and output.failure is not None:
             status = _failed(f"standard output: {output.failure.strerror}")
-        interrupted = interrupts.status()
+        interrupted = interrupts.exit_status()
         if interrupted is not None and status == 0:
             print("moetuner: interrupted: this is the best so far", file=sys.stderr)  # noqa: T201
         return interrupted or status
@@ -226,7 +226,7 @@ def _run(arguments: Sequence[str]) -> int:
     except ValueError as error:
         return _failed(str(error))
     except BaseException as error:  # the core's panics are no Exception
-        if interrupts.status() is not None:
+        if interrupts.exit_status() is not None:
             # The signal came in code that does not expect one, such as an import in the core.
             return _failed("interrupted", INTERRUPTED)
         if isinstance(error, RuntimeError) and THREADS.search(str(error)):

@@ -13,10 +13,10 @@ from moetuner.cli.options import JUDGING, RUNNING, SEARCH, option
 from moetuner.cli.options.groups import FILES
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import initial_option, is_start, load_placement
-from moetuner.cli.options.pages import Pages, origin_of
+from moetuner.cli.options.pages import Pages, make_origin
 from moetuner.cli.options.serving import JudgedOptions, setting_option
 from moetuner.cli.options.traffic import Source
-from moetuner.cli.output import Output, steps, working
+from moetuner.cli.output import Output, show_steps, working
 from moetuner.cli.recipes import FEW_MOVES_FILE
 from moetuner.evaluation.comparison import PRICE, Comparison
 from moetuner.evaluation.figures import FIGURES
@@ -126,14 +126,14 @@ def command(
             time_limit=time_limit,
             seed=seed,
             threads=source.threads,
-            progress=steps(report, weights),
+            progress=show_steps(report, weights),
         )
     nothing_placed = next((NOTHING_PLACED.get(name) for name in source.readers), None)
     if nothing_placed is not None and served.engine is None:
         numbers = {"engine": nothing_placed}
         advice = advice.overruled(Finding("nothing to place", numbers, forces="not now"))
-    voice = TERMINAL._replace(audit=recipes.to_audit(source, advice, unseen).command)
-    following = recipes.after_advice(source, advice, unseen)
+    voice = TERMINAL._replace(audit=recipes.make_recipe_to_audit(source, advice, unseen).command)
+    following = recipes.list_recipes_after(source, advice, unseen)
     # What few moves gain stands above their command, if there is one.
     said = advice
     if any(FEW_MOVES_FILE in each.command for each in following):
@@ -141,7 +141,7 @@ def command(
         said = replace(advice, findings=others)
     _show(output, said, voice)
     output.next_commands(following)
-    go_back = recipes.go_back(advice)
+    go_back = recipes.find_way_back_from(advice)
     if go_back is not None:
         output.say(f"  # to go back: {go_back}")
     contents: dict[str, Any] = {"input": source.facts(), **advice.to_dict(voice)}
@@ -149,9 +149,9 @@ def command(
 
     def page() -> PageData:
         # A page has room for the command that the terminal names in a remark.
-        full = recipes.after_advice(source, advice, unseen, from_all=True)
+        full = recipes.list_recipes_after(source, advice, unseen, from_all=True)
         on_page = contents | {"commands": [*map(str, full)]}
-        return make_advice_data(advice, origin_of(source), on_page, full, voice)
+        return make_advice_data(advice, make_origin(source), on_page, full, voice)
 
     pages.write(output, page)
     output.finish(contents)

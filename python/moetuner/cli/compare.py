@@ -15,7 +15,7 @@ from moetuner.cli import options, work
 from moetuner.cli.options import JUDGING, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import load_placement
-from moetuner.cli.options.pages import Pages, origin_of
+from moetuner.cli.options.pages import Pages, make_origin
 from moetuner.cli.options.serving import ComparedOptions, settings_for_json
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output
@@ -174,7 +174,7 @@ def command(
         return make_outcome_data(
             judge_outcome(compared_with, best, source.traffic, source.replayed, by_group=True),
             best,
-            origin_of(source),
+            make_origin(source),
             contents,
             traffic=UNSEEN if holdout else SEEN,
         )

@@ -17,7 +17,7 @@ from moetuner.cli.options.placed import Placed, read_hints
 from moetuner.cli.options.serving import ServingOptions
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
-from moetuner.cli.recipes import to_solve_again
+from moetuner.cli.recipes import make_recipe_to_solve
 from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.options import ReplayOptions
@@ -106,7 +106,7 @@ def command(
     headline = measuring.conclude_drift(drifted, worst)
     answer = headline.forces
     output.verdict(headline)
-    again = to_solve_again(placement_file, placed, machine, worst["window"]).command
+    again = make_recipe_to_solve(placement_file, placed, machine, worst["window"]).command
     if answer == "worse":
         output.say(f"  {again}")
     is_worse = fail_if_worse is not None and 100 * worst["change"] > fail_if_worse

@@ -14,7 +14,7 @@ from moetuner.cli.options.figures import FigureOptions
 from moetuner.cli.options.gates import TIME, Gates
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import baseline_option, is_start
-from moetuner.cli.options.pages import Pages, origin_of
+from moetuner.cli.options.pages import Pages, make_origin
 from moetuner.cli.options.placed import Placed
 from moetuner.cli.options.serving import JudgedOptions
 from moetuner.cli.options.traffic import Source
@@ -170,7 +170,7 @@ def _page(
     assert placed.serving.cost_model is not None
     return make_judgement_data(
         judgement,
-        origin_of(placed.source),
+        make_origin(placed.source),
         contents,
         traffic=placed.judged[1],
         token_bytes=placed.serving.cost_model.token_bytes,

@@ -15,7 +15,7 @@ import numpy as np
 from moetuner._texts import name, suggestion
 from moetuner.cli import options
 from moetuner.cli.options import SIZE, option
-from moetuner.cli.output import Output, shares, working
+from moetuner.cli.output import Output, show_shares, working
 from moetuner.cost import CostModel, public_name
 from moetuner.files import naming, read_whole
 from moetuner.files.cells import number, percent, signed
@@ -143,7 +143,7 @@ def _timed(hidden: int, intermediate: int, batch: dict[str, Any]) -> tuple[Any, 
                 hidden,
                 intermediate,
                 **batch,
-                progress=shares(report, "of the batches", then="fitting"),
+                progress=show_shares(report, "of the batches", then="fitting"),
             )
     except (ImportError, RuntimeError) as error:
         # A missing library or device is not a bug in moetuner.

@@ -14,14 +14,14 @@ from click.core import ParameterSource
 
 from moetuner import _texts
 from moetuner.cli import options
-from moetuner.cli.options import option, options_of
+from moetuner.cli.options import list_options, option
 from moetuner.cli.options.machine import Machine
-from moetuner.cli.options.moves import moves_sentence, show_pairs
+from moetuner.cli.options.moves import show_pairs, write_moves
 from moetuner.cli.options.pages import draw_into, figures_option
-from moetuner.cli.options.placed import made_of, read_any
+from moetuner.cli.options.placed import read_any, read_made
 from moetuner.cli.options.serving import ServingOptions
 from moetuner.cli.options.traffic import Source
-from moetuner.cli.output import Output, shares, working
+from moetuner.cli.output import Output, show_shares, working
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.intervals import FEWEST
@@ -48,8 +48,12 @@ DEVICES = 4
 NAMED = 3
 SIZES = ("layers", "num_experts", "devices", "slots_per_device")
 # Options for a placement, and for what has to move from one to another.
-OF_PLACEMENT = {*options_of(Machine), *options_of(options.LayerHints), *options_of(Output)}
-OF_MOVES = OF_PLACEMENT | {"expert_bytes"}
+PLACEMENT_OPTIONS = {
+    *list_options(Machine),
+    *list_options(options.LayerHints),
+    *list_options(Output),
+}
+MOVES_OPTIONS = PLACEMENT_OPTIONS | {"expert_bytes"}
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ def command(
     if is_placement is None:
         is_placement = all(map(is_map, files))
     if not is_placement:
-        _check_options({*options.flags()} - {"expert_bytes"}, "two placements")
+        _check_options({*options.list_flags()} - {"expert_bytes"}, "two placements")
         _show_recording(
             output,
             source,
@@ -120,7 +124,7 @@ def command(
             figures=figures,
         )
         return
-    _check_options(OF_MOVES, "recordings")
+    _check_options(MOVES_OPTIONS, "recordings")
     if len(files) > 2:
         raise click.UsageError(
             f"INPUT must be one placement, or two to compare, got {counted(len(files), 'file')}."
@@ -129,14 +133,14 @@ def command(
     if len(files) == 2:
         _show_moves(output, files, placements, machine, expert_bytes)
     else:
-        _check_options(OF_PLACEMENT, "two placements")
+        _check_options(PLACEMENT_OPTIONS, "two placements")
         _show_placement(output, files[0], placements[0])
 
 
 def _check_options(names: Collection[str], others: str) -> None:
     """Raise for an option that is for other files than those that are inspected."""
     context = click.get_current_context()
-    for name, flag in options.flags().items():
+    for name, flag in options.list_flags().items():
         is_typed = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
         if is_typed and name not in names:
             raise click.UsageError(f"'{flag}' is for {others}.")
@@ -160,7 +164,7 @@ def _show_recording(
             max_imbalance=max_imbalance,
             seed=seed,
             threads=source.threads,
-            progress=shares(report, "read", then="structure"),
+            progress=show_shares(report, "read", then="structure"),
         )
     output.say(source.describe(), "")
     _show_skew(output, measured)
@@ -285,7 +289,7 @@ def _conclude(gain: tuple[float, float] | None, kept: float) -> Finding:
 
 def _show_placement(output: Output, placement_file: Path, placement: Placement) -> None:
     """Print what a placement is, and what it was computed for."""
-    made = made_of(placement_file, placement)
+    made = read_made(placement_file, placement)
     sizes = {name: int(getattr(placement, name)) for name in SIZES}
     sizes["empty_slots"] = int((placement.slots == EMPTY).sum())
     sizes["copies"] = int((placement.replicas - 1).sum())
@@ -357,7 +361,7 @@ def _show_moves(
 ) -> None:
     """Print what has to move from one placement to another."""
     (before_file, after_file), (before, after) = files, placements
-    made = [made_of(path, each) for path, each in ((after_file, after), (before_file, before))]
+    made = [read_made(path, each) for path, each in ((after_file, after), (before_file, before))]
     ours, theirs = (
         (placed.layers, placed.devices, placed.num_experts) for placed in (before, after)
     )
@@ -377,7 +381,7 @@ def _show_moves(
         )
         expert_bytes = bytes_of_expert(_first(each.expert_size for each in made), model, bits)
     diff = before.diff(after, expert_bytes=expert_bytes, topology=topology)
-    output.say(moves_sentence(diff, topology))
+    output.say(write_moves(diff, topology))
     if expert_bytes is None and diff.experts_moved:
         output.say("Pass --expert-bytes to see bytes.")
     show_pairs(output, diff)

@@ -2,7 +2,7 @@
 
 A library leaves signals to its user. But a command is imported for a third of a second before its
 own code runs, and an interrupt then would print a traceback. So where this process is the command
-line, and only there, signals end it quietly until ``heard`` takes over.
+line, and only there, signals end it quietly until ``raising_interrupts`` takes over.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _signal: int | None = None
 _began: float | None = None
 
 
-def quiet_start() -> None:
+def end_quietly() -> None:
     """End at once on signals while the command line is being imported; elsewhere do nothing."""
     global _began
     started = sys.argv[0] if getattr(sys, "argv", None) else ""
@@ -34,11 +34,11 @@ def quiet_start() -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             # One that is ignored, as under nohup, stays so.
             if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
-                signal.signal(number, _end)
+                signal.signal(number, _exit_at_once)
 
 
 @contextmanager
-def heard() -> Iterator[None]:
+def raising_interrupts() -> Iterator[None]:
     """Raise KeyboardInterrupt for the first SIGINT or SIGTERM.
 
     A second SIGTERM, as sent to a whole group, is ignored: it would break off the writing of the
@@ -49,7 +49,7 @@ def heard() -> Iterator[None]:
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in numbers}
     # One that is ignored, or somebody else's, stays so.
-    ours = (_end, signal.SIG_DFL, signal.default_int_handler)
+    ours = (_exit_at_once, signal.SIG_DFL, signal.default_int_handler)
     taken = [number for number in numbers if before[number] in ours]
     with suppress(ValueError):  # not the main thread
         for number in taken:
@@ -60,12 +60,12 @@ def heard() -> Iterator[None]:
         with suppress(ValueError):
             for number in taken:
                 own = before[number]
-                signal.signal(number, signal.SIG_DFL if own is _end else own)
+                signal.signal(number, signal.SIG_DFL if own is _exit_at_once else own)
 
 
 @contextmanager
-def ending() -> Iterator[None]:
-    """End at once on signals that ``heard`` takes, while a command is being imported.
+def ending_at_once() -> Iterator[None]:
+    """End at once on signals that ``raising_interrupts`` takes, while a command is being imported.
 
     Some of what Python calls during an import drops a KeyboardInterrupt, and what is half imported
     cannot be imported again.
@@ -74,18 +74,18 @@ def ending() -> Iterator[None]:
     if _began is None:  # another's process, which may not end
         numbers = []
     for number in numbers:
-        signal.signal(number, _end)
+        signal.signal(number, _exit_at_once)
     yield
     for number in numbers:
         signal.signal(number, _interrupt)
 
 
-def status() -> int | None:
+def exit_status() -> int | None:
     """Return the exit status of a command that a signal interrupted; None where none did."""
     return None if _signal is None else 128 + _signal
 
 
-def began() -> float:
+def start_time() -> float:
     """Return when the command line began, with what it imports; now in another's process."""
     return time.monotonic() if _began is None else _began
 
@@ -107,9 +107,9 @@ def _say_briefly(
         sys.__excepthook__(kind, error, trace)
 
 
-def _end(number: int, frame: FrameType | None) -> None:
+def _exit_at_once(number: int, frame: FrameType | None) -> None:
     os.write(2, b"moetuner: error: interrupted\n")
     os._exit(128 + number)
 
 
-quiet_start()
+end_quietly()

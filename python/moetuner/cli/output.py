@@ -155,10 +155,12 @@ class TimeLeft(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Write both."""
         share = task.completed if task.total else None
-        return Text(time_left(task.elapsed or 0.0, share, task.fields["at"], task.fields["what"]))
+        return Text(
+            write_time_left(task.elapsed or 0.0, share, task.fields["at"], task.fields["what"])
+        )
 
 
-def time_left(seconds: float, share: float | None, at: float, what: str) -> str:
+def write_time_left(seconds: float, share: float | None, at: float, what: str) -> str:
     """Write the share of work that was done ``at`` some seconds, and the time left at that pace.
 
     Without a share, write the time so far.
@@ -228,12 +230,12 @@ class Report:
 
     def _tell(self, now: float) -> None:
         """Write what was told last, and the time that is left now, if it is time for a line."""
-        last = self._began if streams.heard is None else streams.heard
+        last = self._began if streams.last_line_time is None else streams.last_line_time
         if self._is_quiet or now - last < INTERVAL_S:
             return
         text, share, what, at, told = self._told
-        parts = (f"{self.label}: {time_left(at + now - told, share, at, what)}", text)
-        streams.heard = now
+        parts = (f"{self.label}: {write_time_left(at + now - told, share, at, what)}", text)
+        streams.last_line_time = now
         self._console.print(f"moetuner: {', '.join(filter(None, parts))}", soft_wrap=True)
 
 
@@ -259,14 +261,14 @@ def working(label: str, *, time_limit: float | None = None) -> Iterator[Report]:
         report.end()
 
 
-def steps(report: Report, weights: Sequence[float]) -> Callable[[str], None]:
+def show_steps(report: Report, weights: Sequence[float]) -> Callable[[str], None]:
     """Return a callback that shows each step, and what share of all these weights is before it."""
     before = iter(accumulate(weights, initial=0.0))
     last = sum(weights[:-1])
     return lambda text: report.show(text, min(next(before, last), last) / sum(weights))
 
 
-def shares(report: Report, what: str, then: str) -> Callable[[float], None]:
+def show_shares(report: Report, what: str, then: str) -> Callable[[float], None]:
     """Return a callback that shows the share of work that is done, and ``then`` what is left."""
 
     def show(share: float) -> None:

@@ -14,10 +14,10 @@ from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import load_placement
-from moetuner.cli.options.placed import made_of
+from moetuner.cli.options.placed import read_made
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
-from moetuner.cli.recipes import to_serve
+from moetuner.cli.recipes import list_recipes_to_serve
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation.arrival import orders, put_in_order
 from moetuner.evaluation.losses import DOMAINS, Domain
@@ -122,7 +122,7 @@ def command(
     """
     change.check(table_file)
     running = load_placement(running_file, source, devices=machine.given)
-    made = made_of(running_file, running)
+    made = read_made(running_file, running)
     topology = machine.topology(running.devices, made.machine)
     if expert_bytes is None:
         size = made.expert_size or source.traffic.expert_size
@@ -163,7 +163,7 @@ def command(
     if steps_file is not None:
         _write(steps_file, {"running": running_file.name} | planned.to_dict())
         output.say(f"wrote {steps_file}")
-    following = to_serve(
+    following = list_recipes_to_serve(
         source,
         placement,
         out_file,

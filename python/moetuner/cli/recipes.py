@@ -10,7 +10,7 @@ from typing import Any
 from moetuner.cli import options
 from moetuner.cli.options import recipe
 from moetuner.cli.options.groups import FILES
-from moetuner.cli.options.machine import Machine, common_name, cost_model_for
+from moetuner.cli.options.machine import Machine, cost_model_for, find_preset_name
 from moetuner.cli.options.placed import Placed
 from moetuner.cli.options.traffic import Source
 from moetuner.files.cells import layer_list
@@ -36,25 +36,25 @@ HOLDOUT = 0.5
 RUNNING_FILE, PLACED_FILE, FEW_MOVES_FILE = "running.json", "placement.json", "few-moves.json"
 
 
-def after_advice(
+def list_recipes_after(
     source: Source, advice: Advice, unseen: Collection[Path] = (), *, from_all: bool = False
 ) -> list[Recipe]:
     """Return the commands that come next, each with every option that changes its answer.
 
     With ``from_all`` the placement to serve, from all of INPUT, has a command of its own.
     """
-    typed = {name: text for name, text in options.typed().items() if name != "unseen"}
+    typed = {name: text for name, text in options.list_typed().items() if name != "unseen"}
     if advice.answer == "not now":
         win = "what there is to win, layer by layer"
         again = "again, when traffic, engine or the number of devices has changed"
         return [
-            recipe("inspect", source.input_files, options.typed(Source), win),
+            recipe("inspect", source.input_files, options.list_typed(Source), win),
             recipe("advise", ["NEWER"], _of_other(typed, "NEWER"), again),
         ]
     if advice.answer != "worth a trial":
         return _record_more(source, advice, typed)
     trying = _try(source, advice, typed, unseen, from_all=from_all)
-    serving = to_serve(
+    serving = list_recipes_to_serve(
         source,
         advice.placements[1],
         _proposed_file(advice),
@@ -145,26 +145,26 @@ def _try(
         # All digits of the bytes: a budget that is rounded down is one expert less.
         budget = step.experts if step.bytes is None else step.bytes
         limits = {"move_budget": f"{budget:.0f}", "expert_bytes": typed.get("expert_bytes")}
-        file = options.apart_from(_running_file(advice), FEW_MOVES_FILE)
+        file = options.choose_file_name(_running_file(advice), FEW_MOVES_FILE)
         commands.append(solve(problem.slots, instead, out_file=file, **limits))
-    values = options.typed(Source)
+    values = options.list_typed(Source)
     values |= {"expert_bytes": typed.get("expert_bytes"), "baseline": baseline}
     values |= {"window": None if main.window == window else main.window}
     values |= {"report_file": "report.html"}
     commands.append(recipe("evaluate", [placed, *(unseen or source.input_files)], values))
     if advice.more is not None:
         slots = problem.slots + advice.more - advice.knee
-        more = options.apart_from(_running_file(advice), "more.json")
+        more = options.choose_file_name(_running_file(advice), "more.json")
         commands.append(solve(slots, "the one with more memory", out_file=more))
     if from_all and "holdout" in solving:
-        to_serve = {"holdout": None, "out_file": placed}
+        for_serving = {"holdout": None, "out_file": placed}
         commands.append(
-            solve(problem.slots, "the placement to serve: from all of INPUT", **to_serve)
+            solve(problem.slots, "the placement to serve: from all of INPUT", **for_serving)
         )
     return commands
 
 
-def to_audit(source: Source, advice: Advice, unseen: Collection[Path]) -> Recipe:
+def make_recipe_to_audit(source: Source, advice: Advice, unseen: Collection[Path]) -> Recipe:
     """Return the command that shows which groups the proposed placement serves worse."""
     files, initial = unseen or source.input_files, advice.settings["initial"]
     values: dict[str, Any] = {"window": advice.main.window, "baseline": None, "by_group": True}
@@ -175,20 +175,20 @@ def to_audit(source: Source, advice: Advice, unseen: Collection[Path]) -> Recipe
 
 def _running_file(advice: Advice) -> str | None:
     """Return the file of what runs, if --initial names one."""
-    return options.typed()["initial"] if advice.settings["initial"] == "given" else None
+    return options.list_typed()["initial"] if advice.settings["initial"] == "given" else None
 
 
 def _proposed_file(advice: Advice) -> str:
     """Return where the next commands write the proposed placement: not over what runs."""
-    return options.apart_from(_running_file(advice), PLACED_FILE)
+    return options.choose_file_name(_running_file(advice), PLACED_FILE)
 
 
-def go_back(advice: Advice) -> str | None:
+def find_way_back_from(advice: Advice) -> str | None:
     """Return what takes the placement away again; None where none is proposed."""
     return find_way_back(advice.settings["engine"]) if advice.answer == "worth a trial" else None
 
 
-def to_serve(
+def list_recipes_to_serve(
     source: Source,
     placement: Placement,
     file: str | Path,
@@ -228,7 +228,7 @@ def _windows(placed: Placed, worse: int | None) -> dict[str, Any]:
     return {"window": placed.source.replayed and (worse or placed.source.replayed)}
 
 
-def to_solve_again(
+def make_recipe_to_solve(
     placement_file: Path, placed: Placed, machine: Machine, window: int | None
 ) -> Recipe:
     """Return the command that computes the placement anew, judged on what it has not seen.
@@ -236,10 +236,10 @@ def to_solve_again(
     ``window`` has the tokens of the windows that the placement serves worse.
     """
     placement, topology, made = placed.placement, placed.topology, placed.made
-    typed, values = options.typed(), options.typed(Source, Machine)
+    typed, values = options.list_typed(), options.list_typed(Source, Machine)
     values |= {name: getattr(placed.source, name) for name in SCALES}
     name = made.spelled_of("topology", beside=placement_file, value=topology)
-    name = common_name(topology) if name is None else name
+    name = find_preset_name(topology) if name is None else name
     if machine.machine is None and name is not None and machine.devices_per_node is None:
         values |= {"machine": name, "devices": None}
     elif machine.machine is None:
@@ -269,5 +269,5 @@ def to_solve_again(
     # Other methods than the default one place anew, wherever experts are.
     if fits and values["method"] in (None, "joint"):
         values["initial_file"] = str(placement_file)
-    values["out_file"] = options.apart_from(placement_file, PLACED_FILE)
+    values["out_file"] = options.choose_file_name(placement_file, PLACED_FILE)
     return recipe("solve", placed.source.input_files, values)

@@ -13,8 +13,8 @@ from moetuner.cli import options, work
 from moetuner.cli.options import JUDGING, SEARCH, SearchOptions, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import MoveOptions
-from moetuner.cli.options.pages import Pages, origin_of
-from moetuner.cli.options.placed import held_out, windowed, with_input
+from moetuner.cli.options.pages import Pages, make_origin
+from moetuner.cli.options.placed import add_windows, with_input, write_held_out
 from moetuner.cli.options.serving import ProblemOptions, settings_for_json
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output
@@ -124,8 +124,8 @@ def command(
         raise click.ClickException(f"interrupted; {out_file} was written") from None
     judged = FLATTERED
     if holdout:
-        judged = held_out(judged_on, source.as_divided(source.traffic, problem.serving))
-    judged = windowed(judged, source, judged_on)
+        judged = write_held_out(judged_on, source.as_divided(source.traffic, problem.serving))
+    judged = add_windows(judged, source, judged_on)
     _show(output, problem, outcomes, before, judgements, held_out=holdout > 0)
     output.say(judged)
     kept = initial is not None and _may_be_chance(judgements) and not problem.violations(initial)
@@ -153,7 +153,7 @@ def command(
         return make_outcome_data(
             judgement,
             outcome,
-            origin_of(source),
+            make_origin(source),
             contents,
             traffic=judged,
             trades=trades,

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 # When a log last got a line, of whichever work, or the program began; None if neither is known.
-heard: float | None = None
+last_line_time: float | None = None
 
 
 class Stream(io.FileIO):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from moetuner import solver
-from moetuner.cli.output import shares, working
+from moetuner.cli.output import show_shares, working
 from moetuner.evaluation.options import ReplayOptions
 from moetuner.problem import Problem
 from moetuner.recording import Recording
@@ -22,7 +22,7 @@ def count(recording: Recording, **tables: Any) -> RoutingStatistics:
     if isinstance(recording, RoutingStatistics):
         return recording
     with working("counting") as report:
-        progress = shares(report, "of the tokens", then="tables")
+        progress = show_shares(report, "of the tokens", then="tables")
         return as_counts(recording, progress=progress, **tables)
 
 
@@ -44,7 +44,7 @@ def replay(
 ) -> list[Outcome]:
     """Evaluate placements of results on other traffic, and by group unless that is not asked."""
     with working("replaying") as report:
-        progress = shares(report, "of the tokens", then="figures")
+        progress = show_shares(report, "of the tokens", then="figures")
         return outcome.replay_results(
             results,
             problem,

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from moetuner.plugins.consensus import TimedStore, agree, verdict_key
 from moetuner.plugins.rounds import Rounds
 
-Message = TypeVar("Said", "Post", "Verdict")
+Message = TypeVar("Message", "Post", "Verdict")
 
 # Counts up when posts mean something else than before. What posts and verdicts say of ``version``,
 # ``do`` and ``reason`` stays, so that ranks of two versions can tell each other that they differ.

@@ -94,7 +94,7 @@ def argument(metavar: str, kind: Any, **others: Any) -> Any:
     return field(default=None, metadata=of_argument | others)
 
 
-def options_of(kind: Any) -> dict[str, click.Parameter]:
+def list_options(kind: Any) -> dict[str, click.Parameter]:
     """Return the options of a function or a class, its own and those of groups, by name.
 
     A class that has ``OPTIONS``, fields by name, has those.
@@ -108,17 +108,17 @@ def options_of(kind: Any) -> dict[str, click.Parameter]:
     texts: dict[str, str] = {}
     for base in reversed(getattr(kind, "__mro__", (kind,))):
         texts |= parameters_of(base)
-    groups = groups_of(kind)
+    groups = find_groups(kind)
     options: dict[str, click.Parameter] = {}
     for name, member in members.items():
         if name in groups:
-            options |= options_of(groups[name])
+            options |= list_options(groups[name])
         elif isinstance(member, Field) and member.metadata:
             options[name] = make_option(member, name, texts.get(name, ""))
     return options
 
 
-def groups_of(kind: Any) -> dict[str, type]:
+def find_groups(kind: Any) -> dict[str, type]:
     """Return the parameters of a function that are groups of options, with their classes."""
     if isinstance(kind, type):
         return {}
@@ -172,7 +172,7 @@ class Command(click.Command):
         epilog: str | None = None,
         **others: Any,
     ) -> None:
-        groups = {group: (kind, [*options_of(kind)]) for group, kind in groups_of(run).items()}
+        groups = {group: (kind, [*list_options(kind)]) for group, kind in find_groups(run).items()}
 
         def call(**values: Any) -> Any:
             for group, (kind, keys) in groups.items():
@@ -182,7 +182,7 @@ class Command(click.Command):
         line = f"Example:\n\n\b\n  moetuner {name} {example}"
         others["epilog"] = "\n\n".join(filter(None, (epilog, line)))
         others.setdefault("help", (inspect.getdoc(run) or "").partition("\n\nParameters\n")[0])
-        params = [*options_of(run).values()]
+        params = [*list_options(run).values()]
         super().__init__(name, callback=call, params=params, **others)
         self.begin_with = {*begin_with.split()}
 
@@ -191,7 +191,7 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except ArgumentError as error:
-            raise click.ClickException(error.renamed(flags())) from error
+            raise click.ClickException(error.renamed(list_flags())) from error
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Keep what was typed, for commands that come next."""
@@ -268,14 +268,14 @@ def command(name: str, **others: Any) -> Callable[[Callable[..., Any]], Command]
     return lambda run: Command(name, run, **others)
 
 
-def typed(*kinds: type) -> dict[str, Any]:
+def list_typed(*kinds: type) -> dict[str, Any]:
     """Return options of the running command as they were typed, by name: all, or those of groups.
 
     Those that say how fast it computes, and where it writes, are no one else's.
     """
     context = click.get_current_context()
     texts = context.command.make_parser(context).parse_args([*context.meta[TYPED]])[0]
-    names = {name for kind in kinds for name in options_of(kind)} if kinds else {*texts}
+    names = {name for kind in kinds for name in list_options(kind)} if kinds else {*texts}
     return {name: text for name, text in texts.items() if name in names - {*OWN}}
 
 
@@ -285,7 +285,7 @@ NAMED_FILES = ("out_file", "report_file")
 OWN = ("threads", "report_file", "figures", "json_file", "quiet")
 
 
-def words(command: click.Command, values: dict[str, Any]) -> str:
+def write_options(command: click.Command, values: dict[str, Any]) -> str:
     """Write values of the options that a command has, by name, a space in front of each.
 
     A value that the option has by default is left out.
@@ -303,9 +303,9 @@ def words(command: click.Command, values: dict[str, Any]) -> str:
     return text
 
 
-def spelled() -> dict[str, str]:
+def list_spelled_options() -> dict[str, str]:
     """Return machine and cost model as they were typed: their values are no text of an option."""
-    texts = {"topology": typed().get("machine"), "cost_model": typed().get("cost_model")}
+    texts = {"topology": list_typed().get("machine"), "cost_model": list_typed().get("cost_model")}
     return {name: text for name, text in texts.items() if text}
 
 
@@ -313,11 +313,13 @@ def recipe(name: str, files: Iterable[str | Path], values: dict[str, Any], why: 
     """Return another command on some files, with values of its options, and what it is for."""
     menu = click.get_current_context().find_root().command
     assert isinstance(menu, click.Group)
-    text = f"moetuner {name} {shlex.join(map(str, files))}{words(menu.commands[name], values)}"
+    text = (
+        f"moetuner {name} {shlex.join(map(str, files))}{write_options(menu.commands[name], values)}"
+    )
     return Recipe(text, why)
 
 
-def apart_from(running: str | Path | None, name: str) -> str:
+def choose_file_name(running: str | Path | None, name: str) -> str:
     """Return the name of a file to write to, with "new-" before it where that one runs."""
     return f"new-{name}" if running is not None and same_file(running, name) else name
 
@@ -486,7 +488,7 @@ def read_numbers(text: str) -> tuple[int, ...]:
     return tuple(sorted(numbers))
 
 
-def flags() -> dict[str, str]:
+def list_flags() -> dict[str, str]:
     """Return the options of the running command, as they are typed, by the arguments they give."""
     command = click.get_current_context().command
     options = (option for option in command.params if isinstance(option, click.Option))

@@ -39,7 +39,7 @@ def read_machine(text: str) -> tuple[str, Topology]:
     return text.rstrip(":"), Topology.preset(name, int(nodes or 1))
 
 
-def common_name(topology: Topology) -> str | None:
+def find_preset_name(topology: Topology) -> str | None:
     """Return the words by which --topology names a common machine; None for any other."""
     name, _, nodes = (topology.name or "").partition(":")
     if name not in MACHINES or re.fullmatch(r"[1-9]\d{0,4}|", nodes, re.ASCII) is None:

@@ -180,7 +180,7 @@ class MoveOptions:
             return {}, ()
         size = self.expert_bytes
         diff = initial.diff(result.placement, topology=problem.topology, expert_bytes=size)
-        output.say(moves_sentence(diff, problem.topology))
+        output.say(write_moves(diff, problem.topology))
         show_pairs(output, diff)
         contents: dict[str, Any] = {"moves": diff.to_dict()}
         if not self.pareto or result.status == "interrupted":
@@ -205,7 +205,7 @@ class MoveOptions:
         return contents | {"pareto": [trade.to_dict() | no_bytes for trade in trades]}, (*trades,)
 
 
-def moves_sentence(diff: PlacementDiff, topology: Topology) -> str:
+def write_moves(diff: PlacementDiff, topology: Topology) -> str:
     """Write how many experts move, and how far."""
     text = f"Moves {counted(diff.experts_moved, 'expert')}"
     if diff.bytes_moved is not None:

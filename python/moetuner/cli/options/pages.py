@@ -83,7 +83,7 @@ def draw_into(folder: Path, charts: Sequence[Chart], output: Output) -> None:
     output.say(f"wrote {number} figures into {folder}/")
 
 
-def origin_of(source: Source) -> Origin:
+def make_origin(source: Source) -> Origin:
     """Return where the numbers of a page come from."""
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
     if words[0] in ("__main__.py", "-c"):

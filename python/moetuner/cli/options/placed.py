@@ -15,12 +15,12 @@ from moetuner import _texts
 from moetuner._checks import (
     nth_seed,
 )
-from moetuner.cli.options import LayerHints, spelled
+from moetuner.cli.options import LayerHints, list_spelled_options
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import is_start, load_placement, start_placement
 from moetuner.cli.options.serving import ServingOptions
 from moetuner.cli.options.traffic import Source
-from moetuner.cli.output import shares, working
+from moetuner.cli.output import show_shares, working
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.comparison import Comparison
@@ -51,13 +51,13 @@ NAMED = 3
 ALL = "Judged on all of INPUT; the placement does not say what it was computed from."
 
 
-def made_of(path: Path, placement: Placement) -> Made:
+def read_made(path: Path, placement: Placement) -> Made:
     """Return what a placement's file says of how it was made."""
     with naming(path):
         return Made.of(placement)
 
 
-def windowed(sentence: str, source: Source, judged_on: Recording, groups: str = "") -> str:
+def add_windows(sentence: str, source: Source, judged_on: Recording, groups: str = "") -> str:
     """Add to a sentence which windows INPUT is judged in, what is in none, and ``groups``."""
     if not source.counted:
         return sentence
@@ -66,7 +66,7 @@ def windowed(sentence: str, source: Source, judged_on: Recording, groups: str = 
     return f"{sentence} {'; '.join(filter(None, windows))}."
 
 
-def short_groups(traffic: Recording, window: int | None) -> str:
+def name_short_groups(traffic: Recording, window: int | None) -> str:
     """Write which groups of a trace have fewer tokens than a window; "" if none has."""
     if window is None or not traffic.ordered or traffic.group is None:
         return ""
@@ -79,7 +79,7 @@ def short_groups(traffic: Recording, window: int | None) -> str:
     return f"a group of fewer tokens is one window: {listed(short, NAMED)}" if short else ""
 
 
-def held_out(part: Recording, traffic: Recording) -> str:
+def write_held_out(part: Recording, traffic: Recording) -> str:
     """Write on which part of INPUT a placement is judged that was computed from the rest."""
     (name, judged), (_, total) = (*part.size.items(), *traffic.size.items())
     return (
@@ -96,13 +96,13 @@ def read_any(path: Path, machine: Machine, hints: LayerHints) -> Placement:
 
 def read_hints(path: Path) -> Reading:
     """Return how a placement's INPUT was read, by its file; nothing from an engine's map."""
-    return Reading() if find_form(path) != "json" else made_of(path, read_placement(path)).input
+    return Reading() if find_form(path) != "json" else read_made(path, read_placement(path)).input
 
 
 def with_input(placement: Placement, source: Source, holdout: float) -> Placement:
     """Return a placement whose settings say from which part of INPUT it was computed."""
     read = Reading.of(source, source.traffic)
-    made = replace(Made.of(placement), holdout=holdout, input=read, spelled=spelled())
+    made = replace(Made.of(placement), holdout=holdout, input=read, spelled=list_spelled_options())
     return placement.with_names(settings={**placement.settings, **made.to_settings()})
 
 
@@ -154,7 +154,7 @@ class Placed:
         """Read a placement of INPUT's model; its settings replace options that are not given."""
         source = source.with_hints(read_hints(path))
         placement = load_placement(path, source, devices=machine.given)
-        made = made_of(path, placement)
+        made = read_made(path, placement)
         loads_it = WRITERS[find_form(path)].engine
         if loads_it is not None:  # a map that one engine alone loads is served by it
             made = replace(made, serving={**made.serving, "engine": loads_it})
@@ -207,10 +207,10 @@ class Placed:
         facts: dict[str, Any] = {"part": "all", "is_seen": is_seen}
         if is_seen and share:
             unseen = source.as_divided(unseen, self.serving)
-            part, sentence = unseen, held_out(unseen, part)
+            part, sentence = unseen, write_held_out(unseen, part)
             facts = {"part": "unseen", "is_seen": False, "holdout": share}
-        groups = short_groups(part, self.source.counted)
-        return seen, part, windowed(sentence, self.source, part, groups), facts
+        groups = name_short_groups(part, self.source.counted)
+        return seen, part, add_windows(sentence, self.source, part, groups), facts
 
     def _fingerprint(self, traffic: Recording) -> str | None:
         """Return the fingerprint of traffic, counted as the placement's was; None if not known."""
@@ -250,7 +250,7 @@ class Placed:
                 self.judged[0],
                 [self.serving],
                 options,
-                progress=shares(report, "of the tokens", then="figures"),
+                progress=show_shares(report, "of the tokens", then="figures"),
             )
         with working("comparing") as report:
             return judge(
@@ -261,7 +261,7 @@ class Placed:
                 by_group=by_group,
                 units=units_of(self.source.traffic, window=self.source.replayed),
                 names=names,
-                progress=shares(report, "", then="intervals"),
+                progress=show_shares(report, "", then="intervals"),
             )
 
     def _measures(self, more: Iterable[str]) -> tuple[str, ...]:

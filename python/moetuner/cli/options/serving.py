@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import click
 
 from moetuner._checks import ArgumentError
-from moetuner.cli.options import SIZE, Number, Text, flags, option
+from moetuner.cli.options import SIZE, Number, Text, list_flags, option
 from moetuner.cli.options.machine import COST_MODEL, bytes_in_cost_model, cost_model_for
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import working
@@ -245,7 +245,9 @@ class ProblemOptions(ServingOptions):
         try:
             return engine_settings(self.engine, statistics, topology, **slots_and_groups)
         except ArgumentError as error:
-            raise click.UsageError(f"'--for {self.engine}': {error.renamed(flags())}.") from None
+            raise click.UsageError(
+                f"'--for {self.engine}': {error.renamed(list_flags())}."
+            ) from None
 
     def explain_problem(self, problem: Problem) -> list[str]:
         """Write in a line what ``--for`` has set of a problem; in none without an engine."""
