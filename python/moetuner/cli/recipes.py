@@ -205,11 +205,10 @@ def list_recipes_to_serve(
         why = "if all layers of the model have experts"
     return list_serving_recipes(
         engine,
-        devices=placement.devices,
-        redundant=placement.devices * placement.slots_per_device - placement.num_experts,
+        placement,
+        file,
         nodes=nodes,
         split=split,
-        placement=str(file),
         hidden_layers=str(layers or "N"),
         dense_layers="A-B" if dense is None else layer_list(dense),
         note=why,

@@ -164,24 +164,24 @@ WRITERS: dict[str, Writer] = {
 
 def list_serving_recipes(
     engine: str | None,
+    placement: Placement,
+    file: str | Path = "placement.json",
     *,
-    devices: int,
-    redundant: int,
     nodes: int = 1,
     split: str | None = None,
-    placement: str = "placement.json",
     hidden_layers: str = "N",
     dense_layers: str = "A-B",
     note: str = "",
     model: str | None = None,
 ) -> list[Recipe]:
-    """Return the commands that export a placement to an engine, and serve it there.
+    """Return the commands that export the placement of a file to an engine, and serve it there.
 
-    Layers are those of the model as options of export have them; ``note`` says it where they are
-    guessed. An engine that can split tokens as the placement was computed for is told to.
+    ``hidden_layers`` and ``dense_layers`` are texts for the options of export; ``note`` says where
+    they are guessed. The command tells an engine to split tokens as the placement assumes, if the
+    engine can.
     """
-    file = shlex.quote(placement)
-    export = f"moetuner export {file} --to"
+    path = shlex.quote(str(file))
+    export = f"moetuner export {path} --to"
     if engine is None:
         return [Recipe(f"{export} eplb --out experts.npz")]
     layers = {"hidden_layers": hidden_layers, "dense_layers": dense_layers}
@@ -193,18 +193,18 @@ def list_serving_recipes(
             commands.append(Recipe(line, note if hints else ""))
     capabilities = ENGINES[engine]
     if capabilities.serve:
-        line = capabilities.serve.format(devices=devices, redundant=redundant)
+        slots = placement.devices * placement.slots_per_device
+        redundant = slots - placement.num_experts
+        line = capabilities.serve.format(devices=placement.devices, redundant=redundant)
         if model is not None:
             line = re.sub(r"\bMODEL\b", shlex.quote(model), line)
-        if redundant:
-            line += "".join(
-                f" {each}" for name, each in capabilities.splits_by.items() if name == split
-            )
-        remarks = [capabilities.serve_note] * bool(capabilities.serve_note)
+        if redundant and split in capabilities.splits_by:
+            line += f" {capabilities.splits_by[split]}"
+        remarks = [capabilities.serve_note] if capabilities.serve_note else []
         if nodes > 1 and capabilities.on_nodes:
             line += f" {capabilities.on_nodes.format(nodes=nodes)}"
             remarks.append("on every node, each with its own rank")
-        commands.append(Recipe(line.replace("placement.json", file), "; ".join(remarks)))
+        commands.append(Recipe(line.replace("placement.json", path), "; ".join(remarks)))
     if capabilities.renumbers:
         commands.append(Recipe(f"{export} {engine} --checkpoint MODEL --out MODEL-placed"))
     return commands

@@ -493,18 +493,10 @@ def _list_serving_commands(
     """Return the commands that load a written placement into its engine and serve it."""
     settings = contents.get("settings", {})
     file = contents.get("placement") or settings.get("placement")
-    redundant = placement.devices * placement.slots_per_device - placement.num_experts
     if not file:
         return ()
-    recipes = list_serving_recipes(
-        settings.get("engine"),
-        devices=placement.devices,
-        redundant=redundant,
-        nodes=nodes,
-        split=settings.get("split"),
-        placement=str(file),
-    )
-    return tuple(recipes)
+    engine, split = settings.get("engine"), settings.get("split")
+    return tuple(list_serving_recipes(engine, placement, file, nodes=nodes, split=split))
 
 
 def _leave_out_seconds(contents: dict[str, Any]) -> dict[str, Any]:
