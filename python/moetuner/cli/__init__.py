@@ -20,12 +20,12 @@ from click.shell_completion import CompletionItem
 from moetuner._texts import printable, suggestion
 
 WRONG = 2
-# A bug of moetuner: nothing that whoever called it can mend.
+# A bug of moetuner, which its caller cannot mend.
 BUG = os.EX_SOFTWARE
 INTERRUPTED = 130
-# Nobody reads standard output any more: 128 + SIGPIPE.
+# The reader of standard output has gone: 128 + SIGPIPE.
 GONE = 141
-# Number of glibc's setting: most parts of memory that threads have by themselves.
+# Number of glibc's setting for the most arenas, parts of memory that a thread has for itself.
 M_ARENA_MAX = -8
 LONGEST_LINE = 1000
 # How the core and Python say that there is no memory for another thread.
@@ -49,7 +49,7 @@ MENU = {
     "fit": "Measure one MoE layer, and write its cost model.",
     "verify": "Recompute the bound that a certificate proves.",
 }
-# Names that commands had; module ``former`` has them.
+# Earlier names of commands, which module ``former`` defines.
 FORMER = ("audit", "report", "show", "diff")
 
 
@@ -72,7 +72,7 @@ class Commands(Mapping[str, click.Command]):
         return iter((*MENU, *FORMER))
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of commands."""
         return len(MENU) + len(FORMER)
 
 
@@ -88,7 +88,7 @@ class Menu(click.Group):
         return list(self.commands)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """Return the command; an error names the one that comes nearest."""
+        """Return the command of a name; the error for a wrong name suggests the nearest command."""
         if args[0] not in [*self.commands] and not args[0].startswith("-"):
             raise click.UsageError(
                 f"No such command '{args[0]:.60}'{suggestion(args[0], MENU)}", ctx
@@ -108,7 +108,7 @@ class Menu(click.Group):
             )
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Return the commands that begin so, and options."""
+        """Return the commands that begin with ``incomplete``, and options."""
         commands = [
             CompletionItem(name, help=line)
             for name, line in MENU.items()
@@ -187,10 +187,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _share_memory() -> None:
-    """Let threads share memory where little may be taken (ulimit -v).
+    """Let threads share one memory arena where addresses are limited (ulimit -v).
 
-    Else glibc wants 64 MB of addresses for every thread, and where it does not get them it asks the
-    system for each object by itself: right, but a hundred times slower.
+    Otherwise glibc reserves 64 MB of addresses for every thread. If that fails, it asks the system
+    for each object by itself, which is a hundred times slower.
     """
     if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
         import ctypes

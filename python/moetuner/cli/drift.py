@@ -1,4 +1,4 @@
-"""``moetuner drift``: whether traffic has left the profile that a placement was computed from."""
+"""``moetuner drift``: whether traffic still fits the profile that a placement was computed from."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ def command(
     """
     source = source.with_hints(read_hints(placement_file))
     placed = Placed.read(placement_file, source, machine, serving)
-    files = profile_files or _named(placed.made, placement_file, *source.input_files)
-    # Groups that were placed for are the profile's; an option chooses among those of INPUT alone.
+    files = profile_files or _find_profile(placed.made, placement_file, *source.input_files)
+    # The profile has the groups of the placement; --only chooses among those of INPUT.
     only = placed.made.input.only or ()
     if profile_files and not source.only:  # a file of these groups alone, perhaps
         only = ()
-    # The groups of INPUT are no groups of the profile, whose own the placement remembers.
+    # --group-by names groups of INPUT; the placement remembers those of the profile.
     names = FILES if source.group_by == FILES else None
     profile = replace(placed.source, input_files=files, only=only, group_by=names)
     profile = profile.as_placed(placed.made, placement_file)
@@ -86,19 +86,19 @@ def command(
     with working("comparing the expert shares"):
         # Counts as recorded: fewer of them would be less evidence.
         drifted = measuring.drift(profile.recorded, source.recorded, seed=seed)
-    # A placement is flattered by what it was computed from: what was held out is not that.
-    unseen, _, part = on_profile.judged
+    # The part that was held out does not flatter the placement, as the rest of its profile does.
+    unseen, _, part_facts = on_profile.judged
     placement = placed.placement
     with working("replaying"):
         now = placed.source, placed.source.traffic
-        rows = _replayed(placement, placed.serving, source.window, (profile, unseen), now)
+        rows = _replay(placement, placed.serving, source.window, (profile, unseen), now)
     worst = max(rows, key=lambda row: row["change"])
     output.say(
         f"profile: {profile.describe()}", f"now: {placed.source.describe()}", *placed.differences()
     )
     if profile.missing_names is not None:
         output.say(f"Warning: {on_profile.names_warning}")
-    if part["is_seen"] is False and "holdout" not in part:
+    if part_facts["is_seen"] is False and "holdout" not in part_facts:
         output.tell(Finding("another profile", role="warning"))
     _show(output, placement_file, drifted, rows)
     output.tell(*find_times_of(placed.serving, source.traffic))
@@ -139,45 +139,47 @@ def _show(
     output.table(head, cells)
 
 
-def _replayed(
+def _replay(
     placement: Placement,
     serving: Serving,
     window: int | None,
     before: tuple[Source, Recording],
     after: tuple[Source, Recording],
 ) -> list[dict[str, Any]]:
-    """Return figures of a placement on two recordings, by window, and how much worse they got."""
-    tokens = [part.tokens for _, part in (before, after) if isinstance(part, RoutingTrace)]
+    """Return a placement's figures on two recordings, and their change, by size of window."""
+    recordings = (before[1], after[1])
+    tokens = [traffic.tokens for traffic in recordings if isinstance(traffic, RoutingTrace)]
     first, windows = after[0].replayed, list[int | None]([None])
     if len(tokens) == 2 and first is not None:
-        # Windows are of as many tokens on both sides: a short recording is one window by itself.
+        # Both sides have windows of one size: a short recording is one window.
         windows = [min(first, *tokens)]
-        # If no window is given, those of prefill too, as long as both sides have four.
+        # Without --window, windows of prefill are compared too, if both sides have four of them.
         longer = min(WINDOWS[-1], min(tokens) // LEAST_WINDOWS)
         if window is None and longer >= LEAST_WINDOWS * first:
             windows.append(longer)
-    # Windows of counts may be as long as they were recorded, and so are their times.
-    measure = SHOWN[before[0].counted == after[0].counted is not None]
+    # Recorded windows of different sizes have different times, so only their imbalance is compared.
+    have_one_size = before[0].counted == after[0].counted is not None
+    measure = "predicted_layer_us" if have_one_size else "imbalance"
     rows = []
     for window in windows:
         row: dict[str, Any] = {"window": window, "measure": measure}
-        for name, (source, part) in (("profile", before), ("now", after)):
+        for name, (source, traffic) in (("profile", before), ("now", after)):
             replayed = window if window is not None else source.replayed
             served = replace(serving, window=replayed)
             options = ReplayOptions(threads=source.threads)
-            [[figures]] = evaluate_each([placement], part, [served], options)
-            row[name] = {measure: getattr(figures, measure) for measure in SHOWN}
+            [[figures]] = evaluate_each([placement], traffic, [served], options)
+            row[name] = {shown: getattr(figures, shown) for shown in SHOWN}
         old, new = row["profile"][measure], row["now"][measure]
         rows.append(row | {"change": new / old - 1 if old else 0.0})
     return rows
 
 
-def _named(made: Made, *beside: Path) -> tuple[Path, ...]:
-    """Return the files that a placement names as its input, here or beside others."""
+def _find_profile(made: Made, *neighbours: Path) -> tuple[Path, ...]:
+    """Find the files that a placement names as its input, here or in the folders of neighbours."""
     names = made.input.files or ()
-    for folder in (Path(), *(path.parent for path in beside)):
-        for places in (names, [Path(name).name for name in names]):
-            files = tuple(folder / place for place in places)
+    for folder in (Path(), *(path.parent for path in neighbours)):
+        for paths in (names, [Path(name).name for name in names]):
+            files = tuple(folder / path for path in paths)
             if files and all(path.exists() for path in files):
                 return files
     where = f" ({', '.join(names)} is not here)" if names else ""

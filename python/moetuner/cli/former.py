@@ -1,4 +1,4 @@
-"""Names that commands had, which go on until 0.2: a table, and nothing besides."""
+"""The table of earlier names of commands, which stay until 0.2."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from moetuner.cli.options import IN_FILE, FormerCommand, list_options, make_opti
 from moetuner.cli.options.figures import FigureOptions
 from moetuner.cli.options.pages import page_option
 
-# Options of ``evaluate`` that the former names never had.
+# Options of ``evaluate`` that its former names never had.
 NEW = {"by_group", "lost", "fail_if_gain_below", *list_options(FigureOptions)}
 PAGES = {"report_file", "figures", "expert_bytes"}
 GATES = {"measures", "fail_if_worse", "waterfill"}
-EVALUATE_OPTIONS = {str(each.name) for each in evaluate.command.params} - NEW
+EVALUATE_OPTIONS = {str(parameter.name) for parameter in evaluate.command.params} - NEW
 
 OUT = make_option(page_option(Path("report.html"), flag="--out"), "report_file", "Page to write.")
 FILE = click.Argument(

@@ -1,4 +1,4 @@
-"""``moetuner inspect``: what is in recorded routing, what a placement is, or what has to move."""
+"""``moetuner inspect``: the content of a recording or a placement, or the moves between two."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ from moetuner.report.structure import Structure, structure
 from moetuner.topology import Topology
 
 MOST_GROUPS = 12
-# Crossing that is not worth a placement, however certain.
+# Largest gain in crossing that is not worth a placement, however certain it is.
 LITTLE = 0.005
 # Devices of the placements that measure structure between layers.
 DEVICES = 4
-# Files of INPUT that a line names.
+# Most files of INPUT that a line names.
 NAMED = 3
 SIZES = ("layers", "num_experts", "devices", "slots_per_device")
-# Options for a placement, and for what has to move from one to another.
+# Options for one placement, and for the moves from one to another.
 PLACEMENT_OPTIONS = {
     *list_options(Machine),
     *list_options(options.LayerHints),
@@ -58,7 +58,7 @@ MOVES_OPTIONS = PLACEMENT_OPTIONS | {"expert_bytes"}
 
 @dataclass(frozen=True)
 class InspectedMachine(Machine):
-    """The machine of what is inspected.
+    """The machine of the placement or recording that is inspected.
 
     Parameters
     ----------
@@ -138,7 +138,7 @@ def command(
 
 
 def _check_options(names: Collection[str], others: str) -> None:
-    """Raise for an option that is for other files than those that are inspected."""
+    """Raise if an option was typed that is not for the kind of files that are inspected."""
     context = click.get_current_context()
     for name, flag in options.list_flags().items():
         is_typed = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
@@ -182,7 +182,7 @@ def _show_recording(
 def _show_served(
     output: Output, source: Source, options: ServingOptions, topology: Topology
 ) -> dict[str, float | None]:
-    """Print and return the figures of experts in blocks for the traffic as it is served."""
+    """Print and return the figures of the contiguous placement, with the given serving options."""
     source, serving = options.resolve(source, topology)
     traffic = source.traffic
     placement = blocks(traffic.layers, traffic.num_experts, topology.devices)
@@ -203,7 +203,7 @@ def _show_served(
 
 
 def _show_skew(output: Output, structure: Structure) -> None:
-    """Print what differs from layer to layer: its least, median and most, and where that is."""
+    """Print skew and information by layer: least, median and most, and the layer of the most."""
     values: dict[str, tuple[Sequence[float], int]] = {
         "busiest expert / mean load": (structure.skew, 2),
         "experts never used": (structure.unused, 0),
@@ -213,14 +213,14 @@ def _show_skew(output: Output, structure: Structure) -> None:
         values["  in addition, expected by chance"] = (structure.information_chance, 2)
     rows = []
     for name, (layers, decimals) in values.items():
-        spread = [number(float(part), decimals) for part in np.quantile(layers, (0, 0.5, 1))]
+        spread = [number(float(value), decimals) for value in np.quantile(layers, (0, 0.5, 1))]
         rows.append((name, *spread, str(int(np.argmax(layers)))))
     output.table(("per layer", "least", "median", "most", "in layer"), rows)
     output.say("")
 
 
 def _show_groups(output: Output, structure: Structure) -> None:
-    """Print how far groups are from the mix; those that differ most, where there are many."""
+    """Print the distance of groups to the mix; of many groups, those with the largest distance."""
     if not structure.group_share:
         output.tell(Finding("no groups"))
         output.say("")
@@ -237,7 +237,7 @@ def _show_groups(output: Output, structure: Structure) -> None:
 
 
 def _show_hot_experts(output: Output, hot: HotExperts) -> None:
-    """Print what part of the picks the hottest experts take, and what that says."""
+    """Print the share of the picks that the hottest experts take, and its finding."""
     rows = {"most used, a fixed set": hot.static, "least recently used is dropped": hot.cache}
     head = (
         f"share of {'unseen ' if hot.is_unseen else ''}picks",
@@ -258,7 +258,7 @@ def _show_hot_experts(output: Output, hot: HotExperts) -> None:
 
 
 def _show_crossings(output: Output, structure: Structure) -> None:
-    """Print the crossing reached beside the independence null, and what their gap means."""
+    """Print the crossing reached and under independence, and what their gap means."""
     if structure.crossing_contiguous is None:
         output.tell(Finding("no transitions"))
         return
@@ -275,7 +275,7 @@ def _show_crossings(output: Output, structure: Structure) -> None:
     output.tell(_conclude(structure.gain, structure.crossing_independent - structure.crossing))
 
 
-def _conclude(gain: tuple[float, float] | None, kept: float) -> Finding:
+def _conclude(gain: tuple[float, float] | None, difference: float) -> Finding:
     """Return what the gap between a searched placement and the independence null means."""
     if gain is None:
         return Finding("too few sequences", {"least": FEWEST})
@@ -284,11 +284,11 @@ def _conclude(gain: tuple[float, float] | None, kept: float) -> Finding:
         return Finding("no structure")
     if low <= 0:
         return Finding("uncertain structure", {"low": low, "high": high})
-    return Finding("structure", {"kept": kept, "low": low, "high": high})
+    return Finding("structure", {"kept": difference, "low": low, "high": high})
 
 
 def _show_placement(output: Output, placement_file: Path, placement: Placement) -> None:
-    """Print what a placement is, and what it was computed for."""
+    """Print a placement's sizes, and what it was computed for."""
     made = read_made(placement_file, placement)
     sizes = {name: int(getattr(placement, name)) for name in SIZES}
     sizes["empty_slots"] = int((placement.slots == EMPTY).sum())
@@ -309,7 +309,7 @@ def _show_placement(output: Output, placement_file: Path, placement: Placement) 
 
 
 def _origins(placement: Placement, made: Made, moment: str) -> Iterator[str]:
-    """Write who made it and when, for what, from what, and what it is worth."""
+    """Write who made a placement and when, its problem, its input, and its objective."""
     if made.plan is not None:
         running = _texts.name(str(made.plan.get("running")))
         devices = counted(placement.devices, "device")
@@ -359,27 +359,29 @@ def _show_moves(
     machine: Machine,
     expert_bytes: float | None,
 ) -> None:
-    """Print what has to move from one placement to another."""
+    """Print the moves from one placement to another."""
     (before_file, after_file), (before, after) = files, placements
-    made = [read_made(path, each) for path, each in ((after_file, after), (before_file, before))]
-    ours, theirs = (
-        (placed.layers, placed.devices, placed.num_experts) for placed in (before, after)
+    # Where both say it, the second one's file decides.
+    made = [read_made(after_file, after), read_made(before_file, before)]
+    sizes_before, sizes_after = (
+        (placement.layers, placement.devices, placement.num_experts) for placement in placements
     )
-    if ours != theirs:
-        # The same model on other devices.
-        is_moved = ours[::2] == theirs[::2]
+    if sizes_before != sizes_after:
+        # The same model on another number of devices.
+        is_resized = sizes_before[::2] == sizes_after[::2]
         raise click.UsageError(
             f"{_texts.name(after_file.name)} must be a placement of the same model and machine: "
-            f"{_sizes(ours)} as {_texts.name(before_file.name)}, got {_sizes(theirs)}"
-            + ('; "moetuner plan --steps" lists the moves to other devices.' * is_moved or ".")
+            f"{_write_sizes(sizes_before)} as {_texts.name(before_file.name)}, got "
+            f"{_write_sizes(sizes_after)}"
+            + ('; "moetuner plan --steps" lists the moves to other devices.' if is_resized else ".")
         )
-    topology = machine.topology(after.devices, _first(each.machine for each in made))
+    topology = machine.topology(after.devices, _first(origin.machine for origin in made))
     if expert_bytes is None:
         model, bits = (
             after.model or before.model,
-            _first(each.input.weight_bits for each in made),
+            _first(origin.input.weight_bits for origin in made),
         )
-        expert_bytes = bytes_of_expert(_first(each.expert_size for each in made), model, bits)
+        expert_bytes = bytes_of_expert(_first(origin.expert_size for origin in made), model, bits)
     diff = before.diff(after, expert_bytes=expert_bytes, topology=topology)
     output.say(write_moves(diff, topology))
     if expert_bytes is None and diff.experts_moved:
@@ -391,10 +393,10 @@ def _show_moves(
 
 
 def _first(values: Iterable[Any]) -> Any:
-    """Return the first value that is known; None if none is."""
+    """Return the first value that is not None; None if all are."""
     return next((value for value in values if value is not None), None)
 
 
-def _sizes(sizes: tuple[int, int, int]) -> str:
+def _write_sizes(sizes: tuple[int, int, int]) -> str:
     """Write layers, devices and experts."""
     return ", ".join(map(counted, sizes, ("layer", "device", "expert")))

@@ -198,8 +198,9 @@ def list_serving_recipes(
         line = capabilities.serve.format(devices=placement.devices, redundant=redundant)
         if model is not None:
             line = re.sub(r"\bMODEL\b", shlex.quote(model), line)
-        if redundant and split in capabilities.splits_by:
-            line += f" {capabilities.splits_by[split]}"
+        if redundant:
+            options = (text for name, text in capabilities.splits_by.items() if name == split)
+            line += "".join(f" {option}" for option in options)
         remarks = [capabilities.serve_note] if capabilities.serve_note else []
         if nodes > 1 and capabilities.on_nodes:
             line += f" {capabilities.on_nodes.format(nodes=nodes)}"

@@ -32,7 +32,7 @@ FREE_BYTES, UNPACKED_PER_BYTE = 1 << 26, 100
 
 
 def recognises(path: Path) -> bool:
-    """Whether a file is Parquet or an Arrow file (Feather 2)."""
+    """Return whether a file is Parquet or an Arrow file (Feather 2)."""
     start = head(path, len(ARROW))
     return start.startswith(PARQUET) or start == ARROW
 

@@ -29,7 +29,7 @@ LONGEST_HEADER = 1 << 12
 
 
 def recognises(path: Path) -> bool:
-    """Whether a file is text whose first line names a layer and an expert."""
+    """Return whether a file is text whose first line names a layer and an expert."""
     try:
         header = head(path, LONGEST_HEADER).partition(b"\n")[0].decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -33,7 +33,7 @@ PATTERN = "*[0-9].*"
 
 
 def recognises(path: Path) -> bool:
-    """Whether a file, or a folder's first one of a rank, holds nothing but such counts."""
+    """Return whether a file, or a folder's first one of a rank, holds nothing but such counts."""
     names = list_names(first_file(path, PATTERN))
     return bool(names) and all(name.endswith(SUFFIXES) for name in names)
 

@@ -70,7 +70,7 @@ def write_map(placement: Placement, path: Path, _: Hints) -> None:
 
 
 def recognises_map(path: Path) -> bool:
-    """Whether a file is an archive with EPLB's map, or JSON with its arrays or a map alone."""
+    """Return whether a file is an archive or JSON with EPLB's arrays, or JSON of its map alone."""
     start = head(path)
     if looks_like_json(start):
         arrays = (b'"logical_replica_count"' in start, b'"logical_to_physical_map"' in start)

@@ -30,7 +30,7 @@ BEGIN = re.compile(
 
 
 def recognises(path: Path) -> bool:
-    """Whether a file begins with an answer, be it of counts or of what forbids them."""
+    """Return whether a file begins with an answer, be it of counts or of what forbids them."""
     start = head(path, 1 << 12)
     text = start.decode("latin-1").removeprefix(MARK)
     return looks_like_json(start) and BEGIN.match(text) is not None

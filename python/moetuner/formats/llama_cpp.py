@@ -56,7 +56,7 @@ class _Matrix:
 
 
 def recognises(path: Path) -> bool:
-    """Whether a file, or the first one of a folder, is GGUF."""
+    """Return whether a file, or the first one of a folder, is GGUF."""
     return head(first_file(path, PATTERN), len(MAGIC)) == MAGIC
 
 

@@ -53,7 +53,7 @@ class _Choices:
 
 
 def recognises(path: Path) -> bool:
-    """Whether a file is of one of these forms."""
+    """Return whether a file is of one of these forms."""
     start = head(path, LONGEST_HEADER).decode("latin-1")
     line = start.partition("\n")[0].strip()
     is_ranked = {*line.split(",")} == {*RANKED, "phase"}

@@ -60,7 +60,7 @@ LoadCounts = NDArray[np.int64]
 
 
 def recognises(path: Path) -> bool:
-    """Whether a file is a load table of one of these forms."""
+    """Return whether a file is a load table of one of these forms."""
     return _find_reader(path) is not None
 
 
@@ -100,7 +100,7 @@ def _find_reader(path: Path) -> Callable[..., NDArray[Any]] | None:
 
 
 def _holds_counts(path: Path) -> bool:
-    """Whether a bare array cannot be ids [T,L,K]: of two axes, with fractions, or too large.
+    """Return whether a bare array cannot be ids [T,L,K]: of two axes, with fractions, or too large.
 
     So are rows that repeat experts, if they are long, or if those of all layers add up alike: with
     few choices a repeated expert may be damage.

@@ -1,4 +1,4 @@
-"""Megatron-Core's router trace, and the arrays that its RouterReplay records.
+"""Read Megatron-Core's router trace, and the arrays that its RouterReplay records.
 
 ``--moe-routing-trace-path DIR`` writes ``router_trace_rank{r}.jsonl``, a line per step, layer and
 microbatch (``megatron/core/transformer/moe/router_trace.py`` of 0.19.2)::
@@ -49,7 +49,7 @@ Line = tuple[int, int, int, NDArray[Any]]
 
 
 def recognises(path: Path) -> bool:
-    """Whether a file or folder is a router trace, or a file the arrays of RouterReplay."""
+    """Return whether a file or folder is a router trace, or a file the arrays of RouterReplay."""
     if path.is_dir():
         return any(path.glob(PATTERN))
     start = head(path, 4096)
@@ -59,7 +59,7 @@ def recognises(path: Path) -> bool:
 
 
 def is_replay(path: Path) -> bool:
-    """Whether a file holds arrays by number or layer and nothing else, or is a ``.pt`` list."""
+    """Return whether a file holds only arrays by number or layer, or is a ``.pt`` list."""
     names = list_names(path) if head(path, 2) == b"PK" else []
     return bool(names) and all(map(REPLAY.fullmatch, names))
 
@@ -94,7 +94,7 @@ def _add_lines(path: Path, batches: Microbatches) -> None:
 
 
 def _decoder(lines: Lines) -> list[Line]:
-    """Return those lines that are of the decoder."""
+    """Return the lines of the decoder."""
     columns = lines.columns
     for key in (*KEYS.integers, *KEYS.texts):
         missing = NO_INTEGER if key in KEYS.integers else NO_TEXT

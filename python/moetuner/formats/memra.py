@@ -54,7 +54,7 @@ Rows = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
 def recognises(path: Path) -> bool:
-    """Whether a file, or the first one of a folder, is a trace or a dump."""
+    """Return whether a file, or the first one of a folder, is a trace or a dump."""
     start = head(first_file(path), 1 << 16)
     text = start.decode("latin-1")
     if BEGIN.match(text):
@@ -218,7 +218,7 @@ def write_map(placement: Placement, path: Path, hints: Hints) -> None:
 
 
 def recognises_map(path: Path) -> bool:
-    """Whether a file is such a map."""
+    """Return whether a file is such a map."""
     start = head(path, 4096)
     return looks_like_json(start) and f'"{FORMAT}"'.encode() in start
 

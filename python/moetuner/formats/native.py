@@ -20,7 +20,7 @@ KINDS: tuple[Kind, ...] = ("safetensors", "npz", "npy", "jsonl")
 
 
 def recognises(kind: Kind, path: Path) -> bool:
-    """Whether a file, or a folder's first one, is of a kind."""
+    """Return whether a file, or a folder's first one, is of a kind."""
     path = first_file(path)
     return path.is_file() and kind_of(path) == kind
 
@@ -74,7 +74,7 @@ def write_map(placement: Placement, path: Path, _: Hints) -> None:
 
 
 def recognises_map(path: Path) -> bool:
-    """Whether a file is a placement of moetuner."""
+    """Return whether a file is a placement of moetuner."""
     with path.open("rb") as file:
         return b"moetuner.placement/" in file.read(200)
 

@@ -93,7 +93,7 @@ class Tensor:
 
 
 def is_pickled(path: Path) -> bool:
-    """Whether a file is one of ``torch.save``, as it is written since 1.6."""
+    """Return whether a file is one of ``torch.save``, as it is written since 1.6."""
     start = head(path, 512)
     return start.startswith(ZIP) and DESCRIPTION.encode() in start
 

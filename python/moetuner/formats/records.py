@@ -31,7 +31,7 @@ def head(path: Path, size: int = HEAD) -> bytes:
 
 
 def looks_like_json(start: bytes) -> bool:
-    """Whether text begins as an object, a list or an event does."""
+    """Return whether text begins as an object, a list or an event does."""
     start = start[:4096].removeprefix(MARK.encode("latin-1")).lstrip()
     return start.startswith((b"{", b"[", b"data:"))
 

@@ -47,7 +47,7 @@ INT32 = np.dtype("<i4")
 
 
 def recognises(path: Path) -> bool:
-    """Whether a file or folder holds dumps of the recorder."""
+    """Return whether a file or folder holds dumps of the recorder."""
     path = first_file(path)
     start = head(path, 1 << 16)
     if not start.startswith(b"PK"):
@@ -58,7 +58,7 @@ def recognises(path: Path) -> bool:
 
 
 def recognises_responses(path: Path) -> bool:
-    """Whether a file holds responses with routed experts."""
+    """Return whether a file holds responses with routed experts."""
     start = head(path)
     ours = b'"meta_info"' in start or b'"sglext"' in start
     return looks_like_json(start) and ours and b'"routed_experts"' in start
@@ -365,7 +365,7 @@ def write_map(placement: Placement, path: Path, hints: Hints) -> None:
 
 
 def recognises_map(path: Path) -> bool:
-    """Whether a file is a map of SGLang, as JSON or of ``torch.save``."""
+    """Return whether a file is a map of SGLang, as JSON or of ``torch.save``."""
     start = head(path, 1 << 16)
     if looks_like_json(start):
         return f'"{MAP}"'.encode() in start

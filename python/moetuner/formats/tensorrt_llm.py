@@ -42,7 +42,7 @@ ENTRY = re.compile(r"(?P<step>\d{1,12})_(?P<layer>\d{1,5})", re.ASCII)
 
 
 def recognises(path: Path) -> bool:
-    """Whether a folder or file is a dump of expert statistics."""
+    """Return whether a folder or file is a dump of expert statistics."""
     if path.is_dir():
         return any(recognises(file) for pattern in (COUNTS, RAW) for file in path.glob(pattern))
     if head(path, 9)[8:] != b"{":
@@ -169,7 +169,7 @@ def write_map(placement: Placement, path: Path, hints: Hints) -> None:
 
 
 def recognises_map(path: Path) -> bool:
-    """Whether a file is such a YAML."""
+    """Return whether a file is such a YAML."""
     start = head(path, 4096)
     return any(key.encode() in start for key in KEYS[:2])
 

@@ -34,7 +34,7 @@ MOST_RANKS = 1 << 16
 
 
 def recognises(path: Path) -> bool:
-    """Whether a file, or the first one of a folder, is a record of a rank."""
+    """Return whether a file, or the first one of a folder, is a record of a rank."""
     path = first_file(path, PATTERN)
     start = head(path, 1 << 16)
     ours = all(name.encode() in start for name in (COUNT, RANK, RANKS))

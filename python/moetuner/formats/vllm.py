@@ -1,4 +1,4 @@
-"""vLLM: routed experts that it records.
+"""Read the routed experts that vLLM records.
 
 Routed experts (``--enable-return-routed-experts``) are arrays [tokens, hidden layers, top-k] of
 logical ids, with rows of zeros for layers without experts; the order of a token's experts says
@@ -32,7 +32,7 @@ SEQUENCE = re.compile(r"arr_\d+|\d+|.*routed_experts.*")
 
 
 def recognises(path: Path) -> bool:
-    """Whether a file holds routed experts: responses, or arrays that are no trace of moetuner."""
+    """Return whether a file holds routed experts: responses, or arrays other than moetuner's."""
     path = first_file(path)
     start = head(path)
     if looks_like_json(start):
@@ -50,7 +50,7 @@ def recognises(path: Path) -> bool:
 
 
 def _has_dense_rows(path: Path) -> bool:
-    """Whether a row of zeros shows that an array counts layers without experts."""
+    """Return whether a row of zeros shows that an array has layers without experts, too."""
     try:
         with path.open("rb") as file:
             stored, fortran = npz.read_npy_header(file)

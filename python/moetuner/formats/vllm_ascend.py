@@ -37,7 +37,7 @@ TABLES = ("current_expert_table", "expert_table", "table")
 
 
 def recognises(path: Path) -> bool:
-    """Whether a file is a workload with its table, a bare tensor, or an expert map."""
+    """Return whether a file is a workload with its table, a bare tensor, or an expert map."""
     if not head(path, 2).startswith(b"PK"):
         return recognises_map(path)
     load, table = _names(path)
@@ -119,7 +119,7 @@ def write_map(placement: Placement, path: Path, _: Hints) -> None:
 
 
 def recognises_map(path: Path) -> bool:
-    """Whether a file is such a map."""
+    """Return whether a file is such a map."""
     return b'"moe_layer_count"' in head(path, 4096)
 
 

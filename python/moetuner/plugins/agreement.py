@@ -317,7 +317,7 @@ def _cannot_compare(error: Exception) -> str:
 
 
 def _has_other_version(message: str) -> bool:
-    """Whether a post is of another version, which may not know how to judge ours."""
+    """Return whether a post is of another version, which may not know how to judge ours."""
     try:
         return bool(json.loads(message).get("version", 0) != VERSION)
     except Exception:

@@ -226,7 +226,7 @@ class Balancer:
         model: str | None,
         form: Callable[[NDArray[np.int64]], Any],
     ) -> bool:
-        """Whether files that were read again can serve what runs here; else say why not.
+        """Return whether files that were read again can serve what runs here; else say why not.
 
         That is this model, and every other one that the files in use can serve.
         """

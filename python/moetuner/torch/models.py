@@ -1,4 +1,4 @@
-"""Finding the MoE layers of a model: their routers, their experts, and how many of them there are.
+"""Find the MoE layers of a model: their routers, their experts, and how many of them there are.
 
 No list of architectures: an MoE layer is a module with a child ``experts`` beside a child that
 routes. That is the shape of Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek, GLM-4-MoE, gpt-oss and
@@ -124,7 +124,7 @@ def chosen(output: object) -> tuple[Tensor, Tensor] | None:
 
 
 def _is_router(name: str, modules: dict[str, nn.Module]) -> bool:
-    """Whether a module stands beside experts and is their router, by its class or by its name."""
+    """Return whether a module is the router of the experts beside it, by its class or name."""
     if not name or _beside(name, "experts") not in modules:
         return False
     # A block may have both a router and some other gate, for instance of its shared expert.
@@ -162,9 +162,9 @@ def _groups(router: nn.Module, block: nn.Module) -> int:
     """Count the groups among which a router chooses first, by its own settings or its model's."""
     configs = [getattr(module, "config", None) for module in (router, block)]
     names = ("n_group", "topk_group", "topk_method")
-    own = [vars(module).items() for module in (router, block)]
+    attributes_of = [vars(module).items() for module in (router, block)]
     settings: list[dict[str, Any]] = [
-        {k: v for k, v in attributes if type(v) in (int, str)} for attributes in own
+        {k: v for k, v in attributes if type(v) in (int, str)} for attributes in attributes_of
     ]
     settings += [
         {name: getattr(config, name, None) for name in names} for config in configs if config

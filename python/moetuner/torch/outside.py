@@ -87,7 +87,7 @@ class Registered:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor has memory of its own, in which its elements are as it shows them."""
+    """Return whether a tensor has memory of its own, in which its elements are as it shows them."""
 
     def function_of(kind: Any) -> Any:
         return getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
@@ -98,7 +98,7 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether the elements of a tensor lie in memory with strides."""
+    """Return whether the elements of a tensor lie in memory with strides."""
     return is_plain(tensor) and tensor.layout == torch.strided and not tensor.is_meta
 
 

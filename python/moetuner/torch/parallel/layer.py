@@ -382,7 +382,7 @@ class ExpertParallelMoE(nn.Module):
         return None
 
     def _others(self, ranks: Sequence[int]) -> bool:
-        """Whether other ranks of the group are among global ranks."""
+        """Return whether other ranks of the group are among global ranks."""
         own_ranks = dist.get_process_group_ranks(self.group or dist.group.WORLD)
         return len(set(own_ranks) & set(ranks)) > 1
 

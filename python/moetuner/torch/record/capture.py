@@ -324,7 +324,7 @@ class Recorder:
 
 
 def _is_weak(cache: object) -> bool:
-    """Whether a cache is an object that can be recognised; tuples of tensors cannot."""
+    """Return whether a cache is an object that can be recognised; tuples of tensors cannot."""
     return hasattr(cache, "__weakref__") and type(cache).__hash__ is not None
 
 

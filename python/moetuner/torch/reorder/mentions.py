@@ -81,7 +81,7 @@ class Mentions:
         return str(order.index(int(expert))).zfill(width)
 
     def _is_free(self, matches: Callable[[str], bool]) -> tuple[bool, bool]:
-        """Whether a pattern matches experts before and after alike, and whether it matches any."""
+        """Return whether a pattern matches the same experts after as before, and whether any."""
         any_matched = False
         for old, new in self.pairs:
             matched = matches(old)

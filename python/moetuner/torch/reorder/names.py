@@ -69,7 +69,7 @@ def layer_number(block: str) -> int:
 
 
 def predicts(block: str, hidden_layers: int | None) -> bool:
-    """Whether a block is beyond the model's own layers: it predicts further tokens."""
+    """Return whether a block is beyond the model's own layers: it predicts further tokens."""
     beyond = hidden_layers is not None and layer_number(block) >= hidden_layers
     return beyond or PREDICTS.search(block) is not None
 

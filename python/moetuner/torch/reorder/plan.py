@@ -144,13 +144,13 @@ class TensorPlan:
         return {block: f"{layer[0]}." for block, layer in layers.items() if layer}
 
     def has(self, name: str, part: ExpertName | None) -> bool:
-        """Whether a tensor, ``part`` of the experts or not, is of one of the MoE blocks."""
+        """Return whether a tensor, ``part`` of the experts or not, is of one of the MoE blocks."""
         if part is not None:
             return part.block in self.routers or part.block in self.resting
         return any(is_under(name, block) for block in self.blocks)
 
     def is_beside(self, name: str) -> bool:
-        """Whether a tensor is in the layer of a block that moves."""
+        """Return whether a tensor is in the layer of a block that moves."""
         return name.startswith(tuple(self._layers.values()))
 
     def change(self, name: str, tensor: Tensor, part: ExpertName | None) -> TensorChange:
@@ -323,10 +323,10 @@ def _kind(path: str, tensor: Tensor, experts: int, where: str) -> str | None:
 
 
 def is_apart(path: str) -> bool:
-    """Whether what stands at a path within a layer computes the same for every order."""
+    """Return whether what stands at a path within a layer computes the same for every order."""
     return APART.search(path) is not None
 
 
 def is_under(name: str, module: str) -> bool:
-    """Whether a tensor is a module's or of what is in it."""
+    """Return whether a tensor is a module's or of what is in it."""
     return not module or name.startswith(f"{module}.")

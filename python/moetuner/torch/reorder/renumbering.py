@@ -101,7 +101,7 @@ class Renumbering:
         return start + change.name, plan.reorder(name, tensor, change)
 
     def _routes(self, name: str, tensor: Tensor) -> bool:
-        """Whether a tensor may be a router's that has another name than those known."""
+        """Return whether a tensor may be a router's that has another name than those known."""
         experts = self._plans[0].experts
         return experts in tensor.shape and not ROUTER_NAMES.isdisjoint(name.split("."))
 
