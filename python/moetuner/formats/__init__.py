@@ -1,4 +1,4 @@
-"""Foreign formats, one file each: a table of those that are read and one of those that are written.
+"""Formats of recordings and maps, one module each: a table of READERS and one of WRITERS.
 
 Nothing here imports an engine, and no engine's file imports these tables.
 """
@@ -44,13 +44,12 @@ from moetuner.serving.recipes import Recipe
 
 
 class Reader(NamedTuple):
-    """How recorded routing is read: its title, how it is recognised by content, and what reads it.
+    """A format of recorded routing: its title, and functions that recognise and read it.
 
-    ``caution`` says, where INPUT is described, what such a recording cannot say. If ``takes_map``,
-    maps of the same name may stand beside what was recorded, so they are recognised too.
-
-    What is damaged, or does not fit together, raises ValueError with file, place and rule in one
-    line; so may a damaged file that is to be recognised. Files of one recording are read together.
+    ``caution`` is a sentence on what such a recording cannot say; it follows INPUT's description.
+    With ``takes_map`` the reader also recognises the engine's maps, which may be given beside the
+    recording. ``read`` takes all files of one recording. Files that are damaged, or do not fit
+    together, raise ValueError with file, place and rule in one line; ``recognises`` may, too.
     """
 
     title: str
@@ -61,12 +60,12 @@ class Reader(NamedTuple):
 
 
 class Writer(NamedTuple):
-    """How placements are written, and read again.
+    """A format of placements.
 
-    ``module`` does it, with ``write_map(placement, path, hints)``,
-    ``recognises_map(path)`` and ``read_map(path, hints)``, which gives a ``Layout``. All raise
-    ValueError as readers do. Names end in one of ``suffixes``; ``engine``, if it is one's, is its
-    name in ``ENGINES``; ``hints`` are those that writing needs.
+    ``module`` has ``write_map(placement, path, hints)``, ``recognises_map(path)`` and
+    ``read_map(path, hints)``, which returns a ``Layout``. All raise ValueError as readers do.
+    ``suffixes`` are endings of file names. ``engine`` is the name in ``ENGINES`` of the engine that
+    loads the format, if it is a single one; ``hints`` are the hints that writing needs.
     """
 
     title: str
@@ -76,7 +75,7 @@ class Writer(NamedTuple):
     hints: tuple[str, ...] = ()
 
 
-# Those of engines first: what they do not know is moetuner's own, or nothing.
+# Readers of engines come first: files that they do not recognise are moetuner's own, or wrong.
 READERS: dict[str, Reader] = {
     "llama-traces": Reader(
         "choices of llama.cpp's routers, CSV of llama-moe-trace or BigMoeOnEdge",
@@ -212,12 +211,12 @@ def list_serving_recipes(
 
 
 def find_way_back(engine: str | None) -> str:
-    """Return what takes a placement away again from its engine."""
+    """Return how an engine is started without its placement again."""
     return "start the engine without the map" if engine is None else ENGINES[engine].go_back
 
 
 def find_reader(path: str | Path) -> str:
-    """Return the name of the reader of a file, or of a folder by its first files."""
+    """Find the name of the reader of a file, or of a folder by its first file."""
     path = path_in(path)
     for name, reader in READERS.items():
         if name == native.KINDS[0] and path.is_file():
@@ -230,7 +229,7 @@ def find_reader(path: str | Path) -> str:
 
 
 def find_readers(paths: Iterable[Path]) -> tuple[str, ...]:
-    """Return the names of the readers of files, each once, as far as they can be read again."""
+    """Find the names of the readers of files, each once; skip pipes and wrong files."""
     names: list[str] = []
     for path in paths:
         if not is_stream(path) and path.exists():
@@ -240,12 +239,12 @@ def find_readers(paths: Iterable[Path]) -> tuple[str, ...]:
 
 
 def list_cautions(readers: Iterable[str]) -> list[str]:
-    """Return what recordings of some readers cannot say, each sentence once."""
+    """List the cautions of readers, each once."""
     return [*dict.fromkeys(READERS[name].caution for name in readers if READERS[name].caution)]
 
 
 def _refuse_map(path: Path) -> None:
-    """Raise where a file that no engine recorded is a map of experts of one."""
+    """Raise if a file is an engine's map of experts."""
     for writer in WRITERS.values():
         if writer.module is not native and writer.module.recognises_map(path):
             raise ValueError(f"{path}: must be recorded routing, got a placement: {writer.title}")
@@ -325,7 +324,7 @@ def open_input(
 
 
 def read_input(paths: Sequence[Path], hints: Hints, reader: str | None = None) -> Traffic:
-    """Read files and folders; neighbours of the same reader are one recording."""
+    """Read files and folders; consecutive ones of the same reader are one recording."""
     if reader is not None:
         one_of("reader", reader, READERS)
     names = [find_reader(path) if reader in (None, *native.KINDS) else reader for path in paths]
@@ -398,7 +397,7 @@ def write_placement(
 def is_map(path: Path) -> bool:
     """Return whether a file holds a placement, or a map of experts, and no recorded routing.
 
-    A damaged file is no map: reading it as INPUT says what is wrong.
+    False for a damaged file: the error of reading it as INPUT is better.
     """
     if is_stream(path) or not path.is_file():
         return False
@@ -414,7 +413,7 @@ def is_map(path: Path) -> bool:
 
 
 def find_form(path: str | Path) -> str:
-    """Return the name in ``WRITERS`` of the format that a map of experts is in, by its content."""
+    """Find the name in ``WRITERS`` of the format of a placement, by its content."""
     path = path_in(path)
     size_of(path)
     for name, writer in WRITERS.items():
@@ -431,7 +430,7 @@ def find_form(path: str | Path) -> str:
 
 
 def read_map(path: str | Path, hints: Hints, form: str | None = None) -> Layout:
-    """Read a map of experts as it stands; its content decides of which format, if none is given."""
+    """Read a map of experts, unchecked, in a format or in that of its content."""
     path = path_in(path)
     with naming(path):
         layout: Layout = WRITERS[form or find_form(path)].module.read_map(path, hints)

@@ -1,4 +1,4 @@
-"""DeepSpeed's counts of tokens: buffers of AutoEP's layers, or what its MoE layers return.
+"""Read DeepSpeed's counts of tokens: buffers of AutoEP's layers, or ``exp_counts``.
 
 AutoEP's routers keep ``tokens_per_expert`` [E] (``deepspeed/moe/ep_router.py`` of 0.19.8), which
 every rank adds up over its own tokens and no checkpoint saves. A file of them per rank is made by::
@@ -33,29 +33,29 @@ PATTERN = "*[0-9].*"
 
 
 def recognises(path: Path) -> bool:
-    """Return whether a file, or a folder's first one of a rank, holds nothing but such counts."""
+    """Return whether a file, or the first of a folder, holds only such counts."""
     names = list_names(first_file(path, PATTERN))
     return bool(names) and all(name.endswith(SUFFIXES) for name in names)
 
 
 def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
-    """Add the counts of all ranks, which have the same layers."""
+    """Read and add the counts of all ranks, which have the same layers."""
     layers: list[int] = []
 
     def read_load(path: Path) -> NDArray[Any]:
         arrays = read_by_step(path, NAME, "model.layers.0.mlp.tokens_per_expert")
-        here = [layer for _, layer in arrays]
-        if here != (layers or here):
+        own_layers = [layer for _, layer in arrays]
+        if own_layers != (layers or own_layers):
             raise ValueError(
-                f"must have layers {shown(layers)} like those before, got {shown(here)}"
+                f"must have layers {shown(layers)} like those before, got {shown(own_layers)}"
             )
-        layers[:] = here
-        return _stacked(arrays)
+        layers[:] = own_layers
+        return _stack(arrays)
 
     return RoutingStatistics.from_load(sum_ranks(list_by_rank(paths, PATTERN), hints, read_load))
 
 
-def _stacked(arrays: Mapping[tuple[int, int], NDArray[Any]]) -> NDArray[Any]:
+def _stack(arrays: Mapping[tuple[int, int], NDArray[Any]]) -> NDArray[Any]:
     """Return the counts of the layers of a file [W,L,E]."""
     rows = []
     for (_, layer), counts in arrays.items():

@@ -1,9 +1,9 @@
-"""FastDeploy: tokens by expert, as ``POST /get_per_expert_tokens_stats`` answers with them.
+"""Read FastDeploy's tokens per expert, answers of ``POST /get_per_expert_tokens_stats``.
 
-An answer is ``{"code": 0, "msg": "ok", "data": [ranks][hidden layers][experts]}``: logical experts,
-as each rank of a server has counted its own tokens (``engine_client.py``; its balancer adds them
-up, of all servers). Answers are windows, in one file or several: with ``clear_stat`` each counts
-what came after the one before.
+An answer is ``{"code": 0, "msg": "ok", "data": [ranks][hidden layers][experts]}``. It has counts of
+logical experts, and each rank of a server counts its own tokens (``engine_client.py``; the balancer
+adds up all servers). Each answer is a window, in one file or several: with ``clear_stat`` it counts
+the tokens since the previous one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BEGIN = re.compile(
 
 
 def recognises(path: Path) -> bool:
-    """Return whether a file begins with an answer, be it of counts or of what forbids them."""
+    """Return whether a file begins with an answer, of counts or of an error."""
     start = head(path, 1 << 12)
     text = start.decode("latin-1").removeprefix(MARK)
     return looks_like_json(start) and BEGIN.match(text) is not None

@@ -82,7 +82,7 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingTrace:
 
 
 def _add_lines(path: Path, batches: Microbatches) -> None:
-    """Add the lines of a file to microbatches."""
+    """Add the lines of a trace file to microbatches."""
     size_of(path)
     turns: Counter[tuple[int, int, int]] = Counter()
     for lines in lines_of(path, KEYS):

@@ -1,4 +1,4 @@
-"""TokenSpeed: records of expert load, one file of ``torch.save`` for every rank.
+"""Read TokenSpeed's records of expert load, one file of ``torch.save`` per rank.
 
 A profile with activity EXPERT_LOAD writes ``*.expert-load.pt`` (``load_record`` of
 ``runtime/moe/expert_location.py``, 0.1.1): ``logical_count`` [hidden layers, E] and
@@ -37,12 +37,12 @@ def recognises(path: Path) -> bool:
     """Return whether a file, or the first one of a folder, is a record of a rank."""
     path = first_file(path, PATTERN)
     start = head(path, 1 << 16)
-    ours = all(name.encode() in start for name in (COUNT, RANK, RANKS))
-    return ours and pickled.is_pickled(path)
+    is_ours = all(name.encode() in start for name in (COUNT, RANK, RANKS))
+    return is_ours and pickled.is_pickled(path)
 
 
 def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
-    """Add the records of all ranks, profile by profile."""
+    """Read and add the records of all ranks, profile by profile."""
     by_rank: dict[int, list[NDArray[np.int64]]] = {}
     sizes: set[int] = set()
     files = list_files(paths, PATTERN)
@@ -74,7 +74,7 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
 
 
 def _record(path: Path) -> tuple[int, int, NDArray[np.int64]]:
-    """Read the record of a rank: its number, how many there are, and its counts [hidden,E]."""
+    """Read the record of a rank: its number, the number of ranks, and its counts [hidden,E]."""
     content = pickled.load(path)
     if not isinstance(content, dict) or not {COUNT, RANK, RANKS} <= content.keys():
         raise ValueError(f"must be a record with {COUNT}, {RANK} and {RANKS}, got {shown(content)}")
@@ -89,7 +89,7 @@ def _record(path: Path) -> tuple[int, int, NDArray[np.int64]]:
 
 
 def _sum(counts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """Add up the counts of ranks; where all ranks counted all tokens, theirs are the load."""
+    """Return the sum of the ranks' counts; if all are equal, every rank counted all tokens: one."""
     first, *others = counts
     total = first
     for count in others:

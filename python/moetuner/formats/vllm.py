@@ -36,10 +36,10 @@ def recognises(path: Path) -> bool:
     path = first_file(path)
     start = head(path)
     if looks_like_json(start):
-        # Answers without experts are ours too: reading them says which option is missing.
-        answers = b'"routed_experts"' in start or b'"finish_reason"' in start
-        ours = answers and b'"choices"' in start
-        return ours and b'"sglext"' not in start and b'"meta_info"' not in start
+        # Answers without experts are recognised, too: the error of reading them names the option.
+        is_answer = b'"routed_experts"' in start or b'"finish_reason"' in start
+        is_openai = is_answer and b'"choices"' in start
+        return is_openai and b'"sglext"' not in start and b'"meta_info"' not in start
     if start.startswith(npz.MAGIC):
         return _has_dense_rows(path)
     names = list_names(path) if start.startswith(b"PK\x03\x04") and not is_pickled(path) else []
