@@ -117,11 +117,11 @@ def test_sequences_and_padding(tmp_path):
 def test_sequences_of_one_length_go_on_in_their_order():
     """Which of two that end alike a token belongs to is not known; the older one comes first."""
     sequences = sglang._Sequences()
-    assert sequences.of([0, 1, 0, 1, 0], [2, 2, 1]) == [0, 0, 1, 1, 2]
-    assert sequences.of([2, 2, 1], []) == [0, 1, 2]
-    assert sequences.of([3, 3, 2], []) == [0, 1, 2]
+    assert sequences.assign([0, 1, 0, 1, 0], [2, 2, 1]) == [0, 0, 1, 1, 2]
+    assert sequences.assign([2, 2, 1], []) == [0, 1, 2]
+    assert sequences.assign([3, 3, 2], []) == [0, 1, 2]
     # A prompt that begins where none ended had its beginning in a cache.
-    assert sequences.of([9, 10, 3], [2, 1]) == [3, 3, 2]
+    assert sequences.assign([9, 10, 3], [2, 1]) == [3, 3, 2]
 
 
 def test_passes_of_ranks(tmp_path):

@@ -40,7 +40,7 @@ class Stored:
         There is no warning where one of the two names is not known.
         """
         name = self.placement.model
-        if not (name and model) or _same(name, model):
+        if not (name and model) or _is_same(name, model):
             return ""
         return f"{self.path} was made for {name}, and the engine serves {model}"
 
@@ -64,9 +64,9 @@ class Files:
     profile
         Statistics that live decisions take pairs from.
     checksum
-        Of the rules and of all content: ranks with the same one decide alike.
+        Checksum of the rules and of all content: ranks with the same one decide alike.
     error
-        Why a file could not be read, empty where all were.
+        Error of reading a file; "" without one.
     """
 
     placements: tuple[Stored, ...] = ()
@@ -110,9 +110,9 @@ class Files:
         return self.error
 
     def slots(self, case: Case, model: str | None = None) -> tuple[Stored, Slots]:
-        """Return the placement of a model and its slots [L,D,S]; what stays keeps its slot.
+        """Return the placement of a model, and its slots [L,D,S] in the order of the running ones.
 
-        The model's name chooses where several placements have the sizes of the case.
+        The model's name decides if several placements have the sizes of the case.
         """
         stored, rows = self._choose(case, model)
         layers, ranks, width = case.slots.shape
@@ -126,6 +126,7 @@ class Files:
         return stored, slots
 
     def _choose(self, case: Case, model: str | None) -> tuple[Stored, np.ndarray]:
+        """Return the placement for a model, and the engine's layers for it; raise without one."""
         layers, ranks, width = case.slots.shape
         fitting, reasons = [], []
         for stored in self.placements:
@@ -144,10 +145,11 @@ class Files:
                 reasons.append(str(error))
         if not fitting:
             raise ValueError("; ".join(reasons))
-        as_deep = [pair for pair in fitting if pair[0].placement.layers == layers]
-        fitting = as_deep or fitting
-        of_model = [pair for pair in fitting if _same(pair[0].placement.model, model)]
-        fitting = of_model or fitting
+        # Placements of as many layers, and of the same model, come before others.
+        same_layers = [pair for pair in fitting if pair[0].placement.layers == layers]
+        fitting = same_layers or fitting
+        same_model = [pair for pair in fitting if _is_same(pair[0].placement.model, model)]
+        fitting = same_model or fitting
         if len(fitting) > 1:
             files = ", ".join(str(stored.path) for stored, _ in fitting)
             raise ValueError(
@@ -157,7 +159,7 @@ class Files:
         return fitting[0]
 
 
-def _same(name: str | None, model: str | None) -> bool:
+def _is_same(name: str | None, model: str | None) -> bool:
     """Return whether two names, or paths, are of the same model."""
     return bool(name and model) and _short(str(name)) == _short(str(model))
 

@@ -1,12 +1,12 @@
-"""Weights that change while vLLM serves: an expert's go to the slots that hold it now.
+"""Load weights that change while vLLM serves into the slots that hold their experts now.
 
-All updates in the checkpoint's format end in ``RoutedExperts.weight_loader``, and its callers go
-through the slots of vLLM's first map. Once experts have moved, that writes an expert's weights into
-the slots of others, without a message (vLLM issue 55228). Here the loader reads the map in force.
-No rank waits for another in it. What cannot be followed is refused, if experts have moved.
+All updates in the checkpoint's format call ``RoutedExperts.weight_loader`` with the slots of vLLM's
+first map. Once experts have moved, that writes an expert's weights into the slots of others,
+without a message (vLLM issue 55228). The loader here reads the map in force, and waits for no other
+rank. Updates that cannot follow experts are refused once experts have moved.
 
-The first load goes the same way, by the first map: of a checkpoint that has all experts of a layer
-in one tensor vLLM 0.32 loads every expert once, and leaves its copies without weights.
+The first load goes through the same loader, by the first map. From a checkpoint with all experts of
+a layer in one tensor, vLLM 0.32 loads every expert once, and leaves its copies without weights.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 from moetuner.plugins.log import Log
 from moetuner.plugins.tensors import changing_in_place, find_process_rank
 
-# What a layer of experts, an `EplbState` and a worker remember.
+# Attributes that are added to a layer of experts, an `EplbState` and a worker.
 PLACED, MODELS, SAVED = "moetuner_placed", "moetuner_models", "moetuner_kept"
-# What `RoutedExperts.weight_loader` takes.
+# Arguments of `RoutedExperts.weight_loader`.
 TENSOR = ["param", "loaded_weight", "weight_name", "shard_id"]
 ARGUMENTS = ["self", *TENSOR, "expert_id", "return_success"]
 # Methods of a worker that load weights.
@@ -41,7 +41,7 @@ MAPS = (
 
 
 def wrap(owner: Any, name: str, purpose: str, around: Callable[[Any], Any]) -> None:
-    """Put a function around one of an engine's, once for each purpose."""
+    """Wrap a function of an engine, once for each purpose."""
     inner, mark = getattr(owner, name), f"moetuner_{purpose}"
     if not hasattr(inner, mark):
         outer = functools.wraps(inner)(around(inner))
@@ -50,7 +50,7 @@ def wrap(owner: Any, name: str, purpose: str, around: Callable[[Any], Any]) -> N
 
 
 class PlacedModel:
-    """Where the experts of one model are, and whether updates of its weights can follow them.
+    """The slots of a model's experts, and whether updates of its weights can follow them.
 
     Parameters
     ----------
@@ -59,17 +59,17 @@ class PlacedModel:
     experts
         Number of experts, without their copies.
     parallel_config
-        vLLM's, which counts the workers of this engine.
+        vLLM's configuration, with the number of workers of this engine.
     log
-        Where warnings are logged.
+        Log for warnings.
     """
 
     def __init__(self, state: Any, experts: int, parallel_config: Any, log: Log) -> None:
         self.state, self.experts = state, experts
         self.parallel_config, self.log = parallel_config, log
-        # Why updates cannot follow, nothing where they can.
+        # Reason why updates cannot follow; "" if they can.
         self.unfollowed = ""
-        # Whether scales are computed at the load, which a later move would not take along.
+        # Whether scales are computed at the load; a later move would not move them.
         self.computes_scales = False
         # Whether weights were loaded after others were staged to be moved.
         self.stale = False
@@ -78,7 +78,7 @@ class PlacedModel:
         self._moved = False
 
     def _read(self) -> None:
-        """Read the map in force, if it changed: on a GPU every look waits for the device."""
+        """Read the map in force if it changed, as on a GPU every read waits for the device."""
         running = self.state.physical_to_logical_map
         mark = None
         with suppress(RuntimeError):  # Tensors made in inference mode do not count their changes.
@@ -95,14 +95,15 @@ class PlacedModel:
 
     @property
     def moved(self) -> bool:
-        """Whether experts are elsewhere than where vLLM loads them."""
+        """Whether experts are in other slots than those into which vLLM loads them."""
         self._read()
         return self._moved
 
     def load(self, layer: int, expert: int, is_whole: bool, into: Callable[[int], Any]) -> bool:
-        """Load a tensor of an expert ``into`` the slots of a layer; return whether one is local.
+        """Load a tensor of an expert into its slots of a layer; return whether one is on this rank.
 
-        A tensor that ``is_whole`` has the experts of all slots, in the order of the first map.
+        ``into(slot)`` loads the tensor into a slot. A tensor that ``is_whole`` has the experts of
+        all slots, in the order of the first map.
         """
         self.stale |= bool(getattr(self.state, "rebalanced", False))
         if self.computes_scales:
@@ -117,16 +118,16 @@ class PlacedModel:
         if unfollowed:
             return bool(into(expert))
         self._read()
-        # vLLM's caller goes through the slots of the first map, where the first of an expert has
-        # its number. The others are copies: no expert has their number, and all are loaded here.
-        done = [bool(into(slot)) for slot in self._slots[layer].get(expert, [])]
-        return any(done)
+        # vLLM's caller goes through the slots of the first map. Slots with the number of an expert
+        # load it, with all its copies; slots beyond have the number of no expert and load nothing.
+        loaded = [bool(into(slot)) for slot in self._slots[layer].get(expert, [])]
+        return any(loaded)
 
     def refuse(self, what: str, why: str, rank: int) -> bool:
         """Raise an error on the last worker of the engine; on the others do nothing.
 
-        vLLM's executor reads the answers of its workers up to the first error, and leaves those
-        behind it to the next call.
+        vLLM's executor reads the answers of its workers up to the first error; the next call would
+        read the answers behind it.
         """
         workers = getattr(self.parallel_config, "world_size", 1)
         if rank % workers < workers - 1:
@@ -141,11 +142,11 @@ class PlacedModel:
 def follow_updates(
     states: Any, layers: Any, worker: Any, log: Log, *, rearranges: bool = True
 ) -> str:
-    """Have updates of weights follow the experts; return why they cannot, nothing where they do.
+    """Make updates of weights follow the experts; return why they cannot, "" if they do.
 
-    Before a model is built, as its parameters keep their loader. ``states`` is ``EplbState``,
-    ``layers`` ``RoutedExperts`` and ``worker`` ``Worker``; None for one that this version of vLLM
-    does not have. ``rearranges`` says whether experts move while the engine serves.
+    Call it before a model is built, as its parameters keep their loader. ``states`` is vLLM's
+    ``EplbState``, ``layers`` its ``RoutedExperts`` and ``worker`` its ``Worker``, None if this
+    version has none. ``rearranges`` says whether experts move while the engine serves.
     """
     missing = _find_missing(layers)
     if not missing:
@@ -181,7 +182,7 @@ def _find_missing(layers: Any) -> str:
 
 
 def _wrap_weight_loader(load: Any) -> Any:
-    def load_where_it_is(
+    def load_into_current_slots(
         self: Any,
         param: Any,
         loaded_weight: Any,
@@ -198,20 +199,20 @@ def _wrap_weight_loader(load: Any) -> Any:
 
         if (placed := vars(self).get(PLACED)) is not None:
             model, layer = placed
-            done = model.load(layer, expert_id, is_whole, into)
+            is_loaded = model.load(layer, expert_id, is_whole, into)
         else:  # the first load
             slots = [expert_id] if is_whole else first_slots(self, expert_id)
-            done = sum(map(into, slots)) > 0
-        return done if return_success else None
+            is_loaded = sum(map(into, slots)) > 0
+        return is_loaded if return_success else None
 
-    return load_where_it_is
+    return load_into_current_slots
 
 
 def first_slots(layer: Any, expert: int) -> list[int]:
     """Return the slots that an expert has in the first map of a layer of vLLM.
 
-    Copies have numbers beyond those of the experts. Whoever loads by these numbers finds nothing
-    more to do; a layer that does not say how many experts it has is left to its caller.
+    Slots of copies have numbers beyond those of experts; a caller with such a number has nothing to
+    load. If a layer does not say its number of experts, the slot is the caller's number.
     """
     config = getattr(layer, "moe_config", None)
     experts, slots = (getattr(config, name, 0) for name in ("num_logical_experts", "num_experts"))
@@ -235,9 +236,12 @@ def _wrap_add_model(layers: Any, missing: str, log: Log, rearranges: bool, add_m
 
 
 def track_model(states: Any, model: Any, layers: Any, missing: str, log: Log) -> PlacedModel:
-    """Tell every layer of a model that vLLM has taken where its experts are."""
-    every = list(states.model_states.values())
-    state = next((placed for placed in every if getattr(placed, "model", None) is model), every[-1])
+    """Let every layer of a model that vLLM has added know the slots of its experts."""
+    model_states = list(states.model_states.values())
+    state = next(
+        (state for state in model_states if getattr(state, "model", None) is model),
+        model_states[-1],
+    )
     parallel_config = getattr(states, "parallel_config", None)
     placed = PlacedModel(state, model.num_logical_experts, parallel_config, log)
     placed.unfollowed = missing
@@ -254,15 +258,19 @@ def track_model(states: Any, model: Any, layers: Any, missing: str, log: Log) ->
             f"{' and '.join(LOADS[:2])} are refused from then on",
             find_process_rank(),
         )
-    known = [model for model in find_models(states) if any(model.state is other for other in every)]
-    vars(states)[MODELS] = [*(model for model in known if model.state is not state), placed]
+    others = [
+        other
+        for other in find_models(states)
+        if other.state is not state and any(other.state is current for current in model_states)
+    ]
+    vars(states)[MODELS] = [*others, placed]
     for number, layer in enumerate(experts):
         vars(layer)[PLACED] = placed, number
     return placed
 
 
 def _find_other_loader(experts: Any, layers: Any) -> str:
-    """Return what loads these experts in a way that cannot be followed, nothing if nothing does."""
+    """Return which code loads these experts so that updates cannot follow; "" without any."""
     kind = type(experts)
     if not isinstance(experts, layers) or kind.weight_loader is not layers.weight_loader:
         return f"weights of {kind.__name__}, which loads them by code of its own,"
@@ -273,19 +281,19 @@ def _find_other_loader(experts: Any, layers: Any) -> str:
 
 
 def find_models(states: Any) -> list[PlacedModel]:
-    """Return the models of an ``EplbState``."""
+    """Find the models of an ``EplbState``."""
     return list(getattr(states, "__dict__", {}).get(MODELS, []))
 
 
 def find_models_of_worker(worker: Any) -> list[PlacedModel]:
-    """Return the models of a worker."""
+    """Find the models of a worker."""
     return find_models(getattr(getattr(worker, "model_runner", None), "eplb_state", None))
 
 
 def _wrap_step(step: Any) -> Any:
     def step_after_update(self: Any, *arguments: Any, **named: Any) -> Any:
-        # What an asynchronous rearrangement has staged is older than the update. All ranks took the
-        # update between the same two steps, so all are here.
+        # An asynchronous rearrangement may have staged weights older than the update. All ranks
+        # took the update between the same two steps, so all of them drain it here.
         if any(model.stale for model in find_models(self)):
             self.drain_async()
             for model in find_models(self):
@@ -337,7 +345,7 @@ def _wrap_wake_up(log: Log, wake_up: Any) -> Any:
 
 
 def keep_maps(worker: Any, log: Log) -> None:
-    """Keep the maps on the host: they were allocated with the weights, and go with them."""
+    """Save the maps on the host: they were allocated with the weights, and are freed with them."""
     if SAVED in vars(worker):
         return
     try:
@@ -360,7 +368,7 @@ def keep_maps(worker: Any, log: Log) -> None:
 
 
 def bring_maps(worker: Any) -> None:
-    """Bring the maps back; what counts loads begins anew."""
+    """Restore the maps, and set counters of loads to zero."""
     if (maps := vars(worker).pop(SAVED, None)) is None:
         return
     with changing_in_place():

@@ -1,4 +1,4 @@
-"""vLLM's entry point: replaces its load balancer's policy, where the environment asks for it.
+"""vLLM's entry point: replaces its load balancer's policy if the environment asks for it.
 
 Tested with 0.32 and 0.33. Up to 0.18 a policy returned three tensors, from 0.19 on one.
 """
@@ -29,9 +29,9 @@ WAIT_AT_LOAD = 120.0
 
 
 def register() -> None:
-    """Put our policy in the place of vLLM's default; nothing without ``MOETUNER_`` variables.
+    """Replace vLLM's default policy by ours; do nothing without ``MOETUNER_`` variables.
 
-    vLLM calls this in every process, some of them several times, and would not start if it raised.
+    vLLM calls this in every process, in some several times, and would not start if it raised.
     """
     try:
         if _is_registered() or (balancer := Balancer.from_environment(LOG, "vLLM")) is None:
@@ -40,14 +40,14 @@ def register() -> None:
         if replaced and balancer.settings.decides:
             attempt(LATE, place_models, balancer)
         if balancer.settings.updates:
-            attempt("weights that change do not follow experts that move", follow, balancer)
+            attempt("weights that change do not follow experts that move", follow_experts, balancer)
         attempt("does not say what is in use", announce_models, balancer)
     except Exception as error:
         LOG.warn(f"vLLM keeps its own policy: {error!r}")
 
 
 def attempt(lost: str, step: Callable[[Balancer], None], balancer: Balancer) -> bool:
-    """Take a step of the registration; return whether this version of vLLM has a place for it."""
+    """Run a step of the registration; warn and return False if this version of vLLM differs."""
     try:
         step(balancer)
     except Exception as error:
@@ -63,7 +63,7 @@ def _is_registered() -> bool:
 
 
 def replace_policy(balancer: Balancer) -> None:
-    """Put our policy in the place of vLLM's default."""
+    """Replace vLLM's default policy by ours."""
     from vllm.distributed.eplb.policy import EPLB_POLICIES
 
     if "default" not in EPLB_POLICIES:
@@ -72,14 +72,14 @@ def replace_policy(balancer: Balancer) -> None:
 
 
 def place_models(balancer: Balancer) -> None:
-    """Serve stored placements from the load of a model on."""
+    """Serve stored placements as soon as a model is loaded."""
     from vllm.distributed.eplb.eplb_state import EplbState
 
     place_at_load(EplbState, balancer)
 
 
-def follow(balancer: Balancer) -> None:
-    """Have weights that change follow the experts."""
+def follow_experts(balancer: Balancer) -> None:
+    """Make weights that change follow the experts."""
     from vllm.distributed.eplb.eplb_state import EplbState
 
     layers = _find("vllm.model_executor.layers.fused_moe.routed_experts", "RoutedExperts")
@@ -90,22 +90,22 @@ def follow(balancer: Balancer) -> None:
 
 
 def _find(module: str, name: str) -> Any:
-    """Return what a module of vLLM has by a name, None where this version does not have it."""
+    """Return a name of a module of vLLM; None if this version does not have it."""
     with contextlib.suppress(Exception):
         return getattr(importlib.import_module(module), name, None)
     return None
 
 
 def announce_models(balancer: Balancer) -> None:
-    """Say what is in use."""
+    """Log what is in use."""
     from vllm.config import VllmConfig
 
     announce(VllmConfig, balancer)
 
 
 def announce(configurations: Any, balancer: Balancer) -> None:
-    """Say what is in use when the engine has its configuration (``VllmConfig``), and its log."""
-    # Engines have many processes; the first speaks for all that start as it does.
+    """Log what is in use, once the engine has its configuration (``VllmConfig``) and its log."""
+    # Engines have many processes; only the first one logs for those that start like it.
     rank = int(multiprocessing.parent_process() is not None)
 
     def around(post_init: Any) -> Any:
@@ -123,14 +123,14 @@ def announce(configurations: Any, balancer: Balancer) -> None:
 
 
 def coordinator() -> Any:
-    """Return the ranks that exchange experts."""
+    """Return vLLM's group of ranks that exchange experts."""
     from vllm.distributed.parallel_state import get_ep_group
 
     return get_ep_group()
 
 
 def make_policy_class(theirs: Any, balancer: Balancer) -> Any:
-    """Return a policy class of vLLM that decides by ours, and by ``theirs`` where ours fails."""
+    """Make a policy class that decides by ours, and by ``theirs`` (vLLM's) if ours fails."""
     import torch
 
     returns_three = (
@@ -179,11 +179,11 @@ def make_policy_class(theirs: Any, balancer: Balancer) -> Any:
 
 
 def place_at_load(states: Any, balancer: Balancer) -> None:
-    """Put a stored placement in force when ``states`` (``EplbState``) takes a model.
+    """Put a stored placement in force when a model is added to ``states`` (``EplbState``).
 
     That is after its weights were loaded and before it serves: all ranks are there, and vLLM's own
-    rearrangement moves the weights. With elastic expert parallelism ranks may come alone; there the
-    first rearrangement does it.
+    rearrangement moves the weights. With elastic expert parallelism ranks may come one by one; then
+    the first rearrangement puts the placement in force.
     """
     wrap(states, "add_model", "places", functools.partial(_wrap_add_model, balancer))
 
@@ -204,7 +204,7 @@ def _wrap_add_model(balancer: Balancer, add_model: Any) -> Any:
 
 
 def place(states: Any, model: Any, balancer: Balancer) -> None:
-    """Put a stored placement in force for the model that an ``EplbState`` has just taken."""
+    """Put a stored placement in force for the model that was just added to an ``EplbState``."""
     try:
         state = list(states.model_states.values())[-1]
         running = state.physical_to_logical_map.cpu().numpy()
@@ -218,7 +218,7 @@ def place(states: Any, model: Any, balancer: Balancer) -> None:
         LOG.warn(f"{LATE}: {error!r}")
         return
     balancer.take_model(len(running), name)
-    # Ranks that follow live loads take part as well: here all compare what they read.
+    # Ranks that follow live loads take part as well, as here all ranks compare their files.
     maps = balancer.decide(
         load,
         *sizes,
@@ -232,7 +232,7 @@ def place(states: Any, model: Any, balancer: Balancer) -> None:
     )
     if maps is None or (maps == running).all():
         return
-    # The way of the synchronous balancer, which is there in the asynchronous one as well.
+    # The asynchronous balancer can rearrange like the synchronous one.
     states.is_async = False
     try:
         rearrange()
@@ -241,7 +241,7 @@ def place(states: Any, model: Any, balancer: Balancer) -> None:
 
 
 def warn_of_traps(model: Any, model_config: Any, parallel_config: Any) -> None:
-    """Warn of what this version of vLLM does wrong, or may, where experts are placed."""
+    """Warn of known faults of this version of vLLM that matter once experts move."""
     names = {type(module).__name__ for module in model.modules()}
     if any("FusedMoE" in name and "LoRA" in name for name in names):
         LOG.warn(
