@@ -93,7 +93,7 @@ def moe_layers(
 
 
 def same_sizes(layers: tuple[MoELayer, ...]) -> tuple[int, int]:
-    """Return experts E and top-k K, which all layers must share."""
+    """Return experts E and top-k K; raise unless all layers have the same."""
     first = layers[0]
     names = {"num_experts": "experts", "choices": "rows of the router", "top_k": "top_k"}
     for layer, (name, what) in itertools.product(layers, names.items()):
@@ -106,15 +106,14 @@ def same_sizes(layers: tuple[MoELayer, ...]) -> tuple[int, int]:
     return first.num_experts, first.top_k
 
 
-def chosen(output: object) -> tuple[Tensor, Tensor] | None:
-    """Pick expert ids [T,K] and their weights [T,K] out of what a router returned.
+def find_choices(output: object) -> tuple[Tensor, Tensor] | None:
+    """Return expert ids [T,K] and weights [T,K] from the output of a router; None without ids.
 
-    The ids are the one matrix of integers, wherever it stands: transformers puts it last, models
-    that bring their own code often first. None if there is no such matrix. Where a router gives no
-    weights the ids stand in, which are never NaN.
+    The ids are the only matrix of integers, in any place: transformers puts it last, models with
+    their own code often first. Without weights the ids are returned twice, as they are never NaN.
     """
-    parts = output if isinstance(output, (tuple, list)) else (output,)
-    tensors = [part for part in parts if isinstance(part, Tensor) and part.dim() >= 2]
+    values = output if isinstance(output, (tuple, list)) else (output,)
+    tensors = [value for value in values if isinstance(value, Tensor) and value.dim() >= 2]
     integers = [t for t in tensors if not t.is_floating_point() and t.element_size() > 1]
     if len(integers) != 1:
         return None

@@ -148,13 +148,13 @@ class ExpertParallelMoE(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the experts' weights are."""
+        """Device of the experts' weights."""
         return next(iter(self.experts.weights().values())).device
 
     @property
     def expert(self) -> Any:
         """The weights of all experts one by one, as the state names them."""
-        return _states().nest(_states().by_expert(self))
+        return _states().nest(_states().list_expert_weights(self))
 
     def _names(self) -> dict[int, str]:
         """Return names in the state by tensor, where experts are a module."""
@@ -171,7 +171,7 @@ class ExpertParallelMoE(nn.Module):
         for weight in self.experts.weights().values():
             for part in (weight, weight._base):
                 state.pop(f"{prefix}{names.get(id(part))}", None)
-        for key, weight in _states().by_expert(self).items():
+        for key, weight in _states().list_expert_weights(self).items():
             state[f"{prefix}expert.{key}"] = weight if keep_vars else weight.detach()
         return state
 

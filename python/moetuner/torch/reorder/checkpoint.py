@@ -20,9 +20,9 @@ from moetuner.files.safetensors import DTYPES, TensorInFile
 from moetuner.placement import Placement
 from moetuner.torch.reorder import plan
 from moetuner.torch.reorder.mentions import Mentions
-from moetuner.torch.reorder.names import blocks_of
+from moetuner.torch.reorder.names import find_blocks
 from moetuner.torch.reorder.plan import Changes, Order, TensorChange, TensorPlan, Tensors
-from moetuner.torch.reorder.settings import Config, settings_of
+from moetuner.torch.reorder.settings import Config, read_settings
 
 Tables = Mapping[str, bytes]
 
@@ -123,11 +123,11 @@ def _changes(
     tensors: Tensors, order: Order, config: Config, *, inverse: bool
 ) -> tuple[TensorPlan, Changes]:
     """Return what becomes of every tensor, if that is exact."""
-    settings = settings_of(config, tensors)
+    settings = read_settings(config, tensors)
     settings.check_order(order)
-    blocks = blocks_of(tensors, len(order), settings.hidden_layers)
+    blocks = find_blocks(tensors, len(order), settings.hidden_layers)
     order = np.argsort(order, axis=1) if inverse else order
-    made = TensorPlan.of(tensors, order, dict.fromkeys(blocks))
+    made = TensorPlan.for_names(tensors, order, dict.fromkeys(blocks))
     return made, plan.plan_changes(tensors, made)
 
 

@@ -17,7 +17,7 @@ from moetuner.torch.models import MoELayer, moe_layers
 from moetuner.torch.outside import Registered, has_memory, is_plain
 from moetuner.torch.reorder import plan
 from moetuner.torch.reorder.plan import Changes, Order, TensorChange, TensorPlan, Tensors, is_under
-from moetuner.torch.reorder.steps import Exchange, carry_out, exchanges
+from moetuner.torch.reorder.steps import Exchange, exchange_all, list_exchanges
 
 INSTEAD = "renumber the checkpoint with permute_state_dict before it is loaded"
 
@@ -79,7 +79,7 @@ def apply_placement(
     order = np.argsort(order, axis=1) if inverse else order
     tensors = _tensors(model, layers)
     blocks: dict[str, str | None] = {_block(layer): layer.name for layer in layers}
-    changes = plan.plan_changes(tensors, TensorPlan.of(tensors, order, blocks))
+    changes = plan.plan_changes(tensors, TensorPlan.for_names(tensors, order, blocks))
     registered = Registered(model)
     for layer in layers:
         _check_weights(layer, changes, tensors, registered)
@@ -93,16 +93,16 @@ def apply_placement(
             gradient = tensors[change.name].grad
             for rows in [tensor] if gradient is None else [tensor, gradient]:
                 is_first = len(rows) == len(change.order)
-                steps += exchanges(rows if is_first else rows[0], change.order)
+                steps += list_exchanges(rows if is_first else rows[0], change.order)
         else:
             steps.append(Exchange([tensor, plan.reorder(change.name, tensor, change)], 0, 1))
     for layer, positions in zip(layers, order, strict=True):
         if isinstance(layer.experts, nn.ModuleList):
-            steps += exchanges(layer.experts, positions)
+            steps += list_exchanges(layer.experts, positions)
     # What was loaded in inference mode can be written to in it alone, and all else as well.
     is_inference = any(tensors[name].is_inference() for name in changes)
     with torch.inference_mode() if is_inference else torch.no_grad():
-        carry_out(steps)
+        exchange_all(steps)
     return order
 
 
