@@ -303,8 +303,9 @@ class ExpertParallelMoE(nn.Module):
         """Return bits that say whether tokens or experts of this rank need gradients."""
         if not torch.is_grad_enabled():
             return exchange.NO_GRADIENTS
-        own = self.experts.parameters() if isinstance(self.experts, nn.Module) else ()
-        weights = (*self.experts.weights().values(), *own)
+        weights = [*self.experts.weights().values()]
+        if isinstance(self.experts, nn.Module):
+            weights += self.experts.parameters()
         return exchange.LEARN if any(tensor.requires_grad for tensor in (*tokens, *weights)) else 0
 
     def _compute(
