@@ -28,7 +28,7 @@ from targets import HINTS
 import moetuner as mt
 from moetuner.formats import READERS, read_input, tensorrt_llm, vllm_ascend
 from moetuner.formats.hints import Hints
-from moetuner.formats.own import KINDS
+from moetuner.formats.native import KINDS
 
 COUNTS = np.arange(24, dtype=np.float32).reshape(2, 3, 4)  # ranks, layers, experts
 TABLE = np.array([[[0, 1], [2, 0]], [[2, 1], [0, 1]]])

@@ -12,7 +12,7 @@ from make import trace_of
 import moetuner as mt
 from moetuner.formats import pickled
 from moetuner.formats.hints import Hints
-from moetuner.formats.ktransformers import choose, write_chosen
+from moetuner.formats.ktransformers import choose_gpu_experts, write_chosen
 
 
 def served(path, count):
@@ -31,7 +31,7 @@ def served(path, count):
 def test_the_chosen_set_is_served(tmp_path_factory, seed, count, each_layer, dense):
     """Whatever the loads, ties and dense layers: those that are chosen, and no dense row."""
     load = np.random.default_rng(seed).integers(0, 5, (3, 6))
-    chosen = choose(load, count, each_layer=each_layer)
+    chosen = choose_gpu_experts(load, count, each_layer=each_layer)
     assert chosen.sum() == 3 * count
     dense = tuple(sorted(dense))[:2]
     path = tmp_path_factory.mktemp("kt") / "experts.pt"
@@ -47,7 +47,7 @@ def test_the_chosen_set_is_served(tmp_path_factory, seed, count, each_layer, den
 def test_those_chosen_most_often_are_taken(seed, count):
     """Of all layers no other set takes more; of each layer none of its own."""
     load = np.random.default_rng(seed).integers(0, 9, (3, 5))
-    together, each = (choose(load, count, each_layer=flag) for flag in (False, True))
+    together, each = (choose_gpu_experts(load, count, each_layer=flag) for flag in (False, True))
     assert load[together].sum() == np.sort(load, axis=None)[::-1][: 3 * count].sum()
     assert each.sum(axis=1).tolist() == [count] * 3
     assert np.array_equal(

@@ -5,7 +5,7 @@ import pytest
 from engines_files import GOLDEN, truth
 
 import moetuner as mt
-from moetuner.formats import reader_of
+from moetuner.formats import find_reader
 
 FOLDER = GOLDEN / "llama_traces"
 
@@ -24,7 +24,7 @@ def answered():
 def test_rows_of_choices(name, prompts):
     """Tokens are those that all layers recorded, best expert first, a sequence for each prompt."""
     path = FOLDER / f"{name}.csv"
-    assert reader_of(path) == "llama-traces"
+    assert find_reader(path) == "llama-traces"
     trace = mt.open_input(path, num_experts=8)
     expected = answered()[:prompts]
     assert np.array_equal(trace.expert_ids, np.concatenate(expected))
@@ -34,7 +34,7 @@ def test_rows_of_choices(name, prompts):
 def test_rows_of_tokens():
     """Joined traces are sequences; of a prompt the last token of each batch is whole."""
     path = FOLDER / "moe-trace.csv"
-    assert reader_of(path) == "llama-traces"
+    assert find_reader(path) == "llama-traces"
     trace = mt.open_input(path, num_experts=8)
     for label, (ids, batches) in enumerate(zip(answered(), (2, 1), strict=True)):
         actual = trace.select(sequences=[label]).expert_ids
@@ -75,6 +75,6 @@ def test_tables_of_others_are_not_taken_for_traces(tmp_path):
     """A column of EP ranks, or counts without a header, are read as before."""
     path = tmp_path / "a.csv"
     path.write_text("token,layer,rank,expert\n0,0,1,2\n1,0,0,1\n")
-    assert reader_of(path) == "csv"
+    assert find_reader(path) == "csv"
     path.write_text("4,1,3\n2,2,4\n")
-    assert reader_of(path) == "loads"
+    assert find_reader(path) == "loads"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from make import random_ids, trace_of
 
 import moetuner as mt
-from moetuner.formats import arrow, csv, reader_of
+from moetuner.formats import arrow, csv, find_reader
 
 LAYERS = (2, 5, 7)
 
@@ -41,7 +41,7 @@ def test_rows_in_any_order(tmp_path_factory, seed, names):
     rows = rows_of(ids)
     order = np.random.default_rng(seed).permutation(len(rows))
     write(path, [rows[at] for at in order], names, ",;\t"[seed % 3])
-    assert reader_of(path) == "csv"
+    assert find_reader(path) == "csv"
     actual = mt.open_input(path, num_experts=8)
     first = list(dict.fromkeys(rows[at]["token"] for at in order))
     assert np.array_equal(np.sort(actual.expert_ids), np.sort(ids[first]))
@@ -93,7 +93,7 @@ def test_arrow(tmp_path, suffix, form):
         columns = {"experts": lists, **labels}
     path = tmp_path / f"t.{suffix}"
     as_arrow(path, columns)
-    assert reader_of(path) == "arrow"
+    assert find_reader(path) == "arrow"
     actual = mt.open_input(path, num_experts=8)
     assert np.array_equal(actual.expert_ids, ids)
     assert actual.sequence.tolist() == labels["sequence"]

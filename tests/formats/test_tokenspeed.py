@@ -5,7 +5,7 @@ import pytest
 from engines_files import GOLDEN, save_torch, truth
 
 import moetuner as mt
-from moetuner.formats import reader_of
+from moetuner.formats import find_reader
 
 FOLDER = GOLDEN / "tokenspeed"
 FILES = sorted(FOLDER.glob("*.pt"))
@@ -27,7 +27,7 @@ def test_what_tokenspeed_wrote():
         statistics = mt.open_input(source)
         assert np.array_equal(statistics.window_load, expected[None])
         assert statistics.left_out == (4, (0,))
-    assert {reader_of(path) for path in (FOLDER, *FILES)} == {"tokenspeed"}
+    assert {find_reader(path) for path in (FOLDER, *FILES)} == {"tokenspeed"}
 
 
 def test_a_rank_is_not_taken_for_all():

@@ -211,7 +211,7 @@ def write_certificate(path):
 
 def read_plugin_files(path):
     """Read a placement as plugins do, which never raise: what is wrong is a line."""
-    files = Files.read(Settings.of({"MOETUNER_PLACEMENT": str(path)}))
+    files = Files.read(Settings.from_environment({"MOETUNER_PLACEMENT": str(path)}))
     assert files.placements or files.error
     assert "\n" not in files.error
 

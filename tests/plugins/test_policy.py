@@ -375,7 +375,7 @@ def test_what_is_said_of_a_map(case):
     load, (slots, groups, nodes, ranks), random = case
     layers, experts = load.shape[1:]
     old, new = (running(random, (layers, slots), experts) for _ in range(2))
-    engine = Case.of(load, slots, groups, nodes, ranks, old)
+    engine = Case.from_arguments(load, slots, groups, nodes, ranks, old)
     mapped = new.reshape(layers, ranks, -1).astype(np.int32)
     before, after = copies_on(old, ranks, experts), copies_on(new, ranks, experts)
     assert engine.copies_moved(mapped) == ((after > 0) & (before == 0)).sum()

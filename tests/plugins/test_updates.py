@@ -263,7 +263,9 @@ def test_a_load_that_cannot_be_followed_is_refused(kinds, monkeypatch):
     for moved in (False, True):
         for rank in (0, 1):
             layer = served.layers[rank][0]
-            monkeypatch.setattr("moetuner.plugins.updates.rank_of_process", lambda rank=rank: rank)
+            monkeypatch.setattr(
+                "moetuner.plugins.updates.find_process_rank", lambda rank=rank: rank
+            )
             load = partial(layer.weight_loader, layer.weight, whole, "w1_weight", "w1", 2 * rank)
             before = layer.weight.clone()
             if moved and rank:
