@@ -174,16 +174,22 @@ class Objective:
             value = self.traffic(placement)
         else:
             value = float(self.worth(self.window_cost(placement).sum(axis=1)))
-        return value * float(self.weigh_losses(placement).mean())
+        return value * float(self.layer_factors(placement).mean())
 
-    def weigh_losses(self, placement: Placement) -> Floats:
-        """Compute what the busiest device after a loss makes of the cost of every layer [L].
+    @property
+    def is_of_windows(self) -> bool:
+        """Whether costs of windows are all that counts: ``layer_factors`` are 1."""
+        return self.survive is None
 
-        That is the worst of all losses, as a factor: 1 where loads are even, or nothing has to
-        survive.
-        """
-        if self.survive is None:
+    def layer_factors(self, placement: Placement) -> Floats:
+        """Compute by what factors the costs of layers rise [L], for what counts besides windows."""
+        if self.is_of_windows:
             return np.ones(placement.layers)
+        return self._loss_factors(placement)
+
+    def _loss_factors(self, placement: Placement) -> Floats:
+        """Compute what the busiest device after the worst loss adds to layers [L]: 1 if even."""
+        assert self.survive is not None
         load, topology = self.statistics.total_load, self.topology
         imbalance, _ = losses.imbalances_after(
             placement, load, topology, self.survive, split=self.serving.split
@@ -204,7 +210,7 @@ class Objective:
     def is_sum_of_layers(self) -> bool:
         """Whether it is a sum over layers, of which each may be placed by itself."""
         joins = self.goal != "balance" and self.regime == "follow" and self.statistics.layers > 1
-        return self.is_known and not joins and self.survive is None
+        return self.is_known and not joins and self.is_of_windows
 
     def layer_costs(self, placement: Placement) -> Floats:
         """Compute what layers cost [L,N]: of windows that do not simply add up, in each."""
@@ -253,7 +259,7 @@ class Objective:
     @property
     def is_predicted_time(self) -> bool:
         """Whether it is the predicted time that ``evaluate`` replays, as far as counts tell it."""
-        plain = self.windows.risk == "mean" and not self._by_groups and self.survive is None
+        plain = self.windows.risk == "mean" and not self._by_groups and self.is_of_windows
         return self.goal == "time" and plain and len(self.shares) == 1
 
     @property
