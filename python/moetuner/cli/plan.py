@@ -16,7 +16,7 @@ from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import load_placement
 from moetuner.cli.options.placed import made_of
 from moetuner.cli.options.traffic import Source
-from moetuner.cli.output import Output, working
+from moetuner.cli.output import Output, shares, working
 from moetuner.cli.recipes import to_serve
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation.arrival import orders, put_in_order
@@ -230,8 +230,11 @@ def _plan_losses(
     """Plan every loss, write the table, and print the worst; return it for JSON."""
     domain = change.every_loss
     assert domain is not None
-    with working("planning"):
-        plans = plan_losses(running, traffic, domain, topology=topology, window=window)
+    with working("planning") as report:
+        progress = shares(report, "of the losses", then="table")
+        plans = plan_losses(
+            running, traffic, domain, topology=topology, window=window, progress=progress
+        )
     number = topology.devices if domain == "device" else topology.nodes
     if not plans:
         raise click.ClickException(
