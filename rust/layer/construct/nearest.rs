@@ -50,8 +50,10 @@ type Hop = (usize, usize, usize);
 /// A flow of copies to places. Every device is two of them: slots that need not be full, and behind those of all devices
 /// the slots that would be empty and are to be full.
 struct Flow {
-    /// What a copy of an expert costs in a place `[E, G]`.
+    /// What a copy of an expert costs in a place `[E, G]`: a move or nothing, where it may be.
     cost: Vec<i32>,
+    /// Places with slots in which a copy of an expert costs nothing `[E]`.
+    free_places: Vec<Vec<usize>>,
     /// Slots of every place that are free `[G]`.
     left: Vec<usize>,
     /// Failure domain of every place `[G]`, and how many there are.
@@ -92,8 +94,11 @@ impl Flow {
             if full { site.capacity[g].saturating_sub(pinned[g] + staying[g]) } else { 0 }
         };
         let other = |g: usize| site.capacity[g].saturating_sub(pinned[g] + gaps(g));
-        let left = (0..devices).map(other).chain((0..devices).map(gaps)).collect();
-        Self { cost, left, domain, domains, is_served, copies: vec![vec![]; 2 * devices] }
+        let left: Vec<usize> = (0..devices).map(other).chain((0..devices).map(gaps)).collect();
+        let is_free = |costs: &[i32], place: &usize| left[*place] > 0 && costs[*place] == 0;
+        let free_of = |costs: &[i32]| (0..2 * devices).filter(|place| is_free(costs, place)).collect();
+        let free_places = cost.chunks_exact((2 * devices).max(1)).map(free_of).collect();
+        Self { cost, free_places, left, domain, domains, is_served, copies: vec![vec![]; 2 * devices] }
     }
 
     fn places(&self) -> usize {
@@ -178,13 +183,17 @@ impl Flow {
     /// Lowers costs to those of shortest paths `[G]`, and notes which copy moves on to a place, and from where (Bellman,
     /// 1958).
     fn move_on(&self, costs: &mut [i32], via: &mut [Option<(usize, usize)>]) {
-        let mut lowered: Vec<usize> = (0..costs.len()).filter(|&place| costs[place] < NEVER).collect();
-        while !lowered.is_empty() {
+        let holds = |place: &usize| !self.copies[*place].is_empty();
+        let reached = |place: &usize| costs[*place] < NEVER;
+        let mut lowered: Vec<usize> = (0..costs.len()).filter(holds).filter(reached).collect();
+        while let Some(least) = lowered.iter().map(|&place| costs[place]).min() {
             let before = costs.to_vec();
+            // A copy costs a move at most: with a further one there, all other places cost no less than now.
+            let far: Vec<usize> = (0..costs.len()).filter(|&place| before[place] > least).collect();
             for &from in &lowered {
                 for &expert in &self.copies[from] {
                     let left = before[from] - self.cost(expert, from);
-                    for to in 0..costs.len() {
+                    for &to in far.iter().chain(&self.free_places[expert]) {
                         // A copy stays in its domain, or goes to one in which its expert has none.
                         let may = self.domain[to] == self.domain[from] || self.may_enter(expert, to);
                         let cost = self.cost(expert, to);
@@ -195,7 +204,8 @@ impl Flow {
                     }
                 }
             }
-            lowered = (0..costs.len()).filter(|&place| costs[place] < before[place]).collect();
+            let is_lower = |place: &usize| costs[*place] < before[*place];
+            lowered = (0..costs.len()).filter(holds).filter(is_lower).collect();
         }
     }
 
