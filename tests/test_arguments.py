@@ -93,7 +93,7 @@ INNER |= {
     "Objective.over",
     "Problem.objective_in",
     "CostModel.least_compute_us",
-    "Objective.weigh_losses",
+    "Objective.layer_factors",
 }
 OTHER_WORDS = {"window_load": "load", "gpu": "preset", "machine": "preset"}
 OTHER_WORDS["share"] = "share|holdout"

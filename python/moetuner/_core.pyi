@@ -237,6 +237,20 @@ class Layers:
         which an expert finds no slot.
         """
 
+    def nearest(
+        self,
+        running: NDArray[np.bool_],
+        layers: list[int],
+        *,
+        full: bool,
+        threads: int | None = None,
+    ) -> NDArray[np.bool_]:
+        """Return whether devices are to hold experts of some layers [N,D,E], by the fewest moves.
+
+        Moves are from ``running`` [L,D,E]. An expert gets its pins and as many copies as rules ask
+        for. With ``full``, slots that would be empty are filled anyway, which costs no move.
+        """
+
 @final
 class StatisticsCounter:
     """Counts a trace shard by shard, one token in ``every`` for sets."""

@@ -89,6 +89,21 @@ impl Rules {
         slots.copies(expert) < self.min_copies || !is_spread
     }
 
+    /// Whether an expert must not be on a device.
+    pub(super) fn forbids(&self, expert: u16, device: usize, devices: usize) -> bool {
+        at(&self.forbidden, expert, [device, devices])
+    }
+
+    /// Where an expert has at most one of the copies that it must have: the failure domain of every device `[D]`.
+    pub(super) fn apart(&self, devices: usize) -> Vec<usize> {
+        match (self.min_copies, self.domain.is_empty()) {
+            (_, false) => self.domain.iter().copied().map(usize::from).collect(),
+            (0..=1, _) => vec![0; devices],
+            // No device holds an expert twice.
+            _ => (0..devices).collect(),
+        }
+    }
+
     /// Experts and devices where they must be.
     pub(super) fn pins(&self, devices: usize) -> impl Iterator<Item = (u16, usize)> + '_ {
         let pinned = (0..self.pinned.len()).filter(|&at| self.pinned[at]);

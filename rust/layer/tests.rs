@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::adapt::Change;
-use super::construct::{QUICK, by_windows, fill, on_sum};
+use super::construct::{NoSlot, QUICK, by_windows, fill, nearest, on_sum};
 use super::terms::balance::Balance;
 use super::terms::divided;
 use super::terms::fanout;
@@ -250,6 +250,48 @@ fn keeps_rules(site: &Site, slots: &Slots) -> bool {
 }
 
 /// The slowest device's time of all windows.
+/// The fewest moves of devices `[D]` that hold experts by the rules, of all that there are; gaps `[D]` cost none.
+fn fewest_moves(site: &Site, running: &[bool], gaps: &[usize]) -> Option<usize> {
+    let devices = site.devices();
+    let experts = running.len() / devices;
+    let domain = |g: usize| match site.rules.domain.get(g) {
+        Some(&domain) => 1 << domain,
+        None => 1 << if site.rules.min_copies > 1 { g } else { 0 },
+    };
+    let mut states = vec![(site.capacity.clone(), vec![0; devices])];
+    for e in 0..experts {
+        let has = |table: &[bool], g: usize| table.get(e * devices + g).is_some_and(|&is_ruled| is_ruled);
+        let may = |copies: &usize| {
+            let holds = |g: usize| copies >> g & 1 == 1;
+            let domains = (0..devices).filter(|&g| holds(g)).fold(0u32, |all, g| all | domain(g));
+            let keeps = |g: usize| {
+                if holds(g) { !has(&site.rules.forbidden, g) } else { !has(&site.rules.pinned, g) }
+            };
+            (0..devices).all(keeps) && domains.count_ones() >= site.rules.min_copies
+        };
+        let mut then = vec![];
+        for copies in (1..1usize << devices).filter(may) {
+            for (left, comes) in &states {
+                let (mut left, mut comes, mut fits) = (left.clone(), comes.clone(), true);
+                for g in (0..devices).filter(|&g| copies >> g & 1 == 1) {
+                    fits &= left[g] > 0;
+                    left[g] = left[g].saturating_sub(1);
+                    comes[g] += usize::from(!running[g * experts + e] && !has(&site.rules.pinned, g));
+                }
+                if fits {
+                    then.push((left, comes));
+                }
+            }
+        }
+        then.sort();
+        then.dedup();
+        states = then;
+    }
+    let moves =
+        |comes: &[usize]| comes.iter().zip(gaps).map(|(comes, gaps)| comes.saturating_sub(*gaps)).sum();
+    states.iter().map(|(_, comes)| moves(comes)).min()
+}
+
 fn slowest(layer: &Layer, slots: &Slots) -> f64 {
     Balance::new(layer, slots, &slots.copies).slowest()
 }
@@ -498,5 +540,38 @@ proptest! {
         prop_assert!(keeps_rules(&site, slots));
         let moved = slots.moved_from(&start) as f64 * price;
         prop_assert!(slowest(&layer, slots) + moved <= slowest(&layer, &start) * (1.0 + 1e-9));
+    }
+    /// Holders of experts that keep the rules, nearest to what runs: no others cost fewer moves, and none is missed.
+    #[test]
+    fn the_nearest_holders_cost_the_fewest_moves(
+        experts in 1usize..5, devices in 1usize..6, copies in 1u32..3, full: bool, seed: u64,
+    ) {
+        let mut random = Random::new(seed, 0);
+        let mut site = site(&mut random, experts, devices, true);
+        site.rules.min_copies = copies;
+        site.rules.domain = if copies > 1 && random.below(2) == 0 { site.node.clone() } else { vec![] };
+        site.capacity.iter_mut().for_each(|slots| *slots = (*slots * copies as usize).saturating_sub(random.below(2)));
+        let Rules { forbidden, pinned, .. } = &mut site.rules;
+        forbidden.iter_mut().zip(pinned).for_each(|(is_forbidden, is_pinned)| *is_forbidden &= !*is_pinned);
+        let running: Vec<bool> = (0..devices * experts).map(|_| random.below(3) == 0).collect();
+        let has = |table: &[bool], g: usize, e: usize| table.get(e * devices + g).is_some_and(|&is_ruled| is_ruled);
+        let stays = |g: usize, e: usize| {
+            has(&site.rules.pinned, g, e) || running[g * experts + e] && !has(&site.rules.forbidden, g, e)
+        };
+        let pins = |g: usize| (0..experts).filter(|&e| has(&site.rules.pinned, g, e)).count();
+        prop_assume!((0..devices).all(|g| pins(g) <= site.capacity[g]));
+        let gap = |g: usize| site.capacity[g].saturating_sub((0..experts).filter(|&e| stays(g, e)).count());
+        let gaps: Vec<usize> = (0..devices).map(|g| if full { gap(g) } else { 0 }).collect();
+        let fewest = fewest_moves(&site, &running, &gaps);
+        match nearest(&site, &running, full, &Control::new(None)) {
+            Err(NoSlot(_)) => prop_assert_eq!(fewest, None),
+            Ok(holds) => {
+                // What is held is all that may be held: the fewest moves to it are those that it takes.
+                let mut fixed = site.clone();
+                fixed.rules.forbidden = (0..experts * devices).map(|at| !holds[at % devices * experts + at / devices]).collect();
+                let cost = fewest_moves(&fixed, &running, &gaps);
+                prop_assert!(cost.is_some() && cost == fewest, "{:?} of {:?}", cost, fewest);
+            }
+        }
     }
 }

@@ -3,6 +3,7 @@
 use numpy::{
     PyArray2, PyArray3, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3, PyUntypedArrayMethods,
 };
+use pyo3::exceptions::PyKeyboardInterrupt;
 use pyo3::prelude::*;
 use rayon::prelude::*;
 
@@ -12,7 +13,7 @@ use crate::assignment::assign_max;
 use crate::control::Control;
 use crate::error::{Error, SLOTS, room_for};
 use crate::layer::adapt::{self, adapt_layers, keep_devices};
-use crate::layer::construct::{QUICK, by_windows, complete, fill_layers, on_sum};
+use crate::layer::construct::{QUICK, by_windows, complete, fill_layers, nearest, on_sum};
 use crate::layer::descend::{UNLIMITED, descend};
 use crate::layer::terms::divided;
 use crate::layer::terms::fanout;
@@ -392,6 +393,37 @@ impl Layers {
         };
         let placements: Vec<Slots> = detached(py, threads, work)?;
         self.end(py, &placements)
+    }
+
+    /// Whether devices are to hold experts [N,D,E] of some layers [N], by the fewest moves from running ones [L,D,E].
+    #[pyo3(signature = (running, layers, *, full, threads = None))]
+    fn nearest<'py>(
+        &self,
+        py: Python<'py>,
+        running: PyReadonlyArray3<'py, bool>,
+        layers: Vec<usize>,
+        full: bool,
+        threads: Option<usize>,
+    ) -> PyResult<Bound<'py, PyArray3<bool>>> {
+        let [l, e, d] = self.sizes();
+        shaped("running", running.shape(), &[l, d, e])?;
+        if let Some(layer) = layers.iter().find(|&&layer| layer >= l) {
+            return Err(Error::shape("layers", format!("layers below {l}"), layer).into());
+        }
+        let running = contiguous(running.as_slice().ok())?;
+        let control = Control::new(None);
+        let one = |&layer: &usize| {
+            let running = &running[layer * d * e..][..d * e];
+            nearest(&self.layers[layer].site, running, full, &control).map_err(|fault| fault.of(layer))
+        };
+        let work = || layers.par_iter().map(one).collect::<Vec<_>>();
+        let (placed, interrupted) = watched(py, threads, &control, None, work)?;
+        if interrupted {
+            return Err(PyKeyboardInterrupt::new_err(()));
+        }
+        // The first layer without a slot is named, whichever thread ends first.
+        let holds: Result<Vec<_>, Error> = placed.into_iter().collect();
+        array3(py, (layers.len(), d, e), holds?.concat())
     }
 }
 

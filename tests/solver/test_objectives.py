@@ -14,8 +14,12 @@ from make import trace_of
 from staged import staged
 
 import moetuner as mt
+from moetuner.problem.objective import Objective
 from moetuner.solver.bounds.loads import LOAD_BOUND, least_balance, least_time
+from moetuner.solver.run import Moves, Run
 from moetuner.solver.stages.floor import balanced
+from moetuner.solver.stages.front import Front
+from moetuner.solver.stages.layers import COMBINE
 
 SPLITS = ("even", "nearest", "round_robin")
 # Joined layers are searched from many starts: fewer examples do.
@@ -342,3 +346,30 @@ def test_slots_to_spare_make_no_placement_slower(options):
         mt.Problem(statistics, mt.Topology(4), **given, **more) for more in ({}, options)
     )
     assert mt.solve(with_some).objective <= mt.solve(with_none).objective * (1 + 1e-9)
+
+
+def test_layers_are_chosen_by_all_that_counts(monkeypatch):
+    """What counts besides windows, as a factor of layers, decides where a layer is taken from."""
+    problem = mt.Problem(
+        mt.RoutingStatistics.from_load(np.full((1, 2, 4), 5)), mt.Topology(2), objective="balance"
+    )
+    poor, good = [[0, 1], [2, 3]], [[0, 2], [1, 3]]
+
+    def count_neighbours(_, placement):
+        return 1.0 + (placement.held[..., 0] & placement.held[..., 1]).any(axis=1)
+
+    monkeypatch.setattr(Objective, "layer_factors", count_neighbours)
+    monkeypatch.setattr(Objective, "is_of_windows", False)
+    mixed = [np.array(layers, dtype=np.int32) for layers in ([poor, good], [good, poor])]
+    run = Run(problem)
+    for slots in mixed:
+        run.offer(slots, "start")
+    run.through((COMBINE,), run.budget)
+    assert run.best.slots.tolist() == [good, good]
+    run = Run(problem, moves=Moves(mt.Placement([poor, poor])))
+    front = Front(run, run.moves)
+    for slots in mixed:
+        front.add(run.judge(slots, "start"))
+    front.mix([8], problem.windows.weight)
+    assert front.best(8).slots.tolist() == [good, good]
+    assert front.best(8).value == problem.value(mt.Placement([good, good])) == 1.0

@@ -74,8 +74,10 @@ def test_a_loss_brings_what_nobody_holds_and_no_more(case, data):
     assert plan.lost.tolist() == (~left).sum(axis=1).tolist()
     assert len(plan.steps) == plan.lost.sum()
     assert (plan.steps[:, 2] == -1).all()
-    table = mt.plan_losses(before, traffic)
+    shares: list[float] = []
+    table = mt.plan_losses(before, traffic, progress=shares.append)
     assert plan == table[lost]
+    assert shares == [(device + 1) / before.devices for device in range(before.devices)]
 
 
 @given(running(), st.integers(1, 3))

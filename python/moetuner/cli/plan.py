@@ -16,7 +16,7 @@ from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import load_placement
 from moetuner.cli.options.placed import read_made
 from moetuner.cli.options.traffic import Source
-from moetuner.cli.output import Output, working
+from moetuner.cli.output import Output, show_shares, working
 from moetuner.cli.recipes import list_recipes_to_serve
 from moetuner.cli.work import count
 from moetuner.cost import bytes_of_expert
@@ -238,8 +238,11 @@ def _plan_losses(
     """Plan every loss, write the table and print the worst losses; return the table for JSON."""
     domain = change.every_loss
     assert domain is not None
-    with working("planning"):
-        plans = plan_losses(running, traffic, domain, topology=topology, window=window)
+    with working("planning") as report:
+        progress = show_shares(report, "of the losses", then="table")
+        plans = plan_losses(
+            running, traffic, domain, topology=topology, window=window, progress=progress
+        )
     number = topology.devices if domain == "device" else topology.nodes
     if not plans:
         raise click.ClickException(

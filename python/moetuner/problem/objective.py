@@ -175,16 +175,26 @@ class Objective:
             value = self.traffic(placement)
         else:
             value = float(self.worth(self.window_cost(placement).sum(axis=1)))
-        return value * float(self.weigh_losses(placement).mean())
+        return value * float(self.layer_factors(placement).mean())
 
-    def weigh_losses(self, placement: Placement) -> Floats:
-        """Compute the factor [L] by which losses raise the cost of every layer.
+    @property
+    def is_of_windows(self) -> bool:
+        """Whether costs of windows are all that counts: ``layer_factors`` are 1."""
+        return self.survive is None
 
-        It grows with the imbalance after the worst loss: 1 where loads stay even, or where nothing
-        has to survive.
+    def layer_factors(self, placement: Placement) -> Floats:
+        """Compute the factor [L] by which the cost of every layer rises besides its windows.
+
+        What the worst loss leaves raises it: 1 where loads stay even, or where nothing has to
+        survive.
         """
-        if self.survive is None:
+        if self.is_of_windows:
             return np.ones(placement.layers)
+        return self._loss_factors(placement)
+
+    def _loss_factors(self, placement: Placement) -> Floats:
+        """Compute what the busiest device after the worst loss adds to layers [L]: 1 if even."""
+        assert self.survive is not None
         load, topology = self.statistics.total_load, self.topology
         imbalance, _ = losses.imbalances_after(
             placement, load, topology, self.survive, split=self.serving.split
@@ -205,7 +215,7 @@ class Objective:
     def is_sum_of_layers(self) -> bool:
         """Whether the objective is a sum over layers, so that each may be placed by itself."""
         joins = self.goal != "balance" and self.regime == "follow" and self.statistics.layers > 1
-        return self.is_known and not joins and self.survive is None
+        return self.is_known and not joins and self.is_of_windows
 
     def layer_costs(self, placement: Placement) -> Floats:
         """Compute the cost of layers [L,1], or of layers and windows [L,W] under a risk."""
@@ -254,8 +264,8 @@ class Objective:
     @property
     def is_predicted_time(self) -> bool:
         """Whether the value is the predicted time of ``evaluate``, as far as counts tell it."""
-        is_mean = self.windows.risk == "mean" and not self._by_groups
-        return self.goal == "time" and is_mean and self.survive is None and len(self.shares) == 1
+        is_mean = self.windows.risk == "mean" and not self._by_groups and self.is_of_windows
+        return self.goal == "time" and is_mean and len(self.shares) == 1
 
     @property
     def figure(self) -> str:

@@ -7,7 +7,7 @@ what the policy would decide. What is left of a machine may be uneven, so nodes 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from moetuner import _checks as check
 from moetuner.evaluation.losses import DOMAINS, Domain, domains_of
 from moetuner.frozen import Frozen
-from moetuner.placement import EMPTY, Placement, count_copies, find_holders
+from moetuner.placement import EMPTY, Placement, count_copies
 from moetuner.solver.rebalancing import rebalance, slowest
 from moetuner.statistics import WINDOW, RoutingStatistics, as_counts, check_recording
 from moetuner.topology import Topology
@@ -191,10 +191,12 @@ def plan_losses(
     *,
     topology: Topology | None = None,
     window: int | None = WINDOW,
+    progress: Callable[[float], None] | None = None,
 ) -> dict[int, Plan]:
     """Return a plan for the loss of every device, or node, by its number.
 
-    A loss that leaves fewer slots than there are experts has no plan.
+    A loss that leaves fewer slots than there are experts has no plan. ``progress`` gets the share
+    of the losses that are planned.
 
     Examples
     --------
@@ -206,17 +208,20 @@ def plan_losses(
     """
     check.instance("running", running, Placement)
     check.one_of("domain", domain, DOMAINS)
+    check.callable_or_none("progress", progress)
     if topology is not None:
         _check_machine(running, topology)
     windows = _read_load(running, traffic, check.window_in(window))
     service = _Service(running, windows, topology)
     member = domains_of(topology or Topology(running.devices), domain)
-    plans = {}
-    for number in range(int(member.max()) + 1):
+    plans, numbers = {}, int(member.max()) + 1
+    for number in range(numbers):
         lost = member == number
         if (~lost).sum() * running.slots_per_device >= running.num_experts:
             none = np.zeros_like(lost)
             plans[number] = _plan(service, lost, none, 0, None)
+        if progress is not None:
+            progress((number + 1) / numbers)
     return plans
 
 
@@ -368,10 +373,12 @@ def _order_steps(before: Slots, after: Slots, topology: Topology | None) -> NDAr
     if topology is not None:
         known = topology.devices
         distance[:known, :known] = topology.tier if topology.link_cost is None else topology.cost
-    holders = find_holders(before, experts)
+    copies = count_copies(before, experts)
+    is_brought = (after != before) & (after != EMPTY)
     steps, batch = [], 0
-    for layer in range(len(before)):
-        order = _Order(before[layer], after[layer], holders[layer], distance)
+    for layer in np.flatnonzero(is_brought.any(axis=(1, 2))).tolist():
+        brought = np.argwhere(is_brought[layer])
+        order = _Order(before[layer], after[layer], brought, copies[layer], distance)
         for exchange in order.batches():
             steps += [(layer, *step, batch) for step in exchange]
             batch += 1
@@ -386,14 +393,18 @@ class _Order:
     """The steps of one layer that are left, and what every slot holds by now."""
 
     def __init__(
-        self, now: Slots, end: Slots, holders: NDArray[np.bool_], distance: NDArray[np.float64]
+        self,
+        now: Slots,
+        end: Slots,
+        brought: NDArray[np.int64],
+        copies: NDArray[np.int64],
+        distance: NDArray[np.float64],
     ) -> None:
         self.now, self.end, self.distance = now.copy(), end, distance
-        self.holders = holders.copy()
-        self.copies = holders.sum(axis=0)
-        places = [(d, slot) for d, slot in np.argwhere((end != now) & (end != EMPTY)).tolist()]
+        self.copies = copies.copy()
+        places: list[Place] = [(device, slot) for device, slot in brought.tolist()]
         # What nobody serves comes first.
-        self.left: list[Place] = sorted(places, key=lambda place: self.copies[end[place]] > 0)
+        self.left = sorted(places, key=lambda place: self.copies[end[place]] > 0)
 
     def batches(self) -> Iterator[list[Step]]:
         """Yield the steps that are taken at once: expert, device from and to, and its slot."""
@@ -433,19 +444,16 @@ class _Order:
         steps = []
         for device, slot in places:
             expert = int(self.end[device, slot])
-            sources = np.flatnonzero(self.holders[:, expert])
             source = DISK
-            if sources.size:
+            if self.copies[expert]:
+                sources = np.flatnonzero((self.now == expert).any(axis=1))
                 source = int(sources[self.distance[sources, device].argmin()])
             steps.append((expert, source, device, slot))
-        for device, slot in places:
-            gone, comes = self.now[device, slot], self.end[device, slot]
+        for place in places:
+            gone, self.now[place] = self.now[place], EMPTY
             if gone != EMPTY:
-                self.copies[gone] -= self.holders[device, gone]
-                self.holders[device, gone] = False
-            self.now[device, slot] = comes
-        for device, slot in places:
-            comes = self.end[device, slot]
-            self.copies[comes] += not self.holders[device, comes]
-            self.holders[device, comes] = True
+                self.copies[gone] -= 1
+        for place in places:
+            self.copies[self.end[place]] += 1
+            self.now[place] = self.end[place]
         return steps

@@ -7,6 +7,7 @@
 
 mod burden;
 mod longest_first;
+mod nearest;
 mod polish;
 mod repair;
 mod squeeze;
@@ -21,6 +22,7 @@ use crate::layer::terms::balance::Balance;
 use crate::layer::{EMPTY, Layer, Site, Slots};
 use burden::{ByLosses, ByPartners, ByPowers, ByTime};
 use longest_first::longest_first;
+pub use nearest::nearest;
 use polish::polish;
 use repair::{repair, vacant};
 pub use squeeze::find_shortage;

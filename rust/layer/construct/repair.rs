@@ -68,6 +68,9 @@ struct Search<'a> {
     per_copy: Vec<f64>,
     /// One over the mean.
     unit: f64,
+    /// First empty slot of every device, and the slots whose experts have more copies than they must `[D]`.
+    empty: Vec<Option<usize>>,
+    spare: Vec<Vec<usize>>,
     /// Devices that a change of a slot touches.
     touched: Vec<usize>,
 }
@@ -78,7 +81,9 @@ impl<'a> Search<'a> {
         let unit = if mean > 0.0 { 1.0 / mean } else { 0.0 };
         let [times, powers] = [vec![0.0; site.devices()], vec![0.0; site.devices()]];
         let per_copy = vec![0.0; load.len() + 1];
-        let mut search = Self { slots, site, load, times, powers, per_copy, unit, touched: vec![] };
+        let (empty, spare) = (vec![None; site.devices()], vec![vec![]; site.devices()]);
+        let mut search =
+            Self { slots, site, load, times, powers, per_copy, unit, empty, spare, touched: vec![] };
         search.count_all();
         search
     }
@@ -91,10 +96,15 @@ impl<'a> Search<'a> {
         self.count(0..self.site.devices());
     }
 
-    /// Counts anew what devices have to do.
+    /// Counts anew what devices have to do, and which of their slots another copy may take.
     fn count(&mut self, devices: impl Iterator<Item = usize>) {
+        let fewest = self.site.rules.min_copies;
         for device in devices {
             let load = self.slots.of(device).map(|slot| self.load_in(slot)).sum::<f64>();
+            let has_more = |slot: &usize| self.slots.copies(self.slots.expert_in[*slot]) > fewest;
+            self.empty[device] = vacant(self.slots, device);
+            self.spare[device].clear();
+            self.spare[device].extend(self.slots.of(device).filter(has_more));
             self.times[device] = load * self.site.time[device] * self.unit;
             self.powers[device] = power(self.times[device]);
         }
@@ -178,7 +188,7 @@ impl<'a> Search<'a> {
     fn best_slot(&self, expert: u16) -> Option<usize> {
         let comes = self.load_per_copy(expert, self.slots.copies(expert) + 1);
         let open = (0..self.times.len()).filter(|&g| self.slots.may_take(self.site, expert, g));
-        let empty = open.clone().filter_map(|g| vacant(self.slots, g));
+        let empty = open.clone().filter_map(|g| self.empty[g]);
         let mut best = (f64::INFINITY, None);
         for slot in empty {
             let cost = self.added_power(self.slots.device(slot), comes);
@@ -189,10 +199,8 @@ impl<'a> Search<'a> {
         if best.1.is_some() {
             return best.1;
         }
-        let fewest = self.site.rules.min_copies;
-        for slot in open.flat_map(|g| self.slots.of(g)) {
-            let has_more = self.slots.copies(self.slots.expert_in[slot]) > fewest;
-            if has_more && self.slots.may_lose(self.site, slot) {
+        for &slot in open.flat_map(|g| &self.spare[g]) {
+            if self.slots.may_lose(self.site, slot) {
                 let cost = self.added_by_replacing(comes, slot, best.0);
                 if best.1.is_none() || cost < best.0 {
                     best = (cost, Some(slot));

@@ -223,8 +223,8 @@ def _of_even_parts(problem: Problem) -> Problem:
 
 def _may_be_behind(run: Run) -> bool:
     """Return whether another placement may be better: balance is not what it is at best."""
-    best = run.best
-    is_best = run.problem.goal == "balance" and run.problem.survive is None and not best.excess
+    best, objective = run.best, run.objective
+    is_best = objective.goal == "balance" and objective.is_of_windows and not best.excess
     return not (is_best and best.value <= least_balance(run.problem) * (1 + ROUNDING))
 
 

@@ -37,10 +37,9 @@ class Front:
     """
 
     def __init__(self, run: Run, moves: Moves) -> None:
-        problem = run.problem
         self.run, self.moves, self.mixes = run, moves, not are_joined(run)
         # The sum over layers is the objective: of mixtures the best one is known.
-        self.is_exact = mixes(run) and problem.survive is None
+        self.is_exact = mixes(run) and run.objective.is_of_windows
         self.points: dict[bytes, Incumbent] = {}
         # Rows below of those that a search may begin with.
         self._starts: dict[bytes, int] = {}
@@ -66,7 +65,7 @@ class Front:
             placement = Placement(point.slots, num_experts=self.run.problem.experts)
             self._slots.append(point.slots)
             self._moves.append(moves_from(self.moves.running, point.slots))
-            costs = objective.window_cost(placement) * objective.weigh_losses(placement)
+            costs = objective.window_cost(placement) * objective.layer_factors(placement)
             self._costs.append(costs * objective.worth(objective.reference))
             self._excess.append(self.run.problem.caps.excess(placement))
 

@@ -163,7 +163,7 @@ def _construct(run: Run, budget: Budget) -> None:
     if run.problem.goal == "traffic":
         return
     windows = run.objective.windows
-    if run.problem.survive is None:
+    if run.objective.is_of_windows:
         longer = effort.start_trials(run.slots_of_layer, len(windows))
         lengths = [quick_trials(run, budget), longer]
     else:
@@ -193,7 +193,7 @@ def _combine(run: Run, _: Budget) -> None:
         experts, objective = run.problem.experts, run.objective
         placements = [Placement(slots, num_experts=experts) for slots in pool]
         costs = [
-            objective.worth(objective.window_cost(each).T) * objective.weigh_losses(each)
+            objective.worth(objective.window_cost(each).T) * objective.layer_factors(each)
             for each in placements
         ]
         layers = np.arange(run.problem.layers)

@@ -237,7 +237,7 @@ def _goes_on(run: Run) -> bool:
     There every device counts, so that steps are many and gain little (36 devices x 16 slots: three
     times as long as the steps from what runs, which take most of the time already).
     """
-    return run.problem.survive is None or has_few_slots(run)
+    return run.objective.is_of_windows or has_few_slots(run)
 
 
 def _fill_front(run: Run, budget: Budget) -> None:

@@ -1,0 +1,233 @@
+//! The nearest placement that keeps the rules: where experts are to be, so that the fewest copies move.
+//!
+//! That is a flow of least cost: a copy goes from its expert by one of its failure domains, at most once by each, to a
+//! device with a slot. It costs a move where the device does not hold the expert yet. The flow grows by one copy after the
+//! other, along a shortest path on which copies of others may move on (successive shortest paths: Ford and Fulkerson,
+//! *Flows in Networks*, 1962, III.3).
+
+use std::cmp::Reverse;
+
+use super::{NoSlot, Placed};
+use crate::control::Control;
+use crate::layer::Site;
+
+/// What a copy costs where it may not be.
+const NEVER: i32 = i32::MAX / 2;
+
+/// Whether devices are to hold experts `[D, E]`, of which `running` holds as many as can stay.
+///
+/// An expert gets its pins and as many copies as it must have, each in a failure domain of its own. With `full`, slots
+/// that would be empty are to be filled anyway: what is brought to these costs nothing more. A search that is stopped
+/// leaves experts without a slot.
+pub fn nearest(site: &Site, running: &[bool], full: bool, control: &Control) -> Placed<Vec<bool>> {
+    let (devices, wanted) = (site.devices(), site.rules.min_copies as usize);
+    let experts = running.len() / devices.max(1);
+    let mut flow = Flow::new(site, running, full);
+    let mut lacking: Vec<usize> = (0..experts).map(|e| wanted.saturating_sub(flow.domains_of(e))).collect();
+    flow.add_free(&mut lacking);
+    for (expert, &copies) in lacking.iter().enumerate() {
+        for _ in 0..copies {
+            if !control.stopped() {
+                flow.add(expert)?;
+            }
+        }
+    }
+    let mut holds = vec![false; running.len()];
+    for (e, g) in site.rules.pins(devices) {
+        holds[g * experts + usize::from(e)] = true;
+    }
+    for (place, copies) in flow.copies.iter().enumerate() {
+        for &expert in copies {
+            holds[place % devices * experts + expert] = true;
+        }
+    }
+    Ok(holds)
+}
+
+/// A copy on a path: its expert, the place that it leaves, and the one that it goes to.
+type Hop = (usize, usize, usize);
+
+/// A flow of copies to places. Every device is two of them: slots that need not be full, and behind those of all devices
+/// the slots that would be empty and are to be full.
+struct Flow {
+    /// What a copy of an expert costs in a place `[E, G]`: a move or nothing, where it may be.
+    cost: Vec<i32>,
+    /// Places with slots in which a copy of an expert costs nothing `[E]`.
+    free_places: Vec<Vec<usize>>,
+    /// Slots of every place that are free `[G]`.
+    left: Vec<usize>,
+    /// Failure domain of every place `[G]`, and how many there are.
+    domain: Vec<usize>,
+    domains: usize,
+    /// Whether an expert has a copy in a failure domain, and needs no other there `[E, F]`.
+    is_served: Vec<bool>,
+    /// Experts of the copies in every place, rising, without those that are pinned `[G]`.
+    copies: Vec<Vec<usize>>,
+}
+
+impl Flow {
+    /// A flow without copies; pinned ones have their slots.
+    fn new(site: &Site, running: &[bool], full: bool) -> Self {
+        let (devices, rules) = (site.devices(), &site.rules);
+        let experts = running.len() / devices.max(1);
+        let domain = rules.apart(devices).repeat(2);
+        let domains = domain.iter().max().map_or(0, |last| last + 1);
+        let mut cost = vec![NEVER; experts * 2 * devices];
+        let (mut is_pinned, mut is_served) = (vec![false; experts * devices], vec![false; experts * domains]);
+        let (mut pinned, mut staying) = (vec![0; devices], vec![0; devices]);
+        for (e, g) in rules.pins(devices) {
+            is_pinned[usize::from(e) * devices + g] = true;
+            is_served[usize::from(e) * domains + domain[g]] = true;
+            pinned[g] += 1;
+        }
+        for (e, of_expert) in cost.chunks_exact_mut(2 * devices).enumerate() {
+            for g in 0..devices {
+                if !is_pinned[e * devices + g] && !rules.forbids(e as u16, g, devices) {
+                    let stays = running[g * experts + e];
+                    staying[g] += usize::from(stays);
+                    of_expert[g] = i32::from(!stays);
+                    of_expert[devices + g] = if stays { NEVER } else { 0 };
+                }
+            }
+        }
+        let gaps = |g: usize| {
+            if full { site.capacity[g].saturating_sub(pinned[g] + staying[g]) } else { 0 }
+        };
+        let other = |g: usize| site.capacity[g].saturating_sub(pinned[g] + gaps(g));
+        let left: Vec<usize> = (0..devices).map(other).chain((0..devices).map(gaps)).collect();
+        let is_free = |costs: &[i32], place: &usize| left[*place] > 0 && costs[*place] == 0;
+        let free_of = |costs: &[i32]| (0..2 * devices).filter(|place| is_free(costs, place)).collect();
+        let free_places = cost.chunks_exact((2 * devices).max(1)).map(free_of).collect();
+        Self { cost, free_places, left, domain, domains, is_served, copies: vec![vec![]; 2 * devices] }
+    }
+
+    fn places(&self) -> usize {
+        self.left.len()
+    }
+
+    /// How many failure domains have a copy of an expert.
+    fn domains_of(&self, expert: usize) -> usize {
+        let domains = &self.is_served[expert * self.domains..][..self.domains];
+        domains.iter().filter(|is_served| **is_served).count()
+    }
+
+    /// Whether an expert may have a copy in a place beside those that it has.
+    fn may_enter(&self, expert: usize, place: usize) -> bool {
+        !self.is_served[expert * self.domains + self.domain[place]]
+    }
+
+    fn cost(&self, expert: usize, place: usize) -> i32 {
+        self.cost[expert * self.places() + place]
+    }
+
+    /// What a further copy of an expert costs in every place `[G]`, if no other copy moves on.
+    fn entry_costs(&self, expert: usize) -> Vec<i32> {
+        let cost = |place| if self.may_enter(expert, place) { self.cost(expert, place) } else { NEVER };
+        (0..self.places()).map(cost).collect()
+    }
+
+    /// The place with a free slot that costs least, of several that with most of them.
+    fn cheapest(&self, costs: &[i32]) -> Option<usize> {
+        let open = (0..costs.len()).filter(|&place| self.left[place] > 0 && costs[place] < NEVER);
+        open.min_by_key(|&place| (costs[place], Reverse(self.left[place])))
+    }
+
+    fn insert(&mut self, expert: usize, place: usize) {
+        let at = self.copies[place].partition_point(|&other| other < expert);
+        self.copies[place].insert(at, expert);
+        self.is_served[expert * self.domains + self.domain[place]] = true;
+    }
+
+    fn remove(&mut self, expert: usize, place: usize) {
+        self.copies[place].retain(|&other| other != expert);
+        self.is_served[expert * self.domains + self.domain[place]] = false;
+    }
+
+    /// Adds the copies that cost nothing where a slot is free; `lacking` are those that experts still need `[E]`.
+    fn add_free(&mut self, lacking: &mut [usize]) {
+        for (expert, copies) in lacking.iter_mut().enumerate() {
+            while *copies > 0 {
+                let costs = self.entry_costs(expert);
+                let Some(place) = self.cheapest(&costs).filter(|&place| costs[place] == 0) else { break };
+                self.left[place] -= 1;
+                self.insert(expert, place);
+                *copies -= 1;
+            }
+        }
+    }
+
+    /// Adds a copy of an expert the cheapest way, on which others may move on.
+    fn add(&mut self, expert: usize) -> Placed<()> {
+        let mut costs = self.entry_costs(expert);
+        let least = costs.iter().copied().min().unwrap_or(NEVER);
+        let mut via = vec![None; self.places()];
+        let mut end = self.cheapest(&costs);
+        // To move on what a full device holds costs nothing at least, or it would be elsewhere already.
+        if end.is_none_or(|end| costs[end] > least) {
+            self.move_on(&mut costs, &mut via);
+            end = self.cheapest(&costs);
+        }
+        let Some(end) = end else { return Err(NoSlot(expert)) };
+        let (first, path) = self.path_to(end, expert, &via);
+        self.left[end] -= 1;
+        for &(other, from, _) in &path {
+            self.remove(other, from);
+        }
+        for &(other, _, to) in &path {
+            self.insert(other, to);
+        }
+        self.insert(expert, first);
+        Ok(())
+    }
+
+    /// Lowers costs to those of shortest paths `[G]`, and notes which copy moves on to a place, and from where (Bellman,
+    /// 1958).
+    fn move_on(&self, costs: &mut [i32], via: &mut [Option<(usize, usize)>]) {
+        let holds = |place: &usize| !self.copies[*place].is_empty();
+        let reached = |place: &usize| costs[*place] < NEVER;
+        let mut lowered: Vec<usize> = (0..costs.len()).filter(holds).filter(reached).collect();
+        while let Some(least) = lowered.iter().map(|&place| costs[place]).min() {
+            let before = costs.to_vec();
+            // A copy costs a move at most: with a further one there, all other places cost no less than now.
+            let far: Vec<usize> = (0..costs.len()).filter(|&place| before[place] > least).collect();
+            for &from in &lowered {
+                for &expert in &self.copies[from] {
+                    let left = before[from] - self.cost(expert, from);
+                    for &to in far.iter().chain(&self.free_places[expert]) {
+                        // A copy stays in its domain, or goes to one in which its expert has none.
+                        let may = self.domain[to] == self.domain[from] || self.may_enter(expert, to);
+                        let cost = self.cost(expert, to);
+                        if cost < NEVER && left + cost < costs[to] && may {
+                            costs[to] = left + cost;
+                            via[to] = Some((expert, from));
+                        }
+                    }
+                }
+            }
+            let is_lower = |place: &usize| costs[*place] < before[*place];
+            lowered = (0..costs.len()).filter(holds).filter(is_lower).collect();
+        }
+    }
+
+    /// Where a copy of an expert enters, and the copies that move on from there, the last one first.
+    fn path_to(&self, end: usize, expert: usize, via: &[Option<(usize, usize)>]) -> (usize, Vec<Hop>) {
+        let changes_domain = |&(_, from, to): &Hop| self.domain[from] != self.domain[to];
+        let (mut place, mut path): (_, Vec<Hop>) = (end, vec![]);
+        while let Some((other, from)) = via[place] {
+            let mut hop = (other, from, place);
+            if changes_domain(&hop) {
+                // A path passes an expert once: two of its copies would enter one domain. The way between costs nothing.
+                if other == expert {
+                    break;
+                }
+                if let Some(later) = path.iter().position(|hop| hop.0 == other && changes_domain(hop)) {
+                    hop.2 = path[later].2;
+                    path.truncate(later);
+                }
+            }
+            path.push(hop);
+            place = from;
+        }
+        (place, path)
+    }
+}
