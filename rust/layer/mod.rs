@@ -20,7 +20,7 @@ mod tests;
 pub mod turns;
 
 pub use crate::replay::Split;
-pub use budget::{Spending, Way, choose};
+pub use budget::{Choice, Spending, choose};
 pub use rules::Rules;
 pub use slots::{EMPTY, Move, Slots};
 use terms::Costs;

@@ -391,7 +391,7 @@ proptest! {
         let site = Site::plain(vec![experts; devices], vec![0.5; devices]);
         let running = Slots::new(&site.capacity, devices * experts, &(0..(devices * experts) as u16).collect::<Vec<_>>());
         let part_at = |deviations| {
-            Change::estimate(load.chunks_exact(devices * experts).map(|load| ((load, &site), &running)), deviations).real_part
+            Change::estimate(load.chunks_exact(devices * experts).map(|load| ((load, &site), &running)), deviations).lasting_part
         };
         let expected = tokens / (tokens + 1.0 / part.powi(2));
         let seen = part_at(1.0);

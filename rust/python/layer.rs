@@ -21,7 +21,7 @@ use crate::layer::terms::reading::{Reading, Weights};
 use crate::layer::terms::together::Pairs;
 use crate::layer::terms::windows::{Measure, Windows};
 use crate::layer::turns::{Effort, Links, place};
-use crate::layer::{EMPTY, LANES, Layer, Site, Slots, Spending, Split, Way, choose};
+use crate::layer::{Choice, EMPTY, LANES, Layer, Site, Slots, Spending, Split, choose};
 
 /// The id of a slot's content, -1 for none.
 fn expert_id(expert: u16) -> i32 {
@@ -563,13 +563,14 @@ pub(super) fn spend_budget(
     min_gain: f64,
 ) -> PyResult<Vec<usize>> {
     let (cost, moves) = (cost.as_array(), moves.as_array());
-    let way = |(&cost, &moves): (&f64, &i64)| Way {
+    let choice = |(&cost, &moves): (&f64, &i64)| Choice {
         moves: usize::try_from(moves).unwrap_or(0),
         slowest: cost,
         cost,
     };
     let layers = cost.columns().into_iter().zip(moves.columns());
-    let ways: Vec<Vec<Way>> = layers.map(|(cost, moves)| cost.iter().zip(moves).map(way).collect()).collect();
-    let ways: Vec<&[Way]> = ways.iter().map(|ways| &ways[..]).collect();
-    caught(|| choose(&ways, Spending { max_moves, min_gain, dead_zone, deviations, devices }))
+    let choices: Vec<Vec<Choice>> =
+        layers.map(|(cost, moves)| cost.iter().zip(moves).map(choice).collect()).collect();
+    let choices: Vec<&[Choice]> = choices.iter().map(|choices| &choices[..]).collect();
+    caught(|| choose(&choices, Spending { max_moves, min_gain, dead_zone, deviations, devices }))
 }
