@@ -50,7 +50,8 @@ pub fn place(
             break;
         }
         let these: Vec<usize> = (round as usize % 2..layers.len()).step_by(2).collect();
-        let price = |&l: &usize| (!control.stopped()).then(|| prices(&layers[l], beside(&now, l), links, l));
+        let price =
+            |&l: &usize| (!control.stopped()).then(|| prices(&layers[l], neighbours(&now, l), links, l));
         let Some(priced) = these.par_iter().map(price).collect::<Option<Vec<_>>>() else { break };
         for (&l, price) in these.iter().zip(priced) {
             layers[l].costs.serve_cost = price;
@@ -146,7 +147,7 @@ fn agree(costs: &[f64], visits_alone: bool) -> bool {
 }
 
 /// What is before and after a layer, if anything.
-pub(super) fn beside<T>(layers: &[T], l: usize) -> [Option<&T>; 2] {
+pub(super) fn neighbours<T>(layers: &[T], l: usize) -> [Option<&T>; 2] {
     [l.checked_sub(1).map(|l| &layers[l]), layers.get(l + 1)]
 }
 

@@ -14,9 +14,9 @@ use crate::error::{Error, SLOTS, room_for};
 use crate::layer::adapt::{self, adapt_layers, keep_devices};
 use crate::layer::construct::{QUICK, by_windows, complete, fill_layers, on_sum};
 use crate::layer::descend::{UNLIMITED, descend};
-use crate::layer::terms::divided;
 use crate::layer::terms::fanout;
 use crate::layer::terms::losses::{Losses, SingleLosses};
+use crate::layer::terms::lp_split;
 use crate::layer::terms::reading::{Reading, Weights};
 use crate::layer::terms::together::Pairs;
 use crate::layer::terms::windows::{Measure, Windows};
@@ -252,7 +252,7 @@ impl Layers {
     }
 
     /// Prices windows of load [W,L,E], of weights [W], whose tokens are divided over copies as is best.
-    fn price_divided(
+    fn price_lp_split(
         &mut self,
         load: PyReadonlyArray3<'_, f64>,
         weight: PyReadonlyArray1<'_, f64>,
@@ -268,7 +268,7 @@ impl Layers {
                 load.chunks_exact(experts).skip(l).step_by(layers).zip(&weight).filter(|row| *row.1 > 0.0);
             let scale = layer.windows.scale;
             let rows = used.flat_map(|(row, &weight)| row.iter().map(move |tokens| tokens * weight * scale));
-            layer.costs.divided = Some(divided::Loads(rows.collect()));
+            layer.costs.lp_split = Some(lp_split::Loads(rows.collect()));
         }
         Ok(())
     }

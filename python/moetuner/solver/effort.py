@@ -208,7 +208,7 @@ LIVE_TRIALS = 35
 BALANCING_TRIALS, LEAST_BALANCING, BALANCING_WORK = 10, 2500, 400
 # Where a dispatcher divides tokens over copies: trials for a slot, and the most for a slot times
 # windows (not measured).
-DIVIDED_TRIALS, DIVIDED_WORK = 20, 64
+LP_SPLIT_TRIALS, LP_SPLIT_WORK = 20, 64
 # Without hurry: trials for a slot times LANES windows, and the fewest windows for which it is used;
 # and those of a start, from which all that counts is searched.
 BALANCING_FULL, MANY_WINDOWS, BALANCING_START = 4000, 17, 400
@@ -234,9 +234,9 @@ def spread_trials(slots: int, windows: int) -> int:
     return max(SPREAD_TRIALS * slots // -(-windows // LANES), LEAST_BALANCING)
 
 
-def divided_trials(slots: int, windows: int) -> int:
+def lp_split_trials(slots: int, windows: int) -> int:
     """Return the trials of a layer of slots in windows whose tokens are divided over copies."""
-    return min(DIVIDED_TRIALS, DIVIDED_WORK // windows) * slots
+    return min(LP_SPLIT_TRIALS, LP_SPLIT_WORK // windows) * slots
 
 
 def quick_trials(slots: int, windows: int) -> int:

@@ -126,7 +126,7 @@ class Terms:
     visits: VisitCosts | None = None
     pairs: PairCosts | None = None
     losses: LossCosts | None = None
-    divided: bool = False
+    lp_split: bool = False
 
 
 def core_layers(
@@ -140,7 +140,7 @@ def core_layers(
     """Build the core's layers for windows of load [W,L,E] with weights [W]."""
     layers = _core.Layers(
         np.ascontiguousarray(load),
-        np.zeros_like(weight) if terms.divided else weight,
+        np.zeros_like(weight) if terms.lp_split else weight,
         site.capacity,
         site.node,
         site.time,
@@ -169,8 +169,8 @@ def core_layers(
         layers.price_pairs(pairs.pairs, pairs.pair_cost, top_k=pairs.top_k)
     if terms.losses is not None:
         layers.price_losses(terms.losses.domain, terms.losses.loss_cost)
-    if terms.divided:
-        layers.price_divided(np.ascontiguousarray(load), weight)
+    if terms.lp_split:
+        layers.price_lp_split(np.ascontiguousarray(load), weight)
     return layers
 
 

@@ -90,7 +90,7 @@ impl<'a> Balance<'a> {
         let (loads, width) = (&self.loads, self.loads.width);
         if let Some(peak) = &mut self.peak {
             match &self.busy {
-                Some(busy) => peak.refresh(&busy.time, &busy.alike),
+                Some(busy) => peak.refresh(&busy.time, &busy.ones),
                 None => peak.refresh(&loads.load, &loads.time),
             }
         }
@@ -171,7 +171,7 @@ impl Term for Balance<'_> {
         let (loads, staged) = (&self.loads, (&self.rows[..], &self.touched[..]));
         let ports = self.ports.as_mut().map_or(0.0, |ports| ports.change(loads, staged, visits));
         let (times, of_one, rows, is_busy) = match &self.busy {
-            Some(busy) => (&busy.time, &busy.alike, &busy.time_then, true),
+            Some(busy) => (&busy.time, &busy.ones, &busy.time_then, true),
             None => (&loads.load, &loads.time, &self.rows, false),
         };
         let unit = |device: u16, own: i64| {
@@ -234,9 +234,9 @@ impl Term for Balance<'_> {
 pub(super) fn exchange(layer: &Layer, slots: &Slots, step: Move) -> Option<Pair> {
     let Move::Swap(p, q) = step else { return None };
     let experts = [p, q].map(|slot| slots.expert_in[slot]);
-    let alike = |e: u16| layer.site.split != Split::Nearest || slots.copies(e) < 2;
+    let ones = |e: u16| layer.site.split != Split::Nearest || slots.copies(e) < 2;
     let row = |e: u16| usize::from(e).min(layer.experts);
-    (alike(experts[0]) && alike(experts[1]))
+    (ones(experts[0]) && ones(experts[1]))
         .then(|| Pair { devices: [p, q].map(|slot| slots.device(slot)), rows: experts.map(row) })
 }
 

@@ -19,7 +19,6 @@ from moetuner.solver.budget import Budget
 from moetuner.solver.run import ROUNDING, Role, Run, Stage
 from moetuner.solver.stages.chain import CHAIN, PARTITIONS
 from moetuner.solver.stages.descent import SETTLE
-from moetuner.solver.stages.divided import DIVIDE, divides
 from moetuner.solver.stages.floor import FLOOR
 from moetuner.solver.stages.layers import (
     ANNEAL,
@@ -34,6 +33,7 @@ from moetuner.solver.stages.layers import (
     is_searched_anew,
     mixes,
 )
+from moetuner.solver.stages.lp_split import LP_SPLIT, has_lp_split
 from moetuner.solver.stages.polish import POLISH
 from moetuner.solver.stages.visits import PAIRS, VISITS
 
@@ -229,14 +229,14 @@ def _may_be_behind(run: Run) -> bool:
 
 
 # Of equals the first is the answer: devices that copies join are safer on other traffic.
-DIVIDING = (DIVIDE, Stage(_even, applies=_may_be_behind), POLISH)
+LP_SPLIT_SEARCHES = (LP_SPLIT, Stage(_even, applies=_may_be_behind), POLISH)
 
 
 def _search(run: Run, budget: Budget) -> None:
     """Search, and remember what is best with one copy of each expert."""
-    problem, is_divided = run.problem, divides(run)
-    run.through(DIVIDING if is_divided else (EQUAL, *SEARCHES), budget)
-    is_single = is_searched_anew(run) and not problem.may_copy and not is_divided
+    problem, is_lp_split = run.problem, has_lp_split(run)
+    run.through(LP_SPLIT_SEARCHES if is_lp_split else (EQUAL, *SEARCHES), budget)
+    is_single = is_searched_anew(run) and not problem.may_copy and not is_lp_split
     asked = _asked(problem, run, budget) if is_single and not run.interrupted else None
     if asked is not None:
         problem.statistics.known[asked] = run.answer().slots

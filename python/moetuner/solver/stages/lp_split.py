@@ -23,12 +23,12 @@ ANCHOR = 2e-4
 MOST_WINDOWS = 32
 
 
-def divides(run: Run) -> bool:
+def has_lp_split(run: Run) -> bool:
     """Return whether a dispatcher divides tokens over copies, where there may be some."""
     return run.problem.serving.rule.needs_windows and run.problem.may_copy
 
 
-def _divide(run: Run, budget: Budget) -> None:
+def _search(run: Run, budget: Budget) -> None:
     """Offer devices that are joined by copies, and what steps from there gain in windows."""
     problem, windows = run.problem, run.objective.windows
     used = np.flatnonzero(windows.weight > 0)
@@ -36,7 +36,7 @@ def _divide(run: Run, budget: Budget) -> None:
     load, weight = windows.load[chosen], windows.weight[chosen]
     # Without caps, which the core keeps of even parts: the answer is judged by what is served.
     site = make_site(problem)
-    start = core_layers(windows.load, windows.weight, site, terms=Terms(divided=True)).construct(
+    start = core_layers(windows.load, windows.weight, site, terms=Terms(lp_split=True)).construct(
         threads=budget.threads
     )
     run.offer(start, "partners", is_start=True)
@@ -45,12 +45,12 @@ def _divide(run: Run, budget: Budget) -> None:
     mean = (weight[:, None] * load.sum(axis=2)).sum(axis=0) / problem.devices
     away = ~find_holders(start, problem.experts).transpose(0, 2, 1)
     price = away * (ANCHOR * mean)[:, None, None]
-    layers = core_layers(load, weight, site, terms=Terms(copies=price, divided=True))
+    layers = core_layers(load, weight, site, terms=Terms(copies=price, lp_split=True))
     trials = budget.iterations
     if trials is None:
-        trials = effort.divided_trials(run.slots_of_layer, len(chosen))
+        trials = effort.lp_split_trials(run.slots_of_layer, len(chosen))
     slots, interrupted = search_quickly(run, budget, layers, start, trials)
     run.offer(slots, "layers", interrupted=interrupted)
 
 
-DIVIDE = Stage(_divide, applies=divides, share=lambda _: effort.START_SHARE)
+LP_SPLIT = Stage(_search, applies=has_lp_split, share=lambda _: effort.START_SHARE)
