@@ -20,7 +20,7 @@ from moetuner.solver.run import Incumbent, Moves, Run, Stage
 from moetuner.solver.stages.front import Front, undominated
 from moetuner.solver.stages.moves import (
     fill,
-    first_enough,
+    find_fewest_moves,
     from_running,
     offer_running,
     require_moves,
@@ -140,7 +140,7 @@ def pareto(
     run.through((from_few, Stage(at_no_price)))
     for incumbent in run.incumbents:
         front.add(incumbent)
-    return [_trade(run, initial, point, run.rank_of_all(point)[1]) for point in _listed(run, front)]
+    return [_trade(run, initial, point, run.final_rank(point)[1]) for point in _listed(run, front)]
 
 
 def find_first(
@@ -159,7 +159,7 @@ def find_first(
     budget = Budget(time_limit, threads=threads)
     run = Run(problem, budget=budget, moves=Moves(initial))
     offer_running(run)
-    point = first_enough(Front(run, require_moves(run)), budget, most_moves, enough)
+    point = find_fewest_moves(Front(run, require_moves(run)), budget, most_moves, enough)
     if point is None:
         return None
     slots = keep_slots(initial.slots, point.slots, problem.capacity)
@@ -173,7 +173,7 @@ def _listed(run: Run, front: Front) -> list[Incumbent]:
     spread = np.geomspace(1, max(moves[-1] - moves[0], 1), TRADES) + moves[0]
     last = {int(np.flatnonzero(moves <= limit)[-1]) for limit in spread}
     chosen = [points[at] for at in sorted(last | {0, len(points) - 1})]
-    return undominated((point, run.rank_of_all(point)) for point in chosen)
+    return undominated((point, run.final_rank(point)) for point in chosen)
 
 
 def _trade(run: Run, initial: Placement, incumbent: Incumbent, objective: float) -> Trade:

@@ -195,10 +195,10 @@ class Run:
         self.sees_all = problem.windows.searched is problem.windows
         self.objective = problem.objective_function
         # Of more, the few that are compared in the end are ranked by a sample.
-        self.judge_of_last = problem.objective_function
+        self.final_objective = problem.objective_function
         if not self.sees_all:
             self.objective = problem.objective_searched
-            self.judge_of_last = problem.objective_sampled
+            self.final_objective = problem.objective_sampled
         # Of few slots the same are tried again and again: excess and value, without moves' price.
         self._judged: dict[bytes, tuple[float, float]] = {}
         self.incumbents: list[Incumbent] = []
@@ -352,7 +352,7 @@ class Run:
             if report is not None and is_objective and not best.excess:
                 report(Progress(0.0, by, best.value, is_step=True))
         if is_start and not (self.sees_all or self.judging_all or self.budget.is_over()):
-            self._rank_at_last(incumbent)
+            self._estimate_final_rank(incumbent)
         if interrupted:
             raise KeyboardInterrupt
         return incumbent
@@ -404,7 +404,7 @@ class Run:
         slots = {incumbent.slots.tobytes(): incumbent for incumbent in judged}
         for key, incumbent in slots.items():
             if not ranks or not self.budget.is_over():
-                ranks[key] = self._rank_at_last(incumbent)
+                ranks[key] = self._estimate_final_rank(incumbent)
         first = min(ranks, key=ranks.__getitem__)
         excess, value = ranks[first]
         rank_of_best, least = ranks.get(best.slots.tobytes()), ranks[floor.slots.tobytes()]
@@ -412,14 +412,14 @@ class Run:
             return best
         return slots[first]
 
-    def rank_of_all(self, incumbent: Incumbent) -> tuple[float, float]:
+    def final_rank(self, incumbent: Incumbent) -> tuple[float, float]:
         """Compute the rank of an incumbent by all windows."""
         return self._rank(incumbent.slots, incumbent.moves, self.problem.objective_function)
 
-    def _rank_at_last(self, incumbent: Incumbent) -> tuple[float, float]:
+    def _estimate_final_rank(self, incumbent: Incumbent) -> tuple[float, float]:
         """Compute the rank of an incumbent by all windows or, of very many, by a sample."""
         begin = self.budget.gone
-        rank = self._rank(incumbent.slots, incumbent.moves, self.judge_of_last)
+        rank = self._rank(incumbent.slots, incumbent.moves, self.final_objective)
         self.judging_all = max(self.judging_all, self.budget.gone - begin)
         return rank
 
