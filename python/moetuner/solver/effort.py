@@ -171,8 +171,8 @@ BOUND_WORK, BOUND_ITERATIONS, BOUND_ITERATIONS_TIMED = 3e9, 150, 10_000
 # Seconds for an entry of the tables of pairs: the least time limit that a bound needs ("Limits").
 BOUND_SECONDS = 3e-7
 
-# Bounds of visits: more of each closes the gap further and takes longer. "Bounds of visits" has gaps
-# and seconds; it has other values of ``TANGENT_STEPS`` and ``TANGENT_TRIALS`` only.
+# Bounds of visits: more of each closes the gap further and takes longer. "Bounds of visits" has
+# gaps and seconds; it has other values of ``TANGENT_STEPS`` and ``TANGENT_TRIALS`` only.
 # Most rounds over all contents of a device, and the contents of all rounds without a time limit.
 PRICE_ROUNDS, PRICE_WORK = 60, 3e9
 # Experts of a layer up to which a linear programme is solved between two rounds, in milliseconds;
