@@ -264,11 +264,12 @@ class Run:
             reserved = max(reserves, default=0.0)
         # Time to judge what the stage offers, and in the end the best and a start on all windows.
         keep = self.judging + 2 * self.judging_all if self.incumbents else 0.0
-        part = budget.within((1 - reserved) * stage.share(self), keep=keep)
-        if self.incumbents and part.left is not None and part.left <= stage.least(self):
+        stage_budget = budget.within((1 - reserved) * stage.share(self), keep=keep)
+        seconds = stage_budget.left
+        if self.incumbents and seconds is not None and seconds <= stage.least(self):
             self.cut = True
         else:
-            stage.run(self, part)
+            stage.run(self, stage_budget)
 
     def inner(
         self,

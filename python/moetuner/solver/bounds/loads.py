@@ -88,8 +88,8 @@ def least_slowest(problem: Problem, load: Floats) -> Floats:
     least = np.empty(load.shape[:2])
     for layer in range(problem.layers):
         layer_load = load[:, layer]
-        more = int(spare[layer]) if problem.may_copy else 0
-        copies = min(more + 1, devices)
+        spare_slots = int(spare[layer]) if problem.may_copy else 0
+        copies = min(spare_slots + 1, devices)
         heaviest = layer_load.max(axis=1)
         if not problem.serving.rule.is_even:
             # Uneven parts are at least those that make all copies equally slow.
@@ -97,9 +97,10 @@ def least_slowest(problem: Problem, load: Floats) -> Floats:
         else:
             one = heaviest / copies / speed[0]
         least[:, layer] = np.maximum(layer_load.sum(axis=1) / speed.sum(), one)
-        if is_small and more < problem.experts:
+        if is_small and spare_slots < problem.experts:
             together = (
-                least_shared(layer_load, int((problem.capacity[layer] > 0).sum()), more) / speed[0]
+                least_shared(layer_load, int((problem.capacity[layer] > 0).sum()), spare_slots)
+                / speed[0]
             )
             least[:, layer] = np.maximum(least[:, layer], together)
     return least
@@ -161,8 +162,8 @@ def _least_part(problem: Problem) -> Floats:
     if problem.statistics.transitions is None:
         return np.zeros(len(load))
     counted = problem.statistics.transitions.sum(axis=(1, 2), dtype=np.float64)
-    part = load / np.maximum(counted, 1)
-    least: Floats = part.min(axis=1, initial=np.inf) * problem.objective_function.top_k
+    window_share = load / np.maximum(counted, 1)
+    least: Floats = window_share.min(axis=1, initial=np.inf) * problem.objective_function.top_k
     return np.where(np.isfinite(least), least, 0.0)
 
 

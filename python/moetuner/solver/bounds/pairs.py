@@ -58,13 +58,13 @@ def bound(
     proven: dict[str, LevelBound] = {}
     goal = target if target is None or problem.regime == "follow" else 2 * target
     for name, price, parts in levels:
-        part = budget.within(1 / (len(levels) - len(proofs)))
+        level_budget = budget.within(1 / (len(levels) - len(proofs)))
         crossing, source, done, ended, stopped, arrays = _core.bound(
             (*padded(problem, caps, parts), parts),
             iterations=iterations,
             target=goal if len(levels) == 1 and price == 1 else None,
             gap=budget.gap or 0.0,
-            time_limit=part.time_limit,
+            time_limit=level_budget.time_limit,
             threads=budget.threads,
             progress=reporter(budget, _share, problem, price),
         )

@@ -130,14 +130,14 @@ def bound(
     cost, sources, interrupted = 0.0, [], False
     tokens, levels = max(problem.objective_function.tokens, 1), _levels(problem, caps)
     for number, level in enumerate(levels):
-        part = budget.within(1 / (len(levels) - number))
-        report = pairs.reporter(part, _share, level.price / tokens, cost / tokens)
+        level_budget = budget.within(1 / (len(levels) - number))
+        report = pairs.reporter(level_budget, _share, level.price / tokens, cost / tokens)
         proven = _Proven(level.least, "capacity", Visits(level.parts))
         for way in (_by_prices, _by_tangents) if level.parts > 1 else ():
             # The second way is for levels that the first cannot bound, or not in time.
-            if part.is_over() or interrupted or proven.visits > level.least:
+            if level_budget.is_over() or interrupted or proven.visits > level.least:
                 break
-            better = way(level, level.part_of[device_of], part.within(), report)
+            better = way(level, level.part_of[device_of], level_budget.within(), report)
             interrupted = better is not None and better.interrupted
             if better is not None and better.visits > level.least:
                 proven = better
@@ -297,9 +297,9 @@ def _weighed(level: _Level, slopes: NDArray[Any]) -> tuple[Problem, int] | None:
 
 def _together(sets: ExpertSets, part_of: Counts) -> Counts:
     """Count the pairs of each set [N] that share a part."""
-    part = part_of[sets.ids]
+    part_of_expert = part_of[sets.ids]
     together = np.zeros(len(sets), dtype=np.int64)
-    for one, other in itertools.combinations(part.T, 2):
+    for one, other in itertools.combinations(part_of_expert.T, 2):
         together += one == other
     return together
 
@@ -360,8 +360,8 @@ def _moved_slopes(level: _Level, start: Counts, budget: Budget) -> tuple[Counts,
         work = effort.TANGENT_WORK / (level.problem.layers * level.problem.experts**2)
         count = min(count, int(work))
     for step in range(count):
-        part = budget.within(keep=level.weighing_seconds)
-        weighed = None if part.time_limit == 0 else _weighed(level, rounded())
+        step_budget = budget.within(keep=level.weighing_seconds)
+        weighed = None if step_budget.time_limit == 0 else _weighed(level, rounded())
         if weighed is None:
             break
         # A good placement for the weighted pairs.
@@ -369,8 +369,8 @@ def _moved_slopes(level: _Level, start: Counts, budget: Budget) -> tuple[Counts,
             pairs.make_chain(weighed[0], weighed[0].caps.whole),
             seed=step,
             trials=effort.TANGENT_TRIALS,
-            time_limit=part.left,
-            threads=part.threads,
+            time_limit=step_budget.left,
+            threads=step_budget.threads,
         )
         if interrupted or budget.is_over():
             break

@@ -152,11 +152,11 @@ def _balance(run: Run, budget: Budget) -> None:
     """Search for balance alone, and offer that as a start: a search for time seldom finds it."""
     # The whole search for balance takes no longer than a short one for time, in large layers.
     is_short = has_few_slots(run)
-    part = effort.BALANCE_PART if is_short else 1
+    parts = effort.BALANCE_PART if is_short else 1
     starts = (FLOOR, CONSTRUCT, COMBINE) if is_short else ()
 
     def search(inner: Run, share: Budget) -> None:
-        anneal(inner, share, LayerModel(inner, part))
+        anneal(inner, share, LayerModel(inner, parts))
 
     settle = (SETTLE,) if budget.work.settles_balance else ()
     stages = (*starts, Stage(search), COMBINE, *settle)

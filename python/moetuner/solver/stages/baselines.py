@@ -97,9 +97,9 @@ def eplb(run: Run, budget: Budget) -> None:
 def _annealed(problem: Problem, layers: Integers, seed: int, threads: int | None) -> Slots:
     """Return layers searched for the least load of the heaviest device, from ``balance``."""
     statistics = RoutingStatistics.from_load(problem.load[layers])
-    part = Problem(statistics, problem.topology, slots_per_device=problem.slots)
-    load = part.load[None].astype(np.float64)
-    search = core_layers(load, np.ones(1), make_site(part, nearest=False))
+    subproblem = Problem(statistics, problem.topology, slots_per_device=problem.slots)
+    load = subproblem.load[None].astype(np.float64)
+    search = core_layers(load, np.ones(1), make_site(subproblem, nearest=False))
     start = balanced(problem)[layers]
     return search.place(start, trials=effort.CATCH_UP, restarts=2, seed=seed, threads=threads)[0]
 

@@ -210,12 +210,12 @@ def _chain_under_caps(run: Run, budget: Budget) -> None:
     problem = run.problem
     caps = sorted({min(cap, problem.max_imbalance or cap) for cap in budget.work.traffic_caps})
     for number, cap in enumerate(caps):
-        left = len(caps) - number
-        part = budget.within(1 / left, keep=left * run.judging).muted()
-        if part.time_limit == 0:
+        caps_left = len(caps) - number
+        cap_budget = budget.within(1 / caps_left, keep=caps_left * run.judging).muted()
+        if cap_budget.time_limit == 0:
             return
         traffic = _traffic_problem(problem, cap)
-        search_traffic(run, traffic, part, lambda slots: pad_slots(slots, problem.capacity))
+        search_traffic(run, traffic, cap_budget, lambda slots: pad_slots(slots, problem.capacity))
 
 
 def _traffic_problem(problem: Problem, cap: float) -> Problem:
@@ -247,12 +247,12 @@ def anneal(run: Run, budget: Budget, model: LayerModel | None = None) -> None:
         model.setting = setting_for(windows.load, windows.weight, large=large)
     run.details = replace(run.details, unseen=model.setting.details)
     for turn in range(turns):
-        left = turns - turn
-        part = budget.within(1 / left, keep=left * run.judging)
-        if part.time_limit == 0:
+        turns_left = turns - turn
+        turn_budget = budget.within(1 / turns_left, keep=turns_left * run.judging)
+        if turn_budget.time_limit == 0:
             run.cut = run.cut or not turn
             return
-        slots, interrupted = model.improve(run, run.best.slots, part, turns)
+        slots, interrupted = model.improve(run, run.best.slots, turn_budget, turns)
         model.reweight(slots)
         run.offer(slots, "layers", interrupted=interrupted)
 
