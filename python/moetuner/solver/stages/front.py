@@ -40,7 +40,7 @@ class Front:
     def __init__(self, run: Run, moves: Moves) -> None:
         problem = run.problem
         self.run, self.moves, self.mixes = run, moves, not are_joined(run)
-        # The objective is a sum over layers, so the best mixture is found exactly.
+        # The sum over layers is the objective: of mixtures the best one is known.
         self.is_exact = mixes(run) and problem.survive is None
         self.points: dict[bytes, Incumbent] = {}
         # The row below of each placement that a search may begin with.
