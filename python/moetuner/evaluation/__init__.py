@@ -23,7 +23,7 @@ from moetuner.evaluation.rows import dispatch_rows, homes_of
 from moetuner.frozen import Frozen, as_json, html_table
 from moetuner.placement import Placement
 from moetuner.recording import Recording
-from moetuner.serving import Serving, serving_of
+from moetuner.serving import Serving, make_serving
 from moetuner.serving.arrival import Arrival
 from moetuner.serving.splits import Split
 from moetuner.statistics import WINDOW, RoutingStatistics, count_loads
@@ -261,7 +261,7 @@ def evaluate(
     2.0
     """
     check.instance("placement", placement, Placement)
-    serving = serving_of(
+    serving = make_serving(
         traffic,
         topology,
         placement,

@@ -1,8 +1,8 @@
 """How long to search: every constant that trades quality for time, by stage.
 
 A comment says what the constant trades, and names in quotes the section of docs/experiments.md that
-measured it. "Not measured" means that no section has figures; ``python bench/constants.py --names
-NAME`` measures it at half and at twice its value. Constants on which an algorithm's correctness
+measured it; "Constants" there has many at half and at twice their values. "Not measured" means that
+no section has figures; ``python bench/constants.py --names NAME`` measures one. Constants on which an algorithm's correctness
 depends stand beside the algorithm, and those of the core's searches in the core.
 """
 
@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 # Slots of a layer up to which it is searched several times, and how often: small layers have local
-# optima that one descent does not leave, and more searches take longer ("Schedule").
+# optima that one descent does not leave, and more searches take longer ("Schedule", "Constants").
 FEW_SLOTS, RESTARTS = 64, 8
 
 
@@ -67,8 +67,8 @@ class Prices:
     ratio: float
 
 
-# Each level of effort trades the objective for time ("Effort", "Schedule" for restarts, "Bounds of
-# visits" for tangents). Under a time limit the time decides.
+# Each level of effort trades the objective for time ("Effort" and "Constants"; "Schedule" for
+# restarts, "Bounds of visits" for tangents). Under a time limit the time decides.
 EFFORTS = {
     "brief": Effort(
         layer_work=7.5e8,
@@ -115,7 +115,7 @@ SINGLE_LEAST = 20
 # ahead of the one for balance on what it saw, else 0.03 % ahead to 0.08 % behind; it takes a tenth
 # longer. In layers of many slots and windows it is the other way round: the search for balance is
 # a whole one, whose trials take a fifth of those for time, and the search for time has this part
-# ("The default and cheaper methods").
+# ("The default and cheaper methods", "Constants").
 BALANCE_PART = 2
 
 # Dynamic programming over all partitions takes about a nanosecond a step. The most steps of a solve
@@ -126,47 +126,49 @@ PARTITION_STEPS, PARTITION_STEPS_PER_SECOND = 4_000_000_000, 500_000_000
 # Search layer by layer.
 # Most trials of a search, whatever the effort: for a slot, divided by windows, which are computed
 # LANES at a time; and of a layer. They end searches of tiny layers, and those under a time limit,
-# where more trials hardly help ("Time of a whole solve"; ``MOST_TRIALS`` is not measured).
+# where more trials hardly help ("Time of a whole solve"; no case of "Constants" changed).
 SLOT_WORK, LANES, MOST_TRIALS = 160_000, 16, 1_500_000
 # Work of a trial for time, in trials for balance: it counts active experts and ports, too. A larger
-# number means fewer trials ("The default and cheaper methods").
+# number means fewer trials ("The default and cheaper methods", "Constants").
 TIME_UNITS = 2
 # Least trials of each start of the search of traffic: more improve small problems (not measured).
 CHAIN_LEAST = 100_000
 # Rounds over all layers where neighbouring layers count: more rounds of fewer trials each let
-# layers follow each other (not measured; the table of "The joint method" is about the chain's own).
+# layers follow each other ("Constants").
 ROUNDS = 3
 # Placements that are judged on all windows, where the search saw representative ones: more take
 # longer, and may find a better answer among those that the search ranks first (not measured).
 JUDGED = 3
 # Slots of all layers up to which a placement is polished by the objective itself; the best
 # placements that polishing starts from; then the random perturbations of the best one, and the
-# changes of each. More of each take longer, and find better answers to tiny problems (not
-# measured).
+# changes of each. More of each take longer, and find better answers to tiny problems (no case of
+# "Constants" changed with the first; the others are not measured).
 POLISHED_SLOTS, POLISHED, KICKS, KICKED = 18, 4, 4, 3
 # Most contents of a layer, and most placements, that are enumerated: more take longer, and make
 # the answer to larger problems exact (not measured).
 FEW_CHOICES = 1000
 # Times that windows are weighed anew for a risk or groups: at first, and where a search at another
-# price has weights already. Each has its part of the trials ("Risk, the worst group, and budgets",
-# which measured one solve of many against several, not half and twice).
+# price has weights already. Each has its part of the trials ("Constants" for the first; "Risk, the
+# worst group, and budgets").
 REWEIGHTINGS, REWEIGHTINGS_AGAIN = 4, 2
 
 # Fewest visits.
 # Trials of each start on pairs; slots of a layer from which it is wide, so that a trial tries all
 # swaps of an expert; and trials there. The search on expert sets follows, and more trials of pairs
-# give it a better start ("Fewest devices per token"; "The joint method" for the width; trials of
-# wide layers are not measured).
+# give it a better start ("Fewest devices per token", "Constants"; "The joint method" for the width;
+# trials of wide layers are not measured).
 PAIR_TRIALS, WIDE_SLOTS, WIDE_PAIR_TRIALS = 200_000, 100, 20_000
-# Work of a trial besides its expert sets, where 64 sets are a unit (not measured).
+# Work of a trial besides its expert sets, where 64 sets are a unit: a larger number means fewer
+# trials ("Constants").
 UNITS_PER_TRIAL = 100
 # Where experts have copies: parts that the core cuts the tokens of a set into, and the work of a
-# trial in trials of single copies. A larger number means fewer trials (not measured).
+# trial in trials of single copies. Larger numbers mean fewer trials ("Constants"; no case changed
+# with the second).
 SET_PARTS, COPY_UNITS = 12, 6
 
 # Bounds of pairs.
 # Floating-point work of the iterations without a time limit, most iterations, and most of them with
-# a time limit: more close the gap further ("The joint method").
+# a time limit: more close the gap further ("The joint method", "Constants").
 BOUND_WORK, BOUND_ITERATIONS, BOUND_ITERATIONS_TIMED = 3e9, 150, 10_000
 # Seconds for an entry of the tables of pairs: the least time limit that a bound needs ("Limits").
 BOUND_SECONDS = 3e-7
@@ -231,13 +233,13 @@ LASTING_PRICE, LIVE_PRICE = 2e-3, 5e-5
 LIVE_TRIALS = 35
 # The quick search in windows: trials for a slot, least trials of a layer, and most for a slot times
 # LANES windows. More trials gain about as their logarithm ("Balance in windows within
-# milliseconds").
+# milliseconds", "Constants").
 BALANCING_TRIALS, LEAST_BALANCING, BALANCING_WORK = 10, 2500, 400
 # Split lp: trials for a slot, and most for a slot times windows (not measured).
 LP_SPLIT_TRIALS, LP_SPLIT_WORK = 20, 64
 # The whole search in windows: trials for a slot times LANES windows, and the fewest windows for
-# which it is used; and trials of a start, from which all terms are searched ("Balance in windows
-# within milliseconds"; the start's are not measured).
+# which it is used; and trials of a start, from which all terms are searched: more fit the windows
+# seen, and not the unseen ones ("Constants", "Balance in windows within milliseconds").
 BALANCING_FULL, MANY_WINDOWS, BALANCING_START = 4000, 17, 400
 # Where experts survive losses: trials for a slot times LANES windows ("Lost devices").
 SPREAD_TRIALS = 50

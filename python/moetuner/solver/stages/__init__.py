@@ -53,7 +53,7 @@ def _single(problem: Problem) -> Problem | None:
     loads differ. So all devices get equally many experts unless a rule forbids it; copies may
     change that later.
     """
-    alike = problem.topology.has_equal_devices and not problem.rules.some
+    alike = problem.topology.has_equal_devices and not problem.rules.exist
     return problem.without_copies(even=problem.goal == "time" and alike)
 
 
