@@ -2,8 +2,9 @@
 
 A comment says what the constant trades, and names in quotes the section of docs/experiments.md that
 measured it; "Constants" there has many at half and at twice their values. "Not measured" means that
-no section has figures; ``python bench/constants.py --names NAME`` measures one. Constants on which an algorithm's correctness
-depends stand beside the algorithm, and those of the core's searches in the core.
+no section has figures; ``python bench/constants.py --names NAME`` measures one. Constants on which
+an algorithm's correctness depends stand beside the algorithm, those of the core's searches in the
+core.
 """
 
 from __future__ import annotations

@@ -436,7 +436,7 @@ fn join_within(to: &mut [u64], row: &[u64], pattern: &[u64]) {
 ))]
 fn ones<const N: usize>(mask: &[u64], rows: [&[u64]; N]) -> u64 {
     let n = mask.len();
-    // No closure: it visits_if be compiled for these instruction sets, and `map` for none, so neither into the other.
+    // No closure: it would be compiled for these instruction sets, and `map` for none, so neither into the other.
     let mut rows = rows;
     for row in &mut rows {
         *row = &row[..n];

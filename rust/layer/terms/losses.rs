@@ -1,6 +1,6 @@
 //! The term of lost devices: how busy the other devices are after a failure domain, a device or a node, is lost.
 //!
-//! An expert with `c` copies, `k` of them in a domain that is lost, brings each of the powers_then
+//! An expert with `c` copies, `k` of them in a domain that is lost, brings each of the others
 //! `load (1 / (c - k) - 1 / c)` more, if copies share tokens evenly. The objective is the slowest device after the worst
 //! loss. Few moves change that maximum, so a search cannot follow it. A norm over all losses and devices stands for it: of
 //! the load of each device above the mean of the devices that are left.
