@@ -157,7 +157,7 @@ WITHIN = {
     "most_trials": ("SLOT_WORK", "MOST_TRIALS"),
     "start_trials": ("BALANCING_START", "LEAST_BALANCING"),
     "spread_trials": ("SPREAD_TRIALS", "LEAST_BALANCING"),
-    "divided_trials": ("DIVIDED_TRIALS", "DIVIDED_WORK"),
+    "lp_split_trials": ("LP_SPLIT_TRIALS", "LP_SPLIT_WORK"),
     "quick_trials": ("BALANCING_TRIALS", "LEAST_BALANCING", "BALANCING_WORK"),
 }
 

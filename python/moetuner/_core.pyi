@@ -164,7 +164,7 @@ class Layers:
         With the experts of a token in every layer [L] they tell how many tokens visit a device.
         """
 
-    def price_divided(self, load: NDArray[np.float64], weight: NDArray[np.float64]) -> None:
+    def price_lp_split(self, load: NDArray[np.float64], weight: NDArray[np.float64]) -> None:
         """Prices windows of load [W,L,E], of weights [W], divided over copies as is best."""
 
     def price_losses(self, domain: list[int], loss_cost: float) -> None:

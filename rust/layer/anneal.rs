@@ -8,7 +8,7 @@ use crate::anneal::{self, Blocks, Length, Ramp};
 use crate::control::Control;
 use crate::random::{Random, scale};
 
-/// How hot a search is, and what it proposes.
+/// The temperatures of a search, and its proposals.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Schedule {
     /// First and last temperature, in typical changes of the cost.
@@ -16,24 +16,24 @@ pub(super) struct Schedule {
     last: f64,
     /// One proposal in so many changes copies, where slots are to spare; the others exchange two slots.
     put: u64,
-    /// Proposals that are looked at to find the typical change.
+    /// Proposals that are priced to find the typical change.
     sample: usize,
 }
 
 /// What suits layers of 12 slots and of 288, of one window and of 400 (bench/RESULTS.md).
 pub(super) const WARM: Schedule = Schedule { first: 0.3, last: 0.01, put: 8, sample: 255 };
-/// At which copies of heavy experts are given up and taken again, as layers of few slots may need.
+/// Hot enough that copies of heavy experts are removed and added again, which layers of few slots may need.
 pub(super) const HOT: Schedule = Schedule { first: 3.0, ..WARM };
-/// For few trials from a start by all of many windows, which is lost at higher temperatures.
+/// Cool enough that few trials in many windows do not lose a good start.
 pub(super) const COOL: Schedule = Schedule { first: 0.03, last: 0.01, put: 16, sample: 64 };
 
 const BLOCKS: Blocks = Blocks { trials: 256, check: 1 };
-/// Last temperature of few windows, which can be made nearly level: what is left to gain is small.
+/// Last temperature with few windows: devices become nearly even, so that the last gains are small.
 const COLDEST: f64 = 1e-4;
 const FEW_WINDOWS: usize = 3;
-/// However short the time, a layer gets this part of its trials: a start that was not annealed is worth nothing.
+/// Part of its trials that a layer gets however short the time: a start that was not annealed is of no use.
 const LEAST: u64 = 50;
-/// Trials between two looks at the clock where one looks at thousands of expert sets.
+/// Trials between two looks at the clock where a trial counts thousands of expert sets.
 const BETWEEN: u64 = 16;
 
 /// Temperatures that no accepted change adds more than: no number of 24 bits between 0 and 1 has a larger logarithm.
@@ -50,9 +50,9 @@ pub struct Effort {
     pub trials: u64,
     /// Whether a slot that holds an expert may be emptied.
     pub empties: bool,
-    /// Searches from one start, of which the best counts.
+    /// Searches from one start, the best of which is the answer.
     pub restarts: u64,
-    /// Turns of all layers, where neighbours count.
+    /// Rounds over all layers, where neighbours count.
     pub rounds: u64,
     /// Whether starts are so good, and trials so few, that a search is to stay near: its end is then the answer, if by the
     /// slowest devices of the windows it is no worse than the start; else the best on the way is.
@@ -63,9 +63,9 @@ pub struct Effort {
     pub parallel: bool,
 }
 
-/// The best slots that annealing finds from `start`, and their cost.
+/// Returns the best slots that annealing finds from `start`, and their cost.
 ///
-/// Where the time is over before it begins that is the start, at an infinite cost: what a search needs takes time, too.
+/// If the time is over before it begins, returns the start at an infinite cost: even to price it takes time.
 #[must_use]
 pub(super) fn search(
     layer: &Layer,
@@ -149,7 +149,7 @@ fn proposal(
     }
 }
 
-/// The median of what proposals would change the cost by, up or down; those that change nothing left out.
+/// Returns the median size of the changes of cost by proposals, without those that change nothing.
 fn typical_change(
     layer: &Layer,
     terms: &mut Terms<'_>,
@@ -172,7 +172,7 @@ fn typical_change(
     changes.get(changes.len() / 2).copied().unwrap_or(0.0)
 }
 
-/// Whether a change is made: one that adds nothing always, else with probability exp(-change / temperature).
+/// Returns whether a change is accepted: always if it adds no cost, else with probability exp(-change / temperature).
 fn accepts(change: f64, temperature: f64, bits: u64) -> bool {
     if change <= 0.0 {
         return true;

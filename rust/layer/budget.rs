@@ -1,22 +1,22 @@
 //! A budget of moved copies: spent on the layers where a copy gains most.
 
-/// A way for a layer.
+/// What a layer may become: as it runs, or after some steps.
 #[derive(Debug, Clone, Copy)]
-pub struct Way {
-    /// Copies that it brings.
+pub struct Choice {
+    /// Copies that have to move for it.
     pub moves: usize,
     /// Time of the slowest device.
     pub slowest: f64,
-    /// What it costs: what is to be made small.
+    /// What the search minimises.
     pub cost: f64,
 }
 
-/// When a budget is spent.
+/// How much may move, and what it must gain.
 #[derive(Debug, Clone, Copy)]
 pub struct Spending {
-    /// Copies that are brought at the most, in all layers.
+    /// Most copies that move, in all layers together.
     pub max_moves: usize,
-    /// What a copy must gain, in cost.
+    /// Least that a copy must gain, in cost.
     pub min_gain: f64,
     /// A layer stays as it is unless the time of its slowest device falls by more than this part,
     pub dead_zone: f64,
@@ -27,7 +27,7 @@ pub struct Spending {
 }
 
 impl Spending {
-    /// Whether a layer's slowest device gains enough.
+    /// Returns whether a layer's slowest device gains enough.
     ///
     /// The slowest of D devices that differ by chance alone is sqrt(2 ln D) standard deviations above their mean.
     fn is_enough(&self, before: f64, after: f64) -> bool {
@@ -38,12 +38,12 @@ impl Spending {
     }
 }
 
-/// Copies that a move counts as which brings none, or takes some back.
+/// Copies that a step counts as if it moves none, or takes some back to where they run.
 const FREE: f64 = 1e-3;
-/// A way must not be slower by more than sums of floats can be off.
+/// A choice may be slower than the running slots by this part: sums of floats can be off by it.
 const ROUNDING: f64 = 1e-12;
 
-/// What a gain counts for each copy, of a move that brings up to two of them.
+/// Returns what turns a gain into a gain per copy, for a step that moves up to two copies.
 #[inline(always)]
 pub(super) fn per_copy(copies: f64) -> f64 {
     if copies > 1.5 {
@@ -55,43 +55,47 @@ pub(super) fn per_copy(copies: f64) -> f64 {
     }
 }
 
-/// The way of every layer with which a budget gains most; the first of a layer's ways is to stay.
+/// Returns the choice of every layer with which a budget gains most; a layer's first choice is to stay as it runs.
+///
+/// Greedily: the budget goes to the layer whose next choice gains most for a copy, until none gains or fits.
 #[must_use]
-pub fn choose(layers: &[&[Way]], spending: Spending) -> Vec<usize> {
+pub fn choose(layers: &[&[Choice]], spending: Spending) -> Vec<usize> {
     let mut chosen = vec![0; layers.len()];
-    let mut left = spending.max_moves.saturating_sub(layers.iter().map(|ways| ways[0].moves).sum());
-    let mut offers: Vec<_> = layers.iter().map(|ways| next(ways, 0, spending.min_gain)).collect();
+    let mut left = spending.max_moves.saturating_sub(layers.iter().map(|choices| choices[0].moves).sum());
+    let mut offers: Vec<_> = layers.iter().map(|choices| steepest(choices, 0, spending.min_gain)).collect();
     let best = |offers: &[Option<(f64, usize)>]| {
         let open = offers.iter().enumerate().filter_map(|(layer, offer)| Some((layer, (*offer)?)));
         open.reduce(|best, other| if other.1.0 > best.1.0 { other } else { best })
     };
     while let Some((layer, (_, to))) = best(&offers) {
-        let ways = layers[layer];
-        let needs = ways[to].moves.saturating_sub(ways[chosen[layer]].moves);
+        let choices = layers[layer];
+        let needs = choices[to].moves.saturating_sub(choices[chosen[layer]].moves);
         offers[layer] = None;
         if needs <= left {
-            (left, chosen[layer], offers[layer]) = (left - needs, to, next(ways, to, spending.min_gain));
+            (left, chosen[layer], offers[layer]) =
+                (left - needs, to, steepest(choices, to, spending.min_gain));
         }
     }
-    for (ways, way) in layers.iter().zip(&mut chosen) {
-        if !spending.is_enough(ways[0].slowest, ways[*way].slowest) {
-            *way = 0;
+    for (choices, choice) in layers.iter().zip(&mut chosen) {
+        if !spending.is_enough(choices[0].slowest, choices[*choice].slowest) {
+            *choice = 0;
         }
     }
     chosen
 }
 
-/// What a copy gains on the way from one of a layer's ways on which it gains most, and where that leads: the farthest of
-/// equals, none slower than to stay.
-fn next(ways: &[Way], from: usize, min_gain: f64) -> Option<(f64, usize)> {
-    let (limit, Way { moves, cost, .. }) = (ways[0].slowest * (1.0 + ROUNDING), ways[from]);
-    let open = (0..ways.len()).filter(|&to| ways[to].slowest <= limit && ways[to].cost < cost);
+/// Returns the choice that gains most for a copy over the one at `from`, after that gain; the farthest of equals.
+///
+/// No choice is taken whose slowest device is slower than if the layer stayed.
+fn steepest(choices: &[Choice], from: usize, min_gain: f64) -> Option<(f64, usize)> {
+    let (limit, Choice { moves, cost, .. }) = (choices[0].slowest * (1.0 + ROUNDING), choices[from]);
+    let open = (0..choices.len()).filter(|&to| choices[to].slowest <= limit && choices[to].cost < cost);
     let (mut best, mut top) = (None, (0.0, 0));
     for to in open {
-        let Way { moves: then, cost: less, .. } = ways[to];
-        let (gain, copies) = (cost - less, then.saturating_sub(moves) as f64);
-        if (gain / copies.max(FREE), then) > top {
-            (best, top) = (Some((gain / copies.max(1.0), to)), (gain / copies.max(FREE), then));
+        let Choice { moves: moves_then, cost: cost_then, .. } = choices[to];
+        let (gain, copies) = (cost - cost_then, moves_then.saturating_sub(moves) as f64);
+        if (gain / copies.max(FREE), moves_then) > top {
+            (best, top) = (Some((gain / copies.max(1.0), to)), (gain / copies.max(FREE), moves_then));
         }
     }
     best.filter(|&(gain, _)| gain > min_gain)

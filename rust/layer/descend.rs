@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::budget::per_copy;
 use super::slots::Share;
 use super::terms::Terms;
-use super::turns::{Links, beside, prices};
+use super::turns::{Links, neighbours, prices};
 use super::{Layer, Move, Slots, Split};
 use crate::control::Control;
 
@@ -383,7 +383,7 @@ pub fn descend(
     control: &Control,
 ) -> Vec<Step> {
     let linked = !links.transitions.is_empty();
-    let serving = |l: usize| prices(&layers[l], beside(&start, l), links, l);
+    let serving = |l: usize| prices(&layers[l], neighbours(&start, l), links, l);
     let priced = (0..layers.len()).map(|l| (linked && !control.stopped()).then(|| serving(l)));
     let priced: Vec<Option<Vec<f64>>> = priced.collect();
     let mut moved: i64 = start.iter().zip(running).map(|(slots, running)| slots.moved_from(running)).sum();
@@ -432,7 +432,7 @@ pub fn descend(
 
 /// Prices serving in a layer, given its neighbours.
 fn price(all: &mut [Descent<'_>], links: Links<'_>, l: usize) {
-    let neighbours = beside(all, l).map(|neighbour| neighbour.map(|descent| &descent.slots));
+    let neighbours = neighbours(all, l).map(|neighbour| neighbour.map(|descent| &descent.slots));
     let serve_cost = prices(all[l].layer, neighbours, links, l);
     let descent = &mut all[l];
     descent.terms = Terms::with_serving(descent.layer, &descent.slots, serve_cost.into());

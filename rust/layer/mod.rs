@@ -1,10 +1,9 @@
-//! One layer with copies: which expert sits in which slot when slots outnumber experts, windows of load differ, and
-//! devices do too.
+//! Placement of one layer: the expert of every slot, with copies, several windows of load, and devices that differ.
 //!
 //! Everything that concerns a layer alone is a *term* of its cost: [`terms::balance`] over windows, linear costs of
 //! holding or serving an expert on a device, [`terms::fanout`], pairs [`terms::together`]. A start is built
 //! ([`construct`]), then annealed ([`turns`]) or improved by few moves ([`mod@descend`], [`adapt`]). Searches know moves,
-//! not terms; a term knows what a move changes, exactly.
+//! not terms. A term computes exactly what a move changes.
 
 pub mod adapt;
 mod anneal;
@@ -20,13 +19,13 @@ mod tests;
 pub mod turns;
 
 pub use crate::replay::Split;
-pub use budget::{Spending, Way, choose};
+pub use budget::{Choice, Spending, choose};
 pub use rules::Rules;
 pub use slots::{EMPTY, Move, Slots};
 use terms::Costs;
 use terms::windows::Windows;
 
-/// Numbers that are looked at together, in vectors of single precision.
+/// Numbers in a vector of single precision.
 pub const LANES: usize = 16;
 
 /// The devices of a layer, and where experts may go.
@@ -40,7 +39,7 @@ pub struct Site {
     pub time: Vec<f64>,
     /// How copies share tokens; [`Split::RoundRobin`] is [`Split::Even`] here.
     pub split: Split,
-    /// What every placement keeps.
+    /// Rules of every placement.
     pub rules: Rules,
 }
 
@@ -68,13 +67,13 @@ impl Site {
         self.has_equal_speeds() && self.capacity.iter().all(|slots| *slots == self.capacity[0])
     }
 
-    /// Tokens that all devices together serve while the slowest serves one.
+    /// Returns the tokens that all devices together serve while the slowest serves one.
     pub(crate) fn rate(&self) -> f64 {
         let used = self.time.iter().zip(&self.capacity).filter(|(_, slots)| **slots > 0);
         used.map(|(time, _)| 1.0 / time).sum()
     }
 
-    /// The share of an expert's tokens that its copy on `device` serves, when its copies are on `devices`.
+    /// Returns the share of an expert's tokens that its copy on `device` serves, if its copies are on `devices`.
     pub(crate) fn share(&self, devices: &[u16], device: u16) -> f64 {
         let copies = devices.len();
         if copies == 1 || self.split != Split::Nearest {
@@ -103,12 +102,12 @@ pub struct Layer {
     pub windows: Windows,
     /// Tokens of every expert over all windows `[E]`.
     pub load: Vec<f64>,
-    /// What else costs.
+    /// Other prices.
     pub costs: Costs,
 }
 
 impl Layer {
-    /// A layer of which nothing but the windows costs.
+    /// Builds a layer whose cost is that of its windows alone.
     #[must_use]
     pub fn plain(site: Site, load: Vec<f64>, windows: Windows) -> Self {
         Self { experts: load.len(), site, windows, load, costs: Costs::default() }

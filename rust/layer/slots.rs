@@ -1,10 +1,10 @@
-//! Who is where in a layer, and the moves that change it.
+//! The experts in the slots of a layer, and the moves that change them.
 
 use std::ops::Range;
 
 use super::{Site, Split};
 
-/// What is in an empty slot.
+/// Content of an empty slot.
 pub const EMPTY: u16 = u16::MAX;
 
 /// A change of one or two slots.
@@ -16,7 +16,7 @@ pub enum Move {
     Put(usize, u16),
 }
 
-/// What a move does to one expert: a copy leaves a device, appears on one, or both.
+/// The change of one expert by a move: a copy leaves a device, appears on one, or both.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Edit {
     pub(crate) expert: u16,
@@ -24,7 +24,7 @@ pub(crate) struct Edit {
     pub(crate) to: Option<u16>,
 }
 
-/// What a move changes of a device's part of an expert's tokens.
+/// The change of a device's share of an expert's tokens.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Share {
     pub(crate) expert: u16,
@@ -33,7 +33,7 @@ pub(crate) struct Share {
     pub(crate) after: f64,
 }
 
-/// The expert of every slot, and where every expert is; light enough to fill a layer in microseconds.
+/// The expert of every slot, and the devices of every expert; small enough to fill a layer in microseconds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Slots {
     /// Expert of every slot `[P]`; slots are numbered device by device.
@@ -50,7 +50,7 @@ pub struct Slots {
 }
 
 impl Slots {
-    /// Slots of devices with so many each `[D]`, all empty.
+    /// Builds empty slots from the capacity of every device `[D]`.
     #[must_use]
     pub fn empty(capacity: &[usize], experts: usize) -> Self {
         let mut first = Vec::with_capacity(capacity.len() + 1);
@@ -69,7 +69,7 @@ impl Slots {
         Self { expert_in: vec![EMPTY; slots], device_of, first, copies, holds, words }
     }
 
-    /// Takes the expert of every slot `[P]`; a second copy on a device is left out, and so is what is no expert.
+    /// Builds slots from the expert of each `[P]`; second copies on a device, and ids of no expert, leave a slot empty.
     #[must_use]
     pub fn new(capacity: &[usize], experts: usize, contents: &[u16]) -> Self {
         let mut slots = Self::empty(capacity, experts);
@@ -81,30 +81,30 @@ impl Slots {
         slots
     }
 
-    /// Slots of a device.
+    /// Returns the slots of a device.
     pub(crate) fn of(&self, device: usize) -> Range<usize> {
         self.first[device]..self.first[device + 1]
     }
 
-    /// Device of a slot.
+    /// Returns the device of a slot.
     #[inline(always)]
     pub(crate) fn device(&self, slot: usize) -> usize {
         usize::from(self.device_of[slot])
     }
 
-    /// Copies of an expert; none of nothing.
+    /// Returns the number of copies of an expert; 0 for an empty slot.
     #[inline(always)]
     pub(crate) fn copies(&self, expert: u16) -> u32 {
         if expert == EMPTY { 0 } else { self.copies[usize::from(expert)] }
     }
 
-    /// Whether a device holds an expert.
+    /// Returns whether a device holds an expert.
     #[inline(always)]
     pub(crate) fn holds(&self, expert: u16, device: usize) -> bool {
         self.holds[usize::from(expert) * self.words + device / 64] >> (device % 64) & 1 == 1
     }
 
-    /// Devices that hold an expert, rising.
+    /// Iterates over the devices that hold an expert, in rising order.
     pub fn devices(&self, expert: u16) -> impl Iterator<Item = u16> + Clone + '_ {
         let words = &self.holds[usize::from(expert) * self.words..][..self.words];
         words.iter().enumerate().flat_map(|(at, &word)| {
@@ -114,40 +114,40 @@ impl Slots {
         })
     }
 
-    /// Whether an edit keeps the rules of a layer, and leaves no second copy on a device.
+    /// Returns whether an edit keeps the rules of a layer, and puts no second copy on a device.
     #[inline(always)]
     fn may(&self, site: &Site, edit: Edit) -> bool {
         let is_new = edit.to.is_none_or(|device| !self.holds(edit.expert, usize::from(device)));
         is_new && site.rules.allow(edit, self, site)
     }
 
-    /// Whether a device may take one more copy of an expert, if it has a slot for it.
+    /// Returns whether a device may take one more copy of an expert, if it has a slot for it.
     #[inline(always)]
     pub(crate) fn may_take(&self, site: &Site, expert: u16, device: usize) -> bool {
         self.may(site, Edit { expert, from: None, to: Some(device as u16) })
     }
 
-    /// Whether an expert lacks a copy that it must have.
+    /// Returns whether an expert lacks a copy that it must have.
     #[inline(always)]
     pub(crate) fn is_short(&self, site: &Site, expert: u16) -> bool {
         site.rules.lack(expert, self)
     }
 
-    /// Whether a slot's content, an expert's copy or nothing, may be given up.
+    /// Returns whether a slot's content, a copy or nothing, may be removed.
     #[inline(always)]
     pub(crate) fn may_lose(&self, site: &Site, slot: usize) -> bool {
         let expert = self.expert_in[slot];
         expert == EMPTY || self.may(site, Edit { expert, from: Some(self.device_of[slot]), to: None })
     }
 
-    /// Whether a slot's content, an expert's copy or nothing, may go to another device, if that has a slot for it.
+    /// Returns whether a slot's content, a copy or nothing, may go to another device, if that has a slot for it.
     #[inline(always)]
     pub(crate) fn may_move(&self, site: &Site, slot: usize, device: usize) -> bool {
         let (expert, from) = (self.expert_in[slot], Some(self.device_of[slot]));
         expert == EMPTY || self.may(site, Edit { expert, from, to: Some(device as u16) })
     }
 
-    /// Replaces what a slot holds, by an expert or by nothing.
+    /// Replaces the content of a slot by an expert or by nothing.
     #[inline(always)]
     pub(crate) fn put(&mut self, slot: usize, expert: u16) {
         let device = self.device(slot);
@@ -163,7 +163,7 @@ impl Slots {
         }
     }
 
-    /// What a move does to the experts that it concerns; nothing, where a slot is empty.
+    /// Iterates over the edits of a move; an empty slot has none.
     #[inline(always)]
     pub(crate) fn edits(&self, step: Move) -> impl Iterator<Item = Edit> + use<> {
         let (p, a) = match step {
@@ -180,7 +180,7 @@ impl Slots {
         edits.into_iter().filter(|edit| edit.expert != EMPTY)
     }
 
-    /// Whether a move changes something and keeps the rules, all but the cap.
+    /// Returns whether a move changes the slots and keeps all rules but the cap.
     #[inline(always)]
     #[must_use]
     pub fn allows(&self, site: &Site, step: Move) -> bool {
@@ -197,7 +197,7 @@ impl Slots {
         }
     }
 
-    /// Makes a move that is allowed.
+    /// Applies a move that is allowed.
     #[inline(always)]
     pub(crate) fn apply(&mut self, step: Move) {
         match step {
@@ -211,7 +211,7 @@ impl Slots {
         }
     }
 
-    /// Writes which shares of experts' tokens a move changes, in place of what was in `shares`; `devices` is for notes.
+    /// Writes into `shares` which shares of experts' tokens a move changes; `devices` is scratch memory.
     #[inline]
     pub(crate) fn shares(&self, site: &Site, step: Move, shares: &mut Vec<Share>, devices: &mut Vec<u16>) {
         shares.clear();
@@ -240,30 +240,30 @@ impl Slots {
         }
     }
 
-    /// Tokens that each copy of an expert gets, of loads `[E]`; nothing where there is no expert.
+    /// Returns the load of each copy of an expert under an even split of loads `[E]`; 0 for an empty slot.
     pub(crate) fn part(&self, load: &[f64], expert: u16) -> f64 {
         if expert == EMPTY { 0.0 } else { load[usize::from(expert)] / f64::from(self.copies(expert)) }
     }
 
-    /// Time of every device `[D]` and load in every slot `[P]`, of loads `[E]`.
+    /// Computes the time of every device `[D]` and the load of every slot `[P]`, from loads `[E]`.
     pub(crate) fn times_and_loads(&self, site: &Site, load: &[f64]) -> (Vec<f64>, Vec<f64>) {
         let load_in: Vec<f64> = self.expert_in.iter().map(|&e| self.part(load, e)).collect();
         let time = |g: usize| load_in[self.of(g)].iter().sum::<f64>() * site.time[g];
         ((0..site.devices()).map(time).collect(), load_in)
     }
 
-    /// Whether an expert would have to be brought to a device.
+    /// Returns whether an expert is not on a device, so that it has to move there.
     #[inline(always)]
     pub(crate) fn lacks(&self, expert: u16, device: usize) -> bool {
         expert != EMPTY && !self.holds(expert, device)
     }
 
-    /// Whether what is in a slot is on a device that does not hold it in `running`.
+    /// Returns whether a slot's content is on a device that does not hold it in `running`.
     pub(crate) fn is_moved(&self, slot: usize, running: &Self) -> bool {
         running.lacks(self.expert_in[slot], self.device(slot))
     }
 
-    /// Copies on devices that do not hold them in `running`.
+    /// Counts the copies on devices that do not hold them in `running`.
     pub(crate) fn moved_from(&self, running: &Self) -> i64 {
         (0..self.expert_in.len()).filter(|&slot| self.is_moved(slot, running)).count() as i64
     }

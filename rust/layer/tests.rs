@@ -5,9 +5,9 @@ use proptest::prelude::*;
 use super::adapt::Change;
 use super::construct::{NoSlot, QUICK, by_windows, fill, nearest, on_sum};
 use super::terms::balance::Balance;
-use super::terms::divided;
 use super::terms::fanout;
 use super::terms::losses::{Losses, SingleLosses};
+use super::terms::lp_split;
 use super::terms::reading::{Reading, Weights};
 use super::terms::together::pairs_of;
 use super::terms::windows::{Measure, Windows};
@@ -433,7 +433,7 @@ proptest! {
         let site = Site::plain(vec![experts; devices], vec![0.5; devices]);
         let running = Slots::new(&site.capacity, devices * experts, &(0..(devices * experts) as u16).collect::<Vec<_>>());
         let part_at = |deviations| {
-            Change::estimate(load.chunks_exact(devices * experts).map(|load| ((load, &site), &running)), deviations).real_part
+            Change::estimate(load.chunks_exact(devices * experts).map(|load| ((load, &site), &running)), deviations).lasting_part
         };
         let expected = tokens / (tokens + 1.0 / part.powi(2));
         let seen = part_at(1.0);
@@ -453,7 +453,7 @@ proptest! {
         let mut layer = layer(site, &traffic, experts, Measure::Peak);
         let weightless = vec![0.0; traffic.weight.len()];
         layer.windows = Windows::new(&traffic.load, &weightless, experts, &layer.site, Measure::Peak);
-        layer.costs.divided = Some(divided::Loads(weighted(&traffic, experts)));
+        layer.costs.lp_split = Some(lp_split::Loads(weighted(&traffic, experts)));
         let Ok(start) = on_sum(&layer) else { return Ok(()) };
         prop_assert!(keeps_rules(&layer.site, &start));
         let shared = (0..experts as u16).filter(|&e| start.copies(e) > 1).count();
@@ -467,7 +467,7 @@ proptest! {
         }
         let effort = Effort { trials: 300, empties: false, restarts: 1, rounds: 1, quick: true, cool: false, parallel: false };
         let links = Links { transitions: &[], cost: &[] };
-        let time = |layer: &Layer, slots: &Slots| (divided::DEFINITION.cost)(layer, slots);
+        let time = |layer: &Layer, slots: &Slots| (lp_split::DEFINITION.cost)(layer, slots);
         let before = time(&layer, &start);
         let slots = place(std::slice::from_mut(&mut layer), vec![start], links, effort, seed, &Control::new(None)).remove(0);
         prop_assert!(keeps_rules(&layer.site, &slots));

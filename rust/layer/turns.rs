@@ -1,4 +1,4 @@
-//! Places all layers: each on its own where nothing joins them, in turns where transitions do.
+//! Anneals all layers: each by itself where nothing joins them, in turns where transitions do.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -11,14 +11,14 @@ use super::{Layer, Slots};
 use crate::control::Control;
 use crate::random::Random;
 
-/// The part of the time left that searches may take.
+/// Part of the time left that searches may take.
 const SAFE: f64 = 0.95;
-/// Searches of a layer after which no more are made if most of them found the same best cost.
+/// Searches of a layer after which no more follow if most of them found the same best cost.
 const SURE: u64 = 4;
-/// Costs that differ by less of themselves are the same: devices in another order are summed up in another one.
+/// Costs within this part of each other are the same: other orders of devices round sums in another way.
 const ALIKE: f64 = 1e-6;
 
-/// What joins neighbouring layers.
+/// Links that join neighbouring layers.
 #[derive(Debug, Clone, Copy)]
 pub struct Links<'a> {
     /// Transitions `[L - 1, E, E]`; empty where nothing joins the layers.
@@ -27,7 +27,7 @@ pub struct Links<'a> {
     pub cost: &'a [f64],
 }
 
-/// Anneals every layer from its start; with links, layer after layer given its neighbours, so many rounds.
+/// Returns the slots of every layer, annealed from its start; with links in rounds, each layer while its neighbours stay.
 ///
 /// One seed gives one answer on any number of threads: every layer has its own random stream, and layers that are
 /// searched at once are no neighbours.
@@ -49,32 +49,34 @@ pub fn place(
         if control.stopped() {
             break;
         }
-        let these: Vec<usize> = (round as usize % 2..layers.len()).step_by(2).collect();
-        let price = |&l: &usize| (!control.stopped()).then(|| prices(&layers[l], beside(&now, l), links, l));
-        let Some(priced) = these.par_iter().map(price).collect::<Option<Vec<_>>>() else { break };
-        for (&l, price) in these.iter().zip(priced) {
+        let turn_layers: Vec<usize> = (round as usize % 2..layers.len()).step_by(2).collect();
+        let price =
+            |&l: &usize| (!control.stopped()).then(|| prices(&layers[l], neighbours(&now, l), links, l));
+        let Some(priced) = turn_layers.par_iter().map(price).collect::<Option<Vec<_>>>() else { break };
+        for (&l, price) in turn_layers.iter().zip(priced) {
             layers[l].costs.serve_cost = price;
         }
         let stream = (round / 2 + 1) * layers.len() as u64;
-        let turned = turn(layers, &these, &now, effort, 2 * effort.rounds - round, seed, stream, control);
-        for (l, slots) in these.into_iter().zip(turned) {
+        let turned =
+            turn(layers, &turn_layers, &now, effort, 2 * effort.rounds - round, seed, stream, control);
+        for (l, slots) in turn_layers.into_iter().zip(turned) {
             now[l] = slots;
         }
     }
-    // They are of where neighbours were.
+    // These prices hold only for where the neighbours were.
     for layer in layers {
         layer.costs.serve_cost.clear();
     }
     now
 }
 
-/// Slots of `these` layers after a turn, of which so many are to come in what is left of the time.
+/// Returns the slots of `turn_layers` after a turn; `turns` is how many turns share the time left.
 ///
 /// Every layer is searched once before any is searched again, and again only where there is time for it: a search that
 /// is cut short costs more than another one brings. Where most of a few searches end at the same cost, others would, too.
 fn turn(
     layers: &[Layer],
-    these: &[usize],
+    turn_layers: &[usize],
     now: &[Slots],
     effort: Effort,
     turns: u64,
@@ -95,7 +97,7 @@ fn turn(
         let mut random = Random::new(seed, stream + l as u64);
         search(&layers[l], &now[l], effort, schedule, time, &mut random, control)
     };
-    let waiting = AtomicUsize::new(these.len());
+    let waiting = AtomicUsize::new(turn_layers.len());
     let first = |&l: &usize| {
         // Layers that have not begun share the time with this one.
         let threads = if effort.parallel { rayon::current_num_threads() } else { 1 };
@@ -104,18 +106,18 @@ fn turn(
         let result = run(l, 0, end.map(|end| left(end) / waves as u32));
         (result, begin.elapsed())
     };
-    let (mut best, took): (Vec<_>, Vec<_>) = for_all(effort, these, first).into_iter().unzip();
+    let (mut best, took): (Vec<_>, Vec<_>) = for_all(effort, turn_layers, first).into_iter().unzip();
     let again = |&(i, restart): &(usize, u64)| {
         let time = end.map(left);
         let in_time = time.is_none_or(|time| time >= took[i]) && !control.stopped();
-        in_time.then(|| run(these[i], restart, time))
+        in_time.then(|| run(turn_layers[i], restart, time))
     };
     let mut costs: Vec<Vec<f64>> = best.iter().map(|(cost, _)| vec![*cost]).collect();
-    let visits_alone = these.iter().all(|&l| layers[l].windows.is_weightless());
+    let visits_alone = turn_layers.iter().all(|&l| layers[l].windows.is_weightless());
     let first_searches = if visits_alone { 2 } else { SURE }.min(effort.restarts);
     let (mut from, mut to) = (1, first_searches);
     while from < effort.restarts {
-        let open = (from..to).flat_map(|restart| (0..these.len()).map(move |i| (i, restart)));
+        let open = (from..to).flat_map(|restart| (0..turn_layers.len()).map(move |i| (i, restart)));
         let open: Vec<(usize, u64)> = open.filter(|(i, _)| !agree(&costs[*i], visits_alone)).collect();
         let others = for_all(effort, &open, again);
         for ((i, _), other) in open.into_iter().zip(others) {
@@ -130,12 +132,12 @@ fn turn(
     best.into_iter().map(|(_, slots)| slots).collect()
 }
 
-/// Results for all items, in their order.
+/// Returns results for all items, in their order.
 fn for_all<T: Sync, R: Send>(effort: Effort, items: &[T], result: impl Fn(&T) -> R + Sync + Send) -> Vec<R> {
     if effort.parallel { items.par_iter().map(result).collect() } else { items.iter().map(result).collect() }
 }
 
-/// Whether most searches of a layer found the best one's cost.
+/// Returns whether most searches of a layer found the best cost.
 ///
 /// Visits are whole numbers: where two searches end at the same one, others hardly ever end below it.
 fn agree(costs: &[f64], visits_alone: bool) -> bool {
@@ -145,13 +147,13 @@ fn agree(costs: &[f64], visits_alone: bool) -> bool {
     if visits_alone { same >= 2 } else { costs.len() as u64 >= SURE && 2 * same > costs.len() }
 }
 
-/// What is before and after a layer, if anything.
-pub(super) fn beside<T>(layers: &[T], l: usize) -> [Option<&T>; 2] {
+/// Returns the layers before and after a layer, if there are any.
+pub(super) fn neighbours<T>(layers: &[T], l: usize) -> [Option<&T>; 2] {
     [l.checked_sub(1).map(|l| &layers[l]), layers.get(l + 1)]
 }
 
-/// What serving an expert of layer `l` costs on a device `[E, D]`, given where the neighbours' experts are: copies of
-/// those take equal parts.
+/// Returns the cost of serving an expert of layer `l` on a device `[E, D]`, given where the neighbours' experts are; copies
+/// of those share tokens evenly.
 pub(super) fn prices(layer: &Layer, neighbours: [Option<&Slots>; 2], links: Links<'_>, l: usize) -> Vec<f64> {
     let (e, d) = (layer.experts, layer.devices());
     // Tokens between every expert and the devices of a neighbour.

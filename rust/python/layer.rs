@@ -15,14 +15,14 @@ use crate::error::{Error, SLOTS, room_for};
 use crate::layer::adapt::{self, adapt_layers, keep_devices};
 use crate::layer::construct::{QUICK, by_windows, complete, fill_layers, nearest, on_sum};
 use crate::layer::descend::{UNLIMITED, descend};
-use crate::layer::terms::divided;
 use crate::layer::terms::fanout;
 use crate::layer::terms::losses::{Losses, SingleLosses};
+use crate::layer::terms::lp_split;
 use crate::layer::terms::reading::{Reading, Weights};
 use crate::layer::terms::together::Pairs;
 use crate::layer::terms::windows::{Measure, Windows};
 use crate::layer::turns::{Effort, Links, place};
-use crate::layer::{EMPTY, LANES, Layer, Site, Slots, Spending, Split, Way, choose};
+use crate::layer::{Choice, EMPTY, LANES, Layer, Site, Slots, Spending, Split, choose};
 
 /// The id of a slot's content, -1 for none.
 fn expert_id(expert: u16) -> i32 {
@@ -253,7 +253,7 @@ impl Layers {
     }
 
     /// Prices windows of load [W,L,E], of weights [W], whose tokens are divided over copies as is best.
-    fn price_divided(
+    fn price_lp_split(
         &mut self,
         load: PyReadonlyArray3<'_, f64>,
         weight: PyReadonlyArray1<'_, f64>,
@@ -269,7 +269,7 @@ impl Layers {
                 load.chunks_exact(experts).skip(l).step_by(layers).zip(&weight).filter(|row| *row.1 > 0.0);
             let scale = layer.windows.scale;
             let rows = used.flat_map(|(row, &weight)| row.iter().map(move |tokens| tokens * weight * scale));
-            layer.costs.divided = Some(divided::Loads(rows.collect()));
+            layer.costs.lp_split = Some(lp_split::Loads(rows.collect()));
         }
         Ok(())
     }
@@ -595,13 +595,14 @@ pub(super) fn spend_budget(
     min_gain: f64,
 ) -> PyResult<Vec<usize>> {
     let (cost, moves) = (cost.as_array(), moves.as_array());
-    let way = |(&cost, &moves): (&f64, &i64)| Way {
+    let choice = |(&cost, &moves): (&f64, &i64)| Choice {
         moves: usize::try_from(moves).unwrap_or(0),
         slowest: cost,
         cost,
     };
     let layers = cost.columns().into_iter().zip(moves.columns());
-    let ways: Vec<Vec<Way>> = layers.map(|(cost, moves)| cost.iter().zip(moves).map(way).collect()).collect();
-    let ways: Vec<&[Way]> = ways.iter().map(|ways| &ways[..]).collect();
-    caught(|| choose(&ways, Spending { max_moves, min_gain, dead_zone, deviations, devices }))
+    let choices: Vec<Vec<Choice>> =
+        layers.map(|(cost, moves)| cost.iter().zip(moves).map(choice).collect()).collect();
+    let choices: Vec<&[Choice]> = choices.iter().map(|choices| &choices[..]).collect();
+    caught(|| choose(&choices, Spending { max_moves, min_gain, dead_zone, deviations, devices }))
 }

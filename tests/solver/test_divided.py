@@ -99,7 +99,7 @@ def test_devices_share_copies_evenly():
     """Devices have as many shared experts, no two of them two, and all are joined."""
     problem = problem_of(skewed(4), devices=16, slots=5)
     load = problem.windows.load
-    layers = core_layers(load, np.ones(1), make_site(problem), terms=Terms(divided=True))
+    layers = core_layers(load, np.ones(1), make_site(problem), terms=Terms(lp_split=True))
     for slots in layers.construct():
         copies = np.bincount(slots.ravel(), minlength=problem.experts)
         shares = np.array([[e in row for e in range(problem.experts)] for row in slots])

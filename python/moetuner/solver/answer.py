@@ -1,4 +1,4 @@
-"""From a run to its result: what the answer is worth, what is true of it, and how it was found."""
+"""From a run to its result: placement, objective, status, bound, and how it was found."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from moetuner.solver.stages.floor import balanced
 def build_result(run: Run, method: str, *, searched: bool) -> Result:
     """Build the result of a run; drop a bound that the placement itself refutes.
 
-    Of what ``searched`` it is said which windows it has seen, and which caps it exceeds; of other
-    methods, too, where they exceed them no further than balance does.
+    If a search found it, details say which windows the search saw and which caps are exceeded. For
+    other methods they say the latter where caps are exceeded no further than balance exceeds them.
     """
     problem, incumbent = run.problem, run.answer()
     slots = incumbent.slots
@@ -59,7 +59,7 @@ def build_result(run: Run, method: str, *, searched: bool) -> Result:
 
 
 def named(run: Run, placement: Placement, method: str, **figures: Any) -> Placement:
-    """Return a placement with what it was computed from and for, and its figures."""
+    """Return a placement with its origin (input, topology, settings) and its figures."""
     statistics, topology, budget = run.problem.statistics, run.problem.topology, run.budget
     made = Made.for_problem(
         run.problem, version=__version__, method=method, seed=run.seed, effort=budget.effort
@@ -93,7 +93,7 @@ def _details(run: Run, incumbent: Incumbent, placement: Placement, *, searched: 
 def _raises_as_balance(problem: Problem, placement: Placement) -> bool:
     """Return whether a placement exceeds load caps no further than balance alone does.
 
-    That is where the search begins, so such caps had to be raised for all methods alike.
+    Searches begin with balance, so such caps had to be raised for every method.
     """
     caps = problem.caps
     if caps.over_speed is None or not caps.excess(placement).any():
@@ -104,7 +104,7 @@ def _raises_as_balance(problem: Problem, placement: Placement) -> bool:
 
 
 def sampling_facts(problem: Problem) -> dict[str, int]:
-    """Return how many windows and tokens stand for all, where a search has seen no more."""
+    """Return how many windows and tokens a search has seen, where it has not seen all."""
     facts, windows = {}, problem.windows
     if windows.searched is not windows and problem.goal != "traffic":
         facts = {"windows": len(windows), "windows_searched": len(windows.searched)}
@@ -120,7 +120,7 @@ def _status(
     violations: tuple[str, ...],
     proven: Status | None,
 ) -> Status:
-    """Return how a run ended, or that its answer breaks rules without saying so."""
+    """Return how a run ended, or that its answer breaks rules that were not raised."""
     if run.interrupted:
         return "interrupted"
     raised = run.problem.caps.violations(placement) if details.caps.raised else []

@@ -1,4 +1,4 @@
-"""Time, effort and progress: the one clock of a solve, and who hears how far it is."""
+"""Time, effort and progress: the clock of a solve, and the reports of how far it is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moetuner._checks import at_least, not_negative, one_of, shown, threads_in, 
 from moetuner.frozen import Frozen
 from moetuner.solver.effort import EFFORTS, Effort
 
-# Seconds that nobody waits for: such a limit, infinity too, is none.
+# Seconds from which a time limit, or infinity, counts as none.
 LONGEST_LIMIT = 1e9
 
 
@@ -19,9 +19,10 @@ LONGEST_LIMIT = 1e9
 class Progress(Frozen):
     """One line of a long solve.
 
-    Seconds since it began, the phase, and the best objective and bound (None while unknown).
-    ``is_step`` where a step of the search has ended with it: without a time limit these lines, but
-    for their seconds, are the same in every run, while others depend on when somebody looked.
+    It has the seconds since the solve began, the phase, and the best objective and bound (None
+    while unknown). ``is_step`` marks the end of a step of the search. Without a time limit those
+    lines are the same in every run, but for their seconds; other lines depend on when progress was
+    polled.
 
     Examples
     --------
@@ -95,7 +96,7 @@ class Budget:
 
     @property
     def work(self) -> Effort:
-        """What bounds the work; under a time limit only the time does."""
+        """Bounds on the work; under a time limit only the time is bounded."""
         if self.time_limit is None:
             return EFFORTS[self.effort]
         return replace(EFFORTS["thorough"], layer_work=math.inf)
@@ -149,12 +150,12 @@ class Budget:
 
 
 class History:
-    """Every change of the best objective and the bound, in order, with seconds since the start.
+    """Every change of the best objective and of the bound, in order, with seconds since the start.
 
     Parameters
     ----------
     listener
-        Called now and then with the last line.
+        Function that is called now and then with the last line.
     """
 
     def __init__(self, listener: Callable[[Progress], None] | None = None) -> None:
@@ -167,8 +168,8 @@ class History:
         line, is_new = replace(line, seconds=time.monotonic() - self.begin), True
         if self.lines:
             last = self.lines[-1]
-            objectives = [told.objective for told in (line, last) if told.objective is not None]
-            bounds = [told.bound for told in (line, last) if told.bound is not None]
+            objectives = [one.objective for one in (line, last) if one.objective is not None]
+            bounds = [one.bound for one in (line, last) if one.bound is not None]
             line = replace(
                 line, objective=min(objectives, default=None), bound=max(bounds, default=None)
             )
@@ -176,7 +177,7 @@ class History:
             is_new = line.is_step or changed != (last.phase, last.objective, last.bound)
         if is_new:
             self.lines.append(line)
-        # Between phases nobody is called: what a listener raises there, nobody waits for.
+        # The end of a step is not reported: nothing would catch what a listener raises there.
         if self.listener is not None and not line.is_step:
             self.listener(line)
 

@@ -1,8 +1,10 @@
 """How long to search: every constant that trades quality for time, by stage.
 
-Each stage names the table of docs/experiments.md that chose its constants, or that they were never
-measured. Constants that an algorithm is right or wrong with, whatever the time, stand where it
-does; those of the core's own searches stand in the core.
+A comment says what the constant trades, and names in quotes the section of docs/experiments.md that
+measured it; "Constants" there has many at half and at twice their values. "Not measured" means that
+no section has figures; ``python bench/constants.py --names NAME`` measures one. Constants on which
+an algorithm's correctness depends stand beside the algorithm, those of the core's searches in the
+core.
 """
 
 from __future__ import annotations
@@ -10,31 +12,32 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-# Layers of few slots are searched several times: they have valleys that one descent does not leave.
+# Slots of a layer up to which it is searched several times, and how often: small layers have local
+# optima that one descent does not leave, and more searches take longer ("Schedule", "Constants").
 FEW_SLOTS, RESTARTS = 64, 8
 
 
 @dataclass(frozen=True)
 class Effort:
-    """Numbers that a solve without a time limit goes by, which bound its work in trials.
+    """Bounds on the work of a solve without a time limit, in trials.
 
     Parameters
     ----------
     layer_work
-        Work of searching all layers, in all turns together: trials times what each looks at, in
-        units of about a nanosecond.
+        Work of searching all layers, in all turns together: trials times the work of each, in units
+        of about a nanosecond.
     chain_trials
-        Trials of a start for each expert of each layer, where traffic of pairs is searched in
-        layers that are not wide: the work on wide ones is bounded in the core.
+        Trials of a start for each expert of each layer, where traffic of pairs is searched. The
+        core bounds the work on wide layers itself.
     traffic_caps
-        Caps on the imbalance under which traffic alone is searched where time weighs both.
+        Caps on the imbalance, one search of traffic alone under each, where time weighs both.
     tangent_iterations
-        Iterations, at most, of the bound of pairs that stand for expert sets.
+        Most iterations of the bound of pairs that stand for expert sets.
     restarts, single_restarts
-        Searches of a layer of few slots, at the most; and where a trial looks at the expert sets of
-        single copies. Each is as long as if there were ``RESTARTS`` of them.
+        Most searches of a layer of few slots; the second where a trial counts the expert sets of
+        single copies. Each search is as long as if there were ``RESTARTS`` of them.
     settles_balance
-        Whether the search for balance that a search for time begins with takes steps down too.
+        Whether the search for balance, with which a search for time begins, ends with steps down.
     """
 
     layer_work: float
@@ -48,16 +51,16 @@ class Effort:
 
 @dataclass(frozen=True)
 class Prices:
-    """How prices of a move fall: a lower one finds more moves.
+    """Falling prices of a move: a search at a lower price moves more experts.
 
     Parameters
     ----------
     number
-        Prices at the most.
+        Most prices.
     first
-        The first of them, as a part of what the first move gains.
+        The first price, as a part of the gain of the first move.
     ratio
-        Each as a part of the one before.
+        Each price, as a part of the one before.
     """
 
     number: int
@@ -65,8 +68,8 @@ class Prices:
     ratio: float
 
 
-# Chosen by "Effort" and, where tangents are meant, by "Bounds of visits": what an effort takes and
-# reaches. Under a time limit the time decides.
+# Each level of effort trades the objective for time ("Effort" and "Constants"; "Schedule" for
+# restarts, "Bounds of visits" for tangents). Under a time limit the time decides.
 EFFORTS = {
     "brief": Effort(
         layer_work=7.5e8,
@@ -95,151 +98,179 @@ EFFORTS = {
     ),
 }
 
-# Shares of a time limit ("Constants"). A search that a bound follows gets half of what is left
-# ("The joint method"): everything else can only add to what it finds.
+# Shares of a time limit.
+# The search's share of the time left where a bound follows: more improves the placement, less the
+# bound ("The joint method").
 SEARCH_SHARE = 0.5
-# A search whose answer a longer one starts from gets this share: single copies where there may be
-# more, devices of one speed where they have several, traffic alone, pairs, divided tokens.
+# Share of a search that gives a longer one its start: single copies where there may be several,
+# equal speeds where devices differ, traffic alone, pairs, split lp (not measured).
 START_SHARE = 0.4
-# A search for balance gets this share: it starts others, which seldom make it worse.
+# Share of a search for balance that gives another search its start: a short one is nearly as good
+# (not measured).
 BRIEF_SHARE = 0.1
-# Single copies are searched if a limit is so many times what judging an answer takes.
+# Least time limit for a search of single copies, in times of judging one placement: below that its
+# answer would hardly be judged (not measured).
 SINGLE_LEAST = 20
-# The search for balance that one for time begins with has this part of the work of a search. On
-# gpt-oss-20b (8 devices, both phases, three splits) the search for time is then 0.26 to 0.43 %
+# Part, one over this, of the work of a search: for balance, with which a search for time begins.
+# On gpt-oss-20b (8 devices, both phases, three splits) the search for time is then 0.26 to 0.43 %
 # ahead of the one for balance on what it saw, else 0.03 % ahead to 0.08 % behind; it takes a tenth
-# longer. In layers of many slots and windows the search for balance is a whole one, whose trials
-# take a fifth of those for time, and the one for time has this part ("The default and cheaper
-# methods").
+# longer. In layers of many slots and windows it is the other way round: the search for balance is
+# a whole one, whose trials take a fifth of those for time, and the search for time has this part
+# ("The default and cheaper methods", "Constants").
 BALANCE_PART = 2
 
-# Dynamic programming over all partitions, about a nanosecond a step: what a solve, or the check of
-# its certificate, may take, and steps of a second on a slow core ("The co-location programme").
+# Dynamic programming over all partitions takes about a nanosecond a step. The most steps of a solve
+# or of the check of its certificate, and steps of a second on a slow core: more steps prove the
+# optimum of larger layers ("The co-location programme").
 PARTITION_STEPS, PARTITION_STEPS_PER_SECOND = 4_000_000_000, 500_000_000
 
-# Layer by layer ("Unseen windows", its "Schedule" and "Time of a whole solve").
-# Trials of a search that no effort exceeds: for a slot, times windows, which are looked at LANES at
-# a time, and of a layer. They bound tiny layers and searches under a time limit.
+# Search layer by layer.
+# Most trials of a search, whatever the effort: for a slot, divided by windows, which are computed
+# LANES at a time; and of a layer. They end searches of tiny layers, and those under a time limit,
+# where more trials hardly help ("Time of a whole solve"; no case of "Constants" changed).
 SLOT_WORK, LANES, MOST_TRIALS = 160_000, 16, 1_500_000
-# How many times as many units a trial of times takes, which follows active experts and ports.
+# Work of a trial for time, in trials for balance: it counts active experts and ports, too. A larger
+# number means fewer trials ("The default and cheaper methods", "Constants").
 TIME_UNITS = 2
-# The fewest trials of a start of the search of traffic.
+# Least trials of each start of the search of traffic: more improve small problems (not measured).
 CHAIN_LEAST = 100_000
-# Turns of all layers where neighbouring layers count.
+# Rounds over all layers where neighbouring layers count: more rounds of fewer trials each let
+# layers follow each other ("Constants").
 ROUNDS = 3
-# Placements that are judged on all windows, where a search has seen some that stand for them.
+# Placements that are judged on all windows, where the search saw representative ones: more take
+# longer, and may find a better answer among those that the search ranks first (not measured).
 JUDGED = 3
-# Slots of all layers up to which a placement is polished by the objective itself, and the best
-# placements from which that begins; then the best is changed at random so many times, by so many
-# changes, and polished again (not measured).
+# Slots of all layers up to which a placement is polished by the objective itself; the best
+# placements that polishing starts from; then the random perturbations of the best one, and the
+# changes of each. More of each take longer, and find better answers to tiny problems (no case of
+# "Constants" changed with the first; the others are not measured).
 POLISHED_SLOTS, POLISHED, KICKS, KICKED = 18, 4, 4, 3
-# Contents of a layer, and placements, of which all are tried ("Constants").
+# Most contents of a layer, and most placements, that are enumerated: more take longer, and make
+# the answer to larger problems exact (not measured).
 FEW_CHOICES = 1000
-# Times that risk and groups are weighed anew, and when something is known of the weights.
+# Times that windows are weighed anew for a risk or groups: at first, and where a search at another
+# price has weights already. Each has its part of the trials ("Constants" for the first; "Risk, the
+# worst group, and budgets").
 REWEIGHTINGS, REWEIGHTINGS_AGAIN = 4, 2
 
-# Fewest visits ("Fewest devices per token"): trials of each start on pairs, and where they are of
-# wide layers, whose trials look at all swaps of an expert.
+# Fewest visits.
+# Trials of each start on pairs; slots of a layer from which it is wide, so that a trial tries all
+# swaps of an expert; and trials there. The search on expert sets follows, and more trials of pairs
+# give it a better start ("Fewest devices per token", "Constants"; "The joint method" for the width;
+# trials of wide layers are not measured).
 PAIR_TRIALS, WIDE_SLOTS, WIDE_PAIR_TRIALS = 200_000, 100, 20_000
-# Units of work of a trial besides its sets, of which 64 are a unit.
+# Work of a trial besides its expert sets, where 64 sets are a unit: a larger number means fewer
+# trials ("Constants").
 UNITS_PER_TRIAL = 100
-# Where experts have copies: parts that the core cuts a set's tokens into, and how many times as
-# much a trial takes.
+# Where experts have copies: parts that the core cuts the tokens of a set into, and the work of a
+# trial in trials of single copies. Larger numbers mean fewer trials ("Constants"; no case changed
+# with the second).
 SET_PARTS, COPY_UNITS = 12, 6
 
-# Bounds of pairs ("The joint method", the bound alone): floating-point work of the iterations that
-# are made without a time limit, how many at most, and how many with one.
+# Bounds of pairs.
+# Floating-point work of the iterations without a time limit, most iterations, and most of them with
+# a time limit: more close the gap further ("The joint method", "Constants").
 BOUND_WORK, BOUND_ITERATIONS, BOUND_ITERATIONS_TIMED = 3e9, 150, 10_000
-# Seconds for an entry of the tables of pairs, in which no bound can be proven ("Limits").
+# Seconds for an entry of the tables of pairs: the least time limit that a bound needs ("Limits").
 BOUND_SECONDS = 3e-7
 
-# Bounds of visits ("Bounds of visits"). Looks at all contents of a layer at the most, and contents
-# that are looked at without a time limit.
-# Experts of a layer up to which a programme is solved between two looks, in milliseconds; and looks
-# times layers times cubed experts, without a time limit.
+# Bounds of visits: more of each closes the gap further and takes longer. "Bounds of visits" has
+# gaps and seconds; it has other values of ``TANGENT_STEPS`` and ``TANGENT_TRIALS`` only.
+# Most rounds over all contents of a device, and the contents of all rounds without a time limit.
 PRICE_ROUNDS, PRICE_WORK = 60, 3e9
+# Experts of a layer up to which a linear programme is solved between two rounds, in milliseconds;
+# and rounds times layers times cubed experts without a time limit.
 PRICE_EXPERTS, PROGRAMME_WORK = 128, 5e8
 # Contents of a device up to which all are tried, as the core has it; seconds for each of them and
 # each expert of a token; and in how many times what all of them take prices are good.
 PRICE_CONTENTS, PRICE_SECONDS, PRICE_TIMES = 25_000_000, 2.5e-9, 20
-# Steps of tangents, trials of the placement that each moves towards, a step's size as a share of
-# the range of slopes. Without a time limit: steps times layers times squared experts, and the
-# fewest iterations of the bound of pairs that are worth it.
+# Steps of tangents; trials of the placement towards which a step goes; size of a step, as a share
+# of the range of slopes.
 TANGENT_STEPS, TANGENT_TRIALS, TANGENT_STEP = 16, 10_000, 0.15
+# Without a time limit: steps times layers times squared experts, and the least iterations of the
+# bound of pairs that prove more than none.
 TANGENT_WORK, TANGENT_ITERATIONS = 1e6, 20
-# Seconds for a pair of experts of a set, to be weighed ("Limits").
+# Seconds to weigh a pair of experts of a set: part of the least time limit ("Limits").
 TANGENT_SECONDS = 3e-8
 
-# The paper's two stages ("Stage 1 and the paper's method"): nodes of HiGHS's search tree, so that
-# no call can run for ever. One core: half a second for a layer of 32 experts on 16 devices, seven
-# seconds to place 16 layers on 4 devices.
+# The paper's two stages.
+# Most nodes of HiGHS's search tree, for clusters and for their devices, so that every call ends.
+# One core: half a second for a layer of 32 experts on 16 devices, seven seconds to place 16 layers
+# on 4 devices ("Stage 1 and the paper's method").
 STAGE_NODES, PLACE_NODES = 200, 20
-# Products y[l,c,d] * y[l+1,c',d'] that HiGHS is given at most: with 6480 it took a minute.
+# Most products y[l,c,d] * y[l+1,c',d'] that HiGHS is given: with 6480 it took a minute (the same).
 MOST_PRODUCTS = 4096
 
-# Few moves ("Budgets that rise", which has each at half and at twice its value): how prices of a
-# move fall where layers are mixed, and where they are joined: more prices take longer, and come
-# nearer to a budget. The part of the objective that the first move gains at least, for the first
-# price: at less, searches end before the budget is spent. Moves beyond twice those of what a search
-# found up to which steps go on: they find what searches leave, of few moves above all.
+# Few moves.
+# How prices of a move fall, where layers are mixed and where they are joined: more prices take
+# longer, and come nearer to a budget ("Budgets that rise", at half and at twice, too).
 MIXED_PRICES, JOINED_PRICES = Prices(7, 1 / 4, 1 / 3), Prices(24, 4.0, 0.7)
+# Least gain of the first move that the first price is made of, as a part of the objective: at less,
+# searches end before the budget is spent. Moves beyond twice those of a search's answer up to which
+# steps go on from it: they find what searches miss, with few moves above all (the same).
 DEAREST, MORE_MOVES = 1e-3, 8
-# Share of a time limit for a solve from nothing, where moves are free (not measured).
+# Share of a time limit for a solve from scratch, where moves are free (not measured).
 FRESH_SHARE = 0.9
 
-# The fewest moves that gain enough ("Advice on a real model"): moves up to which steps go at first,
-# and how many times as many come next: all steps down take many times as long. The answer does not
-# depend on them; at half and at twice their values the time is the same within what it varies.
+# The fewest moves that gain enough: moves up to which steps go at first, and how many times as many
+# come next. All steps take three to six times as long. The answer does not depend on them; at half
+# and at twice their values the time is the same within what it varies ("Advice on a real model").
 FIRST_REACH, REACH_TIMES = 64, 4
 
-# Balancing with copies ("Balancing with copies"): pairs of devices that are tried for exchanges.
-# The first are what a millisecond allows; devices that differ need the second, because placing the
-# heaviest copies first leaves more to mend there.
+# Balancing with copies.
+# Pairs of devices that are tried for exchanges. The first number is what a millisecond allows.
+# Devices that differ need the second: placing the heaviest copies first leaves more to mend there
+# ("Balancing with copies", which has 8 beside 14).
 QUICK, PATIENT = 14, 10_000
-# From running slots ("The plugins' policy"): steps of a layer at most, for each device.
+# From running slots: most steps of a layer, for each device; more take longer, and gain where loads
+# have drifted far ("The plugins' policy", which has no other value).
 ADAPT_STEPS = 8
-# What a copy must gain in windows, as a share of all tokens of a device ("The live policy on the
-# next window"): where all windows forecast the next one, and where only the last ones do.
+# Least gain of a moved copy in windows, as a share of all tokens of a device, where all windows
+# forecast the next one, and where only the last ones do: less moves more copies ("The live policy
+# on the next window").
 LASTING_PRICE, LIVE_PRICE = 2e-3, 5e-5
-# Where pairs count: trials for a slot.
+# Trials for a slot where pairs count: more take longer in every live decision (the same section; no
+# other value was measured).
 LIVE_TRIALS = 35
-# The quick search in windows ("Balance in windows within milliseconds"): trials for a slot, the
-# least of a layer, and the most for a slot times LANES windows.
+# The quick search in windows: trials for a slot, least trials of a layer, and most for a slot times
+# LANES windows. More trials gain about as their logarithm ("Balance in windows within
+# milliseconds", "Constants").
 BALANCING_TRIALS, LEAST_BALANCING, BALANCING_WORK = 10, 2500, 400
-# Where a dispatcher divides tokens over copies: trials for a slot, and the most for a slot times
-# windows (not measured).
-DIVIDED_TRIALS, DIVIDED_WORK = 20, 64
-# Without hurry: trials for a slot times LANES windows, and the fewest windows for which it is used;
-# and those of a start, from which all that counts is searched.
+# Split lp: trials for a slot, and most for a slot times windows (not measured).
+LP_SPLIT_TRIALS, LP_SPLIT_WORK = 20, 64
+# The whole search in windows: trials for a slot times LANES windows, and the fewest windows for
+# which it is used; and trials of a start, from which all terms are searched: more fit the windows
+# seen, and not the unseen ones ("Constants", "Balance in windows within milliseconds").
 BALANCING_FULL, MANY_WINDOWS, BALANCING_START = 4000, 17, 400
 # Where experts survive losses: trials for a slot times LANES windows ("Lost devices").
 SPREAD_TRIALS = 50
-# Trials for a layer that DeepSeek's own code would balance better.
+# Trials for a layer that DeepSeek's own code balances better: more match it in more layers
+# ("Balancing with copies", which has no other value).
 CATCH_UP = 20_000
 
 
 def most_trials(slots: int, windows: int) -> int:
-    """Return the most trials of a search of a layer of slots in windows, whatever the effort."""
+    """Return the most trials of a search of a layer, whatever the effort."""
     lanes = -(-windows // LANES) * LANES
     return min(SLOT_WORK // lanes * slots, MOST_TRIALS)
 
 
 def start_trials(slots: int, windows: int) -> int:
-    """Return the trials of a layer of slots in windows where a search begins."""
+    """Return the trials that give a search of a layer its start."""
     return max(BALANCING_START * slots // -(-windows // LANES), LEAST_BALANCING)
 
 
 def spread_trials(slots: int, windows: int) -> int:
-    """Return the trials of a layer of slots in windows whose experts survive losses."""
+    """Return the trials of a layer whose experts survive losses."""
     return max(SPREAD_TRIALS * slots // -(-windows // LANES), LEAST_BALANCING)
 
 
-def divided_trials(slots: int, windows: int) -> int:
-    """Return the trials of a layer of slots in windows whose tokens are divided over copies."""
-    return min(DIVIDED_TRIALS, DIVIDED_WORK // windows) * slots
+def lp_split_trials(slots: int, windows: int) -> int:
+    """Return the trials of a layer whose tokens a dispatcher divides by split lp."""
+    return min(LP_SPLIT_TRIALS, LP_SPLIT_WORK // windows) * slots
 
 
 def quick_trials(slots: int, windows: int) -> int:
-    """Return the trials of a layer of slots in windows where milliseconds count."""
+    """Return the trials of the quick search of a layer in windows, which takes milliseconds."""
     trials = max(BALANCING_TRIALS * slots, LEAST_BALANCING)
     return min(trials, BALANCING_WORK * slots // -(-windows // LANES))

@@ -1,4 +1,4 @@
-"""pareto(): what more and more moves from a running placement gain."""
+"""pareto(): the gain of more and more moves from a running placement."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from moetuner.solver.run import Incumbent, Moves, Run, Stage
 from moetuner.solver.stages.front import Front, undominated
 from moetuner.solver.stages.moves import (
     fill,
-    first_enough,
+    find_fewest_moves,
     from_running,
     offer_running,
     require_moves,
 )
 
-# Trades that are listed at most, at about even distances of the logarithm of their moves.
+# Most trades that are listed, at about even distances of the logarithm of their moves.
 TRADES = 24
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Trade(Frozen):
-    """A point on the Pareto front of value and moves.
+    """A point on the Pareto front of the objective and the number of moves.
 
     Parameters
     ----------
     placement
-        What to change to; experts that stay keep their slots.
+        The placement to move to; experts that stay keep their slots.
     objective
-        ``Objective.value`` of it.
+        Its ``Objective.value``.
     gain
-        How much lower that is than the initial placement's.
+        How much lower that is than the value of the initial placement.
     experts_moved, bytes_moved
-        What it takes.
+        What has to move.
     caps_raised
-        Imbalance of layers that exceed the load cap still.
+        Imbalance of layers that still exceed the load cap.
 
     Examples
     --------
@@ -85,7 +85,7 @@ def pareto(
     threads: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> list[Trade]:
-    """Find what more and more moves gain, by steps and by solving at several prices of a move.
+    """Compute the gain of more and more moves, by steps and by solving at falling prices of a move.
 
     Parameters
     ----------
@@ -96,14 +96,14 @@ def pareto(
     expert_bytes
         Bytes of one expert of one layer.
     time_limit
-        Seconds for all prices together.
+        Seconds for the whole front.
 
     Returns
     -------
     list
-        From no move, the initial placement, to the most, each with a lower objective than those
-        before it, or less load above the caps. Where the initial placement breaks a rule, the
-        first is one with the fewest moves that keeps all.
+        Trades from no move, the initial placement, to the most moves. Each has a lower objective
+        than those before it, or less load above the caps. Where the initial placement breaks a
+        rule, the first trade keeps all rules with the fewest moves.
 
     Raises
     ------
@@ -135,12 +135,12 @@ def pareto(
         inner = run.inner(from_running(METHODS[method]), budget, moves=Moves(initial))
         run.offer(inner.answer().slots, "free", interrupted=inner.interrupted)
 
-    # Under a time limit half of it is left for the solve from nothing (not measured).
-    from_few = Stage(lambda _, part: fill(front, part, np.inf), share=lambda _: 0.5)
-    run.through((from_few, Stage(at_no_price)))
+    # Under a time limit half of it is left for the solve with free moves (not measured).
+    few_moves = Stage(lambda _, share: fill(front, share, np.inf), share=lambda _: 0.5)
+    run.through((few_moves, Stage(at_no_price)))
     for incumbent in run.incumbents:
         front.add(incumbent)
-    return [_trade(run, initial, point, run.rank_of_all(point)[1]) for point in _listed(run, front)]
+    return [_trade(run, initial, point, run.final_rank(point)[1]) for point in _listed(run, front)]
 
 
 def find_first(
@@ -152,14 +152,14 @@ def find_first(
     time_limit: float | None = None,
     threads: int | None = None,
 ) -> Placement | None:
-    """Return the first point of the front, by its moves, with at most an objective of ``enough``.
+    """Return the point of the front with the fewest moves whose objective is ``enough`` or less.
 
-    None where no point with at most so many moves has it.
+    None if no point with at most ``most_moves`` moves has it.
     """
     budget = Budget(time_limit, threads=threads)
     run = Run(problem, budget=budget, moves=Moves(initial))
     offer_running(run)
-    point = first_enough(Front(run, require_moves(run)), budget, most_moves, enough)
+    point = find_fewest_moves(Front(run, require_moves(run)), budget, most_moves, enough)
     if point is None:
         return None
     slots = keep_slots(initial.slots, point.slots, problem.capacity)
@@ -167,13 +167,13 @@ def find_first(
 
 
 def _listed(run: Run, front: Front) -> list[Incumbent]:
-    """Return some of the points that none betters by all windows, at rising numbers of moves."""
+    """Return undominated points by all windows, up to about two dozen, fewest moves first."""
     points = front.undominated()
     moves = np.array([point.moves for point in points])
     spread = np.geomspace(1, max(moves[-1] - moves[0], 1), TRADES) + moves[0]
     last = {int(np.flatnonzero(moves <= limit)[-1]) for limit in spread}
     chosen = [points[at] for at in sorted(last | {0, len(points) - 1})]
-    return undominated((point, run.rank_of_all(point)) for point in chosen)
+    return undominated((point, run.final_rank(point)) for point in chosen)
 
 
 def _trade(run: Run, initial: Placement, incumbent: Incumbent, objective: float) -> Trade:

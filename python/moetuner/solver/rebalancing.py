@@ -1,7 +1,7 @@
-"""rebalance(): from running slots to better ones on live loads, by few moves and bounded work.
+"""rebalance(): better slots than the running ones for live loads, by few moves and bounded work.
 
-One set of rules for all who rebalance while a model serves: the plugins of engines and the
-rebalancer of expert-parallel layers.
+The plugins of engines and the rebalancer of expert-parallel layers both call it while a model
+serves.
 """
 
 from __future__ import annotations
@@ -21,45 +21,45 @@ from moetuner.solver.unseen import NOISE, NORM, SearchSetting
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
 
-# Where arriving copies need memory beside what runs: the largest share of what packing a model anew
-# would bring to other devices, and copies for every device that are never too many, in a small
-# model.
+# Where arriving copies need memory beside the running ones: largest share of the moves that packing
+# the model from scratch would take, and copies per device that are always allowed, for small
+# models.
 LARGEST_MOVE, FEW = 0.19, 8
-# Smallest share of the slowest device's time that is worth moving a layer's experts.
+# Least gain that is worth moving a layer's experts, as a share of its slowest device's time.
 DEAD_ZONE = 0.005
-# Standard deviations by which a count differs by chance, in those of a count of independent tokens.
+# Standard deviation of a count by chance, in those of a count of independent tokens.
 DEVIATIONS = 1.0
-# What windows must gain beyond chance: half of what devices differ may be chance, and a quarter of
-# what is in a device's slots changes (``Change::wary`` in the core).
+# Part of ``deviations`` that windows must gain: half of the differences between devices may be
+# chance, and a quarter of a device's slots change (``Change::raise_threshold`` in the core).
 WARY = 0.5**0.5
-# Layers by which the memory for windows is chosen, what a longer one may forecast worse, and what
-# older windows count: they still show which experts are busy together.
+# Layers by which the memory for windows is chosen; part by which a longer memory may forecast
+# worse; weight of older windows, which still show which experts are busy together.
 MEMORY_LAYERS, LONGER, OLDER = 8, 0.25, 0.05
-# Counts of pairs are whole numbers in the core: what one is cut into.
+# Parts that a pair is cut into: the core counts in whole numbers.
 PARTS = 1024
 
 
 def largest_move(layers: int, slots: int, devices: int) -> int:
-    """Return how many copies one decision brings at most where all of them are held in memory.
+    """Return the most copies that one decision may move where memory holds all of them.
 
-    Of a layer's slots that are packed anew, one for each device has by chance what it had before.
+    Packing a layer from scratch leaves one slot in ``devices`` as it was, by chance.
     """
-    anew = layers * slots * (devices - 1) / devices
-    return max(math.ceil(LARGEST_MOVE * anew), FEW * devices)
+    moved_from_scratch = layers * slots * (devices - 1) / devices
+    return max(math.ceil(LARGEST_MOVE * moved_from_scratch), FEW * devices)
 
 
 @dataclass(frozen=True)
 class Rebalanced:
-    """What became of running slots.
+    """Slots after rebalancing, and what that gains and takes.
 
     Parameters
     ----------
     slots
-        Expert ids [L,D,S]; -1 where a device holds all experts that it may already.
+        Expert ids [L,D,S]; -1 where a device already holds all experts that it may hold.
     before, after
-        Tokens of the slowest device of every layer [L], over all windows, and what pairs cost.
+        Tokens of the slowest device of every layer [L], over all windows, plus the cost of pairs.
     moves
-        Copies of every layer that come to a device [L].
+        Copies of every layer that move to another device [L].
     """
 
     slots: Slots
@@ -70,9 +70,9 @@ class Rebalanced:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Co-activated pairs of an offline profile [L,E,E], and what one costs, in tokens [L].
+    """Co-activated pairs of an offline profile [L,E,E], and the cost of one, in tokens [L].
 
-    That is, of a pair whose experts are not on one device; a pair stands for its part of a visit.
+    A pair costs that if its experts share no device; it stands for its part of a visit.
     """
 
     counts: NDArray[np.uint64]
@@ -92,42 +92,42 @@ def rebalance(
     full: bool = True,
     min_gain: float = 0.0,
 ) -> Rebalanced:
-    """Relieve the slowest devices of running slots by few copies that come to a device.
+    """Return slots that relieve the slowest devices of the running ones by few moved copies.
 
-    The answer is a function of the arguments alone. The work is bounded by steps and trials, not
-    by time; it runs in the calling thread, without the interpreter's lock.
+    The answer is a function of the arguments alone. Steps and trials bound the work, not time. It
+    runs in the calling thread, without the interpreter's lock.
 
     Parameters
     ----------
     windows
-        Tokens [L,E], or in windows [W,L,E], the last one last: finite, at least 0. Of windows as
-        many of the last ones count fully as forecast the next best, each by what it tells.
+        Tokens [L,E], or in windows [W,L,E], oldest first: finite, at least 0. The last windows
+        count fully, as many as forecast the next one best, each by its information.
     slots
-        Experts [L,D,S], -1 where a slot is empty. Experts that have no slot get one and empty slots
-        may be filled, whatever they bring. What stays on a device keeps its slot.
+        Running experts [L,D,S], -1 where a slot is empty. Experts without a slot get one, and empty
+        slots may be filled, even if that gains nothing. What stays on a device keeps its slot.
     budget
-        Copies that are brought at most, where they gain most.
+        Most copies that may move. They go where they gain most.
     time
         Time of every device per token, as a share of the slowest one's [D]; alike by default.
     dead_zone
         A layer stays unless its slowest device gains more than this share of its time.
     deviations
-        And more than chance. Counts differ by chance by so many of their standard deviations;
-        only what devices differ more is taken to be so on the next load, too. 0 takes any gain.
+        The gain must also exceed chance. Counts scatter by so many standard deviations of a count
+        of independent tokens; only larger differences are expected to last. 0 takes any gain.
     fresh
-        Layers [L] of which no load has shaped what runs: packed anew as far as the budget suffices.
-        By default none.
+        Layers [L] whose running slots no load has shaped: they are packed from scratch as far as
+        the budget suffices. By default none.
     pairs
-        What else counts, besides load.
+        Pairs that count besides load.
     full
-        Whether empty slots are filled; on one load alone they may stay.
+        Whether empty slots are filled; they may stay empty only with one window of load.
     min_gain
-        Tokens that a copy must gain at least, on one load.
+        Least gain of a moved copy, in tokens, with one window of load.
     """
     if not slots.size:
         raise ValueError(f"no slots in a layer: {list(slots.shape)}")
     windows = windows[None] if windows.ndim == 2 else windows
-    load, lasts = weighted(windows)
+    load, all_forecast = weighted(windows)
     devices, budget = slots.shape[1], min(budget, slots.size)
     live = _Live(
         load,
@@ -138,21 +138,21 @@ def rebalance(
         deviations,
     )
     if len(load) == 1 and pairs is None:
-        # Every step brings a copy.
+        # Every step moves a copy.
         steps = effort.ADAPT_STEPS if budget else 0
         return live.relieved(budget, steps=steps, full=full, min_gain=min_gain)
     if pairs is not None:
         # Pairs are counted as often as loads are.
         counted = load.sum(axis=(0, 2)) / np.maximum(windows.sum(axis=(0, 2)), 1e-300)
         pairs = Pairs(pairs.counts, pairs.cost * counted)
-    return live.searched(budget, effort.LASTING_PRICE if lasts else effort.LIVE_PRICE, pairs)
+    return live.searched(budget, effort.LASTING_PRICE if all_forecast else effort.LIVE_PRICE, pairs)
 
 
 def packed_anew(fresh: NDArray[np.bool_], slots: Slots, budget: int) -> NDArray[np.bool_]:
-    """Return which layers [L] a budget packs anew, of those that no load has shaped.
+    """Return the layers [L] that a budget packs from scratch, of those that no load has shaped.
 
-    The first ones for all of whose slots it suffices, if these are three quarters of them: fewer
-    copies gain more where every layer gets its part.
+    They are the first layers whose slots the budget covers, if that is at least three quarters of
+    all such layers, else none: then copies gain more if every layer gets some.
     """
     fits: NDArray[np.bool_] = fresh & (np.cumsum(fresh) * slots[0].size <= budget)
     return fits if 4 * fits.sum() >= 3 * fresh.sum() else np.zeros_like(fresh)
@@ -160,15 +160,15 @@ def packed_anew(fresh: NDArray[np.bool_], slots: Slots, budget: int) -> NDArray[
 
 @dataclass(frozen=True)
 class _Live:
-    """Loads as they count [W,L,E], slots that run [L,D,S], and when a layer changes.
+    """Weighted loads [W,L,E], running slots [L,D,S], and what a layer must gain to change.
 
-    ``anew`` are the layers that are packed anew [L].
+    Layers in ``repack`` [L] are packed from scratch.
     """
 
     load: Floats
     slots: Slots
     time: Floats
-    anew: NDArray[np.bool_]
+    repack: NDArray[np.bool_]
     dead_zone: float
     deviations: float
 
@@ -180,12 +180,12 @@ class _Live:
         full: bool = True,
         min_gain: float = 0.0,
     ) -> Rebalanced:
-        """Take steps on the sum of windows, or pack anew what no load has shaped."""
+        """Return slots after steps on the sum of windows, or packed from scratch in ``repack``."""
         slots, before, after, moves = _core.adapt_slots(
             np.ascontiguousarray(self.load.sum(axis=0)),
             np.ascontiguousarray(self.slots),
             self.time,
-            self.anew,
+            self.repack,
             max_moves=budget,
             steps=steps,
             trials=effort.QUICK,
@@ -197,38 +197,41 @@ class _Live:
         return Rebalanced(slots, np.array(before), np.array(after), np.array(moves, np.int64))
 
     def searched(self, budget: int, share: float, pairs: Pairs | None) -> Rebalanced:
-        """Search for what suits every window; a copy must gain a share of a device's tokens.
+        """Return slots searched for all windows; a copy must gain a share of a device's tokens.
 
-        Every layer stays, takes steps, or is searched from the better one of both; what is packed
-        anew is searched from nothing. Experts that had no slot get one whatever that gains.
+        Every layer stays, takes steps, or is searched from the better of both. Layers in ``repack``
+        are searched from scratch. Experts without a slot get one whatever that gains.
         """
         load, slots = self.load, self.slots
         running, layer = find_holders(slots, load.shape[2]), np.arange(len(slots))
         rate = math.fsum((1 / self.time).tolist())
         min_gain = float(_rounded(share * load.sum() / len(slots) / rate))
         is_new = ~running.any(axis=(1, 2))
-        free = self.anew | is_new
-        left = budget - int((self.anew & ~is_new).sum()) * slots[0].size
+        free = self.repack | is_new
+        moves_left = budget - int((self.repack & ~is_new).sum()) * slots[0].size
 
-        def chosen(ways: list[Slots], dead_zone: float, deviations: float) -> Rebalanced:
-            costs = np.stack([slowest(load, way, time=self.time, pairs=pairs) for way in ways])
-            moves = np.stack([moves_from(running, way) for way in ways])
+        def choose(choices: list[Slots], dead_zone: float, deviations: float) -> Rebalanced:
+            """Return the choice of every layer on which the budget gains most."""
+            costs = np.stack(
+                [slowest(load, slots, time=self.time, pairs=pairs) for slots in choices]
+            )
+            moves = np.stack([moves_from(running, slots) for slots in choices])
             best = _core.spend_budget(
                 costs,
-                # Where all may move, copies need no gain.
+                # Where all copies may move, none has to gain.
                 np.where(free, 0, moves),
-                max_moves=max(left, 0),
+                max_moves=max(moves_left, 0),
                 dead_zone=dead_zone,
                 deviations=deviations,
                 devices=slots.shape[1],
                 min_gain=min_gain,
             )
-            way = np.where(is_new, costs.argmin(axis=0), np.array(best, dtype=np.int64))
-            figures = costs[0], costs[way, layer], moves[way, layer]
-            return Rebalanced(np.stack(ways)[way, layer], *figures)
+            choice = np.where(is_new, costs.argmin(axis=0), np.array(best, dtype=np.int64))
+            figures = costs[0], costs[choice, layer], moves[choice, layer]
+            return Rebalanced(np.stack(choices)[choice, layer], *figures)
 
-        ways = [self.relieved(0, steps=0).slots, self.relieved(budget).slots]
-        start = chosen(ways, 0.0, 0.0).slots
+        choices = [self.relieved(0, steps=0).slots, self.relieved(budget).slots]
+        start = choose(choices, 0.0, 0.0).slots
         if free.any():
             search = _make_search(load[:, free], slots[free].shape, self.time)
             packed = search.construct(windows=True, alone=True)
@@ -236,18 +239,17 @@ class _Live:
             start[free] = _core.match_devices(packed, running_there, load.shape[2])
         copy_costs = _copy_costs(slots, load, self.time, np.where(free, 0.0, share))
         end = _place(load, start, copy_costs, self.time, pairs)
-        ways.append(keep_slots(slots, end, np.full(slots.shape[:2], slots.shape[2])))
-        return chosen(ways, self.dead_zone, self.deviations * WARY)
+        choices.append(keep_slots(slots, end, np.full(slots.shape[:2], slots.shape[2])))
+        return choose(choices, self.dead_zone, self.deviations * WARY)
 
 
 def weighted(windows: Floats) -> tuple[Floats, bool]:
-    """Return windows [W,L,E] as they count, fully within the memory that forecasts best.
+    """Return weighted windows [W,L,E], and whether all of them forecast the next one best.
 
-    And whether that is known to be all of them.
-
-    Each window of the later half is forecast by the mean of so many windows before it, as far as
-    there are any; of memories that are nearly as good the longest one is taken. What is older
-    counts a twentieth. A window counts by what it tells, as forecast and as what is forecast.
+    Windows within the memory that forecasts best count fully, older ones a twentieth. Each memory,
+    a number of windows, is tried on the later half of the windows: the mean of so many windows
+    before one forecasts it. Of memories that are nearly as good, the longest is taken. A window is
+    weighed by its information, both in a forecast and as the one that is forecast.
     """
     count = len(windows)
     if count < 3:
@@ -256,10 +258,12 @@ def weighted(windows: Floats) -> tuple[Floats, bool]:
     tokens = sample.sum(axis=2, keepdims=True)
     share = sample / np.maximum(tokens, 1e-300)
     part = informative_part(share, tokens)
-    told = part * tokens.sum(axis=(1, 2))
+    information = part * tokens.sum(axis=(1, 2))
     share = share.reshape(count, -1)
-    sums = np.concatenate([np.zeros((1, share.shape[1])), (told[:, None] * share).cumsum(axis=0)])
-    weight = np.concatenate([[0.0], told.cumsum()])
+    sums = np.concatenate(
+        [np.zeros((1, share.shape[1])), (information[:, None] * share).cumsum(axis=0)]
+    )
+    weight = np.concatenate([[0.0], information.cumsum()])
     at = np.arange(count // 2 + count % 2, count)
     memories = [count]
     while memories[-1] > 1:
@@ -269,32 +273,33 @@ def weighted(windows: Floats) -> tuple[Floats, bool]:
         first = np.maximum(at - memory, 0)
         weights = np.maximum(weight[at] - weight[first], 1e-300)
         forecast = (sums[at] - sums[first]) / weights[:, None]
-        errors.append(float((told[at, None] * (share[at] - forecast) ** 2).sum()))
+        errors.append(float((information[at, None] * (share[at] - forecast) ** 2).sum()))
     good = [error <= min(errors) * (1 + LONGER) for error in errors]
     memory = memories[good.index(True)]
-    lasts = memory == count
+    all_forecast = memory == count
     part[:-memory] *= OLDER
     if (part == 1).all():
-        return windows, lasts
-    return part[:, None, None] * windows, lasts
+        return windows, all_forecast
+    return part[:, None, None] * windows, all_forecast
 
 
 def informative_part(share: Floats, tokens: Floats) -> Floats:
-    """Return the part [W] of each window's tokens that tells of other windows.
+    """Return the part [W] of each window's tokens that is information about other windows.
 
-    Of shares [W,L,E] of tokens [W,L,1]. The share of an expert varies with share / n in a window of
-    n tokens, besides what windows differ: so n tokens tell n / (1 + n / m), where m tokens vary as
-    much as windows do, seen in neighbours. Relative to the smallest window, as its tokens do.
+    Takes shares [W,L,E] of tokens [W,L,1]. An expert's share in a window of n tokens has a variance
+    of share / n by chance, besides the variance between windows. So n tokens are worth
+    n / (1 + n / m), where m tokens scatter as much as windows differ; neighbours show how much that
+    is. The parts are scaled so that the largest one, of the smallest window, is 1.
     """
     tokens = tokens[:, :, 0]
     n = tokens.mean(axis=1)
     chance = (1 / np.maximum(tokens, 1)).sum(axis=1)
     chance = chance[1:] + chance[:-1]
-    differs = ((share[1:] - share[:-1]) ** 2).sum(axis=(1, 2))
-    # Half of what neighbours differ is of each; sizes that tell more count more.
-    variance = ((differs - chance) / chance).sum() / (1 / chance).sum() / (2 * tokens.shape[1])
-    told = 1 / (1 + n * max(float(_rounded(variance)), 0.0))
-    part: Floats = told / told.max()
+    difference = ((share[1:] - share[:-1]) ** 2).sum(axis=(1, 2))
+    # Each of two neighbours has half of the variance; pairs with less chance weigh more.
+    variance = ((difference - chance) / chance).sum() / (1 / chance).sum() / (2 * tokens.shape[1])
+    worth = 1 / (1 + n * max(float(_rounded(variance)), 0.0))
+    part: Floats = worth / worth.max()
     return part
 
 
@@ -308,10 +313,10 @@ def _make_search(windows: Floats, shape: tuple[int, ...], time: Floats) -> _core
 def _place(
     windows: Floats, start: Slots, copy_costs: Floats, time: Floats, pairs: Pairs | None
 ) -> Slots:
-    """Search from a start for what suits every window, and pairs, not the sum of windows alone.
+    """Return slots searched from a start for all windows, and pairs.
 
-    No worse than the start by the slowest devices of the windows and the costs of copies [L,E,D].
-    All work is done in the calling thread.
+    They are no worse than the start by the slowest devices of the windows and the costs of copies
+    [L,E,D]. All work is done in the calling thread.
     """
     search, per_layer = _make_search(windows, start.shape, time), start[0].size
     search.price_copies(copy_costs)
@@ -328,10 +333,7 @@ def _place(
 
 
 def _copy_costs(slots: Slots, windows: Floats, time: Floats, share: Floats) -> Floats:
-    """Compute what a copy costs [L,E,D] where a device does not hold its expert.
-
-    Shares [L] of a device's tokens.
-    """
+    """Compute the cost of a new copy [L,E,D]: a share [L] of a device's tokens, 0 if it runs."""
     cost = _rounded(share * windows.sum(axis=(0, 2)) / math.fsum((1 / time).tolist()))
     holds = find_holders(slots, windows.shape[2]).transpose(0, 2, 1)
     return np.ascontiguousarray(np.where(holds, 0.0, cost[:, None, None]))
@@ -342,13 +344,13 @@ def slowest(
 ) -> Floats:
     """Compute the tokens of the slowest device of every layer [L], over windows [W,L,E].
 
-    Copies share evenly, also those on one device; ``time`` is each device's per token [D], alike by
-    default. What pairs cost that are apart is added.
+    Copies share evenly, those on one device, too. ``time`` is each device's time per token [D],
+    equal by default. The cost of pairs that are apart is added.
     """
     experts = windows.shape[2]
     share = 1 / np.maximum(count_copies(slots, experts), 1)
     layer = np.arange(len(slots))[:, None, None]
-    # An empty slot, -1, takes the last expert's share, which is not asked for.
+    # An empty slot, -1, reads the last expert's share, which the core does not use.
     shared = np.ascontiguousarray(slots, np.int32), share[layer, slots]
     load = _core.expected_load(shared, np.ascontiguousarray(windows, np.float64), threads=1)
     if time is not None:
@@ -360,7 +362,7 @@ def slowest(
 
 
 def _rounded(sums: Floats) -> Floats:
-    """Round sums of floats: they end in other bits elsewhere, and every rank must choose alike."""
+    """Round sums of floats, whose last bits depend on the machine: every rank must choose alike."""
     digits, power = np.frexp(sums)
     rounded: Floats = np.ldexp(np.rint(np.ldexp(digits, 30)), power - 30)
     return rounded

@@ -1,7 +1,7 @@
-"""As few moves as can be at the same worth: devices renamed, and layers left as they run.
+"""Fewest moves at the same objective: devices are renamed, and layers stay as they run.
 
-Devices that are alike may exchange all that they hold: no figure changes, but more of what runs
-stays where it is.
+Equal devices may exchange all that they hold: no figure changes, but more copies stay where they
+run.
 """
 
 from __future__ import annotations
@@ -27,41 +27,41 @@ FORBIDDEN = -(1 << 40)
 
 
 def keep_running(problem: Problem, objective: Objective, running: Placement, slots: Slots) -> Slots:
-    """Return slots [L,D,S] of the same worth of which as much as can be runs already.
+    """Return slots [L,D,S] that are as good as those given, with as few moves as possible.
 
-    Devices are renamed, and a layer that is worth no more than what runs there stays as it is.
+    Devices are renamed, and a layer that is no better than the running one stays as it runs.
     """
-    found, stays = (pad_slots(each, problem.capacity) for each in (slots, running.slots))
-    renamed = rename_devices(problem, running.held, found)
+    wanted, current = (pad_slots(array, problem.capacity) for array in (slots, running.slots))
+    renamed = rename_devices(problem, running.held, wanted)
     if not objective.is_sum_of_layers:
         return renamed
-    choices = [renamed] if stays.shape != found.shape else [renamed, stays]
-    placements = [Placement(each, num_experts=problem.experts) for each in [found, *choices]]
-    costs, *others = (objective.layer_costs(each) for each in placements)
-    excess, *excesses = (problem.caps.excess(each) for each in placements)
-    kept = found.copy()
-    # What runs comes last, so that it stays wherever it is as good.
-    for choice, cost, over in zip(choices, others, excesses, strict=True):
-        is_as_good = (cost <= costs * (1 + ROUNDING)).all(axis=1) & (over <= excess)
-        if choice is stays:
+    choices = [renamed] if current.shape != wanted.shape else [renamed, current]
+    placements = [Placement(array, num_experts=problem.experts) for array in [wanted, *choices]]
+    wanted_cost, *costs = (objective.layer_costs(placement) for placement in placements)
+    wanted_excess, *excesses = (problem.caps.excess(placement) for placement in placements)
+    result = wanted.copy()
+    # The running slots come last, so that they stay wherever they are as good.
+    for choice, cost, excess in zip(choices, costs, excesses, strict=True):
+        is_as_good = (cost <= wanted_cost * (1 + ROUNDING)).all(axis=1) & (excess <= wanted_excess)
+        if choice is current:
             is_as_good &= problem.layers_that_keep_rules(running)
-        kept[is_as_good] = choice[is_as_good]
-    return kept
+        result[is_as_good] = choice[is_as_good]
+    return result
 
 
 def rename_devices(problem: Problem, running: NDArray[np.bool_], slots: Slots) -> Slots:
     """Return slots [L,D,S] with devices renamed so that the fewest copies move.
 
-    What a device holds goes to a device that is as fast, has slots for it, may hold it, and has the
-    same neighbours: devices of one node go to one node, and so on for larger tiers. Each layer has
-    names of its own, but all layers the same ones where tokens follow from layer to layer.
+    The contents of a device go to a device that is as fast, has enough slots, and may hold them.
+    Devices of one node go to one node, and so on for larger tiers. Each layer is renamed by itself,
+    but all layers alike where tokens follow from layer to layer.
 
     Parameters
     ----------
     problem
-        What is placed.
+        The problem that the slots solve.
     running
-        Whether a device holds an expert in what runs [L,D,E].
+        Whether a device of the running placement holds an expert [L,D,E].
     slots
         Expert ids [L,D,S], experts first, as ``pad_slots`` has them.
     """
@@ -69,12 +69,12 @@ def rename_devices(problem: Problem, running: NDArray[np.bool_], slots: Slots) -
         return slots
     layers, devices, _ = slots.shape
     holders = find_holders(slots, problem.experts)
-    kept = np.matmul(holders.astype(np.float32), running.transpose(0, 2, 1).astype(np.float32))
-    weight = kept.astype(np.int64) * (devices + 1)
+    staying = np.matmul(holders.astype(np.float32), running.transpose(0, 2, 1).astype(np.float32))
+    weight = staying.astype(np.int64) * (devices + 1)
     weight[~_may_take(problem, holders)] = FORBIDDEN
     if problem.regime == "follow":
         weight = np.maximum(weight.sum(axis=0, keepdims=True), FORBIDDEN)
-    # Of names that keep equally much, those that change least.
+    # Among renamings that keep equally many copies, the one that renames the fewest devices.
     weight = weight + np.eye(devices, dtype=np.int64)
     names, total = _match(weight, [level.devices for level in problem.topology.levels])
     names = np.broadcast_to(names, (layers, devices)).copy()
@@ -95,7 +95,7 @@ def _is_tiered(topology: Topology) -> bool:
 
 
 def _may_take(problem: Problem, holders: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Return whether what a device holds [L,D,E] may be on another device [L,D,D]."""
+    """Return whether the contents of a device [L,D,E] may be on another device [L,D,D]."""
     speed, rules = problem.topology.speed_of_device, problem.rules
     may: NDArray[np.bool_] = holders.sum(axis=2)[:, :, None] <= problem.capacity[:, None, :]
     may &= speed[:, None] == speed

@@ -1,4 +1,4 @@
-"""What a solver answers: a placement, what is proven of it, and how it was found."""
+"""Result: a placement, its bound, and how both were found."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class CapsDetails(_Facts):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class UnseenDetails(_Facts):
-    """What the search made small so that it generalises to unseen traffic, and why."""
+    """What the search minimised so that it generalises to unseen traffic, and why."""
 
     chosen: str
     reason: str | None = None
@@ -107,7 +107,7 @@ class UnseenDetails(_Facts):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LevelBound(_Facts):
-    """What was proven of one level of the topology: pairs that cross at least."""
+    """The bound on one level of the topology: least pairs that cross."""
 
     crossing_pairs: int
     iterations: int
@@ -116,7 +116,7 @@ class LevelBound(_Facts):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class BoundDetails(_Facts):
-    """How the bound was found, by level, and which one the answer itself ``refuted``."""
+    """The bound by level of the topology, and the one that the answer itself ``refuted``."""
 
     levels: Mapping[str, LevelBound] = field(default_factory=dict)
     refuted: str | None = None
@@ -124,7 +124,7 @@ class BoundDetails(_Facts):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Details(Frozen):
-    """What a method knows of its answer besides the placement, in four parts.
+    """Facts about an answer besides the placement, in four parts.
 
     Examples
     --------

@@ -1,9 +1,9 @@
-"""Run: one solve under way. It alone knows the time, Ctrl-C, progress and the best placement.
+"""Run: one solve under way, which owns its clock, Ctrl-C, progress and the best placement.
 
-A method is a list of stages. A stage says whether it applies and how much time it needs, takes the
-problem and the best placement from the run, and offers what it finds. Whatever it offers is filled,
-judged and ranked here: slots, pins and bans first, then load above the caps, then the objective
-with moves at their price.
+A method is a list of stages. A stage says whether it applies and how much time it needs. It takes
+the problem and the best placement from the run, and offers placements. The run fills the slots of
+an offered placement, judges it and ranks it: by slots, pins and bans first, then by load above the
+caps, then by the objective with moves at their price.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from moetuner.solver.result import BoundDetails, Details, LevelBound, Status
 
 Slots = NDArray[np.int32]
 Value = TypeVar("Value")
-# Values within this part of the best are as good: predictions are not known to half a per cent.
+# Values within this part of the best are ties: predictions are not accurate to half a per cent.
 TIE = 0.005
 
 
 @dataclass(frozen=True)
 class Moves:
-    """A running placement, and what it costs to leave it: as ``solve`` takes them."""
+    """A running placement, with the budget and price of moves from it, as ``solve`` takes them."""
 
     initial: Placement
     budget: float | None = None
@@ -52,24 +52,24 @@ class Moves:
 
     @property
     def price(self) -> float:
-        """What a move costs, in units of the objective."""
+        """Price of a move, in units of the objective."""
         return self.cost * self.expert_bytes
 
     @property
     def most(self) -> float:
-        """Moves that the budget allows."""
+        """Most moves that the budget allows."""
         if self.budget is None or not self.expert_bytes:
             return np.inf
         return self.budget / self.expert_bytes
 
     @cached_property
     def running(self) -> NDArray[np.bool_]:
-        """Whether a device holds an expert in what runs [L,D,E]: counted once for all answers."""
+        """Whether a device of the running placement holds an expert [L,D,E]; computed once."""
         return self.initial.held
 
     @property
     def copy_costs(self) -> NDArray[np.float64]:
-        """What a copy on a device costs [L,D,E]."""
+        """Price of a copy of an expert on a device [L,D,E]: none where it runs already."""
         return np.where(self.running, 0.0, self.price)
 
     def count(self, slots: Slots) -> int:
@@ -78,13 +78,13 @@ class Moves:
 
 
 class Role(Enum):
-    """What an incumbent is to those that come after it, whatever found it."""
+    """What an incumbent is to later stages, whatever stage offered it."""
 
     FOUND = "what a search found"
-    # Of equals any other one is the answer.
+    # Any other incumbent of the same rank is preferred.
     FLOOR = "the load balanced, and nothing else"
     BALANCED = "large layers balanced by a whole search for that, after which others are shorter"
-    # Copies have to better it.
+    # A placement with copies must be better than this.
     SINGLE = "the best with one copy of each expert"
     RUNNING = "what runs, or the nearest that keeps the rules"
 
@@ -98,16 +98,16 @@ class Incumbent:
     slots
         Expert ids [L,D,S].
     excess
-        By what part caps are exceeded, summed over layers; infinite where another rule is broken:
-        slots, pins or bans, which a stage may leave aside.
+        Part by which load exceeds the caps, summed over layers; infinite where slots, pins or bans
+        are broken, which a stage may ignore.
     value
-        The objective in the windows that a search sees, with moves at their price.
+        The objective in the windows that a search sees, plus the price of moves.
     by
-        What found it, in words.
+        Name of the search that found it.
     role
-        What it is to stages that come later.
+        What it is to later stages.
     is_start
-        Whether a search began with it: no answer is behind any of these.
+        Whether a search began with it: the answer is no worse than any of these.
     moves
         Copies that have to move.
     """
@@ -136,11 +136,11 @@ class Bound:
         In units of ``Objective.cost`` where the objective is traffic of pairs, else of
         ``Objective.value``.
     source
-        How it was proven.
+        Name of the proof.
     certificate
-        What anybody can recompute it from, or None.
+        What anybody can recompute the bound from, or None.
     levels
-        How it was proven level by level.
+        Proof of each level of the topology.
     interrupted
         Whether Ctrl-C ended the proof.
     """
@@ -162,13 +162,13 @@ class Stage:
         Takes the run and a budget, offers placements and proves bounds. It raises
         KeyboardInterrupt if the core or HiGHS reports an interrupt.
     applies
-        Whether it can do anything for the run's problem.
+        Whether it can improve or prove anything for the run's problem.
     least
-        Seconds below which it is not worth beginning.
+        Least seconds with which it is worth beginning.
     share
-        Share of the seconds left that it may use at most.
+        Largest share of the seconds left that it may use.
     reserve
-        Share of so many seconds left that is kept back for it while earlier stages run.
+        Share of the seconds left that earlier stages must leave for it.
     """
 
     run: Callable[[Run, Budget], None]
@@ -179,7 +179,7 @@ class Stage:
 
 
 class Run:
-    """A solve under way, with the budget of all its stages; ``moves`` where a placement runs."""
+    """A solve under way, with the budget of all stages; ``moves`` is None if no placement runs."""
 
     def __init__(
         self,
@@ -191,26 +191,27 @@ class Run:
     ) -> None:
         self.problem, self.seed, self.moves = problem, seed, moves
         self.budget = Budget() if budget is None else budget
-        # Of many windows a search sees some that stand for all; the answer is judged on all.
+        # Where there are many windows, a search sees representative ones; the answer is judged on
+        # all.
         self.sees_all = problem.windows.searched is problem.windows
         self.objective = problem.objective_function
-        # Of more, the few that are compared in the end are ranked by a sample.
-        self.judge_of_last = problem.objective_function
+        # Where there are even more, a sample ranks the few placements that are compared in the end.
+        self.final_objective = problem.objective_function
         if not self.sees_all:
             self.objective = problem.objective_searched
-            self.judge_of_last = problem.objective_sampled
-        # Of few slots the same are tried again and again: excess and value, without moves' price.
-        self._judged: dict[bytes, tuple[float, float]] = {}
+            self.final_objective = problem.objective_sampled
+        # Searches of few slots try the same slots repeatedly: excess and value, without moves.
+        self._ranks: dict[bytes, tuple[float, float]] = {}
         self.incumbents: list[Incumbent] = []
         self.bound: Bound | None = None
         self.details = Details()
         self.interrupted = self.cut = False
-        # Seconds that judging a placement takes, and that the judgement on all windows will take.
+        # Seconds that it takes to judge a placement, by the windows searched and by all windows.
         self.judging = self.judging_all = 0.0
 
     @cached_property
     def is_tiny(self) -> bool:
-        """Whether slots are so few that the objective itself is tried on what they may hold."""
+        """Whether slots are so few that changes are tried on the objective itself."""
         return bool(self.problem.capacity.sum() <= effort.POLISHED_SLOTS)
 
     @property
@@ -223,19 +224,19 @@ class Run:
     def finish(
         self, stages: Sequence[Stage], floor: Callable[[], Slots], result: Callable[[], Value]
     ) -> Value:
-        """Run stages, then return the result; Ctrl-C ends either with the best so far.
+        """Run stages and return the result; after Ctrl-C, that of the best placement so far.
 
-        Slots of the ``floor`` are the answer if no stage has offered anything.
+        The slots of ``floor`` are the answer if no stage has offered any.
         """
         try:
-            # Of large tables this takes a while: not after the search, when the time is over.
+            # This takes a while for large tables, so it must not come when the time is over.
             _ = self.problem.statistics.fingerprint
             self.through(stages)
             if self.incumbents:
                 return result()
         except KeyboardInterrupt:
             self.interrupted = True
-        # What is known is not lost: this takes no longer than what was interrupted.
+        # Ctrl-C keeps the best so far: this takes no longer than the stage that was interrupted.
         if not self.incumbents:
             self.offer(floor(), "balance", role=Role.FLOOR, is_start=True)
         return result()
@@ -243,7 +244,7 @@ class Run:
     def through(self, stages: Sequence[Stage], budget: Budget | None = None) -> None:
         """Run stages in order until one proves the optimum or the gap, or Ctrl-C.
 
-        A stage is left out if it does not apply or cannot end in time; the first one is not.
+        A stage that does not apply or cannot end in time is skipped, unless nothing is offered yet.
         """
         budget = self.budget if budget is None else budget
         try:
@@ -256,17 +257,19 @@ class Run:
             self.interrupted = True
 
     def _begin(self, stage: Stage, later: Sequence[Stage], budget: Budget) -> None:
+        """Run a stage within its share of the budget, if that suffices."""
         left, reserved = budget.left, 0.0
         if left is not None:
             reserves = [stage.reserve(self, left) for stage in later if stage.applies(self)]
             reserved = max(reserves, default=0.0)
-        # What the stage finds is judged, and in the end the best and a start on all windows.
+        # Time to judge what the stage offers, and in the end the best and a start on all windows.
         keep = self.judging + 2 * self.judging_all if self.incumbents else 0.0
-        part = budget.within((1 - reserved) * stage.share(self), keep=keep)
-        if self.incumbents and part.left is not None and part.left <= stage.least(self):
+        stage_budget = budget.within((1 - reserved) * stage.share(self), keep=keep)
+        seconds = stage_budget.left
+        if self.incumbents and seconds is not None and seconds <= stage.least(self):
             self.cut = True
         else:
-            stage.run(self, part)
+            stage.run(self, stage_budget)
 
     def inner(
         self,
@@ -277,7 +280,7 @@ class Run:
         moves: Moves | None = None,
         start: Slots | None = None,
     ) -> Run:
-        """Return another run through stages: of another problem, from slots, or at other prices."""
+        """Run stages in another run and return it: of another problem, start, or price of moves."""
         inner = Run(problem or self.problem, seed=self.seed, budget=budget, moves=moves)
         if start is not None:
             inner.offer(start, "start", is_start=True)
@@ -296,34 +299,34 @@ class Run:
         role: Role = Role.FOUND,
         is_start: bool = False,
     ) -> Incumbent:
-        """Compute the rank of slots [L,D,S], whose slots are filled if the problem wants that."""
+        """Return slots [L,D,S] with their rank, after filling them if the problem wants that."""
         begin = self.budget.gone
         slots = self.problem.filled(slots, None if self.moves is None else self.moves.initial)
         moves = 0 if self.moves is None else self.moves.count(slots)
         key = slots.tobytes() if self.is_tiny else b""
-        worth = self._judged.get(key) or self._worth(slots, self.objective)
+        rank = self._ranks.get(key) or self._rank_without_moves(slots, self.objective)
         if key:
-            self._judged[key] = worth
-        excess, value = self._with_moves(worth, moves)
+            self._ranks[key] = rank
+        excess, value = self._with_moves(rank, moves)
         incumbent = Incumbent(slots, excess, value, by, role, is_start, moves)
         self.judging = max(self.judging, self.budget.gone - begin)
         return incumbent
 
     def _rank(self, slots: Slots, moves: int, objective: Objective) -> tuple[float, float]:
         """Compute excess, and value with the price of moves."""
-        return self._with_moves(self._worth(slots, objective), moves)
+        return self._with_moves(self._rank_without_moves(slots, objective), moves)
 
-    def _with_moves(self, worth: tuple[float, float], moves: int) -> tuple[float, float]:
-        """Return excess, and value with the price of moves."""
-        excess, value = worth
+    def _with_moves(self, rank: tuple[float, float], moves: int) -> tuple[float, float]:
+        """Add the price of moves to the value of a rank."""
+        excess, value = rank
         return excess, value + (0.0 if self.moves is None else self.moves.price * moves)
 
-    def _worth(self, slots: Slots, objective: Objective) -> tuple[float, float]:
-        """Compute excess and value; slots that break a rule but the caps exceed all of them."""
+    def _rank_without_moves(self, slots: Slots, objective: Objective) -> tuple[float, float]:
+        """Compute excess and value; the excess is infinite if a rule other than a cap is broken."""
         placement, problem = Placement(slots, num_experts=self.problem.experts), self.problem
         excess = float(problem.caps.excess(placement).sum())
-        over = ((slots != EMPTY).sum(axis=2) > problem.capacity).any()
-        if over or problem.rules.violations(placement):
+        is_over_full = ((slots != EMPTY).sum(axis=2) > problem.capacity).any()
+        if is_over_full or problem.rules.violations(placement):
             excess = np.inf
         return excess, objective.value(placement)
 
@@ -336,11 +339,11 @@ class Run:
         is_start: bool = False,
         interrupted: bool = False,
     ) -> Incumbent:
-        """Judge slots [L,D,S]; they are an incumbent if their moves are within the budget.
+        """Judge slots [L,D,S]; they become an incumbent if their moves are within the budget.
 
-        Where the answer is judged as the search judges, and keeps the caps, a value is reported
-        that it is not behind. What an interrupted search found is offered as well, before
-        KeyboardInterrupt goes on. Where a placement runs, as much of it stays as can at this rank.
+        Where a placement runs, devices are renamed so that the fewest copies move at this rank. The
+        best value is reported if the answer will be judged by the same objective and keeps the
+        caps. If the search was ``interrupted``, KeyboardInterrupt is raised after that.
         """
         incumbent = self.judge(slots, by, role=role, is_start=is_start)
         if self.moves is not None and incumbent.moves and role is not Role.RUNNING:
@@ -352,16 +355,16 @@ class Run:
             if report is not None and is_objective and not best.excess:
                 report(Progress(0.0, by, best.value, is_step=True))
         if is_start and not (self.sees_all or self.judging_all or self.budget.is_over()):
-            self._rank_at_last(incumbent)
+            self._estimate_final_rank(incumbent)
         if interrupted:
             raise KeyboardInterrupt
         return incumbent
 
     def _with_fewest_moves(self, incumbent: Incumbent, moves: Moves) -> Incumbent:
-        """Return an incumbent of the same rank to which as few copies move as renaming can do."""
-        kept = keep_running(self.problem, self.objective, moves.initial, incumbent.slots)
-        nearer = self.judge(kept, incumbent.by, role=incumbent.role, is_start=incumbent.is_start)
-        # By its own worth: fewer moves at a price are a gain.
+        """Return an incumbent of the same rank, renamed so that the fewest copies move to it."""
+        renamed = keep_running(self.problem, self.objective, moves.initial, incumbent.slots)
+        nearer = self.judge(renamed, incumbent.by, role=incumbent.role, is_start=incumbent.is_start)
+        # Its value has the price of fewer moves, so it may also be lower.
         value = incumbent.value + abs(incumbent.value) * ROUNDING
         is_as_good = nearer.excess <= incumbent.excess and nearer.value <= value
         return nearer if is_as_good and nearer.moves < incumbent.moves else incumbent
@@ -378,55 +381,56 @@ class Run:
 
     @property
     def best(self) -> Incumbent:
-        """The incumbent of the lowest rank; of equal ones not the floor, then the first."""
+        """The incumbent of the lowest rank; among equals the first one that is not the floor."""
         return min(
             self.incumbents,
             key=lambda incumbent: (incumbent.rank, incumbent.role is Role.FLOOR),
         )
 
     def answer(self) -> Incumbent:
-        """Return the best incumbent by all windows, or a sample, where a search has seen fewer.
+        """Return the best incumbent by all windows, or by a sample, where a search saw fewer.
 
-        Out of the few that the search ranks first, and its starts. The search's own choice stays
-        where it is as good as the best by more than chance can tell.
+        The candidates are the few that the search ranks first, and its best start. The search's own
+        best stays the answer if it is within half a per cent of the best, and no worse than that
+        start.
         """
         best = self.best
         starts = [incumbent for incumbent in self.incumbents if incumbent.is_start]
         if self.sees_all or not starts:
             return best
-        floor = min(starts, key=lambda incumbent: incumbent.rank)
-        judged = [
-            floor,
+        best_start = min(starts, key=lambda incumbent: incumbent.rank)
+        candidates = [
+            best_start,
             best,
             *sorted(self.incumbents, key=lambda incumbent: incumbent.rank)[: effort.JUDGED],
         ]
         ranks: dict[bytes, tuple[float, float]] = {}
-        slots = {incumbent.slots.tobytes(): incumbent for incumbent in judged}
-        for key, incumbent in slots.items():
+        candidate_of = {incumbent.slots.tobytes(): incumbent for incumbent in candidates}
+        for key, incumbent in candidate_of.items():
             if not ranks or not self.budget.is_over():
-                ranks[key] = self._rank_at_last(incumbent)
+                ranks[key] = self._estimate_final_rank(incumbent)
         first = min(ranks, key=ranks.__getitem__)
         excess, value = ranks[first]
-        rank_of_best, least = ranks.get(best.slots.tobytes()), ranks[floor.slots.tobytes()]
-        if rank_of_best is not None and rank_of_best <= min((excess, value * (1 + TIE)), least):
+        best_rank, start_rank = ranks.get(best.slots.tobytes()), ranks[best_start.slots.tobytes()]
+        if best_rank is not None and best_rank <= min((excess, value * (1 + TIE)), start_rank):
             return best
-        return slots[first]
+        return candidate_of[first]
 
-    def rank_of_all(self, incumbent: Incumbent) -> tuple[float, float]:
+    def final_rank(self, incumbent: Incumbent) -> tuple[float, float]:
         """Compute the rank of an incumbent by all windows."""
         return self._rank(incumbent.slots, incumbent.moves, self.problem.objective_function)
 
-    def _rank_at_last(self, incumbent: Incumbent) -> tuple[float, float]:
-        """Compute the rank of an incumbent by all windows or, of very many, by a sample."""
+    def _estimate_final_rank(self, incumbent: Incumbent) -> tuple[float, float]:
+        """Compute the rank of an incumbent by all windows; by a sample of very many."""
         begin = self.budget.gone
-        rank = self._rank(incumbent.slots, incumbent.moves, self.judge_of_last)
+        rank = self._rank(incumbent.slots, incumbent.moves, self.final_objective)
         self.judging_all = max(self.judging_all, self.budget.gone - begin)
         return rank
 
     # Proofs.
 
     def prove(self, bound: Bound) -> None:
-        """Take a proven lower bound; raise KeyboardInterrupt if that ended its proof."""
+        """Store a proven lower bound; raise KeyboardInterrupt if Ctrl-C ended its proof."""
         self.bound = bound
         self.details = replace(self.details, bound=BoundDetails(bound.levels))
         report = self.budget.progress
@@ -437,12 +441,12 @@ class Run:
 
     @property
     def scale(self) -> int:
-        """Bound units that are one unit of the objective."""
+        """Units of the bound in one unit of the objective."""
         return self.objective.scale if self.objective.counts_pairs else 1
 
     @property
     def is_proven(self) -> bool:
-        """Whether the bound proves the best placement, to be the optimum or within the gap."""
+        """Whether the bound proves that the best placement is the optimum, or within the gap."""
         bound = self.bound
         return bound is not None and judge_bound(self, self.best.slots, bound) is not None
 
@@ -452,9 +456,9 @@ ROUNDING = 1e-9
 
 
 def judge_bound(run: Run, slots: Slots, bound: Bound) -> Status | Literal["refuted"] | None:
-    """Return what a bound proves of slots [L,D,S]: the optimum, or the gap that was given.
+    """Return what a bound proves about slots [L,D,S]: the optimum, or the gap that was given.
 
-    A bound above their own value is refuted. Costs of single copies are whole and exact.
+    A bound above the value of the slots is refuted. Costs of single copies are whole and exact.
     """
     placement, gap = Placement(slots, num_experts=run.problem.experts), run.budget.gap
     objective, rounding = run.problem.objective_function, ROUNDING

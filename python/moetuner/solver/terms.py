@@ -1,8 +1,8 @@
-"""The one builder of the core's ``Layers``: what its search adds up, in weighted tokens.
+"""The builder of the core's ``Layers``: the terms that its search sums, in weighted tokens.
 
-All costs are in weighted tokens on the slowest device, where a token costs ``token_us``. Weights
-that are read and the busiest port count as they do in a predicted time; a link costs what it does
-if ports are evenly used.
+All costs are in weighted tokens of the slowest device, where a token takes ``token_us``. Reading
+weights and the busiest port cost what they do in a predicted time. A link costs what it does if
+ports are evenly used.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ Floats = NDArray[np.float64]
 # Transitions [L-1,E,E], and what one costs between devices [D,D].
 Links = tuple[NDArray[np.uint64], Floats]
 
-# Tokens of balance that a unit of traffic outweighs: balance only decides between equals.
+# Tokens of balance that cost as much as a unit of traffic: balance only breaks ties.
 TRAFFIC_FIRST = 1e3
-# Mean loads of a device that the norm over losses costs which stands for the worst one: it rises
-# less than that. On DeepSeek-V3's loads, 72 devices x 8 slots and 36 x 16, the worst of all layers
-# is 1.19 and 1.08 of the mean with a tenth of it, as in the objective, 1.18 and 1.07 with this;
+# Cost of the norm over losses, in mean loads of a device: the norm stands for the worst loss, and
+# rises less than that.
+# On DeepSeek-V3's loads, 72 devices x 8 slots and 36 x 16, the worst of all layers
+# is 1.19 and 1.08 of the mean with a tenth of this, as in the objective, 1.18 and 1.07 with this;
 # twice as much costs intact load. Where a norm stands for windows as well it is a tenth: four
 # profiles at once are then at 1.070 and 1.040 intact instead of 1.113 and 1.070, with worst losses
 # of 1.158 and 1.063 instead of 1.148 and 1.064.
 LOSS, LOSS_IN_WINDOWS = 1.0, 0.1
-# A token that takes no time takes this: all else is counted in tokens.
+# Least time of a token: it is the unit of all other costs, so it must not be 0.
 LEAST_TOKEN_US = 1e-9
 
 
@@ -47,7 +48,7 @@ class Site:
     nearest
         Whether the nearest copy serves.
     rules
-        What every placement keeps; None where every expert is somewhere and no more is asked.
+        Rules of every placement; None where every expert must be somewhere, and no more.
     """
 
     capacity: NDArray[np.int64]
@@ -58,9 +59,9 @@ class Site:
 
 
 def make_site(problem: Problem, *, caps: Floats | None = None, nearest: bool | None = None) -> Site:
-    """Return the devices of a problem with its rules, and caps [L] on load in time of the slowest.
+    """Return the devices of a problem with its rules, and caps [L] in time of the slowest device.
 
-    By default the nearest copy serves as the problem says.
+    ``nearest`` is by default as the problem's split has it.
     """
     return Site(
         problem.capacity,
@@ -73,7 +74,7 @@ def make_site(problem: Problem, *, caps: Floats | None = None, nearest: bool | N
 
 @dataclass(frozen=True)
 class TimeCosts:
-    """What weights and rows take, in tokens: arguments of ``Layers.price_time``."""
+    """Times of weights and rows, in tokens: arguments of ``Layers.price_time``."""
 
     base: float
     expert: float
@@ -85,7 +86,7 @@ class TimeCosts:
 
 @dataclass(frozen=True)
 class VisitCosts:
-    """Expert sets of every layer, and what a visit costs: of a device and, on top, of a node."""
+    """Expert sets of every layer, and the costs of visiting a device and, on top, a node."""
 
     sets: list[tuple[NDArray[np.uint16], NDArray[np.uint64]]]
     device_cost: float
@@ -94,9 +95,9 @@ class VisitCosts:
 
 @dataclass(frozen=True)
 class PairCosts:
-    """Co-activated pairs [L,E,E], and what one costs whose experts are on no common device.
+    """Co-activated pairs [L,E,E], and the cost of a pair without a common device.
 
-    With the experts of a token in every layer [L] they tell how many tokens visit a device.
+    With the experts per token of every layer [L], pairs estimate how many tokens visit a device.
     """
 
     pairs: NDArray[np.uint64]
@@ -106,7 +107,7 @@ class PairCosts:
 
 @dataclass(frozen=True)
 class LossCosts:
-    """Failure domain of every device [D], and what a mean load costs that one has more after it."""
+    """Failure domain of every device [D], and the cost of one mean load more after a loss."""
 
     domain: list[int]
     loss_cost: float
@@ -114,11 +115,11 @@ class LossCosts:
 
 @dataclass(frozen=True)
 class Terms:
-    """What a search adds up besides windows; None for what costs nothing.
+    """Terms of a search besides windows; None for a term that costs nothing.
 
-    Copies have costs [L,E,D]. All are in weighted tokens, but those of time, in tokens. Where
-    windows are ``divided``, a dispatcher divides their tokens over copies as is best: then they
-    cost what its slowest device takes, instead of what even parts do.
+    Copies have costs [L,E,D]. Costs are in weighted tokens, but those of time in tokens. With
+    ``lp_split`` a dispatcher divides the tokens of windows over copies optimally, and windows cost
+    the slowest device's load then, instead of that of an even split.
     """
 
     times: TimeCosts | None = None
@@ -126,7 +127,7 @@ class Terms:
     visits: VisitCosts | None = None
     pairs: PairCosts | None = None
     losses: LossCosts | None = None
-    divided: bool = False
+    lp_split: bool = False
 
 
 def core_layers(
@@ -140,7 +141,7 @@ def core_layers(
     """Build the core's layers for windows of load [W,L,E] with weights [W]."""
     layers = _core.Layers(
         np.ascontiguousarray(load),
-        np.zeros_like(weight) if terms.divided else weight,
+        np.zeros_like(weight) if terms.lp_split else weight,
         site.capacity,
         site.node,
         site.time,
@@ -150,7 +151,7 @@ def core_layers(
         mixed=setting.mixed,
         rules=site.rules,
     )
-    # The time first: it may change what a token costs.
+    # Time comes first: it may change the cost of a token.
     times, visits, pairs = terms.times, terms.visits, terms.pairs
     if times is not None:
         layers.price_time(
@@ -169,8 +170,8 @@ def core_layers(
         layers.price_pairs(pairs.pairs, pairs.pair_cost, top_k=pairs.top_k)
     if terms.losses is not None:
         layers.price_losses(terms.losses.domain, terms.losses.loss_cost)
-    if terms.divided:
-        layers.price_divided(np.ascontiguousarray(load), weight)
+    if terms.lp_split:
+        layers.price_lp_split(np.ascontiguousarray(load), weight)
     return layers
 
 
@@ -202,16 +203,13 @@ def tokens_per_unit(problem: Problem, load: Floats, weight: Floats) -> float:
 
 
 def windows_in_all(problem: Problem) -> float:
-    """Compute how many windows all tokens make, if each has as many as the mean by weight.
-
-    No tokens are one window, in which nothing has a price.
-    """
+    """Compute how many windows of mean size, by weight, all tokens fill; 1 without tokens."""
     tokens = float(problem.load.sum(dtype=np.float64))
     return tokens / problem.windows.mean_tokens if tokens else 1.0
 
 
 def visit_costs(problem: Problem, unit: float = 1.0) -> VisitCosts:
-    """Return expert sets and the costs of a visit, of a device and of a node on top."""
+    """Return expert sets, and the costs of visiting a device and, on top, a node."""
     objective = problem.objective_function
     device_cost, node_cost = objective.visit_costs
     assert objective.sets is not None
@@ -220,7 +218,7 @@ def visit_costs(problem: Problem, unit: float = 1.0) -> VisitCosts:
 
 
 def _time_costs(problem: Problem) -> TimeCosts | None:
-    """Return what weights and rows take, in tokens; None where time is not the goal."""
+    """Return times of weights and rows, in tokens; None where time is not the goal."""
     model = problem.objective_function.cost_model
     if model is None:
         return None
@@ -237,7 +235,7 @@ def _time_costs(problem: Problem) -> TimeCosts | None:
 
 
 def _visit_costs(problem: Problem, unit: float) -> VisitCosts | None:
-    """Return what visits of expert sets cost; None where visits do not count."""
+    """Return the costs of visits of expert sets; None where visits do not count."""
     sets = problem.objective_function.sets
     if sets is None:
         return None
@@ -261,7 +259,7 @@ def _pair_costs(problem: Problem, unit: float) -> PairCosts | None:
 
 
 def loss_costs(problem: Problem) -> LossCosts | None:
-    """Return what lost devices cost; None where nothing has to survive.
+    """Return the cost of lost devices; None where no loss has to be survived.
 
     A norm over losses and devices stands for the busiest device after the worst of them.
     """
@@ -276,7 +274,7 @@ def loss_costs(problem: Problem) -> LossCosts | None:
 
 
 def make_links(problem: Problem, unit: float) -> Links | None:
-    """Return what joins layers: transitions, and what one costs over a link [D,D]."""
+    """Return transitions and the cost of one over a link [D,D]; None where nothing joins layers."""
     transitions = problem.objective_function.transitions
     return None if transitions is None else (transitions, link_costs(problem, unit))
 
@@ -290,9 +288,9 @@ def link_costs(problem: Problem, unit: float) -> Floats:
 
 
 def row_us(problem: Problem) -> float:
-    """Compute microseconds of one more visit of the device that most tokens visit.
+    """Compute the microseconds of one more visit of the most visited device.
 
-    Tokens come from all devices alike, and those at home there cross no link.
+    Tokens come from all devices equally, and those from that device cross no link.
     """
     model, topology = problem.cost_model, problem.topology
     assert model is not None

@@ -1,9 +1,10 @@
 """Regularisation of the search for unseen traffic.
 
-A search that minimises the largest device load of the windows it has seen fits their noise. Three
-things make it generalise: a norm over devices instead of the maximum, a part of experts' variance
-that no window tells of the next one, and, of large layers in many windows, the mean of all windows
-as one more, for traffic of all kinds at once. How much of each is fixed (docs/experiments.md).
+A search that minimises the largest device load of the windows seen fits their noise. Three things
+make it generalise: a norm over devices instead of the maximum; a part of experts' variance between
+windows, which is noise that the next window does not repeat; and, for large layers in many windows,
+the mean of all windows as one more, which stands for traffic of all kinds at once. Their amounts
+are fixed ("Unseen windows" in docs/experiments.md).
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ from moetuner.solver.result import UnseenDetails
 
 Floats = NDArray[np.float64]
 
-# The norm that stands for the slowest device, and the part of experts' variance among windows that
-# no window tells of the next one (docs/experiments.md).
+# Order of the norm that stands for the slowest device, and the part of experts' variance between
+# windows that counts as noise ("Unseen windows").
 NORM, NOISE = 8, 0.25
-# One window is what it is: nothing tells what of it repeats.
+# Fewest windows with which noise can be told from structure.
 FEWEST_WINDOWS = 2
-# How much the mean of all windows counts, as a part of what they all count.
+# Weight of the mean of all windows, as a part of the weight of all windows.
 MIXED = 1.0
 
 
 @dataclass(frozen=True)
 class SearchSetting:
-    """What stands for the largest device load of a window: a norm over devices, 0 for the maximum.
+    """The order of the norm that stands for the largest device load of a window; 0 for the maximum.
 
-    ``noise`` is the part of experts' variance among windows that counts as their own, ``mixed`` how
-    much the mean of all windows counts besides. Details are None before windows are seen.
+    ``noise`` is the part of experts' variance between windows that counts as noise, and ``mixed``
+    the weight of the mean of all windows. Details are None before windows are seen.
     """
 
     norm: int = 0

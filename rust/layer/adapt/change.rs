@@ -1,38 +1,39 @@
-//! How loads have changed since they shaped what runs, and how much of that is chance.
+//! How loads have changed since they shaped the running slots, and how much of the difference is chance.
 
 use super::super::budget::Spending;
 use super::super::{Site, Slots};
 
-/// Largest variance that is expected of the next window.
+/// Largest variance that is expected for the next window.
 const LARGEST_VARIANCE: f64 = 0.25;
-/// Standard deviations of what counts differ by chance, within which loads are taken for what they were.
-const SURE: f64 = 2.0;
-/// Part of the differences that is no chance where no loads have shaped what runs: nothing tells.
-const UNKNOWN: f64 = 0.5;
-/// Part of a device's slots in which something else comes when its layer changes.
+/// Standard deviations by which a difference must exceed what chance explains; below that, loads count as unchanged.
+const CONFIDENCE: f64 = 2.0;
+/// Part of the differences that lasts where no loads have shaped what runs, so that it cannot be estimated.
+const LASTING_IF_UNKNOWN: f64 = 0.5;
+/// Part of a device's slots that get another expert when its layer changes.
 const REPLACED: f64 = 0.25;
 
-/// How loads have changed since they shaped what runs.
+/// How loads have changed since they shaped the running slots.
 ///
-/// What runs was even on the loads that it was chosen by. If each load has changed by a part of its own since, with a
-/// variance, the time of a device has by the sum of the squares of what is in its slots; and besides it differs by
-/// chance, as few tokens are counted.
+/// The running slots were even on the loads that they were chosen for. Devices differ now for two reasons. Each load has
+/// changed since, by a part of itself: then the variance of a device's time is that part's variance times the sum of the
+/// squares of the loads in its slots. And few tokens are counted, so counts differ by chance.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::layer) struct Change {
-    /// Variance of an expert's load from window to window, as a part of its square.
+    /// Variance of an expert's load from window to window, as a part of the load's square.
     pub(in crate::layer) variance: f64,
-    /// Part of the differences of devices that is no chance: about n / (n + m) of n tokens, where chance is half of the
-    /// differences of m.
-    pub(in crate::layer) real_part: f64,
+    /// Part of the differences between devices that is no chance and lasts: about n / (n + m) with n tokens, where chance
+    /// explains half of the differences with m tokens.
+    pub(in crate::layer) lasting_part: f64,
 }
 
 impl Change {
-    /// Estimates the change from all layers; counts scatter by so many standard deviations of their own.
+    /// Estimates the change from all layers. `deviations` is how far a count scatters, in standard deviations of a count of
+    /// independent tokens.
     pub(in crate::layer) fn estimate<'a>(
         layers: impl Iterator<Item = ((&'a [f64], &'a Site), &'a Slots)>,
         deviations: f64,
     ) -> Self {
-        let (mut seen, mut squares, mut chance, mut freedom) = (0.0, 0.0, 0.0, 0.0);
+        let (mut differences, mut squares, mut chance, mut freedom) = (0.0, 0.0, 0.0, 0.0);
         for ((load, site), slots) in layers {
             let (times, loads) = slots.times_and_loads(site, load);
             let devices = times.len() as f64;
@@ -40,8 +41,8 @@ impl Change {
             if mean > 0.0 {
                 let time = |slot: usize| site.time[slots.device(slot)] / mean;
                 squares += (0..loads.len()).map(|slot| (loads[slot] * time(slot)).powi(2)).sum::<f64>();
-                seen += times.iter().map(|time| (time / mean - 1.0).powi(2)).sum::<f64>();
-                // Copies divide the counts of their expert, chance among them.
+                differences += times.iter().map(|time| (time / mean - 1.0).powi(2)).sum::<f64>();
+                // Copies divide the tokens of their expert, and the chance in their number.
                 let copies = |slot: usize| f64::from(slots.copies(slots.expert_in[slot]).max(1));
                 let counted = |slot: usize| loads[slot] / copies(slot) * time(slot).powi(2);
                 chance += (0..loads.len()).map(counted).sum::<f64>() * (devices - 1.0) / devices;
@@ -49,38 +50,40 @@ impl Change {
             }
         }
         let chance = chance * deviations * deviations;
-        let variance = (seen - chance).max(0.0) / squares;
-        let real_part = match (deviations > 0.0, freedom > 0.0) {
+        let variance = (differences - chance).max(0.0) / squares;
+        let lasting_part = match (deviations > 0.0, freedom > 0.0) {
             (false, _) => 1.0,
-            (_, false) => UNKNOWN,
-            _ if seen > 0.0 => (1.0 - chance * (1.0 + SURE * (2.0 / freedom).sqrt()) / seen).max(0.0),
+            (_, false) => LASTING_IF_UNKNOWN,
+            _ if differences > 0.0 => {
+                (1.0 - chance * (1.0 + CONFIDENCE * (2.0 / freedom).sqrt()) / differences).max(0.0)
+            }
             _ => 0.0,
         };
-        Self { variance: if squares > 0.0 { variance.min(LARGEST_VARIANCE) } else { 0.0 }, real_part }
+        Self { variance: if squares > 0.0 { variance.min(LARGEST_VARIANCE) } else { 0.0 }, lasting_part }
     }
 
-    /// The gain that layers must have, the more of it the more may be chance.
+    /// Returns the spending with the gain that a layer must have: more, the more of the differences may be chance.
     ///
-    /// Of a device that differs by x, the part p x is expected to stay if nothing moves, with a variance of p c, where c is
-    /// that of counts. What comes in place of the part f of its slots brings f (1 - p) c with it. So the slowest is
-    /// expected to gain where p x is more than sqrt(f (1 - p) c) times as many standard deviations as it has of many.
+    /// A device differs from the mean by x. If nothing moves, p x of that is expected to last, where p is the lasting part,
+    /// with a variance of p c, where c is the variance of counts. Experts that replace the part f of its slots bring a
+    /// variance of f (1 - p) c. So the slowest device is expected to gain where p x is more than sqrt(f (1 - p) c), times the
+    /// standard deviations by which the slowest of many devices is above their mean.
     pub(super) fn raise_threshold(self, spending: Spending) -> Spending {
-        let factor = if self.real_part < 1.0 {
-            ((1.0 - self.real_part) * REPLACED).sqrt() / self.real_part
+        let factor = if self.lasting_part < 1.0 {
+            ((1.0 - self.lasting_part) * REPLACED).sqrt() / self.lasting_part
         } else {
             0.0
         };
         Spending { deviations: factor * spending.deviations, ..spending }
     }
 
-    /// The load that a layer is expected to have next, where what runs was chosen so that devices are even: what a device
-    /// has more than others stays as far as it is no chance.
+    /// Returns the load that a layer is expected to have next: of a device's difference from the mean, the lasting part stays.
     pub(super) fn expected_load(self, load: &[f64], site: &Site, running: &Slots) -> Vec<f64> {
         let (times, _) = running.times_and_loads(site, load);
         let mean = times.iter().sum::<f64>() / times.len() as f64;
         let factor = |device: u16| {
             let time = times[usize::from(device)];
-            if time > 0.0 { self.real_part + (1.0 - self.real_part) * mean / time } else { 1.0 }
+            if time > 0.0 { self.lasting_part + (1.0 - self.lasting_part) * mean / time } else { 1.0 }
         };
         let expected = |(&load, e): (&f64, u16)| {
             let (sum, count) = running

@@ -1,43 +1,44 @@
-//! The best further copy that relieves a slow device: gather what a copy of each expert there would relieve, price it in
-//! place of every other copy, take the best that is allowed.
+//! The best additional copy that relieves a slow device: gather what one more copy of each of its experts would relieve,
+//! price it in place of every other copy, take the best one that the rules allow.
 //!
-//! That other copies of an expert get less when there is one more is left out, so that a step may turn out better.
+//! Prices leave out that the other copies of the expert get less load, too, so a step may turn out better than its price.
 
 use super::super::budget::per_copy;
 use super::super::{EMPTY, Move};
 use super::loads::{Loads, one_if, power};
 use super::{Best, Steps};
 
-/// What a further copy of an expert on a slow device takes from it.
+/// What one more copy of an expert, elsewhere, takes from a slow device that holds it.
 struct Relief {
     expert: u16,
-    /// Load of the copy.
+    /// Load of each copy then.
     load: f64,
-    /// Time that the slow device is done earlier.
+    /// Time that the slow device saves.
     time: f64,
 }
 
-/// A slot whose content may be removed, and what that does.
+/// A slot whose content may be removed, and what its removal changes.
 struct Target {
     slot: usize,
     device: usize,
-    /// Copies that its content counts as brought, 0 or 1.
+    /// Whether its content counts as a move, 0 or 1.
     is_moved: f64,
-    /// Time of the slot's device without it, and its power; with it, the power.
+    /// Time of the slot's device without the content, its power, and the power with the content.
     time_without: f64,
     power_without: f64,
     power: f64,
-    /// What its removal adds to powers of devices other than the slow one, and to the time of that one.
+    /// What the removal adds to the powers of devices other than the slow one, and to the time of the slow one: other copies
+    /// take over the load.
     added_elsewhere: f64,
     added_to_slowest: f64,
 }
 
-/// Looks for a further copy, here or elsewhere, that is worth more than the best step so far.
+/// Looks for an additional copy, on the slow device or elsewhere, that gains more per copy than the best step so far.
 pub(super) fn find_copy(steps: &Steps<'_>, slow: usize, removal: &Removal, best: &mut Best) {
     let reliefs = find_reliefs(steps, slow);
     let slots = (0..steps.slots.expert_in.len()).filter(|&slot| steps.slots.may_lose(steps.site, slot));
     for slot in slots {
-        let target = removal.of_slot(steps, slot, slow);
+        let target = removal.target(steps, slot, slow);
         if target.device == slow {
             find_copy_here(steps, &target, removal, best);
         } else {
@@ -46,7 +47,7 @@ pub(super) fn find_copy(steps: &Steps<'_>, slow: usize, removal: &Removal, best:
     }
 }
 
-/// What a further copy of each expert on the slowest device would take of it, the most first.
+/// Returns what one more copy of each expert on the slow device would relieve, the largest relief first.
 fn find_reliefs(steps: &Steps<'_>, slow: usize) -> Vec<Relief> {
     let (slots, loads) = (&steps.slots, &steps.loads);
     let relief = |slot: usize| {
@@ -54,29 +55,29 @@ fn find_reliefs(steps: &Steps<'_>, slow: usize) -> Vec<Relief> {
         let load = loads.with_one_more[usize::from(expert)];
         Relief { expert, load, time: (loads.load_in[slot] - load) * loads.per_token[slow] }
     };
-    let held = slots.of(slow).filter(|&slot| slots.expert_in[slot] != EMPTY);
-    let mut reliefs: Vec<Relief> = held.map(relief).collect();
+    let filled = slots.of(slow).filter(|&slot| slots.expert_in[slot] != EMPTY);
+    let mut reliefs: Vec<Relief> = filled.map(relief).collect();
     reliefs.sort_by(|a, b| b.time.total_cmp(&a.time));
     reliefs
 }
 
-/// Prices copies of all experts in a slot of the slow device itself.
+/// Prices copies of all experts in a slot of the slow device itself, in place of something heavier.
 fn find_copy_here(steps: &Steps<'_>, target: &Target, removal: &Removal, best: &mut Best) {
     let per_token = steps.loads.per_token[target.device];
-    // What is gained at the most, were what comes light.
+    // The gain if the new copy had no load.
     let largest_gain = target.power - target.power_without - target.added_elsewhere;
-    if largest_gain * per_copy(1.0 - target.is_moved) <= best.worth {
+    if largest_gain * per_copy(1.0 - target.is_moved) <= best.gain_per_copy {
         return;
     }
     for (expert, &load) in (0..).zip(&steps.loads.with_one_more) {
         let gain = target.power - power(target.time_without + load * per_token) - target.added_elsewhere;
-        if gain * per_copy(1.0 - target.is_moved) > best.worth {
-            offer(steps, target, removal, (expert, gain), best);
+        if gain * per_copy(1.0 - target.is_moved) > best.gain_per_copy {
+            consider(steps, target, removal, (expert, gain), best);
         }
     }
 }
 
-/// Prices copies of what is on the slow device in a slot elsewhere.
+/// Prices copies of the slow device's experts in a slot elsewhere.
 fn find_copy_elsewhere(
     steps: &Steps<'_>,
     target: &Target,
@@ -84,49 +85,59 @@ fn find_copy_elsewhere(
     (slow, reliefs): (usize, &[Relief]),
     best: &mut Best,
 ) {
-    let (now, per_token) = (steps.loads.times[slow], steps.loads.per_token[target.device]);
-    let now_power = power(now);
+    let (slow_time, per_token) = (steps.loads.times[slow], steps.loads.per_token[target.device]);
+    let slow_power = power(slow_time);
     for &Relief { expert, load, time } in reliefs {
         let relieved =
-            now_power - power(now - time + target.added_to_slowest) - target.added_elsewhere + target.power;
-        // No step relieves more for a copy, nor do those behind.
-        if target.is_moved == 0.0 && relieved - target.power_without <= best.worth {
+            slow_power - power(slow_time - time + target.added_to_slowest) - target.added_elsewhere
+                + target.power;
+        // Even without the load of the copy this gains too little, and reliefs further on are smaller.
+        if target.is_moved == 0.0 && relieved - target.power_without <= best.gain_per_copy {
             break;
         }
         let gain = relieved - power(target.time_without + load * per_token);
         if gain > 0.0 {
-            offer(steps, target, removal, (expert, gain), best);
+            consider(steps, target, removal, (expert, gain), best);
         }
     }
 }
 
-/// Takes a copy of an expert in place of a slot's content, if it is worth more than the best and allowed, and what is left
-/// of the other gets no heavier than what comes.
-fn offer(steps: &Steps<'_>, target: &Target, removal: &Removal, (expert, gain): (u16, f64), best: &mut Best) {
+/// Takes a copy of an expert in place of a slot's content as the best step, if it gains more per copy and is allowed.
+///
+/// The copies that stay of the removed expert must not become heavier than the new one is.
+fn consider(
+    steps: &Steps<'_>,
+    target: &Target,
+    removal: &Removal,
+    (expert, gain): (u16, f64),
+    best: &mut Best,
+) {
     let slots = &steps.slots;
-    let comes = one_if(steps.running.lacks(expert, target.device));
-    let worth = gain * per_copy(comes - target.is_moved);
+    let is_move = one_if(steps.running.lacks(expert, target.device));
+    let gain_per_copy = gain * per_copy(is_move - target.is_moved);
     let fits = || {
         slots.may_take(steps.site, expert, target.device)
             && slots.part(&steps.expected, expert) >= removal.tokens_left[target.slot]
     };
-    if worth > best.worth && fits() {
-        *best = Best { worth, step: Some(Move::Put(target.slot, expert)) };
+    if gain_per_copy > best.gain_per_copy && fits() {
+        *best = Best { gain_per_copy, step: Some(Move::Put(target.slot, expert)) };
     }
 }
 
-/// What happens to other copies of its expert when the content of a slot is removed.
+/// What happens to the other copies of an expert when the copy in a slot is removed.
 pub(super) struct Removal {
-    /// Tokens of every other copy then `[P]`.
+    /// Tokens of each of the other copies then `[P]`.
     tokens_left: Vec<f64>,
-    /// What each of them has to do more, with its variance `[P]`.
+    /// Load that each of them takes over, with its variance `[P]`.
     added_load: Vec<f64>,
-    /// What that adds to the power of the slot's own device, were it another's `[P]`; of all slots of an expert `[E]`.
+    /// What that adds to the power of this slot's device if another of the copies is removed `[P]`; sum over all slots of
+    /// an expert `[E]`.
     added_power: Vec<f64>,
     added_by_expert: Vec<f64>,
 }
 
 impl Removal {
+    /// Computes what every removal would change.
     pub(super) fn new(steps: &Steps<'_>) -> Self {
         let (slots, loads) = (&steps.slots, &steps.loads);
         let [mut tokens_left, mut added_load, mut added_power] =
@@ -142,8 +153,8 @@ impl Removal {
         Self { tokens_left, added_load, added_power, added_by_expert }
     }
 
-    /// What the removal of a slot's content does, where one device is slow.
-    fn of_slot(&self, steps: &Steps<'_>, slot: usize, slow: usize) -> Target {
+    /// Returns a slot with what the removal of its content changes.
+    fn target(&self, steps: &Steps<'_>, slot: usize, slow: usize) -> Target {
         let (slots, loads) = (&steps.slots, &steps.loads);
         let (device, expert) = (slots.device(slot), slots.expert_in[slot]);
         let time_without = loads.times[device] - loads.load_in[slot] * loads.per_token[device];
@@ -161,7 +172,7 @@ impl Removal {
         }
     }
 
-    /// What a removal adds to the powers of devices other than the slow one, and to the time of that one.
+    /// Returns what a removal adds to the powers of devices other than the slow one, and to the time of the slow one.
     fn added(&self, steps: &Steps<'_>, slot: usize, slow: usize) -> (f64, f64) {
         let (slots, expert) = (&steps.slots, steps.slots.expert_in[slot]);
         let elsewhere = self.added_by_expert[usize::from(expert)] - self.added_power[slot];
@@ -178,7 +189,7 @@ impl Removal {
 }
 
 impl Loads {
-    /// What a device's power of time rises by with more load.
+    /// Returns what more load adds to the power of a device's time.
     fn added_power(&self, device: usize, load: f64) -> f64 {
         power(self.times[device] + load * self.per_token[device]) - power(self.times[device])
     }

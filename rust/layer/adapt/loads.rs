@@ -1,38 +1,39 @@
-//! What devices and slots have to do, as steps see it.
+//! Times of devices and loads of slots, as steps see them.
 
 use super::super::{Site, Slots};
 
-/// Times count to the power of two to the power of this: what is slow counts most, and what is nearly as slow too, which
-/// on the next load may be the slowest.
+/// The norm of device times has order 2 to the power of this. The slowest device counts most, and so do those that are
+/// nearly as slow, which may be the slowest under the next load.
 pub(super) const DOUBLINGS: u32 = 3;
 pub(super) const NORM: f64 = (1 << DOUBLINGS) as f64;
 
-/// A time to the power of the norm.
+/// Returns a time to the power of the norm's order.
 #[inline(always)]
 pub(super) fn power(time: f64) -> f64 {
     (0..DOUBLINGS).fold(time, |power, _| power * power)
 }
 
-/// What devices and slots have to do.
+/// Times of devices and loads of slots.
 pub(super) struct Loads {
-    /// Time of every device `[D]` on expected loads with their variance, in means of all.
+    /// Time of every device `[D]` under expected loads with their variance; 1 is the mean.
     pub(super) times: Vec<f64>,
-    /// Time of every device `[D]` on measured loads.
+    /// Time of every device `[D]` under measured loads.
     pub(super) measured_times: Vec<f64>,
-    /// The mean, and of every device the time per token `[D]`.
+    /// The mean time, and the time per token of every device in units of it `[D]`.
     pub(super) mean: f64,
     pub(super) per_token: Vec<f64>,
     /// Expected load in every slot `[P]`, with its variance.
     pub(super) load_in: Vec<f64>,
-    /// What a copy would get of every expert, were there one more `[E]`.
+    /// Load of each copy of an expert if it had one copy more `[E]`.
     pub(super) with_one_more: Vec<f64>,
-    /// Whether what is in a slot was brought, 0 or 1 `[P]`.
+    /// Whether a slot's content has moved to its device, 0 or 1 `[P]`.
     pub(super) is_moved: Vec<f64>,
-    /// What the square of a slot's load counts, as the next window's will differ.
+    /// Weight of the square of a slot's load: it stands for the load's variance in the next window.
     pub(super) square: f64,
 }
 
 impl Loads {
+    /// Computes times and loads of slots under measured and expected loads `[E]`.
     pub(super) fn new(
         site: &Site,
         [measured, expected]: [&[f64]; 2],
@@ -58,17 +59,17 @@ impl Loads {
         Self { times, measured_times, mean, per_token, load_in, with_one_more, is_moved, square }
     }
 
-    /// A load, and what its variance adds to it.
+    /// Returns a load with what its variance adds.
     pub(super) fn with_variance(&self, load: f64) -> f64 {
         load + self.square * load * load
     }
 
-    /// Powers of all times.
+    /// Sums the powers of all times.
     pub(super) fn total(&self) -> f64 {
         self.times.iter().map(|&time| power(time)).sum()
     }
 
-    /// Follows an exchange of two slots, `p` and `q`, whose loads `[E]` were measured.
+    /// Updates times and loads after an exchange of slots `p` and `q`, under measured loads `[E]`.
     pub(super) fn exchange(
         &mut self,
         [p, q]: [usize; 2],
@@ -90,7 +91,7 @@ impl Loads {
     }
 }
 
-/// 1 for yes, 0 for no.
+/// Returns 1 for yes, 0 for no.
 pub(super) fn one_if(yes: bool) -> f64 {
     f64::from(u8::from(yes))
 }

@@ -1,4 +1,4 @@
-//! How much one more copy burdens a device, as starts see it: by time, partners, losses, or all windows.
+//! Burdens by which starts choose a device for one more copy: its time, its partners, losses, or all windows.
 
 use super::longest_first::Burden;
 use super::{LEAST, done};
@@ -7,7 +7,7 @@ use crate::layer::terms::losses::AfterLosses;
 use crate::layer::{EMPTY, Layer, Site, Slots};
 use crate::tournament::Tournament;
 
-/// The device of the least key, the first of equals.
+/// Returns the device with the least key, the first among equals.
 fn least<K>(
     keys: impl Iterator<Item = (K, usize)>,
     order: impl Fn(&K, &K) -> std::cmp::Ordering,
@@ -15,7 +15,7 @@ fn least<K>(
     keys.min_by(|(a, _), (b, _)| order(a, b)).map(|(_, device)| device)
 }
 
-/// Devices by when they are done with what they have, on one load of every expert.
+/// Devices by the time that their copies take, under one load of every expert.
 pub(super) struct ByTime<'a> {
     site: &'a Site,
     load: &'a [f64],
@@ -23,7 +23,7 @@ pub(super) struct ByTime<'a> {
     copies: &'a [u32],
     /// Devices with free slots.
     open: Tournament<u64>,
-    /// Key of the device that was chosen last, and of those that must not have the expert at hand.
+    /// Key of the device that was chosen last, and keys of devices that may not take the expert at hand.
     chosen: u64,
     aside: Vec<u64>,
 }
@@ -34,10 +34,10 @@ impl<'a> ByTime<'a> {
     }
 }
 
-/// Devices with free slots by when they are done with what they have.
+/// Returns devices with free slots, by the time that their copies take.
 fn open(slots: &Slots, site: &Site, load: &[f64]) -> Tournament<u64> {
     let times = slots.times_and_loads(site, load).0;
-    // Of idle devices, the fastest first.
+    // Among idle devices the fastest comes first.
     let key = |g: usize| {
         let is_open = slots.of(g).any(|slot| slots.expert_in[slot] == EMPTY);
         if is_open { done(times[g] + LEAST * site.time[g], g) } else { u64::MAX }
@@ -79,20 +79,21 @@ impl Burden for ByTime<'_> {
     }
 }
 
-/// Devices by whom they share experts with, for a dispatcher that divides tokens over copies.
+/// Devices by the devices with which they share experts, for a dispatcher that divides tokens over copies.
 ///
-/// A set of devices is slow where much of its load can go nowhere else. So the heaviest experts have copies, on as many
-/// slots of every device, no two on the same devices as long as others are left, and all devices are joined: what one has
-/// too much of can go on to all others, also when loads are not what they were. Of 288 slots on 32 devices these are rings.
+/// A set of devices is slow if much of its load can go nowhere else. So the heaviest experts get copies, equally many on
+/// every device, and no two of them on the same devices as long as there are other pairs. All devices are joined: a device
+/// with too much load can pass it on to all others, even after loads have changed. With 288 slots on 32 devices the joined
+/// devices form rings.
 pub(super) struct ByPartners<'a> {
     site: &'a Site,
     load: &'a [f64],
     /// Copies that every expert is to have `[E]`.
     copies: &'a [u32],
-    /// Load of every device, if copies share it evenly, and its slots that are filled `[D]`.
+    /// Load of every device under an even split, and its filled slots `[D]`.
     loads: Vec<f64>,
     used: Vec<usize>,
-    /// Experts that two devices share `[D, D]`, and the first of the devices that every one is joined with `[D]`.
+    /// Experts that two devices share `[D, D]`, and the first device of the component that a device is joined with `[D]`.
     shared: Vec<u32>,
     component: Vec<usize>,
 }
@@ -112,7 +113,7 @@ impl<'a> ByPartners<'a> {
         burden
     }
 
-    /// Follows a copy to a device, where the others are held.
+    /// Counts a copy that has come to a device, given the devices that hold the others.
     fn count(&mut self, expert: u16, device: usize, held: impl Iterator<Item = usize>) {
         let devices = self.loads.len();
         self.used[device] += 1;
@@ -126,8 +127,8 @@ impl<'a> ByPartners<'a> {
         }
     }
 
-    /// How little a device suits one more copy of an expert: as few as can be share two experts, are fuller or joined
-    /// already, and then have more to do.
+    /// Returns the burden of one more copy of an expert on a device, to be minimised in this order: experts that it already
+    /// shares with the holders, its filled part, holders that it is joined with, and its time.
     fn key(&self, slots: &Slots, expert: u16, device: usize) -> (u32, f64, usize, f64) {
         let time = self.loads[device] * self.site.time[device];
         if self.copies[usize::from(expert)] == 1 {
@@ -160,7 +161,7 @@ impl Burden for ByPartners<'_> {
     }
 }
 
-/// How much what a device has after a loss counts beside what it has.
+/// Weight of a device's load after a loss, beside its load before.
 const WEIGHT: f64 = 2.0;
 
 /// Devices by when they are done with what they have, and with what they get if a domain is lost in which the expert at

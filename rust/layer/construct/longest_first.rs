@@ -1,22 +1,22 @@
-//! The heaviest copy first goes to the device that it burdens least.
+//! Longest processing time first: the heaviest copy goes first, to the device that it burdens least.
 
 use super::squeeze::squeeze;
 use super::{Item, NoSlot, Placed};
 use crate::layer::{EMPTY, Site, Slots};
 
-/// How much one more copy burdens devices, given what they have.
+/// The burden of one more copy on a device, given the copies that devices hold.
 pub(super) trait Burden {
-    /// The device that one more copy of an expert burdens least, of those that may take it.
+    /// Returns the device, of those that may take it, that one more copy of an expert burdens least.
     fn lightest(&mut self, slots: &Slots, expert: u16, may_take: impl Fn(usize) -> bool) -> Option<usize>;
 
-    /// Follows a copy that has come to a device, the one that was found last, which may be full now.
+    /// Counts a copy that has come to the device that was found last; `is_full` if the device has no free slot now.
     fn enter(&mut self, slots: &Slots, expert: u16, device: usize, is_full: bool);
 
-    /// Looks at the slots anew, after experts have made room.
+    /// Counts all slots again, after experts have made room.
     fn refresh(&mut self, slots: &Slots);
 }
 
-/// Gives every expert its copies `[E]`, in an order that has the heaviest first, as far as rules and slots allow.
+/// Gives every expert its copies `[E]`, as far as rules and slots allow; `order` has the heaviest copies first.
 pub(super) fn longest_first(
     slots: &mut Slots,
     site: &Site,

@@ -67,7 +67,7 @@ pub fn fill(site: &Site, load: &[f64], trials: usize) -> Placed<Slots> {
 
 /// Slots to begin with, on the sum of a layer's windows.
 pub fn on_sum(layer: &Layer) -> Placed<Slots> {
-    if layer.costs.divided.is_some() {
+    if layer.costs.lp_split.is_some() {
         let mut slots = by_partners(&layer.site, &layer.load)?;
         complete(&mut slots, &layer.site, &layer.load, layer.has_spare())?;
         return Ok(slots);

@@ -1,8 +1,8 @@
-//! The balance term: over windows, how long the slowest device takes, which all others wait for, and the busiest port.
+//! The balance term: the time of the slowest device, for which all others wait, and of the busiest port, summed over windows.
 //!
-//! A window costs what its [`Peak`] is, the largest time, or what the norm of order P over devices is that stands for it
-//! ([`Norm`]): `(sum_d time[d]^p)^(1/p)`. A device takes as long as its tokens or, where weights are read, as what takes
-//! longer ([`Busy`]).
+//! A window costs its largest time ([`Peak`]), or the norm of order P over devices that stands for it ([`Norm`]):
+//! `(sum_d time[d]^p)^(1/p)`. A device takes the time of its tokens or, where weights are read, of tokens or reading,
+//! whichever is longer ([`Busy`]).
 
 use super::loads::{Loads, Pair};
 use super::norm::{Norm, entered, exchanged};
@@ -14,24 +14,24 @@ use super::{Candidate, Term, Visits};
 use crate::layer::slots::Share;
 use crate::layer::{Layer, Move, Slots, Split};
 
-/// Loads of devices, and what they cost.
+/// The term: loads of devices, and their cost.
 #[derive(Debug, Clone)]
 pub(crate) struct Balance<'a> {
     layer: &'a Layer,
     loads: Loads,
     peak: Option<Peak>,
     norm: Option<Norm>,
-    /// None where reading weights takes no longer than tokens.
+    /// None where reading weights never takes longer than tokens.
     busy: Option<Busy<'a>>,
     /// None where rows cost nothing.
     ports: Option<Ports>,
-    /// What devices have that a move touches: tokens `[touched, width]`, and own variances.
+    /// Tokens `[touched, width]` and own variances of the devices that a candidate touches.
     rows: Vec<f32>,
     touched: Vec<(u16, i64)>,
 }
 
 impl<'a> Balance<'a> {
-    /// Builds the term of tokens for slots; `copies` says of how many each expert's copies are, or will be.
+    /// Builds the term of tokens alone; `copies` is how many copies each expert has in the end.
     pub(crate) fn new(layer: &'a Layer, slots: &Slots, copies: &[u32]) -> Self {
         let (d, width) = (layer.devices(), layer.windows.width);
         let is_norm = layer.windows.measure != Measure::Peak;
@@ -49,7 +49,7 @@ impl<'a> Balance<'a> {
         balance
     }
 
-    /// Builds the term of all that takes time, where devices have so many visits for each token of their load `[D]`.
+    /// Builds the term of all that takes time, given the visits of every device per token of its load `[D]`.
     pub(super) fn of_time(layer: &'a Layer, slots: &Slots, visits: Option<Vec<f32>>) -> Self {
         let mut balance = Self::new(layer, slots, &slots.copies);
         let (d, is_norm) = (layer.devices(), balance.norm.is_some());
@@ -65,12 +65,12 @@ impl<'a> Balance<'a> {
         balance
     }
 
-    /// Whether tokens of devices are all that takes time.
+    /// Returns whether tokens of devices are all that takes time.
     fn is_of_tokens(&self) -> bool {
         self.busy.is_none() && self.ports.is_none()
     }
 
-    /// Of the devices that `may` take a copy of an expert, the one whose powers then rise least.
+    /// Returns the device, of those that `may` take a copy of an expert, whose powers then rise least.
     pub(in crate::layer) fn best_device(&self, expert: u16, may: &[bool]) -> Option<usize> {
         let price = &self.layer.windows.price;
         self.norm.as_ref().and_then(|norm| entered(norm, &self.loads, usize::from(expert), price, may))
@@ -85,12 +85,12 @@ impl<'a> Balance<'a> {
         }
     }
 
-    /// Counts the devices that a move has touched anew, and what the slowest cost.
+    /// Recomputes the devices that a move has touched, and the cost of the slowest.
     fn follow(&mut self, touched: impl IntoIterator<Item = usize>) {
         let (loads, width) = (&self.loads, self.loads.width);
         if let Some(peak) = &mut self.peak {
             match &self.busy {
-                Some(busy) => peak.refresh(&busy.time, &busy.alike),
+                Some(busy) => peak.refresh(&busy.time, &busy.ones),
                 None => peak.refresh(&loads.load, &loads.time),
             }
         }
@@ -106,7 +106,7 @@ impl<'a> Balance<'a> {
         }
     }
 
-    /// Puts the loads of all devices that a candidate touches, or visits otherwise, into `rows`.
+    /// Writes into `rows` the loads of all devices that a candidate touches, or whose visits it changes.
     fn stage(&mut self, candidate: Candidate<'_>, visits: &Visits) {
         self.stage_loads(candidate);
         let (loads, width) = (&self.loads, self.loads.width);
@@ -171,7 +171,7 @@ impl Term for Balance<'_> {
         let (loads, staged) = (&self.loads, (&self.rows[..], &self.touched[..]));
         let ports = self.ports.as_mut().map_or(0.0, |ports| ports.change(loads, staged, visits));
         let (times, of_one, rows, is_busy) = match &self.busy {
-            Some(busy) => (&busy.time, &busy.alike, &busy.time_then, true),
+            Some(busy) => (&busy.time, &busy.ones, &busy.time_then, true),
             None => (&loads.load, &loads.time, &self.rows, false),
         };
         let unit = |device: u16, own: i64| {
@@ -234,9 +234,9 @@ impl Term for Balance<'_> {
 pub(super) fn exchange(layer: &Layer, slots: &Slots, step: Move) -> Option<Pair> {
     let Move::Swap(p, q) = step else { return None };
     let experts = [p, q].map(|slot| slots.expert_in[slot]);
-    let alike = |e: u16| layer.site.split != Split::Nearest || slots.copies(e) < 2;
+    let ones = |e: u16| layer.site.split != Split::Nearest || slots.copies(e) < 2;
     let row = |e: u16| usize::from(e).min(layer.experts);
-    (alike(experts[0]) && alike(experts[1]))
+    (ones(experts[0]) && ones(experts[1]))
         .then(|| Pair { devices: [p, q].map(|slot| slots.device(slot)), rows: experts.map(row) })
 }
 

@@ -27,15 +27,15 @@ const PER_TOKEN: f64 = 4096.0;
 /// A number of tokens that is not known yet.
 const UNKNOWN: i64 = -1;
 
-/// Sets that are made when a search first asks for them: what a time limit leaves out costs nothing.
+/// Sets that are built when a search first needs them, so that a search that a time limit leaves out costs nothing.
 pub type Lazy = Arc<LazyLock<Sets, Box<dyn FnOnce() -> Sets + Send>>>;
 
-/// Expert sets of a layer and what their visits cost.
+/// Expert sets of a layer, and the cost of their visits.
 #[derive(Debug, Clone)]
 pub struct Sets {
     /// Words of a row.
     words: usize,
-    /// Sets of every expert `[E + 1, words]`; the last one is nobody's and has none.
+    /// Sets that hold an expert, a bit each `[E + 1, words]`; the last row, of an empty slot, has none.
     rows: Vec<u64>,
     /// Sets whose count of tokens has a bit, bit by bit. Sets are in the order of falling counts, so that those with
     /// a high bit are few and come first.
@@ -49,7 +49,7 @@ pub struct Sets {
 }
 
 impl Sets {
-    /// Takes the ids of every set `[N, K]` and its tokens `[N]`; `copies` says whether experts can have several.
+    /// Builds sets from their ids `[N, K]` and tokens `[N]`; `copies` says whether experts may have several copies.
     #[must_use]
     pub fn new(ids: &[u16], counts: &[u64], experts: usize, copies: bool) -> Self {
         let k = if counts.is_empty() { 1 } else { ids.len() / counts.len() };
@@ -88,7 +88,7 @@ impl Sets {
         Self { words, rows, planes, tokens_of, device_cost: 0.0, node_cost: 0.0 }
     }
 
-    /// The same, made when it is first asked for.
+    /// Returns sets that `make` builds when they are first needed.
     #[must_use]
     pub fn later(make: impl FnOnce() -> Self + Send + 'static) -> Lazy {
         Arc::new(LazyLock::new(Box::new(make)))
@@ -99,17 +99,17 @@ impl Sets {
         &self.rows[e * self.words..][..self.words]
     }
 
-    /// A share of an expert's tokens, as a whole number.
+    /// Returns a share of an expert's tokens, in parts of a token.
     fn load(&self, expert: u16, share: f64) -> i64 {
         libm::rint(self.tokens_of[usize::from(expert)] * share * PER_TOKEN) as i64
     }
 
-    /// Tokens of the sets that are in any of some rows.
+    /// Counts the tokens of the sets that are in at least one of the rows.
     fn tokens<const N: usize>(&self, rows: [&[u64]; N]) -> i64 {
         self.planes.iter().enumerate().map(|(bit, plane)| (ones(plane, rows) as i64) << bit).sum()
     }
 
-    /// Adds what a slot serves to a row.
+    /// Adds the sets that a slot serves to a row.
     fn serve(&self, to: &mut [u64], slots: &Slots, slot: usize) {
         let expert = slots.expert_in[slot];
         let (row, copies) = (self.row(expert), slots.copies(expert) as usize);
@@ -124,14 +124,14 @@ impl Sets {
     }
 }
 
-/// Numbers of copies of which all patterns are kept.
-const KEPT: usize = 16;
-/// What every copy [`pattern`] serves, by the number of copies.
+/// Largest number of copies whose patterns are cached.
+const CACHED: usize = 16;
+/// The [`pattern`] of every copy, by the number of copies.
 static PATTERNS: LazyLock<Vec<Vec<Vec<u64>>>> = LazyLock::new(|| {
-    (0..=KEPT).map(|copies| (0..copies).map(|copy| pattern(copies, copy)).collect()).collect()
+    (0..=CACHED).map(|copies| (0..copies).map(|copy| pattern(copies, copy)).collect()).collect()
 });
 
-/// The parts that one of some copies serves, a bit each: so many words that all later ones are the same again.
+/// Returns the parts that a copy serves, a bit each, in as many words as it takes until they repeat.
 fn pattern(copies: usize, copy: usize) -> Vec<u64> {
     let word = |first: usize| {
         let is_served = |n: &usize| choose_copy(first + n, copies) == copy;
@@ -140,54 +140,54 @@ fn pattern(copies: usize, copy: usize) -> Vec<u64> {
     (0..copies * WORDS).map(|number| word(number % copies * WORD % copies)).collect()
 }
 
-/// What devices and nodes serve, and the tokens that visit them.
+/// The term: sets that devices and nodes serve, and the tokens that visit them.
 #[derive(Debug, Clone)]
 pub(crate) struct Fanout<'a> {
     layer: &'a Layer,
     sets: &'a Sets,
-    /// Whether rows have a price, for which it tells how many tokens visit devices.
+    /// Whether rows have a price, so that this term writes how many tokens visit devices.
     tells_visits: bool,
     words: usize,
-    /// E + 1.
-    kinds: usize,
-    /// Sets of every device `[D, words]`.
+    /// Contents that a slot may have: an expert, or nothing, E + 1.
+    contents: usize,
+    /// Sets that every device serves `[D, words]`.
     device: Vec<u64>,
-    /// Sets of the others on a slot's device `[P, words]`.
+    /// Sets that the other slots of a slot's device serve `[P, words]`.
     others: Vec<u64>,
-    /// Sets of the others on a device's node `[D, words]`; empty where nodes cost nothing.
-    beside: Vec<u64>,
+    /// Sets that the other devices of a device's node serve `[D, words]`; empty where nodes cost nothing.
+    node_others: Vec<u64>,
     /// Tokens that visit a device `[D]`.
     visits: Vec<i64>,
     /// Tokens that visit a node `[N]`; empty where nodes cost nothing.
     node_visits: Vec<i64>,
     /// Tokens that a device serves, each once per expert, in parts `[D]`.
     load: Vec<i64>,
-    /// Devices whose visits the move changes that was looked at last, with the visits then.
+    /// Devices whose visits the last candidate changes, with the visits then.
     visits_then: Vec<(u16, i64)>,
-    /// Devices whose sets the move may change that was applied last.
+    /// Devices whose sets the move may change that is being applied.
     touched: Vec<u16>,
-    /// Tokens that would visit a slot's device if the slot held an expert, or nobody, who is the last `[P, E + 1]`;
-    /// [`UNKNOWN`] where nobody has asked since the others there changed. A cold search asks the same again and again.
-    would: Vec<i64>,
+    /// Tokens that visit a slot's device if the slot holds an expert, or, last, nothing `[P, E + 1]`; [`UNKNOWN`] where it was
+    /// not counted since the other slots there changed. Cold searches need the same counts again and again.
+    visits_if: Vec<i64>,
 }
 
 impl<'a> Fanout<'a> {
-    /// Of a layer with sets.
+    /// Counts the visits of a layer's slots.
     pub(crate) fn new(layer: &'a Layer, sets: &'a Sets, slots: &Slots) -> Self {
         let (d, words) = (layer.devices(), sets.words);
         let tiers = sets.node_cost != 0.0;
         let nodes = layer.site.node.iter().map(|&node| usize::from(node) + 1).max().unwrap_or(0);
-        let kinds = layer.experts + 1;
+        let contents = layer.experts + 1;
         let mut fanout = Self {
             layer,
             sets,
             tells_visits: layer.costs.row > 0.0,
             words,
-            kinds,
-            would: vec![UNKNOWN; layer.slots() * kinds],
+            contents,
+            visits_if: vec![UNKNOWN; layer.slots() * contents],
             device: vec![0; d * words],
             others: vec![0; layer.slots() * words],
-            beside: vec![0; if tiers { d * words } else { 0 }],
+            node_others: vec![0; if tiers { d * words } else { 0 }],
             visits: vec![0; d],
             node_visits: vec![0; if tiers { nodes } else { 0 }],
             load: vec![0; d],
@@ -205,22 +205,22 @@ impl<'a> Fanout<'a> {
         fanout
     }
 
-    /// Writes the visits for each token of load after the move that was looked at last, given the shares that it changes.
+    /// Writes the visits per token of load after the last candidate, given the shares that it changes.
     fn tell_visits(&self, shares: &[Share], visits: &mut Visits) {
-        let told = if self.tells_visits { &self.visits_then[..] } else { &[] };
-        for &(device, visits_then) in told {
+        let changed = if self.tells_visits { &self.visits_then[..] } else { &[] };
+        for &(device, visits_then) in changed {
             let at_device = shares.iter().filter(|share| share.device == device);
             let more: i64 = at_device.map(|share| self.added_load(share)).sum();
             visits.push((device, ratio(visits_then, self.load[usize::from(device)] + more)));
         }
     }
 
-    /// What a move adds to a device's load, in parts.
+    /// Returns what a changed share adds to a device's load, in parts.
     fn added_load(&self, share: &Share) -> i64 {
         self.sets.load(share.expert, share.after) - self.sets.load(share.expert, share.before)
     }
 
-    /// What a move would add to the cost.
+    /// Returns the cost that a move adds.
     fn added(&mut self, slots: &Slots, step: Move) -> f64 {
         let (layer, sets) = (self.layer, self.sets);
         if let Move::Swap(p, q) = step {
@@ -252,7 +252,7 @@ impl<'a> Fanout<'a> {
         price(sets, devices, nodes)
     }
 
-    /// Sets that a device will serve after a step.
+    /// Returns the sets that a device serves after a step.
     fn row(&self, before: &Slots, after: &Slots, device: u16, step: Move) -> Vec<u64> {
         let is_changed = |&slot: &usize| {
             let expert = after.expert_in[slot];
@@ -262,7 +262,7 @@ impl<'a> Fanout<'a> {
         let mut changed = slots.clone().filter(is_changed);
         let (mut row, first) = (vec![0; self.words], changed.next());
         if let (Some(slot), None) = (first, changed.next()) {
-            // The others serve what they did.
+            // The other slots serve what they did before.
             row.copy_from_slice(&self.others[slot * self.words..][..self.words]);
             self.sets.serve(&mut row, after, slot);
         } else {
@@ -271,9 +271,9 @@ impl<'a> Fanout<'a> {
         row
     }
 
-    /// Nodes of devices, where they cost something.
+    /// Returns the nodes of devices; none where nodes cost nothing.
     fn nodes_of(&self, devices: &[u16]) -> Vec<u16> {
-        let visited = if self.beside.is_empty() { &[] } else { devices };
+        let visited = if self.node_others.is_empty() { &[] } else { devices };
         let mut nodes: Vec<u16> =
             visited.iter().map(|&device| self.layer.site.node[usize::from(device)]).collect();
         nodes.sort_unstable();
@@ -281,13 +281,13 @@ impl<'a> Fanout<'a> {
         nodes
     }
 
-    /// Follows a move; `after` is the placement behind it, `touched` the devices that it may have changed.
+    /// Counts touched devices, and their nodes, in the slots `after` a move.
     fn refresh(&mut self, after: &Slots, touched: &[u16]) {
         let (layer, sets, words) = (self.layer, self.sets, self.words);
         for &device in touched {
             let g = usize::from(device);
             let range = after.of(g);
-            self.would[range.start * self.kinds..range.end * self.kinds].fill(UNKNOWN);
+            self.visits_if[range.start * self.contents..range.end * self.contents].fill(UNKNOWN);
             // Forwards and backwards, so that every slot gets the others before and behind it.
             let mut sum = vec![0; words];
             for slot in range.clone() {
@@ -305,39 +305,40 @@ impl<'a> Fanout<'a> {
         for node in self.nodes_of(touched) {
             let members: Vec<usize> = (0..layer.devices()).filter(|&g| layer.site.node[g] == node).collect();
             for &g in &members {
-                let beside = &mut self.beside[g * words..][..words];
-                beside.fill(0);
+                let node_others = &mut self.node_others[g * words..][..words];
+                node_others.fill(0);
                 for &h in members.iter().filter(|&&h| h != g) {
-                    join(beside, &self.device[h * words..][..words]);
+                    join(node_others, &self.device[h * words..][..words]);
                 }
             }
             let g = members[0];
-            let rows = [&self.device, &self.beside].map(|rows| &rows[g * words..][..words]);
+            let rows = [&self.device, &self.node_others].map(|rows| &rows[g * words..][..words]);
             self.node_visits[usize::from(node)] = sets.tokens(rows);
         }
     }
 
-    /// What it would add if two slots got these experts, which have no other copies.
+    /// Returns the cost that is added if two slots get these experts, which have no other copies.
     fn exchange(&mut self, slots: &Slots, new: [(usize, u16); 2]) -> f64 {
         let (layer, sets, words) = (self.layer, self.sets, self.words);
         let (mut devices, mut nodes) = (0, 0);
         let [here, there] = new.map(|(slot, _)| slots.device(slot));
-        let apart = layer.site.node[here] != layer.site.node[there] && !self.beside.is_empty();
+        let apart = layer.site.node[here] != layer.site.node[there] && !self.node_others.is_empty();
         self.visits_then.clear();
         for (slot, expert) in new {
             let g = slots.device(slot);
             let (others, row) = (&self.others[slot * words..][..words], sets.row(expert));
-            let would = &mut self.would[slot * self.kinds + usize::from(expert).min(self.kinds - 1)];
-            if *would == UNKNOWN {
-                *would = sets.tokens([others, row]);
+            let visits_if =
+                &mut self.visits_if[slot * self.contents + usize::from(expert).min(self.contents - 1)];
+            if *visits_if == UNKNOWN {
+                *visits_if = sets.tokens([others, row]);
             }
-            self.visits_then.push((g as u16, *would));
-            devices += *would - self.visits[g];
+            self.visits_then.push((g as u16, *visits_if));
+            devices += *visits_if - self.visits[g];
             // Within a node, an exchange changes nothing for it.
             if apart {
-                let beside = &self.beside[g * words..][..words];
-                nodes +=
-                    sets.tokens([others, row, beside]) - self.node_visits[usize::from(layer.site.node[g])];
+                let node_others = &self.node_others[g * words..][..words];
+                nodes += sets.tokens([others, row, node_others])
+                    - self.node_visits[usize::from(layer.site.node[g])];
             }
         }
         price(sets, devices, nodes)
@@ -385,7 +386,7 @@ impl Term for Fanout<'_> {
     }
 }
 
-/// Devices whose sets a move may change: those of all copies of the experts that it moves.
+/// Returns the devices whose sets a move may change: those of all copies of the experts that it moves.
 fn touched(slots: &Slots, step: Move) -> Vec<u16> {
     let mut touched = Vec::with_capacity(8);
     for edit in slots.edits(step) {
@@ -397,7 +398,7 @@ fn touched(slots: &Slots, step: Move) -> Vec<u16> {
     touched
 }
 
-/// Visits for each token of a load in parts.
+/// Returns visits per token of a load in parts.
 fn ratio(visits: i64, load: i64) -> f32 {
     if load > 0 { (visits as f64 * PER_TOKEN / load as f64) as f32 } else { 0.0 }
 }
@@ -413,7 +414,7 @@ fn join(to: &mut [u64], row: &[u64]) {
     }
 }
 
-/// Adds those of a row that a pattern has, which begins anew where it ends.
+/// Adds the bits of a row that a pattern has; the pattern repeats.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
 fn join_within(to: &mut [u64], row: &[u64], pattern: &[u64]) {
     // Indices, as in `ones`: short slices of iterators take longer than what is done with them.
@@ -428,7 +429,7 @@ fn join_within(to: &mut [u64], row: &[u64], pattern: &[u64]) {
     }
 }
 
-/// Ones of a mask that are in any of some rows; the mask may be shorter than these.
+/// Counts the bits of a mask that are in at least one of the rows; the mask may be shorter than the rows.
 #[multiversion::multiversion(targets(
     "x86_64+avx512f+avx512vl+avx512bw+avx512vpopcntdq+avx2+popcnt",
     "x86_64+avx2+popcnt"

@@ -1,6 +1,6 @@
-//! The linear term: what holding or serving an expert costs on a device, whoever else is there.
+//! The linear term: the cost of holding or serving an expert on a device, whatever else the device holds.
 //!
-//! Moved bytes are a cost of holding; traffic from neighbouring layers whose placement stands is a cost of serving.
+//! Moved bytes are a cost of holding. Traffic with neighbouring layers, while these stay as they are, is a cost of serving.
 
 use std::borrow::Cow;
 
@@ -8,11 +8,11 @@ use super::{Candidate, Term, Visits};
 use crate::layer::slots::Share;
 use crate::layer::{Layer, Slots};
 
-/// Prices of experts on devices, and what the slots cost as they stand.
+/// The term: prices of experts on devices, and the cost of the slots as they stand.
 #[derive(Debug)]
 pub(super) struct Linear<'a> {
     layer: &'a Layer,
-    /// Of a copy, and of all of an expert's tokens `[E, D]`; empty for none.
+    /// Prices of a copy, and of all of an expert's tokens `[E, D]`; empty for none.
     copy_cost: &'a [f64],
     serve_cost: Cow<'a, [f64]>,
     cost: f64,
@@ -30,7 +30,7 @@ impl<'a> Linear<'a> {
         Some(linear)
     }
 
-    /// What a candidate would add.
+    /// Returns the cost that a candidate adds.
     fn added(&self, Candidate { slots, step, shares }: Candidate<'_>) -> f64 {
         let at = |expert: u16, device: u16| usize::from(expert) * self.layer.devices() + usize::from(device);
         let mut change = 0.0;
@@ -51,7 +51,7 @@ impl<'a> Linear<'a> {
         change
     }
 
-    /// Cost of all experts.
+    /// Sums the cost of all experts.
     fn count(&self, slots: &Slots) -> f64 {
         let mut cost = 0.0;
         for expert in 0..self.layer.experts as u16 {

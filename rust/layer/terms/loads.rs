@@ -1,9 +1,9 @@
-//! Loads of devices in windows, and what copies serve of them.
+//! Loads of devices in windows, and the loads that copies serve.
 
 use super::windows::{add, deviation};
 use crate::layer::{Layer, Slots, Split};
 
-/// Tokens of devices and of copies, and variances of their own.
+/// Tokens of devices and of copies, and their own variances.
 #[derive(Debug, Clone)]
 pub(super) struct Loads {
     /// Windows, in full vectors.
@@ -11,7 +11,7 @@ pub(super) struct Loads {
     /// Tokens of devices, whole numbers `[D, width]`, and their own variances `[D]`.
     pub(super) load: Vec<f32>,
     pub(super) own: Vec<i64>,
-    /// What a copy serves of its expert where all serve alike: a row each `[E + 1, width]`, and own variances `[E]`.
+    /// Tokens of each copy of an expert under an even split, a row each `[E + 1, width]`, and its own variance `[E + 1]`.
     served: Vec<f32>,
     own_served: Vec<i64>,
     /// Time of a device per token `[D]`.
@@ -19,7 +19,7 @@ pub(super) struct Loads {
 }
 
 impl Loads {
-    /// Counts the loads of slots; `copies` says of how many each expert's copies are, or will be.
+    /// Counts the loads of slots; `copies` is how many copies each expert has in the end.
     pub(super) fn new(layer: &Layer, slots: &Slots, copies: &[u32]) -> Self {
         let (d, width) = (layer.devices(), layer.windows.width);
         let mut loads = Self {
@@ -45,7 +45,7 @@ impl Loads {
         loads
     }
 
-    /// Notes how many copies share an expert's tokens.
+    /// Computes the tokens of a copy, given how many copies share the expert's tokens.
     pub(super) fn serve(&mut self, layer: &Layer, expert: u16, copies: u32) {
         let (e, part) = (usize::from(expert), 1.0 / f64::from(copies.max(1)));
         let row = &mut self.served[e * self.width..][..self.width];
@@ -61,31 +61,31 @@ impl Loads {
         add(load, &self.served[expert * self.width..][..self.width], 1.0, 1.0);
     }
 
-    /// A device's tokens, and a row of them that copies serve.
+    /// Returns the tokens of a device, and those of a copy of the expert in `row`.
     #[inline(always)]
     pub(super) fn rows(&self, device: usize, row: usize) -> (&[f32], &[f32]) {
         (&self.load[device * self.width..][..self.width], &self.served[row * self.width..][..self.width])
     }
 
-    /// The row of an empty slot.
+    /// Returns the row of an empty slot.
     pub(super) fn nobody(&self) -> usize {
         self.own_served.len() - 1
     }
 
-    /// A device's own variance if it had one copy more and one less.
+    /// Returns a device's own variance after it gets one copy and loses one.
     #[inline(always)]
     pub(super) fn own(&self, device: usize, more: usize, less: usize) -> i64 {
         self.own[device] + self.own_served[more] - self.own_served[less]
     }
 
-    /// A device's time per token, and the standard deviation of its time with an own variance.
+    /// Returns a device's time per token, and the standard deviation of its time, given its own variance.
     #[inline(always)]
     pub(super) fn unit(&self, device: usize, own: i64) -> (f32, f32) {
         (self.time[device], deviation(own) * self.time[device])
     }
 }
 
-/// An exchange: devices, and the rows of what they give.
+/// An exchange: two devices, and the rows of the experts that they give.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Pair {
     pub(super) devices: [usize; 2],

@@ -1,13 +1,13 @@
-//! The term of lost devices: how busy the others are where the devices of a failure domain, a device or a node, are lost.
+//! The term of lost devices: how busy the other devices are after a failure domain, a device or a node, is lost.
 //!
 //! An expert with `c` copies, `k` of them in a domain that is lost, brings each of the others
-//! `load (1 / (c - k) - 1 / c)` more, if copies share tokens evenly. What counts is the device that is done last after the
-//! worst loss. A search that minimises the maximum alone is told nothing by all moves but few, so a norm over all losses
-//! and devices stands for it, of what each device has above the mean of those that are left.
+//! `load (1 / (c - k) - 1 / c)` more, if copies share tokens evenly. The objective is the slowest device after the worst
+//! loss. Few moves change that maximum, so a search cannot follow it. A norm over all losses and devices stands for it: of
+//! the load of each device above the mean of the devices that are left.
 //!
-//! Experts that are lost as a whole leave nothing to anybody; that they are not is a rule (`super::super::rules`).
+//! An expert whose copies are all lost adds nothing to other devices; a rule forbids that (`super::super::rules`).
 
-use super::divided::copies_of;
+use super::lp_split::copies_of;
 use super::{Candidate, Term, Visits};
 use crate::division::{Division, Notes};
 use crate::layer::slots::Edit;
@@ -15,36 +15,36 @@ use crate::layer::{Layer, Move, Slots};
 
 /// The norm is of order two to the power of this.
 const DOUBLINGS: u32 = 4;
-/// Losses that are looked at together.
+/// Losses that are computed together.
 const WIDTH: usize = 8;
 
-/// What it costs that devices may be lost.
+/// Failure domains, and the cost of their loss.
 #[derive(Debug, Clone)]
 pub struct Losses {
     /// Failure domain of every device `[D]`.
     pub domain: Vec<u16>,
-    /// Of a device that has, after the worst loss, the mean of those that are left once more.
+    /// Cost of a device that has twice the mean of the devices left after the worst loss.
     pub cost: f64,
 }
 
-/// What devices have to do, and what the loss of every domain adds to it.
+/// Loads of devices, and what the loss of every domain adds to them.
 #[derive(Debug, Clone)]
 pub(in crate::layer) struct AfterLosses {
     /// Failure domain of every device `[D]`.
     pub(in crate::layer) domain: Vec<usize>,
     /// Time of every device per token `[D]`.
     time: Vec<f64>,
-    /// One over the time that a loss leaves devices evenly, by domains in full vectors `[width]`; 0 where none is left.
+    /// One over the mean time of the devices left after a loss, by domain, in full vectors `[width]`; 0 where none is left.
     per_mean: Vec<f64>,
-    /// Load of every device `[D]`, and what the loss of a domain adds to it `[D, width]`; nothing ever is as little as
-    /// what the loss of its own adds.
+    /// Load of every device `[D]`, and what the loss of a domain adds to it `[D, width]`: minus infinity for its own domain,
+    /// so that a lost device is never the busiest.
     pub(in crate::layer) loads: Vec<f64>,
     added: Vec<f64>,
 }
 
 impl AfterLosses {
-    /// Devices that hold nothing yet and take so long for a token `[D]`, in domains `[D]`; of each the load that is served
-    /// after its loss `[F]`.
+    /// Builds devices that hold nothing yet, from their times per token `[D]`, their domains `[D]`, and the load that is
+    /// served after the loss of each domain `[F]`.
     pub(in crate::layer) fn new(time: &[f64], domain: &[u16], served: &[f64]) -> Self {
         let domain: Vec<usize> = domain.iter().map(|&domain| usize::from(domain)).collect();
         let width = served.len().next_multiple_of(WIDTH);
@@ -65,18 +65,18 @@ impl AfterLosses {
         Self { loads: vec![0.0; domain.len()], time: time.to_vec(), domain, per_mean, added }
     }
 
-    /// The same where every loss leaves all of a load to be served.
+    /// Builds the same where all load is still served after every loss.
     pub(in crate::layer) fn all_served(time: &[f64], domain: &[u16], total: f64) -> Self {
         let domains = domain.iter().max().map_or(0, |&last| usize::from(last) + 1);
         Self::new(time, domain, &vec![total; domains])
     }
 
-    /// What the loss of every domain adds to a device `[width]`.
+    /// Returns what the loss of every domain adds to a device `[width]`.
     pub(in crate::layer) fn added_to(&self, device: usize) -> &[f64] {
         &self.added[device * self.per_mean.len()..][..self.per_mean.len()]
     }
 
-    /// Adds an expert's load, times a sign, that has copies on `devices` and counts as many as it is to have.
+    /// Adds the load of an expert on `devices`, times a sign; `copies` is how many copies it has in the end.
     pub(in crate::layer) fn count(&mut self, load: f64, copies: usize, devices: &[usize], sign: f64) {
         let width = self.per_mean.len();
         for &device in devices {
@@ -95,12 +95,12 @@ impl AfterLosses {
         }
     }
 
-    /// What a device has after a loss, in means of those that are left.
+    /// Returns a device's time after a loss, over the mean of the devices that are left.
     fn imbalance(&self, device: usize, lost: usize) -> f64 {
         (self.loads[device] + self.added_to(device)[lost]) * self.time[device] * self.per_mean[lost]
     }
 
-    /// What the busiest device has after the loss of every domain `[width]`, in means of those that are left.
+    /// Returns the busiest device's time after the loss of every domain, over the mean of the devices left `[width]`.
     fn worst(&self) -> Vec<f64> {
         let mut worst = vec![0.0; self.per_mean.len()];
         for device in 0..self.loads.len() {
@@ -111,7 +111,7 @@ impl AfterLosses {
         worst
     }
 
-    /// The same where a dispatcher divides the loads of experts `[E]` over the copies that are left.
+    /// Returns the same where a dispatcher divides the loads of experts `[E]` over the copies that are left.
     fn divide(&self, slots: &Slots, load: &[f64]) -> Vec<f64> {
         let (mut copies, mut notes) = (copies_of(slots, &self.time), Notes::default());
         let mut division = Division::new(&copies, load, &mut notes);
@@ -136,7 +136,7 @@ impl AfterLosses {
     }
 }
 
-/// How uneven single losses leave a layer, by the domain that is lost `[F]`.
+/// How uneven a layer is after single losses, by the domain that is lost `[F]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SingleLosses {
     /// Time of the busiest device over the mean of those that are left; 1 where nothing is served.
@@ -146,7 +146,7 @@ pub struct SingleLosses {
 }
 
 impl SingleLosses {
-    /// Measures losses of domains of devices `[D]`, which take so long for a token `[D]`, on loads `[E]`.
+    /// Measures losses under loads `[E]`, by the domains of devices `[D]` and their times per token `[D]`.
     ///
     /// Copies share evenly, or a dispatcher divides all tokens anew.
     #[must_use]
@@ -158,8 +158,8 @@ impl SingleLosses {
             load.iter().zip(&held).filter(|(_, held)| !held.is_empty()).map(|(load, _)| load).sum();
         let (mut served, mut experts_lost) = (vec![all; domains], vec![0; domains]);
         for (load, held) in load.iter().zip(&held) {
-            if let Some((&first, others)) = held.split_first()
-                && others.iter().all(|&device| domain[device] == domain[first])
+            if let Some((&first, powers_then)) = held.split_first()
+                && powers_then.iter().all(|&device| domain[device] == domain[first])
             {
                 served[usize::from(domain[first])] -= load;
                 experts_lost[usize::from(domain[first])] += 1;
@@ -182,7 +182,7 @@ impl SingleLosses {
     }
 }
 
-/// What each of an expert's other copies gets if so many of them are gone.
+/// Returns the load that each remaining copy of an expert gains if `gone` of its copies are lost.
 fn added_by_loss(load: f64, copies: usize, gone: usize) -> f64 {
     if gone == 0 || gone >= copies {
         0.0
@@ -191,24 +191,25 @@ fn added_by_loss(load: f64, copies: usize, gone: usize) -> f64 {
     }
 }
 
-/// How busy devices are after losses, for the slots as they stand.
+/// The term: a norm of how busy devices are after losses.
 #[derive(Debug, Clone)]
 pub(crate) struct LossNorm<'a> {
     layer: &'a Layer,
-    /// What a norm of one costs.
+    /// Cost of a norm of one.
     price: f64,
     after: AfterLosses,
-    /// Sum of every device's powers `[D]`, and what they are without devices that are looked at; sum of all.
+    /// Sum of every device's powers over losses `[D]`; the same after a candidate; sum of the former.
     powers: Vec<f64>,
-    others: Vec<f64>,
+    powers_then: Vec<f64>,
     total: f64,
     /// The device whose powers are the largest.
     busiest: usize,
-    /// Devices that the move touches that is looked at, with their loads and powers then, and what losses add then
+    /// Devices that a candidate touches, with their loads and powers then, and what losses add to them then
     /// `[touched, width]`.
     touched: Vec<(usize, f64, f64)>,
     rows: Vec<f64>,
-    /// An expert's devices with the move and without, and of their domains what a loss of each brings before and after.
+    /// Devices that hold an expert before or after a candidate, and what the loss of each of their domains adds before and
+    /// after it.
     devices: Vec<usize>,
     added: Vec<(usize, [f64; 2])>,
 }
@@ -221,13 +222,13 @@ impl<'a> LossNorm<'a> {
             after.count(load, devices.len(), &devices, 1.0);
         }
         let (touched, rows, devices, added) = (vec![], vec![], vec![], vec![]);
-        let (powers, others, price) = (vec![0.0; layer.devices()], vec![], losses.cost);
+        let (powers, powers_then, price) = (vec![0.0; layer.devices()], vec![], losses.cost);
         let mut term = Self {
             layer,
             price,
             after,
             powers,
-            others,
+            powers_then,
             total: 0.0,
             busiest: 0,
             touched,
@@ -243,19 +244,19 @@ impl<'a> LossNorm<'a> {
         term
     }
 
-    /// Takes over the powers of all devices.
+    /// Sums the powers of all devices, and finds the busiest.
     fn add_up(&mut self) {
         self.total = sum(&self.powers);
         self.busiest =
             (0..self.powers.len()).max_by(|&a, &b| self.powers[a].total_cmp(&self.powers[b])).unwrap_or(0);
     }
 
-    /// Load and time of a device and, of every loss, one over the mean of those that are left.
+    /// Returns a load, a device's time per token, and for every loss one over the mean of the devices left.
     fn unit(&self, device: usize, load: f64) -> (f64, f64, &[f64]) {
         (load, self.after.time[device], &self.after.per_mean)
     }
 
-    /// Notes what all devices have then that a move touches.
+    /// Computes loads and powers of all devices that a move touches, as they are after it.
     fn stage(&mut self, slots: &Slots, step: Move) {
         self.touched.clear();
         self.rows.clear();
@@ -269,7 +270,7 @@ impl<'a> LossNorm<'a> {
         }
     }
 
-    /// The same of one expert and its load.
+    /// Adds the changes of one expert with its load.
     fn stage_edit(&mut self, load: f64, slots: &Slots, Edit { expert, from, to }: Edit) {
         let (from, to) = (from.map(usize::from), to.map(usize::from));
         let before = slots.copies(expert) as usize;
@@ -303,7 +304,7 @@ impl<'a> LossNorm<'a> {
         }
     }
 
-    /// Where a device is among those that are touched.
+    /// Returns the position of a device among those that are touched; adds it if it is new.
     fn touch(&mut self, device: usize) -> usize {
         self.touched.iter().position(|touched| touched.0 == device).unwrap_or_else(|| {
             self.touched.push((device, self.after.loads[device], 0.0));
@@ -320,11 +321,11 @@ impl Term for LossNorm<'_> {
 
     fn change(&mut self, Candidate { slots, step, .. }: Candidate<'_>, _: &mut Visits) -> f64 {
         self.stage(slots, step);
-        self.others.clone_from(&self.powers);
+        self.powers_then.clone_from(&self.powers);
         for &(device, _, powers) in &self.touched {
-            self.others[device] = powers;
+            self.powers_then[device] = powers;
         }
-        (root(sum(&self.others)) - root(self.total)) * self.price
+        (root(sum(&self.powers_then)) - root(self.total)) * self.price
     }
 
     fn apply(&mut self, Candidate { slots, step, .. }: Candidate<'_>, _: &mut Visits) {
@@ -351,15 +352,15 @@ impl Term for LossNorm<'_> {
         true
     }
 
-    /// That of all devices that the candidate touches.
+    /// Returns the gain if the devices that the candidate touches had nothing above the mean.
     fn max_gain(&mut self, Candidate { slots, step, .. }: Candidate<'_>) -> f64 {
-        self.others.clone_from(&self.powers);
+        self.powers_then.clone_from(&self.powers);
         for Edit { expert, to, .. } in slots.edits(step) {
             for device in slots.devices(expert).chain(to) {
-                self.others[usize::from(device)] = 0.0;
+                self.powers_then[usize::from(device)] = 0.0;
             }
         }
-        (root(self.total) - root(sum(&self.others))) * self.price
+        (root(self.total) - root(sum(&self.powers_then))) * self.price
     }
 
     fn after_losses(&self) -> Option<(&[f64], usize)> {
@@ -367,14 +368,14 @@ impl Term for LossNorm<'_> {
     }
 }
 
-/// Sum of powers of what a device of such a load and time has above the mean after losses that add so much.
+/// Sums, over losses that add `added`, the powers of a device's load above the mean.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
 fn powers_of(added: &[f64], (load, time, per_mean): (f64, f64, &[f64])) -> f64 {
     let mut sums = [0.0; WIDTH];
     for (added, per_mean) in added.as_chunks::<WIDTH>().0.iter().zip(per_mean.as_chunks::<WIDTH>().0) {
         for k in 0..WIDTH {
             let above = (load + added[k]) * time * per_mean[k] - 1.0;
-            // Of its own domain nothing is left.
+            // After the loss of its own domain the device has no load.
             let mut power = if above > 0.0 { above } else { 0.0 };
             for _ in 0..DOUBLINGS {
                 power *= power;
@@ -385,7 +386,7 @@ fn powers_of(added: &[f64], (load, time, per_mean): (f64, f64, &[f64])) -> f64 {
     sums.iter().sum()
 }
 
-/// Sum of all, in an order that vectors can follow.
+/// Sums values in an order that vector instructions can follow.
 fn sum(values: &[f64]) -> f64 {
     let (full, rest) = values.as_chunks::<WIDTH>();
     let mut sums = [0.0; WIDTH];
@@ -397,7 +398,7 @@ fn sum(values: &[f64]) -> f64 {
     sums.iter().sum::<f64>() + rest.iter().sum::<f64>()
 }
 
-/// The norm of a sum of powers.
+/// Returns the norm of a sum of powers.
 fn root(sum: f64) -> f64 {
     (0..DOUBLINGS).fold(sum, |root, _| root.sqrt())
 }

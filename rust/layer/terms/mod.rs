@@ -1,14 +1,15 @@
-//! Terms of a layer's cost: each knows what a move changes, exactly, and how to apply it.
+//! Terms of a layer's cost. Each computes exactly what a move changes, and applies it.
 //!
-//! A new term is a module here with its prices, a struct that implements [`Term`] and its definition for the test of all
-//! terms; in this file a field of [`Costs`], a line in [`Terms::with_serving`] and one in `DEFINITIONS`. Searches walk the list of terms and know none of them by name.
+//! A new term is a module here: its prices, a struct that implements [`Term`], and its definition for the test of all terms.
+//! This file gets a field of [`Costs`], a line in [`Terms::with_serving`] and one in `DEFINITIONS`. Searches go through the
+//! list of terms and know none of them by name.
 
 pub(super) mod balance;
-pub mod divided;
 pub mod fanout;
 mod linear;
 mod loads;
 pub mod losses;
+pub mod lp_split;
 mod norm;
 mod peak;
 mod ports;
@@ -24,22 +25,22 @@ use crate::layer::caps::Caps;
 use crate::layer::{Layer, Move, Slots};
 use crate::random::Random;
 use balance::Balance;
-use divided::Divided;
 use fanout::Fanout;
 use linear::Linear;
 use losses::{LossNorm, Losses};
+use lp_split::LpSplit;
 use peak::Peak;
 use reading::Reading;
 use together::{Pairs, Together};
 
-/// What costs in a layer besides its windows.
+/// Prices of a layer, besides those of its windows.
 #[derive(Debug, Clone, Default)]
 pub struct Costs {
     /// Weights that are read in the windows, where that may take longer than the tokens.
     pub reading: Option<Reading>,
-    /// What a row at the busiest port costs, in tokens; 0 for nothing.
+    /// Cost of a row at the busiest port, in tokens; 0 for none.
     pub row: f64,
-    /// Cost of a copy of an expert on a device, whatever it serves `[E, D]`; empty for none.
+    /// Cost of holding a copy of an expert on a device, whatever it serves `[E, D]`; empty for none.
     pub copy_cost: Vec<f64>,
     /// Cost of serving all of an expert's tokens from a device; a copy pays its share `[E, D]`; empty for none.
     pub serve_cost: Vec<f64>,
@@ -47,105 +48,105 @@ pub struct Costs {
     pub sets: Option<fanout::Lazy>,
     /// Co-activated pairs, where those that are apart cost.
     pub pairs: Option<Pairs>,
-    /// Where it costs what lost devices leave to others.
+    /// Failure domains, where it costs how busy devices are after a loss.
     pub losses: Option<Losses>,
-    /// Windows whose tokens a dispatcher divides over copies as is best.
-    pub divided: Option<divided::Loads>,
+    /// Windows whose tokens a dispatcher divides over copies by split `lp`.
+    pub lp_split: Option<lp_split::Loads>,
 }
 
-/// Random prices of a term on weighted loads of windows `[W, E]`, and what slots cost by its definition, for tests.
+/// A term for tests: random prices on weighted loads of windows `[W, E]`, and the cost of slots by its definition.
 #[cfg(test)]
 pub(super) struct Definition {
     pub(super) price: fn(&mut Random, &mut Layer, &[f64]),
     pub(super) cost: fn(&Layer, &Slots) -> f64,
 }
 
-/// Of all terms that a layer alone defines: windows, and expert sets, are defined by traffic.
+/// Definitions of the terms that a layer alone defines; traffic defines windows and expert sets.
 #[cfg(test)]
 pub(super) const DEFINITIONS: [Definition; 4] =
-    [linear::DEFINITION, together::DEFINITION, losses::DEFINITION, divided::DEFINITION];
+    [linear::DEFINITION, together::DEFINITION, losses::DEFINITION, lp_split::DEFINITION];
 
-/// The share of an expert's tokens that a device serves.
+/// Returns the share of an expert's tokens that a device serves.
 #[cfg(test)]
 pub(super) fn share(layer: &Layer, slots: &Slots, expert: usize, device: usize) -> f64 {
     let devices: Vec<u16> = slots.devices(expert as u16).collect();
     if devices.contains(&(device as u16)) { layer.site.share(&devices, device as u16) } else { 0.0 }
 }
 
-/// A move that is judged before it is made: in which slots, and which shares of tokens it changes.
+/// A move that is priced before it is made: the slots it changes, and the shares of tokens that it changes.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Candidate<'a> {
     pub(super) slots: &'a Slots,
     pub(super) step: Move,
-    /// Empty or of an earlier move if copies exchange places, keep their shares, and no term needs them.
+    /// Unset where copies exchange places and keep their shares, and no term needs them.
     pub(super) shares: &'a [Share],
 }
 
-/// Devices that a candidate visits otherwise, with the visits for each token of their load then.
+/// Devices whose visits a candidate changes, with their visits per token of load then.
 pub(super) type Visits = Vec<(u16, f32)>;
 
-/// A part of a layer's cost. It holds its own prices, and what it has counted of the slots as they stand.
+/// A part of a layer's cost. It holds its own prices, and its counts of the slots as they stand.
 ///
-/// Only the first four methods are needed. The others tell searches what to leave out; by default they leave out nothing.
+/// Only the first three methods are required. The others let searches skip work; by default they skip none.
 pub(super) trait Term: Debug + Send {
-    /// Cost of the slots as they stand.
+    /// Returns the cost of the slots as they stand.
     fn cost(&self) -> f64;
 
-    /// What a candidate would add to the cost; a term that counts visits writes those that rows are priced by.
+    /// Returns the cost that a candidate adds. A term that counts visits writes those by which rows are priced.
     fn change(&mut self, candidate: Candidate<'_>, visits: &mut Visits) -> f64;
 
-    /// Follows a candidate that is about to be made.
+    /// Applies a candidate, before the slots change.
     fn apply(&mut self, candidate: Candidate<'_>, visits: &mut Visits);
 
-    /// What the slowest devices cost in this term, whatever stands for them in [`Self::cost`].
+    /// Returns the cost of the slowest devices by this term, whatever stands for them in [`Self::cost`].
     fn slowest(&self) -> f64 {
         0.0
     }
 
-    /// Follows the candidate that was applied, once the slots have changed.
+    /// Completes the candidate that was applied, after the slots have changed.
     fn settle(&mut self, _slots: &Slots) {}
 
-    /// Visits of every device for each token of its load `[D]`, if this term counts them.
+    /// Returns the visits of every device per token of its load `[D]`, if this term counts them.
     fn visits_per_load(&self) -> Option<Vec<f32>> {
         None
     }
 
-    /// Whether this term needs the shares of an exchange in which copies keep theirs.
+    /// Returns whether this term needs the shares of an exchange in which copies keep theirs.
     fn needs_shares(&self) -> bool {
         true
     }
 
-    /// Whether [`Self::max_gain`] says something, sooner than [`Self::change`] does.
+    /// Returns whether [`Self::max_gain`] is a finite bound that takes less time than [`Self::change`].
     fn bounds_gain(&self) -> bool {
         false
     }
 
-    /// The most that a candidate can take from the cost.
+    /// Returns an upper bound on what a candidate takes from the cost.
     fn max_gain(&mut self, _candidate: Candidate<'_>) -> f64 {
         f64::INFINITY
     }
 
-    /// Whether a candidate gains no more than the tokens that it takes from the slowest devices.
+    /// Returns whether a candidate gains at most the tokens that it takes from the slowest devices.
     fn is_of_slowest_alone(&self) -> bool {
         false
     }
 
-    /// Whether a copy costs what it does, whoever else is there: what a candidate adds is then soon said.
+    /// Returns whether the cost of a copy does not depend on other experts: then [`Self::change`] is fast.
     fn is_separable(&self) -> bool {
         false
     }
 
-    /// Whether [`Self::change`] may take as long as a user waits for Ctrl-C, if it is asked for often.
+    /// Returns whether many calls of [`Self::change`] may take longer than a user waits after Ctrl-C.
     fn takes_long(&self) -> bool {
         false
     }
 
-    /// The slowest devices of every window, where they alone are what a window costs.
+    /// Returns the slowest devices of every window, where they alone are the cost of a window.
     fn peak(&self) -> Option<&Peak> {
         None
     }
 
-    /// How much every device counts after losses `[D]`, and the device that counts most.
+    /// Returns the powers of every device over losses `[D]`, and the device with the largest.
     fn after_losses(&self) -> Option<(&[f64], usize)> {
         None
     }
@@ -158,21 +159,22 @@ pub(super) struct Terms<'a> {
     /// Those that count visits come first: others price rows by what these write.
     all: Vec<Box<dyn Term + 'a>>,
     caps: Option<Caps<'a>>,
-    /// Whether some term needs the shares of every candidate, and whether the last one bounds what it gains.
+    /// Whether some term needs the shares of every candidate, and whether the last term bounds its gain.
     needs_shares: bool,
     bounds_gain: bool,
-    /// Of the last candidate.
+    /// Shares and visits of the last candidate; devices are memory for counting the shares.
     shares: Vec<Share>,
     visits: Visits,
     devices: Vec<u16>,
 }
 
 impl<'a> Terms<'a> {
+    /// Builds the terms of a layer for slots.
     pub(super) fn new(layer: &'a Layer, slots: &Slots) -> Self {
         Self::with_serving(layer, slots, Cow::from(&layer.costs.serve_cost))
     }
 
-    /// Takes other prices of serving `[E, D]` than the layer's own: those of where neighbouring layers are by now.
+    /// Builds terms with other prices of serving `[E, D]` than the layer's: by where the neighbouring layers are by now.
     pub(super) fn with_serving(layer: &'a Layer, slots: &Slots, serve_cost: Cow<'a, [f64]>) -> Self {
         let costs = &layer.costs;
         let mut all: Vec<Box<dyn Term + 'a>> = vec![];
@@ -192,8 +194,8 @@ impl<'a> Terms<'a> {
         if let Some(losses) = &costs.losses {
             all.push(Box::new(LossNorm::new(layer, losses, slots)));
         }
-        if let Some(loads) = &costs.divided {
-            all.push(Box::new(Divided::new(layer, loads, slots)));
+        if let Some(loads) = &costs.lp_split {
+            all.push(Box::new(LpSplit::new(layer, loads, slots)));
         }
         let caps = Caps::new(layer, slots);
         Self {
@@ -213,7 +215,7 @@ impl<'a> Terms<'a> {
         self.all.iter().map(|term| term.cost()).sum()
     }
 
-    /// What the slowest devices cost, whatever stands for them, of windows and after losses, and what is separable.
+    /// Returns the cost of the slowest devices, in windows and after losses, and of separable terms.
     pub(super) fn slowest(&self) -> f64 {
         self.all.iter().map(|term| term.slowest()).sum()
     }
@@ -223,18 +225,18 @@ impl<'a> Terms<'a> {
         self.all.iter().find_map(|term| term.peak())
     }
 
-    /// Whether tokens of the slowest devices, and what is separable, are all that costs: those bound what a move gains.
+    /// Returns whether the cost is that of the slowest devices' tokens and of separable terms: they bound a move's gain.
     pub(super) fn are_of_slowest(&self) -> bool {
         self.all.iter().any(|term| term.is_of_slowest_alone())
             && self.all.iter().all(|term| term.is_of_slowest_alone() || term.is_separable())
     }
 
-    /// Whether one change may take as long as a user waits for Ctrl-C, if it is asked for often.
+    /// Returns whether many changes may take longer than a user waits after Ctrl-C.
     pub(super) fn take_long(&self) -> bool {
         self.all.iter().any(|term| term.takes_long())
     }
 
-    /// How much every device counts after losses `[D]`, where these and the slowest devices are nearly all that costs.
+    /// Returns the powers of every device over losses `[D]`, where losses and the slowest devices are all that costs.
     pub(super) fn after_losses(&self) -> Option<&[f64]> {
         let mut terms = self.all.iter();
         let are_of_devices = terms.all(|term| term.peak().is_some() || term.after_losses().is_some());
@@ -242,7 +244,7 @@ impl<'a> Terms<'a> {
         after.filter(|_| are_of_devices).map(|(powers, _)| powers)
     }
 
-    /// A device that costs most where losses count: the slowest in a window, or the one to which losses do most.
+    /// Returns a device that costs most where losses count: the slowest in a random window, or the busiest after losses.
     pub(super) fn costliest(&self, random: &mut Random) -> Option<usize> {
         let (_, busiest) = self.all.iter().find_map(|term| term.after_losses())?;
         let peak = self.peak().filter(|_| random.below(2) == 0);
@@ -250,31 +252,31 @@ impl<'a> Terms<'a> {
         Some(slowest.unwrap_or(busiest))
     }
 
-    /// By what part the worst device exceeds the cap.
+    /// Returns the part by which the worst device exceeds the cap.
     pub(super) fn excess(&self) -> f64 {
         self.caps.as_ref().map_or(0.0, Caps::excess)
     }
 
-    /// Whether some term is separable.
+    /// Returns whether some term is separable.
     pub(super) fn has_separable(&self) -> bool {
         self.all.iter().any(|term| term.is_separable())
     }
 
-    /// What a move would add to the cost; nothing if it breaks the cap, or if that is surely more than a limit.
+    /// Returns the cost that a move adds; nothing if it breaks the cap, or surely adds more than a limit.
     pub(super) fn change(&mut self, slots: &Slots, step: Move, limit: f64) -> Option<f64> {
         self.look(slots, step);
         let is_allowed = self.caps.as_ref().is_none_or(|caps| caps.allows(&self.shares));
         if is_allowed { self.added(slots, step, limit) } else { None }
     }
 
-    /// What a move would add to excess over the caps, and to the cost: infinitely much if that is surely more than a limit.
+    /// Returns what a move adds to the excess over the cap, and to the cost: infinity if that is surely above a limit.
     pub(super) fn rise(&mut self, slots: &Slots, step: Move, limit: f64) -> (f64, f64) {
         self.look(slots, step);
         let rise = self.caps.as_ref().map_or(0.0, |caps| caps.rise(&self.shares));
         (rise, self.added(slots, step, limit).unwrap_or(f64::INFINITY))
     }
 
-    /// What a move would add to what is separable alone.
+    /// Returns what a move adds to the separable terms alone.
     pub(super) fn separable_change(&mut self, slots: &Slots, step: Move) -> f64 {
         self.look(slots, step);
         let candidate = Candidate { slots, step, shares: &self.shares };
@@ -282,7 +284,7 @@ impl<'a> Terms<'a> {
         separable.map(|term| term.change(candidate, &mut self.visits)).sum()
     }
 
-    /// Notes which shares a move changes, unless no term needs them.
+    /// Computes which shares a move changes, unless no term needs them.
     #[inline(always)]
     fn look(&mut self, slots: &Slots, step: Move) {
         if self.needs_shares || balance::exchange(self.layer, slots, step).is_none() {
@@ -290,14 +292,14 @@ impl<'a> Terms<'a> {
         }
     }
 
-    /// What a move adds to the cost, unless that is surely more than a limit.
+    /// Returns the cost that a move adds, unless it is surely more than a limit.
     fn added(&mut self, slots: &Slots, step: Move, limit: f64) -> Option<f64> {
         let candidate = Candidate { slots, step, shares: &self.shares };
         let mut change = 0.0;
         self.visits.clear();
         let (count, bounds_gain) = (self.all.len(), self.bounds_gain);
         for (at, term) in self.all.iter_mut().enumerate() {
-            // Most moves add more to the slowest device than the last term could gain, which takes longer to say.
+            // Most moves add more to the slowest device than the last term can gain, and that term takes longest to compute.
             if bounds_gain && at + 1 == count && change - term.max_gain(candidate) > limit {
                 return None;
             }

@@ -1,15 +1,15 @@
 //! The norm over devices that stands for the largest load of a window.
 //!
-//! The maximum is what a window costs. A search that minimises it on the windows that it has seen fits their noise: it
-//! leaves all other devices just below the slowest one of each window. The norm of order P also sees those, and does
-//! better on windows that nobody has seen (bench/RESULTS.md). It is minimised by majorisation: the root is concave, so
+//! A window costs its maximum. A search that minimises it on the windows seen fits their noise: it leaves all other devices
+//! just below the slowest one of each window. The norm of order P counts those, too, and does better on unseen windows
+//! ("Unseen windows" in docs/experiments.md). It is minimised by majorisation: the root is concave, so
 //! its tangent at the present placement bounds what a move adds from above, and only the powers of two devices need to be
 //! known.
 //!
-//! Most of what a window brings is a mixture of what other windows brought: a placement that levels those levels it as
-//! well, whatever the mixture. The rest, each expert's own, adds up on a device like noise: its variances add, times the
-//! squares of the copies' shares. So in every window a device is taken to have its load and the standard deviation of that
-//! rest. The mean plus z standard deviations is what `vllm-ascend`'s `FlashLB` scores devices by.
+//! The load of a window is mostly a mixture of the loads of other windows: a placement that balances those balances every
+//! mixture. The rest is each expert's own and adds up on a device like noise: variances add, times the squares of the
+//! copies' shares. So in every window a device counts its load plus the standard deviation of that rest. `FlashLB` of
+//! `vllm-ascend` scores devices in the same way, by the mean plus z standard deviations.
 
 use super::loads::{Loads, Pair};
 use super::windows::{chunks, lanes, total};
@@ -33,7 +33,7 @@ pub(super) struct Norm {
 }
 
 impl Norm {
-    /// Of so many devices, with one over the mean of every window `[width]`.
+    /// Builds the norm of so many devices, with one over the mean of every window `[width]`.
     pub(super) fn new(devices: usize, per_mean: &[f32]) -> Self {
         let width = per_mean.len();
         let power = vec![0.0; devices * width];
@@ -49,8 +49,8 @@ impl Norm {
         &self.power[device * self.slope.len()..][..self.slope.len()]
     }
 
-    /// What it adds to the cost when devices have rows of tokens and own variances instead; `unit` is a device's time per
-    /// token and its deviation.
+    /// Returns the cost that is added if the touched devices have other rows of tokens and own variances; `unit` returns a
+    /// device's time per token and its deviation.
     pub(super) fn change(
         &self,
         rows: &[f32],
@@ -65,19 +65,19 @@ impl Norm {
         f64::from(total(sums))
     }
 
-    /// Counts a device's powers anew, of its tokens, its time per token and its deviation.
+    /// Recomputes a device's powers from its tokens, its time per token and its deviation.
     pub(super) fn raise(&mut self, device: usize, load: &[f32], unit: (f32, f32)) {
         let power = &mut self.power[device * load.len()..][..load.len()];
         raised(power, load, &self.per_mean, unit);
     }
 
-    /// Counts slopes and cost anew.
+    /// Recomputes slopes and cost.
     pub(super) fn refresh(&mut self, price: &[f32]) {
         self.cost = slopes(&mut self.slope, &self.power, price);
     }
 }
 
-/// A time to the power of the norm.
+/// Returns a time to the power of the norm's order.
 #[inline(always)]
 fn power_of(x: f32) -> f32 {
     let x = if x < MOST { x } else { MOST };
@@ -86,7 +86,7 @@ fn power_of(x: f32) -> f32 {
     fourth * fourth
 }
 
-/// What an exchange of two experts adds to the cost; nothing is written.
+/// Returns the cost that an exchange of two experts adds, without writing anything.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
 pub(super) fn exchanged(norm: &Norm, loads: &Loads, pair: Pair) -> f64 {
     let Pair { devices: [g, h], rows: [a, b] } = pair;
@@ -124,7 +124,7 @@ fn risen(sums: &mut [f32; LANES], load: &[f32], rows: [&[f32]; 3], (time, deviat
     }
 }
 
-/// Of the devices that `may` take a copy of an expert, the one whose powers then rise least, times the windows' prices.
+/// Returns the device, of those that `may` take a copy of an expert, whose powers times the windows' prices rise least.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
 pub(super) fn entered(
     norm: &Norm,

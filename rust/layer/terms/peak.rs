@@ -1,4 +1,4 @@
-//! The largest time of every window, and what is left of it when some devices change.
+//! The largest device time of every window, and what it becomes when some devices change.
 
 // Numbers of devices are compared, which are whole.
 #![allow(clippy::float_cmp)]
@@ -6,7 +6,7 @@
 use super::windows::{chunks, lanes, sum, total};
 use crate::layer::LANES;
 
-/// The three largest times of every window and the devices of the first two: what is left when two devices change.
+/// The three largest times of every window, and the devices of the first two: enough to price a change of two devices.
 #[derive(Debug, Clone)]
 pub(crate) struct Peak {
     first: Vec<f32>,
@@ -18,7 +18,7 @@ pub(crate) struct Peak {
 }
 
 impl Peak {
-    /// Of so many windows, in which nothing is done yet.
+    /// Builds the peak of so many windows without load.
     pub(super) fn new(width: usize) -> Self {
         let [first, second, third] = std::array::from_fn(|_| vec![0.0; width]);
         let (first_device, second_device) = (vec![-1.0; width], vec![-1.0; width]);
@@ -29,18 +29,18 @@ impl Peak {
         self.cost
     }
 
-    /// Time of the slowest device of every window.
+    /// Returns the time of the slowest device of every window.
     pub(super) fn times(&self) -> impl Iterator<Item = f32> + '_ {
         self.first.iter().copied()
     }
 
-    /// The device that is the slowest in a window, if something is done there.
+    /// Returns the slowest device of a window, if the window has load.
     pub(in crate::layer) fn slowest_in(&self, window: usize) -> Option<usize> {
         let device = self.first_device[window];
         (device >= 0.0).then_some(device as usize)
     }
 
-    /// Windows with the device that is the slowest there, and by how much it is.
+    /// Returns windows with their slowest device, and its lead over the second.
     pub(in crate::layer) fn slowest(&self) -> impl Iterator<Item = (usize, usize, f64)> + '_ {
         let lead = self.first.iter().zip(&self.second).map(|(&first, &second)| f64::from(first - second));
         let all = self.first_device.iter().zip(lead).enumerate();
@@ -48,13 +48,13 @@ impl Peak {
             .map(|(window, (&device, lead))| (window, device as usize, lead))
     }
 
-    /// Follows tokens of devices `[D, width]` and their times per token `[D]`.
+    /// Recomputes the peak from tokens of devices `[D, width]` and their times per token `[D]`.
     pub(super) fn refresh(&mut self, load: &[f32], time: &[f32]) {
         largest_three(self, load, time);
         self.cost = sum(&self.first);
     }
 
-    /// Cost when devices `touched` have `rows` instead.
+    /// Returns the cost if the `touched` devices have `rows` of tokens instead.
     pub(super) fn cost_of(&self, load: &[f32], rows: &[f32], touched: &[(u16, i64)], time: &[f32]) -> f64 {
         let width = self.first.len();
         let time_at = |at: usize| {
@@ -62,7 +62,7 @@ impl Peak {
             (&rows[at * width..][..width], f32::from(device), time[usize::from(device)])
         };
         match touched.len() {
-            // A device that changes twice is one.
+            // One changed device is passed twice.
             1 => two_changed(self, time_at(0), time_at(0)),
             2 => two_changed(self, time_at(0), time_at(1)),
             _ => {
@@ -85,7 +85,7 @@ fn raise(to: &mut [f32], load: &[f32], time: f32) {
     }
 }
 
-/// Cost when two devices have rows of tokens instead, given with their numbers and times per token.
+/// Returns the cost if two devices have other rows of tokens; each comes with its number and time per token.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
 fn two_changed(peak: &Peak, one: (&[f32], f32, f32), other: (&[f32], f32, f32)) -> f64 {
     let ((here, g, time_g), (there, h, time_h)) = (one, other);

@@ -1,53 +1,56 @@
-//! A device's time where weights have to be read: the longer of reading the experts that have tokens, and of computing.
+//! A device's time where weights have to be read: either reading the experts that have tokens, or computing, whichever takes
+//! longer.
 //!
-//! All is in tokens of the slowest device. An expert is active in a window if it has tokens there; a copy that serves a part
-//! of them is idle if all of them go to others. Active experts are whole numbers of 2^-16, so that sums are exact.
+//! The unit is a token of the slowest device. An expert is active in a window if it has tokens there. A copy that serves a
+//! part of them is idle if all tokens go to other copies. Active experts are counted in whole numbers of 2^-16, so that sums
+//! are exact.
 
 use super::loads::Loads;
 use super::windows::{Windows, deviation};
 use crate::layer::slots::Share;
 use crate::layer::{Layer, Site, Slots};
 
-/// What an active expert counts.
+/// Units that one active expert counts as.
 const ACTIVE: f32 = 65536.0;
-/// Copies of an expert for which it is kept how active each is, and one more.
-const KEPT: usize = 9;
+/// One more than the number of copies up to which it is cached how active each copy is.
+const CACHED: usize = 9;
 /// A copy that expects more tokens than this is active for certain, as far as whole numbers tell.
 const CERTAIN: f64 = 12.0;
 
-/// What weights take.
+/// Time that weights take, in tokens.
 #[derive(Debug, Clone, Copy)]
 pub struct Weights {
-    /// Of a layer, beyond what it takes to begin with tokens.
+    /// Time of a layer, beyond the time to begin with tokens.
     pub base: f64,
-    /// Of every expert that has tokens.
+    /// Time of every expert that has tokens.
     pub expert: f64,
     /// Share of a token's time that reading does not hide.
     pub exposed: f64,
-    /// What it takes to begin with tokens, on the slowest device.
+    /// Time to begin with tokens, on the slowest device.
     pub start: f64,
 }
 
-/// What weights take in the windows of a layer.
+/// Time that weights take in the windows of a layer.
 #[derive(Debug, Clone)]
 pub struct Reading {
     exposed: f32,
-    /// Beyond what the fastest device takes to begin with tokens `[D]`.
+    /// Time to begin with tokens, beyond that of the fastest device `[D]`.
     start: Vec<f32>,
-    /// Of a layer, of an active expert's part, and of a token `[width]`.
+    /// Time of a layer, of a unit of an active expert, and of a token `[width]`.
     base: Vec<f32>,
     expert: Vec<f32>,
     unit: Vec<f32>,
-    /// Tokens of a device where all are done at once `[width]`.
+    /// Tokens of a device if all devices end at the same time `[width]`.
     mean: Vec<f32>,
-    /// One over the time of a device where all are done at once; zero in empty windows `[width]`.
+    /// One over the time of a device if all devices end at the same time; zero in empty windows `[width]`.
     pub(super) per_mean: Vec<f32>,
-    /// What a norm of one costs: that time, and how much the window counts `[width]`.
+    /// Cost of a norm of one: that time, times the weight of the window `[width]`.
     pub(super) price: Vec<f32>,
 }
 
 impl Reading {
-    /// Nothing where reading never takes longer than the slowest device's tokens, and devices begin at once.
+    /// Computes the times; nothing where reading never takes longer than the slowest device's tokens and all devices begin
+    /// at the same time.
     #[must_use]
     pub fn new(weights: Weights, windows: &Windows, experts: usize, site: &Site) -> Option<Self> {
         let Weights { base, expert, exposed, start } = weights;
@@ -83,35 +86,35 @@ impl Reading {
     }
 }
 
-/// Active experts of devices, and what takes longer: reading them, or their tokens.
+/// Active experts of devices, and the longer of reading them and computing their tokens.
 #[derive(Debug, Clone)]
 pub(super) struct Busy<'a> {
     reading: &'a Reading,
-    /// `[D, width]`.
+    /// Active experts `[D, width]`.
     active: Vec<f32>,
-    /// `[D, width]`.
+    /// Time `[D, width]`.
     pub(super) time: Vec<f32>,
-    /// The same of the devices that a move touches.
+    /// The same for the devices that a candidate touches, in their order.
     active_then: Vec<f32>,
     pub(super) time_then: Vec<f32>,
-    /// Times are of devices of one speed `[D]`.
-    pub(super) alike: Vec<f32>,
-    parts: Parts,
+    /// Time per unit of `time` `[D]`: times have the speeds of devices in them already.
+    pub(super) ones: Vec<f32>,
+    parts: ActiveParts,
 }
 
-/// How active a copy is in every window, of so many that share an expert's tokens evenly `[E, KEPT]`; empty where nobody
-/// has asked. A search asks the same again and again.
+/// Cache of how active a copy is in every window, by its expert and the number of copies that share evenly `[E, CACHED]`;
+/// empty where it was never needed.
 #[derive(Debug, Clone)]
-struct Parts(Vec<Vec<f32>>);
+struct ActiveParts(Vec<Vec<f32>>);
 
 impl<'a> Busy<'a> {
-    /// Of slots, whose tokens are known.
+    /// Counts active experts and times for slots, whose loads are counted already.
     pub(super) fn new(layer: &Layer, reading: &'a Reading, slots: &Slots, loads: &Loads) -> Self {
         let (d, width) = (layer.devices(), layer.windows.width);
         let rows = || vec![0.0; d * width];
         let [active, time, active_then, time_then] = [rows(), rows(), rows(), rows()];
-        let parts = Parts(vec![vec![]; layer.experts * KEPT]);
-        let mut busy = Self { reading, active, time, active_then, time_then, alike: vec![1.0; d], parts };
+        let parts = ActiveParts(vec![vec![]; layer.experts * CACHED]);
+        let mut busy = Self { reading, active, time, active_then, time_then, ones: vec![1.0; d], parts };
         for e in 0..layer.experts as u16 {
             let devices: Vec<u16> = slots.devices(e).collect();
             for &device in &devices {
@@ -127,7 +130,7 @@ impl<'a> Busy<'a> {
         busy
     }
 
-    /// Counts the devices that a move touches, given their tokens then `[touched, width]` and the shares that it changes.
+    /// Counts the devices that a candidate touches, given their tokens then `[touched, width]` and the changed shares.
     pub(super) fn stage(
         &mut self,
         layer: &Layer,
@@ -149,7 +152,7 @@ impl<'a> Busy<'a> {
         }
     }
 
-    /// Follows the move that was looked at.
+    /// Applies the candidate that was staged.
     pub(super) fn apply(&mut self, touched: &[(u16, i64)], width: usize) {
         for (at, &(device, _)) in touched.iter().enumerate() {
             let [from, to] = [at * width, usize::from(device) * width];
@@ -159,8 +162,8 @@ impl<'a> Busy<'a> {
     }
 }
 
-impl Parts {
-    /// Adds `sign` times how active a copy is that serves a share of its expert's tokens.
+impl ActiveParts {
+    /// Adds to a row how active a copy is that serves a share of its expert's tokens, times a sign.
     fn add(&mut self, to: &mut [f32], windows: &Windows, expert: u16, share: f64, sign: f32) {
         let load = windows.of(expert);
         if share >= 1.0 {
@@ -172,8 +175,8 @@ impl Parts {
         let idle = libm::log1p(-share);
         let part = |(&load, &unit): (&f32, &f32)| active_part(load, unit, share, idle);
         let copies = libm::rint(1.0 / share) as usize;
-        if copies < KEPT && share.to_bits() == (1.0 / copies as f64).to_bits() {
-            let row = &mut self.0[usize::from(expert) * KEPT + copies];
+        if copies < CACHED && share.to_bits() == (1.0 / copies as f64).to_bits() {
+            let row = &mut self.0[usize::from(expert) * CACHED + copies];
             if row.is_empty() {
                 row.extend(load.iter().zip(&windows.unit).map(part));
             }
@@ -185,7 +188,8 @@ impl Parts {
     }
 }
 
-/// How active a copy is in a window that serves a share of so much load; of a token it is `idle` by so much, a logarithm.
+/// Returns how active a copy is in a window with a load, of which it serves a share; `idle` is the logarithm of the chance
+/// that a token goes to another copy.
 fn active_part(load: f32, unit: f32, share: f64, idle: f64) -> f32 {
     if load <= 0.0 {
         return 0.0;
@@ -209,7 +213,7 @@ fn add_present(to: &mut [f32], load: &[f32], amount: f32) {
     }
 }
 
-/// Writes the time of a device, with its own deviation, in every window: of its tokens, or of reading what is active.
+/// Writes the time of a device in every window, its own deviation included: the longer of computing and reading.
 fn longer(
     to: &mut [f32],
     load: &[f32],

@@ -1,31 +1,32 @@
 //! The pairs term: how many co-activated pairs are not on one device, and how many tokens visit a device by them.
 //!
-//! What stands for visits where expert sets are not known. With copies, a pair is together as often as the shares of
-//! its copies on one device say, copies being chosen independently. Every device knows each expert's *affinity*, the
-//! pairs that it has with what is there; so a move is judged by a few numbers, and followed by adding rows.
+//! Pairs stand for visits where expert sets are not known. With copies, the chance that a pair is on one device is the sum
+//! over devices of the product of both shares there: copies are chosen independently. Every device keeps each expert's
+//! *affinity*, its pairs with the experts there. So a candidate is priced by a few numbers, and applied by adding rows.
 
 use super::{Candidate, Term, Visits};
 use crate::layer::slots::Share;
 use crate::layer::{Layer, Slots};
 use crate::urn::visits_of_load;
 
-/// Co-activated pairs of a layer and what one costs that is apart.
+/// Co-activated pairs of a layer, and the cost of a pair that is apart.
 #[derive(Debug, Clone)]
 pub struct Pairs {
     /// Symmetric `[E, E]`, zero on the diagonal.
     pub counts: Vec<f32>,
-    /// Pairs of every expert `[E]`, which are in proportion to its load.
+    /// Pairs of every expert `[E]`, in proportion to its load.
     load: Vec<f64>,
-    /// All of them, in both orders.
+    /// All pairs, in both orders.
     all: f64,
     /// Experts of a token.
     top_k: u32,
-    /// Of a pair that is not on one device.
+    /// Cost of a pair that is not on one device.
     pub cost: f64,
 }
 
 impl Pairs {
-    /// Takes counts `[E, E]`, symmetric with a zero diagonal, the experts of a token, and what a pair apart costs.
+    /// Builds the pairs from counts `[E, E]`, symmetric with a zero diagonal, the experts of a token, and the cost of a pair
+    /// apart.
     #[must_use]
     pub fn new(counts: Vec<f32>, top_k: u32, cost: f64) -> Self {
         let sum = |counts: &[f32]| counts.iter().map(|&count| f64::from(count)).sum::<f64>();
@@ -40,41 +41,41 @@ impl Pairs {
     }
 }
 
-/// What a device serves: pairs of its experts with any, and with one another, in both orders.
+/// Pairs that a device serves: of its experts with any expert, and with one another, in both orders.
 #[derive(Debug, Clone, Copy, Default)]
-struct Part {
+struct Served {
     load: f64,
     pairs: f64,
 }
 
-impl Part {
-    fn with(self, more: Self) -> Self {
-        Self { load: self.load + more.load, pairs: self.pairs + more.pairs }
+impl Served {
+    fn with(self, added: Self) -> Self {
+        Self { load: self.load + added.load, pairs: self.pairs + added.pairs }
     }
 
-    /// Visits for each token of load.
+    /// Returns visits per token of load.
     fn visits(self, pairs: &Pairs) -> f32 {
         let all = pairs.all.max(1.0);
         visits_of_load(self.load / all, self.pairs / all, pairs.top_k) as f32
     }
 }
 
-/// Pairs of every expert with what is on a device.
+/// The term: pairs of every expert with the experts on a device.
 #[derive(Debug, Clone)]
 pub(crate) struct Together<'a> {
     pairs: &'a Pairs,
-    /// Whether it tells how many tokens visit devices: rows have a price, and expert sets are not known.
+    /// Whether this term counts visits of devices: rows have a price, and expert sets are not known.
     tells_visits: bool,
-    /// `[D, E]`.
+    /// Pairs of an expert with the experts of a device `[D, E]`.
     affinity: Vec<f64>,
-    /// `[D]`.
-    parts: Vec<Part>,
+    /// Pairs that every device serves `[D]`.
+    served: Vec<Served>,
     /// Pairs that are not on one device.
     pairs_apart: f64,
-    /// Pairs that the move brings together that was looked at last.
+    /// Pairs that the last candidate brings together.
     pairs_gained: f64,
-    /// What devices have more after the move that was looked at last.
-    changes: Vec<(u16, Part)>,
+    /// What the last candidate adds to devices.
+    changes: Vec<(u16, Served)>,
 }
 
 impl<'a> Together<'a> {
@@ -84,7 +85,7 @@ impl<'a> Together<'a> {
             pairs,
             tells_visits: layer.costs.row > 0.0 && layer.costs.sets.is_none(),
             affinity: vec![0.0; devices * layer.experts],
-            parts: vec![Part::default(); devices],
+            served: vec![Served::default(); devices],
             pairs_apart: pairs.all / 2.0,
             pairs_gained: 0.0,
             changes: Vec::new(),
@@ -102,22 +103,22 @@ impl<'a> Together<'a> {
         together
     }
 
-    /// Writes the visits for each token of load after the changes that were looked at last.
+    /// Writes the visits per token of load after the last candidate.
     fn tell_visits(&self, visits: &mut Visits) {
         if self.tells_visits {
             let then =
-                |device: u16, more: Part| self.parts[usize::from(device)].with(more).visits(self.pairs);
-            visits.extend(self.changes.iter().map(|&(device, more)| (device, then(device, more))));
+                |device: u16, added: Served| self.served[usize::from(device)].with(added).visits(self.pairs);
+            visits.extend(self.changes.iter().map(|&(device, added)| (device, then(device, added))));
         }
     }
 
-    /// Follows changes of shares.
+    /// Applies changes of shares.
     fn follow(&mut self, shares: &[Share]) {
         self.look(shares);
         self.pairs_apart -= self.pairs_gained;
-        for &(device, more) in &self.changes {
-            let part = &mut self.parts[usize::from(device)];
-            *part = part.with(more);
+        for &(device, added) in &self.changes {
+            let part = &mut self.served[usize::from(device)];
+            *part = part.with(added);
         }
         for share in shares {
             let row = self.pairs.row(share.expert);
@@ -128,7 +129,7 @@ impl<'a> Together<'a> {
         }
     }
 
-    /// Notes what devices get: of each expert its load, and its pairs with what is there and comes there.
+    /// Computes what devices gain: load, and pairs with the experts that are there or come there.
     fn look(&mut self, shares: &[Share]) {
         let pairs = self.pairs;
         self.changes.clear();
@@ -141,16 +142,16 @@ impl<'a> Together<'a> {
                 pairs_here += (other.after - other.before) * f64::from(row[usize::from(other.expert)]);
             }
             self.pairs_gained += change * pairs_here;
-            let more = Part {
+            let added = Served {
                 load: change * pairs.load[usize::from(share.expert)],
                 pairs: 2.0 * change * pairs_here,
             };
             let at = self.changes.iter().position(|(device, _)| *device == share.device);
             let at = at.unwrap_or_else(|| {
-                self.changes.push((share.device, Part::default()));
+                self.changes.push((share.device, Served::default()));
                 self.changes.len() - 1
             });
-            self.changes[at].1 = self.changes[at].1.with(more);
+            self.changes[at].1 = self.changes[at].1.with(added);
         }
     }
 }
@@ -175,7 +176,7 @@ impl Term for Together<'_> {
     }
 
     fn visits_per_load(&self) -> Option<Vec<f32>> {
-        Some(self.parts.iter().map(|part| part.visits(self.pairs)).collect())
+        Some(self.served.iter().map(|part| part.visits(self.pairs)).collect())
     }
 }
 

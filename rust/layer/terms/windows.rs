@@ -1,4 +1,4 @@
-//! Loads of experts in windows, as whole numbers, and sums of them that are exact.
+//! Loads of experts in windows, as whole numbers whose sums are exact.
 //!
 //! Loads are whole numbers kept as `f32`, scaled so that a window's total stays below 2^22, where sums are exact. The
 //! loads of devices are therefore a function of the placement alone, whatever moves led to it, on any machine. The scale is
@@ -7,25 +7,25 @@
 use crate::layer::{LANES, Site};
 
 const LARGEST_TOTAL: f64 = (1 << 22) as f64;
-/// Few windows say little of an expert's variance: the mean expert's counts besides, as that of so many windows.
+/// Windows that the mean expert's variance counts as, beside an expert's own: few windows estimate that poorly.
 const FEW: f64 = 4.0;
-/// What an own variance of one counts, in whole numbers.
+/// Units of an own variance of one, in whole numbers.
 const VARIANCE: f64 = (1u64 << 40) as f64;
 
-/// What stands for the largest load of a window.
+/// The measure that stands for the largest load of a window.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Measure {
     /// The largest load itself.
     Peak,
     /// The norm of order 8 over devices.
     ///
-    /// It sees what experts do on their own, which no window tells of the next one: `noise` is the part of an expert's
-    /// variance among windows that counts as its own. And it sees the mean of all windows, which is what traffic of all
-    /// kinds at once looks like, as `mixed` times them all.
+    /// It counts the own variance of experts, which one window does not repeat from another: `noise` is the part of an
+    /// expert's variance between windows that counts as its own. And it counts the mean of all windows, which stands for
+    /// traffic of all kinds at once, with a weight of `mixed` times all windows.
     Norm {
         /// The part of an expert's variance among windows that is its own.
         noise: f64,
-        /// What the mean of all windows counts, in sums of all windows.
+        /// Weight of the mean of all windows, in weights of all windows.
         mixed: f64,
     },
 }
@@ -43,20 +43,20 @@ pub struct Windows {
     pub scale: f64,
     /// Units of a token in every window; zero in windows that weigh nothing `[width]`.
     pub(in crate::layer) unit: Vec<f32>,
-    /// What stands for the largest load.
+    /// The measure of the largest load.
     pub(in crate::layer) measure: Measure,
-    /// One over what a device has to do in a window where all are done at once; zero in empty ones `[width]`.
+    /// One over the time of a device if all devices end at the same time; zero in empty windows `[width]`.
     pub(in crate::layer) per_mean: Vec<f32>,
-    /// What a norm of one costs: that mean, and how much the window counts `[width]`.
+    /// Cost of a norm of one: that time, times the weight of the window `[width]`.
     pub(in crate::layer) price: Vec<f32>,
     /// Own variance, in squares of the mean, as a whole number `[E]`.
     pub(in crate::layer) own: Vec<f64>,
-    /// How heavy an expert is: the root of its mean square, and its own deviation, in means `[E]`.
+    /// Heaviness of an expert: the root of its mean square plus its own deviation, in means `[E]`.
     pub(in crate::layer) heaviness: Vec<f64>,
 }
 
 impl Windows {
-    /// Takes loads `[W, E]` and the weight of every window `[W]`.
+    /// Weighs and scales loads `[W, E]`, by the weight of every window `[W]`.
     #[must_use]
     pub fn new(load: &[f64], weight: &[f64], experts: usize, site: &Site, measure: Measure) -> Self {
         let count = weight.len();
@@ -100,29 +100,29 @@ impl Windows {
         Self { count, width, values, experts, scale, unit, measure, per_mean, price, own, heaviness }
     }
 
-    /// Loads of an expert in all windows; none where a slot is empty.
+    /// Returns the loads of an expert in all windows; zeros for an empty slot.
     pub(in crate::layer) fn of(&self, expert: u16) -> &[f32] {
         &self.values[usize::from(expert).min(self.experts) * self.width..][..self.width]
     }
 
-    /// Own variance of a copy that serves a part of its expert's tokens, as a whole number.
+    /// Returns the own variance of a copy that serves a part of its expert's tokens, as a whole number.
     pub(in crate::layer) fn own(&self, expert: u16, part: f64) -> i64 {
         self.own.get(usize::from(expert)).map_or(0, |own| (own * part * part) as i64)
     }
 
-    /// Whether balance costs nothing.
+    /// Returns whether windows cost nothing.
     pub(in crate::layer) fn is_weightless(&self) -> bool {
         self.values.iter().all(|&value| value == 0.0)
     }
 }
 
-/// Standard deviation of an own variance, in means.
+/// Returns the standard deviation of an own variance, in means.
 #[inline(always)]
 pub(in crate::layer) fn deviation(own: i64) -> f32 {
     (own as f64 / VARIANCE).sqrt() as f32
 }
 
-/// Own variances and how heavy experts are `[E]`, of weighted loads `[W, E]` in units of a window's mean.
+/// Computes own variances and heaviness of experts `[E]` from weighted loads `[W, E]`, in units of a window's mean.
 fn moments(rows: &[f64], experts: usize, rate: f64, noise: f64) -> (Vec<f64>, Vec<f64>) {
     let [mut mean, mut square] = [vec![0.0; experts], vec![0.0; experts]];
     let (mut all, mut used) = (0.0, 0usize);
@@ -147,7 +147,7 @@ fn moments(rows: &[f64], experts: usize, rate: f64, noise: f64) -> (Vec<f64>, Ve
     (own, heaviness)
 }
 
-/// Rounds to a whole number what is below 2^22: added to 1.5 * 2^23, nothing else fits the mantissa.
+/// Rounds a number below 2^22 to a whole one: added to 1.5 * 2^23, only that fits the mantissa.
 #[inline(always)]
 fn whole(x: f32) -> f32 {
     const MAGIC: f32 = 12_582_912.0;

@@ -22,7 +22,7 @@ SINGLE = " with one copy of each expert"
 def cap_report(
     problem: Problem, slots: NDArray[np.int32], *, threads: int | None = None
 ) -> CapsDetails:
-    """Return the caps that slots [L,D,S], with any copies on any devices, exceed."""
+    """Return the caps that slots [L,D,S] exceed, and those that no placement can keep."""
     placement = Placement(slots, num_experts=problem.experts)
     layers = np.flatnonzero(problem.caps.excess(placement))
     if not layers.size:
@@ -56,7 +56,7 @@ def cap_report(
 
 
 def are_least(caps: CapsDetails) -> bool:
-    """Return whether the caps that were raised, if any, are proven to be the least there are."""
+    """Return whether every raised cap is proven to be as low as any placement allows."""
     return all(
         layer in caps.infeasible and cap <= caps.infeasible[layer][0] * (1 + ROUNDING)
         for layer, cap in caps.raised.items()
@@ -64,7 +64,7 @@ def are_least(caps: CapsDetails) -> bool:
 
 
 def scope(problem: Problem, caps: CapsDetails) -> str:
-    """Return of which placements a bound on a solved problem, with such caps, is one."""
+    """Return in words which placements a bound on a solved problem covers, under such caps."""
     which = "placements" + (" that may have copies" if problem.may_copy else SINGLE)
     if problem.goal != "traffic" and (where := phases.describe(problem.shares)):
         which += f" in {where}"

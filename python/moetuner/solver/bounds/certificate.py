@@ -1,9 +1,9 @@
-"""Certificate: what a bound can be recomputed from, without trusting who found it.
+"""Certificate: numbers from which anybody can recompute a bound, without trusting who found it.
 
-It is about placements with one copy of each expert, on devices of so many slots, whose loads keep
-the caps. It holds a dual point, which proves a bound by itself; or prices or tangents, which prove
-one of visits; or it says that a layer has so few partitions that dynamic programming over all of
-them is the proof, which is done again.
+It covers placements with one copy of each expert, on devices of so many slots, whose loads keep the
+caps. It holds a dual point, which proves a bound by itself; or prices or tangents, which prove a
+bound on visits. Or it says that layers have so few partitions that dynamic programming over all of
+them is the proof; then verification repeats that.
 """
 
 from __future__ import annotations

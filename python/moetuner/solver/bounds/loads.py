@@ -1,4 +1,4 @@
-"""Lower bounds of balance and time that know loads alone, and of time what pairs cost."""
+"""Lower bounds on balance and time by loads alone; bounds on time also have the cost of pairs."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ MOST_SORTED = 20_000_000
 
 
 def _prove(run: Run, budget: Budget) -> None:
-    """Bound balance or time from below; traffic only where nothing moves.
+    """Bound balance or time from below; traffic only where no token crosses a link.
 
-    The least of a sum is no less than the sum of the least: a time's parts, compute and traffic,
-    are bounded one by one.
+    The minimum of a sum is at least the sum of the minima, so the parts of a time, compute and
+    traffic, are bounded one by one.
     """
     problem, source = run.problem, LOADS
     if problem.goal == "traffic":
         placement = Placement(run.best.slots, num_experts=problem.experts)
         if problem.objective_function.value(placement) > 0:
-            return  # what copies of experts cost at least is not known
+            return  # no bound on traffic with copies is known
         least = 0.0
     elif problem.goal == "balance":
         least = least_balance(problem)
@@ -41,28 +41,28 @@ def _prove(run: Run, budget: Budget) -> None:
         moved = _least_pairs_us(problem, budget)
         least = least_time(problem, 0.0 if moved is None else moved[0])
         source = LOADS if moved is None else f"loads + {moved[1]}"
-    # Rounding of the sums above, far below what anybody reads of an objective.
+    # Takes off what rounding may have added; it is below the digits that are shown.
     run.prove(Bound(least * (1 - SUM_ROUNDING) * run.scale, source))
 
 
 def proves_pairs(problem: Problem) -> bool:
-    """Return whether what pairs cost at least is proven: of single copies on equal devices only."""
+    """Return whether a bound on pairs is proven: with single copies on equal devices only."""
     alike = problem.topology.has_equal_devices and not problem.may_copy
     follows = problem.goal == "time" and problem.regime == "follow"
     return follows and alike and problem.devices > 1
 
 
 def least_balance(problem: Problem) -> float:
-    """Compute what no placement's balance is below."""
+    """Compute a lower bound on the balance of every placement."""
     least = problem.windows.map(lambda load: least_slowest(problem, load).sum(axis=1))
     return float(problem.objective_function.worth(least))
 
 
 def least_time(problem: Problem, pairs_us: float = 0.0) -> float:
-    """Compute what no placement's time is below whose pairs cost at least so much in all [us].
+    """Compute a lower bound on the time of every placement whose pairs cost ``pairs_us`` or more.
 
-    What compute and communication overlap is convex in both, so the mean over layers is no less
-    than what the means would take.
+    With overlap, the time is convex in compute and communication, so the mean over layers is at
+    least the time of the mean layer.
     """
     assert problem.cost_model is not None
     compute = problem.windows.map(lambda load: _least_compute(problem, load).mean(axis=1))
@@ -77,8 +77,9 @@ def least_time(problem: Problem, pairs_us: float = 0.0) -> float:
 def least_slowest(problem: Problem, load: Floats) -> Floats:
     """Compute the least load over speed of the slowest device [W,L] of windows of load [W,L,E].
 
-    It takes at least the mean, at least what the heaviest expert takes on the fastest devices that
-    can hold all the copies there is room for, and at least what heavy experts take that must share.
+    It is at least the mean. It is at least the load of the heaviest expert, spread over as many
+    copies as there is room for, on the fastest devices. And it is at least the load of heavy
+    experts that must share a device.
     """
     speed = np.sort(problem.topology.speed_of_device)[::-1]
     devices = int((problem.capacity > 0).sum(axis=1).min())
@@ -87,8 +88,8 @@ def least_slowest(problem: Problem, load: Floats) -> Floats:
     least = np.empty(load.shape[:2])
     for layer in range(problem.layers):
         layer_load = load[:, layer]
-        more = int(spare[layer]) if problem.may_copy else 0
-        copies = min(more + 1, devices)
+        spare_slots = int(spare[layer]) if problem.may_copy else 0
+        copies = min(spare_slots + 1, devices)
         heaviest = layer_load.max(axis=1)
         if not problem.serving.rule.is_even:
             # Uneven parts are at least those that make all copies equally slow.
@@ -96,20 +97,21 @@ def least_slowest(problem: Problem, load: Floats) -> Floats:
         else:
             one = heaviest / copies / speed[0]
         least[:, layer] = np.maximum(layer_load.sum(axis=1) / speed.sum(), one)
-        if is_small and more < problem.experts:
+        if is_small and spare_slots < problem.experts:
             together = (
-                least_shared(layer_load, int((problem.capacity[layer] > 0).sum()), more) / speed[0]
+                least_shared(layer_load, int((problem.capacity[layer] > 0).sum()), spare_slots)
+                / speed[0]
             )
             least[:, layer] = np.maximum(least[:, layer], together)
     return least
 
 
 def least_shared(load: Floats, devices: int, copied: int) -> Floats:
-    """Compute what experts that must share a device carry at least [W], of loads [W,E].
+    """Compute the least load of a device on which experts must share [W], of loads [W,E].
 
-    No more than ``copied`` of them have copies, at the best the heaviest. Of k times as many of the
-    others as there are devices, and one more, k + 1 share a device: no less than the k + 1 lightest
-    of these.
+    At most ``copied`` experts have copies; the bound is lowest if those are the heaviest. Take the
+    k * devices + 1 heaviest of the others: k + 1 of them share a device (pigeonhole), and their
+    load is at least that of the k + 1 lightest among them.
     """
     single = np.sort(load, axis=1)[:, ::-1][:, copied:]
     least = np.zeros(len(load))
@@ -121,7 +123,7 @@ def least_shared(load: Floats, devices: int, copied: int) -> Floats:
 def _least_compute(problem: Problem, load: Floats) -> Floats:
     """Compute the least microseconds of the slowest device [W,L], of windows of load [W,L,E]."""
     assert problem.cost_model is not None
-    # Copies of an expert are active in all at least as often as one would be, or have a token.
+    # The copies of an expert are active at least as often, in all, as one copy would be.
     active = np.minimum(load, 1.0) if problem.may_copy else load > 0
     return problem.cost_model.least_compute_us(
         least_slowest(problem, load),
@@ -155,13 +157,13 @@ def _least_rows_us(problem: Problem, load: Floats) -> Floats:
 
 
 def _least_part(problem: Problem) -> Floats:
-    """Compute the part of all pairs' cost that every window [W] pays at least."""
+    """Compute the least part of the cost of all pairs that each window [W] pays."""
     load = problem.windows.map(lambda load: load.sum(axis=2))[:, 1:]
     if problem.statistics.transitions is None:
         return np.zeros(len(load))
     counted = problem.statistics.transitions.sum(axis=(1, 2), dtype=np.float64)
-    part = load / np.maximum(counted, 1)
-    least: Floats = part.min(axis=1, initial=np.inf) * problem.objective_function.top_k
+    window_share = load / np.maximum(counted, 1)
+    least: Floats = window_share.min(axis=1, initial=np.inf) * problem.objective_function.top_k
     return np.where(np.isfinite(least), least, 0.0)
 
 

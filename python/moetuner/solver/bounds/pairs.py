@@ -1,10 +1,10 @@
-"""Proven lower bounds of a problem's cost, with certificates that anybody can check.
+"""Proven lower bounds on the cost of pairs, with certificates that anybody can check.
 
 The Rust core bounds the number of transitions between interchangeable devices (a doubly
-non-negative relaxation with load cuts, or the transportation bound per layer pair); this module
+non-negative relaxation with load cuts, or the transportation bound per layer pair). This module
 turns costs of links and nodes into such counts, and keeps the proofs. Co-activation becomes
-transitions from a layer to a copy of itself, see `padded`. All is about placements with one copy of
-each expert: where there is room for copies, those may cost less.
+transitions from a layer to a copy of itself, see `padded`. The bounds cover placements with one
+copy of each expert only: with more copies a placement may cost less.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from moetuner.solver.budget import Budget, Progress
 from moetuner.solver.result import LevelBound
 from moetuner.solver.run import Bound, Run, Stage
 
-# What the core calls with seconds and the negative of its bound so far.
+# Function that the core calls with seconds and the negative of its bound so far.
 Report = Callable[[float, int | None], None] | None
 
 COMPLETE: Literal["complete dynamic programme"] = "complete dynamic programme"
@@ -38,11 +38,11 @@ def bound(
     target: int | None = None,
     iterations: int | None = None,
 ) -> Bound | None:
-    """Bound ``Objective.cost`` from below, of single copies under caps [L] on device loads.
+    """Return a lower bound on ``Objective.cost``, for single copies under caps [L] on device loads.
 
-    Without pairs of its regime, or on one device, there is nothing to bound and the answer is None.
-    ``target`` is the cost of the best known placement, for the gap. ``iterations`` are those of the
-    semidefinite method, by default what is affordable: those of the budget are another matter.
+    None without pairs of the problem's regime, or on one device. ``target`` is the cost of the best
+    known placement, for the gap. ``iterations`` are those of the semidefinite method, by default as
+    many as are affordable; the budget's iterations are of searches, and do not count here.
     """
     levels = _levels(problem)
     if levels is None:
@@ -50,7 +50,7 @@ def bound(
     proofs: list[Proof] = []
     cost, interrupted = 0, False
     if iterations is None:
-        # Less than one is none: sums of rows and columns prove more than a single iteration.
+        # This may round to none: sums of rows and columns prove more than a single iteration.
         iterations = int(min(affordable(problem), effort.BOUND_ITERATIONS))
         if budget.time_limit is not None:
             iterations = effort.BOUND_ITERATIONS_TIMED
@@ -58,13 +58,13 @@ def bound(
     proven: dict[str, LevelBound] = {}
     goal = target if target is None or problem.regime == "follow" else 2 * target
     for name, price, parts in levels:
-        part = budget.within(1 / (len(levels) - len(proofs)))
+        level_budget = budget.within(1 / (len(levels) - len(proofs)))
         crossing, source, done, ended, stopped, arrays = _core.bound(
             (*padded(problem, caps, parts), parts),
             iterations=iterations,
             target=goal if len(levels) == 1 and price == 1 else None,
             gap=budget.gap or 0.0,
-            time_limit=part.time_limit,
+            time_limit=level_budget.time_limit,
             threads=budget.threads,
             progress=reporter(budget, _share, problem, price),
         )
@@ -79,30 +79,30 @@ def bound(
 
 
 def is_of_pairs(run: Run) -> bool:
-    """Return whether it is about pairs alone, of one copy each: what partitions are made of."""
+    """Return whether only pairs of single copies count, so that a placement is a partition."""
     single = run.problem.is_plain and not run.problem.may_copy
     return single and not run.objective.counts_visits
 
 
 def _prove(run: Run, budget: Budget) -> None:
-    """Bound what the pairs of the best placement cost at least."""
+    """Prove a bound on the cost of pairs, under the caps that the best placement keeps."""
     problem, slots = run.problem, run.best.slots
     cost = problem.objective_function.cost(Placement(slots, num_experts=problem.experts))
     proven = bound(problem, problem.caps.raised_for(slots), budget=budget, target=cost)
     if proven is not None:
-        # With more time it would have come nearer.
+        # More time would have closed the gap further.
         run.cut = budget.time_limit is not None
         run.prove(proven)
 
 
 def reserve(problem: Problem, left: float) -> float:
-    """Return the share of so many seconds that a bound of pairs needs; 0 if it cannot end."""
+    """Return the share of the seconds left that a bound of pairs needs; 0 if it cannot end."""
     share = 1 - effort.SEARCH_SHARE
     return share if share * left >= least_seconds(problem) else 0.0
 
 
 def least_seconds(problem: Problem) -> float:
-    """Compute the seconds below which no bound is worth beginning."""
+    """Compute the least seconds with which a bound is worth beginning."""
     return effort.BOUND_SECONDS * problem.layers * (problem.devices * problem.slots) ** 2
 
 
@@ -114,7 +114,7 @@ def certified(
     proofs: tuple[Proof, ...] = (),
     visits: tuple[Visits, ...] = (),
 ) -> Certificate:
-    """Make the certificate of a bound on a problem under caps [L]."""
+    """Build the certificate of a bound on a problem under caps [L]."""
     subject = (problem.statistics.fingerprint, problem.regime, problem.slots)
     return Certificate(*subject, caps, method, cost, proofs, visits)
 
@@ -122,7 +122,7 @@ def certified(
 def make_chain(
     problem: Problem, caps: NDArray[np.uint64], cost: NDArray[np.int64] | None = None
 ) -> tuple[Any, ...]:
-    """Return what the core's chain is about, of single copies under caps [L], at costs [D,D]."""
+    """Return the core's chain for single copies under caps [L], with costs of links [D,D]."""
     objective = problem.objective_function
     pairs = objective.pairs if objective.pairs is not None and objective.pairs.any() else None
     tables = (pairs, None) if problem.regime == "follow" else (None, pairs)
@@ -177,10 +177,10 @@ def verified(
 def padded(
     problem: Problem, caps: NDArray[np.uint64], parts: int
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64]]:
-    """Load [L,P], transitions [L-1,P,P] and caps [L] of a placement on ``parts`` equal parts.
+    """Return load [L,P], transitions [L-1,P,P] and caps [L] for placements on equal ``parts``.
 
-    Empty slots become experts without load and traffic, so that every part is full; a part of
-    several devices may carry the caps of all of them.
+    Empty slots become experts without load and traffic, so that every part is full. A part of
+    several devices has the sum of their caps.
 
     With ``dispatch`` every layer comes twice, and co-activation is the transitions from one to the
     other. A placement of the layers, used for both, has twice its cost in transitions that cross:
@@ -207,7 +207,7 @@ def padded(
 
 
 def joined_caps(problem: Problem, caps: NDArray[np.uint64], devices: int) -> NDArray[np.uint64]:
-    """Return caps [L] of so many devices together: no more than all load, so that none wraps."""
+    """Return caps [L] of so many devices together; at most the total load, so that none wraps."""
     total = problem.load.sum(axis=1, dtype=np.uint64).tolist()
     joined = [min(int(cap) * devices, load) for cap, load in zip(caps, total, strict=True)]
     return np.array(joined, dtype=np.uint64)
@@ -251,7 +251,7 @@ def affordable(problem: Problem) -> float:
 
 
 def reporter(budget: Budget, value: Callable[..., float], *extra: Any) -> Report:
-    """Return what reports bounds of the core by their ``value``; None if nobody listens."""
+    """Return a function that reports the core's bounds by their ``value``, if anybody listens."""
     progress = budget.progress
     if progress is None:
         return None

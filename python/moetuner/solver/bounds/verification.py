@@ -1,4 +1,4 @@
-"""Checking certificates: what they prove is computed again, and nothing in them is believed."""
+"""Verify certificates: recompute the bound that they prove, and trust nothing in them."""
 
 from __future__ import annotations
 

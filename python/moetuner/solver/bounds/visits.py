@@ -1,15 +1,15 @@
-"""Proven bounds of the devices and nodes that tokens visit, with what proves them.
+"""Proven lower bounds on the devices and nodes that tokens visit, with their certificates.
 
-Of one copy of each expert there are two, for every level of the topology, and the sum over levels
-is a bound of the sum. Where all that a device can hold can be tried, experts have prices: visits
-are no fewer than the prices and, for each device, the least of its visits less the prices of what
-it holds (`rust/bound/visits`). Elsewhere pairs stand for sets: a token whose K experts lie on d
+With one copy of each expert there are two bounds for every level of the topology; the sum over
+levels bounds the sum. If all contents of a device can be enumerated, experts have prices: visits
+are at least the sum of prices plus, for each device, the minimum over contents of visits less
+prices (`rust/bound/visits`). Otherwise pairs stand for sets. A token whose K experts are on d
 devices has p co-located pairs, and no (p, d) is below the lower convex hull of the partitions of K.
-So with any tangent of the hull for each distinct set, ``d >= alpha - beta p``, visits are no fewer
-than a constant less a weighted number of co-located pairs, which `pairs` bounds.
+So with any tangent of the hull for each distinct set, ``d >= alpha - beta p``, visits are at least
+a constant less a weighted number of co-located pairs, which `pairs` bounds.
 
-With copies an expert's tokens may go to any of its devices. What is left is capacity: a token's
-experts do not fit on fewer devices than their number over the slots of one.
+With copies, an expert's tokens may go to any of its devices. Only capacity bounds visits then: a
+token's experts need at least as many devices as their number over the slots of one device.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from moetuner.topology import Topology
 Counts = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-# Slopes are whole multiples of one by this: 1 / 2, 1 / 3, 1 / 4, 1 / 5 and 1 / 16 are.
+# Slopes are whole multiples of one over this, as 1 / 2, 1 / 3, 1 / 4, 1 / 5 and 1 / 16 are.
 UNIT = 240
 # Sums of whole numbers below this are exact in floating point.
 EXACT = 2.0**53
-# Vertices of the hull, by its slope, are no further apart than this for one step.
+# Most co-located pairs by which one step moves a tangent.
 FARTHEST = 2
 
 
 @dataclass(frozen=True)
 class _Level:
-    """Devices, or nodes: what a visit of one costs, where each device belongs, slots and caps."""
+    """A level of the topology, devices or nodes: price of a visit, members, slots and caps."""
 
     problem: Problem
     name: str
@@ -65,7 +65,7 @@ class _Level:
 
     @property
     def least(self) -> int:
-        """The visits that capacity alone asks for."""
+        """Least visits by capacity alone."""
         rows = zip(self.sets, self.capacity, strict=True)
         return sum(
             _tokens(layer_sets) * -(-layer_sets.top_k // int(slots.max()))
@@ -74,19 +74,19 @@ class _Level:
 
     @property
     def seen(self) -> tuple[Any, Any, Any, Any]:
-        """What the core sees of it: sets, load [L,E], caps [L], and slots [L,parts]."""
-        kinds = [(layer_sets.ids, layer_sets.counts) for layer_sets in self.sets]
-        return kinds, self.problem.load, self.caps, self.capacity.astype(np.uintp)
+        """Arguments of the core: sets, load [L,E], caps [L], and slots [L,parts]."""
+        sets = [(layer_sets.ids, layer_sets.counts) for layer_sets in self.sets]
+        return sets, self.problem.load, self.caps, self.capacity.astype(np.uintp)
 
     @property
     def corners(self) -> list[tuple[Counts, Counts]]:
-        """The `hull` of every layer."""
+        """Vertices of the `hull` of every layer."""
         rows = zip(self.sets, self.capacity, strict=True)
         return [hull(layer_sets.top_k, int(slots.max()), self.parts) for layer_sets, slots in rows]
 
     @property
     def weighing_seconds(self) -> float:
-        """The seconds that weighing the pairs of all sets takes."""
+        """Seconds that it takes to weigh the pairs of all sets."""
         pairs_of = (len(layer_sets) * math.comb(layer_sets.top_k, 2) for layer_sets in self.sets)
         return effort.TANGENT_SECONDS * sum(pairs_of)
 
@@ -100,13 +100,13 @@ class _Proven:
 
 
 def least_visits(problem: Problem) -> float:
-    """Compute what no placement's visits are below, with copies or without."""
+    """Compute a lower bound on the visits of every placement, with copies or without."""
     cost = sum(level.price * level.least for level in _levels(problem, problem.caps.whole))
     return cost / max(problem.objective_function.tokens, 1)
 
 
 def least_seconds(problem: Problem) -> float:
-    """Compute the seconds below which no bound is worth beginning: what cannot be broken off."""
+    """Compute the least seconds for a bound: those of the work that cannot be interrupted."""
     if problem.statistics.sets is None:
         return 0.0
     levels = _levels(problem, problem.caps.whole)
@@ -121,23 +121,23 @@ def least_seconds(problem: Problem) -> float:
 def bound(
     problem: Problem, slots: NDArray[np.int32], caps: NDArray[np.uint64], *, budget: Budget
 ) -> Bound:
-    """Bound visits of all tokens from below, of one copy of each expert under caps [L].
+    """Return a lower bound on the visits of all tokens, with single copies under caps [L].
 
-    The slots [L,D,S] are a placement to begin from: a good one, with one copy of each expert.
+    The slots [L,D,S] are a good placement to begin from, with one copy of each expert.
     """
     device_of = Placement(slots, num_experts=problem.experts).device_of
     proofs: list[Visits] = []
     cost, sources, interrupted = 0.0, [], False
     tokens, levels = max(problem.objective_function.tokens, 1), _levels(problem, caps)
     for number, level in enumerate(levels):
-        part = budget.within(1 / (len(levels) - number))
-        report = pairs.reporter(part, _share, level.price / tokens, cost / tokens)
+        level_budget = budget.within(1 / (len(levels) - number))
+        report = pairs.reporter(level_budget, _share, level.price / tokens, cost / tokens)
         proven = _Proven(level.least, "capacity", Visits(level.parts))
         for way in (_by_prices, _by_tangents) if level.parts > 1 else ():
-            # The second is for what the first cannot do, or not in time.
-            if part.is_over() or interrupted or proven.visits > level.least:
+            # The second way is for levels that the first cannot bound, or not in time.
+            if level_budget.is_over() or interrupted or proven.visits > level.least:
                 break
-            better = way(level, level.part_of[device_of], part.within(), report)
+            better = way(level, level.part_of[device_of], level_budget.within(), report)
             interrupted = better is not None and better.interrupted
             if better is not None and better.visits > level.least:
                 proven = better
@@ -150,7 +150,7 @@ def bound(
 
 
 def _share(price: float, before: float, visits: int) -> float:
-    """Return the visits of a token that so many of a level prove, on top of other levels'."""
+    """Return the bound on visits per token, from one level's visits and the levels before it."""
     return before + price * visits
 
 
@@ -161,7 +161,7 @@ def verified(
     *,
     threads: int | None = None,
 ) -> int:
-    """Recompute what prices and tangents prove of visits of these sets under caps [L]."""
+    """Recompute the bound on visits that prices and tangents prove under caps [L]."""
     if problem.statistics.sets is None:
         raise ValueError("certificate must have a proof of pairs, as INPUT has no expert sets")
     levels = _levels(problem, caps)
@@ -184,7 +184,7 @@ def verified(
 
 
 def _levels(problem: Problem, caps: NDArray[np.uint64]) -> list[_Level]:
-    """Split the price of visits: of devices, and of nodes on top."""
+    """Return the levels at which visits have a price: devices, and nodes on top."""
     device_cost, node_cost = problem.objective_function.visit_costs
     device, node = np.arange(problem.devices), problem.topology.node_of_device
     levels = [_Level(problem, "devices", device_cost, device, problem.capacity, caps)]
@@ -206,7 +206,7 @@ def _tokens(sets: ExpertSets) -> int:
 def _by_prices(
     level: _Level, start: Counts, budget: Budget, report: pairs.Report
 ) -> _Proven | None:
-    """Bound visits by prices of experts; None if experts, or contents of a part, are too many."""
+    """Return a bound by prices of experts; None if experts, or contents of a part, are too many."""
     layers, experts = level.problem.layers, level.problem.experts
     if experts > effort.PRICE_EXPERTS:
         return None
@@ -235,13 +235,13 @@ def _by_prices(
 
 
 def hull(top_k: int, capacity: int, parts: int) -> tuple[Counts, Counts]:
-    """Return vertices of the least co-located pairs for so many parts, with falling parts.
+    """Return the vertices of the hull: least co-located pairs, and the parts visited, which fall.
 
-    They are those of experts that are spread evenly; no part has more than ``capacity`` of them.
+    Pairs are least if the experts are spread evenly; no part has more than ``capacity`` of them.
     """
     spread = np.arange(min(top_k, parts), -(-top_k // capacity) - 1, -1, dtype=np.int64)
-    size, more = np.divmod(top_k, spread)
-    return (more * (size + 1) * size + (spread - more) * size * (size - 1)) // 2, spread
+    size, larger = np.divmod(top_k, spread)
+    return (larger * (size + 1) * size + (spread - larger) * size * (size - 1)) // 2, spread
 
 
 def touching(slopes: Counts, corners: tuple[Counts, Counts]) -> tuple[Counts, Counts]:
@@ -253,10 +253,10 @@ def touching(slopes: Counts, corners: tuple[Counts, Counts]) -> tuple[Counts, Co
 
 
 def _weighed(level: _Level, slopes: NDArray[Any]) -> tuple[Problem, int] | None:
-    """Weigh pairs of experts by the slopes of their sets, those of all layers one after the other.
+    """Return pairs of experts weighted by the slopes of their sets, as a problem, and a constant.
 
-    Returns the pairs as a problem of their own, and what visits, times ``UNIT``, are more than the
-    weighted pairs apart. None where sums would be rounded.
+    Visits, times ``UNIT``, are at least that constant plus the weighted pairs apart. The slopes are
+    those of all layers, one layer after the other. None where sums would be rounded.
     """
     sets, experts, lengths = (
         level.sets,
@@ -270,21 +270,21 @@ def _weighed(level: _Level, slopes: NDArray[Any]) -> tuple[Problem, int] | None:
         return None
     tables = np.zeros((len(sets), experts, experts), dtype=np.uint64)
     by_layer = np.split(slopes.astype(np.int64), np.cumsum(lengths)[:-1])
-    more = 0
+    constant = 0
     for table, layer_sets, slope, corners in zip(
         tables, sets, by_layer, level.corners, strict=True
     ):
         counts, ids = layer_sets.counts.astype(np.int64), layer_sets.ids.astype(np.int64)
-        more += int(touching(slope, corners)[0] @ counts)
+        constant += int(touching(slope, corners)[0] @ counts)
         weights = (counts * slope).astype(np.float64)
         half = np.zeros(experts * experts)
         for one, other in itertools.combinations(ids.T, 2):
             half += np.bincount(one * experts + other, weights, experts * experts)
-        more -= int(half.sum())
+        constant -= int(half.sum())
         table[:] = half.reshape(experts, experts)
         table += table.T.copy()
     statistics = RoutingStatistics(level.problem.load[None], coactivation=tables)
-    # Parts that are all as large as the largest are bounded: they can hold whatever these can.
+    # All parts get the slots of the largest: they can hold whatever the real ones can.
     weighed = Problem(
         statistics,
         Topology(level.parts),
@@ -292,14 +292,14 @@ def _weighed(level: _Level, slopes: NDArray[Any]) -> tuple[Problem, int] | None:
         regime="dispatch",
         objective="traffic",
     )
-    return weighed, more
+    return weighed, constant
 
 
 def _together(sets: ExpertSets, part_of: Counts) -> Counts:
     """Count the pairs of each set [N] that share a part."""
-    part = part_of[sets.ids]
+    part_of_expert = part_of[sets.ids]
     together = np.zeros(len(sets), dtype=np.int64)
-    for one, other in itertools.combinations(part.T, 2):
+    for one, other in itertools.combinations(part_of_expert.T, 2):
         together += one == other
     return together
 
@@ -307,10 +307,10 @@ def _together(sets: ExpertSets, part_of: Counts) -> Counts:
 def _by_tangents(
     level: _Level, start: Counts, budget: Budget, report: pairs.Report
 ) -> _Proven | None:
-    """Bound visits by tangents; they move towards what the pairs that they weigh prefer."""
+    """Return a bound by tangents, which first move towards placements that their pairs prefer."""
     timed = budget.time_limit is not None
     if any(len(corner[0]) < 2 for corner in level.corners):
-        return None  # capacity says it all
+        return None  # no bound is above that of capacity
     finishing = level.weighing_seconds + pairs.least_seconds(level.problem)
     if budget.time_limit is not None and budget.time_limit < finishing:
         return None
@@ -321,7 +321,7 @@ def _by_tangents(
         return None
     affordable = int(min(pairs.affordable(weighed[0]), budget.work.tangent_iterations))
     if affordable < effort.TANGENT_ITERATIONS:
-        affordable = 0  # few prove less than none, which sum rows and columns
+        affordable = 0  # few iterations prove less than the sums of rows and columns
     proven = pairs.bound(
         weighed[0],
         weighed[0].caps.whole,
@@ -345,7 +345,7 @@ def _moved_slopes(level: _Level, start: Counts, budget: Budget) -> tuple[Counts,
     edges = [-np.diff(spread) / np.diff(together) * UNIT for together, spread in corners]
     slopes: list[Floats] = []
     for layer_sets, parts, (vertices, _), edge in zip(sets, start, corners, edges, strict=True):
-        # Tangents touch where the placement is: at a vertex, between those of its edges.
+        # Tangents touch the hull at the vertex of the placement, between the slopes of its edges.
         at = _together(layer_sets, parts)
         right, left = (
             np.searchsorted(vertices, at, side).clip(1, len(edge)) - 1 for side in ("right", "left")
@@ -360,17 +360,17 @@ def _moved_slopes(level: _Level, start: Counts, budget: Budget) -> tuple[Counts,
         work = effort.TANGENT_WORK / (level.problem.layers * level.problem.experts**2)
         count = min(count, int(work))
     for step in range(count):
-        part = budget.within(keep=level.weighing_seconds)
-        weighed = None if part.time_limit == 0 else _weighed(level, rounded())
+        step_budget = budget.within(keep=level.weighing_seconds)
+        weighed = None if step_budget.time_limit == 0 else _weighed(level, rounded())
         if weighed is None:
             break
-        # What the weighted pairs prefer.
+        # A good placement for the weighted pairs.
         slots, _, interrupted, _ = _core.search(
             pairs.make_chain(weighed[0], weighed[0].caps.whole),
             seed=step,
             trials=effort.TANGENT_TRIALS,
-            time_limit=part.left,
-            threads=part.threads,
+            time_limit=step_budget.left,
+            threads=step_budget.threads,
         )
         if interrupted or budget.is_over():
             break
@@ -385,12 +385,12 @@ def _moved_slopes(level: _Level, start: Counts, budget: Budget) -> tuple[Counts,
 
 
 def _prove(run: Run, budget: Budget) -> None:
-    """Bound what tokens visit at least, with what proves it where devices are all alike."""
+    """Prove a bound on visits, with a certificate where all devices are equal."""
     problem, slots, value = run.problem, run.best.slots, run.best.value
     if problem.may_copy:
         run.prove(Bound(_at_most(least_visits(problem), value), "capacity"))
         return
-    # Nothing is known of caps where devices differ, or experts have rules.
+    # Where devices differ, or experts have rules, the bound ignores the caps.
     plain = problem.is_plain
     caps = problem.caps.raised_for(slots) if plain else problem.load.sum(axis=1)
     proven = bound(problem, slots, caps, budget=budget)
@@ -399,17 +399,17 @@ def _prove(run: Run, budget: Budget) -> None:
 
 
 def _at_most(least: float, value: float) -> float:
-    """Return a bound that rounding has not lifted above the value."""
+    """Return a bound, lowered to the value if only rounding has lifted it above."""
     return min(least, value) if least <= value * (1 + ROUNDING) else least
 
 
 def _reserve(run: Run, left: float) -> float:
-    """Return the share of so many seconds that prices or tangents need; 0 if they cannot end."""
+    """Return the share of the seconds left that prices or tangents need; 0 if they cannot end."""
     if run.problem.may_copy:
         return 0.0
     least, share = least_seconds(run.problem), 1 - effort.SEARCH_SHARE
     if left and run.problem.experts <= effort.PRICE_EXPERTS:
-        # Prices are soon as good as they get.
+        # Prices need only so many times the least seconds to become as good as they get.
         share = min(share, effort.PRICE_TIMES * least / left)
     return share if share * left >= least else 0.0
 

@@ -1,8 +1,8 @@
-"""The steps that methods are made of, and how the searches among them follow each other.
+"""The stages of methods, and the order of the searches among them.
 
-A stage that does not apply to a problem is left out, so one list serves all problems: the chain of
-single copies' pairs, visits of expert sets, and layers for all else. With slots to spare the best
-with one copy of each expert is a start: copies must better it.
+A stage that does not apply to a problem is skipped, so one list serves all problems: the chain for
+pairs of single copies, visits for expert sets, and layers for all else. With spare slots, the best
+placement with one copy of each expert is a start, and copies must improve on it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from moetuner.solver.budget import Budget
 from moetuner.solver.run import ROUNDING, Role, Run, Stage
 from moetuner.solver.stages.chain import CHAIN, PARTITIONS
 from moetuner.solver.stages.descent import SETTLE
-from moetuner.solver.stages.divided import DIVIDE, divides
 from moetuner.solver.stages.floor import FLOOR
 from moetuner.solver.stages.layers import (
     ANNEAL,
@@ -34,24 +33,25 @@ from moetuner.solver.stages.layers import (
     is_searched_anew,
     mixes,
 )
+from moetuner.solver.stages.lp_split import LP_SPLIT, has_lp_split
 from moetuner.solver.stages.polish import POLISH
 from moetuner.solver.stages.visits import PAIRS, VISITS
 
 __all__ = ["PARTITIONS", "SEARCH", "SEARCHES"]
 
 
-# One copy of each expert is not searched where its start is so far behind one with copies, and
-# loads alone count: a search gains about as much from either. On tables of ten groups (75 x 256 on
-# 32 devices x 9 slots) the start is 27 % behind, and its search took half of the time.
+# Single copies are not searched where their start is behind the one with copies by this part, and
+# loads alone count: a search gains about as much from either start. On tables of ten groups (75 x
+# 256 on 32 devices x 9 slots) the start is 27 % behind, and its search took half of the time.
 SINGLE_BEHIND = 0.02
 
 
 def _single(problem: Problem) -> Problem | None:
-    """Return the problem with one copy of each expert; None where it has no slots to spare.
+    """Return the problem with one copy of each expert; None where it has no spare slots.
 
-    A time is that of the slowest device, and the weights of an expert more take longer than what
-    loads differ by. So devices have equally many experts where nothing says otherwise: copies may
-    change that.
+    The slowest device decides the time, and reading one more expert's weights takes longer than
+    loads differ. So all devices get equally many experts unless a rule forbids it; copies may
+    change that later.
     """
     alike = problem.topology.has_equal_devices and not problem.rules.exist
     return problem.without_copies(even=problem.goal == "time" and alike)
@@ -61,18 +61,18 @@ def _single_copies(run: Run, budget: Budget) -> None:
     """Search the problem with one copy of each expert, and offer that as a start."""
     single = _single(run.problem)
     assert single is not None
-    known, asked = single.statistics.known, _asked(single, run, budget)
-    slots, interrupted = known.get(asked), False
+    cache, key = single.statistics.known, _cache_key(single, run, budget)
+    slots, interrupted = cache.get(key), False
     if slots is None:
         inner = run.inner((FLOOR, PARTITIONS, *SEARCHES), _muted(run, budget), problem=single)
         slots, interrupted = inner.answer().slots, inner.interrupted
-        if asked is not None and not interrupted:
-            known[asked] = slots
+        if key is not None and not interrupted:
+            cache[key] = slots
     _offer_single(run, slots, interrupted=interrupted)
 
 
 def _single_of_loads(run: Run, budget: Budget) -> None:
-    """Search the same where its start is not far behind one with copies; else offer that start."""
+    """Search single copies if their start is not far behind the best; else offer that start."""
     single = _single(run.problem)
     assert single is not None
     slots = run.inner((FLOOR, CONSTRUCT), _muted(run, budget), problem=single).best.slots
@@ -84,40 +84,41 @@ def _single_of_loads(run: Run, budget: Budget) -> None:
 
 
 def _muted(run: Run, budget: Budget) -> Budget:
-    """Return a budget that reports no values where those are not of answers: with slots to fill."""
+    """Return the budget; without reported values if slots are filled, as those are of no answer."""
     return budget.muted() if run.problem.fill_slots else budget
 
 
 def _offer_single(run: Run, slots: Slots, *, interrupted: bool = False) -> None:
-    """Offer slots that hold one copy of each expert."""
+    """Offer slots with one copy of each expert."""
     padded = pad_slots(slots, run.problem.capacity)
     run.offer(padded, "single", role=Role.SINGLE, is_start=True, interrupted=interrupted)
 
 
 def _is_of_loads(run: Run) -> bool:
-    """Return whether large layers are searched for their loads alone, of which starts tell most."""
+    """Return whether large layers are searched by loads alone: a start predicts the answer."""
     objective = run.objective
     tables = (objective.sets, objective.coactivation, objective.transitions)
-    of_loads = run.problem.goal != "traffic" and all(table is None for table in tables)
-    return of_loads and is_searched_anew(run) and not has_few_slots(run)
+    has_loads_alone = run.problem.goal != "traffic" and all(table is None for table in tables)
+    return has_loads_alone and is_searched_anew(run) and not has_few_slots(run)
 
 
-def _asked(single: Problem, run: Run, budget: Budget) -> tuple[object, ...] | None:
-    """Return what the answer to a problem of single copies depends on; None on more, as on time.
+def _cache_key(single: Problem, run: Run, budget: Budget) -> tuple[object, ...] | None:
+    """Return all that the answer to a problem of single copies depends on; None if time is in it.
 
-    Several numbers of slots for copies are tried of the same counts: with one copy of each expert
-    they are one problem, which is searched once, and not again if it was one of them.
+    Callers try several numbers of slots for copies with the same counts. With one copy of each
+    expert these are the same problem, so it is searched once.
     """
     if budget.time_limit is not None or budget.gap is not None:
         return None
     left_out = ("statistics", "slots_per_device", "extra_slots", "fill_slots")
-    values = [getattr(single, each.name) for each in fields(single) if each.name not in left_out]
+    names = (setting.name for setting in fields(single))
+    values = [getattr(single, name) for name in names if name not in left_out]
     limits = (run.seed, budget.iterations, budget.effort)
     return ("single", _frozen(values), single.capacity.tobytes(), *limits)
 
 
 def _frozen(value: object) -> object:
-    """Return a setting as a value that has a hash: rules may come as lists of lists."""
+    """Return a setting as a value with a hash: rules may come as lists of lists."""
     if isinstance(value, Mapping):
         value = tuple(value.items())
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
@@ -128,9 +129,9 @@ def _has_spare_slots(run: Run) -> bool:
 
 
 def _single_share(run: Run) -> float:
-    """Return the share of single copies: for balance little, which copies seldom make worse."""
-    of_balance = run.problem.goal == "balance"
-    return effort.BRIEF_SHARE if of_balance else effort.START_SHARE
+    """Return the share of time for single copies: little for balance, which copies seldom harm."""
+    is_balance = run.problem.goal == "balance"
+    return effort.BRIEF_SHARE if is_balance else effort.START_SHARE
 
 
 SINGLE_COPIES = Stage(
@@ -139,7 +140,7 @@ SINGLE_COPIES = Stage(
     least=lambda run: effort.SINGLE_LEAST * _single_share(run) * run.judging,
     share=_single_share,
 )
-# Behind the start with copies, which says whether the search is worth its time.
+# This comes after the start with copies, which decides whether the search is worth its time.
 SINGLE_OF_LOADS = replace(
     SINGLE_COPIES,
     run=_single_of_loads,
@@ -148,14 +149,14 @@ SINGLE_OF_LOADS = replace(
 
 
 def _balance(run: Run, budget: Budget) -> None:
-    """Search for balance alone, and offer that as a start: a search by time seldom finds it."""
+    """Search for balance alone, and offer that as a start: a search for time seldom finds it."""
     # The whole search for balance takes no longer than a short one for time, in large layers.
     is_short = has_few_slots(run)
-    part = effort.BALANCE_PART if is_short else 1
+    parts = effort.BALANCE_PART if is_short else 1
     starts = (FLOOR, CONSTRUCT, COMBINE) if is_short else ()
 
-    def search(inner: Run, left: Budget) -> None:
-        anneal(inner, left, LayerModel(inner, part))
+    def search(inner: Run, share: Budget) -> None:
+        anneal(inner, share, LayerModel(inner, parts))
 
     settle = (SETTLE,) if budget.work.settles_balance else ()
     stages = (*starts, Stage(search), COMBINE, *settle)
@@ -170,8 +171,9 @@ def _balance(run: Run, budget: Budget) -> None:
 def _may_be_balanced(run: Run) -> bool:
     """Return whether a search for balance first is worth its time.
 
-    In layers of few slots, and in large ones of many windows. There it is not if copies do not pay
-    even where they balance loads: then the slowest device is not what takes time.
+    It is in layers of few slots, and in large layers of many windows; in the latter not if single
+    copies are the best so far. Then balance by copies does not pay, as the slowest device's load is
+    not what takes time.
     """
     if run.problem.goal != "time" or not is_searched_anew(run) or not mixes(run):
         return False
@@ -179,7 +181,7 @@ def _may_be_balanced(run: Run) -> bool:
 
 
 def _anneal(run: Run, budget: Budget) -> None:
-    """Anneal all layers by all that counts; large ones that were balanced half as long."""
+    """Anneal all layers by the whole objective; half as long if large layers were balanced."""
     is_balanced = any(start.role is Role.BALANCED for start in run.incumbents)
     anneal(run, budget, LayerModel(run, effort.BALANCE_PART if is_balanced else 1))
 
@@ -192,16 +194,16 @@ SEARCHES = (
 
 
 def _equal(run: Run, budget: Budget) -> None:
-    """Offer what is best for devices that are equally fast: no answer is behind it."""
+    """Offer the answer for equally fast devices as a start, so that no answer is worse."""
     problem = replace(run.problem, topology=replace(run.problem.topology, speed=None))
     inner = run.inner((FLOOR, PARTITIONS, *SEARCHES), budget.muted(), problem=problem)
     run.offer(inner.answer().slots, "equal", is_start=True, interrupted=inner.interrupted)
 
 
 def _has_unequal_speeds(run: Run) -> bool:
-    """Return whether predicted times depend on speeds: the search of equal ones is simpler.
+    """Return whether predicted times depend on speeds, so that a search at equal speeds is simpler.
 
-    There the best with one copy of each expert has equally many experts on all devices.
+    At equal speeds the best single copies put equally many experts on all devices.
     """
     speeds = run.problem.topology.speed_of_device
     is_time = run.problem.goal == "time" and is_searched_anew(run)
@@ -212,12 +214,12 @@ EQUAL = Stage(_equal, applies=_has_unequal_speeds, share=lambda _: effort.START_
 
 
 def _even(run: Run, budget: Budget) -> None:
-    """Offer what is best where copies take even parts: no answer is behind it."""
-    inner = run.inner((FLOOR, PARTITIONS, *SEARCHES), budget, problem=_of_even_parts(run.problem))
+    """Offer the answer for an even split as a start, so that no answer is worse."""
+    inner = run.inner((FLOOR, PARTITIONS, *SEARCHES), budget, problem=_evenly_split(run.problem))
     run.offer(inner.answer().slots, "even", is_start=True, interrupted=inner.interrupted)
 
 
-def _of_even_parts(problem: Problem) -> Problem:
+def _evenly_split(problem: Problem) -> Problem:
     return replace(problem, split=EVEN)
 
 
@@ -228,18 +230,18 @@ def _may_be_behind(run: Run) -> bool:
     return not (is_best and best.value <= least_balance(run.problem) * (1 + ROUNDING))
 
 
-# Of equals the first is the answer: devices that copies join are safer on other traffic.
-DIVIDING = (DIVIDE, Stage(_even, applies=_may_be_behind), POLISH)
+# Among equals the first is the answer: devices that copies join are safer on other traffic.
+LP_SPLIT_SEARCHES = (LP_SPLIT, Stage(_even, applies=_may_be_behind), POLISH)
 
 
 def _search(run: Run, budget: Budget) -> None:
-    """Search, and remember what is best with one copy of each expert."""
-    problem, is_divided = run.problem, divides(run)
-    run.through(DIVIDING if is_divided else (EQUAL, *SEARCHES), budget)
-    is_single = is_searched_anew(run) and not problem.may_copy and not is_divided
-    asked = _asked(problem, run, budget) if is_single and not run.interrupted else None
-    if asked is not None:
-        problem.statistics.known[asked] = run.answer().slots
+    """Search, and cache the answer if it has one copy of each expert."""
+    problem, is_lp_split = run.problem, has_lp_split(run)
+    run.through(LP_SPLIT_SEARCHES if is_lp_split else (EQUAL, *SEARCHES), budget)
+    is_single = is_searched_anew(run) and not problem.may_copy and not is_lp_split
+    key = _cache_key(problem, run, budget) if is_single and not run.interrupted else None
+    if key is not None:
+        problem.statistics.known[key] = run.answer().slots
 
 
 SEARCH = Stage(_search)

@@ -1,6 +1,6 @@
-"""What people do without moetuner: the placements that every method is compared with.
+"""Baselines: placements of other people's policies, with which every method is compared.
 
-A baseline is a function of a run and a budget that offers one placement.
+A baseline is a function that takes a run and a budget, and offers one placement.
 """
 
 from __future__ import annotations
@@ -29,29 +29,28 @@ Slots = NDArray[np.int32]
 
 
 def contiguous(run: Run, _: Budget) -> None:
-    """Place experts in blocks, as engines load them; the first devices take what is left over.
+    """Place experts in blocks, as engines load them; the first devices get one more if need be.
 
-    Like all that ignore loads it keeps the slots of every device, but neither pins, bans nor caps.
+    Like every baseline that ignores loads, it keeps slots, but neither pins, bans nor caps.
     """
     _deal(run, lambda device, turn: np.argsort(device, kind="stable"))
 
 
 def round_robin(run: Run, _: Budget) -> None:
-    """Place expert e on device e mod D, full devices left out."""
+    """Place expert e on device e mod D, skipping full devices."""
     _deal(run, lambda device, turn: np.lexsort((device, turn)))
 
 
 def random(run: Run, _: Budget) -> None:
-    """Place equal counts, as far as slots allow, drawn at random in every layer."""
+    """Place experts at random in every layer, equally many on each device as far as slots allow."""
     generator = np.random.default_rng(run.seed)
     _deal(run, lambda device, turn: generator.permutation(np.lexsort((device, turn))))
 
 
 def lpt(run: Run, budget: Budget) -> None:
-    """Place the longest processing time first (Graham, 1969), then exchange: balance alone.
+    """Place by longest processing time first (Graham, 1969), then exchange: balance alone.
 
-    With more slots than experts, copies of the heaviest experts as well. Keeps slots, pins and
-    bans.
+    With spare slots it also adds copies of the heaviest experts. It keeps slots, pins and bans.
     """
     problem = run.problem
     if problem.may_copy or not _is_even(problem):
@@ -75,10 +74,10 @@ def lpt(run: Run, budget: Budget) -> None:
 def eplb(run: Run, budget: Budget) -> None:
     """Place as DeepSeek's load balancer does, by its global policy: github.com/deepseek-ai/EPLB.
 
-    Copies by the largest load per copy, then the heaviest copy first to the lightest device. Loads
-    are summed over all windows. No device gets a second copy of an expert, which would serve
-    nobody; a layer that DeepSeek's own code balances better with such copies is searched until it
-    is as good, if it can be. Keeps slots, pins and bans.
+    It adds copies where the load per copy is largest, then puts the heaviest copy first, on the
+    lightest device. Loads are summed over all windows. No device gets a second copy of an expert,
+    which would be useless. If DeepSeek's own code balances a layer better with such copies, the
+    layer is searched for a placement as good. It keeps slots, pins and bans.
     """
     problem = run.problem
     slots = balanced(problem, trials=0)
@@ -96,11 +95,11 @@ def eplb(run: Run, budget: Budget) -> None:
 
 
 def _annealed(problem: Problem, layers: Integers, seed: int, threads: int | None) -> Slots:
-    """Search some layers for the least load of the heaviest device, from what ``balance`` finds."""
+    """Return layers searched for the least load of the heaviest device, from ``balance``."""
     statistics = RoutingStatistics.from_load(problem.load[layers])
-    part = Problem(statistics, problem.topology, slots_per_device=problem.slots)
-    load = part.load[None].astype(np.float64)
-    search = core_layers(load, np.ones(1), make_site(part, nearest=False))
+    subproblem = Problem(statistics, problem.topology, slots_per_device=problem.slots)
+    load = subproblem.load[None].astype(np.float64)
+    search = core_layers(load, np.ones(1), make_site(subproblem, nearest=False))
     start = balanced(problem)[layers]
     return search.place(start, trials=effort.CATCH_UP, restarts=2, seed=seed, threads=threads)[0]
 
@@ -145,7 +144,7 @@ def _is_even(problem: Problem) -> bool:
 
 
 def _deal(run: Run, order: Callable[[Integers, Integers], Integers]) -> None:
-    """Deal the places of every layer to experts 0, 1, ...: as many on each device as slots allow.
+    """Offer experts 0, 1, ... dealt to the places of every layer, evenly as far as slots allow.
 
     ``order`` sorts the places, given the device and the turn of each [E].
     """

@@ -24,10 +24,10 @@ Slots = NDArray[np.int32]
 def search_traffic(
     run: Run, problem: Problem, budget: Budget, fit: Callable[[Slots], Slots] | None = None
 ) -> None:
-    """Search for the least traffic of pairs under the load cap, and offer what is found.
+    """Search for the least traffic of pairs under the load cap, and offer the answer.
 
-    With ``fit``, which makes slots [L,D,S] of the run's problem of it, the trials are only a part
-    of the search and are not told.
+    ``fit`` turns the answer into slots [L,D,S] of the run's own problem. With it this is only a
+    part of the search, so the details do not report its trials.
     """
     objective = problem.objective_function
     report = budget.progress
@@ -36,7 +36,7 @@ def search_traffic(
         if report is not None:
             report(Progress(seconds, "search", None if cost is None else cost / objective.scale))
 
-    # Pairs that stand for visits cost more where they are of other nodes.
+    # Pairs that stand for visits cost more between nodes.
     cost = problem.topology.cost if objective.counts_visits else None
     # Without pairs all placements cost nothing: the balanced one that it starts from is the answer.
     slots, trials, interrupted, shift = _core.search(
@@ -56,7 +56,7 @@ def search_traffic(
 
 
 def _trials(problem: Problem, budget: Budget) -> int | None:
-    """Return the trials of a start; None where the core decides, by time or by its own work."""
+    """Return the trials of a start; None where the core decides, by time or by work."""
     places = problem.devices * problem.slots
     if budget.iterations is not None or budget.left is not None or places >= effort.WIDE_SLOTS:
         return budget.iterations
@@ -65,16 +65,16 @@ def _trials(problem: Problem, budget: Budget) -> int | None:
 
 
 def _partitions(run: Run, budget: Budget) -> None:
-    """Find the optimum over all partitions, with its certificate, where it is in reach."""
+    """Offer the optimum over all partitions, and prove it, if there are few enough."""
     problem, steps = run.problem, effort.PARTITION_STEPS
     if budget.left is not None:
         steps = int(min(steps, budget.left * effort.PARTITION_STEPS_PER_SECOND))
-    searched = complete(
+    optimum = complete(
         problem, problem.caps.whole, steps=steps, time_limit=budget.left, threads=budget.threads
     )
-    if searched is None:
+    if optimum is None:
         return
-    slots, cost, caps = searched
+    slots, cost, caps = optimum
     run.details = run.details.searched(way="dynamic programming over all partitions")
     run.offer(slots, "search")
     run.prove(Bound(cost, COMPLETE, certified(problem, caps, COMPLETE, cost)))

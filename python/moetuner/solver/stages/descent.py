@@ -1,4 +1,4 @@
-"""Down from a placement, always by the step that gains most for a copy that it brings."""
+"""Greedy descent from a placement: the step that gains most per moved copy, again and again."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from moetuner.solver.stages.layers import LayerModel, has_few_slots, is_searched
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
 
-# The part of what steps down could gain after which they end: the last ones fit what was seen. Of
-# fewer windows all of them do ("The default and cheaper methods").
+# Steps end after this part of what they could gain: the last ones fit noise of the windows seen.
+# With fewer windows than this all steps do, so none is taken ("The default and cheaper methods").
 SETTLED, SETTLED_WINDOWS = 0.5, 4
 
 
@@ -30,13 +30,13 @@ class Path:
     start
         Slots [L,D,S].
     places, experts
-        Where in the flat slots a step writes and what, twice [N,2].
+        The two flat slots that a step writes, and the experts that it writes there [N,2].
     moves
-        Copies that have to move in all, at the start and after every step [N+1].
+        Copies that have moved in all, at the start and after every step [N+1].
     excess
-        By what part layers exceed their caps, likewise.
+        Part by which layers exceed their caps [N+1].
     value
-        The objective, as the search counts it, less that of the start, likewise.
+        The objective of the search, less that of the start [N+1].
     """
 
     start: Slots
@@ -53,12 +53,12 @@ class Path:
         return slots
 
     def before(self, moves: int) -> int:
-        """Return how many steps there are before the first with which more than so many move."""
+        """Return the number of steps before the first one that exceeds a number of moves."""
         return int(np.argmax(np.append(self.moves, np.inf) > moves)) - 1
 
     @property
     def steepest(self) -> float:
-        """What the first step that moves a copy gains for it."""
+        """Gain per copy of the first step that moves any."""
         moving = np.flatnonzero(self.moves > self.moves[0])
         if not moving.size:
             return 0.0
@@ -66,18 +66,18 @@ class Path:
         return float(self.value[0] - self.value[first]) / int(self.moves[first] - self.moves[0])
 
     def best(self, most_moves: float, price: float) -> int:
-        """Choose how many steps to take, with at most so many moves at such a price."""
+        """Return the best number of steps with at most so many moves, at a price of a move."""
         allowed = np.flatnonzero(self.moves <= most_moves)
-        worth = self.value[allowed] + price * self.moves[allowed]
-        return int(allowed[np.lexsort((worth, self.excess[allowed]))[0]])
+        cost = self.value[allowed] + price * self.moves[allowed]
+        return int(allowed[np.lexsort((cost, self.excess[allowed]))[0]])
 
 
 def descend(
     run: Run, model: LayerModel, start: Slots, running: Placement, most_moves: float, budget: Budget
 ) -> tuple[Path, bool]:
-    """Go down from slots [L,D,S] by the steps that gain most for a move; say if interrupted.
+    """Return the steps down from slots [L,D,S] that gain most per move, and if interrupted.
 
-    Moves are counted from what is running, at the most ``most``.
+    Moves are counted from the ``running`` placement, up to ``most_moves``.
     """
     problem, (layers, links) = run.problem, model.core()
     places, experts, figures, interrupted = layers.descend(
@@ -96,10 +96,10 @@ def descend(
 
 
 def _settle(run: Run, budget: Budget) -> None:
-    """Take the steps that bring half of what steps down from the best can gain.
+    """Offer the best placement after the first half of the gain of all steps down from it.
 
-    A search for what generalises ends a little behind those that fit the windows they see. By the
-    first steps nothing is lost on other traffic; by the last ones there is.
+    A search that generalises ends a little behind one that fits the windows seen. The first steps
+    lose nothing on other traffic, but the last ones do.
     """
     start = run.best.slots
     running = Placement(start, num_experts=run.problem.experts)
@@ -112,9 +112,9 @@ def _settle(run: Run, budget: Budget) -> None:
 
 
 def _may_settle(run: Run) -> bool:
-    """Return whether steps down are worth their time: in layers of few slots, and some windows.
+    """Return whether steps down are worth their time: with few slots, and with some windows.
 
-    Of large layers all exchanges take longer than the search (24 s after 8 s for 58 x 256).
+    In large layers all exchanges take longer than the search (24 s after 8 s for 58 x 256).
     """
     used = int(np.count_nonzero(run.objective.windows.weight))
     return is_searched_anew(run) and has_few_slots(run) and used >= SETTLED_WINDOWS

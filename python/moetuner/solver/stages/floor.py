@@ -1,4 +1,4 @@
-"""The floor: balance under the rules. No answer is behind it."""
+"""The floor: balance under the rules, and no answer of a search is worse."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Slots = NDArray[np.int32]
 
 
 def balanced(problem: Problem, *, trials: int = effort.PATIENT) -> Slots:
-    """Balance the load over all windows as ``balance`` does: slots [L,D,S] that keep all rules."""
+    """Return slots [L,D,S] that keep all rules, with the load balanced as ``balance`` does."""
     return _core.replicate_experts(
         problem.load.astype(np.float64),
         problem.capacity,
@@ -31,11 +31,11 @@ def balanced(problem: Problem, *, trials: int = effort.PATIENT) -> Slots:
 def balance_windows(
     run: Run, budget: Budget, weight: Floats, trials: int, *, mixed: float = 0.0
 ) -> tuple[Slots, bool]:
-    """Balance windows with weights [W] by trials of a layer; return slots, and if interrupted."""
+    """Return slots [L,D,S] that balance windows of weights [W], and if interrupted."""
     problem, load = run.problem, run.objective.windows.load
     setting = SearchSetting(NORM, NOISE, mixed)
     if problem.survive is not None:
-        # A norm sees all losses: of one window the slowest device itself can be made small.
+        # The norm over losses suffices: in one window the slowest device itself is minimised.
         setting = setting_for(load, weight, large=mixed > 0)
     terms, site = Terms(losses=loss_costs(problem)), make_site(problem, nearest=False)
     layers = core_layers(load, weight, site, setting=setting, terms=terms)
@@ -46,7 +46,7 @@ def balance_windows(
 def search_quickly(
     run: Run, budget: Budget, layers: _core.Layers, start: Slots, trials: int
 ) -> tuple[Slots, bool]:
-    """Search windows of load from slots [L,D,S] by trials of a layer; slots, and if interrupted."""
+    """Return slots [L,D,S] after a quick search from a start, and if interrupted."""
     return layers.place(
         start,
         trials=trials,
@@ -60,23 +60,23 @@ def search_quickly(
 
 
 def _balance_windows(run: Run, budget: Budget) -> None:
-    """Balance every window within milliseconds, as the plugins do, and look at nothing else."""
+    """Offer windows balanced within milliseconds, as the plugins do, by loads alone."""
     weight = run.objective.windows.weight
     slots, interrupted = balance_windows(run, budget, weight, quick_trials(run, budget))
     run.offer(slots, "layers", interrupted=interrupted)
 
 
 def quick_trials(run: Run, budget: Budget) -> int:
-    """Return the trials of a layer in the search that takes milliseconds."""
+    """Return the trials of a layer in the quick search, which takes milliseconds."""
     if budget.iterations is not None:
         return budget.iterations
     return effort.quick_trials(run.slots_of_layer, len(run.objective.windows))
 
 
 def _may_be_behind(run: Run) -> bool:
-    """Return whether balanced windows may be behind the floor by the problem's own objective.
+    """Return whether balanced windows may be worse than the floor by the problem's objective.
 
-    Where these windows are all that counts, the core has compared them with a packing already.
+    Where the windows are all that counts, the core has compared them with a packing already.
     """
     problem = run.problem
     alike = problem.serving.rule.is_even and problem.topology.has_equal_devices
@@ -89,7 +89,7 @@ def _floor(run: Run, _: Budget) -> None:
 
 
 def windows_alone(problem: Problem, moves: Moves | None) -> bool:
-    """Return whether windows are all that counts: balance, without caps and prices of moves."""
+    """Return whether windows alone count: the goal is balance, without caps or prices of moves."""
     return bool(problem.goal == "balance" and not problem.caps.exist and moves is None)
 
 

@@ -1,4 +1,4 @@
-"""Front: placements by how many experts move from what runs, and mixtures of their layers."""
+"""Front: the best placement for every number of moves, and mixtures of layers."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Slots = NDArray[np.int32]
 
-# Numbers of moves at which points are kept are 3 % apart. At 1.5 and 6 % no objective of the
-# scorecard's few moves changes by more than 0.02 %, up or down, and 1.5 % takes longer.
+# The front has points at numbers of moves that are 3 % apart. At 1.5 and 6 % no objective of the
+# scorecard's few moves changes by more than 0.02 %, up or down, and 1.5 % takes longer ("Budgets
+# that rise").
 APART = 1.03
-# A layer's load above its cap counts so many times the whole objective, as caps come first.
+# Weight of a layer's excess over its cap, in whole objectives: caps come before the objective.
 CAPS_FIRST = 1e6
 
 
 class Front:
-    """Placements by how many experts move: for every budget of moves the best that was met.
+    """The best placement that was found for every number of moves from the running placement.
 
-    Where nothing joins the layers, a mixture takes each layer from the placement that serves it
-    best.
+    Where nothing joins the layers, the front also mixes placements: each layer of a mixture comes
+    from one of them.
 
     Parameters
     ----------
     run
-        The solve that judges them.
+        The solve that judges placements.
     moves
         The placement that runs.
     """
@@ -41,9 +42,9 @@ class Front:
         # The sum over layers is the objective: of mixtures the best one is known.
         self.is_exact = mixes(run) and run.objective.is_of_windows
         self.points: dict[bytes, Incumbent] = {}
-        # Rows below of those that a search may begin with.
+        # The row below of each placement that a search may begin with.
         self._starts: dict[bytes, int] = {}
-        # For each placement that is mixed: slots [L,D,S], moves [L], costs [W,L], and excess [L].
+        # One row for each placement to mix: slots [L,D,S], moves [L], costs [W,L], and excess [L].
         self._slots: list[Slots] = []
         self._moves: list[Ints] = []
         self._costs: list[Floats] = []
@@ -52,7 +53,7 @@ class Front:
     def add(self, point: Incumbent, *, is_start: bool = True) -> None:
         """Add a placement, unless it breaks a rule.
 
-        Searches begin with starts alone, which are the same whatever the budget.
+        Searches begin only with placements that are starts; those are the same for every budget.
         """
         key, objective = point.slots.tobytes(), self.run.objective
         is_known = key in self._starts or (key in self.points and not is_start)
@@ -70,89 +71,92 @@ class Front:
             self._excess.append(self.run.problem.caps.excess(placement))
 
     def best(self, limit: float) -> Incumbent:
-        """Return the placement of the lowest rank to which at most so many experts move."""
+        """Return the placement of the lowest rank within a limit of moves."""
         self._mix_exactly([limit])
         allowed = (point for point in self.points.values() if point.moves <= limit)
         return min(allowed, key=lambda point: point.rank)
 
-    def first(self, enough: float) -> Incumbent | None:
-        """Return the placement with the fewest moves that keeps caps best and is good enough."""
-        least = min(point.excess for point in self.points.values())
-        points = (p for p in self.points.values() if p.excess <= least and p.value <= enough)
+    def fewest_moves(self, enough: float) -> Incumbent | None:
+        """Return the placement with the fewest moves whose value is ``enough`` or less.
+
+        Only placements with the least excess over the caps count.
+        """
+        excess = min(point.excess for point in self.points.values())
+        points = (p for p in self.points.values() if p.excess <= excess and p.value <= enough)
         return min(points, key=lambda point: (point.moves, point.value), default=None)
 
     def undominated(self) -> list[Incumbent]:
-        """Return the placements that are better than all with fewer moves, by their moves."""
+        """Return the placements that are better than all with fewer moves, fewest moves first."""
         moves = [point.moves for point in self.points.values()]
         self._mix_exactly(rising_limits(min(moves), max(moves)))
         return undominated((point, point.rank) for point in self.points.values())
 
     def _mix_exactly(self, limits: Sequence[float]) -> None:
-        """Add mixtures of all layers where the best one is known, whatever a search learned."""
+        """Add the best mixture within each limit of moves, where it can be found exactly."""
         if self.is_exact:
-            farthest = int(np.stack(self._moves).max(axis=0).sum())
-            within = sorted({int(min(limit, farthest)) for limit in limits})
-            self.mix(within, self.run.objective.windows.weight)
+            most_moves = int(np.stack(self._moves).max(axis=0).sum())
+            useful = sorted({int(min(limit, most_moves)) for limit in limits})
+            self.mix(useful, self.run.objective.windows.weight)
 
-    def start_at(self, price: float, weight: Floats) -> Slots:
-        """Return slots [L,D,S] that are best at a price of a move, by weights of windows [W]."""
+    def best_start(self, price: float, weight: Floats) -> Slots:
+        """Return the best slots [L,D,S] at a price of a move, by weights of windows [W]."""
         if self.mixes:
             rows = np.array(list(self._starts.values()))
-            worth = self._worth(weight) + price * np.stack(self._moves)
-            return self._mixture(rows[worth[rows].argmin(axis=0)])
-        more = price - self.moves.price
+            costs = self._weighted_costs(weight) + price * np.stack(self._moves)
+            return self._mixture(rows[costs[rows].argmin(axis=0)])
+        surcharge = price - self.moves.price
         best = min(
             (self.points[key] for key in self._starts),
-            key=lambda point: (point.excess, point.value + more * point.moves),
+            key=lambda point: (point.excess, point.value + surcharge * point.moves),
         )
         return best.slots
 
     def mix(self, limits: Sequence[int], weight: Floats) -> None:
         """Add the best mixtures of layers within rising limits of moves, by weights of windows [W].
 
-        Where those are not the objective, more rows may lead to a worse mixture. So a mixture is of
-        rows that every budget for as many moves has, whatever more it has.
+        Where such a sum over layers is not the objective, a mixture of more rows may be worse. So a
+        limit mixes only rows that are there for every budget of at least as many moves.
         """
         if not self.mixes:
             return
         moves = np.stack(self._moves)
-        worth = self._worth(weight) + self.moves.price * moves
+        costs = self._weighted_costs(weight) + self.moves.price * moves
         if self.is_exact:
-            self._mix(limits, moves, worth, np.arange(len(moves)))
+            self._mix(limits, moves, costs, np.arange(len(moves)))
             return
         is_start = np.isin(np.arange(len(moves)), list(self._starts.values()))
         for limit in limits:
             rows = np.flatnonzero(is_start | (moves.sum(axis=1) <= limit))
-            self._mix([limit], moves[rows], worth[rows], rows)
+            self._mix([limit], moves[rows], costs[rows], rows)
 
-    def _mix(self, limits: Sequence[int], moves: Ints, worth: Floats, names: Ints) -> None:
-        """Add the best mixtures of rows with moves and worth [P,L], which have names [P]."""
-        chosen = choose(moves, worth, max(limits))
+    def _mix(self, limits: Sequence[int], moves: Ints, costs: Floats, row_numbers: Ints) -> None:
+        """Add the best mixtures of some rows [P], given moves and costs [P,L]."""
+        chosen = choose(moves, costs, max(limits))
         layers = len(chosen)
         for limit in limits:
-            rows, left = np.zeros(layers, dtype=np.int64), limit
+            rows, moves_left = np.zeros(layers, dtype=np.int64), limit
             for layer in reversed(range(layers)):
-                rows[layer] = chosen[layer, left]
-                left -= int(moves[rows[layer], layer])
-            mixture = self.run.judge(self._mixture(names[rows]), "moves")
+                rows[layer] = chosen[layer, moves_left]
+                moves_left -= int(moves[rows[layer], layer])
+            mixture = self.run.judge(self._mixture(row_numbers[rows]), "moves")
             self.points.setdefault(mixture.slots.tobytes(), mixture)
 
-    def _worth(self, weight: Floats) -> Floats:
-        """Compute what every layer of every placement is worth [P,L]; excess counts first."""
+    def _weighted_costs(self, weight: Floats) -> Floats:
+        """Compute the cost of every layer of every placement [P,L], excess over the caps first."""
         reference = max(float(weight @ self.run.objective.reference), 1e-300)
         costs: Floats = np.einsum("w,pwl->pl", weight / reference, np.stack(self._costs))
-        over: Floats = CAPS_FIRST * costs[0].sum() * np.stack(self._excess)
-        return costs + over
+        penalty: Floats = CAPS_FIRST * costs[0].sum() * np.stack(self._excess)
+        return costs + penalty
 
     def _mixture(self, rows: Ints) -> Slots:
-        """Put slots [L,D,S] together from a placement for every layer [L]."""
+        """Return slots [L,D,S] whose layers come from these rows [L]."""
         return np.stack([self._slots[row][layer] for layer, row in enumerate(rows.tolist())])
 
 
 def undominated(
     ranked: Iterable[tuple[Incumbent, tuple[float, float]]],
 ) -> list[Incumbent]:
-    """Return placements whose rank is below that of all with fewer moves, by their moves."""
+    """Return placements whose rank is below that of all with fewer moves, fewest moves first."""
     front: list[Incumbent] = []
     lowest = (np.inf, np.inf)
     for point, rank in sorted(ranked, key=lambda pair: (pair[0].moves, pair[1])):
@@ -163,33 +167,33 @@ def undominated(
 
 
 def rising_limits(least: int, limit: int) -> list[int]:
-    """Return numbers of moves from the least, 3 % apart, the same ones up to any limit."""
+    """Return numbers of moves from the least to a limit, 3 % apart, the same for every limit."""
     powers = np.arange(int(np.log(limit - least + 1) / np.log(APART)) + 2)
     rising = set((APART**powers).astype(int).tolist())
-    return [least, *(least + more for more in sorted(rising) if least + more <= limit)]
+    return [least, *(least + added for added in sorted(rising) if least + added <= limit)]
 
 
-def choose(moves: Ints, worth: Floats, limit: int) -> Ints:
-    """Choose a row for every column, of moves and worth [P,L], at budgets up to a limit [L,M+1].
+def choose(moves: Ints, costs: Floats, limit: int) -> Ints:
+    """Return the row that each column takes at every budget of moves up to a limit [L,M+1].
 
-    With the budget that a column and those before it have, its row is one of the least sum: the
-    multiple-choice knapsack, exactly, by dynamic programming.
+    The multiple-choice knapsack, exactly, by dynamic programming over columns: of moves and costs
+    [P,L], a column and those before it together have the least cost within the budget.
     """
-    columns = worth.shape[1]
+    columns = costs.shape[1]
     chosen, least = np.zeros((columns, limit + 1), dtype=np.int64), np.zeros(limit + 1)
     for column in range(columns):
-        taken, cost = moves[:, column], worth[:, column]
-        order = np.lexsort((cost, taken))
-        order = order[taken[order] <= limit]
+        needed, cost = moves[:, column], costs[:, column]
+        order = np.lexsort((cost, needed))
+        order = order[needed[order] <= limit]
         lowest = np.minimum.accumulate(cost[order])
-        # Only those that cost less than all with fewer moves.
+        # Rows that cost less than all rows with fewer moves.
         useful = order[np.append(True, cost[order][1:] < lowest[:-1])]
         sums = np.full(limit + 1, np.inf)
         for row in useful.tolist():
-            first = int(taken[row])
-            tried = least[: limit + 1 - first] + cost[row]
-            is_less = tried < sums[first:]
-            sums[first:][is_less] = tried[is_less]
+            first = int(needed[row])
+            candidate = least[: limit + 1 - first] + cost[row]
+            is_less = candidate < sums[first:]
+            sums[first:][is_less] = candidate[is_less]
             chosen[column, first:][is_less] = row
         least = sums
     return chosen

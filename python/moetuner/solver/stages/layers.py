@@ -1,7 +1,7 @@
-"""Balance and time: windows, copies, devices that differ, links. All layers by one search.
+"""Balance and time, with windows, copies, devices that differ, and links: one search of layers.
 
-Every layer's contents are annealed on all that the problem says of it; where transitions join the
-layers, in turns, each given its neighbours, from a start that the search for traffic found.
+Every layer is annealed on its part of the objective. Where transitions join the layers, they take
+turns: each layer is annealed while its neighbours stand, from the answer of a search for traffic.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ Slots = NDArray[np.int32]
 
 
 class LayerModel:
-    """The layers of a problem as the core's search sees them, and what was learned of its windows.
+    """The layers of a problem as the core's search sees them, with weights of windows.
 
-    So many ``parts``, searches, share the work of one.
+    ``parts`` is the number of searches that share the work of one.
     """
 
     def __init__(self, run: Run, parts: int = 1) -> None:
@@ -53,11 +53,11 @@ class LayerModel:
 
     @property
     def unit(self) -> float:
-        """Weighted tokens of one unit of the objective."""
+        """Weighted tokens in one unit of the objective."""
         return tokens_per_unit(self.problem, self.windows.load, self.weight)
 
     def core(self, moves: Moves | None = None) -> tuple[_core.Layers, Links | None]:
-        """Build the core's layers, and what joins them."""
+        """Build the core's layers, and the links that join them."""
         problem = self.problem
         terms = make_terms(
             problem, self.unit, copy_costs=None if moves is None else moves.copy_costs
@@ -69,16 +69,16 @@ class LayerModel:
         return layers, make_links(problem, self.unit)
 
     def is_of_windows(self, moves: Moves | None) -> bool:
-        """Return whether the quick search of windows is best: windows alone count, and are many.
+        """Return whether the quick search of windows is best: many windows are all that counts.
 
-        Of few slots or windows the search of all terms finds more.
+        With few slots or windows the search of all terms finds more.
         """
         problem = self.problem
         even = not problem.serving.rule.by_home or not problem.may_copy
         return bool(windows_alone(problem, moves) and even and self.is_large)
 
     def reweight(self, slots: Slots) -> None:
-        """Give more weight to the windows that a risk or the worst group is made of, next time."""
+        """Weigh windows for the next turn: more, the more they add to a risk or the worst group."""
         windows = self.windows
         if windows.is_mean:
             return
@@ -88,9 +88,9 @@ class LayerModel:
         self.weight = windows.weight * np.mean(self.weights, axis=0)
 
     def improve(self, run: Run, slots: Slots, budget: Budget, turns: int) -> tuple[Slots, bool]:
-        """Anneal every layer from slots [L,D,S] in one of the ``turns``; say if interrupted."""
+        """Return slots [L,D,S] after one of the ``turns`` of annealing, and if interrupted."""
         if self.is_of_windows(run.moves):
-            # On the windows and on their mean, for traffic of all kinds at once.
+            # By the windows and by their mean, which stands for traffic of all kinds at once.
             trials = budget.iterations
             if trials is None:
                 lanes = -(-(len(self.windows) + 1) // effort.LANES)
@@ -133,7 +133,7 @@ class LayerModel:
 
 
 def is_of_layers(run: Run) -> bool:
-    """Return whether a problem is about more than the chain and the visits can search."""
+    """Return whether neither the search of the chain nor that of visits covers the problem."""
     return not is_of_pairs(run) and not is_of_visits(run)
 
 
@@ -143,21 +143,21 @@ def has_few_slots(run: Run) -> bool:
 
 
 def is_large(run: Run) -> bool:
-    """Return whether layers of many slots are seen in many windows.
+    """Return whether layers have many slots and many windows.
 
-    There searches stay near their starts: as many trials from higher temperatures lose them.
+    Searches stay near their starts there: as many trials from a higher temperature end worse.
     """
     slots = run.problem.capacity.sum(axis=1).min()
     return bool(slots > effort.FEW_SLOTS and len(run.objective.windows) >= effort.MANY_WINDOWS)
 
 
 def is_searched_anew(run: Run) -> bool:
-    """Return whether a search may begin anywhere: it may not where moving has a price."""
+    """Return whether layers are searched from any start: no placement runs."""
     return is_of_layers(run) and run.moves is None
 
 
 def _construct(run: Run, budget: Budget) -> None:
-    """Offer what takes milliseconds: balanced on the sum of windows, and on every one of them."""
+    """Offer starts that take milliseconds: balanced on the sum of windows, and on each window."""
     layers, _ = LayerModel(run).core()
     run.offer(layers.construct(threads=budget.threads), "construct", is_start=True)
     if run.problem.goal == "traffic":
@@ -175,19 +175,19 @@ def _construct(run: Run, budget: Budget) -> None:
 
 
 def are_joined(run: Run) -> bool:
-    """Return whether what a layer is worth depends on the contents of others."""
+    """Return whether the cost of a layer depends on the contents of other layers."""
     problem = run.problem
     follows = problem.regime == "follow" and problem.goal == "time" and problem.layers > 1
     return problem.goal == "traffic" or follows
 
 
 def mixes(run: Run) -> bool:
-    """Return whether layers of several placements can be put together: nothing joins them."""
+    """Return whether layers of several placements can be combined: the objective is their sum."""
     return run.problem.windows.is_mean and not are_joined(run)
 
 
 def _combine(run: Run, _: Budget) -> None:
-    """Offer the best contents of every layer that were offered in any placement."""
+    """Offer the combination of the best contents of every layer in all incumbents."""
     pool = [incumbent.slots for incumbent in run.incumbents if incumbent.excess == 0]
     if len(pool) > 1:
         experts, objective = run.problem.experts, run.objective
@@ -206,20 +206,20 @@ def _joins_layers(run: Run) -> bool:
 
 
 def _chain_under_caps(run: Run, budget: Budget) -> None:
-    """Search traffic alone, with single copies on equal devices, under several caps on the load."""
+    """Search traffic alone, with single copies on equal devices, under several load caps."""
     problem = run.problem
     caps = sorted({min(cap, problem.max_imbalance or cap) for cap in budget.work.traffic_caps})
     for number, cap in enumerate(caps):
-        left = len(caps) - number
-        part = budget.within(1 / left, keep=left * run.judging).muted()
-        if part.time_limit == 0:
+        caps_left = len(caps) - number
+        cap_budget = budget.within(1 / caps_left, keep=caps_left * run.judging).muted()
+        if cap_budget.time_limit == 0:
             return
-        traffic = _of_traffic(problem, cap)
-        search_traffic(run, traffic, part, lambda slots: pad_slots(slots, problem.capacity))
+        traffic = _traffic_problem(problem, cap)
+        search_traffic(run, traffic, cap_budget, lambda slots: pad_slots(slots, problem.capacity))
 
 
-def _of_traffic(problem: Problem, cap: float) -> Problem:
-    """Return the problem of traffic under a cap, of single copies on devices that are alike."""
+def _traffic_problem(problem: Problem, cap: float) -> Problem:
+    """Return the problem of traffic under a cap, with single copies on equal devices."""
     return replace(
         problem,
         topology=replace(problem.topology, speed=None, slots_per_device=None),
@@ -233,9 +233,9 @@ def _of_traffic(problem: Problem, cap: float) -> Problem:
 
 
 def anneal(run: Run, budget: Budget, model: LayerModel | None = None) -> None:
-    """Anneal all layers from the best placement, in turns that weigh windows anew.
+    """Anneal all layers from the best placement, in turns that weigh the windows again.
 
-    A model that has learned of the windows is used as it is.
+    A model that has weights of windows already keeps them.
     """
     model, turns = LayerModel(run) if model is None else model, 1
     if not run.problem.windows.is_mean:
@@ -247,12 +247,12 @@ def anneal(run: Run, budget: Budget, model: LayerModel | None = None) -> None:
         model.setting = setting_for(windows.load, windows.weight, large=large)
     run.details = replace(run.details, unseen=model.setting.details)
     for turn in range(turns):
-        left = turns - turn
-        part = budget.within(1 / left, keep=left * run.judging)
-        if part.time_limit == 0:
+        turns_left = turns - turn
+        turn_budget = budget.within(1 / turns_left, keep=turns_left * run.judging)
+        if turn_budget.time_limit == 0:
             run.cut = run.cut or not turn
             return
-        slots, interrupted = model.improve(run, run.best.slots, part, turns)
+        slots, interrupted = model.improve(run, run.best.slots, turn_budget, turns)
         model.reweight(slots)
         run.offer(slots, "layers", interrupted=interrupted)
 
@@ -264,17 +264,17 @@ CHAIN_UNDER_CAPS = Stage(
 
 
 def _is_searched_hot(run: Run) -> bool:
-    """Return whether a search that leaves its start may find more.
+    """Return whether a search that leaves its start may improve on it.
 
-    Where large layers have to survive a loss, and loads are all that counts, it does not: partners
-    that are spread are lost, and not found again in twenty times the trials.
+    It does not where large layers have to survive a loss and loads are all that counts: it loses
+    the spread of partners, and does not find it again in twenty times the trials.
     """
     objective, problem = run.objective, run.problem
     pairs = (objective.sets, objective.coactivation, objective.transitions)
-    of_loads = problem.goal != "traffic" and not problem.caps.exist
-    of_loads = of_loads and all(each is None for each in pairs)
+    has_loads_alone = problem.goal != "traffic" and not problem.caps.exist
+    has_loads_alone = has_loads_alone and all(table is None for table in pairs)
     is_spread = problem.survive is not None and is_searched_anew(run) and not has_few_slots(run)
-    return is_of_layers(run) and not (is_spread and of_loads)
+    return is_of_layers(run) and not (is_spread and has_loads_alone)
 
 
 ANNEAL = Stage(anneal, applies=_is_searched_hot)

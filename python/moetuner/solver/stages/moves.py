@@ -1,9 +1,9 @@
-"""From a running placement to better ones by few moves: the search that fills a front.
+"""Few moves: the search from a running placement that fills a front.
 
-It goes from few moves upwards: steps down from what runs, searches at prices of a move that fall,
-and mixtures of layers. Whatever the budget of moves, it does the same in the same order, and the
-budget says only where it ends. So a larger budget meets all placements that a smaller one meets,
-and its best is no worse. A time limit cuts the search short.
+The search goes from few moves upwards. It takes steps down from the running placement, then anneals
+at falling prices of a move, and mixes layers of what it has found. The budget of moves decides only
+where this ends, not what happens before. So a larger budget finds every placement that a smaller
+one finds, and its best is no worse. A time limit cuts the search short.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ def require_moves(run: Run) -> Moves:
 
 
 def offer_running(run: Run) -> Incumbent:
-    """Offer what runs, or the nearest placement that keeps the rules, and return it."""
+    """Offer the running placement, or the nearest one that keeps the rules, and return it."""
     slots = repair(run.problem, require_moves(run).initial)
     return run.offer(slots, "running", role=Role.RUNNING, is_start=True)
 
 
 def _repair(run: Run, _: Budget) -> None:
-    """Offer what runs, or the nearest placement that keeps the rules, if moves suffice for it."""
+    """Offer the same as a stage; raise if the budget of moves does not suffice for it."""
     problem, moves, start = run.problem, require_moves(run), offer_running(run)
     if start.moves > moves.most:
         raise ArgumentError(
@@ -60,33 +60,37 @@ def _repair(run: Run, _: Budget) -> None:
         )
 
 
-def _take(run: Run, inner: Run) -> Incumbent:
-    """Offer the best of an inner run, and take over what it proved and learned."""
+def _adopt(run: Run, inner: Run) -> Incumbent:
+    """Offer the best of an inner run and return it; take over the inner run's bound and details."""
     best = inner.answer()
-    is_ahead = best.rank <= run.best.rank
-    taken = run.offer(best.slots, best.by, role=best.role)
+    is_as_good = best.rank <= run.best.rank
+    incumbent = run.offer(best.slots, best.by, role=best.role)
     if run.details == Details():
         run.details = inner.details
     run.cut |= inner.cut
-    if is_ahead and inner.bound is not None:
+    if is_as_good and inner.bound is not None:
         run.bound = inner.bound
     if inner.interrupted:
         raise KeyboardInterrupt
-    return taken
+    return incumbent
 
 
-def _is_ahead(run: Run) -> bool:
+def _is_running_best(run: Run) -> bool:
+    """Return whether moves are free, and no placement is better than the running one."""
     return not run.is_priced and bool(run.incumbents) and run.best.role is Role.RUNNING
 
 
 def _continue(run: Run, budget: Budget) -> None:
-    """Search all layers from what runs, where moves are free and nothing better was found."""
+    """Search all layers from the running placement."""
     stages = (FLOOR, CONSTRUCT, CHAIN_UNDER_CAPS, Stage(anneal), POLISH)
-    _take(run, run.inner(stages, budget, start=run.best.slots))
+    _adopt(run, run.inner(stages, budget, start=run.best.slots))
 
 
 def fill(front: Front, budget: Budget, limit: float) -> None:
-    """Add placements to which at most so many experts move, from few moves upwards."""
+    """Add placements to a front, from few moves upwards, until more experts move than a limit.
+
+    First steps down from the running placement, then searches at falling prices of a move.
+    """
     run, start = front.run, front.run.incumbents[0]
     limit = int(min(limit, run.problem.capacity.sum()))
     prices = effort.MIXED_PRICES if front.mixes else effort.JOINED_PRICES
@@ -94,21 +98,24 @@ def fill(front: Front, budget: Budget, limit: float) -> None:
     front.add(start)
     path = _step_down(front, model, budget, start, limit)
     if has_few_slots(run) and not front.is_exact:
-        _spend_rest(front, model, budget, path, limit)
+        _use_up_limits(front, model, budget, path, limit)
     if budget.left is not None and budget.left <= budget.gone:
         # A search in less time than the steps took adds nothing.
         run.cut = True
         return
-    first = max(path.steepest, effort.DEAREST * abs(start.value)) * prices.first
-    falling = first * prices.ratio ** np.arange(prices.number)
-    _search_at_prices(front, model, budget, falling.tolist(), limit)
+    first_price = max(path.steepest, effort.DEAREST * abs(start.value)) * prices.first
+    falling_prices = first_price * prices.ratio ** np.arange(prices.number)
+    _search_at_prices(front, model, budget, falling_prices.tolist(), limit)
 
 
-def first_enough(front: Front, budget: Budget, limit: float, enough: float) -> Incumbent | None:
-    """Return the nearest placement, by steps alone, that has an objective of ``enough`` or less.
+def find_fewest_moves(
+    front: Front, budget: Budget, limit: float, enough: float
+) -> Incumbent | None:
+    """Return the placement with the fewest moves whose objective is ``enough`` or less.
 
-    None where none has to which at most so many experts move. More steps gain more, so the fewest
-    are found by bisection; all that are looked at are added to the front.
+    None if no placement within the limit of moves has it. Only steps down from the running
+    placement are tried. More steps gain more, so bisection finds the fewest; the front gets all
+    placements that are tried.
     """
     run, start = front.run, front.run.incumbents[0]
     limit = int(min(limit, run.problem.capacity.sum()))
@@ -119,30 +126,29 @@ def first_enough(front: Front, budget: Budget, limit: float, enough: float) -> I
 
     if not has_few_slots(run):
         limits = rising_limits(start.moves, max(limit, start.moves))
-        bisect_left(limits, True, key=lambda moves: is_enough(_relieve(front, moves)))
-        return front.first(enough)
+        bisect_left(limits, True, key=lambda moves: is_enough(_rebalance(front, moves)))
+        return front.fewest_moves(enough)
     model, reach, is_farthest = LayerModel(run), start.moves + effort.FIRST_REACH, False
     while not is_farthest:
-        reach = min(reach, limit)
-        initial, part = front.moves.initial, budget.within()
-        path, interrupted = descend(run, model, start.slots, initial, reach + 2, part)
+        reach, initial = min(reach, limit), front.moves.initial
+        path, interrupted = descend(run, model, start.slots, initial, reach + 2, budget.within())
         if interrupted:
             raise KeyboardInterrupt
-        # Steps that bring layers within their caps come first.
-        ends = range(int(path.excess.argmin()), path.before(reach) + 1)
-        if ends and is_enough(run.judge(path.after(ends[-1]))):
-            bisect_left(ends, True, key=lambda steps: is_enough(run.judge(path.after(steps))))
+        # Excess over the caps comes before the objective, so no path ends before its least excess.
+        lengths = range(int(path.excess.argmin()), path.before(reach) + 1)
+        if lengths and is_enough(run.judge(path.after(lengths[-1]))):
+            bisect_left(lengths, True, key=lambda steps: is_enough(run.judge(path.after(steps))))
             break
         is_farthest = reach == limit or path.moves[-1] <= reach
         reach *= effort.REACH_TIMES
-    return front.first(enough)
+    return front.fewest_moves(enough)
 
 
-def _relieve(front: Front, moves: int) -> Incumbent:
-    """Return what live rebalancing makes of what runs by at most so many moves.
+def _rebalance(front: Front, moves: int) -> Incumbent:
+    """Return the placement that live rebalancing reaches by at most so many moves.
 
-    In layers of many slots every step down takes long. This looks at loads alone, takes a tenth of
-    a second, and gains nearly as much (75 layers of 256 experts on 32 devices: 1,024 moves gain
+    In layers of many slots a step down takes long. Live rebalancing sees loads alone, takes a tenth
+    of a second, and gains nearly as much (75 layers of 256 experts on 32 devices: 1,024 moves gain
     16.9 us of 240 in 0.1 s, steps 17.4 in 7 s).
     """
     run, start = front.run, front.run.incumbents[0]
@@ -151,8 +157,8 @@ def _relieve(front: Front, moves: int) -> Incumbent:
     load = np.ascontiguousarray(windows.load * weight[:, None, None], dtype=np.float64)
     slots, time = np.ascontiguousarray(start.slots), problem.topology.time_of_device
     budget = moves - start.moves
-    found = rebalance(load, slots, budget=budget, time=time, full=problem.fill_slots)
-    return run.judge(found.slots, "moves")
+    rebalanced = rebalance(load, slots, budget=budget, time=time, full=problem.fill_slots)
+    return run.judge(rebalanced.slots, "moves")
 
 
 def _step_down(
@@ -164,9 +170,12 @@ def _step_down(
     *,
     is_start: bool = False,
 ) -> Path:
-    """Add ends of the steps down from a placement to at most so many moves, and return them."""
+    """Return steps down from a placement, within a limit of moves, after adding their ends.
+
+    The front gets the placement after the last step within each of the rising limits of moves.
+    """
     run, initial = front.run, front.moves.initial
-    # Steps are the same to any limit, but for the last two moves before it.
+    # A limit changes only the last two moves before it, so with two more all steps are the same.
     path, interrupted = descend(run, model, start.slots, initial, limit + 2, budget.within())
     limits = rising_limits(run.incumbents[0].moves, min(limit, int(path.moves.max())))
     for steps in sorted({path.before(moves) for moves in limits if moves >= start.moves}):
@@ -176,47 +185,49 @@ def _step_down(
     return path
 
 
-def _spend_rest(front: Front, model: LayerModel, budget: Budget, path: Path, limit: int) -> None:
-    """Add ends of further steps to numbers of moves that no end of a path has.
+def _use_up_limits(front: Front, model: LayerModel, budget: Budget, path: Path, limit: int) -> None:
+    """Go on from the ends of a path that use fewer moves than their limit allows.
 
-    The next step of the path takes too many. The best mixtures of layers have no need of it.
+    The path's next step needs more moves than are left, but another step may need fewer. Where the
+    best mixtures of layers are known, they use up every limit already.
     """
     run, initial = front.run, front.moves.initial
     for moves in rising_limits(int(path.moves[0]), limit):
         steps = path.before(moves)
         if path.moves[steps] < moves and not budget.is_over():
             start = path.after(steps)
-            rest, interrupted = descend(run, model, start, initial, moves, budget.within())
-            end = rest.after(rest.best(moves, 0.0))
+            extension, interrupted = descend(run, model, start, initial, moves, budget.within())
+            end = extension.after(extension.best(moves, 0.0))
             front.add(run.judge(end, "moves"), is_start=False)
             if interrupted:
                 raise KeyboardInterrupt
 
 
 def _search_at_prices(
-    front: Front, model: LayerModel, budget: Budget, falling: list[float], limit: int
+    front: Front, model: LayerModel, budget: Budget, falling_prices: list[float], limit: int
 ) -> None:
-    """Add what searches find at prices of a move that fall, until more move than the limit.
+    """Add the answers of searches at falling prices of a move, until more move than a limit.
 
-    None is below what a move costs, and the last one is that.
+    No price is below the user's price of a move; the last one equals it.
     """
-    run, least = front.run, front.moves.price
+    run, lowest_price = front.run, front.moves.price
     limits = rising_limits(run.incumbents[0].moves, limit)
-    for number, price in enumerate([*falling[:-1], least]):
-        price = max(price, least)
-        part = budget.within(1 / (len(falling) - number))
-        found = _search_at_price(run, part, model, price, front.start_at(price, model.weight))
-        front.add(found)
+    for number, price in enumerate([*falling_prices[:-1], lowest_price]):
+        price = max(price, lowest_price)
+        share = budget.within(1 / (len(falling_prices) - number))
+        start = front.best_start(price, model.weight)
+        answer = _search_at_price(run, share, model, price, start)
+        front.add(answer)
         if not front.is_exact:
             front.mix(limits, model.weight)
-        # Smaller budgets end here: what they mix, larger ones have mixed of the same.
-        if found.moves > limit or budget.is_over():
+        # A smaller budget ends here; a larger one has mixed the same rows by now.
+        if answer.moves > limit or budget.is_over():
             return
         if _goes_on(run):
-            best = run.judge(front.start_at(price, model.weight), "moves")
+            best = run.judge(front.best_start(price, model.weight), "moves")
             farthest = 2 * best.moves + effort.MORE_MOVES
             _step_down(front, model, budget, best, farthest, is_start=True)
-        if price == least:
+        if price == lowest_price:
             break
     if not front.is_exact:
         front.mix(limits, model.weight)
@@ -225,10 +236,10 @@ def _search_at_prices(
 def _search_at_price(
     run: Run, budget: Budget, model: LayerModel, price: float, start: Slots
 ) -> Incumbent:
-    """Search at a price of a move from slots [L,D,S], and return what was found."""
+    """Return the answer of a search from slots [L,D,S] at a price of a move."""
     moves = Moves(require_moves(run).initial, cost=price)
-    stage = Stage(lambda inner, part: anneal(inner, part, model))
-    return _take(run, run.inner((stage,), budget, moves=moves, start=start))
+    stage = Stage(lambda inner, share: anneal(inner, share, model))
+    return _adopt(run, run.inner((stage,), budget, moves=moves, start=start))
 
 
 def _goes_on(run: Run) -> bool:
@@ -240,8 +251,8 @@ def _goes_on(run: Run) -> bool:
     return run.objective.is_of_windows or has_few_slots(run)
 
 
-def _fill_front(run: Run, budget: Budget) -> None:
-    """Fill a front up to the budget of moves, and offer the best within it."""
+def _search_front(run: Run, budget: Budget) -> None:
+    """Fill a front up to the budget of moves, and offer its best placement."""
     moves = require_moves(run)
     front = Front(run, moves)
     try:
@@ -251,22 +262,25 @@ def _fill_front(run: Run, budget: Budget) -> None:
         run.offer(front.best(moves.most).slots, "moves")
 
 
-def _are_few(run: Run) -> bool:
-    """Return whether moves have a price, or a budget for some of them."""
+def _has_limited_moves(run: Run) -> bool:
+    """Return whether moves have a price, or a budget that is neither zero nor unlimited."""
     moves = require_moves(run)
     return moves.most > 0 and bool(moves.price or moves.most < np.inf)
 
 
 REPAIR = Stage(_repair)
-CONTINUE = Stage(_continue, applies=_is_ahead)
-FRONT = Stage(_fill_front, applies=_are_few)
+CONTINUE = Stage(_continue, applies=_is_running_best)
+FRONT = Stage(_search_front, applies=_has_limited_moves)
 
 
 def from_running(stages: Sequence[Stage]) -> tuple[Stage, ...]:
-    """Return the stages from a running placement; from nothing a method's where moves are free."""
+    """Return the stages from a running placement.
+
+    Where moves are free, a method's own ``stages`` also solve the problem from scratch.
+    """
 
     def solve(run: Run, budget: Budget) -> None:
-        _take(run, run.inner(stages, budget.within(effort.FRESH_SHARE)))
+        _adopt(run, run.inner(stages, budget.within(effort.FRESH_SHARE)))
 
-    fresh = Stage(solve, applies=lambda run: not run.is_priced)
-    return (REPAIR, fresh, CONTINUE, FRONT, POLISH)
+    from_scratch = Stage(solve, applies=lambda run: not run.is_priced)
+    return (REPAIR, from_scratch, CONTINUE, FRONT, POLISH)

@@ -1,7 +1,7 @@
-"""Polish small problems by the objective itself, where what a search adds up only stands for it.
+"""Polish small problems by the objective itself, where searches minimise a stand-in for it.
 
-A search makes a norm of devices small, prices links as if ports were evenly used, and weighs
-windows for a risk. Few slots can be tried one by one on the objective itself.
+A search minimises a norm over devices, prices links as if ports were evenly used, and weighs
+windows for a risk. If slots are few, changes of single slots are tried on the objective itself.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ Contents = list[list[Slots] | None]
 
 
 def _polish(run: Run, budget: Budget) -> None:
-    """Take the first change that ranks before the best until there is none, from a few starts.
+    """Improve a few starts by first-improvement descent, then perturb the best and descend again.
 
-    Of few placements all are tried.
+    If there are few placements in all, they are all tried instead.
     """
     contents = [_contents(run.problem, layer) for layer in range(run.problem.layers)]
     if _try_all(run, contents, budget):
         return
     starts = sorted(run.incumbents, key=lambda incumbent: incumbent.rank)[: effort.POLISHED]
-    more = (run.judge(slots) for slots in _on_few_devices(run.problem))
-    for start in (*starts, *(judged for judged in more if run.can_afford(judged))):
+    on_few = (run.judge(slots) for slots in _on_few_devices(run.problem))
+    for start in (*starts, *(judged for judged in on_few if run.can_afford(judged))):
         _descend(run, start, contents, budget)
-    # Traffic alone is whole numbers, of which searches leave little.
+    # Traffic alone is whole numbers; searches leave little to gain there.
     kicks = 0 if run.problem.goal == "traffic" or budget.iterations is not None else effort.KICKS
     random = np.random.default_rng(run.seed)
     for _ in range(kicks):
@@ -51,12 +51,12 @@ def _polish(run: Run, budget: Budget) -> None:
 
 def _try_all(run: Run, contents: Contents, budget: Budget) -> bool:
     """Try all placements that keep the rules, if they are few; return whether they were."""
-    every = [content for content in contents if content is not None]
-    are_many = len(every) < len(contents) or math.prod(map(len, every)) > effort.FEW_CHOICES
+    choices = [content for content in contents if content is not None]
+    are_many = len(choices) < len(contents) or math.prod(map(len, choices)) > effort.FEW_CHOICES
     if are_many or budget.iterations is not None:
         return False
     best = run.best
-    for slots in map(np.stack, itertools.product(*every)):
+    for slots in map(np.stack, itertools.product(*choices)):
         if budget.is_over():
             break
         judged = run.judge(slots, "polish")
@@ -68,18 +68,18 @@ def _try_all(run: Run, contents: Contents, budget: Budget) -> bool:
 
 
 def _descend(run: Run, start: Incumbent, contents: Contents, budget: Budget) -> None:
-    """Change slots while that ranks before what they were, and offer what is better than all."""
-    now, better = start, _better(run, start, contents, budget)
+    """Take improving changes until there is none, and offer the end if it is better than all."""
+    current, better = start, _find_better(run, start, contents, budget)
     while better is not None and not budget.is_over():
-        now, better = better, _better(run, better, contents, budget)
-    if now.rank < run.best.rank:
-        run.offer(now.slots, "polish")
+        current, better = better, _find_better(run, better, contents, budget)
+    if current.rank < run.best.rank:
+        run.offer(current.slots, "polish")
 
 
 def _kick(
     run: Run, incumbent: Incumbent, contents: Contents, random: np.random.Generator
 ) -> Incumbent | None:
-    """Return an incumbent after a few changes at random, or None where moves do not suffice."""
+    """Return an incumbent after a few random changes; None if it exceeds the budget of moves."""
     slots = incumbent.slots
     for _ in range(effort.KICKED):
         neighbours = list(_neighbours(run.problem, slots, contents))
@@ -90,9 +90,9 @@ def _kick(
 
 
 def _on_few_devices(problem: Problem) -> Iterator[Slots]:
-    """Iterate over placements [L,D,S] on few devices, from each device on.
+    """Iterate over placements [L,D,S] that fill few devices, beginning with each device.
 
-    Links can cost more than what devices gain by sharing the work.
+    Links can cost more than devices gain by sharing the work.
     """
     for first in range(problem.devices):
         slots = np.full((problem.layers, problem.devices, problem.slots), EMPTY, dtype=np.int32)
@@ -104,7 +104,9 @@ def _on_few_devices(problem: Problem) -> Iterator[Slots]:
             yield slots
 
 
-def _better(run: Run, incumbent: Incumbent, contents: Contents, budget: Budget) -> Incumbent | None:
+def _find_better(
+    run: Run, incumbent: Incumbent, contents: Contents, budget: Budget
+) -> Incumbent | None:
     """Return the first neighbour within the budget of moves that ranks before an incumbent."""
     for slots in _neighbours(run.problem, incumbent.slots, contents):
         if budget.is_over():
@@ -116,12 +118,13 @@ def _better(run: Run, incumbent: Incumbent, contents: Contents, budget: Budget) 
 
 
 def _neighbours(problem: Problem, slots: Slots, contents: Contents) -> Iterator[Slots]:
-    """Iterate over slots [L,D,S] with one layer changed, which keep the rules but the caps.
+    """Iterate over slots [L,D,S] with one layer changed, which keep all rules but the caps.
 
-    To all that it may hold where that is little, else in one slot or by one exchange.
+    A layer changes to all contents that it may have if they are few, else in one slot or by one
+    exchange.
     """
-    for layer, every in enumerate(contents):
-        for content in _steps(problem, layer, slots[layer]) if every is None else every:
+    for layer, choices in enumerate(contents):
+        for content in _steps(problem, layer, slots[layer]) if choices is None else choices:
             changed = slots.copy()
             changed[layer] = content
             yield changed
@@ -133,7 +136,9 @@ def _contents(problem: Problem, layer: int) -> list[Slots] | None:
     if math.prod(map(len, choices)) > effort.FEW_CHOICES:
         return None
     padded = (
-        np.array([[*held, *[EMPTY] * (problem.slots - len(held))] for held in chosen], np.int32)
+        np.array(
+            [[*subset, *[EMPTY] * (problem.slots - len(subset))] for subset in chosen], np.int32
+        )
         for chosen in itertools.product(*choices)
     )
     return [content for content in padded if _is_kept(problem, layer, content)]
@@ -146,9 +151,9 @@ def _subsets(experts: int, largest: int) -> list[tuple[int, ...]]:
 
 
 def _is_kept(problem: Problem, layer: int, slots: Slots) -> bool:
-    """Return whether slots [D,S] of a layer have every expert, none twice on a device, by rule."""
+    """Return whether slots [D,S] of a layer have every expert, keep rules, and repeat none."""
     holders = find_holders(slots[None], problem.experts)[0]
-    # Of two copies on a device one is no holder.
+    # Two copies on one device count as one holder.
     if holders.sum() < (slots != EMPTY).sum() or not holders.any(axis=0).all():
         return False
     if not problem.may_copy and holders.sum() > problem.experts:
@@ -157,14 +162,14 @@ def _is_kept(problem: Problem, layer: int, slots: Slots) -> bool:
 
 
 def _steps(problem: Problem, layer: int, slots: Slots) -> Iterator[Slots]:
-    """Iterate over slots [D,S] of a layer with one changed, or two exchanged, by rule."""
+    """Iterate over slots [D,S] of a layer with one changed or two exchanged, within the rules."""
     for changed in _changed(problem, problem.capacity[layer], slots):
         if _is_kept(problem, layer, changed):
             yield changed
 
 
 def _changed(problem: Problem, capacity: NDArray[np.int64], slots: Slots) -> Iterator[Slots]:
-    """Iterate over slots [D,S] with one changed or two exchanged, whatever becomes of them."""
+    """Iterate over slots [D,S] with one changed or two exchanged, within the rules or not."""
     free = [(d, s) for d, count in enumerate(capacity) for s in range(count)]
     for number, at in enumerate(free):
         for other in free[number + 1 :]:
@@ -172,7 +177,7 @@ def _changed(problem: Problem, capacity: NDArray[np.int64], slots: Slots) -> Ite
                 changed = slots.copy()
                 changed[at], changed[other] = slots[other], slots[at]
                 yield changed
-        # EMPTY, too: a copy that saves nothing takes time to be read.
+        # EMPTY is tried, too: reading a copy that saves nothing takes time.
         for expert in range(EMPTY, problem.experts if problem.may_copy else EMPTY):
             changed = slots.copy()
             changed[at] = expert
@@ -180,10 +185,10 @@ def _changed(problem: Problem, capacity: NDArray[np.int64], slots: Slots) -> Ite
 
 
 def _is_polished(run: Run) -> bool:
-    """Return whether slots are few: then the objective itself is tried, not what stands for it.
+    """Return whether slots are few enough to try changes on the objective itself.
 
-    Steps under a budget of moves are polished, too: the one that gains most for a move need not be
-    the best. Where moves are free, what was solved from nothing is.
+    Answers under a budget of moves are polished, too: greedy steps need not be the best. Where
+    moves are free, the answer was polished when it was solved from scratch.
     """
     return run.is_tiny and (run.is_priced or run.moves is None)
 

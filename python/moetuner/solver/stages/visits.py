@@ -1,8 +1,8 @@
-"""The fewest devices, and nodes, that tokens visit: regime dispatch on expert sets.
+"""Search for the fewest devices, and nodes, that tokens visit: regime dispatch on expert sets.
 
-Pairs first: co-activated experts that share a device are a fast stand-in, and a good start. Then
-the exact count, layer by layer: a token that visits a device pays once, however many of its experts
-are there.
+A search of co-activated pairs comes first: it is fast and gives a good start. Then a search of the
+exact count follows, layer by layer: a token pays once for a device, however many of its experts are
+there.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from moetuner.solver.terms import Terms, core_layers, make_site, visit_costs
 
 
 def units_of_trial(run: Run, *, has_tokens_alone: bool = False) -> float:
-    """Return the work of one trial of every layer: its windows, and its sets in words of bits.
+    """Return the work of one trial in every layer: its windows, and its sets in words of 64 bits.
 
-    A trial for time looks at no more than one for balance where tokens are all that takes time.
+    A trial for time costs as much as one for balance where tokens are all that takes time.
     """
     sets, copies = run.objective.sets or (), run.problem.may_copy
     parts = effort.SET_PARTS if copies else 1
     words = sum(float(np.minimum(layer_sets.counts, parts).sum()) for layer_sets in sets) / 64
-    looks = effort.UNITS_PER_TRIAL + len(run.objective.windows)
+    per_trial = effort.UNITS_PER_TRIAL + len(run.objective.windows)
     is_of_times = run.problem.goal == "time" and not has_tokens_alone
     times = effort.TIME_UNITS if is_of_times else 1
-    units = run.problem.layers * looks * times + words
+    units = run.problem.layers * per_trial * times + words
     return units * (effort.COPY_UNITS if copies and sets else 1)
 
 
@@ -39,7 +39,7 @@ def is_of_visits(run: Run) -> bool:
 
 
 def _pairs(run: Run, budget: Budget) -> None:
-    """Search co-activated pairs, whose cost is in another unit."""
+    """Search co-activated pairs for a start; their cost has another unit, so it is not reported."""
     wide = run.problem.devices * run.problem.slots >= effort.WIDE_SLOTS
     trials = effort.WIDE_PAIR_TRIALS if wide else effort.PAIR_TRIALS
     if budget.iterations is not None:
@@ -49,7 +49,7 @@ def _pairs(run: Run, budget: Budget) -> None:
 
 
 def _visits(run: Run, budget: Budget) -> None:
-    """Search visits under the load cap, from single copies; ``iterations`` are of every layer."""
+    """Search visits under the load cap, from single copies; ``iterations`` are for a layer."""
     problem, start = run.problem, _start(run)
     slots_of_layer = problem.devices * problem.slots
     costs = visit_costs(problem)
@@ -61,12 +61,12 @@ def _visits(run: Run, budget: Budget) -> None:
         work = budget.work.layer_work / units_of_trial(run)
         trials = int(min(effort.most_trials(slots_of_layer, 1), work))
     run.details = run.details.searched(trials=trials)
-    # A window that weighs nothing: balance is a cap here, not a cost.
+    # The window has weight 0: balance is a cap here, not a cost.
     load = problem.load[None].astype(np.float64)
     caps = problem.caps.raised_for(start).astype(np.float64)
     site = make_site(problem, caps=caps, nearest=False)
     layers = core_layers(load, np.zeros(1), site, terms=Terms(visits=costs))
-    # Layers of few slots have valleys that one descent does not leave, and descents that agree.
+    # Small layers have local optima that one descent does not leave.
     restarts = effort.RESTARTS if slots_of_layer <= effort.FEW_SLOTS else 1
     slots, interrupted = layers.place(
         start,
@@ -81,7 +81,7 @@ def _visits(run: Run, budget: Budget) -> None:
 
 
 def _start(run: Run) -> np.ndarray:
-    """Return what single copies or pairs gave [L,D,S], else the floor."""
+    """Return the slots [L,D,S] of single copies or of pairs, else those of the floor."""
     starts = [start.slots for start in run.incumbents if start.role is Role.SINGLE]
     return starts[-1] if starts else run.best.slots
 

@@ -1,4 +1,4 @@
-"""Stage 1 of the paper's method: the experts of every layer in clusters of even load."""
+"""Stage 1 of the paper's method: cluster the experts of every layer by even load."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Clusters:
 
     @property
     def gap(self) -> NDArray[np.float64]:
-        """How far from the optimum a layer can be at most, as a share of the mean load [L]."""
+        """Largest possible distance from the optimum, as a share of the mean load [L]."""
         return np.maximum(self.deviation - self.bound, 0.0)
 
 

@@ -1,8 +1,8 @@
-"""Split "lp": a dispatcher divides every window's tokens over copies as is best.
+"""Search for split "lp", where a dispatcher divides every window's tokens over copies optimally.
 
-Then it counts which devices share copies. A start joins all devices by the copies of the heaviest
-experts, with equally many copies on each; a search that stays near it takes what windows show.
-Wider searches fit what they see: on DeepSeek-V3's loads (288 slots on 32 devices) those on 32
+Then it matters which devices share copies. The start joins all devices by copies of the heaviest
+experts, with equally many copies on each. The search stays near this start and adapts it to the
+windows. Wider searches overfit: on DeepSeek-V3's loads (288 slots on 32 devices) those on 32
 profiles drawn around one are 0.2 to 1.4 % behind their start on others.
 """
 
@@ -17,26 +17,26 @@ from moetuner.solver.run import Run, Stage
 from moetuner.solver.stages.floor import search_quickly
 from moetuner.solver.terms import Terms, core_layers, make_site
 
-# What a copy must gain to leave the device of the start, as a part of a device's mean load.
+# Least gain of moving a copy from its device in the start, as a part of a device's mean load.
 ANCHOR = 2e-4
-# Windows that the search divides at most: the first by even distances stand for all.
+# Most windows of the search; beyond that, windows at even distances represent all.
 MOST_WINDOWS = 32
 
 
-def divides(run: Run) -> bool:
-    """Return whether a dispatcher divides tokens over copies, where there may be some."""
+def has_lp_split(run: Run) -> bool:
+    """Return whether a dispatcher divides tokens by split lp, and there may be copies."""
     return run.problem.serving.rule.needs_windows and run.problem.may_copy
 
 
-def _divide(run: Run, budget: Budget) -> None:
-    """Offer devices that are joined by copies, and what steps from there gain in windows."""
+def _search(run: Run, budget: Budget) -> None:
+    """Offer the start, in which copies join all devices, and the answer of a search near it."""
     problem, windows = run.problem, run.objective.windows
     used = np.flatnonzero(windows.weight > 0)
     chosen = used[np.unique(np.linspace(0, len(used) - 1, MOST_WINDOWS).round().astype(int))]
     load, weight = windows.load[chosen], windows.weight[chosen]
-    # Without caps, which the core keeps of even parts: the answer is judged by what is served.
+    # Without caps: the core keeps those for an even split, but the answer is judged by this one.
     site = make_site(problem)
-    start = core_layers(windows.load, windows.weight, site, terms=Terms(divided=True)).construct(
+    start = core_layers(windows.load, windows.weight, site, terms=Terms(lp_split=True)).construct(
         threads=budget.threads
     )
     run.offer(start, "partners", is_start=True)
@@ -45,12 +45,12 @@ def _divide(run: Run, budget: Budget) -> None:
     mean = (weight[:, None] * load.sum(axis=2)).sum(axis=0) / problem.devices
     away = ~find_holders(start, problem.experts).transpose(0, 2, 1)
     price = away * (ANCHOR * mean)[:, None, None]
-    layers = core_layers(load, weight, site, terms=Terms(copies=price, divided=True))
+    layers = core_layers(load, weight, site, terms=Terms(copies=price, lp_split=True))
     trials = budget.iterations
     if trials is None:
-        trials = effort.divided_trials(run.slots_of_layer, len(chosen))
+        trials = effort.lp_split_trials(run.slots_of_layer, len(chosen))
     slots, interrupted = search_quickly(run, budget, layers, start, trials)
     run.offer(slots, "layers", interrupted=interrupted)
 
 
-DIVIDE = Stage(_divide, applies=divides, share=lambda _: effort.START_SHARE)
+LP_SPLIT = Stage(_search, applies=has_lp_split, share=lambda _: effort.START_SHARE)

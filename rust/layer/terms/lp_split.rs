@@ -1,5 +1,5 @@
-//! The term of a dispatcher that divides every window's tokens over copies so that the slowest device is done as soon as
-//! can be (`crate::division`): the time of that device, summed over windows.
+//! The term of split `lp`: the time of the slowest device, summed over windows, if a dispatcher divides every window's
+//! tokens over copies so that this time is least (`crate::division`).
 //!
 //! Which devices share copies matters, not only how many copies an expert has.
 
@@ -7,25 +7,25 @@ use super::{Candidate, Term, Visits};
 use crate::division::{Copies, Division, Notes};
 use crate::layer::{EMPTY, Layer, Move, Slots};
 
-/// Weighted loads of experts in windows `[W, E]` whose tokens are divided.
+/// Weighted loads of experts in windows `[W, E]`, whose tokens a dispatcher divides.
 #[derive(Debug, Clone)]
 pub struct Loads(pub Vec<f64>);
 
-/// The tokens of all windows, divided over the slots as they stand.
+/// The term: the tokens of all windows, divided over the slots as they stand.
 #[derive(Debug, Clone)]
-pub(crate) struct Divided {
+pub(crate) struct LpSplit {
     copies: Copies,
     windows: Vec<Division>,
     notes: Notes,
     cost: f64,
 }
 
-/// The expert in a slot, as the dispatcher has it.
+/// Returns the expert in a slot as `crate::division` has it.
 fn expert_of(expert: u16) -> Option<u32> {
     (expert != EMPTY).then(|| u32::from(expert))
 }
 
-/// The copies in slots of devices that take so long for a token `[D]`, as the dispatcher has them.
+/// Returns the copies in slots as `crate::division` has them; `time` is that of a token on every device `[D]`.
 pub(super) fn copies_of(slots: &Slots, time: &[f64]) -> Copies {
     let rate = time.iter().map(|time| 1.0 / time).collect();
     let capacity = (0..time.len()).map(|device| slots.of(device).len());
@@ -36,7 +36,7 @@ pub(super) fn copies_of(slots: &Slots, time: &[f64]) -> Copies {
     copies
 }
 
-impl Divided {
+impl LpSplit {
     pub(crate) fn new(layer: &Layer, loads: &Loads, slots: &Slots) -> Self {
         let copies = copies_of(slots, &layer.site.time);
         let mut notes = Notes::default();
@@ -46,7 +46,7 @@ impl Divided {
         Self { copies, windows, notes, cost }
     }
 
-    /// Writes what a move puts into slots; what they held before.
+    /// Writes what a move puts into slots, and returns what they held before.
     fn put(&mut self, slots: &Slots, step: Move) -> Vec<(usize, Option<u32>)> {
         let after = match step {
             Move::Swap(p, q) => vec![(p, slots.expert_in[q]), (q, slots.expert_in[p])],
@@ -60,7 +60,7 @@ impl Divided {
     }
 }
 
-impl Term for Divided {
+impl Term for LpSplit {
     fn cost(&self) -> f64 {
         self.cost
     }
@@ -100,10 +100,10 @@ impl Term for Divided {
 #[cfg(test)]
 pub(in crate::layer) const DEFINITION: super::Definition = super::Definition {
     price: |random, layer, loads| {
-        layer.costs.divided = (random.below(2) == 0).then(|| Loads(loads.to_vec()));
+        layer.costs.lp_split = (random.below(2) == 0).then(|| Loads(loads.to_vec()));
     },
     cost: |layer, slots| {
-        let Some(Loads(loads)) = &layer.costs.divided else { return 0.0 };
+        let Some(Loads(loads)) = &layer.costs.lp_split else { return 0.0 };
         let longest = |load: &[f64]| -> f64 {
             let sets = 1u32..1 << layer.devices();
             let time = |set: u32| {
