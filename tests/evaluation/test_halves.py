@@ -16,7 +16,7 @@ from moetuner.evaluation.judgement import MEASURES
 from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.reading import Rows
 from moetuner.evaluation.replay import Setting
-from moetuner.evaluation.units import Folds, Units, units_of
+from moetuner.evaluation.samples import Folds, Samples, find_samples
 from moetuner.placement import blocks
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
@@ -70,7 +70,7 @@ def test_progress_of_a_comparison_rises_to_one(arrival, monkeypatch):
 def test_halves_that_have_windows_of_their_own_have_their_figures(topics):
     """Where sequences fill whole windows, a half's figures are what evaluate says of it alone."""
     trace, how = traffic([64 * topics] * 12), setting()
-    actual = halve(trace, how, units_of(trace))[None]
+    actual = halve(trace, how, find_samples(trace))[None]
     folds = actual["imbalance"].folds
     for number, first in enumerate(halvings(folds.number)):
         for side, chosen in enumerate((first, ~first)):
@@ -88,7 +88,7 @@ def test_copies_are_halved_with_every_split(split, arrival):
     actual = halve(
         trace,
         setting(COPIES, split=split, arrival=arrival, waterfill=0.2, top_k=2),
-        units_of(trace),
+        find_samples(trace),
     )[None]
     assert set(actual) == {*MEASURES}
     for figure in actual.values():
@@ -101,7 +101,7 @@ def test_what_a_half_has_of_a_window_is_scaled_to_all_of_it():
     ids = np.array([0, 0, 0, 0, 1, 1, 1, 0])[:, None, None]
     trace = mt.RoutingTrace.from_arrays(ids, num_experts=2, sequence=[0] * 4 + [1] * 4)
     how = Setting(blocks(1, 2, 2), mt.Serving(mt.Topology(2), window=8))
-    actual = halve(trace, how, Units("sequence", 2))[None]["imbalance"]
+    actual = halve(trace, how, Samples("sequence", 2))[None]["imbalance"]
     assert actual.value == pytest.approx(5 / 4)
     assert sorted(actual.sides[:, 0].tolist()) == [3 / 2, 2]
 
@@ -113,7 +113,7 @@ def test_sides_add_up_to_the_figure_of_all(together):
     if together:
         sequence = np.random.default_rng(2).permutation(trace.sequence)
         trace = replace(trace, sequence=sequence)
-    actual = halve(trace, setting(), Units("sequence", 30))[None]
+    actual = halve(trace, setting(), Samples("sequence", 30))[None]
     for name in ("fanout", "node_fanout", "crossing"):
         figure = actual[name]
         first = halvings(figure.folds.number)
@@ -129,10 +129,10 @@ def test_runs_of_windows_change_no_half(monkeypatch, arrival, limit):
     sizes = np.random.default_rng(1).integers(10, 90, 30)
     settings = [setting(COPIES, window, arrival=arrival) for window in (64, 128)]
     trace = traffic(sizes)
-    wanted = halve_each(trace, settings, units_of(trace))
+    wanted = halve_each(trace, settings, find_samples(trace))
     monkeypatch.setattr(cells if limit == "PARTS" else halves, limit, 1)
     trace = traffic(sizes)
-    actual = halve_each(trace, settings, units_of(trace))
+    actual = halve_each(trace, settings, find_samples(trace))
     for one, other in zip(actual, wanted, strict=True):
         for name, figure in other[None].items():
             assert one[None][name].sides == pytest.approx(figure.sides, rel=1e-12)
@@ -150,19 +150,19 @@ def test_windows_of_one_fold_are_not_read_again(monkeypatch):
     count = Rows.push
     monkeypatch.setattr(Rows, "push", push)
     trace = traffic([64] * 10 + [32] * 2)
-    halve(trace, setting(), units_of(trace), names=["imbalance", "fanout"])
+    halve(trace, setting(), find_samples(trace), names=["imbalance", "fanout"])
     assert asked == [*range(640, 704)]
 
 
 def test_figures_that_were_not_asked_for_are_not_computed():
     """Those that were are as with all others, and known where all are."""
     trace, other, how = traffic([40] * 20), traffic([40] * 20), setting()
-    few = halve(trace, how, units_of(trace), names=["imbalance"])
-    everything = halve(other, how, units_of(other))
+    few = halve(trace, how, find_samples(trace), names=["imbalance"])
+    everything = halve(other, how, find_samples(other))
     assert list(few[None]) == ["imbalance"]
     assert (few[None]["imbalance"].sides == everything[None]["imbalance"].sides).all()
-    assert halve(other, how, units_of(other), names=["imbalance"]) is everything
-    assert set(halve(trace, how, units_of(trace))[None]) == set(everything[None])
+    assert halve(other, how, find_samples(other), names=["imbalance"]) is everything
+    assert set(halve(trace, how, find_samples(trace))[None]) == set(everything[None])
 
 
 @pytest.mark.parametrize("by_group", [False, True])
@@ -181,10 +181,10 @@ def test_halves_of_several_windows_are_those_of_each_by_itself(arrival, by_group
         return replace(trace, group=trace.sequence % 2, group_names=("even", "odd"))
 
     trace = recorded()
-    together = halve_each(trace, settings, units_of(trace), by_group=by_group)
+    together = halve_each(trace, settings, find_samples(trace), by_group=by_group)
     for how, actual in zip(settings, together, strict=True):
         alone = recorded()
-        wanted = halve(alone, how, units_of(alone), by_group=by_group)
+        wanted = halve(alone, how, find_samples(alone), by_group=by_group)
         assert actual.keys() == wanted.keys() == {None, *(("even", "odd") if by_group else ())}
         for group, figures in wanted.items():
             for name, figure in figures.items():
@@ -194,7 +194,7 @@ def test_halves_of_several_windows_are_those_of_each_by_itself(arrival, by_group
 
 def test_halves_that_are_known_are_not_computed_again():
     """Of the same trace, setting and units, without groups as well; of any other they are new."""
-    trace, units = traffic([40] * 20), Units("sequence", 20)
+    trace, units = traffic([40] * 20), Samples("sequence", 20)
     trace = replace(trace, group=trace.sequence % 2, group_names=("even", "odd"))
     first = halve(trace, setting(), units)
     assert halve(trace, setting(), units) is first
@@ -202,7 +202,7 @@ def test_halves_that_are_known_are_not_computed_again():
     for other in (
         halve(trace, setting(COPIES), units),
         halve(trace, setting(window=128), units),
-        halve(trace, setting(), Units("sequence", 20)),
+        halve(trace, setting(), Samples("sequence", 20)),
         halve(replace(trace), setting(), units),
     ):
         assert other[None]["imbalance"] is not first[None]["imbalance"]
@@ -210,7 +210,7 @@ def test_halves_that_are_known_are_not_computed_again():
 
 def test_a_trace_keeps_no_more_than_a_few_halves():
     """However many placements it is judged under, what is kept of them does not grow."""
-    trace, units = traffic([40] * 4), Units("sequence", 4)
+    trace, units = traffic([40] * 4), Samples("sequence", 4)
     for window in range(1, 2 * halves.KEPT):
         halve(trace, setting(window=window), units)
     assert len(trace.known["halves"]) <= halves.KEPT + 1
@@ -221,7 +221,7 @@ def test_a_new_figure_of_windows_has_an_interval(monkeypatch):
     busy = Figure("busy", 2, "devices with tokens", windows=lambda counts, _: counts.load > 5)
     monkeypatch.setitem(FIGURES, "busy", busy)
     trace = traffic([40] * 20)
-    figure = halve(trace, setting(), units_of(trace))[None]["busy"]
+    figure = halve(trace, setting(), find_samples(trace))[None]["busy"]
     assert 0 < figure.value <= 4
     assert spread(*figure).error > 0
 

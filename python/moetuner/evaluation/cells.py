@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from moetuner import _checks as check
 from moetuner.evaluation.reading import Integers, Rows, read
 from moetuner.evaluation.replay import Setting
-from moetuner.evaluation.units import Folds
+from moetuner.evaluation.samples import Folds
 from moetuner.recording import Recording
 from moetuner.serving.splits import EVEN
 from moetuner.trace import as_trace

@@ -24,7 +24,7 @@ from moetuner.evaluation.cells import Cells, Dealt
 from moetuner.evaluation.figures import FIGURES, CountsByOrder, Figure, Windows
 from moetuner.evaluation.reading import Progress, part_of
 from moetuner.evaluation.replay import Counts, Setting, counts_of, without_groups
-from moetuner.evaluation.units import Folds, Units
+from moetuner.evaluation.samples import Folds, Samples
 from moetuner.recording import Recording
 
 Floats = NDArray[np.float64]
@@ -73,7 +73,7 @@ def halvings(folds: int) -> NDArray[np.bool_]:
 def halve(
     traffic: Recording,
     setting: Setting,
-    units: Units,
+    samples: Samples,
     *,
     by_group: bool = True,
     names: Collection[str] | None = None,
@@ -82,7 +82,7 @@ def halve(
     """Compute figures of all traffic (None), of every group that has some, and of their halves."""
     settings = [setting]
     [figures] = halve_each(
-        traffic, settings, units, by_group=by_group, names=names, progress=progress
+        traffic, settings, samples, by_group=by_group, names=names, progress=progress
     )
     return figures
 
@@ -90,7 +90,7 @@ def halve(
 def halve_each(
     traffic: Recording,
     settings: Sequence[Setting],
-    units: Units,
+    samples: Samples,
     *,
     by_group: bool = True,
     names: Collection[str] | None = None,
@@ -106,7 +106,9 @@ def halve_each(
     # Halves are of windows as they arrive, and of tokens whose homes are spread evenly.
     settings = [setting.with_options(mixed=False, home=None) for setting in settings]
     halved = {name for name, figure in FIGURES.items() if figure.windows is not None}
-    request = _Request(units, by_group, frozenset(halved if names is None else halved & set(names)))
+    request = _Request(
+        samples, by_group, frozenset(halved if names is None else halved & set(names))
+    )
     # The same placements are compared with several others, and in windows of several sizes.
     cached: list[tuple[Setting, _Request, ByGroup]] = traffic.known.setdefault("halves", [])
     del cached[: max(len(cached) - KEPT, 0)]
@@ -126,14 +128,14 @@ def halve_each(
 class _Request(NamedTuple):
     """What is independent in traffic, whether groups are halved, and which figures are computed."""
 
-    units: Units
+    samples: Samples
     by_group: bool
     names: frozenset[str]
 
     def covers(self, other: _Request) -> bool:
         """Return whether the answer to this has that to another."""
         has_groups = self.by_group or not other.by_group
-        return self.units is other.units and has_groups and other.names <= self.names
+        return self.samples is other.samples and has_groups and other.names <= self.names
 
 
 def _halve_anew(
@@ -157,7 +159,7 @@ def _halve_anew(
     rows = traffic.group_rows()
     if not request.by_group:
         rows = {None: rows[None]}
-    folds = {group: request.units.deal(traffic, own, one.window) for group, own in rows.items()}
+    folds = {group: request.samples.deal(traffic, own, one.window) for group, own in rows.items()}
     served = orders(traffic, one.serving.arrival, seed=one.options.mixed_seed)
     halved: list[list[ByGroup]] = []
     for number, (_, order) in enumerate(served):

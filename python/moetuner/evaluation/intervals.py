@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.evaluation.halves import Halved
-from moetuner.evaluation.units import Folds
+from moetuner.evaluation.samples import Folds
 from moetuner.frozen import Frozen
 
 CONFIDENCE = 0.95

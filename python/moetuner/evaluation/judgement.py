@@ -19,7 +19,7 @@ from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.halves import Halved, halve, halve_each
 from moetuner.evaluation.intervals import CONFIDENCE, FEWEST, Spread, compute_change, holm
 from moetuner.evaluation.options import ReplayOptions
-from moetuner.evaluation.units import Units, units_of
+from moetuner.evaluation.samples import Samples, find_samples
 from moetuner.frozen import Frozen, as_json, html_table
 from moetuner.placement import Placement, contiguous
 from moetuner.serving import Serving, serving_of
@@ -50,7 +50,7 @@ class Judgement(Frozen):
     groups
         Every group that has tokens or windows, by figure; empty where groups were not asked for.
     units
-        What is independent in the traffic; None where it is not known any more.
+        Independent samples of the traffic; None where they are not known any more.
 
     Examples
     --------
@@ -68,7 +68,7 @@ class Judgement(Frozen):
     measure: str
     whole: Comparisons
     groups: dict[str, Comparisons] = field(default_factory=dict)
-    units: Units | None = field(default=None, repr=False)
+    units: Samples | None = field(default=None, repr=False)
 
     _also_shown = ("sentence",)
 
@@ -168,7 +168,7 @@ class Judgement(Frozen):
                 "answer": self.gain.answer,
                 "whole": self.whole,
                 "groups": self.groups,
-                "units": self._units_facts(),
+                "units": self._describe_samples(),
                 "too_few": self.too_few,
                 "worse": _name(self.worse()),
                 "behind": _name(self.behind()),
@@ -176,8 +176,8 @@ class Judgement(Frozen):
         )
         return fields
 
-    def _units_facts(self) -> dict[str, Any]:
-        """Return what is independent, and how many of that the traffic has, as JSON values."""
+    def _describe_samples(self) -> dict[str, Any]:
+        """Return the kind and number of independent samples of the traffic, as JSON values."""
         units = self.units
         length = None if units is None else units.blocks.length
         name = None if units is None else units.name
@@ -203,7 +203,7 @@ def judge(
     figure: str | None = None,
     measures: Collection[str] = (),
     by_group: bool = False,
-    units: Units | None = None,
+    units: Samples | None = None,
     price: float = PRICE,
     names: tuple[str, str] = ("before", "after"),
     progress: Callable[[float], None] | None = None,
@@ -225,7 +225,7 @@ def judge(
     by_group
         Whether to compare the groups of the traffic too.
     units
-        What is independent in the whole recording, by default in the traffic itself.
+        Independent samples of the whole recording; by default those of the traffic itself.
     price
         Share up to which a gain is not worth the trouble of a change.
     names
@@ -255,7 +255,7 @@ def judge(
     check.flag("by_group", by_group)
     check.callable_or_none("progress", progress)
     if units is not None:
-        check.instance("units", units, Units)
+        check.instance("units", units, Samples)
     if figure is not None:
         check.one_of("figure", figure, FIGURES)
     measures = check_measures(measures)
@@ -268,7 +268,7 @@ def judge(
     measure = next(name for name in choices if None not in [getattr(each, name) for each in both])
     changes: dict[str | None, dict[str, Spread]] = {None: {}}
     if before.replayed is not None and after.replayed is not None:
-        units = _units_of(after.replayed) if units is None else units
+        units = _find_samples(after.replayed) if units is None else units
         asked = {*measures, measure, "imbalance"} if measures else None
         changes = _measure_changes(
             before.replayed,
@@ -323,7 +323,7 @@ def _compare(
     before: Evaluation,
     after: Evaluation,
     change: Spread | None,
-    units: Units | None,
+    units: Samples | None,
     group: str | None,
     price: float,
     names: tuple[str, str],
@@ -344,16 +344,16 @@ def _compare(
     )
 
 
-def _units_of(replayed: Replayed) -> Units:
-    """Return what is independent in what was replayed."""
+def _find_samples(replayed: Replayed) -> Samples:
+    """Return the independent samples of replayed traffic."""
     setting = replayed.setting
-    return units_of(replayed.traffic, window=setting.window, threads=setting.options.threads)
+    return find_samples(replayed.traffic, window=setting.window, threads=setting.options.threads)
 
 
 def _measure_changes(
     before: Replayed,
     after: Replayed,
-    units: Units,
+    samples: Samples,
     *,
     by_group: bool,
     names: Collection[str] | None,
@@ -370,11 +370,11 @@ def _measure_changes(
     if before.traffic is after.traffic and before.setting == alone:
         settings = [each.setting for each in (before, after)]
         both = halve_each(
-            after.traffic, settings, units, by_group=by_group, names=names, progress=progress
+            after.traffic, settings, samples, by_group=by_group, names=names, progress=progress
         )
     else:
         both = [
-            halve(each.traffic, each.setting, units, by_group=by_group, names=names)
+            halve(each.traffic, each.setting, samples, by_group=by_group, names=names)
             for each in (before, after)
         ]
     if before.group is not None:
@@ -467,7 +467,7 @@ def audit(
     split: Split = "even",
     arrival: Arrival = "bursts",
     threads: int | None = None,
-    units: Units | None = None,
+    units: Samples | None = None,
     measures: Collection[str] = (),
     waterfill: float | None = None,
 ) -> Judgement:
@@ -497,8 +497,8 @@ def audit(
     threads
         Threads to use, all cores by default; the answer does not depend on it.
     units
-        What is independent in the traffic; by default what ``units_of`` finds in it. Give that of a
-        whole recording to audit a part of it.
+        Independent samples of the traffic; found in it by default. Give those of a whole recording
+        to audit a part of it.
     measures
         Measures to compare, of those that the traffic tells; all by default.
     waterfill
@@ -536,7 +536,7 @@ def audit(
     check.instance("baseline", baseline, Placement)
     check.whole_number("window", window)
     if units is not None:
-        check.instance("units", units, Units)
+        check.instance("units", units, Samples)
     measures = check_measures(measures)
     if not traffic.length:
         raise ValueError("traffic must have tokens to audit, got a trace of 0")

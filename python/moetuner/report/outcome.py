@@ -13,7 +13,7 @@ from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.judgement import Judgement, judge
 from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.replay import without_groups
-from moetuner.evaluation.units import units_of
+from moetuner.evaluation.samples import find_samples
 from moetuner.files.cells import counted, number, percent
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
@@ -204,7 +204,7 @@ def judge_outcome(
         after.phases[window],
         figure=after.worth.figure,
         by_group=by_group,
-        units=units_of(recording, window=window),
+        units=find_samples(recording, window=window),
         names=(before.result.method, after.result.method),
     )
 

@@ -11,7 +11,7 @@ from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import FEWEST
 from moetuner.evaluation.judgement import Judgement
-from moetuner.evaluation.units import Units
+from moetuner.evaluation.samples import Samples
 from moetuner.files.cells import counted
 from moetuner.recording import Recording
 from moetuner.report.advice.request import Request
@@ -204,13 +204,13 @@ def _count_windows(advice: Advice) -> dict[str, int]:
     return {"windows": windows, "needed": math.ceil(2 * FEWEST * blocks.correlation)}
 
 
-def _describe_kinds(units: Units) -> dict[str, Any]:
+def _describe_kinds(units: Samples) -> dict[str, Any]:
     """Return the number of kinds that requests, or windows, are of, and how kinds were found."""
     requests = None if units.sequences is None else len(units.sequences)
     return {"number": units.number, "likeness": units.likeness, "requests": requests}
 
 
-def find_units(units: Units, *, held_out: bool) -> list[Finding]:
+def find_units(units: Samples, *, held_out: bool) -> list[Finding]:
     """Return what counts as an independent sample, unless that is each of many sequences."""
     if not held_out:
         return []

@@ -14,7 +14,7 @@ from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.kinds import loads_by
 from moetuner.evaluation.reading import Progress, part_of
-from moetuner.evaluation.units import Units, blocks_of, units_of
+from moetuner.evaluation.samples import Samples, blocks_of, find_samples
 from moetuner.frozen import Frozen
 from moetuner.recording import AnyRecording, Recording
 from moetuner.report.findings import Finding
@@ -135,7 +135,7 @@ def drift(
         )
     sizes = [max(side.choices, 1) for side in sides.values()]
     units = [
-        units_of(
+        find_samples(
             side, window=WINDOW, progress=part_of(progress, first / PASSES, (first + 2) / PASSES)
         )
         for first, side in zip((0, 2), sides.values(), strict=True)
@@ -180,7 +180,7 @@ def conclude_drift(drift: Drift, worst: dict[str, Any]) -> Finding:
     return Finding("profile left, placement serves", numbers, "headline", "served")
 
 
-def _count_exchangeable(traffic: Recording, units: Units) -> int:
+def _count_exchangeable(traffic: Recording, units: Samples) -> int:
     """Return the number of blocks of traffic that a permutation may exchange.
 
     Blocks of windows have several correlation lengths, as the ends of neighbouring blocks are
@@ -192,7 +192,7 @@ def _count_exchangeable(traffic: Recording, units: Units) -> int:
     return max(traffic.length // rows, 1)
 
 
-def measure_drift(traffic: Recording, units: Units, *, seed: int = 0) -> Drift | None:
+def measure_drift(traffic: Recording, units: Samples, *, seed: int = 0) -> Drift | None:
     """Compute how far the halves of a recording differ; None where it has too few blocks.
 
     If the halves of a recording with groups differ, they are compared again with every group spread

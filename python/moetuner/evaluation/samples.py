@@ -113,7 +113,7 @@ class Folds(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Units:
+class Samples:
     """What is independent in some traffic.
 
     Parameters
@@ -164,7 +164,7 @@ class Units:
             label = self.of_tokens(traffic.sequence)
         elif self.kinds is not None:
             # A part of a recording has windows of fewer kinds.
-            label = units_of(traffic).kinds
+            label = find_samples(traffic).kinds
         if label is None:
             windows = max(len(rows) // traffic.rows_in(window or piece_of(traffic)), 1)
             units = self.blocks.number(windows)
@@ -195,41 +195,41 @@ class Units:
         return check.at(self.kinds.astype(np.int32), check.ranks(sequence, self.sequences))
 
 
-def units_of(
+def find_samples(
     traffic: Recording,
     *,
     window: int | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
-) -> Units:
+) -> Samples:
     """Return what is independent in traffic; unlabelled traces are cut into windows of tokens.
 
     ``progress`` gets the share of a trace's readings that is done.
     """
     is_cut = traffic.ordered and traffic.sequence is None
-    # Every split asks for the same units.
-    known = ("units", window if is_cut else None)
+    # Every split asks for the same samples.
+    known = ("samples", window if is_cut else None)
     if known not in traffic.known:
-        traffic.known[known] = _find_units(traffic, window, threads, progress)
-    units: Units = traffic.known[known]
-    return units
+        traffic.known[known] = _find_samples_anew(traffic, window, threads, progress)
+    samples: Samples = traffic.known[known]
+    return samples
 
 
-def _find_units(
+def _find_samples_anew(
     traffic: Recording, window: int | None, threads: int | None, progress: Progress | None
-) -> Units:
+) -> Samples:
     if isinstance(traffic, RoutingStatistics):
-        return _units_of_windows(traffic)
+        return _find_samples_of_windows(traffic)
     if traffic.sequence is not None:
-        return _units_of_sequences(as_trace(traffic), progress)
+        return _find_samples_of_sequences(as_trace(traffic), progress)
     if window is None:
         window = piece_of(traffic)
     loads = count_loads(traffic, window=window, threads=threads, progress=progress)
     blocks = blocks_of(loads.window_load, loads.group)
-    return Units("window", blocks.number(max(traffic.length // (window or 1), 1)), blocks)
+    return Samples("window", blocks.number(max(traffic.length // (window or 1), 1)), blocks)
 
 
-def _units_of_windows(table: RoutingStatistics) -> Units:
+def _find_samples_of_windows(table: RoutingStatistics) -> Samples:
     """Return what is independent in a load table: kinds of windows, or else blocks of them.
 
     Steps that were drawn from one window of counters are of its kind, or block.
@@ -241,30 +241,30 @@ def _units_of_windows(table: RoutingStatistics) -> Units:
         load = np.zeros((len(first), table.layers, table.experts), np.uint64)
         np.add.at(load, label, table.window_load.astype(np.uint64))
         group = None if table.group is None else table.group[first]
-        units = _units_of_windows(
+        samples = _find_samples_of_windows(
             RoutingStatistics(load, group=group, group_names=table.group_names)
         )
-        if units.kinds is not None:
-            return replace(units, kinds=units.kinds[label])
-        if units.blocks.length == 1:
-            return replace(units, kinds=label)
-        blocks, steps = units.blocks, int(sizes.max())
-        return replace(units, blocks=Blocks(steps * blocks.correlation, steps * blocks.length))
+        if samples.kinds is not None:
+            return replace(samples, kinds=samples.kinds[label])
+        if samples.blocks.length == 1:
+            return replace(samples, kinds=label)
+        blocks, steps = samples.blocks, int(sizes.max())
+        return replace(samples, blocks=Blocks(steps * blocks.correlation, steps * blocks.length))
     kinds, _ = kinds_of_windows(table)
     if kinds is not None:
-        return Units("kind", int(kinds.max()) + 1, kinds=kinds)
+        return Samples("kind", int(kinds.max()) + 1, kinds=kinds)
     blocks = blocks_of(table.window_load, table.group)
-    return Units("window", blocks.number(int(table.is_step.sum())), blocks)
+    return Samples("window", blocks.number(int(table.is_step.sum())), blocks)
 
 
-def _units_of_sequences(trace: RoutingTrace, progress: Progress | None) -> Units:
+def _find_samples_of_sequences(trace: RoutingTrace, progress: Progress | None) -> Samples:
     """Return what is independent in a trace with sequences: these, or their kinds."""
     labels = check.distinct(cast("NDArray[np.int32]", trace.sequence))
     kinds, likeness, all_alike = kinds_of(trace, labels, progress)
     if kinds is None:
-        return Units("sequence", len(labels), all_alike=all_alike)
+        return Samples("sequence", len(labels), all_alike=all_alike)
     number = int(kinds.max(initial=-1)) + 1
-    return Units("kind", number, sequences=labels, kinds=kinds, likeness=likeness)
+    return Samples("kind", number, sequences=labels, kinds=kinds, likeness=likeness)
 
 
 def blocks_of(
@@ -441,7 +441,7 @@ def hold_out(
     if number < 2:
         size = f"a trace of {number} tokens" if traffic.ordered else "a load table of one window"
         raise ArgumentError(f"holdout must be 0 for {size}, got {holdout}", "holdout")
-    label, gap = _label_units(traffic)
+    label, gap = _label_rows(traffic)
     if label is not None:
         seen = _draw(label, 1 - holdout, rng)
         return traffic.take(seen), traffic.take(~seen)
@@ -456,23 +456,23 @@ def hold_out(
     return traffic.take(seen), traffic.take(unseen)
 
 
-def _label_units(recording: Recording) -> tuple[Integers | None, int]:
+def _label_rows(recording: Recording) -> tuple[Integers | None, int]:
     """Return the unit of every row, None where only runs are; and how far neighbours are alike."""
     sequence = recording.sequence
     if sequence is not None and (sequence != sequence[0]).any():
-        unit = units_of(recording).of_tokens(sequence)
+        unit = find_samples(recording).of_tokens(sequence)
         # All of one kind: sequences are held out then, which are no evidence of others.
         return (sequence if (unit == unit[0]).all() else unit), 1
     if recording.ordered:
         return None, alike_tokens(recording)
-    units = units_of(recording)
-    return units.kinds, units.blocks.length
+    samples = find_samples(recording)
+    return samples.kinds, samples.blocks.length
 
 
 def _draw(
     unit: NDArray[np.integer[Any]], share: float, rng: np.random.Generator
 ) -> NDArray[np.bool_]:
-    """Draw a share of the units; return whose items [n] those are."""
+    """Draw a share of the samples; return whose items [n] those are."""
     labels = check.distinct(unit)
     count = min(max(round(share * labels.size), 1), labels.size - 1)
     return check.among(unit, rng.permutation(labels)[:count])
