@@ -36,7 +36,7 @@ def table(topics, windows, seed):
 def test_blocks_are_as_long_as_topics(topics, windows):
     """The correlation time is the topics' length, nearly, in the mean."""
     blocks = [blocks_of(table(topics, windows, seed).window_load) for seed in range(8)]
-    assert np.mean([each.correlation for each in blocks]) == pytest.approx(windows, rel=0.25)
+    assert np.mean([each.correlation_time for each in blocks]) == pytest.approx(windows, rel=0.25)
     assert all(windows <= each.length + 1 for each in blocks)
     # By themselves, windows seldom seem to be alike.
     assert windows > 1 or sum(each.length > 1 for each in blocks) <= 1
@@ -45,7 +45,7 @@ def test_blocks_are_as_long_as_topics(topics, windows):
 def test_long_correlations_are_measured_on_fewer_windows():
     """Topics of 40 windows reach beyond the lags that are looked at."""
     blocks = blocks_of(table(10, 40, 0).window_load)
-    assert blocks.correlation == pytest.approx(40, rel=0.4)
+    assert blocks.correlation_time == pytest.approx(40, rel=0.4)
 
 
 def test_groups_have_levels_of_their_own():
@@ -54,7 +54,7 @@ def test_groups_have_levels_of_their_own():
     share = np.repeat(rng.dirichlet(np.ones(8), (4, 1)), 16, axis=0)
     load = rng.multinomial(500, share)
     group = np.arange(64) // 16
-    assert blocks_of(load, group).length == 1
+    assert blocks_of(load, group).correlation_length == 1
     assert blocks_of(load).length > 4
 
 
@@ -246,7 +246,7 @@ def test_windows_that_take_turns_are_alike_beyond_lag_one(pattern):
     kinds = PATTERNS[pattern](192, rng)
     table = windows(kinds, rng, changed=0.5)
     blocks = blocks_of(table.window_load)
-    assert 4 <= blocks.length <= 14
+    assert 4 <= blocks.correlation_length <= 14
     assert blocks.number(192) <= 80
 
 
@@ -333,7 +333,7 @@ def test_windows_that_change_little_by_little_are_blocks_of_time(path):
             np.array([place[load.tobytes()] for load in part.window_load])
             for part in hold_out(table, 0.5, seed=seed)
         )
-        assert abs(seen[:, None] - unseen).min() > units.blocks.length
+        assert abs(seen[:, None] - unseen).min() > units.blocks.correlation_length
 
 
 def test_a_day_that_comes_again_is_of_kinds():
@@ -366,7 +366,7 @@ def test_groups_that_follow_one_another_are_in_both_parts():
     rng = np.random.default_rng(2)
     shares = np.concatenate([LAW.walk(rng, 16, 0.7) for _ in range(5)])
     table = simulated.draw_table(rng, shares, np.arange(80) // 16)
-    assert find_samples(table).blocks.length > 1
+    assert find_samples(table).blocks.correlation_length > 1
     for part in hold_out(table, 0.5):
         assert np.bincount(part.group, minlength=5).min() >= 3
 

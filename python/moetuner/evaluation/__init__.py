@@ -347,7 +347,7 @@ def _evaluate(
             parts = [counts[group] for counts in counted]
             mixed = parts[0].mixed
             if setting.options.mixed and is_mixed and group is None:
-                mixed = parts[-1].load[parts[-1].is_step]
+                mixed = parts[-1].load[parts[-1].is_full_window]
             if homes is not None:
                 own = as_trace(traffic if group is None else traffic.take(numbers[group]))
                 rows = dispatch_rows(setting.placement, own, homes[numbers[group]])

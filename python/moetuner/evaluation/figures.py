@@ -55,7 +55,9 @@ class CountsByOrder:
         if windows not in self._known:
             tables = [(weight, each, windows(each, self.setting)) for weight, each in self.parts]
             self._known[windows] = [
-                (weight, table[each.is_step]) for weight, each, table in tables if table is not None
+                (weight, table[each.is_full_window])
+                for weight, each, table in tables
+                if table is not None
             ]
         return self._known[windows]
 

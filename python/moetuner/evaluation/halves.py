@@ -278,7 +278,7 @@ class _Halving:
                 table = figure.windows(counts, self.setting)
                 assert table is not None
                 value = table.reshape(*table.shape[:2], -1).sum(axis=2).mean(axis=1)
-                weight = tokens / lengths * counts.is_step
+                weight = tokens / lengths * counts.is_full_window
                 if figure.per == "token":
                     value, weight = value / lengths, tokens.astype(np.float64)
                 self._sums[name] += np.stack([weight * value, weight])[:, of_side].sum(axis=1)
@@ -330,6 +330,6 @@ class _Halving:
             **tables,
             dispatch=dispatch,
             active=active,
-            is_step=all_of.is_step[window],
+            is_full_window=all_of.is_full_window[window],
             crossed=crossed,
         )

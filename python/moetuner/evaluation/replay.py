@@ -53,8 +53,9 @@ class Counts:
         Rows from home to device of work [L,D,D], zero on the diagonal.
     active
         Experts of a device that have a token [W,L,D]; None if not asked for.
-    is_step
-        Whether windows count in means over windows [W], as ``RoutingStatistics.is_step`` has it.
+    is_full_window
+        Whether a window has all of its tokens [W], as ``RoutingStatistics.is_step`` has it: means
+        over windows are those of full ones.
     crossed
         Sums over the tokens of a window of the share of each one's pairs of neighbouring layers'
         experts that are on different devices [W]; None where not asked for.
@@ -71,7 +72,7 @@ class Counts:
     follow: Numbers | None
     dispatch: Numbers
     active: Numbers | None
-    is_step: NDArray[np.bool_]
+    is_full_window: NDArray[np.bool_]
     crossed: Floats | None = None
     divided_load: Floats | None = None
 
@@ -89,7 +90,7 @@ class Counts:
             visits=self.visits[windows],
             node_visits=None if self.node_visits is None else self.node_visits[windows],
             active=None if self.active is None else self.active[windows],
-            is_step=self.is_step[windows],
+            is_full_window=self.is_full_window[windows],
         )
 
 
@@ -236,11 +237,11 @@ def _expected_counts(
     statistics: RoutingStatistics, settings: Sequence[Setting]
 ) -> Iterator[dict[str | None, Counts]]:
     """Yield what is expected under each setting, of all windows and of every group."""
-    load, is_step = statistics.window_load, statistics.is_step
+    load, is_full_window = statistics.window_load, statistics.is_step
     for expected in (Expected(statistics, setting) for setting in settings):
         by_group = {
             group: replace(
-                expected.counts(load[rows], is_step=is_step[rows]),
+                expected.counts(load[rows], is_full_window=is_full_window[rows]),
                 divided_load=expected.divide_all(load[rows]),
             )
             for group, rows in statistics.group_rows().items()
@@ -330,7 +331,7 @@ class _Part:
             follow=follow,
             dispatch=dispatch,
             active=active,
-            is_step=np.arange(len(load)) < steps,
+            is_full_window=np.arange(len(load)) < steps,
         )
 
 
@@ -433,7 +434,7 @@ class Expected:
         self,
         window_load: Numbers,
         total: Numbers | None = None,
-        is_step: NDArray[np.bool_] | None = None,
+        is_full_window: NDArray[np.bool_] | None = None,
     ) -> Counts:
         """Compute the expected counts of windows of load [W,L,E], all of them steps by default.
 
@@ -441,11 +442,13 @@ class Expected:
         """
         setting, topology = self._setting, self._setting.topology
         load = self._serve(window_load)
-        is_step = np.ones(len(load), dtype=bool) if is_step is None else is_step
+        is_full_window = (
+            np.ones(len(load), dtype=bool) if is_full_window is None else is_full_window
+        )
         mixed = None
         if setting.options.mixed:
             windows = window_load if self._divides else load
-            steps = windows if is_step.all() else windows[is_step]
+            steps = windows if is_full_window.all() else windows[is_full_window]
             mixed = np.empty((len(steps), *load.shape[1:]))
             for place, drawn in mixed_windows(steps, seed=setting.options.mixed_seed):
                 mixed[place] = self._serve(drawn) if self._divides else drawn
@@ -467,7 +470,7 @@ class Expected:
             follow=self._follow,
             dispatch=dispatch,
             active=active,
-            is_step=is_step,
+            is_full_window=is_full_window,
         )
 
     def divide_all(self, window_load: Numbers) -> Floats | None:

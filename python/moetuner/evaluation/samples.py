@@ -71,18 +71,18 @@ class Blocks:
 
     Parameters
     ----------
-    correlation
+    correlation_time
         Integrated autocorrelation time in windows: as many are worth one independent window.
-    length
+    correlation_length
         Windows over which neighbours are alike, 1 where they are no more alike than others.
     """
 
-    correlation: float = 1.0
-    length: int = 1
+    correlation_time: float = 1.0
+    correlation_length: int = 1
 
     def number(self, windows: int) -> int:
         """Compute how many independent windows so many windows are worth."""
-        return int(windows / self.correlation + 1e-9)
+        return int(windows / self.correlation_time + 1e-9)
 
 
 INDEPENDENT = Blocks()
@@ -146,7 +146,7 @@ class Samples:
         return {
             "kind": self.name,
             "number": self.number,
-            "block_length": self.blocks.length,
+            "block_length": self.blocks.correlation_length,
             "all_alike": self.all_alike,
         }
 
@@ -169,7 +169,7 @@ class Samples:
             windows = max(len(rows) // traffic.rows_in(window or piece_of(traffic)), 1)
             units = self.blocks.number(windows)
             number = max(min(units, folds or FOLDS), 1)
-            if self.blocks.length > 1 and folds is None:
+            if self.blocks.correlation_length > 1 and folds is None:
                 number = max(min(units // RUN, FOLDS), min(units, FEWEST_RUNS), 1)
             fold = np.arange(len(rows)) * number // max(len(rows), 1)
             return Folds(fold.astype(np.min_scalar_type(number)), number, units)
@@ -246,10 +246,13 @@ def _find_samples_of_windows(table: RoutingStatistics) -> Samples:
         )
         if samples.kinds is not None:
             return replace(samples, kinds=samples.kinds[label])
-        if samples.blocks.length == 1:
+        if samples.blocks.correlation_length == 1:
             return replace(samples, kinds=label)
         blocks, steps = samples.blocks, int(sizes.max())
-        return replace(samples, blocks=Blocks(steps * blocks.correlation, steps * blocks.length))
+        return replace(
+            samples,
+            blocks=Blocks(steps * blocks.correlation_time, steps * blocks.correlation_length),
+        )
     kinds, _ = kinds_of_windows(table)
     if kinds is not None:
         return Samples("kind", int(kinds.max()) + 1, kinds=kinds)
@@ -466,7 +469,7 @@ def _label_rows(recording: Recording) -> tuple[Integers | None, int]:
     if recording.ordered:
         return None, alike_tokens(recording)
     samples = find_samples(recording)
-    return samples.kinds, samples.blocks.length
+    return samples.kinds, samples.blocks.correlation_length
 
 
 def _draw(
@@ -481,7 +484,7 @@ def _draw(
 def alike_tokens(trace: Recording) -> int:
     """Compute over how many tokens neighbours of an unlabelled trace are alike."""
     loads = count_loads(trace, window=piece_of(trace))
-    return piece_of(trace) * blocks_of(loads.window_load, loads.group).length
+    return piece_of(trace) * blocks_of(loads.window_load, loads.group).correlation_length
 
 
 def piece_of(trace: Recording) -> int:

@@ -186,9 +186,9 @@ def _count_exchangeable(traffic: Recording, units: Samples) -> int:
     Blocks of windows have several correlation lengths, as the ends of neighbouring blocks are
     alike.
     """
-    if units.blocks.length == 1:
+    if units.blocks.correlation_length == 1:
         return max(units.number, 1)
-    rows = LENGTHS_PER_BLOCK * traffic.rows_in(WINDOW) * units.blocks.length
+    rows = LENGTHS_PER_BLOCK * traffic.rows_in(WINDOW) * units.blocks.correlation_length
     return max(traffic.length // rows, 1)
 
 
