@@ -10,8 +10,8 @@ import pytest
 import moetuner as mt
 from moetuner.evaluation import cells, evaluate_each, halves
 from moetuner.evaluation.figures import FIGURES, Figure
-from moetuner.evaluation.halves import halve, halve_each, halvings
-from moetuner.evaluation.intervals import QUANTILES, spread
+from moetuner.evaluation.halves import choose_halvings, halve, halve_each
+from moetuner.evaluation.intervals import QUANTILES, estimate_spread
 from moetuner.evaluation.judgement import MEASURES
 from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.reading import Rows
@@ -44,7 +44,7 @@ def traffic(lengths, seed=0):
 @pytest.mark.parametrize("folds", range(1, 21))
 def test_any_two_folds_are_parted_about_as_often_as_not(folds):
     """And none is always on one side; exactly so of 4, 8, 12 and 20 folds."""
-    side = np.where(halvings(folds), 1, -1)
+    side = np.where(choose_halvings(folds), 1, -1)
     assert len(side) == 0 if folds == 1 else len(side) >= folds - 1
     together = (side.T @ side)[~np.eye(folds, dtype=bool)] / max(len(side), 1)
     limit = 1 / max(len(side), 1)
@@ -72,7 +72,7 @@ def test_halves_that_have_windows_of_their_own_have_their_figures(topics):
     trace, how = traffic([64 * topics] * 12), setting()
     actual = halve(trace, how, find_samples(trace))[None]
     folds = actual["imbalance"].folds
-    for number, first in enumerate(halvings(folds.number)):
+    for number, first in enumerate(choose_halvings(folds.number)):
         for side, chosen in enumerate((first, ~first)):
             part = trace.select(sequences=np.unique(trace.sequence[chosen[folds.fold]]))
             alone = mt.evaluate(IN_BLOCKS, part, how.serving, mixed=False)
@@ -116,7 +116,7 @@ def test_sides_add_up_to_the_figure_of_all(together):
     actual = halve(trace, setting(), Samples("sequence", 30))[None]
     for name in ("fanout", "node_fanout", "crossing"):
         figure = actual[name]
-        first = halvings(figure.folds.number)
+        first = choose_halvings(figure.folds.number)
         sizes = np.bincount(figure.folds.fold) / trace.tokens
         weights = np.stack([first @ sizes, ~first @ sizes])
         assert (weights * figure.sides).sum(axis=0) == pytest.approx(figure.value)
@@ -223,7 +223,7 @@ def test_a_new_figure_of_windows_has_an_interval(monkeypatch):
     trace = traffic([40] * 20)
     figure = halve(trace, setting(), find_samples(trace))[None]["busy"]
     assert 0 < figure.value <= 4
-    assert spread(*figure).error > 0
+    assert estimate_spread(*figure).error > 0
 
 
 @pytest.mark.parametrize("units", [2, 3, 5, 7, 10, 50])
@@ -231,14 +231,14 @@ def test_intervals_of_means_hold_the_truth(units):
     """Of means of so many normal variates, about 95 of 100 intervals hold the mean."""
     rng = np.random.default_rng(units)
     number = min(units, 20)
-    first = halvings(number)
+    first = choose_halvings(number)
     folds = Folds(np.arange(units) % number, number, units)
     member = np.equal.outer(folds.fold, np.arange(number)) @ np.stack([first, ~first]).transpose(
         0, 2, 1
     )
     missed = 0
     for drawn in rng.normal(10, 1, (1000, units)):
-        actual = spread(drawn.mean(), (drawn @ member) / member.sum(axis=1), folds)
+        actual = estimate_spread(drawn.mean(), (drawn @ member) / member.sum(axis=1), folds)
         missed += not actual.low <= 10 <= actual.high
     assert 0.03 <= missed / 1000 <= 0.07
 
@@ -246,6 +246,6 @@ def test_intervals_of_means_hold_the_truth(units):
 def test_an_interval_is_as_wide_as_students_t_says():
     """Of two sides of three halvings that are 2 apart, the error is 1, with as many less one."""
     folds = Folds(np.arange(4), 4, 4)
-    actual = spread(5.0, np.array([[6.0, 4.0, 6.0], [4.0, 6.0, 4.0]]), folds)
+    actual = estimate_spread(5.0, np.array([[6.0, 4.0, 6.0], [4.0, 6.0, 4.0]]), folds)
     assert (actual.error, actual.freedom) == (1, 3)
     assert actual.interval == pytest.approx((5 - QUANTILES[2], 5 + QUANTILES[2]))

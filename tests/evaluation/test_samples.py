@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.evaluation.arrival import mixed_order
+from moetuner.evaluation.arrival import draw_mixed_order
 from moetuner.evaluation.samples import (
     Blocks,
     Samples,
-    alike_tokens,
-    blocks_of,
     choose_runs,
     find_samples,
     hold_out,
+    measure_blocks,
+    measure_correlation_length,
 )
 from moetuner.formats import open_input
 
@@ -35,16 +35,16 @@ def table(topics, windows, seed):
 @pytest.mark.parametrize(("topics", "windows"), [(64, 1), (32, 2), (16, 4), (8, 8)])
 def test_blocks_are_as_long_as_topics(topics, windows):
     """The correlation time is the topics' length, nearly, in the mean."""
-    blocks = [blocks_of(table(topics, windows, seed).window_load) for seed in range(8)]
+    blocks = [measure_blocks(table(topics, windows, seed).window_load) for seed in range(8)]
     assert np.mean([each.correlation_time for each in blocks]) == pytest.approx(windows, rel=0.25)
-    assert all(windows <= each.length + 1 for each in blocks)
+    assert all(windows <= each.correlation_length + 1 for each in blocks)
     # By themselves, windows seldom seem to be alike.
-    assert windows > 1 or sum(each.length > 1 for each in blocks) <= 1
+    assert windows > 1 or sum(each.correlation_length > 1 for each in blocks) <= 1
 
 
 def test_long_correlations_are_measured_on_fewer_windows():
     """Topics of 40 windows reach beyond the lags that are looked at."""
-    blocks = blocks_of(table(10, 40, 0).window_load)
+    blocks = measure_blocks(table(10, 40, 0).window_load)
     assert blocks.correlation_time == pytest.approx(40, rel=0.4)
 
 
@@ -54,8 +54,8 @@ def test_groups_have_levels_of_their_own():
     share = np.repeat(rng.dirichlet(np.ones(8), (4, 1)), 16, axis=0)
     load = rng.multinomial(500, share)
     group = np.arange(64) // 16
-    assert blocks_of(load, group).correlation_length == 1
-    assert blocks_of(load).length > 4
+    assert measure_blocks(load, group).correlation_length == 1
+    assert measure_blocks(load).correlation_length > 4
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -69,7 +69,7 @@ def test_windows_by_chance_are_independent_whatever_their_groups(order, groups):
         load = random.multinomial(16384, share, (windows, 16)).astype(np.uint64)
         chance = random.integers(0, groups, windows)
         by_order = {"turns": turn % groups, "runs": turn * groups // windows, "chance": chance}
-        alarms += blocks_of(load, by_order[order]).length > 1
+        alarms += measure_blocks(load, by_order[order]).correlation_length > 1
     assert alarms <= 2
 
 
@@ -77,7 +77,7 @@ def test_windows_by_chance_are_independent_whatever_their_groups(order, groups):
 def test_runs_are_held_out_with_a_gap(seed):
     """No window that is seen is within a block of one that is held out; few are lost."""
     load = table(32, 4, seed)
-    length = blocks_of(load.window_load).length
+    length = measure_blocks(load.window_load).correlation_length
     seen, unseen = choose_runs(128, 0.5, length, seed)
     assert not (seen & unseen).any()
     apart = np.abs(np.flatnonzero(seen)[:, None] - np.flatnonzero(unseen))
@@ -100,8 +100,8 @@ def test_an_unlabelled_trace_is_held_out_further_than_its_sequences_reach():
     rng = np.random.default_rng(5)
     labelled = LAW.trace(rng, np.full(40, 300))
     trace = mt.RoutingTrace.from_arrays(labelled.expert_ids, num_experts=simulated.EXPERTS)
-    assert 200 <= alike_tokens(trace) <= 600
-    seen, unseen = choose_runs(trace.tokens, 0.5, alike_tokens(trace), 0)
+    assert 200 <= measure_correlation_length(trace) <= 600
+    seen, unseen = choose_runs(trace.tokens, 0.5, measure_correlation_length(trace), 0)
     both = set(labelled.sequence[seen]) & set(labelled.sequence[unseen])
     assert len(both) <= 2
     parts = hold_out(trace, 0.5)
@@ -116,7 +116,7 @@ def test_few_kinds_are_counted_and_on_one_side(kinds):
     trace = LAW.trace(rng, simulated.prompts(rng, 60), kinds=kinds)
     units = find_samples(trace)
     assert (units.name, units.number) == ("kind", pytest.approx(kinds, abs=1))
-    seen, unseen = (set(units.of_tokens(of.sequence)) for of in hold_out(trace, 0.5, seed=2))
+    seen, unseen = (set(units.label_tokens(of.sequence)) for of in hold_out(trace, 0.5, seed=2))
     assert not seen & unseen
 
 
@@ -189,7 +189,7 @@ def test_names_of_sequences_do_not_matter_to_folds():
 def test_units_and_folds_are_the_same_however_many_tokens_are_looked_at_together(monkeypatch):
     """Of requests on few documents whose tokens were served in turns."""
     trace = LAW.documents(np.random.default_rng(0), 6, 4, 300)
-    trace = trace.take(mixed_order(trace.sequence, trace.tokens))
+    trace = trace.take(draw_mixed_order(trace.sequence, trace.tokens))
     dealt = []
     for piece in (1 << 20, 17):
         monkeypatch.setattr("moetuner._checks.PIECE", piece)
@@ -245,7 +245,7 @@ def test_windows_that_take_turns_are_alike_beyond_lag_one(pattern):
     rng = np.random.default_rng(7)
     kinds = PATTERNS[pattern](192, rng)
     table = windows(kinds, rng, changed=0.5)
-    blocks = blocks_of(table.window_load)
+    blocks = measure_blocks(table.window_load)
     assert 4 <= blocks.correlation_length <= 14
     assert blocks.number(192) <= 80
 
@@ -278,7 +278,7 @@ def test_repeated_text_is_one_kind_whatever_its_length(cut, together):
     trace = mt.RoutingTrace.from_arrays(ids, num_experts=simulated.EXPERTS, sequence=sequence)
     units = find_samples(trace)
     assert (units.name, units.number) == ("kind", 8)
-    kinds = units.of_tokens(np.arange(80, dtype=np.int32))
+    kinds = units.label_tokens(np.arange(80, dtype=np.int32))
     assert len(set(zip(which, kinds, strict=True))) == 8
 
 
@@ -356,7 +356,7 @@ def test_no_single_window_decides_how_many_are_independent(memory):
     numbers = []
     for window in range(0, 80, 4):
         rest = np.arange(80) != window
-        numbers.append(blocks_of(load[rest], group[rest]).number(79))
+        numbers.append(measure_blocks(load[rest], group[rest]).number(79))
     assert max(numbers) <= 1.1 * np.median(numbers) + 1
     assert min(numbers) >= 0.9 * np.median(numbers) - 1
 

@@ -21,7 +21,7 @@ from moetuner.cli.recipes import to_solve_again
 from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.options import ReplayOptions
-from moetuner.evaluation.reading import Progress, part_of
+from moetuner.evaluation.reading import Progress, scale_progress
 from moetuner.placement import Placement
 from moetuner.problem.made import Made
 from moetuner.recording import Recording
@@ -169,7 +169,7 @@ def _replayed(
             replayed = window if window is not None else source.replayed
             served = replace(serving, window=replayed)
             options = ReplayOptions(threads=source.threads)
-            own_progress = part_of(progress, done / passes, (done + 1) / passes)
+            own_progress = scale_progress(progress, done / passes, (done + 1) / passes)
             [[figures]] = evaluate_each([placement], part, [served], options, progress=own_progress)
             done += 1
             row[name] = {measure: getattr(figures, measure) for measure in SHOWN}

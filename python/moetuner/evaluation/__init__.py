@@ -13,13 +13,13 @@ from numpy.typing import ArrayLike, NDArray
 from moetuner import _checks as check
 from moetuner.cost import CostModel
 from moetuner.evaluation import replay
-from moetuner.evaluation.arrival import orders
-from moetuner.evaluation.figures import FIGURES, CountsByOrder, busiest_port
+from moetuner.evaluation.arrival import list_orders
+from moetuner.evaluation.figures import FIGURES, CountsByOrder, count_busiest_ports
 from moetuner.evaluation.losses import Domain, Losses, measure_losses
 from moetuner.evaluation.options import ReplayOptions
-from moetuner.evaluation.reading import part_of
+from moetuner.evaluation.reading import scale_progress
 from moetuner.evaluation.replay import Setting, check_model
-from moetuner.evaluation.rows import dispatch_rows, homes_of
+from moetuner.evaluation.rows import assign_homes, dispatch_rows
 from moetuner.frozen import Frozen, as_json, html_table
 from moetuner.placement import Placement
 from moetuner.recording import Recording
@@ -328,8 +328,8 @@ def _evaluate(
             raise ValueError(
                 f"home needs split 'even', got {serving.split!r}: others know homes only spread"
             )
-        homes = homes_of(home, traffic.length, common.placement.devices)
-    served = orders(traffic, serving.arrival, seed=common.options.mixed_seed)
+        homes = assign_homes(home, traffic.length, common.placement.devices)
+    served = list_orders(traffic, serving.arrival, seed=common.options.mixed_seed)
     # Where tokens are replayed in mixed order anyway, their windows are not counted once more; but
     # the sequences of a group are mixed with each other, not with those of others.
     is_mixed = any(order is not None for _, order in served)
@@ -338,8 +338,8 @@ def _evaluate(
 
     runs = []
     for at, (_, order) in enumerate(served):
-        own_progress = part_of(progress, at / len(served), (at + 1) / len(served))
-        runs.append(replay.counts_of(traffic, counting, own_progress, order))
+        own_progress = scale_progress(progress, at / len(served), (at + 1) / len(served))
+        runs.append(replay.count_each(traffic, counting, own_progress, order))
     evaluated = []
     for setting, *counted in zip(settings, *runs, strict=True):
         by_group = {}
@@ -378,6 +378,6 @@ def _compute_figures(counted: CountsByOrder, traffic: Recording, group: str | No
         predicted_us_per_layer=per_layer[1] if counted.times else None,
         predicted_with=None if model is None else f"{model.shown_name}{model.weights}",
         traffic=rows,
-        busiest_port={name: busiest_port(table, topology) for name, table in rows.items()},
+        busiest_port={name: count_busiest_ports(table, topology) for name, table in rows.items()},
         replayed=Replayed(traffic, counted.setting, group),
     )

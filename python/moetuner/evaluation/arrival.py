@@ -32,7 +32,7 @@ Order = NDArray[np.signedinteger[Any]]
 Integers = NDArray[np.integer[Any]]
 
 
-def orders(
+def list_orders(
     recording: Recording, arrival: Arrival, *, seed: int = 0
 ) -> list[tuple[float, Order | None]]:
     """Return the orders in which the tokens of a recording arrive, with their weights.
@@ -42,11 +42,11 @@ def orders(
     share = share_mixed(arrival)
     if share == 0 or not recording.ordered:
         return [(1.0, None)]
-    mixed = (share, mixed_order(recording.sequence, recording.length, seed=seed))
+    mixed = (share, draw_mixed_order(recording.sequence, recording.length, seed=seed))
     return [mixed] if share == 1 else [(1 - share, None), mixed]
 
 
-def places(order: Order | None, rows: Integers) -> Integers | None:
+def find_places(order: Order | None, rows: Integers) -> Integers | None:
     """Return the place of each of some rows, rising [n], among these in an order of all [T].
 
     None is the order of the recording.
@@ -78,16 +78,16 @@ def mix(
             served[place] = sequence
             sequence = served
     every = np.arange(len(tokens))
-    mixed = places(mixed_order(sequence, len(tokens), seed=seed), every)
+    mixed = find_places(draw_mixed_order(sequence, len(tokens), seed=seed), every)
     return mixed if place is None or mixed is None else check.at(mixed, place)
 
 
-def at_once(sequences: int) -> int:
+def choose_batch_size(sequences: int) -> int:
     """Compute how many of so many sequences are served together."""
     return min(MOST_AT_ONCE, max(-(-sequences // 4), FEWEST_AT_ONCE))
 
 
-def mixed_order(sequence: NDArray[np.int32] | None, tokens: int, *, seed: int = 0) -> Order:
+def draw_mixed_order(sequence: NDArray[np.int32] | None, tokens: int, *, seed: int = 0) -> Order:
     """Order the tokens of a trace [T] as continuous batching would serve them.
 
     Sequences wait in random order. As many as fit run at once and advance by one token per step;
@@ -114,7 +114,7 @@ def mixed_order(sequence: NDArray[np.int32] | None, tokens: int, *, seed: int = 
     first = np.append(0, np.flatnonzero(sequence[:-1] != sequence[1:]) + 1)
     lengths = np.diff(np.append(first, tokens))
 
-    free = [(0, place) for place in range(at_once(len(lengths)))]
+    free = [(0, place) for place in range(choose_batch_size(len(lengths)))]
     served: list[list[int]] = [[] for _ in free]
     for waiting in rng.permutation(len(lengths)).tolist():
         step, place = heapq.heappop(free)
@@ -144,7 +144,7 @@ def _take_steps(tokens: Order, steps: NDArray[np.int64]) -> Order:
     return order
 
 
-def mixed_windows(
+def mix_windows(
     windows: NDArray[Any],
     weight: NDArray[np.float64] | None = None,
     count: int | None = None,

@@ -24,7 +24,7 @@ from moetuner.topology import Topology
 Floats = NDArray[np.float64]
 
 
-def slot_shares(placement: Placement, topology: Topology, split: Split) -> Floats:
+def compute_slot_shares(placement: Placement, topology: Topology, split: Split) -> Floats:
     """Compute the share of its expert's tokens that every slot serves [L,D,S]; 0 if it is empty."""
     slots = placement.slots
     layer, expert = np.arange(placement.layers)[:, None, None], np.maximum(slots, 0)
@@ -37,7 +37,7 @@ def slot_shares(placement: Placement, topology: Topology, split: Split) -> Float
 
 
 def serve(placement: Placement, share: Floats, load: NDArray[Any]) -> Floats:
-    """Return tokens that devices serve [W,L,D] by ``slot_shares`` [L,D,S], of experts' [W,L,E]."""
+    """Return tokens that devices serve [W,L,D], given slots' shares and experts' tokens [W,L,E]."""
     slots = placement.slots, share
     return by_block(
         load, lambda windows: _core.expected_load(slots, np.ascontiguousarray(windows, np.float64))
@@ -53,7 +53,7 @@ def count_loads(
 ) -> Floats:
     """Return tokens that devices serve [W,L,D], of those of experts [W,L,E].
 
-    ``share`` are the ``slot_shares``, if they are known.
+    ``share`` [L,D,S] is what ``compute_slot_shares`` returns, if that has been computed.
     """
     divide = RULES[split].divide
     if divide is not None and placement.has_copies:
@@ -64,7 +64,7 @@ def count_loads(
                 placement.slots, np.ascontiguousarray(windows, np.float64), speed
             ),
         )
-    share = slot_shares(placement, topology, split) if share is None else share
+    share = compute_slot_shares(placement, topology, split) if share is None else share
     return serve(placement, share, load)
 
 
@@ -96,7 +96,7 @@ def count_visits(
     are taken to be chosen independently.
     """
     tables = [(layer_sets.ids, layer_sets.counts) for layer_sets in sets]
-    slots = (placement.slots, slot_shares(placement, topology, split))
+    slots = (placement.slots, compute_slot_shares(placement, topology, split))
     return _core.expected_visits(
         slots,
         placement.num_experts,
@@ -107,7 +107,7 @@ def count_visits(
     )
 
 
-def estimate_met(
+def estimate_visits_per_load(
     placement: Placement,
     topology: Topology,
     split: Split,
@@ -119,7 +119,7 @@ def estimate_met(
 
     Tokens have so many experts in every layer [L]. Copies are taken to be chosen independently.
     """
-    slots = (placement.slots, slot_shares(placement, topology, split))
+    slots = (placement.slots, compute_slot_shares(placement, topology, split))
     nodes = topology.node_of_device.tolist()
     return _core.estimated_met(slots, nodes, pairs, top_k, threads=threads)
 
@@ -133,7 +133,7 @@ def count_pairs(
     of each other.
     """
     if not RULES[split].by_home or not placement.has_copies:
-        share = slot_shares(placement, topology, split)
+        share = compute_slot_shares(placement, topology, split)
         return _core.expected_followed((placement.slots, share), transitions)
     tables = transitions.astype(np.float64)
     pairs = np.empty((len(tables), placement.devices, placement.devices))
@@ -170,7 +170,7 @@ def count_rows(
     return rows
 
 
-def count_busy(placement: Placement, of_slots: NDArray[Any]) -> NDArray[Any]:
+def count_busy_slots(placement: Placement, of_slots: NDArray[Any]) -> NDArray[Any]:
     """Count slots of every device that have a token [W,L,D], of tokens of slots [W,L,D*S]."""
     sizes = (placement.layers, placement.devices, placement.slots_per_device)
     return by_block(
@@ -179,11 +179,13 @@ def count_busy(placement: Placement, of_slots: NDArray[Any]) -> NDArray[Any]:
     )
 
 
-def count_active(placement: Placement, share: Floats, expert_load: NDArray[Any]) -> NDArray[Any]:
+def count_active_experts(
+    placement: Placement, share: Floats, expert_load: NDArray[Any]
+) -> NDArray[Any]:
     """Count the experts of every device that have a token, or are expected to [W,L,D].
 
-    Windows have tokens by expert [W,L,E], of which slots serve shares [L,D,S] (``slot_shares``).
-    Where no expert has copies, the counts are whole numbers of two bytes.
+    ``expert_load`` [W,L,E] are the tokens of experts, and ``share`` [L,D,S] is the part of them
+    that each slot serves. Where no expert has copies, the counts are whole numbers of two bytes.
     """
     slots = placement.slots, share
 

@@ -64,16 +64,16 @@ class CountsByOrder:
     @property
     def imbalances(self) -> Weighed:
         """Imbalance of every window and layer."""
-        return self.steps(imbalance_of)
+        return self.steps(compute_window_imbalances)
 
     @property
     def times(self) -> Weighed:
         """Predicted microseconds of every window and layer; none without a cost model."""
-        return self.steps(us_of)
+        return self.steps(compute_window_us)
 
     def imbalance(self, load: NDArray[Any]) -> Floats:
         """Compute the imbalance [...] of device loads [...,D] on this machine."""
-        return ratios(load, self.setting.topology.speed_of_device)
+        return compute_imbalance(load, self.setting.topology.speed_of_device)
 
     def per_token(self, visits: NDArray[Any] | None) -> float | None:
         """Compute visits of a token in a layer; None where tokens or visits are not known."""
@@ -144,7 +144,7 @@ class Figure:
             return self.compute(replay)
         assert self.windows is not None
         if self.per == "window":
-            return mean(replay.steps(self.windows))
+            return average(replay.steps(self.windows))
         return replay.per_token(self.windows(replay.counts, replay.setting))
 
     def text(self, value: float | None) -> str:
@@ -152,12 +152,12 @@ class Figure:
         return "-" if value is None else f"{value:,.{self.decimals}f}"
 
 
-def mean(parts: Weighed) -> float | None:
+def average(parts: Weighed) -> float | None:
     """Average over windows and layers, by weight; None where there are no parts."""
     return sum(weight * float(each.mean()) for weight, each in parts) if parts else None
 
 
-def ratios(load: NDArray[Any], speed: Floats) -> Floats:
+def compute_imbalance(load: NDArray[Any], speed: Floats) -> Floats:
     """Compute the imbalance [...] of device loads [...,D] on devices of these speeds [D].
 
     The slowest device's time over that of loads in proportion to speeds. Layers and windows without
@@ -178,7 +178,7 @@ def ratios(load: NDArray[Any], speed: Floats) -> Floats:
     return by_block(load, compute)
 
 
-def percentile(parts: Weighed, percent: float) -> float:
+def compute_percentile(parts: Weighed, percent: float) -> float:
     """Compute the percentile of values [...], each part's by its weight."""
     if len(parts) == 1:
         return float(np.percentile(parts[0][1], percent))
@@ -190,7 +190,7 @@ def percentile(parts: Weighed, percent: float) -> float:
     return float(values[order][min(place, len(values) - 1)])
 
 
-def busiest_port(rows: NDArray[Any], topology: Topology) -> dict[str, list[float]]:
+def count_busiest_ports(rows: NDArray[Any], topology: Topology) -> dict[str, list[float]]:
     """Compute rows out of and into the busiest port of every tier, of rows [L,D,D], by layer."""
     busiest: dict[str, list[float]] = {"out": [], "in": []}
     for tier in range(1, len(topology.levels) + 1):
@@ -201,7 +201,7 @@ def busiest_port(rows: NDArray[Any], topology: Topology) -> dict[str, list[float
     return busiest
 
 
-def layer_us(counts: Counts, setting: Setting) -> Floats:
+def compute_layer_us(counts: Counts, setting: Setting) -> Floats:
     """Compute the predicted microseconds of every window and layer [W,L]."""
     model, topology = setting.serving.cost_model, setting.topology
     assert model is not None
@@ -211,7 +211,7 @@ def layer_us(counts: Counts, setting: Setting) -> Floats:
     tier, tiers = topology.tier.astype(np.uint16), len(topology.levels)
     times = []
     for run in blocks(len(counts.load), counts.load[0].size):
-        part = counts.run(run)
+        part = counts.select(run)
         compute = model.compute_us(part.load, part.active, topology.speed_of_device)
         if setting.serving.regime == "follow":
             moved = _compute_follow_us(part, topology, model)
@@ -261,12 +261,12 @@ def _compute_follow_us(counts: Counts, topology: Topology, model: CostModel) -> 
     return time
 
 
-def imbalance_of(counts: Counts, setting: Setting) -> Floats:
+def compute_window_imbalances(counts: Counts, setting: Setting) -> Floats:
     """Compute the imbalance of every window and layer [W,L]."""
-    return ratios(counts.load, setting.topology.speed_of_device)
+    return compute_imbalance(counts.load, setting.topology.speed_of_device)
 
 
-def filled_of(counts: Counts, setting: Setting) -> Floats | None:
+def compute_window_imbalances_with_waterfill(counts: Counts, setting: Setting) -> Floats | None:
     """Compute the imbalance [W,L] where a shared expert's tokens fill devices that wait.
 
     The slowest device has its routed tokens, or an even part of all work if that is more: docs/
@@ -275,25 +275,25 @@ def filled_of(counts: Counts, setting: Setting) -> Floats | None:
     ratio = setting.serving.shared_expert_ratio
     if ratio is None:
         return None
-    return np.maximum(imbalance_of(counts, setting) / (1 + ratio), 1.0)
+    return np.maximum(compute_window_imbalances(counts, setting) / (1 + ratio), 1.0)
 
 
-def us_of(counts: Counts, setting: Setting) -> Floats | None:
+def compute_window_us(counts: Counts, setting: Setting) -> Floats | None:
     """Compute the predicted microseconds of every window and layer [W,L]; None without a model."""
-    return None if setting.serving.cost_model is None else layer_us(counts, setting)
+    return None if setting.serving.cost_model is None else compute_layer_us(counts, setting)
 
 
-def visits_of(counts: Counts, setting: Setting) -> NDArray[Any] | None:
+def get_window_visits(counts: Counts, setting: Setting) -> NDArray[Any] | None:
     """Return tokens by the device that they visit [W,L,D]; None where tokens are not known."""
     return None if counts.tokens is None else counts.visits
 
 
-def node_visits_of(counts: Counts, setting: Setting) -> NDArray[Any] | None:
+def get_window_node_visits(counts: Counts, setting: Setting) -> NDArray[Any] | None:
     """Return tokens by the node that they visit [W,L,N]; None where there is one or none known."""
     return None if counts.tokens is None or setting.topology.nodes < 2 else counts.node_visits
 
 
-def crossed_of(counts: Counts, setting: Setting) -> Floats | None:
+def get_window_crossings(counts: Counts, setting: Setting) -> Floats | None:
     """Return the tokens of windows by the share of their pairs that cross [W,1]."""
     return None if counts.crossed is None else counts.crossed[:, None]
 
@@ -305,7 +305,7 @@ FIGURES = {
         "imbalance",
         3,
         "max / mean device load, averaged over layers and whole windows as they arrive (--arrival)",
-        windows=imbalance_of,
+        windows=compute_window_imbalances,
         label="imbalance",
         unit=" x the mean",
         title="Busiest device",
@@ -337,7 +337,7 @@ FIGURES = {
         3,
         "imbalance of routed and shared experts' work together, if the dispatcher gives the shared "
         "expert's to devices that wait",
-        windows=filled_of,
+        windows=compute_window_imbalances_with_waterfill,
         argument="waterfill",
         label="imbalance with waterfill",
         unit=" x the mean",
@@ -347,7 +347,7 @@ FIGURES = {
         4,
         "share of transitions between devices",
         lambda replay: replay.crossing,
-        windows=crossed_of,
+        windows=get_window_crossings,
         per="token",
         label="crossing",
         title="Steps that leave the device",
@@ -357,7 +357,7 @@ FIGURES = {
         "fanout",
         3,
         "devices that a token visits in a layer",
-        windows=visits_of,
+        windows=get_window_visits,
         per="token",
         label="fanout",
         title="Devices that a token visits",
@@ -368,7 +368,7 @@ FIGURES = {
         3,
         "nodes that a token visits in a layer",
         lambda replay: replay.per_token(replay.counts.node_visits),
-        windows=node_visits_of,
+        windows=get_window_node_visits,
         per="token",
         label="node fanout",
         title="Nodes that a token visits",
@@ -385,7 +385,7 @@ FIGURES = {
         "layer us",
         1,
         "predicted layer time",
-        windows=us_of,
+        windows=compute_window_us,
         label="predicted layer time",
         unit=US,
     ),
@@ -395,7 +395,9 @@ FIGURES = {
             1,
             f"time that {share} percent of layers and windows do not exceed",
             partial(
-                lambda percent, replay: percentile(replay.times, percent) if replay.times else None,
+                lambda percent, replay: (
+                    compute_percentile(replay.times, percent) if replay.times else None
+                ),
                 share,
             ),
             unit=US,

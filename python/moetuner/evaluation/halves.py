@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner.evaluation.arrival import orders, places
+from moetuner.evaluation.arrival import find_places, list_orders
 from moetuner.evaluation.cells import Cells, Dealt
 from moetuner.evaluation.figures import FIGURES, CountsByOrder, Figure, Windows
-from moetuner.evaluation.reading import Progress, part_of
-from moetuner.evaluation.replay import Counts, Setting, counts_of, without_groups
+from moetuner.evaluation.reading import Progress, scale_progress
+from moetuner.evaluation.replay import Counts, Setting, count_each, drop_groups
 from moetuner.evaluation.samples import Folds, Samples
 from moetuner.recording import Recording
 
@@ -60,7 +60,7 @@ class Halved(NamedTuple):
 ByGroup = dict[str | None, dict[str, Halved]]
 
 
-def halvings(folds: int) -> NDArray[np.bool_]:
+def choose_halvings(folds: int) -> NDArray[np.bool_]:
     """Return which folds are on the first side of every halving [H,F]; none of a single fold."""
     prime = next(prime for prime in PRIMES if prime + 1 >= folds)
     squares = np.arange(1, prime) ** 2 % prime
@@ -120,7 +120,7 @@ def halve_each(
         return None
 
     new = [setting for setting in settings if find(setting) is None]
-    computed = _halve_anew(traffic, new, request, progress)
+    computed = _compute_halves(traffic, new, request, progress)
     cached += [(setting, request, each) for setting, each in zip(new, computed, strict=True)]
     return [figures for figures in map(find, settings) if figures is not None]
 
@@ -138,7 +138,7 @@ class _Request(NamedTuple):
         return self.samples is other.samples and has_groups and other.names <= self.names
 
 
-def _halve_anew(
+def _compute_halves(
     traffic: Recording,
     settings: Sequence[Setting],
     request: _Request,
@@ -151,37 +151,37 @@ def _halve_anew(
         # Without labels, folds are runs of windows of one size.
         ends = np.linspace(0, 1, len(settings) + 1).tolist()
         return [
-            _halve_anew(traffic, [setting], request, part_of(progress, begin, end))[0]
+            _compute_halves(traffic, [setting], request, scale_progress(progress, begin, end))[0]
             for setting, begin, end in zip(settings, ends[:-1], ends[1:], strict=True)
         ]
     one = settings[0]
-    traffic = traffic if request.by_group else without_groups(traffic)
+    traffic = traffic if request.by_group else drop_groups(traffic)
     rows = traffic.group_rows()
     if not request.by_group:
         rows = {None: rows[None]}
     folds = {group: request.samples.deal(traffic, own, one.window) for group, own in rows.items()}
-    served = orders(traffic, one.serving.arrival, seed=one.options.mixed_seed)
+    served = list_orders(traffic, one.serving.arrival, seed=one.options.mixed_seed)
     halved: list[list[ByGroup]] = []
     for number, (_, order) in enumerate(served):
-        own_report = part_of(progress, number / len(served), (number + 1) / len(served))
-        counted = [*counts_of(traffic, settings, part_of(own_report, 0, COUNTING), order)]
+        own_report = scale_progress(progress, number / len(served), (number + 1) / len(served))
+        counted = [*count_each(traffic, settings, scale_progress(own_report, 0, COUNTING), order)]
         halved.append([{} for _ in settings])
         for at, (group, own) in enumerate(rows.items()):
-            dealt = Dealt(traffic, own, places(order, own), folds[group])
+            dealt = Dealt(traffic, own, find_places(order, own), folds[group])
             halvings_of = [
                 _Halving(dealt, setting, counts[group], request.names)
                 for setting, counts in zip(settings, counted, strict=True)
             ]
             begin = COUNTING + (1 - COUNTING) * at / len(rows)
             end = COUNTING + (1 - COUNTING) * (at + 1) / len(rows)
-            _halve_dealt(dealt, halvings_of, part_of(own_report, begin, end))
+            _add_counts(dealt, halvings_of, scale_progress(own_report, begin, end))
             for figures, halving in zip(halved[-1], halvings_of, strict=True):
-                figures[group] = halving.figures()
+                figures[group] = halving.compute_figures()
     weights = [weight for weight, _ in served]
-    return [_weigh(weights, by_order) for by_order in zip(*halved, strict=True)]
+    return [_average_orders(weights, by_order) for by_order in zip(*halved, strict=True)]
 
 
-def _weigh(weights: Sequence[float], by_order: Sequence[ByGroup]) -> ByGroup:
+def _average_orders(weights: Sequence[float], by_order: Sequence[ByGroup]) -> ByGroup:
     """Return the figures of traffic that arrives in orders of such weights."""
     if len(by_order) == 1:
         return by_order[0]
@@ -195,7 +195,7 @@ def _weigh(weights: Sequence[float], by_order: Sequence[ByGroup]) -> ByGroup:
     return weighed
 
 
-def _halve_dealt(dealt: Dealt, halvings_of: Sequence[_Halving], progress: Progress | None) -> None:
+def _add_counts(dealt: Dealt, halvings_of: Sequence[_Halving], progress: Progress | None) -> None:
     """Add what folds have of windows to halvings of several placements.
 
     It is counted in the shortest windows, of which longer ones are made, and where folds share a
@@ -258,7 +258,7 @@ class _Halving:
             if is_asked and replay.steps(cast(Windows, figure.windows)):
                 self._figures[name] = figure
         self._values = {name: each.value(replay) or 0.0 for name, each in self._figures.items()}
-        first = halvings(dealt.folds.number)
+        first = choose_halvings(dealt.folds.number)
         bits = 1 << np.arange(dealt.folds.number)
         self._sides = (np.concatenate([first, ~first]) @ bits).tolist()
         # Of every figure its sums over windows of all sides, and of their weights.
@@ -272,7 +272,7 @@ class _Halving:
             windows = slice(first, min(first + step, end))
             sides = _core.Sides(self._tokens[windows], self._sides)
             _, tokens, lengths, of_side = sides.rows()
-            counts = self._counts_of(sides, windows, times, cells)
+            counts = self._count_sides(sides, windows, times, cells)
             for name, figure in self._figures.items():
                 assert figure.windows is not None
                 table = figure.windows(counts, self.setting)
@@ -283,7 +283,7 @@ class _Halving:
                     value, weight = value / lengths, tokens.astype(np.float64)
                 self._sums[name] += np.stack([weight * value, weight])[:, of_side].sum(axis=1)
 
-    def figures(self) -> dict[str, Halved]:
+    def compute_figures(self) -> dict[str, Halved]:
         """Return all figures that have halves."""
         halved = {}
         for name, (above, below) in self._sums.items():
@@ -292,7 +292,7 @@ class _Halving:
             halved[name] = Halved(self._values[name], sides, self._folds)
         return halved
 
-    def _counts_of(
+    def _count_sides(
         self, sides: _core.Sides, windows: slice, times: int, cells: Cells | None
     ) -> Counts:
         """Return counts of what sides have of windows, each scaled to all tokens of its window."""

@@ -80,7 +80,7 @@ class Spread(Frozen):
         """Probability of such a value, or a larger one, if the true one is 0; 1 of few units."""
         if not self.is_enough or self.value <= 0 or self.error is None:
             return 1.0
-        return tail(self.value / self.error, self.freedom) if self.error > 0 else 0.0
+        return compute_tail(self.value / self.error, self.freedom) if self.error > 0 else 0.0
 
     def __neg__(self) -> Spread:
         """Turn the sign."""
@@ -97,7 +97,7 @@ class Spread(Frozen):
         return Spread(value, math.sqrt(own + others), max(freedom, 1), units)
 
 
-def spread(value: float, sides: NDArray[np.float64], folds: Folds) -> Spread:
+def estimate_spread(value: float, sides: NDArray[np.float64], folds: Folds) -> Spread:
     """Return how far a figure is from the truth, by what it is on sides [2,H] of halves."""
     apart = (sides[0] - sides[1]) / 2
     apart = apart[np.isfinite(apart)]
@@ -111,10 +111,10 @@ def compute_change(before: Halved, after: Halved) -> Spread:
         return Spread(0.0, None, 1, after.folds.units)
     with np.errstate(divide="ignore", invalid="ignore"):
         sides = after.sides / before.sides - 1
-    return spread(after.value / before.value - 1, sides, after.folds)
+    return estimate_spread(after.value / before.value - 1, sides, after.folds)
 
 
-def holm(chances: Sequence[float]) -> list[float]:
+def adjust_by_holm(chances: Sequence[float]) -> list[float]:
     """Adjust probabilities so that none falls below a level by chance, as often as the level says.
 
     Whatever they have to do with each other (Holm 1979).
@@ -127,7 +127,7 @@ def holm(chances: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def tail(t: float, freedom: int) -> float:
+def compute_tail(t: float, freedom: int) -> float:
     """Compute the probability that a variate of Student's t of such freedom is above ``t``.
 
     By finite sums over powers of a cosine (Abramowitz and Stegun, 26.7.3 and 26.7.4).

@@ -17,7 +17,7 @@ from moetuner.evaluation import Evaluation, Replayed, evaluate_each
 from moetuner.evaluation.comparison import PRICE, Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.halves import Halved, halve, halve_each
-from moetuner.evaluation.intervals import CONFIDENCE, FEWEST, Spread, compute_change, holm
+from moetuner.evaluation.intervals import CONFIDENCE, FEWEST, Spread, adjust_by_holm, compute_change
 from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.samples import Samples, find_samples
 from moetuner.frozen import Frozen, as_json, html_table
@@ -122,7 +122,7 @@ class Judgement(Frozen):
         """
         named = [
             each
-            for each in self._judged(than, measures)
+            for each in self._select_comparisons(than, measures)
             if each.chance <= 1 - CONFIDENCE and _is_above(each.change, than)
         ]
         return sorted(named, key=lambda each: -each.change.value)
@@ -131,12 +131,12 @@ class Judgement(Frozen):
         """Return groups that gain less than the best served one by more than a share."""
         named = [
             each
-            for each in self._judged(than, measures)
+            for each in self._select_comparisons(than, measures)
             if each.behind_chance <= 1 - CONFIDENCE and _is_above(each.behind, than)
         ]
         return sorted(named, key=lambda each: -each.behind.value if each.behind else 0.0)
 
-    def _judged(self, than: float, measures: Collection[str]) -> list[Comparison]:
+    def _select_comparisons(self, than: float, measures: Collection[str]) -> list[Comparison]:
         """Return the comparisons of every group in some measures, by default in all."""
         if not check.is_number(than):
             raise ValueError(f"than must be a finite number, got {check.shown(than)}")
@@ -170,8 +170,8 @@ class Judgement(Frozen):
                 "groups": self.groups,
                 "units": self._describe_samples(),
                 "too_few": self.too_few,
-                "worse": _name(self.worse()),
-                "behind": _name(self.behind()),
+                "worse": _list_names(self.worse()),
+                "behind": _list_names(self.behind()),
             }
         )
         return fields
@@ -191,7 +191,7 @@ def _is_above(change: Spread | None, least: float) -> bool:
     return change.low > 0 and change.value > least
 
 
-def _name(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
+def _list_names(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
     """Return groups and figures, which say where comparisons stand, as JSON values."""
     return [{"group": each.group, "measure": each.measure} for each in comparisons]
 
@@ -290,7 +290,7 @@ def judge(
         }
     overall = compared.pop(None)
     groups = {group: own for group, own in compared.items() if group is not None}
-    judged = _weigh_groups(groups or {"all": overall})
+    judged = _judge_groups(groups or {"all": overall})
     return Judgement(
         before,
         after,
@@ -396,7 +396,7 @@ def _change_figures(before: dict[str, Halved], after: dict[str, Halved]) -> dict
     }
 
 
-def _weigh_groups(groups: dict[str, Comparisons]) -> dict[str, Comparisons]:
+def _judge_groups(groups: dict[str, Comparisons]) -> dict[str, Comparisons]:
     """Judge all changes of all groups, and how far each is behind the best, as one family."""
     judged = {group: dict(own) for group, own in groups.items()}
     changed: list[tuple[str, str, float]] = []
@@ -417,7 +417,7 @@ def _weigh_groups(groups: dict[str, Comparisons]) -> dict[str, Comparisons]:
                 # The best was picked out of all others, for being far from this one.
                 chance = min((len(enough) - 1) * apart.chance, 1.0)
                 behind.append((group, measure, chance))
-    chances = holm([chance for _, _, chance in (*changed, *behind)])
+    chances = adjust_by_holm([chance for _, _, chance in (*changed, *behind)])
     for (group, measure, _), chance in zip(changed, chances[: len(changed)], strict=True):
         judged[group][measure] = replace(judged[group][measure], chance=chance)
     for (group, measure, _), chance in zip(behind, chances[len(changed) :], strict=True):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moetuner import _checks as check
 from moetuner import _core
-from moetuner.evaluation.reading import Progress, Rows, part_of, read
+from moetuner.evaluation.reading import Progress, Rows, read, scale_progress
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
@@ -62,7 +62,7 @@ FAR, AGAIN = 3, 0.5
 FEW_PER_GROUP = 4
 
 
-def kinds_of(
+def find_sequence_kinds(
     trace: RoutingTrace, labels: NDArray[np.int32], progress: Progress | None = None
 ) -> tuple[Integers | None, Likeness, bool]:
     """Find the kinds of the sequences in ``labels`` [S], numbered; None where each is its own.
@@ -77,12 +77,13 @@ def kinds_of(
     label, of_sequence = check.ranks(trace.sequence, labels), np.zeros(number, dtype=np.int64)
     if trace.group is not None:
         of_sequence[label] = trace.group
-    text, likeness = number_texts(trace, label, number, part_of(progress, 0, 1 / 2))
+    text, likeness = number_texts(trace, label, number, scale_progress(progress, 0, 1 / 2))
     texts, first = np.unique(text, return_index=True)
     layers = min(LAYERS, trace.layers, CELLS // max(number * trace.num_experts, 1))
     if layers < 1:
         return (text if len(texts) < number else None), likeness, False
-    count = loads_by(trace, label, number, layers, part_of(progress, 1 / 2, 1))[first]
+    report = scale_progress(progress, 1 / 2, 1)
+    count = count_loads_by_label(trace, label, number, layers, report)[first]
     kind, all_alike = _find_kinds_by_group(count, of_sequence[first])
     if EACH * (int(kind.max(initial=-1)) + 1) > len(texts):
         kind = np.arange(len(texts))
@@ -92,8 +93,8 @@ def kinds_of(
     return (kind[text] if kinds < number else None), likeness, all_alike
 
 
-def kinds_of_windows(statistics: RoutingStatistics) -> tuple[Integers | None, bool]:
-    """Find the kinds of the windows of loads [W], as ``kinds_of`` those of sequences."""
+def find_window_kinds(statistics: RoutingStatistics) -> tuple[Integers | None, bool]:
+    """Find the kinds of the windows of loads [W], as ``find_sequence_kinds`` those of sequences."""
     number = statistics.windows
     layers = min(LAYERS, statistics.layers, CELLS // max(number * statistics.experts, 1))
     used = statistics.window_load.any(axis=(1, 2))
@@ -151,7 +152,7 @@ def number_texts(
     common = np.flatnonzero(size == 0)
     pairs = [*zip(one[joined].tolist(), other[joined].tolist(), strict=True)]
     pairs += [(int(common[0]), each) for each in common[1:].tolist()]
-    return _join_pairs(pairs, number), "text" if repeats else "part of the text"
+    return _merge_pairs(pairs, number), "text" if repeats else "part of the text"
 
 
 def _list_passages(
@@ -195,7 +196,7 @@ def _list_passages(
     return np.concatenate(codes), np.concatenate(owners)
 
 
-def _join_pairs(pairs: list[tuple[int, int]], number: int) -> Integers:
+def _merge_pairs(pairs: list[tuple[int, int]], number: int) -> Integers:
     """Return numbers of what pairs join of so many [S], in the order of the first of each."""
     parent = list(range(number))
 
@@ -251,7 +252,7 @@ def _find_few_kinds(
         vary = 2 * (spread**2).sum(axis=1) / np.maximum(spread.sum(axis=1) ** 2, 1e-300)
     far = 1 + NEAR * np.sqrt(vary)
     share = subtract_levels(share, group)
-    kind = _join(share, tokens, noise, far)
+    kind = _cluster(share, tokens, noise, far)
     if kind is not None or number > COMPARED:
         is_path = are_windows and kind is not None and _is_path(share, kind)
         return None if is_path else kind
@@ -259,13 +260,13 @@ def _find_few_kinds(
     square = products.diagonal() - noise
     distance = square[:, None] + square - 2 * products
     nearby = float(np.quantile(distance[~np.eye(number, dtype=bool)], LOCAL))
-    kind = _join(share, tokens, noise, far, CHANGED * max(nearby, 0.0))
+    kind = _cluster(share, tokens, noise, far, CHANGED * max(nearby, 0.0))
     if kind is None or not _are_apart(distance, kind) or (are_windows and _is_path(share, kind)):
         return None
     return kind
 
 
-def _join(
+def _cluster(
     share: Floats, tokens: Floats, noise: Floats, far: Floats, changed: float = 0.0
 ) -> Integers | None:
     """Return the kind of sequences of shares [S,F], noise and its limit [S]; None if many.
@@ -369,7 +370,7 @@ def subtract_levels(share: Floats, group: NDArray[np.integer[Any]] | None) -> Fl
     return levelled
 
 
-def loads_by(
+def count_loads_by_label(
     trace: RoutingTrace,
     label: NDArray[Any],
     number: int,

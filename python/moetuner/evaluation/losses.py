@@ -78,7 +78,7 @@ class Losses(NamedTuple):
         return self._asdict()
 
 
-def domains_of(topology: Topology, domain: Domain) -> NDArray[np.int64]:
+def number_domains(topology: Topology, domain: Domain) -> NDArray[np.int64]:
     """Return the failure domain of every device [D]."""
     if domain == "node":
         return np.asarray(topology.node_of_device, dtype=np.int64)
@@ -98,7 +98,7 @@ def measure_losses(
 
     Loads after a loss are known unless the nearest copy serves.
     """
-    imbalance, lost = imbalances_after(
+    imbalance, lost = compute_imbalances_after_loss(
         placement, load, topology, domain, split=split, threads=threads
     )
     rule = RULES[split]
@@ -145,23 +145,25 @@ def bound_worst_loss(load: NDArray[Any], slots: int, devices: int) -> float:
     for layer in shares:
         copies = np.full(layer.size, 2)
         # The next copy goes where the sum falls most; it falls less with every copy of an expert.
-        falls = [(-_fall(share, 2), expert) for expert, share in enumerate(layer.tolist())]
+        falls = [
+            (-_compute_saving(share, 2), expert) for expert, share in enumerate(layer.tolist())
+        ]
         heapq.heapify(falls)
         for _ in range(slots - 2 * layer.size):
             _, expert = falls[0]
             copies[expert] += 1
-            fall = _fall(float(layer[expert]), int(copies[expert]))
+            fall = _compute_saving(float(layer[expert]), int(copies[expert]))
             heapq.heapreplace(falls, (-fall, expert))
         worst = max(worst, float((layer**2 / (copies * (copies - 1))).sum()))
     return (devices - 1) * (1 / devices + worst)
 
 
-def _fall(share: float, copies: int) -> float:
+def _compute_saving(share: float, copies: int) -> float:
     """Compute how much smaller ``q^2 / (c (c - 1))`` is with one more copy of an expert."""
     return 2 * share * share / ((copies - 1) * copies * (copies + 1))
 
 
-def imbalances_after(
+def compute_imbalances_after_loss(
     placement: Placement,
     load: NDArray[Any],
     topology: Topology,
@@ -177,7 +179,7 @@ def imbalances_after(
     return _core.measure_losses(
         np.ascontiguousarray(placement.slots, dtype=np.int32),
         np.ascontiguousarray(load, dtype=np.float64),
-        domains_of(topology, domain).tolist(),
+        number_domains(topology, domain).tolist(),
         topology.time_of_device.tolist(),
         divided=RULES[split].needs_windows,
         threads=threads,

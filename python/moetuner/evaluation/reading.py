@@ -29,7 +29,7 @@ RowOf = Callable[[slice], Integers]
 Progress = Callable[[float], None]
 
 
-def part_of(progress: Progress | None, begin: float, end: float) -> Progress | None:
+def scale_progress(progress: Progress | None, begin: float, end: float) -> Progress | None:
     """Return a callback for a part of some work, from one share of all of it to another."""
     return progress and (lambda share: progress(begin + (end - begin) * share))
 

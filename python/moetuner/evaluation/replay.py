@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner._checks import ArgumentError, instance
 from moetuner.evaluation import copies
-from moetuner.evaluation.arrival import Order, mix, mixed_windows, places
+from moetuner.evaluation.arrival import Order, find_places, mix, mix_windows
 from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.reading import Progress, Rows, read
 from moetuner.placement import EMPTY, Placement
@@ -81,7 +81,7 @@ class Counts:
         """Tokens of every device of all windows together [L,D]."""
         return self.load.sum(axis=0) if self.divided_load is None else self.divided_load
 
-    def run(self, windows: slice) -> Counts:
+    def select(self, windows: slice) -> Counts:
         """Return the counts of a run of windows; counts of all windows together stay."""
         return replace(
             self,
@@ -152,7 +152,7 @@ class Setting:
     @property
     def slot_shares(self) -> Floats:
         """The share of its expert's tokens that every slot serves [L,D,S]."""
-        return copies.slot_shares(self.placement, self.topology, self.serving.split)
+        return copies.compute_slot_shares(self.placement, self.topology, self.serving.split)
 
     def begin_replay(self, rows: Rows, **wanted: Any) -> _core.Replay:
         """Begin to replay tokens in their rows; ``wanted`` is as for the core."""
@@ -189,7 +189,7 @@ def check_model(placement: Placement, traffic: Recording, topology: Topology) ->
 # What files hold: one of the two.
 
 
-def without_groups(recording: Recording) -> Recording:
+def drop_groups(recording: Recording) -> Recording:
     """Return traffic of which no group is replayed by itself: each is replayed once more.
 
     Groups of counts stay: they say which windows follow each other, and take no replay.
@@ -197,7 +197,7 @@ def without_groups(recording: Recording) -> Recording:
     return replace(as_trace(recording), group=None) if recording.ordered else recording
 
 
-def counts_of(
+def count_each(
     traffic: Recording,
     settings: Sequence[Setting],
     progress: Progress | None = None,
@@ -225,7 +225,8 @@ def counts_of(
         # Whose turn it is depends on the tokens before: they are read in the order of arrival.
         trace, order = trace.take(order), None
     parts = {
-        group: _Part(trace, settings, rows, order) for group, rows in trace.group_rows().items()
+        group: _GroupReplay(trace, settings, rows, order)
+        for group, rows in trace.group_rows().items()
     }
     readers = [rows for part in parts.values() for rows in part.readers]
     read(readers, threads=settings[0].options.threads, progress=progress)
@@ -253,7 +254,7 @@ def _expected_counts(
         }
 
 
-class _Part:
+class _GroupReplay:
     """Some tokens of a trace under replay, in the order in which they arrive, for all settings."""
 
     def __init__(
@@ -267,11 +268,11 @@ class _Part:
         # Longer windows are sums of the shortest ones.
         one = min(settings, key=lambda each: each.window or 0)
         self._window = one.window or max(len(tokens), 1)
-        place = places(order, tokens)
+        place = find_places(order, tokens)
         rows = Rows.by_window(trace, tokens, self._window, place)
         self.readers = [rows]
         # Of each placement once, whatever the windows.
-        self._at = [_first_with(each.placement, settings) for each in settings]
+        self._at = [_find_first(each.placement, settings) for each in settings]
         self._replays = {
             at: settings[at].begin_replay(rows, pairs=True, of_slots=settings[at].counts_slots)
             for at in dict.fromkeys(self._at)
@@ -308,14 +309,14 @@ class _Part:
         if at in self._mixed:
             self._mixed_loads[at] = self._mixed.pop(at).finish()[0]
         times = (setting.window or self._window) // self._window
-        experts = None if self._expert_load is None else _join(self._expert_load, times)
+        experts = None if self._expert_load is None else _sum_windows(self._expert_load, times)
         load, visits, node_visits, of_slots = (
-            _join(table, times) for table in (load, visits, node_visits, of_slots)
+            _sum_windows(table, times) for table in (load, visits, node_visits, of_slots)
         )
         mixed = load if setting.options.mixed else None
         if setting.options.mixed and at in self._mixed_loads:
-            mixed = _join(self._mixed_loads[at], times)
-            mixed = _take_turns(setting.placement, mixed) if setting.takes_turns else mixed
+            mixed = _sum_windows(self._mixed_loads[at], times)
+            mixed = _split_in_turns(setting.placement, mixed) if setting.takes_turns else mixed
         if at not in self._at[number + 1 :]:
             del self._tallies[at]
         steps = max(len(self._tokens) // (times * self._window), 1)
@@ -335,12 +336,12 @@ class _Part:
         )
 
 
-def _first_with(placement: Placement, settings: Sequence[Setting]) -> int:
+def _find_first(placement: Placement, settings: Sequence[Setting]) -> int:
     """Return the number of the first setting of a placement."""
     return next(at for at, each in enumerate(settings) if each.placement is placement)
 
 
-def _join(table: Numbers, times: int) -> Numbers:
+def _sum_windows(table: Numbers, times: int) -> Numbers:
     """Add up counts of so many windows after each other [W,...]; the last are of what is left."""
     if times == 1:
         return table
@@ -349,7 +350,7 @@ def _join(table: Numbers, times: int) -> Numbers:
     return joined
 
 
-def _take_turns(placement: Placement, load: Numbers) -> Numbers:
+def _split_in_turns(placement: Placement, load: Numbers) -> Numbers:
     """Return loads of devices [W,L,D] whose copies take turns, of loads of experts [W,L,E].
 
     Of the n tokens of a window that come after s others, the j-th of c copies serves those whose
@@ -386,10 +387,10 @@ def _count_by_experts(
     of_all = load if total is None else total
     rows = copies.count_rows(placement, topology, split, visits.sum(axis=0), of_all)
     if of_slots is not None and setting.counts_slots:
-        return rows, copies.count_busy(placement, of_slots)
+        return rows, copies.count_busy_slots(placement, of_slots)
     if not setting.with_active or load is None:
         return rows, None
-    return rows, copies.count_active(placement, share, load)
+    return rows, copies.count_active_experts(placement, share, load)
 
 
 class Expected:
@@ -423,10 +424,10 @@ class Expected:
             )
             load = copies.serve(placement, self._share, statistics.set_load[None])[0]
             by_node = _sum_by_node(load, topology)
-            self._met = _divide(of_devices, load), _divide(of_nodes, by_node)
+            self._met = _divide_or_zero(of_devices, load), _divide_or_zero(of_nodes, by_node)
         elif statistics.coactivation is not None and statistics.top_k_of_layer is not None:
             pairs, top_k = statistics.coactivation, statistics.top_k_of_layer
-            self._met = copies.estimate_met(
+            self._met = copies.estimate_visits_per_load(
                 placement, topology, split, pairs, top_k, setting.options.threads
             )
 
@@ -450,7 +451,7 @@ class Expected:
             windows = window_load if self._divides else load
             steps = windows if is_full_window.all() else windows[is_full_window]
             mixed = np.empty((len(steps), *load.shape[1:]))
-            for place, drawn in mixed_windows(steps, seed=setting.options.mixed_seed):
+            for place, drawn in mix_windows(steps, seed=setting.options.mixed_seed):
                 mixed[place] = self._serve(drawn) if self._divides else drawn
         # Which tokens a programme sends where is not known: visits and rows are of even shares.
         shared = load
@@ -500,7 +501,7 @@ def _sum_by_node(load: Floats, topology: Topology) -> Floats:
     return total
 
 
-def _divide(part: Floats, total: Floats) -> Floats:
+def _divide_or_zero(part: Floats, total: Floats) -> Floats:
     """Divide where the total is above 0; elsewhere the quotient is 0."""
     return np.divide(part, total, out=np.zeros_like(part), where=total > 0)
 

@@ -73,8 +73,8 @@ def dispatch_rows(
             f"placement must have {expected[0]} layers and {expected[1]} experts like the trace, "
             f"got {actual[0]} and {actual[1]}"
         )
-    size = node_size(placement.devices, devices_per_node)
-    homes = homes_of(home, trace.tokens, placement.devices)
+    size = check_node_size(placement.devices, devices_per_node)
+    homes = assign_homes(home, trace.tokens, placement.devices)
     places = (
         np.arange(trace.tokens) if position is None else _check_positions(position, trace.tokens)
     )
@@ -88,7 +88,7 @@ def dispatch_rows(
         place=places,
         home=homes,
     )
-    replay = rows.replay(placement.slots, (device // size).tolist(), split=split_rule(split))
+    replay = rows.replay(placement.slots, (device // size).tolist(), split=check_split(split))
     read([rows])
     visits, to_nodes = (table.transpose(1, 0, 2).astype(np.int64) for table in replay.finish()[1:3])
     sent = visits
@@ -103,7 +103,7 @@ def dispatch_rows(
     return sent
 
 
-def homes_of(home: ArrayLike | str, tokens: int, devices: int) -> NDArray[np.int64]:
+def assign_homes(home: ArrayLike | str, tokens: int, devices: int) -> NDArray[np.int64]:
     """Return the home device of every token [T]; ``"blocks"`` as in ``dispatch_rows``."""
     if isinstance(home, str):
         if home != "blocks":
@@ -118,7 +118,7 @@ def homes_of(home: ArrayLike | str, tokens: int, devices: int) -> NDArray[np.int
     return homes
 
 
-def node_size(devices: int, devices_per_node: int | None) -> int:
+def check_node_size(devices: int, devices_per_node: int | None) -> int:
     """Check the devices of a node; None is all devices."""
     size = devices if devices_per_node is None else devices_per_node
     whole_number("devices_per_node", size)
@@ -130,7 +130,7 @@ def node_size(devices: int, devices_per_node: int | None) -> int:
     return size
 
 
-def split_rule(split: str) -> LayerSplit:
+def check_split(split: str) -> LayerSplit:
     """Check the name of a rule for choosing between copies."""
     one_of("split", split, get_args(LayerSplit))
     return cast(LayerSplit, split)

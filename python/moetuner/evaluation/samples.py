@@ -22,8 +22,8 @@ from moetuner._checks import ArgumentError, is_number, seed_in, shown
 from moetuner.evaluation.kinds import (
     FEW_PER_GROUP,
     Likeness,
-    kinds_of,
-    kinds_of_windows,
+    find_sequence_kinds,
+    find_window_kinds,
     number_groups,
     subtract_levels,
 )
@@ -161,12 +161,12 @@ class Samples:
         """
         label: Integers | None = None
         if traffic.sequence is not None:
-            label = self.of_tokens(traffic.sequence)
+            label = self.label_tokens(traffic.sequence)
         elif self.kinds is not None:
             # A part of a recording has windows of fewer kinds.
             label = find_samples(traffic).kinds
         if label is None:
-            windows = max(len(rows) // traffic.rows_in(window or piece_of(traffic)), 1)
+            windows = max(len(rows) // traffic.rows_in(window or choose_piece_size(traffic)), 1)
             units = self.blocks.number(windows)
             number = max(min(units, folds or FOLDS), 1)
             if self.blocks.correlation_length > 1 and folds is None:
@@ -188,7 +188,7 @@ class Samples:
             heapq.heappush(shortest, (size + int(sizes[place]), own))
         return Folds(check.at(fold, unit), number, len(sizes))
 
-    def of_tokens(self, sequence: NDArray[np.int32]) -> NDArray[np.int32]:
+    def label_tokens(self, sequence: NDArray[np.int32]) -> NDArray[np.int32]:
         """Return the unit of tokens of sequences [t]."""
         if self.sequences is None or self.kinds is None:
             return sequence
@@ -223,9 +223,9 @@ def _find_samples_anew(
     if traffic.sequence is not None:
         return _find_samples_of_sequences(as_trace(traffic), progress)
     if window is None:
-        window = piece_of(traffic)
+        window = choose_piece_size(traffic)
     loads = count_loads(traffic, window=window, threads=threads, progress=progress)
-    blocks = blocks_of(loads.window_load, loads.group)
+    blocks = measure_blocks(loads.window_load, loads.group)
     return Samples("window", blocks.number(max(traffic.length // (window or 1), 1)), blocks)
 
 
@@ -253,24 +253,24 @@ def _find_samples_of_windows(table: RoutingStatistics) -> Samples:
             samples,
             blocks=Blocks(steps * blocks.correlation_time, steps * blocks.correlation_length),
         )
-    kinds, _ = kinds_of_windows(table)
+    kinds, _ = find_window_kinds(table)
     if kinds is not None:
         return Samples("kind", int(kinds.max()) + 1, kinds=kinds)
-    blocks = blocks_of(table.window_load, table.group)
+    blocks = measure_blocks(table.window_load, table.group)
     return Samples("window", blocks.number(int(table.is_step.sum())), blocks)
 
 
 def _find_samples_of_sequences(trace: RoutingTrace, progress: Progress | None) -> Samples:
     """Return what is independent in a trace with sequences: these, or their kinds."""
     labels = check.distinct(cast("NDArray[np.int32]", trace.sequence))
-    kinds, likeness, all_alike = kinds_of(trace, labels, progress)
+    kinds, likeness, all_alike = find_sequence_kinds(trace, labels, progress)
     if kinds is None:
         return Samples("sequence", len(labels), all_alike=all_alike)
     number = int(kinds.max(initial=-1)) + 1
     return Samples("kind", number, sequences=labels, kinds=kinds, likeness=likeness)
 
 
-def blocks_of(
+def measure_blocks(
     load: NDArray[np.unsignedinteger[Any]], group: NDArray[np.integer[Any]] | None = None
 ) -> Blocks:
     """Compute how far windows are alike from their loads [W,L,E], each group around its own mean.
@@ -356,22 +356,24 @@ def _measure_lags(share: Floats, label: NDArray[np.int64]) -> tuple[Floats, Floa
     for first in range(0, furthest, 2):
         two = slice(first, first + 2)
         both = float(covariances[two].sum() / np.sqrt((errors[two] ** 2).sum()))
-        weight[two] = _weigh(np.maximum(both, [sure[first], *sure[first + 1 : first + 2]]), ALIKE)
+        weight[two] = _weigh_evidence(
+            np.maximum(both, [sure[first], *sure[first + 1 : first + 2]]), ALIKE
+        )
         if both <= ALIKE:
-            weight[first + 1 : first + 2] = _weigh(sure[first + 1 : first + 2], ALIKE)
+            weight[first + 1 : first + 2] = _weigh_evidence(sure[first + 1 : first + 2], ALIKE)
         if not weight[first]:
             break
         reach = first + 1 + int((weight[first + 1 : first + 2] > 0).sum())
     weight[reach:] = 0
     # Pairs of windows that are alike as neighbours are tell less than so many.
-    beyond = _weigh(sure, SURE * math.sqrt(1 + reach))
+    beyond = _weigh_evidence(sure, SURE * math.sqrt(1 + reach))
     # Up to what comes back, all that is between counts, too.
     weight = np.maximum(weight, np.maximum.accumulate(beyond[::-1])[::-1])
     reach = int(np.flatnonzero(weight).max(initial=-1)) + 1
     return covariances[:reach], weight[:reach], float(own.sum() / windows) - mean
 
 
-def _weigh(sure: Floats, least: float) -> Floats:
+def _weigh_evidence(sure: Floats, least: float) -> Floats:
     """Return how much counts what is so many standard errors from 0: nothing up to the least."""
     weight: Floats = 1 - (least / np.maximum(sure, least)) ** 2
     return weight
@@ -453,7 +455,7 @@ def hold_out(
         unseen = np.isin(np.arange(number), rng.permutation(number)[:count])
         return traffic.take(~unseen), traffic.take(unseen)
     seen, unseen = np.zeros((2, number), dtype=bool)
-    for stretch in stretches_of(traffic.group, number):
+    for stretch in split_into_stretches(traffic.group, number):
         chosen = choose_runs(len(stretch), holdout, gap, seed)
         seen[stretch], unseen[stretch] = chosen
     return traffic.take(seen), traffic.take(unseen)
@@ -463,11 +465,11 @@ def _label_rows(recording: Recording) -> tuple[Integers | None, int]:
     """Return the unit of every row, None where only runs are; and how far neighbours are alike."""
     sequence = recording.sequence
     if sequence is not None and (sequence != sequence[0]).any():
-        unit = find_samples(recording).of_tokens(sequence)
+        unit = find_samples(recording).label_tokens(sequence)
         # All of one kind: sequences are held out then, which are no evidence of others.
         return (sequence if (unit == unit[0]).all() else unit), 1
     if recording.ordered:
-        return None, alike_tokens(recording)
+        return None, measure_correlation_length(recording)
     samples = find_samples(recording)
     return samples.kinds, samples.blocks.correlation_length
 
@@ -481,18 +483,19 @@ def _draw(
     return check.among(unit, rng.permutation(labels)[:count])
 
 
-def alike_tokens(trace: Recording) -> int:
+def measure_correlation_length(trace: Recording) -> int:
     """Compute over how many tokens neighbours of an unlabelled trace are alike."""
-    loads = count_loads(trace, window=piece_of(trace))
-    return piece_of(trace) * blocks_of(loads.window_load, loads.group).correlation_length
+    piece = choose_piece_size(trace)
+    loads = count_loads(trace, window=piece)
+    return piece * measure_blocks(loads.window_load, loads.group).correlation_length
 
 
-def piece_of(trace: Recording) -> int:
+def choose_piece_size(trace: Recording) -> int:
     """Return the tokens of a piece of a trace whose autocorrelation is measured."""
     return max(PIECE, -(-trace.length // PIECES))
 
 
-def stretches_of(group: NDArray[np.integer[Any]] | None, number: int) -> list[Integers]:
+def split_into_stretches(group: NDArray[np.integer[Any]] | None, number: int) -> list[Integers]:
     """Return the items [n] of stretches of time whose groups are of no other stretch.
 
     Of groups that follow one another each is held out by itself, so that what is judged is of the

@@ -185,7 +185,7 @@ class Objective:
         if self.survive is None:
             return np.ones(placement.layers)
         load, topology = self.statistics.total_load, self.topology
-        imbalance, _ = losses.imbalances_after(
+        imbalance, _ = losses.compute_imbalances_after_loss(
             placement, load, topology, self.survive, split=self.serving.split
         )
         factor: Floats = 1 + LOSS_SHARE * (imbalance.max(axis=0) - 1)
@@ -384,7 +384,7 @@ class Objective:
 
         def times(load: Floats) -> Floats:
             counts = expected.counts(load, total)
-            return figures.layer_us(counts, setting) / self.statistics.layers
+            return figures.compute_layer_us(counts, setting) / self.statistics.layers
 
         return times
 
@@ -525,7 +525,7 @@ class Objective:
 
     def _apart(self, placement: Placement) -> Floats:
         """Compute the share of all co-activated pairs that are apart, by layer [L]."""
-        share = copies.slot_shares(placement, self.topology, self.serving.split)
+        share = copies.compute_slot_shares(placement, self.topology, self.serving.split)
         pairs = self.statistics.coactivation_or_empty
         return _core.expected_apart((placement.slots, share), pairs) / self.scale
 

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from moetuner._checks import instance, seed_in
 from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.figures import FIGURES
-from moetuner.evaluation.kinds import loads_by
-from moetuner.evaluation.reading import Progress, part_of
-from moetuner.evaluation.samples import Samples, blocks_of, find_samples
+from moetuner.evaluation.kinds import count_loads_by_label
+from moetuner.evaluation.reading import Progress, scale_progress
+from moetuner.evaluation.samples import Samples, find_samples, measure_blocks
 from moetuner.frozen import Frozen
 from moetuner.recording import AnyRecording, Recording
 from moetuner.report.findings import Finding
@@ -136,7 +136,9 @@ def drift(
     sizes = [max(side.choices, 1) for side in sides.values()]
     units = [
         find_samples(
-            side, window=WINDOW, progress=part_of(progress, first / PASSES, (first + 2) / PASSES)
+            side,
+            window=WINDOW,
+            progress=scale_progress(progress, first / PASSES, (first + 2) / PASSES),
         )
         for first, side in zip((0, 2), sides.values(), strict=True)
     ]
@@ -159,7 +161,7 @@ def drift(
     loads = []
     for first, side, count, unit in zip((4, 5), sides.values(), counts, units, strict=True):
         folds = unit.deal(side, np.arange(side.length), WINDOW, folds=count)
-        report = part_of(progress, first / PASSES, (first + 1) / PASSES)
+        report = scale_progress(progress, first / PASSES, (first + 1) / PASSES)
         loads.append(_count_block_loads(side, folds.fold, folds.number, report))
     return _compare_blocks(np.concatenate(loads), len(loads[0]), seed)
 
@@ -200,7 +202,7 @@ def measure_drift(traffic: Recording, units: Samples, *, seed: int = 0) -> Drift
     """
     blocks = BLOCKS
     if units.kinds is not None and units.sequences is None:  # kinds of windows
-        length = blocks_of(count_loads(traffic).window_load, traffic.group).length
+        length = measure_blocks(count_loads(traffic).window_load, traffic.group).correlation_length
         blocks = min(BLOCKS, units.number, traffic.length // length)
     elif units.name == "window":
         blocks = min(BLOCKS, _count_exchangeable(traffic, units))
@@ -229,7 +231,7 @@ def _count_block_loads(
 ) -> NDArray[np.float64]:
     """Count the load [B,L,E] of every block that has a token or a window; ``block`` is theirs."""
     if traffic.ordered:
-        loads = loads_by(as_trace(traffic), block, blocks, progress=progress)
+        loads = count_loads_by_label(as_trace(traffic), block, blocks, progress=progress)
     else:
         loads = np.zeros((blocks, traffic.layers, traffic.num_experts))
         np.add.at(loads, block, count_loads(traffic).window_load.astype(np.float64))

@@ -13,7 +13,7 @@ from moetuner.evaluation.comparison import Comparison, with_splits
 from moetuner.evaluation.halves import halve_each
 from moetuner.evaluation.intervals import Spread
 from moetuner.evaluation.judgement import Judgement, judge
-from moetuner.evaluation.replay import without_groups
+from moetuner.evaluation.replay import drop_groups
 from moetuner.evaluation.samples import Samples
 from moetuner.placement import EMPTY, Placement
 from moetuner.recording import Recording
@@ -245,7 +245,7 @@ def judge_lp_split(
     dividing = None if request.engine is None else request.engine.dividing
     if dividing is None or request.serving.rule.needs_windows or (placement.replicas == 1).all():
         return None
-    counts = count_loads(without_groups(holdout.unseen), window=window, threads=request.threads)
+    counts = count_loads(drop_groups(holdout.unseen), window=window, threads=request.threads)
     steps = np.flatnonzero(counts.is_step)
     if not steps.size:
         return None
