@@ -55,7 +55,7 @@ def test_any_two_folds_are_parted_about_as_often_as_not(folds):
 @pytest.mark.parametrize("arrival", ["bursts", "mixed", 0.5])
 def test_progress_of_a_comparison_rises_to_one(arrival, monkeypatch):
     """Windows are counted, then halves of a few at a time, in one order of arrival or in two."""
-    monkeypatch.setattr(cells, "PARTS", 500)
+    monkeypatch.setattr(cells, "COUNTS_AT_ONCE", 500)
     trace, shares = traffic([100] * 12), []
     placements = [IN_BLOCKS, COPIES]
     serving = setting(arrival=arrival).serving
@@ -122,15 +122,15 @@ def test_sides_add_up_to_the_figure_of_all(together):
         assert (weights * figure.sides).sum(axis=0) == pytest.approx(figure.value)
 
 
-@pytest.mark.parametrize("limit", ["CELLS", "PARTS"])
+@pytest.mark.parametrize("module", [halves, cells], ids=["halves", "cells"])
 @pytest.mark.parametrize("arrival", ["bursts", "mixed", 0.5])
-def test_runs_of_windows_change_no_half(monkeypatch, arrival, limit):
+def test_runs_of_windows_change_no_half(monkeypatch, arrival, module):
     """However few windows of two sizes are read, or looked at, in one go."""
     sizes = np.random.default_rng(1).integers(10, 90, 30)
     settings = [setting(COPIES, window, arrival=arrival) for window in (64, 128)]
     trace = traffic(sizes)
     wanted = halve_each(trace, settings, find_samples(trace))
-    monkeypatch.setattr(cells if limit == "PARTS" else halves, limit, 1)
+    monkeypatch.setattr(module, "COUNTS_AT_ONCE", 1)
     trace = traffic(sizes)
     actual = halve_each(trace, settings, find_samples(trace))
     for one, other in zip(actual, wanted, strict=True):
@@ -211,9 +211,9 @@ def test_halves_that_are_known_are_not_computed_again():
 def test_a_trace_keeps_no_more_than_a_few_halves():
     """However many placements it is judged under, what is kept of them does not grow."""
     trace, units = traffic([40] * 4), Samples("sequence", 4)
-    for window in range(1, 2 * halves.KEPT):
+    for window in range(1, 2 * halves.CACHED_SETTINGS):
         halve(trace, setting(window=window), units)
-    assert len(trace.known["halves"]) <= halves.KEPT + 1
+    assert len(trace.known["halves"]) <= halves.CACHED_SETTINGS + 1
 
 
 def test_a_new_figure_of_windows_has_an_interval(monkeypatch):
