@@ -1,10 +1,10 @@
-"""Independent units of traffic: what they are, how many there are, and how to hold some out.
+"""Find the independent samples of traffic, deal them into folds, and hold some of them out.
 
-Sequences are independent, where they are labelled: tokens of one request route alike, those of two
-do not. Where many sequences repeat few prompts, the units are kinds of sequences. Without labels
-only the order is known: windows with similar expert shares are not independent, and their
-autocorrelation tells over how many windows they are alike. Longer runs are nearly independent, and
-held-out runs keep that distance from what the solver sees.
+Where sequences are labelled, they are the samples: tokens of one request route alike, those of two
+requests do not. Where many sequences repeat few prompts, the samples are kinds of sequences.
+Without labels the samples are windows, whose neighbours may be alike: their autocorrelation gives
+the length over which they are. Runs longer than that are nearly independent, and held-out runs keep
+that distance from the traffic that the solver sees.
 """
 
 from __future__ import annotations
@@ -36,52 +36,52 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.integer[Any]]
 Name = Literal["sequence", "kind", "window"]
 
-# Folds that traffic is dealt into, where it has as many units.
+# Folds that traffic is dealt into, where it has as many samples.
 FOLDS = 20
-# Folds that are runs of windows that are alike have so many units each, as the ends of neighbouring
-# runs are alike; but there are no fewer than so many folds, where there are as many units.
+# Samples of a fold where neighbouring windows are alike, as the ends of neighbouring runs are; and
+# the fewest folds in that case, where there are as many samples.
 RUN, FEWEST_RUNS = 3, 3
-# Windows that are compared with each other; more are taken two by two.
+# Largest number of windows that are compared pairwise; of more, neighbours are merged in pairs.
 WINDOWS = 4096
-# Standard errors of any two windows from which those of a lag, or of two, are alike beyond chance,
-# and where it is the only one of many. What is just as much counts nothing, and twice that counts
-# three quarters: no single window decides how many are independent.
+# Standard errors from which the autocovariance at a lag is beyond chance: where lags before it are,
+# too, and where it is the only one of many. Weight rises from 0 there to 3/4 at twice that, so no
+# single window decides how many are independent.
 ALIKE, SURE = 2.0, 4.0
-# What is alike lasts so many times the mean lag at which it is, each by its correlation: both ways
-# of counting are one for a first-order autoregression that changes slowly.
+# The autocorrelation time is at least so many times the mean lag, weighted by correlation. Both are
+# the same for a first-order autoregression that changes slowly.
 LASTING = 4
-# Windows that are alike at a lag beyond this part of all come back for ever.
+# Windows that are alike at a lag of more than one third of all are taken to recur for ever.
 RECURS = 3
-# Cells of shares [W,L,E] that are looked at, and products of two of them; of more, evenly spaced
-# layers are.
+# Largest number of shares [W,L,E] that are compared, and of products of two; of more, evenly spaced
+# layers are compared.
 CELLS, PRODUCTS = 1 << 23, 1 << 34
-# Shares are rounded to this part, so that sums of their products are exact in any order.
+# Shares are rounded to one in so many, so that sums of their products are exact in any order.
 PART = 1 << 16
 # Tokens of the shortest piece, and the most pieces, of a trace whose autocorrelation is measured.
 PIECE, PIECES = 16, 2048
-# Part of the traffic that may be lost between what is seen and what is held out.
+# Gaps between seen and held-out runs may take one fourth of the traffic.
 LOST = 4
-# Consecutive seeds begin the runs that they hold out at places far from each other.
+# Runs that consecutive seeds hold out begin at places far from each other.
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How far neighbouring windows are alike.
+    """Autocorrelation of windows: how far apart two of them are independent.
 
     Parameters
     ----------
     correlation_time
         Integrated autocorrelation time in windows: as many are worth one independent window.
     correlation_length
-        Windows over which neighbours are alike, 1 where they are no more alike than others.
+        Windows over which neighbours are alike; 1 where they are no more alike than any two.
     """
 
     correlation_time: float = 1.0
     correlation_length: int = 1
 
     def number(self, windows: int) -> int:
-        """Compute how many independent windows so many windows are worth."""
+        """Compute the effective sample size of so many windows."""
         return int(windows / self.correlation_time + 1e-9)
 
 
@@ -89,16 +89,16 @@ INDEPENDENT = Blocks()
 
 
 class Folds(NamedTuple):
-    """Some traffic in parts of about equal size that are independent of each other.
+    """Parts of traffic of about equal size that are independent of each other.
 
     Parameters
     ----------
     fold
         The fold of every token, or window [n].
     number
-        How many there are.
+        Number of folds.
     units
-        How many independent units were dealt into them.
+        Number of independent samples that were dealt into them.
     """
 
     fold: NDArray[np.integer[Any]]
@@ -107,30 +107,31 @@ class Folds(NamedTuple):
 
     @property
     def freedom(self) -> int:
-        """Degrees of freedom of what folds tell: one less than equal folds that tell as much."""
+        """Degrees of freedom of a standard error from these folds (Kish's effective number - 1)."""
         sizes = np.bincount(self.fold, minlength=1).astype(np.float64)
         return max(round(float(sizes.sum() ** 2 / max((sizes**2).sum(), 1))) - 1, 1)
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What is independent in some traffic.
+    """Independent samples of traffic.
 
     Parameters
     ----------
     name
-        ``"sequence"``, ``"kind"`` (of sequences), or ``"window"`` where sequences are not known.
+        ``"sequence"``, ``"kind"`` (of sequences or windows), or ``"window"``.
     number
-        How many there are; of windows what they are worth if they were independent.
+        Number of samples; for windows their effective sample size.
     blocks
-        Of windows: how far neighbours are alike.
+        Autocorrelation of windows.
     sequences, kinds
-        Labels of sequences, sorted, and the kind of each; None where kinds are not few. Of windows
-        the kind of each, or where steps were drawn from few windows, the one of each.
+        Labels of sequences, sorted, and the kind of each; both None where kinds are not few. For
+        windows, ``kinds`` is the kind of each, or the window of counters that a step was drawn
+        from.
     all_alike
         Whether sequences differ by no more than the noise of their tokens.
     likeness
-        What is the same in sequences, or windows, of a kind.
+        What sequences, or windows, of a kind have in common.
     """
 
     name: Name
@@ -153,43 +154,42 @@ class Samples:
     def deal(
         self, traffic: Recording, rows: Integers, window: int | None, *, folds: int | None = None
     ) -> Folds:
-        """Deal some tokens of a trace, or windows of a table [n], into folds.
+        """Deal tokens of a trace, or windows of a table [n], into folds.
 
-        Whole sequences, or kinds, are dealt in random order, each to the shortest fold; where
-        neither is known, runs are folds. There are ``folds`` of them, or as many as intervals need,
-        but no more than units.
+        Whole sequences, or kinds, are dealt in random order, each to the smallest fold; without
+        either, folds are runs. There are ``folds`` of them, by default as many as intervals need,
+        but no more than samples.
         """
         label: Integers | None = None
         if traffic.sequence is not None:
             label = self.label_tokens(traffic.sequence)
         elif self.kinds is not None:
-            # A part of a recording has windows of fewer kinds.
+            # Where this traffic is a part of a recording, its windows are of fewer kinds.
             label = find_samples(traffic).kinds
         if label is None:
             windows = max(len(rows) // traffic.rows_in(window or choose_piece_size(traffic)), 1)
-            units = self.blocks.number(windows)
-            number = max(min(units, folds or FOLDS), 1)
+            samples = self.blocks.number(windows)
+            number = max(min(samples, folds or FOLDS), 1)
             if self.blocks.correlation_length > 1 and folds is None:
-                number = max(min(units // RUN, FOLDS), min(units, FEWEST_RUNS), 1)
+                number = max(min(samples // RUN, FOLDS), min(samples, FEWEST_RUNS), 1)
             fold = np.arange(len(rows)) * number // max(len(rows), 1)
-            return Folds(fold.astype(np.min_scalar_type(number)), number, units)
+            return Folds(fold.astype(np.min_scalar_type(number)), number, samples)
         label = check.at(label, rows)
         labels = check.distinct(label)
-        unit = check.ranks(label, labels)
-        first, sizes = check.first_of(unit, len(labels)), check.counts(unit, len(labels))
+        sample = check.ranks(label, labels)
+        first, sizes = check.first_of(sample, len(labels)), check.counts(sample, len(labels))
         number = max(min(len(sizes), folds or FOLDS), 1)
         fold = np.empty(len(sizes), dtype=np.min_scalar_type(number))
-        shortest = [(0, own) for own in range(number)]
-        # By length, folds would be more alike than samples are, where lengths tell subjects.
+        smallest = [(0, number_of_fold) for number_of_fold in range(number)]
+        # Dealt by length, folds would be more alike than samples are, where lengths tell subjects.
         order = np.random.default_rng(0).permutation(len(sizes))
         for place in np.argsort(first)[order].tolist():
-            size, own = heapq.heappop(shortest)
-            fold[place] = own
-            heapq.heappush(shortest, (size + int(sizes[place]), own))
-        return Folds(check.at(fold, unit), number, len(sizes))
+            size, fold[place] = heapq.heappop(smallest)
+            heapq.heappush(smallest, (size + int(sizes[place]), int(fold[place])))
+        return Folds(check.at(fold, sample), number, len(sizes))
 
     def label_tokens(self, sequence: NDArray[np.int32]) -> NDArray[np.int32]:
-        """Return the unit of tokens of sequences [t]."""
+        """Return the label of the sample that every token is of, given its sequence [t]."""
         if self.sequences is None or self.kinds is None:
             return sequence
         return check.at(self.kinds.astype(np.int32), check.ranks(sequence, self.sequences))
@@ -202,16 +202,17 @@ def find_samples(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Samples:
-    """Return what is independent in traffic; unlabelled traces are cut into windows of tokens.
+    """Find the independent samples of traffic.
 
-    ``progress`` gets the share of a trace's readings that is done.
+    A trace without sequence labels is cut into windows of ``window`` tokens. ``progress`` gets the
+    share of a trace's readings that is done.
     """
     is_cut = traffic.ordered and traffic.sequence is None
     # Every split asks for the same samples.
-    known = ("samples", window if is_cut else None)
-    if known not in traffic.known:
-        traffic.known[known] = _find_samples_anew(traffic, window, threads, progress)
-    samples: Samples = traffic.known[known]
+    key = ("samples", window if is_cut else None)
+    if key not in traffic.known:
+        traffic.known[key] = _find_samples_anew(traffic, window, threads, progress)
+    samples: Samples = traffic.known[key]
     return samples
 
 
@@ -230,7 +231,7 @@ def _find_samples_anew(
 
 
 def _find_samples_of_windows(table: RoutingStatistics) -> Samples:
-    """Return what is independent in a load table: kinds of windows, or else blocks of them.
+    """Find the samples of a load table: kinds of its windows or, where these are not few, windows.
 
     Steps that were drawn from one window of counters are of its kind, or block.
     """
@@ -261,7 +262,7 @@ def _find_samples_of_windows(table: RoutingStatistics) -> Samples:
 
 
 def _find_samples_of_sequences(trace: RoutingTrace, progress: Progress | None) -> Samples:
-    """Return what is independent in a trace with sequences: these, or their kinds."""
+    """Find the samples of a trace with sequence labels: the sequences, or their kinds."""
     labels = check.distinct(cast("NDArray[np.int32]", trace.sequence))
     kinds, likeness, all_alike = find_sequence_kinds(trace, labels, progress)
     if kinds is None:
@@ -273,78 +274,82 @@ def _find_samples_of_sequences(trace: RoutingTrace, progress: Progress | None) -
 def measure_blocks(
     load: NDArray[np.unsignedinteger[Any]], group: NDArray[np.integer[Any]] | None = None
 ) -> Blocks:
-    """Compute how far windows are alike from their loads [W,L,E], each group around its own mean.
+    """Compute the autocorrelation of windows from their loads [W,L,E], each group around its mean.
 
-    The autocovariance of expert shares, summed over experts and layers, is compared with what any
-    two windows have. Lags count in neighbouring pairs, as kinds that take turns are alike at every
-    second lag only (Geyer 1992), up to the first pair that is no larger; and up to the furthest lag
-    that is larger beyond doubt, as those that take longer turns are. Noise of few tokens has none.
-    The integrated autocorrelation time is the sum of what is left over its value at lag 0 without
-    noise.
+    The autocovariance of expert shares, summed over experts and layers, is compared with that of
+    any two windows. Lags are taken in neighbouring pairs (Geyer 1992), as windows that take turns
+    are alike at every second lag only. They count up to the first pair that is not beyond chance,
+    and up to the furthest single lag that clearly is, for windows that take longer turns. The
+    integrated autocorrelation time is their sum over the variance without the noise of tokens,
+    which no two windows share.
     """
-    (share, noise), times = _compute_shares(load, group), 1
+    share, noise = _compute_shares(load, group)
+    merged = 1  # windows in one
     label = number_groups(len(share), group)
     while len(share) > WINDOWS:
         half = len(share) // 2
-        share, times = np.round(share[: 2 * half].reshape(half, 2, -1).sum(axis=1) / 2), 2 * times
-        noise = noise / 2
-        label = np.zeros(half, np.int64)  # two of different groups are of neither
-    lags, weight, noisy = _measure_lags(share, label)
-    if not len(lags):
+        share = np.round(share[: 2 * half].reshape(half, 2, -1).sum(axis=1) / 2)
+        merged, noise = 2 * merged, noise / 2
+        label = np.zeros(half, np.int64)  # two windows of different groups are merged
+    covariance, weight, variance = _measure_lags(share, label)
+    if not len(covariance):
         return INDEPENDENT
-    # What a window has in common with no neighbour is noise, by a line through the first lags, or
-    # is not, by the number of its tokens. The mean of both moves little by little.
-    next_one, largest = lags[1] if len(lags) > 1 else 0.0, float(lags.max())
-    line, clean = max(2 * lags[0] - next_one, largest), max(noisy - noise, largest)
-    correlation = weight * np.clip(lags / math.sqrt(clean * min(line, clean)), -1.0, 1.0)
-    # What alternates tells no more than what is alike until then.
+    # Two estimates of the variance without noise: the line through the first two lags, at lag 0,
+    # and the variance less the noise that so many tokens have. Their geometric mean is steadier.
+    second, largest = covariance[1] if len(covariance) > 1 else 0.0, float(covariance.max())
+    by_line = max(2 * covariance[0] - second, largest)
+    by_tokens = max(variance - noise, largest)
+    scale = math.sqrt(by_tokens * min(by_line, by_tokens))
+    correlation = weight * np.clip(covariance / scale, -1.0, 1.0)
+    # Cut off where the cumulative sum is largest: what follows alternates, or is negative.
     correlation = correlation[: int(np.cumsum(correlation).argmax()) + 1]
     time = 1 + 2 * max(float(correlation.sum()), 0.0)
-    # Two paths that take turns are alike at every second lag: runs must last as long as each.
+    # Where two slow paths take turns, correlations alternate, but each path lasts as long as ever.
     lasting = float((np.arange(1, len(correlation) + 1) * correlation).sum()) / time
     time = max(time, LASTING * lasting)
-    if len(lags) > len(share) / RECURS:
-        # What comes back to the end is no more than comes before it is back.
-        time = max(time, float(weight[-1] * len(lags)))
-    reach = int(np.flatnonzero(weight >= 1 / 2).max(initial=-1)) + 1
-    return Blocks(times * time, times * max(round(time), reach, 1))
+    if len(covariance) > len(share) / RECURS:
+        # Windows that recur up to the end are worth no more than those of one period.
+        time = max(time, float(weight[-1] * len(covariance)))
+    last_lag = int(np.flatnonzero(weight >= 1 / 2).max(initial=-1)) + 1
+    return Blocks(merged * time, merged * max(round(time), last_lag, 1))
 
 
 def _compute_shares(
     load: NDArray[np.unsignedinteger[Any]], group: NDArray[np.integer[Any]] | None
 ) -> tuple[Floats, float]:
-    """Return shares [W,L*E] less the mean of their group, as whole numbers, in order of time.
+    """Compute shares [W,L*E] less the mean of their group, as whole numbers, in order of time.
 
-    Also return the squared distance that the noise of its tokens gives a window, in the mean.
+    Also compute the mean squared distance of a window from its expectation that the noise of its
+    tokens explains.
     """
     windows, layers, experts = load.shape
     compared = min(windows, WINDOWS)
     fits = min(CELLS // max(windows * experts, 1), PRODUCTS // (compared**2 * experts), layers)
     chosen = np.unique(np.linspace(0, layers - 1, max(fits, 1)).round().astype(np.int64))
-    part = load[:, chosen].astype(np.float64)
-    total = part.sum(axis=2, keepdims=True)
-    share = np.divide(part, total, out=np.zeros_like(part), where=total > 0)
+    counts = load[:, chosen].astype(np.float64)
+    total = counts.sum(axis=2, keepdims=True)
+    share = np.divide(counts, total, out=np.zeros_like(counts), where=total > 0)
     noise = (share * (1 - share)).sum(axis=2, keepdims=True) / np.maximum(total, 1)
     share = share.reshape(windows, -1)
     share = subtract_levels(share, group)
-    # Unused windows say nothing.
+    # Windows without tokens must not look alike.
     share[total.sum(axis=(1, 2)) == 0] = 0
     return np.round(share * PART), float(noise.sum()) / windows * PART**2
 
 
 def _measure_lags(share: Floats, label: NDArray[np.int64]) -> tuple[Floats, Floats, float]:
-    """Compute autocovariances of windows [W,F] as far as these are alike, and at lag 0 with noise.
+    """Compute autocovariances of windows [W,F] by lag, their weights, and the variance with noise.
 
-    Also return how much each of them counts, from 0 to 1, by how far it is beyond chance. None
-    where windows are no more alike than any two. Around the mean of their group any two of a
-    group [W] are a little unlike, and those of different groups are not: without regard to that,
-    neighbours of different groups would be alike.
+    Lags end where windows are no more alike than any two; there may be none. The weight of a lag is
+    from 0 to 1, by how far its autocovariance is beyond chance. The mean over any two windows of a
+    group [W] is subtracted: around the mean of their group they are slightly anticorrelated, and
+    windows of different groups are not.
     """
     windows = len(share)
     if windows < 3 or not share.any():
         return np.empty(0), np.empty(0), 0.0
     products = share @ share.T
-    own = np.diagonal(products).copy()
+    squares = np.diagonal(products).copy()
     mean = _centre(products, label)
     error = float(products[~np.eye(windows, dtype=bool)].std())
     furthest = max(windows // 2, 1)
@@ -352,62 +357,65 @@ def _measure_lags(share: Floats, label: NDArray[np.int64]) -> tuple[Floats, Floa
     for lag in range(1, furthest + 1):
         covariances[lag - 1] = np.diagonal(products, lag).mean()
     errors = max(error, 1e-300) / np.sqrt(pairs)
-    sure, weight, reach = covariances / errors, np.zeros(furthest), 0
+    score, weight, lags = covariances / errors, np.zeros(furthest), 0
     for first in range(0, furthest, 2):
-        two = slice(first, first + 2)
-        both = float(covariances[two].sum() / np.sqrt((errors[two] ** 2).sum()))
-        weight[two] = _weigh_evidence(
-            np.maximum(both, [sure[first], *sure[first + 1 : first + 2]]), ALIKE
-        )
-        if both <= ALIKE:
-            weight[first + 1 : first + 2] = _weigh_evidence(sure[first + 1 : first + 2], ALIKE)
+        pair, second = slice(first, first + 2), slice(first + 1, first + 2)
+        pair_score = float(covariances[pair].sum() / np.sqrt((errors[pair] ** 2).sum()))
+        weight[pair] = _weigh_evidence(np.maximum(pair_score, score[pair]), ALIKE)
+        if pair_score <= ALIKE:
+            weight[second] = _weigh_evidence(score[second], ALIKE)
         if not weight[first]:
             break
-        reach = first + 1 + int((weight[first + 1 : first + 2] > 0).sum())
-    weight[reach:] = 0
-    # Pairs of windows that are alike as neighbours are tell less than so many.
-    beyond = _weigh_evidence(sure, SURE * math.sqrt(1 + reach))
-    # Up to what comes back, all that is between counts, too.
-    weight = np.maximum(weight, np.maximum.accumulate(beyond[::-1])[::-1])
-    reach = int(np.flatnonzero(weight).max(initial=-1)) + 1
-    return covariances[:reach], weight[:reach], float(own.sum() / windows) - mean
+        lags = first + 1 + int((weight[second] > 0).sum())
+    weight[lags:] = 0
+    # Neighbouring pairs of windows are alike, so they are fewer independent pairs than they seem.
+    single = _weigh_evidence(score, SURE * math.sqrt(1 + lags))
+    # Where windows recur at a lag, all shorter lags count as much.
+    weight = np.maximum(weight, np.maximum.accumulate(single[::-1])[::-1])
+    lags = int(np.flatnonzero(weight).max(initial=-1)) + 1
+    return covariances[:lags], weight[:lags], float(squares.sum() / windows) - mean
 
 
-def _weigh_evidence(sure: Floats, least: float) -> Floats:
-    """Return how much counts what is so many standard errors from 0: nothing up to the least."""
-    weight: Floats = 1 - (least / np.maximum(sure, least)) ** 2
+def _weigh_evidence(score: Floats, least: float) -> Floats:
+    """Compute weights from 0 to 1 of values that are so many standard errors above 0.
+
+    The weight is 0 up to ``least``.
+    """
+    weight: Floats = 1 - (least / np.maximum(score, least)) ** 2
     return weight
 
 
 def _centre(products: Floats, label: NDArray[np.int64]) -> float:
-    """Subtract from products [W,W] of windows of a group their mean; return the mean of those.
+    """Subtract from products [W,W] of windows of one group their mean, in place.
 
-    Products of different groups have the mean zero.
+    Returns the mean of what was subtracted, over windows. Products of windows of different groups
+    have mean 0.
     """
     total = 0.0
     for number in np.unique(label):
-        chosen = np.flatnonzero(label == number)
-        pairs = np.ix_(chosen, chosen)
-        part = products[pairs]
-        apart = len(chosen) * (len(chosen) - 1)
-        mean = float(part.sum() - np.trace(part)) / max(apart, 1)
+        members = np.flatnonzero(label == number)
+        pairs = np.ix_(members, members)
+        products_of_group = products[pairs]
+        distinct_pairs = len(members) * (len(members) - 1)
+        off_diagonal = float(products_of_group.sum() - np.trace(products_of_group))
+        mean = off_diagonal / max(distinct_pairs, 1)
         products[pairs] -= mean
-        total += len(chosen) * mean
+        total += len(members) * mean
     return total / len(label)
 
 
 def hold_out(
     traffic: AnyRecording, holdout: float = 0.5, *, seed: int = 0
 ) -> tuple[AnyRecording, AnyRecording]:
-    """Return a part of traffic to solve for, and one to judge on, as the commands split INPUT.
+    """Split traffic into a part to solve for and a held-out part, as the commands split INPUT.
 
     Parameters
     ----------
     traffic
-        A trace is split by sequence, by kind where its sequences are of few kinds. Without
-        sequences, and for a load table, windows are drawn where neighbours are no more alike than
-        others; else runs of them are held out, and what is as near to these as neighbours are
-        alike is left out of both parts.
+        A trace is split by sequence, or by kind where its sequences are of few kinds. Without
+        sequences, and for a load table, single windows are drawn where neighbours are no more alike
+        than any two. Else runs of windows are held out, and both parts leave out the windows within
+        a correlation length of these.
     holdout
         Share of the sequences or windows that is held out. 0 holds nothing out: both parts are all
         of the traffic.
@@ -462,12 +470,15 @@ def hold_out(
 
 
 def _label_rows(recording: Recording) -> tuple[Integers | None, int]:
-    """Return the unit of every row, None where only runs are; and how far neighbours are alike."""
+    """Return the sample of every row, and the rows over which neighbours are alike.
+
+    Labels are None where rows are no samples, but runs of them are.
+    """
     sequence = recording.sequence
     if sequence is not None and (sequence != sequence[0]).any():
-        unit = find_samples(recording).label_tokens(sequence)
-        # All of one kind: sequences are held out then, which are no evidence of others.
-        return (sequence if (unit == unit[0]).all() else unit), 1
+        label = find_samples(recording).label_tokens(sequence)
+        # Where all are of one kind, sequences are held out, which are no evidence of other kinds.
+        return (sequence if (label == label[0]).all() else label), 1
     if recording.ordered:
         return None, measure_correlation_length(recording)
     samples = find_samples(recording)
@@ -475,32 +486,32 @@ def _label_rows(recording: Recording) -> tuple[Integers | None, int]:
 
 
 def _draw(
-    unit: NDArray[np.integer[Any]], share: float, rng: np.random.Generator
+    label: NDArray[np.integer[Any]], share: float, rng: np.random.Generator
 ) -> NDArray[np.bool_]:
-    """Draw a share of the samples; return whose items [n] those are."""
-    labels = check.distinct(unit)
+    """Draw a share of the labels, and return which items [n] have one of them."""
+    labels = check.distinct(label)
     count = min(max(round(share * labels.size), 1), labels.size - 1)
-    return check.among(unit, rng.permutation(labels)[:count])
+    return check.among(label, rng.permutation(labels)[:count])
 
 
 def measure_correlation_length(trace: Recording) -> int:
-    """Compute over how many tokens neighbours of an unlabelled trace are alike."""
+    """Compute the correlation length of an unlabelled trace, in tokens."""
     piece = choose_piece_size(trace)
     loads = count_loads(trace, window=piece)
     return piece * measure_blocks(loads.window_load, loads.group).correlation_length
 
 
 def choose_piece_size(trace: Recording) -> int:
-    """Return the tokens of a piece of a trace whose autocorrelation is measured."""
+    """Return the tokens of the windows in which a trace's autocorrelation is measured."""
     return max(PIECE, -(-trace.length // PIECES))
 
 
 def split_into_stretches(group: NDArray[np.integer[Any]] | None, number: int) -> list[Integers]:
-    """Return the items [n] of stretches of time whose groups are of no other stretch.
+    """Split items [n] into stretches of time, so that no group is in two of them.
 
-    Of groups that follow one another each is held out by itself, so that what is judged is of the
-    same mix as what is seen. Those that take turns are in one stretch: what two of them do at the
-    same time may be alike. Groups of few items have no stretch of their own.
+    Some of each stretch is held out, so that both parts have the same mix of groups. Groups that
+    take turns are in one stretch, as they may be alike at one time. Groups of few items have no
+    stretch of their own.
     """
     if group is None:
         return [np.arange(number)]
@@ -521,18 +532,20 @@ def split_into_stretches(group: NDArray[np.integer[Any]] | None, number: int) ->
 def choose_runs(
     number: int, share: float, gap: int, seed: int
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Choose runs of windows or tokens to hold out, and what is seen, apart from them by a gap.
+    """Return which windows or tokens [n] are seen, and which runs of them are held out.
 
-    Runs are as many as lose no more than a quarter of all to their gaps, and one at least; both
-    parts have something where there are two. They are runs in time: of all groups at once, as what
-    two groups do at the same time may be alike.
+    A gap lies between seen and held-out ones. There are as many runs as lose at most a quarter of
+    all to gaps, and at least one. Where there are two items or more, both parts have some. A run
+    has the items of all groups at a time, as two groups may be alike at one time.
     """
     periods = max(number // (2 * LOST * gap), 1)
     length = number / periods
     gap = min(gap, max(int(length - 2) // 2, 0))
-    of_unseen = min(max(round(share * (length - 2 * gap)), 1), max(int(length) - 2 * gap - 1, 1))
+    unseen_length = min(
+        max(round(share * (length - 2 * gap)), 1), max(int(length) - 2 * gap - 1, 1)
+    )
     start = int(length * ((seed * GOLDEN) % 1.0))
     place = (np.arange(number) - start) % number % length
-    unseen = place < of_unseen
-    seen = (place >= of_unseen + gap) & (place < length - gap)
+    unseen = place < unseen_length
+    seen = (place >= unseen_length + gap) & (place < length - gap)
     return seen, unseen
