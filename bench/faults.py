@@ -216,7 +216,7 @@ def soaked(calls: int, drift: float = 0.05) -> dict[str, Any]:
     slots = np.tile(np.arange(SLOTS) % EXPERTS, (LAYERS, 1))
     initial, milliseconds, imbalances, copies = slots, [], [], 0
     with tempfile.TemporaryDirectory() as folder:
-        settings = Settings.of({"MOETUNER_REBALANCE": "1", "MOETUNER_RECORD": folder})
+        settings = Settings.from_environment({"MOETUNER_REBALANCE": "1", "MOETUNER_RECORD": folder})
         balancer = Balancer(settings, Log(logging.getLogger("soak")))
         memory = {}
         for call in range(calls):

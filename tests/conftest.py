@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
+import make
 import pytest
 from browsers import is_broken_promise, lines_of, skipped_without_browser
 from hypothesis import HealthCheck, settings
@@ -50,40 +50,10 @@ def pytest_sessionfinish(session):
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
-def random_ids(
-    tokens: int, layers: int, top_k: int, experts: int, *, seed: int = 0, dtype: type = np.uint8
-) -> np.ndarray:
-    """Skewed routing [T,L,K]: each layer has favourites, as real models have."""
-    rng = np.random.default_rng(seed)
-    scores = rng.gumbel(size=(tokens, layers, experts)) + rng.normal(size=(layers, experts))
-    return np.argsort(-scores, axis=2)[:, :, :top_k].astype(dtype)
-
-
 @pytest.fixture
 def make_trace() -> Callable[..., mt.RoutingTrace]:
     """Maker of small skewed traces with sequences of about ten tokens and two groups."""
-
-    def make(
-        tokens: int = 200,
-        layers: int = 3,
-        top_k: int = 2,
-        experts: int = 8,
-        *,
-        seed: int = 0,
-        dtype: type = np.uint8,
-        labelled: bool = True,
-    ) -> mt.RoutingTrace:
-        ids = random_ids(tokens, layers, top_k, experts, seed=seed, dtype=dtype)
-        sequence = np.arange(tokens) // 10
-        labels = {
-            "sequence": sequence,
-            "group": sequence % 2,
-            "group_names": ["even", "odd", "empty"],
-            "model": "small",
-        }
-        return mt.RoutingTrace.from_arrays(ids, num_experts=experts, **(labels if labelled else {}))
-
-    return make
+    return make.trace
 
 
 @pytest.fixture

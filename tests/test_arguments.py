@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import random_ids
+from make import random_ids
 
 import moetuner as mt
 from moetuner import router_groups
@@ -192,6 +192,7 @@ WRONG = {
     "position": (3, "ab", [0], [0.0] * 12, ["a"] * 12, {}),
     **dict.fromkeys(("tokens", "microseconds"),
                     ("abcd", [1], [[1, 2], [3]], [NAN] * 10, [-1] * 10, [None] * 10, 3, {})),
+    "Problem.phases": (0.5, 3, "ab", [512], True),
     "RoutingTrace.ids": (IDS, [], "abc", 3),
     "RoutingTrace.select.groups": (3, "z", ["z"], [9], [-1], [1.0], [None], [True], [HUGE], [b"0"]),
     "RoutingStatistics.transitions": PAIRS, "RoutingStatistics.coactivation": PAIRS,

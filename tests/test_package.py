@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from make import trace_of
 
 import moetuner as mt
 from moetuner.report import structure
@@ -115,9 +116,7 @@ def values():
         random = np.random.default_rng(0)
         ids = np.argsort(random.random((600, 3, 8)), axis=2)[:, :, :2]
         group = np.repeat([0, 1], 300)
-        trace = mt.RoutingTrace.from_arrays(
-            ids, num_experts=8, sequence=np.arange(600) // 20, group=group, group_names=("a", "b")
-        )
+        trace = trace_of(ids, length=20, group=group, group_names=("a", "b"))
         statistics = mt.RoutingStatistics.from_trace(trace, window=50, sets=True, by_group=True)
         topology = mt.Topology(
             4, 2, speed=[1, 1, 2, 2], link_cost=1.0 - np.eye(4), slots_per_device=[2, 2, 3, 3]

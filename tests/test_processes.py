@@ -13,7 +13,7 @@ import pytest
 
 import moetuner as mt
 from moetuner import _core
-from moetuner.cli.interrupts import heard, status
+from moetuner.cli.interrupts import exit_status, raising_interrupts
 
 SAMPLE = Path(mt.__file__).parent / "data" / "small-moe.safetensors"
 QUIET = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -320,9 +320,9 @@ def test_the_library_leaves_signals_alone(run):
 
 def test_only_the_first_sigterm_interrupts():
     """A second one, as sent to a whole group, does not break off the writing of the answer."""
-    with heard():
-        assert status() is None
+    with raising_interrupts():
+        assert exit_status() is None
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
-        assert status() == 143
+        assert exit_status() == 143

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import random_ids
 from hypothesis import given
 from hypothesis import strategies as st
+from make import random_ids, trace_of
 
 import moetuner as mt
 from moetuner.trace import as_trace
@@ -17,9 +17,7 @@ IDS = random_ids(TOKENS, 2, 2, 6)
 
 def make_trace(tmp_path=None):
     """Make a trace with labels, whose ids are in a file if there is a folder."""
-    trace = mt.RoutingTrace.from_arrays(
-        IDS, num_experts=6, sequence=np.arange(TOKENS) // 7, group=np.arange(TOKENS) // 20 % 2
-    )
+    trace = trace_of(IDS, 6, length=7, group=np.arange(TOKENS) // 20 % 2)
     if tmp_path is None:
         return trace
     trace.save(tmp_path / "trace.safetensors")

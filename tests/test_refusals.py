@@ -11,12 +11,13 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import random_ids
+from make import in_turns, random_ids, trace_of
 from safetensors.numpy import load_file, save_file
 
 import moetuner as mt
 from moetuner import router_groups  # noqa: F401 - for the table
 from moetuner.evaluation.samples import hold_out  # noqa: F401 - for the table
+from moetuner.placement import blocks
 from moetuner.plugins import rebalance_experts  # noqa: F401 - for the table
 from moetuner.plugins.vllm_ascend import count_loads  # noqa: F401 - for the table
 
@@ -26,7 +27,7 @@ NAN = float("nan")
 
 def trace(ids=IDS, num_experts=8, **labels):
     """Make a trace."""
-    return mt.RoutingTrace.from_arrays(ids, num_experts=num_experts, **labels)
+    return trace_of(ids, num_experts, **labels)
 
 
 def put(token, layer, value, dtype=np.uint8):
@@ -62,10 +63,40 @@ TIERS = [mt.Tier(4, 2), mt.Tier(6, 1)]
 WIDE = trace(np.zeros((4, 9, 1), np.uint16), 1 << 16)
 NODES = mt.Topology(4, 2)
 TWICE = mt.Placement([[[0, 1], [0, -1]]])
-RUNS = mt.Placement.from_assignment(np.tile(np.arange(6) % 4, (3, 1)), 4)
+RUNS = in_turns(3, 6, 4)
 WIDER = mt.Placement.from_assignment(np.tile(np.arange(6) // 3, (3, 1)), 4)
 
 TWELVE = mt.RoutingStatistics.from_load(np.ones((2, 3, 12)))
+
+
+SIXTEEN = load(np.ones((2, 3, 16)))
+IN_BLOCKS = blocks(3, 8, 4)
+
+
+def phased(phases):
+    """Make a problem of windows of 512 tokens that stand for windows of other sizes."""
+    return mt.Problem(load(np.full((8, 1, 8), 128), window=512), NODES, phases=phases)
+
+
+def surviving(slots, survive="device"):
+    """Make a problem of sixteen experts on four devices that may be lost."""
+    return mt.Problem(SIXTEEN, mt.Topology(4), slots_per_device=slots, survive=survive)
+
+
+def plan(traffic=(9, 1, 1, 1), **changes):
+    """Plan changes of four devices with two slots each."""
+    running = mt.Placement([[[0, 1], [2, 3], [0, 1], [2, 3]]])
+    return mt.plan(running, load([[traffic]]), **changes)
+
+
+def rows(**options):
+    """Count the rows that are sent between four devices."""
+    return mt.dispatch_rows(IN_BLOCKS, SEQUENCES, **options)
+
+
+def advise(traffic=SEQUENCES, **options):
+    """Advise on four devices in two nodes."""
+    return mt.advise(traffic, NODES, **options)
 
 
 def engine(name, devices=4, **given):
@@ -179,6 +210,56 @@ mt.Placement.from_assignment([[0, 1]], 10**12) | from 1 to 65536
 mt.Placement([[[0, 1, -1], [-1, -1, -1]]]).filled() | layer 0, device 0: 3 slots cannot be filled
 problem(slots_per_device=7, fill_slots=True) | fill_slots cannot fill the 7 slots of device 0
 problem(slots_per_device=6, forbidden=[(0, 1, 1)], fill_slots=True) | fill the 6 slots of device 1
+problem(split="lp", objective="traffic") | split 'lp' balances load, so objective must be
+problem(split="lp", max_imbalance=2) | split 'lp' balances load, so objective must be
+problem(trace(), groups="minimax") | groups needs a trace with groups; this one has none
+surviving(7) | two slots for each of 16 experts, 32 in all, got 28 in layer 0
+surviving([20, 2, 2, 2]) | 32 in all, got 22 in layer 0
+surviving(8, "node") | survive node needs devices_per_node: there is one node
+surviving(8, "rack") | survive must be one of device, node, got 'rack'
+plan(without=[4]) | without must be from 0 to 3, got 4
+plan(without=3) | without must be a list of devices, got 3
+plan(without=[0, 1, 2]) | at least 2 devices of 2 slots, got 1
+plan(retire=4) | retire must be from 0 to 3, got 4
+plan(join=-1) | join must be from 0 to
+plan(more_copies=-1) | more_copies must be
+plan(topology=mt.Topology(3)) | topology must have 4 devices like running, got 3
+plan((1, 2, 3), without=[]) | 1 layers of 4 experts like running, got 1 of 3
+rows(home=np.full(50, 4)) | home must be from 0 to 3, got 4 to 4
+rows(home=np.zeros(3, dtype=int)) | home must be integers [50], got int64 [3]
+rows(home="anywhere") | got 'anywhere'
+rows(position=[0.5]) | position must be integers [50], got float64 [1]
+rows(split="best") | split must be one of even, nearest, got 'best'
+rows(devices_per_node=3) | devices_per_node must divide the devices (4), got 3
+mt.dispatch_rows(IN_BLOCKS, trace(num_experts=9)) | 3 layers and 9 experts
+mt.evaluate(IN_BLOCKS, COUNTED, home="blocks") | home needs a trace
+mt.evaluate(IN_BLOCKS, SEQUENCES, mt.Topology(2)) | must have 2 devices like the topology, got 4
+mt.evaluate(IN_BLOCKS, trace(num_experts=9)) | must have 9 experts like the input, got 8
+mt.evaluate(IN_BLOCKS, load(np.ones((1, 3, 8))), waterfill=1) | that tells experts per token
+mt.evaluate(mt.Placement([[[*range(8)]] * 2] * 3), SEQUENCES, split="lp") | counts for split 'lp'
+mt.audit(IN_BLOCKS, SEQUENCES, baseline=blocks(3, 9, 4)) | 8 experts like the input, got 9
+mt.audit(IN_BLOCKS, SEQUENCES, window=0) | window must be at least 1
+mt.audit(IN_BLOCKS, trace(IDS[:0])) | traffic must have tokens to audit, got a trace of 0
+mt.audit(IN_BLOCKS.with_names(settings={"topology": {"nodes": 2}}), SEQUENCES) | keys must be out of
+advise(trace(IDS[:1])) | traffic must have two tokens
+advise(load([[[0, 0]]] * 9)) | traffic must have tokens
+advise(copies=()) | at least one number of slots
+advise(initial=TWICE) | initial must have 3 layers
+advise(initial="eplb:3") | 4 devices; eplb:4 would do
+advise(initial="lpt") | initial must be contiguous, round_robin, eplb or eplb:N
+advise(trace(), by_group=True) | by_group needs traffic of two groups
+advise(prefill_share=0.5) | prefill_share needs a trace of at least 8,192 tokens
+advise(prefill_share=2) | prefill_share must be a share from 0 to 1
+advise(unseen=load(np.ones((1, 3, 8)))) | unseen must be
+advise(unseen=trace(IDS[:, :1])) | got 1 layers of 8
+phased({512: 0.5, 700: 0.5}) | of 512 tokens each, got 700
+phased({256: 1.0}) | phases must be of whole windows of the traffic, which are of 512 tokens
+phased({512: -1}) | phases: share of windows of 512 tokens must be a number of at least 0
+phased({512: 0.0}) | phases must have a share above 0
+phased({0: 1.0}) | phases: tokens of a window must be
+mt.evaluate(IN_BLOCKS, SEQUENCES, mt.Serving(NODES), split="nearest") | in the serving, or give a
+mt.advise(SEQUENCES, mt.Serving(NODES), engine="vllm") | engine must be in the serving
+rebalance_experts([[4, 3, 2, 1]], 6, None, 1, 2, dead=[2]) | dead must be from 0 to 1, got 2
 problem().violations(mt.Placement([[[0], [1]]])) | like the problem, got 1, 2 and 2
 """
 CASES = [line.split(" | ") for line in WRONG.strip().splitlines()]

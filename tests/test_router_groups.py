@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import random_ids
+from make import random_ids, trace_of
 
 import moetuner as mt
 from moetuner import router_groups
@@ -12,7 +12,7 @@ EXPERTS = 16
 
 def count(ids, experts=EXPERTS):
     """Count routed experts [T,L,K]."""
-    trace = mt.RoutingTrace.from_arrays(ids, num_experts=experts)
+    trace = trace_of(ids, experts)
     return mt.RoutingStatistics.from_trace(trace, window=64, sets=False)
 
 

@@ -6,9 +6,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import random_ids
 from hypothesis import given
 from hypothesis import strategies as st
+from make import random_ids, trace_of
 from safetensors.numpy import load_file
 
 import moetuner as mt
@@ -68,7 +68,7 @@ def test_counts_like_a_plain_loop(routing, window, cuts, threads):
     """Neither shards nor threads nor the type of the ids change a count."""
     ids, experts = routing
     *expected, wanted = oracle(ids, experts, window)
-    trace = mt.RoutingTrace.from_arrays(ids, num_experts=experts)
+    trace = trace_of(ids, experts)
     counted = mt.RoutingStatistics.from_trace(trace, window=window, threads=threads, sets=True)
     assert as_counters(counted) == wanted
     for layer, of in enumerate(counted.sets):
@@ -100,9 +100,7 @@ def test_every_kernel_counts_like_numpy(experts, top_k):
     scores = rng.random((tokens, layers, experts), dtype=np.float32) * np.linspace(1, 3, experts)
     scores[:, :, :2] = 9  # two experts that every token chooses: small counters must not overflow
     ids = np.argpartition(scores, experts - top_k, axis=2)[:, :, experts - top_k :]
-    counted = mt.RoutingStatistics.from_trace(
-        mt.RoutingTrace.from_arrays(ids, num_experts=experts), window=window
-    )
+    counted = mt.RoutingStatistics.from_trace(trace_of(ids, experts), window=window)
 
     def pairs(left, right):
         cells = (left[:, :, None] * experts + right[:, None, :]).ravel()
@@ -123,7 +121,7 @@ def test_statistics_add_up(routing, where):
     """The statistics of a trace are the sum of those of its parts."""
     ids, experts = routing
     parts = [ids[:where], ids[where:]]
-    traces = [mt.RoutingTrace.from_arrays(part, num_experts=experts) for part in parts]
+    traces = [trace_of(part, experts) for part in parts]
     both = mt.RoutingStatistics.sum(mt.RoutingStatistics.from_trace(t, sets=True) for t in traces)
     whole = mt.RoutingStatistics.from_trace(traces[0].concat(traces[1]), sets=True)
     assert as_counters(both) == as_counters(whole)
@@ -147,7 +145,7 @@ def test_pairs_and_sets_are_optional(make_trace, left_out):
 def test_an_array_that_changed_is_refused(make_trace, tmp_path):
     """Ids in memory are looked at again when they are counted; those of a file just were."""
     ids = np.array(make_trace().expert_ids)
-    trace = mt.RoutingTrace.from_arrays(ids, num_experts=8)
+    trace = trace_of(ids)
     trace.save(tmp_path / "trace.safetensors")
     assert mt.RoutingTrace.load(tmp_path / "trace.safetensors").ids.fresh
     assert not trace.ids.fresh
@@ -276,9 +274,7 @@ def test_no_load_wraps(dtype):
 
 def test_a_load_table_is_split_in_time():
     """The first windows of every group, then the rest; both parts have loads alone."""
-    trace = mt.RoutingTrace.from_arrays(
-        random_ids(40, 2, 2, 8), num_experts=8, group=np.repeat([0, 1], 20), group_names=("a", "b")
-    )
+    trace = trace_of(random_ids(40, 2, 2, 8), group=np.repeat([0, 1], 20), group_names=("a", "b"))
     whole = mt.RoutingStatistics.from_trace(trace, window=5, by_group=True, sets=True)
     for share, numbers in ((0.5, [0, 1, 4, 5]), (0.01, [0, 4]), (0.99, [0, 1, 2, 3, 4, 5, 6])):
         first, rest = whole.split(share)

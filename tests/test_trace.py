@@ -11,9 +11,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import safetensors
-from conftest import random_ids
 from hypothesis import given
 from hypothesis import strategies as st
+from make import random_ids
 from safetensors.numpy import load_file, save_file
 
 import moetuner as mt

@@ -1,6 +1,6 @@
-"""The rules for what callers give: kinds, choices, numbers, arrays, and expert ids.
+"""Checks of arguments: classes, choices, numbers, arrays, labels, and expert ids.
 
-What breaks one raises ArgumentError, a ValueError, or TypeError where it is of the wrong kind; the
+A wrong value raises ArgumentError, which is a ValueError, a value of a wrong class TypeError. The
 message names the argument, the rule and the value.
 """
 
@@ -28,22 +28,22 @@ U8, U16 = np.dtype(np.uint8), np.dtype(np.uint16)
 LARGEST_INT = (1 << 63) - 1
 LAYER_LIMIT = 1 << 16
 EXPERT_LIMIT = 1 << 16
-# Devices of a topology, whose tables are of pairs of devices.
+# Devices of a topology, whose tables hold all pairs of devices.
 DEVICE_LIMIT = 1 << 13
-# Slots of a layer's devices together, each device as wide as the widest.
+# Slots of a layer on all devices together, each device as wide as the widest.
 SLOT_LIMIT = 1 << 16
 # Cells of a table of layers, experts and devices.
 CELL_LIMIT = 1 << 28
-# Threads that may be asked for; the core starts at most four for every core.
+# Threads of an argument; the extension starts at most four for each processor core.
 THREAD_LIMIT = 1 << 10
-# Times, sizes and rates are between these, in any unit, so that no product or quotient is infinite.
+# Limits of times, sizes and rates, in any unit, so that no product or quotient is infinite.
 SMALLEST, LARGEST = 1e-30, 1e30
-# Characters of a value that a message shows, and of a path.
+# Largest numbers of characters of a value in a message, and of a path.
 SHOWN, LONGEST_PATH = 40, 4096
 PLAIN = (str, bytes, int, float, complex, list, tuple, dict, set, type, type(None), np.generic)
 
 
-# Representations that do not read all of a long value.
+# Representation of a value that reads only the beginning of a long one.
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 2 * SHOWN
 SHORT.maxlist = SHORT.maxtuple = SHORT.maxset = SHORT.maxdict = SHOWN // 2
@@ -51,17 +51,17 @@ SHORT.maxlevel = 4
 
 
 class ArgumentError(ValueError):
-    """What is wrong with arguments, whose names the message has.
+    """An error in arguments, whose names are in the message.
 
     Parameters
     ----------
     text
         The message.
     arguments
-        Names that it has of arguments, in their order: who took them by other names, as the options
-        of a command, says those, see ``renamed``.
+        Names of arguments in the message, in their order: a caller that has other names for them,
+        as the options of a command, replaces them, see ``renamed``.
     place
-        The file that it is about, in front of the message.
+        The file of the wrong value, written in front of the message.
     """
 
     def __init__(self, text: str, *arguments: str, place: str = "") -> None:
@@ -69,16 +69,16 @@ class ArgumentError(ValueError):
         self.text, self.arguments, self.place = text, arguments, place
 
     def renamed(self, names: Mapping[str, str]) -> str:
-        """Return the message with other names of its arguments, each where it is next named."""
+        """Return the message with its arguments renamed, each at its first place."""
         text = self.text
         for argument in self.arguments:
-            name = argument.partition(":")[0]  # of "pinned: expert", a part of an argument
+            name = argument.partition(":")[0]  # as in "pinned: expert"
             text = re.sub(rf"\b{name}\b", names.get(name, name), text, count=1)
         return f"{self.place}: {text}" if self.place else text
 
 
 class MissingArgumentError(ArgumentError):
-    """What a file does not say, and an argument has to."""
+    """An error for a value that the file lacks, so that an argument must give it."""
 
 
 def _with_article(name: str) -> str:
@@ -86,7 +86,7 @@ def _with_article(name: str) -> str:
 
 
 def shown(value: object) -> str:
-    """Return what a message says of a value: one short line."""
+    """Write a value in one short line, for a message."""
     if isinstance(value, np.ndarray):
         return f"{value.dtype} {list(value.shape)}"
     if not isinstance(value, PLAIN):
@@ -100,14 +100,14 @@ def shown(value: object) -> str:
 
 
 def instance(name: str, value: object, *kinds: type, hint: str = "") -> None:
-    """Check that an argument is of a class; ``hint`` says how to make one."""
+    """Raise TypeError for a value of another class; ``hint`` says how to make one."""
     if not isinstance(value, kinds):
         wanted = _with_article(" or ".join(kind.__name__ for kind in kinds))
         raise TypeError(f"{name} must be {wanted}{hint}, got {shown(value)}")
 
 
 def one_of(name: str, value: object, choices: Iterable[str]) -> None:
-    """Check a choice."""
+    """Raise for a value that is none of the choices."""
     names = tuple(choices)
     if not (isinstance(value, str) and value in names):
         hint = suggestion(value, names)
@@ -117,19 +117,19 @@ def one_of(name: str, value: object, choices: Iterable[str]) -> None:
 
 
 def flag(name: str, value: object) -> None:
-    """Check a truth value."""
+    """Raise TypeError for a value that is not True or False."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, got {shown(value)}")
 
 
 def text_or_none(name: str, value: object) -> None:
-    """Check a name for people."""
+    """Raise for a value that is neither a text nor None."""
     if value is not None and not isinstance(value, str):
         raise ArgumentError(f"{name} must be a text, got {shown(value)}", name)
 
 
 def path_in(path: object) -> Path:
-    """Return the path of a file."""
+    """Return the path of a file, checked."""
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"path must be the name of a file, got {shown(path)}")
     text = str(path)
@@ -141,7 +141,7 @@ def path_in(path: object) -> Path:
 
 
 def listed(name: str, values: object, what: str) -> list[Any]:
-    """Return the members of what should be a list."""
+    """Return the members of a list; raise for what is no list."""
     try:
         return list(cast(Any, None if isinstance(values, str | bytes) else values))
     except (TypeError, ValueError):
@@ -149,7 +149,7 @@ def listed(name: str, values: object, what: str) -> list[Any]:
 
 
 def chosen(name: str, numbers: object, count: int, what: str = "devices") -> NDArray[np.bool_]:
-    """Return which of so many are named by their numbers [count]."""
+    """Return the mask [count] of the members whose numbers are listed."""
     named = np.zeros(count, dtype=bool)
     for number in listed(name, numbers, what):
         named[whole_number(name, number, lowest=0, highest=count - 1)] = True
@@ -157,25 +157,25 @@ def chosen(name: str, numbers: object, count: int, what: str = "devices") -> NDA
 
 
 def callable_or_none(name: str, value: object) -> None:
-    """Check a function that is called back."""
+    """Raise TypeError for a value that is neither a function nor None."""
     if value is not None and not callable(value):
         raise TypeError(f"{name} must be a function, got {shown(value)}")
 
 
 def array_in(name: str, values: ArrayLike) -> NDArray[Any]:
-    """Return an array of whatever type."""
+    """Return an array of any type; raise for masked values, and for what is no array."""
     if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
         raise ArgumentError(f"{name} must have no masked values, got {shown(values)}", name)
     try:
         return np.asarray(values)
     except (ValueError, TypeError, OverflowError) as error:
-        # A tensor of another library says why it is none, and what would make it one.
+        # The error of another library's tensor says how to turn it into an array.
         why = f": {str(error).strip().splitlines()[0]}" if hasattr(values, "__array__") else ""
         raise ArgumentError(f"{name} must be an array, got {shown(values)}{why}", name) from None
 
 
 def numbers_in(name: str, values: ArrayLike) -> NDArray[np.float64]:
-    """Return an array of floats, of numbers whatever their type."""
+    """Return an array of numbers of any type as floats."""
     array = array_in(name, values)
     if array.dtype.kind not in "iuf" and array.size:
         raise ArgumentError(f"{name} must be numbers, got {shown(array)}", name)
@@ -184,7 +184,7 @@ def numbers_in(name: str, values: ArrayLike) -> NDArray[np.float64]:
 
 
 def amounts_in(name: str, values: ArrayLike, axes: int = 0) -> NDArray[np.float64]:
-    """Return an array of finite floats of at least 0, of so many axes or more."""
+    """Return an array of finite floats of at least 0, with at least a number of axes."""
     array = numbers_in(name, values)
     if array.ndim < axes:
         raise ArgumentError(
@@ -197,34 +197,34 @@ def amounts_in(name: str, values: ArrayLike, axes: int = 0) -> NDArray[np.float6
 
 
 def seed_in(seed: object, name: str = "seed") -> int:
-    """Check a seed."""
+    """Return a seed, checked."""
     return whole_number(name, seed, lowest=0)
 
 
 def nth_seed(seed: int, number: int) -> int:
-    """Return the seed of one of several parts; after the largest seed comes 0."""
+    """Return the seed that is a number of places after another; after the largest comes 0."""
     return (seed + number) % (1 << 63)
 
 
 def threads_in(threads: object) -> int | None:
-    """Check a number of threads; None, all cores, as it is."""
+    """Return a number of threads, checked; None stands for all cores."""
     return None if threads is None else whole_number("threads", threads, highest=THREAD_LIMIT)
 
 
 def window_in(window: object) -> int | None:
-    """Check tokens per window; None, all of them, as it is."""
+    """Return the tokens of a window, checked; None stands for all tokens."""
     return None if window is None else whole_number("window", window)
 
 
 def experts_in(num_experts: object, name: str = "num_experts") -> int:
-    """Check a number of experts per layer."""
+    """Return a number of experts per layer, checked."""
     return whole_number(name, num_experts, highest=EXPERT_LIMIT)
 
 
 def whole_number(name: str, value: object, *, lowest: int = 1, highest: int = LARGEST_INT) -> int:
-    """Check an integer from ``lowest`` to ``highest``."""
+    """Return an integer from ``lowest`` to ``highest``, checked."""
     try:
-        # An array has the method, whatever is in it.
+        # An array has the method of integers, with any contents.
         number = operator.index(cast(Any, None if isinstance(value, bool | np.ndarray) else value))
     except TypeError:
         raise ArgumentError(f"{name} must be an integer, got {shown(value)}", name) from None
@@ -237,7 +237,7 @@ def whole_number(name: str, value: object, *, lowest: int = 1, highest: int = LA
 
 
 def check_slots(devices: int, slots_per_device: int, layers: int = 1) -> None:
-    """Check how many slots there are, before anything of that size is made."""
+    """Raise for too many slots, before anything of that size is made."""
     for count, limit, where in ((layers, CELL_LIMIT, ""), (1, SLOT_LIMIT, " in a layer")):
         if count * devices * slots_per_device > limit:
             of_layers = f" in {layers} layers" if not where else ""
@@ -249,7 +249,7 @@ def check_slots(devices: int, slots_per_device: int, layers: int = 1) -> None:
 
 
 def check_sizes(shape: tuple[int, ...], dtype: np.dtype[np.generic], num_experts: int) -> None:
-    """Check the type of ids and their sizes [T,L,K]."""
+    """Raise for ids whose type or sizes [T,L,K] are wrong."""
     if len(shape) != 3 or dtype.kind not in "iu":
         raise ValueError(
             f"expert_ids must be integers [tokens, layers, top_k], got {dtype} {list(shape)}"
@@ -257,14 +257,14 @@ def check_sizes(shape: tuple[int, ...], dtype: np.dtype[np.generic], num_experts
     tokens, layers, top_k = shape
     if layers > LAYER_LIMIT or tokens >= 1 << 48:
         raise ValueError(f"expert_ids must have at most {LAYER_LIMIT} layers, got {list(shape)}")
-    # The core states the other rules; a trace without tokens keeps or breaks them like any other.
+    # The core checks the other sizes, which it does for a trace without tokens, too.
     _core.validate(np.empty((0, layers, min(top_k, LAYER_LIMIT + 1)), dtype=U8), num_experts)
 
 
 def valid(
     ids: NDArray[np.generic], num_experts: int, first_token: int = 0, threads: int | None = None
 ) -> IdArray:
-    """Validate integer ids [T,L,K] and give them as C-contiguous uint8 or uint16."""
+    """Return integer ids [T,L,K] as C-contiguous uint8 or uint16, validated."""
     dtype = id_type(ids.dtype, num_experts)
     numbers = cast("NDArray[np.integer[Any]]", ids)
     if ids.dtype != dtype and ids.size and not 0 <= numbers.min() <= numbers.max() < num_experts:
@@ -280,14 +280,14 @@ def valid(
 
 
 def id_type(dtype: np.dtype[np.generic], num_experts: int) -> IdType:
-    """Return the type to hold ids in: uint8 and uint16 as they are, else the smaller that fits."""
+    """Return the type for ids: uint8 and uint16 as they are, else the smaller one that fits."""
     if dtype in (U8, U16):
         return U8 if dtype == U8 else U16
     return U8 if num_experts <= 256 else U16
 
 
 def per_device(name: str, values: Any, devices: int) -> list[Any]:
-    """Check that there is one number for every device."""
+    """Return one number for every device, checked."""
     array = array_in(name, values)
     if array.shape != (devices,) or array.dtype.kind not in "iuf":
         raise ArgumentError(
@@ -298,7 +298,7 @@ def per_device(name: str, values: Any, devices: int) -> list[Any]:
 
 
 def positive(name: str, value: object, what: str = "number") -> float:
-    """Return a number above 0, as Python has it; ``what`` says its unit."""
+    """Return a number above 0 as a Python number; ``what`` is its unit."""
     if not (is_number(value) and value > 0):
         raise ArgumentError(f"{name} must be a positive {what}, got {shown(value)}", name)
     if not SMALLEST <= float(value) <= LARGEST:
@@ -309,7 +309,7 @@ def positive(name: str, value: object, what: str = "number") -> float:
 
 
 def not_negative(name: str, value: object, what: str) -> float:
-    """Return a number of at least 0, as Python has it; ``what`` says its unit."""
+    """Return a number of at least 0 as a Python number; ``what`` is its unit."""
     if not (is_number(value) and value >= 0):
         raise ArgumentError(f"{name} must be a {what} of at least 0, got {shown(value)}", name)
     if float(value) > LARGEST:
@@ -320,28 +320,28 @@ def not_negative(name: str, value: object, what: str) -> float:
 
 
 def share(name: str, value: object) -> float:
-    """Return a number from 0 to 1, as Python has it."""
+    """Return a number from 0 to 1 as a Python number."""
     if not (is_number(value) and 0 <= value <= 1):
         raise ArgumentError(f"{name} must be a share from 0 to 1, got {shown(value)}", name)
     return float(value) if isinstance(value, np.generic) else value
 
 
 def at_least(name: str, value: object, lowest: float, unit: str = "") -> None:
-    """Check a number that may be infinite."""
-    endless = isinstance(value, float | np.floating) and value == math.inf
-    if not (endless or (is_number(value) and value >= lowest)):
+    """Raise for a number below ``lowest``; infinity is allowed."""
+    is_infinite = isinstance(value, float | np.floating) and value == math.inf
+    if not (is_infinite or (is_number(value) and value >= lowest)):
         raise ArgumentError(f"{name} must be at least {lowest:g}{unit}, got {shown(value)}", name)
 
 
 def number_or_none(name: str, value: object) -> None:
-    """Check a finite number."""
+    """Raise for a value that is neither a finite number nor None."""
     if value is not None and not is_number(value):
         raise ArgumentError(f"{name} must be a finite number, got {shown(value)}", name)
 
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is a finite number, and not a truth value."""
-    # A time span of NumPy is an integer of it.
+    # NumPy's time spans are a subclass of its integers.
     if isinstance(value, bool | np.timedelta64):
         return False
     if not isinstance(value, int | float | np.integer | np.floating):
@@ -355,13 +355,13 @@ def is_number(value: object) -> TypeGuard[float]:
 Scalar = TypeVar("Scalar", bound=np.generic)
 Integer = TypeVar("Integer", np.int16, np.int32, np.int64)
 
-# Labels that are looked at together: of all at once, numpy's copies take much memory, and nothing
-# interrupts it.
+# Labels that are processed together: for all at once, numpy's copies would take much memory, and no
+# signal could interrupt it.
 PIECE = 1 << 20
 
 
 def labels(name: str, values: ArrayLike, length: int, dtype: type[Integer]) -> NDArray[Integer]:
-    """Check one integer label per token or window [length] and hold it as ``dtype``, read-only."""
+    """Return one integer label per token or window [length] as ``dtype``, checked and read-only."""
     array = array_in(name, values)
     if array.shape != (length,) or (array.dtype.kind not in "iu" and length):
         raise ArgumentError(f"{name} must be integers [{length}], got {shown(array)}", name)
@@ -375,7 +375,7 @@ def labels(name: str, values: ArrayLike, length: int, dtype: type[Integer]) -> N
 
 
 def names(values: Iterable[str] | None) -> tuple[str, ...]:
-    """Check the names of groups: texts that differ."""
+    """Return the names of groups, distinct texts, checked."""
     if values is None:
         return ()
     texts: dict[str, None] = {}
@@ -391,7 +391,7 @@ def names(values: Iterable[str] | None) -> tuple[str, ...]:
 def groups(
     values: ArrayLike, length: int, group_names: tuple[str, ...], dtype: type[Integer]
 ) -> NDArray[Integer]:
-    """Check group numbers [length]: each is an index into the names."""
+    """Return group numbers [length], indices into the names, checked."""
     array = labels("group", values, length, dtype)
     if length and (array.min() < 0 or array.max() >= len(group_names)):
         wrong = array.min() if array.min() < 0 else array.max()
@@ -403,7 +403,7 @@ def groups(
 
 
 def rows(name: str, values: ArrayLike, length: int) -> NDArray[Any]:
-    """Check which rows are wanted: a mask [length], or numbers of rows, each once."""
+    """Return a mask of rows [length], or distinct numbers of rows, checked."""
     array = array_in(name, values)
     if array.dtype == np.bool_ and array.shape == (length,):
         return array.copy()
@@ -426,33 +426,33 @@ def rows(name: str, values: ArrayLike, length: int) -> NDArray[Any]:
 
 
 def pieces(values: NDArray[Scalar]) -> Iterator[NDArray[Scalar]]:
-    """Yield labels [n] in pieces, and one at least."""
+    """Yield labels [n] in pieces, at least one."""
     return (values[at : at + PIECE] for at in range(0, max(len(values), 1), PIECE))
 
 
 def distinct(values: NDArray[Scalar]) -> NDArray[Scalar]:
-    """Find the labels that occur, ascending."""
+    """Return the distinct labels in ascending order."""
     return np.unique(np.concatenate([np.unique(piece) for piece in pieces(values)]))
 
 
 def among(values: NDArray[Any], wanted: ArrayLike) -> NDArray[np.bool_]:
-    """Whether each label is one of those wanted."""
+    """Return the mask of the labels that are among those wanted."""
     return np.concatenate([np.isin(piece, wanted) for piece in pieces(values)])
 
 
 def at(values: NDArray[Scalar], numbers: NDArray[Any]) -> NDArray[Scalar]:
-    """Return the numbered values [n]."""
+    """Return values by their numbers [n]."""
     return np.concatenate([values[piece] for piece in pieces(numbers)])
 
 
 def ranks(values: NDArray[Any], labels: NDArray[Any]) -> NDArray[Any]:
-    """Return the place of each label [n] among all that occur, ascending."""
+    """Return the rank of each value [n] among the distinct labels in ascending order."""
     kind = np.min_scalar_type(max(len(labels) - 1, 0))
     return np.concatenate([np.searchsorted(labels, piece).astype(kind) for piece in pieces(values)])
 
 
 def counts(ranks: NDArray[Any], number: int) -> NDArray[np.int64]:
-    """Count how often each of so many ranks occurs."""
+    """Count how often each rank below ``number`` occurs."""
     total = np.zeros(number, dtype=np.int64)
     for _, there, _, times in _runs(ranks):
         total[there] += times
@@ -460,7 +460,7 @@ def counts(ranks: NDArray[Any], number: int) -> NDArray[np.int64]:
 
 
 def first_of(ranks: NDArray[Any], number: int) -> NDArray[np.int64]:
-    """Return the number of the first item of every rank, each of which has one."""
+    """Return the number of the first item of every rank; each rank must occur."""
     first, begin = np.full(number, len(ranks), dtype=np.int64), 0
     for order, there, start, _ in _runs(ranks):
         first[there] = np.minimum(first[there], begin + order[start])
@@ -469,7 +469,7 @@ def first_of(ranks: NDArray[Any], number: int) -> NDArray[np.int64]:
 
 
 def sorted_by(ranks: NDArray[Any], number: int) -> NDArray[Any]:
-    """Return the numbers of items in the order of their ranks [n]; equal ones stay as they are."""
+    """Return the numbers of items [n] in the order of their ranks (a stable sort)."""
     place = np.empty(len(ranks), dtype=np.int32 if len(ranks) < 1 << 31 else np.int64)
     size, first = counts(ranks, number), 0
     begin = np.cumsum(size) - size
@@ -482,9 +482,9 @@ def sorted_by(ranks: NDArray[Any], number: int) -> NDArray[Any]:
 
 
 def _runs(ranks: NDArray[Any]) -> Iterator[tuple[NDArray[Any], ...]]:
-    """Yield the order of every piece of ranks [n], those there, where each begins, and how often.
+    """Yield for every piece of ranks [n]: its stable order, and its distinct ranks.
 
-    Equal ones are in the order in which they come.
+    Each rank comes with the index in the order at which it begins, and with its count.
     """
     for piece in pieces(ranks):
         order = np.argsort(piece, kind="stable")
@@ -493,8 +493,8 @@ def _runs(ranks: NDArray[Any]) -> Iterator[tuple[NDArray[Any], ...]]:
         yield order, in_order[start], start, np.diff(np.append(start, len(piece)))
 
 
-def numbered(group: ArrayLike) -> list[str]:
-    """Return names for groups that have none: their numbers."""
+def name_groups(group: ArrayLike) -> list[str]:
+    """Return the numbers of groups as their names, for groups without names."""
     array = array_in("group", group)
     if array.dtype.kind not in "iu" and array.size:
         raise ValueError(f"group must be integers, got {shown(array)}")
@@ -504,8 +504,8 @@ def numbered(group: ArrayLike) -> list[str]:
     return [str(number) for number in range(count)]
 
 
-def joined_sequences(parts: list[NDArray[np.int32] | None]) -> NDArray[np.int64] | None:
-    """Join the sequence labels of traces; where one would come back all are numbered anew."""
+def join_sequences(parts: list[NDArray[np.int32] | None]) -> NDArray[np.int64] | None:
+    """Join the sequence labels of traces; if a label occurs in two, all are numbered anew."""
     present = [part for part in parts if part is not None]
     if len(present) < len(parts):
         return None
@@ -519,8 +519,8 @@ def joined_sequences(parts: list[NDArray[np.int32] | None]) -> NDArray[np.int64]
     )
 
 
-def joined_groups(parts: Iterable[Any]) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
-    """Return group numbers of traces or statistics one after the other, and the joint names."""
+def join_groups(parts: Iterable[Any]) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
+    """Join the group numbers of traces or statistics, and return the joint names, too."""
     names = tuple(dict.fromkeys(name for part in parts for name in part.group_names))
     if any(part.group is None for part in parts):
         return None, names
@@ -530,14 +530,14 @@ def joined_groups(parts: Iterable[Any]) -> tuple[NDArray[np.int64] | None, tuple
 
 
 def frozen(array: NDArray[Scalar]) -> NDArray[Scalar]:
-    """Return a read-only view; the owner of the memory keeps its own rights."""
+    """Return a read-only view of an array, which itself stays writable."""
     view = array.view()
     view.flags.writeable = False
     return view
 
 
 def expert_size(sizes: Any) -> tuple[int, int] | None:
-    """Return hidden and intermediate size of an expert, checked; None as it is."""
+    """Return hidden and intermediate size of an expert, checked; None stays None."""
     if sizes is None:
         return None
     if not isinstance(sizes, tuple | list) or len(sizes) != 2:
@@ -546,13 +546,13 @@ def expert_size(sizes: Any) -> tuple[int, int] | None:
     return hidden, intermediate
 
 
-def size_text(size: tuple[int, int] | None) -> str | None:
-    """Return a size as files write it: hidden x intermediate."""
+def format_size(size: tuple[int, int] | None) -> str | None:
+    """Write the size of an expert for files: hidden x intermediate."""
     return None if size is None else f"{size[0]}x{size[1]}"
 
 
-def size_of(text: str | None) -> tuple[int, int] | None:
-    """Read what ``size_text`` wrote."""
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """Read what ``format_size`` wrote."""
     if text is None:
         return None
     sizes = re.fullmatch(r"(\d{1,8})x(\d{1,8})", text, re.ASCII)

@@ -1,6 +1,6 @@
-"""Texts for people: names, paths and contents of files on their way to a terminal.
+"""Texts for a terminal: names, paths and contents of files, made printable.
 
-The command line shows errors with these before numpy is loaded, so nothing here needs it.
+The command line writes errors with these before numpy is loaded, so this module does not use it.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ from collections.abc import Iterable
 
 LONGEST = 300
 LONGEST_NAME = 60
-# Of a line that a command prints: a name may have spaces.
+# Largest length of a printed line, whose names may have spaces.
 LONGEST_LINE = 4000
-# Without a space in between: a path may have many letters, a name or a list has no use for them.
+# A word that is too long to show: longer than the paths of most files.
 LONG_WORD = re.compile(r"\S{241,}")
 
 
 def printable(text: str, longest: int = LONGEST) -> str:
-    """Return text as one line without control characters, cut where it is longer than ``longest``.
+    """Return text as one line without control characters, cut after ``longest`` letters.
 
-    Escape sequences would be obeyed by a terminal, and line ends would break an error's one line.
+    A terminal would obey escape sequences, and an error must stay one line.
     """
     shown = line(" ".join(text.split()))
     return shown if len(shown) <= longest else shown[:longest] + "..."
 
 
 def line(text: str) -> str:
-    """Return a line as it may be shown, with the middle of very long words and lines left out."""
+    """Return a printable line, without the middle of very long words and lines."""
     return name(LONG_WORD.sub(lambda word: name(word[0]), text), LONGEST_LINE)
 
 
 def name(text: str, longest: int = LONGEST_NAME) -> str:
-    """Return a name as it fits into a line: the beginning and the end of a long one."""
+    """Return a printable name; a long one is its beginning and its end."""
     if len(text) > longest:
         half = (longest - 3) // 2
         text = f"{text[:half]}...{text[-half:]}"
@@ -40,19 +40,19 @@ def name(text: str, longest: int = LONGEST_NAME) -> str:
 
 
 def clean(text: str) -> str:
-    """Return text with a question mark for everything that is no visible character or space."""
+    """Return text with a question mark in place of unprintable characters."""
     if text.isprintable():
         return text
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def suggestion(value: object, choices: Iterable[str]) -> str:
-    """Return a question that names the nearest choice, in any case; empty if none comes near."""
+    """Return a question that names the most similar choice; empty if none is similar."""
     if not isinstance(value, str):
         return ""
-    names, begun = {choice.lower(): choice for choice in choices}, value.lower()
-    # Letters in another order, which difflib takes for far.
-    similar = [name for name in names if sorted(name) == sorted(begun)]
-    similar += difflib.get_close_matches(begun, names, n=1)
-    similar += [name for name in names if begun and name.startswith(begun)]
+    names, text = {choice.lower(): choice for choice in choices}, value.lower()
+    # difflib finds letters in another order not similar.
+    similar = [name for name in names if sorted(name) == sorted(text)]
+    similar += difflib.get_close_matches(text, names, n=1)
+    similar += [name for name in names if text and name.startswith(text)]
     return f". Did you mean {names[similar[0]]}?" if similar else ""

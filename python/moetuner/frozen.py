@@ -1,4 +1,4 @@
-"""What the package's frozen dataclasses share: equality, hash, text and JSON."""
+"""Base of the package's frozen dataclasses: equality, hash, text and JSON."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import numpy as np
 
 WIDTH = 100
 BREAK = "\n    "
-# Entries of a list or a dictionary that are shown; of more only the number.
+# Largest number of entries of a list or dictionary to show; longer ones show the number alone.
 FEW = 8
-# Numbers of an array that its hash is made of: enough to tell apart, and soon read.
+# Numbers of an array that enter its hash: enough to tell arrays apart, and read quickly.
 HASHED = 64
 
 
 class Frozen:
     """Base of dataclasses whose fields may hold arrays and dictionaries.
 
-    Equal if all fields are, arrays by their numbers. Shown in a few lines: fields that have their
-    defaults are left out, and of arrays and long lists there is the size.
+    Two values are equal if all fields are; arrays are compared by their numbers. The text has a few
+    lines: it leaves out fields with their defaults, and shows the size of arrays and long lists.
     """
 
-    # Properties that are shown beside the fields.
+    # Properties that the text shows after the fields.
     _also_shown: ClassVar[tuple[str, ...]] = ()
 
     def __eq__(self, other: object) -> bool:
@@ -41,7 +41,7 @@ class Frozen:
         return hash(tuple(_hash(getattr(self, f.name)) for f in _fields(self) if f.compare))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return fields as JSON values."""
+        """Return the fields as JSON values."""
         return {field.name: as_json(getattr(self, field.name)) for field in _fields(self)}
 
     def _repr_html_(self) -> str:
@@ -62,7 +62,7 @@ class Frozen:
 
 
 def short(value: Any) -> str:
-    """Write a value in a few words: of arrays and long lists their size."""
+    """Write a value in a few words; arrays and long lists as their size."""
     if isinstance(value, np.ndarray):
         return f"{value.dtype}{list(value.shape)}"
     if isinstance(value, float):
@@ -79,7 +79,7 @@ def short(value: Any) -> str:
 
 
 def as_json(value: Any) -> Any:
-    """Return what JSON takes of a value: fields by their names, arrays and tuples as lists."""
+    """Return a value as JSON has it: fields by name, arrays and tuples as lists."""
     if hasattr(value, "to_dict"):
         return value.to_dict()
     if hasattr(value, "_asdict"):
@@ -130,7 +130,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _hash(value: Any) -> int:
-    """Hash what `_equal` compares: what is equal has the same."""
+    """Return a hash that is the same for values that `_equal` finds equal."""
     if isinstance(value, np.ndarray):
         return hash((value.shape, *value.flat[:HASHED].tolist()))
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Placement: which expert sits in which slot of which device, layer by layer."""
+"""Placement: the expert in every slot of every device, layer by layer."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from moetuner.topology import Topology
 
 SCHEMA = "moetuner.placement/1"
 EMPTY = -1
-# What a placement's file has beside its slots, in its order; ``settings`` follows.
+# Further fields of a placement's file, in their order; ``settings`` follow.
 TEXTS, FIGURES = ("model", "topology", "fingerprint", "bound_scope"), ("objective", "bound")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PlacementDiff(Frozen):
-    """Copies of experts that arrive on a device which did not hold them.
+    """The copies of experts that have to move to get from one placement to another.
 
     Parameters
     ----------
     experts_moved
-        How many they are.
+        Number of copies that move.
     experts_moved_per_layer
-        In every layer [L].
+        Number of copies that move in every layer [L].
     bytes_moved
-        Their bytes; None where those of an expert are not known.
+        Their bytes; None if the bytes of an expert are unknown.
     moves
-        Layer, expert, device from and device to of each [M,4], in this order.
+        Layer, expert, source device and target device of each move [M,4].
     pairs
-        How many go from a device to a device [D,D].
+        Number of copies that move from device to device [D,D].
 
     Examples
     --------
@@ -60,24 +60,24 @@ class PlacementDiff(Frozen):
     pairs: NDArray[np.int64]
 
 
-def difference(
+def compare_holders(
     before: NDArray[np.bool_],
     after: NDArray[np.bool_],
     topology: Topology | None,
     expert_bytes: float | None,
 ) -> PlacementDiff:
-    """List the moves from one set of holders [L,D,E] to another.
+    """Return the moves from one table of holders [L,D,E] to another.
 
-    A copy comes from the nearest device that held the expert, by link costs where they were given,
-    else by tier; of equally near ones from the lowest number. Without a topology all are equally
-    near.
+    A copy comes from the nearest device that held the expert: by link costs if they were given,
+    else by tier; among equally near ones, from the lowest number. Without a topology all devices
+    are equally near.
     """
     devices = before.shape[1]
     layer, expert, target = np.nonzero((after & ~before).transpose(0, 2, 1))
-    far = np.zeros((devices, devices), np.int64)
+    cost = np.zeros((devices, devices), np.int64)
     if topology is not None:
-        far = topology.tier if topology.link_cost is None else topology.cost
-    distance = far[:, target].T * devices + np.arange(devices)
+        cost = topology.tier if topology.link_cost is None else topology.cost
+    distance = cost[:, target].T * devices + np.arange(devices)
     source = np.where(before[layer, :, expert], distance, np.iinfo(np.int64).max).argmin(axis=1)
     pairs = np.bincount(source * devices + target, minlength=devices * devices)
     return PlacementDiff(
@@ -90,18 +90,18 @@ def difference(
 
 
 def find_holders(slots: NDArray[np.int32], experts: int) -> NDArray[np.bool_]:
-    """Return whether a device holds an expert [L,D,E], of slots [L,D,S]."""
+    """Return whether a device holds an expert [L,D,E], from slots [L,D,S]."""
     layers, devices, _ = slots.shape
-    # An empty slot, -1, writes into a column of its own at the end.
+    # Empty slots, -1, write into a last column, which is dropped.
     holders = np.zeros((layers, devices, experts + 1), dtype=bool)
     holders[np.arange(layers)[:, None, None], np.arange(devices)[:, None], slots] = True
     return np.ascontiguousarray(holders[:, :, :-1])
 
 
 def moves_from(holders: NDArray[np.bool_], slots: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Count the copies of every layer [L] in slots [L,D,S] whose device is no holder [L,D,E]."""
-    there = np.take_along_axis(holders, np.maximum(slots, 0).astype(np.int64), axis=2)
-    moves: NDArray[np.int64] = (~there & (slots != EMPTY)).sum(axis=(1, 2))
+    """Count the copies in slots [L,D,S] that are not on a holder [L,D,E], by layer [L]."""
+    is_holder = np.take_along_axis(holders, np.maximum(slots, 0).astype(np.int64), axis=2)
+    moves: NDArray[np.int64] = (~is_holder & (slots != EMPTY)).sum(axis=(1, 2))
     return moves
 
 
@@ -110,12 +110,12 @@ def keep_slots(
 ) -> NDArray[np.int32]:
     """Return slots [L,D,S] in which experts that stay on a device keep their running slots.
 
-    Only those that a device has itself [L,D]: tables are as wide as the widest device.
+    A device keeps only slots within its capacity [L,D]: tables are as wide as the widest device.
     """
     width = slots.shape[2]
     before = np.full(slots.shape, EMPTY, dtype=np.int32)
-    same = min(running.shape[2], width)
-    before[:, :, :same] = running[:, :, :same]
+    shared_width = min(running.shape[2], width)
+    before[:, :, :shared_width] = running[:, :, :shared_width]
     before[np.arange(width) >= capacity[:, :, None]] = EMPTY
     experts = int(max(before.max(), slots.max())) + 1
     return _core.keep_slots(before, np.ascontiguousarray(slots, np.int32), experts)
@@ -130,40 +130,40 @@ def fill(
     forbidden: NDArray[np.bool_] | None = None,
     holders: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.int32]:
-    """Fill slots [L,D,S] where they change least; no device gets two copies of one expert.
+    """Return slots [L,D,S] filled with copies that change least.
 
-    ``capacity`` [L,D] is how many slots of a device are to be full, by default all. Devices that
-    are ``holders`` [L,D,E] of an expert come first, so that nothing moves; then the copy that takes
-    the fewest tokens of ``load`` [L,E], without it of the experts with the fewest copies. Experts
-    must not be where they are ``forbidden`` [L,E,D].
+    No device gets two copies of one expert. ``capacity`` [L,D] is the number of slots of a device
+    to fill, by default all. A copy goes first to ``holders`` [L,D,E] of its expert, so that nothing
+    moves; then the copy that takes the fewest tokens of ``load`` [L,E] is added, or without a load
+    one of the experts with the fewest copies. ``forbidden`` [L,E,D] keeps experts off devices.
     """
     full = slots.copy()
-    wanted = np.full(slots.shape[:2], slots.shape[2]) if capacity is None else capacity
-    short = wanted - (slots != EMPTY).sum(axis=2)
+    targets = np.full(slots.shape[:2], slots.shape[2]) if capacity is None else capacity
+    short = targets - (slots != EMPTY).sum(axis=2)
     for layer in np.flatnonzero((short > 0).any(axis=1)).tolist():
         copies = np.bincount(slots[layer].ravel() + 1, minlength=experts + 1)[1:]
         for device in np.flatnonzero(short[layer] > 0).tolist():
-            row, out = full[layer, device], np.zeros(experts, dtype=bool)
-            out[row[row != EMPTY]] = True
+            row, is_excluded = full[layer, device], np.zeros(experts, dtype=bool)
+            is_excluded[row[row != EMPTY]] = True
             if forbidden is not None:
-                out |= forbidden[layer, :, device]
-            if (~out).sum() < short[layer, device]:
+                is_excluded |= forbidden[layer, :, device]
+            if (~is_excluded).sum() < short[layer, device]:
                 raise ValueError(
-                    f"layer {layer}, device {device}: {wanted[layer, device]} slots cannot be "
+                    f"layer {layer}, device {device}: {targets[layer, device]} slots cannot be "
                     f"filled, with {experts} experts and no two copies of one on a device"
                 )
             moves = np.zeros(experts) if holders is None else ~holders[layer, device]
             for slot in np.flatnonzero(row == EMPTY)[: short[layer, device]].tolist():
-                takes = copies if load is None else load[layer] / (copies + 1)
-                expert = int(np.lexsort((copies, takes, moves, out))[0])
-                row[slot], out[expert] = expert, True
+                taken = copies if load is None else load[layer] / (copies + 1)
+                expert = int(np.lexsort((copies, taken, moves, is_excluded))[0])
+                row[slot], is_excluded[expert] = expert, True
                 copies[expert] += 1
     return full
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Placement(Frozen):
-    """Expert ids by layer, device and slot.
+    """Experts in slots, by layer and device.
 
     Parameters
     ----------
@@ -175,15 +175,14 @@ class Placement(Frozen):
     model, topology
         Names, for people.
     fingerprint
-        Of the statistics that the placement was computed from.
+        Fingerprint of the statistics that the placement was computed from.
     objective, bound
-        What the solver reached on them, and what no placement in ``bound_scope`` can be below.
+        The solver's objective on them, and the lower bound of placements in ``bound_scope``.
     bound_scope
-        Of which placements ``bound`` is a bound, in words.
+        The placements for which ``bound`` holds, in words.
     settings
-        What the placement was computed for, and how, as JSON values: ``solve`` writes method, seed,
-        goal, engine settings, topology and cost model, the command line also INPUT. Empty where it
-        is not known.
+        How the placement was computed, as JSON values: ``solve`` writes method, seed, goal, engine
+        settings, topology and cost model, the command line also INPUT. Empty if unknown.
 
     Raises
     ------
@@ -229,8 +228,8 @@ class Placement(Frozen):
                 f"num_experts must be from 1 to {capacity}, a slot for each, got {experts}",
                 "num_experts",
             )
-        _check(slots, experts)
-        slots = np.array(slots, dtype=np.int32, order="C")  # a copy of its own
+        _check_slots(slots, experts)
+        slots = np.array(slots, dtype=np.int32, order="C")  # always a copy
         slots.flags.writeable = False
         vars(self).update(slots=slots, num_experts=experts)
         self._check_names()
@@ -241,11 +240,11 @@ class Placement(Frozen):
         for name in FIGURES:
             check.number_or_none(name, getattr(self, name))
         check.instance("settings", self.settings, Mapping, hint=" of JSON values by name")
-        if not self.settings:  # as of the thousands that a search judges
+        if not self.settings:  # as in the thousands of placements that a search evaluates
             vars(self)["settings"] = {}
             return
         try:
-            # A copy, as its file gives it back.
+            # The settings become what a file would give back.
             text = json.dumps(as_json(self.settings), allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(f"settings must be JSON values: {error}") from None
@@ -260,10 +259,10 @@ class Placement(Frozen):
         slots_per_device: int | None = None,
         **names: Any,
     ) -> Placement:
-        """Build a placement with one copy of each expert from its device [L,E].
+        """Build a placement with one copy of each expert from the device of every expert [L,E].
 
-        Slots are filled in the order of expert ids; ``slots_per_device`` defaults to the most
-        experts that any device holds in any layer.
+        Slots are filled in the order of expert ids; ``slots_per_device`` is by default the largest
+        number of experts on a device in a layer.
         """
         device_of = check.array_in("device_of", device_of)
         check.whole_number("devices", devices, highest=check.SLOT_LIMIT)
@@ -291,7 +290,7 @@ class Placement(Frozen):
                 "slots_per_device",
             )
         check.check_slots(devices, width, layers)
-        # Devices are as narrow as they can be: numpy sorts 8 and 16 bits by radix.
+        # Devices get the narrowest type: numpy sorts 8 and 16 bits by radix.
         small = device_of.astype(np.min_scalar_type(max(devices - 1, 0)))
         order = np.argsort(small, axis=1, kind="stable")
         slots = np.full((layers, devices, width), EMPTY, dtype=np.int32)
@@ -347,20 +346,20 @@ class Placement(Frozen):
         return np.ascontiguousarray(device_of[:, 1:])
 
     def with_names(self, **names: Any) -> Placement:
-        """Return the same slots with other names, figures or settings."""
+        """Return a placement with the same slots and other names, figures or settings."""
         fields = (*TEXTS, *FIGURES, "settings")
         if not names.keys() <= {*fields}:
             raise TypeError(f"names must be of {fields}, got {sorted(names)}")
-        named = copy(self)  # without another check: the slots cannot have changed
+        named = copy(self)  # without another check of the slots, which are the same
         vars(named).update(names)
         named._check_names()
         return named
 
     def filled(self, load: ArrayLike | None = None) -> Placement:
-        """Return a placement without empty slots, as engines need it; the same if there are none.
+        """Return a placement without empty slots, as engines need it.
 
-        Further copies fill them: of experts with the fewest tokens, where loads [L,E] are given,
-        else of those with the fewest copies. No device gets two copies of one expert.
+        Copies fill them: of the experts whose copies have the fewest tokens if loads [L,E] are
+        given, else of those with the fewest copies. No device gets two copies of one expert.
 
         Raises
         ------
@@ -375,19 +374,19 @@ class Placement(Frozen):
                 f"load must be [{self.layers}, {self.num_experts}], got {list(tokens.shape)}"
             )
         slots = fill(self.slots, self.num_experts, load=tokens)
-        # A solver's figures were of other copies.
+        # The solver's objective and bound hold for other copies.
         return replace(self, slots=slots, objective=None, bound=None)
 
     def without(self, lost: Collection[int]) -> Placement:
-        """Return the placement on the devices that are left if some are lost, numbered anew.
+        """Return the placement on the devices that are not lost, numbered anew.
 
         Raises
         ------
         ValueError
-            If an expert has no copy then; ``plan`` brings it to others.
+            If an expert has no copy on them; ``plan`` says what to bring.
         """
-        left = ~check.chosen("lost", lost, self.devices)
-        slots = self.slots[:, left]
+        remaining = ~check.chosen("lost", lost, self.devices)
+        slots = self.slots[:, remaining]
         held = find_holders(slots, self.num_experts).any(axis=1)
         for layer, expert in np.argwhere(~held)[:1]:
             raise check.ArgumentError(
@@ -395,7 +394,7 @@ class Placement(Frozen):
                 f"the first is expert {expert} of layer {layer}; plan says what to bring",
                 "lost",
             )
-        # A solver's figures were of other devices.
+        # The solver's objective and bound hold for other devices.
         return replace(self, slots=slots, objective=None, bound=None, topology=None)
 
     def save(self, path: str | Path) -> None:
@@ -422,12 +421,12 @@ class Placement(Frozen):
 
     @classmethod
     def load_all(cls, path: str | Path) -> list[Placement]:
-        """Read placements that ``save`` wrote, of several models one after another in a file.
+        """Read placements from a file that has those of several models, one after another.
 
         Raises
         ------
         ValueError
-            If the file is no placements, or some are of another schema version.
+            If the file has anything else, or a placement of another schema version.
         """
         path = check.path_in(path)
         placements: list[Placement] = []
@@ -437,14 +436,14 @@ class Placement(Frozen):
                 text = content.decode().strip()
                 while text or not placements:
                     values, end = DECODER.raw_decode(text)
-                    placements.append(cls._of_values(values))
+                    placements.append(cls._from_values(values))
                     text = text[end:].lstrip()
             except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
                 raise ValueError(f"not a placement: {error}") from None
         return placements
 
     @classmethod
-    def _of_values(cls, values: Any) -> Placement:
+    def _from_values(cls, values: Any) -> Placement:
         if not isinstance(values, dict) or values.get("schema") != SCHEMA:
             schema = values.get("schema") if isinstance(values, dict) else type(values)
             raise ValueError(f"schema must be {SCHEMA!r}, got {check.shown(schema)}")
@@ -462,23 +461,24 @@ class Placement(Frozen):
         expert_bytes: float | None = None,
         topology: Topology | None = None,
     ) -> PlacementDiff:
-        """Return what has to move to get from this placement to ``other``.
+        """Return the moves from this placement to ``other``.
 
-        A copy moves when a device needs an expert of a layer that it does not hold yet; another
-        slot of the same device costs nothing. It comes from the nearest device of the topology (by
-        ``link_cost``, where that was given) that holds the expert, of equally near
-        ones from the one with the lowest number.
+        A copy moves if a device needs an expert of a layer that it does not hold yet; another slot
+        of the same device costs nothing. It comes from the nearest device that holds the expert, by
+        the topology's ``link_cost`` if that was given, else by tier; among equally near devices,
+        from the one with the lowest number.
         """
         check.instance("other", other, Placement)
         if expert_bytes is not None:
             check.not_negative("expert_bytes", expert_bytes, "number of bytes")
-        own, theirs = (
+        sizes, other_sizes = (
             (placement.layers, placement.devices, placement.num_experts)
             for placement in (self, other)
         )
-        if own != theirs:
+        if sizes != other_sizes:
             raise ValueError(
-                f"other must have the same layers, devices and experts, got {own} and {theirs}"
+                "other must have the same layers, devices and experts, "
+                f"got {sizes} and {other_sizes}"
             )
         if topology is not None:
             check.instance("topology", topology, Topology)
@@ -487,7 +487,7 @@ class Placement(Frozen):
                     f"topology must have {self.devices} devices like the placements, "
                     f"got {topology.devices}"
                 )
-        return difference(self.held, other.held, topology, expert_bytes)
+        return compare_holders(self.held, other.held, topology, expert_bytes)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Placement):
@@ -499,26 +499,26 @@ class Placement(Frozen):
 
 
 def blocks(layers: int, experts: int, devices: int) -> Placement:
-    """Return experts in blocks, one copy each; the first devices take what is left over."""
+    """Return experts in blocks, one copy each; the first devices have one more if need be."""
     sizes = experts // devices + (np.arange(devices) < experts % devices)
     device_of = np.repeat(np.arange(devices), sizes)
     return Placement.from_assignment(np.tile(device_of, (layers, 1)), devices)
 
 
 def contiguous(placement: Placement) -> Placement:
-    """Return experts in blocks on the devices of a placement, one copy each."""
+    """Return the blocks of the experts and devices of a placement, one copy each."""
     return blocks(placement.layers, placement.num_experts, placement.devices)
 
 
 def count_copies(slots: NDArray[Any], experts: int) -> NDArray[np.int64]:
-    """Count the slots of every expert [L,E]; those of no expert come first, and are left out."""
+    """Count the slots of every expert [L,E], without empty slots."""
     layers, width = len(slots), experts + 1
     columns = slots.reshape(layers, -1).astype(np.int64) + np.arange(layers)[:, None] * width
     counts: NDArray[np.int64] = np.bincount(columns.ravel() - EMPTY, minlength=layers * width)
     return counts.reshape(layers, width)[:, 1:]
 
 
-def _check(slots: NDArray[Any], experts: int) -> None:
+def _check_slots(slots: NDArray[Any], experts: int) -> None:
     """Raise for the first layer that breaks a rule."""
     if slots.min() < EMPTY or slots.max() >= experts:
         layer, device, slot = np.argwhere((slots < EMPTY) | (slots >= experts))[0]

@@ -1,4 +1,4 @@
-"""Routers that first choose among groups of neighbouring experts: all that is known of groups.
+"""Router groups: routers that first choose among groups of neighbouring experts.
 
 Renumbering experts is exact for such a router (DeepSeek-V3) only if its groups stay whole. With no
 more devices than groups, place the groups; with more, keep every group on devices of its own::
@@ -23,10 +23,10 @@ from moetuner._checks import DEVICE_LIMIT, ArgumentError, experts_in, instance, 
 from moetuner.placement import EMPTY, Placement
 from moetuner.statistics import RoutingStatistics
 
-# Pairs of groups that change places in a layer at most; each of them must gain half the dead zone.
+# Largest number of exchanges of two groups in a layer; each must gain half the dead zone.
 GROUP_PAIRS = 8
-# Settings of the groups of experts among which a router chooses first, and of how many it may
-# choose. Attention heads, convolutions and quantised weights have groups as well.
+# Settings of a configuration: the number of groups among which a router chooses first, and how many
+# groups it may choose. Attention heads, convolutions and quantised weights have groups as well.
 GROUPS = re.compile(
     r"(n|num)_group|(?!.*(top_?k|limit|size|use))((.*_)?(expert|router|moe)s?_.*groups?(_.*)?"
     r"|(n|num)_expert_?groups?)"
@@ -35,9 +35,9 @@ LIMIT = re.compile(r"(?=.*(top_?k|limit)).*groups?(_.*)?")
 
 
 def merge(statistics: RoutingStatistics, groups: int) -> RoutingStatistics:
-    """Count as if every group were one expert.
+    """Return the statistics of groups, as if every group were one expert.
 
-    Expert sets are dropped: how often two experts of a group met is not a matter of placing groups.
+    Expert sets are dropped, and so are pairs inside a group: no placement of groups parts them.
 
     Raises
     ------
@@ -45,21 +45,21 @@ def merge(statistics: RoutingStatistics, groups: int) -> RoutingStatistics:
         If the groups do not divide the experts.
     """
     instance("statistics", statistics, RoutingStatistics)
-    size = _size(statistics.experts, groups)
+    size = _compute_group_size(statistics.experts, groups)
     load = statistics.window_load
-    together = _pairs(statistics.coactivation, size)
+    together = _add_up_pairs(statistics.coactivation, size)
     if together is not None:
         together[:, np.arange(groups), np.arange(groups)] = 0
     return RoutingStatistics(
         load.reshape(*load.shape[:2], groups, size).sum(axis=3, dtype=np.uint64),
-        _pairs(statistics.transitions, size),
+        _add_up_pairs(statistics.transitions, size),
         together,
         **{name: getattr(statistics, name) for name in ("window", "group", "group_names", "model")},
     )
 
 
 def expand(placement: Placement, experts: int) -> Placement:
-    """Put the experts in the place of their groups: a placement of groups becomes one of experts.
+    """Return the placement of experts that follows from a placement of their groups.
 
     Raises
     ------
@@ -67,7 +67,7 @@ def expand(placement: Placement, experts: int) -> Placement:
         If the groups do not divide the experts.
     """
     instance("placement", placement, Placement)
-    size = _size(experts, placement.num_experts)
+    size = _compute_group_size(experts, placement.num_experts)
     group = placement.slots[..., None]
     slots = np.where(group == EMPTY, EMPTY, group * size + np.arange(size))
     names: Any = {"model": placement.model, "topology": placement.topology}
@@ -82,7 +82,7 @@ def forbid(experts: int, groups: int, devices: int) -> list[tuple[None, int, int
     ValueError
         If the groups do not divide the experts or the devices.
     """
-    size = _size(experts, groups)
+    size = _compute_group_size(experts, groups)
     whole_number("devices", devices, highest=DEVICE_LIMIT)
     if devices % groups:
         raise ArgumentError(f"groups must divide {devices} devices, got {groups}", "groups")
@@ -110,9 +110,9 @@ def count_groups(settings: Mapping[str, Any]) -> int:
 
 
 def check_whole(order: NDArray[np.int64], groups: int, layer: str) -> None:
-    """Check that the order [E] keeps the router's groups of experts whole.
+    """Raise if an order of experts [E] does not keep the router's groups whole.
 
-    It chooses groups by their positions: of mixed ones others would win, and other experts.
+    The router takes groups by position: with mixed groups it would choose other experts.
     """
     size, rest = divmod(len(order), groups)
     if rest:
@@ -128,9 +128,10 @@ def check_whole(order: NDArray[np.int64], groups: int, layer: str) -> None:
 
 
 def count_nodes(groups: int, experts: int, nodes: int, ranks: int) -> int:
-    """Count the nodes of a model's ranks that keep router groups whole; 1 where none has to.
+    """Return the number of nodes if each is to hold whole router groups, else 1.
 
-    They do where they divide the groups and the ranks, as in engines' hierarchical policies.
+    Nodes hold whole groups if their number divides groups and ranks, as in engines' hierarchical
+    policies.
     """
     divides = ranks % nodes == 0 and groups % nodes == 0 and experts % groups == 0
     return nodes if divides and groups > 1 else 1
@@ -146,15 +147,15 @@ def assign_nodes(
     dead_zone: float,
     deviations: float,
 ) -> NDArray[np.int64]:
-    """Return the experts of every node [L,N,E/N], whole groups, as many on each.
+    """Return the experts of every node [L,N,E/N], in whole groups, equally many on each node.
 
-    Groups go where most of them is, then the heaviest first to the node with the least load. In
-    layers where that relieves the heaviest node, two groups change places, and again, within half
-    the budget.
+    A group goes to the node that holds most of its experts, the heaviest group first, and among
+    such nodes to the one with the least load. Then pairs of groups are exchanged in layers where
+    that relieves the heaviest node, within half the budget.
     """
     layers, ranks, _ = slots.shape
     row, size = np.arange(layers), load.shape[1] // groups
-    of_group = load.reshape(layers, groups, size).sum(axis=2)
+    group_load = load.reshape(layers, groups, size).sum(axis=2)
     node_of_rank = np.arange(ranks) // (ranks // nodes)
     group_of_slot = np.where(slots >= 0, slots // size, groups)
     cell = (row[:, None, None] * (groups + 1) + group_of_slot) * nodes + node_of_rank[:, None]
@@ -163,22 +164,22 @@ def assign_nodes(
     node_of = np.zeros((layers, groups), dtype=np.int64)
     free = np.full((layers, nodes), groups // nodes)
     heavy = np.zeros((layers, nodes))
-    for group in np.lexsort((-of_group, -there.max(axis=2)), axis=1).T:
+    for group in np.lexsort((-group_load, -there.max(axis=2)), axis=1).T:
         node = np.lexsort((heavy, -there[row, group], free == 0), axis=1)[:, 0]
         node_of[row, group] = node
         free[row, node] -= 1
-        heavy[row, node] += of_group[row, group]
-    left = budget // (4 * size)
+        heavy[row, node] += group_load[row, group]
+    remaining = budget // (4 * size)
     for _ in range(GROUP_PAIRS):
-        gain, pairs = _best_exchange(of_group, node_of, heavy, dead_zone, deviations)
-        change = np.argsort(-gain, kind="stable")[:left]
+        gain, pairs = _find_best_exchange(group_load, node_of, heavy, dead_zone, deviations)
+        change = np.argsort(-gain, kind="stable")[:remaining]
         change = change[gain[change] > 0]
         if not change.size:
             break
-        left -= change.size
+        remaining -= change.size
         for layer in change:
             pair = pairs[layer]
-            moved = of_group[layer, pair] @ (1, -1)
+            moved = group_load[layer, pair] @ (1, -1)
             heavy[layer, node_of[layer, pair]] += (-moved, moved)
             node_of[layer, pair] = node_of[layer, pair[::-1]]
     order = np.argsort(node_of, axis=1, kind="stable")
@@ -186,21 +187,21 @@ def assign_nodes(
     return experts.reshape(layers, nodes, -1)
 
 
-def _best_exchange(
-    of_group: NDArray[np.float64],
+def _find_best_exchange(
+    group_load: NDArray[np.float64],
     node_of: NDArray[np.int64],
     heavy: NDArray[np.float64],
     dead_zone: float,
     deviations: float,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return what the heaviest node of every layer gains by a change of two groups, and which.
+    """Return the gain of the best exchange of two groups in every layer [L], and its groups [L,2].
 
-    As a part of its load [L], 0 where that is too little or may be chance; pairs of groups [L,2].
+    The gain is a share of the heaviest node's load, 0 if it is too small or may be chance.
     """
-    layers, groups = of_group.shape
+    layers, groups = group_load.shape
     row, worst = np.arange(layers), heavy.argmax(axis=1)
     before, second = heavy[row, worst], np.sort(heavy, axis=1)[:, -2]
-    moved = of_group[:, :, None] - of_group[:, None, :]
+    moved = group_load[:, :, None] - group_load[:, None, :]
     rest = np.maximum(before[:, None, None] - moved, second[:, None, None])
     rest = np.maximum(rest, np.take_along_axis(heavy, node_of, axis=1)[:, None, :] + moved)
     here = node_of == worst[:, None]
@@ -213,7 +214,7 @@ def _best_exchange(
     return gain, np.stack(np.divmod(best, groups), axis=1)
 
 
-def _size(experts: int, groups: int) -> int:
+def _compute_group_size(experts: int, groups: int) -> int:
     experts_in(experts, "experts")
     whole_number("groups", groups)
     if experts % groups:
@@ -221,8 +222,8 @@ def _size(experts: int, groups: int) -> int:
     return experts // groups
 
 
-def _pairs(table: NDArray[np.uint64] | None, size: int) -> NDArray[np.uint64] | None:
-    """Add up pairs [..,E,E] over the experts of groups."""
+def _add_up_pairs(table: NDArray[np.uint64] | None, size: int) -> NDArray[np.uint64] | None:
+    """Return pairs of experts [..,E,E], added up to pairs of groups."""
     if table is None:
         return None
     groups = table.shape[-1] // size

@@ -21,7 +21,7 @@ from moetuner.files import contents, naming
 from moetuner.files.contents import SET_TABLES
 from moetuner.files.ids import LeftOut
 from moetuner.frozen import Frozen
-from moetuner.recording import Recording
+from moetuner.recording import Recording, compute_once
 from moetuner.trace import RoutingTrace, as_trace
 
 Loads = NDArray[np.unsignedinteger[Any]]
@@ -31,8 +31,8 @@ Loads = NDArray[np.unsignedinteger[Any]]
 class ExpertSets(Frozen):
     """Distinct expert sets of one layer, with the tokens that chose each.
 
-    How many devices a token visits depends on its whole set, not on pairs. However it was made, it
-    holds every set once: ids rise within a set, and sets are in the order of their ids.
+    The number of devices that a token visits depends on its whole set, not on pairs. Every set is
+    here once: ids rise within a set, and sets are in the order of their ids.
 
     Memory is 2 K + 8 bytes for each distinct set, of which there are at most as many as tokens.
 
@@ -62,7 +62,7 @@ class ExpertSets(Frozen):
             raise ValueError(
                 f"ids of expert sets must be [sets, top_k] from 0 to 65535, got {check.shown(ids)}"
             )
-        counts = _counts("counts of expert sets", self.counts, "[sets]").astype(np.uint64)
+        counts = _check_counts("counts of expert sets", self.counts, "[sets]").astype(np.uint64)
         if len(counts) != len(ids):
             raise ValueError(
                 f"counts of expert sets must be whole numbers [{len(ids)}] like their ids, "
@@ -100,7 +100,7 @@ class ExpertSets(Frozen):
 
 
 def to_tables(sets: tuple[ExpertSets, ...] | None) -> dict[str, NDArray[Any] | None]:
-    """Return the tables that a file has of the sets of layers, each None without sets."""
+    """Return the tables of a file that hold the sets of layers; each is None without sets."""
     if sets is None:
         return dict.fromkeys(SET_TABLES)
     ids, counts = (
@@ -110,7 +110,7 @@ def to_tables(sets: tuple[ExpertSets, ...] | None) -> dict[str, NDArray[Any] | N
 
 
 def from_tables(tables: Mapping[str, NDArray[Any]]) -> tuple[ExpertSets, ...] | None:
-    """Return the sets of every layer, None where the tables are missing."""
+    """Return the sets of every layer; None if the tables are missing."""
     missing = [name for name in SET_TABLES if name not in tables]
     if 0 < len(missing) < len(SET_TABLES):
         raise ValueError(f"expert sets must have {', '.join(SET_TABLES)}, got no {missing[0]}")
@@ -126,46 +126,45 @@ def from_tables(tables: Mapping[str, NDArray[Any]]) -> tuple[ExpertSets, ...] | 
     return tuple(map(ExpertSets, np.split(ids, cuts), np.split(counts, cuts)))
 
 
-# Fields that are tables of pairs of experts [n,E,E], and by how much n is less than the layers.
+# Fields that are tables of pairs of experts [L-n,E,E], and their n.
 PAIRS = {"transitions": 1, "coactivation": 0}
-# Options of counting, and the fields that they make: these decide the fingerprint of traffic.
+# Options of counting, and the fields that they fill, on which the fingerprint depends.
 COUNTED = {"by_group": "group"} | {name: name for name in ("sets", "transitions", "coactivation")}
-# Fields that are no tables.
-ABOUT = ("window", "set_tokens", "group_names", "model", "expert_size", "top_k")
+# Fields that files keep as metadata, not as tables.
+METADATA = ("window", "set_tokens", "group_names", "model", "expert_size", "top_k")
 
-# Tokens of a window by default: about what an engine decodes in a step.
+# Tokens of a window by default: about the tokens of a step of decode.
 WINDOW = 512
 
-# Counts beyond this are a mistake in the number of experts or the window, not a model.
+# Largest tables in bytes: larger ones come from a wrong number of experts or a wrong window.
 TABLE_LIMIT = 16 << 30
 
-# Distinct expert sets of all layers, and of a layer, beyond which a sample of the tokens has to do:
-# searches take as long as there are sets. Of a layer there are at least so many for every pair of
-# experts ("Long traces" in docs/experiments.md).
+# Distinct expert sets of all layers, of a layer, and of a layer for each pair of experts, beyond
+# which only a sample of the tokens is counted: the time of searches grows with the number of sets
+# ("Long traces" in docs/experiments.md).
 MOST_SETS, LAYER_SETS, PAIR_SETS = 1 << 22, 40_000, 32
 
-# Steps that are drawn from few windows of counters, at least.
+# Smallest number of steps that are drawn from windows of counters.
 STEPS = 32
 
-# Loads that take more in 64 bits are held in fewer: of thousands of windows.
+# Size in 64 bits beyond which loads, of thousands of windows, are held in narrower types.
 NARROW_BYTES = 64 << 20
 
-# Small enough that a shard is counted from the cache it was read into, on most machines.
+# Bytes of a shard that stays in the cache of most processors between reading and counting.
 SHARD_BYTES = 16 << 20
-# Of wide tables the cache holds none, so they are to be added to seldom: as many tokens at once as
-# the core adds up before it does.
+# Wide tables do not fit the cache, so the core adds up this many tokens before it writes to them.
 WIDE_SHARD_BYTES, WIDE_SHARD_TOKENS = 64 << 20, 1 << 15
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RoutingStatistics(Recording, Frozen):
-    """What a placement needs to know of a trace.
+    """Counts of a trace, or load tables: all that a placement is computed from.
 
     Parameters
     ----------
     window_load
-        Tokens per window, layer and expert [W,L,E], in 64 bits; beyond ``NARROW_BYTES`` of those in
-        the narrowest unsigned type that holds them: convert such before adding or multiplying, as
+        Tokens per window, layer and expert [W,L,E], in 64 bits. Tables above ``NARROW_BYTES`` have
+        the narrowest unsigned type that holds them: convert them before adding or multiplying, as
         numpy's small integers wrap around.
     transitions
         Tokens routed to expert e in layer l and to f in layer l+1 [L-1,E,E]; None if not counted.
@@ -173,27 +172,24 @@ class RoutingStatistics(Recording, Frozen):
         Tokens routed to e and f in one layer [L,E,E], symmetric, zero diagonal; None if not
         counted.
     window
-        Tokens per window; None where windows are something else (a whole trace, a prompt, a
+        Tokens per window; None if windows have no common length (a whole trace, a prompt, a
         language).
     sets
-        Distinct expert sets of every layer, which the exact fanout is computed from; None if not
-        counted.
+        Distinct expert sets of every layer, for the exact fanout; None if not counted.
     set_tokens
-        Tokens whose sets were counted, where those are a sample of all: each stands for its part
-        of them. None where all were counted, or none.
+        Tokens whose sets were counted, if only a sample was; None if all or none were.
     group
         Group of every window [W], an index into ``group_names``; None without groups.
     expert_size
         Hidden and intermediate size of an expert, for predicted times; None if not known.
     left_out
-        Hidden layers of the model, and the numbers of those without experts, where a recording had
-        rows for them; None where it had none. Files do not keep it.
+        Hidden layers of the model, and the numbers of those without experts, if the recording had
+        rows for them, else None. Files do not keep it.
     top_k
-        Experts per token and layer, where a recording of counts says it; else None.
+        Experts per token and layer, if a recording of counts says it, else None.
     drawn_from
-        Which window of counters each of these was drawn from [W], where several were drawn from
-        one: they count as one when it comes to how sure a figure is. None where each is its own.
-        Files do not keep it.
+        Window of counters from which each window was drawn [W], if several were drawn from one;
+        else None. Confidence intervals treat such windows as one sample. Files do not keep it.
 
     Examples
     --------
@@ -227,13 +223,13 @@ class RoutingStatistics(Recording, Frozen):
     drawn_from: NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        load = _counts("load", self.window_load, "[windows, layers, experts]")
+        load = _check_counts("load", self.window_load, "[windows, layers, experts]")
         if 0 in load.shape:
             raise ValueError(
                 f"load must have at least one window, layer and expert, got {list(load.shape)}"
             )
         vars(self).update(
-            window_load=narrowest(load),
+            window_load=narrow(load),
             window=check.window_in(self.window),
             group_names=check.names(self.group_names),
             expert_size=check.expert_size(self.expert_size),
@@ -242,7 +238,9 @@ class RoutingStatistics(Recording, Frozen):
         for name, table in self._pairs.items():
             if table is not None:
                 shape = (layers - PAIRS[name], experts, experts)
-                pairs = _counts(name, table, "[.., experts, experts]").astype("u8", copy=False)
+                pairs = _check_counts(name, table, "[.., experts, experts]").astype(
+                    "u8", copy=False
+                )
                 if pairs.shape != shape:
                     raise ValueError(f"{name} must be {list(shape)}, got {list(pairs.shape)}")
                 vars(self)[name] = pairs
@@ -264,7 +262,7 @@ class RoutingStatistics(Recording, Frozen):
         check.text_or_none("model", self.model)
 
     def _check_sets(self) -> None:
-        """Check that there are sets of every layer, of experts that there are."""
+        """Check that every layer has sets, and that their experts exist."""
         sets = check.listed("sets", self.sets, "expert sets")
         if len(sets) != self.layers:
             raise ValueError(f"sets must be those of {self.layers} layers, got {len(sets)}")
@@ -292,8 +290,8 @@ class RoutingStatistics(Recording, Frozen):
     ) -> RoutingStatistics:
         """Count a trace, shard by shard; memory holds one shard and the counts.
 
-        ``Problem`` counts a trace by itself, as its objective needs it. Here all is counted that
-        any objective is made of, so that the counts can be saved and used for several.
+        ``Problem`` counts a trace by itself, with the tables that its objective needs. This counts
+        the tables of all objectives, so that the counts can be saved and used for several problems.
 
         Parameters
         ----------
@@ -304,18 +302,18 @@ class RoutingStatistics(Recording, Frozen):
         transitions, coactivation
             Whether to count these pairs.
         sets
-            Whether to count distinct expert sets, of which traffic and times are made where tokens
-            return to their devices: 2 K + 8 bytes (while counting up to three times that) for each
-            one of a layer. Where a layer could have more than ``LAYER_SETS`` of them, and every
-            pair of experts ``PAIR_SETS``, or all layers ``MOST_SETS``, every so many-th token is
-            counted for all of them (``set_tokens``). Without them visits of devices are estimated
-            from co-activation.
+            Whether to count distinct expert sets, from which traffic and times in regime dispatch
+            are computed: 2 K + 8 bytes (while counting up to three times that) for each set of a
+            layer. If a layer could have more than ``LAYER_SETS`` of them and ``PAIR_SETS`` for each
+            pair of experts, or all layers more than ``MOST_SETS``, every n-th token is counted as a
+            sample (``set_tokens``). Without sets, visits of devices are estimated from
+            co-activation.
         by_group
-            Whether windows are cut within groups, one group after the other, and say which.
+            Whether to cut windows within groups, one group after the other, and label them.
         threads
             Threads to use, all cores by default. The counts do not depend on it.
         progress
-            Called now and then with the share of the tokens that have been counted.
+            Called now and then with the share of the tokens that are counted.
 
         Raises
         ------
@@ -333,28 +331,28 @@ class RoutingStatistics(Recording, Frozen):
         _check_table_bytes(trace, window, tables)
         check.callable_or_none("progress", progress)
         report = progress or (lambda _: None)
-        every = _sampling(trace) if sets else 1
+        every = _choose_stride(trace) if sets else 1
         options: Any = {"window": window, "every": every, "threads": threads, "tables": tables}
         if not by_group:
-            return cls._counted(trace, report, **options)
+            return cls._count(trace, report, **options)
         if trace.group is None:
             raise check.ArgumentError(
                 "by_group needs a trace with groups; this one has none", "by_group"
             )
         parts, numbers = [], np.unique(trace.group).tolist()
-        for at, number in enumerate(numbers):
+        for index, number in enumerate(numbers):
             group_trace = trace.select(groups=[number])
 
-            def report_part(done: float, at: int = at) -> None:
-                report((at + done) / len(numbers))
+            def report_part(share: float, index: int = index) -> None:
+                report((index + share) / len(numbers))
 
-            part = cls._counted(group_trace, report_part, **options)
+            part = cls._count(group_trace, report_part, **options)
             group = np.full(part.windows, number)
             parts.append(replace(part, group=group, group_names=trace.group_names))
         return cls.sum(parts)
 
     @classmethod
-    def _counted(
+    def _count(
         cls,
         trace: RoutingTrace,
         report: Callable[[float], None],
@@ -364,14 +362,14 @@ class RoutingStatistics(Recording, Frozen):
         threads: int | None,
         tables: Mapping[str, bool],
     ) -> RoutingStatistics:
-        """Count a trace whose arguments were checked, and the sets of one token in ``every``."""
+        """Count a trace, and the sets of one token in ``every``, for checked arguments."""
         sizes = (trace.layers, trace.num_experts, trace.top_k)
         counter, counted = _core.StatisticsCounter(*sizes, window=window, every=every, **tables), 0
-        for shard in trace.shards(_shard_bytes(trace), threads=threads):
+        for shard in trace.shards(_choose_shard_bytes(trace), threads=threads):
             counter.push(shard, threads, checked=trace.ids.fresh)
             counted += len(shard)
             report(counted / trace.tokens)
-            del shard  # else the next shard is read while this one is still held
+            del shard  # else memory holds two shards while the next one is read
         _, load, *pairs, sets = counter.finish(threads)
         statistics = cls(
             load,
@@ -381,28 +379,28 @@ class RoutingStatistics(Recording, Frozen):
             expert_size=trace.expert_size,
             set_tokens=None if every == 1 else -(-trace.tokens // every),
         )
-        # What the core has counted needs no check, which takes as long as writing it.
+        # The core's tables need no check, which would take as long as writing them.
         vars(statistics).update(zip(PAIRS, pairs, strict=True))
         return statistics
 
     @classmethod
     def from_load(cls, load: ArrayLike, **fields: Any) -> RoutingStatistics:
-        """Wrap a load table [W,L,E] (or [L,E], one window); no pairs are known."""
+        """Return the statistics of a load table [W,L,E] (or [L,E], one window), without pairs."""
         load = check.array_in("load", load)
         return cls(load[None] if load.ndim == 2 else load, **fields)
 
     def split(self, share: float, *, seed: int = 0) -> tuple[RoutingStatistics, RoutingStatistics]:
-        """Split the loads in time: neighbouring windows are alike, so a draw would leak.
+        """Split the windows in time: neighbours are similar, so a random split would leak.
 
-        Pairs and sets are counted over all windows together, so neither part has any.
+        Pairs and sets were counted over all windows together, so neither part has them.
 
         Parameters
         ----------
         share
-            Share of the windows, the first ones, that go to the first part; of every group, where
+            Share of the windows, the first ones, that go to the first part; of every group, if
             there are groups.
         seed
-            Taken as ``RoutingTrace.split`` takes it; a cut in time has no choice.
+            Not used: a cut in time has no choice. ``RoutingTrace.split`` has the same argument.
 
         Raises
         ------
@@ -444,7 +442,7 @@ class RoutingStatistics(Recording, Frozen):
 
     @property
     def has_pairs(self) -> bool:
-        """Whether pairs are counted, over all windows together, so that no part has its own."""
+        """Whether pairs were counted, over all windows together: selected windows have none."""
         return self.transitions is not None or self.coactivation is not None
 
     @property
@@ -463,12 +461,12 @@ class RoutingStatistics(Recording, Frozen):
         return {**super().facts(), "kind": kind, "windows": self.windows}
 
     def rows_in(self, window: int | None) -> int:
-        """Return 1: these bring their windows, of whatever length."""
+        """Return 1: rows are windows already, of any length."""
         check.window_in(window)
         return 1
 
     def take(self, rows: ArrayLike) -> RoutingStatistics:
-        """Return some windows; pairs and sets, if any, stay those of all windows together.
+        """Return some windows; pairs and sets stay those of all windows together.
 
         Parameters
         ----------
@@ -490,15 +488,15 @@ class RoutingStatistics(Recording, Frozen):
         return replace(self, window_load=self.window_load[wanted], **labels)
 
     def without_pairs(self) -> RoutingStatistics:
-        """Return the loads alone: pairs and sets are of all windows together, and of no part."""
+        """Return the loads alone, without pairs and sets, which belong to all windows together."""
         return replace(self, transitions=None, coactivation=None, sets=None, set_tokens=None)
 
     @cached_property
     def is_step(self) -> NDArray[np.bool_]:
-        """Whether windows count in means over windows [W]: all but a trace's last piece.
+        """Whether a window is a whole step, which counts in means over windows [W].
 
-        A window is one step. The tokens that are left over behind whole windows are none: what they
-        take says nothing of a step. Windows of unknown length are what they are.
+        The remaining tokens behind the full windows of a trace or group are no step: their time
+        says nothing about a step. Windows of unknown length are all steps.
         """
         is_step = np.ones(self.windows, dtype=bool)
         if self.window is None:
@@ -523,7 +521,7 @@ class RoutingStatistics(Recording, Frozen):
 
     @property  # of traces it is a field
     def num_experts(self) -> int:  # type: ignore[override]
-        """Experts per layer, E, by the name that it has as an argument."""
+        """Experts per layer, E, by the name of the argument of other classes."""
         return self.experts
 
     @cached_property
@@ -534,31 +532,31 @@ class RoutingStatistics(Recording, Frozen):
 
     @cached_property
     def set_load(self) -> NDArray[np.uint64]:
-        """Load over all windows [L,E], by the expert sets where those are of a sample."""
+        """Load over all windows [L,E]; from the expert sets if they are a sample."""
         if self.sets is None or self.set_tokens is None:
             return self.total_load
         return np.stack([layer_sets.load(self.experts) for layer_sets in self.sets])
 
     @property
     def _pairs(self) -> dict[str, NDArray[np.uint64] | None]:
-        """Tables of pairs of experts by name, None where they were not counted."""
+        """Tables of pairs of experts by name; None if not counted."""
         return {name: getattr(self, name) for name in PAIRS}
 
     @property
     def transitions_or_empty(self) -> NDArray[np.uint64]:
-        """Transitions, or no tables at all where they were not counted."""
+        """Transitions; an empty array [0,E,E] if they were not counted."""
         empty = np.zeros((0, self.experts, self.experts), dtype=np.uint64)
         return empty if self.transitions is None else self.transitions
 
     @property
     def coactivation_or_empty(self) -> NDArray[np.uint64]:
-        """Co-activation, or no tables at all where it was not counted."""
+        """Co-activation; an empty array [0,E,E] if it was not counted."""
         empty = np.zeros((0, self.experts, self.experts), dtype=np.uint64)
         return empty if self.coactivation is None else self.coactivation
 
     @cached_property
     def top_k_of_layer(self) -> list[int] | None:
-        """Experts of a token in every layer [L], as co-activated pairs tell; None without them.
+        """Experts of a token in every layer [L], from co-activated pairs; None without them.
 
         A token of k experts has k - 1 pairs for each of them.
         """
@@ -576,8 +574,8 @@ class RoutingStatistics(Recording, Frozen):
         digest = hashlib.sha256()
         for table in (self.window_load, *self._pairs.values()):
             digest.update(b"none" if table is None else repr(table.shape).encode())
-            for part in () if table is None else table:  # not all of them twice, or in 64 bits
-                digest.update(np.ascontiguousarray(part, dtype="<u8").data)
+            for row in () if table is None else table:  # a copy in 64 bits of one row at a time
+                digest.update(np.ascontiguousarray(row, dtype="<u8").data)
         for layer in self.sets or ():
             digest.update(repr(layer.ids.shape).encode())
             digest.update(np.ascontiguousarray(layer.ids, dtype="<u2").data)
@@ -587,8 +585,8 @@ class RoutingStatistics(Recording, Frozen):
     def __add__(self, other: RoutingStatistics) -> RoutingStatistics:
         """Add the statistics of two traces: windows one after the other, pairs summed.
 
-        Pairs and sets that only one side has counted are dropped, and so are the model's name and
-        sizes that only one side knows. Groups are the same if they have the same name.
+        Pairs, sets, the model's name and its sizes are dropped if only one side has them. Groups
+        are the same if they have the same name.
 
         Raises
         ------
@@ -606,19 +604,19 @@ class RoutingStatistics(Recording, Frozen):
             raise ValueError("statistics must both have groups, or none, got groups of only one")
         for name in ("model", "expert_size", "top_k", "window"):
             both = getattr(self, name), getattr(other, name)
-            # Nothing is known of a model without a name; windows without a length are others.
+            # A missing name or size fits any; windows without a length fit no others.
             if both[0] != both[1] and (name == "window" or None not in both):
                 values = " and ".join(map(check.shown, both))
                 raise ValueError(f"statistics must have the same {name}, got {values}")
-        group, names = check.joined_groups([self, other])
+        group, names = check.join_groups([self, other])
         fields: dict[str, Any] = {"window": self.window, "group": group}
         fields["group_names"] = names if group is not None else ()
         for name in ("model", "expert_size", "top_k"):
             fields[name] = getattr(self, name) and getattr(other, name)
         fields["left_out"] = self.left_out if self.left_out == other.left_out else None
-        for name, own in self._pairs.items():
-            theirs = other._pairs[name]
-            fields[name] = None if own is None or theirs is None else own + theirs
+        for name, table in self._pairs.items():
+            added = other._pairs[name]
+            fields[name] = None if table is None or added is None else table + added
         if self.sets is not None and other.sets is not None:
             fields["sets"] = tuple(map(operator.add, self.sets, other.sets))
             if self.set_tokens or other.set_tokens:
@@ -631,7 +629,7 @@ class RoutingStatistics(Recording, Frozen):
 
     @classmethod
     def sum(cls, parts: Iterable[RoutingStatistics]) -> RoutingStatistics:
-        """Add many: of shards, ranks or days."""
+        """Add the statistics of shards, ranks or days."""
         members = check.listed("parts", parts, "statistics")
         if not members:
             raise ValueError("parts to sum must be at least one RoutingStatistics, got none")
@@ -646,24 +644,23 @@ class RoutingStatistics(Recording, Frozen):
         """Draw single steps from the loads of windows, for counters that sum over many steps.
 
         A mean of many steps is more even than each of them. So the choices of every step are drawn
-        by chance, in proportion to its window's loads; the totals of layers keep their proportions.
-        Every window becomes one step, of few windows as many as make 32 in all, which say so
-        (``drawn_from``); but a single window is scaled, as its steps would differ by chance alone.
-        Windows without load are left out,
-        pairs and sets are not kept.
+        at random, in proportion to its window's loads; the totals of layers keep their proportions.
+        Every window becomes one step. From few windows several steps each are drawn, 32 or more in
+        all, which ``drawn_from`` marks. A single window is scaled instead, as its steps would
+        differ by chance alone. Windows without load are dropped, and so are pairs and sets.
 
         Parameters
         ----------
         tokens
             Tokens of a step.
         top_k
-            Experts per token and layer; 1 where load counts tokens once, or ``tokens`` counts each
+            Experts per token and layer; 1 if load counts tokens once, or ``tokens`` counts each
             token once per expert.
         drawn
-            Whether steps are drawn; else every window is scaled to the mean of its steps, rounded
+            Whether to draw steps; else every window is scaled to the mean of its steps, rounded
             by the largest remainder.
         seed
-            Of the steps that are drawn, which depend on the loads, too.
+            Random seed. The steps depend on the loads, too.
 
         Examples
         --------
@@ -683,11 +680,11 @@ class RoutingStatistics(Recording, Frozen):
             raise ValueError("load must have a count above 0 to be scaled, got only zeros")
         several = -(-STEPS // len(used)) if drawn and len(used) > 1 else 1
         if not drawn or len(used) == 1:
-            scaled = [_scaled_to(self.window_load[window], choices) for window in used]
+            scaled = [_scale(self.window_load[window], choices) for window in used]
         else:
             used = np.repeat(used, several)
             scaled = [
-                _drawn_from(self.window_load[window], choices, [seed, number])
+                _draw(self.window_load[window], choices, [seed, number])
                 for number, window in enumerate(used)
             ]
         fields: dict[str, Any] = dict.fromkeys((*PAIRS, "sets", "set_tokens"))
@@ -696,9 +693,9 @@ class RoutingStatistics(Recording, Frozen):
         return replace(self, window_load=cast(Any, np.stack(scaled)), **fields)
 
     def joined(self, tokens: int) -> RoutingStatistics:
-        """Join consecutive windows of each group to longer ones, as of a prefill beside a decode.
+        """Join consecutive windows of each group to longer ones, as of prefill instead of decode.
 
-        Windows that are left over, too few for one more, are left out; pairs and sets are not kept.
+        Remaining windows that do not fill a longer one are dropped, and so are pairs and sets.
 
         Parameters
         ----------
@@ -708,7 +705,7 @@ class RoutingStatistics(Recording, Frozen):
         Raises
         ------
         ValueError
-            If they are no multiple, or more than there are in a row.
+            If they are no multiple, or no group fills a longer window.
 
         Examples
         --------
@@ -718,9 +715,10 @@ class RoutingStatistics(Recording, Frozen):
         [[[1, 1]]]
         """
         tokens = check.whole_number("tokens", tokens, highest=1 << 40)
-        known: RoutingStatistics | None = self.known.get(("joined", tokens))
-        if known is not None:
-            return known
+        return compute_once(self, ("joined", tokens), lambda: self._join(tokens))
+
+    def _join(self, tokens: int) -> RoutingStatistics:
+        """Return what ``joined`` does, computed anew."""
         runs = self.runs(tokens)
         if not len(runs):
             raise ValueError(f"tokens must be those of windows that INPUT fills, got {tokens:,}")
@@ -729,12 +727,10 @@ class RoutingStatistics(Recording, Frozen):
         for name in ("group", "drawn_from"):
             label = getattr(self, name)
             fields[name] = None if label is None else label[runs[:, 0]]
-        joined = replace(self, window_load=cast(Any, load), window=tokens, **fields)
-        self.known["joined", tokens] = joined
-        return joined
+        return replace(self, window_load=cast(Any, load), window=tokens, **fields)
 
     def runs(self, tokens: int) -> NDArray[np.int64]:
-        """Return the windows that make longer ones of so many tokens [W,n], in their order."""
+        """Return the numbers of the windows [M,n] that make up longer ones of so many tokens."""
         tokens, window = check.whole_number("tokens", tokens, highest=1 << 40), self.window
         if window is None or tokens % window:
             length = "of unknown length" if window is None else f"of {window:,} tokens"
@@ -742,15 +738,15 @@ class RoutingStatistics(Recording, Frozen):
         label = np.zeros(self.windows, np.int64) if self.group is None else self.group
         size, runs = tokens // window, []
         for number in np.unique(label):
-            own = np.flatnonzero(self.is_step & (label == number))
-            runs.append(own[: len(own) // size * size].reshape(-1, size))
+            steps = np.flatnonzero(self.is_step & (label == number))
+            runs.append(steps[: len(steps) // size * size].reshape(-1, size))
         joined = np.concatenate(runs)
         return joined[np.argsort(joined[:, 0], kind="stable")]
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors; the file appears whole or not at all."""
         pairs = {"load": self.window_load, **self._pairs, "group": self.group}
-        metadata: Any = {name: getattr(self, name) for name in ABOUT}
+        metadata: Any = {name: getattr(self, name) for name in METADATA}
         contents.write_statistics(check.path_in(path), pairs | to_tables(self.sets), metadata)
 
     @classmethod
@@ -774,12 +770,12 @@ class RoutingStatistics(Recording, Frozen):
 
 
 def check_recording(value: object, name: str = "traffic") -> None:
-    """Raise for what is no recording."""
+    """Raise TypeError for a value that is no recording."""
     check.instance(name, value, RoutingTrace, RoutingStatistics)
 
 
 def as_counts(recording: Recording, **options: Any) -> RoutingStatistics:
-    """Count a trace as ``RoutingStatistics.from_trace`` does; counts stay as they are."""
+    """Return the counts of a trace, by ``RoutingStatistics.from_trace``; counts as they are."""
     if isinstance(recording, RoutingStatistics):
         return recording
     return RoutingStatistics.from_trace(as_trace(recording), **options)
@@ -792,9 +788,9 @@ def count_loads(
     threads: int | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> RoutingStatistics:
-    """Count loads alone, in windows of the tokens of every group; counts stay as they are.
+    """Return the loads of a trace alone, in windows within its groups; counts as they are.
 
-    ``progress`` gets the share of a trace's tokens that have been counted.
+    ``progress`` is called with the share of a trace's tokens that are counted.
     """
     return as_counts(
         recording,
@@ -809,9 +805,9 @@ def count_loads(
 
 
 def measure_distance(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float64]:
-    """Compute how far two loads [...,E] are apart, as the total variation distance of their shares.
+    """Compute the total variation distance between the shares of two loads [...,E].
 
-    That is the part of one's tokens that would have to go to other experts to look like the other.
+    That is the share of tokens that would have to go to other experts to make the two equal.
     """
     loads = (np.asarray(one, np.float64), np.asarray(other, np.float64))
     shares = [load / np.maximum(load.sum(axis=-1, keepdims=True), 1) for load in loads]
@@ -819,8 +815,8 @@ def measure_distance(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float
     return apart
 
 
-def _counts(name: str, table: Any, dimensions: str) -> Loads:
-    """Turn a table of counts into unsigned numbers, or say what is wrong with it."""
+def _check_counts(name: str, table: Any, dimensions: str) -> Loads:
+    """Return a table of counts as unsigned integers; raise for what is no count."""
     table = check.array_in(name, table)
     if table.ndim != dimensions.count(",") + 1 or table.dtype.kind not in "uif":
         raise ValueError(f"{name} must be numbers {dimensions}, got {check.shown(table)}")
@@ -828,11 +824,11 @@ def _counts(name: str, table: Any, dimensions: str) -> Loads:
         table = table.astype(np.float64)  # as 2**63 is too much for half floats
     if table.dtype.kind != "u":
         wrong = ~((table >= 0) & (np.floor(table) == table) & (table < 2.0**64))
-        for at in map(tuple, np.argwhere(wrong)[:1].tolist()):
+        for index in map(tuple, np.argwhere(wrong)[:1].tolist()):
             raise ValueError(
-                f"{name} must be whole counts of at least 0, got {table[at]} at {list(at)}"
+                f"{name} must be whole counts of at least 0, got {table[index]} at {list(index)}"
             )
-    # The largest mostly shows that all add up, and is found faster.
+    # A bound from the largest count is enough in most cases, and faster than the sum.
     highest = int(table.max(initial=0))
     if highest * table.size >= 2**63 and not float(table.sum(dtype=np.float64)) < 2.0**63:
         raise ValueError(f"{name} must add up to less than 2**63, got a count of {highest}")
@@ -840,9 +836,9 @@ def _counts(name: str, table: Any, dimensions: str) -> Loads:
     return np.ascontiguousarray(table, dtype=unsigned)
 
 
-def _scaled_to(load: Loads, choices: int) -> Loads:
-    """Scale a window [L,E] to so many choices in its busiest layer, by the largest remainder."""
-    shares, wanted = _shares_in(load, choices)
+def _scale(load: Loads, choices: int) -> Loads:
+    """Scale a window [L,E] to a number of choices in its busiest layer, by largest remainder."""
+    shares, wanted = _compute_shares(load, choices)
     exact = shares * wanted[:, None]
     scaled = np.floor(exact).astype(np.int64)
     rank = np.argsort(np.argsort(scaled - exact, axis=1, kind="stable"), axis=1)
@@ -850,10 +846,10 @@ def _scaled_to(load: Loads, choices: int) -> Loads:
     return scaled.astype(np.uint64)
 
 
-def _drawn_from(load: Loads, choices: int, seeds: list[int]) -> Loads:
-    """Draw so many choices, in the busiest layer, in proportion to the load of a window [L,E]."""
-    shares, wanted = _shares_in(load, choices)
-    # Other windows of the same number, as those of a newer file, have a chance of their own.
+def _draw(load: Loads, choices: int, seeds: list[int]) -> Loads:
+    """Draw a window [L,E] with a number of choices in its busiest layer, in proportion to load."""
+    shares, wanted = _compute_shares(load, choices)
+    # The loads are part of the seed, so that another file's window of the same number differs.
     rng = np.random.default_rng([*seeds, zlib.crc32(shares.tobytes())])
     return np.stack(
         [
@@ -863,27 +859,28 @@ def _drawn_from(load: Loads, choices: int, seeds: list[int]) -> Loads:
     ).astype(np.uint64)
 
 
-def _shares_in(load: Loads, choices: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return shares [L,E] of experts, and how many choices [L] layers have; most have all."""
+def _compute_shares(load: Loads, choices: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return shares of experts [L,E], and choices of layers [L], the busiest of which has all."""
     total = load.astype(np.float64).sum(axis=1, keepdims=True)
     shares: NDArray[np.float64] = load / np.maximum(total, 1)
     return shares, np.rint(choices * (total / total.max()))[:, 0].astype(np.int64)
 
 
-def narrowest(table: Loads) -> Loads:
-    """Return a large table in the narrowest unsigned type that holds it: equal ones are alike."""
+def narrow(table: Loads) -> Loads:
+    """Return a large table in the narrowest unsigned type that holds it, others in 64 bits."""
     is_large = table.size * 8 > NARROW_BYTES
     kind = np.min_scalar_type(int(table.max())) if is_large else np.dtype(np.uint64)
     return table.astype(kind, copy=False)
 
 
-def _shard_bytes(trace: RoutingTrace) -> int:
-    """Return how many bytes of a trace to count at a time."""
+def _choose_shard_bytes(trace: RoutingTrace) -> int:
+    """Return the bytes of a trace to count at a time."""
     tokens = WIDE_SHARD_TOKENS * trace.layers * trace.top_k * trace.ids.dtype.itemsize
     return min(max(SHARD_BYTES, tokens), WIDE_SHARD_BYTES)
 
 
 def _check_table_bytes(trace: RoutingTrace, window: int | None, tables: Mapping[str, bool]) -> None:
+    """Raise if the tables of a trace would take more than ``TABLE_LIMIT``."""
     layers, experts = trace.layers, trace.num_experts
     windows = 1 if window is None else max(1, -(-trace.tokens // window))
     pairs = sum(tables[name] * (layers - fewer) for name, fewer in PAIRS.items())
@@ -896,8 +893,8 @@ def _check_table_bytes(trace: RoutingTrace, window: int | None, tables: Mapping[
         )
 
 
-def _sampling(trace: RoutingTrace) -> int:
-    """Return how many tokens each whose sets are counted stands for."""
+def _choose_stride(trace: RoutingTrace) -> int:
+    """Return the n of which every n-th token's set is counted: 1 if there are few sets."""
     experts, top_k = trace.num_experts, trace.top_k
     distinct = min(trace.tokens, math.comb(experts, top_k))
     enough = max(LAYER_SETS, PAIR_SETS * experts**2 // max(top_k * (top_k - 1), 1))

@@ -1,4 +1,4 @@
-"""Topology: the devices a model is spread over, and what a byte costs between them."""
+"""Topology: the devices of a machine, and the costs of the links between them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from moetuner.files.text import parse_json
 from moetuner.frozen import Frozen, as_json
 from moetuner.presets import MACHINES
 
-# What crosses links after a layer: tokens from expert to expert of the next layer, as in the paper;
-# or from home to every distinct device of their experts and back, as engines send them.
+# The way of tokens after a layer: from expert to expert of the next layer (follow), as in the
+# paper; or from home to every distinct device of their experts and back (dispatch), as in engines.
 Regime = Literal["follow", "dispatch"]
 
 # Bytes per second and direction between two H100: NVLink 4 (900 GB/s both ways) inside a node, one
@@ -38,8 +38,8 @@ class Tier(Frozen):
     devices
         Devices of a group.
     bandwidth
-        Bytes per second and direction of a device's port, to others of its group that are not of a
-        smaller group.
+        Bytes per second and direction of a device's port to the devices of its group outside its
+        smaller groups.
     latency
         Seconds until the first byte arrives.
 
@@ -61,7 +61,7 @@ class Tier(Frozen):
 
 
 def _set_link(link: Any, bandwidth: str, latency: str) -> None:
-    """Check the numbers of a link, which are fields of a frozen value, and set them."""
+    """Check bandwidth and latency, which are fields of a frozen value, and set them."""
     rate = check.positive(bandwidth, getattr(link, bandwidth), "number of bytes per second")
     seconds = check.not_negative(latency, getattr(link, latency), "number of seconds")
     vars(link).update({bandwidth: rate, latency: seconds})
@@ -87,12 +87,12 @@ class Topology(Frozen):
         Instead of nodes and their links: groups of devices, each group inside one of the next tier,
         the smallest (the nodes) first and all devices last.
     link_cost
-        Cost of moving one token's state from device to device [D,D], in any unit: symmetric, none
+        Cost of moving one token's state from device to device [D,D], in any unit: symmetric, not
         negative, zero on the diagonal. It replaces the costs that follow from bandwidths.
     speed
-        Relative speed of every device [D]; all alike by default.
+        Relative speed of every device [D]; equal by default.
     slots_per_device
-        Slots that every device has in a layer [D]; all alike, and the problem's, by default.
+        Slots of every device in a layer [D]; by default those of the problem, equal on all devices.
 
     Raises
     ------
@@ -138,9 +138,9 @@ class Topology(Frozen):
             )
         for end in ("intra_node", "inter_node"):
             _set_link(self, f"{end}_bandwidth", f"{end}_latency")
-        # Tables are tuples, so that topologies compare, hash and cannot be changed.
+        # Tables are tuples, so that topologies can be compared and hashed, and not changed.
         if self.link_cost is not None:
-            cost = checked(self.link_cost, self.devices)
+            cost = check_link_cost(self.link_cost, self.devices)
             vars(self)["link_cost"] = tuple(map(tuple, cost.tolist()))
         if self.speed is not None:
             speeds = enumerate(check.per_device("speed", self.speed, self.devices))
@@ -160,7 +160,7 @@ class Topology(Frozen):
             )
 
     def _set_from_tiers(self) -> None:
-        """Check tiers, and let the shorthand say the same as the first two."""
+        """Check tiers, and set the fields of nodes and their links from the first two."""
         for tier in self.tiers:
             check.instance("tiers", tier, Tier)
         sizes = [tier.devices for tier in self.tiers]
@@ -170,11 +170,11 @@ class Topology(Frozen):
                 "tiers must be groups of devices, each size a multiple of the one before and the "
                 f"last all {self.devices} devices, got {sizes}"
             )
-        same: dict[str, Any] = {"devices_per_node": self.tiers[0].devices}
+        values: dict[str, Any] = {"devices_per_node": self.tiers[0].devices}
         for end, tier in (("intra_node", self.tiers[0]), ("inter_node", self.tiers[:2][-1])):
-            same |= {f"{end}_bandwidth": tier.bandwidth, f"{end}_latency": tier.latency}
+            values |= {f"{end}_bandwidth": tier.bandwidth, f"{end}_latency": tier.latency}
         defaults = {parameter.name: parameter.default for parameter in fields(self)}
-        for name, value in same.items():
+        for name, value in values.items():
             if getattr(self, name) not in (value, defaults[name]):
                 raise ValueError(
                     f"{name} must be left out where tiers are given, got {getattr(self, name)}"
@@ -194,7 +194,7 @@ class Topology(Frozen):
 
     @cached_property
     def levels(self) -> tuple[Tier, ...]:
-        """Tiers from the nodes to the whole machine, also where only nodes were given."""
+        """Tiers from the nodes to the whole machine, also for a topology without ``tiers``."""
         if self.tiers:
             return self.tiers
         node = Tier(self.node_size, self.intra_node_bandwidth, self.intra_node_latency)
@@ -209,7 +209,7 @@ class Topology(Frozen):
 
     @property
     def tier(self) -> NDArray[np.int64]:
-        """Tier of the link from device to device [D,D]: 0 none, 1 in a node, 2 and up beyond."""
+        """Tier of the link between devices [D,D]: 0 for a device itself, 1 in a node, else 2 up."""
         group = np.arange(self.devices) // np.array(
             [1, *(level.devices for level in self.levels[:-1])]
         ).reshape(-1, 1)
@@ -228,12 +228,12 @@ class Topology(Frozen):
 
     @property
     def speed_of_device(self) -> NDArray[np.float64]:
-        """Relative speed of every device [D], 1 where none was given."""
+        """Relative speed of every device [D], 1 by default."""
         return np.ones(self.devices) if self.speed is None else np.array(self.speed)
 
     @property
     def time_of_device(self) -> NDArray[np.float64]:
-        """Time of every device per token [D], as a share of the slowest one's."""
+        """Time of every device per token [D], as a share of the slowest device's."""
         time: NDArray[np.float64] = self.speed_of_device.min() / self.speed_of_device
         return time
 
@@ -241,31 +241,32 @@ class Topology(Frozen):
     def cost(self) -> NDArray[np.int64]:
         """Integer cost of moving one token's state from device to device [D,D].
 
-        Proportional to the time a byte takes, in sixteenths of the fastest link: 1 between any two
-        devices where all links are equal, 0 on the diagonal. These, or those of a given
-        ``link_cost``, are kept where they are whole numbers up to 65535 in lowest terms. Else they
-        are scaled until the largest is 65535 and rounded, nothing above 0 to 0: every cost is then
-        off by at most 1/65535 of the largest.
+        It is proportional to the time of a byte, in sixteenths of that on the fastest link, or to
+        a given ``link_cost``: 1 between any two devices if all links are equal, 0 on the diagonal.
+        Integer costs are divided by their common divisor, and kept if all are then up to 65535.
+        Others are scaled so that the largest is 65535, and rounded, positive ones to 1 or more. The
+        error of a cost is then at most 1/65535 of the largest.
         """
         fastest = max(level.bandwidth for level in self.levels)
         cost = np.rint(16 * fastest / self.bandwidth)
         if self.link_cost is not None:
             cost = np.array(self.link_cost, dtype=np.float64)
-        return check.frozen(in_integers(cost))
+        return check.frozen(scale_to_integers(cost))
 
     @property
     def has_equal_devices(self) -> bool:
-        """Whether no device is faster, or has more slots, than another."""
+        """Whether all devices have the same speed and the same number of slots."""
         return len(set(self.speed or ())) <= 1 and len(set(self.slots_per_device or ())) <= 1
 
     def without(self, lost: Collection[int], join: int = 0) -> Topology:
-        """Return the machine that is left if some devices are lost, its devices numbered anew.
+        """Return the machine without the lost devices, the others numbered anew.
 
-        Nodes and tiers are kept where whole nodes are lost. Else they are uneven, which no topology
-        is: then all links are as slow as the slowest.
+        Nodes are kept if whole nodes are lost, of a machine with two tiers at most. Otherwise nodes
+        would differ in size, which no topology can have: so there is one node, and all links are as
+        slow as the slowest.
 
-        Devices that ``join`` come last, have speed 1, and links as slow as the slowest. If all fill
-        nodes of the same size, these are the nodes.
+        Devices that ``join`` come last, with speed 1 and links as slow as the slowest. Nodes are
+        kept if all devices then fill nodes of the same size.
         """
         check.whole_number("join", join, lowest=0, highest=check.DEVICE_LIMIT - self.devices)
         is_lost = check.chosen("lost", lost, self.devices)
@@ -273,26 +274,27 @@ class Topology(Frozen):
             raise check.ArgumentError("lost must leave a device", "lost")
         if not is_lost.any() and not join:
             return self
-        left = np.flatnonzero(~is_lost).tolist()
+        remaining = np.flatnonzero(~is_lost).tolist()
         inner, *_, outer = (*self.levels, *self.levels)
         by_node = is_lost.reshape(-1, self.node_size)
         are_whole = bool((by_node.all(axis=1) == by_node.any(axis=1)).all())
         if join:
-            are_whole = self.nodes > 1 and (len(left) + join) % self.node_size == 0
+            are_whole = self.nodes > 1 and (len(remaining) + join) % self.node_size == 0
         is_even = len(self.levels) <= 2 and are_whole
         if not is_even:
             inner = outer
         links = None
         if self.link_cost is not None:
-            links = np.full((len(left) + join,) * 2, np.max(self.link_cost))
-            links[: len(left), : len(left)] = np.array(self.link_cost)[np.ix_(left, left)]
+            links = np.full((len(remaining) + join,) * 2, np.max(self.link_cost))
+            kept_cost = np.array(self.link_cost)[np.ix_(remaining, remaining)]
+            links[: len(remaining), : len(remaining)] = kept_cost
             np.fill_diagonal(links, 0)
             links = links if links.any() else None
         speed, slots = self.speed, self.slots_per_device
         if slots is not None:
-            slots = (*(slots[d] for d in left), *([max(slots)] * join))
+            slots = (*(slots[d] for d in remaining), *([max(slots)] * join))
         return Topology(
-            len(left) + join,
+            len(remaining) + join,
             self.node_size if is_even else None,
             intra_node_bandwidth=inner.bandwidth,
             inter_node_bandwidth=outer.bandwidth,
@@ -300,22 +302,22 @@ class Topology(Frozen):
             intra_node_latency=inner.latency,
             inter_node_latency=outer.latency,
             link_cost=links,
-            speed=None if speed is None else [*(speed[d] for d in left), *([1.0] * join)],
+            speed=None if speed is None else [*(speed[d] for d in remaining), *([1.0] * join)],
             slots_per_device=slots,
         )
 
     @classmethod
     def preset(cls, machine: str, /, nodes: int = 1, **others: Any) -> Topology:
-        """Make a common machine, such as ``"h100-nvl8-ib400"``, of some nodes.
+        """Return a common machine, such as ``"h100-nvl8-ib400"``, of some nodes.
 
         Parameters
         ----------
         machine
-            One of those in ``presets.py``, where the sources of the numbers are.
+            Its name in ``presets.py``, which has the sources of the numbers.
         nodes
             Number of nodes.
         others
-            Parameters of the class, in place of the machine's.
+            Parameters of the class, which replace the machine's.
 
         Raises
         ------
@@ -336,13 +338,14 @@ class Topology(Frozen):
     def load(cls, path: str | Path) -> Topology:
         """Read a topology from a JSON or TOML file.
 
-        Its keys are this class's parameters, each of ``tiers`` a table of ``Tier``'s; ``preset``
-        and ``nodes`` name a common machine, whose numbers the other keys replace.
+        Its keys are the parameters of this class; each of ``tiers`` is a table with the parameters
+        of ``Tier``. ``preset`` and ``nodes`` name a common machine, whose numbers the other keys
+        replace.
 
         Raises
         ------
         ValueError
-            If it is neither, or describes no topology.
+            If the file is neither, or describes no topology.
         OSError
             If it cannot be read.
         """
@@ -351,7 +354,7 @@ class Topology(Frozen):
             return from_keys(parse(read_whole(path)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the parameters that differ from the defaults, as ``from_keys`` reads them."""
+        """Return the parameters that differ from their defaults, for ``from_keys``."""
         changed: dict[str, Any] = {
             parameter.name: as_json(getattr(self, parameter.name))
             for parameter in fields(self)
@@ -362,7 +365,7 @@ class Topology(Frozen):
 
 
 def from_keys(values: Mapping[str, Any]) -> Topology:
-    """Build a topology from the keys that a file has; see ``Topology.load``."""
+    """Build a topology from the keys of a file, see ``Topology.load``."""
     values, keys = dict(values), [parameter.name for parameter in fields(Topology)]
     keys += ["preset", "nodes"] if "preset" in values else []
     for key in (key for key in values if key not in keys):
@@ -375,16 +378,16 @@ def from_keys(values: Mapping[str, Any]) -> Topology:
     return Topology(**values)
 
 
-# Parameters that tiers give, too.
+# Beginnings of the parameters that follow from tiers.
 LINKS = ("devices_per_node", "intra_node", "inter_node")
 
 
-# The search holds costs in 16 bits.
+# Largest cost: searches hold costs in 16 bits.
 HIGHEST_COST = (1 << 16) - 1
 
 
-def checked(values: ArrayLike, devices: int) -> NDArray[np.float64]:
-    """Check a matrix of costs [D,D]."""
+def check_link_cost(values: ArrayLike, devices: int) -> NDArray[np.float64]:
+    """Return a matrix of costs [D,D] as floats, checked."""
     array = check.array_in("link_cost", values)
     if array.shape != (devices, devices) or array.dtype.kind not in "iuf":
         raise ValueError(
@@ -408,8 +411,8 @@ def checked(values: ArrayLike, devices: int) -> NDArray[np.float64]:
     return cost
 
 
-def in_integers(cost: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return lowest terms of whole numbers; others scaled until the largest is ``HIGHEST_COST``."""
+def scale_to_integers(cost: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return costs as integers up to ``HIGHEST_COST``: in lowest terms if possible, else scaled."""
     if (cost == np.floor(cost)).all() and cost.max() < 2.0**53:
         integers = cost.astype(np.int64)
         integers //= max(np.gcd.reduce(integers, axis=None), 1)  # one device has no links
@@ -426,7 +429,7 @@ else:
 
 
 def parse(content: bytes) -> dict[str, Any]:
-    """Read JSON or TOML, recognised by the first character: no TOML file begins with a brace."""
+    """Read JSON or TOML, told apart by the first character: no TOML file begins with a brace."""
     try:
         text = content.decode()
         return parse_json(text) if text.lstrip()[:1] == "{" else tomllib.loads(text)

@@ -1,8 +1,8 @@
 """RoutingTrace: which experts every token visited, with optional labels of sequences and groups.
 
-Made from arrays or a file; read in shards, split by sequence, selected and joined. A safetensors or
-.npy file is not read when it is loaded: its ids stay on disk, also through ``split``, ``select``
-and ``concat``.
+A trace comes from arrays or a file. It is read in shards, split by sequence, selected and joined.
+Loading a safetensors or .npy file does not read its ids, which stay on disk, also through
+``split``, ``select`` and ``concat``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moetuner.frozen import html_table
 from moetuner.recording import Recording
 
 SHARD_BYTES = 64 << 20
-# Shards of a trace in a file from which the next one is read while one is worked on.
+# Number of shards beyond which a file is read ahead: the next shard while one is processed.
 READ_AHEAD = 2
 
 
@@ -31,13 +31,13 @@ READ_AHEAD = 2
 class RoutingTrace(Recording):
     """Routed experts of tokens, in the order in which the tokens were served.
 
-    Make one with ``from_arrays`` or ``load``. A trace may have no tokens (a selection can come out
-    empty); its statistics are then all zero, with one window.
+    Make one with ``from_arrays`` or ``load``. A trace may have no tokens, as a selection may be
+    empty; its statistics are then one window of zeros.
 
     Attributes
     ----------
     ids
-        Where the expert ids are; read them with ``shards`` or ``expert_ids``.
+        Source of the expert ids; read them with ``shards`` or ``expert_ids``.
     num_experts
         Experts per layer, E.
     sequence
@@ -83,7 +83,7 @@ class RoutingTrace(Recording):
         tokens = self.ids.shape[0]
         names_given: Any = self.group_names
         if names_given is None and self.group is not None:
-            names_given = check.numbered(self.group)
+            names_given = check.name_groups(self.group)
         names = check.names(names_given)
         vars(self).update(
             num_experts=check.experts_in(self.num_experts),
@@ -108,7 +108,7 @@ class RoutingTrace(Recording):
         model: str | None = None,
         expert_size: tuple[int, int] | None = None,
     ) -> RoutingTrace:
-        """Validate and wrap arrays.
+        """Return a trace of arrays, validated.
 
         Parameters
         ----------
@@ -118,13 +118,13 @@ class RoutingTrace(Recording):
         num_experts
             Experts per layer, E, at most 65536.
         sequence, group, group_names, model, expert_size
-            As the attributes: labels of tokens [T], sequences any integers of 32 bits, groups from
-            0; by default their names are their numbers.
+            See the attributes. Labels of tokens [T]: sequences are any integers of 32 bits, groups
+            integers from 0, whose names are by default their numbers.
 
         Raises
         ------
         ValueError
-            Naming argument, rule and value, and for a faulty id its token and layer.
+            If an argument is wrong; the message names a wrong id's token and layer.
         """
         experts = check.experts_in(num_experts)
         ids = Ids.of(check.array_in("expert_ids", expert_ids), experts)
@@ -135,16 +135,16 @@ class RoutingTrace(Recording):
     def load(cls, path: str | Path, *, num_experts: int | None = None) -> RoutingTrace:
         """Open a trace: safetensors, ``.npz``, ``.npy`` or JSON lines, recognised by content.
 
-        Of a safetensors or ``.npy`` file only the header, the size and the labels are checked here;
-        its ids are validated as ``shards`` reads them.
+        This checks the header, the size and the labels of a safetensors or ``.npy`` file; its ids
+        are validated when ``shards`` reads them.
 
         Parameters
         ----------
         path
             File to open.
         num_experts
-            Experts per layer; needed where the file does not say (``.npy``), and overrides what it
-            says.
+            Experts per layer; needed if the file does not say it (``.npy``), else in place of the
+            file's number.
 
         Raises
         ------
@@ -205,13 +205,13 @@ class RoutingTrace(Recording):
         labels = self.sequence
         if labels is None or not len(labels):
             return None if labels is None else 0
-        if (labels[:-1] <= labels[1:]).all():  # nothing to sort, as in most recordings
+        if (labels[:-1] <= labels[1:]).all():  # sorted already, as in most recordings
             return 1 + int(np.count_nonzero(labels[:-1] != labels[1:]))
         return len(np.unique(labels))
 
     @property
     def left_out(self) -> LeftOut | None:
-        """Hidden layers of the model and its dense ones, where some were left out."""
+        """Hidden layers of the model, and the numbers of dense ones; None if none was left out."""
         return self.ids.left_out
 
     @property
@@ -230,15 +230,15 @@ class RoutingTrace(Recording):
         return {**super().facts(), "kind": "trace", **sizes}
 
     def rows_in(self, window: int | None) -> int:
-        """Return the tokens of a window of so many, of all if None."""
+        """Return the tokens of a window: ``window``, or all if None."""
         return check.window_in(window) or max(self.tokens, 1)
 
     @property
     def expert_ids(self) -> check.IdArray:
-        """All expert ids [T,L,K], read-only where they are not copied.
+        """All expert ids [T,L,K], read-only unless they are a copy.
 
-        Of a file this is a new memory map at each call, whose ids have not been validated, or the
-        ids in memory where the file holds another type. Prefer ``shards`` for large traces.
+        For a file this is a new memory map at each call, whose ids have not been validated, or a
+        copy in memory if the file has another type. Prefer ``shards`` for large traces.
         """
         return self.ids.array()
 
@@ -250,7 +250,7 @@ class RoutingTrace(Recording):
         Parameters
         ----------
         max_bytes
-            Most bytes to read at once; at least one token is read.
+            Largest number of bytes to read at once; at least one token is read.
         threads
             Threads that check what is read, all cores by default.
 
@@ -265,21 +265,21 @@ class RoutingTrace(Recording):
         return read_ahead(shards) if is_long and self.ids.fresh else shards
 
     def split(self, share: float, *, seed: int = 0) -> tuple[RoutingTrace, RoutingTrace]:
-        """Split by sequence: neighbouring tokens route alike, so a split by token would leak.
+        """Split by sequence: neighbouring tokens route similarly, so a split by token would leak.
 
         Parameters
         ----------
         share
             Share of the sequences, chosen at random, that go to the first part; each part gets at
-            least one. Without labels, or with a single sequence, the trace is cut in time: the
-            first tokens, the rest.
+            least one. Without labels, or with a single sequence, the trace is cut in time, and the
+            first part has the first tokens.
         seed
-            Of the choice.
+            Random seed.
 
         Returns
         -------
         tuple
-            Both parts, their tokens in the order of this trace.
+            Both parts, with their tokens in the order of this trace.
 
         Raises
         ------
@@ -296,7 +296,7 @@ class RoutingTrace(Recording):
         if self.sequence is not None and sequences.size > 1:
             chosen = np.random.default_rng(seed).permutation(sequences)[:count]
             first = check.among(self.sequence, chosen)
-        return self._taken(first), self._taken(~first)
+        return self._keep(first), self._keep(~first)
 
     def select(
         self,
@@ -322,30 +322,30 @@ class RoutingTrace(Recording):
         ValueError
             If the trace has no such layer, group or sequence.
         """
-        tokens = None if groups is None else self._of_groups(groups)
+        tokens = None if groups is None else self._mark_groups(groups)
         if sequences is not None:
-            of_these = self._of_sequences(sequences)
-            tokens = of_these if tokens is None else tokens & of_these
+            is_chosen = self._mark_sequences(sequences)
+            tokens = is_chosen if tokens is None else tokens & is_chosen
         if layers is None:
-            return self._taken(tokens)
+            return self._keep(tokens)
         limits = {"lowest": 0, "highest": self.layers - 1}
         listed = check.listed("layers", layers, "numbers")
         numbers = [check.whole_number("layers", layer, **limits) for layer in listed]
         if not numbers or len(set(numbers)) < len(numbers):
             raise ValueError(f"layers must be at least one and differ, got {numbers}")
-        return self._taken(tokens, np.asarray(numbers, dtype=np.intp))
+        return self._keep(tokens, np.asarray(numbers, dtype=np.intp))
 
-    def _of_groups(self, groups: Iterable[str | SupportsIndex] | str) -> NDArray[np.bool_]:
-        """Return whether tokens [T] are of some groups."""
+    def _mark_groups(self, groups: Iterable[str | SupportsIndex] | str) -> NDArray[np.bool_]:
+        """Return the mask of the tokens [T] of some groups."""
         if self.group is None:
             raise check.ArgumentError("groups: the trace has no groups", "groups")
         names: list[Any] = [groups]
         if not isinstance(groups, str):
             names = check.listed("groups", groups, "names or numbers")
-        return check.among(self.group, [self._group_number(name) for name in names])
+        return check.among(self.group, [self._find_group(name) for name in names])
 
-    def _of_sequences(self, sequences: Iterable[SupportsIndex]) -> NDArray[np.bool_]:
-        """Return whether tokens [T] are of some sequences."""
+    def _mark_sequences(self, sequences: Iterable[SupportsIndex]) -> NDArray[np.bool_]:
+        """Return the mask of the tokens [T] of some sequences."""
         if self.sequence is None:
             raise ValueError("sequences: the trace has no sequences")
         limits = {"lowest": -(1 << 31), "highest": (1 << 31) - 1}
@@ -362,8 +362,8 @@ class RoutingTrace(Recording):
         Parameters
         ----------
         rows
-            Mask of the tokens [T], or numbers of tokens, each once, in the order wanted. They stay
-            where they are until they are read, as with ``select``.
+            Mask of the tokens [T], or distinct numbers of tokens, in the order to return. As with
+            ``select``, ids stay on disk until they are read.
 
         Examples
         --------
@@ -374,9 +374,9 @@ class RoutingTrace(Recording):
         """
         wanted = check.rows("rows", rows, self.tokens)
         if wanted.dtype == np.bool_:
-            return self._taken(wanted)
+            return self._keep(wanted)
         if (wanted[:-1] < wanted[1:]).all():
-            return self._taken(_mask(wanted, self.tokens))
+            return self._keep(_make_mask(wanted, self.tokens))
         labels: dict[str, Any] = {
             name: None if values is None else check.frozen(check.at(values, wanted))
             for name, values in (("sequence", self.sequence), ("group", self.group))
@@ -386,9 +386,9 @@ class RoutingTrace(Recording):
     def concat(self: RoutingTrace | Iterable[RoutingTrace], *others: RoutingTrace) -> RoutingTrace:
         """Join traces, ``trace.concat(other)`` or ``RoutingTrace.concat([trace, other])``.
 
-        Sequences of different traces are different sequences: where a label would come back, all
-        are numbered anew, from 0. Labels, and the model's name and sizes, are kept where all traces
-        have them (the same one). Groups are the same if they have the same name.
+        Sequences of different traces are different: if a label occurs in two traces, all sequences
+        are numbered anew, from 0. Labels are kept if all traces have them; the model's name and
+        sizes if they are the same in all. Groups are the same if they have the same name.
 
         Raises
         ------
@@ -408,8 +408,8 @@ class RoutingTrace(Recording):
                 f"traces must have the same layers, experts and top_k, got {sorted(sizes)}"
             )
         labels: dict[str, Any] = {}
-        labels["group"], labels["group_names"] = check.joined_groups(traces)
-        labels["sequence"] = check.joined_sequences([trace.sequence for trace in traces])
+        labels["group"], labels["group_names"] = check.join_groups(traces)
+        labels["sequence"] = check.join_sequences([trace.sequence for trace in traces])
         for name in ("model", "expert_size"):
             values = {getattr(trace, name) for trace in traces}
             labels[name] = values.pop() if len(values) == 1 else None
@@ -434,19 +434,20 @@ class RoutingTrace(Recording):
         ]
         return html_table(("", "RoutingTrace"), rows)
 
-    def _taken(
+    def _keep(
         self, tokens: NDArray[np.bool_] | None, layers: NDArray[np.intp] | None = None
     ) -> RoutingTrace:
-        """Return some tokens [T] of some layers."""
+        """Return the trace of the tokens of a mask [T], and of some layers; None keeps all."""
         labels: dict[str, Any] = {"sequence": self.sequence, "group": self.group}
         if tokens is not None:
             labels = {
-                n: None if values is None else check.frozen(values[tokens])
-                for n, values in labels.items()
+                name: None if values is None else check.frozen(values[tokens])
+                for name, values in labels.items()
             }
         return replace(self, ids=self.ids.select(tokens, layers), **labels)
 
-    def _group_number(self, group: str | SupportsIndex) -> int:
+    def _find_group(self, group: str | SupportsIndex) -> int:
+        """Return the number of a group, by its name or number."""
         if isinstance(group, str):
             if group not in self.group_names:
                 names = check.shown(list(self.group_names))
@@ -458,13 +459,13 @@ class RoutingTrace(Recording):
 
 
 def as_trace(recording: Recording) -> RoutingTrace:
-    """Return a recording of single tokens; raise for counts, from which no token can be got."""
+    """Return a recording that is a trace; raise for counts, which have no single tokens."""
     check.instance("trace", recording, RoutingTrace)
     return cast(RoutingTrace, recording)
 
 
-def _mask(numbers: NDArray[np.int64], length: int) -> NDArray[np.bool_]:
-    """Return the mask [length] of numbered tokens."""
+def _make_mask(numbers: NDArray[np.int64], length: int) -> NDArray[np.bool_]:
+    """Return the mask [length] of tokens by their numbers."""
     mask = np.zeros(length, dtype=bool)
     mask[numbers] = True
     return mask

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import random_ids
+from make import random_ids, trace_of
 
 import moetuner as mt
 
@@ -143,7 +143,7 @@ def small() -> Iterator[Any]:
     def replay(running: Any, regime: str, layers: int, **more: Any) -> list[dict[str, Any]]:
         top_k = 1 if regime == "follow" else 2
         ids = random_ids(96, layers, top_k, 8)
-        trace = mt.RoutingTrace.from_arrays(ids, num_experts=8)
+        trace = trace_of(ids)
         work = ranks.Work("made", regime, trace, trace, 96, 64, 8)
         placement = mt.Placement(np.arange(8).reshape(1, 2, 4).repeat(layers, axis=0))
         return running.replay(work, ids[None], [placement], **more)

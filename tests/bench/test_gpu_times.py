@@ -28,7 +28,7 @@ def test_exposed_computing_is_nearer_than_two_lines(tmp_path):
     for name, part in zip(NAMES, (1, 40), strict=True):
         head, *rows = (DATA / name).read_text().splitlines()
         (tmp_path / name).write_text("\n".join([head, *rows[::part]]) + "\n")
-    status, out, err = printed(tmp_path, "--folds", "4", "--seeds", "1")
+    status, out, err = printed(tmp_path, "--folds", "2", "--seeds", "1")
     assert status == 0, err
     for name in NAMES:
         lines, exposed = map(float, re.search(rf"{name} +([\d.]+) +([\d.]+)", out).groups())

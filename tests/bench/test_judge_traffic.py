@@ -3,9 +3,9 @@
 from xml.etree import ElementTree
 
 import judge_traffic as judge
+import make
 import numpy as np
 import pytest
-from conftest import random_ids
 
 import moetuner as mt
 
@@ -15,7 +15,7 @@ MODEL = mt.CostModel(0, 0, 0, 0, 2880, combine_bytes=5760)
 
 @pytest.fixture(scope="module")
 def trace() -> mt.RoutingTrace:
-    return mt.RoutingTrace.from_arrays(random_ids(256, 3, 2, 16), num_experts=16)
+    return make.trace(256, 3, experts=16, labelled=False)
 
 
 def test_bytes_are_rows_of_tokens_from_their_homes(trace):

@@ -8,10 +8,11 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
+from make import trace_of
 
 import moetuner as mt
 from moetuner.cli import MENU, moetuner, options
-from moetuner.serving.settings import settings_of
+from moetuner.serving.settings import list_settings
 
 # Searches are short, as they are not what is asked about.
 pytestmark = pytest.mark.usefixtures("brief")
@@ -136,17 +137,6 @@ def test_demo_shows_the_whole_flow(ok, tmp_path):
     assert (placement.devices, placement.slots_per_device) == (4, 4)
 
 
-def test_inspect_shows_structure_beside_its_null(as_json, trace):
-    """Skew, groups, and the two crossings; with --json - nothing but JSON on standard output."""
-    actual = as_json("inspect", trace)
-    assert actual["input"]["tokens"] == 800
-    assert len(actual["skew"]) == 3
-    assert set(actual["group_distance"]) == {"even", "odd"}
-    assert actual["held_out"] is True
-    assert 0 <= actual["crossing"] <= 1
-    assert 0 <= actual["crossing_independent"] <= 1
-
-
 def test_solve_writes_the_placement(solved, recorded):
     """The file holds what the library would give, and the JSON tells the same figures."""
     actual, placement = solved("--devices", 4, "--max-imbalance", 2)
@@ -209,7 +199,7 @@ def test_solve_takes_every_term(solved, recorded):
 def test_every_field_of_a_problem_is_an_option(solved):
     """Declared once: there is an option in a group, its help, and its value in the JSON."""
     names = {of.name for of in fields(mt.Problem)} - {"statistics", "topology"}
-    declared = settings_of(mt.Problem, mt.Serving)
+    declared = list_settings(mt.Problem, mt.Serving)
     settings = {name: declared[name] for name in names}
     assert set(settings) <= set(solved("--devices", 2, "--method", "lpt")[0]["settings"])
     for command in ("solve", "compare"):
@@ -348,7 +338,7 @@ def test_audit_finds_the_one_group_that_got_worse(as_json, tmp_path):
     is_shared = np.concatenate([random.permutation(400) < 200 for _ in range(2)])
     ids = np.where(is_shared, 0, np.where(group, 4, 1))[:, None, None]
     labels = {"sequence": np.arange(800) // 20, "group": group, "group_names": ("gains", "loses")}
-    mt.RoutingTrace.from_arrays(ids, num_experts=8, **labels).save(tmp_path / "t.safetensors")
+    trace_of(ids, **labels).save(tmp_path / "t.safetensors")
     mt.Placement([[[0, 4, 2, 3], [1, 5, 6, 7]]]).save(tmp_path / "p.json")
     judged = ("--by-group", "--measure", "imbalance")
     actual = as_json("evaluate", tmp_path / "p.json", tmp_path / "t.safetensors", *judged)
@@ -474,7 +464,7 @@ def test_long_names_make_no_long_lines(ok, solved, make_trace, tmp_path):
     trace, long = make_trace(400), "x y " * 30000
     labels = {"sequence": trace.sequence, "group": trace.group, "group_names": ["a", long, "c"]}
     path, p = tmp_path / "t.safetensors", tmp_path / "p.json"
-    mt.RoutingTrace.from_arrays(trace.expert_ids, num_experts=8, model=long, **labels).save(path)
+    trace_of(trace.expert_ids, model=long, **labels).save(path)
     solved("--devices", 2, "--method", "lpt", of=path)
     for line in (("inspect", path), ("evaluate", p, path, "--by-group")):
         assert max(map(len, ok(*line).splitlines())) < 5000

@@ -4,6 +4,7 @@ import shlex
 
 import numpy as np
 import pytest
+from make import trace_of
 
 import moetuner as mt
 
@@ -99,7 +100,7 @@ def test_the_same_tokens_once_and_more_often_are_told_alike(as_json, folder, opt
         ids = np.argpartition(-(liking + rng.gumbel(size=(tokens, 2, 8))), 2, axis=2)[..., :2]
         ids = np.concatenate([ids] * times)
         sequence = np.arange(len(ids)) // 50
-        mt.RoutingTrace.from_arrays(ids, num_experts=8, sequence=sequence).save(name)
+        trace_of(ids, sequence=sequence).save(name)
 
     save("old.safetensors", 40_300)
     changes = []

@@ -9,75 +9,56 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from make import trace_of
 
 import moetuner as mt
 from moetuner import cli
 from moetuner.cli import drift, evaluate
+from moetuner.placement import blocks
 
-# A command, and what its error says. TRACE and LOAD are files of a small trace and a load table.
+# A command, and what its error says; tests/transcripts/refusals.md has others, which write no file.
+# TRACE and LOAD are files of a small trace and a load table.
 WRONG = """
-inspect absent.npz | 'absent.npz' does not exist
 inspect . | ids.npy: --num-experts is needed
 inspect junk.txt | junk.txt
-inspect | Missing argument 'INPUT...'
 inspect ids.npy | --num-experts is needed
-inspect LOAD --only a | '--only' needs a trace with groups
 inspect TRACE --only 3 | '--only': INPUT has no group '3'
 solve TRACE --devices 2 --groups 11=1 | Did you mean 1?
-solve TRACE | Missing option '--devices'
-solve TRACE --devices four | '--devices': 'four' is not an integer
 solve TRACE --devices 2 --risk 0.5 --time-limit soon | '--time-limit': 'soon' is not a number
-solve TRACE --devices 0 | 0 is not in the range 1<=x<=8192
 solve TRACE --devices 4 --devices-per-node 3 | must divide
 solve TRACE --devices 4 --method magic | got 'magic'
-solve TRACE --devices 4 --max-imbalance nan | a number from 1, or inf for no cap, got 'nan'
 solve TRACE --devices 4 --out no/p.json | 'no' does not exist
 solve TRACE --devices 4 --out . | is a directory
 solve TRACE --topology junk.txt | must be a JSON object or TOML
 compare TRACE --devices 4 --holdout nan | nan is not a number
 compare TRACE --devices 4 --methods '' | must be some of
 compare TRACE --devices 4 --baseline eblp | got 'eblp'. Did you mean eplb?
-compare TRACE --devices 4 --holdout 0 --splits 2 | must be 1 where nothing is held out, got 2
 compare LOAD --devices 4 --window 64 | window must be left out
-solve LOAD --devices 4 --slots-per-device 2,two | for every device as in 8,8,10,10, got '2,two'
-solve LOAD --devices 4 --arrival 2 | or the weight of mixed from 0 to 1, got '2'
-solve LOAD --devices 4 --groups a | minimax, or NAME=WEIGHT,..., got
-solve LOAD --devices 4 --pin 0:1 | LAYER:EXPERT:DEVICE in numbers
-compare LOAD --devices 4 --pin 0:1:2 --forbid *:1:2 | --pin and --forbid contradict
 compare LOAD --devices 4 --objective speed | 'speed' is not one of
 solve LOAD --devices 4 --move-budget 1 | needs '--initial'
-solve LOAD --devices 4 --pareto | '--pareto' needs '--initial'
 solve LOAD --devices 2 --initial p.json | p.json: placement must have 2 devices like the topology
-solve LOAD --devices 2 --model gpt-oos-20b | GPU:HIDDENxINTERMEDIATE. Did you mean gpt-oss-20b?
-solve TRACE --devices 2 --tokens-per-step 8 | a window of INPUT has 512 tokens
 inspect TRACE --num-experts 9 | num_experts must be 8, got 9
-inspect x-table.npy | or counts [layers, experts], all layers alike; got [8, 2] with
 inspect x-axes.npy --num-experts 8 | axes must be [tokens, layers, top_k], got 300 layers
 inspect x-axes.npy --num-experts 8 | or if it is meant, say --hidden-layers 300
 inspect x-last.npy --num-experts 8 | got 2 layers of top-3, whose experts repeat: swap axes
-inspect x-eplb.log | this log says how balanced GPUs are, not experts' loads: record experts
 advise x-map.yaml --devices 4 | must be recorded routing, got a placement: the YAML of TensorRT-LLM
 evaluate x-long.json TRACE | x-long.json: --devices must be given
 evaluate x-map.yaml TRACE --devices 4 | layer 1: expert 0 is in every slot
 evaluate x-zeros.json TRACE --devices 4 | x-zeros.json: row 0: expert 0 is in every slot
 evaluate x-long.json TRACE --devices 4 | must have 3 layers like INPUT, got 4: if 1 of them
 evaluate x-counts.json TRACE | not a placement but recorded routing, to be given as INPUT
-inspect x-counts.json | every count is zero, so nothing was recorded
 export p.json --to moves --out m.json | '--to moves' needs '--initial'
 evaluate TRACE TRACE | not a placement
 evaluate p.json TRACE --cost-model tpu | must be a file or one of a100
 evaluate p.json TRACE --cost-model h10:64x64 | Did you mean h100?
 evaluate p.json TRACE --cost-model h100:big | sizes must be as in h100:4096x1024, got 'big'
 evaluate p.json TRACE --cost-model junk.txt | not a cost model
-evaluate p.json TRACE --measure node_fanout | must be of imbalance, fanout, predicted_layer_us for
-evaluate p.json TRACE --measure fanouts | Did you mean fanout?
 export junk.txt --to eplb --out x.npz | junk.txt: not a placement
 convert TRACE --out t.npz | must end in .safetensors, got 't.npz'
 convert --out t.safetensors | Missing argument 'SOURCE...'
 convert z.gz --num-experts 16 --out t.safetensors | not be compressed: unpack it with gunzip first
 convert z.json --num-experts 16 --out t.safetensors | --enable-return-routed-expert
 convert z.csv --num-experts 16 --out t.safetensors | or what an engine records; its first bytes
-inspect z.csv | CSV or Parquet as docs/quickstart.md has them, or what an engine records; its first
 convert TRACE LOAD --out t.safetensors | sources must all be traces or all be counts
 solve TRACE --for megatron --devices 3 | 2 or 4 would
 solve TRACE --for vllm --devices 4 --extra-slots 5 | got 5: 0 or 12 would
@@ -87,28 +68,18 @@ solve TRACE --for vllm --devices 4 --router-groups 4 | vLLM does not
 solve TRACE --devices 4 --router-groups 4 | needs '--for'
 solve TRACE --for deepspeed --devices 4 --router-groups 8 | (moetuner.router_groups.merge
 solve TRACE --for nobody --devices 4 | 'nobody' is not one of
-solve TRACE --for SGLnag --devices 4 | Did you mean sglang?
-solve TRACE --devices 4 --arrival burst | Did you mean bursts?
 solve TRACE --devices 4 --topology h100 | Did you mean h100-nvl8-ib400?
 solve TRACE --devices 2 --slots-per-device 1 | --slots-per-device must be at least 4
 solve TRACE --devices 2 --groups none=1 | --groups names 'none'
-solve TRACE --devices 2 --pin 0:99:0 | --pin: expert must be from 0 to 7, got 99
 solve TRACE --devices 2 --risk 1 | --risk must be
 solve LOAD --devices 4 --expert-bytes inf --initial p.json | '--expert-bytes': must be a finite
-solve TRACE --topology tpu | must be a file or one of a100-nvl8-ib200
-solve TRACE --topology h100-nvl8-ib400:two | as in h100-nvl8-ib400:2, got 'two'
 solve TRACE --devices 4 --method jont | Did you mean joint?
 compare TRACE --devices 4 --methods ebpl | Did you mean eplb?
-advise TRACE --devices 4 --copies some | must be numbers as in 0,1,2,4
-advise TRACE --devices 4 --initial x.json | must be a file, contiguous, round_robin, eplb or eplb:N
-advise TRACE --devices 4 --initial roundrobin | Did you mean round_robin?
 solve TRACE --devices 4 --initial epbl:4 | Did you mean eplb?
-advise TRACE --devices 4 --unseen LOAD | --unseen must be a trace like traffic, got counts
 advise LOAD --devices 4 --unseen TRACE | --unseen must be counts like traffic, got a trace
 advise TRACE --devices 4 --report page.pdf | must end in .html
 advise TRACE --devices 4 --report /nowhere/page.html | does not exist
 advise TRACE --devices 4 --devics 4 | Did you mean
-advis | No such command 'advis'. Did you mean advise?
 drift p.json TRACE | Missing option '--profile'
 drift p.json TRACE --profile LOAD --seed 0 | more sequences or windows: profile has 6 independent
 drift other.json TRACE --profile LOAD | other.json: placement must have 3 layers
@@ -122,12 +93,7 @@ evaluate p.json TRACE --baseline other.json | other.json: placement must have 3 
 inspect p.json --window 64 | '--window' is for recordings
 inspect TRACE --expert-bytes 9 | '--expert-bytes' is for two placements
 inspect p.json other.json x-map.yaml | must be one placement, or two to compare, got 3 files
-evaluate p.json TRACE --devices 8 | '--devices' must be 4 as in the placement, got 8
 convert TRACE --from npz --out t.safetensors | must be npz as --from says, got safetensors
-export --check p.json --out x.npz | '--check' takes neither
-export --to eplb --out x.npz | Missing argument 'PLACEMENT'
-export p.json --out x.npz | Missing option '--to'
-export p.json --to eplb | Missing option '--out'
 export p.json --to eplb --out x.npz --model gpt-oss-20b | No such option '--model'.
 inspect p.json other.json | 8 experts as p.json, got 1 layer, 2 devices, 8 experts
 export p.json --to eblp --out x.npz | Did you mean eplb?
@@ -142,7 +108,7 @@ def folder(tmp_path_factory):
     random = np.random.default_rng(0)
     sequence = np.arange(300) // 10
     ids = np.argsort(random.random((300, 3, 8)), axis=2)[:, :, :2]
-    trace = mt.RoutingTrace.from_arrays(ids, num_experts=8, sequence=sequence, group=sequence % 2)
+    trace = trace_of(ids, sequence=sequence, group=sequence % 2)
     trace.save(at / "trace.safetensors")
     load = random.integers(0, 100, (6, 3, 8))
     np.savez(at / "load.npz", load=load, group=np.arange(6) % 2, group_names=np.array(["a", "b"]))
@@ -151,16 +117,14 @@ def folder(tmp_path_factory):
     (at / "z.json").write_text('{"choices": [{"text": "a", "finish_reason": "stop"}]}')
     (at / "z.csv").write_text("a,b\n1,2\n")
     (at / "junk.txt").write_text("junk")
-    np.save(at / "x-table.npy", load[0, :2].T)
     np.save(at / "x-axes.npy", ids.swapaxes(0, 1))
     np.save(at / "x-last.npy", ids[:, :, :2].swapaxes(1, 2))
-    (at / "x-eplb.log").write_text("EPLB step: 7 avg_tokens=4 max_tokens=5 balancedness=0.8889\n")
     of_layers = f"0: {[*range(8)]}\n  1: {[0] * 8}\n  2: {[*range(8)]}\n"
     (at / "x-map.yaml").write_text(f"num_slots: 8\ninitial_global_assignments:\n  {of_layers}")
     for name, rows in (("zeros", [[0] * 8] * 3), ("long", [[*range(8)]] * 4)):
         (at / f"x-{name}.json").write_text(json.dumps({"physical_to_logical_map": rows}))
     (at / "x-counts.json").write_text(json.dumps({"logical_count": [[0] * 8] * 3}))
-    mt.Placement.from_assignment(np.tile(np.arange(8) // 2, (3, 1)), 4).save(at / "p.json")
+    blocks(3, 8, 4).save(at / "p.json")
     mt.Placement([[[0, 1, 2, 3], [4, 5, 6, 7]]]).save(at / "other.json")
     return at
 

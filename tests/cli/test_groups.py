@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engines_files import vllm_response
+from make import trace_of
 
 import moetuner as mt
 
@@ -40,7 +41,7 @@ def test_a_column_names_sequences_and_files_name_themselves(as_json, make_trace,
     traces = [tmp_path / name for name in ("code.safetensors", "prose.safetensors")]
     sequence = np.arange(200) // 5
     for path in traces:
-        mt.RoutingTrace.from_arrays(tokens, num_experts=8, sequence=sequence).save(path)
+        trace_of(tokens, sequence=sequence).save(path)
     column = tmp_path / "names.csv"
     column.write_text("id,kind\n" + "".join(f"{n},{kind}\n" for n, kind in enumerate(KINDS)))
     named = as_json("inspect", traces[0], "--devices", 4, "--group-by", f"{column}:kind")
@@ -79,7 +80,7 @@ def test_windows_of_a_trace_have_names(as_json, tmp_path):
     """A trace without sequences has a group for each window of its tokens."""
     ids = np.random.default_rng(0).random((350, 2, 8)).argsort(axis=2)[..., :2]
     trace, names = tmp_path / "trace.safetensors", tmp_path / "names.txt"
-    mt.RoutingTrace.from_arrays(ids, num_experts=8).save(trace)
+    trace_of(ids).save(trace)
     names.write_text("code\nprose\ncode\nprose\n")
     words = ["--window", 100, "--group-by", names]
     grouped = as_json("inspect", trace, "--devices", 4, *words)
@@ -186,9 +187,7 @@ def test_shares_of_groups_add_up(as_json, tmp_path):
     ids = np.random.default_rng(0).random((3000, 2, 8)).argsort(axis=2)[..., :2]
     trace = tmp_path / "trace.safetensors"
     group = np.arange(3000) // 1000 % 2
-    mt.RoutingTrace.from_arrays(ids, num_experts=8, group=group, group_names=["code", "chat"]).save(
-        trace
-    )
+    trace_of(ids, group=group, group_names=["code", "chat"]).save(trace)
     shares = as_json("inspect", trace, "--devices", 4)["group_share"]
     assert shares == pytest.approx({"code": 2 / 3, "chat": 1 / 3})
 

@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from make import in_turns, random_ids, trace_of
 
 import moetuner as mt
+from moetuner.placement import blocks
 
 # Options of advise, for a trace unless they name another input, and for its future if they say so.
 CASES = """
@@ -35,7 +37,7 @@ def recorded(tokens, seed=0):
     pair[sequence % 2 == 1, 1] = 0
     ids = np.stack([pair, pair + 4], axis=2)
     labels = {"sequence": sequence, "group": sequence % 2, "group_names": ["first", "second"]}
-    return mt.RoutingTrace.from_arrays(ids, num_experts=8, **labels)
+    return trace_of(ids, **labels)
 
 
 @pytest.mark.parametrize("case", CASES.strip().splitlines())
@@ -46,7 +48,7 @@ def test_every_next_command_shows_what_was_judged(ok, as_json, brief, tmp_path, 
     file, tokens = "trace.safetensors", 33_000 if "--long" in case else 4000
     recorded(tokens).save(file)
     recorded(1000, seed=1).save("FUTURE")
-    running = mt.Placement.from_assignment(np.tile(np.arange(8) % 4, (2, 1)), 4)
+    running = in_turns(2, 8, 4)
     for name in RUNNING:
         running.save(name)
     (tmp_path / "machine.json").write_text('{"devices": 4, "devices_per_node": 2}')
@@ -80,13 +82,12 @@ def test_the_audit_of_groups_that_lose_runs_as_it_is_printed(
 ):
     """Advice names groups that are slower, and the command beside them shows the same losses."""
     monkeypatch.chdir(tmp_path)
-    rng, group = np.random.default_rng(0), (np.arange(6000) // 50 % 5 == 4).astype(int)
+    group = (np.arange(6000) // 50 % 5 == 4).astype(int)
     liked = np.stack([np.linspace(2, 0, 8), np.tile([2.0, 0.0], 4)])
-    ids = np.argsort(-(liked[group][:, None] + rng.gumbel(size=(6000, 3, 8))), axis=2)[..., :2]
-    labels = {"group": group, "group_names": ["many", "few"], "sequence": np.arange(6000) // 50}
-    mt.RoutingTrace.from_arrays(ids, num_experts=8, **labels).save("mine.safetensors")
+    ids = random_ids(6000, 3, 2, 8, liking=liked[group][:, None])
+    trace_of(ids, length=50, group=group, group_names=["many", "few"]).save("mine.safetensors")
     for name in RUNNING:
-        mt.Placement.from_assignment(np.tile(np.arange(8) // 2, (3, 1)), 4).save(name)
+        blocks(3, 8, 4).save(name)
     words = ["mine.safetensors", "--devices", 4, "--copies", 0, "--splits", 1, "--window", 512]
     advice = as_json("advise", *words, "--cost-model", "h100:7168x2048", "--initial", running)
     (loss,) = (warning for warning in advice["warnings"] if warning.startswith("Slower in"))
@@ -110,7 +111,7 @@ RECORDERS = {
 
 
 @pytest.mark.parametrize("engine", [*RECORDERS, None])
-def test_what_to_record_is_the_engine_s_own_way(as_json, tmp_path, monkeypatch, engine):
+def test_what_to_record_is_the_engine_s_own_way(as_json, brief, tmp_path, monkeypatch, engine):
     """Where evidence is missing, the engine's recorder comes next, with a group for every file."""
     monkeypatch.chdir(tmp_path)
     short = recorded(60)
@@ -133,7 +134,7 @@ def test_what_to_record_is_the_engine_s_own_way(as_json, tmp_path, monkeypatch, 
 @pytest.mark.parametrize("engine", ["vllm", None])
 @pytest.mark.parametrize("tokens", [60, 4000])
 def test_names_of_one_recording_are_not_those_of_another(
-    as_json, tmp_path, monkeypatch, engine, tokens
+    as_json, brief, tmp_path, monkeypatch, engine, tokens
 ):
     """--group-by FILE names sequences of INPUT: what is recorded next has a file of its own."""
     monkeypatch.chdir(tmp_path)
@@ -150,7 +151,7 @@ def test_names_of_one_recording_are_not_those_of_another(
     assert f"moetuner advise {name} --group-by {other} " in advice["commands"][-1]
 
 
-def test_a_recording_tells_its_engine(as_json, tmp_path, monkeypatch):
+def test_a_recording_tells_its_engine(as_json, brief, tmp_path, monkeypatch):
     """What an engine recorded is recorded again by that engine, without --for."""
     monkeypatch.chdir(tmp_path)
     ids = np.random.default_rng(0).random((30, 2, 8)).argsort(axis=2)[..., :2]

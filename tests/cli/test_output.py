@@ -28,7 +28,7 @@ def screen(monkeypatch):
     file = io.StringIO()
     monkeypatch.setattr(output, "FIRST_S", 3600.0)
     monkeypatch.setattr(output, "BEAT_S", 3600.0)
-    monkeypatch.setattr("moetuner.cli.streams.heard", None)
+    monkeypatch.setattr("moetuner.cli.streams.last_line_time", None)
     monkeypatch.setattr(output, "time", SimpleNamespace(monotonic=lambda: 0.0))
 
     def console(*, terminal):
@@ -56,7 +56,7 @@ def test_what_is_done_at_once_shows_nothing_on_a_terminal(screen):
     """A bar is for what takes a second."""
     file = screen(terminal=True)
     with output.working("counting") as report:
-        output.shares(report, "of the tokens", then="figures")(0.5)
+        output.show_shares(report, "of the tokens", then="figures")(0.5)
     assert file.getvalue() == ""
 
 
@@ -66,7 +66,7 @@ def test_what_is_read_is_not_all_that_is_done(screen, monkeypatch):
     monkeypatch.setattr(output, "INTERVAL_S", 0.0)
     with output.working("replaying") as report:
         for share in (0.5, 1.0):
-            output.shares(report, "of the tokens", then="figures")(share)
+            output.show_shares(report, "of the tokens", then="figures")(share)
     half, all_read = file.getvalue().splitlines()
     assert "50 % of the tokens, about" in half
     assert all_read == "moetuner: replaying: 0 s, figures"
@@ -81,7 +81,7 @@ def test_a_log_gets_a_line_now_and_then(screen, monkeypatch):
     monkeypatch.setattr(output, "INTERVAL_S", 0.0)
     with output.working("solving, joint") as report:
         report(Progress(12.4, "bound", 0.5, 0.25))
-        step = output.steps(report, (1.0, 3.0))
+        step = output.show_steps(report, (1.0, 3.0))
         for name in ("counting", "solving", "judging"):
             step(name)
     line = "moetuner: solving, joint: {}, {}\n"

@@ -9,9 +9,9 @@ import re
 import warnings
 from pathlib import Path
 
+import make
 import numpy as np
 import pytest
-from conftest import random_ids
 
 import moetuner as mt
 from moetuner.cli import moetuner
@@ -150,15 +150,9 @@ BEGIN = {
 OTHERS = {"demo", "collect", "export", "fit"}
 
 
-def trace(tokens=480, *, seed=0, sequences=True, groups=True, model=None):
+def trace(tokens=480, *, groups=("a", "b", "c", "none of it"), model=None, **options):
     """Make a trace of two layers, with what labels are wanted."""
-    sequence, labels = np.arange(tokens) // 20, {"model": model}
-    if sequences:
-        labels["sequence"] = sequence
-    if groups:
-        labels |= {"group": sequence % 3, "group_names": ["a", "b", "c", "none of it"]}
-    ids = random_ids(tokens, 2, 2, 8, seed=seed)
-    return mt.RoutingTrace.from_arrays(ids, num_experts=8, **labels)
+    return make.trace(tokens, 2, length=20, groups=groups, model=model, **options)
 
 
 def write_inputs():
@@ -168,12 +162,12 @@ def write_inputs():
     traces = {
         "trace": trace(),
         "newer": trace(seed=1),
-        "plain": trace(sequences=False, groups=False, model="mixtral-8x7b"),
+        "plain": trace(sequences=False, groups=None, model="mixtral-8x7b"),
         "groups": trace(sequences=False),
         "window": trace(40),
-        "few": trace(3, groups=False),
-        "one": trace(1, groups=False),
-        "none": trace(0, sequences=False, groups=False),
+        "few": trace(3, groups=None),
+        "one": trace(1, groups=None),
+        "none": trace(0, sequences=False, groups=None),
     }
     for name, of in traces.items():
         of.save(f"{name}.safetensors")
@@ -221,7 +215,7 @@ def inputs(run, brief, tmp_path, monkeypatch):
     pytest.importorskip("plotly", reason="the extra report is not installed")
     monkeypatch.chdir(tmp_path)
     names = write_inputs()
-    mt.Placement.from_assignment(np.tile(np.arange(8) % 4, (2, 1)), 4).save("placement.json")
+    make.in_turns(2, 8, 4).save("placement.json")
     mt.Placement([[[0, 1, 2], [2, 3, 0], [4, 5, 0], [6, 7, 1]]] * 2).save("copies.json")
     Path("machine.json").write_text('{"devices": 4, "devices_per_node": 2}')
     how = ("--objective", "traffic", "--max-imbalance", 2, "--certificate", "proof.json")
@@ -258,7 +252,11 @@ def check_run(run, line):
 
 @pytest.mark.parametrize("command", BEGIN)
 def test_every_command_on_every_kind_of_input(run, inputs, command):
-    """Bare on each; with each option on a trace, and on kinds that differ from it in turns."""
+    """Bare on each; with each of its options on a trace and another kind, in turns by command.
+
+    How INPUT is read is declared once for all commands: each tries such options on one kind.
+    """
+    turn = [*BEGIN].index(command)
     trace, *others = (
         "trace.safetensors",
         "plain.safetensors",
@@ -273,10 +271,13 @@ def test_every_command_on_every_kind_of_input(run, inputs, command):
     for number, line in enumerate(lines_of(command)):
         # Copies may lose on any kind, which is told in other words.
         is_bare = line == BEGIN[command] or line.endswith("--copies 0,1")
-        names = {trace, others[number % len(others)], inputs[number % len(inputs)]}
+        kinds = (others, inputs)[(number + turn) % 2]
+        names = {kinds[(number + turn) // 2 % len(kinds)]}
+        if line.removeprefix(f"{BEGIN[command]} ") not in READING.splitlines():
+            names.add(trace)
         answered = answered_of(line, inputs if is_bare or is_thorough else names)
         # Some options are of one kind alone.
-        answered = answered or answered_of(line, [name for name in others if name not in names])
+        answered = answered or answered_of(line, {trace, *others} - names)
         # What a proof or a profile is of is one kind; prefill wants more tokens than any has here.
         if command not in ("drift", "verify"):
             assert answered or "--prefill-share" in line, line

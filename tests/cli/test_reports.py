@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from make import in_turns, random_ids, trace_of
 
 import moetuner as mt
 from moetuner.cli.options import pages
@@ -26,10 +27,8 @@ def text_of(page):
 @pytest.fixture
 def skewed(tmp_path):
     """File of a trace that experts in blocks serve badly."""
-    path, rng = tmp_path / "skewed.safetensors", np.random.default_rng(0)
-    scores = rng.gumbel(size=(2000, 3, 16)) + np.linspace(3, 0, 16)
-    ids = np.argsort(-scores, axis=2)[:, :, :2]
-    mt.RoutingTrace.from_arrays(ids, num_experts=16, sequence=np.arange(2000) // 50).save(path)
+    path, liking = tmp_path / "skewed.safetensors", np.linspace(3, 0, 16)
+    trace_of(random_ids(2000, 3, 2, 16, liking=liking), 16, length=50).save(path)
     return path
 
 
@@ -78,7 +77,7 @@ def test_every_page_opens_and_is_the_same_every_time(ok, trace, tmp_path, argume
     words = (command, trace, *others, "--report", page)
     if command == "evaluate":
         placement = tmp_path / "placement.json"
-        mt.Placement.from_assignment(np.tile(np.arange(8) % 4, (3, 1)), 4).save(placement)
+        in_turns(3, 8, 4).save(placement)
         words = (command, placement, trace, "--report", page)
     for _ in range(2):
         ok(*words)
@@ -131,8 +130,7 @@ def test_the_verdict_on_a_page_is_short(ok, tmp_path, is_table):
     if is_table:
         np.savez(traffic, load=rng.poisson(np.linspace(400, 20, 8), (60, 2, 8)))
     else:
-        scores = rng.gumbel(size=(2000, 2, 8)) + np.linspace(3, 0, 8)
-        ids = np.argsort(-scores, axis=2)[:, :, :1]
+        ids = random_ids(2000, 2, 1, 8, liking=np.linspace(3, 0, 8))
         np.savez(traffic, expert_ids=ids, num_experts=8, sequence=np.arange(2000) // 20)
     ok("advise", traffic, *FEW, *(() if is_table else ("--window", 100)), "--report", page)
     text = text_of(page.read_text())

@@ -6,6 +6,7 @@ import pytest
 import moetuner as mt
 from moetuner.cli import moetuner
 from moetuner.files.cells import distinct
+from moetuner.placement import blocks
 
 # Searches are short, as they are not what is asked about.
 pytestmark = pytest.mark.usefixtures("brief")
@@ -35,7 +36,7 @@ def test_counts_are_evaluated_as_recorded(as_json, tmp_path):
     """A load table has the windows that it has; --arrival changes none of them."""
     load = np.random.default_rng(0).integers(0, 100, (40, 2, 16))
     np.savez(tmp_path / "load.npz", load=load)
-    mt.Placement.from_assignment(np.tile(np.arange(16) // 4, (2, 1)), 4).save(tmp_path / "p.json")
+    blocks(2, 16, 4).save(tmp_path / "p.json")
     arguments = ("evaluate", tmp_path / "p.json", tmp_path / "load.npz")
     mixed, plain = (as_json(*arguments, *how) for how in (("--arrival", "mixed"), ()))
     for figure in ("imbalance", "predicted_layer_us", "predicted_layer_us_p95"):

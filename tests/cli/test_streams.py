@@ -7,10 +7,10 @@ import signal
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 import moetuner as mt
+from moetuner.placement import blocks
 
 MOETUNER = (sys.executable, "-m", "moetuner")
 GONE = 128 + signal.SIGPIPE
@@ -27,7 +27,7 @@ COMMANDS = {name: line.split() for name, line in COMMANDS.items()}
 def files(make_trace, tmp_path):
     """Folder with a small trace and a placement of it."""
     make_trace(300).save(tmp_path / "t.safetensors")
-    mt.Placement.from_assignment(np.tile(np.arange(8) // 4, (3, 1)), 2).save(tmp_path / "p.json")
+    blocks(3, 8, 2).save(tmp_path / "p.json")
     return tmp_path
 
 

@@ -13,7 +13,7 @@ from vllm.distributed.eplb.policy import default
 from moetuner.plugins.balancer import Balancer
 from moetuner.plugins.log import Log
 from moetuner.plugins.settings import Settings
-from moetuner.plugins.vllm import policy_class
+from moetuner.plugins.vllm import make_policy_class
 
 
 class Watched(Log):
@@ -26,7 +26,7 @@ class Watched(Log):
         super().warn(text, rank)
 
 
-default.DefaultEplbPolicy = policy_class(
+default.DefaultEplbPolicy = make_policy_class(
     default.DefaultEplbPolicy,
     Balancer(Settings(rebalance=True), Watched(logging.getLogger("moetuner"))),
 )

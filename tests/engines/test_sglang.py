@@ -43,7 +43,7 @@ from serving import (
 from serving import on_two_ranks as serve_on_two_ranks
 
 import moetuner as mt
-from moetuner.formats import serving_commands
+from moetuner.formats import list_serving_recipes
 from moetuner.plugins import rebalance_experts
 
 MODEL, DENSE = "qwen3_moe", "glm4_moe"
@@ -147,7 +147,8 @@ ON_CPU = ["--device", "cpu", "--attention-backend", "torch_native", "--skip-toke
 )
 def test_the_printed_command_starts_the_dispatch_of_its_split(split, dispatch):
     """SGLang's own arguments take the line of `advise` and pages, whatever copies are split by."""
-    line = serving_commands("sglang", devices=2, redundant=COPIES, split=split)[-1].command
+    placed = mt.Placement(np.arange(EXPERTS + COPIES).reshape(1, 2, -1) % EXPERTS)
+    line = list_serving_recipes("sglang", placed, split=split)[-1].command
     words = shlex.split(line.replace("MODEL", str(model(MODEL))), comments=True)
     assert words[:3] == ["python", "-m", "sglang.launch_server"]
     done = subprocess.run(

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import random_ids
+from make import in_turns, random_ids, trace_of
 
 import moetuner as mt
 from moetuner.evaluation import intervals
@@ -22,10 +22,10 @@ def two_kinds():
     ids = np.concatenate([random_ids(2000, 3, 2, 8, seed=kind) for kind in (0, 1)])
     sequence = np.arange(4000) // 50
     names = {"group": sequence // 40, "group_names": ["first", "second"]}
-    return mt.RoutingTrace.from_arrays(ids, num_experts=8, sequence=sequence, **names)
+    return trace_of(ids, sequence=sequence, **names)
 
 
-TURNS = mt.Placement.from_assignment(np.tile(np.arange(8) % 4, (3, 1)), 4)
+TURNS = in_turns(3, 8, 4)
 COPIES = mt.Placement([[[0, 1, 2], [3, 4, 0], [5, 6, 1], [7, 0, 5]]] * 3, num_experts=8)
 
 
@@ -109,7 +109,7 @@ def test_fewer_than_five_windows_are_too_few(windows):
 def test_a_sequence_of_many_windows_is_one_unit():
     """Forty windows of two sequences have the interval of two units, not of forty."""
     ids = np.repeat(random_ids(2, 1, 1, 8, seed=3), 400, axis=0)
-    trace = mt.RoutingTrace.from_arrays(ids, num_experts=8, sequence=np.arange(800) // 400)
+    trace = trace_of(ids, length=400)
     audited = mt.audit(blocks(1, 8, 4), trace, window=20)
     assert (audited.units.name, audited.gain.units) == ("sequence", 2)
     assert audited.too_few == {"all": 2}
@@ -170,15 +170,3 @@ def test_the_difference_of_independent_figures_is_as_uncertain_as_both():
     assert (actual.value, actual.units) == (1.0, 5)
     assert actual.error == pytest.approx(5)
     assert actual.freedom == int(25**2 / (9**2 / 9 + 16**2 / 4))
-
-
-def test_what_cannot_be_audited_is_refused():
-    """A baseline of another model, no window, no tokens: one line."""
-    empty = mt.RoutingTrace.from_arrays(np.empty((0, 3, 2), dtype=np.uint8), num_experts=8)
-    for trace, wrong, message in (
-        (two_kinds(), {"baseline": blocks(3, 9, 4)}, "must have 8 experts like the input, got 9"),
-        (two_kinds(), {"window": 0}, "window must be at least 1"),
-        (empty, {}, "traffic must have tokens to audit, got a trace of 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            mt.audit(IN_BLOCKS, trace, **wrong)

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from conftest import random_ids
 from hypothesis import given
 from hypothesis import strategies as st
+from make import random_ids, trace_of
 from placements import random_slots
 from served import replayed
 
@@ -30,11 +30,8 @@ SPLITS = tuple(split for split in ALL_SPLITS if split != "lp")
 def test_placements_are_replayed_as_each_by_itself(split, layers, spare, window, seed):
     """With one copy, with several, with groups: what is shared by placements changes nothing."""
     rng = np.random.default_rng(seed)
-    trace = mt.RoutingTrace.from_arrays(
-        random_ids(90, layers, 2, 8, seed=seed),
-        num_experts=8,
-        sequence=np.arange(90) // 7,
-        group=np.arange(90) // 7 % 2,
+    trace = trace_of(
+        random_ids(90, layers, 2, 8, seed=seed), length=7, group=np.arange(90) // 7 % 2
     )
     topology = mt.Topology(4, devices_per_node=2)
     placements = [
@@ -55,12 +52,7 @@ def test_placements_are_replayed_as_each_by_itself(split, layers, spare, window,
 def test_windows_of_several_sizes_are_as_each_by_itself(split, arrival, windows, seed):
     """Of several times the shortest or not, longer than the trace; the first ones mixed as well."""
     rng = np.random.default_rng(seed)
-    trace = mt.RoutingTrace.from_arrays(
-        random_ids(90, 2, 2, 8, seed=seed),
-        num_experts=8,
-        sequence=np.arange(90) // 7,
-        group=np.arange(90) // 7 % 2,
-    )
+    trace = trace_of(random_ids(90, 2, 2, 8, seed=seed), length=7, group=np.arange(90) // 7 % 2)
     topology = mt.Topology(4, devices_per_node=2)
     placements = [
         mt.Placement(random_slots(rng, 2, 4, 8, spare=more), num_experts=8) for more in (0, 2)
@@ -155,13 +147,10 @@ def test_arrival_is_the_replay_of_tokens_in_that_order(split, spare, window, lab
     ids = random_ids(90, 2, 3, 8, seed=window)
     sequence = np.arange(90, dtype=np.int32) // 4 if labelled else None
     group = rng.integers(0, 2, 90)
-    trace = mt.RoutingTrace.from_arrays(ids, num_experts=8, sequence=sequence, group=group)
+    trace = trace_of(ids, sequence=sequence, group=group)
     order = draw_mixed_order(sequence, 90)
-    served = mt.RoutingTrace.from_arrays(
-        ids[order],
-        num_experts=8,
-        sequence=None if sequence is None else sequence[order],
-        group=group[order],
+    served = trace_of(
+        ids[order], sequence=None if sequence is None else sequence[order], group=group[order]
     )
     placement = mt.Placement(random_slots(rng, 2, 4, 8, spare=spare), num_experts=8)
     how = {"window": window, "split": split, "cost_model": MODEL}
@@ -180,9 +169,7 @@ def test_arrival_is_the_replay_of_tokens_in_that_order(split, spare, window, lab
 def test_a_weight_mixes_both_orders(share, window):
     """Figures over windows are means by weight, the worst is the worst of both."""
     rng = np.random.default_rng(window)
-    trace = mt.RoutingTrace.from_arrays(
-        random_ids(80, 2, 2, 8, seed=1), num_experts=8, sequence=np.arange(80) // 5
-    )
+    trace = trace_of(random_ids(80, 2, 2, 8, seed=1), length=5)
     placement = mt.Placement(random_slots(rng, 2, 4, 8, spare=1), num_experts=8)
     how = {"window": window, "cost_model": MODEL}
     bursts, mixed, both = (

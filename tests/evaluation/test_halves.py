@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from make import trace_of
 
 import moetuner as mt
 from moetuner.evaluation import cells, evaluate_each, halves
@@ -99,7 +100,7 @@ def test_copies_are_halved_with_every_split(split, arrival):
 def test_what_a_half_has_of_a_window_is_scaled_to_all_of_it():
     """Of a window of 8 tokens one sequence has 4 on a device of two, the other 3 and 1."""
     ids = np.array([0, 0, 0, 0, 1, 1, 1, 0])[:, None, None]
-    trace = mt.RoutingTrace.from_arrays(ids, num_experts=2, sequence=[0] * 4 + [1] * 4)
+    trace = trace_of(ids, 2, sequence=[0] * 4 + [1] * 4)
     how = Setting(blocks(1, 2, 2), mt.Serving(mt.Topology(2), window=8))
     actual = halve(trace, how, Samples("sequence", 2))[None]["imbalance"]
     assert actual.value == pytest.approx(5 / 4)

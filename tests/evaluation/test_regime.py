@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from make import trace_of
 from recorded import write_lines
 
 import moetuner as mt
@@ -221,7 +222,7 @@ def structured(tokens=600):
     other = np.take_along_axis(partner, first.T, axis=1).T
     stray = rng.random((tokens, layers)) < 0.2
     other[stray] = (first[stray] + rng.integers(1, experts, stray.sum())) % experts
-    trace = mt.RoutingTrace.from_arrays(np.stack([first, other], axis=2), num_experts=experts)
+    trace = trace_of(np.stack([first, other], axis=2), experts)
     return mt.RoutingStatistics.from_trace(trace, window=100, sets=False)
 
 

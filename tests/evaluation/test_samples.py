@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from make import trace_of
 
 import moetuner as mt
 from moetuner.evaluation.arrival import draw_mixed_order
@@ -99,7 +100,7 @@ def test_an_unlabelled_trace_is_held_out_further_than_its_sequences_reach():
     """No sequence that was seen has tokens in the unseen part, though nobody labelled it."""
     rng = np.random.default_rng(5)
     labelled = LAW.trace(rng, np.full(40, 300))
-    trace = mt.RoutingTrace.from_arrays(labelled.expert_ids, num_experts=simulated.EXPERTS)
+    trace = trace_of(labelled.expert_ids, simulated.EXPERTS)
     assert 200 <= measure_correlation_length(trace) <= 600
     seen, unseen = choose_runs(trace.tokens, 0.5, measure_correlation_length(trace), 0)
     both = set(labelled.sequence[seen]) & set(labelled.sequence[unseen])
@@ -140,7 +141,7 @@ def test_one_prompt_again_and_again_is_held_out_by_sequence():
     """Of requests that are all of one kind, some are seen and others are not."""
     ids = np.tile(np.arange(60).reshape(30, 1, 2) % 16, (20, 1, 1))
     sequence = np.arange(600) // 30
-    trace = mt.RoutingTrace.from_arrays(ids, num_experts=16, sequence=sequence)
+    trace = trace_of(ids, 16, sequence=sequence)
     assert find_samples(trace).number == 1
     assert [part.tokens for part in hold_out(trace, 0.5)] == [300, 300]
 
@@ -275,7 +276,7 @@ def test_repeated_text_is_one_kind_whatever_its_length(cut, together):
         within = np.concatenate([np.arange(len(text)) for text in texts])
         order = np.lexsort((sequence, within, sequence // 16))
         ids, sequence = ids[order], sequence[order]
-    trace = mt.RoutingTrace.from_arrays(ids, num_experts=simulated.EXPERTS, sequence=sequence)
+    trace = trace_of(ids, simulated.EXPERTS, sequence=sequence)
     units = find_samples(trace)
     assert (units.name, units.number) == ("kind", 8)
     kinds = units.label_tokens(np.arange(80, dtype=np.int32))
@@ -294,7 +295,7 @@ def test_prompts_with_small_changes_are_kinds(seed):
         noise = rng.gumbel(size=(length, *law.shape))
         ids.append(np.argpartition(-(np.log(near) + noise), 2, axis=2)[..., :2])
     sequence = np.repeat(np.arange(120), [*map(len, ids)])
-    trace = mt.RoutingTrace.from_arrays(np.concatenate(ids), num_experts=16, sequence=sequence)
+    trace = trace_of(np.concatenate(ids), 16, sequence=sequence)
     units = find_samples(trace)
     assert units.name == "kind"
     assert 35 <= units.number <= 60
@@ -411,7 +412,7 @@ def test_a_document_is_found_wherever_it_stands(place):
             requests.append(np.concatenate(texts))
     sequence = np.repeat(np.arange(30), [*map(len, requests)])
     ids = np.concatenate(requests)
-    units = find_samples(mt.RoutingTrace.from_arrays(ids, num_experts=16, sequence=sequence))
+    units = find_samples(trace_of(ids, 16, sequence=sequence))
     assert (units.name, units.number) == ("kind", 10)
 
 
@@ -430,7 +431,7 @@ def test_turns_of_a_conversation_are_one_unit():
         requests += [np.concatenate(turns[: last + 1]) for last in range(4)]
     sequence = np.repeat(np.arange(48), [*map(len, requests)])
     ids = np.concatenate(requests)
-    units = find_samples(mt.RoutingTrace.from_arrays(ids, num_experts=16, sequence=sequence))
+    units = find_samples(trace_of(ids, 16, sequence=sequence))
     assert (units.name, units.number, units.likeness) == ("kind", 12, "text")
 
 
@@ -439,7 +440,7 @@ def test_few_experts_make_no_text(often):
     """Where tokens are alike by chance, longer passages must be the same."""
     rng = np.random.default_rng(6)
     ids = np.where(rng.random((6000, 1, 1)) < often, 0, rng.integers(0, 8, (6000, 1, 1)))
-    trace = mt.RoutingTrace.from_arrays(ids, num_experts=8, sequence=np.arange(6000) // 100)
+    trace = trace_of(ids, length=100)
     units = find_samples(trace)
     assert units.number == (1 if often == 1 else 60)
 

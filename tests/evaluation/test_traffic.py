@@ -1,10 +1,9 @@
 """dispatch_rows(): what a plain loop over tokens sends, from every home."""
 
 import numpy as np
-import pytest
-from conftest import random_ids
 from hypothesis import given
 from hypothesis import strategies as st
+from make import random_ids, trace_of
 from placements import random_slots
 from served import rows
 
@@ -32,7 +31,7 @@ def test_rows_are_those_of_the_plain_loop(case, split, hierarchical):
     if split == "nearest" and not hierarchical:
         node = slots.shape[1]
     expected = rows(slots, ids, home, node, split, hierarchical=hierarchical)
-    trace = mt.RoutingTrace.from_arrays(ids, num_experts=experts)
+    trace = trace_of(ids, experts)
     placement = mt.Placement(slots, num_experts=experts)
     sent = dispatch_rows(
         placement, trace, home, split=split, devices_per_node=node if hierarchical else None
@@ -63,27 +62,7 @@ def test_positions_and_homes_that_are_given(make_trace):
     trace, rng = make_trace(tokens=10), np.random.default_rng(0)
     placement = mt.Placement(random_slots(rng, 3, 4, 8, 2), num_experts=8)
     home, order = np.array([0, 0, 0, 1, 1, 1, 2, 2, 3, 3]), rng.permutation(10)
-    other = mt.RoutingTrace.from_arrays(trace.expert_ids[order], num_experts=8)
+    other = trace_of(trace.expert_ids[order])
     expected = dispatch_rows(placement, trace).tolist()
     assert dispatch_rows(placement, trace, home).tolist() == expected
     assert dispatch_rows(placement, other, home[order], position=order).tolist() == expected
-
-
-def test_wrong_arguments_are_named(make_trace):
-    """Homes, nodes, rules and sizes that cannot be."""
-    trace = make_trace()
-    placement = mt.Placement.from_assignment(np.tile(np.arange(8) // 2, (3, 1)), 4)
-    for arguments, message in [
-        ({"home": np.full(200, 4)}, "home must be from 0 to 3, got 4 to 4"),
-        ({"home": np.zeros(3, dtype=int)}, r"home must be integers \[200\], got int64 \[3\]"),
-        ({"home": "anywhere"}, "home must be devices .* got 'anywhere'"),
-        ({"position": [0.5]}, r"position must be integers \[200\], got float64 \[1\]"),
-        ({"split": "best"}, "split must be one of even, nearest, got 'best'"),
-        ({"devices_per_node": 3}, r"devices_per_node must divide the devices \(4\), got 3"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            dispatch_rows(placement, trace, **arguments)
-    with pytest.raises(ValueError, match="3 layers and 9 experts"):
-        dispatch_rows(placement, make_trace(experts=9))
-    with pytest.raises(ValueError, match="home needs a trace"):
-        mt.evaluate(placement, mt.RoutingStatistics.from_trace(trace), home="blocks")

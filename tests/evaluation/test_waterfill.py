@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from make import trace_of
 
 import moetuner as mt
 
@@ -29,7 +30,7 @@ def test_devices_are_filled_as_well_as_can_be(tokens, top_k, is_slow, seed):
     ids = np.array([rng.permutation(EXPERTS)[:top_k] for _ in range(tokens)])
     speed = np.array([0.5, 1.0, 1.0] if is_slow else [1.0, 1.0, 1.0])
     topology = mt.Topology(DEVICES, speed=speed.tolist())
-    trace = mt.RoutingTrace.from_arrays(ids[:, None], num_experts=EXPERTS)
+    trace = trace_of(ids[:, None], EXPERTS)
     found = mt.evaluate(PLACEMENT, trace, topology, window=None, waterfill=1).imbalance_filled
     routed = np.bincount(ids.ravel() // 2, minlength=DEVICES)
     even = tokens * (top_k + 1) / speed.sum()
@@ -76,10 +77,3 @@ def test_no_gain_is_promised_where_there_is_none():
     advice = mt.advise(statistics, mt.Topology(DEVICES), waterfill=1, copies=[0])
     line = next(line for line in advice.reasons if line.startswith("With waterfill"))
     assert line.endswith("even load is then worth 0.0 %.")
-
-
-def test_experts_per_token_must_be_known():
-    """Counts that name no model do not tell how much work a shared expert is: one line says so."""
-    statistics = mt.RoutingStatistics.from_load(np.full((1, 1, EXPERTS), 9))
-    with pytest.raises(ValueError, match="waterfill needs traffic that tells experts per token"):
-        mt.evaluate(PLACEMENT, statistics, waterfill=1)

@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import random_ids
+from make import random_ids, trace_of
 
 import moetuner as mt
 from moetuner._texts import clean, name, printable
@@ -339,7 +339,7 @@ def test_names_do_nothing_to_a_terminal(run, brief, tmp_path, monkeypatch):
     labels = {"sequence": sequence, "group": sequence % 2, "model": f"m{ESCAPE}" + "long" * 100}
     names = [f"g{ESCAPE}", "long" * 100]
     ids = random_ids(80, 2, 2, 8)
-    mt.RoutingTrace.from_arrays(ids, num_experts=8, group_names=names, **labels).save(path)
+    trace_of(ids, group_names=names, **labels).save(path)
     for command in (
         ("inspect", path),
         ("solve", path, "--devices", 2, "--method", "lpt", "--out", f"p{ESCAPE}.json"),

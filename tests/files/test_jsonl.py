@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from conftest import random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from make import random_ids
 
 import moetuner as mt
 from moetuner.files import lines

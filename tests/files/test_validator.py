@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from conftest import random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from make import random_ids
 
 import moetuner as mt
 

@@ -5,7 +5,6 @@ import struct
 
 import numpy as np
 import pytest
-from conftest import random_ids
 from damage import refused
 from engines_files import (
     SGLANG_MAP,
@@ -22,13 +21,14 @@ from engines_files import (
     write_tensorrt_about,
 )
 from engines_files import vllm_response as answer  # noqa: F401 - for the table
+from make import random_ids
 from safetensors.numpy import save_file
 from targets import HINTS
 
 import moetuner as mt
 from moetuner.formats import READERS, read_input, tensorrt_llm, vllm_ascend
 from moetuner.formats.hints import Hints
-from moetuner.formats.own import KINDS
+from moetuner.formats.native import KINDS
 
 COUNTS = np.arange(24, dtype=np.float32).reshape(2, 3, 4)  # ranks, layers, experts
 TABLE = np.array([[[0, 1], [2, 0]], [[2, 1], [0, 1]]])

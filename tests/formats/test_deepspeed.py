@@ -5,7 +5,7 @@ import pytest
 from engines_files import GOLDEN, deepspeed_counts, save_arrays
 
 import moetuner as mt
-from moetuner.formats import reader_of
+from moetuner.formats import find_reader
 
 COUNTS = 10 * np.arange(24).reshape(2, 3, 4)  # ranks, layers, experts
 
@@ -19,7 +19,7 @@ def test_ranks_are_added(tmp_path, suffix, kind):
     files = [tmp_path / f"tokens_per_expert_rank{rank}.{suffix}" for rank in range(2)]
     for file, counts in zip(files, COUNTS.astype(kind), strict=True):
         save_arrays(file, dict(reversed(deepspeed_counts(counts).items())))
-    assert {reader_of(path) for path in (tmp_path, *files)} == {"deepspeed"}
+    assert {find_reader(path) for path in (tmp_path, *files)} == {"deepspeed"}
     for source in (tmp_path, files):
         assert np.array_equal(mt.open_input(source).window_load, COUNTS.sum(axis=0)[None])
     with pytest.raises(ValueError, match="num_experts must be 4, got 5"):
@@ -39,7 +39,7 @@ def test_windows(tmp_path):
 def test_what_deepspeed_wrote():
     """Two ranks of 24 tokens each, top-2."""
     folder = GOLDEN / "deepspeed"
-    assert reader_of(folder) == "deepspeed"
+    assert find_reader(folder) == "deepspeed"
     actual = mt.open_input(folder)
     assert actual.window_load.sum(axis=2).tolist() == [[96] * 4]
     one = [mt.open_input(folder / f"counts-{rank}.npz").window_load for rank in range(2)]

@@ -7,11 +7,12 @@ import pytest
 from engines_files import GOLDEN
 from hypothesis import given
 from hypothesis import strategies as st
+from make import trace_of
 
 import moetuner as mt
 from moetuner.formats import pickled
 from moetuner.formats.hints import Hints
-from moetuner.formats.ktransformers import choose, write_chosen
+from moetuner.formats.ktransformers import choose_gpu_experts, write_chosen
 
 
 def served(path, count):
@@ -30,7 +31,7 @@ def served(path, count):
 def test_the_chosen_set_is_served(tmp_path_factory, seed, count, each_layer, dense):
     """Whatever the loads, ties and dense layers: those that are chosen, and no dense row."""
     load = np.random.default_rng(seed).integers(0, 5, (3, 6))
-    chosen = choose(load, count, each_layer=each_layer)
+    chosen = choose_gpu_experts(load, count, each_layer=each_layer)
     assert chosen.sum() == 3 * count
     dense = tuple(sorted(dense))[:2]
     path = tmp_path_factory.mktemp("kt") / "experts.pt"
@@ -46,7 +47,7 @@ def test_the_chosen_set_is_served(tmp_path_factory, seed, count, each_layer, den
 def test_those_chosen_most_often_are_taken(seed, count):
     """Of all layers no other set takes more; of each layer none of its own."""
     load = np.random.default_rng(seed).integers(0, 9, (3, 5))
-    together, each = (choose(load, count, each_layer=flag) for flag in (False, True))
+    together, each = (choose_gpu_experts(load, count, each_layer=flag) for flag in (False, True))
     assert load[together].sum() == np.sort(load, axis=None)[::-1][: 3 * count].sum()
     assert each.sum(axis=1).tolist() == [count] * 3
     assert np.array_equal(
@@ -94,7 +95,7 @@ def test_export_finds_what_the_set_takes_of_unseen_traffic(ok, tmp_path):
     ids = np.random.default_rng(0).integers(0, 4, (400, 2, 1))
     ids[:, :, 0] *= np.random.default_rng(1).integers(0, 2, (400, 2))  # expert 0 is busy
     trace, out, said = tmp_path / "t.safetensors", tmp_path / "kt.pt", tmp_path / "s.json"
-    mt.RoutingTrace.from_arrays(ids, num_experts=4, sequence=np.arange(400) // 10).save(trace)
+    trace_of(ids, 4, length=10).save(trace)
     options = ("--to", "ktransformers", "--gpu-experts", 1, "--dense-layers", "none")
     ok("export", trace, *options, "--out", out, "--json", said)
     share = np.mean(ids == 0)

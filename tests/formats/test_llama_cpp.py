@@ -2,26 +2,25 @@
 
 import numpy as np
 import pytest
-from engines_files import GOLDEN, write_imatrix
+from engines_files import GOLDEN, truth, write_imatrix
 
 import moetuner as mt
-from moetuner.formats import cautions, reader_of, readers_of
+from moetuner.formats import find_reader, find_readers, list_cautions
 
 pytest.importorskip("gguf")
 FOLDER = GOLDEN / "llama_cpp"
 LOAD = np.arange(1, 9).reshape(2, 4)
 
 
-def truth(name):
-    with np.load(FOLDER / "truth.npz") as arrays:
-        return arrays[name]
+def counted(name):
+    return truth("llama_cpp", name)
 
 
 def test_counts_of_a_matrix():
     """A layer's experts are counted once, though three of its tensors have the counts."""
     path = FOLDER / "imatrix.gguf"
-    assert reader_of(path) == "llama-cpp"
-    assert np.array_equal(mt.open_input(path).window_load, truth("at_4")[None])
+    assert find_reader(path) == "llama-cpp"
+    assert np.array_equal(mt.open_input(path).window_load, counted("at_4")[None])
     assert mt.open_input(path).window_load.sum(axis=2).tolist() == [[4 * 16 * 2] * 3]
 
 
@@ -29,7 +28,7 @@ def test_saves_of_one_run_are_windows():
     """What was counted between two saves is a window, in whatever order the files come."""
     files = [FOLDER / f"imatrix.gguf{end}" for end in (".at_4", ".at_2", "")]
     actual = mt.open_input(files).window_load
-    expected = np.stack([truth("at_2"), truth("at_4") - truth("at_2")])
+    expected = np.stack([counted("at_2"), counted("at_4") - counted("at_2")])
     assert np.array_equal(actual, expected)
 
 
@@ -41,7 +40,7 @@ def test_a_save_before_the_first_expert_is_left_out(tmp_path):
     names = [f"imatrix.gguf{end}" for end in (".at_4", ".at_8", "")]
     for chunks, (name, load) in enumerate(zip(names, ([], LOAD, 2 * LOAD), strict=True)):
         write_imatrix(tmp_path / name, load, chunks=chunks)
-    assert reader_of(tmp_path) == "llama-cpp"
+    assert find_reader(tmp_path) == "llama-cpp"
     assert np.array_equal(mt.open_input(tmp_path).window_load, [LOAD, LOAD])
     for wrong in ({"chunks": 3}, {"texts": ("b.txt",)}):
         write_imatrix(tmp_path / names[0], [], **wrong)
@@ -54,7 +53,7 @@ def test_texts_are_groups():
     statistics = mt.open_input(FOLDER)
     assert statistics.group_names == ("code.txt", "wiki.train.raw")
     assert statistics.group.tolist() == [0, 1, 1]
-    assert np.array_equal(statistics.window_load[0], truth("code"))
+    assert np.array_equal(statistics.window_load[0], counted("code"))
 
 
 def test_the_weight_that_is_there_counts(tmp_path):
@@ -77,6 +76,6 @@ def test_dense_layers_and_experts_of_the_user_are_checked(tmp_path):
 
 def test_it_is_said_that_the_text_is_nobodys_traffic():
     """Once, however many files there are, and of importance matrices alone."""
-    assert readers_of([FOLDER, FOLDER / "code.gguf"]) == ("llama-cpp",)
-    assert cautions(["llama-cpp"]) != []
-    assert cautions(readers_of([GOLDEN / "deepspeed", GOLDEN / "absent"])) == []
+    assert find_readers([FOLDER, FOLDER / "code.gguf"]) == ("llama-cpp",)
+    assert list_cautions(["llama-cpp"]) != []
+    assert list_cautions(find_readers([GOLDEN / "deepspeed", GOLDEN / "absent"])) == []

@@ -2,18 +2,17 @@
 
 import numpy as np
 import pytest
-from engines_files import GOLDEN
+from engines_files import GOLDEN, truth
 
 import moetuner as mt
-from moetuner.formats import reader_of
+from moetuner.formats import find_reader
 
 FOLDER = GOLDEN / "llama_traces"
 
 
-def truth():
+def answered():
     """Give ids of the tokens that all layers computed, by prompt: its last one, and the answer."""
-    with np.load(FOLDER / "truth.npz") as arrays:
-        ids, lengths = arrays["ids"], arrays["lengths"]
+    ids, lengths = truth("llama_traces")
     starts = np.cumsum([0, *lengths.sum(axis=1)])
     return [
         ids[start + prompt - 1 : start + prompt + answer]
@@ -25,9 +24,9 @@ def truth():
 def test_rows_of_choices(name, prompts):
     """Tokens are those that all layers recorded, best expert first, a sequence for each prompt."""
     path = FOLDER / f"{name}.csv"
-    assert reader_of(path) == "llama-traces"
+    assert find_reader(path) == "llama-traces"
     trace = mt.open_input(path, num_experts=8)
-    expected = truth()[:prompts]
+    expected = answered()[:prompts]
     assert np.array_equal(trace.expert_ids, np.concatenate(expected))
     assert np.bincount(trace.sequence).tolist() == [len(ids) for ids in expected]
 
@@ -35,9 +34,9 @@ def test_rows_of_choices(name, prompts):
 def test_rows_of_tokens():
     """Joined traces are sequences; of a prompt the last token of each batch is whole."""
     path = FOLDER / "moe-trace.csv"
-    assert reader_of(path) == "llama-traces"
+    assert find_reader(path) == "llama-traces"
     trace = mt.open_input(path, num_experts=8)
-    for label, (ids, batches) in enumerate(zip(truth(), (2, 1), strict=True)):
+    for label, (ids, batches) in enumerate(zip(answered(), (2, 1), strict=True)):
         actual = trace.select(sequences=[label]).expert_ids
         assert len(actual) == len(ids) - 1 + batches
         assert np.array_equal(actual[batches:], ids[1:])
@@ -76,6 +75,6 @@ def test_tables_of_others_are_not_taken_for_traces(tmp_path):
     """A column of EP ranks, or counts without a header, are read as before."""
     path = tmp_path / "a.csv"
     path.write_text("token,layer,rank,expert\n0,0,1,2\n1,0,0,1\n")
-    assert reader_of(path) == "csv"
+    assert find_reader(path) == "csv"
     path.write_text("4,1,3\n2,2,4\n")
-    assert reader_of(path) == "loads"
+    assert find_reader(path) == "loads"

@@ -7,6 +7,7 @@ import pytest
 from engines_files import npy
 from hypothesis import given
 from hypothesis import strategies as st
+from make import trace_of
 
 import moetuner as mt
 from moetuner.report.recording import list_warnings
@@ -206,7 +207,7 @@ def test_worthless_recordings(load, words):
         rows = [np.repeat(np.arange(of.size), of) for of in load[0]]
         rows = [np.random.default_rng(len(row)).permutation(row) for row in rows]
         ids = np.stack([row[: min(map(len, rows))] for row in rows], axis=1)[:, :, None]
-        trace = mt.RoutingTrace.from_arrays(ids, num_experts=load.shape[2])
+        trace = trace_of(ids, load.shape[2])
         assert [words in line for line in list_warnings(trace)] == ([] if words is None else [True])
 
 

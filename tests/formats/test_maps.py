@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from placements import full_slots
 
 import moetuner as mt
-from moetuner.formats import WRITERS, form_of, is_map, read_placement, write_placement
+from moetuner.formats import WRITERS, find_form, is_map, read_placement, write_placement
 from moetuner.formats.eplb import eplb_maps
 from moetuner.formats.hints import Hints
-from moetuner.formats.layout import Layout, faults
+from moetuner.formats.layout import Layout, find_faults
 from moetuner.report.recording import list_warnings
 
 # memra's map knows no order of slots; it has tests of its own.
@@ -42,11 +42,11 @@ def test_what_is_written_is_read(tmp_path_factory, seed, dense):
         path = path_of(folder, name)
         # From what was written last: any format can be made of any other.
         write_placement(read(before), name, path, hints)
-        assert form_of(path) == name
+        assert find_form(path) == name
         assert read(path) == placement
         writer = WRITERS[name]
         layout = writer.module.read_map(path, hints)
-        assert faults(layout, writer.engine, hints) == []
+        assert find_faults(layout, writer.engine, hints) == []
         before = path.rename(folder / f"before{path.suffix}")
 
 
@@ -63,7 +63,7 @@ def test_what_an_engine_cannot_load_is_not_written(tmp_path, name):
         write_placement(placement.filled(), name, tmp_path / "map.txt", Hints(dense_layers=()))
 
 
-of = Layout.of
+of = Layout.from_rows
 GOOD = [[0, 1, 2, 3, 0, 2]] * 4
 # A map, the engine, what is said of the model, and what is wrong.
 FAULTS = """
@@ -93,7 +93,7 @@ of([[0, 0, 1, 2]]) | megatron | devices=2 | has no copies
 def test_faults(case):
     """What is wrong is said in words that say what would be right; vLLM serves two copies."""
     layout, engine, hints, words = (part.strip() for part in case.split("|"))
-    actual = faults(eval(layout, globals()), engine, eval(f"Hints({hints})", globals()))
+    actual = find_faults(eval(layout, globals()), engine, eval(f"Hints({hints})", globals()))
     assert (not actual) if words == "nothing" else any(words in fault for fault in actual), actual
 
 
@@ -161,7 +161,7 @@ def test_maps_are_taken_wherever_placements_are(ok, trace, tmp_path, form):
     assert placement.slots.reshape(3, -1).tolist() == ROWS
     placement.save(as_placement)
     # A map that one engine alone loads is judged as that one serves; of a placement that is said.
-    engine = WRITERS[form_of(as_map)].engine
+    engine = WRITERS[find_form(as_map)].engine
     served = () if engine is None else ("--for", engine)
     for command in (
         ("evaluate", "{}", trace, *served),

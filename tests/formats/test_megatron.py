@@ -4,12 +4,12 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import random_ids
 from engines_files import GOLDEN, megatron_lines, save_torch
 from engines_files import write_megatron as write
+from make import random_ids
 
 import moetuner as mt
-from moetuner.formats import reader_of
+from moetuner.formats import find_reader
 
 LAYERS = (1, 2, 4)  # layer 0 is dense, and so is 3
 lines_of = partial(megatron_lines, layers=LAYERS)
@@ -34,7 +34,7 @@ def recorded(tmp_path):
 def test_microbatches_line_up(recorded):
     """Rows of all layers are those of the same tokens; sequences and ranks are kept."""
     folder, _, expected = recorded
-    assert reader_of(folder) == "megatron"
+    assert find_reader(folder) == "megatron"
     actual = mt.open_input(folder, num_experts=8)
     assert np.array_equal(actual.expert_ids, np.concatenate([ids for _, ids in expected]))
     sizes = [len(ids) for _, ids in expected]
@@ -108,7 +108,7 @@ def test_replay(tmp_path, kind):
         np.savez(path, *arrays)
     else:
         save_torch(path, arrays)
-    assert reader_of(path) == "megatron"
+    assert find_reader(path) == "megatron"
     assert np.array_equal(mt.open_input(path, num_experts=8).expert_ids, ids)
     if kind == "npz":
         np.savez(path, arrays[0], arrays[1][:-1])

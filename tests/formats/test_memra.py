@@ -4,32 +4,28 @@ import json
 
 import numpy as np
 import pytest
-from engines_files import GOLDEN
+from engines_files import GOLDEN, truth
 from hypothesis import given
 from hypothesis import strategies as st
 
 import moetuner as mt
-from moetuner.formats import WRITERS, cautions, form_of, reader_of, write_placement
+from moetuner.formats import WRITERS, find_form, find_reader, list_cautions, write_placement
 from moetuner.formats.hints import Hints
-from moetuner.formats.layout import faults
+from moetuner.formats.layout import find_faults
 
 FOLDER = GOLDEN / "memra"
+IDS = truth("memra", "ids")
 HALVES = mt.Placement([[[0, 3], [1, 2]], [[0, 1], [2, 3]]])
-
-
-def truth():
-    with np.load(FOLDER / "truth.npz") as arrays:
-        return arrays["ids"]
 
 
 @pytest.mark.parametrize("name", ["trace.txt", "weights.txt", "selected.bin"])
 def test_traces(name):
     """Tokens of all passes, in order, best expert first, without the draft head."""
     path = FOLDER / name
-    assert reader_of(path) == "memra"
+    assert find_reader(path) == "memra"
     trace = mt.open_input(path, num_experts=16)
-    assert np.array_equal(trace.expert_ids, truth())
-    assert "names no requests" in cautions(["memra"])[0]
+    assert np.array_equal(trace.expert_ids, IDS)
+    assert "names no requests" in list_cautions(["memra"])[0]
 
 
 @pytest.mark.parametrize(("name", "bytes_left_out"), [("trace.txt", 9), ("selected.bin", 7)])
@@ -39,13 +35,13 @@ def test_a_pass_that_is_cut_off_is_left_out(tmp_path, name, bytes_left_out):
     end = content.rfind(b"65535") - bytes_left_out if name == "trace.txt" else -bytes_left_out
     path = tmp_path / name
     path.write_bytes(content[:end])
-    assert np.array_equal(mt.open_input(path, num_experts=16).expert_ids, truth()[:-1])
+    assert np.array_equal(mt.open_input(path, num_experts=16).expert_ids, IDS[:-1])
 
 
 def test_files_follow_one_another():
     """Two traces, of different kinds, are one."""
     trace = mt.open_input([FOLDER / "trace.txt", FOLDER / "selected.bin"], num_experts=16)
-    assert np.array_equal(trace.expert_ids, np.concatenate([truth(), truth()]))
+    assert np.array_equal(trace.expert_ids, np.concatenate([IDS, IDS]))
 
 
 def test_a_long_first_line_is_recognised(tmp_path):
@@ -55,7 +51,7 @@ def test_a_long_first_line_is_recognised(tmp_path):
     path.write_text(
         "".join(f"{at} {len(ids)} {','.join(map(str, ids[:, at].ravel()))}\n" for at in range(2))
     )
-    assert reader_of(path) == "memra"
+    assert find_reader(path) == "memra"
     assert np.array_equal(mt.open_input(path, num_experts=8).expert_ids, ids)
 
 
@@ -67,11 +63,11 @@ def test_maps_come_back(tmp_path_factory, seed, layers, half):
     placement = mt.Placement(order.reshape(layers, 2, half), num_experts=experts)
     path = tmp_path_factory.getbasetemp() / "map.json"
     write_placement(placement, "memra", path, dense_layers=[0])
-    assert form_of(path) == "memra"
+    assert find_form(path) == "memra"
     assert np.array_equal(mt.read_placement(path).device_of, placement.device_of)
     layout = WRITERS["memra"].module.read_map(path, Hints())
     assert layout.layers == tuple(range(1, layers + 1))
-    assert faults(layout, "memra", Hints(num_experts=experts, devices=2)) == []
+    assert find_faults(layout, "memra", Hints(num_experts=experts, devices=2)) == []
 
 
 def test_the_map_is_as_memras_loader_reads_it(tmp_path):

@@ -10,8 +10,8 @@ import pytest
 from engines_files import GOLDEN
 from targets import ARCHIVES, BYTES, DUMPS, GGUF, TABLES, TORCH, WRITTEN, write
 
-from moetuner.formats import READERS, reader_of
-from moetuner.formats.own import KINDS
+from moetuner.formats import READERS, find_reader
+from moetuner.formats.native import KINDS
 
 DOCS = Path(__file__).parents[2] / "docs"
 # No engine writes these; TensorRT-LLM has run on no machine of this project, as it wants a GPU.
@@ -23,7 +23,7 @@ def readers_of_files(paths):
     found = set()
     for path in paths:
         try:
-            found.add(reader_of(path))
+            found.add(find_reader(path))
         except ValueError:  # a map of experts, or what explains the files
             continue
     return found

@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-from conftest import random_ids
 from damage import check_reading
 from engines_files import GOLDEN as OF_ALL
 from engines_files import save_torch as dump
@@ -13,10 +12,11 @@ from engines_files import sglang_pass as of_tokens
 from engines_files import truth, write_sglang
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from make import random_ids
 from targets import HINTS
 
 import moetuner as mt
-from moetuner.formats import pickled, reader_of, sglang, write_placement
+from moetuner.formats import find_reader, pickled, sglang, write_placement
 from moetuner.formats.hints import Hints
 
 GOLDEN = OF_ALL / "sglang"
@@ -31,7 +31,7 @@ def test_responses():
     """What the engine answered: the router's experts, best first."""
     ids, lengths = truth("sglang")
     path = GOLDEN / "responses.json"
-    assert reader_of(path) == "sglang-responses"
+    assert find_reader(path) == "sglang-responses"
     trace = mt.open_input(path, num_experts=16, top_k=4)
     assert np.array_equal(trace.expert_ids, ids)
     assert np.bincount(trace.sequence).tolist() == lengths.tolist()
@@ -48,7 +48,7 @@ def test_tokens(ranks):
     """Slots are translated, and tokens that two ranks recorded are counted once."""
     ids, lengths = truth("sglang")
     files = [GOLDEN / f"{name}.pt" for name in ranks]
-    assert {reader_of(file) for file in files} == {"sglang"}
+    assert {find_reader(file) for file in files} == {"sglang"}
     trace = mt.open_input(files)
     assert bag(trace.expert_ids) == bag(ids)
     assert sorted(np.bincount(trace.sequence)) == sorted(lengths)
@@ -117,11 +117,11 @@ def test_sequences_and_padding(tmp_path):
 def test_sequences_of_one_length_go_on_in_their_order():
     """Which of two that end alike a token belongs to is not known; the older one comes first."""
     sequences = sglang._Sequences()
-    assert sequences.of([0, 1, 0, 1, 0], [2, 2, 1]) == [0, 0, 1, 1, 2]
-    assert sequences.of([2, 2, 1], []) == [0, 1, 2]
-    assert sequences.of([3, 3, 2], []) == [0, 1, 2]
+    assert sequences.assign([0, 1, 0, 1, 0], [2, 2, 1]) == [0, 0, 1, 1, 2]
+    assert sequences.assign([2, 2, 1], []) == [0, 1, 2]
+    assert sequences.assign([3, 3, 2], []) == [0, 1, 2]
     # A prompt that begins where none ended had its beginning in a cache.
-    assert sequences.of([9, 10, 3], [2, 1]) == [3, 3, 2]
+    assert sequences.assign([9, 10, 3], [2, 1]) == [3, 3, 2]
 
 
 def test_passes_of_ranks(tmp_path):
@@ -158,10 +158,6 @@ def test_shapes_of_responses(tmp_path):
     path.write_text(json.dumps({"meta_info": {"routed_experts": text}}))
     with pytest.raises(ValueError, match="hidden_layers is needed"):
         mt.open_input(path, num_experts=8, top_k=2)
-    for wrong in ("abc", "####", text[:-3], 7):
-        path.write_text(json.dumps({"meta_info": usage | {"routed_experts": wrong}}))
-        with pytest.raises(ValueError, match=r"^[^\n]+$"):
-            mt.open_input(path, num_experts=8, top_k=2, reader="sglang-responses").expert_ids.sum()
 
 
 def test_map(tmp_path):
@@ -181,9 +177,6 @@ def test_map(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             write_placement(placement, "sglang", path, hints)
-    path.write_text(json.dumps(rows | {"extra": 1}))
-    with pytest.raises(ValueError, match="single key"):
-        mt.read_placement(path, devices=2)
     dump(path, {"physical_to_logical_map": placement.slots.reshape(4, -1)})
     assert pickled.is_pickled(path)
     assert mt.read_placement(path, devices=2) == placement

@@ -5,14 +5,14 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import random_ids
 from damage import refused
 from engines_files import save_table as as_arrow
 from hypothesis import given
 from hypothesis import strategies as st
+from make import random_ids, trace_of
 
 import moetuner as mt
-from moetuner.formats import arrow, csv, reader_of
+from moetuner.formats import arrow, csv, find_reader
 
 LAYERS = (2, 5, 7)
 
@@ -41,7 +41,7 @@ def test_rows_in_any_order(tmp_path_factory, seed, names):
     rows = rows_of(ids)
     order = np.random.default_rng(seed).permutation(len(rows))
     write(path, [rows[at] for at in order], names, ",;\t"[seed % 3])
-    assert reader_of(path) == "csv"
+    assert find_reader(path) == "csv"
     actual = mt.open_input(path, num_experts=8)
     first = list(dict.fromkeys(rows[at]["token"] for at in order))
     assert np.array_equal(np.sort(actual.expert_ids), np.sort(ids[first]))
@@ -93,7 +93,7 @@ def test_arrow(tmp_path, suffix, form):
         columns = {"experts": lists, **labels}
     path = tmp_path / f"t.{suffix}"
     as_arrow(path, columns)
-    assert reader_of(path) == "arrow"
+    assert find_reader(path) == "arrow"
     actual = mt.open_input(path, num_experts=8)
     assert np.array_equal(actual.expert_ids, ids)
     assert actual.sequence.tolist() == labels["sequence"]
@@ -286,7 +286,7 @@ def test_recordings_of_few_tokens_are_read(tmp_path):
     """A trace of moetuner's own has named axes, however many layers there are to a token."""
     path = tmp_path / "t.safetensors"
     for tokens in (0, 1, 3, 5):
-        mt.RoutingTrace.from_arrays(random_ids(tokens, 4, 3, 12), num_experts=12).save(path)
+        trace_of(random_ids(tokens, 4, 3, 12), 12).save(path)
         assert mt.open_input(path).tokens == tokens
     np.save(tmp_path / "t.npy", random_ids(3, 4, 3, 12))
     with pytest.raises(ValueError, match="axes must be"):

@@ -4,13 +4,13 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import random_ids
 from engines_files import write_tensorrt as dump
 from engines_files import write_tensorrt_about
+from make import random_ids
 from placements import full_slots
 
 import moetuner as mt
-from moetuner.formats import read_input, reader_of, tensorrt_llm
+from moetuner.formats import find_reader, read_input, tensorrt_llm
 from moetuner.formats.hints import Hints
 
 EXPERTS, LAYERS = 6, (3, 4)
@@ -25,7 +25,7 @@ def test_counts(tmp_path):
         dump(tmp_path, rank, entries)
     meta(tmp_path)
     files = sorted(tmp_path.glob("rank*.safetensors"))
-    assert [reader_of(file) for file in (tmp_path, *files)] == ["tensorrt-llm"] * 3
+    assert [find_reader(file) for file in (tmp_path, *files)] == ["tensorrt-llm"] * 3
     for source in (tmp_path, files):
         assert np.array_equal(mt.open_input(source).window_load, load.sum(axis=0))
     with pytest.raises(ValueError, match="layer 3 must be dense as dense_layers says"):

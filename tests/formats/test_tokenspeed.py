@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from engines_files import GOLDEN, save_torch
+from engines_files import GOLDEN, save_torch, truth
 
 import moetuner as mt
-from moetuner.formats import reader_of
+from moetuner.formats import find_reader
 
 FOLDER = GOLDEN / "tokenspeed"
 FILES = sorted(FOLDER.glob("*.pt"))
@@ -22,13 +22,12 @@ def write(folder, counts, profile="1", size=None):
 
 def test_what_tokenspeed_wrote():
     """Its own sum over ranks, by folder and by files, without the row of the dense layer."""
-    with np.load(FOLDER / "truth.npz") as arrays:
-        expected = arrays["logical_count"][1:]
+    expected = truth("tokenspeed", "logical_count")[1:]
     for source in (FOLDER, FILES, FILES[::-1]):
         statistics = mt.open_input(source)
         assert np.array_equal(statistics.window_load, expected[None])
         assert statistics.left_out == (4, (0,))
-    assert {reader_of(path) for path in (FOLDER, *FILES)} == {"tokenspeed"}
+    assert {find_reader(path) for path in (FOLDER, *FILES)} == {"tokenspeed"}
 
 
 def test_a_rank_is_not_taken_for_all():

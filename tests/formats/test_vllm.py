@@ -4,14 +4,14 @@ import json
 
 import numpy as np
 import pytest
-from conftest import random_ids
 from engines_files import GOLDEN, truth
 from engines_files import vllm_response as response
 from hypothesis import given
 from hypothesis import strategies as st
+from make import random_ids
 
 import moetuner as mt
-from moetuner.formats import reader_of
+from moetuner.formats import find_reader
 from moetuner.formats.records import records
 
 
@@ -32,7 +32,7 @@ def test_what_vllm_wrote():
     ids, lengths = truth("vllm")
     folder = GOLDEN / "vllm"
     for paths in ([folder / "completions.json"], [folder / f"routed-{i}.npy" for i in range(3)]):
-        assert {reader_of(path) for path in paths} == {"vllm"}
+        assert {find_reader(path) for path in paths} == {"vllm"}
         trace = mt.open_input(paths, num_experts=16)
         assert np.bincount(trace.sequence).tolist() == lengths.tolist()
         assert same_sets(trace, ids)
@@ -62,7 +62,7 @@ def test_ways_to_keep_responses(tmp_path, way):
     (a, b, c), path = (ids for ids, _ in arrays), tmp_path / "r"
     for responses in ([response(a, b, c)], [response(a, b), response(), response(c)]):
         path.write_text(WAYS[way](responses).replace("\\u00e9", "é"), encoding="utf-8")
-        assert reader_of(path) == "vllm"
+        assert find_reader(path) == "vllm"
         trace = mt.open_input(path, num_experts=8)
         assert np.array_equal(trace.expert_ids, np.concatenate([moe for _, moe in arrays]))
         assert np.bincount(trace.sequence).tolist() == [5, 1, 30]

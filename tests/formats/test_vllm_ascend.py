@@ -7,7 +7,7 @@ import pytest
 from engines_files import GOLDEN, save_torch
 
 import moetuner as mt
-from moetuner.formats import read_input, reader_of, vllm_ascend
+from moetuner.formats import find_reader, read_input, vllm_ascend
 from moetuner.formats.hints import Hints
 
 TABLE = np.array([[[0, 1], [2, 0]], [[2, 1], [0, 1]]])
@@ -19,7 +19,7 @@ def test_workload_with_its_table(tmp_path):
     """Tokens of slots become those of experts; stages are windows."""
     path = tmp_path / "load.npz"
     np.savez(path, expert_workload=LOAD, current_expert_table=TABLE)
-    assert reader_of(path) == "vllm-ascend"
+    assert find_reader(path) == "vllm-ascend"
     assert mt.open_input(path).window_load.tolist() == [BY_EXPERT]
     assert mt.open_input(path, num_experts=4).window_load.shape == (1, 2, 4)
     np.savez(path, expert_workload=np.stack([LOAD, 2 * LOAD]), current_expert_table=TABLE)
@@ -32,7 +32,7 @@ def test_workload_beside_the_map(tmp_path):
     np.save(path, LOAD)
     running = mt.Placement(TABLE, num_experts=3)
     vllm_ascend.write_map(running, other, Hints())
-    assert reader_of(other) == "vllm-ascend"
+    assert find_reader(other) == "vllm-ascend"
     actual = mt.open_input([path, other], reader="vllm-ascend")
     assert actual.window_load.tolist() == [BY_EXPERT]
     assert read_input(
@@ -47,7 +47,7 @@ def test_workload_beside_the_map(tmp_path):
 def test_tensors(tmp_path):
     """A file of torch.save: loads of experts, or workload and table by name."""
     path = save_torch(tmp_path / "expert_load_view.pt", np.array(BY_EXPERT))
-    assert reader_of(path) == "vllm-ascend"
+    assert find_reader(path) == "vllm-ascend"
     assert mt.open_input(path).window_load.tolist() == [BY_EXPERT]
     save_torch(path, {"moe_load": LOAD, "table": TABLE})
     assert mt.open_input(path).window_load.tolist() == [BY_EXPERT]

@@ -12,10 +12,11 @@ from safetensors.numpy import save_file
 GOLDEN = Path(__file__).parents[1] / "formats" / "golden"
 
 
-def truth(engine):
-    """Give what an engine's prompts were routed to: ids [T,L,K] and lengths of sequences."""
+def truth(engine, *names):
+    """Return arrays that an engine counted, by default ids [T,L,K] and lengths of sequences."""
     with np.load(GOLDEN / engine / "truth.npz") as arrays:
-        return arrays["ids"], arrays["lengths"]
+        values = [arrays[name] for name in names or ("ids", "lengths")]
+    return values if len(values) > 1 else values[0]
 
 
 def save_arrays(path, arrays):

@@ -33,6 +33,7 @@ from engines_files import (
     vllm_response,
     write_tensorrt_about,
 )
+from make import trace_of
 from recorded import write_lines
 from safetensors.numpy import save_file
 
@@ -47,7 +48,7 @@ EXPERTS, LAYERS, TOP_K = 16, 2, 2
 _SCORES = np.random.default_rng(0).gumbel(size=(12, LAYERS, 6))
 IDS = np.argsort(-_SCORES, axis=2)[:, :, :TOP_K].astype(np.uint8)
 LABELS = {"sequence": np.arange(12) // 4, "group": np.arange(12) // 8, "group_names": ["a", "b"]}
-TRACE = mt.RoutingTrace.from_arrays(IDS, num_experts=EXPERTS, model="m", **LABELS)
+TRACE = trace_of(IDS, EXPERTS, model="m", **LABELS)
 COUNTED = mt.RoutingStatistics.from_trace(TRACE, window=5)
 PLACEMENT = mt.Placement([[[0, 1, 2], [3, 4, 5]], [[5, 1, 2], [3, 4, 0]]], num_experts=6)
 HINTS = Hints(num_experts=EXPERTS, top_k=4)
@@ -199,7 +200,7 @@ def read_form(form):
 
 def problem_of_certificate():
     """Return the problem whose bound the certificate proves."""
-    trace = mt.RoutingTrace.from_arrays(IDS, num_experts=6)
+    trace = trace_of(IDS, 6)
     statistics = mt.RoutingStatistics.from_trace(trace, window=None, sets=True)
     return mt.Problem(statistics, mt.Topology(2), regime="follow", max_imbalance=1.5)
 
@@ -210,7 +211,7 @@ def write_certificate(path):
 
 def read_plugin_files(path):
     """Read a placement as plugins do, which never raise: what is wrong is a line."""
-    files = Files.read(Settings.of({"MOETUNER_PLACEMENT": str(path)}))
+    files = Files.read(Settings.from_environment({"MOETUNER_PLACEMENT": str(path)}))
     assert files.placements or files.error
     assert "\n" not in files.error
 
@@ -472,7 +473,7 @@ def random_statistics(rng: random.Random) -> mt.RoutingStatistics:
         sequence = np.arange(tokens) // drawn(rng, [1, 5, 50])
         labels: dict[str, Any] = {"sequence": sequence, "group": sequence % 2}
         labels |= {"group_names": ["a", "b", "none"]}
-        trace = mt.RoutingTrace.from_arrays(ids, num_experts=experts, **labels)
+        trace = trace_of(ids, experts, **labels)
         how = {name: rng.random() < 0.5 for name in ("sets", "transitions", "coactivation")}
         window = drawn(rng, [None, 1, 10, 1000])
         by_group = rng.random() < 0.3 and window is not None

@@ -5,6 +5,7 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import stand_in_vllm
 
 import moetuner as mt
 from moetuner.plugins import sglang, vllm, vllm_ascend
@@ -13,77 +14,6 @@ from moetuner.plugins.log import Log
 torch = pytest.importorskip("torch")
 
 LOG = logging.getLogger("moetuner.plugins")
-
-
-def a_vllm():
-    """Return the modules of a vLLM by their names, as far as plugins touch it."""
-
-    class Policy:
-        @classmethod
-        def rebalance_experts(
-            cls, weight, replicas, groups, nodes, ranks, old=None
-        ) -> "torch.Tensor":
-            return torch.arange(replicas).repeat(len(weight), 1) % weight.shape[1]
-
-    class EplbState:
-        def __init__(self):
-            self.model_states, self.is_async = {}, True
-            self.parallel_config = SimpleNamespace(enable_elastic_ep=False, world_size=1)
-
-        def add_model(self, model, model_config, model_name=None):
-            self.model_states[model_name] = SimpleNamespace(
-                model=model,
-                model_name=model_name,
-                rebalanced=False,
-                physical_to_logical_map=torch.arange(6).repeat(3, 1) % 5,
-            )
-
-        def step(self):
-            """Be wrapped."""
-
-        def drain_async(self):
-            """Be called."""
-
-        def rearrange(self):
-            """Be called."""
-
-    class RoutedExperts:
-        def weight_loader(
-            self, param, loaded_weight, weight_name, shard_id, expert_id, return_success=False
-        ):
-            return True if return_success else None
-
-    class Worker:
-        def __init__(self, states):
-            self.rank, self.model_runner = 0, SimpleNamespace(eplb_state=states)
-
-        def reload_weights(self):
-            """Be wrapped."""
-
-        def start_weight_update(self):
-            """Be wrapped."""
-
-        def sleep(self, level=1):
-            """Be wrapped."""
-
-        def wake_up(self, tags=None):
-            """Be wrapped."""
-
-    class VllmConfig:
-        def __init__(self):
-            self.parallel_config = SimpleNamespace(enable_eplb=True)
-            getattr(self, "__post_init__", lambda: None)()
-
-        def __post_init__(self):
-            """Be wrapped."""
-
-    return {
-        "vllm.distributed.eplb.policy": {"EPLB_POLICIES": {"default": Policy}},
-        "vllm.distributed.eplb.eplb_state": {"EplbState": EplbState},
-        "vllm.model_executor.layers.fused_moe.routed_experts": {"RoutedExperts": RoutedExperts},
-        "vllm.v1.worker.gpu_worker": {"Worker": Worker},
-        "vllm.config": {"VllmConfig": VllmConfig},
-    }
 
 
 def a_sglang():
@@ -168,6 +98,7 @@ def use(modules, absent=""):
     if (states := content.get("EplbState")) is None or not hasattr(states, "add_model"):
         return
     state, layers = states(), []
+    state.is_async = True
     if experts := content.get("RoutedExperts"):
         layers = [experts() for _ in range(3)]
     model = SimpleNamespace(
@@ -194,7 +125,7 @@ def use(modules, absent=""):
 
 
 ENGINES = {
-    "vllm": (a_vllm, vllm),
+    "vllm": (stand_in_vllm.modules, vllm),
     "sglang": (a_sglang, sglang),
     "vllm-ascend": (an_ascend, vllm_ascend),
 }
@@ -239,7 +170,7 @@ ABSENT += ["num_expert_groups"]
 @pytest.mark.parametrize("absent", ABSENT)
 def test_a_model_is_taken_without_any_of_its_names(absent, asked, monkeypatch):
     """What is put around vLLM's methods does not raise where its values have other names."""
-    modules = a_vllm()
+    modules = stand_in_vllm.modules()
     install(modules, monkeypatch)
     vllm.register()
     use(modules, absent)
@@ -248,7 +179,7 @@ def test_a_model_is_taken_without_any_of_its_names(absent, asked, monkeypatch):
 @pytest.mark.parametrize("asked", ["REBALANCE"], indirect=True)
 def test_policies_of_other_names_are_one_warning(asked, monkeypatch, caplog):
     """It says which there are; weights that change follow the experts all the same."""
-    modules = a_vllm()
+    modules = stand_in_vllm.modules()
     policies = modules["vllm.distributed.eplb.policy"]["EPLB_POLICIES"]
     policies["swift"] = policies.pop("default")
     install(modules, monkeypatch)
@@ -264,7 +195,7 @@ def test_updates_are_followed_where_anything_is_asked_for(asked, monkeypatch):
     """Also by a recording alone, and by the variable of its own; not where it is off."""
     for value in ("", "1", "0"):
         monkeypatch.setenv("MOETUNER_UPDATES", value)
-        modules = a_vllm()
+        modules = stand_in_vllm.modules()
         install(modules, monkeypatch)
         vllm.register()
         loader = modules["vllm.model_executor.layers.fused_moe.routed_experts"]["RoutedExperts"]

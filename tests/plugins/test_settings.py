@@ -11,13 +11,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from make import trace_of
 
 import moetuner as mt
 from moetuner.plugins import rebalance_experts, sglang, vllm, vllm_ascend
 from moetuner.plugins.balancer import Balancer
 from moetuner.plugins.log import Log
 from moetuner.plugins.recorder import MOST_WINDOWS, LoadRecorder
-from moetuner.plugins.settings import Settings, complaints
+from moetuner.plugins.settings import Settings, find_idle_variables
 
 LOG = logging.getLogger("moetuner.plugins")
 # Balancers of the test that runs.
@@ -26,7 +27,9 @@ MADE = []
 
 def balancer(**environment):
     """Make the balancer of an environment."""
-    given = Settings.of({f"MOETUNER_{name}": str(value) for name, value in environment.items()})
+    given = Settings.from_environment(
+        {f"MOETUNER_{name}": str(value) for name, value in environment.items()}
+    )
     MADE.append(Balancer(given, Log(LOG)))
     return MADE[-1]
 
@@ -103,7 +106,7 @@ def test_sglang_knows_the_name_without_variables(caplog):
 )
 def test_says_which_variable_does_nothing(names, words):
     """In one line."""
-    lines = complaints({f"MOETUNER_{name}": "1" for name in names.split()})
+    lines = find_idle_variables({f"MOETUNER_{name}": "1" for name in names.split()})
     assert len(lines) == (words is not None)
     assert words is None or words in lines[0]
 
@@ -279,7 +282,7 @@ def test_sglang_layers_with_experts_come_from_the_configuration(name, where):
     """Where it tells; else the first loads do."""
     values, expected = CONFIGURATIONS[name]
     config = SimpleNamespace(**{where: SimpleNamespace(**values)})
-    assert sglang.sparse_layers(config, 6) == expected
+    assert sglang.list_sparse_layers(config, 6) == expected
 
 
 # A new file, and words of why it is not taken; none where it is.
@@ -366,17 +369,17 @@ def test_says_one_line_when_something_changes(caplog, monkeypatch, tmp_path):
 def test_rules_come_from_the_environment():
     """Their names are those of the arguments."""
     names = {"REBALANCE": "1", "MOVE_BUDGET": "7", "DEAD_ZONE": "0.5"}
-    given = Settings.of({f"MOETUNER_{name}": value for name, value in names.items()})
+    given = Settings.from_environment({f"MOETUNER_{name}": value for name, value in names.items()})
     assert (given.rebalance, given.rules.budget, given.rules.dead_zone) == (True, 7, 0.5)
     with pytest.raises(ValueError, match="MOETUNER_DEAD_ZONE must be a number"):
-        Settings.of({"MOETUNER_REBALANCE": "1", "MOETUNER_DEAD_ZONE": "much"})
+        Settings.from_environment({"MOETUNER_REBALANCE": "1", "MOETUNER_DEAD_ZONE": "much"})
 
 
 def test_a_profile_is_a_trace_or_statistics(tmp_path):
     """Both give the same map; with a file that is not there the engine decides."""
     random = np.random.default_rng(0)
     ids = random.permuted(np.tile(np.arange(8), (200, 2, 1)), axis=2)[:, :, :2]
-    trace = mt.RoutingTrace.from_arrays(ids, num_experts=8)
+    trace = trace_of(ids)
     trace.save(tmp_path / "trace.safetensors")
     statistics = mt.RoutingStatistics.from_trace(trace)
     statistics.save(tmp_path / "statistics.safetensors")
@@ -476,12 +479,12 @@ def test_vllm_gets_one_tensor_or_three():
     torch = pytest.importorskip("torch")
     load = torch.tensor([[90, 132, 40, 61], [20, 107, 104, 64]])
     decide = balancer(REBALANCE=1)
-    one = vllm.policy_class(Theirs, decide)
+    one = vllm.make_policy_class(Theirs, decide)
     assert issubclass(one, Theirs)
     assert one.preserve_intragpu_slots is not None
     actual = one.rebalance_experts(load, 6, 1, 1, 2)
     assert (actual.dtype, actual.device.type, tuple(actual.shape)) == (torch.int64, "cpu", (2, 6))
-    slots, places, copies = vllm.policy_class(TheirsOfThree, decide).rebalance_experts(
+    slots, places, copies = vllm.make_policy_class(TheirsOfThree, decide).rebalance_experts(
         load, 6, 1, 1, 2, actual
     )
     assert torch.equal(slots, actual)
@@ -499,7 +502,7 @@ def test_loads_of_any_type(kind):
     torch = pytest.importorskip("torch")
     load = torch.tensor([[90, 132, 40, 61], [20, 107, 104, 64]])
     given = load.to(getattr(torch, kind))
-    ours = vllm.policy_class(type("Own", (Theirs,), {}), balancer(REBALANCE=1))
+    ours = vllm.make_policy_class(type("Own", (Theirs,), {}), balancer(REBALANCE=1))
     expected = rebalance_experts(load.numpy(), 6, 1, 1, 2)
     assert ours.rebalance_experts(given, 6, 1, 1, 2).tolist() == expected.tolist()
     hooks = sglang.Hooks(balancer(REBALANCE=1))
@@ -518,7 +521,7 @@ def test_vllm_falls_back_with_one_warning(tmp_path, caplog):
     """A placement that is not there, or sizes that do not divide: vLLM's policy decides."""
     torch = pytest.importorskip("torch")
     theirs = type("Own", (Theirs,), {})
-    ours = vllm.policy_class(theirs, balancer(PLACEMENT=tmp_path / "none.json"))
+    ours = vllm.make_policy_class(theirs, balancer(PLACEMENT=tmp_path / "none.json"))
     load = torch.ones((2, 4), dtype=torch.int64)
     for _ in range(3):
         assert ours.rebalance_experts(load, 6, 1, 1, 2).tolist() == [[0, 1, 2, 3, 0, 1]] * 2

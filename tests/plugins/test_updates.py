@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from stand_in_vllm import WIDTH, engine
 
 from moetuner.plugins.log import Log
 from moetuner.plugins.updates import bring_maps, follow_updates, keep_maps
@@ -15,91 +16,6 @@ from moetuner.plugins.updates import bring_maps, follow_updates, keep_maps
 torch = pytest.importorskip("torch")
 
 LOG = logging.getLogger("moetuner.plugins")
-WIDTH = 2  # numbers of an expert
-
-
-def engine():
-    """Make vLLM's classes, as far as updates touch them."""
-
-    class RoutedExperts:
-        """One layer on one rank: slots of so many experts, and what loads them."""
-
-        def __init__(self, local, first, experts, slots):
-            self.weight = torch.zeros(local, WIDTH)
-            self.first = first
-            self.moe_config = SimpleNamespace(num_logical_experts=experts, num_experts=slots)
-
-        def weight_loader(
-            self,
-            param,
-            loaded_weight,
-            weight_name,
-            shard_id,
-            expert_id,
-            return_success=False,
-        ):
-            """Load a slot, if it is here; or all of them."""
-            local = expert_id - self.first
-            here = 0 <= local < len(param)
-            if loaded_weight.dim() == param.dim():
-                param.copy_(loaded_weight)
-            elif here:
-                param[local] = loaded_weight
-            return here if return_success else None
-
-    class EplbState:
-        """Models by their hash, and what was drained before which step."""
-
-        def __init__(self, rank=0, workers=1):
-            self.model_states, self.is_async, self.done = {}, False, []
-            self.parallel_config = SimpleNamespace(world_size=workers, rank=rank)
-
-        def add_model(self, model, model_config, model_name=None):
-            """Take a model, its experts in order."""
-            slots = torch.arange(model.num_physical_experts) % model.num_logical_experts
-            running = slots.repeat(len(model.moe_layers), 1)
-            self.model_states[id(model)] = SimpleNamespace(
-                model=model, model_name="tiny", physical_to_logical_map=running, rebalanced=False
-            )
-
-        def step(self, is_dummy=False):
-            """Note a step."""
-            self.done.append("step")
-
-        def drain_async(self):
-            """Note that what is staged is dropped."""
-            self.done.append("drain")
-
-        def rearrange(self):
-            """Be there."""
-
-    class Worker:
-        """Loads weights, sleeps and wakes up."""
-
-        def __init__(self, states, rank=0):
-            self.model_runner, self.rank = SimpleNamespace(eplb_state=states), rank
-            self.did = []
-
-        def reload_weights(self, *arguments, **named):
-            """Note it."""
-            self.did.append("reload")
-            return "reloaded"
-
-        def start_weight_update(self):
-            """Note it."""
-            self.did.append("start")
-
-        def sleep(self, level=1):
-            """Lose all that was allocated at the load."""
-            for state in self.model_runner.eplb_state.model_states.values():
-                if level == 2:
-                    state.physical_to_logical_map.zero_()
-
-        def wake_up(self, tags=None):
-            """Note it."""
-            self.did.append("wake")
-
-    return SimpleNamespace(RoutedExperts=RoutedExperts, EplbState=EplbState, Worker=Worker)
 
 
 class Served:
@@ -347,7 +263,9 @@ def test_a_load_that_cannot_be_followed_is_refused(kinds, monkeypatch):
     for moved in (False, True):
         for rank in (0, 1):
             layer = served.layers[rank][0]
-            monkeypatch.setattr("moetuner.plugins.updates.rank_of_process", lambda rank=rank: rank)
+            monkeypatch.setattr(
+                "moetuner.plugins.updates.find_process_rank", lambda rank=rank: rank
+            )
             load = partial(layer.weight_loader, layer.weight, whole, "w1_weight", "w1", 2 * rank)
             before = layer.weight.clone()
             if moved and rank:

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from make import trace_of
 
 import moetuner as mt
-from moetuner.problem.objective import tables_for
+from moetuner.problem.objective import choose_tables
 
 GOALS = [
     (regime, goal) for regime in ("dispatch", "follow") for goal in ("time", "balance", "traffic")
@@ -22,7 +23,7 @@ def test_a_trace_is_counted_as_the_goal_needs(make_trace, regime, goal):
     """A problem of a trace is that of its counts, lacks nothing, and can be made another one."""
     trace = make_trace(tokens=1100)
     problem = mt.Problem(trace, mt.Topology(2), regime=regime, objective=goal)
-    needed = [name for name, is_counted in tables_for(regime, goal).items() if is_counted]
+    needed = [name for name, is_counted in choose_tables(regime, goal).items() if is_counted]
     assert all(getattr(problem.statistics, name) is not None for name in needed)
     # Visits are no part of balance, nor of what moves on: sets take memory.
     assert (problem.statistics.sets is not None) == ("sets" in needed)
@@ -42,8 +43,6 @@ def test_windows_are_those_of_the_phases(make_trace):
     assert mt.Problem(trace, topology).statistics.group is None
     grouped = mt.Problem(trace, topology, groups="minimax").statistics
     assert set(grouped.group.tolist()) == {0, 1}
-    with pytest.raises(ValueError, match="groups needs a trace with groups; this one has none"):
-        mt.Problem(make_trace(labelled=False), topology, groups="minimax")
     with pytest.raises(TypeError, match="statistics must be a RoutingStatistics or RoutingTrace"):
         mt.Problem(trace.expert_ids, topology)
 
@@ -71,12 +70,12 @@ def test_missing_sets_are_named_in_a_line(make_trace, goal, words):
     assert mt.Problem(single, mt.Topology(2), objective=goal).objective_function.lacks is None
 
 
-def trace_of(sets, layers=2, experts=16, seed=0):
+def trace_of_sets(sets, layers=2, experts=16, seed=0):
     """Make a trace of expert sets [T,K] under names that differ by layer."""
     rng = np.random.default_rng(seed)
     names = np.stack([rng.permutation(experts) for _ in range(layers)])
     ids = names[:, np.asarray(sets)].transpose(1, 0, 2)
-    return mt.RoutingTrace.from_arrays(ids.astype(np.uint8), num_experts=experts)
+    return trace_of(ids.astype(np.uint8), experts)
 
 
 def blocks_at_random(tokens, noise, seed=0):
@@ -90,7 +89,7 @@ def blocks_at_random(tokens, noise, seed=0):
 @pytest.mark.parametrize("slots", [4, 5])
 def test_pairs_bring_what_sets_bring(slots):
     """Where pairs say which experts are chosen together, the same rows are saved without sets."""
-    trace = trace_of(blocks_at_random(2_000, 0.2))
+    trace = trace_of_sets(blocks_at_random(2_000, 0.2))
     rules = {"objective": "time", "cost_model": RANKS, "slots_per_device": slots}
     fanout = {}
     for sets in (True, False):
@@ -112,7 +111,7 @@ def test_pairs_bring_what_sets_bring(slots):
 )
 def test_visits_from_pairs_are_exact_at_both_ends(sets, once_per):
     """Where all of a token's experts are together, and where all sets are as frequent."""
-    trace = trace_of(sets, seed=3)
+    trace = trace_of_sets(sets, seed=3)
     model = replace(RANKS, once_per=once_per)
     # At one end every device has all of a block's experts, or none.
     together = mt.solve(mt.Problem(trace, SLOW, cost_model=model)).placement

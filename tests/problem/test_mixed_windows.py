@@ -2,33 +2,31 @@
 
 import numpy as np
 import pytest
+from make import random_ids, trace_of
 
 import moetuner as mt
 from moetuner.evaluation.arrival import mix_windows
 from moetuner.placement import blocks
-from moetuner.problem.windows import CERTAIN, windows_of
+from moetuner.problem.windows import CERTAIN, choose_windows
 
 DEVICES, EXPERTS = 4, 16
 
 
-def trace_of(tokens=64 * 400):
+def recorded(tokens=64 * 400):
     """Draw independent tokens, of which every one chooses three of sixteen experts."""
-    rng = np.random.default_rng(0)
-    liking = np.tile([0.0, 0.5, 1.0, 1.5], DEVICES)
-    scores = liking + rng.gumbel(size=(tokens, 2, EXPERTS))
-    ids = np.argsort(-scores, axis=2)[:, :, :3]
-    return mt.RoutingTrace.from_arrays(ids, num_experts=EXPERTS, sequence=np.arange(tokens) // 20)
+    ids = random_ids(tokens, 2, 3, EXPERTS, liking=np.tile([0.0, 0.5, 1.0, 1.5], DEVICES))
+    return trace_of(ids, EXPERTS, length=20)
 
 
 def mixed(load, groups=None, **fields):
     """Return windows of mixed arrival [W,L,E] of some load."""
     statistics = mt.RoutingStatistics.from_load(load, **fields)
-    return windows_of(statistics, arrival="mixed", risk="mean", groups=groups)
+    return choose_windows(statistics, arrival="mixed", risk="mean", groups=groups)
 
 
 def test_they_are_as_uneven_as_a_replay_of_mixed_tokens():
     """What the search sees of a placement is what evaluate says of it, not the mean of windows."""
-    trace = trace_of()
+    trace = recorded()
     counts = mt.RoutingStatistics.from_trace(trace, window=64)
     load = mixed(counts.window_load).load
     device = load.reshape(len(load), 2, DEVICES, -1).sum(axis=3)
@@ -65,7 +63,7 @@ def test_longer_windows_differ_from_each_other(windows):
     shares = random.dirichlet(np.full(8, 2.0), 4 * windows)
     load = random.multinomial(8000, shares)[:, None]
     statistics = mt.RoutingStatistics.from_load(load, window=100)
-    longer = windows_of(statistics, arrival="mixed", risk="mean", groups=None, tokens=400)
+    longer = choose_windows(statistics, arrival="mixed", risk="mean", groups=None, tokens=400)
     drawn, total = longer.load, load.sum(axis=0) / windows
     assert len(drawn) == max(windows, 8)
     assert longer.weight.sum() == pytest.approx(windows)
@@ -82,7 +80,7 @@ def test_they_are_as_far_from_what_was_seen_as_unseen_traffic_is(longer):
     load = np.rint(random.lognormal(13, 0.5, (2, 40 * longer, 3, 16))).astype(np.int64)
     seen, unseen = load
     statistics = mt.RoutingStatistics.from_load(seen, window=100)
-    found = windows_of(statistics, "mixed", "mean", None, tokens=100 * longer)
+    found = choose_windows(statistics, "mixed", "mean", None, tokens=100 * longer)
     steps = mix_windows(unseen, size={1: 16, 4: 64}[longer])
 
     def distance(windows):

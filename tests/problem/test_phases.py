@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from make import trace_of
 
 import moetuner as mt
 from moetuner.placement import blocks
-from moetuner.problem.objective import tables_for
+from moetuner.problem.objective import choose_tables
 from moetuner.problem.windows import MOST
 from moetuner.serving.phases import WINDOWS
 
@@ -22,7 +23,7 @@ def recorded(tokens, seed=0, *, experts=8, layers=2, groups=None):
     if groups is not None:
         labels |= {"group": np.repeat(np.arange(len(groups)), groups)}
         labels["group_names"] = [f"g{number}" for number in range(len(groups))]
-    return mt.RoutingTrace.from_arrays(ids, num_experts=experts, **labels)
+    return trace_of(ids, experts, **labels)
 
 
 def counted(tokens, window=512, **how):
@@ -47,7 +48,7 @@ def plain_mean(statistics, placement, tokens, topology, goal):
 def test_a_time_of_expert_sets_asks_for_no_pairs(brief, devices_per_node, copies):
     """Counted with sets alone, a trace has the same phases, answer and bound as with all tables."""
     trace, topology = recorded(3 * WINDOWS[1]), mt.Topology(4, devices_per_node=devices_per_node)
-    tables = tables_for("dispatch", "time")
+    tables = choose_tables("dispatch", "time")
     assert tables == {"sets": True, "transitions": False, "coactivation": False}
     results = [
         mt.solve(
@@ -80,7 +81,7 @@ def test_what_an_objective_is_made_of_is_counted(regime, goal):
             objective=goal,
             regime=regime,
         ).value(placement)
-        for tables in ({"sets": True}, tables_for(regime, goal))
+        for tables in ({"sets": True}, choose_tables(regime, goal))
     ]
     assert values[0] == values[1]
 
@@ -135,23 +136,6 @@ def test_a_trace_has_both_phases_however_short_it_is():
     for statistics, shares in cases:
         assert mt.Problem(statistics, mt.Topology(2)).shares == shares
     assert mt.Problem(cases[0][0], mt.Topology(2), phases={512: 3}).shares == {512: 1.0}
-
-
-@pytest.mark.parametrize(
-    ("phases", "rule"),
-    [
-        ({512: 0.5, 700: 0.5}, "phases must be of whole windows .*of 512 tokens each, got 700"),
-        ({256: 1.0}, "phases must be of whole windows of the traffic, which are of 512 tokens"),
-        ({512: -1}, "phases: share of windows of 512 tokens must be a number of at least 0"),
-        ({512: 0.0}, "phases must have a share above 0"),
-        ({0: 1.0}, "phases: tokens of a window must be"),
-        (0.5, "phases must be"),
-    ],
-)
-def test_phases_that_cannot_be_made_of_windows_are_refused(phases, rule):
-    """By name, with the rule and the value."""
-    with pytest.raises((TypeError, ValueError), match=rule):
-        mt.Problem(counted(4096), mt.Topology(2), phases=phases)
 
 
 def test_a_phase_of_no_share_is_as_if_it_was_not_named():

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from make import random_ids, trace_of
 
 import moetuner as mt
 from moetuner import _checks as check
@@ -28,10 +29,8 @@ BLOCKS = mt.Placement(np.tile(np.arange(EXPERTS).reshape(4, 2), (LAYERS, 1, 1)))
 
 def routed(scores, seed=0, **labels):
     """Trace that picks the experts with the highest scores [T,L,E], with noise of its own."""
-    noise = np.random.default_rng(seed).gumbel(size=scores.shape)
-    ids = np.argsort(-(scores + noise), axis=2, kind="stable")[:, :, :TOP_K]
-    sequence = np.arange(len(ids)) // LENGTH
-    return mt.RoutingTrace.from_arrays(ids, num_experts=EXPERTS, sequence=sequence, **labels)
+    ids = random_ids(len(scores), LAYERS, TOP_K, EXPERTS, seed=seed, liking=scores)
+    return trace_of(ids, EXPERTS, length=LENGTH, **labels)
 
 
 def even(tokens=4000):
@@ -300,28 +299,6 @@ def test_a_running_placement_is_the_one_to_beat():
     advice = advise(trace, TWO_NODES, copies=(0,), splits=1)
     again = advise(trace, TWO_NODES, copies=(0,), splits=1, initial=advice.placements[1])
     assert again.answer == "not now"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"traffic": routed(even(1))}, "traffic must have two tokens"),
-        ({"traffic": mt.RoutingStatistics.from_load([[[0, 0]]] * 9)}, "traffic must have tokens"),
-        ({"copies": ()}, "at least one number of slots"),
-        ({"initial": mt.Placement([[[0, 1], [2, 3]]])}, "initial must have 3 layers"),
-        ({"initial": "eplb:3"}, "8 experts and 3 redundant ones .* 4 devices; eplb:4 would do"),
-        ({"initial": "lpt"}, "initial must be contiguous, round_robin, eplb or eplb:N"),
-        ({"by_group": True}, "by_group needs traffic of two groups"),
-        ({"prefill_share": 0.5}, "prefill_share needs a trace of at least 8,192 tokens"),
-        ({"prefill_share": 2}, "prefill_share must be a share from 0 to 1"),
-        ({"unseen": mt.RoutingStatistics.from_load([[[1] * 8] * 3])}, "unseen must be"),
-        ({"unseen": mt.RoutingTrace.from_arrays([[[0, 1]]], num_experts=8)}, "got 1 layers of 8"),
-    ],
-)
-def test_wrong_arguments_are_named(arguments, words):
-    """Each in one line, with what would be right."""
-    with pytest.raises((ValueError, TypeError), match=words):
-        advise(**{"traffic": routed(even(400)), "topology": TWO_NODES, **arguments})
 
 
 def test_eplb_may_run():
@@ -708,7 +685,7 @@ def test_tokens_that_stay_on_one_of_two_devices_are_said(devices, top_k, said):
     rng = np.random.default_rng(3)
     one = rng.integers(0, 4, (3000, 2, 1))
     ids = np.concatenate([one, one + 4], axis=2)[:, :, :top_k]
-    trace = mt.RoutingTrace.from_arrays(ids, num_experts=8, sequence=np.arange(3000) // 30)
+    trace = trace_of(ids, length=30)
     advice = advise(trace, mt.Topology(devices), copies=[0], window=512)
     numbers = {"before": "0", "after": "100", "running": "contiguous"}
     assert numbers_of(advice, "tokens on one device") == (numbers if said else None)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import random_ids
 from hypothesis import given
 from hypothesis import strategies as st
+from make import in_turns, random_ids, trace_of
 
 import moetuner as mt
 from moetuner import _core
@@ -69,7 +69,7 @@ def test_what_is_used_over_and_over_is_worth_a_set():
     """Where half of the experts take nearly all picks of every token, in any order."""
     rng = np.random.default_rng(0)
     ids = np.where(rng.random((4000, 2, 1)) < 0.97, rng.integers(0, 4, (4000, 2, 1)), 6)
-    hot = mt.structure(mt.RoutingTrace.from_arrays(ids, num_experts=8), 2).hot_experts
+    hot = mt.structure(trace_of(ids), 2).hot_experts
     assert hot.answer == "a static set is worth it"
     assert hot.static[1] > 0.95
 
@@ -80,7 +80,7 @@ def test_what_changes_from_text_to_text_is_worth_a_cache():
     own = np.stack([rng.permutation(16)[:4] for _ in range(200)])
     ids = own[np.repeat(np.arange(200), 40), rng.integers(0, 4, 8000)][:, None, None]
     sequence = np.repeat(np.arange(200), 40)
-    trace = mt.RoutingTrace.from_arrays(ids, num_experts=16, sequence=sequence)
+    trace = trace_of(ids, 16, sequence=sequence)
     hot = mt.structure(trace, 2).hot_experts
     assert hot.answer == "a cache serves better"
     assert hot.cache[1] > hot.static[1] + 0.2
@@ -89,7 +89,7 @@ def test_what_changes_from_text_to_text_is_worth_a_cache():
 def test_routing_without_preference_is_flat():
     """Where every expert is as likely as any other, size decides."""
     ids = np.random.default_rng(0).integers(0, 16, (20000, 2, 1))
-    hot = mt.structure(mt.RoutingTrace.from_arrays(ids, num_experts=16), 2).hot_experts
+    hot = mt.structure(trace_of(ids, 16), 2).hot_experts
     assert hot.answer == "routing is flat"
     assert hot.static == pytest.approx(SIZES, abs=0.02)
     assert hot.cache == pytest.approx(SIZES, abs=0.02)
@@ -143,7 +143,7 @@ def test_a_page_has_it(make_trace, ok, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trace = make_trace(600)
     trace.save("trace.safetensors")
-    mt.Placement.from_assignment(np.tile(np.arange(8) % 4, (3, 1)), 4).save("placement.json")
+    in_turns(3, 8, 4).save("placement.json")
     ok("evaluate", "placement.json", "trace.safetensors", "--report", "page.html")
     text = Path("page.html").read_text()
     section = re.search(r'<section id="hot">(.*?)</section>', text, re.DOTALL)[1]

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browsers import NO_BROWSER
+from make import random_ids, trace_of
 
 import moetuner as mt
 from moetuner.files.cells import digits
@@ -53,16 +54,9 @@ def trace():
 
     Its last window is partial, and its last group has too few sequences to judge.
     """
-    rng = np.random.default_rng(0)
-    scores = rng.gumbel(size=(1640, 4, 16)) + rng.normal(size=(4, 16))
-    sequence = np.arange(1640) // 20
-    return mt.RoutingTrace.from_arrays(
-        np.argsort(-scores, axis=2)[:, :, :2],
-        num_experts=16,
-        sequence=sequence,
-        group=np.where(sequence < 3, 3, sequence % 3),
-        group_names=HOSTILE,
-    )
+    ids, sequence = random_ids(1640, 4, 2, 16), np.arange(1640) // 20
+    group = np.where(sequence < 3, 3, sequence % 3)
+    return trace_of(ids, 16, length=20, group=group, group_names=HOSTILE)
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +234,7 @@ def test_a_large_model_stays_small():
     """61 layers of 384 experts on 72 devices in nine nodes: below 3 MB."""
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 384 // 4, (64, 61, 4)) + 96 * np.arange(4)
-    large = mt.RoutingTrace.from_arrays(ids, num_experts=384)
+    large = trace_of(ids, 384)
     slots = np.full((61, 72, 6), -1)
     for layer in slots:
         layer.reshape(-1)[rng.permutation(432)[:384]] = rng.permutation(384)

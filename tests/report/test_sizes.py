@@ -4,6 +4,7 @@ from importlib import resources
 
 import numpy as np
 import pytest
+from make import trace_of
 
 import moetuner as mt
 from moetuner.serving.phases import PREFILL_WINDOWS, WINDOWS
@@ -26,9 +27,9 @@ def recording():
 
     def part(first, last):
         chosen = rows[first:last]
-        return mt.RoutingTrace.from_arrays(
+        return trace_of(
             ids[chosen],
-            num_experts=trace.num_experts,
+            trace.num_experts,
             sequence=sequence[chosen],
             group=group[chosen],
             group_names=trace.group_names,

@@ -4,6 +4,7 @@ import base64
 
 import numpy as np
 import pytest
+from make import trace_of
 
 import moetuner as mt
 from moetuner.report.page.structure import draw_structure
@@ -18,7 +19,7 @@ def routed(tokens, follow, seed=0):
     for layer in range(1, 4):
         ids[stay[:, layer], layer] = (5 * ids[stay[:, layer], layer - 1] + 3) % 16
     sequence = np.arange(tokens) // 20
-    return mt.RoutingTrace.from_arrays(ids, num_experts=16, sequence=sequence)
+    return trace_of(ids, 16, sequence=sequence)
 
 
 def test_independent_layers_have_no_structure():
@@ -78,7 +79,7 @@ def test_groups_differ_from_their_mix(make_trace):
 def test_null_of_few_pairs_is_no_structure(tokens):
     """With fewer pairs than cells no cell of the null is empty, or each is."""
     ids = np.random.default_rng(0).integers(0, 64, (tokens, 2, 1))
-    stats = mt.RoutingStatistics.from_trace(mt.RoutingTrace.from_arrays(ids, num_experts=64))
+    stats = mt.RoutingStatistics.from_trace(trace_of(ids, 64))
     load = stats.total_load.astype(float)
     product = np.outer(load[0], load[1])
     result = _make_independent(stats).transitions[0]
@@ -89,7 +90,7 @@ def test_null_of_few_pairs_is_chance():
     """Of 64 experts, a thousand tokens: three of four steps cross, and all bits are by chance."""
     ids = np.random.default_rng(0).integers(0, 64, (1000, 3, 1))
     sequence = np.arange(1000) // 20
-    result = structure(mt.RoutingTrace.from_arrays(ids, num_experts=64, sequence=sequence))
+    result = structure(trace_of(ids, 64, sequence=sequence))
     assert result.crossing_independent == pytest.approx(0.75, abs=0.005)
     assert min(result.information_chance) > 1
     assert max(result.information) < 0.1

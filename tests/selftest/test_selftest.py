@@ -15,11 +15,10 @@ from moetuner.cli import main
 from moetuner.selftest import cases
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_answers_are_the_stored_ones(threads):
-    """Every case has a stored hash, which comes out on any number of threads."""
+def test_answers_are_the_stored_ones():
+    """Every case has a stored hash, which comes out on one thread; below, on more."""
     assert selftest.read_hashes().keys() == cases.CASES.keys()
-    assert selftest.find_differences(threads) == []
+    assert selftest.find_differences(1) == []
 
 
 def test_answers_under_other_rules_are_the_stored_ones():
@@ -76,12 +75,15 @@ def test_another_answer_is_named(monkeypatch, capsys):
 
 
 def test_eight_threads_get_the_same_answers():
-    """Threads that count, solve and replay at once, half the cases each, do not disturb others."""
+    """Threads that count, solve and replay at once do not disturb others.
+
+    Each has a quarter of the cases, and each quarter is computed with one thread and with two.
+    """
     found, answers = [None] * 8, cases.CASES | rules.CASES
     start = threading.Barrier(len(found))
 
     def work(place):
-        names = list(answers)[place // 2 % 2 :: 2]
+        names = list(answers)[place // 2 :: 4]
         start.wait()
         traffic = cases.Traffic(1 + place % 2)
         found[place] = {name: selftest.hash_of(answers[name](traffic)) for name in names}
@@ -92,7 +94,7 @@ def test_eight_threads_get_the_same_answers():
     for thread in threads:
         thread.join()
     stored = selftest.read_hashes() | json.loads(rules.STORED.read_text())
-    assert found[0] | found[2] == stored
+    assert found[0] | found[2] | found[4] | found[6] == stored
     for hashes in found:
         assert hashes.items() <= stored.items()
 

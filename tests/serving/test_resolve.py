@@ -2,20 +2,17 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
-from conftest import random_ids
+from make import random_ids, trace_of
 
 import moetuner as mt
-from moetuner.serving import SERVED, Serving, chosen_in
+from moetuner.serving import ENGINE_SETTINGS, Serving, find_choices
 from moetuner.serving.engines import ENGINES
 from moetuner.serving.splits import RULES, SPLITS
 
 TOPOLOGY = mt.Topology(4, devices_per_node=2)
 MODEL = mt.CostModel(1.0, 0.5, 0.01, 2.0, 64.0)
-TRACE = mt.RoutingTrace.from_arrays(
-    random_ids(240, 2, 2, 8), num_experts=8, sequence=np.arange(240) // 12
-)
+TRACE = trace_of(random_ids(240, 2, 2, 8), length=12)
 COUNTS = mt.RoutingStatistics.from_trace(TRACE, window=40)
 RECORDED = {"engine": "tensorrt-llm", "split": "round_robin", "arrival": "bursts"}
 
@@ -53,10 +50,10 @@ def test_counts_have_no_order_that_an_engine_could_decide():
 
 def test_a_placement_chose_what_its_engine_would_not_have():
     """What an engine decides is no choice: another engine decides anew."""
-    assert chosen_in(RECORDED) == {"engine": "tensorrt-llm", "arrival": "bursts"}
-    assert chosen_in({**RECORDED, "arrival": "mixed"}) == {"engine": "tensorrt-llm"}
+    assert find_choices(RECORDED) == {"engine": "tensorrt-llm", "arrival": "bursts"}
+    assert find_choices({**RECORDED, "arrival": "mixed"}) == {"engine": "tensorrt-llm"}
     # Nobody chose that windows of a table come as they were recorded.
-    assert chosen_in(RECORDED, is_counted=True) == {"engine": "tensorrt-llm"}
+    assert find_choices(RECORDED, is_counted=True) == {"engine": "tensorrt-llm"}
 
 
 @pytest.mark.parametrize("split", [split for split in SPLITS if not RULES[split].needs_windows])
@@ -72,20 +69,10 @@ def test_a_serving_is_as_good_as_keywords(split):
     assert judged[0].to_dict() == judged[1].to_dict()
     served = mt.Problem.served(COUNTS, serving, objective="balance")
     assert served == mt.Problem(COUNTS, TOPOLOGY, objective="balance", **how)
-    names = ("topology", *SERVED, "cost_model")
+    names = ("topology", *ENGINE_SETTINGS, "cost_model")
     assert [getattr(served.serving, name) for name in names] == [
         getattr(serving, name) for name in names
     ]
-
-
-def test_keywords_beside_a_serving_are_refused():
-    """It says them already; which of the two is meant nobody knows."""
-    placement = mt.Placement.from_assignment([np.arange(8) // 2] * 2, 4)
-    serving = Serving(TOPOLOGY)
-    with pytest.raises(ValueError, match=r"^split must be in the serving, or give a topology"):
-        mt.evaluate(placement, TRACE, serving, split="nearest")
-    with pytest.raises(ValueError, match=r"^engine must be in the serving"):
-        mt.advise(TRACE, serving, engine="vllm")
 
 
 def test_what_a_placement_was_computed_for_otherwise_is_told():

@@ -7,6 +7,7 @@ from math import comb, prod
 import numpy as np
 import pytest
 from brute_force import every_placement, rank
+from make import trace_of
 
 import moetuner as mt
 from moetuner.solver import METHODS, effort
@@ -32,7 +33,7 @@ def random_problem(seed):
     experts = int(rng.integers(2, 5 if layers == 2 else 6))
     ids = rng.random((int(rng.integers(4, 30)), layers, experts)).argsort(axis=2)
     top_k = int(rng.integers(1, min(experts, 3) + 1))
-    trace = mt.RoutingTrace.from_arrays(ids[..., :top_k].astype(np.uint8), num_experts=experts)
+    trace = trace_of(ids[..., :top_k].astype(np.uint8), experts)
     statistics = mt.RoutingStatistics.from_trace(trace, window=10, sets=bool(rng.integers(2)))
     row = rng.integers(0, experts + 1, devices)
     row[0] += max(experts - row.sum(), 0)

@@ -4,9 +4,9 @@ from dataclasses import replace
 from unittest import mock
 
 import pytest
-from conftest import random_ids
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from make import random_ids, trace_of
 from test_visits import fewest
 
 import moetuner as mt
@@ -23,7 +23,7 @@ from moetuner.solver import effort
 @mock.patch.object(effort, "POLISHED_SLOTS", 0)
 def test_reaches_the_optimum(seed, per_node, cap):
     """Enumeration of all placements finds none with fewer visits under the cap."""
-    trace = mt.RoutingTrace.from_arrays(random_ids(60, 2, 3, 8, seed=seed), num_experts=8)
+    trace = trace_of(random_ids(60, 2, 3, 8, seed=seed))
     statistics = mt.RoutingStatistics.from_trace(trace, sets=True)
     topology = mt.Topology(4, devices_per_node=per_node)
     problem = mt.Problem(statistics, topology, objective="traffic", max_imbalance=cap)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moetuner as mt
-from moetuner.formats import serving_commands
+from moetuner.formats import list_serving_recipes
 from moetuner.placement import Placement
 from moetuner.solver.terms import Terms, core_layers, make_site
 
@@ -150,13 +150,18 @@ def test_a_trace_is_solved_for_it_and_exported(
     assert as_json("evaluate", "placement.json", "trace.safetensors")["imbalance"] >= 1
 
 
+def placed(redundant):
+    """Place eight experts, and so many copies, on two devices."""
+    return Placement(np.arange(8 + redundant).reshape(1, 2, -1) % 8)
+
+
 @pytest.mark.parametrize(
     ("engine", "split", "is_told"),
     [("sglang", "lp", True), ("sglang", "nearest", False), ("vllm", "lp", False)],
 )
 def test_only_the_engine_that_can_is_told(engine, split, is_told):
     """An option is printed for the split that it is about, of the engine that has it."""
-    line = serving_commands(engine, devices=2, redundant=4, split=split)[-1].command
+    line = list_serving_recipes(engine, placed(redundant=4), split=split)[-1].command
     assert (" --ep-dispatch-algorithm lp" in line) is is_told
 
 
@@ -164,16 +169,7 @@ def test_only_the_engine_that_can_is_told(engine, split, is_told):
 @pytest.mark.parametrize("redundant", [0, 4])
 def test_sglang_has_a_back_end_where_copies_are_not_shared_evenly(split, redundant):
     """Without one SGLang takes copies in turns, and does not start with another dispatch."""
-    line = serving_commands("sglang", devices=2, redundant=redundant, split=split)[-1].command
+    line = list_serving_recipes("sglang", placed(redundant), split=split)[-1].command
     words = shlex.split(line, comments=True)
     assert ("--moe-a2a-backend" in words) is (redundant > 0 and split != "even")
     assert ("--ep-dispatch-algorithm" in words) is (redundant > 0 and split == "lp")
-
-
-@pytest.mark.parametrize(
-    "more", [{"objective": "traffic"}, {"objective": None, "max_imbalance": 2}]
-)
-def test_traffic_is_none_of_its_goals(more):
-    """Rows and pairs are split evenly, so nothing would differ."""
-    with pytest.raises(ValueError, match=r"split 'lp' balances load, so objective must be"):
-        problem_of(skewed(0), **more)

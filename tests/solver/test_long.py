@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import random_ids
+from make import random_ids, trace_of
 
 import moetuner as mt
 from moetuner import statistics as statistics_
 from moetuner.problem import windows as windows_
-from moetuner.problem.windows import MERGED, MOST, windows_of
+from moetuner.problem.windows import MERGED, MOST, choose_windows
 from moetuner.solver.bounds.loads import least_balance, least_time
 
 MANY = 2 * MOST + 3
@@ -50,7 +50,7 @@ def test_means_stand_for_all_windows(arrival):
     """They have all tokens, none of two groups, and as much weight as what they stand for."""
     group = np.arange(MANY) % 3
     statistics = many(group=group, group_names=("a", "b", "c"))
-    windows = windows_of(statistics, arrival, "mean", {"a": 2.0, "b": 1.0, "c": 0.0})
+    windows = choose_windows(statistics, arrival, "mean", {"a": 2.0, "b": 1.0, "c": 0.0})
     few = windows.searched
     assert few is windows.searched
     assert few.load.dtype == np.float64
@@ -71,7 +71,7 @@ def test_means_stand_for_all_windows(arrival):
 def test_the_objective_is_of_all_windows(goal, regime, split, monkeypatch):
     """What is reported is what a dense table of all windows gives, and so is the bound."""
     ids = np.random.default_rng(0).integers(0, 8, (3 * MANY, 2, 1)) ** 2 // 8
-    trace = mt.RoutingTrace.from_arrays(ids, num_experts=8)
+    trace = trace_of(ids)
     statistics = mt.RoutingStatistics.from_trace(trace, window=3, sets=True)
     topology = mt.Topology(4, devices_per_node=2)
     problem = mt.Problem(
@@ -190,7 +190,7 @@ def test_a_sample_of_very_many_windows_counts_as_all(arrival, monkeypatch):
     monkeypatch.setattr("moetuner.problem.windows.SAMPLED", MANY // 3)
     group = np.arange(MANY) * 3 // MANY
     statistics = many(group=group, group_names=("a", "b", "c"))
-    windows = windows_of(statistics, arrival, "mean", {"a": 2.0, "b": 1.0, "c": 0.0})
+    windows = choose_windows(statistics, arrival, "mean", {"a": 2.0, "b": 1.0, "c": 0.0})
     sample = windows.sampled
     recorded = np.flatnonzero(sample.group < 3)
     assert len(recorded) == len(sample.load) == MANY // 3
@@ -216,7 +216,7 @@ def test_windows_are_computed_once_of_the_same_counts():
 def test_what_tokens_visit_is_counted_once_for_all_windows(monkeypatch):
     """Objectives over all windows, those searched and a sample count it together, each its own."""
     monkeypatch.setattr(windows_, "SAMPLED", MOST)
-    trace = mt.RoutingTrace.from_arrays(random_ids(2 * MANY, 2, 2, 8), num_experts=8)
+    trace = trace_of(random_ids(2 * MANY, 2, 2, 8))
     statistics = mt.RoutingStatistics.from_trace(trace, window=2, sets=True)
     problem, again = (mt.Problem(statistics, mt.Topology(4), objective="time") for _ in range(2))
     placement = mt.solve(problem, "lpt").placement

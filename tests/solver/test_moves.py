@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from brute_force import every_layer, rank, small_problem
-from conftest import random_ids
+from make import random_ids, trace_of
 
 import moetuner as mt
+from moetuner.placement import blocks
 from moetuner.problem.capacity import pad_slots
 from moetuner.solver import budget, find_first
 from moetuner.solver.budget import Budget
@@ -26,12 +27,6 @@ def statistics(seed=0, windows=3, layers=3, experts=16, transitions=False):
     load = np.round(random.lognormal(3, 1, (windows, layers, experts))).astype(np.int64) + 1
     table = random.integers(0, 50, (layers - 1, experts, experts)) if transitions else None
     return mt.RoutingStatistics(load, table)
-
-
-def contiguous(layers, experts, devices):
-    """Give the placement that engines start with."""
-    device_of = np.tile(np.arange(experts) * devices // experts, (layers, 1))
-    return mt.Placement.from_assignment(device_of, devices)
 
 
 def steps(problem, initial, start=None, most=np.inf, threads=None):
@@ -63,7 +58,7 @@ def problem_of(goal, seed=0):
 @pytest.mark.parametrize("share", [0.3, 0.75, 1.0])
 def test_few_moves_are_the_first_steps_that_gain_enough(goal, share):
     """They gain the share of what the end of all steps does; one step fewer does not."""
-    problem, initial = problem_of(goal), contiguous(3, 16, 4)
+    problem, initial = problem_of(goal), blocks(3, 16, 4)
     path = steps(problem, initial)
     ends = [mt.Placement(path.after(step), num_experts=16) for step in range(len(path.moves))]
     values = [problem.value(end) for end in ends]
@@ -84,7 +79,7 @@ def test_few_moves_are_the_first_steps_that_gain_enough(goal, share):
 
 def test_no_few_moves_where_steps_end_before():
     """Steps that cannot gain so much are not taken."""
-    problem, initial = problem_of(GOALS[0]), contiguous(3, 16, 4)
+    problem, initial = problem_of(GOALS[0]), blocks(3, 16, 4)
     better = problem.value(mt.solve(problem, "heuristic").placement)
     assert find_first(problem, initial, 2 * better - problem.value(initial), most_moves=48) is None
 
@@ -92,7 +87,7 @@ def test_no_few_moves_where_steps_end_before():
 @pytest.mark.parametrize("goal", GOALS)
 def test_figures_of_steps_are_what_placements_have(goal):
     """Moves and excess after every step are a fresh count's; a layer's own cost is exact, too."""
-    problem, initial = problem_of(goal), contiguous(3, 16, 4)
+    problem, initial = problem_of(goal), blocks(3, 16, 4)
     path = steps(problem, initial)
     assert len(path.moves) > 5
     for step in range(len(path.moves)):
@@ -233,7 +228,7 @@ def test_nothing_ends_worse_than_staying(goal, limit):
 @pytest.mark.parametrize("seed", range(2))
 def test_a_larger_budget_gives_no_worse_placement(goal, seed):
     """As budgets rise, up to all slots, neither the load above caps does nor the value."""
-    problem, initial = problem_of(goal, seed), contiguous(3, 16, 4)
+    problem, initial = problem_of(goal, seed), blocks(3, 16, 4)
     slots = int(problem.capacity.sum())
     before = (np.inf, np.inf)
     for limit in (0, 1, 2, 5, 13, 40, slots - 1, slots):
@@ -246,7 +241,7 @@ def test_a_larger_budget_gives_no_worse_placement(goal, seed):
 @pytest.mark.parametrize("goal", GOALS)
 def test_a_larger_budget_searches_all_that_a_smaller_one_does(goal, monkeypatch):
     """Prices and starts of the searches for a budget are the first ones of any larger budget."""
-    problem, initial, inner = problem_of(goal), contiguous(3, 16, 4), Run.inner
+    problem, initial, inner = problem_of(goal), blocks(3, 16, 4), Run.inner
     met = []
 
     def noted(run, *arguments, moves, start):
@@ -289,7 +284,7 @@ def test_layers_are_put_together_at_the_least_sum(seed):
 @pytest.mark.parametrize("goal", GOALS)
 def test_an_initial_placement_is_no_handicap(goal):
     """Where moves are free, a poor one that runs costs nothing: the answer is a fresh solve's."""
-    problem, initial = problem_of(goal), contiguous(3, 16, 4)
+    problem, initial = problem_of(goal), blocks(3, 16, 4)
     fresh = mt.solve(problem, "heuristic", iterations=1000)
     result = mt.solve(problem, "heuristic", iterations=1000, initial=initial)
     assert rank(problem, result.placement) <= rank(problem, fresh.placement)
@@ -299,7 +294,7 @@ def test_what_is_proven_from_nothing_is_proven_from_what_runs():
     """Where moves are free and the optimum can be proven, it is, whatever runs."""
     problem = small_problem(4, 2, 8, 4, max_imbalance=2.0)
     fresh = mt.solve(problem)
-    for initial in (contiguous(2, 8, 4), fresh.placement):
+    for initial in (blocks(2, 8, 4), fresh.placement):
         result = mt.solve(problem, initial=initial)
         assert (result.status, result.objective) == ("optimal", fresh.objective)
         assert result.bound == fresh.bound
@@ -326,7 +321,7 @@ def test_a_step_gains_most_for_a_move(seed, copies):
     """Of all exchanges and new contents of slots none gains more; the answer is not behind it."""
     counts, slots = statistics(seed, 5, 2, 8), {"slots_per_device": 2 + copies}
     problem = mt.Problem(counts, mt.Topology(4), objective="balance", **slots)
-    initial = contiguous(2, 8, 4)
+    initial = blocks(2, 8, 4)
     start = repair(problem, initial)
     for _ in range(3):
         path = steps(problem, initial, start)
@@ -354,7 +349,7 @@ def test_a_step_gains_most_for_a_move(seed, copies):
 
 def test_with_little_time_steps_come_first(monkeypatch):
     """Where steps take most of the time, nothing else is done, and their end is the answer."""
-    problem, initial = problem_of(GOALS[0]), contiguous(3, 16, 4)
+    problem, initial = problem_of(GOALS[0]), blocks(3, 16, 4)
     now = [0.0]
 
     def slow(*arguments):
@@ -389,7 +384,7 @@ def test_what_stays_keeps_a_slot_that_its_device_has(most):
 def test_an_infinite_budget_is_none(method):
     """The same answer as without one, and nothing said of a budget."""
     problem = mt.Problem(statistics(), mt.Topology(4), objective="balance")
-    running = contiguous(3, 16, 4)
+    running = blocks(3, 16, 4)
     arguments = {"initial": running, "iterations": 200, "expert_bytes": 44e6}
     free = mt.solve(problem, method, **arguments)
     for most in (np.inf, np.float32(np.inf)):
@@ -403,7 +398,7 @@ def test_filling_empty_slots_is_counted_in_the_budget():
     """What fills the slots of the running placement comes first; then the rest may be spent."""
     for seed in range(6):
         slots = {"slots_per_device": 3, "fill_slots": True}
-        counts, running = statistics(seed, layers=2, experts=8), contiguous(2, 8, 4)
+        counts, running = statistics(seed, layers=2, experts=8), blocks(2, 8, 4)
         problem = mt.Problem(counts, mt.Topology(4), objective="balance", **slots)
         empty = int(problem.capacity.sum()) - 16
         for more in range(4):
@@ -417,7 +412,7 @@ def test_filling_empty_slots_is_counted_in_the_budget():
 @pytest.mark.parametrize("goal", GOALS)
 def test_a_front_has_all_points_of_one_to_fewer_moves(goal):
     """Whatever the budget the search meets the same placements, and ends earlier for a smaller."""
-    problem, initial = problem_of(goal), contiguous(3, 16, 4)
+    problem, initial = problem_of(goal), blocks(3, 16, 4)
     smaller: set[bytes] = set()
     for limit in (3, 6, 11, 24, 40):
         run = Run(problem, budget=Budget(iterations=100), moves=Moves(initial))
@@ -432,7 +427,7 @@ def test_a_front_has_all_points_of_one_to_fewer_moves(goal):
 @pytest.mark.parametrize("goal", GOALS)
 def test_a_front_has_what_a_budget_finds(goal):
     """No point is behind what its moves as a budget find; more moves gain more."""
-    problem, initial = problem_of(goal), contiguous(3, 16, 4)
+    problem, initial = problem_of(goal), blocks(3, 16, 4)
     trades = mt.pareto(problem, initial, iterations=100)
     ranks = [rank(problem, trade.placement) for trade in trades]
     assert len(trades) > 3
@@ -452,7 +447,7 @@ def test_a_front_has_what_a_budget_finds(goal):
 @pytest.mark.parametrize("settings", [{}, {"objective": "balance"}, {"slots_per_device": 9}])
 def test_layers_go_down_by_themselves_as_all_at_once(settings):
     """Where no number of moves joins the layers, their steps are those of one way down all."""
-    trace = mt.RoutingTrace.from_arrays(random_ids(400, 3, 2, 32), num_experts=32)
+    trace = trace_of(random_ids(400, 3, 2, 32), 32)
     counted = mt.RoutingStatistics.from_trace(trace, window=50, sets=True)
     problem = mt.Problem(counted, mt.Topology(4), **settings)
     start = mt.solve(problem, "contiguous").placement.slots

@@ -10,6 +10,7 @@ import pytest
 from brute_force import every_layer, every_placement
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from make import trace_of
 from staged import staged
 
 import moetuner as mt
@@ -227,7 +228,7 @@ def timed(draw):
     top_k = draw(st.integers(1, 2))
     ids = np.array([[token[:top_k]] * layers for token in tokens], dtype=np.uint8)
     ids[:, layers - 1 :] = np.roll(ids[:, layers - 1 :], draw(st.integers(0, 3)), axis=0)
-    trace = mt.RoutingTrace.from_arrays(ids, num_experts=experts)
+    trace = trace_of(ids, experts)
     regime = draw(st.sampled_from(["follow", "dispatch"]))
     statistics = mt.RoutingStatistics.from_trace(
         trace, window=draw(st.integers(3, 9)), sets=draw(st.booleans())

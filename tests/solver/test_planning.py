@@ -157,33 +157,6 @@ def test_copies_come_from_the_nearest_device():
         assert step[2] // 2 == step[3] // 2
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"without": [4]}, "without must be from 0 to 3, got 4"),
-        ({"without": 3}, "without must be a list of devices, got 3"),
-        ({"retire": 4}, "retire must be from 0 to 3, got 4"),
-        ({"join": -1}, "join must be from 0 to"),
-        ({"more_copies": -1}, "more_copies must be"),
-        ({"topology": mt.Topology(3)}, "topology must have 4 devices like running, got 3"),
-        ({"without": [0, 1, 2]}, "at least 2 devices of 2 slots, got 1"),
-    ],
-)
-def test_what_makes_no_plan_is_refused(arguments, message):
-    """The message names the argument, the rule and the value."""
-    before = mt.Placement([[[0, 1], [2, 3], [0, 1], [2, 3]]])
-    traffic = mt.RoutingStatistics([[[9, 1, 1, 1]]])
-    with pytest.raises(ValueError, match=message):
-        mt.plan(before, traffic, **arguments)
-
-
-def test_traffic_of_other_experts_is_refused():
-    """The sizes of both are named."""
-    before = mt.Placement([[[0, 1], [2, 3]]])
-    with pytest.raises(ValueError, match="1 layers of 4 experts like running, got 1 of 3"):
-        mt.plan(before, mt.RoutingStatistics([[[1, 2, 3]]]), without=[])
-
-
 @given(st.integers(1, 4), st.integers(1, 3), st.data())
 def test_a_machine_without_devices_keeps_what_is_left(nodes, size, data):
     """Nodes where whole ones are lost; else one, whose links are as slow as the slowest."""

@@ -15,9 +15,9 @@ import pytest
 import safetensors
 import safetensors.numpy
 from brute_force import every_layer, small_problem
-from conftest import random_ids
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from make import random_ids, trace_of
 from staged import staged
 from test_visits import problem_of, proven_by, searched
 
@@ -235,7 +235,7 @@ def certified(run, tmp_path):
         statistics = mt.RoutingStatistics(load, table, half + half.transpose(0, 2, 1))
         if sets:
             ids = random_ids(300, layers, 2, experts, seed=1)
-            trace = mt.RoutingTrace.from_arrays(ids, num_experts=experts)
+            trace = trace_of(ids, experts)
             statistics = mt.RoutingStatistics.from_trace(trace, sets=True)
         counts, certificate = tmp_path / "counts.safetensors", tmp_path / "proof.safetensors"
         placement = tmp_path / "placement.json"

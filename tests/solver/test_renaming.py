@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import moetuner as mt
+from moetuner.placement import blocks
 from moetuner.problem.capacity import pad_slots
 from moetuner.solver.renaming import keep_running, rename_devices
 
@@ -92,12 +93,6 @@ def test_names_take_the_fewest_moves(machine, rules, regime):
         assert problem.value(renamed) == pytest.approx(problem.value(placement), rel=1e-12)
 
 
-def contiguous(layers, experts, devices):
-    """Place experts in blocks, as engines load them."""
-    device_of = np.tile(np.arange(experts) * devices // experts, (layers, 1))
-    return mt.Placement.from_assignment(device_of, devices)
-
-
 @pytest.mark.parametrize("goal", ["time", "balance"])
 @pytest.mark.parametrize("slots", [None, 5])
 def test_names_cost_nothing(goal, slots):
@@ -106,7 +101,7 @@ def test_names_cost_nothing(goal, slots):
     load = np.round(random.lognormal(3, 1, (6, 3, 16))).astype(np.int64)
     counts, topology = mt.RoutingStatistics.from_load(load), mt.Topology(4, devices_per_node=2)
     problem = mt.Problem(counts, topology, objective=goal, slots_per_device=slots)
-    running = contiguous(3, 16, 4)
+    running = blocks(3, 16, 4)
     anew, nearer = mt.solve(problem), mt.solve(problem, initial=running)
     assert nearer.objective <= anew.objective * (1 + 1e-9)
     before, after = (running.diff(each.placement).experts_moved for each in (anew, nearer))
@@ -121,7 +116,7 @@ def test_a_layer_that_gains_nothing_stays(goal):
     load = np.full((4, 3, 16), 50)
     load[:, 1] = np.round(random.lognormal(4, 1, (4, 16)))
     problem = mt.Problem(mt.RoutingStatistics.from_load(load), mt.Topology(4), objective=goal)
-    running = contiguous(3, 16, 4)
+    running = blocks(3, 16, 4)
     moved = running.diff(mt.solve(problem, initial=running).placement).experts_moved_per_layer
     assert moved[1] > 0
     assert moved[[0, 2]].tolist() == [0, 0]
@@ -131,7 +126,7 @@ def test_a_layer_that_breaks_a_rule_does_not_stay():
     """What runs against a pin is left, however little that gains."""
     counts = mt.RoutingStatistics.from_load(np.full((3, 2, 8), 10))
     problem = mt.Problem(counts, mt.Topology(4), objective="balance", pinned=[(1, 0, 3)])
-    running = contiguous(2, 8, 4)
+    running = blocks(2, 8, 4)
     other = mt.Placement([[[2, 3], [0, 1], [6, 7], [4, 5]], [[2, 3], [1, 7], [4, 5], [0, 6]]])
     kept = keep_running(problem, problem.objective_function, running, other.slots)
     placement = mt.Placement(kept)

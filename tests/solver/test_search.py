@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from make import trace_of
 
 import moetuner as mt
 from moetuner.problem.caps import device_load
@@ -116,7 +117,7 @@ def families(seed=0, experts=32, devices=4, layers=2, tokens=2000, top_k=4):
         chosen = random.choice(devices, tokens, p=np.arange(devices, 0, -1) / 10)
         order = random.random((tokens, family.shape[1])).argsort(axis=1)[:, :top_k]
         ids[:, layer] = np.take_along_axis(family[chosen], order, axis=1)
-    return mt.RoutingTrace.from_arrays(ids, num_experts=experts)
+    return trace_of(ids, experts)
 
 
 def visits_problem(cap):
@@ -208,7 +209,7 @@ def test_price_of_links_is_what_evaluate_predicts(top_k, devices):
     experts = np.arange(top_k)
     here, there = device, (device + 1) % devices
     ids = np.stack([part[:, None] * top_k + experts for part in (here, there)], axis=1)
-    trace = mt.RoutingTrace.from_arrays(ids.astype(np.uint8), num_experts=devices * top_k)
+    trace = trace_of(ids.astype(np.uint8), devices * top_k)
     problem = mt.Problem(
         mt.RoutingStatistics.from_trace(trace, window=60),
         mt.Topology(devices),

@@ -145,27 +145,6 @@ def test_the_objective_weighs_losses():
     assert problem.value(placement) == pytest.approx(plain.value(placement) * factor)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"slots_per_device": 7}, "two slots for each of 16 experts, 32 in all, got 28 in layer 0"),
-        (
-            {"slots_per_device": 8, "survive": "node"},
-            "survive node needs devices_per_node: there is one node",
-        ),
-        (
-            {"slots_per_device": 8, "survive": "rack"},
-            "survive must be one of device, node, got 'rack'",
-        ),
-        ({"slots_per_device": [20, 2, 2, 2]}, "32 in all, got 22 in layer 0"),
-    ],
-)
-def test_what_cannot_survive_is_refused(options, message):
-    """Too few slots, one domain, or none: one line with what it needs."""
-    with pytest.raises(ValueError, match=message):
-        mt.Problem(skewed(), mt.Topology(4), **{"survive": "device", **options})
-
-
 def test_a_running_placement_is_repaired():
     """What runs and dies with a device survives after few moves."""
     statistics, topology = skewed(layers=1, experts=8), mt.Topology(4)

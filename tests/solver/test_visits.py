@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from make import random_ids, trace_of
 
 import moetuner as mt
 from moetuner.solver import effort
@@ -24,9 +24,7 @@ def problem_of(seed, layers, size, top_k, cap=None, slots=None) -> mt.Problem:
     """Small counts of sets, some of which many tokens choose."""
     experts, devices, per_node = size
     ids = random_ids(40, layers, top_k, experts, seed=seed)
-    statistics = mt.RoutingStatistics.from_trace(
-        mt.RoutingTrace.from_arrays(ids, num_experts=experts), sets=True
-    )
+    statistics = mt.RoutingStatistics.from_trace(trace_of(ids, experts), sets=True)
     rng = np.random.default_rng(seed)
     sets = [
         mt.ExpertSets(of.ids, of.counts * rng.integers(1, 9, len(of), dtype=np.uint64))

@@ -5,9 +5,9 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from conftest import random_ids
 from hypothesis import given
 from hypothesis import strategies as st
+from make import random_ids, trace_of
 from moe_models import build, prompts, refused, torch
 
 import moetuner as mt
@@ -44,7 +44,7 @@ def test_same_numbers_as_the_core(data):
         chunk = draw(st.sampled_from([1 << 14, counters_.CHUNK_BYTES]))
         with draw(st.sampled_from(MODES))(), mock.patch.object(counters_, "CHUNK_BYTES", chunk):
             counters.update(torch.from_numpy(ids[first:last]).to(dtype), mask)
-    trace = mt.RoutingTrace.from_arrays(ids if keep is None else ids[keep], num_experts=experts)
+    trace = trace_of(ids if keep is None else ids[keep], experts)
     expected = mt.RoutingStatistics.from_trace(trace, window=window, **wanted, sets=False)
     counted = counters.statistics()
     assert (counted.fingerprint, counted.window) == (expected.fingerprint, window)

@@ -20,12 +20,12 @@ from click.shell_completion import CompletionItem
 from moetuner._texts import printable, suggestion
 
 WRONG = 2
-# A bug of moetuner: nothing that whoever called it can mend.
+# A bug of moetuner, which its caller cannot mend.
 BUG = os.EX_SOFTWARE
 INTERRUPTED = 130
-# Nobody reads standard output any more: 128 + SIGPIPE.
+# The reader of standard output has gone: 128 + SIGPIPE.
 GONE = 141
-# Number of glibc's setting: most parts of memory that threads have by themselves.
+# Number of glibc's setting for the most arenas, parts of memory that a thread has for itself.
 M_ARENA_MAX = -8
 LONGEST_LINE = 1000
 # How the core and Python say that there is no memory for another thread.
@@ -49,7 +49,7 @@ MENU = {
     "fit": "Measure one MoE layer, and write its cost model.",
     "verify": "Recompute the bound that a certificate proves.",
 }
-# Names that commands had; module ``former`` has them.
+# Earlier names of commands, which module ``former`` defines.
 FORMER = ("audit", "report", "show", "diff")
 
 
@@ -72,7 +72,7 @@ class Commands(Mapping[str, click.Command]):
         return iter((*MENU, *FORMER))
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of commands."""
         return len(MENU) + len(FORMER)
 
 
@@ -88,12 +88,12 @@ class Menu(click.Group):
         return list(self.commands)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """Return the command; an error names the one that comes nearest."""
+        """Return the command of a name; the error for a wrong name suggests the nearest command."""
         if args[0] not in [*self.commands] and not args[0].startswith("-"):
             raise click.UsageError(
                 f"No such command '{args[0]:.60}'{suggestion(args[0], MENU)}", ctx
             )
-        with interrupts.ending():
+        with interrupts.ending_at_once():
             return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -108,7 +108,7 @@ class Menu(click.Group):
             )
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Return the commands that begin so, and options."""
+        """Return the commands that begin with ``incomplete``, and options."""
         commands = [
             CompletionItem(name, help=line)
             for name, line in MENU.items()
@@ -172,25 +172,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     _share_memory()
-    streams.heard = interrupts.began()
-    with interrupts.heard(), streams.standard_streams() as output:
+    streams.last_line_time = interrupts.start_time()
+    with interrupts.raising_interrupts(), streams.standard_streams() as output:
         status = _run(arguments)
         sys.stdout.flush()
         if output is not None and isinstance(output.failure, BrokenPipeError):
             status = status or GONE
         elif output is not None and output.failure is not None:
             status = _failed(f"standard output: {output.failure.strerror}")
-        interrupted = interrupts.status()
+        interrupted = interrupts.exit_status()
         if interrupted is not None and status == 0:
             print("moetuner: interrupted: this is the best so far", file=sys.stderr)  # noqa: T201
         return interrupted or status
 
 
 def _share_memory() -> None:
-    """Let threads share memory where little may be taken (ulimit -v).
+    """Let threads share one memory arena where addresses are limited (ulimit -v).
 
-    Else glibc wants 64 MB of addresses for every thread, and where it does not get them it asks the
-    system for each object by itself: right, but a hundred times slower.
+    Otherwise glibc reserves 64 MB of addresses for every thread. If that fails, it asks the system
+    for each object by itself, which is a hundred times slower.
     """
     if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
         import ctypes
@@ -226,7 +226,7 @@ def _run(arguments: Sequence[str]) -> int:
     except ValueError as error:
         return _failed(str(error))
     except BaseException as error:  # the core's panics are no Exception
-        if interrupts.status() is not None:
+        if interrupts.exit_status() is not None:
             # The signal came in code that does not expect one, such as an import in the core.
             return _failed("interrupted", INTERRUPTED)
         if isinstance(error, RuntimeError) and THREADS.search(str(error)):

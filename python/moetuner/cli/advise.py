@@ -1,4 +1,4 @@
-"""``moetuner advise``: whether to turn placement on here, with how many copies, at what cost."""
+"""``moetuner advise``: whether a placement is worth a trial, with how many copies, at what cost."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from moetuner.cli.options import JUDGING, RUNNING, SEARCH, option
 from moetuner.cli.options.groups import FILES
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import initial_option, is_start, load_placement
-from moetuner.cli.options.pages import Pages, origin_of
+from moetuner.cli.options.pages import Pages, make_origin
 from moetuner.cli.options.serving import JudgedOptions, setting_option
 from moetuner.cli.options.traffic import Source
-from moetuner.cli.output import Output, steps, working
+from moetuner.cli.output import Output, show_steps, working
 from moetuner.cli.recipes import FEW_MOVES_FILE
 from moetuner.evaluation.comparison import PRICE, Comparison
 from moetuner.evaluation.figures import FIGURES
@@ -29,10 +29,11 @@ from moetuner.report.advice.values import Advice, write_windows
 from moetuner.report.findings import TERMINAL, Finding, Voice
 from moetuner.report.page.data import PageData, make_advice_data
 from moetuner.serving.engines import NOTHING_PLACED
+from moetuner.serving.running import Running
 from moetuner.serving.settings import read_count
 
 COPIES = options.Text(
-    lambda text: tuple(read_count(part.strip()) for part in text.split(",")),
+    lambda text: tuple(read_count(number.strip()) for number in text.split(",")),
     "numbers as in 0,1,2,4",
 )
 DEFAULT_COPIES = ",".join(map(str, advising.COPIES))
@@ -126,22 +127,22 @@ def command(
             time_limit=time_limit,
             seed=seed,
             threads=source.threads,
-            progress=steps(report, weights),
+            progress=show_steps(report, weights),
         )
     nothing_placed = next((NOTHING_PLACED.get(name) for name in source.readers), None)
     if nothing_placed is not None and served.engine is None:
         numbers = {"engine": nothing_placed}
         advice = advice.overruled(Finding("nothing to place", numbers, forces="not now"))
-    voice = TERMINAL._replace(audit=recipes.to_audit(source, advice, unseen).command)
-    following = recipes.after_advice(source, advice, unseen)
-    # What few moves gain stands above their command, if there is one.
-    said = advice
-    if any(FEW_MOVES_FILE in each.command for each in following):
-        others = tuple(each for each in advice.findings if each.kind != "few moves")
-        said = replace(advice, findings=others)
-    _show(output, said, voice)
+    voice = TERMINAL._replace(audit=recipes.make_recipe_to_audit(source, advice, unseen).command)
+    following = recipes.list_recipes_after(source, advice, unseen)
+    # The gain of few moves stands above their command, if there is one.
+    shown = advice
+    if any(FEW_MOVES_FILE in recipe.command for recipe in following):
+        others = tuple(found for found in advice.findings if found.kind != "few moves")
+        shown = replace(advice, findings=others)
+    _show(output, shown, voice)
     output.next_commands(following)
-    go_back = recipes.go_back(advice)
+    go_back = recipes.find_way_back_from(advice)
     if go_back is not None:
         output.say(f"  # to go back: {go_back}")
     contents: dict[str, Any] = {"input": source.facts(), **advice.to_dict(voice)}
@@ -149,16 +150,16 @@ def command(
 
     def page() -> PageData:
         # A page has room for the command that the terminal names in a remark.
-        full = recipes.after_advice(source, advice, unseen, from_all=True)
+        full = recipes.list_recipes_after(source, advice, unseen, from_all=True)
         on_page = contents | {"commands": [*map(str, full)]}
-        return make_advice_data(advice, origin_of(source), on_page, full, voice)
+        return make_advice_data(advice, make_origin(source), on_page, full, voice)
 
     pages.write(output, page)
     output.finish(contents)
 
 
 def _future(source: Source, unseen: tuple[Path, ...]) -> Source | None:
-    """Return the traffic to judge on, if it is given, which must be of the same model."""
+    """Return the traffic to judge on; None if no option names any. It must be of INPUT's model."""
     if not unseen:
         return None
     # Names in a file are those of INPUT's windows or sequences.
@@ -169,9 +170,9 @@ def _future(source: Source, unseen: tuple[Path, ...]) -> Source | None:
 
 
 def _weigh_steps(traffic: Recording, searches: int, splits: int) -> list[float]:
-    """Return about what steps of advice take, in their order, by a short search of a small trace.
+    """Return the approximate times of the steps of advice, in units of a search on a small trace.
 
-    Measured of 9 and 400 million choices of experts; the longer a recording, the more is reading.
+    They were measured on 9 and 400 million choices of experts.
     """
     choices = traffic.choices / 1e8 if traffic.ordered else 0.0
     counting, replaying, judging = 0.15 + choices / 4, 0.3 + choices / 8, 0.3 + choices / 2
@@ -184,7 +185,7 @@ def _weigh_steps(traffic: Recording, searches: int, splits: int) -> list[float]:
 
 
 def _show(output: Output, advice: Advice, voice: Voice) -> None:
-    """Print the answer, why, the figures it rests on, and copies where they pay."""
+    """Print the answer, its reasons, its figures, and the gains of copies where they pay."""
     output.say("")
     output.verdict(advice.findings[0], advice.say_answer(voice))
     output.say(*(f"- {reason}" for reason in advice.say("reason", "cost", voice=voice)))
@@ -205,7 +206,7 @@ def _show(output: Output, advice: Advice, voice: Voice) -> None:
 
 
 def _show_copies(output: Output, advice: Advice) -> None:
-    """Print what numbers of slots for copies gain, each in every layer."""
+    """Print the gain of each number of slots for copies."""
     names = [f"windows of {tokens:,}" if tokens else "gain" for tokens in advice.copies[0].gains]
     # Buffers of low-latency kernels grow with the slots.
     head = ["slots for copies", *names, "per device", "DeepEP tokens", ""]
@@ -228,9 +229,9 @@ def _cells(gain: Comparison) -> tuple[str, str]:
 
 
 def _show_figures(output: Output, advice: Advice) -> None:
-    """Print figures of what runs, of EPLB's placement and of the proposed one, by window."""
+    """Print the figures of the running, EPLB's and the proposed placement, by window."""
     rows: dict[tuple[str, ...], list[str]] = {}
-    order = [*advice.judged[0].gains]
+    measures = [*advice.judged[0].gains]
     for judged in advice.judged:
         over_eplb = advice.over_eplb.get(judged.window)
         for measure, gain in judged.gains.items():
@@ -243,11 +244,13 @@ def _show_figures(output: Output, advice: Advice) -> None:
             ]
             texts = map(figure.text, [*values, gain.after])
             # What a token visits is the same in windows of all sizes.
-            cells = (str(order.index(measure)), figure.column, *texts, *_cells(gain))
+            cells = (str(measures.index(measure)), figure.column, *texts, *_cells(gain))
             rows.setdefault(cells, []).append(f"{judged.window:,}" if judged.window else "-")
-    running = advice.settings["initial"].partition(":")[0].replace("_", "-")
+    running = Running.parse(advice.settings["initial"]).method.replace("_", "-")
     columns = ["running" if running in ("given", "eplb") else running]
-    columns += ["EPLB"] * bool(advice.over_eplb) + ["proposed", "gain", "95 %"]
+    if advice.over_eplb:
+        columns.append("EPLB")
+    columns += ["proposed", "gain", "95 %"]
     head = ["figure", "window", *columns]
     table = [
         (column, "all" if len(windows) > 1 else windows[0], *cells)
@@ -258,7 +261,7 @@ def _show_figures(output: Output, advice: Advice) -> None:
 
 
 def _name_unseen(advice: Advice) -> str:
-    """Write on how much traffic the figures are, and in which order it comes."""
+    """Write how much unseen traffic the figures are of, and the order of its tokens."""
     replayed, kind = advice.main.after.replayed, "unseen " * advice.settings["held_out"]
     assert replayed is not None
     traffic, units = replayed.traffic, advice.units

@@ -1,4 +1,4 @@
-"""``moetuner compare``: several methods on the same traffic, judged on what they have not seen."""
+"""``moetuner compare``: several methods on the same traffic, judged on unseen traffic."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moetuner.cli import options, work
 from moetuner.cli.options import JUDGING, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import load_placement
-from moetuner.cli.options.pages import Pages, origin_of
+from moetuner.cli.options.pages import Pages, make_origin
 from moetuner.cli.options.serving import ComparedOptions, settings_for_json
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output
@@ -47,14 +47,14 @@ from moetuner.serving import Serving
 from moetuner.solver import ALIASES, METHODS, Result
 
 DEFAULT_METHODS = "contiguous,lpt,eplb,paper,joint"
-# What runs where nobody says it, and the name of a placement that does.
+# The placement that runs if no option names one, and the row of one that an option names.
 BLOCKS, RUNNING = "contiguous", "running"
-# Seconds of the paper's method where nobody limits it: its integer programmes can take minutes. All
-# other methods bound their own work, and a limit would change what they search.
+# Seconds for the paper's method without --time-limit: its integer programmes can take minutes. All
+# other methods bound their own work, and a limit would change their results.
 PAPER_SECONDS = 30.0
 
 
-# What the page's figures are of.
+# The traffic of the page's figures.
 UNSEEN = "Unseen traffic of the first split."
 SEEN = "The traffic that the placements were computed from, which flatters them."
 
@@ -120,7 +120,7 @@ def command(
     """
     if not holdout:
         source, _ = wanted.resolve(source, machine.topology())
-    methods, over = _baseline(baseline, methods, initial_file)
+    methods, baseline = _choose_baseline(baseline, methods, initial_file)
     _check_splits(splits, holdout)
     initial = None
     if initial_file is not None:
@@ -137,33 +137,29 @@ def command(
     first = split(0)
     problem = first.problem
     output.say(source.describe(), *wanted.explain_problem(problem))
-    unseen = counted(first.unseen.length, f"unseen {first.unseen.unit}")
-    output.say(
-        f"{counted(problem.slots, 'slot')} on each device, for "
-        f"{Made.for_problem(problem).describe()}; judged on "
-        f"{unseen if holdout else 'the same traffic'}.",
-        "",
-    )
-    tries = _run(
+    output.say(first.describe(held_out=holdout > 0), "")
+    outcomes_by_split = _run(
         lambda number: (split(number) if number else first).outcomes(methods, source.threads),
         splits or (SPLITS if holdout else 1),
         output,
     )
-    outcomes = tries[0]
-    rival = outcomes.get(over, next(iter(outcomes.values())))
+    outcomes = outcomes_by_split[0]
+    rival = outcomes.get(baseline, next(iter(outcomes.values())))
     best = _show(output, list(outcomes.values()), rival, held_out=holdout > 0)
     compared_with = rival if rival is not best else next(iter(outcomes.values()))
-    judged = _judge(tries, over, source.traffic)
-    by_windows = {tokens: _gains(tries, over, judged, tokens) for tokens in best.phases}
+    judged = _judge(outcomes_by_split, baseline, source.traffic)
+    by_windows = {
+        tokens: _gains(outcomes_by_split, baseline, judged, tokens) for tokens in best.phases
+    }
     for tokens, gains in by_windows.items():
-        _show_gains(output, gains, over, best, tokens, held_out=holdout > 0)
+        _show_gains(output, gains, baseline, best, tokens, held_out=holdout > 0)
     settings = settings_for_json(problem) | {
         **asdict(search),
         "window": source.counted,
         "threads": source.threads,
         "holdout": holdout,
-        "splits": len(tries),
-        "baseline": over,
+        "splits": len(outcomes_by_split),
+        "baseline": baseline,
         "initial": None if initial_file is None else str(initial_file),
         "waterfill": wanted.given.get("waterfill"),
     }
@@ -171,29 +167,28 @@ def command(
     contents = {"input": source.facts(), "settings": settings, "methods": facts}
 
     def page() -> PageData:
-        return make_outcome_data(
-            judge_outcome(compared_with, best, source.traffic, source.replayed, by_group=True),
-            best,
-            origin_of(source),
-            contents,
-            traffic=UNSEEN if holdout else SEEN,
+        judgement = judge_outcome(
+            compared_with, best, source.traffic, source.replayed, by_group=True
         )
+        traffic = UNSEEN if holdout else SEEN
+        return make_outcome_data(judgement, best, make_origin(source), contents, traffic=traffic)
 
     pages.write(output, page)
     output.finish(contents)
 
 
 def _show(output: Output, rows: list[Outcome], rival: Outcome, *, held_out: bool) -> Outcome:
-    """Print a row for every method, and what the best of them comes to, which is returned."""
+    """Print a row for every method and the worth of the best one; return the best one."""
     problem = rival.problem
     cells = [outcome.row() for outcome in rows]
     output.table(*with_values(head(problem, held_out=held_out), cells, unlike=True))
     output.tell(*find_remarks(rows, problem))
     solved = [row for row in rows if row.result.method != RUNNING] or rows
     best = min(solved, key=lambda outcome: (outcome.breaks_rules, outcome.result.objective))
-    for found in find_worth(best, held_out=held_out):
-        output.tell(replace(found, about=best.result.method))
-    output.tell(*(each for row in solved for each in find_slower(row, rival, name=True)))
+    for finding in find_worth(best, held_out=held_out):
+        output.tell(replace(finding, about=best.result.method))
+    for outcome in solved:
+        output.tell(*find_slower(outcome, rival, name=True))
     return best
 
 
@@ -205,26 +200,26 @@ def _check_splits(splits: int | None, holdout: float) -> None:
         )
 
 
-def _baseline(
+def _choose_baseline(
     baseline: str | None, methods: tuple[str, ...], initial: Path | None
 ) -> tuple[tuple[str, ...], str]:
-    """Return the rows of the table, what runs among them, and which one others are compared to."""
+    """Return the methods of the table, with the running placement, and the baseline's name."""
     running = RUNNING if initial is not None else BLOCKS
     if running not in methods and (baseline is None or initial is not None):
         methods = (running, *methods)
-    over = running if baseline is None else ALIASES.get(baseline, baseline)
-    if over not in methods:
+    name = running if baseline is None else ALIASES.get(baseline, baseline)
+    if name not in methods:
         raise click.BadParameter(
-            f"must be one of the methods {','.join(methods)}, got {over!r:.40}"
-            + suggestion(over, methods),
+            f"must be one of the methods {','.join(methods)}, got {name!r:.40}"
+            + suggestion(name, methods),
             param_hint="'--baseline'",
         )
-    return methods, over
+    return methods, name
 
 
 @dataclass(frozen=True)
 class Split:
-    """The problem of what one split shows, the traffic that it is judged on, and what runs."""
+    """One split: the problem of its seen part, its unseen traffic, and the running placement."""
 
     number: int
     problem: Problem
@@ -233,8 +228,18 @@ class Split:
     initial: Placement | None
     serving: Serving
 
-    def _runs(self, method: str) -> Placement | None:
-        """Return the placement of a row that runs already; None if it has to be solved."""
+    def describe(self, *, held_out: bool) -> str:
+        """Write the slots, what they are computed for, and the traffic to judge on."""
+        judged_on = "the same traffic"
+        if held_out:
+            judged_on = counted(self.unseen.length, f"unseen {self.unseen.unit}")
+        return (
+            f"{counted(self.problem.slots, 'slot')} on each device, for "
+            f"{Made.for_problem(self.problem).describe()}; judged on {judged_on}."
+        )
+
+    def _find_running(self, method: str) -> Placement | None:
+        """Return the running placement of a row; None if the row has to be solved."""
         problem = self.problem
         if method == BLOCKS and problem.fill_slots and problem.may_copy:
             # Nobody runs copies before there is a placement: those fill a proposal's slots.
@@ -242,11 +247,11 @@ class Split:
         return self.initial if method == RUNNING else None
 
     def outcomes(self, methods: Sequence[str], threads: int | None) -> dict[str, Outcome]:
-        """Solve with every method, until one is interrupted, and judge on the rest."""
+        """Solve with every method, until one is interrupted, and evaluate on the unseen traffic."""
         results: list[Result] = []
         for place, method in enumerate(methods, 1):
-            if (runs := self._runs(method)) is not None:
-                results.append(make_running_result(self.problem, runs, method))
+            if (running := self._find_running(method)) is not None:
+                results.append(make_running_result(self.problem, running, method))
                 continue
             where = f"{place} of {len(methods)}, split {self.number + 1}"
             arguments = asdict(self.search)
@@ -263,7 +268,7 @@ class Split:
 def _run(
     solve: Callable[[int], dict[str, Outcome]], splits: int, output: Output
 ) -> list[dict[str, Outcome]]:
-    """Try all methods on so many splits, or until somebody interrupts."""
+    """Solve with all methods on each split, or until Ctrl-C; return outcomes by split."""
     done = [solve(0)]
     # Only the first split shows the best so far: gains are of whole splits.
     is_whole = list(done[0].values())[-1].result.status != "interrupted"
@@ -281,9 +286,9 @@ def _facts(
 ) -> dict[str, Any]:
     """Return an outcome as JSON values, with its gains by window."""
     gains = [
-        {"window": tokens, **_gain_facts(each[method])}
-        for tokens, each in by_windows.items()
-        if method in each
+        {"window": tokens, **_gain_facts(gains_of_methods[method])}
+        for tokens, gains_of_methods in by_windows.items()
+        if method in gains_of_methods
     ]
     first = next(iter(by_windows.values())).get(method)
     gain = None if first is None else _gain_facts(first)
@@ -291,42 +296,42 @@ def _facts(
 
 
 def _gain_facts(gain: Comparison) -> dict[str, Any]:
-    """Return the first split's gain as JSON values, with those of all splits, and their mean."""
+    """Return the first split's gain as JSON values, with the gains of all splits and their mean."""
     return gain.to_dict() | {"mean": sum(gain.splits) / len(gain.splits)}
 
 
 def _judge(
-    splits: list[dict[str, Outcome]], over: str, recording: Recording
+    splits: list[dict[str, Outcome]], baseline: str, recording: Recording
 ) -> dict[str, dict[int | None, Judgement]]:
-    """Judge all methods of the first split beside one, in the objective's figure, by window."""
+    """Judge all methods of the first split against one, in the objective's figure, by window."""
     outcomes = splits[0]
-    first = outcomes.get(over)
+    first = outcomes.get(baseline)
     if first is None or getattr(first.evaluation, first.worth.figure) is None:
         return {}
     return {
         name: judge_outcomes(first, outcome, recording)
         for name, outcome in outcomes.items()
-        if name != over
+        if name != baseline
     }
 
 
 def _gains(
     splits: list[dict[str, Outcome]],
-    over: str,
+    baseline: str,
     judged: dict[str, dict[int | None, Judgement]],
     window: int | None,
 ) -> dict[str, Comparison]:
-    """Return the gains of all methods in windows of so many tokens, with those of all splits.
+    """Return the gains of all methods in windows of one size, with the gains of all splits.
 
-    Splits count where all methods ran.
+    Splits in which a method did not run do not count.
     """
     complete = [split for split in splits if list(split) == list(splits[0])]
     gains = {}
     for method, by_window in judged.items():
         pairs = [
-            (split[over].phases[window], split[method].phases[window])
+            (split[baseline].phases[window], split[method].phases[window])
             for split in complete
-            if window in split[over].phases
+            if window in split[baseline].phases
         ]
         gains[method] = with_splits(by_window[window].gain, pairs)
     return gains
@@ -335,27 +340,29 @@ def _gains(
 def _show_gains(
     output: Output,
     gains: dict[str, Comparison],
-    over: str,
+    baseline: str,
     best: Outcome,
     tokens: int | None,
     *,
     held_out: bool,
 ) -> None:
-    """Print the table, and the sentence of the method that is best by what it saw."""
+    """Print the table of gains, and the gain of the method with the best objective."""
     if not gains:
         return
     number = len(next(iter(gains.values())).splits)
-    columns, rows = ["gain", "95 %"], []
+    columns = [f"gain over {baseline}", "gain", "95 %"]
+    rows = [
+        [method, signed(gain.gain), span(gain.low, gain.high)] for method, gain in gains.items()
+    ]
     if number > 1:
         columns.append(f"{number} splits")
-    for method, gain in gains.items():
-        cells = (signed(gain.gain), span(gain.low, gain.high))
-        rows.append((method, *cells, *[span(min(gain.splits), max(gain.splits))] * (number > 1)))
+        for row, gain in zip(rows, gains.values(), strict=True):
+            row.append(span(min(gain.splits), max(gain.splits)))
     output.say("")
-    output.table(*with_values((f"gain over {over}", *columns), rows))
+    output.table(*with_values(columns, rows))
     window = window_to_name(tokens, best)
-    found = Finding("no smaller objective", {"window": window, "over": over})
+    finding = Finding("no smaller objective", {"window": window, "over": baseline})
     if best.result.method in gains:
-        part: Literal["unseen", "seen"] = "unseen" if held_out else "seen"
-        found = find_gain(gains[best.result.method], window, part)
-    output.tell(found)
+        traffic: Literal["unseen", "seen"] = "unseen" if held_out else "seen"
+        finding = find_gain(gains[best.result.method], window, traffic)
+    output.tell(finding)

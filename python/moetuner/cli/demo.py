@@ -18,6 +18,7 @@ from moetuner.files.cells import percent
 from moetuner.formats import eplb
 from moetuner.formats.hints import Hints
 from moetuner.problem import TRAFFIC_CAP, Problem
+from moetuner.report.outcome import Outcome
 from moetuner.report.structure import Structure, structure
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
@@ -56,17 +57,39 @@ def command(
     trace = RoutingTrace.load(files[0])
     with working("looking for structure"):
         measured = structure(trace, DEVICES, max_imbalance=TRAFFIC_CAP, threads=threads)
-    output.say(_introduction(trace, measured))
+    output.say(_introduce(trace, measured))
 
+    outcomes = _compare_methods(source, trace, output)
+    best = outcomes["joint"].result.placement
+    best.save(files[1])
+    eplb.write_map(best, files[2], Hints())
+    output.say(
+        "",
+        f"Wrote placement.json, eplb.npz and trace.safetensors into {directory}/",
+        "",
+        "Today's engines send every token back after each layer (regime dispatch). Is a better",
+        "placement worth it there? For this trace, or a recording of your own model:",
+        "",
+        f"  moetuner advise {files[0]} --devices {DEVICES}",
+    )
+    methods = {method: outcome.to_dict() for method, outcome in outcomes.items()}
+    output.finish({"input": source.facts(), "structure": measured.to_dict(), "methods": methods})
+    if not output.is_json:
+        _advise(files[0], threads, output)
+
+
+def _compare_methods(source: Source, trace: RoutingTrace, output: Output) -> dict[str, Outcome]:
+    """Solve with all methods on half of a trace; print and return the outcomes on the other."""
     seen, unseen = hold_out(trace, 0.5)
     # The paper's regime, as its method is among those shown.
     problem = Problem(
         source.count(seen), Topology(DEVICES), regime="follow", max_imbalance=TRAFFIC_CAP
     )
     results = [
-        work.solve(problem, method, seed=0, threads=threads).uninterrupted() for method in METHODS
+        work.solve(problem, method, seed=0, threads=source.threads).uninterrupted()
+        for method in METHODS
     ]
-    replayed = work.replay(results, problem, problem.serving, unseen, threads=threads)
+    replayed = work.replay(results, problem, problem.serving, unseen, threads=source.threads)
     outcomes = dict(zip(METHODS, replayed, strict=True))
     output.say(
         f"Placements on {DEVICES} devices, computed from half of the texts, judged on the other.",
@@ -85,31 +108,21 @@ def command(
             for name, outcome in outcomes.items()
         ],
     )
-    best = outcomes["joint"].result.placement
-    best.save(files[1])
-    eplb.write_map(best, files[2], Hints())
-    output.say(
-        "",
-        f"Wrote placement.json, eplb.npz and trace.safetensors into {directory}/",
-        "",
-        "Today's engines send every token back after each layer (regime dispatch). Is a better",
-        "placement worth it there? For this trace, or a recording of your own model:",
-        "",
-        f"  moetuner advise {files[0]} --devices {DEVICES}",
-    )
-    methods = {method: outcome.to_dict() for method, outcome in outcomes.items()}
-    output.finish({"input": source.facts(), "structure": measured.to_dict(), "methods": methods})
-    if not output.is_json:
-        words = [str(files[0]), "--devices", str(DEVICES)]
-        words += [] if threads is None else ["--threads", str(threads)]
-        words += ["--quiet"] if output.quiet else []
-        menu = click.get_current_context().find_root().command
-        menu.main(["advise", *words], standalone_mode=False)
+    return outcomes
 
 
-def _introduction(trace: RoutingTrace, measured: Structure) -> str:
-    """Write what the trace is, and what is in it."""
-    far = max(measured.group_distance, key=lambda name: measured.group_distance[name])
+def _advise(trace_file: Path, threads: int | None, output: Output) -> None:
+    """Run "moetuner advise" on a trace."""
+    arguments = [str(trace_file), "--devices", str(DEVICES)]
+    arguments += [] if threads is None else ["--threads", str(threads)]
+    arguments += ["--quiet"] if output.quiet else []
+    menu = click.get_current_context().find_root().command
+    menu.main(["advise", *arguments], standalone_mode=False)
+
+
+def _introduce(trace: RoutingTrace, measured: Structure) -> str:
+    """Write the trace's sizes, skew, groups and structure."""
+    farthest = max(measured.group_distance, key=lambda name: measured.group_distance[name])
     assert measured.crossing is not None
     assert measured.crossing_independent is not None
     return (
@@ -118,8 +131,8 @@ def _introduction(trace: RoutingTrace, measured: Structure) -> str:
         f"tokens of {', '.join(trace.group_names)}; its routing was recorded.\n"
         "\n"
         f"Skew       a layer's busiest expert gets up to {max(measured.skew):.1f} x the mean load\n"
-        f"Groups     {far} sends {percent(measured.group_distance[far])} of its tokens to other "
-        "experts than the mix\n"
+        f"Groups     {farthest} sends {percent(measured.group_distance[farthest])} of its "
+        "tokens to other experts than the mix\n"
         f"Structure  a placement reaches crossing {measured.crossing:.3f}; it would be "
         f"{measured.crossing_independent:.3f} if layers routed independently\n"
     )

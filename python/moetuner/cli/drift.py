@@ -1,4 +1,4 @@
-"""``moetuner drift``: whether traffic has left the profile that a placement was computed from."""
+"""``moetuner drift``: whether traffic still fits the profile that a placement was computed from."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.placed import Placed, read_hints
 from moetuner.cli.options.serving import ServingOptions
 from moetuner.cli.options.traffic import Source
-from moetuner.cli.output import Output, shares, working
-from moetuner.cli.recipes import to_solve_again
+from moetuner.cli.output import Output, show_shares, working
+from moetuner.cli.recipes import make_recipe_to_solve
 from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.options import ReplayOptions
@@ -72,12 +72,12 @@ def command(
     """
     source = source.with_hints(read_hints(placement_file))
     placed = Placed.read(placement_file, source, machine, serving)
-    files = profile_files or _named(placed.made, placement_file, *source.input_files)
-    # Groups that were placed for are the profile's; an option chooses among those of INPUT alone.
+    files = profile_files or _find_profile(placed.made, placement_file, *source.input_files)
+    # The profile has the groups of the placement; --only chooses among those of INPUT.
     only = placed.made.input.only or ()
     if profile_files and not source.only:  # a file of these groups alone, perhaps
         only = ()
-    # The groups of INPUT are no groups of the profile, whose own the placement remembers.
+    # --group-by names groups of INPUT; the placement remembers those of the profile.
     names = FILES if source.group_by == FILES else None
     profile = replace(placed.source, input_files=files, only=only, group_by=names)
     profile = profile.as_placed(placed.made, placement_file)
@@ -87,21 +87,23 @@ def command(
     with working("comparing the expert shares") as report:
         # Counts as recorded: fewer of them would be less evidence.
         recorded = (profile.recorded, source.recorded)
-        drifted = measuring.drift(*recorded, seed=seed, progress=shares(report, "", then="shares"))
-    # A placement is flattered by what it was computed from: what was held out is not that.
-    unseen, _, part = on_profile.judged
+        drifted = measuring.drift(
+            *recorded, seed=seed, progress=show_shares(report, "", then="shares")
+        )
+    # The part that was held out does not flatter the placement, as the rest of its profile does.
+    unseen, _, part_facts = on_profile.judged
     placement = placed.placement
     with working("replaying") as report:
         now = placed.source, placed.source.traffic
-        progress = shares(report, "of the tokens", then="figures")
-        rows = _replayed(placement, placed.serving, source.window, (profile, unseen), now, progress)
+        progress = show_shares(report, "of the tokens", then="figures")
+        rows = _replay(placement, placed.serving, source.window, (profile, unseen), now, progress)
     worst = max(rows, key=lambda row: row["change"])
     output.say(
         f"profile: {profile.describe()}", f"now: {placed.source.describe()}", *placed.differences()
     )
     if profile.missing_names is not None:
         output.say(f"Warning: {on_profile.names_warning}")
-    if part["is_seen"] is False and "holdout" not in part:
+    if part_facts["is_seen"] is False and "holdout" not in part_facts:
         output.tell(Finding("another profile", role="warning"))
     _show(output, placement_file, drifted, rows)
     output.tell(*find_times_of(placed.serving, source.traffic))
@@ -109,7 +111,7 @@ def command(
     headline = measuring.conclude_drift(drifted, worst)
     answer = headline.forces
     output.verdict(headline)
-    again = to_solve_again(placement_file, placed, machine, worst["window"]).command
+    again = make_recipe_to_solve(placement_file, placed, machine, worst["window"]).command
     if answer == "worse":
         output.say(f"  {again}")
     is_worse = fail_if_worse is not None and 100 * worst["change"] > fail_if_worse
@@ -142,7 +144,7 @@ def _show(
     output.table(head, cells)
 
 
-def _replayed(
+def _replay(
     placement: Placement,
     serving: Serving,
     window: int | None,
@@ -150,40 +152,42 @@ def _replayed(
     after: tuple[Source, Recording],
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Return figures of a placement on two recordings, by window, and how much worse they got."""
-    tokens = [part.tokens for _, part in (before, after) if isinstance(part, RoutingTrace)]
+    """Return a placement's figures on two recordings, and their change, by size of window."""
+    recordings = (before[1], after[1])
+    tokens = [traffic.tokens for traffic in recordings if isinstance(traffic, RoutingTrace)]
     first, windows = after[0].replayed, list[int | None]([None])
     if len(tokens) == 2 and first is not None:
-        # Windows are of as many tokens on both sides: a short recording is one window by itself.
+        # Both sides have windows of one size: a short recording is one window.
         windows = [min(first, *tokens)]
-        # If no window is given, those of prefill too, as long as both sides have four.
+        # Without --window, windows of prefill are compared too, if both sides have four of them.
         longer = min(WINDOWS[-1], min(tokens) // LEAST_WINDOWS)
         if window is None and longer >= LEAST_WINDOWS * first:
             windows.append(longer)
-    # Windows of counts may be as long as they were recorded, and so are their times.
-    measure = SHOWN[before[0].counted == after[0].counted is not None]
+    # Recorded windows of different sizes have different times, so only their imbalance is compared.
+    have_one_size = before[0].counted == after[0].counted is not None
+    measure = "predicted_layer_us" if have_one_size else "imbalance"
     rows, done, passes = [], 0, 2 * len(windows)
     for window in windows:
         row: dict[str, Any] = {"window": window, "measure": measure}
-        for name, (source, part) in (("profile", before), ("now", after)):
+        for name, (source, traffic) in (("profile", before), ("now", after)):
             replayed = window if window is not None else source.replayed
             served = replace(serving, window=replayed)
             options = ReplayOptions(threads=source.threads)
-            own_progress = scale_progress(progress, done / passes, (done + 1) / passes)
-            [[figures]] = evaluate_each([placement], part, [served], options, progress=own_progress)
+            report = scale_progress(progress, done / passes, (done + 1) / passes)
+            [[figures]] = evaluate_each([placement], traffic, [served], options, progress=report)
             done += 1
-            row[name] = {measure: getattr(figures, measure) for measure in SHOWN}
+            row[name] = {shown: getattr(figures, shown) for shown in SHOWN}
         old, new = row["profile"][measure], row["now"][measure]
         rows.append(row | {"change": new / old - 1 if old else 0.0})
     return rows
 
 
-def _named(made: Made, *beside: Path) -> tuple[Path, ...]:
-    """Return the files that a placement names as its input, here or beside others."""
+def _find_profile(made: Made, *neighbours: Path) -> tuple[Path, ...]:
+    """Find the files that a placement names as its input, here or in the folders of neighbours."""
     names = made.input.files or ()
-    for folder in (Path(), *(path.parent for path in beside)):
-        for places in (names, [Path(name).name for name in names]):
-            files = tuple(folder / place for place in places)
+    for folder in (Path(), *(path.parent for path in neighbours)):
+        for paths in (names, [Path(name).name for name in names]):
+            files = tuple(folder / path for path in paths)
             if files and all(path.exists() for path in files):
                 return files
     where = f" ({', '.join(names)} is not here)" if names else ""

@@ -14,7 +14,7 @@ from moetuner.cli.options.figures import FigureOptions
 from moetuner.cli.options.gates import TIME, Gates
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import baseline_option, is_start
-from moetuner.cli.options.pages import Pages, origin_of
+from moetuner.cli.options.pages import Pages, make_origin
 from moetuner.cli.options.placed import Placed
 from moetuner.cli.options.serving import JudgedOptions
 from moetuner.cli.options.traffic import Source
@@ -33,9 +33,9 @@ from moetuner.report.page.data import PageData, make_judgement_data
 
 # Exit status where a limit is exceeded.
 FAILED = 3
-# Groups that a line names; the tables have all.
+# Most groups that a line names; the tables have all.
 NAMED = 8
-# What is printed, and what JSON holds: all, or the part that a former command had.
+# Sections that are printed and in JSON: all, or those of a former command.
 ALL, GROUPS, PAGE = "all", "groups", "page"
 # Times have a table of their own.
 TIMES = [name for name, figure in FIGURES.items() if figure.unit == US]
@@ -117,7 +117,8 @@ def command(
         output.say("")
         _show_figures(output, placed, judgement.after, replayed.mixed_seed)
     if by_group:
-        output.say(*[""] * (sections == ALL))
+        if sections == ALL:
+            output.say("")
         _show_groups(output, judgement)
         if sections == GROUPS:
             output.tell(*find_times_of(placed.serving, traffic))
@@ -126,10 +127,10 @@ def command(
     failures = [*gates.failures(judgement)]
     output.say(*failures)
     files = {"placement": str(placement_file), "baseline": baseline}
-    of_page = _page_contents(placed, judgement, files) if pages.wanted else {}
-    pages.write(output, lambda: _page(placed, judgement, of_page, expert_bytes))
+    page_contents = _page_contents(placed, judgement, files) if pages.wanted else {}
+    pages.write(output, lambda: _make_page(placed, judgement, page_contents, expert_bytes))
     if sections == PAGE:
-        contents = of_page
+        contents = page_contents
     elif sections == GROUPS:
         contents = _groups_contents(placed, judgement, files, gates) | {"failed": bool(failures)}
     else:
@@ -146,7 +147,7 @@ def command(
 def _groups_contents(
     placed: Placed, judgement: Judgement, files: dict[str, Any], gates: Gates
 ) -> dict[str, Any]:
-    """Return what changes for all traffic and for groups, as JSON."""
+    """Return the changes of all traffic and of groups, as JSON."""
     settings = gates.facts()
     del settings["fail_if_gain_below"]
     contents = placed.contents(**settings, waterfill=placed.serving.waterfill)
@@ -155,7 +156,7 @@ def _groups_contents(
 
 
 def _page_contents(placed: Placed, judgement: Judgement, files: dict[str, Any]) -> dict[str, Any]:
-    """Return what a page carries, as JSON: both placements, and what changes."""
+    """Return the JSON of a page: the evaluations of both placements, and their judgement."""
     assert placed.serving.cost_model is not None
     contents = placed.contents(**files, cost_model=placed.serving.cost_model.name)
     contents |= as_json({"running": judgement.before, "proposed": judgement.after})
@@ -163,14 +164,14 @@ def _page_contents(placed: Placed, judgement: Judgement, files: dict[str, Any]) 
     return contents | {"audit": groups, "gain": judgement.gain.to_dict()}
 
 
-def _page(
+def _make_page(
     placed: Placed, judgement: Judgement, contents: dict[str, Any], expert_bytes: float | None
 ) -> PageData:
-    """Return what the page shows."""
+    """Return the data of the page."""
     assert placed.serving.cost_model is not None
     return make_judgement_data(
         judgement,
-        origin_of(placed.source),
+        make_origin(placed.source),
         contents,
         traffic=placed.judged[1],
         token_bytes=placed.serving.cost_model.token_bytes,
@@ -179,7 +180,7 @@ def _page(
 
 
 def _heading(placed: Placed) -> str:
-    """Write sizes of the placement, devices that are lost, and windows."""
+    """Write the placement's sizes, the lost devices and the size of windows."""
     placement, window = placed.placement, placed.source.counted
     windows = f", windows of {window:,} tokens" if window else ""
     missing = f" (without {', '.join(map(str, placed.lost))})" if placed.lost else ""
@@ -190,7 +191,7 @@ def _heading(placed: Placed) -> str:
 
 
 def _show_figures(output: Output, placed: Placed, evaluation: Evaluation, mixed_seed: int) -> None:
-    """Print figures of all traffic and of its groups, times and what else is known."""
+    """Print the figures of all traffic and of its groups, times, losses and busiest ports."""
     traffic = placed.judged[0]
     _table(output, "traffic", OTHERS, evaluation)
     together = count_on_one_device(evaluation, placed.placement.devices)
@@ -200,15 +201,16 @@ def _show_figures(output: Output, placed: Placed, evaluation: Evaluation, mixed_
     output.say("")
     _table(output, "layer, us", TIMES, evaluation)
     output.tell(*find_times_of(placed.serving, traffic))
-    last = [Finding("losses", {"losses": each}) for each in evaluation.losses.values()]
+    findings = [Finding("losses", {"losses": losses}) for losses in evaluation.losses.values()]
     for regime, ports in evaluation.busiest_port.items():
-        last.append(Finding("busiest ports", {"regime": regime, **ports}))
-    output.say(*[""] * bool(last))
-    output.tell(*last)
+        findings.append(Finding("busiest ports", {"regime": regime, **ports}))
+    if findings:
+        output.say("")
+        output.tell(*findings)
 
 
 def _find_mixed(traffic: Recording, seed: int) -> Finding:
-    """Return what a mixed window is made of: other numbers of sequences are other figures."""
+    """Return how a mixed window is made: figures depend on the number of its sequences."""
     if not traffic.ordered:
         windows = min(traffic.length, WINDOWS_MIXED)
         return Finding("mixed windows", {"windows": windows, "seed": seed})
@@ -220,23 +222,23 @@ def _find_mixed(traffic: Recording, seed: int) -> Finding:
 
 
 def _table(output: Output, title: str, names: list[str], evaluation: Evaluation) -> None:
-    """Print figures that are known of all traffic or of a group; times begin with their mean."""
+    """Print the figures that all traffic or a group has; times begin with their mean."""
     rows = {"all": evaluation, **evaluation.by_group}
-    known = [
+    columns = [
         name
         for name in names
         if any(getattr(figures, name) is not None for figures in rows.values())
     ]
-    head = ["mean" if name == TIMES[0] else FIGURES[name].column for name in known]
+    head = ["mean" if name == TIMES[0] else FIGURES[name].column for name in columns]
     cells = [
-        (group, *(FIGURES[name].text(getattr(figures, name)) for name in known))
+        (group, *(FIGURES[name].text(getattr(figures, name)) for name in columns))
         for group, figures in rows.items()
     ]
     output.table((title, *head), cells)
 
 
 def _show_groups(output: Output, judgement: Judgement) -> None:
-    """Print a table of every measure, with the change of all traffic and of every group."""
+    """Print a table per measure, with the change of all traffic and of every group."""
     assert judgement.units is not None
     kind, length = judgement.units.name, judgement.units.blocks.correlation_length
     in_blocks = length > 1
@@ -262,7 +264,7 @@ def _show_groups(output: Output, judgement: Judgement) -> None:
 
 
 def _all_traffic(judgement: Judgement) -> str:
-    """Write what all traffic gains."""
+    """Write the gain of all traffic."""
     if judgement.gain.before:
         return f"All traffic: {judgement.gain.sentence}"
     label = FIGURES[judgement.measure].label
@@ -270,23 +272,23 @@ def _all_traffic(judgement: Judgement) -> str:
 
 
 def _summary(judgement: Judgement) -> Iterator[str]:
-    """Write which groups got worse or gained less."""
+    """Write the groups that got worse or gained less, by measure."""
     worse = judgement.worse()
-    for line, findings in (
+    for line, changes in (
         (
             "worse in {}, beyond chance",
-            [(each, each.change) for each in worse],
+            [(row, row.change) for row in worse],
         ),
         (
             "behind the group that gains most in {}",
-            [(each, each.behind) for each in judgement.behind()],
+            [(row, row.behind) for row in judgement.behind()],
         ),
     ):
         for measure in judgement.whole:
             groups = [
-                f"{_texts.name(each.group)} {signed(None if change is None else change.value)}"
-                for each, change in findings
-                if each.measure == measure
+                f"{_texts.name(row.group)} {signed(None if change is None else change.value)}"
+                for row, change in changes
+                if row.measure == measure
             ]
             if groups:
                 yield f"{line.format(FIGURES[measure].label)}: {listed(groups, NAMED)}"
@@ -295,14 +297,14 @@ def _summary(judgement: Judgement) -> Iterator[str]:
 
 
 def _advice(judgement: Judgement, judged: tuple[str, ...]) -> Iterator[str]:
-    """Write what to do about groups that got worse, or could not be judged."""
+    """Write what to do about groups that got worse or could not be judged."""
     assert judgement.units is not None
     kind, (against, placed) = judgement.units.name, judgement.gain.names
     too_few = [f"{group} ({units})" for group, units in judgement.too_few.items()]
     if too_few:
         yield f"too few {kind}s to judge (below {FEWEST}): {listed(too_few, NAMED)}"
     worse = judgement.worse(measures=judged)
-    if worse and {each.group for each in worse} >= judgement.groups.keys():
+    if worse and {row.group for row in worse} >= judgement.groups.keys():
         low = judgement.gain.low
         if judgement.groups and low is not None and low > 0:
             yield (

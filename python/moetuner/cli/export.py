@@ -1,4 +1,4 @@
-"""``moetuner export``: a placement in the format of whoever serves the model."""
+"""``moetuner export``: write a placement in the format of an engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import show_pairs
-from moetuner.cli.options.placed import made_of, read_any
+from moetuner.cli.options.placed import read_any, read_made
 from moetuner.cli.output import Output, working
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation.samples import hold_out
@@ -29,17 +29,17 @@ from moetuner.files.cells import percent
 from moetuner.formats import (
     WRITERS,
     Writer,
-    cautions,
-    form_of,
+    find_form,
+    find_readers,
+    list_cautions,
     open_input,
     read_map,
     read_placement,
-    readers_of,
     write_placement,
 )
 from moetuner.formats.hints import Hints
-from moetuner.formats.ktransformers import choose, write_chosen
-from moetuner.formats.layout import check_placement, faults
+from moetuner.formats.ktransformers import choose_gpu_experts, write_chosen
+from moetuner.formats.layout import check_placement, find_faults
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem.made import Made
 from moetuner.recording import Recording
@@ -58,7 +58,7 @@ FORMS = "\n\n".join(
 
 @dataclass(frozen=True)
 class OnGpu:
-    """How many experts a GPU holds where it cannot hold all, for ktransformers.
+    """The number of experts on a GPU that cannot hold all, for ktransformers.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ class OnGpu:
     expert_bytes: float | None = option(options.Number(min=0, min_open=True), "BYTES")
 
     def per_layer(self, traffic: Recording) -> int:
-        """Return how many experts of a layer are on the GPU."""
+        """Return the number of experts on the GPU, on average over layers."""
         if (self.gpu_experts is None) == (self.gpu_bytes is None):
             raise click.UsageError("'--to ktransformers' needs '--gpu-experts' or '--gpu-bytes'.")
         if self.gpu_bytes is None:
@@ -99,14 +99,14 @@ class OnGpu:
 
 
 class FormChoice(click.Choice[str]):
-    """A form of a map; of an engine that loads none it says what takes the placement there."""
+    """A format of a map; the error for an engine without one says how it gets the placement."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the name of a form."""
+        """Return the name of a format."""
         engine = ENGINES.get(str(value).lower())
         if engine is not None and value not in self.choices:
             serve = engine.serve.partition(" ")[0]
-            # No other form is meant, so none is named.
+            # The user means this engine, so no other format is suggested.
             raise click.UsageError(
                 f"'--to {value}': {engine.title} loads no map, so nothing is to export: its plugin "
                 f"serves moetuner's own placement ({serve}, docs/engines/plugins.md)."
@@ -175,7 +175,7 @@ def command(
         _write_chosen(placement_file, on_gpu, layer_hints, out_file, output)
         return
     placement = read_any(placement_file, machine, layer_hints)
-    made = made_of(placement_file, placement)
+    made = read_made(placement_file, placement)
     output.say(*_differences(made, WRITERS[form].engine if form in WRITERS else form))
     contents: dict[str, Any] = {"placement": str(placement_file), "format": form}
     contents["out"] = str(out_file)
@@ -209,7 +209,7 @@ def command(
 
 
 def _how_to_serve(placement: Placement, made: Made, writer: Writer | None) -> Iterator[str]:
-    """Write what the engine of a map needs to serve it: a split of its tokens, and no balancer."""
+    """Write the settings with which the engine of a map serves it."""
     engine = ENGINES.get((writer and writer.engine) or "")
     if engine is None:
         return
@@ -223,24 +223,26 @@ def _how_to_serve(placement: Placement, made: Made, writer: Writer | None) -> It
 def _write_chosen(
     path: Path, on_gpu: OnGpu, layer_hints: options.FileHints, out_file: Path, output: Output
 ) -> None:
-    """Write which experts of recorded traffic a GPU holds; print what share of it they take."""
+    """Write the experts that a GPU holds; print the share of recorded choices that they take."""
     traffic = open_input(path, **layer_hints.hints)
-    output.say(recording.describe([path], traffic), *cautions(readers_of([path])))
+    output.say(recording.describe([path], traffic), *list_cautions(find_readers([path])))
     count = on_gpu.per_layer(traffic)
-    chosen = choose(_load(traffic), count, each_layer=on_gpu.each_layer)
+    chosen = choose_gpu_experts(_load(traffic), count, each_layer=on_gpu.each_layer)
     layers = chosen.sum(axis=1)
     contents = {"input": str(path), "format": KTRANSFORMERS, "out": str(out_file)}
     shares = {"share": _share(chosen, traffic), "unseen_share": None}
-    took = f"they take {percent(shares['share'])} of the choices of INPUT, which chose them"
-    with contextlib.suppress(ArgumentError):  # of one token or window no part is held out
+    sentence = f"they take {percent(shares['share'])} of the choices of INPUT, which chose them"
+    with contextlib.suppress(ArgumentError):  # one token or window cannot be divided
         seen, unseen = hold_out(traffic.without_pairs())
-        by_half = choose(_load(seen), count, each_layer=on_gpu.each_layer)
-        shares["unseen_share"] = _share(by_half, unseen)
-        took += f"; {percent(shares['unseen_share'])} of one half if chosen by the other"
-    each = f"{layers.min()} to {layers.max()} in a layer" if np.ptp(layers) else "each layer alike"
+        chosen_by_seen = choose_gpu_experts(_load(seen), count, each_layer=on_gpu.each_layer)
+        shares["unseen_share"] = _share(chosen_by_seen, unseen)
+        sentence += f"; {percent(shares['unseen_share'])} of one half if chosen by the other"
+    spread = "each layer alike"
+    if np.ptp(layers):
+        spread = f"{layers.min()} to {layers.max()} in a layer"
     output.say(
-        f"{layers.sum()} of {chosen.size} experts are on the GPU, {each}: {took}. As many chosen "
-        f"by chance take {percent(float(chosen.mean()))}."
+        f"{layers.sum()} of {chosen.size} experts are on the GPU, {spread}: {sentence}. "
+        f"As many chosen by chance take {percent(float(chosen.mean()))}."
     )
     hints = layer_hints.hints
     if traffic.left_out is not None:
@@ -257,22 +259,22 @@ def _write_chosen(
 
 
 def _load(traffic: Recording) -> NDArray[np.int64]:
-    """Return how often every expert of every layer was chosen [L,E]."""
+    """Return the choices of every expert [L,E]."""
     return count_loads(traffic).total_load.astype(np.int64)
 
 
 def _share(chosen: NDArray[np.bool_], traffic: Recording) -> float:
-    """Return the share of the choices that some experts take."""
+    """Return the share of the choices that the chosen experts take."""
     load = _load(traffic)
     return float(load[chosen].sum() / load.sum())
 
 
 def _differences(made: Made, engine: str | None) -> Iterator[str]:
-    """Write that a placement was computed for another engine, if it was."""
-    was = made.serving.get("engine")
-    if was in ENGINES and engine in ENGINES and was != engine:
+    """Write a remark if a placement was computed for another engine."""
+    computed_for = made.serving.get("engine")
+    if computed_for in ENGINES and engine in ENGINES and computed_for != engine:
         yield (
-            f"The placement was computed for {ENGINES[was].title}; it is written for "
+            f"The placement was computed for {ENGINES[computed_for].title}; it is written for "
             f"{ENGINES[engine].title}."
         )
 
@@ -280,7 +282,7 @@ def _differences(made: Made, engine: str | None) -> Iterator[str]:
 def _write_moves(
     placement: Placement, initial: Path | None, topology: Topology, path: Path, output: Output
 ) -> None:
-    """Write the moves from a running placement, and print how many they are."""
+    """Write the moves from a running placement, and print their number."""
     if initial is None:
         raise click.UsageError("'--to moves' needs '--initial', the placement to move from.")
     running = read_placement(initial, devices=placement.devices, num_experts=placement.num_experts)
@@ -294,7 +296,7 @@ def _write_moves(
 def _renumber(
     placement: Placement, engine: str, checkpoint: Path | None, out_folder: Path, output: Output
 ) -> None:
-    """Write a checkpoint with its experts in the order of a placement, print what is left out."""
+    """Write a checkpoint with its experts in the order of a placement, and print warnings."""
     if checkpoint is None or not checkpoint.is_dir():
         raise click.UsageError(
             f"'--to {engine}' needs '--checkpoint', a folder as transformers writes it: "
@@ -311,28 +313,29 @@ def _renumber(
 
 
 def _check(path: Path, form: str | None, engine: str | None, hints: Hints, output: Output) -> None:
-    """Print what a map is, and what is wrong with it; fail if anything is."""
+    """Print the sizes and faults of a map; fail if there are any."""
     if form is not None and form not in WRITERS:
         raise click.UsageError(f"'--check' is of maps; {form} is none.")
-    form = form or form_of(path)
+    form = form or find_form(path)
     writer = WRITERS[form]
     layout = read_map(path, hints, form)
     engine = engine or writer.engine
     rows, slots = layout.experts.shape
     output.say(f"{path.name}: {writer.title}, {rows} rows of {slots} slots")
-    wrong = faults(layout, engine, hints)
-    output.say(*(f"- {fault}" for fault in wrong))
+    faults = find_faults(layout, engine, hints)
+    output.say(*(f"- {fault}" for fault in faults))
     title = "an engine" if engine is None else ENGINES[engine].title
-    if not wrong:
+    if not faults:
         sizes = {
             "--devices": layout.devices or hints.devices,
             "--num-experts": layout.num_experts or hints.num_experts,
             "--hidden-layers": hints.hidden_layers,
         }
         missing = [name for name, value in sizes.items() if value is None]
-        output.say(*[f"not checked without {', '.join(missing)}"] * bool(missing))
+        if missing:
+            output.say(f"not checked without {', '.join(missing)}")
         output.say(f"nothing is wrong with it for {title}")
-    output.finish({"file": str(path), "format": form, "engine": engine, "faults": wrong})
-    if wrong:
-        more = "" if len(wrong) == 1 else f" (and {len(wrong) - 1} more)"
-        raise click.ClickException(f"{path}: {title} could not load it: {wrong[0]}{more}")
+    output.finish({"file": str(path), "format": form, "engine": engine, "faults": faults})
+    if faults:
+        further = "" if len(faults) == 1 else f" (and {len(faults) - 1} more)"
+        raise click.ClickException(f"{path}: {title} could not load it: {faults[0]}{further}")

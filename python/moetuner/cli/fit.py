@@ -1,4 +1,4 @@
-"""``moetuner fit``: a cost model from measured times of one MoE layer."""
+"""``moetuner fit``: fit a cost model to measured times of one MoE layer."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import numpy as np
 from moetuner._texts import name, suggestion
 from moetuner.cli import options
 from moetuner.cli.options import SIZE, option
-from moetuner.cli.output import Output, shares, working
+from moetuner.cli.output import Output, show_shares, working
 from moetuner.cost import CostModel, public_name
 from moetuner.files import naming, read_whole
 from moetuner.files.cells import number, percent, signed
 from moetuner.presets import MODELS
 
 COLUMNS = "tokens,experts,microseconds"
-# Bytes of a number of a token, in bfloat16.
+# Bytes of a number in bfloat16.
 BYTES = 2
-# Bytes of a file of times: more than ten times those of a quarter of a million batches.
+# Most bytes of a file of times, ten times as many as a quarter of a million batches take.
 LONGEST = 1 << 26
 
 
@@ -69,11 +69,11 @@ def command(
         times, whose = read_times(times_file), f"of {name(times_file.name)}"
     else:
         batch = {"experts": experts, "top_k": top_k, "device": device}
-        times, whose = _timed(hidden, intermediate or 0, batch)
+        times, whose = _time_experts(hidden, intermediate or 0, batch)
     tokens, active, measured = np.array(times, dtype=float).reshape(-1, 3).T
     sizes = {"token_bytes": BYTES * hidden, "name": f"fit {whose}"}
     try:
-        # What is wrong with a file is not said of options.
+        # An error names the file of times, if there is one.
         with nullcontext() if times_file is None else naming(times_file):
             fitted = CostModel.fit(tokens, active, measured, **sizes)
     except ValueError as error:
@@ -110,7 +110,7 @@ def command(
 def _sizes(
     model: str | None, hidden: int | None, intermediate: int | None, *, needs_both: bool
 ) -> tuple[int, int | None]:
-    """Return the sizes of an expert, as given or of a public model."""
+    """Return hidden and intermediate size of an expert, from options or of a public model."""
     if model is not None:
         public = public_name(model)
         if public is None:
@@ -127,7 +127,7 @@ def _sizes(
     return hidden, intermediate
 
 
-def _timed(hidden: int, intermediate: int, batch: dict[str, Any]) -> tuple[Any, str]:
+def _time_experts(hidden: int, intermediate: int, batch: dict[str, Any]) -> tuple[Any, str]:
     """Time the experts on this machine; return the times and the name of the device."""
     try:
         from moetuner.torch.timing import default_device, time_experts
@@ -143,7 +143,7 @@ def _timed(hidden: int, intermediate: int, batch: dict[str, Any]) -> tuple[Any, 
                 hidden,
                 intermediate,
                 **batch,
-                progress=shares(report, "of the batches", then="fitting"),
+                progress=show_shares(report, "of the batches", then="fitting"),
             )
     except (ImportError, RuntimeError) as error:
         # A missing library or device is not a bug in moetuner.

@@ -1,4 +1,4 @@
-"""Names that commands had, which go on until 0.2: a table, and nothing besides."""
+"""The table of earlier names of commands, which stay until 0.2."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 import click
 
 from moetuner.cli import evaluate, inspect
-from moetuner.cli.options import IN_FILE, FormerCommand, make_option, options_of
+from moetuner.cli.options import IN_FILE, FormerCommand, list_options, make_option
 from moetuner.cli.options.figures import FigureOptions
 from moetuner.cli.options.pages import page_option
 
-# Options of ``evaluate`` that the former names never had.
-NEW = {"by_group", "lost", "fail_if_gain_below", *options_of(FigureOptions)}
+# Options of ``evaluate`` that its former names never had.
+NEW = {"by_group", "lost", "fail_if_gain_below", *list_options(FigureOptions)}
 PAGES = {"report_file", "figures", "expert_bytes"}
 GATES = {"measures", "fail_if_worse", "waterfill"}
-OF_EVALUATE = {str(each.name) for each in evaluate.command.params} - NEW
+EVALUATE_OPTIONS = {str(parameter.name) for parameter in evaluate.command.params} - NEW
 
 OUT = make_option(page_option(Path("report.html"), flag="--out"), "report_file", "Page to write.")
 FILE = click.Argument(
@@ -28,7 +28,7 @@ COMMANDS = (
         "audit",
         "evaluate --by-group",
         evaluate.command,
-        names=OF_EVALUATE - PAGES,
+        names=EVALUATE_OPTIONS - PAGES,
         by_group=True,
         sections=evaluate.GROUPS,
     ),
@@ -36,7 +36,7 @@ COMMANDS = (
         "report",
         "evaluate --report FILE.html",
         evaluate.command,
-        names=OF_EVALUATE - GATES,
+        names=EVALUATE_OPTIONS - GATES,
         params=[OUT],
         sections=evaluate.PAGE,
     ),
@@ -44,7 +44,7 @@ COMMANDS = (
         "show",
         "inspect",
         inspect.command,
-        names=inspect.OF_PLACEMENT,
+        names=inspect.PLACEMENT_OPTIONS,
         params=[FILE],
         is_placement=True,
     ),
@@ -52,7 +52,7 @@ COMMANDS = (
         "diff",
         "inspect",
         inspect.command,
-        names=inspect.OF_MOVES,
+        names=inspect.MOVES_OPTIONS,
         params=[FILES],
         is_placement=True,
     ),

@@ -1,4 +1,4 @@
-"""``moetuner inspect``: what is in recorded routing, what a placement is, or what has to move."""
+"""``moetuner inspect``: the content of a recording or a placement, or the moves between two."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from click.core import ParameterSource
 
 from moetuner import _texts
 from moetuner.cli import options
-from moetuner.cli.options import option, options_of
+from moetuner.cli.options import list_options, option
 from moetuner.cli.options.machine import Machine
-from moetuner.cli.options.moves import moves_sentence, show_pairs
+from moetuner.cli.options.moves import show_pairs, write_moves
 from moetuner.cli.options.pages import draw_into, figures_option
-from moetuner.cli.options.placed import made_of, read_any
+from moetuner.cli.options.placed import read_any, read_made
 from moetuner.cli.options.serving import ServingOptions
 from moetuner.cli.options.traffic import Source
-from moetuner.cli.output import Output, shares, working
+from moetuner.cli.output import Output, show_shares, working
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.intervals import FEWEST
@@ -31,7 +31,7 @@ from moetuner.formats import is_map
 from moetuner.placement import EMPTY, Placement, blocks
 from moetuner.problem import TRAFFIC_CAP
 from moetuner.problem.made import Made
-from moetuner.problem.objective import decimals_of
+from moetuner.problem.objective import count_decimals
 from moetuner.report.findings import Finding
 from moetuner.report.hot_experts import HotExperts
 from moetuner.report.outcome import find_times_of
@@ -40,21 +40,25 @@ from moetuner.report.structure import Structure, structure
 from moetuner.topology import Topology
 
 MOST_GROUPS = 12
-# Crossing that is not worth a placement, however certain.
+# Largest gain in crossing that is not worth a placement, however certain it is.
 LITTLE = 0.005
 # Devices of the placements that measure structure between layers.
 DEVICES = 4
-# Files of INPUT that a line names.
+# Most files of INPUT that a line names.
 NAMED = 3
 SIZES = ("layers", "num_experts", "devices", "slots_per_device")
-# Options for a placement, and for what has to move from one to another.
-OF_PLACEMENT = {*options_of(Machine), *options_of(options.LayerHints), *options_of(Output)}
-OF_MOVES = OF_PLACEMENT | {"expert_bytes"}
+# Options for one placement, and for the moves from one to another.
+PLACEMENT_OPTIONS = {
+    *list_options(Machine),
+    *list_options(options.LayerHints),
+    *list_options(Output),
+}
+MOVES_OPTIONS = PLACEMENT_OPTIONS | {"expert_bytes"}
 
 
 @dataclass(frozen=True)
 class InspectedMachine(Machine):
-    """The machine of what is inspected.
+    """The machine of the placement or recording that is inspected.
 
     Parameters
     ----------
@@ -109,7 +113,7 @@ def command(
     if is_placement is None:
         is_placement = all(map(is_map, files))
     if not is_placement:
-        _check_options({*options.flags()} - {"expert_bytes"}, "two placements")
+        _check_options({*options.list_flags()} - {"expert_bytes"}, "two placements")
         _show_recording(
             output,
             source,
@@ -120,7 +124,7 @@ def command(
             figures=figures,
         )
         return
-    _check_options(OF_MOVES, "recordings")
+    _check_options(MOVES_OPTIONS, "recordings")
     if len(files) > 2:
         raise click.UsageError(
             f"INPUT must be one placement, or two to compare, got {counted(len(files), 'file')}."
@@ -129,14 +133,14 @@ def command(
     if len(files) == 2:
         _show_moves(output, files, placements, machine, expert_bytes)
     else:
-        _check_options(OF_PLACEMENT, "two placements")
+        _check_options(PLACEMENT_OPTIONS, "two placements")
         _show_placement(output, files[0], placements[0])
 
 
 def _check_options(names: Collection[str], others: str) -> None:
-    """Raise for an option that is for other files than those that are inspected."""
+    """Raise if an option was typed that is not for the kind of files that are inspected."""
     context = click.get_current_context()
-    for name, flag in options.flags().items():
+    for name, flag in options.list_flags().items():
         is_typed = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
         if is_typed and name not in names:
             raise click.UsageError(f"'{flag}' is for {others}.")
@@ -160,7 +164,7 @@ def _show_recording(
             max_imbalance=max_imbalance,
             seed=seed,
             threads=source.threads,
-            progress=shares(report, "", then="structure"),
+            progress=show_shares(report, "", then="structure"),
         )
     output.say(source.describe(), "")
     _show_skew(output, measured)
@@ -178,13 +182,13 @@ def _show_recording(
 def _show_served(
     output: Output, source: Source, options: ServingOptions, topology: Topology
 ) -> dict[str, float | None]:
-    """Print and return the figures of experts in blocks for the traffic as it is served."""
+    """Print and return the figures of the contiguous placement, with the given serving options."""
     source, serving = options.resolve(source, topology)
     traffic = source.traffic
     placement = blocks(traffic.layers, traffic.num_experts, topology.devices)
     replayed = ReplayOptions(threads=source.threads)
     with working("replaying") as report:
-        progress = shares(report, "of the tokens", then="figures")
+        progress = show_shares(report, "of the tokens", then="figures")
         [[evaluation]] = evaluate_each([placement], traffic, [serving], replayed, progress=progress)
     output.say(
         "",
@@ -200,7 +204,7 @@ def _show_served(
 
 
 def _show_skew(output: Output, structure: Structure) -> None:
-    """Print what differs from layer to layer: its least, median and most, and where that is."""
+    """Print skew and information by layer: least, median and most, and the layer of the most."""
     values: dict[str, tuple[Sequence[float], int]] = {
         "busiest expert / mean load": (structure.skew, 2),
         "experts never used": (structure.unused, 0),
@@ -210,14 +214,14 @@ def _show_skew(output: Output, structure: Structure) -> None:
         values["  in addition, expected by chance"] = (structure.information_chance, 2)
     rows = []
     for name, (layers, decimals) in values.items():
-        spread = [number(float(part), decimals) for part in np.quantile(layers, (0, 0.5, 1))]
+        spread = [number(float(value), decimals) for value in np.quantile(layers, (0, 0.5, 1))]
         rows.append((name, *spread, str(int(np.argmax(layers)))))
     output.table(("per layer", "least", "median", "most", "in layer"), rows)
     output.say("")
 
 
 def _show_groups(output: Output, structure: Structure) -> None:
-    """Print how far groups are from the mix; those that differ most, where there are many."""
+    """Print the distance of groups to the mix; of many groups, those with the largest distance."""
     if not structure.group_share:
         output.tell(Finding("no groups"))
         output.say("")
@@ -234,7 +238,7 @@ def _show_groups(output: Output, structure: Structure) -> None:
 
 
 def _show_hot_experts(output: Output, hot: HotExperts) -> None:
-    """Print what part of the picks the hottest experts take, and what that says."""
+    """Print the share of the picks that the hottest experts take, and its finding."""
     rows = {"most used, a fixed set": hot.static, "least recently used is dropped": hot.cache}
     head = (
         f"share of {'unseen ' if hot.is_unseen else ''}picks",
@@ -255,7 +259,7 @@ def _show_hot_experts(output: Output, hot: HotExperts) -> None:
 
 
 def _show_crossings(output: Output, structure: Structure) -> None:
-    """Print the crossing reached beside the independence null, and what their gap means."""
+    """Print the crossing reached and under independence, and what their gap means."""
     if structure.crossing_contiguous is None:
         output.tell(Finding("no transitions"))
         return
@@ -272,7 +276,7 @@ def _show_crossings(output: Output, structure: Structure) -> None:
     output.tell(_conclude(structure.gain, structure.crossing_independent - structure.crossing))
 
 
-def _conclude(gain: tuple[float, float] | None, kept: float) -> Finding:
+def _conclude(gain: tuple[float, float] | None, difference: float) -> Finding:
     """Return what the gap between a searched placement and the independence null means."""
     if gain is None:
         return Finding("too few sequences", {"least": FEWEST})
@@ -281,12 +285,12 @@ def _conclude(gain: tuple[float, float] | None, kept: float) -> Finding:
         return Finding("no structure")
     if low <= 0:
         return Finding("uncertain structure", {"low": low, "high": high})
-    return Finding("structure", {"kept": kept, "low": low, "high": high})
+    return Finding("structure", {"kept": difference, "low": low, "high": high})
 
 
 def _show_placement(output: Output, placement_file: Path, placement: Placement) -> None:
-    """Print what a placement is, and what it was computed for."""
-    made = made_of(placement_file, placement)
+    """Print a placement's sizes, and what it was computed for."""
+    made = read_made(placement_file, placement)
     sizes = {name: int(getattr(placement, name)) for name in SIZES}
     sizes["empty_slots"] = int((placement.slots == EMPTY).sum())
     sizes["copies"] = int((placement.replicas - 1).sum())
@@ -306,7 +310,7 @@ def _show_placement(output: Output, placement_file: Path, placement: Placement) 
 
 
 def _origins(placement: Placement, made: Made, moment: str) -> Iterator[str]:
-    """Write who made it and when, for what, from what, and what it is worth."""
+    """Write who made a placement and when, its problem, its input, and its objective."""
     if made.plan is not None:
         running = _texts.name(str(made.plan.get("running")))
         devices = counted(placement.devices, "device")
@@ -342,7 +346,7 @@ def _origins(placement: Placement, made: Made, moment: str) -> Iterator[str]:
     model = "" if placement.model is None else f" of {_texts.name(placement.model)}"
     yield ", ".join([f"From {source}{model}", *sizes, f"fingerprint {placement.fingerprint}"])
     if placement.objective is not None:
-        places = decimals_of(made.wanted.get("objective"))
+        places = count_decimals(made.wanted.get("objective"))
         bound = "" if placement.bound is None else f"; lower bound {placement.bound:,.{places}f}"
         scope = f" of {placement.bound_scope}" if bound and placement.bound_scope else ""
         value = f"{placement.objective:,.{places}f} {made.unit or ''}"
@@ -356,29 +360,31 @@ def _show_moves(
     machine: Machine,
     expert_bytes: float | None,
 ) -> None:
-    """Print what has to move from one placement to another."""
+    """Print the moves from one placement to another."""
     (before_file, after_file), (before, after) = files, placements
-    made = [made_of(path, each) for path, each in ((after_file, after), (before_file, before))]
-    ours, theirs = (
-        (placed.layers, placed.devices, placed.num_experts) for placed in (before, after)
+    # Where both say it, the second one's file decides.
+    made = [read_made(after_file, after), read_made(before_file, before)]
+    sizes_before, sizes_after = (
+        (placement.layers, placement.devices, placement.num_experts) for placement in placements
     )
-    if ours != theirs:
-        # The same model on other devices.
-        is_moved = ours[::2] == theirs[::2]
+    if sizes_before != sizes_after:
+        # The same model on another number of devices.
+        is_resized = sizes_before[::2] == sizes_after[::2]
         raise click.UsageError(
             f"{_texts.name(after_file.name)} must be a placement of the same model and machine: "
-            f"{_sizes(ours)} as {_texts.name(before_file.name)}, got {_sizes(theirs)}"
-            + ('; "moetuner plan --steps" lists the moves to other devices.' * is_moved or ".")
+            f"{_write_sizes(sizes_before)} as {_texts.name(before_file.name)}, got "
+            f"{_write_sizes(sizes_after)}"
+            + ('; "moetuner plan --steps" lists the moves to other devices.' if is_resized else ".")
         )
-    topology = machine.topology(after.devices, _first(each.machine for each in made))
+    topology = machine.topology(after.devices, _first(origin.machine for origin in made))
     if expert_bytes is None:
         model, bits = (
             after.model or before.model,
-            _first(each.input.weight_bits for each in made),
+            _first(origin.input.weight_bits for origin in made),
         )
-        expert_bytes = bytes_of_expert(_first(each.expert_size for each in made), model, bits)
+        expert_bytes = bytes_of_expert(_first(origin.expert_size for origin in made), model, bits)
     diff = before.diff(after, expert_bytes=expert_bytes, topology=topology)
-    output.say(moves_sentence(diff, topology))
+    output.say(write_moves(diff, topology))
     if expert_bytes is None and diff.experts_moved:
         output.say("Pass --expert-bytes to see bytes.")
     show_pairs(output, diff)
@@ -388,10 +394,10 @@ def _show_moves(
 
 
 def _first(values: Iterable[Any]) -> Any:
-    """Return the first value that is known; None if none is."""
+    """Return the first value that is not None; None if all are."""
     return next((value for value in values if value is not None), None)
 
 
-def _sizes(sizes: tuple[int, int, int]) -> str:
+def _write_sizes(sizes: tuple[int, int, int]) -> str:
     """Write layers, devices and experts."""
     return ", ".join(map(counted, sizes, ("layer", "device", "expert")))

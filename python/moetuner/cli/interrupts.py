@@ -1,8 +1,8 @@
-"""Ctrl-C, SIGTERM and want of memory on the command line, from the first import on.
+"""Handle Ctrl-C, SIGTERM and lack of memory on the command line, from the first import on.
 
-A library leaves signals to its user. But a command is imported for a third of a second before its
-own code runs, and an interrupt then would print a traceback. So where this process is the command
-line, and only there, signals end it quietly until ``heard`` takes over.
+A library leaves signals to its user. But imports take a third of a second before a command's code
+runs, and an interrupt in that time would print a traceback. So in a process of the command line,
+and only there, signals end the process quietly until ``raising_interrupts`` takes over.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 
-# Signal that has interrupted the command that runs.
+# Signal that interrupted the running command.
 _signal: int | None = None
-# When this process, if it is the command line, began to import it.
+# Time at which this process, if it is the command line, began to import it.
 _began: float | None = None
 
 
-def quiet_start() -> None:
-    """End at once on signals while the command line is being imported; elsewhere do nothing."""
+def end_quietly() -> None:
+    """Let signals end the process while the command line is being imported; else do nothing."""
     global _began
     started = sys.argv[0] if getattr(sys, "argv", None) else ""
     # The command, or "python -m moetuner".
@@ -32,61 +32,61 @@ def quiet_start() -> None:
     sys.excepthook = _say_briefly
     with suppress(ValueError):  # not the main thread
         for number in (signal.SIGINT, signal.SIGTERM):
-            # One that is ignored, as under nohup, stays so.
+            # A signal that is ignored, as under nohup, stays ignored.
             if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
-                signal.signal(number, _end)
+                signal.signal(number, _exit_at_once)
 
 
 @contextmanager
-def heard() -> Iterator[None]:
+def raising_interrupts() -> Iterator[None]:
     """Raise KeyboardInterrupt for the first SIGINT or SIGTERM.
 
-    A second SIGTERM, as sent to a whole group, is ignored: it would break off the writing of the
-    best so far. A second Ctrl-C raises once more, for who does not want to wait for it.
+    A second SIGTERM, as a process group may get, is ignored: it would interrupt the writing of the
+    best placement so far. A second Ctrl-C raises again, for users who do not want to wait.
     """
     global _signal
     _signal = None
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in numbers}
-    # One that is ignored, or somebody else's, stays so.
-    ours = (_end, signal.SIG_DFL, signal.default_int_handler)
-    taken = [number for number in numbers if before[number] in ours]
+    # A signal that is ignored, or that another handler takes, stays so.
+    ours = (_exit_at_once, signal.SIG_DFL, signal.default_int_handler)
+    replaced = [number for number in numbers if before[number] in ours]
     with suppress(ValueError):  # not the main thread
-        for number in taken:
+        for number in replaced:
             signal.signal(number, _interrupt)
     try:
         yield
     finally:
         with suppress(ValueError):
-            for number in taken:
-                own = before[number]
-                signal.signal(number, signal.SIG_DFL if own is _end else own)
+            for number in replaced:
+                handler = before[number]
+                signal.signal(number, signal.SIG_DFL if handler is _exit_at_once else handler)
 
 
 @contextmanager
-def ending() -> Iterator[None]:
-    """End at once on signals that ``heard`` takes, while a command is being imported.
+def ending_at_once() -> Iterator[None]:
+    """Let signals end the process while a command is being imported.
 
-    Some of what Python calls during an import drops a KeyboardInterrupt, and what is half imported
+    Python drops a KeyboardInterrupt in some parts of an import, and a module that is half imported
     cannot be imported again.
     """
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is _interrupt]
-    if _began is None:  # another's process, which may not end
+    if _began is None:  # the process belongs to another program, and must not end
         numbers = []
     for number in numbers:
-        signal.signal(number, _end)
+        signal.signal(number, _exit_at_once)
     yield
     for number in numbers:
         signal.signal(number, _interrupt)
 
 
-def status() -> int | None:
-    """Return the exit status of a command that a signal interrupted; None where none did."""
+def exit_status() -> int | None:
+    """Return the exit status of a command that a signal interrupted; None without one."""
     return None if _signal is None else 128 + _signal
 
 
-def began() -> float:
-    """Return when the command line began, with what it imports; now in another's process."""
+def start_time() -> float:
+    """Return the time at which the command line began; the time now in another process."""
     return time.monotonic() if _began is None else _began
 
 
@@ -100,16 +100,16 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def _say_briefly(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """Say in one line that not even imports found memory; show all else as Python does."""
+    """Write one line if imports found no memory; show other errors as Python does."""
     if issubclass(kind, MemoryError):
         os.write(2, b"moetuner: error: out of memory\n")
     else:
         sys.__excepthook__(kind, error, trace)
 
 
-def _end(number: int, frame: FrameType | None) -> None:
+def _exit_at_once(number: int, frame: FrameType | None) -> None:
     os.write(2, b"moetuner: error: interrupted\n")
     os._exit(128 + number)
 
 
-quiet_start()
+end_quietly()

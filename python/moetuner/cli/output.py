@@ -1,4 +1,4 @@
-"""What a subcommand says: tables and sentences for people, or JSON for scripts."""
+"""Print the results of a subcommand: tables and sentences for people, JSON for scripts."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from moetuner.report.words import say
 from moetuner.serving.recipes import Recipe
 from moetuner.solver import Progress
 
-# Tables, and all that goes to a file or another program, are not fitted to any screen.
+# Width of tables, and of all output to a file or another program, which fit no screen.
 UNLIMITED = 1000
 STANDARD_OUTPUT = 1
-# What stays on the line of what follows it.
+# A space that must not be broken: between an option and its value, or a number and its unit.
 JOINED = re.compile(r"(--[a-z][a-z-]*(?= [^ ])|\d(?= (?:%|us\b|ms\b|s\b|[kMGT]?B\b))) ")
-# Colours of answers on a terminal; NO_COLOR takes them away.
+# Colours of answers on a terminal; NO_COLOR switches them off.
 COLOURS = {"worth a trial": "green", "not now": "bright_black", "not enough evidence": "yellow"}
 COLOURS |= {"not left": "green", "served": "yellow", "worse": "red"}
 
@@ -64,7 +64,7 @@ class Output:
             str(json_file) == "-" or descriptor_of(json_file) == STANDARD_OUTPUT
         )
         self._console = Console(highlight=False, markup=False, emoji=False)
-        # Where colours are forced into a pipe, the width is still nobody's.
+        # Colours may be forced into a pipe, which has no width.
         is_terminal = self._console.is_terminal and sys.stdout.isatty()
         self._width = self._console.width if is_terminal else UNLIMITED
         self._console.width = UNLIMITED
@@ -72,17 +72,17 @@ class Output:
     def say(self, *texts: str) -> None:
         """Print lines, wrapped on a terminal; control characters in them are escaped.
 
-        Lines that begin with a space are commands to copy or laid out already, and stay whole.
+        Lines that begin with a space are commands to copy, or laid out already: they stay whole.
         """
         for row in "\n".join(texts).split("\n") if texts and not self.is_json else ():
             self._console.print(self._fitted(row), soft_wrap=True)
 
     def tell(self, *findings: Finding) -> None:
-        """Print findings, a sentence each."""
+        """Print each finding as a sentence."""
         self.say(*(say(finding, TERMINAL) for finding in findings))
 
     def next_commands(self, recipes: Iterable[Recipe]) -> None:
-        """Print commands to copy, each below what it is for, which heads the first."""
+        """Print commands to copy, each below its purpose."""
         for number, recipe in enumerate(recipes):
             if not number:
                 self.say(f"Next: {recipe.why}".rstrip())
@@ -104,7 +104,7 @@ class Output:
             return row
         hanging = "  " if row.startswith(("- ", "! ")) else ""
         rules: Any = {"break_long_words": False, "break_on_hyphens": False}
-        # Lines have no control characters: one joins an option to its value, a number to its unit.
+        # Lines have no control characters, so one of them can stand for a space that stays.
         joined = JOINED.sub("\\1\x1f", row)
         filled = textwrap.fill(joined, self._width, subsequent_indent=hanging, **rules)
         return filled.replace("\x1f", " ")
@@ -112,7 +112,7 @@ class Output:
     def table(self, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Print aligned columns: the first to the left, numbers to the right.
 
-        They are closer on a terminal that is too narrow otherwise.
+        On a narrow terminal there is less space between columns.
         """
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         for i, title in enumerate(head):
@@ -125,7 +125,7 @@ class Output:
             self._console.print(table, soft_wrap=True)
 
     def finish(self, contents: dict[str, Any]) -> None:
-        """Write the JSON, if it is wanted; docs/json.md has its keys."""
+        """Write the JSON if --json asks for it; docs/json.md has its keys."""
         if self.json_file is None:
             return
         schema = {"schema": f"moetuner.{click.get_current_context().command.name}/1"}
@@ -138,30 +138,31 @@ class Output:
 
 
 def is_quiet() -> bool:
-    """Return whether the running command has been told to write no progress and no remarks."""
+    """Return whether the running command was called with --quiet."""
     context = click.get_current_context(silent=True)
     return context is not None and bool(context.params.get("quiet"))
 
 
-# What takes longer is shown: on a terminal as a bar, in a log as a line, of whichever work, once
-# the last line is so old.
-FIRST_S, INTERVAL_S = 1.0, 10.0
-BEAT_S = 0.5
+# Seconds after which work is shown as a bar on a terminal, seconds between two lines of a log, and
+# seconds between two looks at the clock.
+FIRST_S, INTERVAL_S, BEAT_S = 1.0, 10.0, 0.5
 
 
 class TimeLeft(ProgressColumn):
-    """The share that is done and the time left; the time so far where no end is known."""
+    """The share of work done and the time left; the time so far if the share is not known."""
 
     def render(self, task: Task) -> Text:
-        """Write both."""
+        """Write the share and the time left."""
         share = task.completed if task.total else None
-        return Text(time_left(task.elapsed or 0.0, share, task.fields["at"], task.fields["what"]))
+        return Text(
+            write_time_left(task.elapsed or 0.0, share, task.fields["at"], task.fields["what"])
+        )
 
 
-def time_left(seconds: float, share: float | None, at: float, what: str) -> str:
-    """Write the share of work that was done ``at`` some seconds, and the time left at that pace.
+def write_time_left(seconds: float, share: float | None, at: float, what: str) -> str:
+    """Write the share of work done and the time left; without a share, the time so far.
 
-    Without a share, write the time so far.
+    The share was measured ``at`` some seconds from the start, and now ``seconds`` have passed.
     """
     if not share:
         return f"{seconds:.0f} s"
@@ -171,7 +172,7 @@ def time_left(seconds: float, share: float | None, at: float, what: str) -> str:
 
 
 class Report:
-    """Shows how far work is, once it has taken a second; a callback for ``solve``."""
+    """Show the progress of work that takes more than a second; a callback for ``solve``."""
 
     def __init__(self, label: str, time_limit: float | None) -> None:
         self.label, self.time_limit = printable(label), time_limit
@@ -186,21 +187,21 @@ class Report:
         self._task = self._bar.add_task(self.label, total=None, text="", at=0.0, what="")
         self._began = time.monotonic()
         self._is_quiet = is_quiet()
-        # Text, share, what of, after so many seconds, and when that was told.
-        self._told: tuple[str, float | None, str, float, float] = ("", None, "", 0.0, self._began)
+        # Last progress: text, share, what it is a share of, after how many seconds, and when.
+        self._last: tuple[str, float | None, str, float, float] = ("", None, "", 0.0, self._began)
 
     def begin(self) -> None:
-        """Show that work goes on."""
+        """Show the bar on a terminal."""
         if self._console.is_interactive and not self._is_quiet:
             self._bar.start()
 
     def end(self) -> None:
-        """Take the bar away; a log would get an empty line."""
+        """Remove the bar; in a log this would write an empty line."""
         if self._console.is_interactive:
             self._bar.stop()
 
     def __call__(self, progress: Progress) -> None:
-        """Show a line of a solve; with a time limit the share of it that is gone."""
+        """Show a solve's progress; with a time limit, its share is that of the time limit."""
         limit = self.time_limit
         share = min(progress.seconds / limit, 1.0) if limit else None
         self.show(_line(progress), share, progress.seconds)
@@ -208,7 +209,7 @@ class Report:
     def show(
         self, text: str, share: float | None = None, seconds: float | None = None, what: str = ""
     ) -> None:
-        """Show what is being done, and the share ``of`` something that is done, if it is known."""
+        """Show a text, and the share of ``what`` that is done, if it is known."""
         now = time.monotonic()
         seconds = now - self._began if seconds is None else seconds
         if self._console.is_interactive:
@@ -218,28 +219,29 @@ class Report:
             if now - self._began >= FIRST_S:
                 self.begin()
         else:
-            self._told = (text, share, what, seconds, now)
-            self._tell(now)
+            self._last = (text, share, what, seconds, now)
+            self._write_log_line(now)
 
     def beat(self) -> None:
-        """Say in a log that work goes on, where it has said nothing for a while."""
+        """Write a line to a log that has had none for a while."""
         if not self._console.is_interactive:
-            self._tell(time.monotonic())
+            self._write_log_line(time.monotonic())
 
-    def _tell(self, now: float) -> None:
-        """Write what was told last, and the time that is left now, if it is time for a line."""
-        last = self._began if streams.heard is None else streams.heard
+    def _write_log_line(self, now: float) -> None:
+        """Write the last progress and the time left now, if a line is due."""
+        last = self._began if streams.last_line_time is None else streams.last_line_time
         if self._is_quiet or now - last < INTERVAL_S:
             return
-        text, share, what, at, told = self._told
-        parts = (f"{self.label}: {time_left(at + now - told, share, at, what)}", text)
-        streams.heard = now
+        text, share, what, at, shown_at = self._last
+        time_left = write_time_left(at + now - shown_at, share, at, what)
+        parts = (f"{self.label}: {time_left}", text)
+        streams.last_line_time = now
         self._console.print(f"moetuner: {', '.join(filter(None, parts))}", soft_wrap=True)
 
 
 @contextmanager
 def working(label: str, *, time_limit: float | None = None) -> Iterator[Report]:
-    """Show what is being done while it takes long."""
+    """Show a label, and progress, while the work in the block takes long."""
     report, is_over = Report(label, time_limit), threading.Event()
 
     def watch() -> None:
@@ -259,15 +261,15 @@ def working(label: str, *, time_limit: float | None = None) -> Iterator[Report]:
         report.end()
 
 
-def steps(report: Report, weights: Sequence[float]) -> Callable[[str], None]:
-    """Return a callback that shows each step, and what share of all these weights is before it."""
+def show_steps(report: Report, weights: Sequence[float]) -> Callable[[str], None]:
+    """Return a callback that shows a step, and the share of weights of the steps before it."""
     before = iter(accumulate(weights, initial=0.0))
     last = sum(weights[:-1])
     return lambda text: report.show(text, min(next(before, last), last) / sum(weights))
 
 
-def shares(report: Report, what: str, then: str) -> Callable[[float], None]:
-    """Return a callback that shows the share of work that is done, and ``then`` what is left."""
+def show_shares(report: Report, what: str, then: str) -> Callable[[float], None]:
+    """Return a callback that shows the share of work done; when all is, the label ``then``."""
 
     def show(share: float) -> None:
         if share < 1:

@@ -1,4 +1,4 @@
-"""``moetuner plan``: what a running placement becomes when devices are lost, leave or come."""
+"""``moetuner plan``: plan the moves of copies when devices are lost, removed or added."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import load_placement
-from moetuner.cli.options.placed import made_of
+from moetuner.cli.options.placed import read_made
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
-from moetuner.cli.recipes import to_serve
+from moetuner.cli.recipes import list_recipes_to_serve
 from moetuner.cli.work import count
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation.arrival import list_orders
@@ -33,13 +33,13 @@ from moetuner.report.words.traffic import write_change
 from moetuner.solver import Plan, plan, plan_losses
 from moetuner.topology import Topology
 
-# Losses that a table on the screen names: the worst ones.
+# Most losses in a table: the worst ones.
 SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Change:
-    """What happens to the devices.
+    """The change of the devices: some are lost, removed or added.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ class Change:
     )
 
     def check(self, table_file: Path | None) -> None:
-        """Refuse what cannot be meant."""
+        """Raise if options are missing, or exclude each other."""
         changes = bool(self.without or self.retire or self.join)
         if self.every_loss is None and not changes:
             raise click.UsageError(
@@ -77,7 +77,7 @@ class Change:
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """What happens, for a finding."""
+        """The change, as numbers of a finding."""
         return {"lost": list(self.without), "retire": self.retire, "join": self.join}
 
 
@@ -123,7 +123,7 @@ def command(
     """
     change.check(table_file)
     running = load_placement(running_file, source, devices=machine.given)
-    made = made_of(running_file, running)
+    made = read_made(running_file, running)
     topology = machine.topology(running.devices, made.machine)
     if expert_bytes is None:
         size = made.expert_size or source.traffic.expert_size
@@ -134,7 +134,7 @@ def command(
     contents |= {"expert_bytes": expert_bytes, "topology": topology.to_dict()}
     # Windows of all tokens, whatever their groups, as they are evaluated.
     traffic = count(
-        _as_it_arrives(source.traffic, made),
+        _order_traffic(source.traffic, made),
         window=source.replayed,
         by_group=False,
         sets=False,
@@ -172,7 +172,7 @@ def command(
     if steps_file is not None:
         _write(steps_file, {"running": running_file.name} | planned.to_dict())
         output.say(f"wrote {steps_file}")
-    following = to_serve(
+    following = list_recipes_to_serve(
         source,
         placement,
         out_file,
@@ -186,10 +186,10 @@ def command(
     output.finish(contents)
 
 
-def _as_it_arrives(traffic: AnyRecording, made: Made) -> AnyRecording:
-    """Return traffic in the order in which a placement is served most of the time."""
+def _order_traffic(traffic: AnyRecording, made: Made) -> AnyRecording:
+    """Return traffic in the order in which the placement serves it most of the time."""
     arrival = made.serving.get("arrival", "bursts")
-    _, order = max(list_orders(traffic, arrival), key=lambda weighed: weighed[0])
+    _, order = max(list_orders(traffic, arrival), key=lambda weighted: weighted[0])
     return traffic if order is None else traffic.take(order)
 
 
@@ -201,14 +201,13 @@ def _show(
     expert_bytes: float | None,
     window: int | None,
 ) -> None:
-    """Print what moves, and what the busiest device has to do."""
+    """Print the moves, and the load of the busiest device before and after."""
     machine = _machine(running)
     served = {"machine": machine, "change": change.numbers, "serving": len(planned.devices)}
     output.tell(Finding("devices that serve", served))
     if change.retire:
-        kept = {*planned.devices.tolist()}
-        gone = [d for d in range(running.devices) if d not in kept and d not in change.without]
-        output.tell(Finding("devices that leave", {"devices": gone}))
+        retired = {*range(running.devices)} - {*planned.devices.tolist()} - {*change.without}
+        output.tell(Finding("devices that leave", {"devices": sorted(retired)}))
     copies = len(planned.steps)
     moved = {
         "experts": copies,
@@ -222,7 +221,7 @@ def _show(
 
 
 def _machine(running: Placement) -> dict[str, int]:
-    """Return layers, devices and slots of what runs, for a finding."""
+    """Return layers, devices and slots of the running placement, for a finding."""
     slots = running.slots_per_device
     return {"layers": running.layers, "devices": running.devices, "slots": slots}
 
@@ -236,7 +235,7 @@ def _plan_losses(
     change: Change,
     table_file: Path,
 ) -> dict[str, Any]:
-    """Plan every loss, write the table, and print the worst; return it for JSON."""
+    """Plan every loss, write the table and print the worst losses; return the table for JSON."""
     domain = change.every_loss
     assert domain is not None
     with working("planning"):
@@ -264,7 +263,7 @@ def _plan_losses(
 
 
 def _without_map(planned: Plan) -> dict[str, Any]:
-    """Return a plan as JSON values without its map, which the steps make of the running one."""
+    """Return a plan as JSON values without its map, which follows from the steps."""
     values = planned.to_dict()
     del values["physical_to_logical_map"]
     return values

@@ -1,4 +1,4 @@
-"""Which commands come next, with the options that they need."""
+"""Make the next commands, with the options that they need."""
 
 from __future__ import annotations
 
@@ -10,51 +10,52 @@ from typing import Any
 from moetuner.cli import options
 from moetuner.cli.options import recipe
 from moetuner.cli.options.groups import FILES
-from moetuner.cli.options.machine import Machine, common_name, cost_model_for
+from moetuner.cli.options.machine import Machine, cost_model_for, find_preset_name
 from moetuner.cli.options.placed import Placed
 from moetuner.cli.options.traffic import Source
 from moetuner.files.cells import layer_list
-from moetuner.formats import serving_commands, way_back
+from moetuner.formats import find_way_back, list_serving_recipes
 from moetuner.placement import Placement
 from moetuner.problem import TRAFFIC_CAP
-from moetuner.problem.objective import goal_for
+from moetuner.problem.objective import choose_goal
 from moetuner.problem.reading import SCALES
 from moetuner.report.advice.request import count_running_slots
 from moetuner.report.advice.values import Advice
 from moetuner.report.findings import TERMINAL
 from moetuner.report.words import write
 from moetuner.report.words.parts import name_running
-from moetuner.serving import SERVED
-from moetuner.serving.engines import ENGINES, engine_of
+from moetuner.serving import ENGINE_SETTINGS
+from moetuner.serving.engines import ENGINES, find_engine
 from moetuner.serving.phases import WINDOWS
 from moetuner.serving.recipes import Recipe
+from moetuner.serving.running import Running
 
 # Share of INPUT that is held out, as "moetuner advise" does.
 HOLDOUT = 0.5
-# Where the commands write what runs, unless a file has it, what is to be served, and what few
-# moves reach.
+# Files to which the commands write the running placement (if it is in no file yet), the proposed
+# placement, and the one that few moves reach.
 RUNNING_FILE, PLACED_FILE, FEW_MOVES_FILE = "running.json", "placement.json", "few-moves.json"
 
 
-def after_advice(
+def list_recipes_after(
     source: Source, advice: Advice, unseen: Collection[Path] = (), *, from_all: bool = False
 ) -> list[Recipe]:
-    """Return the commands that come next, each with every option that changes its answer.
+    """Return the commands to run after advice, each with every option that changes its answer.
 
-    With ``from_all`` the placement to serve, from all of INPUT, has a command of its own.
+    With ``from_all``, one more command computes the placement to serve from all of INPUT.
     """
-    typed = {name: text for name, text in options.typed().items() if name != "unseen"}
+    typed = {name: text for name, text in options.list_typed().items() if name != "unseen"}
     if advice.answer == "not now":
         win = "what there is to win, layer by layer"
         again = "again, when traffic, engine or the number of devices has changed"
         return [
-            recipe("inspect", source.input_files, options.typed(Source), win),
-            recipe("advise", ["NEWER"], _of_other(typed, "NEWER"), again),
+            recipe("inspect", source.input_files, options.list_typed(Source), win),
+            recipe("advise", ["NEWER"], _name_groups_of(typed, "NEWER"), again),
         ]
     if advice.answer != "worth a trial":
         return _record_more(source, advice, typed)
-    trying = _try(source, advice, typed, unseen, from_all=from_all)
-    serving = to_serve(
+    trying = _list_trial(source, advice, typed, unseen, from_all=from_all)
+    serving = list_recipes_to_serve(
         source,
         advice.placements[1],
         _proposed_file(advice),
@@ -66,17 +67,17 @@ def after_advice(
 
 
 def _record_more(source: Source, advice: Advice, typed: dict[str, Any]) -> list[Recipe]:
-    """Return the commands that record more: by INPUT's engine, each kind of traffic by itself."""
-    engine = advice.settings["engine"] or next(map(engine_of, source.readers), None)
+    """Return the commands that record more traffic, with INPUT's engine or by ``collect``."""
+    engine = advice.settings["engine"] or next(map(find_engine, source.readers), None)
     if engine is not None and ENGINES[engine].record:
         command = ENGINES[engine].record.format(devices=advice.problem.devices)
         page = f"docs/engines/{engine.replace('-', '_')}.md"
         return [
             Recipe(command, f"record into MORE, a file for each kind of traffic: {page}"),
-            # Groups are then called as the files are.
+            # The groups then have the names of the files.
             recipe("advise", ["MORE"], {**typed, "group_by": FILES, "only": None}),
         ]
-    typed = _of_other(typed, "MORE")
+    typed = _name_groups_of(typed, "MORE")
     if advice.main.window is None:
         return [recipe("advise", ["MORE"], typed, "MORE: more windows, of all kinds of traffic")]
     collect = "moetuner collect MODEL --dataset FILE --out MORE"
@@ -84,8 +85,8 @@ def _record_more(source: Source, advice: Advice, typed: dict[str, Any]) -> list[
     return [Recipe(collect, why), recipe("advise", ["MORE"], typed)]
 
 
-def _of_other(typed: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return options of another recording, which a file of INPUT's names does not fit."""
+def _name_groups_of(typed: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return typed options for another recording, whose groups another --group-by file names."""
     names = typed.get("group_by")
     if names is None or names == FILES:
         return typed
@@ -94,7 +95,7 @@ def _of_other(typed: dict[str, Any], name: str) -> dict[str, Any]:
     return {**typed, "group_by": f"{name}{ending[0] if ending else ''}"}
 
 
-def _try(
+def _list_trial(
     source: Source,
     advice: Advice,
     typed: dict[str, Any],
@@ -102,23 +103,15 @@ def _try(
     *,
     from_all: bool,
 ) -> list[Recipe]:
-    """Return the commands that compute the placement, and show the figure that it was judged by."""
+    """Return the commands that compute the proposed placement, and judge it as advice did."""
     problem, main, settings = advice.problem, advice.main, advice.settings
     initial, window, traffic = settings["initial"], settings["windows"][0], source.traffic
+    solving = _list_solve_options(advice, typed, holds_out=not (traffic.has_pairs or unseen))
     why = "the placement that was judged"
-    solving = {**typed, "expert_bytes": None, "seed": settings["seed"]}
-    # The windows that were searched for, which INPUT's own would not all be.
-    if window is None:  # windows are given
-        solving |= {"window": None, "arrival": None}
-    elif {*problem.shares} == {window}:
-        solving["window"] = window
-    else:
-        solving |= {"window": None, "phases": f"{problem.shares.get(WINDOWS[1], 0.0):g}"}
     if traffic.has_pairs:
         why = "from all of INPUT with its pairs, which cannot be held out"
-    elif not unseen:
-        why += "" if from_all else "; leave out --holdout to use all of INPUT for serving"
-        solving["holdout"] = HOLDOUT
+    elif not unseen and not from_all:
+        why += "; leave out --holdout to use all of INPUT for serving"
 
     def solve(slots: int, why: str, **others: Any) -> Recipe:
         is_default = slots * problem.devices == problem.experts
@@ -131,7 +124,7 @@ def _try(
     if initial not in ("given", "contiguous"):
         slots = count_running_slots(initial, problem.experts, problem.devices)
         method_and_file = {
-            "method": initial.partition(":")[0],
+            "method": Running.parse(initial).method,
             "out_file": (baseline := RUNNING_FILE),
         }
         commands.append(solve(slots, f"what runs: {name_running(initial)}", **method_and_file))
@@ -140,32 +133,50 @@ def _try(
     commands.append(solve(problem.slots, why, out_file=placed))
     step = advice.step
     if step is not None and "initial_file" in solving:
-        found = next(each for each in advice.findings if each.kind == "few moves")
-        instead = f"or with few moves: {write(found, TERMINAL)}"
+        finding = next(found for found in advice.findings if found.kind == "few moves")
+        instead = f"or with few moves: {write(finding, TERMINAL)}"
         # All digits of the bytes: a budget that is rounded down is one expert less.
         budget = step.experts if step.bytes is None else step.bytes
         limits = {"move_budget": f"{budget:.0f}", "expert_bytes": typed.get("expert_bytes")}
-        file = options.apart_from(_running_file(advice), FEW_MOVES_FILE)
+        file = options.choose_file_name(_running_file(advice), FEW_MOVES_FILE)
         commands.append(solve(problem.slots, instead, out_file=file, **limits))
-    values = options.typed(Source)
+    values = options.list_typed(Source)
     values |= {"expert_bytes": typed.get("expert_bytes"), "baseline": baseline}
     values |= {"window": None if main.window == window else main.window}
     values |= {"report_file": "report.html"}
     commands.append(recipe("evaluate", [placed, *(unseen or source.input_files)], values))
     if advice.more is not None:
         slots = problem.slots + advice.more - advice.knee
-        more = options.apart_from(_running_file(advice), "more.json")
-        commands.append(solve(slots, "the one with more memory", out_file=more))
+        file = options.choose_file_name(_running_file(advice), "more.json")
+        commands.append(solve(slots, "the one with more memory", out_file=file))
     if from_all and "holdout" in solving:
-        to_serve = {"holdout": None, "out_file": placed}
+        for_serving = {"holdout": None, "out_file": placed}
         commands.append(
-            solve(problem.slots, "the placement to serve: from all of INPUT", **to_serve)
+            solve(problem.slots, "the placement to serve: from all of INPUT", **for_serving)
         )
     return commands
 
 
-def to_audit(source: Source, advice: Advice, unseen: Collection[Path]) -> Recipe:
-    """Return the command that shows which groups the proposed placement serves worse."""
+def _list_solve_options(
+    advice: Advice, typed: dict[str, Any], *, holds_out: bool
+) -> dict[str, Any]:
+    """Return the options with which "moetuner solve" repeats the search of advice."""
+    problem, window = advice.problem, advice.settings["windows"][0]
+    values = {**typed, "expert_bytes": None, "seed": advice.settings["seed"]}
+    # The sizes of windows that the search used, which are not the defaults of INPUT.
+    if window is None:  # INPUT has windows of its own
+        values |= {"window": None, "arrival": None}
+    elif {*problem.shares} == {window}:
+        values["window"] = window
+    else:
+        values |= {"window": None, "phases": f"{problem.shares.get(WINDOWS[1], 0.0):g}"}
+    if holds_out:
+        values["holdout"] = HOLDOUT
+    return values
+
+
+def make_recipe_to_audit(source: Source, advice: Advice, unseen: Collection[Path]) -> Recipe:
+    """Return the command that shows the groups which the proposed placement serves worse."""
     files, initial = unseen or source.input_files, advice.settings["initial"]
     values: dict[str, Any] = {"window": advice.main.window, "baseline": None, "by_group": True}
     if initial != "contiguous":
@@ -174,21 +185,21 @@ def to_audit(source: Source, advice: Advice, unseen: Collection[Path]) -> Recipe
 
 
 def _running_file(advice: Advice) -> str | None:
-    """Return the file of what runs, if --initial names one."""
-    return options.typed()["initial"] if advice.settings["initial"] == "given" else None
+    """Return the file of the running placement if --initial names one, else None."""
+    return options.list_typed()["initial"] if advice.settings["initial"] == "given" else None
 
 
 def _proposed_file(advice: Advice) -> str:
-    """Return where the next commands write the proposed placement: not over what runs."""
-    return options.apart_from(_running_file(advice), PLACED_FILE)
+    """Return the file of the proposed placement, another one than that of the running placement."""
+    return options.choose_file_name(_running_file(advice), PLACED_FILE)
 
 
-def go_back(advice: Advice) -> str | None:
-    """Return what takes the placement away again; None where none is proposed."""
-    return way_back(advice.settings["engine"]) if advice.answer == "worth a trial" else None
+def find_way_back_from(advice: Advice) -> str | None:
+    """Return how to undo the proposed placement; None if none is proposed."""
+    return find_way_back(advice.settings["engine"]) if advice.answer == "worth a trial" else None
 
 
-def to_serve(
+def list_recipes_to_serve(
     source: Source,
     placement: Placement,
     file: str | Path,
@@ -197,19 +208,18 @@ def to_serve(
     split: str | None,
     nodes: int,
 ) -> list[Recipe]:
-    """Return the commands that export a placement, and serve it."""
+    """Return the commands that export a placement of INPUT's model, and serve it."""
     layers, dense = source.traffic.left_out or (source.hidden_layers, source.dense_layers)
     why = ""
     if not layers and dense is None:
         layers, dense = placement.layers, ()
         why = "if all layers of the model have experts"
-    return serving_commands(
+    return list_serving_recipes(
         engine,
-        devices=placement.devices,
-        redundant=placement.devices * placement.slots_per_device - placement.num_experts,
+        placement,
+        file,
         nodes=nodes,
         split=split,
-        placement=str(file),
         hidden_layers=str(layers or "N"),
         dense_layers="A-B" if dense is None else layer_list(dense),
         note=why,
@@ -217,10 +227,10 @@ def to_serve(
     )
 
 
-def _windows(placed: Placed, worse: int | None) -> dict[str, Any]:
-    """Return the options that say which windows to place for: those that it serves worse.
+def _choose_windows(placed: Placed, worse: int | None) -> dict[str, Any]:
+    """Return the options for windows of the size that a placement serves worse.
 
-    A placement for phases is computed for phases again.
+    A placement for several phases is computed for these phases again.
     """
     sizes = placed.made.phases
     if set(sizes) <= set(WINDOWS) and len(sizes) > 1 and placed.source.window == WINDOWS[0]:
@@ -228,46 +238,46 @@ def _windows(placed: Placed, worse: int | None) -> dict[str, Any]:
     return {"window": placed.source.replayed and (worse or placed.source.replayed)}
 
 
-def to_solve_again(
+def make_recipe_to_solve(
     placement_file: Path, placed: Placed, machine: Machine, window: int | None
 ) -> Recipe:
-    """Return the command that computes the placement anew, judged on what it has not seen.
+    """Return the command that computes a placement again, and judges it on unseen traffic.
 
-    ``window`` has the tokens of the windows that the placement serves worse.
+    ``window`` is the size of the windows that the placement serves worse, in tokens.
     """
     placement, topology, made = placed.placement, placed.topology, placed.made
-    typed, values = options.typed(), options.typed(Source, Machine)
+    typed, values = options.list_typed(), options.list_typed(Source, Machine)
     values |= {name: getattr(placed.source, name) for name in SCALES}
-    name = made.spelled_of("topology", beside=placement_file, value=topology)
-    name = common_name(topology) if name is None else name
+    name = made.find_spelling("topology", beside=placement_file, value=topology)
+    name = find_preset_name(topology) if name is None else name
     if machine.machine is None and name is not None and machine.devices_per_node is None:
         values |= {"machine": name, "devices": None}
     elif machine.machine is None:
         values["devices"] = placement.devices
         values["devices_per_node"] = topology.devices_per_node if topology.nodes > 1 else None
-    values |= {name: placed.serving.chosen(name) for name in SERVED}
+    values |= {name: placed.serving.chosen(name) for name in ENGINE_SETTINGS}
     goal, cap = made.wanted.get("objective"), made.wanted.get("max_imbalance")
     values |= {
-        "objective": None if goal == goal_for(None, cap) else goal,
+        "objective": None if goal == choose_goal(None, cap) else goal,
         "max_imbalance": None if goal == "traffic" and cap == TRAFFIC_CAP else cap,
         "method": made.method,
         "seed": made.seed,
     }
-    values |= {"engine": placed.serving.engine, **_windows(placed, worse=window)}
-    # What is unseen then says whether the new placement serves it better.
+    values |= {"engine": placed.serving.engine, **_choose_windows(placed, worse=window)}
+    # The unseen part shows whether the new placement serves it better.
     values["holdout"] = None if placed.source.traffic.has_pairs else HOLDOUT
     model = placed.serving.cost_model
     usual = cost_model_for(None, placed.source.traffic, placed.source.weight_bits)
     if model is not None and model != usual:
         text = typed.get("cost_model")
-        text = text or made.spelled_of("cost_model", beside=placement_file, value=model)
+        text = text or made.find_spelling("cost_model", beside=placement_file, value=model)
         values["cost_model"] = text or model.preset_text or model.name
     values["slots_per_device"] = placement.slots_per_device if placement.has_copies else None
-    # What serves stays, to compare with, and so do experts that need not move.
-    least = -(-placement.num_experts // placement.devices)
-    fits = placement.slots_per_device <= (values["slots_per_device"] or least)
-    # Other methods than the default one place anew, wherever experts are.
+    # The running placement is compared with, and experts that need not move stay.
+    least_slots = -(-placement.num_experts // placement.devices)
+    fits = placement.slots_per_device <= (values["slots_per_device"] or least_slots)
+    # Only the default method starts from the running placement.
     if fits and values["method"] in (None, "joint"):
         values["initial_file"] = str(placement_file)
-    values["out_file"] = options.apart_from(placement_file, PLACED_FILE)
+    values["out_file"] = options.choose_file_name(placement_file, PLACED_FILE)
     return recipe("solve", placed.source.input_files, values)

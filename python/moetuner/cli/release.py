@@ -1,4 +1,4 @@
-"""``moetuner --version`` and ``--self-test``: what is installed, and whether it is right."""
+"""``moetuner --version`` and ``--self-test``: describe and check the installation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ENGINES = ("vllm", "sglang", "vllm-ascend", "tensorrt-llm", "megatron-core", "de
 
 
 def describe_installation() -> dict[str, Any]:
-    """Return versions of everything that may matter to a fault, and what the processor can do."""
+    """Return versions of all that may cause a fault, and the processor's instruction sets."""
     import platform
 
     return {
@@ -41,7 +41,7 @@ def describe_installation() -> dict[str, Any]:
 
 
 def find_versions(distributions: tuple[str, ...]) -> dict[str, str]:
-    """Return the versions of those that are installed; none of them is imported."""
+    """Return the versions of installed distributions, without importing them."""
     import importlib.metadata
 
     versions = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from moetuner.cli import options, work
 from moetuner.cli.options import JUDGING, SEARCH, SearchOptions, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import MoveOptions
-from moetuner.cli.options.pages import Pages, origin_of
-from moetuner.cli.options.placed import held_out, windowed, with_input
+from moetuner.cli.options.pages import Pages, make_origin
+from moetuner.cli.options.placed import add_windows, with_input, write_held_out
 from moetuner.cli.options.serving import ProblemOptions, settings_for_json
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output
@@ -39,7 +39,6 @@ from moetuner.report.outcome import (
     window_to_name,
 )
 from moetuner.report.page.data import PageData, make_outcome_data
-from moetuner.serving import Serving
 from moetuner.solver import METHODS, Result
 
 FLATTERED = (
@@ -89,14 +88,14 @@ def command(
     certificate_file
         Write the proof of the bound, for "moetuner verify"; fails if the bound has no proof.
     """
-    topology = machine.topology()
+    topology, seed, threads = machine.topology(), nth_seed(search.seed, 0), source.threads
     if not holdout:
         source, _ = wanted.resolve(source, topology)
-    seen, judged_on = hold_out(source.traffic, holdout, seed=nth_seed(search.seed, 0))
-    # The default method asks for what the objective is made of, and for nothing else.
+    seen, judged_on = hold_out(source.traffic, holdout, seed=seed)
+    # The default method counts only the tables that its objective needs.
     problem = wanted.problem(source, topology, seen, pairs=method != "joint")
     judged_on = source.as_divided(judged_on, problem.serving)
-    initial = moving.initial(source, problem, nth_seed(search.seed, 0))
+    initial = moving.initial(source, problem, seed)
     size = wanted.expert_bytes(source, moving.expert_bytes)
     if initial is not None:
         moving = replace(moving, expert_bytes=size)
@@ -105,7 +104,7 @@ def command(
         _refuse_unprovable(problem, method, moving=initial is not None)
     arguments = asdict(search)
     output.say(source.describe(), *wanted.explain_problem(problem), *moving.explain())
-    moves, threads = moving.arguments(initial), source.threads
+    moves = moving.arguments(initial)
     result = work.solve(problem, method, threads=threads, **arguments, **moves)
     result = replace(result, placement=with_input(result.placement, source, holdout))
     # Written before anything is said about it: a closed pipe must not lose the answer.
@@ -113,51 +112,34 @@ def command(
     output.say("")
     try:
         by_group = pages.wanted or output.json_file is not None
-        served = replace(problem.serving, window=source.replayed)
-        options_of_replay = {"by_group": by_group, "threads": threads}
-        before, outcomes = _replay(result, initial, problem, served, judged_on, **options_of_replay)
-        outcome, judgements = outcomes[-1], {}
+        replayed = _replay(result, initial, problem, source, judged_on, by_group=by_group)
         if holdout:
-            recording = source.traffic
-            judgements = judge_outcomes(before, outcome, recording, by_group=pages.wanted)
+            replayed = replayed.judge(source.traffic, by_group=pages.wanted)
     except KeyboardInterrupt:
         raise click.ClickException(f"interrupted; {out_file} was written") from None
-    judged = FLATTERED
-    if holdout:
-        judged = held_out(judged_on, source.as_divided(source.traffic, problem.serving))
-    judged = windowed(judged, source, judged_on)
-    _show(output, problem, outcomes, before, judgements, held_out=holdout > 0)
+    replayed.show(output, problem, held_out=holdout > 0)
+    judged = _write_judged(source, problem, judged_on, holdout)
     output.say(judged)
-    kept = initial is not None and _may_be_chance(judgements) and not problem.violations(initial)
-    if kept and initial != result.placement:
-        assert initial is not None
-        moved = initial.diff(result.placement).experts_moved
-        output.tell(Finding("running kept", {"experts": moved}))
-        result = replace(result, placement=_as_result(initial, result, before))
-        outcome = replace(before, result=replace(before.result, placement=result.placement))
-        result.placement.save(out_file)
+    outcome, keeps_running = replayed.outcome, False
+    if initial is not None and replayed.may_be_chance and not problem.violations(initial):
+        keeps_running = True
+        if initial != result.placement:
+            result, outcome = _keep_running(initial, result, replayed.before, output)
+            result.placement.save(out_file)
     moves, trades = moving.show(output, problem, initial, result, threads=threads, **arguments)
-    output.say(f"wrote {out_file}{', which is what runs' if kept else ''}")
+    output.say(f"wrote {out_file}{', which is what runs' if keeps_running else ''}")
     failure = certificate_file and _prove(problem, result, certificate_file, output)
     settings = settings_for_json(problem) | moving.settings() | arguments
     settings |= {"window": source.counted, "threads": threads, "holdout": holdout}
     contents: dict[str, Any] = {"input": source.facts(), "settings": settings}
     contents["placement"] = str(out_file)
-    contents |= {"method": method, **outcome.to_dict(), **moves, "kept": kept}
-    contents |= _facts(judgements, judged_on, holdout)
+    contents |= {"method": method, **outcome.to_dict(), **moves, "kept": keeps_running}
+    contents |= replayed.gain_facts() | {"judged_on": _describe_part(judged_on, holdout)}
 
     def page() -> PageData:
-        judgement = next(iter(judgements.values()), None) or judge_outcome(
-            before, outcome, source.traffic, source.replayed, by_group=True
-        )
+        judgement, origin = replayed.first_judgement(source), make_origin(source)
         return make_outcome_data(
-            judgement,
-            outcome,
-            origin_of(source),
-            contents,
-            traffic=judged,
-            trades=trades,
-            expert_bytes=size,
+            judgement, outcome, origin, contents, traffic=judged, trades=trades, expert_bytes=size
         )
 
     pages.write(output, page)
@@ -166,72 +148,123 @@ def command(
         raise click.ClickException(str(failure))
 
 
-def _facts(
-    judgements: dict[int | None, Judgement], judged_on: Recording, holdout: float
-) -> dict[str, Any]:
-    """Return the gains, and what they were judged on, for JSON."""
-    part = {"part": "unseen" if holdout else "all", "is_seen": not holdout}
-    gains = [{"window": tokens, **each.gain.to_dict()} for tokens, each in judgements.items()]
-    first = next(iter(judgements.values()), None)
-    facts = {"gain": None if first is None else first.gain.to_dict(), "gains": gains}
-    return facts | {"judged_on": part | judged_on.size}
+@dataclass(frozen=True)
+class ReplayedResult:
+    """Outcomes of a result and of the placements that may run, on the traffic to judge on.
 
+    Parameters
+    ----------
+    before
+        Outcome of the running placement; contiguous if none runs.
+    outcomes
+        Rows of the table; the last one is that of the result.
+    judgements
+        Judgements of the change on unseen traffic, by tokens per window.
+    """
 
-def _show(
-    output: Output,
-    problem: Problem,
-    outcomes: list[Outcome],
-    before: Outcome,
-    judgements: dict[int | None, Judgement],
-    *,
-    held_out: bool,
-) -> None:
-    """Print the table and what the result is worth; warn where what runs, or blocks, are faster."""
-    outcome = outcomes[-1]
-    rows = [row.row() for row in outcomes]
-    output.table(*with_values(head(problem, held_out=held_out), rows))
-    warned = [each for row in (before, *outcomes[:-1]) for each in find_slower(outcome, row)]
-    output.tell(
-        *find_remarks([outcome], problem),
-        *find_worth(outcome, held_out=held_out),
-        *warned[:1],
-        *find_empty_slots(outcome),
-    )
-    for tokens, judgement in judgements.items():
-        output.tell(find_gain(judgement.gain, window_to_name(tokens, outcome)))
+    before: Outcome
+    outcomes: list[Outcome]
+    judgements: dict[int | None, Judgement] = field(default_factory=dict)
 
+    @property
+    def outcome(self) -> Outcome:
+        """Outcome of the result."""
+        return self.outcomes[-1]
 
-def _may_be_chance(judgements: dict[int | None, Judgement]) -> bool:
-    """Return whether nothing is surely gained in windows of any size; False where nothing tells."""
-    answers = {judgement.gain.answer for judgement in judgements.values()}
-    return bool(answers) and answers <= {"no evidence", "worse"}
+    @property
+    def may_be_chance(self) -> bool:
+        """Whether no size of windows has a sure gain; False without judgements."""
+        answers = {judgement.gain.answer for judgement in self.judgements.values()}
+        return bool(answers) and answers <= {"no evidence", "worse"}
 
+    def judge(self, recording: Recording, *, by_group: bool) -> ReplayedResult:
+        """Judge the change from the running placement to the result."""
+        judgements = judge_outcomes(self.before, self.outcome, recording, by_group=by_group)
+        return replace(self, judgements=judgements)
 
-def _as_result(initial: Placement, result: Result, before: Outcome) -> Placement:
-    """Return what runs as the result of a search that found nothing surely better."""
-    return replace(result.placement, slots=initial.slots, objective=before.result.objective)
+    def first_judgement(self, source: Source) -> Judgement:
+        """Return the judgement for the first size of windows, on seen traffic if there is none."""
+        for judgement in self.judgements.values():
+            return judgement
+        return judge_outcome(
+            self.before, self.outcome, source.traffic, source.replayed, by_group=True
+        )
+
+    def show(self, output: Output, problem: Problem, *, held_out: bool) -> None:
+        """Print the table, the worth of the result, and a warning if another row is faster."""
+        rows = [outcome.row() for outcome in self.outcomes]
+        output.table(*with_values(head(problem, held_out=held_out), rows))
+        others = (self.before, *self.outcomes[:-1])
+        warnings = [finding for row in others for finding in find_slower(self.outcome, row)]
+        output.tell(
+            *find_remarks([self.outcome], problem),
+            *find_worth(self.outcome, held_out=held_out),
+            *warnings[:1],
+            *find_empty_slots(self.outcome),
+        )
+        for tokens, judgement in self.judgements.items():
+            output.tell(find_gain(judgement.gain, window_to_name(tokens, self.outcome)))
+
+    def gain_facts(self) -> dict[str, Any]:
+        """Return the gains for JSON."""
+        gains = [
+            {"window": tokens, **judgement.gain.to_dict()}
+            for tokens, judgement in self.judgements.items()
+        ]
+        first = next(iter(self.judgements.values()), None)
+        return {"gain": None if first is None else first.gain.to_dict(), "gains": gains}
 
 
 def _replay(
     result: Result,
     initial: Placement | None,
     problem: Problem,
-    serving: Serving,
+    source: Source,
     judged_on: Traffic,
-    **options: Any,
-) -> tuple[Outcome, list[Outcome]]:
-    """Replay a result and what runs, or else blocks; return what runs, and the table's rows."""
+    *,
+    by_group: bool,
+) -> ReplayedResult:
+    """Replay a result, the running placement if there is one, and the contiguous one."""
     blocks = make_running_result(problem, contiguous(result.placement), "contiguous")
     before = [blocks]
     if initial is not None and initial != blocks.placement:
         before.append(make_running_result(problem, initial))
-    outcomes = work.replay([*before, result], problem, serving, judged_on, **options)
+    serving = replace(problem.serving, window=source.replayed)
+    outcomes = work.replay(
+        [*before, result], problem, serving, judged_on, by_group=by_group, threads=source.threads
+    )
     is_shown = result.method != "contiguous" or initial is not None
-    return outcomes[len(before) - 1], outcomes if is_shown else outcomes[-1:]
+    return ReplayedResult(outcomes[len(before) - 1], outcomes if is_shown else outcomes[-1:])
+
+
+def _write_judged(source: Source, problem: Problem, judged_on: Recording, holdout: float) -> str:
+    """Write on which traffic the result is judged, and in which windows."""
+    sentence = FLATTERED
+    if holdout:
+        sentence = write_held_out(judged_on, source.as_divided(source.traffic, problem.serving))
+    return add_windows(sentence, source, judged_on)
+
+
+def _describe_part(judged_on: Recording, holdout: float) -> dict[str, Any]:
+    """Return the part of INPUT that the result is judged on, for JSON."""
+    part = {"part": "unseen" if holdout else "all", "is_seen": not holdout}
+    return part | judged_on.size
+
+
+def _keep_running(
+    initial: Placement, result: Result, before: Outcome, output: Output
+) -> tuple[Result, Outcome]:
+    """Return result and outcome with the running placement in place of the one that was found."""
+    moved = initial.diff(result.placement).experts_moved
+    output.tell(Finding("running kept", {"experts": moved}))
+    objective = before.result.objective
+    placement = replace(result.placement, slots=initial.slots, objective=objective)
+    outcome = replace(before, result=replace(before.result, placement=placement))
+    return replace(result, placement=placement), outcome
 
 
 def _refuse_unprovable(problem: Problem, method: str, *, moving: bool) -> None:
-    """Raise, before any work, where no bound that has a certificate will be found."""
+    """Raise, before any work, if no bound with a certificate can be found."""
     if problem.goal != "traffic":
         why = f"bounds of {problem.goal} are formulas of INPUT; pass --objective traffic"
     elif method != "joint":
@@ -261,7 +294,8 @@ def _prove(problem: Problem, result: Result, path: Path, output: Output) -> str 
         )
     certificate.save(path)
     worth = problem.objective_function
-    proven = certificate.cost / (worth.tokens if certificate.method == "visits" else worth.scale)
+    unit = max(worth.tokens, 1) if certificate.method == "visits" else worth.scale
+    proven = certificate.cost / unit
     line = f"wrote {path}"
     if result.bound is not None and proven < result.bound:
         line += f", which proves {proven:.6f}; the bound beyond that has no certificate"

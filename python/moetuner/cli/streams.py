@@ -1,4 +1,4 @@
-"""Standard output and error of the command line, which may be closed, full, or read by nobody."""
+"""Standard output and error, also if they are closed or full, or have no reader."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-# When a log last got a line, of whichever work, or the program began; None if neither is known.
-heard: float | None = None
+# Time of the last line to a log, or of the start of the program; None if neither is known.
+last_line_time: float | None = None
 
 
 class Stream(io.FileIO):
-    """A standard stream that never fails: work goes on, and ``failure`` is told in the end."""
+    """A standard stream that never fails: work goes on, and ``failure`` is reported at the end."""
 
     failure: OSError | None = None
 
     def write(self, data: Any) -> int | None:  # type: ignore[override]
-        """Write, or drop what can be written no more."""
+        """Write data; after a failure, drop them."""
         if self.failure is None:
             try:
                 return super().write(data)
@@ -30,10 +30,11 @@ class Stream(io.FileIO):
 
 @contextmanager
 def standard_streams() -> Iterator[Stream | None]:
-    """Let standard output and error take everything; yield the output, if it is a descriptor's.
+    """Replace standard output and error by streams that never fail; yield the output's.
 
-    Where one of the three descriptors is closed, a file that is opened later would get its number,
-    and what is printed would land in it.
+    Closed descriptors are opened: otherwise a file that is opened later would get the number of
+    standard output, and its lines would be written into that file. None is yielded if another
+    program has replaced standard output.
     """
     for number in range(3):
         try:
@@ -43,9 +44,9 @@ def standard_streams() -> Iterator[Stream | None]:
     before = sys.stdout, sys.stderr
     output = None
     if sys.stdout is sys.__stdout__:
-        output, sys.stdout = _opened(sys.stdout, 1)
+        output, sys.stdout = _open(sys.stdout, 1)
     if sys.stderr is sys.__stderr__:
-        _, sys.stderr = _opened(sys.stderr, 2)
+        _, sys.stderr = _open(sys.stderr, 2)
     try:
         yield output
     finally:
@@ -54,8 +55,8 @@ def standard_streams() -> Iterator[Stream | None]:
         sys.stdout, sys.stderr = before
 
 
-def _opened(old: TextIO | None, number: int) -> tuple[Stream, TextIO]:
-    """Open a descriptor as text in the encoding of the stream before; None is a closed one."""
+def _open(old: TextIO | None, number: int) -> tuple[Stream, TextIO]:
+    """Open a descriptor as a text stream, in the encoding of ``old`` if that is not None."""
     raw = Stream(number, "w", closefd=False)
     text = io.TextIOWrapper(
         io.BufferedWriter(raw),

@@ -23,10 +23,10 @@ from moetuner.problem import Problem
 from moetuner.problem.caps import device_load
 from moetuner.solver import Certificate, verify
 
-# Sums of visits may be off by this part.
+# Largest relative error of a sum of visits.
 ROUNDING = 1e-12
-# Decimals of an imbalance, and imbalances that a sentence names.
-DECIMALS, FEW = 4, 6
+# Decimals of an imbalance, and most imbalances that a sentence names.
+DECIMALS, MOST_NAMED = 4, 6
 
 
 @options.command("verify", example="proof.json trace.safetensors --devices 8")
@@ -49,8 +49,8 @@ def command(
         Placement to compare with the bound.
     """
     certificate = Certificate.load(certificate_file)
-    of_visits = certificate.method == "visits"
-    statistics = source.count(sets=of_visits)
+    is_about_visits = certificate.method == "visits"
+    statistics = source.count(sets=is_about_visits)
     topology = machine.topology()
     imbalances = _imbalances(statistics.total_load, topology.devices, certificate.caps)
     # The tightest cap that the certificate covers in every layer; its own caps are said below.
@@ -63,8 +63,8 @@ def command(
     )
     cost = verify(certificate, problem, threads=source.threads)
     worth = problem.objective_function
-    bound = cost / (worth.tokens if of_visits else worth.scale)
-    proof = "prices or tangents of" if of_visits else "a"
+    bound = cost / (worth.tokens if is_about_visits else worth.scale)
+    proof = "prices or tangents of" if is_about_visits else "a"
     output.say(
         f"Proven by {proof} {certificate.method}: of {certificate.scope}, with "
         f"{certificate.slots} slots per device and no device load above {_caps(imbalances)}, "
@@ -114,16 +114,16 @@ def _compare(
 
 
 def _imbalances(load: NDArray[np.uint64], devices: int, caps: NDArray[np.uint64]) -> list[float]:
-    """Return caps of layers [L] as imbalances of loads [L,E]: one if it says all, else a list.
+    """Return caps of layers [L] as imbalances of loads [L,E]: a single one if it fits all layers.
 
-    A cap is a whole number of tokens, so a range of imbalances means the same: from the first to
-    below the second number of a pair.
+    A cap is a whole number of tokens, so it stands for a range of imbalances: from the first number
+    of a pair to below the second.
     """
     totals = load.sum(axis=1, dtype=np.uint64).tolist()
     if len(totals) != len(caps):
         return [1.0]  # of another model, which `verify` says
     layers = [
-        tuple(Fraction((min(cap, total) + more) * devices, total) for more in (0, 1))
+        tuple(Fraction((min(cap, total) + tokens) * devices, total) for tokens in (0, 1))
         if total
         else (Fraction(1), Fraction(devices))
         for cap, total in zip(caps.tolist(), totals, strict=True)
@@ -133,7 +133,7 @@ def _imbalances(load: NDArray[np.uint64], devices: int, caps: NDArray[np.uint64]
 
 
 def _shortest(low: Fraction, high: Fraction) -> float | None:
-    """Return the shortest decimal from ``low`` to below ``high``, or a hair below the range."""
+    """Return the shortest decimal from ``low`` to below ``high``, or one just below the range."""
     for unit in (10**digits for digits in range(1, DECIMALS + 1)):
         short = Fraction(math.ceil(low * unit), unit)
         if short < high:
@@ -142,11 +142,12 @@ def _shortest(low: Fraction, high: Fraction) -> float | None:
 
 
 def _caps(imbalances: list[float]) -> str:
-    """Write imbalances in words: one, or by layer."""
+    """Write one imbalance, or those of layers that differ from most."""
     if len(imbalances) == 1:
         return f"{imbalances[0]:.{DECIMALS}f} of the mean"
     usual = max(imbalances, key=imbalances.count)
     others = [(layer, cap) for layer, cap in enumerate(imbalances) if cap != usual]
-    named = ", ".join(f"{cap:.{DECIMALS}f} in layer {layer}" for layer, cap in others[:FEW])
-    more = f" and others in {len(others) - FEW} layers more, see --json" * (len(others) > FEW)
-    return f"the cap of its layer ({named}{more}; elsewhere {usual:.{DECIMALS}f} of the mean)"
+    named = ", ".join(f"{cap:.{DECIMALS}f} in layer {layer}" for layer, cap in others[:MOST_NAMED])
+    if len(others) > MOST_NAMED:
+        named += f" and others in {len(others) - MOST_NAMED} layers more, see --json"
+    return f"the cap of its layer ({named}; elsewhere {usual:.{DECIMALS}f} of the mean)"

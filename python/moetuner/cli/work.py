@@ -1,4 +1,4 @@
-"""Long work, shown while it lasts: counting, solving and replaying."""
+"""Count, solve and replay with progress on the screen."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from moetuner import solver
-from moetuner.cli.output import shares, working
+from moetuner.cli.output import show_shares, working
 from moetuner.evaluation.options import ReplayOptions
 from moetuner.problem import Problem
 from moetuner.recording import Recording
@@ -18,16 +18,16 @@ from moetuner.statistics import RoutingStatistics, as_counts
 
 
 def count(recording: Recording, **tables: Any) -> RoutingStatistics:
-    """Count a recording in windows; counts stay. ``tables`` are as for ``as_counts``."""
+    """Count a trace in windows; return statistics as they are. ``tables`` as for ``as_counts``."""
     if isinstance(recording, RoutingStatistics):
         return recording
     with working("counting") as report:
-        progress = shares(report, "of the tokens", then="tables")
+        progress = show_shares(report, "of the tokens", then="tables")
         return as_counts(recording, progress=progress, **tables)
 
 
 def solve(problem: Problem, method: str, *, place: str = "", **arguments: Any) -> Result:
-    """Solve; ``place`` is how far all solves are, and ``arguments`` are as for ``solve``."""
+    """Solve; ``place`` says which of several solves this is, ``arguments`` are as for ``solve``."""
     label = f"solving, {method}{place and f' ({place})'}"
     with working(label, time_limit=arguments.get("time_limit")) as progress:
         return solver.solve(problem, cast(Method, method), progress=progress, **arguments)
@@ -42,9 +42,9 @@ def replay(
     threads: int | None,
     by_group: bool = True,
 ) -> list[Outcome]:
-    """Evaluate placements of results on other traffic, and by group unless that is not asked."""
+    """Evaluate the placements of results on other traffic, by default also by group."""
     with working("replaying") as report:
-        progress = shares(report, "of the tokens", then="figures")
+        progress = show_shares(report, "of the tokens", then="figures")
         return outcome.replay_results(
             results,
             problem,

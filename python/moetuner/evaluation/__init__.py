@@ -23,7 +23,7 @@ from moetuner.evaluation.rows import assign_homes, dispatch_rows
 from moetuner.frozen import Frozen, as_json, html_table
 from moetuner.placement import Placement
 from moetuner.recording import Recording
-from moetuner.serving import Serving, serving_of
+from moetuner.serving import Serving, make_serving
 from moetuner.serving.arrival import Arrival
 from moetuner.serving.splits import Split
 from moetuner.statistics import WINDOW, RoutingStatistics, count_loads
@@ -261,7 +261,7 @@ def evaluate(
     2.0
     """
     check.instance("placement", placement, Placement)
-    serving = serving_of(
+    serving = make_serving(
         traffic,
         topology,
         placement,
@@ -297,8 +297,10 @@ def evaluate_each(
     is_multiple = shortest > 0 and all(
         (serving.window or 0) % shortest == 0 for serving in servings
     )
-    without_windows = {replace(serving, window=None) for serving in servings}
-    is_one_replay = is_multiple and len(without_windows) == 1
+    # One replay serves all where they differ in their windows alone.
+    is_one_replay = (
+        is_multiple and len({replace(serving, window=None) for serving in servings}) == 1
+    )
     runs = [servings] if is_one_replay else [[serving] for serving in servings]
     unmixed = replace(options, mixed=False)
     evaluated: list[list[Evaluation]] = []

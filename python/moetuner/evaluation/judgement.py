@@ -22,7 +22,7 @@ from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.samples import Samples, find_samples
 from moetuner.frozen import Frozen, as_json, html_table
 from moetuner.placement import Placement, contiguous
-from moetuner.serving import Serving, serving_of
+from moetuner.serving import Serving, make_serving
 from moetuner.serving.arrival import Arrival
 from moetuner.serving.splits import Split
 from moetuner.statistics import WINDOW, RoutingStatistics
@@ -543,7 +543,7 @@ def audit(
     -0.167
     """
     check.instance("placement", placement, Placement)
-    serving = serving_of(
+    serving = make_serving(
         traffic,
         topology,
         placement,

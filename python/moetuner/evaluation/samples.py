@@ -541,9 +541,8 @@ def choose_runs(
     periods = max(number // (2 * LOST * gap), 1)
     length = number / periods
     gap = min(gap, max(int(length - 2) // 2, 0))
-    unseen_length = min(
-        max(round(share * (length - 2 * gap)), 1), max(int(length) - 2 * gap - 1, 1)
-    )
+    longest = max(int(length) - 2 * gap - 1, 1)
+    unseen_length = min(max(round(share * (length - 2 * gap)), 1), longest)
     start = int(length * ((seed * GOLDEN) % 1.0))
     place = (np.arange(number) - start) % number % length
     unseen = place < unseen_length

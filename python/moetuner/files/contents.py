@@ -147,7 +147,7 @@ def read_statistics(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]
         if kind == "npz":
             arrays, metadata = _archive(path, "load")
             if metadata["group_names"] is None and "group" in arrays:
-                metadata["group_names"] = _checks.numbered(arrays["group"])
+                metadata["group_names"] = _checks.name_groups(arrays["group"])
             del metadata["num_experts"]
             return {name: arrays[name] for name in arrays if name in TABLES}, metadata
         if kind != "safetensors":
@@ -173,7 +173,7 @@ def _write(path: Path, tensors: Mapping[str, safetensors.Pieces], metadata: dict
     """Write tensors, and as metadata what is not None."""
     metadata |= {
         "group_names": json.dumps(metadata["group_names"]),
-        "expert_size": _checks.size_text(metadata["expert_size"]),
+        "expert_size": _checks.format_size(metadata["expert_size"]),
     }
     metadata = {key: str(value) for key, value in metadata.items() if value is not None}
     with replacing(path) as temporary:
@@ -198,7 +198,7 @@ def _about(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
         "num_experts": metadata.get("num_experts"),
         "group_names": _list(metadata.get("group_names", "null")),
         "model": metadata.get("model"),
-        "expert_size": _checks.size_of(metadata.get("expert_size")),
+        "expert_size": _checks.parse_size(metadata.get("expert_size")),
     }
 
 

@@ -1,4 +1,4 @@
-"""Foreign formats, one file each: a table of those that are read and one of those that are written.
+"""Formats of recordings and maps, one module each: a table of READERS and one of WRITERS.
 
 Nothing here imports an engine, and no engine's file imports these tables.
 """
@@ -28,7 +28,7 @@ from moetuner.formats import (
     loads,
     megatron,
     memra,
-    own,
+    native,
     sglang,
     tensorrt_llm,
     tokenspeed,
@@ -44,13 +44,12 @@ from moetuner.serving.recipes import Recipe
 
 
 class Reader(NamedTuple):
-    """How recorded routing is read: its title, how it is recognised by content, and what reads it.
+    """A format of recorded routing: its title, and functions that recognise and read it.
 
-    ``caution`` says, where INPUT is described, what such a recording cannot say. If ``takes_map``,
-    maps of the same name may stand beside what was recorded, so they are recognised too.
-
-    What is damaged, or does not fit together, raises ValueError with file, place and rule in one
-    line; so may a damaged file that is to be recognised. Files of one recording are read together.
+    ``caution`` is a sentence on what such a recording cannot say; it follows INPUT's description.
+    With ``takes_map`` the reader also recognises the engine's maps, which may be given beside the
+    recording. ``read`` takes all files of one recording. Files that are damaged, or do not fit
+    together, raise ValueError with file, place and rule in one line; ``recognises`` may, too.
     """
 
     title: str
@@ -61,12 +60,12 @@ class Reader(NamedTuple):
 
 
 class Writer(NamedTuple):
-    """How placements are written, and read again.
+    """A format of placements.
 
-    ``module`` does it, with ``write_map(placement, path, hints)``,
-    ``recognises_map(path)`` and ``read_map(path, hints)``, which gives a ``Layout``. All raise
-    ValueError as readers do. Names end in one of ``suffixes``; ``engine``, if it is one's, is its
-    name in ``ENGINES``; ``hints`` are those that writing needs.
+    ``module`` has ``write_map(placement, path, hints)``, ``recognises_map(path)`` and
+    ``read_map(path, hints)``, which returns a ``Layout``. All raise ValueError as readers do.
+    ``suffixes`` are endings of file names. ``engine`` is the name in ``ENGINES`` of the engine that
+    loads the format, if it is a single one; ``hints`` are the hints that writing needs.
     """
 
     title: str
@@ -76,7 +75,7 @@ class Writer(NamedTuple):
     hints: tuple[str, ...] = ()
 
 
-# Those of engines first: what they do not know is moetuner's own, or nothing.
+# Readers of engines come first: files that they do not recognise are moetuner's own, or wrong.
 READERS: dict[str, Reader] = {
     "llama-traces": Reader(
         "choices of llama.cpp's routers, CSV of llama-moe-trace or BigMoeOnEdge",
@@ -133,13 +132,13 @@ READERS: dict[str, Reader] = {
         "CSV with columns layer and expert", csv.recognises, partial(read_tables, csv.open_table)
     ),
     **{
-        kind: Reader(f"moetuner's own, as {kind}", partial(own.recognises, kind), own.read)
-        for kind in own.KINDS
+        kind: Reader(f"moetuner's own, as {kind}", partial(native.recognises, kind), native.read)
+        for kind in native.KINDS
     },
 }
 
 WRITERS: dict[str, Writer] = {
-    "json": Writer("moetuner's own JSON, which its plugins load", (".json",), own),
+    "json": Writer("moetuner's own JSON, which its plugins load", (".json",), native),
     "eplb": Writer("the three arrays of DeepSeek's balancer", (".npz",), eplb),
     "sglang": Writer(
         "SGLang's --init-expert-location",
@@ -162,26 +161,26 @@ WRITERS: dict[str, Writer] = {
 }
 
 
-def serving_commands(
+def list_serving_recipes(
     engine: str | None,
+    placement: Placement,
+    file: str | Path = "placement.json",
     *,
-    devices: int,
-    redundant: int,
     nodes: int = 1,
     split: str | None = None,
-    placement: str = "placement.json",
     hidden_layers: str = "N",
     dense_layers: str = "A-B",
     note: str = "",
     model: str | None = None,
 ) -> list[Recipe]:
-    """Return the commands that export a placement to an engine, and serve it there.
+    """Return the commands that export the placement of a file to an engine, and serve it there.
 
-    Layers are those of the model as options of export have them; ``note`` says it where they are
-    guessed. An engine that can split tokens as the placement was computed for is told to.
+    ``hidden_layers`` and ``dense_layers`` are texts for the options of export; ``note`` says where
+    they are guessed. The command tells an engine to split tokens as the placement assumes, if the
+    engine can.
     """
-    file = shlex.quote(placement)
-    export = f"moetuner export {file} --to"
+    path = shlex.quote(str(file))
+    export = f"moetuner export {path} --to"
     if engine is None:
         return [Recipe(f"{export} eplb --out experts.npz")]
     layers = {"hidden_layers": hidden_layers, "dense_layers": dense_layers}
@@ -193,33 +192,34 @@ def serving_commands(
             commands.append(Recipe(line, note if hints else ""))
     capabilities = ENGINES[engine]
     if capabilities.serve:
-        line = capabilities.serve.format(devices=devices, redundant=redundant)
+        slots = placement.devices * placement.slots_per_device
+        redundant = slots - placement.num_experts
+        line = capabilities.serve.format(devices=placement.devices, redundant=redundant)
         if model is not None:
             line = re.sub(r"\bMODEL\b", shlex.quote(model), line)
         if redundant:
-            line += "".join(
-                f" {each}" for name, each in capabilities.splits_by.items() if name == split
-            )
-        remarks = [capabilities.serve_note] * bool(capabilities.serve_note)
+            options = (text for name, text in capabilities.splits_by.items() if name == split)
+            line += "".join(f" {option}" for option in options)
+        remarks = [capabilities.serve_note] if capabilities.serve_note else []
         if nodes > 1 and capabilities.on_nodes:
             line += f" {capabilities.on_nodes.format(nodes=nodes)}"
             remarks.append("on every node, each with its own rank")
-        commands.append(Recipe(line.replace("placement.json", file), "; ".join(remarks)))
+        commands.append(Recipe(line.replace("placement.json", path), "; ".join(remarks)))
     if capabilities.renumbers:
         commands.append(Recipe(f"{export} {engine} --checkpoint MODEL --out MODEL-placed"))
     return commands
 
 
-def way_back(engine: str | None) -> str:
-    """Return what takes a placement away again from its engine."""
+def find_way_back(engine: str | None) -> str:
+    """Return how an engine is started without its placement again."""
     return "start the engine without the map" if engine is None else ENGINES[engine].go_back
 
 
-def reader_of(path: str | Path) -> str:
-    """Return the name of the reader of a file, or of a folder by its first files."""
+def find_reader(path: str | Path) -> str:
+    """Find the name of the reader of a file, or of a folder by its first file."""
     path = path_in(path)
     for name, reader in READERS.items():
-        if name == own.KINDS[0] and path.is_file():
+        if name == native.KINDS[0] and path.is_file():
             _refuse_map(path)
         if reader.recognises(path):
             return name
@@ -228,25 +228,25 @@ def reader_of(path: str | Path) -> str:
     return kind_of(path)
 
 
-def readers_of(paths: Iterable[Path]) -> tuple[str, ...]:
-    """Return the names of the readers of files, each once, as far as they can be read again."""
+def find_readers(paths: Iterable[Path]) -> tuple[str, ...]:
+    """Find the names of the readers of files, each once; skip pipes and wrong files."""
     names: list[str] = []
     for path in paths:
         if not is_stream(path) and path.exists():
             with suppress(ValueError):
-                names.append(reader_of(path))
+                names.append(find_reader(path))
     return tuple(dict.fromkeys(names))
 
 
-def cautions(readers: Iterable[str]) -> list[str]:
-    """Return what recordings of some readers cannot say, each sentence once."""
+def list_cautions(readers: Iterable[str]) -> list[str]:
+    """List the cautions of readers, each once."""
     return [*dict.fromkeys(READERS[name].caution for name in readers if READERS[name].caution)]
 
 
 def _refuse_map(path: Path) -> None:
-    """Raise where a file that no engine recorded is a map of experts of one."""
+    """Raise if a file is an engine's map of experts."""
     for writer in WRITERS.values():
-        if writer.module is not own and writer.module.recognises_map(path):
+        if writer.module is not native and writer.module.recognises_map(path):
             raise ValueError(f"{path}: must be recorded routing, got a placement: {writer.title}")
 
 
@@ -324,15 +324,15 @@ def open_input(
 
 
 def read_input(paths: Sequence[Path], hints: Hints, reader: str | None = None) -> Traffic:
-    """Read files and folders; neighbours of the same reader are one recording."""
+    """Read files and folders; consecutive ones of the same reader are one recording."""
     if reader is not None:
         one_of("reader", reader, READERS)
-    names = [reader_of(path) if reader in (None, *own.KINDS) else reader for path in paths]
+    names = [find_reader(path) if reader in (None, *native.KINDS) else reader for path in paths]
     for path, name in zip(paths, names, strict=True):
         if reader not in (None, name):
             raise ValueError(f"{path}: must be {reader} as --from says, got {name}")
     recordings = groupby(zip(names, paths, strict=True), key=lambda pair: pair[0])
-    return own.join(
+    return native.join(
         [READERS[str(name)].read([path for _, path in files], hints) for name, files in recordings],
         paths,
     )
@@ -397,7 +397,7 @@ def write_placement(
 def is_map(path: Path) -> bool:
     """Return whether a file holds a placement, or a map of experts, and no recorded routing.
 
-    A damaged file is no map: reading it as INPUT says what is wrong.
+    False for a damaged file: the error of reading it as INPUT is better.
     """
     if is_stream(path) or not path.is_file():
         return False
@@ -406,14 +406,14 @@ def is_map(path: Path) -> bool:
         readers = {
             name: reader
             for name, reader in READERS.items()
-            if name not in own.KINDS and not (reader.takes_map and name in maps)
+            if name not in native.KINDS and not (reader.takes_map and name in maps)
         }
         return bool(maps) and not any(reader.recognises(path) for reader in readers.values())
     return False
 
 
-def form_of(path: str | Path) -> str:
-    """Return the name in ``WRITERS`` of the format that a map of experts is in, by its content."""
+def find_form(path: str | Path) -> str:
+    """Find the name in ``WRITERS`` of the format of a placement, by its content."""
     path = path_in(path)
     size_of(path)
     for name, writer in WRITERS.items():
@@ -422,7 +422,7 @@ def form_of(path: str | Path) -> str:
     routing = ""
     for name, reader in READERS.items():
         with suppress(ValueError):
-            if name not in own.KINDS and reader.recognises(path):
+            if name not in native.KINDS and reader.recognises(path):
                 routing = f" but recorded routing, to be given as INPUT ({reader.title})"
     raise ValueError(
         f"{path}: not a placement{routing}: its content is none of {', '.join(WRITERS)}"
@@ -430,10 +430,10 @@ def form_of(path: str | Path) -> str:
 
 
 def read_map(path: str | Path, hints: Hints, form: str | None = None) -> Layout:
-    """Read a map of experts as it stands; its content decides of which format, if none is given."""
+    """Read a map of experts, unchecked, in a format or in that of its content."""
     path = path_in(path)
     with naming(path):
-        layout: Layout = WRITERS[form or form_of(path)].module.read_map(path, hints)
+        layout: Layout = WRITERS[form or find_form(path)].module.read_map(path, hints)
     return layout
 
 
@@ -477,8 +477,8 @@ def read_placement(
     path = path_in(path)
     if form is not None:
         one_of("form", form, WRITERS)
-    form = form or form_of(path)
-    if WRITERS[form].module is own:
+    form = form or find_form(path)
+    if WRITERS[form].module is native:
         return Placement.load(path)
     hints = Hints(num_experts, devices=devices, dense_layers=_numbers(dense_layers))
     layout = read_map(path, hints, form)

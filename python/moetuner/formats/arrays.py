@@ -1,4 +1,4 @@
-"""Named arrays of a file, whatever holds them: ``.npz``, safetensors, or files of torch.save."""
+"""Read named arrays of ``.npz``, safetensors and files of torch.save."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from moetuner.formats import pickled
 from moetuner.formats.records import head
 
 
-def names_in(path: Path) -> list[str]:
-    """List the names of the arrays of a file; none where it holds something else.
+def list_names(path: Path) -> list[str]:
+    """List the names of the arrays of a file; empty for a file of another kind.
 
-    Those of a list of torch.save are ``arr_0`` and so on, as ``numpy.savez`` gives them; an array
-    that is alone in a file has the empty name.
+    Arrays of a list that torch.save wrote are called ``arr_0`` and so on, as in ``numpy.savez``;
+    the only array of a file without names is called "".
     """
     if pickled.is_pickled(path):
-        return [*_named(pickled.peek(path))]
+        return [*_name_tensors(pickled.peek(path))]
     start = head(path, 9)
     if start.startswith(b"PK"):
         with naming(path):
@@ -34,9 +34,9 @@ def names_in(path: Path) -> list[str]:
 
 
 def read_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Read the arrays of these names."""
+    """Read arrays by name."""
     if pickled.is_pickled(path):
-        content = _named(pickled.load(path))
+        content = _name_tensors(pickled.load(path))
         for name in names:
             if not isinstance(content[name], pickled.Tensor):
                 raise ValueError(f"{name:.60} must be a tensor, got {shown(content[name])}")
@@ -48,14 +48,16 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
     return {name: safetensors.read(path, header.tensor(name)) for name in names}
 
 
-def by_step(path: Path, pattern: re.Pattern[str], like: str) -> dict[tuple[int, int], NDArray[Any]]:
-    """Read all arrays of a file by the step and the layer in their names, in rising order.
+def read_by_step(
+    path: Path, pattern: re.Pattern[str], like: str
+) -> dict[tuple[int, int], NDArray[Any]]:
+    """Read all arrays of a file by step and layer, in rising order.
 
-    ``pattern`` is of whole names, with a group ``layer`` and, unless all are of step 0, a group
-    ``step``; ``like`` is a name that fits, for messages.
+    ``pattern`` matches whole names. Its group ``layer`` is the layer, and its group ``step``, if it
+    has one, the step, otherwise 0. ``like`` is an example of a name, for messages.
     """
     names: dict[tuple[int, int], str] = {}
-    for name in names_in(path):
+    for name in list_names(path):
         match = pattern.fullmatch(name)
         if match is None:
             raise ValueError(f"arrays must be named as {like}, got {name:.60}")
@@ -73,8 +75,8 @@ def by_step(path: Path, pattern: re.Pattern[str], like: str) -> dict[tuple[int, 
     return {key: arrays[names[key]] for key in sorted(names)}
 
 
-def _named(content: Any) -> dict[str, Any]:
-    """Return the members of a container, or a tensor alone, by their names."""
+def _name_tensors(content: Any) -> dict[str, Any]:
+    """Return the tensors of a container by name; a single tensor has the name ""."""
     if isinstance(content, dict):
         return {str(name): value for name, value in content.items()}
     if isinstance(content, list | tuple):

@@ -1,7 +1,7 @@
-"""Parquet and Arrow files, read batch by batch with pyarrow, an extra of this package.
+"""Read Parquet and Arrow files batch by batch with pyarrow, an extra of this package.
 
-A row is a token: a column ``experts`` of lists [L][K], with ``sequence`` and ``group`` if they are
-there. Or a row is one choice, with columns ``token``, ``layer`` and ``expert`` as in CSV.
+A row is a token, with a column ``experts`` of lists [L][K] and perhaps ``sequence`` and ``group``.
+Or a row is one choice, with columns ``token``, ``layer`` and ``expert`` as in CSV.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from numpy.typing import NDArray
 
 from moetuner._checks import experts_in
 from moetuner.files import size_of
-from moetuner.formats.pages import DELTA_BYTE_ARRAY, Page, pages_of
+from moetuner.formats.pages import DELTA_BYTE_ARRAY, Page, read_page_headers
 from moetuner.formats.records import head
 from moetuner.formats.rows import LABELS, Add, Columns, OpenTable, add_rows
 
 PARQUET, ARROW = b"PAR1", b"ARROW1\0\0"
 BATCH = 1 << 16
 LONGEST_LABEL = 1 << 12
-# A choice of an expert has a bit or more, and few files are packed better: what has more values
-# for each byte, or unpacks to more bytes, is taken for a decompression bomb.
+# A choice of an expert has at least a bit, and few files are packed better. A file with more values
+# per byte, or more unpacked bytes per byte, is refused as a decompression bomb.
 FREE_VALUES, VALUES_PER_BYTE = 1 << 20, 16
 FREE_BYTES, UNPACKED_PER_BYTE = 1 << 26, 100
 
 
 def recognises(path: Path) -> bool:
-    """Whether a file is Parquet or an Arrow file (Feather 2)."""
+    """Return whether a file is Parquet or an Arrow file (Feather 2)."""
     start = head(path, len(ARROW))
     return start.startswith(PARQUET) or start == ARROW
 
 
 @contextmanager
 def open_table(path: Path) -> Iterator[OpenTable]:
-    """Open a file."""
+    """Open a file as a table."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -94,29 +94,29 @@ def open_table(path: Path) -> Iterator[OpenTable]:
 
 
 def _parquet_batches(reader: Any, file: BinaryIO, size: int, names: list[str]) -> Iterator[Any]:
-    """Read the columns of these names."""
+    """Read columns of a Parquet file in batches."""
     metadata = reader.metadata
     values, unpacked = metadata.num_rows, 0
     for number in range(metadata.num_row_groups):
-        group, of_group = metadata.row_group(number), 0
+        group, group_values = metadata.row_group(number), 0
         for column in map(group.column, range(group.num_columns)):
             # Lists have names inside, which differ from writer to writer.
             if column.path_in_schema.split(".", 1)[0] not in names:
                 continue
             for page in _pages(file, column, size):
                 unpacked += page.unpacked
-                of_group += page.values
-        values = max(values, of_group)
+                group_values += page.values
+        values = max(values, group_values)
         _check_size(size, values, unpacked)
     yield from reader.iter_batches(BATCH, columns=names)
 
 
 def _pages(file: BinaryIO, column: Any, size: int) -> Iterator[Page]:
-    """Read the headers of the pages of a column, where the footer says that it is."""
+    """Read the page headers of a column, at the place that the footer gives."""
     begin = column.data_page_offset
     if column.has_dictionary_page and 0 < (column.dictionary_page_offset or 0) < begin:
         begin = column.dictionary_page_offset
-    for page in pages_of(file, begin, min(begin + column.total_compressed_size, size)):
+    for page in read_page_headers(file, begin, min(begin + column.total_compressed_size, size)):
         if page.encoding == DELTA_BYTE_ARRAY:
             raise ValueError(
                 f"column {column.path_in_schema} must have another encoding than DELTA_BYTE_ARRAY: "
@@ -126,7 +126,7 @@ def _pages(file: BinaryIO, column: Any, size: int) -> Iterator[Page]:
 
 
 def _arrow_batches(reader: Any, _: BinaryIO, size: int, names: list[str]) -> Iterator[Any]:
-    """Read the columns of these names."""
+    """Read columns of an Arrow file in batches."""
     rows = 0
     for batch in reader:
         rows += batch.num_rows
@@ -135,7 +135,7 @@ def _arrow_batches(reader: Any, _: BinaryIO, size: int, names: list[str]) -> Ite
 
 
 def _check_size(size: int, values: int, unpacked: int) -> None:
-    """Refuse what unpacks to far more than routing would: a decompression bomb."""
+    """Raise if a file unpacks to far more than routing would: a decompression bomb."""
     if values > max(FREE_VALUES, VALUES_PER_BYTE * size):
         raise ValueError(
             f"must have at most {VALUES_PER_BYTE} values a byte, got {values} in {size} bytes: "
@@ -149,10 +149,10 @@ def _check_size(size: int, values: int, unpacked: int) -> None:
 
 
 def _unpacked_bytes(message: Any) -> int:
-    """Add up what the compressed buffers of a batch say that they unpack to.
+    """Return the sum of the unpacked sizes of the compressed buffers of a batch.
 
-    Each begins with its unpacked size; where they are is in the message's tables of flatbuffers
-    (``Message.fbs`` of Arrow), which pyarrow has checked.
+    Each buffer begins with its unpacked size. The offsets of buffers are in the message's tables of
+    flatbuffers (``Message.fbs`` of Arrow), which pyarrow has checked.
     """
     data = message.metadata.to_pybytes()
     batch = _field(data, struct.unpack_from("<I", data)[0], 2)
@@ -170,7 +170,7 @@ def _unpacked_bytes(message: Any) -> int:
 
 
 def _field(data: bytes, table: int, number: int) -> int:
-    """Return where a table or a list in a table is; 0 if it has none."""
+    """Return the offset of a table or list in a flatbuffers table; 0 if it has none."""
     fields = table - struct.unpack_from("<i", data, table)[0]
     if 4 + 2 * number >= struct.unpack_from("<H", data, fields)[0]:
         return 0
@@ -179,7 +179,7 @@ def _field(data: bytes, table: int, number: int) -> int:
 
 
 def _values(name: str, column: Any) -> Any:
-    """Return labels [T], numbers [T], or ids [T,K] or [T,L,K] of lists."""
+    """Return a column as labels [T], numbers [T], or ids [T,K] or [T,L,K] of lists."""
     if name in LABELS:
         return _labels(column)
     sizes = [len(column)]
@@ -204,7 +204,7 @@ def _values(name: str, column: Any) -> Any:
 
 
 def _labels(column: Any) -> Any:
-    """Return texts or integers of a column, each kind once in memory."""
+    """Return the texts or integers of a column; equal texts of a dictionary share memory."""
     if column.null_count:
         raise ValueError("columns must have no empty values")
     is_dictionary = hasattr(column, "dictionary")

@@ -1,4 +1,4 @@
-"""Counts that engines record, checked and added; counts of slots turned into counts of experts."""
+"""Check and add counts that engines record; turn counts of slots into counts of experts."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from moetuner.files import naming
 from moetuner.formats.hints import Hints
 from moetuner.statistics import RoutingStatistics
 
-# What sums of an engine cannot say, for INPUT's description.
+# Limits of an engine's sums, for INPUT's description.
 CAUTION = (
     "Sums over many steps tell which experts are busy, but not how far single steps are from them, "
     "nor which experts are chosen together or one after the other."
 )
-# Tokens in one count of a file, excluded. Sums must stay below 2**63, as statistics must.
+# Limit of a single count, excluded. Sums must stay below 2**63, as in statistics.
 COUNT_LIMIT = 1 << 48
-# Cells of a table that may be larger than the counts that fill it, and cells for each of these: a
-# token with one of 128 experts leaves as many empty.
+# Cells that a table may always have, and cells for each count in a file: a token with one of 128
+# experts leaves 127 cells empty.
 FREE_CELLS, CELLS_PER_ENTRY = 1 << 22, 128
 
 
 def counts_in(name: str, array: NDArray[Any]) -> NDArray[np.int64]:
-    """Check whole counts of at least 0 and below 2**48; return them in 64 bits."""
+    """Return counts in 64 bits; raise unless they are whole, at least 0 and below 2**48."""
     if array.dtype.kind not in "iuf":
         raise ValueError(f"{name} must be counts, got {array.dtype} {list(array.shape)}")
     if array.dtype.kind == "f":
@@ -41,7 +41,7 @@ def counts_in(name: str, array: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def _refuse(rule: str, array: NDArray[Any], wrong: NDArray[np.bool_]) -> None:
-    """Raise where a value is wrong: say the first one, and where it is."""
+    """Raise if a value is wrong, with the first such value and its place."""
     if wrong.any():
         place = np.unravel_index(int(np.argmax(wrong)), array.shape)
         where = f" at {[*map(int, place)]}" if place else ""
@@ -49,9 +49,9 @@ def _refuse(rule: str, array: NDArray[Any], wrong: NDArray[np.bool_]) -> None:
 
 
 def check_filled(entries: int, shape: tuple[int, int, int]) -> None:
-    """Check that a table [windows, layers, experts] is not far larger than what a file fills in.
+    """Check that a table [windows, layers, experts] is not far larger than its counts.
 
-    Else a few bytes of a file, such as one large number, would decide how much memory is taken.
+    Otherwise a few bytes of a file, such as one large number, would decide on the memory.
     """
     windows, layers, experts = shape
     if layers > LAYER_LIMIT or experts > EXPERT_LIMIT:
@@ -66,10 +66,10 @@ def check_filled(entries: int, shape: tuple[int, int, int]) -> None:
         )
 
 
-def statistics_of(
+def make_statistics(
     table: NDArray[Any], hints: Hints, moe: list[int] | None = None
 ) -> RoutingStatistics:
-    """Make statistics of counts [W,hidden,E] or [hidden,E], of the layers ``moe`` alone."""
+    """Make statistics of counts [W,hidden,E] or [hidden,E], of the layers ``moe`` only."""
     if table.ndim not in (2, 3) or 0 in table.shape:
         rule = "[layers, experts] or [windows, layers, experts]"
         raise ValueError(f"counts must be {rule}, got {list(table.shape)}")
@@ -89,7 +89,7 @@ def statistics_of(
 def drop_dense_layers(
     statistics: RoutingStatistics, moe: list[int] | None = None
 ) -> RoutingStatistics:
-    """Leave out layers of a load table without experts: all but ``moe``, else those of zeros."""
+    """Return a load table without dense layers: all but ``moe``, by default those with zeros."""
     if moe is None:
         moe = np.flatnonzero(statistics.total_load.any(axis=1)).tolist()
         moe = moe or [*range(statistics.layers)]
@@ -99,7 +99,7 @@ def drop_dense_layers(
 
 
 def add_up(total: NDArray[Any] | None, counts: NDArray[Any]) -> NDArray[np.int64]:
-    """Add counts to what was added before, of which there may be nothing yet."""
+    """Return the sum of a total and counts; None is an empty total."""
     if total is None:
         return counts.astype(np.int64)
     if total.shape != counts.shape:
@@ -111,20 +111,20 @@ def add_up(total: NDArray[Any] | None, counts: NDArray[Any]) -> NDArray[np.int64
     return total.astype(np.int64, copy=False) + counts.astype(np.int64, copy=False)
 
 
-def sum_of_ranks(
-    paths: Sequence[Path], hints: Hints, load_of: Callable[[Path], NDArray[Any]]
+def sum_ranks(
+    paths: Sequence[Path], hints: Hints, read_load: Callable[[Path], NDArray[Any]]
 ) -> NDArray[np.int64]:
-    """Add the counts [W,L,E] of the files of all ranks, as ``load_of`` reads them."""
+    """Add the counts [W,L,E] of the files of all ranks, as ``read_load`` reads them."""
     total: Any = None
     for path in paths:
         with naming(path):
-            load = counts_in("counts", load_of(path))
+            load = counts_in("counts", read_load(path))
             hints.check_experts(load.shape[2])
             total = add_up(total, load)
     return cast("NDArray[np.int64]", total)
 
 
-def by_expert(
+def sum_by_expert(
     load: NDArray[np.int64], slots: NDArray[np.int64], experts: int | None
 ) -> NDArray[np.int64]:
     """Add up loads of slots [..,L,P] by the expert [L,P] that is in them: [..,L,E]."""

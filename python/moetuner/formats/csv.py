@@ -1,7 +1,7 @@
-"""CSV with a header that names ``layer`` and ``expert``: a trace with ``token``, else counts.
+"""Read CSV with columns ``layer`` and ``expert``: a trace if it has ``token``, else counts.
 
-See ``Choices`` for what the columns mean. Others are left out; the columns may be in any order,
-parted by commas, semicolons or tabs. Of counts, ``ALIASES`` has further names.
+``Choices`` has the meaning of columns, and ``ALIASES`` further names of columns of counts. Columns
+may be in any order, separated by commas, semicolons or tabs; others are left out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LONGEST_HEADER = 1 << 12
 
 
 def recognises(path: Path) -> bool:
-    """Whether a file is text whose first line names a layer and an expert."""
+    """Return whether the first line of a file names columns layer and expert."""
     try:
         header = head(path, LONGEST_HEADER).partition(b"\n")[0].decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -38,7 +38,7 @@ def recognises(path: Path) -> bool:
 
 
 def _header(line: str) -> tuple[str, list[str]]:
-    """Return the separator of a header, and its names."""
+    """Return the separator and the names of columns of a header."""
     separator = max(SEPARATORS, key=line.count)
     names = [name.strip().strip('"') for name in line.strip().split(separator)]
     if "token" in names:
@@ -48,7 +48,7 @@ def _header(line: str) -> tuple[str, list[str]]:
 
 @contextmanager
 def open_table(path: Path) -> Iterator[OpenTable]:
-    """Open a file."""
+    """Open a file as a table."""
     size_of(path)
     with path.open(encoding="utf-8-sig") as file:
         header = file.readline(LONGEST_HEADER)
@@ -64,7 +64,7 @@ def open_table(path: Path) -> Iterator[OpenTable]:
 def _add_lines(
     file: TextIO, separator: str, names: list[str], wanted: Sequence[str], add: Add
 ) -> None:
-    """Hand all lines over, block by block."""
+    """Pass all lines to ``add``, block by block."""
     number = 2
     while lines := file.readlines(BLOCK):
 
@@ -78,7 +78,7 @@ def _add_lines(
 def _columns(
     lines: list[str], separator: str, names: list[str], wanted: Sequence[str]
 ) -> dict[str, Any]:
-    """Read the columns of some names: integers, or labels as texts."""
+    """Read columns of lines: integers, or labels as texts."""
     if any(line.count('"') % 2 for line in lines):
         raise ValueError("must be CSV: quotes must end on their line")
     kinds = [np.int64 if name in wanted and name not in LABELS else object for name in names]

@@ -1,4 +1,4 @@
-"""DeepSpeed's counts of tokens: buffers of AutoEP's layers, or what its MoE layers return.
+"""Read DeepSpeed's counts of tokens: buffers of AutoEP's layers, or ``exp_counts``.
 
 AutoEP's routers keep ``tokens_per_expert`` [E] (``deepspeed/moe/ep_router.py`` of 0.19.8), which
 every rank adds up over its own tokens and no checkpoint saves. A file of them per rank is made by::
@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import shown
-from moetuner.formats.arrays import by_step, names_in
-from moetuner.formats.counts import sum_of_ranks
+from moetuner.formats.arrays import list_names, read_by_step
+from moetuner.formats.counts import sum_ranks
 from moetuner.formats.hints import Hints
-from moetuner.formats.sources import by_rank, first_file
+from moetuner.formats.sources import first_file, list_by_rank
 from moetuner.statistics import RoutingStatistics
 
 NAME = re.compile(r"(?:.*\D)?(?P<layer>\d{1,5})\D*\.?(?:tokens_per_expert|exp_counts)", re.ASCII)
@@ -33,29 +33,29 @@ PATTERN = "*[0-9].*"
 
 
 def recognises(path: Path) -> bool:
-    """Whether a file, or a folder's first one of a rank, holds nothing but such counts."""
-    names = names_in(first_file(path, PATTERN))
+    """Return whether a file, or the first of a folder, holds only such counts."""
+    names = list_names(first_file(path, PATTERN))
     return bool(names) and all(name.endswith(SUFFIXES) for name in names)
 
 
 def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
-    """Add the counts of all ranks, which have the same layers."""
+    """Read and add the counts of all ranks, which have the same layers."""
     layers: list[int] = []
 
-    def load_of(path: Path) -> NDArray[Any]:
-        arrays = by_step(path, NAME, "model.layers.0.mlp.tokens_per_expert")
-        here = [layer for _, layer in arrays]
-        if here != (layers or here):
+    def read_load(path: Path) -> NDArray[Any]:
+        arrays = read_by_step(path, NAME, "model.layers.0.mlp.tokens_per_expert")
+        own_layers = [layer for _, layer in arrays]
+        if own_layers != (layers or own_layers):
             raise ValueError(
-                f"must have layers {shown(layers)} like those before, got {shown(here)}"
+                f"must have layers {shown(layers)} like those before, got {shown(own_layers)}"
             )
-        layers[:] = here
-        return _stacked(arrays)
+        layers[:] = own_layers
+        return _stack(arrays)
 
-    return RoutingStatistics.from_load(sum_of_ranks(by_rank(paths, PATTERN), hints, load_of))
+    return RoutingStatistics.from_load(sum_ranks(list_by_rank(paths, PATTERN), hints, read_load))
 
 
-def _stacked(arrays: Mapping[tuple[int, int], NDArray[Any]]) -> NDArray[Any]:
+def _stack(arrays: Mapping[tuple[int, int], NDArray[Any]]) -> NDArray[Any]:
     """Return the counts of the layers of a file [W,L,E]."""
     rows = []
     for (_, layer), counts in arrays.items():

@@ -1,4 +1,4 @@
-"""The three arrays of DeepSeek's expert-parallel load balancer, which serving engines speak.
+"""Read and write the three arrays of DeepSeek's expert-parallel load balancer.
 
 github.com/deepseek-ai/EPLB. Physical experts P are the slots of a layer, device by device: slot p
 is on device ``p // (P / D)``.
@@ -70,7 +70,7 @@ def write_map(placement: Placement, path: Path, _: Hints) -> None:
 
 
 def recognises_map(path: Path) -> bool:
-    """Whether a file is an archive with EPLB's map, or JSON with its arrays or a map alone."""
+    """Return whether a file is an archive or JSON with EPLB's arrays, or JSON of its map alone."""
     start = head(path)
     if looks_like_json(start):
         arrays = (b'"logical_replica_count"' in start, b'"logical_to_physical_map"' in start)
@@ -82,17 +82,17 @@ def recognises_map(path: Path) -> bool:
 
 
 def read_map(path: Path, _: Hints) -> Layout:
-    """Read the map of the archive, or of JSON; what follows from it is not looked at."""
+    """Read the map of an archive or of JSON; ignore the arrays that follow from it."""
     with naming(path):
         if head(path, 2) == b"PK":
             arrays = npz.read_npz(path, ("physical_to_logical_map", "logical_replica_count"))
         else:
             text = read_whole(path).decode("utf-8-sig").strip()
-            # Alone, as vLLM's proposed initial_expert_map_path has it (PR 49572).
+            # The map alone, as vLLM's proposed initial_expert_map_path has it (PR 49572).
             arrays = parse_json(f'{{"{MAP}": {text}}}' if text.startswith("[") else text)
         if MAP not in arrays:
             raise ValueError(f"must hold an array {MAP!r}")
         count = arrays.get("logical_replica_count")
         count = None if count is None else array_in("logical_replica_count", count)
         experts = None if count is None or count.ndim != 2 else count.shape[1]
-        return Layout.of(arrays[MAP], num_experts=experts)
+        return Layout.from_rows(arrays[MAP], num_experts=experts)

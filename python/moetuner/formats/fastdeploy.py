@@ -1,9 +1,9 @@
-"""FastDeploy: tokens by expert, as ``POST /get_per_expert_tokens_stats`` answers with them.
+"""Read FastDeploy's tokens per expert, answers of ``POST /get_per_expert_tokens_stats``.
 
-An answer is ``{"code": 0, "msg": "ok", "data": [ranks][hidden layers][experts]}``: logical experts,
-as each rank of a server has counted its own tokens (``engine_client.py``; its balancer adds them
-up, of all servers). Answers are windows, in one file or several: with ``clear_stat`` each counts
-what came after the one before.
+An answer is ``{"code": 0, "msg": "ok", "data": [ranks][hidden layers][experts]}``. It has counts of
+logical experts, and each rank of a server counts its own tokens (``engine_client.py``; the balancer
+adds up all servers). Each answer is a window, in one file or several: with ``clear_stat`` it counts
+the tokens since the previous one.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from moetuner._checks import array_in, shown
 from moetuner.files import naming
-from moetuner.formats.counts import add_up, counts_in, statistics_of
+from moetuner.formats.counts import add_up, counts_in, make_statistics
 from moetuner.formats.hints import Hints
 from moetuner.formats.records import MARK, head, looks_like_json, records
-from moetuner.formats.sources import files_in
+from moetuner.formats.sources import list_files
 from moetuner.statistics import RoutingStatistics
 
 BEGIN = re.compile(
@@ -30,7 +30,7 @@ BEGIN = re.compile(
 
 
 def recognises(path: Path) -> bool:
-    """Whether a file begins with an answer, be it of counts or of what forbids them."""
+    """Return whether a file begins with an answer, of counts or of an error."""
     start = head(path, 1 << 12)
     text = start.decode("latin-1").removeprefix(MARK)
     return looks_like_json(start) and BEGIN.match(text) is not None
@@ -39,7 +39,7 @@ def recognises(path: Path) -> bool:
 def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
     """Read answers as windows."""
     windows: list[NDArray[np.int64]] = []
-    files = files_in(paths)
+    files = list_files(paths)
     for path in files:
         with naming(path):
             for window in _answers(path):
@@ -53,7 +53,7 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
         if not windows:
             raise ValueError("must hold at least one answer, got none")
         load = np.stack(windows)
-        return statistics_of(load, hints, hints.moe_layers(load.shape[1]))
+        return make_statistics(load, hints, hints.moe_layers(load.shape[1]))
 
 
 def _answers(path: Path) -> Iterator[NDArray[np.int64]]:

@@ -1,4 +1,4 @@
-"""What the user knows of the model and the engine, where a file does not say it."""
+"""Hints: sizes of model and engine that a user gives where a file does not have them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MOST_LAYERS = 200
 
 @dataclass(frozen=True, eq=False)
 class Hints:
-    """What a file may leave out.
+    """Sizes of model and engine that a file may leave out.
 
     Parameters
     ----------
@@ -77,14 +77,14 @@ class Hints:
             object.__setattr__(self, "dense_layers", tuple(sorted(dense)))
 
     def check_experts(self, experts: int) -> None:
-        """Check that a file has as many experts as the user says."""
+        """Raise if a file has another number of experts than the user says."""
         if self.num_experts not in (None, experts):
             raise ArgumentError(
                 f"num_experts must be {experts}, got {self.num_experts}", "num_experts"
             )
 
     def check_axes(self, traffic: Traffic) -> None:
-        """Check that axes are in their order, as far as sizes show it."""
+        """Raise if sizes show that axes are in a wrong order."""
         layers, order = traffic.layers, "[windows, layers, experts]"
         got, bound = f"{layers} layers", MOST_LAYERS
         if isinstance(traffic, RoutingTrace):
@@ -105,7 +105,7 @@ class Hints:
             )
 
     def experts_needed(self) -> int:
-        """Return the experts per layer of a file that does not say them."""
+        """Return the experts per layer; raise if the user does not say them."""
         if self.num_experts is None:
             raise MissingArgumentError(
                 "num_experts is needed: the file does not say it", "num_experts"
@@ -113,7 +113,7 @@ class Hints:
         return self.num_experts
 
     def check_have_experts(self, layers: Iterable[int]) -> None:
-        """Check that no layer of a file is one that the user calls dense."""
+        """Raise if a layer with experts is one that the user calls dense."""
         dense = set(layers) & set(self.dense_layers or ())
         if dense:
             raise ValueError(
@@ -121,7 +121,7 @@ class Hints:
             )
 
     def moe_layers(self, hidden: int) -> list[int] | None:
-        """Return the layers with experts, of so many hidden ones; None if they are not known."""
+        """Return the layers with experts among ``hidden`` ones; None if unknown."""
         if self.hidden_layers not in (None, hidden):
             raise ArgumentError(
                 f"hidden_layers must be {hidden}, the layers that the file has, "

@@ -1,6 +1,6 @@
-"""KTransformers: which experts are on the GPU, and which the CPU computes.
+"""Write for KTransformers which experts are on the GPU; the CPU computes the others.
 
-It keeps ``--kt-num-gpu-experts`` times the layers with experts on the GPU: with
+KTransformers keeps ``--kt-num-gpu-experts`` times the layers with experts on the GPU: with
 ``--kt-expert-placement-strategy frequency`` those with the highest counts of all layers in the
 ``.pt`` of ``--init-expert-location`` (``kt_ep_wrapper.py`` of sglang-kt 0.7.2 and
 ``generate_gpu_experts_masks`` of kt-kernel). That has ``logical_count`` [buffer, hidden layers, E],
@@ -25,10 +25,12 @@ from moetuner.formats.sglang import CHOSEN, COUNTS
 SUFFIX = ".pt"
 
 
-def choose(load: NDArray[np.integer], gpu_experts: int, *, each_layer: bool) -> NDArray[np.bool_]:
-    """Return the experts that are chosen most often [L,E], ``gpu_experts`` a layer on average.
+def choose_gpu_experts(
+    load: NDArray[np.integer], gpu_experts: int, *, each_layer: bool
+) -> NDArray[np.bool_]:
+    """Return which experts have the highest loads [L,E], on average ``gpu_experts`` per layer.
 
-    With ``each_layer`` every layer has as many; of equals the first ones are taken.
+    With ``each_layer``, every layer has that many. Of experts with the same load the first win.
     """
     layers, experts = load.shape
     whole_number("gpu_experts", gpu_experts, highest=experts)
@@ -41,7 +43,7 @@ def choose(load: NDArray[np.integer], gpu_experts: int, *, each_layer: bool) -> 
 
 
 def write_chosen(chosen: NDArray[np.bool_], path: Path, hints: Hints) -> None:
-    """Write chosen experts [L,E] of the layers with experts."""
+    """Write which experts [L,E] of the layers with experts are chosen."""
     layers, experts = chosen.shape
     if path.suffix != SUFFIX:
         with naming(path):

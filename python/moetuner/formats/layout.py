@@ -1,6 +1,6 @@
-"""A map of experts to slots as a file has it, good or bad, and what an engine could not load of it.
+"""A map of experts to slots as a file has it, and the faults for which an engine refuses it.
 
-Faults are named in words that say what would be right.
+A fault is a sentence that says what would be right.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from moetuner.serving.engines import ENGINES, Engine
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Experts by slot, before anybody has looked whether an engine could load them.
+    """Experts by slot, before any check whether an engine could load them.
 
     Parameters
     ----------
     experts
         Expert in every slot of every row [R,P], device by device; -1 is an empty slot.
     devices
-        Devices, D; None where the file does not say.
+        Devices, D; None if the file does not say.
     num_experts
-        Experts per layer, E; None where the file does not say.
+        Experts per layer, E; None if the file does not say.
     layers
-        Numbers of the rows among all hidden layers, where the format has them.
+        Numbers of the rows among all hidden layers, if the format has them.
     counts_dense
         Whether the format has a row for every hidden layer, dense ones too.
     remarks
-        What the file says beside the map that contradicts it.
+        Faults of other fields of the file, which contradict the map.
     """
 
     experts: NDArray[np.int64]
@@ -45,8 +45,8 @@ class Layout:
     remarks: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, rows: Any, **fields: Any) -> Layout:
-        """Check that rows are integers of one width, and wrap them."""
+    def from_rows(cls, rows: Any, **fields: Any) -> Layout:
+        """Make a layout of rows; raise unless they are integers of one width."""
         rows = list(rows) if isinstance(rows, list | tuple | np.ndarray) else []
         for number, row in enumerate(rows):
             slots = len(row) if isinstance(row, list | tuple | np.ndarray) else 0
@@ -63,13 +63,13 @@ class Layout:
         return cls(table.astype(np.int64), **fields)
 
     @classmethod
-    def of_placement(cls, placement: Placement) -> Layout:
-        """Return the map that a placement is."""
+    def from_placement(cls, placement: Placement) -> Layout:
+        """Make the layout of a placement."""
         rows = placement.slots.reshape(placement.layers, -1).astype(np.int64)
         return cls(rows, placement.devices, placement.num_experts)
 
     def where(self, row: int, slot: int | None = None) -> str:
-        """Name a row, and a slot in it."""
+        """Write the place of a row, and of a slot in it."""
         layer = row if self.layers is None else self.layers[row]
         where = f"row {row}" if self.counts_dense else f"layer {layer}"
         if slot is None:
@@ -81,7 +81,7 @@ class Layout:
         return f"{where}, device {device}: slot {slot}"
 
     def _moe_rows(self, hints: Hints) -> list[int]:
-        """Return the rows of layers with experts: of dense ones all slots hold the same."""
+        """Return the rows of layers with experts; a dense layer has one expert in all its slots."""
         rows = range(len(self.experts))
         same = (self.experts == self.experts[:, :1]).all(axis=1)
         if self.experts.shape[1] == 1 or 1 in (hints.num_experts, self.num_experts):
@@ -107,7 +107,7 @@ class Layout:
             raise MissingArgumentError(
                 "devices must be given: the file does not say how many there are", "devices"
             )
-        for fault in _device_faults(self, None, hints):
+        for fault in _find_device_faults(self, None, hints):
             raise ValueError(fault)
         experts = hints.num_experts or self.num_experts or int(rows.max(initial=EMPTY)) + 1
         slots = rows.reshape(len(rows), devices, -1)
@@ -115,24 +115,24 @@ class Layout:
 
 
 def check_placement(placement: Placement, engine: str) -> None:
-    """Check that an engine could load a placement."""
-    wrong = faults(Layout.of_placement(placement), engine, Hints())
-    if wrong:
-        raise ValueError(f'{wrong[0]}: solve with "--for {engine}"')
+    """Raise if an engine could not load a placement."""
+    faults = find_faults(Layout.from_placement(placement), engine, Hints())
+    if faults:
+        raise ValueError(f'{faults[0]}: solve with "--for {engine}"')
 
 
-def faults(layout: Layout, engine: str | None, hints: Hints) -> list[str]:
-    """List what is wrong with a map; empty if the engine, None for any, could load it."""
+def find_faults(layout: Layout, engine: str | None, hints: Hints) -> list[str]:
+    """List the faults of a map; empty if the engine, or any for None, could load it."""
     row = None if engine is None else ENGINES[engine]
     return [
         *layout.remarks,
-        *_layer_faults(layout, hints),
-        *_device_faults(layout, row, hints),
-        *_expert_faults(layout, row, hints),
+        *_find_layer_faults(layout, hints),
+        *_find_device_faults(layout, row, hints),
+        *_find_expert_faults(layout, row, hints),
     ]
 
 
-def _layer_faults(layout: Layout, hints: Hints) -> list[str]:
+def _find_layer_faults(layout: Layout, hints: Hints) -> list[str]:
     count = len(layout.experts)
     hidden, dense = hints.hidden_layers, hints.dense_layers
     wrong = set(layout.layers or ()) & set(dense or ())
@@ -153,7 +153,7 @@ def _layer_faults(layout: Layout, hints: Hints) -> list[str]:
     return [f"{rule}: of another model{unknown}"]
 
 
-def _device_faults(layout: Layout, engine: Engine | None, hints: Hints) -> list[str]:
+def _find_device_faults(layout: Layout, engine: Engine | None, hints: Hints) -> list[str]:
     rows, slots = layout.experts.shape
     devices = layout.devices or hints.devices
     if layout.devices and hints.devices and layout.devices != hints.devices:
@@ -174,12 +174,12 @@ def _device_faults(layout: Layout, engine: Engine | None, hints: Hints) -> list[
     twice = np.argwhere((experts[:, :, 1:] == experts[:, :, :-1]) & (experts[:, :, 1:] != EMPTY))
     return [
         f"{layout.where(row)}, device {device}: expert {experts[row, device, slot]} is there twice"
-        f"{_more(len(twice))}: {engine.title} {engine.repeated}"
+        f"{_write_rest(len(twice))}: {engine.title} {engine.repeated}"
         for row, device, slot in twice[:1]
     ]
 
 
-def _expert_faults(layout: Layout, engine: Engine | None, hints: Hints) -> list[str]:
+def _find_expert_faults(layout: Layout, engine: Engine | None, hints: Hints) -> list[str]:
     table = layout.experts
     experts = hints.num_experts or layout.num_experts or int(table.max(initial=0)) + 1
     if layout.num_experts and layout.num_experts != experts:
@@ -190,19 +190,19 @@ def _expert_faults(layout: Layout, engine: Engine | None, hints: Hints) -> list[
         row, slot = wrong[0]
         return [
             f"{layout.where(row, slot)}: expert {table[row, slot]} is not below {experts}"
-            f"{_more(len(wrong))}: of another model, or damaged"
+            f"{_write_rest(len(wrong))}: of another model, or damaged"
         ]
     empty = np.argwhere(table == EMPTY)
     messages = [
-        f"{layout.where(row, slot)} is empty{_more(len(empty))}: every slot must be full"
+        f"{layout.where(row, slot)} is empty{_write_rest(len(empty))}: every slot must be full"
         for row, slot in empty[:1]
     ]
     for number, row in enumerate(table):
         missing = np.setdiff1d(np.arange(experts), row)
         if len(missing):
             messages.append(
-                f"{layout.where(number)}: expert {missing[0]} has no slot{_more(len(missing))}: "
-                "every expert must have at least one"
+                f"{layout.where(number)}: expert {missing[0]} has no slot"
+                f"{_write_rest(len(missing))}: every expert must have at least one"
             )
             break
     if engine is not None and not engine.may_copy and table.shape[1] > experts:
@@ -212,5 +212,5 @@ def _expert_faults(layout: Layout, engine: Engine | None, hints: Hints) -> list[
     return messages
 
 
-def _more(count: int) -> str:
+def _write_rest(count: int) -> str:
     return f", and {count - 1} more" if count > 1 else ""

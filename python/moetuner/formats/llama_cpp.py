@@ -1,11 +1,10 @@
-"""llama.cpp: tokens by expert in importance matrices, read with gguf, an extra of this package.
+"""Read tokens per expert of llama.cpp's importance matrices, with gguf, an extra of this package.
 
-``llama-imatrix`` adds up what every weight multiplies (``save_imatrix`` of
-``tools/imatrix/imatrix.cpp``). Of experts' weights it writes beside it, as
-``blk.N.ffn_down_exps.weight.counts`` [1, E] in 32-bit floats, how many tokens each of them took; of
-the three or four tensors of a layer one is enough. ``--save-frequency`` writes the sums so far,
-again and again: files of one text are windows, what was counted between them. Those of several
-texts are groups.
+``llama-imatrix`` adds up the inputs of every weight (``save_imatrix`` of
+``tools/imatrix/imatrix.cpp``). For experts' weights it also writes how many tokens each expert got,
+as ``blk.N.ffn_down_exps.weight.counts`` [1, E] in 32-bit floats; one of the three or four tensors
+of a layer is enough. ``--save-frequency`` writes the sums so far several times: files of one text
+become windows, with the counts between two files. Files of several texts become groups.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.files import naming, size_of
-from moetuner.formats.counts import counts_in, statistics_of
+from moetuner.formats.counts import counts_in, make_statistics
 from moetuner.formats.hints import Hints
 from moetuner.formats.records import head
-from moetuner.formats.sources import files_in, first_file
+from moetuner.formats.sources import first_file, list_files
 from moetuner.statistics import RoutingStatistics
 
 MAGIC = b"GGUF"
@@ -37,7 +36,7 @@ CAUTION = (
     "experts that text keeps busy, but not whether yours does, and nothing of which experts are "
     "chosen together or one after the other. Record your own traffic before you decide."
 )
-# What gguf raises of a damaged file.
+# Errors of gguf for a damaged file.
 DAMAGE = (ValueError, LookupError, TypeError, OverflowError, MemoryError)
 
 
@@ -45,7 +44,7 @@ DAMAGE = (ValueError, LookupError, TypeError, OverflowError, MemoryError)
 class _Matrix:
     """An importance matrix: its file and texts, chunks so far, and tokens by layer and expert.
 
-    There are no layers where it was saved before any expert was counted.
+    It has no layers if it was saved before any expert was counted.
     """
 
     path: Path
@@ -56,14 +55,14 @@ class _Matrix:
 
 
 def recognises(path: Path) -> bool:
-    """Whether a file, or the first one of a folder, is GGUF."""
+    """Return whether a file, or the first one of a folder, is GGUF."""
     return head(first_file(path, PATTERN), len(MAGIC)) == MAGIC
 
 
 def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
-    """Read matrices: those of one text are windows by difference, those of several are groups."""
+    """Read matrices: files of one text are windows by difference, several texts are groups."""
     matrices = []
-    for path in files_in(paths, PATTERN):
+    for path in list_files(paths, PATTERN):
         with naming(path):
             matrices.append(_read(path))
     if not matrices:
@@ -80,27 +79,28 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
         hints.check_have_experts(first.layers)
         texts = [*dict.fromkeys(matrix.texts for matrix in matrices)]
         windows = [_windows([m for m in matrices if m.texts == text]) for text in texts]
-        statistics = statistics_of(np.concatenate(windows), hints)
+        statistics = make_statistics(np.concatenate(windows), hints)
         if len(texts) == 1:
             return statistics
         names = [", ".join(text) or f"text {number}" for number, text in enumerate(texts)]
-        group = np.repeat(np.arange(len(texts)), [len(part) for part in windows])
+        group = np.repeat(np.arange(len(texts)), [len(load) for load in windows])
         fields = {"group": group, "group_names": tuple(names)}
         return RoutingStatistics.from_load(statistics.window_load, **fields)
 
 
 def _with_counts(matrices: Sequence[_Matrix]) -> list[_Matrix]:
-    """Leave out what was saved before the first expert of its run was counted.
+    """Return the matrices that have counts, without files from the very beginning of a run.
 
-    llama-imatrix saves while it counts the first tensor of a chunk, which is no expert's, so that
-    the first file of ``--save-frequency`` has none where a chunk is all that came before.
+    llama-imatrix saves while it counts the first tensor of a chunk, which is no expert's, so the
+    first file of ``--save-frequency`` may have no experts.
     """
     counted = [matrix for matrix in matrices if matrix.layers]
-    begun: dict[tuple[str, ...], int] = {}
+    first_chunks: dict[tuple[str, ...], int] = {}
     for matrix in counted:
-        begun[matrix.texts] = min(matrix.chunks, begun.get(matrix.texts, matrix.chunks))
+        chunks = first_chunks.get(matrix.texts, matrix.chunks)
+        first_chunks[matrix.texts] = min(matrix.chunks, chunks)
     for matrix in matrices:
-        if not matrix.layers and matrix.chunks > begun.get(matrix.texts, -1):
+        if not matrix.layers and matrix.chunks > first_chunks.get(matrix.texts, -1):
             raise ValueError(
                 f"{matrix.path}: must hold blk.N.ffn_down_exps.weight.counts, tokens by expert, "
                 "got none: of a model without experts, or converted from the older .dat, which has "
@@ -110,7 +110,7 @@ def _with_counts(matrices: Sequence[_Matrix]) -> list[_Matrix]:
 
 
 def _windows(matrices: Sequence[_Matrix]) -> NDArray[np.int64]:
-    """Return what was counted between the files of one text [W,L,E]."""
+    """Return the counts between the files of one text [W,L,E]."""
     rising = sorted(matrices, key=lambda matrix: (matrix.chunks, int(matrix.load.sum())))
     windows = [rising[0].load]
     for before, after in pairwise(rising):
@@ -127,7 +127,7 @@ def _windows(matrices: Sequence[_Matrix]) -> NDArray[np.int64]:
 def _read(path: Path) -> _Matrix:
     """Read the counts of a file."""
     reader = _open(path)
-    kind = _text(reader, "general.type")
+    kind = _read_texts(reader, "general.type")
     if kind != ["imatrix"]:
         got = f"a file of type {kind[0]!r:.40}" if kind else "none"
         raise ValueError(f"must be an importance matrix of llama-imatrix, got {got}")
@@ -148,7 +148,7 @@ def _read(path: Path) -> _Matrix:
             raise ValueError(f"layer {layer} must have tokens, got counts of zero")
     field = reader.fields.get("imatrix.chunk_count")
     chunks = int(field.parts[-1][0]) if field is not None else 0
-    texts = tuple(_text(reader, "imatrix.datasets"))
+    texts = tuple(_read_texts(reader, "imatrix.datasets"))
     load = np.stack(rows) if rows else np.zeros((0, 0), np.int64)
     return _Matrix(path, texts, chunks, tuple(sorted(tensors)), load)
 
@@ -164,11 +164,11 @@ def _open(path: Path) -> Any:
     size_of(path)
 
     def get(self: Any, offset: int, dtype: Any, count: int = 1, *order: Any, **named: Any) -> Any:
-        # gguf itself takes fewer values at the end of a file, and may go on there forever.
-        part = gguf.GGUFReader._get(self, offset, dtype, count, *order, **named)
-        if not 0 <= int(count) == len(part):
+        # gguf itself returns fewer values at the end of a file, and may loop there forever.
+        values = gguf.GGUFReader._get(self, offset, dtype, count, *order, **named)
+        if not 0 <= int(count) == len(values):
             raise ValueError(f"the file ends within {count} values at byte {offset}")
-        return part
+        return values
 
     reader: Any = type("Reader", (gguf.GGUFReader,), {"_get": get})
     try:
@@ -178,10 +178,10 @@ def _open(path: Path) -> Any:
         raise ValueError(f"damaged GGUF: {str(error) or type(error).__name__:.200}") from None
 
 
-def _text(reader: Any, name: str) -> list[str]:
-    """Return a field of a text or of several; none where there is no such field."""
+def _read_texts(reader: Any, name: str) -> list[str]:
+    """Return the texts of a field; none if there is no such field."""
     field = reader.fields.get(name)
     if field is None:
         return []
-    parts = [bytes(field.parts[at]).decode("utf-8", "replace") for at in field.data]
-    return ["".join(c if c.isprintable() else "?" for c in part)[:80] for part in parts]
+    texts = [bytes(field.parts[at]).decode("utf-8", "replace") for at in field.data]
+    return ["".join(c if c.isprintable() else "?" for c in text)[:80] for text in texts]

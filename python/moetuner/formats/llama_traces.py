@@ -1,6 +1,6 @@
-"""llama.cpp: what routers chose, token by token, as tools around it write it to CSV.
+"""Read the choices of llama.cpp's routers, token by token, from CSV of tools around it.
 
-Three forms are read. ``llama-moe-trace`` of thecodacus' fork (``tools/moe-trace/moe-trace.cpp``)
+There are three forms. ``llama-moe-trace`` of thecodacus' fork (``tools/moe-trace/moe-trace.cpp``)
 has a row ``pos,layer,id0,id1,...`` for every token and layer, without a header; tokens of a prompt
 have positions below zero, and traces are joined one after the other. Forks of llama.cpp's pull
 request 28544 have columns ``phase,token,layer,rank,expert``, BigMoeOnEdge ``# route_trace v1``, a
@@ -31,8 +31,8 @@ from moetuner.trace import RoutingTrace
 FIRST = re.compile(r"-\d{1,9},\d{1,5}(?:,\d{1,5})+\r?\n", re.ASCII)
 PREAMBLE = "# route_trace v1"
 EXPERTS = re.compile(r"\bn_expert=(\d{1,6})\b", re.ASCII)
-# Columns of sequence, token, layer, place among a token's choices, and expert; those of the form
-# without a preamble are all that it has.
+# Columns of sequence, token, layer, place among a token's choices, and expert, in the form with a
+# preamble and in the one without, which has no others but ``phase``.
 ROUTE = ("turn", "step", "layer", "slot", "expert")
 RANKED = ("token", "layer", "rank", "expert")
 INTEGER = re.compile(r"[-+]?\d{1,18}", re.ASCII)
@@ -53,7 +53,7 @@ class _Choices:
 
 
 def recognises(path: Path) -> bool:
-    """Whether a file is of one of these forms."""
+    """Return whether a file is of one of these forms."""
     start = head(path, LONGEST_HEADER).decode("latin-1")
     line = start.partition("\n")[0].strip()
     is_ranked = {*line.split(",")} == {*RANKED, "phase"}
@@ -61,7 +61,7 @@ def recognises(path: Path) -> bool:
 
 
 def read(paths: Sequence[Path], hints: Hints) -> RoutingTrace:
-    """Read files as one trace, in which every prompt and its answer is a sequence."""
+    """Read files as one trace; every prompt with its answer is a sequence."""
     parts: list[NDArray[np.int64]] = []
     experts = hints.num_experts
     for path in paths:
@@ -92,7 +92,7 @@ def _read(path: Path) -> _Choices:
         names = line.strip().split(",")
         if wanted is RANKED and "layer" not in names:
             file.seek(0)
-            return _Choices(_check(_rows_of_tokens(_numbers(file, 0, None))))
+            return _Choices(_check(_list_choices(_numbers(file, 0, None))))
         if not all(names.count(name) == 1 for name in wanted):
             raise ValueError(f"must have columns {', '.join(wanted)}, got {line.strip()!r:.80}")
         rows = _numbers(file, header, [names.index(name) for name in wanted])
@@ -101,7 +101,7 @@ def _read(path: Path) -> _Choices:
 
 
 def _numbers(file: TextIO, header: int, columns: Sequence[int] | None) -> NDArray[np.int64]:
-    """Read rows of integers after the lines of a header; those of some columns alone."""
+    """Read rows of integers behind a header of so many lines; all columns, or some."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # there are no rows
         warnings.simplefilter("error", DeprecationWarning)  # 1.5 as an integer
@@ -121,7 +121,7 @@ def _numbers(file: TextIO, header: int, columns: Sequence[int] | None) -> NDArra
 def _name_line(
     lines: Iterable[tuple[int, str]], header: int, columns: Sequence[int] | None
 ) -> None:
-    """Raise for the first numbered line that is no row of integers."""
+    """Raise for the first of some numbered lines that is no row of integers."""
     width = None if columns is None else max(columns) + 1
     for number, line in lines:
         cells = line.split(",")
@@ -140,8 +140,8 @@ def _name_line(
                 )
 
 
-def _rows_of_tokens(table: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return a row for every choice of rows pos, layer, ids; a prompt begins a sequence."""
+def _list_choices(table: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return a row per choice of rows pos, layer, ids; every prompt begins a sequence."""
     if table.shape[1] < 3:
         raise ValueError(f"must have rows pos,layer,id0,..., got {table.shape[1]} numbers in one")
     is_prompt = table[:, 0] < 0
@@ -153,7 +153,7 @@ def _rows_of_tokens(table: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _check(rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Check what rows count."""
+    """Return rows; raise if layers, slots, experts or positions are out of range."""
     for at, name in enumerate(("layer", "slot", "expert"), 2):
         wrong = (rows[:, at] < 0) | (rows[:, at] >= LIMITS[name])
         if wrong.any():

@@ -1,6 +1,6 @@
-"""Load tables as people and servers write them: plain CSV and JSON, bare ``.npy``, Prometheus.
+"""Read load tables as people and servers write them: CSV, JSON, bare ``.npy``, Prometheus.
 
-``docs/loads.md`` has the forms. What counts GPUs, or says only how balanced they are, is refused.
+``docs/loads.md`` has the forms. Loads of GPUs, and logs of their balancedness, are refused.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from moetuner.files import naming, npz, read_whole, safetensors
 from moetuner.files.text import parse_json
 from moetuner.formats.counts import (
     COUNT_LIMIT,
-    by_expert,
     check_filled,
     counts_in,
-    statistics_of,
+    make_statistics,
+    sum_by_expert,
 )
 from moetuner.formats.hints import Hints
 from moetuner.formats.records import MARK, head
 from moetuner.statistics import RoutingStatistics
 
-# No model chooses more experts per token: longer rows that name one twice are counts.
+# No model chooses more experts per token: longer rows with a repeated number are counts.
 MOST_CHOSEN = 32
-# Windows that distinguish ids from counts, and how far sums of their layers may be apart.
+# Windows that are looked at to distinguish ids from counts, and largest ratio of sums of layers.
 FIRST, ALIKE = 64, 1.1
 
 RECORD = '"eplb_load_stats"'
@@ -60,27 +60,27 @@ LoadCounts = NDArray[np.int64]
 
 
 def recognises(path: Path) -> bool:
-    """Whether a file is a load table of one of these forms."""
-    return _reader_of(path) is not None
+    """Return whether a file is a load table of one of these forms."""
+    return _find_reader(path) is not None
 
 
 def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
-    """Read load tables, one after the other; scrapes of Prometheus as what was counted between."""
-    readers = [_reader_of(path) for path in paths]
+    """Read load tables one after the other; scrapes of Prometheus become windows between them."""
+    readers = [_find_reader(path) for path in paths]
     if {*readers} == {_scrapes}:
         with naming(paths[0]):
-            return statistics_of(_scrapes(paths, hints), hints)
+            return make_statistics(_scrapes(paths, hints), hints)
     parts = []
     for path, reader in zip(paths, readers, strict=True):
         with naming(path):
             if reader is None or reader is _scrapes:
                 raise ValueError("must be a load table like the others (docs/loads.md)")
-            parts.append(statistics_of(reader(path, hints), hints))
+            parts.append(make_statistics(reader(path, hints), hints))
     with naming(", ".join(map(str, paths))):
         return RoutingStatistics.sum(parts)
 
 
-def _reader_of(path: Path) -> Callable[..., NDArray[Any]] | None:
+def _find_reader(path: Path) -> Callable[..., NDArray[Any]] | None:
     start = head(path)
     if start.startswith(npz.MAGIC):
         return _array if _holds_counts(path) else None
@@ -100,10 +100,10 @@ def _reader_of(path: Path) -> Callable[..., NDArray[Any]] | None:
 
 
 def _holds_counts(path: Path) -> bool:
-    """Whether a bare array cannot be ids [T,L,K]: of two axes, with fractions, or too large.
+    """Return whether a bare array cannot be ids [T,L,K]: by axes, fractions or large numbers.
 
-    So are rows that repeat experts, if they are long, or if those of all layers add up alike: with
-    few choices a repeated expert may be damage.
+    Rows with repeated numbers are no ids either, if they are long, or if the sums of all layers are
+    about the same: a repeated expert among few choices may be damage.
     """
     try:
         with path.open("rb") as file:
@@ -139,7 +139,7 @@ def _lists(path: Path, _: Hints) -> NDArray[Any]:
 
 
 def _array(path: Path, _: Hints) -> LoadCounts:
-    """Read a bare array; of one without windows, layers must have about as many choices."""
+    """Read a bare array; without windows, its layers must have about the same number of choices."""
     table = counts_in("load", npz.read_npy(path))
     sums = table.sum(axis=-1)
     least = sums.min(initial=sums.max(), where=sums > 0)
@@ -151,7 +151,7 @@ def _array(path: Path, _: Hints) -> LoadCounts:
 
 
 def _records(path: Path, _: Hints) -> LoadCounts:
-    """Read what vLLM's expert_load_stats_path gets (PR 41141): loads of slots, a window a line."""
+    """Read loads of slots, a window per line, of vLLM's expert_load_stats_path (PR 41141)."""
     windows: list[LoadCounts] = []
     for number, line in enumerate(read_whole(path).decode("utf-8").splitlines(), 1):
         if RECORD in line:
@@ -160,7 +160,7 @@ def _records(path: Path, _: Hints) -> LoadCounts:
                 load, slots = (np.asarray(fields.get(key)) for key in ("expert_load", "p2l_map"))
                 if slots.ndim != 2 or slots.dtype.kind not in "iu":
                     raise ValueError("p2l_map must be lists of experts, one for every layer")
-                window = by_expert(counts_in("expert_load", load), slots, None)
+                window = sum_by_expert(counts_in("expert_load", load), slots, None)
                 if windows and window.shape != windows[0].shape:
                     raise ValueError(
                         f"must have layers and experts of the lines before, "
@@ -175,7 +175,7 @@ def _log(*_: Any) -> LoadCounts:
 
 
 def _scrapes(paths: Sequence[Path], hints: Hints) -> NDArray[Any]:
-    """Read scrapes of Prometheus; experts without a counter were never chosen."""
+    """Read scrapes of Prometheus; an expert without a counter has no tokens."""
     scrapes = []
     for path in paths:
         with naming(path):
@@ -204,7 +204,7 @@ def _scrapes(paths: Sequence[Path], hints: Hints) -> NDArray[Any]:
 
 
 def _samples(text: str) -> dict[tuple[int, int], float]:
-    """Return the counter by layer and expert, added up over other labels."""
+    """Return counters by layer and expert, added up over other labels."""
     metrics: dict[str, dict[tuple[int, int], float]] = {}
     last = text.rpartition("\n")[2]
     if last and not last.startswith("#") and not SAMPLE.match(last):
@@ -221,12 +221,12 @@ def _samples(text: str) -> dict[tuple[int, int], float]:
             continue
         with naming(f"line {number}"):
             key = _label("layer", layers[0]), _label("expert", experts[0])
-            if (one := (sample[1], frozenset(labels))) in series:
+            if (name := (sample[1], frozenset(labels))) in series:
                 raise ValueError(
                     f"layer {key[0]} and expert {key[1]} must have a counter once, got it twice: "
                     "give every scrape a file of its own"
                 )
-            series.add(one)
+            series.add(name)
             count = float(sample[3])
             if not 0 <= count < COUNT_LIMIT:
                 raise ValueError(f"a counter must be from 0 to 2**48, got {sample[3]}")
@@ -239,7 +239,7 @@ def _samples(text: str) -> dict[tuple[int, int], float]:
 
 
 def _label(name: str, text: str) -> int:
-    """Return the number of a layer or an expert that a label says."""
+    """Return the number of a layer or an expert in a label."""
     if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or int(text) >= LIMITS[name]:
         raise ValueError(f"{name} must be from 0 to {LIMITS[name] - 1}, got {shown(text)}")
     return int(text)
@@ -251,7 +251,7 @@ def _cells(line: str) -> tuple[str, list[str]]:
 
 
 class _Header(NamedTuple):
-    """What the columns of a load table hold: their names, empty where the table has none."""
+    """The columns of a load table; ``names`` is empty if the table has no header."""
 
     names: list[str]
     columns: dict[str, int]
@@ -261,7 +261,7 @@ class _Header(NamedTuple):
 
 
 def _header(text: str) -> _Header | None:
-    """Read the first line of a load table; None where text is none."""
+    """Read the first line of a load table; None if the text is no load table."""
     lines = text[:LONGEST_HEADER].split("\n", 2)[:2]
     names, row = (_cells(line)[1] for line in (lines[0], lines[-1]))
     if len(names) > 1 and all(map(NUMBER.fullmatch, names)):
@@ -286,9 +286,9 @@ def _header(text: str) -> _Header | None:
 
 
 def _csv(path: Path, hints: Hints) -> NDArray[Any]:
-    """Read rows of counts: a row is a layer, and an empty line or a column begins a window.
+    """Read rows of counts: a row is a layer, and an empty line, or the window column, a new window.
 
-    Columns may leave out experts that were never chosen, as a pivot does.
+    Experts without tokens may have no column, as in a pivot table.
     """
     text = read_whole(path).decode("utf-8-sig")
     header = _header(text.lstrip())
@@ -307,8 +307,10 @@ def _csv(path: Path, hints: Hints) -> NDArray[Any]:
         window = (np.array(filled) - np.arange(len(filled))).tolist()
         if len(filled) > 2 and (np.diff(table[:, 0]) == 1).all():
             raise ValueError("the first column counts rows: name the columns, as in layer,0,1,2")
-    numbers = (window or _seen(layer), layer or _seen(window))
-    (windows, at), (layers, at_layer) = (np.unique(part, return_inverse=True) for part in numbers)
+    labels = (window or _count_earlier(layer), layer or _count_earlier(window))
+    (windows, at), (layers, at_layer) = (
+        np.unique(column, return_inverse=True) for column in labels
+    )
     cells, rows = np.unique(at * len(layers) + at_layer, return_index=True)
     if len(rows) < len(filled):
         again = min({*range(len(filled))} - {*rows.tolist()})
@@ -333,7 +335,7 @@ def _csv(path: Path, hints: Hints) -> NDArray[Any]:
 
 
 def _experts(header: _Header, hints: Hints) -> tuple[int, int]:
-    """Return the number of the first expert in the names of columns, 0 or 1, and how many are."""
+    """Return the number of the first expert in column names, 0 or 1, and the number of experts."""
     numbers = [number for number, _ in header.experts]
     for number, after in pairwise(numbers):
         if number == after:
@@ -354,7 +356,7 @@ def _experts(header: _Header, hints: Hints) -> tuple[int, int]:
 
 
 def _numbers(lines: list[str], filled: list[int], header: _Header) -> NDArray[np.float64]:
-    """Read the rows of a table: numbers of layers and counts from 0, and times of windows."""
+    """Read the rows of a table; raise unless layers and counts are whole numbers from 0."""
     rows = [lines[at].replace('"', "") for at in filled]
     try:
         table = np.loadtxt(rows, delimiter=_cells(rows[0])[0], ndmin=2, comments=None)
@@ -377,9 +379,9 @@ def _numbers(lines: list[str], filled: list[int], header: _Header) -> NDArray[np
     layers = header.columns.get("layer")
     wrong = ~np.isfinite(table)
     for column in {*range(table.shape[1])} - {times}:
-        part = table[:, column]
+        values = table[:, column]
         limit = LAYER_LIMIT if column == layers else COUNT_LIMIT
-        wrong[:, column] |= (part < 0) | (part >= limit) | (part != np.floor(part))
+        wrong[:, column] |= (values < 0) | (values >= limit) | (values != np.floor(values))
     if wrong.any():
         row, column = np.argwhere(wrong)[0].tolist()
         rule = "a time" if column == times else "a count from 0 to 2**48"
@@ -390,7 +392,7 @@ def _numbers(lines: list[str], filled: list[int], header: _Header) -> NDArray[np
 
 
 def _column(header: _Header, column: int) -> str:
-    """Name a column by its name, else by its number from 1."""
+    """Return the name of a column, else its number from 1."""
     return shown(header.names[column]) if header.names else str(column + 1)
 
 
@@ -402,11 +404,11 @@ def _is_float(text: str) -> bool:
     return True
 
 
-def _seen(values: list[float]) -> list[int]:
-    """Count how often every window was there before, which is the layer, or the other way round."""
-    seen: Counter[float] = Counter()
-    before = []
+def _count_earlier(values: list[float]) -> list[int]:
+    """Count the earlier rows with the same value; rows of a window are its layers in order."""
+    counts: Counter[float] = Counter()
+    earlier = []
     for value in values:
-        before.append(seen[value])
-        seen[value] += 1
-    return before
+        earlier.append(counts[value])
+        counts[value] += 1
+    return earlier

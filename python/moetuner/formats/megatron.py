@@ -1,4 +1,4 @@
-"""Megatron-Core's router trace, and the arrays that its RouterReplay records.
+"""Read Megatron-Core's router trace, and the arrays that its RouterReplay records.
 
 ``--moe-routing-trace-path DIR`` writes ``router_trace_rank{r}.jsonl``, a line per step, layer and
 microbatch (``megatron/core/transformer/moe/router_trace.py`` of 0.19.2)::
@@ -31,11 +31,11 @@ from numpy.typing import NDArray
 from moetuner.files import naming, size_of
 from moetuner.files.lines import NO_INTEGER, NO_TEXT, Keys, Lines
 from moetuner.files.lines import batches as lines_of
-from moetuner.formats.arrays import by_step, names_in
+from moetuner.formats.arrays import list_names, read_by_step
 from moetuner.formats.hints import Hints
 from moetuner.formats.microbatches import Microbatches
 from moetuner.formats.records import head
-from moetuner.formats.sources import by_rank, rank_of
+from moetuner.formats.sources import find_rank, list_by_rank
 from moetuner.trace import RoutingTrace
 
 PATTERN = "router_trace_rank*.jsonl"
@@ -49,7 +49,7 @@ Line = tuple[int, int, int, NDArray[Any]]
 
 
 def recognises(path: Path) -> bool:
-    """Whether a file or folder is a router trace, or a file the arrays of RouterReplay."""
+    """Return whether a file or folder is a router trace, or a file the arrays of RouterReplay."""
     if path.is_dir():
         return any(path.glob(PATTERN))
     start = head(path, 4096)
@@ -59,21 +59,21 @@ def recognises(path: Path) -> bool:
 
 
 def is_replay(path: Path) -> bool:
-    """Whether a file holds arrays by number or layer and nothing else, or is a ``.pt`` list."""
-    names = names_in(path) if head(path, 2) == b"PK" else []
+    """Return whether a file holds only arrays by number or layer, or is a ``.pt`` list."""
+    names = list_names(path) if head(path, 2) == b"PK" else []
     return bool(names) and all(map(REPLAY.fullmatch, names))
 
 
 def read(paths: Sequence[Path], hints: Hints) -> RoutingTrace:
     """Read the files of all ranks: a router trace, or arrays of RouterReplay."""
-    files = by_rank(paths, PATTERN)
+    files = list_by_rank(paths, PATTERN)
     with naming(files[0]):
         batches = Microbatches(hints.experts_needed())
     for number, file in enumerate(files):
         with naming(file):
             if is_replay(file):
-                rank = rank_of(file)
-                for (step, layer), ids in by_step(file, REPLAY, "step0.layer3").items():
+                rank = find_rank(file)
+                for (step, layer), ids in read_by_step(file, REPLAY, "step0.layer3").items():
                     batches.add((step, 0, number if rank is None else rank), layer, ids)
             else:
                 _add_lines(file, batches)
@@ -82,7 +82,7 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingTrace:
 
 
 def _add_lines(path: Path, batches: Microbatches) -> None:
-    """Add the lines of a file to microbatches."""
+    """Add the lines of a trace file to microbatches."""
     size_of(path)
     turns: Counter[tuple[int, int, int]] = Counter()
     for lines in lines_of(path, KEYS):
@@ -94,7 +94,7 @@ def _add_lines(path: Path, batches: Microbatches) -> None:
 
 
 def _decoder(lines: Lines) -> list[Line]:
-    """Return those lines that are of the decoder."""
+    """Return the lines of the decoder."""
     columns = lines.columns
     for key in (*KEYS.integers, *KEYS.texts):
         missing = NO_INTEGER if key in KEYS.integers else NO_TEXT

@@ -1,4 +1,4 @@
-"""memra: traces of its router, and its map of experts to two cards.
+"""Read traces of memra's router; read and write its map of experts to two cards.
 
 ``MEMRA_MOE_TRACE`` appends a line ``<layer> <t> <id,id,...>`` for every layer of a forward pass of
 t tokens, token by token; ``MEMRA_MOE_WEIGHT_TRACE`` the same with ``id:weight``; layer 65535 is a
@@ -29,21 +29,21 @@ from moetuner.files.text import parse_json
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import Layout
 from moetuner.formats.records import head, looks_like_json
-from moetuner.formats.sources import files_in, first_file
+from moetuner.formats.sources import first_file, list_files
 from moetuner.placement import EMPTY, Placement
 from moetuner.trace import RoutingTrace
 
 FORMAT = "memra-ep-map-v1"
 LINE = r"\d{1,5} \d{1,9} \d{1,5}(?::[^,\s]{1,30})?(?:,\d{1,5}(?::[^,\s]{1,30})?)*\r?\n"
 GOOD = re.compile(LINE, re.ASCII)
-# A line without weights, which a block of them is looked through for.
+# A line without weights, as all lines of a block should be once weights are removed.
 PLAIN = re.compile(r"\d{1,5} \d{1,9} [0-9,]+\r?\n", re.ASCII)
 BEGIN = re.compile(r"\d{1,5} \d{1,9} \d{1,5}(?::[^,\s]{1,30})?,\d", re.ASCII)
 CHARACTERS = re.compile(r"[0-9 ,:.eE+\-\r\n]*")
 WEIGHT = re.compile(r":[^,\s]*", re.ASCII)
 BLOCK = 1 << 20
 DRAFT_HEAD = (1 << 16) - 1
-# Records of a dump that tell what it is: it has no mark of its own.
+# Records that are looked at to recognise a dump, which has no magic number; limits of a record.
 FIRST, MOST_CHOSEN, LARGEST_WEIGHT = 64, 64, 1e4
 CAUTION = (
     "memra's trace names no requests, so tokens of all of them follow one another: what differs "
@@ -54,7 +54,7 @@ Rows = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
 def recognises(path: Path) -> bool:
-    """Whether a file, or the first one of a folder, is a trace or a dump."""
+    """Return whether a file, or the first one of a folder, is a trace or a dump."""
     start = head(first_file(path), 1 << 16)
     text = start.decode("latin-1")
     if BEGIN.match(text):
@@ -72,8 +72,8 @@ def recognises(path: Path) -> bool:
 
 
 def read(paths: Sequence[Path], hints: Hints) -> RoutingTrace:
-    """Read traces one after the other."""
-    files = files_in(paths)
+    """Read traces and dumps one after the other."""
+    files = list_files(paths)
     if not files:
         raise ValueError(f"{paths[0]}: folder must hold traces, got none")
     with naming(files[0]):
@@ -82,8 +82,8 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingTrace:
     for path in files:
         with naming(path):
             size_of(path)
-            parts = [*(_lines(path) if BEGIN.match(_start(path)) else _records(path))]
-            layer, ids = (np.concatenate([part[at] for part in parts]) for at in range(2))
+            blocks = [*(_lines(path) if BEGIN.match(_start(path)) else _records(path))]
+            layer, ids = (np.concatenate([block[at] for block in blocks]) for at in range(2))
             if int(ids.max(initial=0)) >= 1 << 16:
                 raise ValueError(f"expert must be below 65536, got {ids.max()}")
             if int(layer.max(initial=0)) >= LAYER_LIMIT:
@@ -112,7 +112,7 @@ def _lines(path: Path) -> Iterator[Rows]:
             text = WEIGHT.sub("", "".join(lines))
             sizes = np.array([line.count(",") + 1 for line in lines], dtype=np.int64)
             numbers = np.empty(0, dtype=np.int64)
-            # Every line by itself: what one lacks another may have too much.
+            # Lines are checked one by one: a number missing in one may be too many in another.
             if all(map(PLAIN.fullmatch, text.splitlines(keepends=True))):
                 numbers = np.fromstring(text.replace(",", " "), dtype=np.int64, sep=" ")
             if len(numbers) != sizes.sum() + 2 * len(lines):
@@ -141,13 +141,13 @@ def _lines(path: Path) -> Iterator[Rows]:
 
 
 def _record(width: int) -> np.dtype[Any]:
-    """Return the type of a token's record of so many bytes."""
+    """Return the NumPy type of a record of so many bytes."""
     chosen = np.dtype([("id", "<u2"), ("weight", "<f4")])
     return np.dtype([("layer", "u1"), ("n", "u1"), ("chosen", chosen, ((width - 2) // 6,))])
 
 
 def _width(start: bytes) -> int | None:
-    """Return the bytes of a record, as the first one says; None where it cannot be one."""
+    """Return the bytes of a record, by the first one; None if that cannot be a record."""
     top_k = start[1] if len(start) > 1 else 0
     width = 2 + 6 * top_k
     return width if 0 < top_k <= MOST_CHOSEN and len(start) >= width else None
@@ -174,7 +174,7 @@ def _records(path: Path) -> Iterator[Rows]:
 
 
 def _passes(layer: NDArray[np.int64], ids: NDArray[np.int64]) -> tuple[list[int], NDArray[Any]]:
-    """Return the layers, and the tokens of all forward passes [T,L,K]: all but one that is cut."""
+    """Return the layers, and the tokens of all complete forward passes [T,L,K]."""
     if not len(layer):
         raise ValueError("must have at least one token, got none")
     numbers, place = np.unique(layer, return_inverse=True)
@@ -218,7 +218,7 @@ def write_map(placement: Placement, path: Path, hints: Hints) -> None:
 
 
 def recognises_map(path: Path) -> bool:
-    """Whether a file is such a map."""
+    """Return whether a file is such a map."""
     start = head(path, 4096)
     return looks_like_json(start) and f'"{FORMAT}"'.encode() in start
 
@@ -232,7 +232,9 @@ def read_map(path: Path, _: Hints) -> Layout:
         experts = experts_in(fields.get("expert_count"))
         ranks = whole_number("ranks", fields.get("ranks"), highest=min(experts, DEVICE_LIMIT))
         entry, layers = fields.get("entry_rank"), fields.get("layers")
-        remarks = [f"entry_rank must be 0 for its loaders, got {shown(entry)}"] * (entry != 0)
+        remarks = []
+        if entry != 0:
+            remarks.append(f"entry_rank must be 0 for its loaders, got {shown(entry)}")
         if not isinstance(layers, list) or not layers:
             raise ValueError(f"layers must be a list of layers, got {shown(layers)}")
         rows = dict(_row(layer, ranks, experts) for layer in layers)
@@ -247,9 +249,9 @@ def read_map(path: Path, _: Hints) -> Layout:
             )
         slots = np.full((len(rows), ranks, width), EMPTY)
         for at, rank in np.ndindex(len(rows), ranks):
-            here = np.flatnonzero(np.equal(rows[numbers[at]], rank))
-            slots[at, rank, : len(here)] = here
-        return Layout.of(
+            on_rank = np.flatnonzero(np.equal(rows[numbers[at]], rank))
+            slots[at, rank, : len(on_rank)] = on_rank
+        return Layout.from_rows(
             slots.reshape(len(rows), -1),
             devices=ranks,
             num_experts=experts,

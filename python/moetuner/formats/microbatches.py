@@ -1,4 +1,4 @@
-"""Ids of microbatches that ranks recorded layer by layer, joined to a trace."""
+"""Join ids of microbatches, which ranks recorded layer by layer, to a trace."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moetuner.files import naming
 from moetuner.files.contents import TraceInParts
 from moetuner.trace import RoutingTrace
 
-# A step, which of the rank's microbatches in that step, and the rank.
+# A step, the number of the microbatch in that step, and the rank.
 Key = tuple[int, int, int]
 
 
@@ -25,7 +25,7 @@ class Microbatches:
         self.layers: dict[Key, dict[int, NDArray[Any]]] = {}
 
     def add(self, key: Key, layer: int, ids: NDArray[Any]) -> None:
-        """Take in the ids of a layer."""
+        """Add the ids of a layer."""
         where = f"step {key[0]}, layer {layer}"
         if ids.ndim != 2 or ids.dtype.kind not in "iu":
             got = f"{ids.dtype} {list(ids.shape)}"
@@ -39,7 +39,7 @@ class Microbatches:
         layers[layer] = ids.astype(id_type(np.dtype(np.int64), self.experts))
 
     def trace(self, where: Path) -> RoutingTrace:
-        """Join microbatches by time, then rank: each is a sequence, and every rank a group."""
+        """Join microbatches by step, then rank: each is a sequence, and every rank a group."""
         numbers = sorted(set().union(*self.layers.values()))
         keys = sorted(self.layers)
         last = {rank: step for step, _, rank in keys}
@@ -73,10 +73,10 @@ class Microbatches:
         return RoutingTrace(**vars(trace.contents(group_names=names)))
 
     def join_stages(self) -> None:
-        """Join what ranks of several pipeline stages have of a microbatch, under the first one.
+        """Join the layers of a microbatch from several pipeline stages, under the first rank.
 
-        Stages are the outermost of Megatron's groups, so the ranks of a stage stand together, and
-        the first of each have layers of the same tokens. What does not look like stages stays.
+        Stages are the outermost of Megatron's groups, so ranks of a stage have consecutive numbers,
+        and the n-th ranks of all stages have the same tokens. Ranks that are no stages stay apart.
         """
         layers_of: dict[int, set[int]] = {}
         for (_, _, rank), layers in self.layers.items():

@@ -1,8 +1,8 @@
-"""What the pages of a Parquet file unpack to, by the headers that a reader goes by.
+"""Read the unpacked sizes of a Parquet file's pages from their headers.
 
-The footer says it too, but nothing holds a reader to that: it unpacks what the header of each page
-says, however small the footer calls it. Headers are Thrift's compact protocol; their fields are in
-``parquet.thrift`` of the format's specification.
+The footer has sizes too, but a reader unpacks what the header of each page says, even if the footer
+says less. Headers are in Thrift's compact protocol; their fields are in ``parquet.thrift`` of the
+format's specification.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-# Bytes that are read of a header at first, and the most, as Arrow has them.
+# Bytes of a header that are read at first, and at most, as in Arrow.
 FIRST, LONGEST = 1 << 12, 1 << 24
-# Structures inside each other, of which real headers have three.
+# Most levels of nested structures; real headers have three.
 DEEPEST = 8
-# What each value is a part of the one before, so that few bytes may be texts of any length.
+# An encoding in which a value repeats the start of the one before: few bytes may be long texts.
 DELTA_BYTE_ARRAY = 7
 
 TRUE, FALSE, BYTE, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = 1, 2, 3, 7, 8, 9, 10, 11, 12
 SIZE, STORED, DICTIONARY, VALUES = 2, 3, 7, 1
-# Number of the encoding among the fields of a header of data (5), of a dictionary (7) and of data
-# in version 2 (8); the number of values is always the first.
+# Field number of the encoding in a header of data (5), of a dictionary (7) and of data in version 2
+# (8); the number of values is always field 1.
 ENCODING = {5: 2, DICTIONARY: 2, 8: 4}
 
 
@@ -32,8 +32,8 @@ class Page(NamedTuple):
     encoding: int
 
 
-def pages_of(file: BinaryIO, begin: int, end: int) -> Iterator[Page]:
-    """Read the headers of the pages from one place in a file to another."""
+def read_page_headers(file: BinaryIO, begin: int, end: int) -> Iterator[Page]:
+    """Read the page headers from one offset in a file to another."""
     while begin < end:
         fields, length = _header(file, begin)
         kind = next((number for number in ENCODING if number in fields), DICTIONARY)
@@ -50,7 +50,7 @@ def pages_of(file: BinaryIO, begin: int, end: int) -> Iterator[Page]:
 
 
 def _header(file: BinaryIO, begin: int) -> tuple[dict[int, Any], int]:
-    """Read the header at a place, and return its fields by number, and its length."""
+    """Read the header at an offset; return its fields by number, and its length."""
     length = FIRST
     while True:
         file.seek(begin)
@@ -65,7 +65,7 @@ def _header(file: BinaryIO, begin: int) -> tuple[dict[int, Any], int]:
 
 
 class _Compact:
-    """A reader of Thrift's compact protocol; IndexError where bytes end."""
+    """A reader of Thrift's compact protocol; raises IndexError at the end of the data."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.at = data, 0

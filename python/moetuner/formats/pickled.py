@@ -1,11 +1,10 @@
-"""Files of ``torch.save``, opened without torch and without running anything that is in them.
+"""Read files of ``torch.save`` without torch, and without running any code in them.
 
 Such a file is a zip archive: ``data.pkl`` describes containers and tensors, and every storage has
 an entry of raw bytes. The description is a programme for pickle's stack machine. Python's unpickler
-carries it out, but only instructions that make plain values and fill containers; of all names it
-gets those that torch.save writes, which stand for containers and tensors. It ends where it would
-take far more memory than the description has bytes. Tensors stay in the file until their ``array``
-is read.
+runs it, but only with instructions that make plain values and fill containers, and with the names
+that torch.save writes for containers and tensors. A description that would take far more memory
+than it has bytes is refused. Tensors stay in the file until their ``array`` is read.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ from moetuner.files import naming, npz, replacing, safetensors, size_of
 from moetuner.files.safetensors import TensorInFile, is_size
 from moetuner.formats.records import head
 
-# Of an archive's description; per-token dumps list their tokens there.
+# Most bytes of an archive's description; dumps per token list their tokens there.
 LONGEST_PICKLE = 1 << 27
-# Bytes of memory that what is made may take for each byte of the description, beyond some that are
-# free: in a list an integer of three bytes takes 48, a container of five or more takes 72.
+# Bytes of memory that are always allowed, and that are allowed per byte of the description: in a
+# list an integer of three bytes takes 48, and a container of five or more takes 72.
 FREE_BYTES, BYTES_PER_BYTE = 1 << 22, 17
 POINTER, OBJECT, CONTAINER = 8, 40, 80
-# Values for each byte, where the description names the same part again and again.
+# Most values per byte of a description that names the same part several times.
 EXPANSION = 16
 ZIP = b"PK\x03\x04"
 DESCRIPTION = "data.pkl"
@@ -53,15 +52,15 @@ STORAGES = {
     "BoolStorage": "bool",
     "storage.UntypedStorage": "uint8",
 }
-# Tensors of these types say so themselves.
+# Element types that are named with the tensor, not with its storage.
 UNSIGNED = ("uint16", "uint32", "uint64")
-# What pickle raises of a damaged description, or by itself where it is cut off.
+# Errors of pickle for a description that is damaged or cut off.
 DAMAGE = (LookupError, EOFError, struct.error, TypeError, AttributeError, UnicodeDecodeError)
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file: what it looks like, and where its numbers are.
+    """A tensor in a file: its type and shape, and the place of its elements.
 
     Parameters
     ----------
@@ -82,7 +81,7 @@ class Tensor:
     start: int
 
     def array(self) -> NDArray[Any]:
-        """Read it, C-contiguous, in native byte order; bfloat16 becomes float32."""
+        """Read the elements, C-contiguous and in native byte order; bfloat16 becomes float32."""
         stored = _stored(self.dtype)
         place = TensorInFile(stored, (_span(self.shape, self.strides),), self.start)
         flat = safetensors.read(self.path, place)
@@ -93,19 +92,19 @@ class Tensor:
 
 
 def is_pickled(path: Path) -> bool:
-    """Whether a file is one of ``torch.save``, as it is written since 1.6."""
+    """Return whether ``torch.save``, of torch 1.6 or newer, wrote a file."""
     start = head(path, 512)
     return start.startswith(ZIP) and DESCRIPTION.encode() in start
 
 
 def peek(path: Path) -> Any:
-    """Read what was saved, to see what it is; ``load`` will not read it again."""
+    """Read the content of a file; a following ``load`` does not read it again."""
     stat = path.stat()
     return _load(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 def load(path: Path) -> Any:
-    """Read what was saved: containers, numbers, texts, and a ``Tensor`` for each tensor."""
+    """Read the content of a file: containers, numbers, texts, and a ``Tensor`` for each tensor."""
     content = peek(path)
     _load.cache_clear()  # a description may take much memory
     return content
@@ -135,7 +134,7 @@ def save(path: Path, name: str, array: NDArray[np.int64], **texts: str) -> None:
 
 
 def _pickled(*values: str | int) -> bytes:
-    """Write texts and integers as instructions of a description."""
+    """Return texts and integers as instructions of a description."""
     return b"".join(
         b"X" + struct.pack("<I", len(value)) + value.encode("ascii")
         if isinstance(value, str)
@@ -149,7 +148,7 @@ def _stored(dtype: str) -> np.dtype[Any]:
 
 
 def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Return elements of a storage from a tensor's first to its last."""
+    """Return the number of elements in a storage from a tensor's first to its last."""
     if 0 in shape:
         return 0
     return 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
@@ -166,7 +165,7 @@ NAMES = {"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", "
 NAMES |= {"torch._utils._rebuild_tensor_v3", "collections.OrderedDict", "torch.device"}
 NAMES |= {f"torch.{name}" for name in (*STORAGES, *UNSIGNED)}
 
-# Instructions that are allowed, and bytes of memory of what each makes, beside its text.
+# Allowed instructions, and the bytes of memory that each takes, besides its text.
 COSTS = dict.fromkeys(("NONE", "BININT1", "NEWTRUE", "NEWFALSE", "EMPTY_TUPLE"), POINTER)
 COSTS |= dict.fromkeys(("BINGET", "LONG_BINGET", "BINPUT", "LONG_BINPUT", "MEMOIZE"), POINTER)
 COSTS |= dict.fromkeys(("BININT2", "BININT", "BINFLOAT", "LONG1"), OBJECT)
@@ -177,26 +176,26 @@ COSTS |= dict.fromkeys(("REDUCE", "BINPERSID", "GLOBAL", "STACK_GLOBAL"), CONTAI
 COSTS |= dict.fromkeys(("PROTO", "FRAME", "BUILD", "APPEND", "APPENDS"), 0)
 COSTS |= dict.fromkeys(("SETITEM", "SETITEMS", "STOP"), 0)
 
-# What a dict takes as a key, and in tuples: the hash of a tuple of tuples could take forever.
+# Types of keys, and of members of tuples as keys: hashing nested tuples could take forever.
 KEYS = (str, int, float, type(None))
 
 
 @dataclass(frozen=True)
 class _Name:
-    """What a description may name: it stands for no more than its name, and for what that makes."""
+    """A name in a description, with the container or tensor that a call of it makes."""
 
     text: str
     content: _Content
 
     def __call__(self, *arguments: Any) -> Any:
-        """Make the container or tensor that a name and its arguments stand for."""
+        """Make the container or tensor for some arguments."""
         match (self.text, *arguments):
             case ("collections.OrderedDict",):
                 return {}
             case ("torch.Size", tuple(sizes)):
                 return sizes
-            case ("torch.device", *parts):
-                return ":".join(str(part) for part in parts if isinstance(part, str | int))
+            case ("torch.device", *names):
+                return ":".join(str(name) for name in names if isinstance(name, str | int))
             case ("torch._utils._rebuild_parameter", Tensor() as tensor, *_):
                 return tensor
             case (
@@ -217,17 +216,17 @@ class _Name:
 
 
 class _Memo(list[Any]):
-    """Values that a description names again by their numbers."""
+    """Values that a description refers to by number."""
 
     def __setitem__(self, number: Any, value: Any) -> None:
-        """Remember a value by the next number, as picklers do, or by a known one."""
+        """Set the value of the next number, as picklers do, or of an earlier one."""
         if number > len(self):
             raise ValueError(f"must number its parts one after the other, got {number}")
         super().__setitem__(slice(number, number + 1), [value])
 
 
-class _Content(pickle._Unpickler):  # the one in Python, whose instructions can be chosen
-    """The content of an archive: its description, carried out by allowed instructions alone."""
+class _Content(pickle._Unpickler):  # written in Python, so that instructions can be replaced
+    """The content of an archive: an unpickler of its description with allowed instructions only."""
 
     # Of the unpickler: values since the last mark, and those below each mark.
     stack: list[Any]
@@ -250,7 +249,7 @@ class _Content(pickle._Unpickler):  # the one in Python, whose instructions can 
         self.memory = max(FREE_BYTES, BYTES_PER_BYTE * len(text))
 
     def value(self) -> Any:
-        """Carry out the description; return what it describes."""
+        """Run the description, and return the value that it makes."""
         try:
             content = self.load()
         except (*DAMAGE, pickle.UnpicklingError) as error:
@@ -261,28 +260,28 @@ class _Content(pickle._Unpickler):  # the one in Python, whose instructions can 
         return content
 
     def spend(self, size: int) -> None:
-        """Count memory of what is made."""
+        """Count memory; raise if the description takes too much."""
         self.memory -= size
         if self.memory < 0:
             raise ValueError("description makes far more than it has bytes")
 
     def pop_mark(self) -> list[Any]:
-        """Pop everything down to the last mark, which was a container."""
+        """Pop and return all values above the last mark."""
         values: list[Any] = super().pop_mark()  # type: ignore[misc]  # not in its stub
         self.spend(POINTER * len(values) - CONTAINER)
         return values
 
     def load_setitem(self) -> None:
-        """Set a key of the dict on top."""
+        """Set a key of the dict on top of the stack."""
         value, key = self.stack.pop(), self.stack.pop()
         self.set([key, value])
 
     def load_setitems(self) -> None:
-        """Set keys of the dict on top."""
+        """Set several keys of the dict on top of the stack."""
         self.set(self.pop_mark())
 
     def set(self, pairs: list[Any]) -> None:
-        """Set keys and values, one after the other, of the dict on top."""
+        """Set keys of the dict on top of the stack, to the values that follow each of them."""
         if not isinstance(self.stack[-1], dict) or len(pairs) % 2:
             raise TypeError("only dicts take keys")
         self.spend(CONTAINER * (len(pairs) // 2))
@@ -293,7 +292,7 @@ class _Content(pickle._Unpickler):  # the one in Python, whose instructions can 
             self.stack[-1][key] = value
 
     def load_reduce(self) -> None:
-        """Call what a name stands for."""
+        """Call the name on the stack with its tuple of arguments."""
         # Of a text, every character would become an argument.
         if not isinstance(self.stack[-1], tuple):
             raise TypeError("arguments must be a tuple")
@@ -306,7 +305,7 @@ class _Content(pickle._Unpickler):  # the one in Python, whose instructions can 
             raise ValueError("asks to change an object that is no dict")
 
     def place(self, name: str) -> tuple[int, int]:
-        """Return first byte and number of bytes of an entry: plain bytes of the file."""
+        """Return the first byte and the size of an entry that is not compressed."""
         try:
             info = self.archive.getinfo(self.root + name)
         except KeyError:
@@ -323,14 +322,14 @@ class _Content(pickle._Unpickler):  # the one in Python, whose instructions can 
         return begin, info.file_size
 
     def entry(self, name: str, longest: int) -> bytes:
-        """Read an entry."""
+        """Read an entry of at most so many bytes."""
         begin, size = self.place(name)
         if size > longest:
             raise ValueError(f"{self.root}{name}: must have at most {longest} bytes, got {size}")
         return safetensors.read(self.path, TensorInFile(np.dtype("u1"), (size,), begin)).tobytes()
 
     def tensor(self, storage: _Storage, offset: Any, shape: Any, strides: Any) -> Tensor:
-        """Check a tensor against the entry of its storage."""
+        """Make a tensor; raise unless it lies in the entry of its storage."""
         key, dtype = storage
         are_tuples = isinstance(shape, tuple) and isinstance(strides, tuple)
         if not are_tuples or not all(map(is_size, (offset, *shape, *strides))):
@@ -348,7 +347,7 @@ class _Content(pickle._Unpickler):  # the one in Python, whose instructions can 
         return Tensor(self.path, dtype, shape, strides, begin + offset * width)
 
     def find_class(self, module: str, name: str) -> _Name:
-        """Return what stands for a name, if it is harmless."""
+        """Return a name of a description; raise unless torch.save writes it."""
         text = f"{module}.{name}"
         if text not in NAMES:
             raise ValueError(
@@ -367,13 +366,13 @@ class _Content(pickle._Unpickler):  # the one in Python, whose instructions can 
         raise ValueError("persistent ids must be storages with a type and a key")
 
 
-def _step(code: int) -> Callable[[Any], None]:
-    """Return what carries out an instruction, if it is allowed."""
+def _restrict(code: int) -> Callable[[Any], None]:
+    """Return a function that runs an instruction if it is allowed, and raises otherwise."""
 
     def refuse(_: _Content) -> None:
         raise ValueError(f"must be plain content, got pickle instruction {code:#04x}")
 
-    def carry_out(content: Any) -> None:
+    def run(content: Any) -> None:
         content.spend(cost)
         getattr(content, method)()
 
@@ -381,15 +380,15 @@ def _step(code: int) -> Callable[[Any], None]:
     if name is None:
         return refuse
     method, cost = pickle._Unpickler.dispatch[code].__name__, COSTS[name]
-    return carry_out
+    return run
 
 
 INSTRUCTIONS = {getattr(pickle, name)[0]: name for name in COSTS}
-_Content.dispatch = {code: _step(code) for code in range(256)}
+_Content.dispatch = {code: _restrict(code) for code in range(256)}
 
 
 def _check_unfolded(content: Any, limit: int) -> None:
-    """Check how many values there are if each is counted as often as containers hold it."""
+    """Raise if there are too many values, each counted as often as containers hold it."""
     counts: dict[int, int] = {}  # by identity; 0 until the members are counted
     stack: list[Any] = [[content]]
     while stack:

@@ -1,7 +1,7 @@
-"""JSON of others: one object, a list of them or one after another, as events or on lines.
+"""Read JSON objects of other programs: one, a list of them, events, or one per line.
 
-Text is taken as Latin-1: everything that is wanted of it is ASCII, and a file may be cut into parts
-at any byte.
+Text is decoded as Latin-1: all fields that readers use are ASCII, and a file may then be split at
+any byte.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ LONGEST = 1 << 29
 CHUNK = 1 << 22
 HEAD = 1 << 20
 MARK = "\xef\xbb\xbf"
-# What may stand between objects; streaming servers write the fields of server-sent events there.
+# Text between objects; streaming servers write the fields of server-sent events there.
 BETWEEN = re.compile(r"(?:[\s,]|data:|\[DONE\]|(?:event|id|retry)?:[^\n]*\n)*")
 
 
 def head(path: Path, size: int = HEAD) -> bytes:
-    """Read the beginning of a file; empty for a folder."""
+    """Read the first bytes of a file; none of a folder."""
     if not path.is_file():
         return b""
     with path.open("rb") as file:
@@ -31,13 +31,13 @@ def head(path: Path, size: int = HEAD) -> bytes:
 
 
 def looks_like_json(start: bytes) -> bool:
-    """Whether text begins as an object, a list or an event does."""
+    """Return whether text begins like an object, a list or an event."""
     start = start[:4096].removeprefix(MARK.encode("latin-1")).lstrip()
     return start.startswith((b"{", b"[", b"data:"))
 
 
 def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read the objects of a file in order, numbered in words; memory holds the longest object."""
+    """Read the objects of a file, each with its name in messages; memory holds one at a time."""
     size_of(path)
     with path.open("rb") as file:
         buffer = file.read(max(CHUNK, 64)).decode("latin-1").removeprefix(MARK).lstrip()
@@ -53,12 +53,12 @@ def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             except RecursionError:
                 raise ValueError(f"{where}: must be JSON: nested too deeply") from None
             except ValueError as error:
-                more = file.read(chunk).decode("latin-1")
-                if not more and not is_list and at == len(buffer):
+                text = file.read(chunk).decode("latin-1")
+                if not text and not is_list and at == len(buffer):
                     return
-                if not more or len(buffer) - at > LONGEST:
+                if not text or len(buffer) - at > LONGEST:
                     raise ValueError(f"{where}: must be JSON: {error}") from None
-                buffer, at, chunk = buffer[at:] + more, 0, min(2 * chunk, LONGEST)
+                buffer, at, chunk = buffer[at:] + text, 0, min(2 * chunk, LONGEST)
                 continue
             if not isinstance(fields, dict):
                 raise ValueError(f"{where}: must be a JSON object, got {type(fields).__name__}")

@@ -1,4 +1,4 @@
-"""Ids of many responses or passes, put together to a trace without the rows of dense layers."""
+"""Join ids of many responses or forward passes to a trace without rows of dense layers."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from moetuner.cost import experts_of_served, public_name
 from moetuner.files import naming
 from moetuner.files.contents import TraceInParts
 from moetuner.formats.hints import Hints
-from moetuner.formats.sources import files_in
+from moetuner.formats.sources import list_files
 from moetuner.trace import RoutingTrace
 
-# What OpenAI's routes put before the name that a client gave its request.
+# Prefixes of OpenAI's routes before the name that a client gave its request.
 PREFIXES = ("chatcmpl-", "cmpl-")
 
 
 class Routed(NamedTuple):
-    """Ids [t,R,K] of a response or of a pass, their file, and the names of request and model."""
+    """Ids [t,R,K] of a response or forward pass, their file, and names of request and model."""
 
     path: Path
     ids: NDArray[Any]
@@ -41,21 +41,21 @@ def decode(text: object, where: str) -> bytes:
         raise ValueError(f"{where}: routed_experts must be base64, got {got}") from None
 
 
-def arrays_in(
-    paths: Sequence[Path], arrays_of: Callable[[Path], Iterable[Routed]], remedy: str
+def read_routed(
+    paths: Sequence[Path], read: Callable[[Path], Iterable[Routed]], remedy: str
 ) -> Iterator[Routed]:
-    """Read the arrays of files and folders."""
-    for path in files_in(paths):
+    """Read the ids of files and folders with a function; ``remedy`` is for the error of none."""
+    for path in list_files(paths):
         with naming(path):
             count = 0
-            for routed in arrays_of(path):
+            for routed in read(path):
                 count += 1
                 yield routed
             if not count:
                 raise ValueError(f"holds no routed experts: {remedy}")
 
 
-def trace_of(
+def join_arrays(
     paths: Sequence[Path],
     arrays: Iterable[Routed],
     hints: Hints,
@@ -63,13 +63,14 @@ def trace_of(
     source: str = "responses",
     sequence: Sequence[int] | NDArray[Any] | None = None,
 ) -> RoutingTrace:
-    """Join ids [t,R,K] of files, rows of dense layers too, to a trace without those.
+    """Join ids [t,R,K] of files to a trace, without the rows of dense layers.
 
     Engines fill the rows of layers without experts with zeros. A token never has the same expert
-    twice in a layer, so with top-k above 1 one token tells; with top-1 a row must be zero for all.
-    ``source`` says what the arrays are. The ``sequence`` of tokens is read after all arrays are; by
-    default an array is a sequence. Requests that have names are in the groups that hints name.
-    The published model that responses name, if it is one, is the trace's, and says its experts.
+    twice in a layer, so with top-k above 1 a single token shows such rows; with top-1 they must be
+    zero for all tokens. ``source`` names the arrays in messages. By default an array is a sequence;
+    ``sequence`` has that of every token, and may be filled while arrays are read. ``hints`` have
+    the groups of requests by name. If all responses name one published model, the trace gets its
+    name and number of experts.
     """
     trace: TraceInParts | None = None
     count = 0
@@ -90,7 +91,7 @@ def trace_of(
                 raise ValueError(f"{source} must all have the same layers and top-k, got {both}")
             labels = {"sequence": np.full(len(ids), count, np.int32)}
             if hints.groups is not None and are_named:
-                group = groups.setdefault(_group_of(request, hints.groups), len(groups))
+                group = groups.setdefault(_find_group(request, hints.groups), len(groups))
                 labels["group"] = np.full(len(ids), group, np.int32)
             trace.add(ids[:, rows], **labels)
             if experts_of_served(model, sizes[1], trace.num_experts) is not None:
@@ -115,8 +116,8 @@ def trace_of(
         )
 
 
-def _group_of(request: str, groups: Mapping[str, str]) -> str:
-    """Return the group of a request by its name, as the client or the server writes it."""
+def _find_group(request: str, groups: Mapping[str, str]) -> str:
+    """Return the group of a request by its name, with or without a prefix of the server."""
     names = [request, *(request.removeprefix(prefix) for prefix in PREFIXES)]
     for name in names:
         if name in groups:
@@ -128,7 +129,7 @@ def _group_of(request: str, groups: Mapping[str, str]) -> str:
 
 
 def _rows(ids: NDArray[Any], hints: Hints, source: str) -> list[int]:
-    """Return the rows with experts, as the user or the first token says; with top-1 all."""
+    """Return the rows with experts, by hints or the first token; with top-1 all rows."""
     moe = hints.moe_layers(ids.shape[1])
     if moe is None:
         moe = list(range(ids.shape[1])) if ids.shape[2] == 1 else _with_experts(ids[:1], source)
@@ -136,7 +137,7 @@ def _rows(ids: NDArray[Any], hints: Hints, source: str) -> list[int]:
 
 
 def _with_experts(ids: NDArray[Any], source: str) -> list[int]:
-    """Return the rows that are not zero for all tokens."""
+    """Return the rows that are not zero for every token."""
     rows: list[int] = np.flatnonzero(ids.any(axis=(0, 2))).tolist()
     if not rows:
         raise ValueError(f"{source} must have a layer with experts, got only rows of zeros")

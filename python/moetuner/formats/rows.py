@@ -1,4 +1,4 @@
-"""Tables of tokens or of choices, put together to a trace or to counts, batch by batch."""
+"""Join tables of tokens or of choices, batch by batch, to a trace or to counts."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from moetuner.trace import RoutingTrace
 
 LABELS = ("group", "sequence")
 LIMITS = {"layer": LAYER_LIMIT, "expert": EXPERT_LIMIT}
-# As Python writes it, so that no two texts are one number.
+# An integer as Python writes it, so that different texts are different numbers.
 INTEGER = re.compile(r"0|-?[1-9]\d{0,17}", re.ASCII)
-# Arrays by column; a list or an array of texts or integers for labels.
+# Arrays by column; labels may be a list of texts or integers.
 Columns = dict[str, Any]
 Add = Callable[[Columns], None]
 
 
 @dataclass(frozen=True)
 class OpenTable:
-    """An open file: its columns, the experts that it names, and what hands over some columns."""
+    """An open file: its columns, its number of experts, and a function that passes on columns."""
 
     names: list[str]
     experts: int | None
@@ -41,7 +41,7 @@ class OpenTable:
 def read_tables(
     opened: Callable[[Path], AbstractContextManager[OpenTable]], paths: Sequence[Path], hints: Hints
 ) -> Traffic:
-    """Read one table, or several of the same columns one after the other; ``opened`` opens one."""
+    """Read tables of the same columns one after the other; ``opened`` opens one."""
     table: Any = None
     for path in paths:
         with naming(path), opened(path) as source:
@@ -61,10 +61,10 @@ def read_tables(
 
 
 def add_rows(add: Add, columns_of: Callable[[int, int], Columns], count: int, first: str) -> None:
-    """Hand so many rows over; where that fails, one by one, so that the wrong one is named.
+    """Pass rows to ``add``; if that fails, one by one, so that the error names the wrong row.
 
-    ``columns_of`` gives the columns of the rows from one number up to another; ``first`` is a word
-    and the number of the first one in the file, as "line 2".
+    ``columns_of(begin, end)`` returns the columns of rows; ``first`` names the first row in the
+    file, such as "line 2".
     """
     try:
         add(columns_of(0, count))
@@ -77,10 +77,10 @@ def add_rows(add: Add, columns_of: Callable[[int, int], Columns], count: int, fi
 
 
 class Labels(dict[str, int]):
-    """Names as texts, numbered in the order in which they appear; 7 and "7" are the same."""
+    """Numbers of names in order of appearance; 7 and "7" are the same name."""
 
-    def of(self, values: Any) -> NDArray[np.int32]:
-        """Return the numbers of some of them."""
+    def number(self, values: Any) -> NDArray[np.int32]:
+        """Return the numbers of names; new names get new numbers."""
         names = [str(value) for value in values]
         if "" in names:
             raise ValueError("sequence and group must have a name in every row, got none")
@@ -88,7 +88,7 @@ class Labels(dict[str, int]):
         return np.asarray(numbers, dtype=np.int32)
 
     def as_integers(self, numbers: NDArray[np.int32]) -> NDArray[np.int32]:
-        """Return the names themselves where all are integers of 32 bits, else their numbers."""
+        """Return the names of numbers if all names are integers of 32 bits, else the numbers."""
         names = [int(name) for name in self if INTEGER.fullmatch(name)]
         if len(names) < len(self) or not all(-(1 << 31) <= name < 1 << 31 for name in names):
             return numbers
@@ -96,18 +96,18 @@ class Labels(dict[str, int]):
 
 
 class TokenRows:
-    """Rows so far: columns of numbers, and labels."""
+    """Rows of a table so far: columns of numbers, and labels."""
 
     def __init__(self, numbers: list[str], names: list[str], hints: Hints) -> None:
         self.numbers, self.hints = numbers, hints
         self.labels = {name: Labels() for name in LABELS if name in names}
 
-    def labels_in(self, columns: Columns) -> dict[str, NDArray[np.int32]]:
-        """Return the numbers of the labels of some rows."""
-        return {name: label.of(columns[name]) for name, label in self.labels.items()}
+    def number_labels(self, columns: Columns) -> dict[str, NDArray[np.int32]]:
+        """Return the numbers of the labels of rows."""
+        return {name: label.number(columns[name]) for name, label in self.labels.items()}
 
-    def about(self, numbers: dict[str, Any]) -> dict[str, Any]:
-        """Return the labels of a trace's tokens, as its arguments, by their numbers."""
+    def label_arguments(self, numbers: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a trace for the labels of its tokens, from their numbers."""
         labels = {name: numbers[name] for name in self.labels}
         if "sequence" in labels:
             labels["sequence"] = self.labels["sequence"].as_integers(labels["sequence"])
@@ -117,7 +117,7 @@ class TokenRows:
 
 
 class Tokens(TokenRows):
-    """A row is a token, with a column of ids [L][K]."""
+    """A table whose rows are tokens, with a column of ids [L][K]."""
 
     def __init__(self, names: list[str], hints: Hints) -> None:
         if "experts" not in names:
@@ -129,7 +129,7 @@ class Tokens(TokenRows):
         self.trace = TraceInParts(hints.experts_needed())
 
     def add(self, columns: Columns) -> None:
-        """Take in ids [T,L,K]."""
+        """Add ids [T,L,K]."""
         ids = columns["experts"]
         if ids.ndim != 3:
             raise ValueError(f"experts must be ids [layers][top_k], got {shown(ids)}")
@@ -138,41 +138,41 @@ class Tokens(TokenRows):
                 f"rows must have {list(before)} ids [layers, top_k] like those before, "
                 f"got {list(ids.shape[1:])}"
             )
-        self.trace.add(ids, **self.labels_in(columns))
+        self.trace.add(ids, **self.number_labels(columns))
 
     def traffic(self) -> RoutingTrace:
         """Return the trace."""
         if not self.trace.tokens:
             raise ValueError("must have at least one row, got none")
         contents = self.trace.contents()
-        return RoutingTrace(**vars(contents) | self.about(vars(contents)))
+        return RoutingTrace(**vars(contents) | self.label_arguments(vars(contents)))
 
 
 class Choices(TokenRows):
-    """A row is one choice of a token, or a count.
+    """A table whose rows are choices of tokens, or counts.
 
-    With a column ``token`` the rows are a trace: those of one token (of one sequence, where there
-    is a column ``sequence``) and layer are its experts, and a column ``weight`` is the router's and
-    left out. Without, they are counts, of ``weight`` tokens each, in windows by sequence, else by
-    group. Layers may be numbered in any way that keeps their order.
+    With a column ``token`` the rows are a trace: rows of one token (of one sequence, if there is a
+    column ``sequence``) and layer are its experts; a column ``weight`` has the router's weights and
+    is left out. Without ``token``, rows are counts of ``weight`` tokens, and windows are sequences,
+    else groups. Layers may have any numbers that keep their order.
     """
 
     def __init__(self, names: list[str], hints: Hints) -> None:
         wanted = ("token" if "token" in names else "weight", "layer", "expert")
         super().__init__([name for name in wanted if name in names], names, hints)
-        self.parts: list[dict[str, NDArray[Any]]] = []
+        self.batches: list[dict[str, NDArray[Any]]] = []
 
     def add(self, columns: Columns) -> None:
-        """Take in whole numbers from 0."""
+        """Add rows of whole numbers from 0."""
         rows = {name: _whole_numbers(name, columns[name]) for name in self.numbers}
-        self.parts.append(rows | self.labels_in(columns))
+        self.batches.append(rows | self.number_labels(columns))
 
     def traffic(self) -> Traffic:
         """Return the trace or the counts."""
-        parts, self.parts = self.parts, []
-        if not any(len(part["layer"]) for part in parts):
+        batches, self.batches = self.batches, []
+        if not any(len(batch["layer"]) for batch in batches):
             raise ValueError("must have at least one row, got none")
-        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
         layers, columns["layer"] = np.unique(columns["layer"], return_inverse=True)
         self.hints.check_have_experts(layers.tolist())
         build = self._trace if "token" in columns else self._counts
@@ -205,7 +205,7 @@ class Choices(TokenRows):
         return RoutingTrace.from_arrays(
             ids.reshape(len(first), len(layers), -1),
             num_experts=self.hints.experts_needed(),
-            **self.about({name: columns[name][first] for name in self.labels}),
+            **self.label_arguments({name: columns[name][first] for name in self.labels}),
         )
 
     def _counts(self, columns: dict[str, NDArray[Any]], layers: NDArray[Any]) -> RoutingStatistics:
@@ -225,16 +225,16 @@ class Choices(TokenRows):
         np.add.at(load, (window, columns["layer"], expert), weight)
         if group is None:
             return RoutingStatistics.from_load(load)
-        of_window = np.zeros(shape[0], dtype=np.int64)
-        of_window[window] = group
-        if (of_window[window] != group).any():
+        group_of_window = np.zeros(shape[0], dtype=np.int64)
+        group_of_window[window] = group
+        if (group_of_window[window] != group).any():
             raise ValueError("each sequence must be of one group, got several")
         names = tuple(self.labels["group"])
-        return RoutingStatistics.from_load(load, group=of_window, group_names=names)
+        return RoutingStatistics.from_load(load, group=group_of_window, group_names=names)
 
 
 def _whole_numbers(name: str, values: NDArray[Any]) -> NDArray[Any]:
-    """Check whole numbers from 0, and hold them in few bytes."""
+    """Return whole numbers in few bytes; raise unless they are from 0 to a limit."""
     limit = LIMITS.get(name, 1 << 48)
     if values.dtype.kind == "f" and values.ndim == 1:
         wrong = ~np.isfinite(values) | (values != np.floor(values))

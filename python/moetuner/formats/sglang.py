@@ -1,4 +1,4 @@
-"""SGLang: what its recorder dumps, routed experts of responses, and maps of experts to load.
+"""Read SGLang's dumps and routed experts of its responses; read and write its maps of experts.
 
 Dumps (``--expert-distribution-recorder-mode``) are files of ``torch.save`` with a row for every
 hidden layer, dense ones too. Mode ``stat`` (and ``stat_approx``) has counts of experts,
@@ -27,12 +27,12 @@ from moetuner._checks import ArgumentError, MissingArgumentError, array_in, show
 from moetuner.files import naming, npz, read_whole, replacing
 from moetuner.files.text import parse_json
 from moetuner.formats import pickled
-from moetuner.formats.counts import add_up, by_expert, counts_in, statistics_of
+from moetuner.formats.counts import add_up, counts_in, make_statistics, sum_by_expert
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
 from moetuner.formats.records import head, looks_like_json, records
-from moetuner.formats.responses import Routed, arrays_in, decode, trace_of
-from moetuner.formats.sources import files_in, first_file
+from moetuner.formats.responses import Routed, decode, join_arrays, read_routed
+from moetuner.formats.sources import first_file, list_files
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 
@@ -40,14 +40,14 @@ MAP = "physical_to_logical_map"
 LAST_MAP = f"last_{MAP}"
 IDS = "topk_ids_of_layer"
 COUNTS, COUNT = "logical_count", "global_physical_count"
-# What is beside counts that only say which experts are chosen, see ``formats/ktransformers.py``.
+# Key beside counts that only say which experts are chosen, see ``formats/ktransformers.py``.
 CHOSEN = "chosen_experts"
 ON = "start SGLang with --enable-return-routed-experts and ask for return_routed_experts"
 INT32 = np.dtype("<i4")
 
 
 def recognises(path: Path) -> bool:
-    """Whether a file or folder holds dumps of the recorder."""
+    """Return whether a file or folder holds dumps of the recorder."""
     path = first_file(path)
     start = head(path, 1 << 16)
     if not start.startswith(b"PK"):
@@ -58,10 +58,10 @@ def recognises(path: Path) -> bool:
 
 
 def recognises_responses(path: Path) -> bool:
-    """Whether a file holds responses with routed experts."""
+    """Return whether a file holds responses with routed experts."""
     start = head(path)
-    ours = b'"meta_info"' in start or b'"sglext"' in start
-    return looks_like_json(start) and ours and b'"routed_experts"' in start
+    is_ours = b'"meta_info"' in start or b'"sglext"' in start
+    return looks_like_json(start) and is_ours and b'"routed_experts"' in start
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +79,7 @@ def read(paths: Sequence[Path], hints: Hints) -> Traffic:
     """Read dumps of one recording, of all ranks: a trace of mode per_token, else counts."""
     counts: list[NDArray[Any]] = []
     passes: list[_Pass] = []
-    files = files_in(paths)
+    files = list_files(paths)
     for path in files:
         content = _content(path)
         with naming(path):
@@ -108,14 +108,14 @@ def read(paths: Sequence[Path], hints: Hints) -> Traffic:
         hints = replace(hints, num_experts=experts.pop())
         if "per_pass" in modes:
             return _windows(_by_pass(passes, hints.experts_needed()), hints)
-        # The sequence of every token is known when all tokens were read.
+        # Filled while the arrays are read.
         labels: list[int] = []
         arrays = _tokens(passes, hints, labels)
-        return trace_of(paths, arrays, hints, source="passes", sequence=labels)
+        return join_arrays(paths, arrays, hints, source="passes", sequence=labels)
 
 
 def _content(path: Path) -> Any:
-    """Read what a dump holds, or what people make of it: JSON or ``.npz``."""
+    """Read a dump, or JSON or ``.npz`` that somebody made of it."""
     if pickled.is_pickled(path):
         return pickled.load(path)
     if head(path, 2) == b"PK":
@@ -125,7 +125,7 @@ def _content(path: Path) -> Any:
 
 
 def _distribution(value: Any) -> NDArray[np.int64]:
-    """Return counts [steps,hidden,E]: of the buffer's steps those that were used."""
+    """Return counts [steps,hidden,E] of the buffer's steps that were used."""
     table = value.array() if isinstance(value, pickled.Tensor) else array_in(COUNTS, value)
     count = counts_in(COUNTS, table[None] if table.ndim == 2 else table)
     if count.ndim != 3:
@@ -136,7 +136,7 @@ def _distribution(value: Any) -> NDArray[np.int64]:
 
 
 def _tensor(fields: dict[str, Any], name: str, dimensions: int) -> pickled.Tensor:
-    """Return a field that must be a tensor of integers."""
+    """Return a field; raise unless it is a tensor of integers."""
     value = fields.get(name)
     if not isinstance(value, pickled.Tensor):
         got = f"a {type(value).__name__}"
@@ -155,11 +155,11 @@ def _windows(counts: Sequence[NDArray[Any]], hints: Hints) -> RoutingStatistics:
     load = np.concatenate(counts) if counts else np.empty((0, 0, 0), int)
     if not len(load):
         raise ValueError("must have at least one step with tokens, got none")
-    return statistics_of(load, hints, hints.moe_layers(load.shape[1]))
+    return make_statistics(load, hints, hints.moe_layers(load.shape[1]))
 
 
 def _passes(path: Path, content: dict[str, Any]) -> Iterator[_Pass]:
-    """Read the passes of a dump, less those that were gathered for another purpose."""
+    """Read the passes of a dump, without those that were gathered for another purpose."""
     slots = _tensor(content, LAST_MAP, 2).array().astype(np.int64)
     if slots.min(initial=0) < 0:
         raise ValueError(f"{LAST_MAP} must hold experts from 0, got {slots.min()}")
@@ -176,22 +176,22 @@ def _passes(path: Path, content: dict[str, Any]) -> Iterator[_Pass]:
 
 
 def _by_pass(passes: Sequence[_Pass], experts: int) -> list[NDArray[Any]]:
-    """Add up the ranks of every pass: [1,hidden,E]."""
+    """Return the sum over ranks of every pass [1,hidden,E]."""
     sums: dict[tuple[int, int], NDArray[Any]] = {}
-    seen: Counter[tuple[int, int]] = Counter()
+    repeats: Counter[tuple[int, int]] = Counter()
     for step in passes:
         with naming(step.path):
             count = counts_in(COUNT, _tensor(step.fields, COUNT, 2).array())
-            load = by_expert(count, step.slots, experts)
-            # A rank has a pass once; again, it is another run of the engine.
-            key = (step.number, seen[step.number, step.rank])
-            seen[step.number, step.rank] += 1
+            load = sum_by_expert(count, step.slots, experts)
+            # A rank has a pass once per run of the engine.
+            key = (step.number, repeats[step.number, step.rank])
+            repeats[step.number, step.rank] += 1
             sums[key] = add_up(sums.get(key), load)
     return [load[None] for load in sums.values() if load.any()]
 
 
 def _tokens(passes: Sequence[_Pass], hints: Hints, labels: list[int]) -> Iterator[Routed]:
-    """Read the experts [t,hidden,K] of passes, and add the sequence of every token to labels."""
+    """Read the experts [t,hidden,K] of passes; add the sequence of every token to ``labels``."""
     sequences = _Sequences()
     before: list[tuple[int, Any, Any]] = []
     top_k = hints.top_k
@@ -216,7 +216,7 @@ def _tokens(passes: Sequence[_Pass], hints: Hints, labels: list[int]) -> Iterato
                     f"top_k must be above {top_k}: tokens have more experts", "top_k"
                 )
             experts = _translate(step, slots, hints.experts_needed())
-            labels += sequences.of(positions, lengths)
+            labels += sequences.assign(positions, lengths)
         yield Routed(step.path, experts)
 
 
@@ -257,17 +257,17 @@ def _read_tokens(step: _Pass, shape: tuple[int, ...]) -> tuple[list[int], list[i
 
 
 class _Sequences:
-    """Which tokens belong together, by their positions: dumps carry no names of requests.
+    """Sequences of tokens by their positions, as dumps have no names of requests.
 
-    A token goes on with the oldest sequence that ends just before it. Sequences of one length can
-    be taken for each other; all else is certain.
+    A token continues the oldest sequence that ends just before it. Only sequences of the same
+    length can be confused.
     """
 
     def __init__(self) -> None:
         self.ends: dict[int, list[int]] = {}
         self.count = 0
 
-    def of(self, positions: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    def assign(self, positions: Sequence[int], lengths: Sequence[int]) -> list[int]:
         """Return the sequence of every token of a pass, in runs of these lengths or one by one."""
         labels: list[int] = []
         ended: list[tuple[int, int]] = []
@@ -280,15 +280,15 @@ class _Sequences:
                 label, self.count = self.count, self.count + 1
             labels += [label] * length
             ended.append((last + 1, label))
-        # Only now: no two tokens of a pass are of one sequence, but for those of its run.
+        # Added at the end: two tokens of a pass are of one sequence only if they are of one run.
         for end, label in ended:
             self.ends.setdefault(end, []).append(label)
         return labels
 
 
 def read_responses(paths: Sequence[Path], hints: Hints) -> Traffic:
-    """Read routed experts of responses: each is a sequence."""
-    return trace_of(paths, arrays_in(paths, lambda path: _responses(path, hints), ON), hints)
+    """Read routed experts of responses; each response is a sequence."""
+    return join_arrays(paths, read_routed(paths, lambda path: _responses(path, hints), ON), hints)
 
 
 def _responses(path: Path, hints: Hints) -> Iterator[Routed]:
@@ -296,16 +296,16 @@ def _responses(path: Path, hints: Hints) -> Iterator[Routed]:
     for response, fields in records(path):
         usage = fields.get("usage")
         choices = fields.get("choices")
-        parts = [(fields.get("meta_info"), fields.get("meta_info")), (fields.get("sglext"), usage)]
+        places = [(fields.get("meta_info"), fields.get("meta_info")), (fields.get("sglext"), usage)]
         for choice in choices if isinstance(choices, list) else []:
-            parts.append((choice.get("sglext") if isinstance(choice, dict) else None, usage))
-        for number, (part, item) in enumerate(parts):
-            text = part.get("routed_experts") if isinstance(part, dict) else None
+            places.append((choice.get("sglext") if isinstance(choice, dict) else None, usage))
+        for number, (place, sizes) in enumerate(places):
+            text = place.get("routed_experts") if isinstance(place, dict) else None
             if text is not None:
                 where = response if number < 2 else f"{response}, choice {number - 2}"
                 data = decode(text, where)
                 with naming(where):
-                    shape = _shape(len(data), item if isinstance(item, dict) else {}, hints)
+                    shape = _shape(len(data), sizes if isinstance(sizes, dict) else {}, hints)
                 meta = fields.get("meta_info")
                 named = meta if isinstance(meta, dict) else fields
                 ids = np.frombuffer(data, INT32).reshape(shape)
@@ -313,7 +313,7 @@ def _responses(path: Path, hints: Hints) -> Iterator[Routed]:
 
 
 def _shape(size: int, usage: dict[str, Any], hints: Hints) -> tuple[int, int, int]:
-    """Return tokens, hidden layers and top-k of ids of so many bytes."""
+    """Return tokens, hidden layers and top-k of ids with so many bytes."""
     count, rest = divmod(size, INT32.itemsize)
     if rest:
         raise ValueError(f"routed_experts must be 32-bit integers, got {size} bytes")
@@ -357,7 +357,7 @@ def write_map(placement: Placement, path: Path, hints: Hints) -> None:
     moe = hints.moe_numbers(layers)
     hidden = hidden or layers + len(dense or ())
     rows = placement.slots.reshape(layers, -1).tolist()
-    # Rows of dense layers are checked, but never used: that of the next layer with experts.
+    # SGLang checks rows of dense layers, but never uses them: they repeat the next MoE layer's.
     at = np.minimum(np.searchsorted(moe, np.arange(hidden)), layers - 1)
     with replacing(path) as temporary:
         content = {MAP: [rows[row] for row in at]}
@@ -365,12 +365,12 @@ def write_map(placement: Placement, path: Path, hints: Hints) -> None:
 
 
 def recognises_map(path: Path) -> bool:
-    """Whether a file is a map of SGLang, as JSON or of ``torch.save``."""
+    """Return whether a file is a map of SGLang, of JSON or ``torch.save``."""
     start = head(path, 1 << 16)
     if looks_like_json(start):
         return f'"{MAP}"'.encode() in start
-    ours = MAP.encode() in start and LAST_MAP.encode() not in start
-    return ours and pickled.is_pickled(path)
+    is_ours = MAP.encode() in start and LAST_MAP.encode() not in start
+    return is_ours and pickled.is_pickled(path)
 
 
 def read_map(path: Path, _: Hints) -> Layout:
@@ -382,4 +382,4 @@ def read_map(path: Path, _: Hints) -> Layout:
             raise ValueError(f"must have the single key {MAP}, got {keys}")
         rows = content[MAP]
         rows = rows.array() if isinstance(rows, pickled.Tensor) else rows
-        return Layout.of(rows, counts_dense=True)
+        return Layout.from_rows(rows, counts_dense=True)

@@ -1,4 +1,4 @@
-"""The files that a recording consists of; those of ranks in the order of ranks, none missing."""
+"""List the files of a recording; those of ranks in the order of ranks, with none missing."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-# "rank3" wherever it stands, else a number at the end, as in "counts-3".
+# "rank3" anywhere in a name, else a number at the end, as in "counts-3".
 NUMBERS = (re.compile(r"rank[_-]?(\d{1,6})", re.ASCII), re.compile(r"[_-](\d{1,6})$", re.ASCII))
 
 
-def files_in(paths: Iterable[Path], pattern: str = "*") -> list[Path]:
-    """List the files that paths name: themselves, and those of folders that fit a pattern.
+def list_files(paths: Iterable[Path], pattern: str = "*") -> list[Path]:
+    """List files, and those of folders that match a pattern.
 
-    Hidden ones are left out: so are files called while they are written.
+    Hidden files are left out: files have hidden names while they are written.
     """
     return [
         file
@@ -28,27 +28,29 @@ def files_in(paths: Iterable[Path], pattern: str = "*") -> list[Path]:
 
 
 def first_file(path: Path, pattern: str = "*") -> Path:
-    """Return a file itself, or the first of a folder's that fits a pattern; else the folder."""
-    return next(iter(files_in([path], pattern)), path)
+    """Return a file itself, or the first file of a folder that matches; else the folder."""
+    return next(iter(list_files([path], pattern)), path)
 
 
-def rank_of(path: Path) -> int | None:
-    """Return the rank in the name of a file; None if there is none."""
+def find_rank(path: Path) -> int | None:
+    """Find the rank in the name of a file; None if there is none."""
     for pattern in NUMBERS:
         if number := pattern.search(path.stem):
             return int(number[1])
     return None
 
 
-def by_rank(paths: Sequence[Path], pattern: str) -> list[Path]:
-    """List files, and those of folders that fit a pattern, in the order of their ranks."""
+def list_by_rank(paths: Sequence[Path], pattern: str) -> list[Path]:
+    """List files, and those of folders that match a pattern, in the order of their ranks."""
     files: list[Path] = []
     for path in paths:
-        here = sorted(files_in([path], pattern), key=lambda file: (rank_of(file) or 0, file.name))
+        found = sorted(
+            list_files([path], pattern), key=lambda file: (find_rank(file) or 0, file.name)
+        )
         if path.is_dir():
-            if not here:
+            if not found:
                 raise ValueError(f"{path}: folder must hold {pattern}, got none")
-            numbered = [(rank, file) for file in here if (rank := rank_of(file)) is not None]
+            numbered = [(rank, file) for file in found if (rank := find_rank(file)) is not None]
             for (rank, file), (after, other) in pairwise(numbered):
                 if rank == after:
                     raise ValueError(
@@ -61,5 +63,5 @@ def by_rank(paths: Sequence[Path], pattern: str) -> list[Path]:
                         f"{path}: must hold files of ranks 0 to {numbered[-1][0]}, "
                         f"got none of rank {expected}"
                     )
-        files += here
+        files += found
     return files

@@ -1,4 +1,4 @@
-"""TensorRT-LLM: the counts that it dumps, and the YAML that its load balancer reads.
+"""Read the counts that TensorRT-LLM dumps; read and write the YAML of its load balancer.
 
 With ``EXPERT_STATISTIC_ITER_RANGE`` set, every rank writes ``rank{r}.safetensors``: counts [E] of
 its own tokens, named ``{iteration}_{layer}``, and rank 0 ``meta_info.json``
@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 from moetuner._checks import LAYER_LIMIT, experts_in, shown, whole_number
 from moetuner.files import naming, read_whole, replacing
 from moetuner.files.text import parse_json
-from moetuner.formats.arrays import by_step, names_in
-from moetuner.formats.counts import by_expert, sum_of_ranks
+from moetuner.formats.arrays import list_names, read_by_step
+from moetuner.formats.counts import sum_by_expert, sum_ranks
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
 from moetuner.formats.microbatches import Microbatches
 from moetuner.formats.records import head
-from moetuner.formats.sources import by_rank, rank_of
+from moetuner.formats.sources import find_rank, list_by_rank
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
@@ -42,24 +42,24 @@ ENTRY = re.compile(r"(?P<step>\d{1,12})_(?P<layer>\d{1,5})", re.ASCII)
 
 
 def recognises(path: Path) -> bool:
-    """Whether a folder or file is a dump of expert statistics."""
+    """Return whether a folder or file is a dump of expert statistics."""
     if path.is_dir():
         return any(recognises(file) for pattern in (COUNTS, RAW) for file in path.glob(pattern))
     if head(path, 9)[8:] != b"{":
         return False
-    names = names_in(path)
+    names = list_names(path)
     return bool(names) and all(map(ENTRY.fullmatch, names))
 
 
 def read(paths: Sequence[Path], hints: Hints) -> Traffic:
-    """Read the dumps of all ranks: a trace of raw choices, else counts by iteration."""
+    """Read the dumps of all ranks: a trace from raw choices, else counts by iteration."""
     raw = any(_is_raw(path) or (path.is_dir() and any(path.glob(RAW))) for path in paths)
-    files = by_rank(paths, RAW if raw else COUNTS)
+    files = list_by_rank(paths, RAW if raw else COUNTS)
     first = files[0]
     if any(_is_raw(file) != raw for file in files):
         raise ValueError(f"{first.parent}: must be raw dumps or counts, got both")
-    counted, top_k = _about(first)
-    dumps = {file: _dump(file, raw, top_k if raw else counted) for file in files}
+    counted, top_k = _read_meta(first)
+    dumps = {file: _read_dump(file, raw, top_k if raw else counted) for file in files}
     keys = dumps[first].keys()
     for file, dump in dumps.items():
         if other := keys ^ dump.keys():
@@ -70,16 +70,16 @@ def read(paths: Sequence[Path], hints: Hints) -> Traffic:
     layers = sorted({layer for _, layer in keys})
     with naming(first):
         hints.check_have_experts(layers)
-    running = _running(first, len(layers), counted, hints)
+    running = _check_running(first, len(layers), counted, hints)
     if raw:
         return _trace(dumps, layers, counted, running)
     shape = (len(keys) // len(layers), len(layers), counted)
-    load = sum_of_ranks(
+    load = sum_ranks(
         files, Hints(), lambda file: np.stack(list(dumps[file].values())).reshape(shape)
     )
     with naming(first):
         if running is not None:
-            load = by_expert(load, running, hints.num_experts)
+            load = sum_by_expert(load, running, hints.num_experts)
         return RoutingStatistics.from_load(load, top_k=top_k)
 
 
@@ -87,8 +87,8 @@ def _is_raw(path: Path) -> bool:
     return path.name.endswith("_raw.safetensors")
 
 
-def _about(file: Path) -> tuple[int, int]:
-    """Return experts (or slots) and top-k, as ``meta_info.json`` beside a dump says."""
+def _read_meta(file: Path) -> tuple[int, int]:
+    """Read the number of experts (or slots) and top-k from ``meta_info.json`` beside a dump."""
     path = file.parent / META
     if not path.exists():
         raise ValueError(f"{path}: must be beside {file.name}: it says how many experts count")
@@ -99,10 +99,10 @@ def _about(file: Path) -> tuple[int, int]:
         return experts, whole_number(names[1], top_k, highest=experts)
 
 
-def _dump(path: Path, raw: bool, width: int) -> dict[tuple[int, int], NDArray[Any]]:
+def _read_dump(path: Path, raw: bool, width: int) -> dict[tuple[int, int], NDArray[Any]]:
     """Read counts [E], or ids [tokens, top-k], by iteration and layer."""
     with naming(path):
-        dump = by_step(path, ENTRY, "iteration_layer")
+        dump = read_by_step(path, ENTRY, "iteration_layer")
         for (iteration, layer), array in dump.items():
             is_right = array.ndim == 1 + raw and array.shape[-1] == width
             if not is_right or array.dtype.kind not in "iu":
@@ -112,8 +112,8 @@ def _dump(path: Path, raw: bool, width: int) -> dict[tuple[int, int], NDArray[An
     return dump
 
 
-def _running(file: Path, layers: int, counted: int, hints: Hints) -> NDArray[np.int64] | None:
-    """Return the expert in every slot [L,P] that ran; None where experts were counted."""
+def _check_running(file: Path, layers: int, counted: int, hints: Hints) -> NDArray[np.int64] | None:
+    """Return the running expert in every slot [L,P]; None if the dump counts experts."""
     running = hints.running
     if running is None:
         if hints.num_experts not in (None, counted):
@@ -122,10 +122,10 @@ def _running(file: Path, layers: int, counted: int, hints: Hints) -> NDArray[np.
                 "load balancer was on, so slots are counted, and the placement that ran is needed"
             )
     elif running.shape != (layers, counted):
-        ran = "x".join(map(str, running.shape))
+        sizes = "x".join(map(str, running.shape))
         raise ValueError(
             f"{file}: counts {layers}x{counted} layers and slots, but the placement that ran "
-            f"has {ran}"
+            f"has {sizes}"
         )
     elif (running < 0).any():
         raise ValueError("the placement that ran must have no empty slots")
@@ -141,7 +141,7 @@ def _trace(
     """Join the raw choices of all ranks; an iteration of a rank is a sequence."""
     batches = Microbatches(counted)
     for number, (file, dump) in enumerate(dumps.items()):
-        rank = rank_of(file)
+        rank = find_rank(file)
         with naming(file):
             for (iteration, layer), ids in dump.items():
                 batches.add((iteration, 0, number if rank is None else rank), layer, ids)
@@ -152,7 +152,7 @@ def _trace(
     return batches.trace(next(iter(dumps)).parent)
 
 
-# What vLLM's proposed initial_mapping_path holds beside the same keys (PR 41141).
+# Line of vLLM's proposed initial_mapping_path, with the same keys (PR 41141).
 VLLM_RECORD = re.compile(r'^.*"eplb_initial_mapping".*$', re.MULTILINE)
 KEYS = ("num_slots", "initial_global_assignments", "layer_updates_per_iter")
 
@@ -169,13 +169,13 @@ def write_map(placement: Placement, path: Path, hints: Hints) -> None:
 
 
 def recognises_map(path: Path) -> bool:
-    """Whether a file is such a YAML."""
+    """Return whether a file is such a YAML."""
     start = head(path, 4096)
     return any(key.encode() in start for key in KEYS[:2])
 
 
 def read_map(path: Path, hints: Hints) -> Layout:
-    """Read the YAML, as this library or PyYAML writes it, or as JSON."""
+    """Read the map of YAML, as moetuner or PyYAML writes it, or of JSON."""
     with naming(path):
         text = read_whole(path).decode("utf-8")
         proposed = VLLM_RECORD.search(text)
@@ -198,7 +198,7 @@ def read_map(path: Path, hints: Hints) -> Layout:
             if not isinstance(row, list) or len(row) != slots:
                 size = len(row) if isinstance(row, list) else "none"
                 raise ValueError(f"layer {number} must have num_slots {slots} experts, got {size}")
-        return Layout.of(list(numbers.values()), layers=tuple(numbers))
+        return Layout.from_rows(list(numbers.values()), layers=tuple(numbers))
 
 
 def _layer(key: object) -> int:
@@ -209,15 +209,15 @@ def _layer(key: object) -> int:
     return key
 
 
-# What the little YAML of such a file consists of beside keys: comments, lists with an item a line,
-# and the beginnings of layers.
+# Parts of such a YAML file besides keys: comments, lists with one item per line, and the starts of
+# layers.
 COMMENT = re.compile(r"(?:^|[ \t]+)#.*|^---$|[ \t\r]+$", re.MULTILINE)
 ITEMS = re.compile(r"(?:^[ ]*-[ ]+\d+(?:\n+|\Z))+", re.ASCII | re.MULTILINE)
 LAYER = re.compile(r"\n[ ]+['\"]?(\d{1,5})['\"]?:", re.ASCII)
 
 
 def _yaml(text: str) -> dict[str, Any]:
-    """Read numbers, and lists of numbers by layer, of keys: as JSON, which they become."""
+    """Read a YAML of numbers, and of lists of numbers by layer, by turning it into JSON."""
     text = COMMENT.sub("", text)
     text = ITEMS.sub(lambda match: f" [{', '.join(re.findall(r'[0-9]+', match[0]))}]\n", text)
     members = []

@@ -1,4 +1,4 @@
-"""TokenSpeed: records of expert load, one file of ``torch.save`` for every rank.
+"""Read TokenSpeed's records of expert load, one file of ``torch.save`` per rank.
 
 A profile with activity EXPERT_LOAD writes ``*.expert-load.pt`` (``load_record`` of
 ``runtime/moe/expert_location.py``, 0.1.1): ``logical_count`` [hidden layers, E] and
@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from moetuner._checks import shown
 from moetuner.files import naming
 from moetuner.formats import pickled
-from moetuner.formats.counts import add_up, counts_in, statistics_of
+from moetuner.formats.counts import add_up, counts_in, make_statistics
 from moetuner.formats.hints import Hints
 from moetuner.formats.records import head
-from moetuner.formats.sources import files_in, first_file
+from moetuner.formats.sources import first_file, list_files
 from moetuner.statistics import RoutingStatistics
 
 PATTERN = "*.expert-load.pt"
@@ -34,18 +34,18 @@ MOST_RANKS = 1 << 16
 
 
 def recognises(path: Path) -> bool:
-    """Whether a file, or the first one of a folder, is a record of a rank."""
+    """Return whether a file, or the first one of a folder, is a record of a rank."""
     path = first_file(path, PATTERN)
     start = head(path, 1 << 16)
-    ours = all(name.encode() in start for name in (COUNT, RANK, RANKS))
-    return ours and pickled.is_pickled(path)
+    is_ours = all(name.encode() in start for name in (COUNT, RANK, RANKS))
+    return is_ours and pickled.is_pickled(path)
 
 
 def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
-    """Add the records of all ranks, profile by profile."""
+    """Read and add the records of all ranks, profile by profile."""
     by_rank: dict[int, list[NDArray[np.int64]]] = {}
     sizes: set[int] = set()
-    files = files_in(paths, PATTERN)
+    files = list_files(paths, PATTERN)
     for path in files:
         with naming(path):
             rank, size, count = _record(path)
@@ -70,11 +70,11 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
                 )
         loads = [_sum(counts) for counts in zip_longest(*(by_rank[rank] for rank in by_rank))]
         load = np.stack(loads)
-        return statistics_of(load, hints, hints.moe_layers(load.shape[1]))
+        return make_statistics(load, hints, hints.moe_layers(load.shape[1]))
 
 
 def _record(path: Path) -> tuple[int, int, NDArray[np.int64]]:
-    """Read the record of a rank: its number, how many there are, and its counts [hidden,E]."""
+    """Read the record of a rank: its number, the number of ranks, and its counts [hidden,E]."""
     content = pickled.load(path)
     if not isinstance(content, dict) or not {COUNT, RANK, RANKS} <= content.keys():
         raise ValueError(f"must be a record with {COUNT}, {RANK} and {RANKS}, got {shown(content)}")
@@ -89,7 +89,7 @@ def _record(path: Path) -> tuple[int, int, NDArray[np.int64]]:
 
 
 def _sum(counts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """Add up the counts of ranks; where all ranks counted all tokens, theirs are the load."""
+    """Return the sum of the ranks' counts; if all are equal, every rank counted all tokens: one."""
     first, *others = counts
     total = first
     for count in others:

@@ -1,4 +1,4 @@
-"""vLLM: routed experts that it records.
+"""Read the routed experts that vLLM records.
 
 Routed experts (``--enable-return-routed-experts``) are arrays [tokens, hidden layers, top-k] of
 logical ids, with rows of zeros for layers without experts; the order of a token's experts says
@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 from numpy.typing import NDArray
 
 from moetuner.files import naming, npz, safetensors
-from moetuner.formats.arrays import names_in, read_arrays
+from moetuner.formats.arrays import list_names, read_arrays
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.pickled import is_pickled
 from moetuner.formats.records import head, looks_like_json, records
-from moetuner.formats.responses import Routed, arrays_in, decode, trace_of
+from moetuner.formats.responses import Routed, decode, join_arrays, read_routed
 from moetuner.formats.sources import first_file
 
 Array = TypeVar("Array", "NDArray[Any]", safetensors.TensorInFile)
@@ -32,17 +32,17 @@ SEQUENCE = re.compile(r"arr_\d+|\d+|.*routed_experts.*")
 
 
 def recognises(path: Path) -> bool:
-    """Whether a file holds routed experts: responses, or arrays that are no trace of moetuner."""
+    """Return whether a file holds routed experts: responses, or arrays other than moetuner's."""
     path = first_file(path)
     start = head(path)
     if looks_like_json(start):
-        # Answers without experts are ours too: reading them says which option is missing.
-        answers = b'"routed_experts"' in start or b'"finish_reason"' in start
-        ours = answers and b'"choices"' in start
-        return ours and b'"sglext"' not in start and b'"meta_info"' not in start
+        # Answers without experts are recognised, too: the error of reading them names the option.
+        is_answer = b'"routed_experts"' in start or b'"finish_reason"' in start
+        is_openai = is_answer and b'"choices"' in start
+        return is_openai and b'"sglext"' not in start and b'"meta_info"' not in start
     if start.startswith(npz.MAGIC):
         return _has_dense_rows(path)
-    names = names_in(path) if start.startswith(b"PK\x03\x04") and not is_pickled(path) else []
+    names = list_names(path) if start.startswith(b"PK\x03\x04") and not is_pickled(path) else []
     if not names or not all(map(SEQUENCE.fullmatch, names)):
         return False
     (first,) = read_arrays(path, names[:1]).values()
@@ -50,7 +50,7 @@ def recognises(path: Path) -> bool:
 
 
 def _has_dense_rows(path: Path) -> bool:
-    """Whether a row of zeros shows that an array counts layers without experts."""
+    """Return whether a row of zeros shows that an array has layers without experts, too."""
     try:
         with path.open("rb") as file:
             stored, fortran = npz.read_npy_header(file)
@@ -66,11 +66,11 @@ def _has_dense_rows(path: Path) -> bool:
 
 def read(paths: Sequence[Path], hints: Hints) -> Traffic:
     """Read routed experts: every response or array is a sequence."""
-    return trace_of(paths, arrays_in(paths, _arrays, ON), hints)
+    return join_arrays(paths, read_routed(paths, _arrays, ON), hints)
 
 
 def _arrays(path: Path) -> Iterator[Routed]:
-    names = [] if looks_like_json(head(path, 64)) else names_in(path)
+    names = [] if looks_like_json(head(path, 64)) else list_names(path)
     if names:
         arrays = read_arrays(path, names)
         for name in sorted(names, key=lambda name: (len(name), name)):

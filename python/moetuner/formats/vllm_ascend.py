@@ -1,4 +1,4 @@
-"""vllm-ascend's own balancer: the workloads that its policies get, and its expert map.
+"""Read the workloads of vllm-ascend's balancer; read and write its expert map.
 
 A policy gets ``expert_workload`` [L,D,S] (FlashLB: [W,L,D,S]), tokens by slot, and
 ``current_expert_table`` [L,D,S], the expert in each of them
@@ -24,8 +24,8 @@ from moetuner._checks import shown
 from moetuner.files import naming, npz, read_whole, replacing
 from moetuner.files.text import parse_json
 from moetuner.formats import pickled
-from moetuner.formats.arrays import names_in, read_arrays
-from moetuner.formats.counts import by_expert, counts_in
+from moetuner.formats.arrays import list_names, read_arrays
+from moetuner.formats.counts import counts_in, sum_by_expert
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import Layout
 from moetuner.formats.records import head
@@ -37,7 +37,7 @@ TABLES = ("current_expert_table", "expert_table", "table")
 
 
 def recognises(path: Path) -> bool:
-    """Whether a file is a workload with its table, a bare tensor, or an expert map."""
+    """Return whether a file is a workload with its table, a bare tensor, or an expert map."""
     if not head(path, 2).startswith(b"PK"):
         return recognises_map(path)
     load, table = _names(path)
@@ -45,8 +45,8 @@ def recognises(path: Path) -> bool:
 
 
 def _names(path: Path) -> tuple[str | None, str | None]:
-    """Return the names of workload and table in a file; that of a bare array is empty."""
-    names = names_in(path)
+    """Return the names of workload and table in a file; a bare array has the name ""."""
+    names = list_names(path)
     load, table = (
         next((name for name in choices if name in names), None)
         for choices in ((*LOADS, ""), TABLES)
@@ -55,7 +55,7 @@ def _names(path: Path) -> tuple[str | None, str | None]:
 
 
 def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
-    """Read workloads, with the table of one of the files where they are of slots."""
+    """Read workloads; those of slots need a table or map in one of the files."""
     loads: dict[Path, NDArray[np.int64]] = {}
     tables = [] if hints.running is None else [hints.running]
     for path in paths:
@@ -103,7 +103,7 @@ def _by_expert(
             f"table must be {[layers, ranks, slots]} like the workload, got {list(table.shape)}"
         )
     stages = load.reshape(-1, layers, ranks * slots)
-    return by_expert(stages, table.reshape(layers, -1), experts)
+    return sum_by_expert(stages, table.reshape(layers, -1), experts)
 
 
 def write_map(placement: Placement, path: Path, _: Hints) -> None:
@@ -111,23 +111,22 @@ def write_map(placement: Placement, path: Path, _: Hints) -> None:
     layers = []
     for number, devices in enumerate(placement.slots.tolist()):
         lists = [{"device_id": at, "device_expert": experts} for at, experts in enumerate(devices)]
-        of_layer = {"layer_id": number, "device_count": len(lists), "device_list": lists}
-        layers.append(of_layer)
+        layers.append({"layer_id": number, "device_count": len(lists), "device_list": lists})
     with replacing(path) as temporary:
         fields = {"moe_layer_count": placement.layers, "layer_list": layers}
         temporary.write_text(json.dumps(fields) + "\n")
 
 
 def recognises_map(path: Path) -> bool:
-    """Whether a file is such a map."""
+    """Return whether a file is such a map."""
     return b'"moe_layer_count"' in head(path, 4096)
 
 
 def read_map(path: Path, _: Hints) -> Layout:
-    """Read the expert map in file order, as the engine does: it looks at no id.
+    """Read the expert map in the order of the file, as the engine does, which ignores ids.
 
-    Layers and devices whose ``layer_id`` or ``device_id`` is another than their place are named in
-    the layout's ``remarks``.
+    The layout's ``remarks`` name layers and devices whose ``layer_id`` or ``device_id`` differs
+    from their place.
     """
     with naming(path):
         layers = _members("the file", parse_json(read_whole(path)), "layer_list", "moe_layer_count")
@@ -147,11 +146,11 @@ def read_map(path: Path, _: Hints) -> Layout:
                     f"{[len(experts) for experts in lists][:16]}"
                 )
             rows.append(list(chain(*lists)))
-        return Layout.of(rows, devices=devices, remarks=tuple(remarks))
+        return Layout.from_rows(rows, devices=devices, remarks=tuple(remarks))
 
 
 def _members(where: str, fields: object, key: str, count: str = "") -> list[Any]:
-    """Return a list of an object, and check its length by another field."""
+    """Return a list of an object; raise unless its length is that of field ``count``."""
     members = fields.get(key) if isinstance(fields, dict) else None
     if not isinstance(fields, dict) or not isinstance(members, list):
         raise ValueError(f"{where}: {key} must be a list, got {shown(members)}")
@@ -164,14 +163,14 @@ def _members(where: str, fields: object, key: str, count: str = "") -> list[Any]
 
 
 def _misplaced(where: str, members: list[Any], key: str) -> list[str]:
-    """Name the first member whose number, where it has one, is another than its place."""
+    """Return a remark on the first member whose number differs from its place, if there is one."""
     numbers = [member.get(key, at) for at, member in enumerate(members) if isinstance(member, dict)]
     wrong = [at for at, number in enumerate(numbers) if number != at]
     if not wrong:
         return []
     at = wrong[0]
-    more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    further = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
     return [
-        f"{where}: entry {at} has {key} {numbers[at]!r:.40}{more}: vllm-ascend takes entries in "
+        f"{where}: entry {at} has {key} {numbers[at]!r:.40}{further}: vllm-ascend takes entries in "
         "the order of the file, whatever their numbers"
     ]

@@ -1,8 +1,8 @@
-"""Policies that engines load: where experts go while a model serves.
+"""Policies that engines load, which place experts while a model serves.
 
-``decision`` decides, and knows no engine; ``settings`` are variables, ``files`` what they name,
-``agreement`` what all ranks do, ``log`` what is said; ``balancer`` is what the file of an engine
-calls. Engines and torch are imported inside functions, so that this package imports neither.
+``decision`` decides, and knows no engine; ``settings`` reads variables, ``files`` the files that
+they name; ``agreement`` lets all ranks do the same, ``log`` writes lines and metrics. The module of
+an engine calls ``balancer``. Functions import engines and torch, so this package imports neither.
 """
 
 from moetuner.plugins.decision import rebalance_experts

@@ -1,8 +1,8 @@
-"""Ranks agree on a map, or all of them take the engine's own.
+"""Let all ranks agree on a map, or take the engine's own.
 
-Ranks that serve different maps wait for each other's weights forever. So before a map is returned
-every rank posts what it decided from which files, and one verdict holds for all (``consensus``):
-also where a rank has no plugin, or another thread of the engine is in a collective.
+Ranks that serve different maps wait for each other's weights forever. So before a map is returned,
+every rank posts its decision and its files, and one verdict holds for all (``consensus``), even if
+a rank has no plugin, or another thread of the engine is in a collective.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from typing import Any, TypeVar
 from moetuner.plugins.consensus import TimedStore, agree, verdict_key
 from moetuner.plugins.rounds import Rounds
 
-Said = TypeVar("Said", "Post", "Verdict")
+Message = TypeVar("Message", "Post", "Verdict")
 
-# Counts up when posts mean something else than before. What posts and verdicts say of ``version``,
-# ``do`` and ``reason`` stays, so that ranks of two versions can tell each other that they differ.
+# Goes up when posts change their meaning. Fields ``version``, ``do`` and ``reason`` keep theirs, so
+# that ranks of two versions can tell each other that they differ.
 VERSION = 1
 # Seconds that a rank waits for the others. A rank without the plugin never answers.
 WAIT = 30.0
-# Seconds that the store may take for an answer. One whose process stands still never answers.
+# Seconds that the store may take for an answer. It never answers if its process stands still.
 ANSWER = 5.0
-# Rounds one after another that failed, after which no rank asks any more.
+# Consecutive rounds that may fail before ranks stop asking.
 PATIENCE = 2
-# Seconds that a process which takes the place of another waits for ranks that ask no more.
+# Seconds that a process in the place of another one waits for ranks that have stopped asking.
 WAIT_TO_REOPEN = 1.0
-# Characters of an error that are passed on.
+# Most characters of an error in a post.
 LONGEST = 400
-# Ranks that a line names.
+# Most ranks that a line names.
 MOST_NAMED = 8
 
 
@@ -56,20 +56,20 @@ class Group:
 
 @dataclass(frozen=True)
 class Post:
-    """What a rank says of a decision.
+    """The decision of a rank.
 
     Parameters
     ----------
     files
         Checksum of its files and rules.
     map
-        Checksum of the map, empty where there is none.
+        Checksum of the map; "" without a map.
     error
-        Why there is none.
+        Reason for having no map.
     unread
-        Whether the error is of the files, and so is one of the next decision too.
+        Whether the error is in the files, so that the next decision has it, too.
     pending
-        Checksum of files that were read again, empty where none were.
+        Checksum of files that were read again; "" if none were.
     reloads
         Whether files may be read again.
     version
@@ -87,11 +87,11 @@ class Post:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What all ranks do: ``take`` the map, ``own`` (the engine's), ``reload``, or ``off``.
+    """The action of all ranks: ``take`` the map, ``own`` (the engine's), ``reload``, or ``off``.
 
-    ``off`` is the engine's own map, now and always; ``silent`` says that a rank did not answer, and
-    ``speaker`` is the first that did; ``speaks`` whether that is this one. ``map`` is the checksum
-    of what is taken, and ``failures`` counts rounds one after another that did not come to an end.
+    ``off`` means the engine's own map from now on. ``silent`` says that a rank did not answer;
+    ``speaker`` is the first rank that did, and ``speaks`` whether this is it. ``map`` is the
+    checksum of the taken map, and ``failures`` the number of consecutive rounds that failed.
     """
 
     do: str = "own"
@@ -104,14 +104,14 @@ class Verdict:
 
 
 def judge(posts: Sequence[Post | None], wait: float = WAIT) -> Verdict:
-    """Return the verdict on what ranks posted; None is a rank that did not."""
+    """Return the verdict on the posts of ranks; None stands for a rank without a post."""
     versions = {rank: post.version for rank, post in enumerate(posts) if post is not None}
     speaker = min(versions, default=0)
-    if strange := [rank for rank in versions if versions[rank] != versions[speaker]]:
+    if others := [rank for rank in versions if versions[rank] != versions[speaker]]:
         return Verdict(
             "off",
-            f"{name_ranks(strange)} and rank {speaker} agree by other versions of moetuner "
-            f"({versions[strange[0]]} and {versions[speaker]}): install the same on all",
+            f"{name_ranks(others)} and rank {speaker} agree by other versions of moetuner "
+            f"({versions[others[0]]} and {versions[speaker]}): install the same on all",
             speaker=speaker,
         )
     silent = [rank for rank, post in enumerate(posts) if post is None]
@@ -127,32 +127,34 @@ def judge(posts: Sequence[Post | None], wait: float = WAIT) -> Verdict:
     first = answers[0]
     if first.pending and all(post.pending == first.pending for post in answers):
         return Verdict("reload")
-    never = "own" if all(post.reloads for post in answers) else "off"
-    read = [post.files for post in answers], [post.unread for post in answers]
-    decided = [post.map for post in answers], [bool(post.error) for post in answers]
+    # Files that are not read again differ in every later decision, too.
+    differing = "own" if all(post.reloads for post in answers) else "off"
+    files = [post.files for post in answers], [post.unread for post in answers]
+    maps = [post.map for post in answers], [bool(post.error) for post in answers]
     for do, what, (values, failures) in (
-        (never, "read other files or variables", read),
-        ("own", "decided another map", decided),
+        (differing, "read other files or variables", files),
+        ("own", "decided another map", maps),
     ):
         failed = [rank for rank, failure in enumerate(failures) if failure]
-        other = [rank for rank, value in enumerate(values) if value != values[0]]
+        different = [rank for rank, value in enumerate(values) if value != values[0]]
         if failed:
             where = "" if len(failed) == len(answers) else f"{name_ranks(failed)}: "
             return Verdict(do, f"{where}{answers[failed[0]].error}")
-        if other:
-            return Verdict(do, f"{name_ranks(other)} {what} than rank 0")
+        if different:
+            return Verdict(do, f"{name_ranks(different)} {what} than rank 0")
     return Verdict("take", map=first.map)
 
 
 def name_ranks(ranks: Sequence[int]) -> str:
     """Name ranks in a line: ``rank 1``, or ``ranks 1, 2, 5``."""
     named = ", ".join(map(str, ranks[:MOST_NAMED]))
-    more = f" and {len(ranks) - MOST_NAMED} more" if len(ranks) > MOST_NAMED else ""
-    return f"rank{'s' if len(ranks) > 1 else ''} {named}{more}"
+    if len(ranks) > MOST_NAMED:
+        named += f" and {len(ranks) - MOST_NAMED} more"
+    return f"rank{'s' if len(ranks) > 1 else ''} {named}"
 
 
 class MapAgreement:
-    """Rounds of posts and verdicts of one process: one for each of its decisions.
+    """Rounds of posts and verdicts of one process, one round per decision.
 
     Parameters
     ----------
@@ -165,7 +167,7 @@ class MapAgreement:
     def __init__(self, wait: float | None = None, answer: float = ANSWER) -> None:
         self.wait, self.answer = WAIT if wait is None else wait, answer
         self._rounds: dict[tuple[int, ...], Rounds] = {}
-        # Rounds one after another in which this process could not take part.
+        # Consecutive rounds in which this process could not take part.
         self._failures = 0
 
     def verdict(
@@ -173,10 +175,10 @@ class MapAgreement:
     ) -> Verdict:
         """Return the verdict of all ranks on this rank's post and theirs.
 
-        It returns after three times ``wait`` seconds at most and, where the store stands still,
-        after ``answer``. It never raises: what goes wrong for a rank is in its post, and what goes
-        wrong with a post is a verdict. Without the store no rank gets an answer, and all take the
-        engine's own map.
+        It returns after at most three times ``wait`` seconds, or after ``answer`` seconds if the
+        store stands still. It never raises: an error of a rank is in its post, and an error with a
+        post gives a verdict. Without the store no rank gets an answer, and all take the engine's
+        own map.
         """
         post = replace(post, error=post.error[:LONGEST])
         try:
@@ -196,8 +198,8 @@ class MapAgreement:
     def is_off(self, group: Callable[[], Group | None]) -> bool:
         """Return whether the verdict ``off`` still holds; it never raises.
 
-        It does not in a new store, as engines make one for other ranks, nor where a process has
-        come in the place of another one and asks again.
+        It ends with a new store, which engines make for other ranks, and when a process in the
+        place of another one asks again.
         """
         try:
             ranks = group()
@@ -227,9 +229,13 @@ class MapAgreement:
 
         def write_verdict(posts: Sequence[str | None]) -> str:
             try:
-                verdict = judge([_read_post(rank, said) for rank, said in enumerate(posts)], wait)
+                verdict = judge(
+                    [_read_post(rank, message) for rank, message in enumerate(posts)], wait
+                )
             except Exception as error:
-                speaker = next((rank for rank, said in enumerate(posts) if said is not None), 0)
+                speaker = next(
+                    (rank for rank, message in enumerate(posts) if message is not None), 0
+                )
                 reason = (str(error) or repr(error))[:LONGEST]
                 verdict = Verdict(reason=reason, speaker=speaker, failures=1)
             if verdict.silent or verdict.failures:
@@ -239,7 +245,7 @@ class MapAgreement:
             return to_json(verdict)
 
         try:
-            said, complete = agree(
+            message, complete = agree(
                 store,
                 rounds.key,
                 group.rank,
@@ -247,47 +253,47 @@ class MapAgreement:
                 post=to_json(post),
                 judge=write_verdict,
                 wait=wait,
-                distrusts=_is_strange,
+                distrusts=_has_other_version,
             )
         except TimeoutError as error:
-            # The others may read this rank's post when the store answers again: then there is a
-            # verdict before they judge it.
+            # Others may read this rank's post when the store answers again. Then they find this
+            # verdict, and do not judge the post.
             lost = Verdict(reason=_cannot_compare(error), speaker=group.rank, failures=1)
             store.put_later(verdict_key(rounds.key), to_json(lost))
             raise
-        rounds.close(store, said, complete=complete)
-        verdict = read_verdict(said)
+        rounds.close(store, message, complete=complete)
+        verdict = read_verdict(message)
         if verdict.do == "take" and verdict.map != post.map:
             # The verdict is on the post of another process that had this rank.
             return Verdict(reason="this rank came too late with another map")
         return verdict
 
 
-def to_json(said: Post | Verdict) -> str:
-    """Return what a rank says in JSON, or in its place why it cannot say it."""
+def to_json(message: Post | Verdict) -> str:
+    """Return a message as JSON; if that fails, JSON with the error."""
     try:
-        content = asdict(said)
-        if isinstance(said, Verdict):
-            # Without the usual values, so that earlier versions can read as much as possible.
-            usual = asdict(Verdict(do=""))
-            content = {name: value for name, value in content.items() if value != usual[name]}
+        content = asdict(message)
+        if isinstance(message, Verdict):
+            # Without defaults, so that earlier versions can read as much as possible.
+            defaults = asdict(Verdict(do=""))
+            content = {name: value for name, value in content.items() if value != defaults[name]}
         return json.dumps(content)
     except Exception as error:
-        why = {"error": repr(error), "reason": repr(error)}
-        return json.dumps({**why, "files": getattr(said, "files", ""), "version": VERSION})
+        reasons = {"error": repr(error), "reason": repr(error)}
+        return json.dumps({**reasons, "files": getattr(message, "files", ""), "version": VERSION})
 
 
-def read(kind: type[Said], said: str) -> Said:
-    """Return what a rank said, without fields that this version does not know."""
-    content = json.loads(said)
-    known = {field.name for field in fields(kind)}
-    return kind(**{name: value for name, value in content.items() if name in known})
+def read_message(kind: type[Message], message: str) -> Message:
+    """Return a message from JSON, without fields that this version does not know."""
+    content = json.loads(message)
+    names = {field.name for field in fields(kind)}
+    return kind(**{name: value for name, value in content.items() if name in names})
 
 
-def read_verdict(said: str | None) -> Verdict:
-    """Return a verdict; one that makes no sense is the engine's own map."""
+def read_verdict(message: str | None) -> Verdict:
+    """Return a verdict from JSON; one without sense is the engine's own map."""
     try:
-        verdict = Verdict() if said is None else read(Verdict, said)
+        verdict = Verdict() if message is None else read_message(Verdict, message)
         if verdict.do in ("take", "own", "reload", "off"):
             return verdict
         reason = f"{verdict.do!r} is not a verdict"
@@ -296,12 +302,12 @@ def read_verdict(said: str | None) -> Verdict:
     return Verdict(reason=reason, failures=1)
 
 
-def _read_post(rank: int, said: str | None) -> Post | None:
-    """Return the post of a rank."""
-    if said is None:
+def _read_post(rank: int, message: str | None) -> Post | None:
+    """Return the post of a rank from JSON."""
+    if message is None:
         return None
     try:
-        return replace(read(Post, said), version=json.loads(said).get("version", 0))
+        return replace(read_message(Post, message), version=json.loads(message).get("version", 0))
     except Exception as error:
         raise ValueError(f"rank {rank}: its post cannot be read: {error!r}") from error
 
@@ -310,9 +316,9 @@ def _cannot_compare(error: Exception) -> str:
     return f"ranks cannot compare their maps: {error!r}"[:LONGEST]
 
 
-def _is_strange(said: str) -> bool:
-    """Whether a post is of another version, which may not know how to judge ours."""
+def _has_other_version(message: str) -> bool:
+    """Return whether a post is of another version, which may not know how to judge ours."""
     try:
-        return bool(json.loads(said).get("version", 0) != VERSION)
+        return bool(json.loads(message).get("version", 0) != VERSION)
     except Exception:
         return True

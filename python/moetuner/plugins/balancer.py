@@ -1,4 +1,4 @@
-"""What an engine's plugin calls: decide with all ranks, record, and say what was done."""
+"""The balancer that engines' plugins call: it decides with all ranks, records and logs."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from moetuner.plugins.decision import Case, Slots
 from moetuner.plugins.files import Files, compute_checksum
 from moetuner.plugins.log import Log, quote_error
 from moetuner.plugins.recorder import LoadRecorder
-from moetuner.plugins.settings import Settings, complaints
+from moetuner.plugins.settings import Settings, find_idle_variables
 
 # Seconds between two looks at the file of MOETUNER_RELOAD.
-LOOK = 0.5
-# One thread reads files again at a time, so that who asks for it after another finds them read.
+LOOK_SECONDS = 0.5
+# Only one thread reads files again at a time; a second caller then finds that they are read.
 READING = threading.Lock()
 
 
 class Balancer:
     """Decisions and records of one engine, as the settings ask.
 
-    Files are read here and now, so never while the engine waits.
+    Files are read when it is made, never while the engine waits.
 
     Parameters
     ----------
     settings
-        What is asked for, or why that makes no sense.
+        Settings of the environment, or the error of reading them.
     log
         Where lines are logged.
     agreement
@@ -66,18 +66,18 @@ class Balancer:
         self._rank = 0
 
     @classmethod
-    def of(cls, log: Log, engine: str) -> Balancer | None:
-        """Return what the process's environment asks for, None if that is nothing.
+    def from_environment(cls, log: Log, engine: str) -> Balancer | None:
+        """Make the balancer that the environment asks for; None if it asks for nothing.
 
-        Warn of variables that do nothing, and of files that cannot be read. A variable that makes
-        no sense makes a balancer too: the other ranks have to hear of it.
+        Warn of variables that do nothing, and of files that cannot be read. With a wrong variable
+        there is a balancer, too, which tells the other ranks.
         """
-        # Engines have many processes; the first speaks for all that start as it does.
+        # Engines have many processes; only the first one logs for those that start like it.
         rank = int(multiprocessing.parent_process() is not None)
-        for line in complaints():
+        for line in find_idle_variables():
             log.warn(line, rank)
         try:
-            settings = Settings.of()
+            settings = Settings.from_environment()
             balancer = None if settings is None else cls(settings, log)
         except ValueError as error:
             balancer = cls(str(error), log)
@@ -87,7 +87,7 @@ class Balancer:
 
     @property
     def purpose(self) -> str:
-        """What the settings ask for, in words."""
+        """A sentence on what the settings ask for."""
         settings, files = self.settings, self.files
         if files.error:
             return f"takes part with nothing, as {files.error}"
@@ -106,11 +106,11 @@ class Balancer:
         return "; ".join(parts) + f"; checksum {files.checksum}"
 
     def take_model(self, layers: int, name: str | None) -> None:
-        """Note the name of a model that the engine has."""
+        """Remember the name of a model of the engine, by its number of layers."""
         self._models.setdefault(layers, set()).update([name] if name else [])
 
     def name_model(self, layers: int) -> str | None:
-        """Return the name of the one model with so many layers, None where there are more."""
+        """Return the name of the only model with so many layers; None if there are several."""
         names = self._models.get(layers, set())
         return next(iter(names)) if len(names) == 1 else None
 
@@ -131,26 +131,26 @@ class Balancer:
         quiet: bool = False,
         sparse: Sequence[int] | None = (),
     ) -> Any:
-        """Return the expert of every slot [L,P] in an engine's form, None for the engine's own map.
+        """Return the expert of every slot [L,P] in an engine's form; None for the engine's own map.
 
-        All ranks of a group get a map or all get None. No error leaves this function.
+        All ranks of a group get a map, or all get None. It never raises.
 
         Parameters
         ----------
         weight, num_replicas, num_groups, num_nodes, num_ranks, old_map
             As ``rebalance_experts`` takes them.
         group
-            Returns the ranks that exchange experts; None where this process is alone.
+            Function that returns the ranks that exchange experts; None if this process is alone.
         model
-            Name of the model, where the engine says it.
+            Name of the model, if the engine has it.
         form
-            Makes what the engine takes out of the map; it may refuse by raising.
+            Function from the map to the engine's form; it may refuse a map by raising.
         rank
-            Rank of this process: lines are of rank 0.
+            Rank of this process; only rank 0 logs.
         wait
-            Seconds that the ranks wait for each other, if not the usual ones.
+            Seconds that ranks wait for each other, if not the default.
         quiet
-            Whether the same decision follows, and says what it does.
+            Whether not to log, as the engine asks for the same decision again.
         sparse
             Layers with experts of an engine that counts others too, empty where only their load
             tells; None for an engine that does not count others.
@@ -158,14 +158,14 @@ class Balancer:
         if not self.settings.decides or (self._off and self._agreement.is_off(group)):
             return None
         if self.settings.reload is not None and not self._looks:
-            # In the process that decides, once.
+            # Started once, in the process that decides.
             self._looks = True
             threading.Thread(target=self._watch, name="moetuner-reload", daemon=True).start()
         self._rank = rank
         arguments = (weight, num_replicas, num_groups, num_nodes, num_ranks, old_map, sparse)
         while True:
             begin, pending = time.perf_counter(), self._pending
-            decided, post = self._outcome(arguments, model, form, pending)
+            decided, post = self._decide_alone(arguments, model, form, pending)
             verdict = self._agreement.verdict(group, post, wait)
             if verdict.do != "reload" or pending is None:
                 break
@@ -183,22 +183,22 @@ class Balancer:
         if not quiet:
             # A copy, as an engine goes on with its arrays, and may reset them.
             case, took = replace(case, windows=case.load[None]), time.perf_counter() - begin
-            what = case, slots, source, rank, took
-            self._later("a decision is not described", self._describe, *what)
+            details = case, slots, source, rank, took
+            self._run_in_background("a decision is not described", self._describe, *details)
         return answer
 
-    def _outcome(
+    def _decide_alone(
         self,
         arguments: tuple[Any, ...],
         model: str | None,
         form: Callable[[NDArray[np.int64]], Any],
         pending: Files | None,
     ) -> tuple[tuple[Any, Case, Slots, str] | None, Post]:
-        """Decide by what was read: the answer, its case, slots and source, and what to post."""
+        """Decide by the files of this rank; return answer, case, slots and source, and the post."""
         files = self.files
         post = Post(files.checksum, reloads=self.settings.reload is not None)
         try:
-            case, source = Case.of(*arguments), "live loads"
+            case, source = Case.from_arguments(*arguments), "live loads"
             if pending is not None and self._serves(pending, case, model, form):
                 post = replace(post, pending=pending.checksum)
             if files.error:
@@ -226,9 +226,9 @@ class Balancer:
         model: str | None,
         form: Callable[[NDArray[np.int64]], Any],
     ) -> bool:
-        """Whether files that were read again can serve what runs here; else say why not.
+        """Return whether files that were read again serve all models here; warn if they do not.
 
-        That is this model, and every other one that the files in use can serve.
+        These are the model of the case, and every other one that the files in use can serve.
         """
         rules = self.settings.rules
         why = pending.fault(case, model, rules)
@@ -241,14 +241,14 @@ class Balancer:
             if not why and not self.files.fault(other, name, rules):
                 why = pending.fault(other, name, rules)
         if why:
-            self._not_taken(why)
+            self._warn_not_taken(why)
         return not why
 
-    def _not_taken(self, why: str) -> None:
+    def _warn_not_taken(self, why: str) -> None:
         self.log.warn(f"read again, not taken: {why}", self._rank)
 
     def _describe(self, case: Case, slots: Slots, source: str, rank: int, seconds: float) -> None:
-        """Say what a map changes: at DEBUG where it changes nothing."""
+        """Log what a map changes; at DEBUG if it changes nothing."""
         layers, ranks, width = slots.shape
         changed = int((slots != case.slots).any(axis=(1, 2)).sum())
         before, after = case.balancedness(case.slots), case.balancedness(slots)
@@ -267,22 +267,24 @@ class Balancer:
             self.log.count(before or 0.0, after, moved, seconds)
 
     def failed(self, what: str, error: BaseException) -> None:
-        """Warn of an error, once of each kind."""
+        """Warn of an error, once per text."""
         self.log.warn(f"{what}: {quote_error(error)}")
 
     def record(self, weight: ArrayLike, rank: int = 0) -> None:
-        """Keep windows of load [L,E] or [W,L,E] on rank 0, where asked for; never fails."""
+        """Record loads [L,E] or [W,L,E] on rank 0, if settings ask for it; never raise."""
         if self._recorder is not None and rank == 0:
-            self._later("loads are not recorded", self._recorder.add, np.array(weight))
+            self._run_in_background("loads are not recorded", self._recorder.add, np.array(weight))
 
     def flush(self) -> None:
-        """Wait until all windows are in the file, and all lines are logged."""
+        """Wait until all windows are written, and all lines are logged."""
         if self._background is not None:
             self._background.shutdown()
             self._background = None
 
-    def _later(self, failure: str, work: Callable[..., object], *arguments: Any) -> None:
-        """Do work that must not delay the engine in a thread of its own; it never fails."""
+    def _run_in_background(
+        self, failure: str, work: Callable[..., object], *arguments: Any
+    ) -> None:
+        """Run work that must not delay the engine in another thread; warn if it fails."""
 
         def run() -> None:
             try:
@@ -297,10 +299,10 @@ class Balancer:
     def _watch(self) -> None:
         while True:
             self.look_again()
-            time.sleep(LOOK)
+            time.sleep(LOOK_SECONDS)
 
     def look_again(self) -> None:
-        """Read the files again if that of MOETUNER_RELOAD changed; the next decision agrees."""
+        """Read the files again if that of MOETUNER_RELOAD changed, for the next decision."""
         with READING:
             seen = _signature(self.settings.reload)
             if seen == self._seen:
@@ -308,12 +310,12 @@ class Balancer:
             self._seen = seen
             files = Files.read(self.settings)
             if files.error:
-                self._not_taken(files.error)
+                self._warn_not_taken(files.error)
             self._pending = files
 
 
 def _signature(path: Path | None) -> tuple[int, ...] | None:
-    """Return what changes when a file does; None for one that is not there."""
+    """Return time, size and inode of a file, which change when it does; None if it is missing."""
     if path is not None:
         with suppress(OSError):
             status = path.stat()

@@ -1,8 +1,8 @@
-"""One verdict of all ranks on what each of them posts, through a store of ``torch.distributed``.
+"""Agree on one verdict of all ranks on their posts, through a store of ``torch.distributed``.
 
-The store carries it, not a collective: a collective hangs where a rank is missing or late, and may
-not run beside another one of the same group. The verdict is written by an atomic compare-and-set,
-so it is the same for ranks that gave up waiting and for those that did not.
+A collective would hang if a rank is missing or late, and must not run beside another one of the
+same group. The verdict is written by an atomic compare-and-set, so it is the same for ranks that
+gave up waiting and for those that did not.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Judge = Callable[[Sequence[str | None]], str]
 class TimedStore:
     """A store of ``torch.distributed`` that answers each question within a time, or raises.
 
-    torch's client waits in its socket without a deadline where the store's process stands still.
-    So a thread asks, one question after another, and is left behind where no answer comes; it ends
-    once there is one, or with the process.
+    torch's client waits in its socket without a deadline if the store's process stands still. So a
+    thread asks, one question after another. If no answer comes, the thread is abandoned; it ends
+    with an answer or with the process.
 
     Parameters
     ----------
@@ -45,12 +45,12 @@ class TimedStore:
         self._questions.put(None)
 
     def put_later(self, key: str, value: str) -> None:
-        """Write a value where there is none yet, as soon as the store answers again."""
+        """Write a value if there is none yet, as soon as the store answers again."""
         self._questions.put(lambda: self._store.compare_set(key, "", value))
 
     def _ask(self) -> None:
         while (question := self._questions.get()) is not None:
-            # What fails later has nobody who waits for it.
+            # Nobody waits for a question that fails later.
             with suppress(Exception):
                 question()
 
@@ -74,12 +74,12 @@ class TimedStore:
 
 
 def list_keys(key: str, size: int) -> list[str]:
-    """Return what a question leaves in the store: a post of every rank, and the verdict."""
+    """Return the keys of a question in the store: a post of every rank, and the verdict."""
     return [*(f"{key}/{rank}" for rank in range(size)), verdict_key(key)]
 
 
 def verdict_key(key: str) -> str:
-    """Return where the verdict on a question stands, once there is one."""
+    """Return the key of the verdict on a question."""
     return f"{key}/verdict"
 
 
@@ -94,44 +94,44 @@ def agree(
     wait: float,
     distrusts: Callable[[str], bool] = lambda post: False,
 ) -> tuple[str, bool]:
-    """Post what this rank says, and return the one verdict on what all ranks say.
+    """Write this rank's post, and return the one verdict on the posts of all ranks.
 
-    Rank 0 judges when all have posted, or after ``wait`` seconds what there is. After twice that
-    another rank judges, for which rank 0 is silent whatever it posts; and at once where it
-    ``distrusts`` the post of rank 0, whose judgement it may not get. A rank that comes later reads
-    the verdict without waiting. All ranks reach the store; ``key`` is the question, asked once;
-    ``judge`` takes the posts by rank, None of a silent one.
+    Rank 0 judges when all have posted, or after ``wait`` seconds. After twice that time another
+    rank judges, and takes rank 0 for silent whatever it posts. It judges at once if it
+    ``distrusts`` the post of rank 0, whose verdict it may not get. A rank that comes later reads
+    the verdict without waiting. All ranks reach the store. ``key`` is the question, which is asked
+    once; ``judge`` takes the posts by rank, None for a silent one.
 
-    Returns the verdict, and whether this rank has seen the posts of all: they have then read the
-    verdicts on all earlier questions.
+    Returns the verdict, and whether this rank has seen all posts. If so, all ranks have read the
+    verdicts on earlier questions.
     """
     *posts, verdict = list_keys(key, size)
     store.set(posts[rank], post)
-    complete, heeded = False, posts
+    complete, trusted = False, posts
     if not rank:
         _until(lambda: store.check(posts) or store.check([verdict]), wait)
         complete = store.check(posts)
     else:
         deadline = time.monotonic() + 2 * wait
         _until(lambda: store.check([verdict]) or store.check(posts[:1]), 2 * wait)
-        heard = not store.check([verdict]) and store.check(posts[:1])
-        if not (heard and distrusts(store.get(posts[0]).decode())):
+        only_posted = not store.check([verdict]) and store.check(posts[:1])
+        if not (only_posted and distrusts(store.get(posts[0]).decode())):
             _until(lambda: store.check([verdict]), deadline - time.monotonic())
-            heeded = posts[1:]
+            trusted = posts[1:]
     if store.check([verdict]):
         return store.get(verdict).decode(), complete
-    said = [
-        store.get(name).decode() if name in heeded and store.check([name]) else None
+    messages = [
+        store.get(name).decode() if name in trusted and store.check([name]) else None
         for name in posts
     ]
-    # What there is already holds.
-    return store.compare_set(verdict, "", judge(said)).decode(), complete
+    # A verdict that is there already holds.
+    return store.compare_set(verdict, "", judge(messages)).decode(), complete
 
 
 def _until(is_so: Callable[[], bool], seconds: float) -> bool:
-    """Poll until something is so, or the time is over.
+    """Poll until a condition holds, or the time is over; return whether it holds.
 
-    Short questions, as a wait inside the store would keep other threads of the process from it.
+    Questions are short: a wait inside the store would block other threads of the process.
     """
     deadline, pause = time.monotonic() + seconds, 0.0002
     while not is_so():

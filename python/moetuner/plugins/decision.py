@@ -1,6 +1,6 @@
-"""The decision of all engines: loads and the running map in, the next map out.
+"""Compute the next map of any engine from loads and the running map.
 
-Every rank decides for itself on the same loads, and then exchanges weights with others, so the
+Every rank decides by itself on the same loads, and then exchanges weights with others, so the
 answer is a function of the arguments alone.
 """
 
@@ -21,7 +21,7 @@ from moetuner._checks import (
     numbers_in,
     whole_number,
 )
-from moetuner.placement import EMPTY, difference, find_holders
+from moetuner.placement import EMPTY, compare_holders, find_holders
 from moetuner.router_groups import assign_nodes, count_nodes
 from moetuner.solver.rebalancing import (
     DEAD_ZONE,
@@ -36,9 +36,9 @@ from moetuner.statistics import RoutingStatistics
 
 Slots = NDArray[np.int32]
 
-# Time of a token's visit of a rank, as a part of what an expert takes for a token.
+# Time of a token's visit of a rank, in units of the time of an expert for a token.
 TRAFFIC = 0.2
-# Windows that a decision looks at.
+# Most windows in a decision.
 MOST_WINDOWS = 64
 
 
@@ -105,28 +105,32 @@ def rebalance_experts(
     [[0, 1, 3, 0, 2, 3]]
     """
     # Where a profile has fewer layers, those without load are dense.
-    case = Case.of(weight, num_replicas, num_groups, num_nodes, num_ranks, old_map, sparse=())
+    case = Case.from_arguments(
+        weight, num_replicas, num_groups, num_nodes, num_ranks, old_map, sparse=()
+    )
     limits = MoveLimits(budget, dead_zone, deviations, traffic)
     layers, ranks, width = case.slots.shape
     lost = chosen("dead", dead, ranks, "ranks")
     if not lost.any():
         return case.make_map(case.rebalance(limits, profile).slots)
-    # The ranks that are left are all there is.
-    left = case.slots[:, ~lost].reshape(layers, -1)
-    if left.shape[1] < case.experts:
+    # Decide on the map of the ranks that are not lost.
+    running = case.slots[:, ~lost].reshape(layers, -1)
+    slots = running.shape[1]
+    if slots < case.experts:
         raise ValueError(
-            f"dead must leave a slot for each of {case.experts} experts, got {left.shape[1]} slots"
+            f"dead must leave a slot for each of {case.experts} experts, got {slots} slots"
         )
-    rest = Case.of(weight, left.shape[1], None, 1, ranks - int(lost.sum()), left, sparse=())
+    survivors = ranks - int(lost.sum())
+    case = Case.from_arguments(weight, slots, None, 1, survivors, running, sparse=())
     answer = np.full((layers, ranks, width), EMPTY, dtype=np.int64)
-    served = rest.make_map(rest.rebalance(limits, profile).slots)
+    served = case.make_map(case.rebalance(limits, profile).slots)
     answer[:, ~lost] = served.reshape(layers, -1, width)
     return answer.reshape(layers, -1)
 
 
 @dataclass(frozen=True)
 class MoveLimits:
-    """How far live loads change what runs; as the arguments of ``rebalance_experts``."""
+    """Limits of moves for live loads; arguments of ``rebalance_experts``."""
 
     budget: int | None = None
     dead_zone: float = DEAD_ZONE
@@ -142,12 +146,12 @@ class MoveLimits:
 
 @dataclass(frozen=True)
 class Case:
-    """What an engine asks, checked: loads [W,L,E], the slots that run [L,D,S], groups and nodes.
+    """The checked arguments of a decision: loads [W,L,E], running slots [L,D,S], groups, nodes.
 
-    In ``fresh`` layers [L] no load has shaped what runs: an engine's initial map, one of other
-    ranks, or one with an empty slot. ``sparse`` are the layers with experts of an engine that
-    counts others too, empty where only their load tells; None for an engine that does not count
-    others.
+    ``runs`` says whether any expert runs. In ``fresh`` layers [L] no load has shaped the slots:
+    they are an engine's initial map, that of other ranks, or have an empty slot. ``sparse`` are the
+    layers with experts if the engine counts dense ones, too, and empty if only loads tell which;
+    None for an engine that counts no dense layers.
     """
 
     windows: NDArray[np.float64]
@@ -159,7 +163,7 @@ class Case:
     sparse: NDArray[np.intp] | None = None
 
     @classmethod
-    def of(
+    def from_arguments(
         cls,
         weight: ArrayLike,
         num_replicas: int,
@@ -169,7 +173,7 @@ class Case:
         old_map: ArrayLike | None,
         sparse: Sequence[int] | None = None,
     ) -> Case:
-        """Check an engine's arguments, as those of ``rebalance_experts``."""
+        """Make a case from arguments of ``rebalance_experts``; raise for wrong ones."""
         windows = numbers_in("weight", join_windows(array_in("weight", weight)))
         if not (np.isfinite(windows).all() and (windows >= 0).all()):
             raise ValueError("weight must be finite and at least 0")
@@ -203,37 +207,37 @@ class Case:
         return int(self.windows.shape[2])
 
     def make_map(self, slots: Slots) -> NDArray[np.int64]:
-        """Turn slots [L,D,S] into what engines take [L,P], with no slot empty."""
+        """Return slots [L,D,S] as a map [L,P] for engines, with all slots full."""
         full = slots.reshape(len(slots), -1).astype(np.int64)
         old, width = self.slots.reshape(full.shape), slots.shape[2]
         for layer, slot in np.argwhere(full == EMPTY):
-            # The rank holds all experts that it may already: again the one with the fewest copies
-            # there, before those that had a slot of theirs.
+            # The rank holds all experts that it may: it gets one more copy of the expert with the
+            # fewest copies there, preferably of one that it did not hold before.
             row = slice(slot // width * width, slot // width * width + width)
-            here = full[layer, row]
-            copies = np.bincount(here[here >= 0], minlength=self.experts)
+            held = full[layer, row]
+            copies = np.bincount(held[held >= 0], minlength=self.experts)
             had = np.isin(np.arange(self.experts), old[layer, row])
             full[layer, slot] = np.lexsort((had, copies, copies == 0))[0]
         return full
 
     def balancedness(self, slots: Slots) -> float | None:
-        """Return mean over slowest rank of these loads, layers added up; None without any."""
+        """Return mean / slowest rank of the loads, summed over layers; None without loads."""
         busiest = slowest(self.load[None], slots).sum()
         if busiest == 0 or not find_holders(slots, self.experts).any(axis=1).all():
             return None
         return float(self.load.sum() / (slots.shape[1] * busiest))
 
     def copies_moved(self, slots: Slots) -> int:
-        """Count experts that come to a rank which does not hold them yet."""
+        """Count the experts that come to a rank which does not hold them yet."""
         before, after = (find_holders(table, self.experts) for table in (self.slots, slots))
-        return difference(before, after, None, None).experts_moved
+        return compare_holders(before, after, None, None).experts_moved
 
     def rebalance(self, limits: MoveLimits, profile: RoutingStatistics | None = None) -> Rebalanced:
-        """Relieve the slowest ranks, and keep together what a profile has seen together."""
+        """Relieve the slowest ranks; with a profile, keep experts of the same tokens together."""
         pairs = None if profile is None else self.weigh_pairs(profile, limits.traffic)
         budget = self.slots.size if limits.budget is None else min(limits.budget, self.slots.size)
         if self.nodes > 1:
-            return self._whole_groups(budget, pairs, limits)
+            return self._rebalance_nodes(budget, pairs, limits)
         return rebalance(
             self.windows,
             self.slots,
@@ -244,8 +248,8 @@ class Case:
             pairs=pairs,
         )
 
-    def _whole_groups(self, budget: int, pairs: Pairs | None, limits: MoveLimits) -> Rebalanced:
-        """Rebalance every node by itself, on the groups that it has."""
+    def _rebalance_nodes(self, budget: int, pairs: Pairs | None, limits: MoveLimits) -> Rebalanced:
+        """Rebalance every node by itself, with the groups of experts that are on it."""
         layers, ranks, width = self.slots.shape
         nodes = self.nodes
         # Without load nothing moves, if all experts are there, and no rank lacks what it may hold.
@@ -272,7 +276,7 @@ class Case:
         experts = experts.reshape(layers * nodes, -1)[busy]
         row = np.repeat(np.arange(layers), nodes)[busy]
         number = np.arange(len(experts))[:, None]
-        # Numbers of experts on their node; what lies elsewhere, and what is empty, has none.
+        # Numbers of experts within their node; experts of other nodes and empty slots have none.
         local = np.full((len(experts), self.experts + 1), EMPTY, dtype=np.int32)
         local[number, experts] = np.arange(experts.shape[1])
         slots = self.slots.reshape(layers * nodes, ranks // nodes, width)
@@ -301,7 +305,7 @@ class Case:
         )
 
     def weigh_pairs(self, profile: RoutingStatistics, traffic: float) -> Pairs:
-        """Return the pairs of a profile as they count for loads like these."""
+        """Return the pairs of a profile, with their cost for the case's loads."""
         if profile.coactivation is None:
             raise ValueError("the profile has no co-activation: count it from a trace")
         if profile.experts != self.experts:
@@ -326,24 +330,24 @@ class Case:
         return Pairs(counts, cost)
 
     def find_rows(self, layers: int, what: str) -> NDArray[np.intp]:
-        """Tell which of the engine's layers have experts, where it counts dense ones too."""
-        here = len(self.slots)
-        if layers == here:
-            return np.arange(here)
-        text = f"{what} has {layers} layers, but the engine has {here}"
+        """Return the engine's layers that have experts, which may be fewer than it counts."""
+        counted = len(self.slots)
+        if layers == counted:
+            return np.arange(counted)
+        text = f"{what} has {layers} layers, but the engine has {counted}"
         if self.sparse is None:
             raise ValueError(text)
         sparse = self.sparse if self.sparse.size else np.flatnonzero(self.load.any(axis=1))
         if len(sparse) != layers:
-            known = f"{len(sparse)} have experts" if sparse.size else "no load tells which"
-            raise ValueError(f"{text}, of which {known}")
+            with_experts = f"{len(sparse)} have experts" if sparse.size else "no load tells which"
+            raise ValueError(f"{text}, of which {with_experts}")
         return sparse
 
 
 def join_windows(weight: NDArray[np.generic]) -> NDArray[np.generic]:
-    """Return windows [W,L,E] of loads [L,E] or [W,L,E]: those with load, few enough to search on.
+    """Return at most ``MOST_WINDOWS`` windows [W,L,E] with load, of loads [L,E] or [W,L,E].
 
-    Neighbours are added up where there are more. Of loads that are all zero one window is left.
+    Neighbours are added up if there are more. Without any load one window is returned.
     """
     windows = weight[None] if weight.ndim == 2 else weight
     if windows.ndim != 3 or windows.size == 0:
@@ -365,17 +369,14 @@ def join_windows(weight: NDArray[np.generic]) -> NDArray[np.generic]:
 def _read_running(
     old_map: ArrayLike | None, shape: tuple[int, int, int], experts: int
 ) -> tuple[Slots, NDArray[np.bool_]]:
-    """Return the slots that run [L,D,S] as ranks are now, -1 where there is nothing of use.
-
-    And the layers [L] of which no load has shaped what runs.
-    """
+    """Return the running slots [L,D,S] on the ranks of now, and which layers [L] are fresh."""
     layers, slots = shape[0], np.full((shape[0], shape[1] * shape[2]), EMPTY, dtype=np.int32)
     old = slots if old_map is None else np.asarray(old_map)
     if old.ndim != 2 or len(old) != layers or old.dtype.kind not in "iu":
         raise ValueError(
             f"old_map must be integers [{layers}, slots], got {old.dtype} {list(old.shape)}"
         )
-    # Ranks come and leave at the end, so slots that are left keep their numbers.
+    # Ranks come and leave at the end, so the other slots keep their numbers.
     same = min(old.shape[1], slots.shape[1])
     slots[:, :same] = np.where((old >= 0) & (old < experts), old, EMPTY)[:, :same]
     in_order = np.all(slots == np.arange(slots.shape[1]) % experts, axis=1)

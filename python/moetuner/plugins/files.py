@@ -1,4 +1,4 @@
-"""Files that the settings name, read once and whole, and what they are for an engine's model."""
+"""Read the files that the settings name, once and whole; choose the placement of a model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def compute_checksum(content: bytes) -> str:
 
 @dataclass(frozen=True)
 class Stored:
-    """A placement of a file, with no slot empty."""
+    """A placement that was read from a file, with all slots full."""
 
     path: Path
     placement: Placement
@@ -35,12 +35,12 @@ class Stored:
         return compute_checksum(self.placement.slots.tobytes())
 
     def warning(self, model: str | None) -> str:
-        """Return what to say where this was made for another model than the engine's, or nothing.
+        """Return a warning if this was made for another model than the engine's; "" if not.
 
-        Names of which one is not known say nothing.
+        There is no warning where one of the two names is not known.
         """
         name = self.placement.model
-        if not (name and model) or _same(name, model):
+        if not (name and model) or _is_same(name, model):
             return ""
         return f"{self.path} was made for {name}, and the engine serves {model}"
 
@@ -55,7 +55,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Files:
-    """What was read, or why it could not be.
+    """The content of all files that the settings name, or the error of reading them.
 
     Parameters
     ----------
@@ -64,9 +64,9 @@ class Files:
     profile
         Statistics that live decisions take pairs from.
     checksum
-        Of the rules and of all content: ranks with the same one decide alike.
+        Checksum of the rules and of all content: ranks with the same one decide alike.
     error
-        Why a file could not be read, empty where all were.
+        Error of reading a file; "" without one.
     """
 
     placements: tuple[Stored, ...] = ()
@@ -81,7 +81,9 @@ class Files:
         try:
             placements, profile = [], None
             for path in settings.placements:
-                placements += [Stored(path, one.filled()) for one in Placement.load_all(path)]
+                placements += [
+                    Stored(path, placement.filled()) for placement in Placement.load_all(path)
+                ]
             if settings.profile is not None and settings.rebalance and not placements:
                 path = settings.profile
                 traffic = open_input(path)
@@ -97,7 +99,7 @@ class Files:
         return cls(tuple(placements), profile, compute_checksum(repr(content).encode()))
 
     def fault(self, case: Case, model: str | None, rules: MoveLimits) -> str:
-        """Return why these files cannot serve a model, nothing where they can."""
+        """Return why these files cannot serve a model; "" where they can."""
         try:
             if self.placements:
                 self.slots(case, model)
@@ -108,9 +110,9 @@ class Files:
         return self.error
 
     def slots(self, case: Case, model: str | None = None) -> tuple[Stored, Slots]:
-        """Return the placement of a model and its slots [L,D,S]; what stays keeps its slot.
+        """Return the placement of a model, and its slots [L,D,S] in the order of the running ones.
 
-        The model's name chooses where several placements have the sizes of the case.
+        The model's name decides if several placements have the sizes of the case.
         """
         stored, rows = self._choose(case, model)
         layers, ranks, width = case.slots.shape
@@ -124,6 +126,7 @@ class Files:
         return stored, slots
 
     def _choose(self, case: Case, model: str | None) -> tuple[Stored, np.ndarray]:
+        """Return the placement for a model, and the engine's layers for it; raise without one."""
         layers, ranks, width = case.slots.shape
         fitting, reasons = [], []
         for stored in self.placements:
@@ -142,10 +145,11 @@ class Files:
                 reasons.append(str(error))
         if not fitting:
             raise ValueError("; ".join(reasons))
-        as_deep = [pair for pair in fitting if pair[0].placement.layers == layers]
-        fitting = as_deep or fitting
-        of_model = [pair for pair in fitting if _same(pair[0].placement.model, model)]
-        fitting = of_model or fitting
+        # Placements of as many layers, and of the same model, come before others.
+        same_layers = [pair for pair in fitting if pair[0].placement.layers == layers]
+        fitting = same_layers or fitting
+        same_model = [pair for pair in fitting if _is_same(pair[0].placement.model, model)]
+        fitting = same_model or fitting
         if len(fitting) > 1:
             files = ", ".join(str(stored.path) for stored, _ in fitting)
             raise ValueError(
@@ -155,13 +159,13 @@ class Files:
         return fitting[0]
 
 
-def _same(name: str | None, model: str | None) -> bool:
-    """Whether a placement's model is the engine's, whose name is a path or a repository's."""
+def _is_same(name: str | None, model: str | None) -> bool:
+    """Return whether two names, or paths, are of the same model."""
     return bool(name and model) and _short(str(name)) == _short(str(model))
 
 
 def _short(name: str) -> str:
-    """Return what names of one model have in common, wherever it lies."""
+    """Return the name of a model without its folder, owner and revision, in lower case."""
     # The cache of Hugging Face: models--OWNER--NAME/snapshots/REVISION.
     cached = re.search(r"models--(?:[^/]*--)?([^/]+)/snapshots/", name)
     return (cached[1] if cached else Path(name.removesuffix(" (draft)")).name).casefold()

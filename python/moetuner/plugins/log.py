@@ -1,4 +1,4 @@
-"""What the plugins say: a line when something changes, each warning once, and metrics."""
+"""Log lines of the plugins, each warning once, and metrics of their decisions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def quote_error(error: BaseException) -> str:
-    """Return what an error says, in one line."""
+    """Return the text of an error in one line."""
     return " ".join(str(error).split()) or repr(error)
 
 
@@ -19,7 +19,7 @@ class Log:
     Parameters
     ----------
     logger
-        The engine's, so that lines appear among its own.
+        The engine's logger, so that lines appear among its own.
     """
 
     def __init__(self, logger: logging.Logger) -> None:
@@ -30,7 +30,7 @@ class Log:
     def say(
         self, text: str, rank: int = 0, level: int = logging.INFO, *, once: bool = False
     ) -> None:
-        """Write a line, at DEBUG on ranks other than 0; ``once`` leaves out what was written so."""
+        """Write a line, at DEBUG on ranks other than 0; with ``once``, each text only once."""
         if not (once and text in self._once):
             self.logger.log(logging.DEBUG if rank else level, "moetuner: %s", text)
         if once:
@@ -41,7 +41,7 @@ class Log:
         self.say(text, rank, logging.WARNING, once=True)
 
     def count(self, before: float, after: float, moved: int, seconds: float) -> None:
-        """Give a decision to Prometheus, where the engine collects from its processes."""
+        """Pass a decision to Prometheus, if the engine collects metrics of its processes."""
         if self._metrics is None:
             self._metrics = _metrics()
         if self._metrics:
@@ -52,7 +52,7 @@ class Log:
 
 
 def _metrics() -> dict[str, Any]:
-    """Make the metrics; none where no process collects those of others."""
+    """Make the metrics; none if no process collects those of others."""
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         return {}
     try:

@@ -1,4 +1,4 @@
-"""A load table of what a policy sees: a recording that needs no feature of the engine."""
+"""Record the loads that a policy gets as load tables, without any feature of the engine."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from numpy.typing import NDArray
 from moetuner._checks import numbers_in
 from moetuner.files import delete_left_behind, replacing
 
-# Windows of a model that are recorded; beyond them neighbours are added up, two and two.
+# Most windows of a model; with more, pairs of neighbours are added up.
 MOST_WINDOWS = 256
-# Tokens of an expert in a window that can be added up without end.
+# Most tokens of an expert in a window, so that sums cannot overflow.
 LARGEST = 2**40
 
 
 class LoadRecorder:
-    """Keeps windows of load in one file per process and model, ``load-PID-LxE.npz`` in a folder.
+    """Writes windows of load to one file per process and model, ``load-PID-LxE.npz`` in a folder.
 
-    Where a file of that name is there already, a number follows.
+    If there is a file of that name already, a number follows.
 
     A file is a load table, ``load`` [W,L,E], as ``moetuner solve`` and ``RoutingStatistics.load``
-    read it. It is written anew, whole or not at all, whenever windows come.
+    read it. It is replaced as a whole whenever windows come.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -33,7 +33,7 @@ class LoadRecorder:
         self._recordings: dict[tuple[int, ...], LoadFile] = {}
 
     def add(self, weight: NDArray[np.generic]) -> Path | None:
-        """Take windows [L,E] or [W,L,E]; empty ones are left out. Returns the file, if it changed.
+        """Add windows [L,E] or [W,L,E], without empty ones; return the file if it changed.
 
         Raises
         ------
@@ -57,7 +57,7 @@ class LoadRecorder:
             paths = (self.folder / f"{name}.npz" for name in names)
             recording = LoadFile(next(path for path in paths if not path.exists()))
             self._recordings[windows.shape[1:]] = recording
-            # No later process has the name of one that was killed while it wrote.
+            # Temporary files of a process that was killed while it wrote are never reused.
             delete_left_behind(self.folder, "load-*.npz")
         for window in windows:
             recording.add(window)
@@ -70,7 +70,7 @@ class LoadRecorder:
 
 @dataclass
 class LoadFile:
-    """Windows [L,E] of a model; each holds ``size`` of the engine's, the last one ``last``."""
+    """Windows [L,E] of a model: sums of ``size`` windows of the engine, the last of ``last``."""
 
     path: Path
     windows: list[NDArray[np.uint64]] = field(default_factory=list)
@@ -78,12 +78,12 @@ class LoadFile:
     last: int = 1
 
     def add(self, window: NDArray[np.uint64]) -> None:
-        """Take a window; where there are too many, neighbours are joined."""
+        """Add a window; if there are too many, join neighbours."""
         if self.last < self.size:
             self.windows[-1], self.last = self.windows[-1] + window, self.last + 1
             return
         if len(self.windows) == MOST_WINDOWS:
             pairs = zip(self.windows[::2], self.windows[1::2], strict=True)
-            self.windows, self.size = [one + other for one, other in pairs], 2 * self.size
+            self.windows, self.size = [first + second for first, second in pairs], 2 * self.size
         self.windows.append(window)
         self.last = 1

@@ -1,4 +1,4 @@
-"""Rounds of one group of ranks, counted in the store that all of them reach."""
+"""Rounds of a group of ranks, counted in the store that all of them reach."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from moetuner.plugins.consensus import list_keys, verdict_key
 
 
 class Rounds:
-    """The next round of a group, as one process follows it.
+    """The next round of a group, from the view of one process.
 
-    A process that was late goes through the rounds it has missed, each of which has a verdict. One
-    that takes the place of another process goes on with the round that is next in the store. In a
-    new store all ranks begin anew.
+    A process that was late goes through the rounds that it has missed, each of which has a verdict.
+    A process in the place of another one continues with the next round in the store. In a new store
+    all ranks start with round 0.
 
     Parameters
     ----------
     name
-        Names the group in the store.
+        Name of the group in the store.
     rank
         The place of this process in the group.
     size
@@ -29,13 +29,13 @@ class Rounds:
     def __init__(self, name: str, rank: int, size: int) -> None:
         self.name, self.rank, self.size = name, rank, size
         self.number = 0
-        # What was agreed on in the round before that.
+        # Verdict of the round before.
         self.verdict: str | None = None
         self._token = ""
 
     @property
     def key(self) -> str:
-        """The question of the next round, in the store."""
+        """Key of the next round's question in the store."""
         return f"{self.name}/{self.number}"
 
     @property
@@ -62,7 +62,7 @@ class Rounds:
         return True
 
     def catch_up(self, store: Any) -> None:
-        """Go on with the round that is next in the store."""
+        """Continue with the next round in the store."""
         number = int(store.compare_set(self._next, "", "0"))
         if number > self.number:
             last = verdict_key(f"{self.name}/{number - 1}")
@@ -70,7 +70,7 @@ class Rounds:
             self.verdict = store.get(last).decode() if store.check([last]) else None
 
     def open(self, store: Any) -> None:
-        """Ask the others to take part in the next round, though they ask no more."""
+        """Ask the others to take part in the next round, though they have stopped asking."""
         store.set(self._opened, "")
 
     def is_open(self, store: Any) -> bool:
@@ -78,14 +78,14 @@ class Rounds:
         return bool(store.check([self._opened]))
 
     def close(self, store: Any, verdict: str, *, complete: bool) -> None:
-        """Note the verdict of this round; where all took part, forget the one before it.
+        """Remember the verdict of this round; if all took part, delete the round before.
 
-        The verdict holds whatever becomes of the store.
+        The verdict holds even if the store fails.
         """
         number, size = self.number, self.size
         self.number, self.verdict = number + 1, verdict
         with suppress(Exception):
             store.compare_set(self._next, str(number), str(number + 1))
-            # All have read the verdict before this one. What is left over does no harm.
+            # All have read the verdict before this one. Keys that remain do no harm.
             for old in list_keys(f"{self.name}/{number - 1}", size) if complete and number else ():
                 store.delete_key(old)

@@ -1,4 +1,4 @@
-"""What the environment asks of the plugins: variables whose names begin with ``MOETUNER_``."""
+"""Read the settings of the plugins from variables of the environment, ``MOETUNER_...``."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ NUMBERS = {
     for field in fields(MoveLimits)
 }
 NAMES = ("PLACEMENT", "REBALANCE", "PROFILE", "RECORD", "RELOAD", "UPDATES", *NUMBERS)
-# What switches a variable on and off.
+# Texts that switch a variable on and off.
 ON, OFF = ("1", "true", "on"), ("0", "false", "off")
-# Variables of the package that are not the plugins'.
+# Beginnings of variables that other parts of the package read.
 OTHERS = ("COMPLETE",)
 
 
@@ -42,7 +42,7 @@ class Settings:
         File whose change has all others read again: ``MOETUNER_RELOAD``.
     updates
         Whether weights that change follow experts that move (vLLM): ``MOETUNER_UPDATES``, by
-        default where anything else is asked for.
+        default if any other variable is set.
     rules
         A variable for each, in capitals: ``MOETUNER_DEAD_ZONE``; the budget is
         ``MOETUNER_MOVE_BUDGET``.
@@ -57,8 +57,8 @@ class Settings:
     rules: MoveLimits = field(default_factory=MoveLimits)
 
     @classmethod
-    def of(cls, environment: Mapping[str, str] | None = None) -> Settings | None:
-        """Read an environment, by default the process's; None if it asks for nothing."""
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings | None:
+        """Read the settings of an environment, by default the process's; None without any."""
         variables = os.environ if environment is None else environment
 
         def text(name: str) -> str:
@@ -80,7 +80,7 @@ class Settings:
             is_whole = name == "MOVE_BUDGET" and number is not None
             numbers[argument] = int(number) if is_whole else number
         settings = cls(
-            tuple(Path(part) for part in text("PLACEMENT").split(os.pathsep) if part.strip()),
+            tuple(Path(name) for name in text("PLACEMENT").split(os.pathsep) if name.strip()),
             bool(switch("REBALANCE")),
             path("PROFILE"),
             path("RECORD"),
@@ -92,7 +92,7 @@ class Settings:
 
     @property
     def decides(self) -> bool:
-        """Whether maps are asked for, not records alone."""
+        """Whether settings ask for maps, not only for records."""
         return bool(self.placements) or self.rebalance
 
 
@@ -106,8 +106,8 @@ def _number(name: str, value: str) -> float:
     return number
 
 
-def complaints(environment: Mapping[str, str] | None = None) -> list[str]:
-    """Return a line for every variable that does nothing: its name is unknown, or others win."""
+def find_idle_variables(environment: Mapping[str, str] | None = None) -> list[str]:
+    """Return a warning for every variable without effect: it is unknown, or another one wins."""
     variables = os.environ if environment is None else environment
     names = [name.removeprefix(PREFIX) for name in sorted(variables) if name.startswith(PREFIX)]
     lines = []
@@ -118,7 +118,7 @@ def complaints(environment: Mapping[str, str] | None = None) -> list[str]:
         hint = f"did you mean {PREFIX}{similar[0]}?" if similar else f"known are {', '.join(NAMES)}"
         lines.append(f"{PREFIX}{name} is not a variable of moetuner: {hint}")
     try:
-        settings = Settings.of(variables)
+        settings = Settings.from_environment(variables)
     except ValueError:
         return lines
     placement = settings is not None and bool(settings.placements)
@@ -126,8 +126,8 @@ def complaints(environment: Mapping[str, str] | None = None) -> list[str]:
     if placement and rebalance:
         lines.append("MOETUNER_PLACEMENT is served, so MOETUNER_REBALANCE does nothing")
     if variables.get(PREFIX + "PROFILE") and (placement or not rebalance):
-        because = "with MOETUNER_PLACEMENT" if placement else "without MOETUNER_REBALANCE=1"
-        lines.append(f"MOETUNER_PROFILE does nothing {because}")
+        condition = "with MOETUNER_PLACEMENT" if placement else "without MOETUNER_REBALANCE=1"
+        lines.append(f"MOETUNER_PROFILE does nothing {condition}")
     if variables.get(PREFIX + "RELOAD") and not (settings is not None and settings.decides):
         lines.append(
             "MOETUNER_RELOAD does nothing without MOETUNER_PLACEMENT or MOETUNER_REBALANCE=1"

@@ -1,4 +1,4 @@
-"""SGLang's entry point: makes ``--eplb-algorithm moetuner`` known.
+"""SGLang's entry point: adds ``--eplb-algorithm moetuner``.
 
 Tested with 0.5.23.
 """
@@ -14,7 +14,7 @@ import numpy as np
 
 from moetuner.plugins.balancer import Balancer
 from moetuner.plugins.log import Log
-from moetuner.plugins.tensors import find_group, rank_of_process, read_array, three_maps
+from moetuner.plugins.tensors import find_group, find_process_rank, make_eplb_tensors, read_array
 
 LOG = Log(logging.getLogger("moetuner.plugins"))
 LATE = "the placement takes effect at the first rebalance, not at model load"
@@ -28,17 +28,17 @@ WAIT_AT_LOAD = 120.0
 def register() -> None:
     """Put hooks around SGLang's balancing algorithms.
 
-    The name of ours is known in any case: without ``MOETUNER_`` variables, or with bad ones,
-    SGLang's own algorithm answers to it. It would end the server at the first rebalance otherwise.
+    SGLang knows the name of ours in any case. Without ``MOETUNER_`` variables, or with wrong ones,
+    its own algorithm runs under that name; otherwise the server would end at the first rebalance.
     """
-    asked = False
+    has_balancer = False
     try:
-        balancer = Balancer.of(LOG, "SGLang")
-        asked, hooks = balancer is not None, Hooks(balancer)
+        balancer = Balancer.from_environment(LOG, "SGLang")
+        has_balancer, hooks = balancer is not None, Hooks(balancer)
         targets: dict[str, Callable[..., Any]] = {
             "eplb_algorithms.compute_algorithm": hooks.compute_algorithm
         }
-        if asked:
+        if has_balancer:
             targets["eplb_algorithms.rebalance_experts"] = hooks.rebalance_experts
             targets["expert_location.ExpertLocationMetadata.init_trivial"] = hooks.init_trivial
         from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -47,25 +47,25 @@ def register() -> None:
             HookRegistry.register(EPLB + target, hook, HookType.AROUND)
     except Exception as error:
         # Another version: SGLang would not start if this were raised.
-        if asked:
+        if has_balancer:
             LOG.warn(f"SGLang keeps its own algorithms: {error!r}")
 
 
 class Hooks:
-    """What stands around SGLang's functions; other algorithms than ours pass through.
+    """Hooks around SGLang's functions; they leave other algorithms than ours alone.
 
-    Where a version of SGLang has other arguments, or other names, its own functions answer.
+    In a version of SGLang with other arguments or names, its own functions run.
     """
 
     def __init__(self, balancer: Balancer | None) -> None:
         self.balancer = balancer
-        self._theirs: Callable[..., Any] | None = None
-        # Layers with experts, by how many the engine counts.
+        self._original: Callable[..., Any] | None = None
+        # Layers with experts, by the number of layers that the engine counts.
         self._sparse: dict[int, list[int]] = {}
 
     def compute_algorithm(self, original: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        """Return the algorithm of a name, ours by its name."""
-        self._theirs = original
+        """Return SGLang's algorithm for a name, or ours."""
+        self._original = original
         if ALGORITHM not in (*arguments, *named.values()):
             return original(*arguments, **named)
         if self.balancer is not None:
@@ -73,7 +73,7 @@ class Hooks:
         LOG.warn(
             "neither MOETUNER_PLACEMENT nor MOETUNER_REBALANCE is set: SGLang's own algorithm "
             "decides",
-            rank_of_process(),
+            find_process_rank(),
         )
         return original(
             *("auto" if value == ALGORITHM else value for value in arguments),
@@ -83,13 +83,13 @@ class Hooks:
     def init_trivial(
         self, original: Callable[..., Any], model_config: Any, *arguments: Any, **named: Any
     ) -> Any:
-        """Return where experts are when the model is loaded: as stored, if ranks agree."""
+        """Return the placement for loading the model: the stored one, if ranks agree."""
         trivial = original(model_config, *arguments, **named)
         if self.balancer is None or trivial is None:
             return trivial
-        rank = rank_of_process()
+        rank = find_process_rank()
         try:
-            first = self._placed(self.balancer, model_config, trivial, rank)
+            first = self._choose_first_map(self.balancer, model_config, trivial, rank)
             if first is None:
                 return trivial
             return type(trivial).init_by_mapping(model_config, first, *arguments, **named)
@@ -98,8 +98,10 @@ class Hooks:
             LOG.warn(f"{LATE}: {error!r}", rank)
             return trivial
 
-    def _placed(self, balancer: Balancer, model_config: Any, trivial: Any, rank: int) -> Any:
-        """Return the map [L,P] to load by, None for SGLang's first one."""
+    def _choose_first_map(
+        self, balancer: Balancer, model_config: Any, trivial: Any, rank: int
+    ) -> Any:
+        """Return the stored map [L,P] for loading, None for SGLang's first map."""
         LOG.say(f"in use: {balancer.purpose}", rank)
         chosen = chosen_algorithm()
         if chosen != ALGORITHM:
@@ -110,7 +112,7 @@ class Hooks:
         layers, slots = running.shape
         ranks, experts = int(trivial.ep_size), int(trivial.num_logical_experts)
         name = getattr(model_config, "model_path", None)
-        self._sparse[layers] = sparse_layers(model_config, layers)
+        self._sparse[layers] = list_sparse_layers(model_config, layers)
         balancer.take_model(layers, name)
         first = balancer.decide(
             np.zeros((layers, experts), dtype=np.int64),
@@ -123,7 +125,7 @@ class Hooks:
             model=name,
             rank=rank,
             wait=WAIT_AT_LOAD,
-            form=lambda slots: three_maps(slots, ranks, experts)[0],
+            form=lambda slots: make_eplb_tensors(slots, ranks, experts)[0],
             sparse=self._sparse[layers],
         )
         return None if first is None or (first.numpy() == running).all() else first
@@ -135,16 +137,18 @@ class Hooks:
             maps = self._rebalance(**named)
         except Exception as error:
             # Another version, on all ranks alike.
-            LOG.warn(f"SGLang's own algorithm decides: {error!r}", rank_of_process())
+            LOG.warn(f"SGLang's own algorithm decides: {error!r}", find_process_rank())
             maps = None
         if maps is not None:
             return maps
         if named.get("algorithm") == ALGORITHM:
-            assert self._theirs is not None
-            parameters = inspect.signature(self._theirs).parameters
-            # Its own choice takes what it knows of the model.
-            known = {name: value for name, value in named.items() if name in parameters}
-            named["algorithm"] = self._theirs("auto", **known)
+            assert self._original is not None
+            parameters = inspect.signature(self._original).parameters
+            # SGLang chooses by some of the arguments.
+            arguments_of_choice = {
+                name: value for name, value in named.items() if name in parameters
+            }
+            named["algorithm"] = self._original("auto", **arguments_of_choice)
         return original(**named)
 
     def _rebalance(
@@ -155,11 +159,11 @@ class Hooks:
         num_groups: int | None,
         num_nodes: int,
         algorithm: Any,
-        **more: Any,
+        **_: Any,
     ) -> Any:
-        """Return our maps, None where SGLang's own algorithm decides."""
+        """Return our maps; None if SGLang's own algorithm decides."""
         assert self.balancer is not None
-        loads, rank = read_array(tokens_per_expert), rank_of_process()
+        loads, rank = read_array(tokens_per_expert), find_process_rank()
         self.balancer.record(loads, rank)
         if algorithm != ALGORITHM:
             return None
@@ -176,18 +180,20 @@ class Hooks:
             model=self.balancer.name_model(layers),
             rank=rank,
             # Two copies of an expert on a rank are refused here: SGLang would fill only one.
-            form=lambda slots: three_maps(slots, ranks, experts),
+            form=lambda slots: make_eplb_tensors(slots, ranks, experts),
             sparse=self._sparse.get(layers, []),
         )
-        return None if maps is None else tuple(one.to(tokens_per_expert.device) for one in maps)
+        return (
+            None if maps is None else tuple(tensor.to(tokens_per_expert.device) for tensor in maps)
+        )
 
 
-def sparse_layers(model_config: Any, layers: int) -> list[int]:
-    """Return the layers with experts that a model's configuration names, or none."""
+def list_sparse_layers(model_config: Any, layers: int) -> list[int]:
+    """List the layers with experts by a model's configuration; empty if it does not say."""
     config: Any = getattr(model_config, "hf_text_config", None)
     config = config or getattr(model_config, "hf_config", None)
     first = getattr(config, "first_k_dense_replace", None)
-    every = getattr(config, "moe_layer_freq", None)
+    frequency = getattr(config, "moe_layer_freq", None)
     dense, step = (
         getattr(config, "mlp_only_layers", None),
         getattr(config, "decoder_sparse_step", 1),
@@ -195,9 +201,9 @@ def sparse_layers(model_config: Any, layers: int) -> list[int]:
     kinds = getattr(config, "mlp_layer_types", None)
     if isinstance(kinds, list):
         return [layer for layer, kind in enumerate(kinds[:layers]) if kind == "sparse"]
-    if isinstance(every, list):
-        return [layer for layer, sparse in enumerate(every[:layers]) if sparse]
-    if isinstance(first, int) and every in (None, 1):
+    if isinstance(frequency, list):
+        return [layer for layer, sparse in enumerate(frequency[:layers]) if sparse]
+    if isinstance(first, int) and frequency in (None, 1):
         return list(range(first, layers))
     if isinstance(dense, list) and isinstance(step, int) and step > 0:
         return [at for at in range(layers) if at not in dense and (at + 1) % step == 0]
@@ -205,7 +211,7 @@ def sparse_layers(model_config: Any, layers: int) -> list[int]:
 
 
 def coordinator() -> Any:
-    """Return the ranks that exchange experts, None where one decides for all."""
+    """Return SGLang's group of ranks that exchange experts; None if one rank decides for all."""
     from sglang.srt.distributed import get_tp_group
 
     try:
@@ -215,13 +221,13 @@ def coordinator() -> Any:
     except ImportError:
         elastic = None
     if elastic is not None and getattr(elastic, "has_scaled", False):
-        # From then on rank 0 alone decides, and broadcasts its map.
+        # After scaling, rank 0 alone decides, and broadcasts its map.
         return None
     return get_tp_group()
 
 
 def chosen_algorithm() -> str | None:
-    """Return the value of ``--eplb-algorithm``, None where this version hides it."""
+    """Return the value of ``--eplb-algorithm``; None if this version hides it."""
     try:
         from sglang.srt.runtime_context import get_exec
 
@@ -232,7 +238,7 @@ def chosen_algorithm() -> str | None:
 
 
 def running_map(layers: int) -> Any:
-    """Return experts of slots [L,P] as they run, None where nothing runs yet."""
+    """Return the running experts of slots [L,P]; None if nothing runs yet."""
     try:
         from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 

@@ -1,4 +1,4 @@
-"""What engines' files share that needs torch."""
+"""Functions of the engines' modules that need torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moetuner.placement import Placement
 from moetuner.plugins.agreement import Group
 
 
-def three_maps(slots: NDArray[np.int64], ranks: int, experts: int) -> tuple[Any, ...]:
+def make_eplb_tensors(slots: NDArray[np.int64], ranks: int, experts: int) -> tuple[Any, ...]:
     """Return experts of slots [L,P], slots of experts [L,E,X] and copies [L,E] as tensors."""
     import torch
 
@@ -25,7 +25,7 @@ def three_maps(slots: NDArray[np.int64], ranks: int, experts: int) -> tuple[Any,
 
 
 def read_array(values: Any) -> NDArray[Any]:
-    """Return the array of a tensor, wherever it is; NumPy has no types such as bfloat16."""
+    """Return the NumPy array of a tensor on any device; bfloat16 becomes float32."""
     if not hasattr(values, "detach"):
         return np.asarray(values)
     tensor = values.detach().cpu()
@@ -35,33 +35,33 @@ def read_array(values: Any) -> NDArray[Any]:
 
 
 def changing_in_place() -> AbstractContextManager[Any]:
-    """Return what tensors may be changed in that an engine made while it served.
+    """Return a context in which tensors may be changed that an engine made while it served.
 
-    Those are of torch's inference mode, and outside it refuse to be changed.
+    They were made in torch's inference mode, and outside it they refuse to be changed.
     """
     import torch
 
     return torch.inference_mode()
 
 
-def rank_of_process() -> int:
-    """Return the rank of this process in the whole job, 0 where there is none."""
+def find_process_rank() -> int:
+    """Return the rank of this process in the whole job; 0 without ranks."""
     return int(torch_distributed().get_rank()) if torch_distributed() else 0
 
 
 def torch_distributed() -> Any:
-    """Return torch's module where this process is in its world, else None."""
+    """Return ``torch.distributed`` if this process has a rank in it, else None."""
     from torch import distributed
 
     return distributed if distributed.is_available() and distributed.is_initialized() else None
 
 
-def find_group(coordinator_of: Callable[[], Any]) -> Group | None:
-    """Return the ranks of an engine's group, None where this process is alone.
+def find_group(get_coordinator: Callable[[], Any]) -> Group | None:
+    """Return the ranks of an engine's group; None if this process is alone.
 
-    ``coordinator_of`` gets a ``GroupCoordinator`` of vLLM or SGLang; None where one rank decides.
+    ``get_coordinator`` returns a ``GroupCoordinator`` of vLLM or SGLang; None if one rank decides.
     """
-    coordinator = coordinator_of() if torch_distributed() else None
+    coordinator = get_coordinator() if torch_distributed() else None
     if coordinator is None:
         return None
     from torch.distributed.distributed_c10d import _get_default_store
@@ -69,7 +69,7 @@ def find_group(coordinator_of: Callable[[], Any]) -> Group | None:
     ranks = tuple(int(rank) for rank in coordinator.ranks)
     if len(ranks) == 1:
         return None
-    # Groups of vLLM's elastic expert parallelism are no part of torch's world.
-    apart = getattr(coordinator, "tcp_store_group", None)
-    store = _get_default_store() if apart is None else apart.store
+    # Groups of vLLM's elastic expert parallelism have a store of their own.
+    elastic = getattr(coordinator, "tcp_store_group", None)
+    store = _get_default_store() if elastic is None else elastic.store
     return Group(store, ranks, int(coordinator.rank_in_group))

@@ -1,12 +1,12 @@
-"""Weights that change while vLLM serves: an expert's go to the slots that hold it now.
+"""Load weights that change while vLLM serves into the slots that hold their experts now.
 
-All updates in the checkpoint's format end in ``RoutedExperts.weight_loader``, and its callers go
-through the slots of vLLM's first map. Once experts have moved, that writes an expert's weights into
-the slots of others, without a message (vLLM issue 55228). Here the loader reads the map in force.
-No rank waits for another in it. What cannot be followed is refused, if experts have moved.
+All updates in the checkpoint's format call ``RoutedExperts.weight_loader`` with the slots of vLLM's
+first map. Once experts have moved, that writes an expert's weights into the slots of others,
+without a message (vLLM issue 55228). The loader here reads the map in force, and waits for no other
+rank. Updates that cannot follow experts are refused once experts have moved.
 
-The first load goes the same way, by the first map: of a checkpoint that has all experts of a layer
-in one tensor vLLM 0.32 loads every expert once, and leaves its copies without weights.
+The first load goes through the same loader, by the first map. From a checkpoint with all experts of
+a layer in one tensor, vLLM 0.32 loads every expert once, and leaves its copies without weights.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from contextlib import suppress
 from typing import Any
 
 from moetuner.plugins.log import Log
-from moetuner.plugins.tensors import changing_in_place, rank_of_process
+from moetuner.plugins.tensors import changing_in_place, find_process_rank
 
-# What a layer of experts, an `EplbState` and a worker remember.
-PLACED, MODELS, KEPT = "moetuner_placed", "moetuner_models", "moetuner_kept"
-# What `RoutedExperts.weight_loader` takes.
+# Attributes that are added to a layer of experts, an `EplbState` and a worker.
+PLACED, MODELS, SAVED = "moetuner_placed", "moetuner_models", "moetuner_kept"
+# Arguments of `RoutedExperts.weight_loader`.
 TENSOR = ["param", "loaded_weight", "weight_name", "shard_id"]
 ARGUMENTS = ["self", *TENSOR, "expert_id", "return_success"]
 # Methods of a worker that load weights.
@@ -41,7 +41,7 @@ MAPS = (
 
 
 def wrap(owner: Any, name: str, purpose: str, around: Callable[[Any], Any]) -> None:
-    """Put a function around one of an engine's, once for each purpose."""
+    """Wrap a function of an engine, once for each purpose."""
     inner, mark = getattr(owner, name), f"moetuner_{purpose}"
     if not hasattr(inner, mark):
         outer = functools.wraps(inner)(around(inner))
@@ -50,7 +50,7 @@ def wrap(owner: Any, name: str, purpose: str, around: Callable[[Any], Any]) -> N
 
 
 class PlacedModel:
-    """Where the experts of one model are, and whether updates of its weights can follow them.
+    """The slots of a model's experts, and whether updates of its weights can follow them.
 
     Parameters
     ----------
@@ -59,17 +59,17 @@ class PlacedModel:
     experts
         Number of experts, without their copies.
     parallel_config
-        vLLM's, which counts the workers of this engine.
+        vLLM's configuration, with the number of workers of this engine.
     log
-        Where warnings are logged.
+        Log for warnings.
     """
 
     def __init__(self, state: Any, experts: int, parallel_config: Any, log: Log) -> None:
         self.state, self.experts = state, experts
         self.parallel_config, self.log = parallel_config, log
-        # Why updates cannot follow, nothing where they can.
+        # Reason why updates cannot follow; "" if they can.
         self.unfollowed = ""
-        # Whether scales are computed at the load, which a later move would not take along.
+        # Whether scales are computed at the load; a later move would not move them.
         self.computes_scales = False
         # Whether weights were loaded after others were staged to be moved.
         self.stale = False
@@ -78,7 +78,7 @@ class PlacedModel:
         self._moved = False
 
     def _read(self) -> None:
-        """Read the map in force, if it changed: on a GPU every look waits for the device."""
+        """Read the map in force if it changed, as on a GPU every read waits for the device."""
         running = self.state.physical_to_logical_map
         mark = None
         with suppress(RuntimeError):  # Tensors made in inference mode do not count their changes.
@@ -95,38 +95,39 @@ class PlacedModel:
 
     @property
     def moved(self) -> bool:
-        """Whether experts are elsewhere than where vLLM loads them."""
+        """Whether experts are in other slots than those into which vLLM loads them."""
         self._read()
         return self._moved
 
     def load(self, layer: int, expert: int, is_whole: bool, into: Callable[[int], Any]) -> bool:
-        """Load a tensor of an expert ``into`` the slots of a layer; return whether one is local.
+        """Load a tensor of an expert into its slots of a layer; return whether one is on this rank.
 
-        A tensor that ``is_whole`` has the experts of all slots, in the order of the first map.
+        ``into(slot)`` loads the tensor into a slot. A tensor that ``is_whole`` has the experts of
+        all slots, in the order of the first map.
         """
         self.stale |= bool(getattr(self.state, "rebalanced", False))
         if self.computes_scales:
             self.log.warn(
                 "scales that are computed when weights are loaded do not move with their expert "
                 "after an update: right until the next rearrangement, not after it",
-                rank_of_process(),
+                find_process_rank(),
             )
         unfollowed = self.unfollowed or ("a tensor of all experts" if is_whole else "")
         if unfollowed and self.moved:
-            return self.refuse("load_weights", unfollowed, rank_of_process())
+            return self.refuse("load_weights", unfollowed, find_process_rank())
         if unfollowed:
             return bool(into(expert))
         self._read()
-        # vLLM's caller goes through the slots of the first map, where the first of an expert has
-        # its number. The others are copies: no expert has their number, and all are loaded here.
-        done = [bool(into(slot)) for slot in self._slots[layer].get(expert, [])]
-        return any(done)
+        # vLLM's caller goes through the slots of the first map. Slots with the number of an expert
+        # load it, with all its copies; slots beyond have the number of no expert and load nothing.
+        loaded = [bool(into(slot)) for slot in self._slots[layer].get(expert, [])]
+        return any(loaded)
 
     def refuse(self, what: str, why: str, rank: int) -> bool:
         """Raise an error on the last worker of the engine; on the others do nothing.
 
-        vLLM's executor reads the answers of its workers up to the first error, and leaves those
-        behind it to the next call.
+        vLLM's executor reads the answers of its workers up to the first error; the next call would
+        read the answers behind it.
         """
         workers = getattr(self.parallel_config, "world_size", 1)
         if rank % workers < workers - 1:
@@ -141,30 +142,37 @@ class PlacedModel:
 def follow_updates(
     states: Any, layers: Any, worker: Any, log: Log, *, rearranges: bool = True
 ) -> str:
-    """Have updates of weights follow the experts; return why they cannot, nothing where they do.
+    """Make updates of weights follow the experts; return why they cannot, "" if they do.
 
-    Before a model is built, as its parameters keep their loader. ``states`` is ``EplbState``,
-    ``layers`` ``RoutedExperts`` and ``worker`` ``Worker``; None for one that this version of vLLM
-    does not have. ``rearranges`` says whether experts move while the engine serves.
+    Call it before a model is built, as its parameters keep their loader. ``states`` is vLLM's
+    ``EplbState``, ``layers`` its ``RoutedExperts`` and ``worker`` its ``Worker``, None if this
+    version has none. ``rearranges`` says whether experts move while the engine serves.
     """
-    missing = _missing(layers)
+    missing = _find_missing(layers)
     if not missing:
-        wrap(layers, "weight_loader", "follows", _loader)
+        wrap(layers, "weight_loader", "follows", _wrap_weight_loader)
     wrap(
-        states, "add_model", "follows", functools.partial(_adding, layers, missing, log, rearranges)
+        states,
+        "add_model",
+        "follows",
+        functools.partial(_wrap_add_model, layers, missing, log, rearranges),
     )
     if hasattr(states, "drain_async"):
-        wrap(states, "step", "follows", _stepping)
+        wrap(states, "step", "follows", _wrap_step)
     for name in LOADS:
         if hasattr(worker, name):
-            wrap(worker, name, "follows", functools.partial(_refusing, name))
-    for name, around in (("sleep", _sleeping), ("discard", _discarding), ("wake_up", _waking)):
+            wrap(worker, name, "follows", functools.partial(_wrap_load, name))
+    for name, around in (
+        ("sleep", _wrap_sleep),
+        ("discard", _wrap_discard),
+        ("wake_up", _wrap_wake_up),
+    ):
         if hasattr(worker, name):
             wrap(worker, name, "follows", functools.partial(around, log))
     return missing
 
 
-def _missing(layers: Any) -> str:
+def _find_missing(layers: Any) -> str:
     loader = getattr(layers, "weight_loader", None)
     if loader is None:
         return "this version of vLLM has no RoutedExperts.weight_loader"
@@ -173,8 +181,8 @@ def _missing(layers: Any) -> str:
     return ""
 
 
-def _loader(load: Any) -> Any:
-    def load_where_it_is(
+def _wrap_weight_loader(load: Any) -> Any:
+    def load_into_current_slots(
         self: Any,
         param: Any,
         loaded_weight: Any,
@@ -191,20 +199,20 @@ def _loader(load: Any) -> Any:
 
         if (placed := vars(self).get(PLACED)) is not None:
             model, layer = placed
-            done = model.load(layer, expert_id, is_whole, into)
+            is_loaded = model.load(layer, expert_id, is_whole, into)
         else:  # the first load
             slots = [expert_id] if is_whole else first_slots(self, expert_id)
-            done = sum(map(into, slots)) > 0
-        return done if return_success else None
+            is_loaded = sum(map(into, slots)) > 0
+        return is_loaded if return_success else None
 
-    return load_where_it_is
+    return load_into_current_slots
 
 
 def first_slots(layer: Any, expert: int) -> list[int]:
     """Return the slots that an expert has in the first map of a layer of vLLM.
 
-    Copies have numbers beyond those of the experts. Whoever loads by these numbers finds nothing
-    more to do; a layer that does not say how many experts it has is left to its caller.
+    Slots of copies have numbers beyond those of experts; a caller with such a number has nothing to
+    load. If a layer does not say its number of experts, the slot is the caller's number.
     """
     config = getattr(layer, "moe_config", None)
     experts, slots = (getattr(config, name, 0) for name in ("num_logical_experts", "num_experts"))
@@ -213,24 +221,27 @@ def first_slots(layer: Any, expert: int) -> list[int]:
     return [*range(expert, slots, experts)] if expert < experts else []
 
 
-def _adding(layers: Any, missing: str, log: Log, rearranges: bool, add_model: Any) -> Any:
+def _wrap_add_model(layers: Any, missing: str, log: Log, rearranges: bool, add_model: Any) -> Any:
     def add(self: Any, *arguments: Any, **named: Any) -> Any:
         added = add_model(self, *arguments, **named)
         model = named.get("model", arguments[0] if arguments else None)
         try:
-            placed = note(self, model, layers, missing, log)
+            placed = track_model(self, model, layers, missing, log)
             placed.computes_scales &= rearranges
         except Exception as error:
-            log.warn(f"weight updates cannot follow experts: {error!r}", rank_of_process())
+            log.warn(f"weight updates cannot follow experts: {error!r}", find_process_rank())
         return added
 
     return add
 
 
-def note(states: Any, model: Any, layers: Any, missing: str, log: Log) -> PlacedModel:
-    """Tell every layer of a model that vLLM has taken where its experts are."""
-    every = list(states.model_states.values())
-    state = next((placed for placed in every if getattr(placed, "model", None) is model), every[-1])
+def track_model(states: Any, model: Any, layers: Any, missing: str, log: Log) -> PlacedModel:
+    """Let every layer of a model that vLLM has added know the slots of its experts."""
+    model_states = list(states.model_states.values())
+    state = next(
+        (state for state in model_states if getattr(state, "model", None) is model),
+        model_states[-1],
+    )
     parallel_config = getattr(states, "parallel_config", None)
     placed = PlacedModel(state, model.num_logical_experts, parallel_config, log)
     placed.unfollowed = missing
@@ -238,24 +249,28 @@ def note(states: Any, model: Any, layers: Any, missing: str, log: Log) -> Placed
         placed.unfollowed = "weights beside an asynchronous rearrangement"
     experts = [getattr(layer, "routed_experts", layer) for layer in model.moe_layers]
     for layer in experts:
-        placed.unfollowed = placed.unfollowed or _own_loader(layer, layers)
+        placed.unfollowed = placed.unfollowed or _find_other_loader(layer, layers)
         kinds = type(getattr(layer, "quant_method", None)).__mro__
         placed.computes_scales |= any(kind.__name__ == ONLINE for kind in kinds)
     if placed.unfollowed:
         log.warn(
             f"weights that change do not follow experts that move ({placed.unfollowed}): "
             f"{' and '.join(LOADS[:2])} are refused from then on",
-            rank_of_process(),
+            find_process_rank(),
         )
-    known = [model for model in find_models(states) if any(model.state is other for other in every)]
-    vars(states)[MODELS] = [*(model for model in known if model.state is not state), placed]
+    others = [
+        other
+        for other in find_models(states)
+        if other.state is not state and any(other.state is current for current in model_states)
+    ]
+    vars(states)[MODELS] = [*others, placed]
     for number, layer in enumerate(experts):
         vars(layer)[PLACED] = placed, number
     return placed
 
 
-def _own_loader(experts: Any, layers: Any) -> str:
-    """Return what loads these experts in a way that cannot be followed, nothing if nothing does."""
+def _find_other_loader(experts: Any, layers: Any) -> str:
+    """Return which code loads these experts so that updates cannot follow; "" without any."""
     kind = type(experts)
     if not isinstance(experts, layers) or kind.weight_loader is not layers.weight_loader:
         return f"weights of {kind.__name__}, which loads them by code of its own,"
@@ -266,19 +281,19 @@ def _own_loader(experts: Any, layers: Any) -> str:
 
 
 def find_models(states: Any) -> list[PlacedModel]:
-    """Return the models of an ``EplbState``."""
+    """Find the models of an ``EplbState``."""
     return list(getattr(states, "__dict__", {}).get(MODELS, []))
 
 
-def models_of_worker(worker: Any) -> list[PlacedModel]:
-    """Return the models of a worker."""
+def find_models_of_worker(worker: Any) -> list[PlacedModel]:
+    """Find the models of a worker."""
     return find_models(getattr(getattr(worker, "model_runner", None), "eplb_state", None))
 
 
-def _stepping(step: Any) -> Any:
+def _wrap_step(step: Any) -> Any:
     def step_after_update(self: Any, *arguments: Any, **named: Any) -> Any:
-        # What an asynchronous rearrangement has staged is older than the update. All ranks took the
-        # update between the same two steps, so all are here.
+        # An asynchronous rearrangement may have staged weights older than the update. All ranks
+        # took the update between the same two steps, so all of them drain it here.
         if any(model.stale for model in find_models(self)):
             self.drain_async()
             for model in find_models(self):
@@ -288,11 +303,11 @@ def _stepping(step: Any) -> Any:
     return step_after_update
 
 
-def _refusing(name: str, call: Any) -> Any:
+def _wrap_load(name: str, call: Any) -> Any:
     def guarded(self: Any, *arguments: Any, **named: Any) -> Any:
         checkpoint = named.get("is_checkpoint_format", len(arguments) < 3 or arguments[2])
         kernel = name == "reload_weights" and not checkpoint
-        for model in models_of_worker(self):
+        for model in find_models_of_worker(self):
             why = "weights in the kernel's format" if kernel else model.unfollowed
             if why and model.moved:
                 return model.refuse(name, why, self.rank) or None
@@ -301,7 +316,7 @@ def _refusing(name: str, call: Any) -> Any:
     return guarded
 
 
-def _sleeping(log: Log, sleep: Any) -> Any:
+def _wrap_sleep(log: Log, sleep: Any) -> Any:
     def sleep_with_maps(self: Any, level: int = 1, *arguments: Any, **named: Any) -> Any:
         if level == 2:
             keep_maps(self, log)
@@ -310,7 +325,7 @@ def _sleeping(log: Log, sleep: Any) -> Any:
     return sleep_with_maps
 
 
-def _discarding(log: Log, discard: Any) -> Any:
+def _wrap_discard(log: Log, discard: Any) -> Any:
     def discard_without_maps(self: Any, tags: Any, *arguments: Any, **named: Any) -> Any:
         if "weights" in tags:
             keep_maps(self, log)
@@ -319,7 +334,7 @@ def _discarding(log: Log, discard: Any) -> Any:
     return discard_without_maps
 
 
-def _waking(log: Log, wake_up: Any) -> Any:
+def _wrap_wake_up(log: Log, wake_up: Any) -> Any:
     def wake_up_with_maps(self: Any, tags: Any = None, *arguments: Any, **named: Any) -> Any:
         woken = wake_up(self, tags, *arguments, **named)
         if tags is None or "weights" in tags:
@@ -330,14 +345,14 @@ def _waking(log: Log, wake_up: Any) -> Any:
 
 
 def keep_maps(worker: Any, log: Log) -> None:
-    """Keep the maps on the host: they were allocated with the weights, and go with them."""
-    if KEPT in vars(worker):
+    """Save the maps on the host: they were allocated with the weights, and are freed with them."""
+    if SAVED in vars(worker):
         return
     try:
-        kept = []
-        for model in models_of_worker(worker):
+        saved = []
+        for model in find_models_of_worker(worker):
             maps = {name: getattr(model.state, name, None) for name in MAPS}
-            kept.append(
+            saved.append(
                 (
                     model.state,
                     {
@@ -347,18 +362,18 @@ def keep_maps(worker: Any, log: Log) -> None:
                     },
                 )
             )
-        vars(worker)[KEPT] = kept
+        vars(worker)[SAVED] = saved
     except Exception as error:
-        log.warn(f"a sleep of level 2 loses where experts are: {error!r}", rank_of_process())
+        log.warn(f"a sleep of level 2 loses where experts are: {error!r}", find_process_rank())
 
 
 def bring_maps(worker: Any) -> None:
-    """Bring the maps back; what counts loads begins anew."""
-    if (maps := vars(worker).pop(KEPT, None)) is None:
+    """Restore the maps, and set counters of loads to zero."""
+    if (maps := vars(worker).pop(SAVED, None)) is None:
         return
     with changing_in_place():
-        for state, kept in maps:
-            for name, tensor in kept.items():
+        for state, saved in maps:
+            for name, tensor in saved.items():
                 getattr(state, name).copy_(tensor)
             for name in ("expert_load_pass_buffer", "expert_load_pass", "expert_load_window"):
                 if (counts := getattr(state, name, None)) is not None:

@@ -1,4 +1,4 @@
-"""vLLM's entry point: replaces its load balancer's policy, where the environment asks for it.
+"""vLLM's entry point: replaces its load balancer's policy if the environment asks for it.
 
 Tested with 0.32 and 0.33. Up to 0.18 a policy returned three tensors, from 0.19 on one.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 from moetuner.plugins.balancer import Balancer
 from moetuner.plugins.log import Log
-from moetuner.plugins.tensors import find_group, rank_of_process, read_array, three_maps
+from moetuner.plugins.tensors import find_group, find_process_rank, make_eplb_tensors, read_array
 from moetuner.plugins.updates import follow_updates, wrap
 from moetuner.serving.engines import tokens_per_rank
 
@@ -29,25 +29,25 @@ WAIT_AT_LOAD = 120.0
 
 
 def register() -> None:
-    """Put our policy in the place of vLLM's default; nothing without ``MOETUNER_`` variables.
+    """Replace vLLM's default policy by ours; do nothing without ``MOETUNER_`` variables.
 
-    vLLM calls this in every process, some of them several times, and would not start if it raised.
+    vLLM calls this in every process, in some several times, and would not start if it raised.
     """
     try:
-        if _is_registered() or (balancer := Balancer.of(LOG, "vLLM")) is None:
+        if _is_registered() or (balancer := Balancer.from_environment(LOG, "vLLM")) is None:
             return
         replaced = attempt("vLLM keeps its own policy", replace_policy, balancer)
         if replaced and balancer.settings.decides:
             attempt(LATE, place_models, balancer)
         if balancer.settings.updates:
-            attempt("weights that change do not follow experts that move", follow, balancer)
+            attempt("weights that change do not follow experts that move", follow_experts, balancer)
         attempt("does not say what is in use", announce_models, balancer)
     except Exception as error:
         LOG.warn(f"vLLM keeps its own policy: {error!r}")
 
 
 def attempt(lost: str, step: Callable[[Balancer], None], balancer: Balancer) -> bool:
-    """Take a step of the registration; return whether this version of vLLM has a place for it."""
+    """Run a step of the registration; warn and return False if this version of vLLM differs."""
     try:
         step(balancer)
     except Exception as error:
@@ -63,23 +63,23 @@ def _is_registered() -> bool:
 
 
 def replace_policy(balancer: Balancer) -> None:
-    """Put our policy in the place of vLLM's default."""
+    """Replace vLLM's default policy by ours."""
     from vllm.distributed.eplb.policy import EPLB_POLICIES
 
     if "default" not in EPLB_POLICIES:
         raise LookupError(f"it has none named default, but {', '.join(map(str, EPLB_POLICIES))}")
-    EPLB_POLICIES["default"] = policy_class(EPLB_POLICIES["default"], balancer)
+    EPLB_POLICIES["default"] = make_policy_class(EPLB_POLICIES["default"], balancer)
 
 
 def place_models(balancer: Balancer) -> None:
-    """Serve stored placements from the load of a model on."""
+    """Serve stored placements as soon as a model is loaded."""
     from vllm.distributed.eplb.eplb_state import EplbState
 
     place_at_load(EplbState, balancer)
 
 
-def follow(balancer: Balancer) -> None:
-    """Have weights that change follow the experts."""
+def follow_experts(balancer: Balancer) -> None:
+    """Make weights that change follow the experts."""
     from vllm.distributed.eplb.eplb_state import EplbState
 
     layers = _find("vllm.model_executor.layers.fused_moe.routed_experts", "RoutedExperts")
@@ -90,22 +90,22 @@ def follow(balancer: Balancer) -> None:
 
 
 def _find(module: str, name: str) -> Any:
-    """Return what a module of vLLM has by a name, None where this version does not have it."""
+    """Return a name of a module of vLLM; None if this version does not have it."""
     with contextlib.suppress(Exception):
         return getattr(importlib.import_module(module), name, None)
     return None
 
 
 def announce_models(balancer: Balancer) -> None:
-    """Say what is in use."""
+    """Log what is in use."""
     from vllm.config import VllmConfig
 
     announce(VllmConfig, balancer)
 
 
 def announce(configurations: Any, balancer: Balancer) -> None:
-    """Say what is in use when the engine has its configuration (``VllmConfig``), and its log."""
-    # Engines have many processes; the first speaks for all that start as it does.
+    """Log what is in use, once the engine has its configuration (``VllmConfig``) and its log."""
+    # Engines have many processes; only the first one logs for those that start like it.
     rank = int(multiprocessing.parent_process() is not None)
 
     def around(post_init: Any) -> Any:
@@ -123,14 +123,14 @@ def announce(configurations: Any, balancer: Balancer) -> None:
 
 
 def coordinator() -> Any:
-    """Return the ranks that exchange experts."""
+    """Return vLLM's group of ranks that exchange experts."""
     from vllm.distributed.parallel_state import get_ep_group
 
     return get_ep_group()
 
 
-def policy_class(theirs: Any, balancer: Balancer) -> Any:
-    """Return a policy class of vLLM that decides by ours, and by ``theirs`` where ours fails."""
+def make_policy_class(theirs: Any, balancer: Balancer) -> Any:
+    """Make a policy class that decides by ours, and by ``theirs`` (vLLM's) if ours fails."""
     import torch
 
     returns_three = (
@@ -154,7 +154,7 @@ def policy_class(theirs: Any, balancer: Balancer) -> Any:
         ) -> Any:
             sizes = (num_replicas, num_groups, num_nodes, num_ranks)
             loads = read_array(weight)
-            rank = rank_of_process()
+            rank = find_process_rank()
             balancer.record(loads, rank)
             old = old_global_expert_indices
             maps = balancer.decide(
@@ -166,7 +166,7 @@ def policy_class(theirs: Any, balancer: Balancer) -> Any:
                 rank=rank,
                 sparse=None,
                 form=lambda slots: (
-                    three_maps(slots, num_ranks, loads.shape[1])
+                    make_eplb_tensors(slots, num_ranks, loads.shape[1])
                     if returns_three
                     else torch.from_numpy(slots)
                 ),
@@ -179,16 +179,16 @@ def policy_class(theirs: Any, balancer: Balancer) -> Any:
 
 
 def place_at_load(states: Any, balancer: Balancer) -> None:
-    """Put a stored placement in force when ``states`` (``EplbState``) takes a model.
+    """Put a stored placement in force when a model is added to ``states`` (``EplbState``).
 
     That is after its weights were loaded and before it serves: all ranks are there, and vLLM's own
-    rearrangement moves the weights. With elastic expert parallelism ranks may come alone; there the
-    first rearrangement does it.
+    rearrangement moves the weights. With elastic expert parallelism ranks may come one by one; then
+    the first rearrangement puts the placement in force.
     """
-    wrap(states, "add_model", "places", functools.partial(_placing, balancer))
+    wrap(states, "add_model", "places", functools.partial(_wrap_add_model, balancer))
 
 
-def _placing(balancer: Balancer, add_model: Any) -> Any:
+def _wrap_add_model(balancer: Balancer, add_model: Any) -> Any:
     def add_and_place(self: Any, *arguments: Any, **named: Any) -> Any:
         added = add_model(self, *arguments, **named)
         arguments_by_name = dict(zip(("model", "model_config"), arguments, strict=False)) | named
@@ -204,7 +204,7 @@ def _placing(balancer: Balancer, add_model: Any) -> Any:
 
 
 def place(states: Any, model: Any, balancer: Balancer) -> None:
-    """Put a stored placement in force for the model that an ``EplbState`` has just taken."""
+    """Put a stored placement in force for the model that was just added to an ``EplbState``."""
     try:
         state = list(states.model_states.values())[-1]
         running = state.physical_to_logical_map.cpu().numpy()
@@ -218,21 +218,21 @@ def place(states: Any, model: Any, balancer: Balancer) -> None:
         LOG.warn(f"{LATE}: {error!r}")
         return
     balancer.take_model(len(running), name)
-    # Ranks that follow live loads take part as well: here all compare what they read.
+    # Ranks that follow live loads take part as well, as here all ranks compare their files.
     maps = balancer.decide(
         load,
         *sizes,
         running,
         group=lambda: find_group(coordinator),
         model=name,
-        rank=rank_of_process(),
+        rank=find_process_rank(),
         wait=WAIT_AT_LOAD,
         quiet=True,
         sparse=None,
     )
     if maps is None or (maps == running).all():
         return
-    # The way of the synchronous balancer, which is there in the asynchronous one as well.
+    # The asynchronous balancer can rearrange like the synchronous one.
     states.is_async = False
     try:
         rearrange()
@@ -241,7 +241,7 @@ def place(states: Any, model: Any, balancer: Balancer) -> None:
 
 
 def warn_of_traps(model: Any, model_config: Any, parallel_config: Any) -> None:
-    """Warn of what this version of vLLM does wrong, or may, where experts are placed."""
+    """Warn of known faults of this version of vLLM that matter once experts move."""
     names = {type(module).__name__ for module in model.modules()}
     if any("FusedMoE" in name and "LoRA" in name for name in names):
         LOG.warn(

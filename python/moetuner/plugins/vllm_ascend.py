@@ -1,7 +1,7 @@
-"""vllm-ascend's entry point: replaces the policies of its own balancer, where the environment asks.
+"""vllm-ascend's entry point: replaces its balancer's policies if the environment asks for it.
 
-That is the one of its first model runner; the second runs vLLM's, which ``plugins.vllm`` serves.
-The policies were tested with 0.26.0rc1, outside the engine.
+Its first model runner has a balancer of its own; the second runs vLLM's, which ``plugins.vllm``
+serves. The policies were tested with 0.26.0rc1, outside the engine.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ LOG = Log(logging.getLogger("vllm.moetuner"))
 
 
 def register() -> None:
-    """Answer for every policy type with ours; nothing without ``MOETUNER_`` variables."""
+    """Replace all policy types by ours; do nothing without ``MOETUNER_`` variables."""
     try:
-        settings = Settings.of()
+        settings = Settings.from_environment()
     except ValueError:
         return  # vLLM's entry point has said it
     try:
@@ -37,7 +37,7 @@ def register() -> None:
 
 
 def replace_policies(settings: Settings) -> None:
-    """Put our policy around those of vllm-ascend, once."""
+    """Put our policy around those of vllm-ascend, only once."""
     from vllm_ascend.eplb.core.policy.policy_factory import PolicyFactory
 
     theirs = PolicyFactory.generate_policy
@@ -53,18 +53,18 @@ def replace_policies(settings: Settings) -> None:
 
 
 class AscendPolicy:
-    """A policy of vllm-ascend that decides by ours, and by ``theirs`` where ours fails.
+    """A policy of vllm-ascend that decides by ours, and by ``theirs`` if ours fails.
 
-    Another process than the one that makes it may run it, so it can be pickled.
+    It can be pickled, as it may run in another process than the one that makes it.
     """
 
     def __init__(self, theirs: Any, balancer: Balancer) -> None:
         self.theirs, self.balancer = theirs, balancer
 
     def rebalance_experts(self, current_expert_table: Any, expert_workload: Any) -> Any:
-        """Return whether the table changes, layers by what they gain, and the table [L,D,S].
+        """Return whether the table changes, layers by falling gain, and the table [L,D,S].
 
-        Takes experts [L,D,S] and the load of every slot [L,D,S], or [W,L,D,S] in windows.
+        It takes experts [L,D,S] and the load of every slot [L,D,S], or [W,L,D,S] in windows.
         """
         try:
             slots = read_array(current_expert_table)

@@ -1,4 +1,4 @@
-"""Problem: what is to be placed where, under which limits. Validated once, then frozen."""
+"""Problem: the traffic, the machine, the limits and the objective. Validated once, then frozen."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement, fill
 from moetuner.problem import capacity
 from moetuner.problem.caps import Caps
-from moetuner.problem.objective import Goal, Objective, goal_for, tables_for
+from moetuner.problem.objective import Goal, Objective, choose_goal, choose_tables
 from moetuner.problem.pins import Pin, SlotRules, make_rules
 from moetuner.problem.settings import (
     PIN,
@@ -30,7 +30,8 @@ from moetuner.problem.settings import (
     read_slots,
     write_groups,
 )
-from moetuner.problem.windows import Risk, Windows, weighed, windows_of
+from moetuner.problem.windows import Risk, Windows, choose_windows, join_sizes
+from moetuner.recording import compute_once
 from moetuner.serving import Serving, phases
 from moetuner.serving.arrival import Arrival
 from moetuner.serving.phases import Phases
@@ -40,7 +41,7 @@ from moetuner.serving.settings import (
     MACHINE,
     check_settings,
     read_count,
-    same_setting,
+    reuse_setting,
     setting,
 )
 from moetuner.serving.splits import RULES, Split
@@ -49,29 +50,29 @@ from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
 
 if TYPE_CHECKING:
-    # What is read is always counts.
+    # The attribute always holds counts.
     TraceOrStatistics: TypeAlias = RoutingStatistics | Any
 else:
     TraceOrStatistics = RoutingStatistics | RoutingTrace
 
-# Cap that the command line takes where traffic is minimised and none is given: without one, experts
-# that nobody uses would fill devices, and those that all use would share one.
+# Default load cap of the command line where traffic is minimised. Without a cap, unused experts
+# would fill some devices, and the busiest experts would share one.
 TRAFFIC_CAP = 1.05
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Problem(Frozen):
-    """The traffic, a topology, limits, and what is to be made small.
+    """The traffic, the topology, the limits, and the objective.
 
-    Begin with two arguments: a trace, or its statistics, and the topology. All others have defaults
-    that engines of today would choose.
+    Begin with two arguments: a trace, or its statistics, and the topology. All others have the
+    defaults of today's engines.
 
     Parameters
     ----------
     statistics
-        Counts of the traffic to place for. A ``RoutingTrace`` is counted: what ``objective`` and
-        ``regime`` need, in windows that ``phases`` are made of. Count it by
-        ``RoutingStatistics.from_trace`` where several problems are about the same traffic.
+        Counts of the traffic to place for. A ``RoutingTrace`` is counted here: the tables that
+        ``objective`` and ``regime`` need, in windows that divide those of ``phases``. Count it with
+        ``RoutingStatistics.from_trace`` where several problems share the same traffic.
     topology
         The devices and links.
     slots_per_device
@@ -142,7 +143,7 @@ class Problem(Frozen):
         label="Slots of a device in a layer",
         words=lambda value: str(value).strip("[()]"),
     )
-    regime: Regime = same_setting(Serving, "regime")
+    regime: Regime = reuse_setting(Serving, "regime")
     max_imbalance: float | None = setting(
         None,
         GOAL,
@@ -167,8 +168,8 @@ class Problem(Frozen):
             "traffic": "traffic between devices",
         },
     )
-    cost_model: CostModel | None = same_setting(Serving, "cost_model")
-    split: Split = same_setting(Serving, "split")
+    cost_model: CostModel | None = reuse_setting(Serving, "cost_model")
+    split: Split = reuse_setting(Serving, "split")
     extra_slots: int | None = setting(
         None,
         MACHINE,
@@ -177,7 +178,7 @@ class Problem(Frozen):
         label="Copies over all layers",
         words=lambda value: f"{value:,}",
     )
-    arrival: Arrival = same_setting(Serving, "arrival")
+    arrival: Arrival = reuse_setting(Serving, "arrival")
     risk: Risk = setting(
         "mean",
         GOAL,
@@ -195,7 +196,7 @@ class Problem(Frozen):
         label="Groups",
         words=write_groups,
     )
-    phases: Phases | None = same_setting(Serving, "phases")
+    phases: Phases | None = reuse_setting(Serving, "phases")
     pinned: Iterable[Pin] = setting(
         (), ENGINE, flag="--pin", label="Experts kept on a device", **PIN
     )
@@ -238,7 +239,7 @@ class Problem(Frozen):
                 check.not_negative(f"groups: weight of {check.shown(group)}", weight, "number")
             vars(self)["groups"] = dict(self.groups)
         if self.phases is not None:
-            vars(self)["phases"] = phases.checked(self.phases)
+            vars(self)["phases"] = phases.check_phases(self.phases)
         if isinstance(traffic, RoutingTrace):
             vars(self)["statistics"] = self._count(traffic)
         if self.cost_model is None:
@@ -252,10 +253,7 @@ class Problem(Frozen):
             capacity.check_filling(self.capacity, self.rules.forbidden, self.experts)
 
     def _count(self, trace: RoutingTrace) -> RoutingStatistics:
-        """Count a trace as the objective needs it, in windows that all phases are made of.
-
-        Pairs that it is not made of are counted, too: methods may ask for them.
-        """
+        """Count a trace: the tables that the objective needs, in windows that divide all phases."""
         if self.groups is not None and trace.group is None:
             raise check.ArgumentError(
                 "groups needs a trace with groups; this one has none", "groups"
@@ -264,7 +262,7 @@ class Problem(Frozen):
         return RoutingStatistics.from_trace(
             trace,
             window=math.gcd(*lengths) or WINDOW,
-            sets=tables_for(self.regime, self.goal)["sets"],
+            sets=choose_tables(self.regime, self.goal)["sets"],
             by_group=self.groups is not None,
         )
 
@@ -287,11 +285,11 @@ class Problem(Frozen):
         return Caps(self.load, self.max_imbalance, self.topology, self.split)
 
     def core_rules(self, caps: NDArray[np.float64] | None = None) -> _core.Rules:
-        """Return the rules as all of the core's searches keep them: pins, bans, copies, and caps.
+        """Return the rules of the core's searches: pins, bans, copies, and caps.
 
-        These are on the load of a device in every layer [L], in time of the slowest device.
+        Caps are the largest load of a device in every layer [L], in time of the slowest device.
         """
-        # That a device holds an expert once spreads two copies over devices already.
+        # No device holds an expert twice, so two copies are on two devices without a rule.
         domain = self.rules.domain if self.survive == "node" else None
         return _core.Rules(
             copies=self.may_copy,
@@ -305,7 +303,7 @@ class Problem(Frozen):
 
     @classmethod
     def served(cls, statistics: TraceOrStatistics, serving: Serving, **rules: Any) -> Problem:
-        """Return the problem of some traffic that is served so; ``rules`` are its other arguments.
+        """Return the problem of some traffic under a serving; ``rules`` are its other arguments.
 
         The windows are those of the statistics, or those of ``phases``.
         """
@@ -313,7 +311,7 @@ class Problem(Frozen):
         names = ("regime", "split", "arrival", "cost_model", "phases")
         served = {name: getattr(serving, name) for name in names}
         problem = cls(statistics, serving.topology, **{**served, **rules})
-        # What said a setting, and what no search asks for, is the serving's to know.
+        # The serving keeps the origins of its settings, and the settings that no search uses.
         served = {name: getattr(problem, name) for name in names}
         window = problem.statistics.window
         vars(problem)["serving"] = replace(serving, **served, window=window)
@@ -336,65 +334,72 @@ class Problem(Frozen):
     @cached_property
     def shares(self) -> dict[int | None, float]:
         """Share of the serving time of each size of windows that counts, by its tokens."""
-        return phases.weigh_phases(self.statistics, self.phases)
+        return phases.compute_phase_shares(self.statistics, self.phases)
 
     @cached_property
     def windows(self) -> Windows:
-        """Windows of load that count, and how much each does."""
+        """Windows of load that count, and their weights."""
         rules = (self.arrival, self.risk, self.groups)
-        parts = {
-            tokens: part
+        by_size = {
+            tokens: windows
             for tokens in self.shares
-            if (part := windows_of(self.statistics, *rules, tokens)).weight.any()
+            if (windows := choose_windows(self.statistics, *rules, tokens)).weight.any()
         }
-        if len(parts) == 1:
-            return next(iter(parts.values()))
-        costs = [self._cost_in_blocks(part) for part in parts.values()]
-        return weighed([*parts.values()], [self.shares[tokens] for tokens in parts], costs)
+        if len(by_size) == 1:
+            return next(iter(by_size.values()))
+        costs = [self._cost_in_blocks(windows) for windows in by_size.values()]
+        return join_sizes([*by_size.values()], [self.shares[size] for size in by_size], costs)
 
-    def _cost_in_blocks(self, part: Windows) -> float:
-        """Return what windows of the statistics cost in blocks, computed once for all problems."""
-        known = self.statistics.known
-        asked = ("cost in blocks", id(part), self.goal, replace(self.serving, arrival="bursts"))
-        if asked not in known:
-            known[asked] = self._make_objective(part).cost_in_blocks
-        return float(known[asked])
+    def _cost_in_blocks(self, windows: Windows) -> float:
+        """Return the mean cost of windows in blocks, computed once for all problems."""
+        key = ("cost in blocks", id(windows), self.goal, replace(self.serving, arrival="bursts"))
+        return compute_once(
+            self.statistics, key, lambda: self._make_objective(windows).cost_in_blocks
+        )
 
     @property
     def goal(self) -> Goal:
-        """The objective: what was asked for, or the default."""
-        return goal_for(self.objective, self.max_imbalance)
+        """The objective that was given, or the default."""
+        return choose_goal(self.objective, self.max_imbalance)
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is about traffic alone, of one copy each, on devices that are all alike."""
+        """Whether only traffic counts, with single copies, on equal devices, without rules."""
         return (
             self.goal == "traffic"
             and not (self.fill_slots and self.may_copy)
-            and not self.rules.some
+            and not self.rules.exist
             and self.capacity.min() == self.capacity.max()
             and self.topology.has_equal_devices
         )
 
     @property
     def may_copy(self) -> bool:
-        """Whether slots beyond one for each expert hold copies: where slots are given.
+        """Whether slots beyond one for each expert hold copies.
 
-        Those that are left over only because experts do not divide by devices stay empty, unless
-        all are to be full, or an expert must have several copies.
+        They do where the number of slots was given. Slots that are spare only because devices do
+        not divide the experts stay empty, unless ``fill_slots`` or a rule asks for copies.
         """
-        counts = (self.slots_per_device, self.extra_slots, self.topology.slots_per_device)
-        wanted = self.fill_slots or any(slots is not None for slots in counts)
-        spare = (self.capacity.sum(axis=1) > self.experts).any()
-        return bool(spare) and (wanted or self.rules.ask_for_copies)
+        return self._has_spare_slots and (
+            self.fill_slots
+            or self.slots_per_device is not None
+            or self.extra_slots is not None
+            or self.topology.slots_per_device is not None
+            or self.rules.need_copies
+        )
+
+    @property
+    def _has_spare_slots(self) -> bool:
+        """Whether a layer has more slots than experts."""
+        return bool((self.capacity.sum(axis=1) > self.experts).any())
 
     @property
     def stays_single(self) -> bool:
-        """Whether some slots are left over, but hold no copies: see ``may_copy``.
+        """Whether there are spare slots that hold no copies: see ``may_copy``.
 
-        What is proven of such a problem is proven of placements with one copy of each expert.
+        Bounds of such a problem hold for placements with one copy of each expert.
         """
-        return not self.may_copy and bool((self.capacity.sum(axis=1) > self.experts).any())
+        return not self.may_copy and self._has_spare_slots
 
     @property
     def layers(self) -> int:
@@ -408,7 +413,7 @@ class Problem(Frozen):
 
     @property
     def num_experts(self) -> int:
-        """Experts per layer, E, by the name that it has as an argument."""
+        """Experts per layer, E, by the name of the argument of other classes."""
         return self.experts
 
     @property
@@ -418,7 +423,7 @@ class Problem(Frozen):
 
     @property
     def slots(self) -> int:
-        """Slots of a device in a layer, S: the most of any."""
+        """Slots of a device in a layer, S; the largest number where devices differ."""
         return int(self.capacity.max())
 
     @cached_property
@@ -428,12 +433,12 @@ class Problem(Frozen):
 
     @cached_property
     def objective_searched(self) -> Objective:
-        """The same over the windows that a search sees, one for all searches of the problem."""
+        """The objective over the windows that searches use, one object for all searches."""
         return self.objective_in(self.windows.searched)
 
     @cached_property
     def objective_sampled(self) -> Objective:
-        """The same over a sample of very many windows, one for all searches of the problem."""
+        """The objective over a sample of very many windows, one object for all searches."""
         return self.objective_in(self.windows.sampled)
 
     def objective_in(self, windows: Windows) -> Objective:
@@ -465,9 +470,9 @@ class Problem(Frozen):
         return self.objective_function.value(placement)
 
     def violations(self, placement: Placement) -> tuple[str, ...]:
-        """Return what a placement breaks of the problem's rules: slots, pins, bans, the load cap.
+        """Return the rules that a placement breaks: slots, pins, bans, the load cap.
 
-        A sentence for each kind, with the first case and how many there are; none if it keeps all.
+        Each kind of rule has one sentence, with the first case and the number of cases.
 
         Raises
         ------
@@ -482,7 +487,7 @@ class Problem(Frozen):
         )
 
     def layers_that_keep_rules(self, placement: Placement) -> NDArray[np.bool_]:
-        """Return in which layers a placement keeps the rules of slots, pins and bans [L]."""
+        """Return whether a placement keeps the rules of slots, pins and bans in every layer [L]."""
         count = (placement.slots != EMPTY).sum(axis=2)
         keeps: NDArray[np.bool_] = (count <= self.capacity).all(axis=1)
         if self.fill_slots:
@@ -496,13 +501,12 @@ class Problem(Frozen):
     def check_shape(self, placement: Placement, name: str = "placement") -> None:
         """Raise ValueError if a placement, of this name, is of another model or machine."""
         check.instance(name, placement, Placement)
-        has = (placement.layers, placement.num_experts, placement.devices)
-        wants = (self.layers, self.experts, self.devices)
-        if has != wants:
-            sizes = "{} layers, {} experts and {} devices"
+        sizes = (placement.layers, placement.num_experts, placement.devices)
+        if sizes != (self.layers, self.experts, self.devices):
             raise check.ArgumentError(
-                f"{name} must have {sizes.format(*wants)} like the problem, "
-                f"got {'{}, {} and {}'.format(*has)}",
+                f"{name} must have {self.layers} layers, {self.experts} experts and "
+                f"{self.devices} devices like the problem, "
+                f"got {sizes[0]}, {sizes[1]} and {sizes[2]}",
                 name,
             )
 
@@ -518,14 +522,17 @@ class Problem(Frozen):
             )
 
     def has_slots_for(self, placement: Placement) -> bool:
-        """Return whether every device has the slots that a placement takes."""
+        """Return whether every device has enough slots for a placement."""
         self.check_shape(placement)
         return bool(((placement.slots != EMPTY).sum(axis=2) <= self.capacity).all())
 
     def filled(
         self, slots: NDArray[np.int32], running: Placement | None = None
     ) -> NDArray[np.int32]:
-        """Fill all slots [L,D,S] if ``fill_slots`` says so, first with what is there already."""
+        """Return slots [L,D,S], filled if ``fill_slots`` is set.
+
+        Copies go first to devices that hold their expert in the running placement.
+        """
         if not self.fill_slots:
             return slots
         return fill(
@@ -538,12 +545,13 @@ class Problem(Frozen):
         )
 
     def without_copies(self, *, even: bool = False) -> Problem | None:
-        """Return the problem of placements with one copy of each expert; None if this is one.
+        """Return the problem of placements with one copy of each expert.
 
-        None too if rules ask for copies. Its placements are placements of this problem. ``even``
-        ones have equally many experts on all devices, as far as slots allow.
+        Its placements are placements of this problem. With ``even``, all devices get equally many
+        experts, as far as slots allow. Return None if this problem is such a one, or if rules ask
+        for copies.
         """
-        if not self.may_copy or self.rules.ask_for_copies:
+        if not self.may_copy or self.rules.need_copies:
             return None
         arguments = {field.name: getattr(self, field.name) for field in fields(self)}
         kind = _EvenCopies if even else _SingleCopies
@@ -551,13 +559,13 @@ class Problem(Frozen):
 
 
 class _SingleCopies(Problem):
-    """A problem whose slots to spare stay empty."""
+    """A problem whose spare slots stay empty."""
 
     may_copy = False
 
 
 class _EvenCopies(_SingleCopies):
-    """A problem whose slots to spare stay empty, and are on no device more than must be."""
+    """A problem whose spare slots stay empty, and whose devices hold equally many experts."""
 
     @cached_property
     def capacity(self) -> NDArray[np.int64]:

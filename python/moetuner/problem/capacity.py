@@ -27,7 +27,7 @@ def compute_capacity(
     slots_per_device: int | Sequence[int] | None,
     extra_slots: int | None,
 ) -> NDArray[np.int64]:
-    """Return the slots of every device [L,D]: as asked, else the topology's, else as needed."""
+    """Return the slots of every device [L,D]: those given, the topology's, or just enough."""
     layers, experts = load.shape
     devices = topology.devices
     if layers * experts * devices > CELL_LIMIT:
@@ -43,12 +43,14 @@ def compute_capacity(
                 "slots_per_device",
                 "extra_slots",
             )
-        return _spread(load, devices, whole_number("extra_slots", extra_slots, lowest=0))
-    wanted = topology.slots_per_device if slots_per_device is None else slots_per_device
-    if isinstance(wanted, Sequence | np.ndarray):
+        return _spread_slots(load, devices, whole_number("extra_slots", extra_slots, lowest=0))
+    if slots_per_device is None:
+        slots_per_device = topology.slots_per_device
+    if isinstance(slots_per_device, Sequence | np.ndarray):
+        counts = per_device("slots_per_device", slots_per_device, devices)
         row = [
             whole_number(f"slots_per_device of device {device}", n, lowest=0, highest=SLOT_LIMIT)
-            for device, n in enumerate(per_device("slots_per_device", wanted, devices))
+            for device, n in enumerate(counts)
         ]
         if sum(row) < experts:
             raise ArgumentError(
@@ -58,7 +60,7 @@ def compute_capacity(
             )
     else:
         fewest = -(-experts // devices)
-        slots = fewest if wanted is None else wanted
+        slots = fewest if slots_per_device is None else slots_per_device
         slots = whole_number("slots_per_device", slots, highest=SLOT_LIMIT)
         if slots < fewest:
             raise ArgumentError(
@@ -71,11 +73,11 @@ def compute_capacity(
     return np.tile(np.array(row, dtype=np.int64), (layers, 1))
 
 
-def _spread(load: NDArray[np.uint64], devices: int, extra: int) -> NDArray[np.int64]:
-    """Spread extra slots: each to the layer whose heaviest copy it relieves most.
+def _spread_slots(load: NDArray[np.uint64], devices: int, extra: int) -> NDArray[np.int64]:
+    """Return slots [L,D] with each extra slot in the layer whose heaviest copy it relieves most.
 
-    A layer waits for its heaviest copy wherever no packing can hide it, so the benefit of a copy is
-    by how much it lowers the largest load per copy; the next best layer is found in a heap.
+    A layer waits for its heaviest copy, which no packing can hide. So the benefit of a copy is the
+    decrease of the largest load per copy; a heap has the layer with the largest benefit.
     """
     layers, experts = load.shape
     if extra > layers * experts * (devices - 1):
@@ -85,7 +87,7 @@ def _spread(load: NDArray[np.uint64], devices: int, extra: int) -> NDArray[np.in
             "extra_slots",
         )
     copies = np.ones((layers, experts), dtype=np.int64)
-    extra_of = np.zeros(layers, dtype=np.int64)
+    extra_slots = np.zeros(layers, dtype=np.int64)
     weight = load.astype(np.float64)
 
     def benefit(layer: int) -> tuple[float, int, int]:
@@ -99,19 +101,19 @@ def _spread(load: NDArray[np.uint64], devices: int, extra: int) -> NDArray[np.in
     for _ in range(extra):
         _, layer, e = heap[0]
         copies[layer, e] += 1
-        extra_of[layer] += 1
+        extra_slots[layer] += 1
         heapq.heapreplace(heap, benefit(layer))
     # Device after device over all layers, so that memory is even: no device has two slots more.
-    slots = experts + extra_of[:, None]
+    slots = experts + extra_slots[:, None]
     before = (np.arange(devices) - (np.cumsum(slots, axis=0) - slots)) % devices
     capacity: NDArray[np.int64] = slots // devices + (before < slots % devices)
     return capacity
 
 
 def even_slots(capacity: NDArray[np.int64], experts: int) -> NDArray[np.int64]:
-    """Return the slots of a capacity [L,D] that experts take if devices get equally many of them.
+    """Return the slots [L,D] that experts take if devices get equally many of them.
 
-    Devices with fewer slots are full, and the others get as many as all experts need.
+    Devices with less capacity [L,D] are full; the others share the remaining experts evenly.
     """
     limit = np.full((len(capacity), 1), -(-experts // capacity.shape[1]))
     while (short := np.minimum(capacity, limit).sum(axis=1) < experts).any():
@@ -121,7 +123,7 @@ def even_slots(capacity: NDArray[np.int64], experts: int) -> NDArray[np.int64]:
 
 
 def pad_slots(slots: NDArray[np.int32], capacity: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Return slots [L,D,S] at least as wide as a capacity [L,D]; experts come first."""
+    """Return slots [L,D,S], widened to a capacity [L,D]; experts come first, empty slots last."""
     widest = max(int(capacity.max()), int((slots != EMPTY).sum(axis=2).max()))
     padded = np.full((*capacity.shape, widest), EMPTY, dtype=np.int32)
     width = min(slots.shape[2], widest)
@@ -132,7 +134,7 @@ def pad_slots(slots: NDArray[np.int32], capacity: NDArray[np.int64]) -> NDArray[
 
 
 def violations(placement: Placement, capacity: NDArray[np.int64], *, fill_slots: bool) -> list[str]:
-    """Return in words which devices a placement gives more experts than slots, or leaves empty."""
+    """Return a sentence on devices with more experts than slots, and one on empty slots."""
     lines, count = [], (placement.slots != EMPTY).sum(axis=2)
     over, short = np.argwhere(count > capacity), np.argwhere((count < capacity) & fill_slots)
     for at in map(tuple, over[:1]):
@@ -162,5 +164,5 @@ def check_filling(
 
 
 def and_more(count: int) -> str:
-    """Return of how many cases the first one was named."""
+    """Write how many cases there are besides the one that was named."""
     return f", and {count - 1} more" if count > 1 else ""

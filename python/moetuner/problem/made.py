@@ -1,4 +1,4 @@
-"""Made: what a placement's file says of how it was made, for which serving, and from what."""
+"""Made: the settings of a placement's file: its serving, problem, search and recording."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from moetuner.frozen import as_json
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.reading import Reading
-from moetuner.serving import SERVED, Serving, describe_machine, phases
+from moetuner.serving import ENGINE_SETTINGS, Serving, describe_machine, phases
 from moetuner.serving.engines import ENGINES
 from moetuner.serving.settings import check_setting, setting
 from moetuner.statistics import COUNTED
@@ -36,48 +36,48 @@ def _mapping(name: str, value: object) -> None:
     instance(name, value, Mapping, hint=" by name")
 
 
-# Settings of serving, and of a problem beyond those, that a file has under their own names.
-OF_SERVING = {own.name: own for own in fields(Serving) if own.metadata}
-# Pins and bans, of which there may be thousands, are in none.
-OF_PROBLEM = {
-    own.name: own
-    for own in fields(Problem)
-    if own.metadata and own.name not in OF_SERVING and not own.metadata.get("multiple")
+# Settings of the serving, and further ones of the problem, which a file has under their own names.
+SERVING_FIELDS = {field.name: field for field in fields(Serving) if field.metadata}
+# Pins and bans, of which there may be thousands, are in no file.
+PROBLEM_FIELDS = {
+    field.name: field
+    for field in fields(Problem)
+    if field.metadata and field.name not in SERVING_FIELDS and not field.metadata.get("multiple")
 }
 
 
 @dataclass(frozen=True)
 class Made:
-    """What a placement's file says of how it was made.
+    """How the placement of a file was made.
 
-    A file holds all of it in one object, ``settings``; what is not known to this version is kept
-    apart and used by nothing.
+    A file has all of it in one object, ``settings``. Keys that this version does not know are
+    ignored.
 
     Parameters
     ----------
     serving
-        How the model is served, as far as the file says it: fields of ``Serving``, and ``window``
-        and ``engine``.
+        How the model is served, as far as the file says it: fields of ``Serving``, among them
+        ``topology``, ``window`` and ``engine``.
     wanted
-        Settings of the problem beyond those.
+        Further settings of the problem.
     version, method, effort
-        Which moetuner computed it, how, and with how much search; None where it was not computed.
+        Version of moetuner, method and effort of the search; None if no search computed it.
     seed
-        Of the search, and of what was held out.
+        Seed of the search, and of the choice of held-out traffic.
     figure, unit
-        The figure of an evaluation that it was computed for, and the unit of its objective.
+        The figure of an evaluation that is nearest to the objective, and the objective's unit.
     expert_size
         Hidden and intermediate size of an expert.
     holdout
         Share of the recording that was held out.
     counted
-        Which tables were counted of it, by name.
+        Whether each table was counted from it, by name.
     input
         How the recording was read.
     plan
-        Of a placement of ``plan``: the file that ran, and what became of its devices, in words.
+        For a placement of ``plan``: the file of the running placement, and the change of devices.
     spelled
-        Machine and cost model as options gave them: what an option takes, where a value is none.
+        Texts of the options that gave machine and cost model.
     """
 
     serving: Mapping[str, Any] = field(default_factory=dict)
@@ -96,17 +96,17 @@ class Made:
     spelled: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, placement: Placement) -> Made:
-        """Return what a placement says; raise ValueError for what breaks a rule."""
+    def read(cls, placement: Placement) -> Made:
+        """Read the settings of a placement; raise ValueError if one breaks a rule."""
         try:
-            return cls._read(placement.settings)
+            return cls._parse(placement.settings)
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"settings: {error}") from None
 
     @classmethod
-    def _read(cls, settings: Mapping[str, Any]) -> Made:
+    def _parse(cls, settings: Mapping[str, Any]) -> Made:
         values = {name: value for name, value in settings.items() if value is not None}
-        served = _build(OF_SERVING, values)
+        served = _build(SERVING_FIELDS, values)
         if "topology" in values:
             served["topology"] = topology.from_keys(values["topology"])
         if "window" in values:
@@ -114,25 +114,25 @@ class Made:
         if "engine" in values:
             text_or_none("engine", values["engine"])
             served["engine"] = values["engine"]
-        own: dict[str, Any] = {}
-        for each in fields(cls):
-            if "check" in each.metadata and each.name in values:
-                check_setting(each, values[each.name])
-                own[each.name] = values[each.name]
+        checked: dict[str, Any] = {}
+        for declared in fields(cls):
+            if "check" in declared.metadata and declared.name in values:
+                check_setting(declared, values[declared.name])
+                checked[declared.name] = values[declared.name]
         for name in ("input", "spelled"):
             _mapping(name, values.get(name, {}))
         spelled = {key: text for key, text in values.get("spelled", {}).items() if text is not None}
         for key, text in spelled.items():
             text_or_none(f"spelled.{key}", text)
-        read = Reading.from_json(values.get("input", {}))
-        wanted = _build(OF_PROBLEM, values)
-        return cls(serving=served, wanted=wanted, input=read, spelled=spelled, **own)
+        reading = Reading.from_json(values.get("input", {}))
+        wanted = _build(PROBLEM_FIELDS, values)
+        return cls(serving=served, wanted=wanted, input=reading, spelled=spelled, **checked)
 
     @classmethod
     def for_problem(cls, problem: Problem, **search: Any) -> Made:
-        """Return what is said of a placement that was computed for a problem, by a search."""
-        statistics, worth = problem.statistics, problem.objective_function
-        names = (*(name for name in OF_SERVING if hasattr(problem, name)), "topology")
+        """Return the settings of a placement that a search computed for a problem."""
+        statistics, objective = problem.statistics, problem.objective_function
+        names = (*(name for name in SERVING_FIELDS if hasattr(problem, name)), "topology")
         served = {name: getattr(problem.serving, name) for name in names}
         shares = {tokens: share for tokens, share in problem.shares.items() if tokens}
         served |= {"phases": shares or None, "window": statistics.window}
@@ -140,12 +140,12 @@ class Made:
             served["engine"] = problem.serving.engine
         return cls(
             serving=served,
-            wanted={name: getattr(problem, name) for name in OF_PROBLEM}
+            wanted={name: getattr(problem, name) for name in PROBLEM_FIELDS}
             | {"objective": problem.goal},
-            figure=worth.figure,
-            unit=worth.unit,
+            figure=objective.figure,
+            unit=objective.unit,
             expert_size=statistics.expert_size,
-            # What makes the fingerprint of the same traffic another one.
+            # The same traffic has another fingerprint if other tables were counted.
             counted={
                 name: getattr(statistics, table) is not None for name, table in COUNTED.items()
             },
@@ -154,32 +154,32 @@ class Made:
 
     def to_settings(self) -> dict[str, Any]:
         """Return the settings of a placement's file, as JSON values."""
-        declared = {**OF_SERVING, **OF_PROBLEM}
+        declared = {**SERVING_FIELDS, **PROBLEM_FIELDS}
         settings: dict[str, Any] = {
-            each.name: getattr(self, each.name)
-            for each in fields(self)
-            if "check" in each.metadata and getattr(self, each.name) is not None
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if "check" in field.metadata and getattr(self, field.name) is not None
         }
         for name, value in {**self.serving, **self.wanted}.items():
             write = declared[name].metadata.get("to_json") if name in declared else None
             settings[name] = value if write is None or value is None else write(value)
-        more = {"input": self.input.to_json(), "spelled": dict(self.spelled)}
-        settings |= {name: values for name, values in more.items() if values}
+        mappings = {"input": self.input.to_json(), "spelled": dict(self.spelled)}
+        settings |= {name: values for name, values in mappings.items() if values}
         return {name: as_json(value) for name, value in settings.items()}
 
     @property
     def machine(self) -> topology.Topology | None:
-        """The machine that it was computed for; None where the file does not say it."""
+        """The machine that the placement was computed for; None if the file does not say it."""
         return self.serving.get("topology")
 
     @property
     def phases(self) -> dict[int | None, float]:
-        """Sizes of windows that it was computed for, and their shares of the serving time."""
+        """Shares of the serving time, by size of windows, that the placement was computed for."""
         window = self.serving.get("window")
         return self.serving.get("phases") or ({} if window is None else {window: 1.0})
 
     def describe(self) -> str:
-        """Write what it was computed for: the engine, the goal, windows, settings, the machine."""
+        """Write what the placement is for: engine, objective, windows, settings and machine."""
         parts = []
         if self.serving.get("engine") in ENGINES:
             parts.append(ENGINES[self.serving["engine"]].title)
@@ -190,15 +190,17 @@ class Made:
         if sizes := self.phases:
             first = next(iter(sizes))
             windows = "windows as recorded" if first is None else f"windows of {first:,} tokens"
-            parts.append(phases.words(sizes) or windows)
-        parts += [f"{name} {self.serving[name]}" for name in SERVED if name in self.serving]
+            parts.append(phases.describe(sizes) or windows)
+        parts += [
+            f"{name} {self.serving[name]}" for name in ENGINE_SETTINGS if name in self.serving
+        ]
         machine = "" if self.machine is None else f" on {describe_machine(self.machine)}"
         return f"{', '.join(parts)}{machine}"
 
-    def spelled_of(self, name: str, *, beside: Path, value: object) -> str | None:
-        """Return what an option takes for a value that this has; None where that is not known.
+    def find_spelling(self, name: str, *, beside: Path, value: object) -> str | None:
+        """Return the text of the option that gave a setting this value; None if unknown.
 
-        A file that was named is looked for here, then beside another file.
+        The file that a text names is looked for in this folder, then in the folder of ``beside``.
         """
         text = self.spelled.get(name)
         if text is None or self.serving.get(name) != value:
@@ -208,11 +210,11 @@ class Made:
 
     @property
     def is_counted(self) -> bool:
-        """Whether the recording was counted already, in windows of its own."""
+        """Whether the recording was counts, which have windows of their own."""
         return self.input.windows is not None
 
     def on(self, machine: topology.Topology) -> Made:
-        """Return the same serving on another machine, of a placement that nothing computed."""
+        """Return the same serving on another machine, for a placement that no search computed."""
         serving = {**self.serving, "topology": machine}
         return Made(
             serving=serving,
@@ -223,11 +225,11 @@ class Made:
 
 
 def _build(declared: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings among a file's values: built of JSON, and checked."""
+    """Build the declared settings from a file's JSON values, and check them."""
     built = {}
-    for name, own in declared.items():
+    for name, setting_field in declared.items():
         if name in values:
-            build = own.metadata.get("from_json")
+            build = setting_field.metadata.get("from_json")
             built[name] = values[name] if build is None else build(values[name])
-            check_setting(own, built[name])
+            check_setting(setting_field, built[name])
     return built

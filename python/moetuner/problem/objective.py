@@ -1,4 +1,4 @@
-"""Objective: what a placement is worth to a problem. Here alone goal and regime are told apart."""
+"""Objective: the value of a placement to a problem. No other module compares goals and regimes."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ Goal = Literal["time", "balance", "traffic"]
 Value = TypeVar("Value")
 
 
-# Part of the objective that the busiest device after a loss is: intact load comes first.
+# Weight of the busiest device after a loss in the objective: the intact machine comes first.
 LOSS_SHARE = 0.1
-# Placements whose figures are cached.
-CACHED = 16
+# Placements whose figures are cached, the most recent ones.
+RECENT = 16
 
 
 Method = Callable[[Any, Placement], Value]
 
 
 def _cached(store: str) -> Callable[[Method[Value]], Method[Value]]:
-    """Return a decorator of methods that keep their last values, read-only, in an attribute.
+    """Return a decorator of methods that keep their most recent values, read-only, in an attribute.
 
-    A solve needs some again and again.
+    A solve needs the figures of some placements again and again.
     """
 
     def decorate(compute: Method[Value]) -> Method[Value]:
         @wraps(compute)
         def recall(self: Any, placement: Placement) -> Value:
             check.instance("placement", placement, Placement)
-            key, last = (compute, placement.slots.tobytes()), getattr(self, store)
-            for other, value in tuple(last):
-                if other == key:
+            key, cache = (compute, placement.slots.tobytes()), getattr(self, store)
+            for cached_key, value in tuple(cache):
+                if cached_key == key:
                     return cast("Value", value)
             value = compute(self, placement)
             if isinstance(value, np.ndarray):
                 value.setflags(write=False)
-            last.append((key, value))
+            cache.append((key, value))
             return value
 
         return recall
@@ -62,27 +62,26 @@ def _cached(store: str) -> Callable[[Method[Value]], Method[Value]]:
     return decorate
 
 
-def goal_for(objective: Goal | None, max_imbalance: float | None) -> Goal:
-    """Return what is made small: what was asked for; by default traffic under a load cap alone."""
+def choose_goal(objective: Goal | None, max_imbalance: float | None) -> Goal:
+    """Return the given objective; by default traffic under a load cap, else time."""
     if objective is not None:
         return objective
     return "time" if max_imbalance is None else "traffic"
 
 
-def tables_for(regime: Regime, goal: Goal) -> dict[str, bool]:
-    """Return which tables of a trace an objective is made of, as ``from_trace`` takes them.
+def choose_tables(regime: Regime, goal: Goal) -> dict[str, bool]:
+    """Return the tables that an objective needs, as arguments of ``RoutingStatistics.from_trace``.
 
-    Where expert sets say all that a time is made of, nothing asks for pairs besides them, which
-    take most of the time of counting. A search for the fewest visits begins with pairs, and its
-    certificates are of all that is counted.
+    A time in regime dispatch is computed from expert sets, so it needs no pairs, which take most of
+    the time of counting. A search for the fewest visits begins with pairs.
     """
-    # Visits are no part of balance, and sets take memory.
+    # Balance does not depend on visits, and sets take memory.
     sets = regime == "dispatch" and goal != "balance"
     pairs = not sets or goal == "traffic"
     return {"sets": sets, "transitions": pairs, "coactivation": pairs}
 
 
-# Unit, text of a value, and nearest figure of an evaluation, by what is counted.
+# Unit, text of a value, and nearest figure of an evaluation, for each kind of objective.
 WORDS = {
     "time": ("us per layer", "{:,.1f} us per layer", "predicted_layer_us"),
     "balance": ("max / mean load", "imbalance {:.4f}", "imbalance"),
@@ -92,13 +91,15 @@ WORDS = {
 }
 
 
-def decimals_of(goal: Goal | None) -> int:
-    """Return the decimals of an objective's value that say something."""
+def count_decimals(goal: Goal | None) -> int:
+    """Return the number of decimals to show of an objective's value."""
     return 1 if goal == "time" else 4
 
 
 class Objective:
-    """What a problem makes small, as numbers: the lower, the better. The problem makes it.
+    """The objective of a problem as a function of placements, to be minimised.
+
+    Get it from ``Problem.objective_function``.
 
     ``time`` is microseconds of a layer, as ``evaluate`` predicts them for the problem's own
     statistics, cost model, split and regime. ``balance`` is max / mean load of devices, each over
@@ -106,23 +107,23 @@ class Objective:
     risk of the problem's windows.
 
     ``traffic`` is a share of the traffic: of transitions (``follow``) or of co-activated pairs
-    (``dispatch``), at the cost of their link. In regime dispatch, where expert sets are known, it
-    is what tokens visit: devices and, at what their links cost more, nodes.
+    (``dispatch``), at the cost of their link. In regime dispatch, if expert sets were counted, it
+    is the mean number of devices that a token visits, plus the nodes at their extra cost.
 
     Parameters
     ----------
     statistics, serving
         Counts of the traffic, and how it is served.
     goal
-        What is made small.
+        What is minimised.
     windows
-        Windows of load that are judged.
+        Windows of load, with their weights.
     shares
-        Share of the serving time of each size of windows that counts, by its tokens.
+        Shares of the serving time, by tokens of a window.
     by_groups
-        Whether groups of the traffic are weighed.
+        Whether groups of the traffic have weights.
     survive
-        What may be lost; None for nothing.
+        Failure domain whose loss counts; None for none.
 
     Examples
     --------
@@ -149,23 +150,23 @@ class Objective:
         self.topology, self.regime = serving.topology, serving.regime
         self.goal, self.windows, self.shares = goal, windows, shares
         self._by_groups, self.survive = by_groups, survive
-        self._last: deque[tuple[Any, Any]] = deque(maxlen=CACHED)
-        self._visited: deque[tuple[Any, Any]] = deque(maxlen=CACHED)
+        self._recent: deque[tuple[Any, Any]] = deque(maxlen=RECENT)
+        self._recent_visits: deque[tuple[Any, Any]] = deque(maxlen=RECENT)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Drop what is cached when a problem is pickled or copied."""
-        empty = {name: deque[Any](maxlen=CACHED) for name in ("_last", "_visited")}
+        """Return all but the cached values, which no pickle or copy takes along."""
+        empty = {name: deque[Any](maxlen=RECENT) for name in ("_recent", "_recent_visits")}
         return {**self.__dict__, **empty}
 
     def _count_visits_with(self, other: Objective) -> None:
-        """Count what tokens visit once for both: windows of load do not alter it."""
-        self._visited = other._visited
+        """Share the cached visits with another objective: they do not depend on windows of load."""
+        self._recent_visits = other._recent_visits
 
     def __repr__(self) -> str:
-        """Return what is made small, and in which regime."""
+        """Return goal and regime."""
         return f"Objective({self.goal!r}, regime={self.regime!r})"
 
-    # Of any goal.
+    # For every goal.
 
     def value(self, placement: Placement) -> float:
         """Return the objective of a placement, in ``unit``."""
@@ -177,10 +178,10 @@ class Objective:
         return value * float(self.weigh_losses(placement).mean())
 
     def weigh_losses(self, placement: Placement) -> Floats:
-        """Compute what the busiest device after a loss makes of the cost of every layer [L].
+        """Compute the factor [L] by which losses raise the cost of every layer.
 
-        That is the worst of all losses, as a factor: 1 where loads are even, or nothing has to
-        survive.
+        It grows with the imbalance after the worst loss: 1 where loads stay even, or where nothing
+        has to survive.
         """
         if self.survive is None:
             return np.ones(placement.layers)
@@ -192,22 +193,22 @@ class Objective:
         return factor
 
     def worth(self, costs: Floats) -> Floats:
-        """Compute the value of each of several costs of windows [...,W], in ``unit``."""
+        """Compute values [...], in ``unit``, from costs of windows [...,W]."""
         return self.windows.values(costs, self.reference) * self._mean_reference
 
     @property
     def is_known(self) -> bool:
-        """Whether the statistics suffice to say what the objective is."""
+        """Whether the statistics have the tables that the objective needs."""
         return self.goal != "traffic" or self.has_traffic
 
     @property
     def is_sum_of_layers(self) -> bool:
-        """Whether it is a sum over layers, of which each may be placed by itself."""
+        """Whether the objective is a sum over layers, so that each may be placed by itself."""
         joins = self.goal != "balance" and self.regime == "follow" and self.statistics.layers > 1
         return self.is_known and not joins and self.survive is None
 
     def layer_costs(self, placement: Placement) -> Floats:
-        """Compute what layers cost [L,N]: of windows that do not simply add up, in each."""
+        """Compute the cost of layers [L,1], or of layers and windows [L,W] under a risk."""
         if self.goal == "traffic":
             return self.layers_traffic(placement)[:, None]
         costs = self.window_cost(placement).T
@@ -215,7 +216,7 @@ class Objective:
 
     @property
     def _words(self) -> tuple[str, str, str]:
-        """Unit, text of a value, and nearest figure, by what is counted."""
+        """Unit, text of a value, and nearest figure."""
         if self.goal == "traffic" and self.counts_visits:
             return WORDS["visits"]
         return WORDS[self.regime if self.goal == "traffic" else self.goal]
@@ -227,7 +228,7 @@ class Objective:
         return f"fanout + {node:.3g} node fanout" if node else self._words[0]
 
     def text(self, value: float) -> str:
-        """Return a value with its unit, as it stands in a sentence."""
+        """Return a value with its unit, for a sentence."""
         if not check.is_number(value):
             raise TypeError(f"value must be a finite number, got {check.shown(value)}")
         if self.survive is not None:
@@ -236,110 +237,107 @@ class Objective:
         return self._text(value)
 
     def _text(self, value: float) -> str:
-        """Return a value with its unit, whatever is lost."""
+        """Return a value with its unit, without the words on losses."""
         node = self.visit_costs[1] if self._words is WORDS["visits"] else 0.0
         if node:
             return f"fanout + {node:.3g} x node fanout = {value:.4f}"
         if self._words is WORDS["follow"] and np.unique(self.link_cost).size > 2:
             return f"cost of links {value:.4f} per transition"
-        where = phases.words(self.shares) if self.goal != "traffic" else ""
+        where = phases.describe(self.shares) if self.goal != "traffic" else ""
         return self._words[1].format(value) + (f", in {where}" if where else "")
 
     @property
     def decimals(self) -> int:
-        """Decimals of the value that say something, in a table."""
-        return decimals_of(self.goal)
+        """Decimals of the value in a table."""
+        return count_decimals(self.goal)
 
     @property
     def is_predicted_time(self) -> bool:
-        """Whether it is the predicted time that ``evaluate`` replays, as far as counts tell it."""
-        plain = self.windows.risk == "mean" and not self._by_groups and self.survive is None
-        return self.goal == "time" and plain and len(self.shares) == 1
+        """Whether the value is the predicted time of ``evaluate``, as far as counts tell it."""
+        is_mean = self.windows.risk == "mean" and not self._by_groups
+        return self.goal == "time" and is_mean and self.survive is None and len(self.shares) == 1
 
     @property
     def figure(self) -> str:
-        """Figure of an evaluation that comes nearest to the objective on other traffic."""
+        """Figure of an evaluation that is nearest to the objective."""
         return self._words[2]
 
     @property
     def figures(self) -> tuple[str, ...]:
-        """Figures of an evaluation that say most of it, besides imbalance in bursts and mixed.
-
-        Nodes are what dispatch visits, if there are any.
-        """
-        of_nodes = self.regime == "dispatch" and self.topology.nodes > 1
+        """Figures of an evaluation to show beside imbalance in bursts and mixed."""
+        visits_nodes = self.regime == "dispatch" and self.topology.nodes > 1
         if self.goal == "time":
-            visited = "node_fanout" if of_nodes else "fanout"
+            visited = "node_fanout" if visits_nodes else "fanout"
             return ("crossing" if self.regime == "follow" else visited, "predicted_layer_us")
-        return ("imbalance_total", "node_fanout" if of_nodes else "crossing", "fanout")
+        return ("imbalance_total", "node_fanout" if visits_nodes else "crossing", "fanout")
 
     @property
     def lacks(self) -> str | None:
-        """What the statistics lack of what the objective counts, and what follows, in words."""
+        """Sentence on a table that the statistics lack, and what follows; None if they have all."""
         if self.goal == "balance":
             return None
         if not self.has_traffic:
             pairs = "transitions" if self.regime == "follow" else "co-activation"
             return f"no {pairs}: methods could only balance the load"
-        # Without any pair every token has one expert, and visits one device.
+        # Without pairs every token has one expert, and visits one device.
         if self.coactivation is None:
             return None
         if self.goal == "traffic":
             return "no expert sets: co-activated pairs stand for the devices that tokens visit"
         return "no expert sets: the devices that tokens visit are estimated from pairs"
 
-    # What it depends on besides load: searches make a term of each.
+    # The tables that the objective depends on besides load: searches make a term of each.
 
     @property
     def cost_model(self) -> CostModel | None:
-        """What time is made of; None where time is not the goal."""
+        """Cost model of the predicted time; None if time is not the goal."""
         return self.serving.cost_model if self.goal == "time" else None
 
     @property
     def transitions(self) -> NDArray[np.uint64] | None:
-        """Counts [L-1,E,E] that join the layers; None where layers are independent."""
-        return self._some_pairs if self.regime == "follow" else None
+        """Transitions [L-1,E,E] that the objective counts; None if layers are independent."""
+        return self._counted_pairs if self.regime == "follow" else None
 
     @property
     def sets(self) -> tuple[ExpertSets, ...] | None:
-        """Expert sets whose visits are counted; None where none are."""
-        counted = self.counts_visits and self.goal != "balance"
-        return self.statistics.sets if counted else None
+        """Expert sets whose visits the objective counts; None if it counts none."""
+        is_counted = self.counts_visits and self.goal != "balance"
+        return self.statistics.sets if is_counted else None
 
     @property
     def coactivation(self) -> NDArray[np.uint64] | None:
-        """Counts [L,E,E] of pairs that stand for visits of unknown sets; None elsewhere."""
-        stand_in = self.regime == "dispatch" and not self.counts_visits
-        return self._some_pairs if stand_in else None
+        """Co-activation [L,E,E] in place of expert sets that were not counted; None otherwise."""
+        lacks_sets = self.regime == "dispatch" and not self.counts_visits
+        return self._counted_pairs if lacks_sets else None
 
     @property
-    def _some_pairs(self) -> NDArray[np.uint64] | None:
+    def _counted_pairs(self) -> NDArray[np.uint64] | None:
         pairs = None if self.goal == "balance" else self.pairs
         return pairs if pairs is not None and pairs.any() else None
 
-    # Of time and balance: costs of windows and layers, over a reference.
+    # For time and balance: costs of windows and layers, over a reference.
 
-    @_cached("_last")
+    @_cached("_recent")
     def window_cost(self, placement: Placement) -> Floats:
-        """Compute what every window and layer [W,L] adds to time or balance."""
+        """Compute the contribution of every window and layer [W,L] to time or balance."""
         compute = self._layer_times if self.goal == "time" else self._slowest
         return self.windows.map(compute(placement))
 
     @cached_property
     def reference(self) -> Floats:
-        """What a window's costs are measured by [W].
+        """Reference cost of every window [W], over which its costs are taken.
 
-        For time what a step of its size takes, or 1 where all are of one; else load over speed if
-        even.
+        For time, the mean time of a step of its size, or 1 if all windows have one size. For
+        balance, the load over speed of evenly loaded devices.
         """
         if self.goal != "time":
-            return self._even
+            return self._even_load
         reference = self.windows.reference
         return np.ones(len(self.windows)) if reference is None else reference
 
     @cached_property
     def _mean_reference(self) -> float:
-        """What a value is times its reference: of time the mean over windows, else nothing."""
+        """Factor that turns a ratio to the reference into ``unit``: 1 for balance."""
         if self.goal != "time" or self.windows.reference is None:
             return 1.0
         weight = self.windows.weight
@@ -347,39 +345,39 @@ class Objective:
 
     @property
     def cost_in_blocks(self) -> float:
-        """What a window costs on average if experts are placed in blocks, or evenly.
+        """Mean cost of a window if experts are in blocks, or for balance, spread evenly.
 
-        By this the time of several sizes of windows is shared.
+        It turns shares of the time into weights of windows of several sizes.
         """
-        cost, weight = self._even, self.windows.weight
+        cost, weight = self._even_load, self.windows.weight
         if self.goal == "time":
             sizes = self.statistics.layers, self.statistics.experts, self.topology.devices
             cost = self.window_cost(blocks(*sizes)).sum(axis=1)
         return float((weight * cost).sum() / weight.sum())
 
     def imbalances(self, placement: Placement) -> Floats:
-        """Compute what every layer [L] adds to max / mean load, whatever the goal is."""
+        """Compute the contribution of every layer [L] to max / mean load, for every goal."""
         served = self.windows.map(self._slowest(placement))
-        return np.array([self.windows.value(costs, self._even) for costs in served.T])
+        return np.array([self.windows.value(costs, self._even_load) for costs in served.T])
 
     @cached_property
-    def _even(self) -> Floats:
-        """Load over speed of every window's layers [W], if every device had its part."""
+    def _even_load(self) -> Floats:
+        """Load over speed [W], summed over layers, of evenly loaded devices in every window."""
         speed = self.topology.speed_of_device
         mean: Floats = self.windows.tokens / speed.sum()
         return mean
 
     def _slowest(self, placement: Placement) -> Callable[[Floats], Floats]:
-        """Return what computes the load over speed of the slowest devices [W,L] of windows."""
+        """Return a function from loads [W,L,E] to the slowest device's load over speed [W,L]."""
         return lambda load: slowest(placement, load, self.topology, self.serving.split)
 
     def _layer_times(self, placement: Placement) -> Callable[[Floats], Floats]:
-        """Return what predicts microseconds over L of every layer of windows [W,L]."""
+        """Return a function from loads [W,L,E] to predicted microseconds over L [W,L]."""
         setting = replay.Setting(placement, self.serving, ReplayOptions(mixed=False))
         visits = None if self.statistics.sets is None else self._count_visits(placement)
         follows = self.regime == "follow"
         expected = replay.Expected(self.statistics, setting, follows=follows, visits=visits)
-        # Homes are of all windows together, which may come in several blocks.
+        # Home devices follow from the load of all windows, which may come in several blocks.
         total = None if self.windows.load.dtype == np.float64 else self.windows.total[None]
 
         def times(load: Floats) -> Floats:
@@ -388,42 +386,42 @@ class Objective:
 
         return times
 
-    # Of traffic, whatever the goal is.
+    # Traffic, for every goal.
 
     @property
     def counts_visits(self) -> bool:
-        """Whether traffic is counted in devices that tokens visit: where expert sets are known."""
+        """Whether expert sets were counted, so that traffic is the devices that tokens visit."""
         return self.regime == "dispatch" and self.statistics.sets is not None
 
     @property
     def knows_visits(self) -> bool:
-        """Whether times count devices that tokens visit, from expert sets or estimated from pairs.
+        """Whether expert sets or pairs tell which devices tokens visit.
 
-        Else a token visits one device for each of its experts.
+        If not, times count one device for each expert of a token.
         """
         return self.sets is not None or self.coactivation is not None
 
     @property
     def counts_pairs(self) -> bool:
-        """Whether traffic of pairs is the goal: bounds then are costs, in whole numbers."""
+        """Whether the goal is traffic of pairs: its bounds are integer costs."""
         return self.goal == "traffic" and not self.counts_visits
 
     @property
     def pairs(self) -> NDArray[np.uint64] | None:
-        """Counts [L-1,E,E] or [L,E,E] of what the regime pays for; None where not counted."""
+        """Pairs that cost traffic in the regime, [L-1,E,E] or [L,E,E]; None if not counted."""
         statistics = self.statistics
         return statistics.transitions if self.regime == "follow" else statistics.coactivation
 
     @property
     def has_traffic(self) -> bool:
-        """Whether what the regime's traffic is made of was counted: expert sets or pairs."""
+        """Whether the tables of the regime's traffic were counted: expert sets or pairs."""
         return self.counts_visits or self.pairs is not None
 
-    @_cached("_last")
+    @_cached("_recent")
     def traffic(self, placement: Placement) -> float:
-        """Return what ``value`` is with the objective traffic; 0 where nothing was counted.
+        """Compute the traffic of a placement, as ``value`` is for that goal; 0 without counts.
 
-        With one copy of each expert it is ``cost`` over ``scale``; with copies it is expected.
+        With one copy of each expert it is ``cost`` over ``scale``; with copies, its expectation.
         """
         if self.counts_visits:
             return float(self._visits(placement).sum())
@@ -432,17 +430,17 @@ class Objective:
         if self.pairs is None:
             return 0.0
         if self.regime == "dispatch":
-            return float(self._apart(placement).sum())
+            return float(self._compute_apart(placement).sum())
         topology = self.topology
         moved = copies.count_pairs(placement, topology, self.serving.split, self.pairs)
         return float((moved * topology.cost).sum()) / self.scale
 
     def layers_traffic(self, placement: Placement) -> Floats:
-        """Compute what every layer [L] adds to the traffic of dispatch; else, or if unknown, 0."""
+        """Compute the contribution of every layer [L] to the traffic of dispatch; 0 for follow."""
         if self.counts_visits:
             return self._visits(placement)
         has_pairs = self.regime == "dispatch" and self.has_traffic
-        return self._apart(placement) if has_pairs else np.zeros(self.statistics.layers)
+        return self._compute_apart(placement) if has_pairs else np.zeros(self.statistics.layers)
 
     def cost(self, placement: Placement) -> int:
         """Compute the exact cost of the pairs of a placement with one copy of each expert.
@@ -465,14 +463,14 @@ class Objective:
 
     @cached_property
     def link_cost(self) -> NDArray[np.int64]:
-        """Cost of a pair over a link [D,D]; co-activated ones cost the same between any devices."""
+        """Cost of a pair by its devices [D,D]; a co-activated pair costs 1 on any two devices."""
         if self.regime == "follow":
             return self.topology.cost
         return 1 - np.eye(self.topology.devices, dtype=np.int64)
 
     @cached_property
     def scale(self) -> int:
-        """Cost if every counted pair moved over the cheapest link; shares are of it."""
+        """Cost if every counted pair moved over the cheapest link: the whole of a share."""
         pairs = self.pairs
         counted = 0 if pairs is None else int(pairs.sum(dtype=np.uint64))  # below 2**63
         if self.regime == "dispatch":
@@ -483,16 +481,16 @@ class Objective:
 
     @cached_property
     def tokens(self) -> int:
-        """Tokens of all layers, whose visits are counted; 0 where expert sets are not known."""
+        """Tokens whose expert sets were counted, summed over layers; 0 without sets."""
         sets = self.statistics.sets or ()
         return sum(int(layer_sets.counts.sum(dtype=np.uint64)) for layer_sets in sets)
 
     @cached_property
     def visit_costs(self) -> tuple[float, float]:
-        """Cost of a token's visit of a device and, on top of it, of a node.
+        """Cost of a token's visit of a device, and its additional cost of a node.
 
-        A token crosses to a node once and is handed on inside it, so a node costs a link between
-        nodes where a device costs one inside.
+        A token crosses to a node once and is passed on inside it. So a visited node costs a link
+        between nodes, in units of a link inside.
         """
         topology = self.topology
         if topology.nodes < 2 or topology.node_size < 2:
@@ -504,10 +502,10 @@ class Objective:
 
     @property
     def link_us(self) -> Floats:
-        """Microseconds of a pair of experts that meet over a link [D,D].
+        """Microseconds of a transition by its devices [D,D].
 
-        A token's state goes to the next layer's experts once each, but is counted with each of its
-        own experts: in pairs, it is a top-k-th of a row.
+        A token's state moves once to each of its experts in the next layer, but is counted once for
+        each of its top-k experts before. So a pair takes 1 / top-k of the time of a row.
         """
         model, topology = self.serving.cost_model, self.topology
         assert model is not None
@@ -517,26 +515,26 @@ class Objective:
 
     @property
     def top_k(self) -> float:
-        """Experts that a token visits in a layer, from the counts; 1 where they do not tell."""
+        """Experts of a token in a layer, from the counts; 1 if they do not say it."""
         if self.statistics.sets is not None:
             return float(self.statistics.sets[0].top_k)
         pairs, load = self.statistics.transitions, float(self.statistics.total_load[:-1].sum())
         return max(float(pairs.sum()) / load, 1.0) if pairs is not None and load else 1.0
 
-    def _apart(self, placement: Placement) -> Floats:
-        """Compute the share of all co-activated pairs that are apart, by layer [L]."""
+    def _compute_apart(self, placement: Placement) -> Floats:
+        """Compute the expected share of all co-activated pairs on two devices, by layer [L]."""
         share = copies.compute_slot_shares(placement, self.topology, self.serving.split)
         pairs = self.statistics.coactivation_or_empty
         return _core.expected_apart((placement.slots, share), pairs) / self.scale
 
     def _visits(self, placement: Placement) -> Floats:
-        """Compute what every layer [L] adds to a token's visits, by ``copies.count_visits``."""
+        """Compute the contribution of every layer [L] to the cost of a token's visits."""
         device_cost, node_cost = self.visit_costs
         devices, nodes = self._count_visits(placement)
         total: Floats = device_cost * devices.sum(axis=1) + node_cost * nodes.sum(axis=1)
         return total / max(self.tokens, 1)
 
-    @_cached("_visited")
+    @_cached("_recent_visits")
     def _count_visits(self, placement: Placement) -> tuple[Floats, Floats]:
         """Count the tokens that visit every device [L,D], and every node [L,N]."""
         assert self.statistics.sets is not None

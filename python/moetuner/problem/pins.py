@@ -1,4 +1,4 @@
-"""Rules of slots: experts that must or must not be on a device, and copies that survive a loss."""
+"""Rules of slots: pins, bans, and copies that survive the loss of a device or node."""
 
 from __future__ import annotations
 
@@ -24,44 +24,48 @@ class _Arguments(TypedDict):
     survive: None
 
 
-# Of a problem whose placements may be anywhere: what relaxes one takes these.
+# Arguments of a problem without rules of slots, as relaxations are.
 NO_RULES: _Arguments = {"pinned": (), "forbidden": (), "survive": None}
 
 
 @dataclass(frozen=True)
 class SlotRules:
-    """Tables [L,E,D], and the failure domain of every device [D]; None where nothing is said."""
+    """Pins and bans [L,E,D], and the failure domain of every device [D]; None without rules."""
 
     pinned: NDArray[np.bool_] | None
     forbidden: NDArray[np.bool_] | None
     domain: NDArray[np.int64] | None = None
 
     @property
-    def some(self) -> bool:
-        """Whether there is a rule at all."""
-        return any(each is not None for each in (self.pinned, self.forbidden, self.domain))
+    def exist(self) -> bool:
+        """Whether there is a rule."""
+        return any(rule is not None for rule in (self.pinned, self.forbidden, self.domain))
 
     @property
-    def ask_for_copies(self) -> bool:
+    def need_copies(self) -> bool:
         """Whether an expert must have several copies in a layer."""
         is_pinned_twice = self.pinned is not None and bool((self.pinned.sum(axis=2) > 1).any())
         return is_pinned_twice or self.domain is not None
 
     def are_broken(self, layer: int, held: NDArray[np.bool_]) -> bool:
-        """Return whether what devices hold of a layer [D,E] breaks a rule."""
-        lacks = self.pinned is not None and (self.pinned[layer].T & ~held).any()
+        """Return whether the experts that devices hold in a layer [D,E] break a rule."""
+        unpinned = self.pinned is not None and (self.pinned[layer].T & ~held).any()
         banned = self.forbidden is not None and (self.forbidden[layer].T & held).any()
-        return bool(lacks or banned or (self.domain is not None and self._dies(held[None]).any()))
+        return bool(
+            unpinned
+            or banned
+            or (self.domain is not None and self._die_with_domain(held[None]).any())
+        )
 
-    def _dies(self, held: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Return which experts have all copies in one failure domain [L,E]."""
+    def _die_with_domain(self, held: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return whether all copies of an expert are in one failure domain [L,E]."""
         assert self.domain is not None
-        domains = [held[:, self.domain == one].any(axis=1) for one in np.unique(self.domain)]
-        dies: NDArray[np.bool_] = np.sum(domains, axis=0) < 2
+        held_in = [held[:, self.domain == domain].any(axis=1) for domain in np.unique(self.domain)]
+        dies: NDArray[np.bool_] = np.sum(held_in, axis=0) < 2
         return dies
 
     def violations(self, placement: Placement) -> list[str]:
-        """Return in words which rules a placement breaks."""
+        """Return a sentence for each kind of rule that a placement breaks."""
         hosts, lines = placement.held.transpose(0, 2, 1), []
         for name, rule in (("pinned", self.pinned), ("forbidden", self.forbidden)):
             if rule is None:
@@ -74,7 +78,7 @@ class SlotRules:
                     f"{and_more(len(wrong))}"
                 )
         if self.domain is not None:
-            dying = np.argwhere(self._dies(placement.held))
+            dying = np.argwhere(self._die_with_domain(placement.held))
             for layer, expert in dying[:1]:
                 lines.append(
                     f"survive: expert {expert} of layer {layer} has no copy outside one failure "
@@ -90,9 +94,12 @@ def make_rules(
     capacity: NDArray[np.int64],
     domain: NDArray[np.int64] | None = None,
 ) -> SlotRules:
-    """Return tables of rules for so many experts in slots [L,D], checked."""
+    """Build and check the rules for a number of experts in slots [L,D]."""
     shape = (len(capacity), experts, capacity.shape[1])
-    must, must_not = _table("pinned", pinned, shape), _table("forbidden", forbidden, shape)
+    must, must_not = (
+        _build_table("pinned", pinned, shape),
+        _build_table("forbidden", forbidden, shape),
+    )
     if must is not None:
         _check_pins(must, must_not, capacity)
     if must_not is not None:
@@ -104,14 +111,14 @@ def make_rules(
 
 def _check_copies(domain: NDArray[np.int64], experts: int, capacity: NDArray[np.int64]) -> None:
     """Raise where slots [L,D] do not suffice for copies of all experts in two failure domains."""
-    slots = np.stack([capacity[:, domain == one].sum(axis=1) for one in np.unique(domain)])
+    slots = np.stack([capacity[:, domain == n].sum(axis=1) for n in np.unique(domain)])
     if len(slots) < 2:
         if len(domain) == 1:
             raise ArgumentError("survive needs two devices or more, got one", "survive")
         raise ArgumentError(
             "survive node needs devices_per_node: there is one node", "survive", "devices_per_node"
         )
-    # A domain of more slots than experts has no use for more first and second copies.
+    # A domain holds each expert once at most, so slots beyond the number of experts do not count.
     usable = np.minimum(slots, experts).sum(axis=0)
     for layer in np.flatnonzero(usable < 2 * experts)[:1]:
         raise ArgumentError(
@@ -141,10 +148,10 @@ def _check_pins(
             "pinned",
         )
     unpinned = (~pinned.any(axis=2)).sum(axis=1)
-    left = (capacity - by_device).sum(axis=1)
-    for layer in np.flatnonzero(left < unpinned):
+    free = (capacity - by_device).sum(axis=1)
+    for layer in np.flatnonzero(free < unpinned):
         raise ArgumentError(
-            f"pinned leaves {left[layer]} slots of layer {layer} for the {unpinned[layer]} "
+            f"pinned leaves {free[layer]} slots of layer {layer} for the {unpinned[layer]} "
             "experts that are not pinned",
             "pinned",
         )
@@ -165,11 +172,11 @@ def _check_bans(
         if key in checked or not ban.any():
             continue
         checked.add(key)
-        left = capacity[layer] - fixed.sum(axis=0)
-        shortage = _core.find_shortage(ban[~fixed.any(axis=1)], left.tolist())
+        free = capacity[layer] - fixed.sum(axis=0)
+        shortage = _core.find_shortage(ban[~fixed.any(axis=1)], free.tolist())
         if shortage is not None:
             experts, devices = shortage
-            slots = left[devices].sum()
+            slots = free[devices].sum()
             raise ArgumentError(
                 f"forbidden leaves {slots} slots in layer {layer}, on "
                 f"{', '.join(map(str, devices)) or 'no device'}, for {experts} experts that may be "
@@ -178,9 +185,10 @@ def _check_bans(
             )
 
 
-def _table(
+def _build_table(
     name: str, rules: Iterable[Pin], shape: tuple[int, int, int]
 ) -> NDArray[np.bool_] | None:
+    """Build the table [L,E,D] of pins or bans; None if there are none."""
     table: NDArray[np.bool_] | None = None
     for rule in rules:
         try:

@@ -1,4 +1,4 @@
-"""Reading: how a recording was read, which its own files do not say. Declared once."""
+"""Reading: the options by which a recording was read, which its own files do not say."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moetuner.serving.settings import setting
 
 
 def _texts(name: str, value: object) -> None:
-    if not (isinstance(value, list | tuple) and all(isinstance(part, str) for part in value)):
+    if not (isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)):
         raise ValueError(f"{name} must be a list of texts, got {shown(value)}")
 
 
@@ -21,23 +21,23 @@ def _texts(name: str, value: object) -> None:
 class Reading:
     """How a recording was read.
 
-    A field says of which recordings it ``replaces`` an option that is not given: of all, or of
-    counts whose windows are of unknown length; whether it is a ``hint``, needed before the
-    recording is read; and whether it ``scales``, so that others of the kind are read by it, too:
-    what their numbers stand for.
+    The metadata of a field say how a later reading uses it. It ``replaces`` an option that is not
+    given: for all recordings, or for counts whose windows have an unknown length. A ``hint`` is
+    needed before the recording is read. A field that ``scales`` gives the numbers their meaning, so
+    other recordings of the kind are read with it, too.
 
     Parameters
     ----------
     files, tokens, windows
-        Names of its files, and how much they held.
+        Names of its files, and the number of its tokens or windows.
     only, group_by
-        Groups that were used alone, and what named them.
+        The groups that were used, if not all, and the option that named the groups.
     model, weight_bits
-        Its model, and bits of a weight.
+        Name of its model, and bits of a weight.
     tokens_per_step
-        Tokens of a step that windows of counts were scaled to.
+        Tokens of a step, to which windows of counts were scaled.
     num_experts, top_k
-        What its files do not say of a layer.
+        Experts of a layer, and experts of a token, where its files do not say them.
     """
 
     files: tuple[str, ...] | None = setting(None, check=_texts)
@@ -52,70 +52,69 @@ class Reading:
     group_by: str | None = setting(None, check=text_or_none)
 
     @classmethod
-    def of(cls, options: Any, recording: Recording) -> Reading:
-        """Return how options read a recording, of those fields that they have."""
-        names = [own.name for own in fields(cls) if hasattr(options, own.name)]
-        read: dict[str, Any] = {name: getattr(options, name) for name in names}
-        # A path from here is found again from here; one of the whole machine is nobody else's.
+    def from_options(cls, options: Any, recording: Recording) -> Reading:
+        """Return the reading of a recording by options, from those fields that the options have."""
+        names = [field.name for field in fields(cls) if hasattr(options, field.name)]
+        values: dict[str, Any] = {name: getattr(options, name) for name in names}
+        # A relative path is found again from the same folder; an absolute one is private.
         files = tuple(
             path.name if path.is_absolute() else str(path) for path in options.input_files
         )
-        return cls(**{**read, "files": files, **recording.size})
+        return cls(**{**values, "files": files, **recording.size})
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Reading:
-        """Return what a placement's file says; other keys are of no use."""
-        read: dict[str, Any] = {}
-        for own in fields(cls):
-            value = values.get(own.name)
+        """Return the reading that a placement's file has; unknown keys are ignored."""
+        checked: dict[str, Any] = {}
+        for field in fields(cls):
+            value = values.get(field.name)
             if value is not None:
-                own.metadata["check"](f"input.{own.name}", value)
-                read[own.name] = tuple(value) if isinstance(value, list) else value
-        return cls(**read)
+                field.metadata["check"](f"input.{field.name}", value)
+                checked[field.name] = tuple(value) if isinstance(value, list) else value
+        return cls(**checked)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what is known, as JSON values."""
+        """Return the fields that are not None, as JSON values."""
         return {
-            own.name: list(value) if isinstance(value, tuple) else value
-            for own in fields(self)
-            if (value := getattr(self, own.name)) is not None
+            field.name: list(value) if isinstance(value, tuple) else value
+            for field in fields(self)
+            if (value := getattr(self, field.name)) is not None
         }
 
-    def missing(self, options: Any, recording: Recording) -> dict[str, Any]:
-        """Return what stands in for options that are not given, by their names."""
+    def substitute(self, options: Any, recording: Recording) -> dict[str, Any]:
+        """Return the fields that replace options which are not given, by name."""
         kinds = ["all"]
         if not recording.ordered and recording.window is None:
             kinds.append("counts")
         return {
-            own.name: getattr(self, own.name)
-            for own in fields(self)
-            if own.metadata.get("replaces") in kinds and getattr(options, own.name) is None
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.metadata.get("replaces") in kinds and getattr(options, field.name) is None
         }
 
     def hints(self) -> Iterator[tuple[str, Any]]:
-        """Yield what is needed before a recording is read, by the names of options."""
-        for own in fields(self):
-            if own.metadata.get("hint"):
-                yield own.name, getattr(self, own.name)
+        """Yield the name and value of fields that are needed before a recording is read."""
+        for field in fields(self):
+            if field.metadata.get("hint"):
+                yield field.name, getattr(self, field.name)
 
-    def is_of(self, recording: Recording) -> bool:
-        """Whether a recording is as large as the one that was read."""
+    def fits(self, recording: Recording) -> bool:
+        """Whether a recording has the size of the one that was read."""
         return all(getattr(self, name) == size for name, size in recording.size.items())
 
-    def is_other_than(self, recording: Recording) -> bool:
-        """Whether what was read had another size than a recording; not where it is not known."""
+    def contradicts(self, recording: Recording) -> bool:
+        """Whether a recording has another size than the one that was read, where that is known."""
         return any(getattr(self, name) not in (None, size) for name, size in recording.size.items())
 
     def without_files(self) -> Reading:
-        """Return how others of the kind are read: what its numbers stand for, and hints."""
-        names = [
-            own.name
-            for own in fields(self)
-            if own.metadata.get("scales") or own.metadata.get("hint")
-        ]
-        read: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return Reading(**read, group_by=self.group_by)
+        """Return the reading for other recordings of the kind: hints, and fields that scale."""
+        values: dict[str, Any] = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.metadata.get("scales") or field.metadata.get("hint")
+        }
+        return Reading(**values, group_by=self.group_by)
 
 
-# What other recordings of the kind are read by.
-SCALES = tuple(own.name for own in fields(Reading) if own.metadata.get("scales"))
+# Options by which other recordings of the kind are read, too.
+SCALES = tuple(field.name for field in fields(Reading) if field.metadata.get("scales"))

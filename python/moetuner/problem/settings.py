@@ -1,4 +1,4 @@
-"""Rules of a problem as text: how options and files give slots, caps, groups and pins."""
+"""Settings of a problem as text: slots, caps, risk, groups and pins of options and files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moetuner.files.cells import counted, listed
 from moetuner.problem.pins import Pin
 from moetuner.serving.settings import read_count
 
-# Names of groups in a line.
+# Groups that a line names at most.
 NAMED = 6
 
 
@@ -40,14 +40,14 @@ def read_groups(text: str) -> str | dict[str, float]:
     """Read minimax, or NAME=WEIGHT,...."""
     if text == "minimax":
         return text
-    pairs = [part.rpartition("=") for part in text.split(",")]  # names may hold "=", too
+    pairs = [pair.rpartition("=") for pair in text.split(",")]  # names may hold "=", too
     if not all(name for name, _, _ in pairs):
         raise ValueError(text)
     return {name: float(weight) for name, _, weight in pairs}
 
 
 def write_groups(value: Any) -> str:
-    """Write how groups are weighed."""
+    """Write the weights of groups, or that the worst group counts."""
     if isinstance(value, Mapping):
         return listed([f"{clean(str(name))} x {weight:g}" for name, weight in value.items()], NAMED)
     return {"minimax": "for the worst group"}.get(str(value), str(value))
@@ -59,7 +59,11 @@ def read_pin(text: str) -> Pin:
     return (None if layer == "*" else read_count(layer), read_count(expert), read_count(device))
 
 
-# What pins and bans have in common.
-PIN: dict[str, Any] = {"read": read_pin, "metavar": "LAYER:EXPERT:DEVICE", "multiple": True}
-PIN["words"] = lambda value: counted(len(value), "rule")
-PIN["default_text"] = "none; may be repeated"
+# Declaration of an option for pins or bans.
+PIN: dict[str, Any] = {
+    "read": read_pin,
+    "metavar": "LAYER:EXPERT:DEVICE",
+    "multiple": True,
+    "words": lambda value: counted(len(value), "rule"),
+    "default_text": "none; may be repeated",
+}

@@ -1,7 +1,8 @@
-"""Which windows of load count, and how much each does."""
+"""Windows: the windows of load that count in an objective, and their weights."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,58 +15,57 @@ from moetuner._checks import ArgumentError, is_number, shown
 from moetuner._texts import suggestion
 from moetuner.evaluation.arrival import WINDOWS_MIXED, mix_windows
 from moetuner.evaluation.blocks import blocks, by_block
+from moetuner.recording import compute_once
 from moetuner.serving.arrival import Arrival, share_mixed
-from moetuner.statistics import Loads, RoutingStatistics, narrowest
+from moetuner.statistics import Loads, RoutingStatistics, narrow
 
 Floats = NDArray[np.float64]
 Risk = Literal["mean"] | float
 
-# Windows that a search sees as they are. More are merged by likeness into so many (and one more for
-# every group at most), whatever their number is: its memory is bounded by them ("Long traces" in
-# docs/experiments.md).
+# Largest number of windows that a search uses as they are. More are merged into clusters of similar
+# windows: this many, plus at most one per group. They bound the memory of a search ("Long traces"
+# in docs/experiments.md).
 MOST, MERGED = 512, 128
-# Windows, at even distances, by which a search ranks the few placements that it ends with.
+# Evenly spaced windows by which a search ranks its final placements.
 SAMPLED = 2048
-# Tokens of an expert in a window whose number chance changes by a millionth at most, and the seed
-# by which fewer are drawn in windows of mixed arrival.
+# Tokens of an expert in a window whose standard deviation is a millionth of them, and the seed by
+# which fewer are drawn for windows of mixed arrival.
 CERTAIN, SEED = 1e12, 1
-# How many times as many windows are mixed into a longer one, and how many longer ones there are at
-# the least; and what unseen traffic adds to the variance of a mean, in variances of a window over
-# the number of windows ("Mixed windows" in docs/experiments.md).
+# Factor by which more windows are mixed into a longer one, and the smallest number of longer ones;
+# the variance that unseen traffic adds to a mean, in variances of a window over the number of
+# windows ("Mixed windows" in docs/experiments.md).
 LONGER, FEWEST, UNSEEN = 4, 8, 3
-# Longer windows that a group must fill to be searched on them as recorded; of a group that fills
-# fewer they are scaled from shorter runs ("Short recordings" in docs/experiments.md).
+# Longer windows that a group must fill to be searched on them as recorded; for a group that fills
+# fewer, shorter runs are scaled ("Short recordings" in docs/experiments.md).
 FILLED = 2
-# Numbers that windows are compared by, and rounds of the clustering.
+# Features by which windows are clustered, and rounds of the clustering.
 COMPARED, ROUNDS = 64, 5
-# Largest of the numbers: sums of their products are exact, so that all machines merge alike.
+# Largest feature: sums of products of features are exact, so clusters are the same on all machines.
 LARGEST = 1 << 20
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of load.
+    """Windows of load, with their weights, groups and risk.
 
     Parameters
     ----------
     load
-        Tokens [W,L,E], of whatever type: there are thousands of windows, and never all of them in
-        double precision.
+        Tokens [W,L,E] of any type: thousands of windows never are all in double precision.
     weight
-        How much a window's tokens count [W].
+        Weight of a window's tokens [W].
     group
-        Group of every window [W]; None where groups do not matter.
+        Group of every window [W]; None if groups do not matter.
     risk
         ``"mean"``, or the level of the conditional value at risk.
     minimax
         Whether the worst group counts.
-    more
-        More windows, behind those of ``load`` [M,L,E]: of mixed arrival, or longer ones; None for
-        none.
+    extra
+        Further windows, behind those of ``load`` [M,L,E]: of mixed arrival, or longer ones.
     reference
-        What a step takes by whose time all others are weighed [W]; None where all are alike.
-    parts
-        The same, by size, where windows are of several.
+        Mean time of a step of the window's size [W]; None if all windows have one size.
+    by_size
+        The windows of each size, if there are several.
     """
 
     load: NDArray[Any]
@@ -73,108 +73,106 @@ class Windows:
     group: NDArray[np.int64] | None
     risk: Risk
     minimax: bool
-    more: Floats | None = None
+    extra: Floats | None = None
     reference: Floats | None = None
-    parts: tuple[Windows, ...] = ()
+    by_size: tuple[Windows, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of windows, W."""
         return len(self.weight)
 
     def map(self, compute: Callable[[Floats], Floats]) -> Floats:
-        """Compute something of every window [W,...], of a block of them [w,L,E] at a time."""
-        parts = [compute(block) for block in self.blocks()]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        """Return a function's results for all windows [W,...], from their blocks [w,L,E]."""
+        results = [compute(block) for block in self.blocks()]
+        return results[0] if len(results) == 1 else np.concatenate(results)
 
     def blocks(self) -> Iterator[Floats]:
-        """Yield the loads of all windows in double precision, a block of them [w,L,E] at a time."""
+        """Yield the loads of all windows in double precision, in blocks [w,L,E]."""
         if self.load.dtype == np.float64:
             yield self.load
         else:
             for run in blocks(len(self.load), self.load[0].size):
                 yield self.load[run].astype(np.float64)
-        if self.more is not None:
-            yield self.more
+        if self.extra is not None:
+            yield self.extra
 
     @cached_property
     def total(self) -> Floats:
-        """Tokens of all windows together [L,E], each counted once."""
+        """Tokens of all windows together [L,E], without weights."""
         total: Floats = self.load.sum(axis=0, dtype=np.float64)
-        return total if self.more is None else total + self.more.sum(axis=0)
+        return total if self.extra is None else total + self.extra.sum(axis=0)
 
     @cached_property
     def tokens(self) -> Floats:
         """Tokens of every window, over all layers and once per expert [W]."""
-        if self.parts:
-            return np.concatenate([part.tokens for part in self.parts])
+        if self.by_size:
+            return np.concatenate([windows.tokens for windows in self.by_size])
         return self.map(lambda load: load.sum(axis=(1, 2)))
 
     @cached_property
     def mean_tokens(self) -> float:
-        """Tokens of a window, likewise, on average by weight."""
+        """Weighted mean of ``tokens``."""
         return float((self.weight * self.tokens).sum() / self.weight.sum())
 
     @cached_property
     def searched(self) -> Windows:
-        """Windows that a search sees instead of these: these, or where they are many, means."""
+        """Windows for searches: these, or if they are many, the means of clusters."""
         if self.load.dtype == np.float64:
             return self
-        return (
-            _joined([part.searched for part in self.parts])
-            if self.parts
-            else _representatives(self)
-        )
+        if self.by_size:
+            return _concatenate([windows.searched for windows in self.by_size])
+        return _merge_alike(self)
 
     @cached_property
     def sampled(self) -> Windows:
-        """Some of these windows, which count as all of them; these where they are not many."""
-        if self.parts:
-            sampled = [part.sampled for part in self.parts]
-            changed = any(one is not part for one, part in zip(sampled, self.parts, strict=True))
-            return _joined(sampled) if changed else self
+        """A sample of these windows with the weight of all; these if they are not many."""
+        if self.by_size:
+            samples = [windows.sampled for windows in self.by_size]
+            is_same = all(map(operator.is_, samples, self.by_size))
+            return self if is_same else _concatenate(samples)
         used = np.flatnonzero(self.weight[: len(self.load)] > 0)
         if self.load.dtype == np.float64 or len(used) <= SAMPLED:
             return self
         chosen = used[np.linspace(0, len(used) - 1, SAMPLED).round().astype(np.int64)]
-        # Those of mixed arrival stay as they are.
-        every = np.concatenate([chosen, np.arange(len(self.load), len(self))])
-        weight = self.weight[every]
+        # Windows of mixed arrival stay as they are.
+        indices = np.concatenate([chosen, np.arange(len(self.load), len(self))])
+        weight = self.weight[indices]
         weight[:SAMPLED] *= self.weight[used].sum() / weight[:SAMPLED].sum()
         return replace(
             self,
             load=self.load[chosen],
             weight=weight,
-            group=None if self.group is None else self.group[every],
-            reference=None if self.reference is None else self.reference[every],
+            group=None if self.group is None else self.group[indices],
+            reference=None if self.reference is None else self.reference[indices],
         )
 
     @cached_property
     def clusters(self) -> list[tuple[int, NDArray[np.int64], Floats]]:
-        """Windows that are alike: their group, their numbers, and their mean [L,E]."""
+        """Clusters of similar windows: their group, their numbers, and their mean [L,E]."""
         load = self.load
-        features = _features(load)
+        features = _compute_features(load)
         used = np.flatnonzero(self.weight[: len(load)] > 0)
         labels = np.zeros(len(load), dtype=np.int64)
         if self.group is not None:
             labels = self.group[: len(load)]
-        found = []
+        clusters = []
         for label in np.unique(labels[used]).tolist():
-            of_label = used[labels[used] == label]
-            cluster = _clusters(features[of_label], max(len(of_label) * MERGED // len(used), 1))
+            in_group = used[labels[used] == label]
+            cluster = _cluster(features[in_group], max(len(in_group) * MERGED // len(used), 1))
             for number in np.unique(cluster):
-                members = of_label[cluster == number]
+                members = in_group[cluster == number]
                 runs = [load[members[run]] for run in blocks(len(members), load[0].size)]
                 total = np.sum([run.sum(axis=0, dtype=np.float64) for run in runs], axis=0)
-                found.append((label, members, total / len(members)))
-        return found
+                clusters.append((label, members, total / len(members)))
+        return clusters
 
     def reweighed(self, factor: float, reference: float) -> Windows:
-        """Return the same windows at so many times their weights, by a reference of each."""
+        """Return these windows with their weights multiplied by a factor, and with a reference."""
         changed = replace(
             self, weight=factor * self.weight, reference=np.full(len(self), reference)
         )
         if factor > 0 and self.load.dtype != np.float64:
-            # What does not depend on weights is not computed anew.
+            # Tokens and clusters do not depend on weights.
             vars(changed).update({name: getattr(self, name) for name in ("tokens", "clusters")})
         return changed
 
@@ -184,55 +182,58 @@ class Windows:
         return self.risk == "mean" and not self.minimax
 
     def value(self, cost: Floats, reference: Floats) -> float:
-        """Compute the risk of cost over reference, both of every window [W], summed over layers."""
+        """Compute the risk of cost over reference, both of every window [W]."""
         return float(self.values(cost, reference))
 
     def values(self, costs: Floats, reference: Floats) -> Floats:
-        """Compute the ``value`` [...] of each of several costs [...,W] over one reference."""
-        parts = [self._value(costs, reference, counted) for counted in self._parts()]
-        worst: Floats = np.max(parts, axis=0)
+        """Compute the ``value`` [...] of several costs [...,W] over one reference."""
+        values = [self._value(costs, reference, windows) for windows in self._find_competing()]
+        worst: Floats = np.max(values, axis=0)
         return worst
 
     def reweight(self, cost: Floats, reference: Floats) -> Floats:
-        """Return weights [W] under which the mean over windows is what the value is made of."""
-        worst = max(self._parts(), key=lambda counted: float(self._value(cost, reference, counted)))
+        """Return weights [W] under which the mean over windows has the value of these costs."""
+        worst = max(
+            self._find_competing(), key=lambda counted: float(self._value(cost, reference, counted))
+        )
         weight = np.zeros(len(self.weight))
         weight[worst] = self.tail(cost[worst], reference[worst], self.weight[worst])
         mass = self.weight * reference
         scaled: Floats = weight * (mass.sum() / max((weight * mass).sum(), 1e-300))
         return scaled
 
-    def _parts(self) -> list[NDArray[np.bool_]]:
-        """Return windows that compete: of every group if the worst one counts, else all as one."""
+    def _find_competing(self) -> list[NDArray[np.bool_]]:
+        """Return masks of windows [W]: one for each group if the worst counts, else one for all."""
         if not self.minimax or self.group is None:
             return [np.ones(len(self.weight), dtype=bool)]
         return [self.group == number for number in np.unique(self.group)]
 
-    def _value(self, cost: Floats, reference: Floats, counted: NDArray[np.bool_]) -> Floats:
-        cost, reference, weight = cost[..., counted], reference[counted], self.weight[counted]
-        part = self.tail(cost, reference, weight) * weight
-        total = (part * reference).sum(axis=-1)
+    def _value(self, cost: Floats, reference: Floats, mask: NDArray[np.bool_]) -> Floats:
+        """Compute the risk of cost over reference in the windows of a mask [W]."""
+        cost, reference, weight = cost[..., mask], reference[mask], self.weight[mask]
+        weight = self.tail(cost, reference, weight) * weight
+        total = (weight * reference).sum(axis=-1)
         ones = np.ones_like(total)
-        mean: Floats = np.divide((part * cost).sum(axis=-1), total, out=ones, where=total > 0)
+        mean: Floats = np.divide((weight * cost).sum(axis=-1), total, out=ones, where=total > 0)
         return mean
 
     def tail(self, cost: Floats, reference: Floats, weight: Floats) -> Floats:
-        """Compute the part of every window [...,W] that is in the worst, by cost over reference."""
+        """Compute the share of every window [...,W] in the tail of largest cost over reference."""
         if self.risk == "mean":
             return np.ones_like(cost)
         mass = weight * reference
         ratio = np.divide(cost, reference, out=np.ones_like(cost), where=reference > 0)
         order = np.argsort(-ratio, axis=-1, kind="stable")
-        wanted = (1 - float(self.risk)) * mass.sum()
+        tail_mass = (1 - float(self.risk)) * mass.sum()
         mass = mass[order]
         before = np.cumsum(mass, axis=-1) - mass
-        part = np.clip((wanted - before) / np.where(mass > 0, mass, 1), 0, 1)
+        share = np.clip((tail_mass - before) / np.where(mass > 0, mass, 1), 0, 1)
         tail: Floats = np.empty_like(cost)
-        np.put_along_axis(tail, order, part, axis=-1)
+        np.put_along_axis(tail, order, share, axis=-1)
         return tail
 
 
-def windows_of(
+def choose_windows(
     statistics: RoutingStatistics,
     arrival: Arrival,
     risk: Risk,
@@ -241,73 +242,70 @@ def windows_of(
 ) -> Windows:
     """Return the windows that count, with their weights: as counted, or longer ones of ``tokens``.
 
-    Of more windows than searches see the recorded ones stay as they are, and at most as many mixed
-    ones as searches see stand behind them.
+    Mixed windows follow the recorded ones; there are at most ``MOST`` of them.
     """
     if not (isinstance(risk, str) and risk == "mean") and not (is_number(risk) and 0 <= risk < 1):
         raise ArgumentError(
             f"risk must be 'mean', or a level from 0 to below 1, got {shown(risk)}", "risk"
         )
     share = share_mixed(arrival)
-    asked = ("windows", share, risk, _named(groups), tokens)
-    if asked not in statistics.known:
-        statistics.known[asked] = _find_windows(statistics, share, risk, groups, tokens)
-    found: Windows = statistics.known[asked]
-    return found
+    weights = tuple(groups.items()) if isinstance(groups, Mapping) else groups
+    return compute_once(
+        statistics,
+        ("windows", share, risk, weights, tokens),
+        lambda: _find_chosen(statistics, share, risk, groups, tokens),
+    )
 
 
-def _named(groups: Mapping[str, float] | Literal["minimax"] | None) -> object:
-    """Return groups as a key."""
-    return tuple(groups.items()) if isinstance(groups, Mapping) else groups
-
-
-def _find_windows(
+def _find_chosen(
     statistics: RoutingStatistics,
     share: float,
     risk: Risk,
     groups: Mapping[str, float] | Literal["minimax"] | None,
     tokens: int | None,
 ) -> Windows:
-    """Return what ``windows_of`` does, computed anew."""
-    by_group = None if groups is None else _group_weights(statistics, groups)
+    """Return what ``choose_windows`` does, computed anew."""
+    by_group = None if groups is None else _weigh_groups(statistics, groups)
     kind, times = (risk, groups == "minimax"), 1
     load: NDArray[Any] = statistics.window_load
-    group, weight = statistics.group, _weigh(statistics, by_group)
+    group, weight = statistics.group, _weigh_windows(statistics, by_group)
     if tokens is not None and statistics.window is not None and tokens != statistics.window:
         times = tokens // statistics.window
-        load, group, weight = _join(statistics, tokens, by_group)
+        load, group, weight = _join_windows(statistics, tokens, by_group)
     many = len(load) > MOST
     load = load if many else load.astype(np.float64)
     if share == 0 or statistics.windows < 2:
         return Windows(load, weight, group, *kind)
-    mixed = _mix(statistics, _weigh(statistics, by_group), min(len(load), MOST), times)
+    mixed = _mix_windows(
+        statistics, _weigh_windows(statistics, by_group), min(len(load), MOST), times
+    )
     mixed_weight = np.full(len(mixed), share * weight.sum() / len(mixed))
     weights = np.concatenate([weight * (1 - share), mixed_weight])
     if group is not None:
-        # Mixed windows are of no group; where groups compete, they are one of their own.
+        # Mixed windows have no group; where groups compete, they are one more group.
         group = np.concatenate([group, np.full(len(mixed), len(statistics.group_names))])
     if many and share < 1:
         return Windows(load, weights, group, *kind, mixed)
-    # What weighs nothing is left out: the recorded windows at a share of one, not copied at all.
+    # Windows without weight are left out; at a share of one the recorded ones are not even copied.
     used = weights > 0
     load = mixed if share == 1 else np.concatenate([load, mixed])[used]
     return Windows(load, weights[used], None if group is None else group[used], *kind)
 
 
-def _weigh(statistics: RoutingStatistics, by_group: Floats | None) -> Floats:
-    """Return the weights of windows [W]: those of their groups, and nothing for what is no step."""
+def _weigh_windows(statistics: RoutingStatistics, by_group: Floats | None) -> Floats:
+    """Return the weights of windows [W]: those of their groups, 0 for a window that is no step."""
     weight = statistics.is_step.astype(np.float64)
     return weight if by_group is None else weight * by_group[statistics.group]
 
 
-def _join(
+def _join_windows(
     statistics: RoutingStatistics, length: int, by_group: Floats | None
 ) -> tuple[Loads, NDArray[np.int64] | None, Floats]:
     """Return windows of ``length`` tokens [M,L,E], their groups [M] and weights [M].
 
-    They are runs of windows of one group. A group that fills fewer than ``FILLED`` of them has
-    windows that are scaled from shorter runs of all of its tokens, and that count as these do: what
-    a search needs is a mean and how far steps are from it, which shorter runs tell as well.
+    Each is the sum of a run of windows of one group. If a group fills fewer than ``FILLED`` of
+    them, shorter runs of all of its tokens are scaled up, with the weight of their tokens: a search
+    needs the mean and the variance of steps, which shorter runs have as well.
     """
     tokens = statistics.window_load.sum(axis=(1, 2), dtype=np.float64)
     label = np.zeros(statistics.windows, np.int64) if statistics.group is None else statistics.group
@@ -333,40 +331,41 @@ def _join(
     group, weight = np.array(groups, np.int64)[order], np.array(weights)[order]
     if by_group is not None:
         weight *= by_group[group]
-    return narrowest(np.stack(loads)[order]), None if statistics.group is None else group, weight
+    return narrow(np.stack(loads)[order]), None if statistics.group is None else group, weight
 
 
 def _size_of_mean(size: int, windows: int) -> int:
-    """Return the windows of a mean that is as far from that of all ``windows`` as unseen ones are.
+    """Return how many seen windows to average so that means vary as those of ``size`` unseen.
 
-    Means of ``size`` windows of unseen traffic are further from the mean of what was seen than
-    these from each other: by chance twice a window's variance over the number of windows, and more
-    as neighbours are alike. Means of fewer windows vary by as much.
+    Means of unseen windows vary more around the mean of the seen ones than means of seen windows
+    do: by chance by twice a window's variance over the number of windows, and by more because
+    neighbours are similar. Means of fewer seen windows vary as much.
     """
     return max(int(1 / (1 / size + UNSEEN / windows)), 1)
 
 
-def _mix(statistics: RoutingStatistics, weight: Floats, count: int, times: int) -> Floats:
-    """Return windows of mixed arrival [M,L,E], each as long as ``times`` of those counted.
+def _mix_windows(statistics: RoutingStatistics, weight: Floats, count: int, times: int) -> Floats:
+    """Return windows of mixed arrival [M,L,E], each as long as ``times`` counted ones.
 
-    A longer step has tokens of more sequences. They are means of as few windows as unseen traffic
-    asks for, so that a search does not put experts together whose loads rise together from prompt
-    to prompt.
+    A longer step has tokens of more sequences. Each window is a mean of few counted ones
+    (``_size_of_mean``), so that a search separates experts whose loads rise together from prompt to
+    prompt.
     """
     steps = slice(None) if statistics.is_step.all() else statistics.is_step
     load, weight, size = statistics.window_load[steps], weight[steps], WINDOWS_MIXED
     if times > 1:
         count, size = max(count, FEWEST), LONGER * WINDOWS_MIXED
     drawn = mix_windows(load, weight, count, size=_size_of_mean(size, len(load)))
-    mean = np.concatenate([part for _, part in drawn]) * times
+    mean = np.concatenate([load for _, load in drawn]) * times
     return _draw_tokens(mean, float(weight.mean()))
 
 
 def _draw_tokens(mean: Floats, weight: float) -> Floats:
-    """Draw the tokens of windows of mixed arrival around their means [M,L,E] of such a weight.
+    """Draw the tokens of windows of mixed arrival [M,L,E] around their means.
 
-    They are of many sequences, so that they are nearly independent, and their numbers vary by
-    Poisson's law. The means alone would be more even than any step, and no expert without a token.
+    The tokens of a step come from many sequences, so they are nearly independent, and their numbers
+    have a Poisson distribution. The means alone would be more even than any step, and leave no
+    expert without a token.
     """
     tokens = mean / max(weight, 1e-300)
     drawn = np.random.default_rng(SEED).poisson(np.minimum(tokens, CERTAIN))
@@ -374,23 +373,23 @@ def _draw_tokens(mean: Floats, weight: float) -> Floats:
     return mixed
 
 
-def _representatives(windows: Windows) -> Windows:
-    """Return means of windows that are alike, each of one group, which count as all of them."""
+def _merge_alike(windows: Windows) -> Windows:
+    """Return the means of clusters of windows, with the weight of all windows."""
     load, weight, group = windows.load, windows.weight, windows.group
     clusters = windows.clusters
     means = [mean for _, _, mean in clusters]
     weights = [weight[members].sum() for _, members, _ in clusters]
     groups = [label for label, _, _ in clusters]
-    merged, merged_weight, of_merged = np.array(means), np.array(weights), np.array(groups)
-    if windows.more is not None:
-        # They are drawn at random: some say what all of them do.
+    merged, merged_weight, merged_group = np.array(means), np.array(weights), np.array(groups)
+    if windows.extra is not None:
+        # Mixed windows are drawn at random, so the first ones can stand for all.
         added = slice(len(load), len(load) + MERGED)
-        part = weight[len(load) :].sum() / max(weight[added].sum(), 1e-300)
-        merged = np.concatenate([merged, windows.more[:MERGED]])
-        merged_weight = np.concatenate([merged_weight, weight[added] * part])
+        scale = weight[len(load) :].sum() / max(weight[added].sum(), 1e-300)
+        merged = np.concatenate([merged, windows.extra[:MERGED]])
+        merged_weight = np.concatenate([merged_weight, weight[added] * scale])
         if group is not None:
-            of_merged = np.concatenate([of_merged, group[added]])
-    origins = None if group is None else of_merged
+            merged_group = np.concatenate([merged_group, group[added]])
+    origins = None if group is None else merged_group
     reference = None
     if windows.reference is not None:
         reference = np.full(len(merged), windows.reference[0])
@@ -398,55 +397,57 @@ def _representatives(windows: Windows) -> Windows:
     return Windows(merged, merged_weight, origins, *rules, reference=reference)
 
 
-def weighed(parts: Sequence[Windows], shares: Sequence[float], costs: Sequence[float]) -> Windows:
-    """Join windows of several sizes, so that each size has its share of the time.
+def join_sizes(
+    by_size: Sequence[Windows], shares: Sequence[float], costs: Sequence[float]
+) -> Windows:
+    """Join windows of several sizes, with weights that give each size its share of the time.
 
-    Of its steps each takes a cost on average. The weights are as many as there are windows.
+    ``costs`` are the mean times of a step of each size. Weights add up to the number of windows.
     """
-    scale = [
-        share / max(cost * part.weight.sum(), 1e-300)
-        for part, share, cost in zip(parts, shares, costs, strict=True)
+    scales = [
+        share / max(cost * windows.weight.sum(), 1e-300)
+        for windows, share, cost in zip(by_size, shares, costs, strict=True)
     ]
-    unit = sum(map(len, parts)) / sum(
-        by * part.weight.sum() for by, part in zip(scale, parts, strict=True)
+    unit = sum(map(len, by_size)) / sum(
+        scale * windows.weight.sum() for scale, windows in zip(scales, by_size, strict=True)
     )
-    return _joined(
+    return _concatenate(
         [
-            part.reweighed(by * unit, cost)
-            for part, by, cost in zip(parts, scale, costs, strict=True)
+            windows.reweighed(scale * unit, cost)
+            for windows, scale, cost in zip(by_size, scales, costs, strict=True)
         ]
     )
 
 
-def _joined(parts: Sequence[Windows]) -> Windows:
-    """Return the windows of all parts as one list."""
-    first, *others = parts
-    behind = [] if first.more is None else [first.more]
-    more: Floats | None = np.concatenate(
-        [*behind, *(block for part in others for block in part.blocks())]
+def _concatenate(by_size: Sequence[Windows]) -> Windows:
+    """Return the windows of all sizes, one size after another."""
+    first, *others = by_size
+    extra_blocks = [] if first.extra is None else [first.extra]
+    extra: Floats | None = np.concatenate(
+        [*extra_blocks, *(block for windows in others for block in windows.blocks())]
     )
     load = first.load
     if load.dtype == np.float64:
-        load, more = np.concatenate([load, more]), None
-    groups = [part.group for part in parts if part.group is not None]
-    references = [part.reference for part in parts if part.reference is not None]
+        load, extra = np.concatenate([load, extra]), None
+    groups = [windows.group for windows in by_size if windows.group is not None]
+    references = [windows.reference for windows in by_size if windows.reference is not None]
     return Windows(
         load,
-        np.concatenate([part.weight for part in parts]),
+        np.concatenate([windows.weight for windows in by_size]),
         np.concatenate(groups) if groups else None,
         first.risk,
         first.minimax,
-        more,
+        extra,
         np.concatenate(references) if references else None,
-        tuple(parts),
+        tuple(by_size),
     )
 
 
-def _features(load: NDArray[Any]) -> Floats:
-    """Sum the loads of windows [W,L,E] with random signs: whole numbers [W,n], far where they are.
+def _compute_features(load: NDArray[Any]) -> Floats:
+    """Compute integer features [W,n] of windows [W,L,E]: their loads, summed with random signs.
 
-    Distances are kept in expectation (Johnson and Lindenstrauss, 1984; with signs Achlioptas,
-    2003). Loads are taken as shares of their window's tokens.
+    They keep distances between windows in expectation (Johnson and Lindenstrauss, 1984; with signs
+    Achlioptas, 2003). Loads are shares of their window's tokens.
     """
     size = load[0].size
     signs = np.random.default_rng(0).integers(0, 2, (size, COMPARED)) * 2.0 - 1
@@ -462,10 +463,10 @@ def _features(load: NDArray[Any]) -> Floats:
     return np.rint(features * scale)
 
 
-def _clusters(points: Floats, count: int) -> NDArray[np.int64]:
-    """Assign points [n,d] of whole numbers to clusters [n] that are near their means (Lloyd, 1982).
+def _cluster(points: Floats, count: int) -> NDArray[np.int64]:
+    """Return the cluster of every point [n], of integer points [n,d] (k-means, Lloyd, 1982).
 
-    It begins with points at even distances, so with some of all times.
+    The first centres are evenly spaced points, so from all times.
     """
     centre = points[np.linspace(0, len(points) - 1, count).round().astype(np.int64)]
     for _ in range(ROUNDS):
@@ -480,10 +481,10 @@ def _clusters(points: Floats, count: int) -> NDArray[np.int64]:
     return nearest
 
 
-def _group_weights(
+def _weigh_groups(
     statistics: RoutingStatistics, groups: Mapping[str, float] | Literal["minimax"]
 ) -> Floats:
-    """Return what a window of every group counts [G]."""
+    """Return the weight of every group [G], checked."""
     if statistics.group is None:
         raise ArgumentError(
             "groups needs windows with groups; these statistics have none", "groups"

@@ -1,13 +1,15 @@
-"""Recording: what traces and counts both are, so that callers ask what they need, not which it is.
+"""Recording: the base class of traces and counts, so that callers need not tell them apart.
 
-A recording has rows in the order of time: tokens of a trace, or windows of counts. What only one of
-the two has is None or empty for the other; what only one can do is a method of that class.
+A recording has rows in the order of time: tokens of a trace, or windows of counts. An attribute
+that only one of the two has is None or empty for the other; a method that makes sense for only one
+is in its class.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from functools import cached_property
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,6 +18,7 @@ from moetuner.files.ids import LeftOut
 
 Integers = NDArray[np.integer[Any]]
 AnyRecording = TypeVar("AnyRecording", bound="Recording")
+Value = TypeVar("Value")
 
 
 class Recording:
@@ -24,12 +27,12 @@ class Recording:
     Attributes
     ----------
     ordered
-        Whether single tokens are known, in the order in which they were served. If not, the
-        recording is counts, which bring windows of their own.
+        Whether rows are single tokens, in the order in which they were served. If not, the
+        recording is counts, which have windows of their own.
     unit
-        What a row is.
+        Name of a row.
     noun
-        What to call the recording in a sentence.
+        Name of the recording in a sentence.
     num_experts
         Experts per layer, E.
     group
@@ -49,7 +52,7 @@ class Recording:
 
     @property
     def length(self) -> int:
-        """Number of rows: of tokens, or of windows."""
+        """Number of rows, which are tokens or windows."""
         raise NotImplementedError
 
     @property
@@ -64,7 +67,7 @@ class Recording:
 
     @property
     def window(self) -> int | None:
-        """Tokens of a window that the recording brings; None if it brings none, or of no length."""
+        """Tokens of a window of counts; None for a trace, or if windows have no common length."""
         return None
 
     @property
@@ -79,12 +82,12 @@ class Recording:
 
     @property
     def left_out(self) -> LeftOut | None:
-        """Hidden layers of the model and its dense ones, where some were left out."""
+        """Hidden layers of the model, and the numbers of dense ones; None if none was left out."""
         return None
 
     @property
     def has_pairs(self) -> bool:
-        """Whether pairs are counted, over all rows together, so that no part has its own."""
+        """Whether pairs were counted, over all rows together: selected rows have none."""
         return False
 
     @property
@@ -99,7 +102,7 @@ class Recording:
 
     @property
     def size(self) -> dict[str, int]:
-        """Return the number of rows by the name of their unit, as JSON has it."""
+        """Number of rows by the name of their unit, as JSON has it."""
         return {f"{self.unit}s": self.length}
 
     def facts(self) -> dict[str, Any]:
@@ -112,7 +115,7 @@ class Recording:
         }
 
     def group_rows(self) -> dict[str | None, Integers]:
-        """Return the numbers of all rows (by None), and of every group that has some."""
+        """Return the numbers of all rows, by None, and of the rows of every group, by its name."""
         kind: type[np.signedinteger[Any]] = np.int32 if self.length < 1 << 31 else np.int64
         rows: dict[str | None, Integers] = {None: np.arange(self.length, dtype=kind)}
         if self.group is not None:
@@ -123,22 +126,29 @@ class Recording:
         return rows
 
     def rows_in(self, window: int | None) -> int:
-        """Return the rows of a window of so many tokens, of all if None; counts are windows."""
+        """Return the rows of a window of so many tokens, of all tokens if None; 1 for counts."""
         raise NotImplementedError
 
     def take(self: AnyRecording, rows: ArrayLike) -> AnyRecording:
-        """Return some rows: those of a mask, or numbered ones in the order wanted, each once."""
+        """Return some rows: of a mask, or by distinct numbers, in their order."""
         raise NotImplementedError
 
     def without_pairs(self: AnyRecording) -> AnyRecording:
-        """Return the same without what is counted over all rows together: pairs and sets."""
+        """Return the recording without pairs and sets, which belong to all rows together."""
         return self
 
     @cached_property
     def known(self) -> dict[Any, Any]:
-        """What has been computed of this recording, by what that is; recordings do not change."""
+        """Results computed from this recording, by their keys; recordings do not change."""
         return {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave behind what has been computed when a recording is pickled or copied."""
+        """Return all but the computed results, which no pickle or copy takes along."""
         return {name: value for name, value in self.__dict__.items() if name != "known"}
+
+
+def compute_once(recording: Recording, key: Hashable, compute: Callable[[], Value]) -> Value:
+    """Return the result of ``compute``, which is called once for each key of a recording."""
+    if key not in recording.known:
+        recording.known[key] = compute()
+    return cast(Value, recording.known[key])

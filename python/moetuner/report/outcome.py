@@ -21,7 +21,7 @@ from moetuner.problem.objective import Objective
 from moetuner.recording import Recording
 from moetuner.report.findings import Finding
 from moetuner.serving import Serving
-from moetuner.serving.phases import judged_windows
+from moetuner.serving.phases import choose_judged_windows
 from moetuner.solver.result import CapsDetails, Result
 from moetuner.statistics import RoutingStatistics
 
@@ -157,7 +157,7 @@ def replay_results(
     """
     windows = [serving.window]
     if judged_on.ordered:
-        others = judged_windows(judged_on.length, problem.shares)
+        others = choose_judged_windows(judged_on.length, problem.shares)
         windows += [tokens for tokens in others if tokens != serving.window]
     placements = [result.placement for result in results]
     evaluations = replay(

@@ -29,7 +29,7 @@ from moetuner.evaluation.replay import Setting
 from moetuner.evaluation.samples import find_samples, hold_out
 from moetuner.frozen import Frozen, html_table
 from moetuner.placement import Placement
-from moetuner.problem import Problem
+from moetuner.problem import TRAFFIC_CAP, Problem
 from moetuner.recording import Recording
 from moetuner.report.hot_experts import (
     HotExperts,
@@ -123,7 +123,7 @@ def structure(
     traffic: RoutingTrace | RoutingStatistics,
     devices: int = 4,
     *,
-    max_imbalance: float = 1.05,
+    max_imbalance: float = TRAFFIC_CAP,
     seed: int = 0,
     threads: int | None = None,
     progress: Callable[[float], None] | None = None,

@@ -1,4 +1,4 @@
-"""Serving: how a model is served. One value, whose fields are declared once for all who ask."""
+"""Serving: how a model is served, as one value whose fields are each declared once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from moetuner.serving.splits import RULES, SPLITS, Rule, Split
 from moetuner.statistics import WINDOW, RoutingStatistics, check_recording
 from moetuner.topology import Regime, Topology, from_keys
 
-# What says a setting.
+# Where the value of a setting comes from.
 Origin = Literal["option", "engine", "placement", "default"]
 
 
@@ -48,26 +48,25 @@ def _write_arrival(value: Any) -> str:
 
 
 def _write_phases(value: Mapping[Any, float]) -> str:
-    """Write the shares of the windows that a placement is for."""
+    """Write the sizes of windows and their shares of the time."""
     shares = {None if key in (None, "None") else int(key): share for key, share in value.items()}
-    return phase.words(shares)
+    return phase.describe(shares)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Serving(Frozen):
-    """How a model is served: on which machine, by which engine, and what that does to tokens.
+    """How a model is served: machine, engine, and the settings that decide where tokens go.
 
-    It is definite: what nobody gave is the engine's, the placement's or the default, see
-    ``Serving.resolve``. A field is declared here alone. Its option and help, its check, what an
-    engine decides, how a placement's file and a page have it, and how it may differ from what a
-    placement was computed for, all come of the declaration.
+    Every field has a value: a setting that nobody gives has the engine's, the placement's or the
+    default value, see ``Serving.resolve``. From a field's declaration follow its option, help and
+    check, whether an engine decides it, and how placements' files and pages write it.
 
     Parameters
     ----------
     topology
         The devices and links.
     engine
-        Who serves the model, of ``ENGINES``; None where nobody says it.
+        The engine that serves the model, of ``ENGINES``; None if unknown.
     regime
         What tokens do after a layer. dispatch: they return to their home device, as in today's
         engines, so co-activation saves traffic. follow: they move on to the next expert, as in the
@@ -89,11 +88,11 @@ class Serving(Frozen):
         Work of a token's shared expert in that of a routed one, such as 1, where the dispatcher
         gives it to devices that wait.
     top_k
-        Routed experts of a token, which ``waterfill`` needs; None where not known.
+        Routed experts of a token, which ``waterfill`` needs; None if unknown.
     is_ordered
         Whether the traffic has an order of arrival: counts have none.
     origin
-        What said a setting, by its name; defaults are not in it.
+        Where the value of each setting comes from, by name; defaults are left out.
 
     Examples
     --------
@@ -157,7 +156,7 @@ class Serving(Frozen):
         metavar="SHARE",
         help="Share of the serving time that is prefill (windows of "
         f"{phase.WINDOWS[1]:,} tokens); the rest is decode ({phase.WINDOWS[0]}).",
-        check=lambda _, value: phase.checked(value),
+        check=lambda _, value: phase.check_phases(value),
         from_json=phase.from_keys,
         label="Placed for",
         words=_write_phases,
@@ -188,7 +187,7 @@ class Serving(Frozen):
         instance("origin", self.origin, Mapping, hint=" of settings, by name")
         check_settings(self)
         if self.phases is not None:
-            vars(self)["phases"] = phase.checked(self.phases)
+            vars(self)["phases"] = phase.check_phases(self.phases)
         if self.waterfill is not None and self.top_k is None:
             raise ArgumentError(
                 "waterfill needs traffic that tells experts per token: a trace, or counts that "
@@ -198,12 +197,12 @@ class Serving(Frozen):
 
     @property
     def rule(self) -> Rule:
-        """What the split does."""
+        """The rule of the split."""
         return RULES[self.split]
 
     @property
     def shared_expert_ratio(self) -> float | None:
-        """Work of a token's shared expert in that of its routed ones; None without waterfill."""
+        """Work of the shared expert per work of a token's routed ones; None without waterfill."""
         return None if self.waterfill is None else self.waterfill / (self.top_k or 1)
 
     @classmethod
@@ -218,24 +217,25 @@ class Serving(Frozen):
         weight_bits: float | None = None,
         **facts: Any,
     ) -> Serving:
-        """Return how traffic is served, by the first of these that says it.
+        """Return how traffic is served, with each setting from the first source that has it.
 
-        That is an option, the engine of an option, the placement, its engine, or the default.
+        The sources are the options, the engine of an option, the placement, the placement's engine,
+        and the defaults.
 
         Parameters
         ----------
         topology
             The devices and links.
         traffic
-            What is served. Counts have no order of arrival that an engine could decide.
+            The traffic. Counts have no order of arrival that an engine could decide.
         options
             Settings that were given, by name.
         engine
-            Who serves the model, as an option gives it.
+            Engine that an option names.
         recorded
-            What a placement's file chose of serving, see ``chosen_in``.
+            Settings that a placement's file chose, see ``find_choices``.
         weight_bits
-            Bits of an expert's weight, for the cost model where nobody gives one.
+            Bits of an expert's weight, for the default cost model.
         facts
             Other fields: ``window``, ``phases``, ``waterfill``, ``top_k``.
         """
@@ -246,30 +246,31 @@ class Serving(Frozen):
             instance(name, values, Mapping, hint=" of settings, by name")
         if engine is not None:
             one_of("engine", engine, ENGINES)
-        serves = engine or recorded.get("engine")
+        serving_engine = engine or recorded.get("engine")
         is_ordered = traffic.ordered
         sources: list[tuple[Origin, Mapping[str, Any]]] = [
             ("option", options),
-            ("engine", decided_by(engine, is_ordered=is_ordered)),
+            ("engine", get_engine_defaults(engine, is_ordered=is_ordered)),
             ("placement", recorded),
-            ("engine", decided_by(serves, is_ordered=is_ordered)),
+            ("engine", get_engine_defaults(serving_engine, is_ordered=is_ordered)),
         ]
         chosen: dict[str, Any] = {}
         origin: dict[str, Origin] = {}
-        for name in (*SERVED, "cost_model"):
-            for says, known in sources:
-                if name in known:
-                    chosen[name], origin[name] = known[name], says
+        for name in (*ENGINE_SETTINGS, "cost_model"):
+            for source, settings in sources:
+                if name in settings:
+                    chosen[name], origin[name] = settings[name], source
                     break
         if "cost_model" not in chosen:
             chosen["cost_model"] = cost_model_of(traffic, weight_bits=weight_bits)
         if facts.get("waterfill") is not None:
-            facts["top_k"] = experts_per_token(traffic, facts.get("top_k"))
-        return cls(topology, engine=serves, **chosen, is_ordered=is_ordered, origin=origin, **facts)
+            facts["top_k"] = find_top_k(traffic, facts.get("top_k"))
+        chosen |= {"engine": serving_engine, "is_ordered": is_ordered, "origin": origin}
+        return cls(topology, **chosen, **facts)
 
     def chosen(self, name: str) -> Any:
-        """Return a setting that an option or the placement says; None where neither does."""
-        one_of("name", name, [own.name for own in fields(self)])
+        """Return the value of a setting if an option or the placement gave it, else None."""
+        one_of("name", name, [field.name for field in fields(self)])
         is_chosen = self.origin.get(name) in ("option", "placement")
         return getattr(self, name) if is_chosen else None
 
@@ -278,41 +279,44 @@ class Serving(Frozen):
         machine = {name: getattr(self.topology, name) for name in ("devices", "devices_per_node")}
         machine |= {"topology": self.topology.name, "engine": self.engine}
         model = None if self.cost_model is None else asdict(self.cost_model)
-        return machine | {"cost_model": model, **{name: getattr(self, name) for name in SERVED}}
+        return machine | {
+            "cost_model": model,
+            **{name: getattr(self, name) for name in ENGINE_SETTINGS},
+        }
 
-    def explain(self, more: Sequence[str] = ()) -> list[str]:
-        """Write in a line what the engine decides, and who decides else; none without an engine."""
+    def explain(self, remarks: Sequence[str] = ()) -> list[str]:
+        """Write a line on the settings, by their origin; none without an engine."""
         if self.engine is None:
             return []
         engine = ENGINES[self.engine]
-        texts = {name: f"{name} {getattr(self, name)}" for name in SERVED}
+        texts = {name: f"{name} {getattr(self, name)}" for name in ENGINE_SETTINGS}
         if not engine.may_copy:
             del texts["split"]
         elif self.origin.get("split") == "engine":
             texts["split"] += f" ({engine.how_split})"
         if not self.is_ordered and "arrival" not in self.origin:
             texts["arrival"] += " (windows of counts, as recorded)"
-        said: dict[Origin, list[str]] = {"option": [], "placement": [], "engine": []}
+        by_origin: dict[Origin, list[str]] = {"option": [], "placement": [], "engine": []}
         for name, text in texts.items():
             origin = self.origin.get(name, "default")
-            said["engine" if origin == "default" else origin].append(text)
-        line = f"For {engine.title}: {', '.join([*said['engine'], *more])}"
-        if said["option"]:
-            line += f"; from your options: {', '.join(said['option'])}"
-        if said["placement"]:
-            line += f"; from the placement: {', '.join(said['placement'])}"
+            by_origin["engine" if origin == "default" else origin].append(text)
+        line = f"For {engine.title}: {', '.join([*by_origin['engine'], *remarks])}"
+        if by_origin["option"]:
+            line += f"; from your options: {', '.join(by_origin['option'])}"
+        if by_origin["placement"]:
+            line += f"; from the placement: {', '.join(by_origin['placement'])}"
         return [f"{line}."]
 
     def differences(self, settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-        """Yield what a placement was computed for otherwise: its name, then, and now."""
+        """Yield the settings that differ from a placement's: name, value then, and value now."""
         instance("settings", settings, Mapping, hint=" of a placement")
-        was = settings.get("topology", self.topology)
-        if was != self.topology:
-            then, now = describe_machine(was), describe_machine(self.topology)
+        topology = settings.get("topology", self.topology)
+        if topology != self.topology:
+            then, now = describe_machine(topology), describe_machine(self.topology)
             yield "machine", then, (now if now != then else "of other links")
         if settings.get("engine") in ENGINES and settings["engine"] != self.engine:
-            yield "engine", _title(settings["engine"]), _title(self.engine)
-        for name in SERVED:
+            yield "engine", _get_title(settings["engine"]), _get_title(self.engine)
+        for name in ENGINE_SETTINGS:
             value = getattr(self, name)
             if settings.get(name, value) != value:
                 yield name, str(settings[name]), str(value)
@@ -322,31 +326,33 @@ class Serving(Frozen):
 
 
 # Settings that an engine decides unless an option does.
-SERVED = tuple(own.name for own in fields(Serving) if own.metadata.get("by_engine"))
-DEFAULTS = {own.name: own.default for own in fields(Serving) if own.metadata}
+ENGINE_SETTINGS = tuple(
+    declared.name for declared in fields(Serving) if declared.metadata.get("by_engine")
+)
+DEFAULTS = {declared.name: declared.default for declared in fields(Serving) if declared.metadata}
 
 
-def decided_by(engine: str | None, *, is_ordered: bool = True) -> dict[str, Any]:
-    """Return the settings that an engine decides of traffic, which may have no order of arrival."""
+def get_engine_defaults(engine: str | None, *, is_ordered: bool = True) -> dict[str, Any]:
+    """Return the settings that an engine decides, without ``arrival`` for traffic without order."""
     if engine is None:
         return {}
-    names = [name for name in SERVED if is_ordered or name != "arrival"]
+    names = [name for name in ENGINE_SETTINGS if is_ordered or name != "arrival"]
     return {name: getattr(ENGINES[engine], name, DEFAULTS[name]) for name in names}
 
 
-def chosen_in(settings: Mapping[str, Any], *, is_counted: bool = False) -> dict[str, Any]:
-    """Return what a placement's settings chose of serving, beyond what its engine decides.
+def find_choices(settings: Mapping[str, Any], *, is_counted: bool = False) -> dict[str, Any]:
+    """Return a placement's settings of serving that differ from the defaults of its engine.
 
-    Of traffic that is counted already nobody chose that its windows come as they were recorded.
+    For counts the default arrival is no choice: their windows always come as recorded.
     """
-    names = ["cost_model", *SERVED]
+    names = ["cost_model", *ENGINE_SETTINGS]
     engine = settings.get("engine")
     if engine is not None:
         one_of("settings: engine", engine, ENGINES)
         names.append("engine")
     if is_counted and settings.get("arrival") == DEFAULTS["arrival"]:
         names.remove("arrival")
-    by_engine = decided_by(engine)
+    by_engine = get_engine_defaults(engine)
     return {
         name: settings[name]
         for name in names
@@ -354,7 +360,7 @@ def chosen_in(settings: Mapping[str, Any], *, is_counted: bool = False) -> dict[
     }
 
 
-def _title(engine: str | None) -> str:
+def _get_title(engine: str | None) -> str:
     return "none" if engine is None else ENGINES[engine].title
 
 
@@ -365,15 +371,15 @@ def describe_machine(machine: Topology) -> str:
     return f"{counted(machine.nodes, 'node')} of {devices}{name}"
 
 
-def experts_per_token(traffic: Recording, top_k: int | None = None) -> int | None:
-    """Return routed experts of a token: as its sets, as given, as recorded, or as its model."""
+def find_top_k(traffic: Recording, top_k: int | None = None) -> int | None:
+    """Return the routed experts of a token: from sets, the argument, the recording or its model."""
     if isinstance(traffic, RoutingStatistics) and traffic.sets is not None:
         return int(traffic.sets[0].top_k)
     return top_k or top_k_of(traffic)
 
 
-def machine_of(placement: Placement, machine: Topology | None) -> Topology:
-    """Return the topology if there is one, else the placement's, else one node of its devices."""
+def find_machine(placement: Placement, machine: Topology | None) -> Topology:
+    """Return the given topology, else the placement's, else one node of its devices."""
     instance("placement", placement, Placement)
     if machine is None:
         try:
@@ -384,50 +390,50 @@ def machine_of(placement: Placement, machine: Topology | None) -> Topology:
     return machine
 
 
-def check_alone(**keywords: Any) -> None:
-    """Raise for a keyword beside a serving, which says it already; defaults are no keywords."""
-    defaults = {own.name: own.default for own in fields(Serving)}
+def refuse_keywords(**keywords: Any) -> None:
+    """Raise for a keyword that is given beside a serving, unless it has its default."""
+    defaults = {field.name: field.default for field in fields(Serving)}
     for name, value in keywords.items():
         if value is not None and value != defaults[name]:
             raise ArgumentError(f"{name} must be in the serving, or give a topology", name)
 
 
-def serving_of(
+def make_serving(
     traffic: Recording,
-    said: Topology | Serving | None,
+    machine: Topology | Serving | None,
     placement: Placement | None = None,
     *,
     cost_model: CostModel | str | None = "model",
     **settings: Any,
 ) -> Serving:
-    """Return how traffic is served, by what a public call was given.
+    """Return how traffic is served, from the arguments of a public call.
 
     Parameters
     ----------
     traffic
-        What is served: its model has the experts of the cost model "model".
-    said
-        The machine, for which the keywords say the rest; or all of it, without keywords.
+        The traffic, whose model decides the cost model "model".
+    machine
+        The topology, to which keywords add the other settings; or a serving, without keywords.
     placement
-        Has the machine where ``said`` is None.
+        Gives the topology if ``machine`` is None.
     cost_model, settings
         Fields of ``Serving``, as keywords.
     """
     if placement is not None:
         instance("placement", placement, Placement)
-    if isinstance(said, Serving):
-        check_alone(cost_model=None if cost_model == "model" else cost_model, **settings)
-        return said
-    machine = said if placement is None else machine_of(placement, said)
+    if isinstance(machine, Serving):
+        refuse_keywords(cost_model=None if cost_model == "model" else cost_model, **settings)
+        return machine
+    topology = machine if placement is None else find_machine(placement, machine)
     if isinstance(cost_model, str) and cost_model == "model":
         check_recording(traffic)
         cost_model = cost_model_of(traffic)
     if settings.get("waterfill") is not None:
         positive("waterfill", settings["waterfill"])
         check_recording(traffic)
-        settings.setdefault("top_k", experts_per_token(traffic))
+        settings.setdefault("top_k", find_top_k(traffic))
     return Serving(
-        machine,  # type: ignore[arg-type]  # Serving checks it
+        topology,  # type: ignore[arg-type]  # Serving checks it
         cost_model=cost_model,  # type: ignore[arg-type]
         is_ordered=traffic.ordered,
         **settings,

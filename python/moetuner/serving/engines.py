@@ -1,4 +1,4 @@
-"""What engines do with a placement: one table, and the settings of ``Problem`` that follow from it.
+"""Engines: what each does with a placement, and the settings of ``Problem`` that follow from it.
 
 The facts were read from released code: vLLM 0.33, SGLang 0.5.23, TensorRT-LLM 1.2, vllm-ascend
 0.26, Megatron-Core 0.19, DeepSpeed 0.19, transformers 5.23. In all of them slots are contiguous
@@ -22,45 +22,45 @@ from moetuner.topology import Topology
 
 @dataclass(frozen=True)
 class Engine:
-    """What an engine does, as far as a placement has to know it.
+    """What an engine does with placements and tokens.
 
     Parameters
     ----------
     title
         Its name, for people.
     split
-        Which copy of an expert serves a token.
+        How it splits tokens over an expert's copies.
     how_split
-        That in words; empty where there are no copies.
+        The split in words; empty if it has no copies.
     arrival
-        How traffic arrives: mixed where requests are served, as recorded in training.
+        Order of its traffic: mixed for engines that serve requests, bursts for training.
     may_copy
         Whether an expert may have several slots in a layer.
     renumbers
-        Whether experts are renumbered in the checkpoint, as it has no file for a placement. Groups
-        of the router must then stay whole.
+        Whether a placement renumbers the experts of the checkpoint, because the engine reads no
+        placement. The router's groups must then stay whole.
     devices
-        The only number of devices that it serves on; None for any.
+        The only number of devices that it runs on; None for any.
     repeated
-        What it does with two of them on one device; empty where it serves both.
+        What it does with two copies on one device; empty if it serves both.
     has_low_latency
         Whether it may exchange tokens by DeepEP's low-latency kernels, see ``tokens_per_rank``.
     serve
-        The command that serves ``placement.json``, or its map ``experts.json``, on so many
-        ``devices`` with so many ``redundant`` slots; empty where the engine's page has it.
+        The command that serves ``placement.json``, or its map ``experts.json``, on ``devices``
+        devices with ``redundant`` redundant slots; empty if only the engine's page has it.
     on_nodes
-        Its options to serve on so many ``nodes``, by the same command on each; empty where another
-        program brings nodes together.
+        Its options to serve on ``nodes`` nodes, by the same command on each; empty if another
+        program starts the nodes.
     serve_note
-        What else that command needs, as a remark; empty where it needs nothing.
+        A remark on what else that command needs; empty if nothing.
     splits_by
-        Its options for splits that it does not choose by itself, where experts have copies.
+        Its options for splits that are not its default, if experts have copies.
     go_back
-        What takes the placement away again.
+        How to remove the placement again.
     records_by
-        Its option that records the experts of every token; empty where it has none.
+        Its option that records the experts of every token; empty if it has none.
     record
-        The command that records into ``MORE`` on so many ``devices``; empty where it has none.
+        The command that records into ``MORE`` on ``devices`` devices; empty if it has none.
     """
 
     title: str
@@ -81,13 +81,13 @@ class Engine:
     record: str = ""
 
     @property
-    def dividing(self) -> tuple[Split, str] | None:
-        """Its split that divides whole windows, and the options for it; None if it has none."""
+    def window_split(self) -> tuple[Split, str] | None:
+        """The engine's split of whole windows, and its options; None if it has no such split."""
         pairs = self.splits_by.items()
         return next((pair for pair in pairs if RULES[pair[0]].needs_windows), None)
 
 
-# What serves models without placing whole experts on devices, and why that leaves nothing to place.
+# Programs that do not place whole experts on devices, and why there is nothing to place.
 NOTHING_TO_PLACE = "it splits layers or weights over devices, not experts, so nothing is to place"
 ONE_GPU = (
     "it divides experts between one GPU and the CPU, so no devices are to balance; which ones the "
@@ -174,8 +174,8 @@ ENGINES: dict[str, Engine] = {
 }
 
 
-def engine_of(reader: str) -> str | None:
-    """Return the engine whose recordings a reader of ``formats`` reads; None if it is no one's."""
+def find_engine(reader: str) -> str | None:
+    """Return the engine whose recordings a reader of ``formats`` reads; None for other readers."""
     fitting = [engine for engine in ENGINES if f"{reader}-".startswith(f"{engine}-")]
     return max(fitting, key=len, default=None)
 
@@ -184,13 +184,13 @@ def engine_of(reader: str) -> str | None:
 NOTHING_PLACED = {"llama-traces": "llama.cpp", "llama-cpp": "llama.cpp"}
 
 
-# Bytes that a buffer of DeepEP's low-latency kernels stays below: it is counted in 16 bytes, by 32
-# bits with a sign.
+# Limit of a buffer of DeepEP's low-latency kernels, in bytes: a signed number of 32 bits counts its
+# pieces of 16 bytes.
 BUFFER = 16 * (2**31 - 1)
 
 
 def tokens_per_rank(hidden: int, slots: int) -> int:
-    """Compute how many tokens a rank may send at once by DeepEP's low-latency kernels.
+    """Compute the tokens that a rank may send at once by DeepEP's low-latency kernels.
 
     Each of two buffers sends and receives a message for every token and slot of all ranks (copies
     too): a row of size ``hidden`` in 16 bits, and the scales of its blocks of 128
@@ -257,7 +257,7 @@ def engine_settings(
         "regime": "dispatch",  # tokens fan out from their home device and come back, in all of them
         "split": capabilities.split,
         "arrival": capabilities.arrival,
-        "slots_per_device": _slots(
+        "slots_per_device": _check_slots(
             capabilities, statistics, topology, slots_per_device, extra_slots
         ),
         "fill_slots": capabilities.may_copy,
@@ -276,14 +276,14 @@ def engine_settings(
     return settings
 
 
-def _slots(
+def _check_slots(
     engine: Engine,
     statistics: RoutingStatistics,
     topology: Topology,
     slots_per_device: Any,
     extra_slots: int | None,
 ) -> int:
-    """Return the slots of every device in every layer."""
+    """Return the slots of a device in a layer, checked against what the engine can load."""
     experts, devices = statistics.experts, topology.devices
     fewest = -(-experts // devices)
     limit = experts if engine.may_copy else fewest

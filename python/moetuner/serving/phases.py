@@ -1,8 +1,8 @@
 """Phases of serving: windows of several sizes, each with its share of the time.
 
-An engine decodes in steps of some hundred tokens and reads prompts in steps of thousands. What a
-placement is worth in one says little of the other: few tokens wait for weights, many for the
-busiest device. So both count, by the share of the serving time that each takes.
+An engine decodes in steps of some hundred tokens and reads prompts in steps of thousands. The value
+of a placement in one phase says little about the other: steps of few tokens wait for weights, steps
+of many for the busiest device. So both phases count, by their shares of the serving time.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Iterable, Mapping
 from moetuner import _checks as check
 from moetuner.statistics import WINDOW, RoutingStatistics
 
-# Tokens of a window, by size, and the share of the time, where nobody says more.
+# Share of the serving time, by tokens of a window.
 Phases = Mapping[int, float]
 
 # Tokens of a step as engines decode, and as they read prompts.
 WINDOWS = (WINDOW, 8192)
-# Windows in which prefill is judged: the first that a recording fills twice.
+# Windows in which prefill is judged, the preferred first: a recording must fill two of them.
 PREFILL_WINDOWS = (WINDOWS[1], 4096, 2048)
-# Share of the time that is prefill, if nobody says more. A recording has a sixteenth as many
+# Default share of the time that is prefill. A recording has a sixteenth as many
 # windows of prefill, which a search fits the more easily. On unseen halves of gpt-oss-20b's prompts
 # (8 and 2 x 4 devices, two splits), us of decode and of prefill, with how much more that is than
 # by the search for that phase alone:
@@ -30,8 +30,8 @@ PREFILL_WINDOWS = (WINDOWS[1], 4096, 2048)
 PREFILL_SHARE = 0.2
 
 
-def prefill(share: float) -> dict[int, float]:
-    """Return both phases, of whose time so much is prefill."""
+def make_phases(share: float) -> dict[int, float]:
+    """Return the two phases with this share of prefill."""
     return dict(zip(WINDOWS, (1 - share, share), strict=True))
 
 
@@ -40,13 +40,13 @@ def read_prefill_share(text: str) -> dict[int, float]:
     share = float(text)
     if not 0 <= share <= 1:
         raise ValueError(text)
-    return prefill(share)
+    return make_phases(share)
 
 
-def judged_windows(tokens: int, sizes: Iterable[int | None] = WINDOWS) -> tuple[int, ...]:
-    """Return the windows to judge so many tokens in, for windows of some sizes.
+def choose_judged_windows(tokens: int, sizes: Iterable[int | None] = WINDOWS) -> tuple[int, ...]:
+    """Return the sizes of windows to judge a placement in, on a number of tokens.
 
-    Prefill is judged in the longest windows that the tokens fill twice, if they fill any.
+    Prefill is judged in the longest windows of which the tokens fill two, if there are such.
     """
     filled = [size for size in PREFILL_WINDOWS if tokens >= 2 * size]
     judged: list[int] = []
@@ -59,14 +59,14 @@ def judged_windows(tokens: int, sizes: Iterable[int | None] = WINDOWS) -> tuple[
 
 
 def name_phase(window: int | None) -> str | None:
-    """Return the phase that has windows of so many tokens; None where neither has."""
+    """Return the name of the phase with this size of windows; None if it is neither."""
     if window == WINDOWS[0]:
         return "decode"
     return "prefill" if window in PREFILL_WINDOWS else None
 
 
-def checked(phases: object) -> dict[int, float]:
-    """Return phases as a dict, the shortest windows first; raise for what makes no sense."""
+def check_phases(phases: object) -> dict[int, float]:
+    """Return phases as a dict, the shortest windows first; raise for a wrong size or share."""
     check.instance("phases", phases, Mapping, hint=" of shares by tokens of a window")
     assert isinstance(phases, Mapping)
     for tokens, share in phases.items():
@@ -80,7 +80,7 @@ def checked(phases: object) -> dict[int, float]:
 
 
 def from_keys(values: object) -> dict[int, float]:
-    """Return phases as a placement's file has them: tokens are keys of JSON, so texts."""
+    """Read phases from a placement's file, whose keys are texts as JSON wants them."""
     check.instance("phases", values, Mapping, hint=" of shares by tokens of a window")
     assert isinstance(values, Mapping)
     for tokens in values:
@@ -88,20 +88,22 @@ def from_keys(values: object) -> dict[int, float]:
             raise check.ArgumentError(
                 f"phases must be shares by tokens, got {check.shown(tokens)}", "phases"
             )
-    return checked({int(tokens): share for tokens, share in values.items()})
+    return check_phases({int(tokens): share for tokens, share in values.items()})
 
 
-def weigh_phases(statistics: RoutingStatistics, phases: Phases | None) -> dict[int | None, float]:
-    """Return the shares of the time, by tokens of a window, that count for some statistics.
+def compute_phase_shares(
+    statistics: RoutingStatistics, phases: Phases | None
+) -> dict[int | None, float]:
+    """Return the shares of the time, by tokens of a window, for some statistics.
 
-    Without phases, those that were counted from a trace in windows as engines decode have both,
-    however few tokens there are. All others are in one phase.
+    Without phases, statistics of a trace in windows of decode get both phases, however few tokens
+    they have. All others are in one phase.
     """
     if phases is None:
         of_trace = statistics.transitions is not None or statistics.sets is not None
         if not of_trace or statistics.window != WINDOW:
             return {statistics.window: 1.0}
-        phases = prefill(PREFILL_SHARE)
+        phases = make_phases(PREFILL_SHARE)
     total = sum(phases.values())
     shares: dict[int | None, float] = {
         tokens: share / total for tokens, share in phases.items() if share
@@ -109,19 +111,22 @@ def weigh_phases(statistics: RoutingStatistics, phases: Phases | None) -> dict[i
     size = statistics.window
     for tokens in shares:
         if tokens is None or size is None or tokens % size:
-            own = "of unknown length" if size is None else f"of {size:,} tokens each"
+            length = "of unknown length" if size is None else f"of {size:,} tokens each"
             raise check.ArgumentError(
-                f"phases must be of whole windows of the traffic, which are {own}, "
+                f"phases must be of whole windows of the traffic, which are {length}, "
                 f"got {tokens or 0:,} tokens",
                 "phases",
             )
     return shares
 
 
-def words(shares: Mapping[int | None, float]) -> str:
-    """Write in which windows a mean is, and how much each counts; nothing of a single size."""
+def describe(shares: Mapping[int | None, float]) -> str:
+    """Write the sizes of windows with their shares of the time; nothing for a single size."""
     if len(shares) < 2:
         return ""
-    (first, share), *more = shares.items()
-    parts = [f"{tokens:,} ({100 * part:g} %)" for tokens, part in more]
-    return f"windows of {first:,} tokens ({100 * share:g} % of the time) and of {', '.join(parts)}"
+    (first, first_share), *others = shares.items()
+    texts = [f"{tokens:,} ({100 * share:g} %)" for tokens, share in others]
+    return (
+        f"windows of {first:,} tokens ({100 * first_share:g} % of the time) "
+        f"and of {', '.join(texts)}"
+    )

@@ -1,4 +1,4 @@
-"""Recipes: what somebody runs next, before it is text."""
+"""Recipes: command lines to run next, with their purpose."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Recipe:
-    """A command line, and what it is for.
+    """A command line, and its purpose.
 
     Parameters
     ----------
     command
-        The line, to be copied.
+        The line, to copy.
     why
-        What it is for, or has to be known before; "" where the line says it.
+        Its purpose, or what to know before; "" if the line says it.
     """
 
     command: str
     why: str = ""
 
     def __str__(self) -> str:
-        """Write both in a line that a shell takes, as JSON has them."""
+        """Write both in a line of a shell, as JSON has them."""
         return f"{self.command}  # {self.why}" if self.why else self.command

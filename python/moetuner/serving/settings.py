@@ -1,4 +1,4 @@
-"""Settings: fields of a dataclass that text can give, with their options, help and checks."""
+"""Settings: fields of a dataclass with their options, help, checks and texts."""
 
 from __future__ import annotations
 
@@ -9,50 +9,53 @@ from typing import Any
 
 from moetuner._checks import one_of
 
-# Groups of the help that settings are in.
+# Groups of settings in the help.
 MACHINE, GOAL, ENGINE, OTHER = "The machine", "The goal", "The engine", "Other"
 
 
 def setting(default: Any, group: str = GOAL, default_text: str = "", **metadata: Any) -> Any:
-    """Return a field of a dataclass that text can give; its help is what the docstring says of it.
+    """Return a field of a dataclass that an option can set; the class's docstring has its help.
 
     Parameters
     ----------
     default
-        Its value if it is not given.
+        Its default value.
     group, default_text
-        Group of the help that it is in, and what is taken without it, unless the docstring says so.
+        Its group in the help, and the default in words, unless the docstring says it.
     metadata
-        How text gives it: ``choices``, or ``read``, which gives its value, or raises ValueError,
-        and says in its docstring what it reads, or ``above``, for a number above it, or ``within``,
-        for a whole number from one to another, whose option has its default; without it is a flag.
-        ``metavar``, ``flag``, its option, by default its name, ``help``, by default what the
-        docstring says, and ``multiple``, if the option may be given several times, and ``usual``, a
-        value that is as good as none. ``check``, which takes its name and value and raises for a
-        wrong one; by default it must be one of ``choices``. ``label`` and ``words``, what a page
-        calls it, and how it writes a value: words by value, or a function.
-        ``to_json`` and ``from_json``, how a placement's file holds a value. ``by_engine``, if an
-        engine decides it.
+        How an option gives the value, one of: ``choices``; ``read``, a function of the text, which
+        raises ValueError for a wrong one and whose docstring says what it reads; ``above``, a limit
+        that a number must exceed; ``within``, the ends of a range of integers. A setting without
+        one of them is a flag.
+
+        About the option: ``flag``, its name, by default the field's; ``metavar``; ``help``, by
+        default the docstring's; ``multiple``, whether it may be repeated; ``usual``, a value that
+        means the same as none.
+
+        About the value: ``check``, a function of name and value that raises for a wrong one, by
+        default for one that is not in ``choices``; ``label``, its name on a page; ``words``, its
+        text on a page, by value or as a function; ``to_json`` and ``from_json``, its form in a
+        placement's file; ``by_engine``, whether an engine decides it.
     """
     return field(
         default=default, metadata={"group": group, "default_text": default_text, **metadata}
     )
 
 
-def same_setting(kind: Any, name: str) -> Any:
-    """Return the field of another dataclass that is the same setting: declared there alone."""
+def reuse_setting(kind: Any, name: str) -> Any:
+    """Return a field that is declared in another dataclass, so that both are the same setting."""
     declared = kind.__dataclass_fields__[name]
     return field(default=declared.default, metadata=declared.metadata)
 
 
 def check_settings(values: Any) -> None:
     """Raise for a field of a dataclass whose value breaks the rule of its setting."""
-    for own in fields(values):
-        check_setting(own, getattr(values, own.name))
+    for declared in fields(values):
+        check_setting(declared, getattr(values, declared.name))
 
 
 def check_setting(declared: Field[Any], value: object) -> None:
-    """Raise for a value that breaks the rule of a setting; None stands for a default of None."""
+    """Raise for a value that breaks the rule of a setting; a default of None is allowed."""
     if value is None and declared.default is None:
         return
     check, choices = declared.metadata.get("check"), declared.metadata.get("choices")
@@ -62,35 +65,36 @@ def check_setting(declared: Field[Any], value: object) -> None:
         one_of(declared.name, value, choices)
 
 
-# What says how a text gives a setting, of all that is declared of it.
+# Metadata of a setting that describe its option.
 OPTION_KEYS = (
     *("group", "choices", "read", "above", "within"),
     *("usual", "metavar", "flag", "help", "multiple"),
 )
 
 
-def settings_of(*kinds: Any) -> dict[str, dict[str, Any]]:
-    """Return of the settings among dataclasses' fields, by name, how options give them, and help.
+def list_settings(*kinds: Any) -> dict[str, dict[str, Any]]:
+    """Return the metadata of options, and their help, by the names of dataclasses' settings.
 
-    The help of a setting that several declare is that of the last.
+    A setting that several dataclasses declare has the help of the last.
     """
     settings: dict[str, dict[str, Any]] = {}
     for kind in kinds:
-        texts = parameters_of(kind)
-        for own in fields(kind):
-            if not own.metadata or (own.name in settings and own.name not in texts):
+        texts = read_parameters(kind)
+        for declared in fields(kind):
+            name, metadata = declared.name, declared.metadata
+            if not metadata or (name in settings and name not in texts):
                 continue
-            entry = {key: own.metadata[key] for key in OPTION_KEYS if key in own.metadata}
-            if "within" in entry:
-                entry["default"] = own.default
-            default, text = own.metadata["default_text"], entry.get("help", texts.get(own.name, ""))
-            entry["help"] = text + (f"  [default: {default}]" if default else "")
-            settings[own.name] = entry
+            option = {key: metadata[key] for key in OPTION_KEYS if key in metadata}
+            if "within" in option:
+                option["default"] = declared.default
+            default, text = metadata["default_text"], option.get("help", texts.get(name, ""))
+            option["help"] = text + (f"  [default: {default}]" if default else "")
+            settings[name] = option
     return settings
 
 
-def parameters_of(kind: Any) -> dict[str, str]:
-    """Return what a docstring says of parameters, by name, without markup and shapes."""
+def read_parameters(kind: Any) -> dict[str, str]:
+    """Read the texts of parameters, by name, from a docstring, without markup and shapes."""
     texts: dict[str, str] = {}
     names: list[str] = []
     _, _, section = inspect.cleandoc(kind.__doc__ or "").partition("Parameters\n----------\n")

@@ -1,7 +1,7 @@
 """Splits: how an engine's dispatcher splits an expert's tokens over its copies.
 
-A split is a row of ``RULES``. Whoever replays, expects, searches or bounds asks the row what the
-split does, and compares no names.
+A split is a row of ``RULES``. Replays, searches and bounds use the fields of the row; none of them
+compares the names of splits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from moetuner import _core
 Split = Literal["even", "nearest", "round_robin", "lp"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
-# Of slots [L,D,S], loads of experts [W,L,E] and speeds of devices [D]: loads of devices [W,L,D].
+# A function from slots [L,D,S], loads of experts [W,L,E] and speeds of devices [D] to loads of
+# devices [W,L,D].
 Divide = Callable[[NDArray[Any], NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
 
 
@@ -26,28 +27,28 @@ Divide = Callable[[NDArray[Any], NDArray[np.float64], NDArray[np.float64]], NDAr
 class Rule:
     """What a split does with the tokens of an expert that has copies.
 
-    Without one of the fields, every copy serves as many tokens of each window.
+    By default, the copies of an expert serve equally many tokens of each window.
 
     Parameters
     ----------
     words
-        What it does, for people, of "a token's copy of an expert".
+        The split in words, to follow "a token's copy of an expert".
     option_help
-        What it does, for the help of its option, of "how tokens are split over copies".
+        The split in the help of its option, to follow "how tokens are split over copies".
     token_rule
-        How the core serves single tokens where they are split so: a name that it knows.
+        The core's name of the rule by which it serves single tokens.
     by_home
-        Whether a token's copy depends on the device that it comes from: the nearest serves it.
+        Whether a token's copy depends on the token's home device: the nearest copy serves it.
     in_turns
-        Whether it depends on the tokens before: copies take turns.
+        Whether a token's copy depends on the tokens before: copies take turns.
     is_hashed
         Whether one hash of the token chooses the copies of all its experts, so that two experts
         with equally many copies take the same one.
     divide
-        Divides all tokens of a window over copies by their loads; None where each token is served
-        by itself. Windows are then counted, and tokens have no order in them.
+        Function that divides the tokens of a whole window over copies; None if each token is
+        served by itself. With it, windows must be counted, and their tokens have no order.
     dispatch_us
-        Time that the dispatcher takes in every layer for that, which no cost model has.
+        Time of the dispatcher in every layer, in microseconds, which no cost model contains.
     """
 
     words: str
@@ -61,16 +62,16 @@ class Rule:
 
     @property
     def needs_windows(self) -> bool:
-        """Whether tokens are divided window by window, which must be counted for that."""
+        """Whether tokens are divided window by window, so that windows must be counted."""
         return self.divide is not None
 
     @property
     def is_even(self) -> bool:
-        """Whether copies serve as many tokens of their expert each, in every window."""
+        """Whether the copies of an expert serve equally many tokens in every window."""
         return not self.by_home and self.divide is None
 
 
-# The split whose copies serve as many tokens each, for what asks no dispatcher.
+# The split whose copies serve equally many tokens, for figures that do not depend on a dispatcher.
 EVEN: Split = "even"
 
 RULES: dict[str, Rule] = {
@@ -83,9 +84,9 @@ RULES: dict[str, Rule] = {
     "round_robin": Rule(
         "takes turns", "in turns (round_robin, TensorRT-LLM)", "round_robin", in_turns=True
     ),
-    # LPLB, and SGLang's dispatch of that name: a linear programme, so that the slowest device is
-    # done as soon as can be, then the slowest of the others, and so on. Which tokens go where is
-    # not known, so visits, rows and pairs are those of ``even``.
+    # LPLB, and SGLang's dispatch of that name: a linear programme minimises the load over speed of
+    # the slowest device, then of the slowest of the others, and so on. It does not say which tokens
+    # go where, so visits, rows and pairs are those of ``even``.
     "lp": Rule(
         "is what a linear programme says",
         "so that the slowest device of every window is fastest (lp, SGLang; for counts only)",

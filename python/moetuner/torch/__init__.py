@@ -1,4 +1,4 @@
-"""What moetuner does inside PyTorch: record and count routing; apply, run and change placements.
+"""Record and count routing inside PyTorch; apply, run and change placements.
 
 ``capture`` records what the routers of a running model choose, ``RoutingCounters`` counts it on the
 device; ``apply_placement``, ``permute_state_dict`` and ``Renumbering`` put experts in the order of
@@ -26,7 +26,7 @@ from moetuner.torch.reorder.checkpoint import permute_state_dict
 from moetuner.torch.reorder.model import apply_placement
 from moetuner.torch.reorder.renumbering import Renumbering
 
-# Modules of experts that move, by the names that they had: programs of others reach into them.
+# Former name of a module, which programs of others import.
 migration = migrate
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Running texts through a model of transformers, and recording how it routes them."""
+"""Run texts through a model of transformers, and record how it routes them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moetuner.files.lines import fields_of
 from moetuner.torch.record.capture import UNNAMED, capture
 from moetuner.trace import RoutingTrace
 
-# Halves of letters of UTF-16, which JSON can say alone, and no encoding has.
+# Halves of UTF-16 letters, which JSON can contain alone, but no encoding can.
 LONE = re.compile("[\ud800-\udfff]")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -57,8 +57,8 @@ def read_texts(path: str | Path) -> Iterator[Document]:
             if not isinstance(text, str) or not (group is None or isinstance(group, str)):
                 rule = 'an object with "text" and perhaps "group", both texts'
                 raise ValueError(f"line {number}: must be {rule}, got {shown(fields)}")
-            for part in filter(None, (text, group)):
-                if (lone := LONE.search(part)) is not None:
+            for value in filter(None, (text, group)):
+                if (lone := LONE.search(value)) is not None:
                     letter = f"half of a letter (\\u{ord(lone[0]):x})"
                     raise ValueError(f"line {number}: must be whole letters, got {letter}")
             if text.strip():
@@ -67,7 +67,7 @@ def read_texts(path: str | Path) -> Iterator[Document]:
 
 @contextmanager
 def _loading(model: str) -> Iterator[None]:
-    """Name the model in whatever error its files end in: libraries have kinds of their own."""
+    """Name the model in any error of its files, as libraries have errors of their own."""
     try:
         yield
     except (ImportError, MemoryError, OSError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Finding the MoE layers of a model: their routers, their experts, and how many of them there are.
+"""Find the MoE layers of a model: their routers, their experts, and how many of them there are.
 
 No list of architectures: an MoE layer is a module with a child ``experts`` beside a child that
 routes. That is the shape of Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek, GLM-4-MoE, gpt-oss and
@@ -93,7 +93,7 @@ def moe_layers(
 
 
 def same_sizes(layers: tuple[MoELayer, ...]) -> tuple[int, int]:
-    """Return experts E and top-k K, which all layers must share."""
+    """Return experts E and top-k K; raise unless all layers have the same."""
     first = layers[0]
     names = {"num_experts": "experts", "choices": "rows of the router", "top_k": "top_k"}
     for layer, (name, what) in itertools.product(layers, names.items()):
@@ -106,15 +106,14 @@ def same_sizes(layers: tuple[MoELayer, ...]) -> tuple[int, int]:
     return first.num_experts, first.top_k
 
 
-def chosen(output: object) -> tuple[Tensor, Tensor] | None:
-    """Pick expert ids [T,K] and their weights [T,K] out of what a router returned.
+def find_choices(output: object) -> tuple[Tensor, Tensor] | None:
+    """Return expert ids [T,K] and weights [T,K] from the output of a router; None without ids.
 
-    The ids are the one matrix of integers, wherever it stands: transformers puts it last, models
-    that bring their own code often first. None if there is no such matrix. Where a router gives no
-    weights the ids stand in, which are never NaN.
+    The ids are the only matrix of integers, in any place: transformers puts it last, models with
+    their own code often first. Without weights the ids are returned twice, as they are never NaN.
     """
-    parts = output if isinstance(output, (tuple, list)) else (output,)
-    tensors = [part for part in parts if isinstance(part, Tensor) and part.dim() >= 2]
+    values = output if isinstance(output, (tuple, list)) else (output,)
+    tensors = [value for value in values if isinstance(value, Tensor) and value.dim() >= 2]
     integers = [t for t in tensors if not t.is_floating_point() and t.element_size() > 1]
     if len(integers) != 1:
         return None
@@ -124,7 +123,7 @@ def chosen(output: object) -> tuple[Tensor, Tensor] | None:
 
 
 def _is_router(name: str, modules: dict[str, nn.Module]) -> bool:
-    """Whether a module stands beside experts and is their router, by its class or by its name."""
+    """Return whether a module is the router of the experts beside it, by its class or name."""
     if not name or _beside(name, "experts") not in modules:
         return False
     # A block may have both a router and some other gate, for instance of its shared expert.
@@ -162,9 +161,9 @@ def _groups(router: nn.Module, block: nn.Module) -> int:
     """Count the groups among which a router chooses first, by its own settings or its model's."""
     configs = [getattr(module, "config", None) for module in (router, block)]
     names = ("n_group", "topk_group", "topk_method")
-    own = [vars(module).items() for module in (router, block)]
+    attributes_of = [vars(module).items() for module in (router, block)]
     settings: list[dict[str, Any]] = [
-        {k: v for k, v in attributes if type(v) in (int, str)} for attributes in own
+        {k: v for k, v in attributes if type(v) in (int, str)} for attributes in attributes_of
     ]
     settings += [
         {name: getattr(config, name, None) for name in names} for config in configs if config

@@ -1,7 +1,7 @@
-"""Weights that a module keeps outside its parameters and buffers, where nothing can move them.
+"""Find weights that a module keeps outside its parameters and buffers, where nothing moves them.
 
-Quantisers do so: MXFP4 sets tensors of Triton as attributes, others dictionaries of scales, tensor
-subclasses that hold tensors, or attributes of the parameters themselves.
+Quantisers do so: MXFP4 sets Triton's tensors as attributes, others set dictionaries of scales,
+tensor subclasses that hold tensors, or attributes of the parameters.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# What every module has, and what accelerate adds to one whose weights it loads when they are used.
-# What torch.distributed adds begins with two underscores.
-OWN = {*vars(nn.Module()), "_hf_hook", "_old_forward"}
+# Attributes of every module, and those of accelerate for modules whose weights it loads on use.
+# Attributes of torch.distributed begin with two underscores.
+USUAL_ATTRIBUTES = {*vars(nn.Module()), "_hf_hook", "_old_forward"}
 FUNCTIONS = (
     types.FunctionType,
     types.BuiltinFunctionType,
@@ -32,7 +32,7 @@ DEEPEST = 8
 
 
 class Registered:
-    """What a model knows of itself: its modules, and the memory of its parameters and buffers."""
+    """The modules of a model, and the memory of its parameters and buffers."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = {id(module) for module in model.modules()}
@@ -41,28 +41,27 @@ class Registered:
         self.memory = {_memory(tensor) for tensor in tensors} - {None}
 
     def outside(self, module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yield names and shapes of what a module keeps outside, not what is in its children."""
+        """Yield names and shapes of a module's tensors outside, without those of its children."""
         seen: set[int] = set()
         for name, value in vars(module).items():
-            if name not in OWN and not name.startswith("__"):
+            if name not in USUAL_ATTRIBUTES and not name.startswith("__"):
                 yield from self._within(name, value, seen)
-        own = [*module._parameters.items(), *module._buffers.items()]
-        for name, tensor in own:
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             for inner, value in vars(tensor).items() if tensor is not None else ():
                 yield from self._within(f"{name}.{inner}", value, seen)
 
     def _within(
         self, name: str, value: Any, seen: set[int], depth: int = 0
     ) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yield the tensors that a value has in it."""
+        """Yield the tensors in a value, and in the values within it."""
         if id(value) in seen or isinstance(value, FUNCTIONS) or depth > DEEPEST:
             return
         seen.add(id(value))
         parts: Any = ()
         kind = type(value)
         if isinstance(value, Tensor):
-            known = id(value) in self.tensors or _memory(value) in self.memory
-            if not known and value.numel() > 1:
+            is_registered = id(value) in self.tensors or _memory(value) in self.memory
+            if not is_registered and value.numel() > 1:
                 yield name, tuple(value.shape)
         elif isinstance(value, np.ndarray):
             if value.size > 1:
@@ -80,14 +79,14 @@ class Registered:
             parts = enumerate(value)
         else:
             slots = [slot for cls in kind.__mro__ for slot in getattr(cls, "__slots__", ())]
-            held = {slot: getattr(value, slot, None) for slot in slots if isinstance(slot, str)}
-            parts = {**held, **getattr(value, "__dict__", {})}.items()
-        for inner, part in list(parts):
-            yield from self._within(f"{name}.{inner}", part, seen, depth + 1)
+            attributes = {s: getattr(value, s, None) for s in slots if isinstance(s, str)}
+            parts = {**attributes, **getattr(value, "__dict__", {})}.items()
+        for inner, member in list(parts):
+            yield from self._within(f"{name}.{inner}", member, seen, depth + 1)
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor has memory of its own, in which its elements are as it shows them."""
+    """Return whether a tensor's own memory has its elements as it shows them."""
 
     def function_of(kind: Any) -> Any:
         return getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
@@ -98,12 +97,12 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether the elements of a tensor lie in memory with strides."""
+    """Return whether the elements of a tensor lie in memory with strides."""
     return is_plain(tensor) and tensor.layout == torch.strided and not tensor.is_meta
 
 
 def _memory(tensor: Tensor) -> tuple[str, int] | None:
-    """Return where the memory of a tensor begins."""
+    """Return device and address of a tensor's memory; None without memory."""
     if not has_memory(tensor) or not tensor.numel():
         return None
     return str(tensor.device), tensor.untyped_storage().data_ptr()

@@ -1,4 +1,4 @@
-"""Timing the experts of one MoE layer where this runs, for a cost model."""
+"""Time the experts of one MoE layer on this machine, for a cost model."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import torch
 
 from moetuner.torch.parallel.experts import GroupedExperts
 
-# Tokens of the batches; microseconds of a call after which no larger batch is timed, and of all
-# calls of a batch.
+# Tokens of batches; microseconds of a call after which no larger batch is timed; microseconds for
+# all calls of a batch.
 BATCHES, LONGEST_US, ENOUGH_US = [2**n for n in range(12)], 5e5, 3e5
-# Bytes that are written before each call: more than the last-level cache of the device holds.
+# Bytes that are written before each call, more than the device's last-level cache holds.
 SWEEP = {"cuda": 2**28, "cpu": 2**26}
 
 
 class Stopwatch:
-    """Microseconds of a call with caches as cold as between two layers.
+    """Measures microseconds of a call with caches as cold as between two layers.
 
-    The median of some calls; on a CPU, where others may run, the least.
+    It takes the median of several calls; on a CPU, where other programs may run, the minimum.
     """
 
     def __init__(self, device: torch.device, repeat: int = 20) -> None:

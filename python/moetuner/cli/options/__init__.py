@@ -1,4 +1,4 @@
-"""Options: fields of dataclasses, which commands share, or parameters of a command."""
+"""Options of commands: fields of shared dataclasses, or parameters of a command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moetuner._checks import ArgumentError
 from moetuner._texts import suggestion
 from moetuner.files import same_file
 from moetuner.serving.recipes import Recipe
-from moetuner.serving.settings import ENGINE, GOAL, MACHINE, OTHER, parameters_of
+from moetuner.serving.settings import ENGINE, GOAL, MACHINE, OTHER, read_parameters
 from moetuner.solver import ALIASES, EFFORTS, METHODS
 
 # Groups of the help in their order; an option is in one of them, else in the last.
@@ -32,14 +32,14 @@ GROUPS = (BEGIN, MACHINE, GOAL, ENGINE, RUNNING, SEARCH, JUDGING, OTHER)
 TYPED = f"{__name__}.typed"
 
 
-# What click says of a number, and what it means.
+# Errors of click about numbers, in plainer words.
 NUMBERS = {"is not a valid integer": "is not an integer", "is not a valid float": "is not a number"}
 
 
 class Option(click.Option):
-    """An option that knows its group of the help, and which value is as good as none.
+    """An option with its group in the help, and a value that is left out of next commands.
 
-    That is ``usual``, besides its default.
+    That value is ``usual``, besides the default.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class Option(click.Option):
         self.group, self.usual = group, usual
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
-        """Return the value; an error names the choice that comes nearest."""
+        """Return the value; the error for a wrong one suggests the nearest choice."""
         try:
             return super().type_cast_value(ctx, value)
         except click.BadParameter as error:
             text = error.message.rstrip(".").removesuffix(" range")
-            for said, meant in NUMBERS.items():
-                text = text.replace(said, meant)
+            for clicks, plain in NUMBERS.items():
+                text = text.replace(clicks, plain)
             text += self._suggestion(value) if "Did you mean" not in text else ""
             raise click.BadParameter(text, error.ctx, error.param, error.param_hint) from None
 
@@ -65,10 +65,10 @@ class Option(click.Option):
         metavar = self.metavar or ""
         if not words and "|" in metavar:  # else words in it are no choices: FILE.html
             words = re.findall(r"\b[a-z_]{3,}\b", metavar)
-        parts = re.split("[,:= ]", value) if isinstance(value, str) else value
-        if not words or not isinstance(parts, list | tuple):  # a path is a default
+        typed = re.split("[,:= ]", value) if isinstance(value, str) else value
+        if not words or not isinstance(typed, list | tuple):  # a path is a default
             return ""
-        return suggestion(next((part for part in parts if part not in words), ""), words)
+        return suggestion(next((word for word in typed if word not in words), ""), words)
 
 
 def option(kind: Any = None, metavar: str | None = None, default: Any = None, **others: Any) -> Any:
@@ -77,48 +77,48 @@ def option(kind: Any = None, metavar: str | None = None, default: Any = None, **
     Parameters
     ----------
     kind, metavar
-        Its type, and its value in ``--help``.
+        Type of the value, and the name of the value in ``--help``.
     default
-        Its value where it is not given.
+        Value of an option that is not given.
     others
-        ``group`` of the help, ``flag``, by default the field's name without "_file", ``short``, its
-        flag of one letter, ``help``, by default what the docstring says of the field, and what
-        ``click.Option`` takes.
+        ``group`` in the help; ``flag``, by default the field's name without "_file"; ``short``, a
+        flag of one letter; ``help``, by default the docstring of the field; and arguments of
+        ``click.Option``.
     """
     return field(default=default, metadata={"type": kind, "metavar": metavar, **others})
 
 
 def argument(metavar: str, kind: Any, **others: Any) -> Any:
-    """Return the same of an argument without a name; ``others`` as for ``click.Argument``."""
-    of_argument = {"is_argument": True, "type": kind, "metavar": metavar}
-    return field(default=None, metadata=of_argument | others)
+    """Return a field that is a positional argument; ``others`` as for ``click.Argument``."""
+    metadata = {"is_argument": True, "type": kind, "metavar": metavar}
+    return field(default=None, metadata=metadata | others)
 
 
-def options_of(kind: Any) -> dict[str, click.Parameter]:
-    """Return the options of a function or a class, its own and those of groups, by name.
+def list_options(kind: Any) -> dict[str, click.Parameter]:
+    """Return the options of a function or a class, with those of its groups, by name.
 
-    A class that has ``OPTIONS``, fields by name, has those.
+    A class may have its fields by name in ``OPTIONS``.
     """
     members: dict[str, Any] = getattr(kind, "OPTIONS", {})
     if is_dataclass(kind):
         members = {member.name: member for member in fields(kind)}
     elif not members:
         signature = inspect.signature(kind)
-        members = {name: each.default for name, each in signature.parameters.items()}
+        members = {name: value.default for name, value in signature.parameters.items()}
     texts: dict[str, str] = {}
     for base in reversed(getattr(kind, "__mro__", (kind,))):
-        texts |= parameters_of(base)
-    groups = groups_of(kind)
+        texts |= read_parameters(base)
+    groups = find_groups(kind)
     options: dict[str, click.Parameter] = {}
     for name, member in members.items():
         if name in groups:
-            options |= options_of(groups[name])
+            options |= list_options(groups[name])
         elif isinstance(member, Field) and member.metadata:
             options[name] = make_option(member, name, texts.get(name, ""))
     return options
 
 
-def groups_of(kind: Any) -> dict[str, type]:
+def find_groups(kind: Any) -> dict[str, type]:
     """Return the parameters of a function that are groups of options, with their classes."""
     if isinstance(kind, type):
         return {}
@@ -131,7 +131,7 @@ def groups_of(kind: Any) -> dict[str, type]:
 
 
 def make_option(member: Field[Any], name: str, text: str) -> click.Parameter:
-    """Return the option that a field is; its help is what the docstring says of it."""
+    """Make the option of a field; its help is the field's docstring."""
     keywords = dict(member.metadata)
     if keywords.pop("is_argument", False):
         return click.Argument([name], **keywords)
@@ -146,20 +146,20 @@ def make_option(member: Field[Any], name: str, text: str) -> click.Parameter:
 
 
 class Command(click.Command):
-    """A function as a command: of its parameters, groups become their options.
+    """A command that runs a function; parameters that are groups become the groups' options.
 
     Parameters
     ----------
     name
-        Of the command.
+        Name of the command.
     run
-        What it does; without ``help``, its docstring up to the parameters is the help.
+        Function of the command; without ``help``, its docstring up to the parameters is the help.
     example
-        What follows the name in the example at the end of the help.
+        Arguments of the example at the end of the help.
     begin_with
         Options that a newcomer needs, which come first in the help.
     others
-        As ``click.Command`` takes them.
+        Arguments of ``click.Command``.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class Command(click.Command):
         epilog: str | None = None,
         **others: Any,
     ) -> None:
-        groups = {group: (kind, [*options_of(kind)]) for group, kind in groups_of(run).items()}
+        groups = {group: (kind, [*list_options(kind)]) for group, kind in find_groups(run).items()}
 
         def call(**values: Any) -> Any:
             for group, (kind, keys) in groups.items():
@@ -182,24 +182,24 @@ class Command(click.Command):
         line = f"Example:\n\n\b\n  moetuner {name} {example}"
         others["epilog"] = "\n\n".join(filter(None, (epilog, line)))
         others.setdefault("help", (inspect.getdoc(run) or "").partition("\n\nParameters\n")[0])
-        params = [*options_of(run).values()]
+        params = [*list_options(run).values()]
         super().__init__(name, callback=call, params=params, **others)
         self.begin_with = {*begin_with.split()}
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; arguments that are refused are named as the options that gave them."""
+        """Run the command; errors name options in place of the arguments that they set."""
         try:
             return super().invoke(ctx)
         except ArgumentError as error:
-            raise click.ClickException(error.renamed(flags())) from error
+            raise click.ClickException(error.renamed(list_flags())) from error
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Keep what was typed, for commands that come next."""
+        """Remember the typed arguments, for next commands; then parse them."""
         ctx.meta[TYPED] = [*args]
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write a section for every group, of the same name and at the same place everywhere."""
+        """Write a section for every group, in the same order for all commands."""
         if {getattr(parameter, "group", OTHER) for parameter in self.params} <= {OTHER}:
             super().format_options(ctx, formatter)
             return
@@ -216,20 +216,20 @@ class Command(click.Command):
 
 
 class FormerCommand(Command):
-    """A name that a command had until 0.2: it runs the new one, and says so on standard error.
+    """A former name of a command, until 0.2: it runs the command, and names it on standard error.
 
     Parameters
     ----------
     name, now
-        Of the command, and how it is spelled now.
+        Former name, and the command and options in its place.
     command
-        What it runs.
+        The command that runs.
     names
-        Names of the command's options and arguments that it has.
+        Names of the command's options and arguments that the former name has.
     params
-        Further ones, in place of the command's of the same name.
+        Options and arguments in place of the command's of the same name.
     values
-        What the command gets that nobody can give.
+        Values of the command's parameters that the former name cannot set.
     """
 
     def __init__(
@@ -242,24 +242,26 @@ class FormerCommand(Command):
         params: Sequence[click.Parameter] = (),
         **values: Any,
     ) -> None:
-        said = f'"moetuner {name}" is "moetuner {now}" now; the old name goes with 0.2'
-        usual = {str(each.name): each.default for each in command.params}
-        other = {str(each.name): each for each in params}
+        notice = f'"moetuner {name}" is "moetuner {now}" now; the old name goes with 0.2'
+        defaults = {str(parameter.name): parameter.default for parameter in command.params}
+        replacing = {str(parameter.name): parameter for parameter in params}
 
         def run(**typed: Any) -> Any:
             assert command.callback is not None
-            status = command.callback(**usual | values | typed)
-            # After an error it would be a second line.
+            status = command.callback(**defaults | values | typed)
+            # Not after an error, which is a single line.
             if not typed["quiet"]:
-                click.echo(f"moetuner: {said}", err=True)
+                click.echo(f"moetuner: {notice}", err=True)
             return status
 
-        own = [
-            other.get(str(each.name), each)
-            for each in command.params
-            if each.name in names or each.name in other
+        chosen = [
+            replacing.get(str(parameter.name), parameter)
+            for parameter in command.params
+            if parameter.name in names or parameter.name in replacing
         ]
-        click.Command.__init__(self, name, callback=run, params=own, help=f"{said}.", hidden=True)
+        click.Command.__init__(
+            self, name, callback=run, params=chosen, help=f"{notice}.", hidden=True
+        )
         self.begin_with = command.begin_with
 
 
@@ -268,27 +270,27 @@ def command(name: str, **others: Any) -> Callable[[Callable[..., Any]], Command]
     return lambda run: Command(name, run, **others)
 
 
-def typed(*kinds: type) -> dict[str, Any]:
+def list_typed(*kinds: type) -> dict[str, Any]:
     """Return options of the running command as they were typed, by name: all, or those of groups.
 
-    Those that say how fast it computes, and where it writes, are no one else's.
+    Options that no other command takes over, such as --threads, are left out.
     """
     context = click.get_current_context()
     texts = context.command.make_parser(context).parse_args([*context.meta[TYPED]])[0]
-    names = {name for kind in kinds for name in options_of(kind)} if kinds else {*texts}
-    return {name: text for name, text in texts.items() if name in names - {*OWN}}
+    names = {name for kind in kinds for name in list_options(kind)} if kinds else {*texts}
+    return {name: text for name, text in texts.items() if name in names - {*NOT_PASSED_ON}}
 
 
-# Options that are written whatever their value: what comes next reads the file.
+# Options that are written even with their default: next commands name these files.
 NAMED_FILES = ("out_file", "report_file")
 # Options that no next command takes over.
-OWN = ("threads", "report_file", "figures", "json_file", "quiet")
+NOT_PASSED_ON = ("threads", "report_file", "figures", "json_file", "quiet")
 
 
-def words(command: click.Command, values: dict[str, Any]) -> str:
-    """Write values of the options that a command has, by name, a space in front of each.
+def write_options(command: click.Command, values: dict[str, Any]) -> str:
+    """Write a command's options with their values, a space in front of each.
 
-    A value that the option has by default is left out.
+    Defaults are left out.
     """
     text = ""
     for parameter in command.params:
@@ -297,33 +299,35 @@ def words(command: click.Command, values: dict[str, Any]) -> str:
             continue
         plain = {str(parameter.default), str(getattr(parameter, "usual", None))}
         if name in NAMED_FILES or str(value) not in plain:
-            for each in value if isinstance(value, list) else [value]:
+            for argument in value if isinstance(value, list) else [value]:
                 text += f" {max(parameter.opts, key=len)}"
-                text += "" if each is True else f" {shlex.quote(str(each))}"
+                text += "" if argument is True else f" {shlex.quote(str(argument))}"
     return text
 
 
-def spelled() -> dict[str, str]:
-    """Return machine and cost model as they were typed: their values are no text of an option."""
-    texts = {"topology": typed().get("machine"), "cost_model": typed().get("cost_model")}
+def list_spelled_options() -> dict[str, str]:
+    """Return the texts of --topology and --cost-model, whose values do not tell them."""
+    texts = {"topology": list_typed().get("machine"), "cost_model": list_typed().get("cost_model")}
     return {name: text for name, text in texts.items() if text}
 
 
 def recipe(name: str, files: Iterable[str | Path], values: dict[str, Any], why: str = "") -> Recipe:
-    """Return another command on some files, with values of its options, and what it is for."""
+    """Return a command on some files, with values of its options and its purpose."""
     menu = click.get_current_context().find_root().command
     assert isinstance(menu, click.Group)
-    text = f"moetuner {name} {shlex.join(map(str, files))}{words(menu.commands[name], values)}"
+    text = (
+        f"moetuner {name} {shlex.join(map(str, files))}{write_options(menu.commands[name], values)}"
+    )
     return Recipe(text, why)
 
 
-def apart_from(running: str | Path | None, name: str) -> str:
-    """Return the name of a file to write to, with "new-" before it where that one runs."""
+def choose_file_name(running: str | Path | None, name: str) -> str:
+    """Return the name of a file to write, with "new-" in front if it is the running placement's."""
     return f"new-{name}" if running is not None and same_file(running, name) else name
 
 
 class Number(click.FloatRange):
-    """A number in a range, finite unless ``infinite`` allows "inf"; NaN is in none."""
+    """A number in a range, finite unless ``infinite`` allows "inf", and never NaN."""
 
     def __init__(self, *arguments: Any, infinite: bool = False, **others: Any) -> None:
         super().__init__(*arguments, **others)
@@ -340,16 +344,16 @@ class Number(click.FloatRange):
 
 
 class Text(click.ParamType):  # type: ignore[type-arg]
-    """A text that is read, and what completes it in a shell.
+    """A text that a function reads, with words that complete it in a shell.
 
     Parameters
     ----------
     read
-        Its value, ValueError if there is none.
+        Function from the text to its value; raises ValueError for a wrong text.
     rule
-        What ``read`` accepts, to follow "must be"; without, an error speaks for itself.
+        Texts that ``read`` accepts, to follow "must be"; by default its error is shown.
     words
-        Words that complete it.
+        Words that complete the text.
     """
 
     name = "text"
@@ -360,7 +364,7 @@ class Text(click.ParamType):  # type: ignore[type-arg]
         self.read, self.rule, self.words = read, rule, tuple(words)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return what is read; an error names the rule."""
+        """Return the value; the error for a wrong text has the rule."""
         try:
             return self.read(value) if isinstance(value, str) else value
         except ValueError:
@@ -371,12 +375,12 @@ class Text(click.ParamType):  # type: ignore[type-arg]
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """Return the words that begin so."""
+        """Return the words that begin with ``incomplete``."""
         return [CompletionItem(word) for word in self.words if word.startswith(incomplete)]
 
 
 def read_method(text: str, rule: str = f"one of {', '.join(METHODS)}") -> str:
-    """Return the method of a name, or of another name of it; ``rule`` as for ``Text``."""
+    """Return the method that a name or an alias stands for; ``rule`` as for ``Text``."""
     name = ALIASES.get(text, text)
     if name not in METHODS:
         raise click.BadParameter(f"must be {rule}, got '{text:.60}'")
@@ -459,7 +463,7 @@ class FileText(Text):
     """A text that may name a file, which no option of the same command may write."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return what is read, with a file registered as read."""
+        """Return the value; a file of this name is registered as read."""
         if isinstance(value, str) and Path(value).exists():
             register_path(ctx, param, Path(value))
         return super().convert(value, param, ctx)
@@ -467,7 +471,7 @@ class FileText(Text):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """Return the words that begin so, else names of files."""
+        """Return the words that begin with ``incomplete``, else names of files."""
         items = super().shell_complete(ctx, param, incomplete)
         return items or [CompletionItem(incomplete, type="file")]
 
@@ -477,8 +481,8 @@ def read_numbers(text: str) -> tuple[int, ...]:
     if text == "none":
         return ()
     numbers: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part.strip(), re.ASCII)
+    for item in text.split(","):
+        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", item.strip(), re.ASCII)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
             raise ValueError(text)
@@ -486,8 +490,8 @@ def read_numbers(text: str) -> tuple[int, ...]:
     return tuple(sorted(numbers))
 
 
-def flags() -> dict[str, str]:
-    """Return the options of the running command, as they are typed, by the arguments they give."""
+def list_flags() -> dict[str, str]:
+    """Return the flags of the running command, by the arguments that they set."""
     command = click.get_current_context().command
     options = (option for option in command.params if isinstance(option, click.Option))
     return {str(option.name): max(option.opts, key=len) for option in options}
@@ -521,7 +525,7 @@ trace_option = partial(
 
 @dataclass(frozen=True)
 class LayerHints:
-    """What files, and maps of experts, may leave out.
+    """Sizes of the model that a file, or a map of experts, may leave out.
 
     Parameters
     ----------
@@ -541,14 +545,14 @@ class LayerHints:
 
     @property
     def hints(self) -> dict[str, Any]:
-        """What is said of the input, as fields of ``Hints``."""
+        """The options as fields of ``Hints``."""
         names = ("num_experts", "top_k", "hidden_layers", "dense_layers")
         return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
 
 @dataclass(frozen=True)
 class FileHints(LayerHints):
-    """What recordings may leave out.
+    """Sizes of the model that a recording may leave out.
 
     Parameters
     ----------
@@ -561,7 +565,7 @@ class FileHints(LayerHints):
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How placements are searched: arguments of ``solve``.
+    """Options of the search for a placement, arguments of ``solve``.
 
     Parameters
     ----------

@@ -11,21 +11,23 @@ from moetuner.evaluation.options import ReplayOptions
 
 
 class FigureOptions:
-    """Options of every setting that says how figures are computed, however the model is served.
+    """Options of all settings that say how figures are computed.
 
     Parameters
     ----------
     values
-        Of settings by name.
+        Values of settings by name.
     """
 
     OPTIONS: ClassVar[dict[str, Any]] = {
-        own.name: setting_option(own.name) for own in fields(ReplayOptions) if own.metadata
+        setting.name: setting_option(setting.name)
+        for setting in fields(ReplayOptions)
+        if setting.metadata
     }
 
     def __init__(self, **values: Any) -> None:
         self.values = values
 
     def replay_options(self, source: Source) -> ReplayOptions:
-        """Return how INPUT is replayed."""
+        """Return the options of a replay of INPUT."""
         return ReplayOptions(threads=source.threads, **self.values)

@@ -1,4 +1,4 @@
-"""Options for what is judged of a change, and when a command fails because of it."""
+"""Options for the measures that are judged, and the limits at which a command fails."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class Gates:
         return {name: getattr(self, name) for name in ("fail_if_worse", "fail_if_gain_below")}
 
     def check(self, placed: Placed) -> None:
-        """Raise where a limit would be for other traffic than what was held out."""
+        """Raise if a limit would apply to other traffic than the part that was held out."""
         if any(limit is not None for limit in self.limits.values()):
             placed.check_gate()
 
     def with_measure(self, judgement: Judgement) -> Judgement:
-        """Return a judgement whose verdict is on the first measure; refuse what has no figures."""
+        """Return a judgement with a verdict on the first measure; raise for one without figures."""
         for measure in self.measures:
             if measure not in judgement.whole:
                 raise click.BadParameter(

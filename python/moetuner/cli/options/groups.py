@@ -1,4 +1,4 @@
-"""--group-by: groups for INPUT that brings none, named by a file or by INPUT's files."""
+"""--group-by: groups of INPUT by the names in a file, or by INPUT's files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from moetuner._checks import shown
 from moetuner.files import naming, read_whole
 from moetuner.files.cells import counted
-from moetuner.formats import own
+from moetuner.formats import native
 from moetuner.formats.hints import Traffic
 from moetuner.recording import Recording
 from moetuner.statistics import WINDOW
@@ -25,20 +25,20 @@ from moetuner.statistics import WINDOW
 FILES = "files"
 # Columns that hold the names of requests, as responses of engines repeat them.
 REQUESTS = ("request_id", "id", "rid")
-# Where a name stands, the name, and the request that it is of where the file says one.
+# The place of a name in its file, the name, and its request if the file names requests.
 Row = tuple[str, str, str | None]
-# Reads files, with the groups of requests by their names where they are known.
+# Reads files; takes the groups of requests by name, if a file has them.
 Read = Callable[[Sequence[Path], Mapping[str, str] | None], Traffic]
 
 
 def locate_names(text: str, beside: Path) -> str | None:
-    """Return what ``--group-by`` took, as a file of names here or beside another; None if gone."""
+    """Return the file of names of --group-by, here or beside another file; None if it is gone."""
     if text == FILES:
         return text
     folder = beside.parent
-    for place in (text, str(folder / text)):
-        if Path(place).is_file() or Path(place.rpartition(":")[0] or place).is_file():
-            return place
+    for path in (text, str(folder / text)):
+        if Path(path).is_file() or Path(path.rpartition(":")[0] or path).is_file():
+            return path
     return None
 
 
@@ -69,12 +69,12 @@ def _lines(content: str) -> list[Row]:
 
 
 def _rows(content: str, column: str) -> list[Row]:
-    """Read a column of a CSV, and the ids of requests where it has some.
+    """Read a column of a CSV, with the ids of requests if it has them.
 
-    Every row must have all cells: one that was cut off would name another group, or none.
+    Every row must have all cells: a row that was cut off could name a wrong group.
     """
     reader = csv.reader(io.StringIO(content, newline=""), strict=True)
-    found: list[Row] = []
+    rows: list[Row] = []
     try:
         header = [cell.strip() for cell in next(reader, [])]
         keys = [name for name in REQUESTS if name in header and name != column][:1]
@@ -89,10 +89,10 @@ def _rows(content: str, column: str) -> list[Row]:
                 raise ValueError(f"{where} must have {len(header)} cells, got {len(cells)}")
             if cells:
                 request = cells[header.index(keys[0])].strip() if keys else None
-                found.append((where, cells[header.index(column)].strip(), request))
+                rows.append((where, cells[header.index(column)].strip(), request))
     except csv.Error as error:
         raise ValueError(f"line {reader.line_num} must be CSV: {error}") from None
-    return found
+    return rows
 
 
 def _check_requests(rows: Sequence[Row], text: str) -> None:
@@ -112,10 +112,10 @@ def group_input(
     read: Read,
     window: int = WINDOW,
 ) -> Traffic:
-    """Return what files hold, with the groups that ``--group-by`` names.
+    """Read files, with the groups that --group-by names.
 
-    Names are of requests, where responses and the file name them, of sequences, in the order of
-    their labels, of windows, or of files. Windows of a trace have so many tokens.
+    There is a name for each request (if both files name requests), each sequence in the order of
+    labels, each window, or each file. ``window`` is the tokens per window of a trace.
     """
     if text == FILES:
         return _group_files(paths, _distinct_names(paths), read)
@@ -128,7 +128,7 @@ def group_input(
         return traffic
     labels = list(dict.fromkeys(names))
     numbers = np.array([labels.index(name) for name in names])
-    first, *others = parts = _divisions(traffic, window)
+    first, *others = divisions = _list_divisions(traffic, window)
     if len(names) == first.number:
         return _label(traffic, numbers[first.part_of_row()], labels)
     if len(names) == len(paths):
@@ -136,7 +136,7 @@ def group_input(
     for division in others:
         if len(names) == division.number:
             return _label(traffic, numbers[division.part_of_row()], labels)
-    of_input = ", ".join(f"{division.number} {division.what}" for division in parts)
+    of_input = ", ".join(f"{division.number} {division.what}" for division in divisions)
     raise click.UsageError(
         f"'--group-by' must have a name for each of {of_input} or "
         f"{counted(len(paths), 'file')}, got {len(names)} names{_column_hint(text)}."
@@ -144,15 +144,15 @@ def group_input(
 
 
 class _Division(NamedTuple):
-    """Parts of INPUT that may have a group each: how many, what they are, and that of every row."""
+    """A division of INPUT into parts with a group each: number, kind, and part of each row."""
 
     number: int
     what: str
     part_of_row: Callable[[], NDArray[np.int64]]
 
 
-def _divisions(recording: Recording, window: int) -> list[_Division]:
-    """Return what may have a group each: windows of counts; sequences, and windows, of a trace."""
+def _list_divisions(recording: Recording, window: int) -> list[_Division]:
+    """Return the divisions of a recording: by window, and of a trace by sequence first."""
     length = recording.length
     if not recording.ordered:
         return [_Division(length, "windows", lambda: np.arange(length))]
@@ -165,7 +165,7 @@ def _divisions(recording: Recording, window: int) -> list[_Division]:
 
 
 def _distinct_names(paths: Sequence[Path]) -> list[str]:
-    """Return names of files without endings; as much more of a path as tells them apart."""
+    """Return names of files without endings; with endings or folders where names repeat."""
     for names in ([path.stem for path in paths], [path.name for path in paths]):
         if len(set(names)) == len(names):
             return names
@@ -173,7 +173,7 @@ def _distinct_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _column_hint(text: str) -> str:
-    """Write how to name a column, where a whole CSV was taken for names."""
+    """Write how to name a column, if the file is a CSV."""
     is_table = text.lower().endswith(".csv")
     return f"; to take a column of the CSV: {text}:COLUMN" if is_table else ""
 
@@ -184,9 +184,9 @@ def _label(traffic: Traffic, group: Any, names: Sequence[str]) -> Traffic:
 
 
 def _group_files(paths: Sequence[Path], names: Sequence[str], read: Read) -> Traffic:
-    """Return what files hold, each of them in a group."""
-    parts: list[Traffic] = []
+    """Read files, each as a group."""
+    recordings: list[Traffic] = []
     for path, name in zip(paths, names, strict=True):
-        part = read([path], None)
-        parts.append(_label(part, np.zeros(part.length, np.int64), [name]))
-    return own.join(parts, paths)
+        recording = read([path], None)
+        recordings.append(_label(recording, np.zeros(recording.length, np.int64), [name]))
+    return native.join(recordings, paths)

@@ -21,16 +21,16 @@ DEVICES = click.IntRange(1, DEVICE_LIMIT)
 
 
 def _preset(text: str, presets: Iterable[str]) -> tuple[str, str]:
-    """Return the name of a preset, and what is behind its colon."""
-    name, _, more = text.partition(":")
+    """Return the name of a preset, and the text behind its colon."""
+    name, _, size = text.partition(":")
     if name not in presets:
         names = ", ".join(presets)
         raise click.BadParameter(f"must be a file or one of {names}, got '{text:.60}'")
-    return name, more
+    return name, size
 
 
 def read_machine(text: str) -> tuple[str, Topology]:
-    """Read a file, or a common machine and its number of nodes; return the text with it."""
+    """Read a file, or the name of a common machine and its nodes; return text and topology."""
     if Path(text).exists():
         return text, Topology.load(text)
     name, nodes = _preset(text, MACHINES)
@@ -39,8 +39,8 @@ def read_machine(text: str) -> tuple[str, Topology]:
     return text.rstrip(":"), Topology.preset(name, int(nodes or 1))
 
 
-def common_name(topology: Topology) -> str | None:
-    """Return the words by which --topology names a common machine; None for any other."""
+def find_preset_name(topology: Topology) -> str | None:
+    """Return the text by which --topology names a common machine; None for any other machine."""
     name, _, nodes = (topology.name or "").partition(":")
     if name not in MACHINES or re.fullmatch(r"[1-9]\d{0,4}|", nodes, re.ASCII) is None:
         return None
@@ -48,9 +48,10 @@ def common_name(topology: Topology) -> str | None:
 
 
 def read_cost_model(text: str) -> CostModel | str:
-    """Read a file, whose name it gets if it has none, or a GPU and the size of its experts.
+    """Read a file, or the name of a GPU and the sizes of its experts.
 
-    Of a GPU its text is returned: bits of weights, and sizes that it lacks, are of INPUT's model.
+    A model without a name gets that of its file. For a GPU the text is returned, as INPUT's model
+    decides on the bits of weights, and on sizes that the text leaves out.
     """
     if Path(text).exists():
         model = CostModel.load(text)
@@ -80,7 +81,7 @@ def _split_roofline(text: str) -> tuple[str, int, int]:
 def bytes_in_cost_model(
     model: CostModel | str | None, weight_bits: float | None = None
 ) -> float | None:
-    """Return the bytes of an expert of the sizes that ``--cost-model`` names; None for none."""
+    """Return the bytes of an expert by the sizes in --cost-model; None if it has no sizes."""
     if not isinstance(model, str) or ":" not in model:
         return None
     name, hidden, intermediate = _split_roofline(model)
@@ -96,7 +97,7 @@ COST_MODEL = FileText(read_cost_model, words=(*GPUS, *MEASURED))
 def cost_model_for(
     model: CostModel | str | None, traffic: Recording, weight_bits: float | None = None
 ) -> CostModel:
-    """Return the cost model that was given, or that of a GPU with the experts of INPUT's model."""
+    """Return the cost model of an option, or of a GPU with the experts of INPUT's model."""
     if isinstance(model, CostModel):
         return model
     if model is not None and ":" in model:
@@ -106,7 +107,7 @@ def cost_model_for(
 
 @dataclass(frozen=True)
 class Machine:
-    """Devices and links, as far as options give them.
+    """The devices and links that options give.
 
     Parameters
     ----------
@@ -127,7 +128,7 @@ class Machine:
 
     @property
     def given(self) -> int | None:
-        """Number of devices, as far as options say it."""
+        """Number of devices by options; None without these options."""
         return self.devices or (None if self.machine is None else self.machine[1].devices)
 
     def topology(self, devices: int | None = None, placed: Topology | None = None) -> Topology:

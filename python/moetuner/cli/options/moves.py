@@ -1,4 +1,4 @@
-"""Options for a placement that runs already, and what moves come to."""
+"""Options for the running placement, and tables of the moves from it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from moetuner.cli.output import Output, working
 from moetuner.evaluation.replay import check_model
 from moetuner.files import naming
 from moetuner.files.cells import counted, in_bytes, percent
-from moetuner.formats import form_of, read_placement
+from moetuner.formats import find_form, read_placement
 from moetuner.placement import Placement, PlacementDiff, blocks
 from moetuner.problem import Problem
-from moetuner.report.advice import INITIAL_NAME, STARTS
 from moetuner.report.advice.request import count_running_slots
+from moetuner.serving.running import STARTS, Running
 from moetuner.solver import Method, Result, Trade, pareto, solve
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 
-# Devices up to which moves per pair are a table; with more, JSON has them.
+# Most devices for which moves per pair are a table; JSON always has them.
 MOST_DEVICES = 16
 
 
@@ -42,8 +42,8 @@ baseline_option = partial(
 
 
 def is_start(initial: str, flag: str = "--initial") -> bool:
-    """Return whether a text names what engines begin with; raise unless it names a file then."""
-    if INITIAL_NAME.fullmatch(initial):
+    """Return whether a text names a start placement; raise if it names no file either."""
+    if Running.is_name(initial):
         return True
     if not Path(initial).is_file():
         raise click.BadParameter(
@@ -57,21 +57,21 @@ def is_start(initial: str, flag: str = "--initial") -> bool:
 def start_placement(
     name: str, statistics: RoutingStatistics, topology: Topology, *, seed: int, threads: int | None
 ) -> Placement:
-    """Return what engines begin with by its name; EPLB's placement is that of some counts."""
+    """Return the start placement of a name; EPLB's is computed from the statistics."""
     sizes = statistics.layers, statistics.experts, topology.devices
     if name == "contiguous":
         return blocks(*sizes)
     running = Problem(statistics, topology, slots_per_device=count_running_slots(name, *sizes[1:]))
-    method = cast(Method, name.partition(":")[0])
+    method = cast(Method, Running.parse(name).method)
     return solve(running, method, seed=seed, threads=threads).placement
 
 
 def load_placement(
     path: Path, source: Source, topology: Topology | None = None, *, devices: int | None = None
 ) -> Placement:
-    """Read a placement, or a map of an engine, which must be of INPUT's model and a machine.
+    """Read a placement, or a map of an engine; raise unless it fits INPUT's model and the machine.
 
-    ``devices`` are those of a map that does not say them, where there is no topology yet.
+    Without a topology, ``devices`` is the number of devices of a map that does not say it.
     """
     traffic = source.traffic
     _, dense = traffic.left_out or (None, None)
@@ -82,11 +82,11 @@ def load_placement(
         dense_layers=dense if source.dense_layers is None else source.dense_layers,
     )
     with naming(path):
-        more = placement.layers - traffic.layers
-        if more > 0 and form_of(path) != "json":
+        surplus = placement.layers - traffic.layers
+        if surplus > 0 and find_form(path) != "json":
             raise ValueError(
                 f"placement must have {traffic.layers} layers like INPUT, got "
-                f"{placement.layers}: if {more} of them are not in INPUT, as they have no "
+                f"{placement.layers}: if {surplus} of them are not in INPUT, as they have no "
                 f"experts or predict further tokens, --dense-layers names them"
             )
         check_model(placement, traffic, topology or Topology(placement.devices))
@@ -95,7 +95,7 @@ def load_placement(
 
 @dataclass(frozen=True)
 class MoveOptions:
-    """The placement that a solve starts from, and what moving may cost.
+    """The placement that a solve starts from, and limits and costs of moves.
 
     Parameters
     ----------
@@ -125,7 +125,7 @@ class MoveOptions:
             raise click.UsageError(f"'{flag}' needs '--initial', the placement to move from.")
 
     def initial(self, source: Source, problem: Problem, seed: int) -> Placement | None:
-        """Return the placement that runs: of a file, or what engines begin with."""
+        """Return the running placement: that of a file, or a start placement of engines."""
         initial, topology = self.initial_file, problem.topology
         if initial is None:
             return None
@@ -137,7 +137,7 @@ class MoveOptions:
 
     @property
     def unit_bytes(self) -> float:
-        """Bytes of an expert; 1 if they are not known, so that bytes are experts."""
+        """Bytes of an expert; 1 if unknown, so that the move budget is in experts."""
         return 1.0 if self.expert_bytes is None else self.expert_bytes
 
     def arguments(self, initial: Placement | None) -> dict[str, Any]:
@@ -148,17 +148,17 @@ class MoveOptions:
         return {"initial": initial, "expert_bytes": self.unit_bytes, **moves}
 
     def explain(self) -> list[str]:
-        """Write the budget in a line, with its unit and what it is in experts."""
+        """Write a line on the move budget, in bytes and in experts."""
         budget, size = self.move_budget, self.expert_bytes
         if budget is None or math.isinf(budget):
             return []
         if size is None:
             experts = counted(math.floor(budget), "expert")
             return [f"Move budget: {experts}, as the bytes of one are not known (--expert-bytes)."]
-        number, each = math.floor(budget / size), in_bytes(size)
-        experts = f"{counted(number, 'expert')} of {each}"
+        number, expert_size = math.floor(budget / size), in_bytes(size)
+        experts = f"{counted(number, 'expert')} of {expert_size}"
         if not number:
-            experts = f"less than one expert ({each}), so none may move"
+            experts = f"less than one expert ({expert_size}), so none may move"
         return [f"Move budget: {in_bytes(budget)}, {experts}."]
 
     def settings(self) -> dict[str, Any]:
@@ -175,12 +175,12 @@ class MoveOptions:
         result: Result,
         **arguments: Any,
     ) -> tuple[dict[str, Any], tuple[Trade, ...]]:
-        """Print the moves to a result, and trades if wanted; return their JSON, and the trades."""
+        """Print the moves to a result, and trades with --pareto; return their JSON, and trades."""
         if initial is None:
             return {}, ()
         size = self.expert_bytes
         diff = initial.diff(result.placement, topology=problem.topology, expert_bytes=size)
-        output.say(moves_sentence(diff, problem.topology))
+        output.say(write_moves(diff, problem.topology))
         show_pairs(output, diff)
         contents: dict[str, Any] = {"moves": diff.to_dict()}
         if not self.pareto or result.status == "interrupted":
@@ -197,7 +197,7 @@ class MoveOptions:
             "gain, seen": [percent(trade.gain / before if before else 0.0) for trade in trades],
         }
         if worth.is_predicted_time:
-            # Times by counts would stand beside the replayed one; gains say what moves bring.
+            # Times by counts differ from replayed ones, so the table has gains only.
             del columns["objective"]
         output.say("Gains of more and fewer moves, on the traffic that they were computed from:")
         output.table([*columns], zip(*columns.values(), strict=True))
@@ -205,8 +205,8 @@ class MoveOptions:
         return contents | {"pareto": [trade.to_dict() | no_bytes for trade in trades]}, (*trades,)
 
 
-def moves_sentence(diff: PlacementDiff, topology: Topology) -> str:
-    """Write how many experts move, and how far."""
+def write_moves(diff: PlacementDiff, topology: Topology) -> str:
+    """Write the number of experts that move, their bytes, and moves between nodes."""
     text = f"Moves {counted(diff.experts_moved, 'expert')}"
     if diff.bytes_moved is not None:
         text += f", {in_bytes(diff.bytes_moved)}"
@@ -218,7 +218,7 @@ def moves_sentence(diff: PlacementDiff, topology: Topology) -> str:
 
 
 def show_pairs(output: Output, diff: PlacementDiff) -> None:
-    """Print how many experts go from every device to every other."""
+    """Print the number of experts that move from each device to each other one."""
     devices = len(diff.pairs)
     if diff.experts_moved and devices <= MOST_DEVICES:
         rows = [

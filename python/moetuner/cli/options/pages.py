@@ -1,4 +1,4 @@
-"""Options for a page of results and its figures, which are written at the end."""
+"""Options for a page of results and its charts, which are written at the end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from moetuner.report.page.panels import make_panels
 def needs_report(
     context: click.Context, parameter: click.Parameter, value: Path | None
 ) -> Path | None:
-    """Refuse a page, and figures, before any work where their libraries are missing."""
+    """Raise before any work if libraries for a page, or its charts, are missing."""
     try:
         if value is not None:
             check_libraries()
@@ -43,7 +43,7 @@ figures_option = partial(
 
 @dataclass(frozen=True)
 class Pages:
-    """The page and the folder of figures that are wanted, if any.
+    """The page to write and the folder of its charts, if options name them.
 
     Parameters
     ----------
@@ -58,11 +58,11 @@ class Pages:
 
     @property
     def wanted(self) -> bool:
-        """Whether a page is wanted, or its figures."""
+        """Whether options ask for a page or its charts."""
         return self.report_file is not None or self.figures is not None
 
     def write(self, output: Output, make: Callable[[], PageData]) -> None:
-        """Write what is wanted; without any, make no data."""
+        """Write page and charts; make no data if neither is wanted."""
         if not self.wanted:
             return
         with working("making the report"):
@@ -77,14 +77,14 @@ class Pages:
 
 
 def draw_into(folder: Path, charts: Sequence[Chart], output: Output) -> None:
-    """Write charts into a folder, and say so."""
+    """Write charts into a folder, and print their number."""
     with working("drawing figures"):
         number = write_figures(folder, charts)
     output.say(f"wrote {number} figures into {folder}/")
 
 
-def origin_of(source: Source) -> Origin:
-    """Return where the numbers of a page come from."""
+def make_origin(source: Source) -> Origin:
+    """Return the origin of a page's numbers: INPUT and the typed command."""
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
     if words[0] in ("__main__.py", "-c"):
         words[0] = "moetuner"

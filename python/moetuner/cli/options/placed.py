@@ -1,4 +1,4 @@
-"""A placement that is judged: its settings as defaults of options, and what it has not seen."""
+"""A placement to judge: its settings are defaults of options, its unseen traffic is found."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from moetuner import _texts
 from moetuner._checks import (
     nth_seed,
 )
-from moetuner.cli.options import LayerHints, spelled
+from moetuner.cli.options import LayerHints, list_spelled_options
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import is_start, load_placement, start_placement
 from moetuner.cli.options.serving import ServingOptions
 from moetuner.cli.options.traffic import Source
-from moetuner.cli.output import shares, working
+from moetuner.cli.output import show_shares, working
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.comparison import Comparison
@@ -30,35 +30,35 @@ from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.samples import find_samples, hold_out
 from moetuner.files import naming
 from moetuner.files.cells import counted, listed
-from moetuner.formats import WRITERS, form_of, read_placement
+from moetuner.formats import WRITERS, find_form, read_placement
 from moetuner.placement import Placement, contiguous
 from moetuner.problem.made import Made
 from moetuner.problem.reading import Reading
 from moetuner.recording import Recording
 from moetuner.report.outcome import write_left_out
-from moetuner.serving import Serving, chosen_in, phases
+from moetuner.serving import Serving, find_choices, phases
 from moetuner.statistics import COUNTED, as_counts
 from moetuner.topology import Topology
 
-# Sentences on what a placement is judged on, by what its fingerprint says.
+# Sentences on the traffic that a placement is judged on, depending on its fingerprint.
 SEEN = (
     "The placement was computed from this very input, which flatters it: "
     '"moetuner solve --holdout 0.5" leaves a part to judge on.'
 )
 OTHER = "Judged on all of INPUT; the placement was computed from other traffic, or a part of it."
-# Groups that a sentence names.
+# Most groups that a sentence names.
 NAMED = 3
 ALL = "Judged on all of INPUT; the placement does not say what it was computed from."
 
 
-def made_of(path: Path, placement: Placement) -> Made:
-    """Return what a placement's file says of how it was made."""
+def read_made(path: Path, placement: Placement) -> Made:
+    """Read from a placement's settings how it was made; errors name its file."""
     with naming(path):
-        return Made.of(placement)
+        return Made.read(placement)
 
 
-def windowed(sentence: str, source: Source, judged_on: Recording, groups: str = "") -> str:
-    """Add to a sentence which windows INPUT is judged in, what is in none, and ``groups``."""
+def add_windows(sentence: str, source: Source, judged_on: Recording, groups: str = "") -> str:
+    """Add to a sentence the size of windows, the traffic that is in none, and ``groups``."""
     if not source.counted:
         return sentence
     rest = write_left_out(judged_on, source.replayed)
@@ -66,8 +66,8 @@ def windowed(sentence: str, source: Source, judged_on: Recording, groups: str = 
     return f"{sentence} {'; '.join(filter(None, windows))}."
 
 
-def short_groups(traffic: Recording, window: int | None) -> str:
-    """Write which groups of a trace have fewer tokens than a window; "" if none has."""
+def name_short_groups(traffic: Recording, window: int | None) -> str:
+    """Write which groups of a trace have fewer tokens than a window; "" if there are none."""
     if window is None or not traffic.ordered or traffic.group is None:
         return ""
     sizes = np.bincount(traffic.group, minlength=len(traffic.group_names)).tolist()
@@ -79,8 +79,8 @@ def short_groups(traffic: Recording, window: int | None) -> str:
     return f"a group of fewer tokens is one window: {listed(short, NAMED)}" if short else ""
 
 
-def held_out(part: Recording, traffic: Recording) -> str:
-    """Write on which part of INPUT a placement is judged that was computed from the rest."""
+def write_held_out(part: Recording, traffic: Recording) -> str:
+    """Write how much of INPUT was held out when a placement was computed."""
     (name, judged), (_, total) = (*part.size.items(), *traffic.size.items())
     return (
         f"Judged on {judged:,} of {total:,} {name}, which were held out when the placement was "
@@ -89,37 +89,39 @@ def held_out(part: Recording, traffic: Recording) -> str:
 
 
 def read_any(path: Path, machine: Machine, hints: LayerHints) -> Placement:
-    """Read a placement, or an engine's map; options say what that leaves out."""
-    known = {name: hints.hints[name] for name in ("num_experts", "dense_layers")}
-    return read_placement(path, devices=machine.given, **known)
+    """Read a placement, or an engine's map; options give sizes that a map leaves out."""
+    sizes = {name: hints.hints[name] for name in ("num_experts", "dense_layers")}
+    return read_placement(path, devices=machine.given, **sizes)
 
 
 def read_hints(path: Path) -> Reading:
-    """Return how a placement's INPUT was read, by its file; nothing from an engine's map."""
-    return Reading() if form_of(path) != "json" else made_of(path, read_placement(path)).input
+    """Return how the INPUT of a placement was read, by its file; an engine's map does not say."""
+    return Reading() if find_form(path) != "json" else read_made(path, read_placement(path)).input
 
 
 def with_input(placement: Placement, source: Source, holdout: float) -> Placement:
-    """Return a placement whose settings say from which part of INPUT it was computed."""
-    read = Reading.of(source, source.traffic)
-    made = replace(Made.of(placement), holdout=holdout, input=read, spelled=spelled())
+    """Return a placement with INPUT, and the held-out share of it, in its settings."""
+    reading = Reading.from_options(source, source.traffic)
+    made = replace(
+        Made.read(placement), holdout=holdout, input=reading, spelled=list_spelled_options()
+    )
     return placement.with_names(settings={**placement.settings, **made.to_settings()})
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A placement, and how it is judged: as it was computed, where no option says otherwise.
+    """A placement and how it is judged: by options, else by its own settings.
 
     Parameters
     ----------
     placement, name
         The placement, and its name in sentences.
     made
-        What its file says of how it was made.
+        How it was made, according to its file.
     source, serving
         INPUT in the placement's windows, and how it is served.
     lost
-        Devices that are lost: placement and machine are what is left.
+        Lost devices; placement and topology are without them.
     """
 
     placement: Placement
@@ -130,7 +132,7 @@ class Placed:
     lost: tuple[int, ...] = ()
 
     def without(self, devices: tuple[int, ...]) -> Placed:
-        """Return the same on the devices that are left if some are lost, numbered anew."""
+        """Return the placement without some devices; the others are renumbered."""
         if not devices:
             return self
         serving = replace(self.serving, topology=self.topology.without(devices))
@@ -140,7 +142,7 @@ class Placed:
 
     @property
     def topology(self) -> Topology:
-        """The machine."""
+        """Topology of the machine."""
         return self.serving.topology
 
     @classmethod
@@ -154,47 +156,45 @@ class Placed:
         """Read a placement of INPUT's model; its settings replace options that are not given."""
         source = source.with_hints(read_hints(path))
         placement = load_placement(path, source, devices=machine.given)
-        made = made_of(path, placement)
-        loads_it = WRITERS[form_of(path)].engine
-        if loads_it is not None:  # a map that one engine alone loads is served by it
-            made = replace(made, serving={**made.serving, "engine": loads_it})
+        made = read_made(path, placement)
+        engine = WRITERS[find_form(path)].engine
+        if engine is not None:  # only this engine loads the map
+            made = replace(made, serving={**made.serving, "engine": engine})
         source, recorded = source.as_placed(made, path), made.input
         topology = machine.topology(placement.devices, made.machine)
-        # Times of another model than the placement's, or of other bits, are that model's.
-        is_other = any(
-            getattr(source, name) != getattr(recorded, name) for name in ("model", "weight_bits")
-        )
-        of_other = {"cost_model"} if is_other else set()
-        served = {name: value for name, value in made.serving.items() if name not in of_other}
+        served = dict(made.serving)
+        # The placement's cost model is for experts of the same model and bits.
+        if (source.model, source.weight_bits) != (recorded.model, recorded.weight_bits):
+            served.pop("cost_model", None)
         with naming(path):
-            chosen = chosen_in(served, is_counted=made.is_counted)
+            chosen = find_choices(served, is_counted=made.is_counted)
         source, serving = options.resolve(source, topology, chosen)
         return cls(placement, _texts.name(path.name), made, source, serving)
 
     @cached_property
     def judged(self) -> tuple[Recording, str, dict[str, Any]]:
-        """Traffic to judge on: what was held out of INPUT, else INPUT; a sentence; and for JSON."""
+        """The held-out part of INPUT, else INPUT; a sentence on it, and its facts for JSON."""
         return self._parts[1:]
 
     @cached_property
     def _parts(self) -> tuple[Recording, Recording, str, dict[str, Any]]:
-        """What the placement was computed from, as far as INPUT has it, and then ``judged``.
+        """The part of INPUT that the placement was computed from, followed by ``judged``.
 
         A part was held out if the rest of INPUT has the fingerprint of the placement.
         """
-        # What is held out are parts of what was recorded, however that is counted afterwards.
+        # Parts are held out of the recording, before it is counted.
         source, made = self.source.uncounted or self.source, self.made
         traffic = source.traffic
-        share, is_other = made.holdout or 0.0, made.input.is_other_than(traffic)
+        share, is_other = made.holdout or 0.0, made.input.contradicts(traffic)
         seen, unseen = traffic, traffic
         with working("looking for what was held out"):
             if share and not is_other:
                 try:
                     seen, unseen = hold_out(traffic, share, seed=nth_seed(made.seed, 0))
-                except ValueError:  # of other traffic, from which nothing can be held out
+                except ValueError:  # other traffic, which cannot be divided
                     is_other = True
             fingerprint = "" if is_other else self._fingerprint(seen)
-        part, sentence, is_seen = self.source.traffic, ALL, None
+        judged_on, sentence, is_seen = self.source.traffic, ALL, None
         if fingerprint is not None:
             is_seen = fingerprint == self.placement.fingerprint
             sentence = SEEN if is_seen else OTHER
@@ -207,13 +207,13 @@ class Placed:
         facts: dict[str, Any] = {"part": "all", "is_seen": is_seen}
         if is_seen and share:
             unseen = source.as_divided(unseen, self.serving)
-            part, sentence = unseen, held_out(unseen, part)
+            judged_on, sentence = unseen, write_held_out(unseen, judged_on)
             facts = {"part": "unseen", "is_seen": False, "holdout": share}
-        groups = short_groups(part, self.source.counted)
-        return seen, part, windowed(sentence, self.source, part, groups), facts
+        groups = name_short_groups(judged_on, self.source.counted)
+        return seen, judged_on, add_windows(sentence, self.source, judged_on, groups), facts
 
     def _fingerprint(self, traffic: Recording) -> str | None:
-        """Return the fingerprint of traffic, counted as the placement's was; None if not known."""
+        """Return the fingerprint of traffic, counted as for the placement; None if unknown."""
         if self.placement.fingerprint is None:
             return None
         tables = self.made.counted
@@ -240,7 +240,7 @@ class Placed:
         measures: Iterable[str] = (),
         by_group: bool = False,
     ) -> Judgement:
-        """Replay what runs and the placement, and judge the change.
+        """Replay the running placement and this one, and judge the change.
 
         The verdict is on ``figure``, by default the one that the placement was computed for.
         """
@@ -250,24 +250,24 @@ class Placed:
                 self.judged[0],
                 [self.serving],
                 options,
-                progress=shares(report, "of the tokens", then="figures"),
+                progress=show_shares(report, "of the tokens", then="figures"),
             )
         with working("comparing") as report:
             return judge(
                 before,
                 after,
                 figure=figure or self.made.figure,
-                measures=self._measures(measures),
+                measures=self._choose_measures(measures),
                 by_group=by_group,
                 units=find_samples(self.source.traffic, window=self.source.replayed),
                 names=names,
-                progress=shares(report, "", then="intervals"),
+                progress=show_shares(report, "", then="intervals"),
             )
 
-    def _measures(self, more: Iterable[str]) -> tuple[str, ...]:
-        """Return the measures that matter to groups: none of the other regime, but ``more``."""
+    def _choose_measures(self, typed: Iterable[str]) -> tuple[str, ...]:
+        """Return the measures of groups: those of the regime, and those that options name."""
         regimes = (None, self.serving.regime)
-        return tuple(name for name in MEASURES if FIGURES[name].regime in regimes or name in more)
+        return tuple(name for name in MEASURES if FIGURES[name].regime in regimes or name in typed)
 
     @property
     def expert_bytes(self) -> float | None:
@@ -277,12 +277,12 @@ class Placed:
         return bytes_of_expert(size, traffic.model, self.source.weight_bits)
 
     def gains(self, judgement: Judgement) -> list[Comparison]:
-        """Return what is gained in its own figure, in time, and in those with an argument."""
+        """Return the gains in the judged figure, in time, and in figures with an argument."""
         figures = dict.fromkeys((judgement.measure, "predicted_layer_us", *WITH_ARGUMENT))
         return [judgement.whole[name] for name in figures if name in judgement.whole]
 
     def lines(self) -> Iterator[str]:
-        """Write what is judged, how it is served, and where options differ from the settings."""
+        """Write INPUT, how it is served, differences to the settings, and what is judged."""
         yield self.source.describe()
         if self.source.missing_names is not None:
             yield f"Warning: {self.names_warning}"
@@ -291,7 +291,7 @@ class Placed:
 
     @property
     def names_warning(self) -> str:
-        """What follows where names that the placement remembers are gone."""
+        """A warning if the file of group names that the placement remembers is gone."""
         names = _texts.name(self.source.missing_names or "")
         return (
             f"{names}, which names the groups of INPUT, is neither here nor beside {self.name}: "
@@ -299,17 +299,17 @@ class Placed:
         )
 
     def check_gate(self) -> None:
-        """Raise where a gate would judge other traffic than the one that was held out."""
+        """Raise if a gate could judge other traffic than the part that was held out."""
         if self.source.missing_names is not None:
             raise click.UsageError(self.names_warning)
 
     def differences(self) -> Iterator[str]:
-        """Write how traffic is served, and where options differ from the settings."""
+        """Write how traffic is served, and differences between options and settings."""
         yield from self.serving.explain()
         made, now = self.made, self.source.counted
         sizes = made.phases
         if now is not None and sizes and now not in sizes:
-            where = phases.words(sizes) or f"windows of {next(iter(sizes)):,} tokens"
+            where = phases.describe(sizes) or f"windows of {next(iter(sizes)):,} tokens"
             yield f"The placement was computed for {where}; judged in windows of {now:,}."
         others = [size for size in sizes if size != now]
         if now in sizes and others and self.source.traffic.ordered:
@@ -321,16 +321,16 @@ class Placed:
         groups, recorded = list(self.source.only), made.input.only
         if recorded is not None and groups != [*recorded]:
             then, today = (
-                ", ".join(map(str, each)) or "of all kinds" for each in (recorded, groups)
+                ", ".join(map(str, names)) or "of all kinds" for names in (recorded, groups)
             )
             pairs.append(("groups", then, today))
         for thing, then, today in pairs:
             yield f"The placement was computed for {thing} {then}; judged with {thing} {today}."
 
     def baseline(self, running: str | None) -> tuple[Placement, str]:
-        """Return the placement that runs, of a file or what engines begin with, and its name.
+        """Return the running placement, of a file or a start placement, and its name.
 
-        Where nobody names it, it is contiguous; EPLB's is of what the placement was computed from.
+        The default is contiguous. EPLB's is computed from the traffic that this placement has seen.
         """
         if running in (None, "contiguous"):
             return contiguous(self.placement), "contiguous"
@@ -353,7 +353,7 @@ class Placed:
         return placement.without(self.lost), _texts.name(path.name)
 
     def contents(self, **settings: Any) -> dict[str, Any]:
-        """Return INPUT, settings with more of them, and what was judged on, for JSON."""
+        """Return INPUT, settings with further ones, and the traffic judged on, for JSON."""
         current = self.serving.facts() | {"window": self.source.counted}
         return {
             "input": self.source.facts(),

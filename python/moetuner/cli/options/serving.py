@@ -1,4 +1,4 @@
-"""Options that say how traffic is served, by which engine or setting by setting, and a problem."""
+"""Options for how traffic is served, by engine or setting by setting, and for a problem."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import click
 
 from moetuner._checks import ArgumentError
-from moetuner.cli.options import SIZE, Number, Text, flags, option
+from moetuner.cli.options import SIZE, Number, Text, list_flags, option
 from moetuner.cli.options.machine import COST_MODEL, bytes_in_cost_model, cost_model_for
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import working
@@ -18,23 +18,23 @@ from moetuner.cost import bytes_of_expert
 from moetuner.evaluation.options import ReplayOptions
 from moetuner.problem import TRAFFIC_CAP, Problem
 from moetuner.problem.made import Made
-from moetuner.problem.objective import goal_for, tables_for
-from moetuner.serving import SERVED, Serving
+from moetuner.problem.objective import choose_goal, choose_tables
+from moetuner.serving import ENGINE_SETTINGS, Serving
 from moetuner.serving.engines import ENGINES, NO_ENGINES, engine_settings
-from moetuner.serving.settings import ENGINE, settings_of
+from moetuner.serving.settings import ENGINE, list_settings
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
-DECLARED = settings_of(Problem, Serving, ReplayOptions)
-# Those of a problem.
-SETTINGS = [own.name for own in fields(Problem) if own.metadata]
+DECLARED = list_settings(Problem, Serving, ReplayOptions)
+# Settings of a problem.
+SETTINGS = [setting.name for setting in fields(Problem) if setting.metadata]
 
 
 def setting_option(name: str) -> Any:
     """Return the option of a setting; its value is None or empty if it is not given.
 
-    A whole number within limits is its default then.
+    Only a whole number within limits has its default.
     """
     keywords = dict(DECLARED[name])
     kind: Any = None
@@ -55,7 +55,7 @@ def setting_option(name: str) -> Any:
 
 
 class EngineChoice(click.Choice[str]):
-    """An engine of the table; of others that people ask for it says why they are not in it."""
+    """An engine of the table; the error for another one says why it is not in the table."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the name of an engine."""
@@ -85,14 +85,14 @@ class ServingOptions:
     Parameters
     ----------
     engine
-        Of ``ENGINES``; None for none.
+        Name in ``ENGINES``; None without an engine.
     values
-        Of settings by name; None, False and empty ones are not given.
+        Values of settings by name; None, False and empty ones are not given.
     """
 
     OPTIONS: ClassVar[dict[str, Any]] = {
         "engine": ENGINE_OPTION,
-        **{name: setting_option(name) for name in ("cost_model", *SERVED)},
+        **{name: setting_option(name) for name in ("cost_model", *ENGINE_SETTINGS)},
     }
 
     def __init__(self, engine: str | None = None, **values: Any) -> None:
@@ -114,10 +114,10 @@ class ServingOptions:
         topology: Topology,
         recorded: Mapping[str, Any] | None = None,
     ) -> tuple[Source, Serving]:
-        """Return INPUT as it is served, and how.
+        """Return INPUT as it is served, and how it is served.
 
-        INPUT is counted in windows where the tokens of a window are divided together. What no
-        option says a placement says, by what its file ``recorded``.
+        INPUT is counted in windows if the split divides the tokens of a window together. Settings
+        that no option gives are those that a placement's file ``recorded``.
         """
         serving = self._resolve(source, topology, recorded)
         if serving.rule.needs_windows and serving.is_ordered:
@@ -132,7 +132,7 @@ class ServingOptions:
         recorded: Mapping[str, Any] | None,
     ) -> Serving:
         traffic = source.traffic
-        options = {name: value for name, value in self.given.items() if name in SERVED}
+        options = {name: value for name, value in self.given.items() if name in ENGINE_SETTINGS}
         if "cost_model" in self.given:
             text = self.given["cost_model"]
             options["cost_model"] = cost_model_for(text, traffic, source.weight_bits)
@@ -149,7 +149,7 @@ class ServingOptions:
         )
 
     def expert_bytes(self, source: Source, bytes_given: float | None) -> float | None:
-        """Return bytes of an expert: those given, else of --cost-model's sizes or INPUT's model."""
+        """Return bytes of an expert, by options, by --cost-model's sizes or by INPUT's model."""
         traffic, bits = source.traffic, source.weight_bits
         if bytes_given is None:
             bytes_given = bytes_in_cost_model(self.given.get("cost_model"), bits)
@@ -158,12 +158,12 @@ class ServingOptions:
         return bytes_given
 
 
-# An option of commands that say what the busiest device is left with.
+# Option of commands that show figures with waterfill.
 WATERFILL = {"waterfill": setting_option("waterfill")}
 
 
 class JudgedOptions(ServingOptions):
-    """Options that say how traffic is served, and whether waiting devices get more work."""
+    """Options that say how traffic is served, and whether waterfill is on."""
 
     OPTIONS: ClassVar[dict[str, Any]] = {**ServingOptions.OPTIONS, **WATERFILL}
 
@@ -174,7 +174,7 @@ class ProblemOptions(ServingOptions):
     Parameters
     ----------
     router_groups
-        Groups of the router that are to stay whole.
+        Number of groups of the router that must stay whole.
     values
         As for ``ServingOptions``.
     """
@@ -199,16 +199,16 @@ class ProblemOptions(ServingOptions):
     ) -> Problem:
         """Count INPUT, or a part of it, and make the problem.
 
-        Pairs that the objective is not made of are counted for methods that may ask for them.
+        With ``pairs``, pairs are counted that the objective does not need, but other methods may.
         """
         chosen = self.given
-        goal = goal_for(chosen.get("objective"), chosen.get("max_imbalance"))
-        tables = tables_for(chosen.get("regime", "dispatch"), goal)
+        goal = choose_goal(chosen.get("objective"), chosen.get("max_imbalance"))
+        tables = choose_tables(chosen.get("regime", "dispatch"), goal)
         if pairs:
             tables |= {"transitions": True, "coactivation": True}
         statistics = source.count(traffic, by_group="groups" in chosen, **tables)
         serving = self._resolve(source, topology, None)
-        served = (*SERVED, "cost_model", *WATERFILL)
+        served = (*ENGINE_SETTINGS, "cost_model", *WATERFILL)
         rules = {name: chosen[name] for name in chosen if name not in served}
         if source.window is not None and isinstance(source.traffic, RoutingTrace):
             if "phases" in chosen:
@@ -231,7 +231,7 @@ class ProblemOptions(ServingOptions):
             return Problem.served(statistics, serving, **rules)
 
     def _by_engine(self, statistics: RoutingStatistics, topology: Topology) -> dict[str, Any]:
-        """Return the settings of a problem that the engine decides."""
+        """Return the settings of a problem that the engine decides on."""
         if self.engine is None:
             raise click.UsageError("'--router-groups' needs '--for', the engine.")
         engine = ENGINES[self.engine]
@@ -245,22 +245,24 @@ class ProblemOptions(ServingOptions):
         try:
             return engine_settings(self.engine, statistics, topology, **slots_and_groups)
         except ArgumentError as error:
-            raise click.UsageError(f"'--for {self.engine}': {error.renamed(flags())}.") from None
+            raise click.UsageError(
+                f"'--for {self.engine}': {error.renamed(list_flags())}."
+            ) from None
 
     def explain_problem(self, problem: Problem) -> list[str]:
-        """Write in a line what ``--for`` has set of a problem; in none without an engine."""
+        """Write a line with the settings that --for decided on; none without an engine."""
         full = "full " if problem.fill_slots else ""
         total = problem.slots * problem.devices
-        more = [f"{problem.slots} {full}slots on every device in every layer"]
+        facts = [f"{problem.slots} {full}slots on every device in every layer"]
         if self.engine is not None and ENGINES[self.engine].may_copy:
-            more[0] += f" ({total} slots, {total - problem.experts} of them redundant)"
+            facts[0] += f" ({total} slots, {total - problem.experts} of them redundant)"
         if self.router_groups is not None:
-            more.append(f"{self.router_groups} router groups kept whole")
-        return problem.serving.explain(more)
+            facts.append(f"{self.router_groups} router groups kept whole")
+        return problem.serving.explain(facts)
 
 
 def settings_for_json(problem: Problem) -> dict[str, Any]:
-    """Return the settings of a problem for JSON: defaults resolved."""
+    """Return the settings of a problem for JSON, with the values of defaults."""
     made, served = Made.for_problem(problem), problem.serving.facts()
     settings = {name: getattr(problem, name) for name in SETTINGS} | {**made.wanted}
     settings["phases"] = made.serving["phases"]
@@ -271,6 +273,6 @@ def settings_for_json(problem: Problem) -> dict[str, Any]:
 
 
 class ComparedOptions(ProblemOptions):
-    """Options of every setting of a problem, and whether waiting devices get more work."""
+    """Options of every setting of a problem, and whether waterfill is on."""
 
     OPTIONS: ClassVar[dict[str, Any]] = {**ProblemOptions.OPTIONS, **WATERFILL}

@@ -1,4 +1,4 @@
-"""Reading INPUT, and saying in one line what it is."""
+"""Read INPUT, and describe it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from moetuner.cli.options.groups import FILES, group_input, locate_names
 from moetuner.cli.output import working
 from moetuner.cost import public_name, top_k_of, type_in_name
 from moetuner.files import same_file
-from moetuner.formats import cautions, open_input, readers_of
+from moetuner.formats import find_readers, list_cautions, open_input
 from moetuner.formats.hints import Traffic as Traffic
 from moetuner.presets import MODELS
 from moetuner.problem.made import Made
@@ -42,7 +42,7 @@ from moetuner.trace import RoutingTrace
 
 
 def read_model(text: str) -> str:
-    """Return the name under which a model's sizes are known, and of its weights' type."""
+    """Return the published name of a model, with the type of its weights if the text has one."""
     public = public_name(text)
     if public is None:
         raise click.BadParameter(
@@ -53,10 +53,10 @@ def read_model(text: str) -> str:
     return public if type_of_weights is None else f"{public}-{type_of_weights}"
 
 
-def parse_files(
+def check_files(
     context: click.Context, parameter: click.Parameter, value: tuple[Path, ...]
 ) -> tuple[Path, ...]:
-    """Refuse a file that is given twice: its tokens would count twice."""
+    """Raise if a file is given twice: its tokens would count twice."""
     for number, path in enumerate(value):
         if any(same_file(path, other) for other in value[:number]):
             raise click.BadParameter(f"must name every file once, got '{path}' twice.")
@@ -64,7 +64,7 @@ def parse_files(
 
 
 def only_groups(traffic: Recording, names: Sequence[str]) -> RoutingTrace:
-    """Return the tokens of some groups of a trace; refuse what is none, or has no such group."""
+    """Return the tokens of some groups of a trace; raise for counts, or if it has no such group."""
     if not isinstance(traffic, RoutingTrace) or traffic.group is None:
         raise click.UsageError("'--only' needs a trace with groups.")
     for group in names:
@@ -105,7 +105,7 @@ class Source(FileHints):
     """
 
     input_files: tuple[Path, ...] = argument(
-        "INPUT...", IN_INPUT, nargs=-1, required=True, callback=parse_files
+        "INPUT...", IN_INPUT, nargs=-1, required=True, callback=check_files
     )
     only: tuple[str, ...] = option(str, "GROUP", (), multiple=True)
     group_by: str | None = option(FileText(words=(FILES,)), "FILE|FILE.csv:COLUMN|files")
@@ -114,26 +114,26 @@ class Source(FileHints):
     model: str | None = option(Text(read_model, words=MODELS), "NAME", group=ENGINE)
     weight_bits: float | None = option(Number(1, 64), "BITS", group=ENGINE)
     threads: int | None = threads_option()
-    # A file of names that a placement remembers, and that is gone.
+    # The file of names that a placement remembers, if it is gone.
     missing_names: str | None = None
-    # The same INPUT before it was counted, where it was.
+    # The same INPUT before it was counted, if it was.
     uncounted: Source | None = None
 
     @cached_property
     def readers(self) -> tuple[str, ...]:
-        """Names of the readers of INPUT's files; of a pipe none is known."""
-        return readers_of(self.input_files)
+        """Names of the readers of INPUT's files; none for a pipe."""
+        return find_readers(self.input_files)
 
     @cached_property
     def recorded(self) -> Traffic:
-        """What INPUT holds, of all groups or of some."""
+        """Traffic of INPUT, of all groups or of those of --only."""
         with working(f"reading {self.input_files[0].name}"):
             traffic = self._read()
         self._check_model(traffic)
         return only_groups(traffic, self.only) if self.only else traffic
 
     def _read(self) -> Traffic:
-        """Read INPUT, with the groups that it brings or that an option names."""
+        """Read INPUT, with its own groups or those of --group-by."""
 
         def read(paths: Sequence[Path], groups: Mapping[str, str] | None) -> Traffic:
             return open_input(paths, window=self.window, groups=groups, **self.hints)
@@ -143,7 +143,7 @@ class Source(FileHints):
         return group_input(self.group_by, self.input_files, read, self.window or WINDOW)
 
     def _check_model(self, traffic: Traffic) -> None:
-        """Refuse a model that has another number of experts."""
+        """Raise if --model has another number of experts."""
         public = MODELS.get(public_name(self.model) or "")
         if public is not None and public.experts != traffic.num_experts:
             raise click.UsageError(
@@ -153,7 +153,7 @@ class Source(FileHints):
 
     @cached_property
     def traffic(self) -> Traffic:
-        """What INPUT holds, of the model and in the steps that options name."""
+        """Traffic of INPUT, with the model and the steps of options."""
         traffic = self.recorded
         if self.model is not None:
             traffic = replace(traffic, model=self.model, expert_size=None)
@@ -169,12 +169,12 @@ class Source(FileHints):
 
     @property
     def counted(self) -> int | None:
-        """Tokens per window that will be counted, as far as they are known."""
+        """Tokens per window, counted or to be counted; None if unknown."""
         return self.replayed or self.traffic.window
 
     @property
     def replayed(self) -> int | None:
-        """Tokens per window of a replay; None where windows are counted already."""
+        """Tokens per window of a replay; None if windows are counted already."""
         return (self.window or WINDOW) if self.traffic.ordered else None
 
     def as_counts(self) -> Source:
@@ -187,30 +187,30 @@ class Source(FileHints):
         return source
 
     def count_all(self, traffic: Recording) -> RoutingStatistics:
-        """Count INPUT, or a part of it, likewise with its expert sets and groups."""
+        """Count INPUT, or a part of it, with expert sets and groups."""
         return self.count(traffic, sets=True, by_group=traffic.group is not None)
 
     def as_divided(self, traffic: Traffic, serving: Serving) -> Traffic:
-        """Return INPUT, or a part, as it is judged: counted where whole windows are divided."""
+        """Return INPUT, or a part of it, counted if the split divides whole windows together."""
         return self.count_all(traffic) if serving.rule.needs_windows else traffic
 
     def with_hints(self, reading: Reading) -> Source:
-        """Return the same INPUT, read as a placement's settings say where no option does."""
+        """Return the same INPUT; a placement's settings give hints that no option gives."""
         hints: dict[str, Any] = {
             name: getattr(self, name) or value for name, value in reading.hints()
         }
         source = replace(self, **hints)
-        return self if source == self else source  # what is read already stays read
+        return self if source == self else source  # traffic that is read already stays
 
     def as_placed(self, made: Made, placement_file: Path) -> Source:
-        """Return the same INPUT, read once; a placement's settings replace options not given."""
+        """Return the same INPUT, read once; a placement's settings are defaults of options."""
         recorded, reading = self.recorded, made.input
-        missing = reading.missing(self, recorded)
+        missing = reading.substitute(self, recorded)
         if recorded.ordered and self.window is None:
             missing["window"] = made.serving.get("window")
         source, text = replace(self, **missing), reading.group_by
         has_groups = self.group_by is not None or recorded.group is not None or self.only
-        if text is not None and not has_groups and reading.is_of(recorded):
+        if text is not None and not has_groups and reading.fits(recorded):
             names = locate_names(text, placement_file)
             if names is None:
                 source = replace(source, missing_names=text)
@@ -220,7 +220,7 @@ class Source(FileHints):
         return source
 
     def _grouped_by(self, text: str, window: int | None) -> Traffic:
-        """Return INPUT with the groups that a placement remembers, none where they do not fit."""
+        """Return INPUT with the groups that a placement remembers, if they fit."""
         recorded = self.recorded
 
         def read(paths: Sequence[Path], groups: Mapping[str, str] | None) -> Traffic:
@@ -246,14 +246,14 @@ class Source(FileHints):
         return recording.facts(self.input_files, self.traffic) | {"warnings": self.warnings}
 
     def describe(self) -> str:
-        """Describe INPUT in a line; in further ones what was assumed of it, and warnings."""
+        """Describe INPUT in a line; further lines have its limits, assumptions and warnings."""
         with working(f"looking at {self.input_files[0].name}"):
             line = recording.describe(self.input_files, self.traffic)
-            cannot_say = cautions(self.readers)
+            limits = list_cautions(self.readers)
             steps = recording.describe_steps(self.traffic, self.tokens_per_step, self.top_k)
-            return "\n".join([line, *cannot_say, *steps, *self.warnings])
+            return "\n".join([line, *limits, *steps, *self.warnings])
 
     @cached_property
     def warnings(self) -> list[str]:
-        """What makes INPUT worthless, or next to it."""
+        """Warnings about INPUT that is of little or no use."""
         return recording.list_warnings(self.traffic)

@@ -5,7 +5,6 @@ Placements are computed from one part of the traffic and judged on the other, ov
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, get_args
@@ -42,18 +41,14 @@ from moetuner.report.advice.sweep import sweep
 from moetuner.report.advice.trial import PROPOSED, RUNNING, Trial, try_out
 from moetuner.report.advice.values import Advice, Copies, choose_main, compute_saved_us
 from moetuner.report.recording import find_one_kind
-from moetuner.serving import Serving, check_alone
+from moetuner.serving import Serving, refuse_keywords
 from moetuner.serving.arrival import Arrival
-from moetuner.serving.phases import PREFILL_WINDOWS, judged_windows, prefill
+from moetuner.serving.phases import PREFILL_WINDOWS, choose_judged_windows, make_phases
+from moetuner.serving.running import STARTS, Running
 from moetuner.serving.splits import Split
 from moetuner.statistics import RoutingStatistics, check_recording
 from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
-
-# Placements that may run: two that engines load by default, and EPLB's, which may have redundant
-# experts.
-STARTS = ("contiguous", "round_robin", "eplb")
-INITIAL_NAME = re.compile(rf"({'|'.join(STARTS)})|eplb:\d{{1,5}}", re.ASCII)
 
 SPLITS, COPIES = 3, (0, 1, 2, 4)
 
@@ -186,7 +181,7 @@ def advise(
     splits = check.whole_number("splits", splits, highest=100)
     if prefill_share is not None:
         _check_share(prefill_share, windows)
-    phases = None if prefill_share is None else prefill(prefill_share)
+    phases = None if prefill_share is None else make_phases(prefill_share)
     traffic = traffic.without_pairs()
     if traffic.ordered:
         if window is not None:
@@ -198,7 +193,7 @@ def advise(
         unseen = None if unseen is None else unseen.without_pairs()
     options = {"regime": regime, "split": split, "arrival": arrival, "cost_model": cost_model}
     if isinstance(topology, Serving):
-        check_alone(engine=engine, waterfill=waterfill, **options)
+        refuse_keywords(engine=engine, waterfill=waterfill, **options)
     else:
         options = {name: value for name, value in options.items() if value is not None}
         topology = Serving.resolve(
@@ -371,7 +366,7 @@ def _choose_windows(
         return (None,)  # statistics come in their windows
     if window is not None:
         return (window,)
-    return judged_windows(traffic.length // 2 if unseen is None else unseen.length)
+    return choose_judged_windows(traffic.length // 2 if unseen is None else unseen.length)
 
 
 def _count_missing_tokens(request: Request) -> int:
@@ -396,7 +391,7 @@ def _check_values(
         raise ValueError("traffic must have tokens, got a load of 0")
     check.share("price", price)
     if isinstance(initial, str):
-        if not INITIAL_NAME.fullmatch(initial):
+        if not Running.is_name(initial):
             names = ", ".join(STARTS)
             raise check.ArgumentError(
                 f"initial must be {names} or eplb:N, got {check.shown(initial)}", "initial"

@@ -329,7 +329,7 @@ def _find_engine(request: Request, engine: Engine, name: str, advice: Advice) ->
         without_copies = compute_token_limit(request, 0) if advice.knee else None
         limits = {"tokens": tokens, "without_copies": without_copies}
         notes.append(Finding("low-latency kernels", {"engine": name, **limits}))
-    if advice.division is not None and engine.dividing is not None:
+    if advice.division is not None and engine.window_split is not None:
         notes.append(Finding("tokens divided", {"engine": name, **advice.division._asdict()}))
     return notes
 

@@ -18,7 +18,7 @@ from moetuner.evaluation.samples import Samples, find_samples, measure_blocks
 from moetuner.frozen import Frozen
 from moetuner.recording import AnyRecording, Recording
 from moetuner.report.findings import Finding
-from moetuner.statistics import RoutingStatistics, count_loads, measure_distance
+from moetuner.statistics import WINDOW, RoutingStatistics, count_loads, measure_distance
 from moetuner.trace import RoutingTrace, as_trace
 
 # Blocks of a recording, with equal numbers of sequences, that the permutation test permutes.
@@ -34,8 +34,8 @@ FEWEST_BLOCKS = 12
 LENGTHS_PER_BLOCK = 3
 # Passes over two recordings: two of each to find independent samples, then one of each.
 PASSES = 6
-# Most blocks of two recordings together, and tokens of a window of a trace without sequences.
-MOST_BLOCKS, WINDOW = 128, 512
+# Largest number of blocks of two recordings together.
+MOST_BLOCKS = 128
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -242,8 +242,12 @@ def judge_lp_split(
     None where the engine has no such dispatcher, no expert has copies, or the placement was
     computed for such a dispatcher.
     """
-    dividing = None if request.engine is None else request.engine.dividing
-    if dividing is None or request.serving.rule.needs_windows or (placement.replicas == 1).all():
+    window_split = None if request.engine is None else request.engine.window_split
+    if (
+        window_split is None
+        or request.serving.rule.needs_windows
+        or (placement.replicas == 1).all()
+    ):
         return None
     counts = count_loads(drop_groups(holdout.unseen), window=window, threads=request.threads)
     steps = np.flatnonzero(counts.is_step)
@@ -263,4 +267,4 @@ def judge_lp_split(
             threads=request.threads,
         ).imbalance
 
-    return LpSplit(measure_imbalance(dividing[0]), measure_imbalance(EVEN))
+    return LpSplit(measure_imbalance(window_split[0]), measure_imbalance(EVEN))

@@ -11,11 +11,12 @@ from moetuner._checks import ArgumentError
 from moetuner.evaluation.samples import Samples, find_samples, hold_out
 from moetuner.placement import Placement
 from moetuner.problem import TRAFFIC_CAP, Problem
-from moetuner.problem.objective import Goal, goal_for, tables_for
+from moetuner.problem.objective import Goal, choose_goal, choose_tables
 from moetuner.recording import Recording
 from moetuner.serving import Serving
 from moetuner.serving.engines import ENGINES, Engine, engine_settings
 from moetuner.serving.phases import Phases
+from moetuner.serving.running import Running
 from moetuner.solver import Method, solve
 from moetuner.solver.result import Result
 from moetuner.statistics import RoutingStatistics, as_counts
@@ -35,11 +36,12 @@ def count_running_slots(initial: Placement | str, experts: int, devices: int) ->
     """
     if isinstance(initial, Placement):
         return initial.slots_per_device
-    redundant = int(initial.partition(":")[2] or 0)
-    slots = -(-(experts + redundant) // devices)
-    if initial.startswith("eplb") and slots * devices != experts + redundant:
+    running = Running.parse(initial)
+    slots = -(-(experts + running.redundant) // devices)
+    if running.method == "eplb" and slots * devices != experts + running.redundant:
         raise ArgumentError(
-            f"initial {initial} must fill all devices evenly: {experts} experts and {redundant} "
+            f"initial {initial} must fill all devices evenly: {experts} experts and "
+            f"{running.redundant} "
             f"redundant ones are no multiple of {devices} devices; "
             f"eplb:{slots * devices - experts} would do",
             "initial",
@@ -151,7 +153,7 @@ def split_recording(request: Request, seed: int) -> tuple[Recording, Recording]:
 def count_traffic(request: Request, seen: Recording) -> RoutingStatistics:
     """Count seen traffic as ``moetuner solve`` does."""
     options: dict[str, Any] = {"window": request.windows[0], "threads": request.threads}
-    options |= tables_for(request.serving.regime, goal_for(request.objective, None))
+    options |= choose_tables(request.serving.regime, choose_goal(request.objective, None))
     return as_counts(seen, **options)
 
 

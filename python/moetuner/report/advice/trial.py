@@ -13,6 +13,7 @@ from moetuner.problem import Problem
 from moetuner.recording import Recording
 from moetuner.report import outcome
 from moetuner.report.advice.request import Holdout, Request, Window, build_problem, search
+from moetuner.serving.running import Running
 from moetuner.solver import Method
 from moetuner.solver.result import Result
 
@@ -76,7 +77,7 @@ def find_running_placement(request: Request, holdout: Holdout) -> Placement:
     if isinstance(request.initial, Placement):
         problem.check_running(request.initial)
         return request.initial
-    method = request.initial.partition(":")[0]
+    method = Running.parse(request.initial).method
     return search(request, problem, cast(Method, method), holdout.seed).placement
 
 

@@ -31,7 +31,7 @@ from moetuner.files.cells import (
     sentence,
     unit_of_time,
 )
-from moetuner.formats import serving_commands, way_back
+from moetuner.formats import find_way_back, list_serving_recipes
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.report.advice.values import Advice
 from moetuner.report.findings import PYTHON, TERMINAL, Finding, Voice
@@ -39,7 +39,7 @@ from moetuner.report.hot_experts import HotExperts, hold_out_hot_experts
 from moetuner.report.outcome import Outcome, find_times
 from moetuner.report.page.words import write_settings
 from moetuner.report.words import say
-from moetuner.serving import SERVED
+from moetuner.serving import ENGINE_SETTINGS
 from moetuner.serving.phases import name_phase
 from moetuner.serving.recipes import Recipe
 from moetuner.solver import Trade
@@ -353,7 +353,7 @@ def make_results_data(
     origin = Origin(f"Routing{model}, {sizes}", (), "moetuner.write_report")
     if isinstance(results, Advice):
         return make_advice_data(results, origin, results.to_dict())
-    settings = {name: getattr(setting.serving, name) for name in (*SERVED, "window")}
+    settings = {name: getattr(setting.serving, name) for name in (*ENGINE_SETTINGS, "window")}
     contents = {"settings": settings, "before": before.to_dict(), "after": after.to_dict()}
     judgement = judge(before, after, by_group=True, names=(names_given[0], names_given[1]))
     return make_judgement_data(
@@ -419,7 +419,7 @@ def make_judgement_data(
         setting = replayed.setting
         recipes = _list_serving_commands(contents, setting.placement, setting.topology.nodes)
         contents["commands"] = [*map(str, recipes)]
-        contents["go_back"] = way_back(contents.get("settings", {}).get("engine"))
+        contents["go_back"] = find_way_back(contents.get("settings", {}).get("engine"))
     if expert_bytes is None:
         recorded = replayed.traffic
         expert_bytes = bytes_of_expert(recorded.expert_size, recorded.model)
@@ -493,18 +493,10 @@ def _list_serving_commands(
     """Return the commands that load a written placement into its engine and serve it."""
     settings = contents.get("settings", {})
     file = contents.get("placement") or settings.get("placement")
-    redundant = placement.devices * placement.slots_per_device - placement.num_experts
     if not file:
         return ()
-    recipes = serving_commands(
-        settings.get("engine"),
-        devices=placement.devices,
-        redundant=redundant,
-        nodes=nodes,
-        split=settings.get("split"),
-        placement=str(file),
-    )
-    return tuple(recipes)
+    engine, split = settings.get("engine"), settings.get("split")
+    return tuple(list_serving_recipes(engine, placement, file, nodes=nodes, split=split))
 
 
 def _leave_out_seconds(contents: dict[str, Any]) -> dict[str, Any]:

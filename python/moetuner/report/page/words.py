@@ -12,6 +12,7 @@ from moetuner.files.cells import counted, digits, in_bytes, percent
 from moetuner.problem import Problem
 from moetuner.serving import Serving
 from moetuner.serving.engines import ENGINES
+from moetuner.serving.running import Running
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -42,12 +43,16 @@ def _number(value: Any) -> str:
 
 def _initial(value: Any) -> str:
     """Write the method that computed the running placement, or that it was given."""
-    words = {"contiguous": "experts in blocks, as engines load them", "given": "as given"}
-    method, _, copies = _text(value).partition(":")
-    name = {"eplb": "EPLB", "round_robin": "round robin"}.get(method, method)
-    if method == "eplb" and copies:
-        return f"{name} with {copies} redundant experts"
-    return words.get(method, name)
+    words = {
+        "contiguous": "experts in blocks, as engines load them",
+        "round_robin": "round robin",
+        "eplb": "EPLB",
+        "given": "as given",
+    }
+    text = _text(value)
+    running = Running.parse(text) if Running.is_name(text) else Running(text)
+    copies = f" with {running.redundant} redundant experts" if running.redundant else ""
+    return f"{words.get(running.method, running.method)}{copies}"
 
 
 def _list_declared(*kinds: Any) -> dict[str, tuple[str, Write]]:

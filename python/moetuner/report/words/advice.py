@@ -324,12 +324,13 @@ def _low_latency(voice: Voice, engine: str, tokens: int, without_copies: int | N
 
 
 def _tokens_divided(voice: Voice, engine: str, imbalance: float, imbalance_even: float) -> str:
-    dividing = ENGINES[engine].dividing
-    assert dividing is not None
+    window_split = ENGINES[engine].window_split
+    assert window_split is not None
+    split, options = window_split
     return (
-        f"with {ENGINES[engine].title}'s {dividing[0]} dispatch ({dividing[1]}) the busiest device "
+        f"with {ENGINES[engine].title}'s {split} dispatch ({options}) the busiest device "
         f"would have {imbalance:.2f} x the mean instead of {imbalance_even:.2f}, for "
-        f"{RULES[dividing[0]].dispatch_us:g} us or more a layer"
+        f"{RULES[split].dispatch_us:g} us or more a layer"
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from moetuner.evaluation.comparison import Comparison
 from moetuner.files.cells import counted, signed, span
+from moetuner.serving.running import Running
 
 # A text that is filled with the numbers of a finding and the voice, or a function of both.
 Clause = str | Callable[..., str]
@@ -22,13 +23,14 @@ def name_windows(window: int | None, recorded: int | None = None) -> str:
 
 def name_running(initial: str) -> str:
     """Write the name of the running placement, such as ``"eplb:32"``, or ``"given"`` by a user."""
-    method, _, redundant = initial.partition(":")
-    if method == "eplb":
-        number = int(redundant or 0)
-        return "EPLB's placement" + (
-            f" with {counted(number, 'redundant expert')}" if number else ""
-        )
-    return f"the {'running' if method == 'given' else method.replace('_', '-')} placement"
+    running = Running.parse(initial)
+    if running.method == "given":
+        return "the running placement"
+    if running.method != "eplb":
+        return f"the {running.method.replace('_', '-')} placement"
+    if not running.redundant:
+        return "EPLB's placement"
+    return f"EPLB's placement with {counted(running.redundant, 'redundant expert')}"
 
 
 def write_interval(gain: Comparison) -> str:

@@ -33,7 +33,7 @@ def cap_report(
     peaks: NDArray[Any] = problem.caps.raised_for(slots)[layers]
     reached: Any
     least: Any
-    if alike and not placement.has_copies and not problem.rules.some and not problem.may_copy:
+    if alike and not placement.has_copies and not problem.rules.exist and not problem.may_copy:
         # In tokens, whatever the speed is that all devices share.
         mean = load.sum(axis=1, dtype=np.float64) / problem.devices
         sizes = (problem.devices, problem.slots)
@@ -66,9 +66,9 @@ def are_least(caps: CapsDetails) -> bool:
 def scope(problem: Problem, caps: CapsDetails) -> str:
     """Return of which placements a bound on a solved problem, with such caps, is one."""
     which = "placements" + (" that may have copies" if problem.may_copy else SINGLE)
-    if problem.goal != "traffic" and (where := phases.words(problem.shares)):
+    if problem.goal != "traffic" and (where := phases.describe(problem.shares)):
         which += f" in {where}"
-    if not problem.caps.some:
+    if not problem.caps.exist:
         return which
     which += f" under the load cap {problem.max_imbalance:g}"
     if caps.raised:

@@ -77,7 +77,7 @@ def _refuse_uncovered(certificate: Certificate, problem: Problem) -> None:
             f"problem must have {certificate.scope}, which certificate is about, got one with "
             "slots for further copies"
         )
-    if not problem.topology.has_equal_devices and problem.caps.some:
+    if not problem.topology.has_equal_devices and problem.caps.exist:
         raise ValueError(
             "problem must have equal devices, as the caps in certificate are of equal devices, "
             "got devices of different speed or slots"

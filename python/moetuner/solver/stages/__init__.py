@@ -53,7 +53,7 @@ def _single(problem: Problem) -> Problem | None:
     loads differ by. So devices have equally many experts where nothing says otherwise: copies may
     change that.
     """
-    alike = problem.topology.has_equal_devices and not problem.rules.some
+    alike = problem.topology.has_equal_devices and not problem.rules.exist
     return problem.without_copies(even=problem.goal == "time" and alike)
 
 

@@ -141,7 +141,7 @@ def deepseek_peaks(load: NDArray[np.uint64], devices: int, slots: int) -> Floats
 def _is_even(problem: Problem) -> bool:
     """Return whether all devices are alike, and no rule sets them apart."""
     alike = problem.topology.has_equal_devices and len(np.unique(problem.capacity)) == 1
-    return alike and not problem.rules.some
+    return alike and not problem.rules.exist
 
 
 def _deal(run: Run, order: Callable[[Integers, Integers], Integers]) -> None:

@@ -80,7 +80,7 @@ def _may_be_behind(run: Run) -> bool:
     """
     problem = run.problem
     alike = problem.serving.rule.is_even and problem.topology.has_equal_devices
-    alone = problem.goal == "balance" and problem.windows.is_mean and not problem.caps.some
+    alone = problem.goal == "balance" and problem.windows.is_mean and not problem.caps.exist
     return not (alike and alone)
 
 
@@ -90,7 +90,7 @@ def _floor(run: Run, _: Budget) -> None:
 
 def windows_alone(problem: Problem, moves: Moves | None) -> bool:
     """Return whether windows are all that counts: balance, without caps and prices of moves."""
-    return bool(problem.goal == "balance" and not problem.caps.some and moves is None)
+    return bool(problem.goal == "balance" and not problem.caps.exist and moves is None)
 
 
 FLOOR = Stage(_floor)

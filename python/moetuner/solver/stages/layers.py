@@ -128,8 +128,8 @@ class LayerModel:
         linked = self.objective.transitions is not None
         searches *= self.parts * (2 * effort.ROUNDS if linked else 1)
         work = searches * units_of_trial(run, has_tokens_alone=has_tokens_alone)
-        most = effort.most_trials(self.slots_of_layer, len(self.windows))
-        return int(min(most, budget.work.layer_work / work))
+        trials = effort.most_trials(self.slots_of_layer, len(self.windows))
+        return int(min(trials, budget.work.layer_work / work))
 
 
 def is_of_layers(run: Run) -> bool:
@@ -271,7 +271,7 @@ def _is_searched_hot(run: Run) -> bool:
     """
     objective, problem = run.objective, run.problem
     pairs = (objective.sets, objective.coactivation, objective.transitions)
-    of_loads = problem.goal != "traffic" and not problem.caps.some
+    of_loads = problem.goal != "traffic" and not problem.caps.exist
     of_loads = of_loads and all(each is None for each in pairs)
     is_spread = problem.survive is not None and is_searched_anew(run) and not has_few_slots(run)
     return is_of_layers(run) and not (is_spread and of_loads)

@@ -30,7 +30,7 @@ class NoMemoryError(MoveError):
 
 
 class DisagreementError(MoveError):
-    """Ranks mean different values; all ranks are there and know it."""
+    """Ranks have different values; all ranks are there and know it."""
 
 
 class Agreement:
@@ -102,7 +102,7 @@ class Agreement:
         return list(values)
 
     def _judge(self, subject: str, posts: Sequence[str | None]) -> str:
-        """Return the values of all ranks, and what is wrong with them."""
+        """Return the values of all ranks, and the problem with them, as JSON."""
         silent = [rank for rank, post in enumerate(posts) if post is None]
         answers = [json.loads(post) for post in posts if post is not None]
         failed = {rank: why for rank, (_, why) in enumerate(answers) if why is not None}
@@ -114,7 +114,7 @@ class Agreement:
         return json.dumps([[value for value, _ in answers], problem])
 
     def reach(self, subject: str, value: Any = None, failure: Failure = None) -> None:
-        """Check that every rank means the same value; parameters as of ``exchange``."""
+        """Raise unless every rank has the same value; parameters as of ``exchange``."""
         values = self.exchange(subject, value, failure)
         others = [rank for rank, other in enumerate(values) if other != value]
         if others:
@@ -123,7 +123,7 @@ class Agreement:
 
 
 def attempt(call: Callable[..., T], *arguments: Any) -> tuple[T | None, Failure]:
-    """Return what a call gives, and what went wrong, so that other ranks can learn of it."""
+    """Return the result of a call, and its error, so that other ranks can learn of it."""
     try:
         return call(*arguments), None
     except Exception as error:
@@ -131,5 +131,5 @@ def attempt(call: Callable[..., T], *arguments: Any) -> tuple[T | None, Failure]
 
 
 def fingerprint(*parts: bytes) -> str:
-    """Return text that equal parts share."""
+    """Return a checksum of parts."""
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()

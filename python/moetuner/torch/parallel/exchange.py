@@ -55,9 +55,9 @@ class Hop:
         came = torch.empty_like(sent)
         dist.all_to_all_single(came, sent, group=group)
         # The one time that the host waits for the device before the rows are exchanged.
-        headers, own = torch.stack([came, sent]).tolist()
-        self._learns = _check(headers, own, dist.get_rank(group), experts)
-        send, receive = ([row[0] for row in table] for table in (own, headers))
+        headers, sent_headers = torch.stack([came, sent]).tolist()
+        self._learns = _check(headers, sent_headers, dist.get_rank(group), experts)
+        send, receive = ([row[0] for row in table] for table in (sent_headers, headers))
         self.splits, self._group = (send, receive), group
         self.visits = sum(row[1] for row in headers)
         # Sorted by rank, then by row: the order on the wire. The host knows how many there are, so
@@ -72,11 +72,11 @@ class Hop:
         self._parts[self._row, nth] = torch.arange(total, device=device)
 
     def send(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Send row r of every tensor [R,...] to its ranks; gives what came, by rank."""
+        """Send row r of every tensor [R,...] to its ranks; return the rows that came, by rank."""
         return self._exchange(self.splits, *(tensor[self._row] for tensor in tensors))
 
     def gather(self, results: Tensor) -> Tensor:
-        """Send results back; gives each row's sum in ascending order of rank."""
+        """Send results back; return each row's sum in ascending order of rank."""
         (returned,) = self._exchange(self.splits[::-1], results)
         return sum_rows(returned, self._parts)
 
@@ -88,7 +88,7 @@ class Hop:
 
 
 def _check(came: Table, sent: Table, me: int, experts: int) -> bool:
-    """Raise what headers say is wrong; return whether a rank needs gradients.
+    """Raise the fault in headers, if any; return whether a rank needs gradients.
 
     The tables have rows, targets and the header, by rank that they came from or were sent to.
     """
@@ -124,7 +124,7 @@ def sum_rows(values: Tensor, which: Tensor, weights: Tensor | None = None) -> Te
 
 
 class _Exchange(torch.autograd.Function):
-    """Rows of all tensors as one message per rank; in the backward pass their gradients home."""
+    """Sends rows of all tensors as one message per rank, and their gradients back."""
 
     @staticmethod
     def forward(ctx: Any, group: Group, splits: Splits, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -142,7 +142,7 @@ class _Exchange(torch.autograd.Function):
 
 
 def _swap(group: Group, splits: Splits, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Pack the rows of all tensors side by side as bytes, and unpack what comes."""
+    """Exchange rows of all tensors, packed side by side as bytes; return the rows that came."""
     send, receive = splits
     packed = tensors[0].contiguous()
     if len(tensors) > 1:
@@ -158,7 +158,7 @@ def _swap(group: Group, splits: Splits, tensors: Sequence[Tensor]) -> list[Tenso
 
 
 class TrafficCounters:
-    """What one rank sent to its peers, and received, in one layer.
+    """Counts rows and bytes that one rank sent to its peers and received, in one layer.
 
     A rank's rows to itself do not travel and are not counted, nor are the headers (40 bytes per
     peer and exchange).

@@ -16,7 +16,7 @@ Activation = Callable[[Tensor], Tensor]
 
 
 class Experts(Protocol):
-    """What ``ExpertParallelMoE`` asks of the experts that it runs."""
+    """The methods of experts that ``ExpertParallelMoE`` calls."""
 
     def __call__(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Compute rows [N,H], the first ``counts[0]`` of them by slot 0 and so on [S]."""

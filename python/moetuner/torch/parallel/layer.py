@@ -148,13 +148,13 @@ class ExpertParallelMoE(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the experts' weights are."""
+        """Device of the experts' weights."""
         return next(iter(self.experts.weights().values())).device
 
     @property
     def expert(self) -> Any:
         """The weights of all experts one by one, as the state names them."""
-        return _states().nest(_states().by_expert(self))
+        return _states().nest(_states().list_expert_weights(self))
 
     def _names(self) -> dict[int, str]:
         """Return names in the state by tensor, where experts are a module."""
@@ -171,7 +171,7 @@ class ExpertParallelMoE(nn.Module):
         for weight in self.experts.weights().values():
             for part in (weight, weight._base):
                 state.pop(f"{prefix}{names.get(id(part))}", None)
-        for key, weight in _states().by_expert(self).items():
+        for key, weight in _states().list_expert_weights(self).items():
             state[f"{prefix}expert.{key}"] = weight if keep_vars else weight.detach()
         return state
 
@@ -303,8 +303,9 @@ class ExpertParallelMoE(nn.Module):
         """Return bits that say whether tokens or experts of this rank need gradients."""
         if not torch.is_grad_enabled():
             return exchange.NO_GRADIENTS
-        own = self.experts.parameters() if isinstance(self.experts, nn.Module) else ()
-        weights = (*self.experts.weights().values(), *own)
+        weights = [*self.experts.weights().values()]
+        if isinstance(self.experts, nn.Module):
+            weights += self.experts.parameters()
         return exchange.LEARN if any(tensor.requires_grad for tensor in (*tokens, *weights)) else 0
 
     def _compute(
@@ -382,7 +383,7 @@ class ExpertParallelMoE(nn.Module):
         return None
 
     def _others(self, ranks: Sequence[int]) -> bool:
-        """Whether other ranks of the group are among global ranks."""
+        """Return whether other ranks of the group are among global ranks."""
         own_ranks = dist.get_process_group_ranks(self.group or dist.group.WORLD)
         return len(set(own_ranks) & set(ranks)) > 1
 

@@ -1,8 +1,8 @@
 """Migration: put another placement in force on all ranks, or on none.
 
-First the weights of all layers that change arrive in spare buffers, one layer after the other. When
-every rank has said that all of its own are there, each exchanges them for those in its slots; when
-every rank has done so they route to them, and otherwise they exchange them back.
+First the weights of all layers that change arrive in spare buffers, layer by layer. When every rank
+has all of its weights, each rank exchanges them for those in its slots. When every rank has done
+so, they route to the new weights; otherwise they exchange them back.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moetuner.placement import EMPTY, Placement, difference, find_holders
+from moetuner.placement import EMPTY, Placement, compare_holders, find_holders
 from moetuner.topology import Topology
 from moetuner.torch.parallel.agreement import Agreement, NoMemoryError, attempt, fingerprint
 from moetuner.torch.parallel.layer import ExpertParallelMoE
@@ -32,7 +32,7 @@ SHARE = 0.5
 
 
 class Move(NamedTuple):
-    """One expert's weights from a slot of one rank to a slot of another, or of the same."""
+    """The move of an expert's weights from a slot to another one, of the same or another rank."""
 
     source: int
     source_slot: int
@@ -41,16 +41,16 @@ class Move(NamedTuple):
 
 
 def moves(old: NDArray[np.int32], new: NDArray[np.int32], node: int | None = None) -> list[Move]:
-    """List what must move to get from slots [D,S] to other slots [D,S'], the same on every rank.
+    """List the moves from slots [D,S] to other slots [D,S'], the same on every rank.
 
-    A copy comes from its own device if that holds the expert, else from where ``Placement.diff``
-    says, in a topology of nodes of ``node`` devices; None for one node.
+    A copy comes from its own device if that holds the expert, else from the source in
+    ``Placement.diff``, in a topology of nodes of ``node`` devices; None for one node.
     """
     experts = int(new.max()) + 1
     before, after = (find_holders(slots[None], experts) for slots in (old, new))
     topology = None if node is None else Topology(len(old), devices_per_node=node)
-    comes = difference(before, after, topology, None).moves.tolist()
-    source_of = {(target, expert): source for _, expert, source, target in comes}
+    arrivals = compare_holders(before, after, topology, None).moves.tolist()
+    source_of = {(target, expert): source for _, expert, source, target in arrivals}
     places = map(tuple, np.argwhere(old != EMPTY).tolist())
     slot_of = {(at[0], int(old[at])): at[1] for at in places}
     steps = []
@@ -112,22 +112,22 @@ class Spares:
             raise failure
 
     def put(self, weights: dict[str, Tensor]) -> None:
-        """Exchange what has arrived for what is in its slots of weights [S,...]."""
+        """Exchange the weights that have arrived for those in their slots [S,...]."""
         for name, buffer in self.buffers.items():
             for arrived, move in zip(buffer, self._come, strict=True):
                 self._exchanged.append((weights[name].detach()[move.target_slot], arrived))
                 _swap(*self._exchanged[-1])
 
     def undo(self) -> None:
-        """Exchange back what ``put`` has exchanged."""
+        """Exchange the weights back."""
         while self._exchanged:
             _swap(*self._exchanged.pop())
 
 
-def _swap(one: Tensor, other: Tensor) -> None:
-    spare = one.clone()
-    one.copy_(other)
-    other.copy_(spare)
+def _swap(first: Tensor, second: Tensor) -> None:
+    spare = first.clone()
+    first.copy_(second)
+    second.copy_(spare)
 
 
 def expert_bytes(layer: ExpertParallelMoE) -> int:
@@ -137,7 +137,7 @@ def expert_bytes(layer: ExpertParallelMoE) -> int:
 
 
 def free_bytes(device: torch.device, sharing: int) -> float:
-    """Return the free bytes of a device; of a host's memory, which some ranks share, one part."""
+    """Return the free bytes of a GPU, or one rank's part of a host's memory, which ranks share."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         # Memory that torch has reserved and does not use.
@@ -150,14 +150,14 @@ def free_bytes(device: torch.device, sharing: int) -> float:
 def migrate(layers: Sequence[ExpertParallelMoE], target: Placement, agreement: Agreement) -> None:
     """Move weights and switch; every rank calls it between two steps, with the same target.
 
-    Where one fails, differs or is lost, all that are left raise a ``MoveError`` and have the old
+    If a rank fails, differs or is lost, all others raise a ``MoveError`` and keep the old
     placement. It is a ``NoMemoryError`` if what arrives on a rank takes more than half of its free
     memory, so a smaller move may fit. After a loss in the middle of an exchange the group cannot be
     used any more, else it can.
     """
     plan = fingerprint(layers[0].placement.slots.tobytes(), target.slots.tobytes())
     # The others must not wait for the weights of a rank that has no memory.
-    spares, failure = attempt(_buffers, layers, target)
+    spares, failure = attempt(_make_buffers, layers, target)
     posts = agreement.exchange("memory for a move", failure and repr(failure))
     short = [f"rank {rank} needs memory: {why}" for rank, why in enumerate(posts) if why]
     if short or spares is None:
@@ -181,8 +181,8 @@ def migrate(layers: Sequence[ExpertParallelMoE], target: Placement, agreement: A
         layer.switch(target)
 
 
-def _buffers(layers: Sequence[ExpertParallelMoE], target: Placement) -> list[Spares]:
-    """Return buffers of every layer, if half of the free memory holds what arrives on this rank."""
+def _make_buffers(layers: Sequence[ExpertParallelMoE], target: Placement) -> list[Spares]:
+    """Make the buffers of every layer; raise if they take more than half of the free memory."""
     current, needed, plans = layers[0].placement, 0, []
     for layer, before, after in zip(layers, current.slots, target.slots, strict=True):
         plans.append(moves(before, after, layer.devices_per_node))

@@ -26,14 +26,14 @@ from moetuner.torch.parallel.agreement import (
 from moetuner.torch.parallel.layer import ExpertParallelMoE
 from moetuner.torch.parallel.migrate import expert_bytes, migrate
 
-# With fewer windows, a half would be of one kind of traffic: tokens are dealt instead.
+# With fewer windows, a half could have one kind of traffic, so tokens are divided at random.
 FEWEST_WINDOWS = 4
 
 Floats = NDArray[np.float64]
 
 
 class ComputeCost(Protocol):
-    """What the rebalancer asks of a cost model; ``moetuner.CostModel`` answers it."""
+    """The method of a cost model that the rebalancer calls; ``moetuner.CostModel`` has it."""
 
     def compute_us(self, tokens: ArrayLike, active: ArrayLike | None = None) -> NDArray[np.float64]:
         """Compute microseconds of devices for tokens [...], by expert, of so many experts."""
@@ -42,14 +42,14 @@ class ComputeCost(Protocol):
 
 @dataclass(frozen=True)
 class Decision:
-    """What a step of the rebalancer did, and why.
+    """The result of a step of the rebalancer, and its reason.
 
     Parameters
     ----------
     moved
         Whether another placement is in force now.
     reason
-        In words.
+        Reason as a sentence.
     gain_us
         Predicted gain per step of the model, in microseconds.
     cost_us
@@ -57,7 +57,7 @@ class Decision:
     experts_moved
         Copies of experts that come to a device from another one.
     bytes_moved
-        Their weights.
+        Bytes of these copies.
     decision_us
         Time that it took to find the placement, on the slowest rank: it must be brought in as well.
     """
@@ -224,7 +224,7 @@ class Rebalancer:
         budget = self.move_budget
         while True:
             begin = time.perf_counter()
-            target, failure = attempt(self._target, budget)
+            target, failure = attempt(self._find_target, budget)
             chosen = "" if target is None else fingerprint(target.slots.tobytes())
             agreement.reach("the next placement", chosen, failure)
             if target is None or target == current:
@@ -240,9 +240,9 @@ class Rebalancer:
             if not budget:
                 return Decision(False, "a device has no memory for an expert that arrives")
 
-    def _target(self, budget: int) -> Placement:
-        """Compute the placement to be: the one in force with the copies that gain most."""
-        current, load = self.placement, self._load_of(0)
+    def _find_target(self, budget: int) -> Placement:
+        """Compute the next placement: the current one, with the copies that gain most."""
+        current, load = self.placement, self._half_load(0)
         tokens, times = self._busiest(current, load)
         if not times.sum() > 0:
             return current
@@ -259,8 +259,8 @@ class Rebalancer:
         return Placement(better, num_experts=current.num_experts)
 
     def _judge(self, target: Placement, begin: float) -> Decision:
-        """Decide as all ranks do whether a move pays, by counts that the search has not seen."""
-        current, load = self.placement, self._load_of(1)
+        """Decide on all ranks whether a move pays, by counts that the search has not seen."""
+        current, load = self.placement, self._half_load(1)
 
         def figures() -> list[float]:
             now, then = (
@@ -281,12 +281,12 @@ class Rebalancer:
         reason = "the move pays" if pays else "the move takes longer than it brings in"
         return Decision(pays, reason, *predicted)
 
-    def _load_of(self, half: int) -> Floats:
-        """Return tokens per step of a half of the counts [L,E], as many in a layer as of both."""
-        own = self._halves[half]
-        sizes = own.sum(axis=1, keepdims=True)
+    def _half_load(self, half: int) -> Floats:
+        """Return tokens per step of a half of the counts [L,E], scaled to the sum of both."""
+        counts = self._halves[half]
+        sizes = counts.sum(axis=1, keepdims=True)
         both = self.load.sum(axis=1, keepdims=True)
-        scaled: Floats = own * np.divide(both, sizes, out=np.zeros_like(sizes), where=sizes > 0)
+        scaled: Floats = counts * np.divide(both, sizes, out=np.zeros_like(sizes), where=sizes > 0)
         return scaled
 
     def _busiest(self, placement: Placement, load: Floats) -> tuple[Floats, Floats]:

@@ -1,4 +1,4 @@
-"""State: the weights of experts that are on some ranks only, as states of models hold them."""
+"""Weights of experts that are on some ranks only, in the state of a model."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ class ExpertTensor(DTensor):
     ranks: list[int]
 
     @staticmethod
-    def of(local: Tensor | None, like: Tensor, ranks: list[int], mesh: DeviceMesh) -> ExpertTensor:
-        """Return the weight that is whole, and like another one, on these ranks of a mesh."""
+    def make(
+        local: Tensor | None, like: Tensor, ranks: list[int], mesh: DeviceMesh
+    ) -> ExpertTensor:
+        """Make a weight like another one that is whole on these ranks of a mesh."""
         local = like.new_empty(0, *like.shape[1:]) if local is None else local
         # No placement of torch says this. A partial one is refused by checkpoints, if by some
         # operation only that is left.
@@ -48,13 +50,13 @@ class ExpertTensor(DTensor):
 
     @classmethod
     def __torch_function__(cls, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Apply what gives the same weight, in other memory or of another type, to what is here."""
+        """Apply a function that keeps the weight, in other memory or of another type, locally."""
         kwargs = kwargs or {}
         if function not in SAME_WEIGHT:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
-        weight, *more = args
-        local = function(weight._local_tensor, *more, **kwargs)
+        weight, *arguments = args
+        local = function(weight._local_tensor, *arguments, **kwargs)
         return cls._made(local, weight._spec, weight.ranks)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -64,7 +66,7 @@ class ExpertTensor(DTensor):
         return dist.get_rank(self.device_mesh.get_group()) in self.ranks
 
     def redistribute(self, *_: Any, **__: Any) -> DTensor:
-        """Return the whole weight on every rank, which all take part in."""
+        """Return the whole weight on every rank; all ranks must call it."""
         group = self.device_mesh.get_group()
         local = self._local_tensor if self._is_here() else self._local_tensor.new_empty(self.shape)
         full = local.contiguous()
@@ -72,7 +74,7 @@ class ExpertTensor(DTensor):
         return DTensor.from_local(full, self.device_mesh, [Replicate()], run_check=False)
 
     def full_tensor(self, *_: Any, **__: Any) -> Tensor:
-        """Return the whole weight on every rank, which all take part in."""
+        """Return the whole weight on every rank; all ranks must call it."""
         return self.redistribute().to_local()
 
     def __create_write_items__(self, fqn: str, _: Any) -> Any:
@@ -88,32 +90,32 @@ class ExpertTensor(DTensor):
         return self._local_tensor
 
 
-def by_expert(layer: Any) -> dict[str, Tensor]:
+def list_expert_weights(layer: Any) -> dict[str, Tensor]:
     """Return weights of experts by names such as ``3.up``, as views of the weights of a rank."""
     slots, views = layer.placement.slots[layer.layer], {}
-    own = slots[layer.rank].tolist()
+    local_slots = slots[layer.rank].tolist()
     for name, weight in layer.experts.weights().items():
         for expert in np.unique(slots[slots != EMPTY]).tolist():
-            local = weight[own.index(expert)] if expert in own else None
+            local = weight[local_slots.index(expert)] if expert in local_slots else None
             if layer.ranks > 1 and weight.ndim > 1:
                 ranks = np.flatnonzero((slots == expert).any(axis=1)).tolist()
                 kind = "cpu" if weight.is_meta else weight.device.type
                 mesh = _mesh(layer.group or dist.group.WORLD, kind)
-                local = ExpertTensor.of(local, weight[0], ranks, mesh)
+                local = ExpertTensor.make(local, weight[0], ranks, mesh)
             if local is not None:
                 views[f"{expert}.{name}"] = local
     return views
 
 
 def nest(weights: Mapping[str, Tensor]) -> SimpleNamespace:
-    """Return weights named ``3.up`` as attributes, where torch.distributed.checkpoint looks."""
+    """Return weights with names such as ``3.up`` as nested attributes, for checkpoints of torch."""
     root = SimpleNamespace()
     for key, weight in weights.items():
         *path, name = key.split(".")
-        at = root
-        for part in path:
-            at = vars(at).setdefault(part, SimpleNamespace())
-        setattr(at, name, weight)
+        node = root
+        for key_part in path:
+            node = vars(node).setdefault(key_part, SimpleNamespace())
+        setattr(node, name, weight)
     return root
 
 

@@ -1,6 +1,6 @@
-"""Recording the routing of a running model into a trace.
+"""Record the routing of a running model into a trace.
 
-Ids go from the device to the host without waiting, and to disk while the recording runs.
+Ids are copied from the device to the host without waiting, and written to disk meanwhile.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from moetuner.torch.models import moe_layers
 from moetuner.torch.record.hooks import Step, StepHooks
 from moetuner.trace import RoutingTrace
 
-# What a trace says of a token besides its experts.
+# Labels of a token in a trace.
 LABEL = np.dtype([("sequence", "<i4"), ("group", "<i2")])
 Labels = NDArray[np.void]
 BUFFER_BYTES = 64 << 20
-PARTIAL = ".partial.safetensors"  # what a recording that did not end well is called
+PARTIAL = ".partial.safetensors"  # ending of the file of a recording that failed
 UNNAMED = "other"  # tokens outside every group, in a recording that has groups
 SEQUENCE_LIMIT = 1 << 31
 
 
-def expert_size_of(model: nn.Module) -> tuple[int, int] | None:
-    """Return hidden and intermediate size of an expert, as a model's configuration has them."""
+def find_expert_size(model: nn.Module) -> tuple[int, int] | None:
+    """Find hidden and intermediate size of an expert in a model's configuration."""
     config = getattr(model, "config", None)
-    # Models of several kinds of input have one for text.
+    # Models of several kinds of input have a configuration for text.
     config = getattr(config, "text_config", None) or config
     names = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
     inner = next(filter(None, (getattr(config, name, None) for name in names)), None)
@@ -121,7 +121,10 @@ class Recorder:
         self.layers = moe_layers(model, routers)
         if self._path is not None and self._path.suffix != ".safetensors":
             raise ValueError(f"path must end in .safetensors, got {self._path.name!r}")
-        self._about = {"model": name or type(model).__name__, "expert_size": expert_size_of(model)}
+        self._about = {
+            "model": name or type(model).__name__,
+            "expert_size": find_expert_size(model),
+        }
         self.attention_mask = attention_mask
         self._hooks = StepHooks(model, self.layers, self._step, lambda: self.attention_mask)
         experts, self._sizes = self._hooks.num_experts, (len(self.layers), self._hooks.top_k)
@@ -130,7 +133,7 @@ class Recorder:
         self._capacity = max(1, buffer_limit // (math.prod(self._sizes) * self._id_type.itemsize))
         self._waiting: deque[tuple[Tensor, Tensor, Labels, torch.cuda.Event | None]] = deque()
         self._waiting_tokens = 0
-        # What has arrived, in the order in which it was served: ids on disk, and labels.
+        # Tokens that have arrived, in the order of serving: ids on disk, and labels.
         self._raw = Path()
         self._labels: dict[int, Labels] = {0: np.empty(0, LABEL)}
         self._tokens = 0
@@ -214,7 +217,7 @@ class Recorder:
             raise fault
 
     def _flush(self) -> Exception | None:
-        """Take what is still on the device; gives what is wrong with the recording."""
+        """Write the tokens that are still on the device; return the recording's error, if any."""
         try:
             while self._waiting and self._lost is None:
                 self._take_first()
@@ -242,7 +245,7 @@ class Recorder:
         self._raw.unlink(missing_ok=True)
 
     def _append(self, ids: IdArray, labels: Labels) -> None:
-        """Take tokens [T,L,K] and their labels [T]; what failed half-way is written anew."""
+        """Write tokens [T,L,K] and their labels [T], over the rest of a write that failed."""
         with self._raw.open("r+b") as file:
             file.seek(self._tokens * ids.strides[0])
             file.write(ids.tobytes())
@@ -266,7 +269,10 @@ class Recorder:
                 "others"
             )
         labels = np.empty(step.rows, LABEL)
-        labels["sequence"], labels["group"] = self._sequence_of(step), self._group_of(step.rows)
+        labels["sequence"], labels["group"] = (
+            self._label_sequences(step),
+            self._number_groups(step.rows),
+        )
         # On CUDA to pinned memory, behind the work of the step.
         copies = (step.ids.to(self._id_type), step.keep)
         ids, keep = (copy.to("cpu", non_blocking=True) for copy in copies)
@@ -279,7 +285,7 @@ class Recorder:
             self._take_first()
 
     def _take_first(self) -> None:
-        """Write the tokens of the first step that waits."""
+        """Write the tokens of the first waiting step."""
         ids_copy, keep_copy, labels, copied = self._waiting[0]
         if copied is not None:
             copied.synchronize()
@@ -299,8 +305,8 @@ class Recorder:
         self._waiting.popleft()
         self._waiting_tokens -= len(ids)
 
-    def _sequence_of(self, step: Step) -> NDArray[np.int32]:
-        """Return labels of a batch's sequences [B]: of the cache that it continues, or new."""
+    def _label_sequences(self, step: Step) -> NDArray[np.int32]:
+        """Return labels of a batch's sequences [B]: its cache's, or new ones."""
         rows, cache = step.rows, step.cache
         labels = self._of_cache.get(cache) if _is_weak(cache) else None
         if labels is None or len(labels) != rows:
@@ -313,8 +319,8 @@ class Recorder:
             self._of_cache[following] = labels
         return labels
 
-    def _group_of(self, rows: int) -> list[int]:
-        """Return the groups of the sequences of a batch [B]."""
+    def _number_groups(self, rows: int) -> list[int]:
+        """Return the group numbers of the sequences of a batch [B]."""
         group = UNNAMED if self._group is None else self._group
         names = [group] * rows if isinstance(group, str) else list(group)
         if len(names) != rows or not all(isinstance(name, str) for name in names):
@@ -324,7 +330,7 @@ class Recorder:
 
 
 def _is_weak(cache: object) -> bool:
-    """Whether a cache is an object that can be recognised; tuples of tensors cannot."""
+    """Return whether weak references to a cache are possible; not to tuples of tensors."""
     return hasattr(cache, "__weakref__") and type(cache).__hash__ is not None
 
 

@@ -269,7 +269,7 @@ class RoutingCounters:
             tables[name].view(-1).scatter_add_(0, place.reshape(-1), ones.reshape(-1))
 
     def _enlarge(self, windows: int) -> None:
-        """Enlarge the windows of load, if there are fewer."""
+        """Enlarge the table of load if it has fewer windows."""
         load = self._tables["load"]
         if windows <= len(load):
             return
@@ -280,5 +280,5 @@ class RoutingCounters:
                 f"{windows} windows: read the statistics and reset the counters"
             )
         with torch.inference_mode(False):
-            more = load.new_zeros(max(windows - len(load), len(load)), *load.shape[1:])
-            self._tables["load"] = torch.cat([load, more])
+            added = load.new_zeros(max(windows - len(load), len(load)), *load.shape[1:])
+            self._tables["load"] = torch.cat([load, added])

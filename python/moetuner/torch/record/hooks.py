@@ -1,6 +1,6 @@
 """Hooks on a model's routers: each forward pass becomes one step of expert ids on the device.
 
-What ``generate`` of transformers knows, and does not pass on to the model, is recorded by hooks.
+Further hooks record what ``generate`` of transformers does not pass on to the model.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from moetuner.torch.models import MoELayer, chosen, same_sizes
+from moetuner.torch.models import MoELayer, find_choices, same_sizes
 
 TOKEN_NAMES = ("input_ids", "inputs_embeds")
 # The new name first: transformers warns where the old one is looked up.
 CACHE_NAMES = ("cache", "past_key_values")
-# Where the sequences of a packed row begin and end.
+# Argument with the begins and ends of the sequences of a packed row.
 PACKED = "cu_seq_lens_q"
 
 
@@ -45,20 +45,20 @@ class Generation:
 
 
 class Generations:
-    """The calls of ``generate`` of a model that run, for all that record the model.
+    """The running calls of ``generate`` of a model, for all recorders of the model.
 
-    No argument of ``generate`` shows which sequences its criteria have ended, and none keeps the
-    padding where a pass gets a mask of pairs. So two methods that it calls are listened to: the
-    one that makes the criteria, and ``prepare_inputs_for_generation``.
+    No argument of ``generate`` shows which sequences its criteria have ended, and none has the
+    padding if a pass gets a mask of pairs. So two methods that it calls are wrapped: the one that
+    makes the criteria, and ``prepare_inputs_for_generation``.
     """
 
     def __init__(self) -> None:
         self.users = 0
-        # What generate holds is gone when it returns.
+        # Weak references: objects of generate are gone when it returns.
         self._calls: list[Callable[[], Generation | None]] = []
 
-    def of(self, arguments: Mapping[str, Any]) -> Generation | None:
-        """Return the call that has prepared the arguments of a forward pass."""
+    def find(self, arguments: Mapping[str, Any]) -> Generation | None:
+        """Return the call that prepared the arguments of a forward pass; None if none did."""
         generation = self._innermost()
         tokens = None if generation is None else generation.tokens()
         same = tokens is not None and any(arguments.get(name) is tokens for name in TOKEN_NAMES)
@@ -70,7 +70,7 @@ class Generations:
         return self._calls[-1]() if self._calls else None
 
     def begin(self, criteria: Any, arguments: Mapping[str, Any]) -> Any:
-        """Return the criteria of a new call, which report what they end."""
+        """Return the stopping criteria of a new call, which report the sequences that they end."""
         generation = Generation()
         self._calls.append(ref(generation))
         # A pass that generate compiles for a static cache would run past the hooks.
@@ -90,7 +90,7 @@ class Generations:
         return Watched(criteria)
 
     def prepare(self, inputs: Any, arguments: Mapping[str, Any]) -> Any:
-        """Take what the next pass will be given, and return it."""
+        """Remember the inputs of the next pass, and return them."""
         if (generation := self._innermost()) is not None:
             tokens = next(
                 (inputs[name] for name in TOKEN_NAMES if inputs.get(name) is not None), None
@@ -107,8 +107,8 @@ _running: WeakKeyDictionary[nn.Module, Generations] = WeakKeyDictionary()
 
 
 @contextmanager
-def generations_of(model: nn.Module) -> Iterator[Generations]:
-    """Listen to the calls of ``generate``, once per model, until the last one has left."""
+def listen_to_generate(model: nn.Module) -> Iterator[Generations]:
+    """Wrap the methods of ``generate``, once per model, until the last user has left."""
     calls = _running.setdefault(model, Generations())
     calls.users += 1
     if calls.users == 1:
@@ -121,12 +121,13 @@ def generations_of(model: nn.Module) -> Iterator[Generations]:
         if not calls.users:
             _running.pop(model, None)  # gone already, where the model is collected
             for name in ("_get_stopping_criteria", "prepare_inputs_for_generation"):
-                if (own := getattr(model.__dict__.pop(name, None), "own", None)) is not None:
-                    model.__dict__[name] = own
+                wrapper = model.__dict__.pop(name, None)
+                if (method := getattr(wrapper, "wrapped", None)) is not None:
+                    model.__dict__[name] = method
 
 
 def _listen(model: nn.Module, name: str, change: Callable[[Any, Mapping[str, Any]], Any]) -> None:
-    """Pass what a method returns through ``change``; the method of a copy stays as it is."""
+    """Pass the results of a method through ``change``; the method of a copy stays as it is."""
     method, model_of = getattr(model, name, None), ref(model)
     if method is None:
         return
@@ -137,13 +138,13 @@ def _listen(model: nn.Module, name: str, change: Callable[[Any, Mapping[str, Any
         result = method(*args, **kwargs) if function is None else function(model, *args, **kwargs)
         return change(result, kwargs) if model is model_of() else result
 
-    call.own = model.__dict__.get(name)  # type: ignore[attr-defined]
+    call.wrapped = model.__dict__.get(name)  # type: ignore[attr-defined]
     model.__dict__[name] = MethodType(call, model)
 
 
 @dataclass(eq=False)
 class Step:
-    """The tokens of one forward pass, and what the routers chose for them.
+    """The tokens of one forward pass, and the routers' choices for them.
 
     It has ``rows`` sequences, B, of ``length`` tokens, S, padding included, and is ``paged`` if
     tokens of many sequences, each with a past, stand in one row. ``marks`` [B*S] say which tokens
@@ -165,7 +166,7 @@ class Step:
     keep: Tensor = field(init=False)
 
 
-def step_of(
+def read_step(
     model: nn.Module,
     arguments: Mapping[str, Any],
     mask: object | None,
@@ -196,7 +197,7 @@ def step_of(
 
 
 def _tokens(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
-    """Return the argument that is tokens [B,S,..]."""
+    """Return the argument that holds the tokens [B,S,..]."""
     for tokens in [*(arguments.get(name) for name in TOKEN_NAMES), *arguments.values()]:
         if isinstance(tokens, Tensor) and tokens.dim() >= 2:
             # A matrix of numbers is tokens by features, without a batch.
@@ -206,7 +207,7 @@ def _tokens(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
 
 
 def _marked(mask: object, rows: int, length: int) -> Tensor:
-    """Return the last ``length`` columns of a mask: others are tokens of earlier steps."""
+    """Return the last ``length`` columns of a mask; the others are for tokens of earlier steps."""
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != rows:
         shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
@@ -252,13 +253,13 @@ class StepHooks:
         self._faults: Tensor | None = None
 
     def attach(self) -> None:
-        """Start to listen."""
+        """Register the hooks."""
         model = self._model
         with ExitStack() as attached:
             compiled = [hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules()]
             if self._called is not model or any(compiled):
                 attached.enter_context(_running_eagerly())
-            self._generations = attached.enter_context(generations_of(model))
+            self._generations = attached.enter_context(listen_to_generate(model))
             begin, end = self._safe(model, self._begin), self._safe(model, self._end)
             handles = [model.register_forward_pre_hook(begin, with_kwargs=True)]
             for module in self._describing:
@@ -273,7 +274,7 @@ class StepHooks:
             self._attached = attached.pop_all()
 
     def remove(self) -> None:
-        """Stop to listen; the model is as it was before."""
+        """Remove the hooks; the model is as it was before."""
         self._attached.close()
 
     def _safe(self, module: nn.Module, call: Callable[[Any, Any], None]) -> Callable[..., None]:
@@ -294,11 +295,11 @@ class StepHooks:
         return hook
 
     def forget(self) -> None:
-        """Forget what was wrong so far."""
+        """Forget the faults so far."""
         self._faults = self.fault = None
 
     def check(self) -> None:
-        """Wait for the device and check that routers gave numbers, and ids of their rows."""
+        """Wait for the device; raise if a router gave NaN, or ids out of range."""
         ids = f"expert ids must be from 0 to {self.choices - 1}, got others"
         rules = "router scores must be numbers, got NaN", ids
         faults = [] if self._faults is None else self._faults.nonzero().tolist()
@@ -306,7 +307,7 @@ class StepHooks:
             raise ValueError(f"{rules[rule]} in layer {layer} ({self._layers[layer].name})")
 
     def _drop(self, error: Exception) -> None:
-        """Leave out the pass at hand; the first time say so."""
+        """Leave out the current pass; warn the first time."""
         self._step, self._is_dropped = None, True
         self.dropped += 1
         if self.fault is not None:
@@ -318,20 +319,22 @@ class StepHooks:
             warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begin a pass, and take what the model is called with if it names that."""
+        """Begin a pass, and read the model's arguments if it names them."""
         # One that failed half-way has left its layers behind.
         self._routed, self._step, self._is_dropped, self._is_running = {}, None, False, True
         if not self._describing:
             self._describe(self._model, args, kwargs)
 
     def _describe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take what the model, or the first module in it that names it, is called with."""
+        """Read the arguments of the model, or of the first module in it that names them."""
         if self._is_running and self._step is None and not self._is_dropped:
             arguments = {**dict(zip(_arguments_of(module), args, strict=False)), **kwargs}
-            self._step = step_of(module, arguments, self._mask(), self._generations.of(arguments))
+            self._step = read_step(
+                module, arguments, self._mask(), self._generations.find(arguments)
+            )
 
     def _take(self, number: int, _inputs: Any, output: Any) -> None:
-        """Take what a router returned."""
+        """Take the output of a router."""
         step, layer = self._step, self._layers[number]
         if step is None:
             # A recomputation in the backward pass chooses what was chosen before.
@@ -344,7 +347,7 @@ class StepHooks:
                 f"{layer.name} ran more than once in a forward pass, and a token can have one "
                 "choice of experts in each layer: name the routers that run once in routers=[...]"
             )
-        parts = chosen(output)
+        parts = find_choices(output)
         if parts is None:
             rule = "a router must return expert ids [tokens, top_k] as integers"
             raise ValueError(f"{layer.name}: {rule}, {type(layer.router).__name__} does not")

@@ -1,4 +1,4 @@
-"""Putting the experts of a checkpoint into the order of a placement, without building the model."""
+"""Put the experts of a checkpoint into the order of a placement, without building the model."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from moetuner.files.safetensors import DTYPES, TensorInFile
 from moetuner.placement import Placement
 from moetuner.torch.reorder import plan
 from moetuner.torch.reorder.mentions import Mentions
-from moetuner.torch.reorder.names import blocks_of
+from moetuner.torch.reorder.names import find_blocks
 from moetuner.torch.reorder.plan import Changes, Order, TensorChange, TensorPlan, Tensors
-from moetuner.torch.reorder.settings import Config, settings_of
+from moetuner.torch.reorder.settings import Config, read_settings
 
 Tables = Mapping[str, bytes]
 
@@ -122,17 +122,17 @@ def permute_state_dict(
 def _changes(
     tensors: Tensors, order: Order, config: Config, *, inverse: bool
 ) -> tuple[TensorPlan, Changes]:
-    """Return what becomes of every tensor, if that is exact."""
-    settings = settings_of(config, tensors)
+    """Return the plan and the changes of all tensors; raise if they cannot be exact."""
+    settings = read_settings(config, tensors)
     settings.check_order(order)
-    blocks = blocks_of(tensors, len(order), settings.hidden_layers)
+    blocks = find_blocks(tensors, len(order), settings.hidden_layers)
     order = np.argsort(order, axis=1) if inverse else order
-    made = TensorPlan.of(tensors, order, dict.fromkeys(blocks))
+    made = TensorPlan.for_names(tensors, order, dict.fromkeys(blocks))
     return made, plan.plan_changes(tensors, made)
 
 
 class _Folder:
-    """The weights of a folder: in which file every tensor is, and their bytes where they are."""
+    """The weights of a folder: the file of every tensor, and its bytes there."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.index = path, _json_in(path / INDEX)
@@ -150,7 +150,7 @@ class _Folder:
             raise ValueError(f"{path}: must hold .safetensors files, got none")
         self.headers = {file: safetensors.read_header(file) for file in sorted(files)}
         self.file_of: dict[str, Path] = {}
-        # Of the same shapes and kinds of numbers, without memory.
+        # Tensors without memory, with the shapes and kinds of numbers of those in the files.
         self.tensors: dict[str, Tensor] = {}
         integer_codes = {
             code for code, dtype in DTYPES.items() if dtype.kind in "iu" and dtype.itemsize > 1
@@ -167,7 +167,7 @@ class _Folder:
                 self.file_of[name] = file
 
     def bits(self, name: str, experts: int) -> Tensor:
-        """Return the bytes of a small tensor for each expert [E,..]."""
+        """Return the bytes of a small tensor by expert [E,..]."""
         header = self.headers[self.file_of[name]]
         begin, end = header.entries[name]["data_offsets"]
         place = TensorInFile(np.dtype(np.uint8), (end - begin,), header.data + begin)
@@ -175,7 +175,7 @@ class _Folder:
         return torch.from_numpy(bits.copy()).reshape(experts, -1)
 
     def table(self, name: str, change: TensorChange) -> bytes:
-        """Return a table of experts' ids with their new numbers."""
+        """Return the bytes of a table of experts' ids, with their new numbers."""
         file = self.file_of[name]
         old = safetensors.read(file, self.headers[file].tensor(name))
         new = plan.reorder(name, torch.from_numpy(old.astype(np.int64)), change).numpy()
@@ -194,21 +194,21 @@ class _Folder:
         return texts
 
     def others(self) -> tuple[list[Path], list[str]]:
-        """Return the files beside the weights, and what is not to be copied."""
+        """Return the files beside the weights, and the names of those that are not copied."""
         files, left_out = [], []
         for root, folders, names in os.walk(self.path):
             at = Path(root)
-            part = at.relative_to(self.path)
+            relative = at.relative_to(self.path)
             for name in sorted(folders):
                 if name.startswith(".") or (at / name).is_symlink():
-                    left_out.append(f"{part / name}/")
+                    left_out.append(f"{relative / name}/")
                     folders.remove(name)
             folders.sort()
             beside = [at / name for name in sorted(names) if at / name not in self.headers]
             weights = [file for file in beside if file.suffix in WEIGHTS or not file.is_file()]
             if weights and at != self.path and len(beside) == len(names):
                 # Nothing of the checkpoint is there: the same model in another form.
-                left_out.append(f"{part}/")
+                left_out.append(f"{relative}/")
                 folders.clear()
                 continue
             left_out += [str(file.relative_to(self.path)) for file in weights]
@@ -226,7 +226,7 @@ class _Folder:
         others: Iterable[Path],
         settings: Mapping[Path, str],
     ) -> None:
-        """Write the folder anew: weights, the files beside them, and settings by their new text."""
+        """Write the new folder: weights, the files beside them, and settings with new texts."""
         for file in (*self.headers, *others):
             target = out / file.relative_to(self.path)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -269,13 +269,14 @@ class _Folder:
                     raise ValueError(f"{name}: {end - begin} bytes must be {what}")
                 for row in rows:
                     old.seek(header.data + begin + row * size)
-                    for left in range(size, 0, -PIECE):
-                        if new.write(old.read(min(PIECE, left))) < min(PIECE, left):
+                    for remaining in range(size, 0, -PIECE):
+                        length = min(PIECE, remaining)
+                        if new.write(old.read(length)) < length:
                             raise ValueError(f"{file}: file shrank while it was read")
 
 
 def _json_in(path: Path) -> dict[str, Any] | None:
-    """Read an object of settings, if there is one."""
+    """Read a JSON object; None if there is no such file."""
     if not path.is_file():
         return None
     with naming(path):

@@ -1,7 +1,7 @@
-"""Names of single experts in settings beside a checkpoint, which say how their weights are stored.
+"""Rename single experts in settings beside a checkpoint, on how their weights are stored.
 
-compressed-tensors names modules or has regular expressions of them, ModelOpt globs, GPTQModel and
-AutoRound either as keys.
+compressed-tensors has names of modules or regular expressions, ModelOpt has globs, and GPTQModel
+and AutoRound have either as keys.
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ class Mentions:
         if (module := MODULE.fullmatch(text)) is not None:
             number = self._number(module["block"].replace("\\", ""), module["expert"], text)
             return f"{module['start']}{number}{module['end']}"
-        speaks = NUMBER.search(text) is not None
-        if speaks or "expert" in text or "*" in text:
+        has_number = NUMBER.search(text) is not None
+        if has_number or "expert" in text or "*" in text:
             matching = [self._is_free(matches) for matches in _readings(text)]
-            # What is about experts by number must match some, to be known for what it is.
+            # A pattern with numbers of experts must match some, otherwise it is not understood.
             if not all(free for free, _ in matching) or (
-                speaks and not any(matched for _, matched in matching)
+                has_number and not any(matched for _, matched in matching)
             ):
                 rule = "must not tell experts apart where their numbers change"
                 raise ValueError(f"{shown(text)}: a pattern of modules {rule}")
         return text
 
     def _number(self, block: str, expert: str, text: str) -> str:
-        """Return the new number of an expert of a block, by its whole name or the end of it."""
+        """Return the new number of an expert of a block, whose name may be only its end."""
         blocks = {
             other for other in self.plan.blocks if other == block or other.endswith(f".{block}")
         }
@@ -81,7 +81,7 @@ class Mentions:
         return str(order.index(int(expert))).zfill(width)
 
     def _is_free(self, matches: Callable[[str], bool]) -> tuple[bool, bool]:
-        """Whether a pattern matches experts before and after alike, and whether it matches any."""
+        """Return whether a pattern matches the same experts after as before, and whether any."""
         any_matched = False
         for old, new in self.pairs:
             matched = matches(old)

@@ -1,4 +1,4 @@
-"""Putting the experts of a model in memory into the order of a placement."""
+"""Put the experts of a model in memory into the order of a placement."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moetuner.torch.models import MoELayer, moe_layers
 from moetuner.torch.outside import Registered, has_memory, is_plain
 from moetuner.torch.reorder import plan
 from moetuner.torch.reorder.plan import Changes, Order, TensorChange, TensorPlan, Tensors, is_under
-from moetuner.torch.reorder.steps import Exchange, carry_out, exchanges
+from moetuner.torch.reorder.steps import Exchange, exchange_all, list_exchanges
 
 INSTEAD = "renumber the checkpoint with permute_state_dict before it is loaded"
 
@@ -79,7 +79,7 @@ def apply_placement(
     order = np.argsort(order, axis=1) if inverse else order
     tensors = _tensors(model, layers)
     blocks: dict[str, str | None] = {_block(layer): layer.name for layer in layers}
-    changes = plan.plan_changes(tensors, TensorPlan.of(tensors, order, blocks))
+    changes = plan.plan_changes(tensors, TensorPlan.for_names(tensors, order, blocks))
     registered = Registered(model)
     for layer in layers:
         _check_weights(layer, changes, tensors, registered)
@@ -93,21 +93,21 @@ def apply_placement(
             gradient = tensors[change.name].grad
             for rows in [tensor] if gradient is None else [tensor, gradient]:
                 is_first = len(rows) == len(change.order)
-                steps += exchanges(rows if is_first else rows[0], change.order)
+                steps += list_exchanges(rows if is_first else rows[0], change.order)
         else:
             steps.append(Exchange([tensor, plan.reorder(change.name, tensor, change)], 0, 1))
     for layer, positions in zip(layers, order, strict=True):
         if isinstance(layer.experts, nn.ModuleList):
-            steps += exchanges(layer.experts, positions)
+            steps += list_exchanges(layer.experts, positions)
     # What was loaded in inference mode can be written to in it alone, and all else as well.
     is_inference = any(tensors[name].is_inference() for name in changes)
     with torch.inference_mode() if is_inference else torch.no_grad():
-        carry_out(steps)
+        exchange_all(steps)
     return order
 
 
 def _tensors(model: nn.Module, layers: tuple[MoELayer, ...]) -> dict[str, Tensor]:
-    """Return all tensors of a model by all their names; blocks that run twice have one."""
+    """Return the tensors of a model by all their names; blocks that run twice have one name."""
     blocks = {id(layer.block): _block(layer) for layer in layers}
     modules = model.named_modules(remove_duplicate=False)
     again = tuple(f"{name}." for name, module in modules if blocks.get(id(module), name) != name)
@@ -119,7 +119,7 @@ def _tensors(model: nn.Module, layers: tuple[MoELayer, ...]) -> dict[str, Tensor
 def _check_weights(
     layer: MoELayer, changes: Changes, tensors: Tensors, registered: Registered
 ) -> None:
-    """Check that a layer's weights can be moved, and those of experts are stacked or in a list."""
+    """Raise unless a layer's weights can move, and its experts' are stacked or in a list."""
     is_list, has_weights = isinstance(layer.experts, nn.ModuleList), False
     for name, change in changes.items():
         if change.block != _block(layer):
@@ -141,7 +141,7 @@ def _check_weights(
 
 
 def _check_rows(name: str, tensor: Tensor) -> None:
-    """Check that the rows of a tensor can be written one by one."""
+    """Raise unless the rows of a tensor can be written one by one."""
     if not has_memory(tensor):
         kind = type(tensor).__name__ if not is_plain(tensor) else str(tensor.layout)
         rule = "must be a tensor with memory of its own, row by row"
@@ -152,14 +152,16 @@ def _check_rows(name: str, tensor: Tensor) -> None:
 
 
 def _check_outside(layer: MoELayer, registered: Registered) -> None:
-    """Check that the weights of a layer are parameters and buffers, which are all that move."""
+    """Raise unless all weights of a layer are parameters or buffers, as nothing else moves."""
     block = _block(layer)
     for path, module in layer.block.named_modules(prefix=block):
-        part = path.removeprefix(block).removeprefix(".")
-        # The experts of a list move as they are, and what computes the same for every order stays.
-        is_expert = re.fullmatch(r"experts\.\d+(\..*)?", part) is not None
-        is_routing = module is layer.block or is_under(f"{path}.", layer.name) or "experts" in part
-        if (isinstance(layer.experts, nn.ModuleList) and is_expert) or plan.is_apart(part):
+        name_in_block = path.removeprefix(block).removeprefix(".")
+        # The experts of a list move as modules, and modules that do not depend on the order stay.
+        is_expert = re.fullmatch(r"experts\.\d+(\..*)?", name_in_block) is not None
+        is_routing = (
+            module is layer.block or is_under(f"{path}.", layer.name) or "experts" in name_in_block
+        )
+        if (isinstance(layer.experts, nn.ModuleList) and is_expert) or plan.is_apart(name_in_block):
             continue
         for name, shape in registered.outside(module):
             if is_routing or layer.num_experts in shape:
@@ -170,7 +172,7 @@ def _check_outside(layer: MoELayer, registered: Registered) -> None:
 
 
 def _once(changes: Changes, tensors: Tensors) -> list[str]:
-    """Return what changes rows or ids, each piece of memory once, if all that share it agree."""
+    """Return names of tensors that change, each memory once; raise if its tensors disagree."""
 
     def move(name: str) -> object:
         tensor, change = tensors[name], changes[name]
@@ -197,7 +199,7 @@ def _once(changes: Changes, tensors: Tensors) -> list[str]:
 
 
 def _span(tensor: Tensor) -> tuple[str, int, int, tuple[int, ...]]:
-    """Return in what memory a tensor is, where it begins, its bytes, and its steps."""
+    """Return device, address, bytes and strides of a tensor's memory."""
     if not has_memory(tensor):
         return "", id(tensor), 1, ()
     steps = zip(tensor.shape, tensor.stride(), strict=True)

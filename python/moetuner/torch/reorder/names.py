@@ -1,7 +1,7 @@
-"""Names of tensors: whose expert's they are, and which MoE block a row of a placement is about.
+"""Parse names of tensors: their expert, and the MoE block of each row of a placement.
 
-Those of transformers and of the original checkpoints (one tensor per expert, or all experts
-stacked), and Megatron's (``local_experts.3``, ``linear_fc1.weight3``).
+Known are names of transformers and of original checkpoints (one tensor per expert, or all experts
+stacked), and of Megatron (``local_experts.3``, ``linear_fc1.weight3``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ EXPERT = re.compile(
 STACKED = re.compile(r"(?:(?P<block>.+)\.)?experts\.(?P<rest>.+)")
 LAYER = re.compile(r"layers?\.(\d+)\.")
 
-# Blocks that predict further tokens, which are numbered for themselves.
+# Blocks that predict further tokens, which have numbers of their own.
 PREDICTS = re.compile(r"(^|[._])(mtp|nextn|multi_token)", re.IGNORECASE)
 
 # Up to the last number in the name of a block: its layer.
@@ -26,9 +26,10 @@ UP_TO_LAYER = re.compile(r"(?:.*\.)?\d+(?=\.|$)")
 
 
 class ExpertName(NamedTuple):
-    """A tensor of experts: its block, and of one expert its number and the name around that.
+    """The parsed name of a tensor of experts.
 
-    Of all experts ``tail`` is the name within them.
+    For one expert it has the block, its number, and the text before and behind the number. For all
+    experts stacked, ``tail`` is the name within the experts.
     """
 
     block: str
@@ -42,50 +43,51 @@ class ExpertName(NamedTuple):
         return self.expert is not None and len(self.expert) > 1 and self.expert.startswith("0")
 
 
-def part_of(name: str) -> ExpertName | None:
-    """Return what a name says of experts; None if it is of none."""
-    if (one := EXPERT.fullmatch(name)) is not None:
-        return ExpertName(one["block"] or "", one["head"], one["expert"], one["tail"])
+def parse_name(name: str) -> ExpertName | None:
+    """Parse the name of a tensor; None if it is not of experts."""
+    if (single := EXPERT.fullmatch(name)) is not None:
+        return ExpertName(single["block"] or "", single["head"], single["expert"], single["tail"])
     stacked = STACKED.fullmatch(name)
     return None if stacked is None else ExpertName(stacked["block"] or "", tail=stacked["rest"])
 
 
-def parts_of(names: Iterable[str]) -> dict[str, ExpertName]:
-    """Return the tensors of experts."""
-    parts = ((name, part_of(name)) for name in names)
-    return {name: part for name, part in parts if part is not None}
+def parse_names(names: Iterable[str]) -> dict[str, ExpertName]:
+    """Parse the names of tensors; return those of experts."""
+    pairs = ((name, parse_name(name)) for name in names)
+    return {name: expert_name for name, expert_name in pairs if expert_name is not None}
 
 
-def widths_of(parts: Iterable[ExpertName]) -> dict[str, int]:
-    """Return the digits of experts' numbers with leading zeros, by the name before the number."""
-    return {part.head: len(part.expert or "") for part in parts if part.is_padded}
+def find_number_widths(names: Iterable[ExpertName]) -> dict[str, int]:
+    """Return the digits of experts' numbers with leading zeros, by the text before the number."""
+    return {name.head: len(name.expert or "") for name in names if name.is_padded}
 
 
-def layer_number(block: str) -> int:
+def find_layer(block: str) -> int:
     """Return the number of the layer that a block is in."""
     layer = LAYER.search(f"{block}.")
-    numbers = [part for part in block.split(".") if part.isdigit()]
+    numbers = [word for word in block.split(".") if word.isdigit()]
     return int(layer[1]) if layer else int(numbers[-1]) if numbers else 0
 
 
 def predicts(block: str, hidden_layers: int | None) -> bool:
-    """Whether a block is beyond the model's own layers: it predicts further tokens."""
-    beyond = hidden_layers is not None and layer_number(block) >= hidden_layers
+    """Return whether a block is beyond the model's own layers: it predicts further tokens."""
+    beyond = hidden_layers is not None and find_layer(block) >= hidden_layers
     return beyond or PREDICTS.search(block) is not None
 
 
-def blocks_of(names: Iterable[str], layers: int, hidden_layers: int | None) -> list[str]:
-    """Return the MoE blocks of a checkpoint that a placement is about, by layer.
+def find_blocks(names: Iterable[str], layers: int, hidden_layers: int | None) -> list[str]:
+    """Return the MoE blocks of a checkpoint for the layers of a placement, in their order.
 
-    Of the model's ``hidden_layers`` dense ones count too. What predicts further tokens comes last,
-    and keeps its order if the placement does not speak of it.
+    ``hidden_layers`` counts dense layers, too. Blocks that predict further tokens come last. They
+    are left out, and keep their order of experts, if the placement has no layers for them.
     """
 
-    def place(block: str) -> tuple[bool, int, list[tuple[int, str]]]:
-        parts = [(int(word), "") if word.isdigit() else (-1, word) for word in block.split(".")]
-        return predicts(block, hidden_layers), layer_number(block), parts
+    def sort_key(block: str) -> tuple[bool, int, list[tuple[int, str]]]:
+        words = [(int(word), "") if word.isdigit() else (-1, word) for word in block.split(".")]
+        return predicts(block, hidden_layers), find_layer(block), words
 
-    ordered = sorted({part.block for part in parts_of(names).values()}, key=place)
+    blocks = {expert_name.block for expert_name in parse_names(names).values()}
+    ordered = sorted(blocks, key=sort_key)
     if len(ordered) > layers:
         ordered = [block for block in ordered if not predicts(block, hidden_layers)]
     if len(ordered) != layers:
@@ -102,6 +104,6 @@ def blocks_of(names: Iterable[str], layers: int, hidden_layers: int | None) -> l
 
 
 def _start(block: str) -> str:
-    """Return what the blocks of a stack of layers have in common: the name before the number."""
+    """Return the name of a block up to its layer's number, which a stack of layers shares."""
     layer = LAYER.search(f"{block}.") or re.search(r"\d+(?=\.|$)", block)
     return block[: layer.start()] if layer else ""

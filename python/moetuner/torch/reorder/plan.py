@@ -1,9 +1,9 @@
-"""What becomes of every tensor of a model when its experts change places: new name, rows or ids.
+"""Plan the change of every tensor of a model when its experts change places: name, rows or ids.
 
-One plan for models in memory, checkpoints and single tensors. Names and shapes are all there is to
-tell by. What is known to depend on the order moves with the experts, what is known not to stays,
-and whatever else could is refused: a model that chooses other experts without a word is worse than
-none.
+One plan serves models in memory, checkpoints and single tensors. It decides by names and shapes
+only. Tensors known to depend on the order of experts change, those known not to depend on it stay,
+and any other tensor that could depend on it is refused: a model that silently chooses other experts
+is worse than none.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moetuner.placement import EMPTY, Placement
 from moetuner.torch.outside import has_memory, is_plain
-from moetuner.torch.reorder.names import UP_TO_LAYER, ExpertName, parts_of, widths_of
+from moetuner.torch.reorder.names import UP_TO_LAYER, ExpertName, find_number_widths, parse_names
 
 Order = NDArray[np.int64]
 Tensors = Mapping[str, Tensor]
@@ -29,22 +29,22 @@ Routers = Mapping[str, str | None]
 
 ROUTER_NAMES = {"gate", "router"}
 
-# What a router holds per expert, experts first.
+# Tensors of a router with a row per expert.
 BIASES = ("bias", "e_score_correction_bias", "expert_bias", "router_bias")
 ROWS = ("weight", "per_expert_scale", *BIASES)
 
 # Tables of experts' ids: the ids change, and nothing moves.
 TABLES = ("tid2eid",)
 
-# Names that speak of choosing experts, wherever in a layer they stand.
+# Names anywhere in a layer that have to do with choosing experts.
 CHOOSES = re.compile(r"router|expert|e_score|eid|correction|(^|[._])moe([._]|$)")
 
-# Names of what computes the same for every order of the experts, and of what does if it does not
-# speak of choosing.
+# Names of modules that do not depend on the order of experts, and of those that do not unless they
+# have to do with choosing.
 APART = re.compile(r"(^|\.)shared?_|(^|\.)shared?\.|attn|attention|mamba|conv|rotary|rope")
 DENSE = re.compile(r"norm|embed|(^|\.)(mlp|ffn|feed_forward|dense)\.")
 
-# Whole numbers that come with quantised weights and with positions.
+# Names of whole numbers of quantised weights and of positions.
 PACKED = re.compile(r"qweight|qzeros|g_idx|perm|weight_(shape|packed|zero_point)|position|quant")
 
 
@@ -53,16 +53,16 @@ ADAPTER, FIRST_FACTOR = re.compile(r"(^|[._])lora_"), re.compile(r"(^|\.)lora_A(
 
 
 def view_bytes(tensor: Tensor, experts: int) -> Tensor:
-    """Return the bytes of a tensor for each expert [E,..]: not every type can be indexed."""
+    """Return the bytes of a tensor by expert [E,..], as not every type can be indexed."""
     return tensor.detach().reshape(experts, -1).contiguous().view(torch.uint8)
 
 
 @dataclass(frozen=True)
 class TensorChange:
-    """What becomes of a tensor: its new name, and what changes in it.
+    """The change of a tensor: its new name, and its new rows or ids.
 
-    ``order`` [E] is given if its rows change places, ``ids`` [E] if it holds old experts' ids: the
-    new ones.
+    ``order`` [E] has the old row at every place, if rows change places. ``ids`` [E] has the new id
+    of every expert, if the tensor holds ids.
     """
 
     name: str
@@ -97,7 +97,7 @@ def order_experts(placement: Placement) -> Order:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """What becomes of the tensors of a model, one by one.
+    """A plan of the changes of a model's tensors, one by one.
 
     Attributes
     ----------
@@ -120,12 +120,12 @@ class TensorPlan:
     widths: Mapping[str, int] = field(default_factory=dict)
 
     @staticmethod
-    def of(names: Iterable[str], order: Order, routers: Routers) -> TensorPlan:
-        """Return the plan for a model of these tensors, whose ``routers`` are by layer."""
-        parts = parts_of(names).values()
-        resting = frozenset(part.block for part in parts) - set(routers)
+    def for_names(names: Iterable[str], order: Order, routers: Routers) -> TensorPlan:
+        """Make the plan for a model with these tensors; ``routers`` are in the order of layers."""
+        parts = parse_names(names).values()
+        resting = frozenset(expert_name.block for expert_name in parts) - set(routers)
         rows = {block: row for row, block in enumerate(routers)}
-        return TensorPlan(order, rows, routers, resting, widths_of(parts))
+        return TensorPlan(order, rows, routers, resting, find_number_widths(parts))
 
     @property
     def experts(self) -> int:
@@ -139,30 +139,30 @@ class TensorPlan:
 
     @cached_property
     def _layers(self) -> dict[str, str]:
-        """Return what names of tensors of a block's layer begin with, by block."""
+        """Beginnings of names of tensors in a block's layer, by block."""
         layers = {block: UP_TO_LAYER.match(block) for block in self.routers}
         return {block: f"{layer[0]}." for block, layer in layers.items() if layer}
 
-    def has(self, name: str, part: ExpertName | None) -> bool:
-        """Whether a tensor, ``part`` of the experts or not, is of one of the MoE blocks."""
-        if part is not None:
-            return part.block in self.routers or part.block in self.resting
+    def has(self, name: str, expert_name: ExpertName | None) -> bool:
+        """Return whether a tensor, by name and parsed name, belongs to one of the MoE blocks."""
+        if expert_name is not None:
+            return expert_name.block in self.routers or expert_name.block in self.resting
         return any(is_under(name, block) for block in self.blocks)
 
     def is_beside(self, name: str) -> bool:
-        """Whether a tensor is in the layer of a block that moves."""
+        """Return whether a tensor is in the layer of a block that moves."""
         return name.startswith(tuple(self._layers.values()))
 
-    def change(self, name: str, tensor: Tensor, part: ExpertName | None) -> TensorChange:
-        """Return what becomes of a tensor, ``part`` of the experts or not.
+    def change(self, name: str, tensor: Tensor, expert_name: ExpertName | None) -> TensorChange:
+        """Return the change of a tensor; ``expert_name`` is its parsed name if it is of experts.
 
-        Of a checkpoint it may be on the meta device, of its kind of number.
+        A tensor of a checkpoint may be on the meta device, with its type of element.
         """
-        if part is not None:
-            row = self.rows.get(part.block)
+        if expert_name is not None:
+            row = self.rows.get(expert_name.block)
             if row is None:
                 return TensorChange(name)
-            return self._of_experts(name, tuple(tensor.shape), part, self.order[row])
+            return self._of_experts(name, tuple(tensor.shape), expert_name, self.order[row])
         block, kind = self._dependence(name, tensor)
         if kind == "ids":
             return TensorChange(name, block, ids=np.argsort(self.order[self.rows[block]]))
@@ -171,28 +171,28 @@ class TensorPlan:
         return TensorChange(name)
 
     def _of_experts(
-        self, name: str, shape: tuple[int, ...], part: ExpertName, order: Order
+        self, name: str, shape: tuple[int, ...], expert_name: ExpertName, order: Order
     ) -> TensorChange:
         """Return the change of a tensor of experts."""
-        if part.expert is not None:
-            (new,) = np.flatnonzero(order == int(part.expert)).tolist() or (None,)
+        if expert_name.expert is not None:
+            (new,) = np.flatnonzero(order == int(expert_name.expert)).tolist() or (None,)
             if new is None:
                 rule = f"must be of an expert from 0 to {len(order) - 1}"
                 raise ValueError(f"{name}: {rule}, as the placement has")
-            number = str(new).zfill(self.widths.get(part.head, 0))
-            return TensorChange(f"{part.head}{number}{part.tail}", part.block)
+            number = str(new).zfill(self.widths.get(expert_name.head, 0))
+            return TensorChange(f"{expert_name.head}{number}{expert_name.tail}", expert_name.block)
         if ADAPTER.search(name):
             raise ValueError(f"{name}: an adapter of stacked experts, whose rows are of no expert")
-        is_norm = "norm" in part.tail and len(shape) == 1 and shape[0] != len(order)
+        is_norm = "norm" in expert_name.tail and len(shape) == 1 and shape[0] != len(order)
         if shape in ((), (1,)) or is_norm:
-            return TensorChange(name, part.block)
-        if "norm" in part.tail and len(shape) == 1:
+            return TensorChange(name, expert_name.block)
+        if "norm" in expert_name.tail and len(shape) == 1:
             rule = "must not have as many numbers as there are experts: it may be one for each"
             raise ValueError(f"{name}: {rule}, or one for all")
         if shape[0] != len(order):
             rule = f"must be [{len(order)}, ..], experts first as in the placement"
             raise ValueError(f"{name}: {rule}, got {list(shape)}")
-        return TensorChange(name, part.block, order)
+        return TensorChange(name, expert_name.block, order)
 
     def _dependence(self, name: str, tensor: Tensor) -> tuple[str, str]:
         """Return the block of a tensor outside experts, and "rows", "ids" or "" as ``_kind``."""
@@ -218,14 +218,18 @@ class TensorPlan:
 
 
 def plan_changes(tensors: Tensors, plan: TensorPlan) -> Changes:
-    """Return what becomes of every tensor of a model or checkpoint that is all there."""
-    parts, order = parts_of(tensors), plan.order
+    """Return the changes of all tensors of a whole model or checkpoint."""
+    parts, order = parse_names(tensors), plan.order
     for block in plan.routers:
-        numbers = (part.expert for part in parts.values() if part.block == block)
-        own = {int(number) for number in numbers if number is not None}
-        if own and own != set(range(order.shape[1])):
+        numbers = (
+            expert_name.expert for expert_name in parts.values() if expert_name.block == block
+        )
+        experts = {int(number) for number in numbers if number is not None}
+        if experts and experts != set(range(order.shape[1])):
             rule = f"must have experts 0 to {order.shape[1] - 1} as the placement has"
-            raise ValueError(f"{block}: {rule}, got {len(own)} from {min(own)} to {max(own)}")
+            raise ValueError(
+                f"{block}: {rule}, got {len(experts)} from {min(experts)} to {max(experts)}"
+            )
     changes: Changes = {}
     weights: dict[str, str] = {}
     for name, tensor in tensors.items():
@@ -247,10 +251,10 @@ def plan_changes(tensors: Tensors, plan: TensorPlan) -> Changes:
 
 
 def check_ties(changes: Changes, rows: Callable[[str, int], Tensor]) -> None:
-    """Check that no two experts that change places have the same router state.
+    """Raise if two experts that change places have the same router state.
 
-    Such experts always tie, and their numbers alone decide between them. ``rows`` gives the bytes
-    of a tensor by its name, for so many experts [E,..].
+    Such experts always tie, and their numbers decide between them. ``rows(name, experts)`` returns
+    the bytes of a tensor by expert [E,..].
     """
     state: dict[str, list[NDArray[np.uint8]]] = {}
     for name, change in changes.items():
@@ -268,7 +272,7 @@ def check_ties(changes: Changes, rows: Callable[[str, int], Tensor]) -> None:
 
 
 def check_memory(name: str, tensor: Tensor) -> None:
-    """Check that what a tensor shows is what lies in its memory, so that rows can be taken."""
+    """Raise unless a tensor's elements lie in memory as it shows them, so that rows can move."""
     if not has_memory(tensor):
         kind = type(tensor).__name__ if not is_plain(tensor) else "one without memory"
         rule = "must be a whole tensor in memory, in which its elements are as it shows them"
@@ -292,21 +296,21 @@ def reorder(name: str, tensor: Tensor, change: TensorChange) -> Tensor:
 
 
 def _kind(path: str, tensor: Tensor, experts: int, where: str) -> str | None:
-    """Return "rows" or "ids" of what depends on the order, "" of what does not, None if unknown.
+    """Return "rows" or "ids" if a tensor depends on the order, "" if not, None if unknown.
 
-    ``path`` is the name from ``where`` on: a "router", a "block", its "layer" or the "model".
+    ``path`` is its name within ``where``: a "router", a "block", its "layer" or the "model".
     """
     shape, last, has_experts = tensor.shape, path.rpartition(".")[2], experts in tensor.shape
     fractions = tensor.is_floating_point() or tensor.is_complex()
     is_whole = not fractions and tensor.element_size() > 1
-    speaks = CHOOSES.search(path) is not None
+    names_choice = CHOOSES.search(path) is not None
     if is_apart(path) or (where == "router" and FIRST_FACTOR.search(path)):
         return ""
     if where == "model":
-        return None if speaks and (has_experts or is_whole) else ""
-    if where == "layer" and not (speaks or (is_whole and not PACKED.search(path))):
+        return None if names_choice and (has_experts or is_whole) else ""
+    if where == "layer" and not (names_choice or (is_whole and not PACKED.search(path))):
         return ""
-    chooses = speaks or where != "block"
+    chooses = names_choice or where != "block"
     if not chooses and DENSE.search(path):
         return ""
     if last in TABLES and is_whole:
@@ -323,10 +327,10 @@ def _kind(path: str, tensor: Tensor, experts: int, where: str) -> str | None:
 
 
 def is_apart(path: str) -> bool:
-    """Whether what stands at a path within a layer computes the same for every order."""
+    """Return whether a module at a path in a layer does not depend on the order of experts."""
     return APART.search(path) is not None
 
 
 def is_under(name: str, module: str) -> bool:
-    """Whether a tensor is a module's or of what is in it."""
+    """Return whether a tensor belongs to a module or its children."""
     return not module or name.startswith(f"{module}.")

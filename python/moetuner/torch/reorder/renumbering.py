@@ -1,4 +1,4 @@
-"""Putting tensors into the order of a placement one by one, as trainers send them."""
+"""Put tensors into the order of a placement one by one, as trainers send them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from moetuner._checks import flag, instance, listed
 from moetuner.placement import Placement
 from moetuner.torch.models import moe_layers
 from moetuner.torch.reorder import plan
-from moetuner.torch.reorder.names import blocks_of, part_of, predicts
+from moetuner.torch.reorder.names import find_blocks, parse_name, predicts
 from moetuner.torch.reorder.plan import ROUTER_NAMES, Order, TensorPlan
-from moetuner.torch.reorder.settings import Config, empty_model_of, settings_of
+from moetuner.torch.reorder.settings import Config, make_empty_model, read_settings
 
 # Before all names of an adapter, as PEFT writes it.
 ADAPTED = "base_model.model."
@@ -66,49 +66,55 @@ class Renumbering:
         instance("placement", placement, Placement)
         flag("inverse", inverse)
         names = None if names is None else listed("names", names, "names")
-        settings = settings_of(config, names or ())
+        settings = read_settings(config, names or ())
         order = plan.order_experts(placement)
         settings.check_order(order)
         order = np.argsort(order, axis=1) if inverse else order
         self._hidden_layers = settings.hidden_layers
         if names is None:
-            self._plans = _plans_of(config, order, self._hidden_layers)
+            self._plans = _make_plans(config, order, self._hidden_layers)
         else:
-            blocks = blocks_of(names, len(order), self._hidden_layers)
-            self._plans = [TensorPlan.of(names, order, dict.fromkeys(blocks))]
+            blocks = find_blocks(names, len(order), self._hidden_layers)
+            self._plans = [TensorPlan.for_names(names, order, dict.fromkeys(blocks))]
 
     def __call__(self, name: str, tensor: Tensor) -> tuple[str, Tensor]:
         """Return the new name and the new tensor."""
         start = ADAPTED if name.startswith(ADAPTED) else ""
         name = name.removeprefix(start)
-        part = part_of(name)
-        known = next((made for made in self._plans if made.has(name, part)), None)
-        if known is None and predicts(part.block if part else name, self._hidden_layers):
+        expert_name = parse_name(name)
+        own_plan = next((made for made in self._plans if made.has(name, expert_name)), None)
+        if own_plan is None and predicts(
+            expert_name.block if expert_name else name, self._hidden_layers
+        ):
             return start + name, tensor
         beside = next((made for made in self._plans if made.is_beside(name)), None)
-        is_strange = part is not None or (beside is None and self._routes(name, tensor))
-        if known is None and is_strange:
+        is_routing = expert_name is not None or (beside is None and self._routes(name, tensor))
+        if own_plan is None and is_routing:
             raise ValueError(
                 f"{start}{name}: must be of one of the model's MoE layers, such as "
                 f"{next(iter(self._plans[0].routers))}: if its names are others, give them in names"
             )
-        chosen = known or beside or self._plans[0]
-        if part is not None and part.is_padded and part.head not in chosen.widths:
+        chosen = own_plan or beside or self._plans[0]
+        if (
+            expert_name is not None
+            and expert_name.is_padded
+            and expert_name.head not in chosen.widths
+        ):
             raise ValueError(f"{start}{name}: names with leading zeros must be given in names")
-        change = chosen.change(name, tensor, part)
+        change = chosen.change(name, tensor, expert_name)
         if change.order is not None or change.ids is not None:
             plan.check_memory(f"{start}{name}", tensor)
         return start + change.name, plan.reorder(name, tensor, change)
 
     def _routes(self, name: str, tensor: Tensor) -> bool:
-        """Whether a tensor may be a router's that has another name than those known."""
+        """Return whether a tensor may be a router's with an unknown name."""
         experts = self._plans[0].experts
         return experts in tensor.shape and not ROUTER_NAMES.isdisjoint(name.split("."))
 
 
-def _plans_of(config: Any, order: Order, hidden_layers: int | None) -> list[TensorPlan]:
-    """Return the plans for a model of transformers, with its names on disk and in memory."""
-    model = empty_model_of(config)
+def _make_plans(config: Any, order: Order, hidden_layers: int | None) -> list[TensorPlan]:
+    """Make the plans for a model of transformers, for names on disk and in memory."""
+    model = make_empty_model(config)
     layers = moe_layers(model)
     if len(layers) != len(order):
         text = f"placement must have {len(layers)} layers as the model has, got {len(order)}"
@@ -130,8 +136,8 @@ def _plans_of(config: Any, order: Order, hidden_layers: int | None) -> list[Tens
 
 
 def _check_plan(tensors: plan.Tensors, order: Order, hidden_layers: int | None) -> TensorPlan:
-    """Return the plan for tensors of a whole model, if it could be exact."""
-    blocks = blocks_of(tensors, len(order), hidden_layers)
-    made = TensorPlan.of(tensors, order, dict.fromkeys(blocks))
+    """Make the plan for tensors of a whole model; raise if it cannot be exact."""
+    blocks = find_blocks(tensors, len(order), hidden_layers)
+    made = TensorPlan.for_names(tensors, order, dict.fromkeys(blocks))
     plan.plan_changes(tensors, made)
     return made

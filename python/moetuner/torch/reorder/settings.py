@@ -1,4 +1,4 @@
-"""What a model's configuration says about the order of its experts."""
+"""Read what a model's configuration says about the order of its experts."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Config = Any
 
 SIZES, LAYERS = (*SIZE_NAMES, "moe_num_experts"), ("num_hidden_layers", "num_layers")
 
-# Settings of how weights are stored, which have groups of their own.
+# Settings of stored weights, which have other groups.
 STORED = ("quantization_config", "compression_config")
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What a configuration says.
+    """Settings of a configuration that matter to the order of experts.
 
     Attributes
     ----------
@@ -40,16 +40,16 @@ class ModelSettings:
     hidden_layers: int | None = None
 
     def check_order(self, order: Order) -> None:
-        """Check that an order [L,E] keeps the groups of every layer whole."""
+        """Raise unless an order [L,E] keeps the groups of every layer whole."""
         for groups in self.groups:
             for layer, positions in enumerate(order):
                 check_whole(positions, groups, f"layer {layer}")
 
 
-def settings_of(config: Config, names: Iterable[str]) -> ModelSettings:
-    """Read a configuration, with the models in it: any of them may have the experts.
+def read_settings(config: Config, names: Iterable[str]) -> ModelSettings:
+    """Read a configuration and those within it, any of which may have the experts.
 
-    ``names`` are of tensors, which may show that it is needed.
+    Names of tensors may show that a configuration is needed.
     """
     if config is None:
         if any(name.endswith("e_score_correction_bias") for name in names):
@@ -61,24 +61,24 @@ def settings_of(config: Config, names: Iterable[str]) -> ModelSettings:
     fields = config.to_dict() if hasattr(config, "to_dict") else config
     if not isinstance(fields, Mapping):
         raise TypeError(f"config must be a configuration or its settings, got {type(config)}")
-    parts = list(_parts(fields))
-    # Files leave out what is the default of a model within another one.
-    known = [configuration_of(part) for part in parts if "model_type" in part]
-    parts += [
-        part
-        for configuration in known
+    models = list(_list_nested(fields))
+    # Files leave out defaults of a model within another one.
+    configurations = [make_configuration(model) for model in models if "model_type" in model]
+    models += [
+        model
+        for configuration in configurations
         if configuration is not None
-        for part in _parts_of_configuration(configuration)
+        for model in _list_configurations(configuration)
     ]
-    groups = {count_groups(part) for part in parts} - {1}
-    of_experts = [part for part in parts if any(part.get(name) for name in SIZES)]
-    layers = (part.get(name) for part in (*of_experts, *parts) for name in LAYERS)
+    groups = {count_groups(model) for model in models} - {1}
+    with_experts = [model for model in models if any(model.get(name) for name in SIZES)]
+    layers = (model.get(name) for model in (*with_experts, *models) for name in LAYERS)
     hidden = (whole_number("config's num_hidden_layers", n) for n in layers if n is not None)
     return ModelSettings(tuple(sorted(groups)), next(hidden, None))
 
 
-def configuration_of(fields: Mapping[str, Any]) -> Any:
-    """Return the configuration of transformers with these settings; None if it has none."""
+def make_configuration(fields: Mapping[str, Any]) -> Any:
+    """Make the configuration of transformers with these settings; None if it has none."""
     try:
         import transformers
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -98,10 +98,10 @@ def configuration_of(fields: Mapping[str, Any]) -> Any:
     return None
 
 
-def empty_model_of(config: Config) -> Any:
-    """Return the model of transformers with this configuration, without memory."""
-    full = config if hasattr(config, "to_dict") else configuration_of(config)
-    made = None if full is None else _class_of(full)
+def make_empty_model(config: Config) -> Any:
+    """Make the model of transformers with this configuration, on the meta device."""
+    full = config if hasattr(config, "to_dict") else make_configuration(config)
+    made = None if full is None else _find_class(full)
     if made is None:
         raise ValueError(
             "names is needed, the names of all tensors of the checkpoint: this transformers has no "
@@ -115,14 +115,14 @@ def empty_model_of(config: Config) -> Any:
 
 
 def _decode(value: Any) -> Any:
-    """Return settings with the numbers that JSON has no words for."""
+    """Return settings with numbers that JSON does not have, such as infinity, decoded."""
     if isinstance(value, Mapping):
         is_number = value.keys() == {"__float__"}
         return float(value["__float__"]) if is_number else {k: _decode(v) for k, v in value.items()}
     return [_decode(item) for item in value] if isinstance(value, list) else value
 
 
-def _class_of(config: Any) -> Any:
+def _find_class(config: Any) -> Any:
     """Return the class of a model; None if transformers has none."""
     import transformers
 
@@ -131,7 +131,8 @@ def _class_of(config: Any) -> Any:
         if (made := getattr(library, str(name), None)) is not None:
             return made
     for kind in ("CausalLM", "ImageTextToText", "Seq2SeqLM", ""):
-        mapping = getattr(library, f"AutoModel{'For' * bool(kind)}{kind}")._model_mapping
+        name = f"AutoModelFor{kind}" if kind else "AutoModel"
+        mapping = getattr(library, name)._model_mapping
         if type(config) in mapping:
             made = mapping[type(config)]
             return made[0] if isinstance(made, tuple) else made
@@ -140,7 +141,7 @@ def _class_of(config: Any) -> Any:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Keep what transformers has to say of configurations from the terminal."""
+    """Silence what transformers logs about configurations."""
     logging = transformers.utils.logging
     before = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
@@ -150,19 +151,19 @@ def _quiet(transformers: Any) -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _parts(fields: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _list_nested(fields: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Yield settings and those within them."""
     yield fields
     for name, value in fields.items():
         if isinstance(value, Mapping) and name not in STORED:
-            yield from _parts(value)
+            yield from _list_nested(value)
 
 
-def _parts_of_configuration(config: Any) -> Iterator[Mapping[str, Any]]:
+def _list_configurations(config: Any) -> Iterator[Mapping[str, Any]]:
     """Yield settings by all their names, and those of the models within."""
     fields = config.to_dict()
     names = dict(config.attribute_map)
     yield fields | {name: fields[real] for name, real in names.items() if real in fields}
     for name in config.sub_configs:
-        if hasattr(part := getattr(config, name, None), "to_dict"):
-            yield from _parts_of_configuration(part)
+        if hasattr(model := getattr(config, name, None), "to_dict"):
+            yield from _list_configurations(model)

@@ -1,4 +1,4 @@
-"""Exchanges of rows in place that are done all, or not at all."""
+"""Exchange rows in place, all of them or none."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Exchange(NamedTuple):
     second: int
 
     def read(self) -> tuple[Any, Any]:
-        """Return what both are, copied if they are memory."""
+        """Return both values, copied unless they are modules."""
         rows: Any = self.rows
         pair = rows[self.first], rows[self.second]
         return pair if isinstance(rows, nn.ModuleList) else (pair[0].clone(), pair[1].clone())
 
     def write(self, first: Any, second: Any) -> None:
-        """Write both."""
+        """Write both values."""
         for place, value in ((self.first, first), (self.second, second)):
             if isinstance(self.rows, nn.ModuleList):
                 self.rows[place] = value
@@ -34,23 +34,23 @@ class Exchange(NamedTuple):
                 self.rows[place].copy_(value)
 
 
-def exchanges(rows: Rows, order: Order) -> Iterator[Exchange]:
-    """Yield the exchanges that bring rows into an order, which has the old one at every place."""
+def list_exchanges(rows: Rows, order: Order) -> Iterator[Exchange]:
+    """Yield the exchanges that bring rows into an order, which has the old row at every place."""
     places = order.tolist()
     for place, source in enumerate(places):
-        # What was at an earlier place has gone where that one's own row came from.
+        # The row of an earlier place went to the place from which that one got its row.
         while source < place:
             source = places[source]
         if source != place:
             yield Exchange(rows, place, source)
 
 
-def carry_out(steps: Sequence[Exchange]) -> None:
-    """Do all exchanges with memory for two rows; undo those that are done if anything fails.
+def exchange_all(steps: Sequence[Exchange]) -> None:
+    """Do all exchanges, with memory for two rows; undo them if one fails.
 
     An operation that fails, or that Ctrl-C interrupts, may have written before it did.
     """
-    # How many are done, and what the next one is about to overwrite: always known together.
+    # The number of steps done, and the values that the next one overwrites.
     state: tuple[int, tuple[Any, Any] | None] = (0, None)
     try:
         for number, step in enumerate(steps):
@@ -69,7 +69,7 @@ def carry_out(steps: Sequence[Exchange]) -> None:
 
 
 def _failures(step: Exchange, before: tuple[Any, Any] | None = None) -> list[Exception]:
-    """Write what was before a step, by exchanging again if it is done; returns what fails."""
+    """Undo a step, by its old values or, if it is done, by exchanging again; return errors."""
     try:
         step.write(*(reversed(step.read()) if before is None else before))
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Moetuner's own files: a trace, saved statistics or a load table, in one of four containers."""
+"""Read moetuner's own files: a trace, saved statistics or a load table, in four containers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moetuner.files.contents import holds_statistics, is_own
 from moetuner.formats.counts import drop_dense_layers
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
-from moetuner.formats.sources import files_in, first_file
+from moetuner.formats.sources import first_file, list_files
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
@@ -20,19 +20,19 @@ KINDS: tuple[Kind, ...] = ("safetensors", "npz", "npy", "jsonl")
 
 
 def recognises(kind: Kind, path: Path) -> bool:
-    """Whether a file, or a folder's first one, is of a kind."""
+    """Return whether a file, or the first one of a folder, is of a kind."""
     path = first_file(path)
     return path.is_file() and kind_of(path) == kind
 
 
 def read(paths: Sequence[Path], hints: Hints) -> Traffic:
     """Read files one after the other: traces, or counts."""
-    files = files_in(paths)
+    files = list_files(paths)
     return join([_traffic(path, hints) for path in files], files)
 
 
 def _traffic(path: Path, hints: Hints) -> Traffic:
-    """Read a file; experts that the user gives must be those of a file that says them."""
+    """Read a file; raise if it has another number of experts than the user says."""
     traffic: Traffic
     try:
         traffic = (RoutingStatistics if holds_statistics(path) else RoutingTrace).load(path)
@@ -49,23 +49,19 @@ def _traffic(path: Path, hints: Hints) -> Traffic:
     return traffic
 
 
-def join(parts: Sequence[Traffic], paths: Sequence[Path]) -> Traffic:
-    """Join traces, one after the other, or add counts; ``paths`` are where they come from."""
-    if len(parts) == 1:
-        return parts[0]
+def join(recordings: Sequence[Traffic], paths: Sequence[Path]) -> Traffic:
+    """Join traces one after the other, or counts; errors name ``paths``."""
+    if len(recordings) == 1:
+        return recordings[0]
+    traces = [recording for recording in recordings if isinstance(recording, RoutingTrace)]
+    counts = [recording for recording in recordings if isinstance(recording, RoutingStatistics)]
     with naming(", ".join(map(str, paths))):
-        return _joined(parts)
-
-
-def _joined(parts: Sequence[Traffic]) -> Traffic:
-    traces = [part for part in parts if isinstance(part, RoutingTrace)]
-    counts = [part for part in parts if isinstance(part, RoutingStatistics)]
-    if traces and counts:
-        raise ValueError(
-            f"sources must all be traces or all be counts, got {len(traces)} and {len(counts)}: "
-            "tokens cannot be got back from counts"
-        )
-    return RoutingTrace.concat(traces) if traces else RoutingStatistics.sum(counts)
+        if traces and counts:
+            raise ValueError(
+                f"sources must all be traces or all be counts, got {len(traces)} and "
+                f"{len(counts)}: tokens cannot be got back from counts"
+            )
+        return RoutingTrace.concat(traces) if traces else RoutingStatistics.sum(counts)
 
 
 def write_map(placement: Placement, path: Path, _: Hints) -> None:
@@ -74,11 +70,11 @@ def write_map(placement: Placement, path: Path, _: Hints) -> None:
 
 
 def recognises_map(path: Path) -> bool:
-    """Whether a file is a placement of moetuner."""
+    """Return whether a file is a placement of moetuner."""
     with path.open("rb") as file:
         return b"moetuner.placement/" in file.read(200)
 
 
 def read_map(path: Path, _: Hints) -> Layout:
     """Read moetuner's JSON."""
-    return Layout.of_placement(Placement.load(path))
+    return Layout.from_placement(Placement.load(path))

@@ -1,0 +1,126 @@
+"""A stand-in for vLLM: its classes and modules, as far as plugins touch them."""
+
+from types import SimpleNamespace
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+WIDTH = 2  # numbers of an expert
+
+
+def engine():
+    """Make vLLM's classes, as far as updates touch them."""
+
+    class RoutedExperts:
+        """One layer on one rank: slots of so many experts, and what loads them."""
+
+        def __init__(self, local=3, first=0, experts=5, slots=6):
+            self.weight = torch.zeros(local, WIDTH)
+            self.first = first
+            self.moe_config = SimpleNamespace(num_logical_experts=experts, num_experts=slots)
+
+        def weight_loader(
+            self,
+            param,
+            loaded_weight,
+            weight_name,
+            shard_id,
+            expert_id,
+            return_success=False,
+        ):
+            """Load a slot, if it is here; or all of them."""
+            local = expert_id - self.first
+            here = 0 <= local < len(param)
+            if loaded_weight.dim() == param.dim():
+                param.copy_(loaded_weight)
+            elif here:
+                param[local] = loaded_weight
+            return here if return_success else None
+
+    class EplbState:
+        """Models by their hash, and what was drained before which step."""
+
+        def __init__(self, rank=0, workers=1):
+            self.model_states, self.is_async, self.done = {}, False, []
+            self.parallel_config = SimpleNamespace(
+                world_size=workers, rank=rank, enable_elastic_ep=False
+            )
+
+        def add_model(self, model, model_config, model_name=None):
+            """Take a model, its experts in order; tests take away what models may not have."""
+            experts = getattr(model, "num_logical_experts", 5)
+            slots = torch.arange(getattr(model, "num_physical_experts", 6)) % experts
+            running = slots.repeat(len(getattr(model, "moe_layers", ())) or 3, 1)
+            self.model_states[id(model)] = SimpleNamespace(
+                model=model, model_name="tiny", physical_to_logical_map=running, rebalanced=False
+            )
+
+        def step(self, is_dummy=False):
+            """Note a step."""
+            self.done.append("step")
+
+        def drain_async(self):
+            """Note that what is staged is dropped."""
+            self.done.append("drain")
+
+        def rearrange(self):
+            """Be there."""
+
+    class Worker:
+        """Loads weights, sleeps and wakes up."""
+
+        def __init__(self, states, rank=0):
+            self.model_runner, self.rank = SimpleNamespace(eplb_state=states), rank
+            self.did = []
+
+        def reload_weights(self, *arguments, **named):
+            """Note it."""
+            self.did.append("reload")
+            return "reloaded"
+
+        def start_weight_update(self):
+            """Note it."""
+            self.did.append("start")
+
+        def sleep(self, level=1):
+            """Lose all that was allocated at the load."""
+            for state in self.model_runner.eplb_state.model_states.values():
+                if level == 2:
+                    state.physical_to_logical_map.zero_()
+
+        def wake_up(self, tags=None):
+            """Note it."""
+            self.did.append("wake")
+
+    return SimpleNamespace(RoutedExperts=RoutedExperts, EplbState=EplbState, Worker=Worker)
+
+
+def modules():
+    """Make vLLM's modules by their names."""
+    classes = engine()
+
+    class Policy:
+        @classmethod
+        def rebalance_experts(
+            cls, weight, replicas, groups, nodes, ranks, old=None
+        ) -> "torch.Tensor":
+            return torch.arange(replicas).repeat(len(weight), 1) % weight.shape[1]
+
+    class VllmConfig:
+        def __init__(self):
+            self.parallel_config = SimpleNamespace(enable_eplb=True)
+            getattr(self, "__post_init__", lambda: None)()
+
+        def __post_init__(self):
+            """Be wrapped."""
+
+    return {
+        "vllm.distributed.eplb.policy": {"EPLB_POLICIES": {"default": Policy}},
+        "vllm.distributed.eplb.eplb_state": {"EplbState": classes.EplbState},
+        "vllm.model_executor.layers.fused_moe.routed_experts": {
+            "RoutedExperts": classes.RoutedExperts
+        },
+        "vllm.v1.worker.gpu_worker": {"Worker": classes.Worker},
+        "vllm.config": {"VllmConfig": VllmConfig},
+    }
