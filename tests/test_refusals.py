@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import moetuner as mt
 from moetuner import router_groups  # noqa: F401 - for the table
-from moetuner.evaluation.units import hold_out  # noqa: F401 - for the table
+from moetuner.evaluation.samples import hold_out  # noqa: F401 - for the table
 from moetuner.placement import blocks
 from moetuner.plugins import rebalance_experts  # noqa: F401 - for the table
 from moetuner.plugins.vllm_ascend import count_loads  # noqa: F401 - for the table

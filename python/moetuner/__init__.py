@@ -15,7 +15,7 @@ if typing.TYPE_CHECKING:
     from moetuner.evaluation.comparison import Comparison
     from moetuner.evaluation.judgement import Judgement, audit, judge, verdict
     from moetuner.evaluation.rows import dispatch_rows
-    from moetuner.evaluation.units import hold_out
+    from moetuner.evaluation.samples import hold_out
     from moetuner.formats import open_input, read_placement, write_placement
     from moetuner.placement import Placement, PlacementDiff
     from moetuner.problem import Problem
@@ -96,7 +96,7 @@ _HOMES = {
     "ExpertSets": "statistics",
     "open_input": "formats",
     "structure": "report.structure",
-    "hold_out": "evaluation.units",
+    "hold_out": "evaluation.samples",
     "Topology": "topology",
     "Tier": "topology",
     "CostModel": "cost",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.evaluation.losses import imbalances_after
+from moetuner.evaluation.losses import compute_imbalances_after_loss
 from moetuner.plugins import rebalance_experts
 
 LAYERS, EXPERTS, DEVICES, WIDTH = 3, 12, 4, 6
@@ -58,7 +58,7 @@ def test_traffic_is_replayed_on_what_is_left(ok, as_json, files):
     placement = mt.Placement.load("two.json")
     for lost in range(DEVICES):
         answer = as_json("evaluate", "two.json", "load.npz", "--without", lost)
-        after, _ = imbalances_after(placement, load, mt.Topology(DEVICES), "device")
+        after, _ = compute_imbalances_after_loss(placement, load, mt.Topology(DEVICES), "device")
         assert answer["imbalance_total"] == pytest.approx(after[lost].mean())
         assert answer["settings"]["without"] == [lost]
 

@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moetuner.evaluation.arrival import at_once, mix, mixed_order, mixed_windows, places
+from moetuner.evaluation.arrival import (
+    choose_batch_size,
+    draw_mixed_order,
+    find_places,
+    mix,
+    mix_windows,
+)
 
 
 @given(st.lists(st.integers(0, 20), max_size=200), st.integers(0, 3), st.booleans())
@@ -13,9 +19,9 @@ def test_sequences_advance_in_their_own_order(sequence, seed, labelled):
     """The order holds every token once, those of a sequence as they were; the same for one seed."""
     sequence = np.array(sequence, dtype=np.int32)
     given = sequence if labelled else None
-    order = mixed_order(given, len(sequence), seed=seed)
+    order = draw_mixed_order(given, len(sequence), seed=seed)
     assert sorted(order.tolist()) == list(range(len(sequence)))
-    assert order.tolist() == mixed_order(given, len(sequence), seed=seed).tolist()
+    assert order.tolist() == draw_mixed_order(given, len(sequence), seed=seed).tolist()
     for label in set(sequence.tolist()) if labelled else ():
         assert (np.diff(order[sequence[order] == label]) > 0).all()
 
@@ -33,7 +39,7 @@ def test_the_order_is_that_of_a_plain_loop(sequence, seed, sorts, piece):
     """
     sequence = np.array(sorted(sequence) if sorts else sequence, dtype=np.int32)
     tokens_of = [np.flatnonzero(sequence == label) for label in np.unique(sequence)]
-    free_at = [0] * at_once(len(tokens_of))
+    free_at = [0] * choose_batch_size(len(tokens_of))
     served = []
     for number in np.random.default_rng(seed).permutation(len(tokens_of)):
         place = int(np.argmin(free_at))
@@ -42,13 +48,13 @@ def test_the_order_is_that_of_a_plain_loop(sequence, seed, sorts, piece):
     expected = [token for _, _, token in sorted(served)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("moetuner._checks.PIECE", piece)
-        assert mixed_order(sequence, len(sequence), seed=seed).tolist() == expected
+        assert draw_mixed_order(sequence, len(sequence), seed=seed).tolist() == expected
 
 
 def test_a_step_has_a_token_of_each_running_sequence():
     """Of forty sequences of equal length ten run at once, until all have run."""
     sequence = np.repeat(np.arange(40, dtype=np.int32), 5)
-    order = mixed_order(sequence, 200)
+    order = draw_mixed_order(sequence, 200)
     steps = sequence[order].reshape(20, 10)
     assert all(len(set(step)) == 10 for step in steps.tolist())
     assert all((steps[i] == steps[i - i % 5]).all() for i in range(20))
@@ -58,7 +64,7 @@ def test_a_step_has_a_token_of_each_running_sequence():
 def test_mixed_windows_are_means(windows):
     """As many as there were, with the same total where all are mixed, and never more extreme."""
     load = np.random.default_rng(windows).random((windows, 3))
-    actual = np.concatenate([mixed for _, mixed in mixed_windows(load)])
+    actual = np.concatenate([mixed for _, mixed in mix_windows(load)])
     assert actual.shape == load.shape
     assert (actual <= load.max(axis=0) + 1e-12).all()
     if windows <= 16:
@@ -72,8 +78,8 @@ def test_places_are_where_rows_are_in_the_order(length, seed, every):
     order, sequence = rng.permutation(length), rng.integers(0, 5, length).astype(np.int32)
     rows = np.arange(length) if every is None else np.flatnonzero(rng.integers(0, every, length))
     served = [row for row in order.tolist() if row in rows]
-    place = places(order, rows)
+    place = find_places(order, rows)
     assert place.tolist() == [served.index(row) for row in rows.tolist()]
-    again = mixed_order(sequence[served], len(rows), seed=seed).tolist()
+    again = draw_mixed_order(sequence[served], len(rows), seed=seed).tolist()
     mixed = mix(sequence, rows, place, seed=seed)
     assert mixed.tolist() == [again.index(place) for place in place.tolist()]

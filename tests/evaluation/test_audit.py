@@ -9,8 +9,8 @@ from make import in_turns, random_ids, trace_of
 import moetuner as mt
 from moetuner.evaluation import intervals
 from moetuner.evaluation.comparison import Comparison
-from moetuner.evaluation.intervals import Spread, holm
-from moetuner.evaluation.judgement import _weigh_groups
+from moetuner.evaluation.intervals import Spread, adjust_by_holm
+from moetuner.evaluation.judgement import _judge_groups
 from moetuner.placement import blocks
 
 MODEL = mt.CostModel.preset("h100", hidden=1024, intermediate=512)
@@ -119,28 +119,28 @@ def test_a_sequence_of_many_windows_is_one_unit():
 def test_students_quantiles_are_exceeded_as_often_as_they_say(freedom):
     """By 2.5 % on either side, of every number of degrees of freedom in the table."""
     quantile = float(intervals.QUANTILES[freedom - 1])
-    assert intervals.tail(quantile, freedom) == pytest.approx(0.025, rel=1e-4)
-    assert intervals.tail(-quantile, freedom) == pytest.approx(0.975, rel=1e-4)
+    assert intervals.compute_tail(quantile, freedom) == pytest.approx(0.025, rel=1e-4)
+    assert intervals.compute_tail(-quantile, freedom) == pytest.approx(0.975, rel=1e-4)
 
 
 def test_students_tail_is_that_of_the_tables():
     """0.1 % of 1, 4 and 30 degrees of freedom; all of it below and none above what is infinite."""
     for freedom, wanted in ((1, 318.309), (4, 7.1732), (30, 3.3852)):
-        assert intervals.tail(wanted, freedom) == pytest.approx(0.001, rel=1e-3)
-    assert (intervals.tail(np.inf, 3), intervals.tail(-np.inf, 3)) == (0, 1)
+        assert intervals.compute_tail(wanted, freedom) == pytest.approx(0.001, rel=1e-3)
+    assert (intervals.compute_tail(np.inf, 3), intervals.compute_tail(-np.inf, 3)) == (0, 1)
 
 
 def test_holms_adjustment_is_the_textbooks():
     """Of four probabilities, of none, and of two that are large."""
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert (holm([]), holm([0.9, 0.8])) == ([], [1.0, 1.0])
+    assert adjust_by_holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert (adjust_by_holm([]), adjust_by_holm([0.9, 0.8])) == ([], [1.0, 1.0])
 
 
 def judged_of(**values):
     """Judge groups whose changes are known, with their errors, and return these, too."""
     spread = {name: Spread(value, error, 9, 10) for name, (value, error) in values.items()}
     compared = {name: Comparison("imbalance", 1.0, 1.0, change) for name, change in spread.items()}
-    judged = _weigh_groups({name: {"x": each} for name, each in compared.items()})
+    judged = _judge_groups({name: {"x": each} for name, each in compared.items()})
     return {name: own["x"] for name, own in judged.items()}, spread
 
 
@@ -149,7 +149,7 @@ def test_the_best_group_was_picked_and_that_counts():
     judged, spread = judged_of(a=(-0.2, 0.1), b=(0.1, 0.1), c=(0.1, 0.1), d=(0.0, 0.1))
     chances = [of.chance for of in spread.values()]
     chances += [min(3 * (spread[name] - spread["a"]).chance, 1) for name in "bcd"]
-    wanted = holm(chances)
+    wanted = adjust_by_holm(chances)
     assert [judged[name].chance for name in "abcd"] == wanted[:4]
     assert [judged[name].behind_chance for name in "bcd"] == wanted[4:]
     assert (judged["a"].behind, judged["a"].behind_chance) == (None, 1.0)

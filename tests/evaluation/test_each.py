@@ -11,7 +11,7 @@ from served import replayed
 import moetuner as mt
 from moetuner import _core
 from moetuner.evaluation import evaluate_each, figures, reading
-from moetuner.evaluation.arrival import mixed_order
+from moetuner.evaluation.arrival import draw_mixed_order
 from moetuner.evaluation.options import ReplayOptions
 from moetuner.serving.splits import SPLITS as ALL_SPLITS
 
@@ -148,7 +148,7 @@ def test_arrival_is_the_replay_of_tokens_in_that_order(split, spare, window, lab
     sequence = np.arange(90, dtype=np.int32) // 4 if labelled else None
     group = rng.integers(0, 2, 90)
     trace = trace_of(ids, sequence=sequence, group=group)
-    order = mixed_order(sequence, 90)
+    order = draw_mixed_order(sequence, 90)
     served = trace_of(
         ids[order], sequence=None if sequence is None else sequence[order], group=group[order]
     )
@@ -189,7 +189,7 @@ def test_percentile_of_two_parts(some, others):
     """Half of the weight on each part: the least value that reaches the share of the weight."""
     parts = [(0.5, np.array(some, float)), (0.5, np.array(others, float))]
     for percent in (50, 95, 99):
-        actual = figures.percentile(parts, percent)
+        actual = figures.compute_percentile(parts, percent)
         reached, before = (
             sum(0.5 * np.mean(compare(part, actual)) for _, part in parts)
             for compare in (np.less_equal, np.less)

@@ -307,12 +307,12 @@ def test_copies_are_active_as_the_formula_has_it(seed, most, are_means):
     slots = [[[0, 1, 2], [2, 0, -1], [3, 0, 1]], [[3, 2, 1], [1, 0, -1], [-1, 1, -1]]]
     placement, topology = mt.Placement(slots, num_experts=4), mt.Topology(3)
     split = rng.choice(["even", "nearest"])
-    share = copies.slot_shares(placement, topology, split)
+    share = copies.compute_slot_shares(placement, topology, split)
     load = rng.integers(0, most, (5, 2, 4)) * rng.integers(0, 2, (5, 2, 4))
     load = load / 3 if are_means else load.astype(np.uint64)
     tokens = load[:, np.arange(2)[:, None, None], placement.slots].astype(np.float64)
     wanted = np.where(tokens > 0, 1 - (1 - share) ** tokens, 0.0) * (placement.slots >= 0)
-    assert copies.count_active(placement, share, load) == pytest.approx(wanted.sum(axis=3))
+    assert copies.count_active_experts(placement, share, load) == pytest.approx(wanted.sum(axis=3))
 
 
 @pytest.mark.parametrize("counted", [False, True])

@@ -30,7 +30,9 @@ def cases(draw):
     placement = mt.Placement(slots, num_experts=experts)
     topology = mt.Topology(devices, devices_per_node=node)
     split = draw(st.sampled_from(SPLITS))
-    share, each = (of(placement, topology, split) for of in (oracle.shares, copies.slot_shares))
+    share, each = (
+        of(placement, topology, split) for of in (oracle.shares, copies.compute_slot_shares)
+    )
     return placement, topology, split, share, each, rng
 
 
@@ -66,7 +68,7 @@ def test_many_windows_have_the_loads_of_each():
     """Windows so many that threads share them are each what they are alone."""
     rng = np.random.default_rng(0)
     placement = mt.Placement(random_slots(rng, 3, 4, 40, 2), num_experts=40)
-    share = copies.slot_shares(placement, mt.Topology(4), "even")
+    share = copies.compute_slot_shares(placement, mt.Topology(4), "even")
     load = rng.random((3000, 3, 40))
     actual = copies.serve(placement, share, load)
     for window in (0, 1, 1500, 2999):

@@ -13,15 +13,15 @@ from moetuner import _core
 from moetuner.evaluation.losses import (
     DOMAINS,
     bound_worst_loss,
-    domains_of,
-    imbalances_after,
+    compute_imbalances_after_loss,
     measure_losses,
+    number_domains,
 )
 
 
 def lose(placement, load, topology, domain, lost):
     """Serve every expert by the copies that are left, one by one; return loads and what is lost."""
-    member = domains_of(topology, domain)
+    member = number_domains(topology, domain)
     served = np.zeros((placement.layers, placement.devices))
     missing = 0
     for layer, slots in enumerate(placement.slots):
@@ -45,7 +45,7 @@ def test_losses_are_those_of_the_copies_that_are_left(layers, nodes, spare, doma
     placement = mt.Placement(slots, num_experts=8)
     load = rng.integers(0, 100, (layers, 8)).astype(np.uint64)
     actual = measure_losses(placement, load, topology, domain)
-    member = domains_of(topology, domain)
+    member = number_domains(topology, domain)
     after, fatal, missing = [], [], []
     for lost in range(member.max() + 1):
         served, gone = lose(placement, load, topology, domain, lost)
@@ -157,8 +157,8 @@ def test_a_dispatcher_divides_tokens_anew_after_a_loss(nodes, spare, domain, see
     topology = mt.Topology(2 * nodes, 2, speed=speeds)
     placement = mt.Placement(random_slots(rng, 2, 2 * nodes, 8, spare=spare), num_experts=8)
     load = rng.integers(0, 100, (2, 8)).astype(np.uint64)
-    imbalance, _ = imbalances_after(placement, load, topology, domain, split="lp")
-    member = domains_of(topology, domain)
+    imbalance, _ = compute_imbalances_after_loss(placement, load, topology, domain, split="lp")
+    member = number_domains(topology, domain)
     for lost in range(member.max() + 1):
         left = member != lost
         slots = np.ascontiguousarray(placement.slots[:, left])

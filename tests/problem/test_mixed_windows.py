@@ -5,7 +5,7 @@ import pytest
 from make import random_ids, trace_of
 
 import moetuner as mt
-from moetuner.evaluation.arrival import mixed_windows
+from moetuner.evaluation.arrival import mix_windows
 from moetuner.placement import blocks
 from moetuner.problem.windows import CERTAIN, choose_windows
 
@@ -81,7 +81,7 @@ def test_they_are_as_far_from_what_was_seen_as_unseen_traffic_is(longer):
     seen, unseen = load
     statistics = mt.RoutingStatistics.from_load(seen, window=100)
     found = choose_windows(statistics, "mixed", "mean", None, tokens=100 * longer)
-    steps = mixed_windows(unseen, size={1: 16, 4: 64}[longer])
+    steps = mix_windows(unseen, size={1: 16, 4: 64}[longer])
 
     def distance(windows):
         return float(((windows - seen.mean(axis=0)) ** 2).mean())

@@ -9,7 +9,7 @@ from make import random_ids, trace_of
 
 import moetuner as mt
 from moetuner import _checks as check
-from moetuner.evaluation.units import Blocks, Units, hold_out
+from moetuner.evaluation.samples import Blocks, Samples, hold_out
 from moetuner.report import recording
 from moetuner.report.advice import drift
 from moetuner.report.advice.conclusion import (
@@ -558,7 +558,7 @@ def test_all_rows_of_copies_are_of_searches_as_short():
 @pytest.mark.parametrize("number", [0, 3])
 def test_windows_that_are_too_alike_are_called_so(number):
     """Windows in a row count as few samples, or as none."""
-    units = Units("window", number, Blocks(60.0, 20))
+    units = Samples("window", number, Blocks(60.0, 20))
     advice = advise(heavy(), mt.Topology(4), copies=(0,), splits=1)
     (judged,) = advice.judged
     gain = replace(judged.gain, change=replace(judged.gain.change, error=None, units=number))
@@ -572,7 +572,7 @@ def test_windows_that_are_too_alike_are_called_so(number):
 def test_drift_is_seldom_told_of_one_kind():
     """Of twenty recordings of one kind, none changes it."""
     traces = [routed(skewed(2000), seed) for seed in range(20)] + [routed(shifted(2000))]
-    drifts = [drift.measure_drift(trace, Units("sequence", 40)) for trace in traces]
+    drifts = [drift.measure_drift(trace, Samples("sequence", 40)) for trace in traces]
     assert [of.is_beyond_chance for of in drifts] == [False] * 20 + [True]
 
 

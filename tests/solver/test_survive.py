@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moetuner as mt
-from moetuner.evaluation.losses import DOMAINS, domains_of, measure_losses
+from moetuner.evaluation.losses import DOMAINS, measure_losses, number_domains
 from moetuner.solver.stages.floor import balanced
 from moetuner.solver.stages.repair import repair
 
 
 def survives(placement, topology, domain):
     """Whether every expert has copies in two failure domains, counted one by one."""
-    member = domains_of(topology, domain)
+    member = number_domains(topology, domain)
     return all(
         len({member[g] for g, held in enumerate(slots) if expert in held}) > 1
         for slots in placement.slots
@@ -200,7 +200,7 @@ def fewest_moves(problem, running):
         choices.append(subsets[may])
     every = np.array(list(itertools.product(*(range(len(choice)) for choice in choices))))
     holds = np.stack([choice[at] for choice, at in zip(choices, every.T, strict=True)], axis=1)
-    member = domains_of(problem.topology, problem.survive)
+    member = number_domains(problem.topology, problem.survive)
     domains = [holds[:, member == one].any(axis=1) for one in np.unique(member)]
     kept = (np.sum(domains, axis=0) >= 2).all(axis=1)
     moves = (holds & ~running.held[0]).sum(axis=(1, 2))[kept]
@@ -231,7 +231,7 @@ def test_a_large_layer_is_repaired_by_a_copy_of_each_expert_that_would_die(domai
     arguments = {"slots_per_device": 16, "objective": "balance"}
     running = mt.solve(mt.Problem(statistics, topology, **arguments), "eplb").placement
     problem = mt.Problem(statistics, topology, survive=domain, **arguments)
-    member = domains_of(topology, domain)
+    member = number_domains(topology, domain)
     held = np.stack([running.held[:, member == one].any(axis=1) for one in np.unique(member)])
     dying = int((held.sum(axis=0) < 2).sum())
     repaired = mt.Placement(repair(problem, running), num_experts=128)

@@ -20,7 +20,7 @@ from moetuner.cli.options.serving import JudgedOptions
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output
 from moetuner.evaluation import Evaluation
-from moetuner.evaluation.arrival import WINDOWS_MIXED, at_once
+from moetuner.evaluation.arrival import WINDOWS_MIXED, choose_batch_size
 from moetuner.evaluation.figures import FIGURES, US, explain
 from moetuner.evaluation.intervals import FEWEST
 from moetuner.evaluation.judgement import Judgement
@@ -217,7 +217,7 @@ def _find_mixed(traffic: Recording, seed: int) -> Finding:
     if traffic.sequence is None:
         return Finding("mixed tokens", {"seed": seed})
     sequences = _checks.distinct(traffic.sequence).size
-    running = min(at_once(sequences), sequences)
+    running = min(choose_batch_size(sequences), sequences)
     return Finding("mixed sequences", {"running": running, "of": sequences, "seed": seed})
 
 
@@ -240,7 +240,7 @@ def _table(output: Output, title: str, names: list[str], evaluation: Evaluation)
 def _show_groups(output: Output, judgement: Judgement) -> None:
     """Print a table per measure, with the change of all traffic and of every group."""
     assert judgement.units is not None
-    kind, length = judgement.units.name, judgement.units.blocks.length
+    kind, length = judgement.units.name, judgement.units.blocks.correlation_length
     in_blocks = length > 1
     against, name = judgement.gain.names
     judged_over = counted(judgement.gain.units, f"independent {kind}" if in_blocks else kind)

@@ -20,7 +20,7 @@ from moetuner.cli.output import Output, show_shares, working
 from moetuner.cli.recipes import list_recipes_to_serve
 from moetuner.cli.work import count
 from moetuner.cost import bytes_of_expert
-from moetuner.evaluation.arrival import orders
+from moetuner.evaluation.arrival import list_orders
 from moetuner.evaluation.losses import DOMAINS, Domain
 from moetuner.files import replacing
 from moetuner.formats.hints import Traffic
@@ -189,7 +189,7 @@ def command(
 def _order_traffic(traffic: AnyRecording, made: Made) -> AnyRecording:
     """Return traffic in the order in which the placement serves it most of the time."""
     arrival = made.serving.get("arrival", "bursts")
-    _, order = max(orders(traffic, arrival), key=lambda weighted: weighted[0])
+    _, order = max(list_orders(traffic, arrival), key=lambda weighted: weighted[0])
     return traffic if order is None else traffic.take(order)
 
 

@@ -1,4 +1,4 @@
-"""evaluate(): replays a placement on a trace, token by token, and says what it costs."""
+"""Evaluate placements: replay them on a trace, token by token, and compute figures."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from numpy.typing import ArrayLike, NDArray
 from moetuner import _checks as check
 from moetuner.cost import CostModel
 from moetuner.evaluation import replay
-from moetuner.evaluation.arrival import orders
-from moetuner.evaluation.figures import FIGURES, CountsByOrder, busiest_port
+from moetuner.evaluation.arrival import list_orders
+from moetuner.evaluation.figures import FIGURES, CountsByOrder, count_busiest_ports
 from moetuner.evaluation.losses import Domain, Losses, measure_losses
 from moetuner.evaluation.options import ReplayOptions
-from moetuner.evaluation.reading import part_of
+from moetuner.evaluation.reading import scale_progress
 from moetuner.evaluation.replay import Setting, check_model
-from moetuner.evaluation.rows import dispatch_rows, homes_of
+from moetuner.evaluation.rows import assign_homes, dispatch_rows
 from moetuner.frozen import Frozen, as_json, html_table
 from moetuner.placement import Placement
 from moetuner.recording import Recording
@@ -32,7 +32,7 @@ from moetuner.trace import RoutingTrace, as_trace
 
 
 class Replayed(NamedTuple):
-    """Traffic and setting of an evaluation: what its intervals are computed from.
+    """Traffic and setting of an evaluation, from which its intervals are computed.
 
     ``group`` is the group of the traffic; None for all.
     """
@@ -44,7 +44,7 @@ class Replayed(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Evaluation(Frozen):
-    """What a placement does to traffic. Fields that the input cannot tell are None.
+    """Figures of a placement on traffic. Figures that the input cannot give are None.
 
     Parameters
     ----------
@@ -134,15 +134,15 @@ class Evaluation(Frozen):
     replayed: Replayed | None = field(default=None, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the traffic behind when an evaluation is pickled or copied."""
+        """Return the state to pickle or copy: it has losses, and no traffic."""
         return {**self.__dict__, "replayed": None, "losses": self.losses}
 
     @cached_property
     def losses(self) -> dict[str, Losses]:
-        """What the loss of a device, or a node, does, by which of them is lost.
+        """Effects of the loss of a device, or a node, by failure domain.
 
-        Nothing where every expert has one copy, and of a group. Experts are counted when this is
-        asked for: most evaluations are not.
+        Empty where every expert has one copy, and for a group. Computed on first use, as it counts
+        experts, and few evaluations need it.
         """
         replayed = self.replayed
         if replayed is None or replayed.group is not None:
@@ -169,7 +169,7 @@ class Evaluation(Frozen):
         rows = [("all", self), *self.by_group.items()]
         return html_table(
             ("group", *names),
-            [(group, *(getattr(each, name) for name in names)) for group, each in rows],
+            [(group, *(getattr(figures, name) for name in names)) for group, figures in rows],
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -203,9 +203,9 @@ def evaluate(
     Parameters
     ----------
     placement
-        What to replay.
+        Placement to replay.
     traffic
-        A trace, replayed token by token; or statistics, which tell balance and crossing but not
+        A trace, replayed token by token; or statistics, which give imbalance and crossing but not
         fanout.
     topology
         Nodes and speeds of the devices; by default those that the placement was computed for, where
@@ -285,19 +285,23 @@ def evaluate_each(
     *,
     progress: Callable[[float], None] | None = None,
 ) -> list[list[Evaluation]]:
-    """Evaluate placements of one model and machine, each served in several ways: of each a list.
+    """Evaluate placements of one model and machine; return a list of evaluations for each serving.
 
-    A trace is read once for all that differ in windows alone, if each window is several times the
-    shortest. Mixed order is replayed for the first serving only. ``progress`` gets the share of a
-    trace that has been replayed.
+    A trace is read once for all servings that differ in windows alone, if each window is a multiple
+    of the shortest. Mixed order is replayed for the first serving only. ``progress`` gets the share
+    of a trace that has been replayed.
     """
     if not placements:
         return [[] for _ in servings]
     shortest = min(serving.window or 0 for serving in servings)
-    together = shortest > 0 and all((each.window or 0) % shortest == 0 for each in servings)
-    # They differ in nothing but their windows.
-    together = together and len({replace(each, window=None) for each in servings}) == 1
-    runs = [servings] if together else [[serving] for serving in servings]
+    is_multiple = shortest > 0 and all(
+        (serving.window or 0) % shortest == 0 for serving in servings
+    )
+    # One replay serves all where they differ in their windows alone.
+    is_one_replay = (
+        is_multiple and len({replace(serving, window=None) for serving in servings}) == 1
+    )
+    runs = [servings] if is_one_replay else [[serving] for serving in servings]
     unmixed = replace(options, mixed=False)
     evaluated: list[list[Evaluation]] = []
     for run in runs:
@@ -306,9 +310,11 @@ def evaluate_each(
             for serving in run
             for placement in placements
         ]
-        each = _evaluate(settings, traffic, progress)
+        evaluations = _evaluate(settings, traffic, progress)
         count = len(placements)
-        evaluated += [each[at : at + count] for at in range(0, len(each), count)]
+        evaluated += [
+            evaluations[first : first + count] for first in range(0, len(evaluations), count)
+        ]
     return evaluated
 
 
@@ -319,7 +325,7 @@ def _evaluate(
 ) -> list[Evaluation]:
     for setting in settings:
         check_model(setting.placement, traffic, setting.topology)
-    common, homes, numbers = settings[0], None, traffic.group_rows()
+    common, homes, rows_of_group = settings[0], None, traffic.group_rows()
     serving, home = common.serving, common.options.home
     if home is not None:
         if not traffic.ordered:
@@ -328,18 +334,20 @@ def _evaluate(
             raise ValueError(
                 f"home needs split 'even', got {serving.split!r}: others know homes only spread"
             )
-        homes = homes_of(home, traffic.length, common.placement.devices)
-    served = orders(traffic, serving.arrival, seed=common.options.mixed_seed)
-    # Where tokens are replayed in mixed order anyway, their windows are not counted once more; but
-    # the sequences of a group are mixed with each other, not with those of others.
-    is_mixed = any(order is not None for _, order in served)
-    counts_mixed = not is_mixed or len(numbers) > 1
-    counting = settings if counts_mixed else [each.with_options(mixed=False) for each in settings]
+        homes = assign_homes(home, traffic.length, common.placement.devices)
+    orders = list_orders(traffic, serving.arrival, seed=common.options.mixed_seed)
+    # Where tokens arrive in mixed order anyway, mixed windows are not counted once more; except by
+    # group, whose sequences are mixed with each other, and not with those of other groups.
+    is_mixed = any(order is not None for _, order in orders)
+    counts_mixed = not is_mixed or len(rows_of_group) > 1
+    counted_settings = (
+        settings if counts_mixed else [setting.with_options(mixed=False) for setting in settings]
+    )
 
     runs = []
-    for at, (_, order) in enumerate(served):
-        own_progress = part_of(progress, at / len(served), (at + 1) / len(served))
-        runs.append(replay.counts_of(traffic, counting, own_progress, order))
+    for number, (_, order) in enumerate(orders):
+        report = scale_progress(progress, number / len(orders), (number + 1) / len(orders))
+        runs.append(replay.count_each(traffic, counted_settings, report, order))
     evaluated = []
     for setting, *counted in zip(settings, *runs, strict=True):
         by_group = {}
@@ -347,29 +355,30 @@ def _evaluate(
             parts = [counts[group] for counts in counted]
             mixed = parts[0].mixed
             if setting.options.mixed and is_mixed and group is None:
-                mixed = parts[-1].load[parts[-1].is_step]
+                mixed = parts[-1].load[parts[-1].is_full_window]
             if homes is not None:
-                own = as_trace(traffic if group is None else traffic.take(numbers[group]))
-                rows = dispatch_rows(setting.placement, own, homes[numbers[group]])
+                tokens = rows_of_group[group]
+                trace = as_trace(traffic if group is None else traffic.take(tokens))
+                rows = dispatch_rows(setting.placement, trace, homes[tokens])
                 parts = [replace(counts, dispatch=rows) for counts in parts]
-            weighed = [(weight, counts) for (weight, _), counts in zip(served, parts, strict=True)]
+            weighed = [(weight, counts) for (weight, _), counts in zip(orders, parts, strict=True)]
             by_group[group] = _compute_figures(
                 CountsByOrder(weighed, mixed, setting), traffic, group
             )
-        of_all = by_group.pop(None)
-        evaluated.append(replace(of_all, by_group=by_group))
+        evaluation = by_group.pop(None)
+        evaluated.append(replace(evaluation, by_group=by_group))
     return evaluated
 
 
 def _compute_figures(counted: CountsByOrder, traffic: Recording, group: str | None) -> Evaluation:
-    """Compute all figures of what was counted in one order of arrival or, by weight, in two."""
+    """Compute all figures from counts in one order of arrival or, by weight, in two."""
     topology, rows = counted.setting.topology, counted.rows()
     model = counted.setting.serving.cost_model
     values: dict[str, Any] = {name: figure.value(counted) for name, figure in FIGURES.items()}
     per_layer = [
-        tuple(np.sum([weight * each.mean(axis=0) for weight, each in windowed], axis=0).tolist())
-        for windowed in (counted.imbalances, counted.times)
-        if windowed
+        tuple(np.sum([weight * table.mean(axis=0) for weight, table in tables], axis=0).tolist())
+        for tables in (counted.imbalances, counted.times)
+        if tables
     ]
     return Evaluation(
         **values,
@@ -378,6 +387,6 @@ def _compute_figures(counted: CountsByOrder, traffic: Recording, group: str | No
         predicted_us_per_layer=per_layer[1] if counted.times else None,
         predicted_with=None if model is None else f"{model.shown_name}{model.weights}",
         traffic=rows,
-        busiest_port={name: busiest_port(table, topology) for name, table in rows.items()},
+        busiest_port={name: count_busiest_ports(table, topology) for name, table in rows.items()},
         replayed=Replayed(traffic, counted.setting, group),
     )

@@ -1,8 +1,8 @@
-"""Orders in which traffic may arrive: as recorded, or mixed by continuous batching.
+"""Order traffic as it may arrive: as recorded, or mixed by continuous batching.
 
-A recording often holds one kind of text after the other, bursts. A busy engine serves many
-sequences at once, so that every step has some of each kind. Balance depends on which of the two it
-is, so both are looked at.
+A recording often has one kind of text after the other (bursts). A busy engine serves many sequences
+at once, so that every step has some of each kind. Imbalance depends on the order, so both orders
+are replayed.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from moetuner.evaluation.blocks import blocks
 from moetuner.recording import Recording
 from moetuner.serving.arrival import Arrival, share_mixed
 
-# Sequences that are served at once: as many as engines take by default, but no more than a quarter
-# of all where there are few, so that the batch stays full until near the end.
+# Sequences of a batch: as many as engines serve by default, but no more than a quarter of all where
+# there are few, so that the batch stays full until near the end.
 MOST_AT_ONCE = 256
 FEWEST_AT_ONCE = 8
 
-# Windows that are mixed into one where nothing is known of sequences.
+# Windows that are averaged into one where sequences are unknown.
 WINDOWS_MIXED = 16
 
 Order = NDArray[np.signedinteger[Any]]
 Integers = NDArray[np.integer[Any]]
 
 
-def orders(
+def list_orders(
     recording: Recording, arrival: Arrival, *, seed: int = 0
 ) -> list[tuple[float, Order | None]]:
     """Return the orders in which the tokens of a recording arrive, with their weights.
 
-    None is the order of the recording. Counts bring their windows, so they have no other order.
+    None is the order of the recording. Counts have windows already, so they have no other order.
     """
     share = share_mixed(arrival)
     if share == 0 or not recording.ordered:
         return [(1.0, None)]
-    mixed = (share, mixed_order(recording.sequence, recording.length, seed=seed))
+    mixed = (share, draw_mixed_order(recording.sequence, recording.length, seed=seed))
     return [mixed] if share == 1 else [(1 - share, None), mixed]
 
 
-def places(order: Order | None, rows: Integers) -> Integers | None:
-    """Return the place of each of some rows, rising [n], among these in an order of all [T].
+def find_places(order: Order | None, rows: Integers) -> Integers | None:
+    """Return the position of rows [n], rising, among each other in an order of all [T].
 
     None is the order of the recording.
     """
@@ -67,9 +67,9 @@ def places(order: Order | None, rows: Integers) -> Integers | None:
 def mix(
     sequence: NDArray[np.int32] | None, tokens: Integers, place: Integers | None, *, seed: int
 ) -> Integers | None:
-    """Return the places [n] of some tokens of sequences [T] if those that arrive are mixed.
+    """Return the positions [n] of tokens after mixing their sequences [T].
 
-    They arrive at places [n] before, as recorded if None.
+    ``place`` [n] are their positions before, by default as recorded.
     """
     if sequence is not None:
         sequence = check.at(sequence, tokens)
@@ -78,16 +78,16 @@ def mix(
             served[place] = sequence
             sequence = served
     every = np.arange(len(tokens))
-    mixed = places(mixed_order(sequence, len(tokens), seed=seed), every)
+    mixed = find_places(draw_mixed_order(sequence, len(tokens), seed=seed), every)
     return mixed if place is None or mixed is None else check.at(mixed, place)
 
 
-def at_once(sequences: int) -> int:
-    """Compute how many of so many sequences are served together."""
+def choose_batch_size(sequences: int) -> int:
+    """Return the sequences of a batch, given the number of all."""
     return min(MOST_AT_ONCE, max(-(-sequences // 4), FEWEST_AT_ONCE))
 
 
-def mixed_order(sequence: NDArray[np.int32] | None, tokens: int, *, seed: int = 0) -> Order:
+def draw_mixed_order(sequence: NDArray[np.int32] | None, tokens: int, *, seed: int = 0) -> Order:
     """Order the tokens of a trace [T] as continuous batching would serve them.
 
     Sequences wait in random order. As many as fit run at once and advance by one token per step;
@@ -97,7 +97,7 @@ def mixed_order(sequence: NDArray[np.int32] | None, tokens: int, *, seed: int = 
     kind: type[np.signedinteger[Any]] = np.int32 if tokens < 1 << 31 else np.int64
     if sequence is None:
         order = np.arange(tokens, dtype=kind)
-        # It takes seconds for many tokens; who waits for a thread hears Ctrl-C.
+        # Shuffling many tokens takes seconds, and Ctrl-C is handled while this waits for a thread.
         shuffling = threading.Thread(target=rng.shuffle, args=(order,), daemon=True)
         shuffling.start()
         shuffling.join()
@@ -114,25 +114,25 @@ def mixed_order(sequence: NDArray[np.int32] | None, tokens: int, *, seed: int = 
     first = np.append(0, np.flatnonzero(sequence[:-1] != sequence[1:]) + 1)
     lengths = np.diff(np.append(first, tokens))
 
-    free = [(0, place) for place in range(at_once(len(lengths)))]
+    free = [(0, place) for place in range(choose_batch_size(len(lengths)))]
     served: list[list[int]] = [[] for _ in free]
     for waiting in rng.permutation(len(lengths)).tolist():
         step, place = heapq.heappop(free)
         served[place].append(waiting)
         heapq.heappush(free, (step + int(lengths[waiting]), place))
     # The tokens that a place serves follow one another, and those of the next place follow them.
-    ordered = np.array([number for of_place in served for number in of_place])
+    ordered = np.array([number for sequences in served for number in sequences])
     length = lengths[ordered]
     tokens_of_places = np.repeat((first[ordered] - np.cumsum(length) + length).astype(kind), length)
     tokens_of_places += np.arange(tokens, dtype=kind)
     if grouped is not None:
         tokens_of_places = check.at(grouped, tokens_of_places)
-    steps = np.array([int(lengths[of_place].sum()) for of_place in served])
+    steps = np.array([int(lengths[sequences].sum()) for sequences in served])
     return _take_steps(tokens_of_places, steps)
 
 
 def _take_steps(tokens: Order, steps: NDArray[np.int64]) -> Order:
-    """Return the tokens [T] step by step, of places that have so many steps [P] one by one."""
+    """Return tokens [T] step by step, given them place by place and the steps of each place [P]."""
     order, begin, step, done = np.empty_like(tokens), np.cumsum(steps) - steps, 0, 0
     for end in np.unique(steps).tolist():
         running = begin[steps > step]
@@ -144,7 +144,7 @@ def _take_steps(tokens: Order, steps: NDArray[np.int64]) -> Order:
     return order
 
 
-def mixed_windows(
+def mix_windows(
     windows: NDArray[Any],
     weight: NDArray[np.float64] | None = None,
     count: int | None = None,
@@ -152,11 +152,10 @@ def mixed_windows(
     size: int = WINDOWS_MIXED,
     seed: int = 0,
 ) -> Iterator[tuple[slice, NDArray[np.float64]]]:
-    """Mix windows [W,...] of loads: each new one is the mean of several that were drawn at random.
+    """Mix windows [W,...] of loads: each mixed one is the mean of several drawn at random.
 
-    As many windows come as there were, or a ``count`` of them, a run at a time with its place. Each
-    is of 16 different ones, or of another ``size``, of all where there are fewer, by their
-    ``weight`` [W].
+    Yields slices and mixed windows, as many as there were or ``count`` of them. Each is the mean of
+    ``size`` distinct windows, or of all where there are fewer, by their ``weight`` [W].
     """
     rng = np.random.default_rng(seed)
     total, size = len(windows), min(len(windows), size)

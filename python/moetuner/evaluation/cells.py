@@ -1,4 +1,7 @@
-"""What folds have of windows of some traffic: cells, from which sides of halves are added up."""
+"""Counts of cells: a cell is the tokens of a window that are of one fold.
+
+The counts of a half in a window are the sums of its cells.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,17 @@ from numpy.typing import NDArray
 from moetuner import _checks as check
 from moetuner.evaluation.reading import Integers, Rows, read
 from moetuner.evaluation.replay import Setting
-from moetuner.evaluation.units import Folds
+from moetuner.evaluation.samples import Folds
 from moetuner.recording import Recording
 from moetuner.serving.splits import EVEN
 from moetuner.trace import as_trace
 
 # Counts of cells that are in memory at once.
-PARTS = 1 << 25
+COUNTS_AT_ONCE = 1 << 25
 
 
 class Cells(NamedTuple):
-    """What folds have of some of the shortest windows under a placement.
+    """Counts of the cells of some windows under a placement.
 
     Parameters
     ----------
@@ -31,7 +34,7 @@ class Cells(NamedTuple):
     tables
         Load and visits of devices, and visits of nodes [C,L,D or N].
     stays
-        Pairs of neighbouring layers' experts that one device serves both [C,1,1].
+        Pairs of neighbouring layers' experts that are on one device [C,1,1].
     """
 
     window: NDArray[np.uint32]
@@ -49,11 +52,11 @@ class Dealt:
     traffic
         The trace, or the table.
     items
-        Which tokens of the trace these are, or windows of the table [n].
+        Numbers of the tokens in the trace, or of the windows in the table [n].
     place
-        Where each of them arrives among these [n]; None as recorded.
+        Position of every item in the order in which they arrive [n]; None as recorded.
     folds
-        The fold of each of them.
+        The fold of every item.
     """
 
     traffic: Recording
@@ -61,104 +64,114 @@ class Dealt:
     place: Integers | None
     folds: Folds
 
-    def window_of(self, run: slice, length: int) -> Integers:
-        """Return the window of a run of items, in windows of so many."""
+    def find_windows(self, run: slice, size: int) -> Integers:
+        """Return the window of every item of a run, in windows of ``size`` items."""
         place = np.arange(run.start, run.stop) if self.place is None else self.place[run]
-        return place.astype(np.int64) // length
+        return place.astype(np.int64) // size
 
-    def runs(self, windows: slice, length: int) -> list[slice]:
-        """Return runs of items that hold all items of a run of windows."""
-        first, end = windows.start * length, min(windows.stop * length, len(self.items))
+    def list_runs(self, windows: slice, size: int) -> list[slice]:
+        """Return runs of items that hold all items of a run of windows, and maybe others."""
+        begin, end = windows.start * size, min(windows.stop * size, len(self.items))
         if self.place is not None:
-            first, end = 0, len(self.items)
-        return [slice(at, min(at + check.PIECE, end)) for at in range(first, end, check.PIECE)]
+            begin, end = 0, len(self.items)
+        return [
+            slice(first, min(first + check.PIECE, end)) for first in range(begin, end, check.PIECE)
+        ]
 
-    def by_fold(self, length: int) -> NDArray[np.uint64]:
-        """Count items by window and fold [W,F], in windows of so many items."""
-        number, folds = max(-(-len(self.items) // length), 1), self.folds.number
+    def count_items(self, size: int) -> NDArray[np.uint64]:
+        """Count items by window and fold [W,F], in windows of ``size`` items."""
+        number, folds = max(-(-len(self.items) // size), 1), self.folds.number
         counts = np.zeros(number * folds, dtype=np.uint64)
-        for run in self.runs(slice(0, number), length):
-            cell = self.window_of(run, length) * folds + self.folds.fold[run]
+        for run in self.list_runs(slice(0, number), size):
+            cell = self.find_windows(run, size) * folds + self.folds.fold[run]
             first = int(cell.min())
-            times = np.bincount(cell - first).astype(np.uint64)
-            counts[first : first + len(times)] += times
+            counts_of_run = np.bincount(cell - first).astype(np.uint64)
+            counts[first : first + len(counts_of_run)] += counts_of_run
         return counts.reshape(number, folds)
 
-    def count(
+    def count_cells(
         self,
-        is_read: NDArray[np.bool_],
-        length: int,
-        settings: dict[int, Setting],
+        is_counted: NDArray[np.bool_],
+        size: int,
+        setting_of: dict[int, Setting],
         *,
-        times: int,
+        multiple: int,
         stays: bool,
     ) -> Iterator[tuple[slice, dict[int, Cells]]]:
-        """Yield runs of windows of so many items, and what folds have of those that are read [W].
+        """Count the cells of marked windows [W], under the setting of every placement.
 
-        It is counted under every placement at once, and forgotten before the next run. Runs are as
-        long as what is counted of them fits, and several ``times`` windows long.
+        Yields runs of windows of ``size`` items, and the cells of those that are marked, by the key
+        of their setting; cells are forgotten before the next run. Runs are as long as memory
+        allows, and start at a ``multiple`` of windows. ``stays`` counts pairs that stay, too.
         """
-        tokens = self.by_fold(length)
-        sizes = sum(
+        items = self.count_items(size)
+        counts_of_cell = sum(
             setting.placement.layers * (2 * setting.topology.devices + setting.topology.nodes)
-            for setting in settings.values()
+            for setting in setting_of.values()
         )
-        numbers = max(int(np.count_nonzero(tokens[is_read])) * sizes // len(tokens), 1)
-        step = max(PARTS // numbers // times, 1) * times
-        for first in range(0, len(tokens), step):
-            run = slice(first, min(first + step, len(tokens)))
-            windows = run.start + np.flatnonzero(is_read[run])
-            yield run, self._count(windows, tokens, length, settings, stays=stays)
+        cells = int(np.count_nonzero(items[is_counted]))
+        counts_of_window = max(cells * counts_of_cell // len(items), 1)
+        step = max(COUNTS_AT_ONCE // counts_of_window // multiple, 1) * multiple
+        for first in range(0, len(items), step):
+            run = slice(first, min(first + step, len(items)))
+            windows = run.start + np.flatnonzero(is_counted[run])
+            yield run, self._count_cells_of(windows, items, size, setting_of, stays=stays)
 
-    def _count(
+    def _count_cells_of(
         self,
         windows: Integers,
-        tokens: NDArray[np.uint64],
-        length: int,
-        settings: dict[int, Setting],
+        items: NDArray[np.uint64],
+        size: int,
+        setting_of: dict[int, Setting],
         *,
         stays: bool,
     ) -> dict[int, Cells]:
-        """Count what every fold has of some windows, rising, under every placement."""
+        """Count the cells of some windows, rising; ``items`` [W,F] is by window and fold."""
         if not windows.size:
             return {}
-        fold_tokens = tokens[windows]
-        window, fold = np.nonzero(fold_tokens)
-        # The cell of every window and fold; windows that are not read have none.
-        cell = np.full((windows[-1] + 1 - windows[0], self.folds.number), -1)
-        cell[windows[window] - windows[0], fold] = np.arange(len(window))
-        items, row = [], []
-        for run in self.runs(slice(int(windows[0]), int(windows[-1]) + 1), length):
-            at = self.window_of(run, length) - windows[0]
-            inside = np.flatnonzero((at >= 0) & (at < len(cell)))
-            cells = cell[at[inside], self.folds.fold[run][inside]]
-            items.append(run.start + inside[cells >= 0])
-            row.append(cells[cells >= 0].astype(np.uint32))
-        item, rows = np.concatenate(items), np.concatenate(row)
+        cell_row, cell_fold = np.nonzero(items[windows])
+        cell_window, first_window = windows[cell_row], windows[0]
+        # The number of every window's and fold's cell; -1 in windows that are not counted.
+        cell_number = np.full((windows[-1] + 1 - first_window, self.folds.number), -1)
+        cell_number[cell_window - first_window, cell_fold] = np.arange(len(cell_window))
+        chosen_items, cells_of_items = [], []
+        for run in self.list_runs(slice(int(first_window), int(windows[-1]) + 1), size):
+            window = self.find_windows(run, size) - first_window
+            inside = np.flatnonzero((window >= 0) & (window < len(cell_number)))
+            cell = cell_number[window[inside], self.folds.fold[run][inside]]
+            chosen_items.append(run.start + inside[cell >= 0])
+            cells_of_items.append(cell[cell >= 0].astype(np.uint32))
+        item, row = np.concatenate(chosen_items), np.concatenate(cells_of_items)
         reader = Rows(
             as_trace(self.traffic),
             self.items[item],
-            lambda run: rows[run],
-            len(window),
-            int(fold_tokens.max()),
+            lambda run: row[run],
+            len(cell_window),
+            int(items[windows].max()),
             place=item if self.place is None else self.place[item],
         )
-        # Copies serve by the place of a token, as evenly as those that take turns.
         replays = {
-            key: _by_position(setting).begin_replay(reader, stays=stays)
-            for key, setting in settings.items()
+            key: _split_by_position(setting).begin_replay(reader, stays=stays)
+            for key, setting in setting_of.items()
         }
-        read([reader], threads=next(iter(settings.values())).options.threads)
-        told = {}
+        read([reader], threads=next(iter(setting_of.values())).options.threads)
+        counted = {}
         for key, replay in replays.items():
-            *tables, _, _, stayed = replay.finish()
-            own = windows[window].astype(np.uint32), fold.astype(np.uint8)
-            told[key] = Cells(*own, tables, stayed[:, None, None])
-        return told
+            *tables, _, _, stay_counts = replay.finish()
+            counted[key] = Cells(
+                cell_window.astype(np.uint32),
+                cell_fold.astype(np.uint8),
+                tables,
+                stay_counts[:, None, None],
+            )
+        return counted
 
 
-def _by_position(setting: Setting) -> Setting:
-    """Return a setting whose copies serve by position: as evenly as those that take turns."""
+def _split_by_position(setting: Setting) -> Setting:
+    """Return a setting whose copies serve by position, where they take turns.
+
+    Both share tokens as evenly, but whose turn it is depends on tokens of other folds.
+    """
     if not setting.serving.rule.in_turns:
         return setting
     return replace(setting, serving=replace(setting.serving, split=EVEN))

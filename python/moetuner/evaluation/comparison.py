@@ -1,4 +1,4 @@
-"""Comparison: one figure under two placements, what that gains, and how sure it is."""
+"""Compare one figure under two placements: the gain, its interval, and a conclusion."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import FEWEST, Spread
 from moetuner.frozen import Frozen
 
-# What a gain must be, to be worth moving weights for. Engines that ask before they rebalance draw
+# Gain from which moving weights is worth it. Engines that ask before they rebalance draw
 # the line at about the same place (vLLM on ROCm: 5 %).
 PRICE = 0.02
 
@@ -29,9 +29,8 @@ class Comparison(Frozen):
     before, after
         The figure under both placements.
     change
-        Relative: 0.1 is ten percent worse. Both placements have the same halves of the traffic's
-        sequences, or of runs of windows where those are not known. Without an interval where the
-        figure was 0 before.
+        Relative change: 0.1 is ten percent worse. Its interval is by halves of the traffic, the
+        same for both placements. It has none where the figure was 0 before.
     price
         Gain from which a change is worth the trouble.
     splits
@@ -39,7 +38,7 @@ class Comparison(Frozen):
     names
         Names of the two placements.
     group
-        Group of the traffic that it is of.
+        Group of the traffic.
     behind
         How much less of an improvement this is than that of the group which gains most surely (by
         the upper end of its interval): the difference of their changes. None for that group itself,
@@ -78,7 +77,7 @@ class Comparison(Frozen):
 
     @property
     def gain(self) -> float:
-        """Share that is saved; negative where the change makes things worse."""
+        """Relative reduction of the figure; negative where it grows."""
         return 0.0 - self.change.value
 
     # Programs outside the package read the gain by this name.
@@ -89,7 +88,10 @@ class Comparison(Frozen):
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Interval of 95 % of the gain; None of a single unit. Of few units it says nothing yet."""
+        """Interval of 95 % of the gain; None where there is a single unit.
+
+        With fewer than five units nothing can be concluded from it.
+        """
         if self.change.interval is None:
             return None
         low, high = self.change.interval
@@ -97,22 +99,22 @@ class Comparison(Frozen):
 
     @property
     def low(self) -> float | None:
-        """Lower end of the interval; None where there are too few units to conclude anything."""
+        """Lower end of the interval; None where there are too few units for a conclusion."""
         return None if self.is_too_few or self.interval is None else self.interval[0]
 
     @property
     def high(self) -> float | None:
-        """Upper end of the interval; None where there are too few units to conclude anything."""
+        """Upper end of the interval; None where there are too few units for a conclusion."""
         return None if self.is_too_few or self.interval is None else self.interval[1]
 
     @property
     def units(self) -> int:
-        """How many independent sequences, or windows, the traffic has."""
+        """Number of independent sequences, kinds or windows of the traffic."""
         return self.change.units
 
     @property
     def is_too_few(self) -> bool:
-        """Whether there are too few units to conclude anything."""
+        """Whether there are too few units for a conclusion."""
         return not self.change.is_enough
 
     @property
@@ -126,7 +128,7 @@ class Comparison(Frozen):
         """
         if self.low is None or self.high is None:
             return "too few"
-        if any(each * self.gain < 0 for each in self.splits):
+        if any(gain * self.gain < 0 for gain in self.splits):
             return "no evidence"
         if self.low > 0:
             return "worth it" if self.gain > self.price else "certain but small"
@@ -139,12 +141,12 @@ class Comparison(Frozen):
 
     @property
     def much(self) -> str:
-        """How much less, or more, after the change."""
+        """The change of the figure in percent, in words."""
         return f"{100 * abs(self.gain):.1f} % {'less' if self.gain >= 0 else 'more'}"
 
     @property
     def sure(self) -> str:
-        """The interval of that; empty where it has none that says something."""
+        """The interval in words; empty where there are too few units."""
         if self.low is None or self.high is None:
             return ""
         ends = (self.low, self.high) if self.gain >= 0 else (-self.high, -self.low)
@@ -153,19 +155,19 @@ class Comparison(Frozen):
 
     @property
     def sentence(self) -> str:
-        """How much less of the figure the second placement has, and how sure that is."""
+        """The change of the figure, its interval and a doubt, in words."""
         sure = "" if self.is_too_few else f" ({self.sure})"
         return f"{self.change_in_words}{sure}{self.doubt and f'; {self.doubt}'}."
 
     @property
     def change_in_words(self) -> str:
-        """How much less of the figure the second placement has."""
+        """The change of the figure from the first placement to the second, in words."""
         before, after = self.names
         return f"{after} has {self.much} {FIGURES[self.measure].label} than {before}"
 
     @property
     def doubt(self) -> str:
-        """Why that may not be so; empty where it surely is."""
+        """The reason to doubt the change; empty where it is beyond chance."""
         if self.is_too_few:
             return (
                 f"too few independent sequences or windows for an interval ({self.units}, at least "
@@ -202,8 +204,8 @@ class Comparison(Frozen):
 def with_splits(
     comparison: Comparison, pairs: Iterable[tuple[Evaluation, Evaluation]]
 ) -> Comparison:
-    """Return a comparison with its gain in every split, from the evaluations before and after."""
+    """Return a comparison with the gain of every split, given evaluations before and after."""
     measure = comparison.measure
-    figures = ([getattr(each, measure) or 0.0 for each in pair] for pair in pairs)
+    figures = ([getattr(evaluation, measure) or 0.0 for evaluation in pair] for pair in pairs)
     gains = (1 - after / before if before else 0.0 for before, after in figures)
     return replace(comparison, splits=tuple(gains))

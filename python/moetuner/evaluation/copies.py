@@ -1,8 +1,8 @@
-"""Expected counts, where tokens are not replayed, from the share of tokens that each copy serves.
+"""Compute expected counts from the share of an expert's tokens that each copy serves.
 
-What engines do with an expert's copies are the rows of ``serving.splits``. Where windows are
-divided as a whole, visits, rows and pairs are taken to be split evenly. Homes are spread evenly
-over devices.
+This is for traffic whose tokens are not replayed. ``serving.splits`` declares how engines split
+tokens over copies. Where a programme splits windows as a whole, visits, rows and pairs assume even
+shares. Homes are spread evenly over devices.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from moetuner.topology import Topology
 Floats = NDArray[np.float64]
 
 
-def slot_shares(placement: Placement, topology: Topology, split: Split) -> Floats:
+def compute_slot_shares(placement: Placement, topology: Topology, split: Split) -> Floats:
     """Compute the share of its expert's tokens that every slot serves [L,D,S]; 0 if it is empty."""
     slots = placement.slots
     layer, expert = np.arange(placement.layers)[:, None, None], np.maximum(slots, 0)
@@ -37,7 +37,7 @@ def slot_shares(placement: Placement, topology: Topology, split: Split) -> Float
 
 
 def serve(placement: Placement, share: Floats, load: NDArray[Any]) -> Floats:
-    """Return tokens that devices serve [W,L,D] by ``slot_shares`` [L,D,S], of experts' [W,L,E]."""
+    """Compute the tokens that devices serve [W,L,D] from slots' shares and experts' tokens."""
     slots = placement.slots, share
     return by_block(
         load, lambda windows: _core.expected_load(slots, np.ascontiguousarray(windows, np.float64))
@@ -51,9 +51,9 @@ def count_loads(
     load: NDArray[Any],
     share: Floats | None = None,
 ) -> Floats:
-    """Return tokens that devices serve [W,L,D], of those of experts [W,L,E].
+    """Compute the tokens that devices serve [W,L,D] from those of experts [W,L,E].
 
-    ``share`` are the ``slot_shares``, if they are known.
+    ``share`` [L,D,S] is what ``compute_slot_shares`` returns, if that has been computed.
     """
     divide = RULES[split].divide
     if divide is not None and placement.has_copies:
@@ -64,12 +64,12 @@ def count_loads(
                 placement.slots, np.ascontiguousarray(windows, np.float64), speed
             ),
         )
-    share = slot_shares(placement, topology, split) if share is None else share
+    share = compute_slot_shares(placement, topology, split) if share is None else share
     return serve(placement, share, load)
 
 
 def split_by_home(placement: Placement, topology: Topology) -> Iterator[Floats]:
-    """Yield the shares of nearest copies of every home [home,D,E], layer by layer."""
+    """Yield for every layer the share of an expert's tokens by home and serving device [D,D,E]."""
     node = topology.node_of_device
     for holders in placement.held.astype(np.float64):
         on_node = (node[:, None] == node[None, :])[:, :, None] * holders
@@ -89,14 +89,14 @@ def count_visits(
     sets: Sequence[ExpertSets],
     threads: int | None = None,
 ) -> tuple[Floats, Floats]:
-    """Return tokens that visit every device [L,D], and every node [L,N].
+    """Compute the tokens that visit every device [L,D], and every node [L,N].
 
-    Where a split is hashed, one hash of a token chooses the copies of all its experts, as the
-    replay and engines have it: two experts with equally many copies take the same one. Else copies
-    are taken to be chosen independently.
+    Where a split is hashed, one hash of a token chooses the copies of all its experts, as in the
+    replay and in engines: two experts with equally many copies use the same one. Else choices of
+    copies are assumed to be independent.
     """
     tables = [(layer_sets.ids, layer_sets.counts) for layer_sets in sets]
-    slots = (placement.slots, slot_shares(placement, topology, split))
+    slots = (placement.slots, compute_slot_shares(placement, topology, split))
     return _core.expected_visits(
         slots,
         placement.num_experts,
@@ -107,7 +107,7 @@ def count_visits(
     )
 
 
-def estimate_met(
+def estimate_visits_per_load(
     placement: Placement,
     topology: Topology,
     split: Split,
@@ -117,9 +117,10 @@ def estimate_met(
 ) -> tuple[Floats, Floats]:
     """Estimate visits for each token of load, of devices [L,D] and nodes [L,N], from pairs [L,E,E].
 
-    Tokens have so many experts in every layer [L]. Copies are taken to be chosen independently.
+    ``top_k`` are the experts of a token by layer [L]. Choices of copies are assumed to be
+    independent.
     """
-    slots = (placement.slots, slot_shares(placement, topology, split))
+    slots = (placement.slots, compute_slot_shares(placement, topology, split))
     nodes = topology.node_of_device.tolist()
     return _core.estimated_met(slots, nodes, pairs, top_k, threads=threads)
 
@@ -127,19 +128,19 @@ def estimate_met(
 def count_pairs(
     placement: Placement, topology: Topology, split: Split, transitions: NDArray[np.uint64]
 ) -> Floats:
-    """Return pairs of neighbouring layers' experts by their devices [L-1,D,D].
+    """Compute pairs of neighbouring layers' experts by their devices [L-1,D,D].
 
-    A token has one home in all layers; apart from that, copies are taken to be chosen independently
-    of each other.
+    A token has one home in all layers; apart from that, choices of copies are assumed to be
+    independent.
     """
     if not RULES[split].by_home or not placement.has_copies:
-        share = slot_shares(placement, topology, split)
+        share = compute_slot_shares(placement, topology, split)
         return _core.expected_followed((placement.slots, share), transitions)
     tables = transitions.astype(np.float64)
     pairs = np.empty((len(tables), placement.devices, placement.devices))
     for layer, (here, there) in enumerate(pairwise(split_by_home(placement, topology))):
-        moved = np.matmul(np.matmul(here, tables[layer]), there.transpose(0, 2, 1))
-        pairs[layer] = moved.mean(axis=0)
+        pairs_by_home = np.matmul(np.matmul(here, tables[layer]), there.transpose(0, 2, 1))
+        pairs[layer] = pairs_by_home.mean(axis=0)
     return pairs
 
 
@@ -153,37 +154,39 @@ def count_rows(
     """Compute rows [L,D,D] from homes that are spread evenly, given visits [L,D].
 
     With split ``nearest`` the rows of a device come from homes in proportion to the tokens that
-    they send to its experts, of which windows have ``expert_load`` [W,L,E].
+    they send to its experts, whose load is ``expert_load`` [W,L,E].
     """
     devices = placement.devices
     if not RULES[split].by_home:
         rows = np.repeat(visits[:, None, :] / devices, devices, axis=1)
     else:
         assert expert_load is not None
-        of_expert = expert_load.sum(axis=0, dtype=np.float64) / devices
+        load_of_home = expert_load.sum(axis=0, dtype=np.float64) / devices
         rows = np.empty((placement.layers, devices, devices))
         for layer, share in enumerate(split_by_home(placement, topology)):
-            pairs = share @ of_expert[layer]
+            pairs = share @ load_of_home[layer]
             served = np.maximum(pairs.sum(axis=0), 1e-300)
             rows[layer] = pairs * (visits[layer] / served)
     rows[:, np.arange(devices), np.arange(devices)] = 0
     return rows
 
 
-def count_busy(placement: Placement, of_slots: NDArray[Any]) -> NDArray[Any]:
-    """Count slots of every device that have a token [W,L,D], of tokens of slots [W,L,D*S]."""
+def count_busy_slots(placement: Placement, slot_load: NDArray[Any]) -> NDArray[Any]:
+    """Count the slots of every device that have a token [W,L,D], given tokens by slot [W,L,D*S]."""
     sizes = (placement.layers, placement.devices, placement.slots_per_device)
     return by_block(
-        of_slots,
+        slot_load,
         lambda windows: (windows > 0).reshape(len(windows), *sizes).sum(axis=3, dtype=np.uint16),
     )
 
 
-def count_active(placement: Placement, share: Floats, expert_load: NDArray[Any]) -> NDArray[Any]:
+def count_active_experts(
+    placement: Placement, share: Floats, expert_load: NDArray[Any]
+) -> NDArray[Any]:
     """Count the experts of every device that have a token, or are expected to [W,L,D].
 
-    Windows have tokens by expert [W,L,E], of which slots serve shares [L,D,S] (``slot_shares``).
-    Where no expert has copies, the counts are whole numbers of two bytes.
+    ``expert_load`` [W,L,E] are the tokens of experts, and ``share`` [L,D,S] is the part of them
+    that each slot serves. Where no expert has copies, the counts are whole numbers of two bytes.
     """
     slots = placement.slots, share
 

@@ -1,4 +1,4 @@
-"""Every figure of an evaluation, declared once, and how counts per window give it."""
+"""Declare every figure of an evaluation once, and compute it from counts by window."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from moetuner.topology import Regime, Topology
 
 Floats = NDArray[np.float64]
 US = " us"
-# Windows that are steps, and layers [W,L], in each order of arrival, by its weight.
+# Values of full windows and layers [W,L] in every order of arrival, with the weight of the order.
 Weighed = list[tuple[float, Floats]]
-# What windows have of a figure, out of their counts: a value of every window and layer [W,L], or
-# counts that are added up over the rest [W,L,...]; None where these do not tell it.
+# Computes a figure by window from counts: a value of every window and layer [W,L], or a table
+# [W,L,...] that is summed over its last axes; None where the counts do not have the figure.
 Windows = Callable[[Counts, Setting], NDArray[Any] | None]
 
 
 @dataclass(frozen=True)
 class CountsByOrder:
-    """What was counted of a placement.
+    """Counts of a placement in one order of arrival, or in several.
 
     Parameters
     ----------
     parts
-        Counts in each order of arrival, by its weight. What is of all tokens together is the same
-        in any order.
+        Counts in every order of arrival, with the weight of the order. Counts that have no windows
+        are the same in any order.
     mixed
-        Loads in windows of mixed arrival [W,L,D]; None if not asked for.
+        Loads in windows of mixed arrival [W,L,D]; None where these are not counted.
     setting
-        How it was replayed, and what predicts its times.
+        The setting of the replay, which has the cost model.
     """
 
     parts: list[tuple[float, Counts]]
     mixed: NDArray[Any] | None
     setting: Setting
-    _known: dict[Windows, Weighed] = field(default_factory=dict, repr=False)
+    _cached: dict[Windows, Weighed] = field(default_factory=dict, repr=False)
 
     @property
     def counts(self) -> Counts:
@@ -51,30 +51,34 @@ class CountsByOrder:
         return self.parts[0][1]
 
     def steps(self, windows: Windows) -> Weighed:
-        """Return what steps have of a figure; none where counts do not tell it."""
-        if windows not in self._known:
-            tables = [(weight, each, windows(each, self.setting)) for weight, each in self.parts]
-            self._known[windows] = [
-                (weight, table[each.is_step]) for weight, each, table in tables if table is not None
+        """Compute a figure of full windows; an empty list where counts do not have it."""
+        if windows not in self._cached:
+            tables = [
+                (weight, counts, windows(counts, self.setting)) for weight, counts in self.parts
             ]
-        return self._known[windows]
+            self._cached[windows] = [
+                (weight, table[counts.is_full_window])
+                for weight, counts, table in tables
+                if table is not None
+            ]
+        return self._cached[windows]
 
     @property
     def imbalances(self) -> Weighed:
         """Imbalance of every window and layer."""
-        return self.steps(imbalance_of)
+        return self.steps(compute_window_imbalances)
 
     @property
     def times(self) -> Weighed:
         """Predicted microseconds of every window and layer; none without a cost model."""
-        return self.steps(us_of)
+        return self.steps(compute_window_us)
 
     def imbalance(self, load: NDArray[Any]) -> Floats:
         """Compute the imbalance [...] of device loads [...,D] on this machine."""
-        return ratios(load, self.setting.topology.speed_of_device)
+        return compute_imbalance(load, self.setting.topology.speed_of_device)
 
     def per_token(self, visits: NDArray[Any] | None) -> float | None:
-        """Compute visits of a token in a layer; None where tokens or visits are not known."""
+        """Compute the mean visits of a token in a layer; None where these are unknown."""
         tokens = self.counts.tokens
         if tokens is None or visits is None:
             return None
@@ -82,12 +86,12 @@ class CountsByOrder:
 
     @property
     def crossing(self) -> float | None:
-        """Share of the pairs that are on different devices; None where they are not known."""
+        """Share of the pairs that are on different devices; None where pairs are unknown."""
         pairs = self.counts.follow
         if pairs is None:
             return None
-        total, stay = pairs.sum(dtype=np.float64), np.einsum("ldd->", pairs, dtype=np.float64)
-        return float((total - stay) / total) if total else 0.0
+        total, stays = pairs.sum(dtype=np.float64), np.einsum("ldd->", pairs, dtype=np.float64)
+        return float((total - stays) / total) if total else 0.0
 
     def rows(self) -> dict[str, NDArray[Any]]:
         """Return rows from device to device, by regime."""
@@ -97,30 +101,30 @@ class CountsByOrder:
 
 @dataclass(frozen=True)
 class Figure:
-    """A number that says what a placement does to traffic; the less, the better.
+    """A measure of a placement on traffic; lower is better.
 
     Parameters
     ----------
     column, decimals, unit
-        How tables show it.
+        Its column in tables, the decimals of its values, and their unit.
     meaning
-        What help says it is.
+        Its definition, for help.
     compute
-        From what was counted; None where that does not tell it. Without it the figure is the mean
-        of what windows have.
+        Computes it from counts; returns None where the counts do not have it. Without this function
+        the figure is the mean of ``windows``.
     windows
-        What every window has of it. A figure that has this has intervals too: those of halves of
-        the traffic, each in windows of its own.
+        Computes it by window. A figure that has this function has intervals too, from halves of the
+        traffic.
     per
-        What it is a mean over: windows that are steps count alike, or tokens do.
+        What it is a mean over: full windows, which have equal weights, or tokens.
     argument
-        Setting of serving or of the replay that it has as an argument; it is None without that, so
-        whoever gives it wants to see the figure.
+        Setting of serving or of the replay that is its argument. Without that setting the figure is
+        None; with it tables show the figure.
     label
-        What a sentence calls it, "less ..."; figures that have one are compared.
+        Its name in a sentence ("less ..."). Figures that have one are compared.
     title, regime, aspect
-        What a conclusion calls it, the regime in which it matters (None for all), and where there
-        is little to gain if a placement saves nothing of it.
+        Its name in a conclusion, the regime in which it matters (None for all), and the aspect in
+        which little can be gained if no placement reduces it.
     """
 
     column: str
@@ -137,29 +141,29 @@ class Figure:
     aspect: str = "in traffic between devices"
 
     def value(self, replay: CountsByOrder) -> float | None:
-        """Compute the figure of what was counted; None where that does not tell it."""
+        """Compute the figure from counts; None where the counts do not have it."""
         if self.compute is not None:
             return self.compute(replay)
         assert self.windows is not None
         if self.per == "window":
-            return mean(replay.steps(self.windows))
+            return average(replay.steps(self.windows))
         return replay.per_token(self.windows(replay.counts, replay.setting))
 
     def text(self, value: float | None) -> str:
-        """Write a value as it stands in a table; a dash where it is not known."""
+        """Format a value for a table; a dash where it is None."""
         return "-" if value is None else f"{value:,.{self.decimals}f}"
 
 
-def mean(parts: Weighed) -> float | None:
-    """Average over windows and layers, by weight; None where there are no parts."""
-    return sum(weight * float(each.mean()) for weight, each in parts) if parts else None
+def average(parts: Weighed) -> float | None:
+    """Average over windows and layers, by the weight of the order; None of an empty list."""
+    return sum(weight * float(values.mean()) for weight, values in parts) if parts else None
 
 
-def ratios(load: NDArray[Any], speed: Floats) -> Floats:
+def compute_imbalance(load: NDArray[Any], speed: Floats) -> Floats:
     """Compute the imbalance [...] of device loads [...,D] on devices of these speeds [D].
 
-    The slowest device's time over that of loads in proportion to speeds. Layers and windows without
-    load count as balanced.
+    It is the slowest device's time over the time with loads in proportion to speeds. Layers and
+    windows without load count as balanced.
     """
 
     def compute(loads: NDArray[Any]) -> Floats:
@@ -176,48 +180,48 @@ def ratios(load: NDArray[Any], speed: Floats) -> Floats:
     return by_block(load, compute)
 
 
-def percentile(parts: Weighed, percent: float) -> float:
-    """Compute the percentile of values [...], each part's by its weight."""
+def compute_percentile(parts: Weighed, percent: float) -> float:
+    """Compute the percentile of the values of all orders, by their weights."""
     if len(parts) == 1:
         return float(np.percentile(parts[0][1], percent))
-    values = np.concatenate([each.ravel() for _, each in parts])
-    weights = np.concatenate([np.full(each.size, weight / each.size) for weight, each in parts])
+    values = np.concatenate([table.ravel() for _, table in parts])
+    weights = np.concatenate([np.full(table.size, weight / table.size) for weight, table in parts])
     order = np.argsort(values, kind="stable")
     total = np.cumsum(weights[order])
     place = int(np.searchsorted(total, percent / 100 * total[-1]))
     return float(values[order][min(place, len(values) - 1)])
 
 
-def busiest_port(rows: NDArray[Any], topology: Topology) -> dict[str, list[float]]:
-    """Compute rows out of and into the busiest port of every tier, of rows [L,D,D], by layer."""
+def count_busiest_ports(rows: NDArray[Any], topology: Topology) -> dict[str, list[float]]:
+    """Count rows [L,D,D] out of and into the busiest port of every tier, averaged over layers."""
     busiest: dict[str, list[float]] = {"out": [], "in": []}
     for tier in range(1, len(topology.levels) + 1):
-        of_tier = rows * (topology.tier == tier)
+        tier_rows = rows * (topology.tier == tier)
         for way, axis in (("out", 2), ("in", 1)):
-            rows_at = of_tier.sum(axis=axis).max(axis=1)
-            busiest[way].append(float(rows_at.mean()) if rows_at.size else 0.0)
+            port_rows = tier_rows.sum(axis=axis).max(axis=1)
+            busiest[way].append(float(port_rows.mean()) if port_rows.size else 0.0)
     return busiest
 
 
-def layer_us(counts: Counts, setting: Setting) -> Floats:
+def compute_layer_us(counts: Counts, setting: Setting) -> Floats:
     """Compute the predicted microseconds of every window and layer [W,L]."""
     model, topology = setting.serving.cost_model, setting.topology
     assert model is not None
-    # Homes are of all windows together: in each they are as in all.
-    of_all = np.maximum(counts.visits.sum(axis=0, dtype=np.float64), 1e-300)
-    from_home = np.ascontiguousarray(counts.dispatch / of_all[:, None, :])
+    # Homes are counted over all windows together: every window has their shares.
+    visits_of_all = np.maximum(counts.visits.sum(axis=0, dtype=np.float64), 1e-300)
+    from_home = np.ascontiguousarray(counts.dispatch / visits_of_all[:, None, :])
     tier, tiers = topology.tier.astype(np.uint16), len(topology.levels)
     times = []
     for run in blocks(len(counts.load), counts.load[0].size):
-        part = counts.run(run)
-        compute = model.compute_us(part.load, part.active, topology.speed_of_device)
+        run_counts = counts.select(run)
+        compute = model.compute_us(run_counts.load, run_counts.active, topology.speed_of_device)
         if setting.serving.regime == "follow":
-            moved = _compute_follow_us(part, topology, model)
+            moved = _compute_follow_us(run_counts, topology, model)
         else:
-            if model.once_per == "node" and part.node_visits is not None and tiers == 2:
-                busiest = _count_rows_by_node(part, part.node_visits, topology)
+            if model.once_per == "node" and run_counts.node_visits is not None and tiers == 2:
+                busiest = _count_rows_by_node(run_counts, run_counts.node_visits, topology)
             else:
-                visits = np.ascontiguousarray(part.visits, dtype=np.float64)
+                visits = np.ascontiguousarray(run_counts.visits, dtype=np.float64)
                 busiest = _core.busiest_rows(visits, from_home, tier, tiers)
             moved = model.ports_us(busiest, topology)
             moved = moved + model.ports_us(busiest, topology, bytes_each=model.bytes_back)
@@ -226,10 +230,10 @@ def layer_us(counts: Counts, setting: Setting) -> Floats:
 
 
 def _count_rows_by_node(counts: Counts, node_visits: NDArray[Any], topology: Topology) -> Floats:
-    """Compute rows at the busiest port [W,L,2] if a row crosses to a node once, for even homes.
+    """Count rows at the busiest port [W,L,2] if a row crosses to a node once, for even homes.
 
-    It arrives at the device with its home's number in the node, which hands it on. So every device
-    of a node gets, and hands on, an equal part of what the node gets.
+    It arrives at the device with its home's number in the node, which forwards it. So every device
+    of a node receives and forwards an equal share of the node's rows.
     """
     nodes, size, devices = topology.nodes, topology.node_size, topology.devices
     elsewhere = node_visits * ((devices - size) / devices)
@@ -237,13 +241,13 @@ def _count_rows_by_node(counts: Counts, node_visits: NDArray[Any], topology: Top
     out_of_node = (node_visits.sum(axis=-1, keepdims=True) - node_visits).max(axis=-1) / devices
     by_node = counts.visits.reshape(*counts.visits.shape[:2], nodes, size).astype(np.float64)
     into = by_node.max(axis=(-2, -1)) * (1 - 1 / size)
-    # Every device hands on its part of all rows of its node but its own.
+    # A device forwards its share of the rows of its node, less those for itself.
     out = (by_node.sum(axis=-1, keepdims=True) - by_node).max(axis=(-2, -1)) / size
     return np.stack([np.maximum(into, out), np.maximum(into_node, out_of_node)], axis=-1)
 
 
 def _compute_follow_us(counts: Counts, topology: Topology, model: CostModel) -> Floats:
-    """Compute microseconds of rows that go on to the next layer, in each window as in all.
+    """Compute microseconds of rows that go on to the next layer; every window has the same shares.
 
     A token with K experts in both layers makes K * K pairs, and its state goes to K experts.
     """
@@ -252,47 +256,47 @@ def _compute_follow_us(counts: Counts, topology: Topology, model: CostModel) -> 
     if counts.follow is None or not len(counts.follow):
         return time
     pairs = counts.follow.sum(axis=(1, 2), dtype=np.float64)
-    # A window's part of every pair: load of the next layer over all pairs.
-    part = load[:, 1:] / np.maximum(pairs, 1)
+    # A window's share of every pair: load of the next layer over all pairs.
+    share = load[:, 1:] / np.maximum(pairs, 1)
     busiest = busiest_ports(counts.follow, topology)
-    time[:, :-1] = model.ports_us(part[:, :, None] * busiest, topology)
+    time[:, :-1] = model.ports_us(share[:, :, None] * busiest, topology)
     return time
 
 
-def imbalance_of(counts: Counts, setting: Setting) -> Floats:
+def compute_window_imbalances(counts: Counts, setting: Setting) -> Floats:
     """Compute the imbalance of every window and layer [W,L]."""
-    return ratios(counts.load, setting.topology.speed_of_device)
+    return compute_imbalance(counts.load, setting.topology.speed_of_device)
 
 
-def filled_of(counts: Counts, setting: Setting) -> Floats | None:
-    """Compute the imbalance [W,L] where a shared expert's tokens fill devices that wait.
+def compute_window_imbalances_with_waterfill(counts: Counts, setting: Setting) -> Floats | None:
+    """Compute the imbalance [W,L] where a shared expert's tokens are sent to devices that wait.
 
-    The slowest device has its routed tokens, or an even part of all work if that is more: docs/
-    mathematics.md. None where nothing is filled.
+    The slowest device has its routed tokens, or an even share of all work if that is more: docs/
+    mathematics.md. None without waterfill.
     """
     ratio = setting.serving.shared_expert_ratio
     if ratio is None:
         return None
-    return np.maximum(imbalance_of(counts, setting) / (1 + ratio), 1.0)
+    return np.maximum(compute_window_imbalances(counts, setting) / (1 + ratio), 1.0)
 
 
-def us_of(counts: Counts, setting: Setting) -> Floats | None:
+def compute_window_us(counts: Counts, setting: Setting) -> Floats | None:
     """Compute the predicted microseconds of every window and layer [W,L]; None without a model."""
-    return None if setting.serving.cost_model is None else layer_us(counts, setting)
+    return None if setting.serving.cost_model is None else compute_layer_us(counts, setting)
 
 
-def visits_of(counts: Counts, setting: Setting) -> NDArray[Any] | None:
-    """Return tokens by the device that they visit [W,L,D]; None where tokens are not known."""
+def get_window_visits(counts: Counts, setting: Setting) -> NDArray[Any] | None:
+    """Return tokens by the device that they visit [W,L,D]; None where tokens are unknown."""
     return None if counts.tokens is None else counts.visits
 
 
-def node_visits_of(counts: Counts, setting: Setting) -> NDArray[Any] | None:
-    """Return tokens by the node that they visit [W,L,N]; None where there is one or none known."""
+def get_window_node_visits(counts: Counts, setting: Setting) -> NDArray[Any] | None:
+    """Return tokens by the node that they visit [W,L,N]; None of one node, or where unknown."""
     return None if counts.tokens is None or setting.topology.nodes < 2 else counts.node_visits
 
 
-def crossed_of(counts: Counts, setting: Setting) -> Floats | None:
-    """Return the tokens of windows by the share of their pairs that cross [W,1]."""
+def get_window_crossings(counts: Counts, setting: Setting) -> Floats | None:
+    """Return the crossing share of every token, summed by window [W,1]; None where not counted."""
     return None if counts.crossed is None else counts.crossed[:, None]
 
 
@@ -303,7 +307,7 @@ FIGURES = {
         "imbalance",
         3,
         "max / mean device load, averaged over layers and whole windows as they arrive (--arrival)",
-        windows=imbalance_of,
+        windows=compute_window_imbalances,
         label="imbalance",
         unit=" x the mean",
         title="Busiest device",
@@ -328,14 +332,14 @@ FIGURES = {
         "worst",
         2,
         "of any layer and window",
-        lambda replay: max(float(each.max()) for _, each in replay.imbalances),
+        lambda replay: max(float(values.max()) for _, values in replay.imbalances),
     ),
     "imbalance_filled": Figure(
         "filled",
         3,
         "imbalance of routed and shared experts' work together, if the dispatcher gives the shared "
         "expert's to devices that wait",
-        windows=filled_of,
+        windows=compute_window_imbalances_with_waterfill,
         argument="waterfill",
         label="imbalance with waterfill",
         unit=" x the mean",
@@ -345,7 +349,7 @@ FIGURES = {
         4,
         "share of transitions between devices",
         lambda replay: replay.crossing,
-        windows=crossed_of,
+        windows=get_window_crossings,
         per="token",
         label="crossing",
         title="Steps that leave the device",
@@ -355,7 +359,7 @@ FIGURES = {
         "fanout",
         3,
         "devices that a token visits in a layer",
-        windows=visits_of,
+        windows=get_window_visits,
         per="token",
         label="fanout",
         title="Devices that a token visits",
@@ -366,7 +370,7 @@ FIGURES = {
         3,
         "nodes that a token visits in a layer",
         lambda replay: replay.per_token(replay.counts.node_visits),
-        windows=node_visits_of,
+        windows=get_window_node_visits,
         per="token",
         label="node fanout",
         title="Nodes that a token visits",
@@ -383,7 +387,7 @@ FIGURES = {
         "layer us",
         1,
         "predicted layer time",
-        windows=us_of,
+        windows=compute_window_us,
         label="predicted layer time",
         unit=US,
     ),
@@ -393,7 +397,9 @@ FIGURES = {
             1,
             f"time that {share} percent of layers and windows do not exceed",
             partial(
-                lambda percent, replay: percentile(replay.times, percent) if replay.times else None,
+                lambda percent, replay: (
+                    compute_percentile(replay.times, percent) if replay.times else None
+                ),
                 share,
             ),
             unit=US,
@@ -403,12 +409,12 @@ FIGURES = {
 }
 
 
-# Figures that are there only if somebody gives their argument.
+# Figures that are None unless their argument is given.
 WITH_ARGUMENT = tuple(name for name, figure in FIGURES.items() if figure.argument)
 
 
 def explain(*names: str) -> str:
-    """Write what columns of a table mean, for help, and the options that give their arguments."""
+    """Write the definitions of columns, for help, with the options that give their arguments."""
     texts = []
     for figure in (FIGURES[name] for name in names):
         option = f" (--{figure.argument.replace('_', '-')})" if figure.argument else ""

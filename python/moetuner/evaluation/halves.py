@@ -1,12 +1,15 @@
-"""Figures of the halves of some traffic: how far they are apart tells how sure a figure is.
+"""Figures of the halves of a recording: their differences give a figure's standard error.
 
-What is independent is dealt into folds, and folds into halves. What a half has in a window is
-scaled to all tokens of the window and weighed by those of the half, and its figures are computed by
-the functions that compute those of all traffic. Both placements of a comparison have the same
-halves, so what they have in common does not blur it.
+Independent samples are dealt into folds, and folds into two halves, in as many ways as there are
+folds. Both placements of a comparison have the same halves, so what they have in common cancels.
+
+A half has some of the tokens of a window. Its counts are those of its folds, scaled to all tokens
+of the window, and the functions that compute the figures of all traffic compute its figures from
+these. A window counts in a half's mean by the share of its tokens that the half has.
 
 Halves are balanced: any two folds are on one side as often as not (McCarthy 1969), by the quadratic
-residues of a prime (Paley 1933). So about as many halves as folds tell what all of them would.
+residues of a prime (Paley 1933). So about as many halvings as folds give the error that all
+halvings would give.
 """
 
 from __future__ import annotations
@@ -19,24 +22,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner.evaluation.arrival import orders, places
+from moetuner.evaluation.arrival import find_places, list_orders
 from moetuner.evaluation.cells import Cells, Dealt
 from moetuner.evaluation.figures import FIGURES, CountsByOrder, Figure, Windows
-from moetuner.evaluation.reading import Progress, part_of
-from moetuner.evaluation.replay import Counts, Setting, counts_of, without_groups
-from moetuner.evaluation.units import Folds, Units
+from moetuner.evaluation.reading import Progress, scale_progress
+from moetuner.evaluation.replay import Counts, Setting, count_each, drop_groups
+from moetuner.evaluation.samples import Folds, Samples
 from moetuner.recording import Recording
 
 Floats = NDArray[np.float64]
 
-# Settings whose halves are kept for each recording.
-KEPT = 16
-# Primes that are 3 modulo 4: folds that each can halve are one more.
+# Settings whose halves are cached for each recording.
+CACHED_SETTINGS = 16
+# Primes that are 3 modulo 4. Each can halve up to one fold more.
 PRIMES = (3, 7, 11, 19)
 # Counts of halves of windows that are in memory at once.
-CELLS = 1 << 20
-# Part of the time of halves that counting all of the traffic takes.
-COUNTING = 0.3
+COUNTS_AT_ONCE = 1 << 20
+# Share of the time that counting all of the traffic takes, before its halves.
+COUNTING_SHARE = 0.3
 
 
 class Halved(NamedTuple):
@@ -45,11 +48,11 @@ class Halved(NamedTuple):
     Parameters
     ----------
     value
-        The figure.
+        The figure of all of the traffic.
     sides
-        The same of both sides of every halving [2,H]; none of a single fold.
+        The figure of both sides of every halving [2,H]; a single fold has no halving.
     folds
-        What was halved.
+        The folds that were halved.
     """
 
     value: float
@@ -60,8 +63,8 @@ class Halved(NamedTuple):
 ByGroup = dict[str | None, dict[str, Halved]]
 
 
-def halvings(folds: int) -> NDArray[np.bool_]:
-    """Return which folds are on the first side of every halving [H,F]; none of a single fold."""
+def choose_halvings(folds: int) -> NDArray[np.bool_]:
+    """Return which folds are on the first side of every halving [H,F]; one fold has no halving."""
     prime = next(prime for prime in PRIMES if prime + 1 >= folds)
     squares = np.arange(1, prime) ** 2 % prime
     first = np.ones((prime, prime + 1), dtype=bool)
@@ -73,7 +76,7 @@ def halvings(folds: int) -> NDArray[np.bool_]:
 def halve(
     traffic: Recording,
     setting: Setting,
-    units: Units,
+    samples: Samples,
     *,
     by_group: bool = True,
     names: Collection[str] | None = None,
@@ -82,7 +85,7 @@ def halve(
     """Compute figures of all traffic (None), of every group that has some, and of their halves."""
     settings = [setting]
     [figures] = halve_each(
-        traffic, settings, units, by_group=by_group, names=names, progress=progress
+        traffic, settings, samples, by_group=by_group, names=names, progress=progress
     )
     return figures
 
@@ -90,7 +93,7 @@ def halve(
 def halve_each(
     traffic: Recording,
     settings: Sequence[Setting],
-    units: Units,
+    samples: Samples,
     *,
     by_group: bool = True,
     names: Collection[str] | None = None,
@@ -98,139 +101,149 @@ def halve_each(
 ) -> list[ByGroup]:
     """Compute what ``halve`` does under settings that differ in their placements and windows alone.
 
-    Windows are as long as the shortest of them or several times that. The tokens of a trace are
-    read a few times for all settings, and not again for those whose halves are known already.
-    Figures are those of some names, by default all that have halves. ``progress`` gets the share of
-    the work that is done.
+    Each window is as long as the shortest one, or several times as long. The tokens of a trace are
+    read a few times for all settings together; settings whose halves are cached need no reading.
+    ``names`` are the figures to compute, by default all that have halves. ``progress`` gets the
+    share of the work that is done.
     """
-    # Halves are of windows as they arrive, and of tokens whose homes are spread evenly.
+    # Halves have no windows of mixed arrival, and the homes of their tokens are spread evenly.
     settings = [setting.with_options(mixed=False, home=None) for setting in settings]
-    halved = {name for name, figure in FIGURES.items() if figure.windows is not None}
-    request = _Request(units, by_group, frozenset(halved if names is None else halved & set(names)))
-    # The same placements are compared with several others, and in windows of several sizes.
+    with_halves = {name for name, figure in FIGURES.items() if figure.windows is not None}
+    chosen_names = with_halves if names is None else with_halves & set(names)
+    request = _Request(samples, by_group, frozenset(chosen_names))
+    # The same placement is compared with several others, and in windows of several sizes.
     cached: list[tuple[Setting, _Request, ByGroup]] = traffic.known.setdefault("halves", [])
-    del cached[: max(len(cached) - KEPT, 0)]
+    del cached[: max(len(cached) - CACHED_SETTINGS, 0)]
 
-    def find(setting: Setting) -> ByGroup | None:
-        for other, answered, figures in cached:
-            if other == setting and answered.covers(request):
+    def find_cached(setting: Setting) -> ByGroup | None:
+        for cached_setting, cached_request, figures in cached:
+            if cached_setting == setting and cached_request.covers(request):
                 return figures if by_group else {None: figures[None]}
         return None
 
-    new = [setting for setting in settings if find(setting) is None]
-    computed = _halve_anew(traffic, new, request, progress)
-    cached += [(setting, request, each) for setting, each in zip(new, computed, strict=True)]
-    return [figures for figures in map(find, settings) if figures is not None]
+    new_settings = [setting for setting in settings if find_cached(setting) is None]
+    computed = _compute_halves(traffic, new_settings, request, progress)
+    for setting, figures in zip(new_settings, computed, strict=True):
+        cached.append((setting, request, figures))
+    return [figures for figures in map(find_cached, settings) if figures is not None]
 
 
 class _Request(NamedTuple):
-    """What is independent in traffic, whether groups are halved, and which figures are computed."""
+    """Independent samples of the traffic, whether its groups are halved, and names of figures."""
 
-    units: Units
+    samples: Samples
     by_group: bool
     names: frozenset[str]
 
     def covers(self, other: _Request) -> bool:
-        """Return whether the answer to this has that to another."""
+        """Return whether the answer to this request holds the answer to another."""
         has_groups = self.by_group or not other.by_group
-        return self.units is other.units and has_groups and other.names <= self.names
+        return self.samples is other.samples and has_groups and other.names <= self.names
 
 
-def _halve_anew(
+def _compute_halves(
     traffic: Recording,
     settings: Sequence[Setting],
     request: _Request,
     progress: Progress | None,
 ) -> list[ByGroup]:
-    """Compute halves under settings that are alike but for placements and windows."""
+    """Compute halves under settings that differ in their placements and windows alone."""
     if not settings:
         return []
     if traffic.sequence is None and len({setting.window for setting in settings}) > 1:
-        # Without labels, folds are runs of windows of one size.
+        # Without sequence labels, folds are runs of windows, which differ with the window's size.
         ends = np.linspace(0, 1, len(settings) + 1).tolist()
         return [
-            _halve_anew(traffic, [setting], request, part_of(progress, begin, end))[0]
+            _compute_halves(traffic, [setting], request, scale_progress(progress, begin, end))[0]
             for setting, begin, end in zip(settings, ends[:-1], ends[1:], strict=True)
         ]
-    one = settings[0]
-    traffic = traffic if request.by_group else without_groups(traffic)
-    rows = traffic.group_rows()
+    common = settings[0]
+    traffic = traffic if request.by_group else drop_groups(traffic)
+    rows_of_group = traffic.group_rows()
     if not request.by_group:
-        rows = {None: rows[None]}
-    folds = {group: request.units.deal(traffic, own, one.window) for group, own in rows.items()}
-    served = orders(traffic, one.serving.arrival, seed=one.options.mixed_seed)
-    halved: list[list[ByGroup]] = []
-    for number, (_, order) in enumerate(served):
-        own_report = part_of(progress, number / len(served), (number + 1) / len(served))
-        counted = [*counts_of(traffic, settings, part_of(own_report, 0, COUNTING), order)]
-        halved.append([{} for _ in settings])
-        for at, (group, own) in enumerate(rows.items()):
-            dealt = Dealt(traffic, own, places(order, own), folds[group])
-            halvings_of = [
-                _Halving(dealt, setting, counts[group], request.names)
-                for setting, counts in zip(settings, counted, strict=True)
+        rows_of_group = {None: rows_of_group[None]}
+    folds = {
+        group: request.samples.deal(traffic, rows, common.window)
+        for group, rows in rows_of_group.items()
+    }
+    orders = list_orders(traffic, common.serving.arrival, seed=common.options.mixed_seed)
+    figures_by_order: list[list[ByGroup]] = []
+    for number, (_, order) in enumerate(orders):
+        report = scale_progress(progress, number / len(orders), (number + 1) / len(orders))
+        counting = scale_progress(report, 0, COUNTING_SHARE)
+        counts_by_setting = [*count_each(traffic, settings, counting, order)]
+        figures_by_setting: list[ByGroup] = [{} for _ in settings]
+        for position, (group, rows) in enumerate(rows_of_group.items()):
+            dealt = Dealt(traffic, rows, find_places(order, rows), folds[group])
+            sums = [
+                _FigureSums(dealt, setting, counts[group], request.names)
+                for setting, counts in zip(settings, counts_by_setting, strict=True)
             ]
-            begin = COUNTING + (1 - COUNTING) * at / len(rows)
-            end = COUNTING + (1 - COUNTING) * (at + 1) / len(rows)
-            _halve_dealt(dealt, halvings_of, part_of(own_report, begin, end))
-            for figures, halving in zip(halved[-1], halvings_of, strict=True):
-                figures[group] = halving.figures()
-    weights = [weight for weight, _ in served]
-    return [_weigh(weights, by_order) for by_order in zip(*halved, strict=True)]
+            begin = COUNTING_SHARE + (1 - COUNTING_SHARE) * position / len(rows_of_group)
+            end = COUNTING_SHARE + (1 - COUNTING_SHARE) * (position + 1) / len(rows_of_group)
+            _add_windows(dealt, sums, scale_progress(report, begin, end))
+            for by_group, figure_sums in zip(figures_by_setting, sums, strict=True):
+                by_group[group] = figure_sums.compute_figures()
+        figures_by_order.append(figures_by_setting)
+    weights = [weight for weight, _ in orders]
+    return [_average_orders(weights, by_order) for by_order in zip(*figures_by_order, strict=True)]
 
 
-def _weigh(weights: Sequence[float], by_order: Sequence[ByGroup]) -> ByGroup:
-    """Return the figures of traffic that arrives in orders of such weights."""
+def _average_orders(weights: Sequence[float], by_order: Sequence[ByGroup]) -> ByGroup:
+    """Average figures over orders of arrival, by their weights."""
     if len(by_order) == 1:
         return by_order[0]
-    weighed: ByGroup = {}
+    averages: ByGroup = {}
     for group, figures in by_order[0].items():
-        weighed[group] = {}
+        averages[group] = {}
         for name, figure in figures.items():
-            value = float(np.dot(weights, [each[group][name].value for each in by_order]))
-            sides = np.tensordot(weights, [each[group][name].sides for each in by_order], axes=1)
-            weighed[group][name] = Halved(value, sides, figure.folds)
-    return weighed
+            halved = [by_group[group][name] for by_group in by_order]
+            value = float(np.dot(weights, [in_order.value for in_order in halved]))
+            sides = np.tensordot(weights, [in_order.sides for in_order in halved], axes=1)
+            averages[group][name] = Halved(value, sides, figure.folds)
+    return averages
 
 
-def _halve_dealt(dealt: Dealt, halvings_of: Sequence[_Halving], progress: Progress | None) -> None:
-    """Add what folds have of windows to halvings of several placements.
+def _add_windows(
+    dealt: Dealt, sums_by_setting: Sequence[_FigureSums], progress: Progress | None
+) -> None:
+    """Add all windows to the sums of several settings.
 
-    It is counted in the shortest windows, of which longer ones are made, and where folds share a
-    window: of others all is known.
+    Folds are counted in the shortest windows, of which longer ones are made, and only where several
+    folds share a window: a window of one fold alone has the counts of all traffic.
     """
-    length = min(each.length for each in halvings_of)
-    number = max(-(-len(dealt.items) // length), 1)
-    is_read = np.zeros(number, dtype=bool)
-    for each in halvings_of if dealt.folds.number > 1 else ():
-        is_read |= each.is_shared.repeat(-(-each.length // length))[:number]
-    counted = dealt.count(
-        is_read,
-        length,
-        {id(each.setting.placement): each.setting for each in halvings_of},
-        times=max(-(-each.length // length) for each in halvings_of),
-        stays=any(each.is_crossing for each in halvings_of),
+    size = min(sums.window_size for sums in sums_by_setting)
+    number = max(-(-len(dealt.items) // size), 1)
+    is_counted = np.zeros(number, dtype=bool)
+    for sums in sums_by_setting if dealt.folds.number > 1 else ():
+        is_counted |= sums.is_shared.repeat(-(-sums.window_size // size))[:number]
+    runs = dealt.count_cells(
+        is_counted,
+        size,
+        {id(sums.setting.placement): sums.setting for sums in sums_by_setting},
+        multiple=max(-(-sums.window_size // size) for sums in sums_by_setting),
+        stays=any(sums.has_crossing for sums in sums_by_setting),
     )
-    for run, cells in counted:
-        for each in halvings_of:
-            each.add(run, length, cells.get(id(each.setting.placement)))
+    for run, cells in runs:
+        for sums in sums_by_setting:
+            sums.add(run, size, cells.get(id(sums.setting.placement)))
         if progress is not None:
             progress(run.stop / number)
 
 
-class _Halving:
-    """Figures of both sides of every halving, under a setting, added up over runs of windows.
+class _FigureSums:
+    """Sums of figures over windows, of both sides of every halving, under one setting.
 
     Parameters
     ----------
     dealt
-        What is halved.
+        The tokens or windows that were dealt into folds.
     setting
-        How it was replayed.
+        How they were replayed.
     counts
-        Counts of all of it, in windows of its own.
+        Counts of all of them, in the windows of the setting.
     names
-        Figures that are computed.
+        Names of the figures to compute.
     """
 
     def __init__(
@@ -238,96 +251,114 @@ class _Halving:
     ) -> None:
         has_tokens = dealt.traffic.ordered
         self.setting, self._folds, self._counts = setting, dealt.folds, counts
-        self.length = dealt.traffic.rows_in(setting.window or max(len(dealt.items), 1))
-        self._tokens = dealt.by_fold(self.length)
-        # What crosses is known of all windows together only.
-        self.is_crossing = "crossing" in names and has_tokens and dealt.traffic.layers > 1
-        self.is_shared = (np.count_nonzero(self._tokens, axis=1) > 1) | self.is_crossing
+        self.window_size = dealt.traffic.rows_in(setting.window or max(len(dealt.items), 1))
+        self._items_by_fold = dealt.count_items(self.window_size)
+        # A replay gives crossings of all windows together, so folds are counted in each window.
+        self.has_crossing = "crossing" in names and has_tokens and dealt.traffic.layers > 1
+        self.is_shared = (np.count_nonzero(self._items_by_fold, axis=1) > 1) | self.has_crossing
         self._pairs = (dealt.traffic.layers - 1) * (dealt.traffic.top_k or 1) ** 2
-        if self.is_crossing:
-            self._counts = replace(counts, crossed=np.zeros(len(self._tokens)))  # not known yet
+        if self.has_crossing:
+            # Zeros stand for crossings by window until these are counted.
+            self._counts = replace(counts, crossed=np.zeros(len(self._items_by_fold)))
         self._visits = np.maximum(counts.visits.sum(axis=0, dtype=np.float64), 1e-300)
         replay = CountsByOrder([(1.0, self._counts)], None, setting)
         self._figures: dict[str, Figure] = {}
         for name, figure in FIGURES.items():
-            # Of counts, which experts tokens meet is known of all windows together only.
-            is_known = figure.per == "window" or has_tokens
-            is_asked = name in names and figure.windows is not None and is_known
-            if is_asked and replay.steps(cast(Windows, figure.windows)):
+            # Load tables give the experts that tokens combine for all windows together only.
+            has_halves = figure.per == "window" or has_tokens
+            is_chosen = name in names and figure.windows is not None and has_halves
+            if is_chosen and replay.steps(cast(Windows, figure.windows)):
                 self._figures[name] = figure
-        self._values = {name: each.value(replay) or 0.0 for name, each in self._figures.items()}
-        first = halvings(dealt.folds.number)
+        self._values = {name: figure.value(replay) or 0.0 for name, figure in self._figures.items()}
+        is_first = choose_halvings(dealt.folds.number)
+        # A side is the set of its folds, one bit each; all first sides, then all second ones [2*H].
         bits = 1 << np.arange(dealt.folds.number)
-        self._sides = (np.concatenate([first, ~first]) @ bits).tolist()
-        # Of every figure its sums over windows of all sides, and of their weights.
+        self._sides: list[int] = (np.concatenate([is_first, ~is_first]) @ bits).tolist()
+        # Sums of weight * value over windows, and of weights, by figure and side [2,2*H].
         self._sums = {name: np.zeros((2, len(self._sides))) for name in self._figures}
 
-    def add(self, run: slice, length: int, cells: Cells | None) -> None:
-        """Add what sides have of a run of windows of so many items, of which these are made."""
-        times, size = -(-self.length // length), self._counts.load[0].size
-        end, step = -(-run.stop // times), max(CELLS // max(len(self._sides) * size, 1), 1)
-        for first in range(run.start // times, end if self._sides else 0, step):
+    def add(self, run: slice, size: int, cells: Cells | None) -> None:
+        """Add a run of the shortest windows, of ``size`` items each, with the counts of its cells.
+
+        Several of them make one window of this setting.
+        """
+        if not self._sides:
+            return
+        multiple, counts_of_window = -(-self.window_size // size), self._counts.load[0].size
+        begin, end = run.start // multiple, -(-run.stop // multiple)
+        step = max(COUNTS_AT_ONCE // max(len(self._sides) * counts_of_window, 1), 1)
+        for first in range(begin, end, step):
             windows = slice(first, min(first + step, end))
-            sides = _core.Sides(self._tokens[windows], self._sides)
-            _, tokens, lengths, of_side = sides.rows()
-            counts = self._counts_of(sides, windows, times, cells)
+            # Sides that have the same folds in a window share a row of counts.
+            sides = _core.Sides(self._items_by_fold[windows], self._sides)
+            _, side_items, window_items, row_of_side = sides.rows()
+            counts = self._count_sides(sides, windows, multiple, cells)
             for name, figure in self._figures.items():
                 assert figure.windows is not None
                 table = figure.windows(counts, self.setting)
                 assert table is not None
+                # The sum over devices, where a table has them, and the mean over layers.
                 value = table.reshape(*table.shape[:2], -1).sum(axis=2).mean(axis=1)
-                weight = tokens / lengths * counts.is_step
+                weight = side_items / window_items * counts.is_full_window
                 if figure.per == "token":
-                    value, weight = value / lengths, tokens.astype(np.float64)
-                self._sums[name] += np.stack([weight * value, weight])[:, of_side].sum(axis=1)
+                    value, weight = value / window_items, side_items.astype(np.float64)
+                sums_of_rows = np.stack([weight * value, weight])
+                self._sums[name] += sums_of_rows[:, row_of_side].sum(axis=1)
 
-    def figures(self) -> dict[str, Halved]:
-        """Return all figures that have halves."""
+    def compute_figures(self) -> dict[str, Halved]:
+        """Compute the weighted means of all figures, from the windows that were added."""
         halved = {}
-        for name, (above, below) in self._sums.items():
+        for name, (weighted_values, weights) in self._sums.items():
             with np.errstate(invalid="ignore"):
-                sides = (above / below).reshape(2, -1)
+                sides = (weighted_values / weights).reshape(2, -1)
             halved[name] = Halved(self._values[name], sides, self._folds)
         return halved
 
-    def _counts_of(
-        self, sides: _core.Sides, windows: slice, times: int, cells: Cells | None
+    def _count_sides(
+        self, sides: _core.Sides, windows: slice, multiple: int, cells: Cells | None
     ) -> Counts:
-        """Return counts of what sides have of windows, each scaled to all tokens of its window."""
-        all_of, crossed = self._counts, None
-        row, _, lengths, _ = sides.rows()
-        window = windows.start + row.astype(np.int64)
+        """Compute the counts of sides in a run of windows, scaled to all tokens of each window.
+
+        Every row is a window and the folds that a side has in it. Rows start as the counts of all
+        traffic; those that have a part of their window are replaced by sums of cells.
+        """
+        replayed, crossed = self._counts, None
+        row_window, _, window_items, _ = sides.rows()
+        window = windows.start + row_window.astype(np.int64)
         tables = {
             name: table[window].astype(np.float64)
             for name in ("load", "visits", "node_visits")
-            if (table := getattr(all_of, name)) is not None
+            if (table := getattr(replayed, name)) is not None
         }
         if cells is not None:
-            ends = np.searchsorted(cells.window, [windows.start * times, windows.stop * times])
-            own = slice(*ends.tolist())
-            of_window = (cells.window[own] // times - windows.start).astype(np.uint32)
-            for table, part in zip(tables.values(), cells.tables, strict=False):
-                sides.add_up(of_window, cells.fold[own], part[own], table)
-            if self.is_crossing:
-                stays = cells.stays[own]
-                own_windows = windows.stop - windows.start
-                of_all_folds = np.bincount(of_window, stays.ravel(), own_windows)
-                stay = of_all_folds[row].astype(np.float64)[:, None, None]
-                sides.add_up(of_window, cells.fold[own], stays, stay)
-                crossed = lengths - stay.ravel() / self._pairs
+            ends = np.searchsorted(
+                cells.window, [windows.start * multiple, windows.stop * multiple]
+            )
+            chosen = slice(*ends.tolist())
+            cell_window = (cells.window[chosen] // multiple - windows.start).astype(np.uint32)
+            cell_fold = cells.fold[chosen]
+            for table, cell_counts in zip(tables.values(), cells.tables, strict=False):
+                sides.add_up(cell_window, cell_fold, cell_counts[chosen], table)
+            if self.has_crossing:
+                stays = cells.stays[chosen]
+                number = windows.stop - windows.start
+                window_stays = np.bincount(cell_window, stays.ravel(), number)
+                row_stays = window_stays[row_window].astype(np.float64)[:, None, None]
+                sides.add_up(cell_window, cell_fold, stays, row_stays)
+                crossed = window_items - row_stays.ravel() / self._pairs
         load, active = tables["load"], None
-        if all_of.active is not None:
-            # An expert is idle if each of its device's tokens is of another one.
+        if replayed.active is not None:
+            # An expert is idle if every token of its device goes to others, independently.
             experts = (self.setting.placement.slots >= 0).sum(axis=2)
-            idle = np.clip(1 - all_of.active[window] / np.maximum(experts, 1), 0, 1)
-            active = experts * (1 - idle ** (load / np.maximum(all_of.load[window], 1)))
-        # Homes are known of all windows together, and stay what they are.
-        dispatch = all_of.dispatch * (tables["visits"].sum(axis=0) / self._visits)[:, None, :]
+            idle = np.clip(1 - replayed.active[window] / np.maximum(experts, 1), 0, 1)
+            active = experts * (1 - idle ** (load / np.maximum(replayed.load[window], 1)))
+        # Homes are counted over all windows together: every row has their shares.
+        dispatch = replayed.dispatch * (tables["visits"].sum(axis=0) / self._visits)[:, None, :]
         return replace(
-            all_of,
+            replayed,
             **tables,
             dispatch=dispatch,
             active=active,
-            is_step=all_of.is_step[window],
+            is_full_window=replayed.is_full_window[window],
             crossed=crossed,
         )

@@ -1,4 +1,4 @@
-"""How sure a figure is: its spread, Student's t, and what is named beyond chance."""
+"""Compute confidence intervals: standard errors, Student's t, and Holm's correction."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.evaluation.halves import Halved
-from moetuner.evaluation.units import Folds
+from moetuner.evaluation.samples import Folds
 from moetuner.frozen import Frozen
 
 CONFIDENCE = 0.95
-# Units below which an interval is shown, but nothing is concluded from it.
+# With fewer units than these an interval is shown, but nothing is concluded from it.
 FEWEST = 5
-# What 95 % of Student's t of 1, 2, ... degrees of freedom do not exceed in size.
+# Two-sided 95 % quantiles of Student's t with 1, 2, ... degrees of freedom.
 QUANTILES = np.array(
     [
         [12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281],
@@ -29,18 +29,18 @@ QUANTILES = np.array(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Spread(Frozen):
-    """A figure, and how far from it the truth may be.
+    """A figure with its standard error.
 
     Parameters
     ----------
     value
         The figure.
     error
-        Its standard error; None of a single unit.
+        Standard error; None where there is a single unit.
     freedom
-        Degrees of freedom of that.
+        Degrees of freedom of the standard error.
     units
-        How many independent units there are.
+        Number of independent units.
     """
 
     value: float
@@ -50,16 +50,16 @@ class Spread(Frozen):
 
     @property
     def is_enough(self) -> bool:
-        """Whether there are units enough to conclude anything."""
+        """Whether there are enough units for a conclusion."""
         return self.units >= FEWEST and self.error is not None
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Interval of 95 % by Student's t; None where it has none."""
+        """Interval of 95 % by Student's t; None without a standard error."""
         if self.error is None:
             return None
-        reach = float(QUANTILES[min(self.freedom, len(QUANTILES)) - 1]) * self.error
-        return self.value - reach, self.value + reach
+        half_width = float(QUANTILES[min(self.freedom, len(QUANTILES)) - 1]) * self.error
+        return self.value - half_width, self.value + half_width
 
     @property
     def low(self) -> float | None:
@@ -77,13 +77,13 @@ class Spread(Frozen):
 
     @property
     def chance(self) -> float:
-        """Probability of such a value, or a larger one, if the true one is 0; 1 of few units."""
+        """One-sided p-value of the hypothesis that the true value is 0; 1 with too few units."""
         if not self.is_enough or self.value <= 0 or self.error is None:
             return 1.0
-        return tail(self.value / self.error, self.freedom) if self.error > 0 else 0.0
+        return compute_tail(self.value / self.error, self.freedom) if self.error > 0 else 0.0
 
     def __neg__(self) -> Spread:
-        """Turn the sign."""
+        """Return the figure with the opposite sign."""
         return Spread(-self.value, self.error, self.freedom, self.units)
 
     def __sub__(self, other: Spread) -> Spread:
@@ -91,46 +91,51 @@ class Spread(Frozen):
         value, units = self.value - other.value, min(self.units, other.units)
         if self.error is None or other.error is None:
             return Spread(value, None, 1, units)
-        own, others = self.error**2, other.error**2
-        parts = own**2 / self.freedom + others**2 / other.freedom
-        freedom = int((own + others) ** 2 / parts) if parts > 0 else self.freedom
-        return Spread(value, math.sqrt(own + others), max(freedom, 1), units)
+        variance, other_variance = self.error**2, other.error**2
+        total = variance + other_variance
+        divisor = variance**2 / self.freedom + other_variance**2 / other.freedom
+        freedom = int(total**2 / divisor) if divisor > 0 else self.freedom
+        return Spread(value, math.sqrt(total), max(freedom, 1), units)
 
 
-def spread(value: float, sides: NDArray[np.float64], folds: Folds) -> Spread:
-    """Return how far a figure is from the truth, by what it is on sides [2,H] of halves."""
-    apart = (sides[0] - sides[1]) / 2
-    apart = apart[np.isfinite(apart)]
-    error = float(np.sqrt(np.mean(apart**2))) if apart.size else None
+def estimate_spread(value: float, sides: NDArray[np.float64], folds: Folds) -> Spread:
+    """Estimate the standard error of a figure from its values on both sides of halvings [2,H]."""
+    deviation = (sides[0] - sides[1]) / 2
+    deviation = deviation[np.isfinite(deviation)]
+    error = float(np.sqrt(np.mean(deviation**2))) if deviation.size else None
     return Spread(value, error, folds.freedom, folds.units)
 
 
 def compute_change(before: Halved, after: Halved) -> Spread:
-    """Return how much a figure changes, relative, by the same halves; none of what was 0."""
+    """Compute the relative change of a figure and its standard error, by the same halves.
+
+    The change of a figure that was 0 is 0, without a standard error.
+    """
     if before.value <= 0:
         return Spread(0.0, None, 1, after.folds.units)
     with np.errstate(divide="ignore", invalid="ignore"):
         sides = after.sides / before.sides - 1
-    return spread(after.value / before.value - 1, sides, after.folds)
+    return estimate_spread(after.value / before.value - 1, sides, after.folds)
 
 
-def holm(chances: Sequence[float]) -> list[float]:
-    """Adjust probabilities so that none falls below a level by chance, as often as the level says.
+def adjust_by_holm(chances: Sequence[float]) -> list[float]:
+    """Adjust p-values for the number of tests (Holm 1979).
 
-    Whatever they have to do with each other (Holm 1979).
+    If nothing is true, any of them is below a level with at most the probability of that level,
+    whatever the dependence of the tests.
     """
-    order = sorted(range(len(chances)), key=lambda place: chances[place])
-    adjusted, least = [1.0] * len(chances), 0.0
-    for rank, place in enumerate(order):
-        least = max(least, min((len(chances) - rank) * chances[place], 1.0))
-        adjusted[place] = least
+    order = sorted(range(len(chances)), key=lambda test: chances[test])
+    adjusted, largest = [1.0] * len(chances), 0.0
+    for rank, test in enumerate(order):
+        largest = max(largest, min((len(chances) - rank) * chances[test], 1.0))
+        adjusted[test] = largest
     return adjusted
 
 
-def tail(t: float, freedom: int) -> float:
-    """Compute the probability that a variate of Student's t of such freedom is above ``t``.
+def compute_tail(t: float, freedom: int) -> float:
+    """Compute the probability that Student's t with ``freedom`` degrees of freedom is above ``t``.
 
-    By finite sums over powers of a cosine (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+    The sums are finite, over powers of a cosine (Abramowitz and Stegun, 26.7.3 and 26.7.4).
     """
     angle = math.atan2(t, math.sqrt(freedom))
     cosine, is_odd, total = math.cos(angle), freedom % 2, 0.0

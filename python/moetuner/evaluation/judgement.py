@@ -1,4 +1,4 @@
-"""Judgement: what a change of placement does to traffic, to whom, and whether that may be chance.
+"""Judge a change of placement: its gain, the groups that lose, and whether that may be chance.
 
 An optimiser that is neutral on average can serve some traffic worse. To measure the outcomes of a
 neutral optimisation group by group, whatever its intent, is the idea of Ali et al., "Discrimination
@@ -17,9 +17,9 @@ from moetuner.evaluation import Evaluation, Replayed, evaluate_each
 from moetuner.evaluation.comparison import PRICE, Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.halves import Halved, halve, halve_each
-from moetuner.evaluation.intervals import CONFIDENCE, FEWEST, Spread, compute_change, holm
+from moetuner.evaluation.intervals import CONFIDENCE, FEWEST, Spread, adjust_by_holm, compute_change
 from moetuner.evaluation.options import ReplayOptions
-from moetuner.evaluation.units import Units, units_of
+from moetuner.evaluation.samples import Samples, find_samples
 from moetuner.frozen import Frozen, as_json, html_table
 from moetuner.placement import Placement, contiguous
 from moetuner.serving import Serving, make_serving
@@ -37,20 +37,20 @@ Comparisons = dict[str, Comparison]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Judgement(Frozen):
-    """What changing from one placement to another does to the same traffic.
+    """Comparisons of two placements on the same traffic: all of it, and every group.
 
     Parameters
     ----------
     before, after
-        What ``evaluate`` said of both.
+        Evaluations of both placements.
     measure
-        The figure that the verdict is on.
+        Name of the figure that the verdict is about.
     whole
-        All traffic, by figure.
+        Comparisons of all traffic, by figure.
     groups
-        Every group that has tokens or windows, by figure; empty where groups were not asked for.
+        Comparisons of every group that has tokens or windows, by figure; empty without groups.
     units
-        What is independent in the traffic; None where it is not known any more.
+        Independent samples of the traffic; None where they are not known any more.
 
     Examples
     --------
@@ -68,30 +68,30 @@ class Judgement(Frozen):
     measure: str
     whole: Comparisons
     groups: dict[str, Comparisons] = field(default_factory=dict)
-    units: Units | None = field(default=None, repr=False)
+    units: Samples | None = field(default=None, repr=False)
 
     _also_shown = ("sentence",)
 
     @property
     def sentence(self) -> str:
-        """What all traffic gains, and how sure that is."""
+        """The gain of all traffic and its interval, in words."""
         return self.gain.sentence
 
     @property
     def gain(self) -> Comparison:
-        """What all traffic gains, in the figure that the verdict is on."""
+        """Comparison of all traffic in the figure that the verdict is about."""
         return self.whole[self.measure]
 
     # Programs outside the package read an advice's by this name.
     @property
     def figures(self) -> Comparisons:
-        """All traffic, by figure, which is ``whole``."""
+        """Comparisons of all traffic, by figure: ``whole``."""
         return self.whole
 
     @property
     def gains(self) -> Comparisons:
-        """Figures of which there is something to save."""
-        return {name: each for name, each in self.whole.items() if each.before}
+        """Comparisons of all traffic in figures that were above 0 before."""
+        return {name: comparison for name, comparison in self.whole.items() if comparison.before}
 
     @property
     def window(self) -> int | None:
@@ -100,43 +100,48 @@ class Judgement(Frozen):
 
     @property
     def layers(self) -> int:
-        """Layers of a step."""
+        """Number of layers."""
         return len(self.after.imbalance_per_layer)
 
     @property
     def by_group(self) -> dict[str, Comparisons]:
-        """Comparisons of groups; without groups all traffic is one, called ``"all"``."""
+        """Comparisons of groups; without groups those of all traffic, as group ``"all"``."""
         return self.groups or {"all": self.whole}
 
     @property
     def too_few(self) -> dict[str, int]:
-        """Groups of which nothing is said, as they have fewer than five units, and how many."""
-        numbers = {name: next(iter(own.values())).units for name, own in self.by_group.items()}
+        """Groups that have fewer than five units, too few for a conclusion, and their number."""
+        numbers = {
+            name: next(iter(comparisons.values())).units
+            for name, comparisons in self.by_group.items()
+        }
         return {name: number for name, number in numbers.items() if number < FEWEST}
 
     def worse(self, than: float = 0.0, *, measures: Collection[str] = ()) -> list[Comparison]:
         """Return groups that got worse by more than a share, beyond chance; the worst first.
 
         Beyond chance: where no group is worse, and none is behind, nineteen of twenty judgements
-        name nobody. Without groups all traffic is one.
+        name no group. Without groups all traffic is one.
         """
-        named = [
-            each
-            for each in self._judged(than, measures)
-            if each.chance <= 1 - CONFIDENCE and _is_above(each.change, than)
+        worse = [
+            comparison
+            for comparison in self._select_comparisons(than, measures)
+            if comparison.chance <= 1 - CONFIDENCE and _is_above(comparison.change, than)
         ]
-        return sorted(named, key=lambda each: -each.change.value)
+        return sorted(worse, key=lambda comparison: -comparison.change.value)
 
     def behind(self, than: float = 0.0, *, measures: Collection[str] = ()) -> list[Comparison]:
         """Return groups that gain less than the best served one by more than a share."""
-        named = [
-            each
-            for each in self._judged(than, measures)
-            if each.behind_chance <= 1 - CONFIDENCE and _is_above(each.behind, than)
+        behind = [
+            (comparison.behind.value, comparison)
+            for comparison in self._select_comparisons(than, measures)
+            if comparison.behind is not None
+            and comparison.behind_chance <= 1 - CONFIDENCE
+            and _is_above(comparison.behind, than)
         ]
-        return sorted(named, key=lambda each: -each.behind.value if each.behind else 0.0)
+        return [comparison for _, comparison in sorted(behind, key=lambda pair: -pair[0])]
 
-    def _judged(self, than: float, measures: Collection[str]) -> list[Comparison]:
+    def _select_comparisons(self, than: float, measures: Collection[str]) -> list[Comparison]:
         """Return the comparisons of every group in some measures, by default in all."""
         if not check.is_number(than):
             raise ValueError(f"than must be a finite number, got {check.shown(than)}")
@@ -144,18 +149,24 @@ class Judgement(Frozen):
         for measure in measures:
             check.one_of("measures", measure, self.whole)
         return [
-            own[name]
-            for own in self.by_group.values()
+            comparisons[name]
+            for comparisons in self.by_group.values()
             for name in measures or self.whole
-            if name in own  # what has no halves is of all traffic alone
+            if name in comparisons  # figures without halves are those of all traffic only
         ]
 
     def _repr_html_(self) -> str:
         head = ("measure", "group", "before", "after", "change", "from", "to")
         rows: list[tuple[Any, ...]] = [
-            (name, group, own[name].before, own[name].after, *own[name].change.to_dict().values())
+            (
+                name,
+                group,
+                comparisons[name].before,
+                comparisons[name].after,
+                *comparisons[name].change.to_dict().values(),
+            )
             for name in self.whole
-            for group, own in {"all": self.whole, **self.groups}.items()
+            for group, comparisons in {"all": self.whole, **self.groups}.items()
         ]
         return html_table(head, rows)
 
@@ -168,32 +179,34 @@ class Judgement(Frozen):
                 "answer": self.gain.answer,
                 "whole": self.whole,
                 "groups": self.groups,
-                "units": self._units_facts(),
+                "units": self._describe_samples(),
                 "too_few": self.too_few,
-                "worse": _name(self.worse()),
-                "behind": _name(self.behind()),
+                "worse": _list_names(self.worse()),
+                "behind": _list_names(self.behind()),
             }
         )
         return fields
 
-    def _units_facts(self) -> dict[str, Any]:
-        """Return what is independent, and how many of that the traffic has, as JSON values."""
+    def _describe_samples(self) -> dict[str, Any]:
+        """Return the kind and number of independent samples of the traffic, as JSON values."""
         units = self.units
-        length = None if units is None else units.blocks.length
+        length = None if units is None else units.blocks.correlation_length
         name = None if units is None else units.name
         return {"kind": name, "number": self.gain.units, "block_length": length}
 
 
 def _is_above(change: Spread | None, least: float) -> bool:
-    """Return whether a change is surely positive, and larger than a share."""
+    """Return whether a change is larger than a share, and its interval above 0."""
     if change is None or change.low is None:
         return False
     return change.low > 0 and change.value > least
 
 
-def _name(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
-    """Return groups and figures, which say where comparisons stand, as JSON values."""
-    return [{"group": each.group, "measure": each.measure} for each in comparisons]
+def _list_names(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """Return the group and figure of every comparison, as JSON values."""
+    return [
+        {"group": comparison.group, "measure": comparison.measure} for comparison in comparisons
+    ]
 
 
 def judge(
@@ -203,35 +216,35 @@ def judge(
     figure: str | None = None,
     measures: Collection[str] = (),
     by_group: bool = False,
-    units: Units | None = None,
+    units: Samples | None = None,
     price: float = PRICE,
     names: tuple[str, str] = ("before", "after"),
     progress: Callable[[float], None] | None = None,
 ) -> Judgement:
-    """Return what a change of placement does, by what both placements do to the same traffic.
+    """Compare the evaluations of two placements on the same traffic, figure by figure.
 
-    Every command and every page shows what this returns.
+    Every command and every page shows this judgement.
 
     Parameters
     ----------
     before, after
-        What ``evaluate`` said of the same traffic.
+        Evaluations of both placements on the same traffic.
     figure
-        The figure that the verdict is on; by default the one that the second placement was solved
-        for, where its settings say it. Where the traffic does not tell that, the predicted time or,
-        without one, the imbalance.
+        Name of the figure that the verdict is about; by default the one that the second placement
+        was solved for, where its settings name it. Where the traffic does not have that figure, the
+        predicted time or, without one, the imbalance.
     measures
-        Figures to compare, besides that one; by default all whose parts add up.
+        Names of figures to compare, besides that one; by default all that have intervals.
     by_group
-        Whether to compare the groups of the traffic too.
+        Whether to compare the groups of the traffic, too.
     units
-        What is independent in the whole recording, by default in the traffic itself.
+        Independent samples of the whole recording; by default those of the traffic itself.
     price
         Share up to which a gain is not worth the trouble of a change.
     names
         Names of the two placements.
     progress
-        Called now and then with the share of the comparison that is done.
+        Called with the share of the comparison that is done.
 
     Raises
     ------
@@ -249,13 +262,13 @@ def judge(
     >>> judgement.gain.sentence
     'better has 16.5 % less predicted layer time than blocks (95 % interval 16.5 to 16.5 %).'
     """
-    for side, each in (("before", before), ("after", after)):
-        check.instance(side, each, Evaluation, hint=", such as evaluate(placement, trace)")
+    for side, evaluation in (("before", before), ("after", after)):
+        check.instance(side, evaluation, Evaluation, hint=", such as evaluate(placement, trace)")
     check.share("price", price)
     check.flag("by_group", by_group)
     check.callable_or_none("progress", progress)
     if units is not None:
-        check.instance("units", units, Units)
+        check.instance("units", units, Samples)
     if figure is not None:
         check.one_of("figure", figure, FIGURES)
     measures = check_measures(measures)
@@ -265,32 +278,38 @@ def judge(
         figure = solved_for if isinstance(solved_for, str) else None
     both = (before, after)
     choices = [name for name in (figure, "predicted_layer_us", "imbalance") if name in FIGURES]
-    measure = next(name for name in choices if None not in [getattr(each, name) for each in both])
+    measure = next(
+        name
+        for name in choices
+        if all(getattr(evaluation, name) is not None for evaluation in both)
+    )
     changes: dict[str | None, dict[str, Spread]] = {None: {}}
     if before.replayed is not None and after.replayed is not None:
-        units = _units_of(after.replayed) if units is None else units
-        asked = {*measures, measure, "imbalance"} if measures else None
+        units = _find_samples(after.replayed) if units is None else units
+        halved_names = {*measures, measure, "imbalance"} if measures else None
         changes = _measure_changes(
             before.replayed,
             after.replayed,
             units,
             by_group=by_group,
-            names=asked,
+            names=halved_names,
             progress=progress,
         )
     compared: dict[str | None, Comparisons] = {}
-    for group, own in changes.items():
-        old, new = (each if group is None else each.by_group[group] for each in both)
-        compared_names = [name for name in own if name in measures or not measures]
+    for group, changes_of_group in changes.items():
+        old, new = (
+            evaluation if group is None else evaluation.by_group[group] for evaluation in both
+        )
+        compared_names = [name for name in changes_of_group if name in measures or not measures]
         if group is None:
             compared_names = [*dict.fromkeys((*compared_names, measure))]
         compared[group] = {
-            name: _compare(name, old, new, own.get(name), units, group, price, names)
+            name: _compare(name, old, new, changes_of_group.get(name), units, group, price, names)
             for name in compared_names
         }
     overall = compared.pop(None)
-    groups = {group: own for group, own in compared.items() if group is not None}
-    judged = _weigh_groups(groups or {"all": overall})
+    groups = {group: comparisons for group, comparisons in compared.items() if group is not None}
+    judged = _judge_groups(groups or {"all": overall})
     return Judgement(
         before,
         after,
@@ -302,7 +321,7 @@ def judge(
 
 
 def check_measures(measures: Collection[str]) -> list[str]:
-    """Return figures that are compared, checked."""
+    """Check the names of figures to compare, and return them as a list."""
     listed = list(check.listed("measures", measures, "names"))
     for measure in listed:
         check.one_of("measures", measure, MEASURES)
@@ -323,12 +342,12 @@ def _compare(
     before: Evaluation,
     after: Evaluation,
     change: Spread | None,
-    units: Units | None,
+    units: Samples | None,
     group: str | None,
     price: float,
     names: tuple[str, str],
 ) -> Comparison:
-    """Compare two evaluations in a figure, whose change has the interval of its halves."""
+    """Compare two evaluations in a figure, given its change and interval from halves."""
     old, new = getattr(before, measure), getattr(after, measure)
     value = new / old - 1 if old else 0.0
     if change is None:
@@ -344,42 +363,42 @@ def _compare(
     )
 
 
-def _units_of(replayed: Replayed) -> Units:
-    """Return what is independent in what was replayed."""
+def _find_samples(replayed: Replayed) -> Samples:
+    """Return the independent samples of replayed traffic."""
     setting = replayed.setting
-    return units_of(replayed.traffic, window=setting.window, threads=setting.options.threads)
+    return find_samples(replayed.traffic, window=setting.window, threads=setting.options.threads)
 
 
 def _measure_changes(
     before: Replayed,
     after: Replayed,
-    units: Units,
+    samples: Samples,
     *,
     by_group: bool,
     names: Collection[str] | None,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str | None, dict[str, Spread]]:
-    """Compute changes of some figures of all traffic (None), and of groups, from equal halves."""
-    machines = [replace(each.setting.topology, name=None) for each in (before, after)]
+    """Compute changes of figures of all traffic (None), and of groups, by the same halves."""
+    machines = [replace(replayed.setting.topology, name=None) for replayed in (before, after)]
     if machines[0] != machines[1]:
         raise ValueError("before and after must be of one machine: give evaluate() its topology")
-    sizes = [f"{each.traffic.length} {each.traffic.unit}s" for each in (before, after)]
+    sizes = [f"{replayed.traffic.length} {replayed.traffic.unit}s" for replayed in (before, after)]
     # Halves of a group are those that are computed with all traffic.
     by_group = by_group or None not in (before.group, after.group)
-    alone = replace(after.setting, placement=before.setting.placement)
-    if before.traffic is after.traffic and before.setting == alone:
-        settings = [each.setting for each in (before, after)]
+    with_old_placement = replace(after.setting, placement=before.setting.placement)
+    if before.traffic is after.traffic and before.setting == with_old_placement:
+        settings = [replayed.setting for replayed in (before, after)]
         both = halve_each(
-            after.traffic, settings, units, by_group=by_group, names=names, progress=progress
+            after.traffic, settings, samples, by_group=by_group, names=names, progress=progress
         )
     else:
         both = [
-            halve(each.traffic, each.setting, units, by_group=by_group, names=names)
-            for each in (before, after)
+            halve(replayed.traffic, replayed.setting, samples, by_group=by_group, names=names)
+            for replayed in (before, after)
         ]
     if before.group is not None:
-        both = [{None: each[before.group]} for each in both]
-    numbers = [each[None]["imbalance"].folds.units for each in both]
+        both = [{None: figures[before.group]} for figures in both]
+    numbers = [figures[None]["imbalance"].folds.units for figures in both]
     if sizes[0] != sizes[1] or numbers[0] != numbers[1]:
         raise ValueError(
             f"before and after must be of the same traffic, got {sizes[0]} and {sizes[1]}"
@@ -396,28 +415,31 @@ def _change_figures(before: dict[str, Halved], after: dict[str, Halved]) -> dict
     }
 
 
-def _weigh_groups(groups: dict[str, Comparisons]) -> dict[str, Comparisons]:
-    """Judge all changes of all groups, and how far each is behind the best, as one family."""
-    judged = {group: dict(own) for group, own in groups.items()}
+def _judge_groups(groups: dict[str, Comparisons]) -> dict[str, Comparisons]:
+    """Adjust the probabilities of all groups' changes, and of their lags behind the best group.
+
+    All of them are one family of tests.
+    """
+    judged = {group: dict(comparisons) for group, comparisons in groups.items()}
     changed: list[tuple[str, str, float]] = []
     behind: list[tuple[str, str, float]] = []
     for measure in next(iter(groups.values())):
         enough = {
-            group: own[measure].change
-            for group, own in groups.items()
-            if not own[measure].is_too_few
+            group: comparisons[measure].change
+            for group, comparisons in groups.items()
+            if not comparisons[measure].is_too_few
         }
-        # Best is whose gain is surest: a small group may seem to gain most by chance.
+        # The best group has the best upper bound: a small group may seem to gain most by chance.
         best = min(enough, key=lambda group: enough[group].high or 0.0, default="")
         for group, change in enough.items():
             changed.append((group, measure, change.chance))
             if group != best:
-                apart = change - enough[best]
-                judged[group][measure] = replace(judged[group][measure], behind=apart)
-                # The best was picked out of all others, for being far from this one.
-                chance = min((len(enough) - 1) * apart.chance, 1.0)
+                lag = change - enough[best]
+                judged[group][measure] = replace(judged[group][measure], behind=lag)
+                # The best was selected among all others (Bonferroni).
+                chance = min((len(enough) - 1) * lag.chance, 1.0)
                 behind.append((group, measure, chance))
-    chances = holm([chance for _, _, chance in (*changed, *behind)])
+    chances = adjust_by_holm([chance for _, _, chance in (*changed, *behind)])
     for (group, measure, _), chance in zip(changed, chances[: len(changed)], strict=True):
         judged[group][measure] = replace(judged[group][measure], chance=chance)
     for (group, measure, _), chance in zip(behind, chances[len(changed) :], strict=True):
@@ -426,14 +448,14 @@ def _weigh_groups(groups: dict[str, Comparisons]) -> dict[str, Comparisons]:
 
 
 def verdict(before: Evaluation, after: Evaluation, *, price: float = PRICE) -> Comparison:
-    """Return whether a change of placement is worth it, by what both do to the same traffic.
+    """Compare the evaluations of two placements, and conclude whether a change is worth it.
 
-    It is judged in the figure that the second placement was solved for, as ``judge`` does.
+    The figure is that which the second placement was solved for, as in ``judge``.
 
     Parameters
     ----------
     before, after
-        What ``evaluate`` said of the same traffic.
+        Evaluations of both placements on the same traffic.
     price
         Share up to which a gain is not worth the trouble of a change.
 
@@ -467,29 +489,29 @@ def audit(
     split: Split = "even",
     arrival: Arrival = "bursts",
     threads: int | None = None,
-    units: Units | None = None,
+    units: Samples | None = None,
     measures: Collection[str] = (),
     waterfill: float | None = None,
 ) -> Judgement:
-    """Return what a placement does to every group of the traffic, compared with a baseline.
+    """Compare a placement with a baseline on every group of the traffic.
 
     Every group is replayed by itself, in windows of its own tokens, under both placements.
-    Intervals tell how far halves of the whole sequences are apart; where these are not known,
-    halves of runs of windows that are longer than neighbours are alike. Both placements have the
-    same halves, so what they have in common does not blur the change. What is named is corrected
-    for the number of groups and measures (Holm's way).
+    Intervals come from the differences of halves of the traffic: halves of whole sequences or,
+    without sequence labels, of runs of windows. Both placements have the same halves, so what they
+    have in common cancels. Probabilities are corrected for the number of groups and measures
+    (Holm's method).
 
     Parameters
     ----------
     placement
         What to audit.
     traffic
-        A trace; or a load table, which tells imbalance and time only.
+        A trace; or a load table, which gives imbalance and time only.
     topology
         Nodes and speeds of the devices; by default those that the placement was computed for, where
         its settings have them, else one node of equal devices.
     baseline
-        What to compare with; experts in blocks by default, as engines place them.
+        Placement to compare with; experts in blocks by default, as engines place them.
     window
         Tokens per window of a trace.
     cost_model, regime, split, arrival
@@ -497,10 +519,10 @@ def audit(
     threads
         Threads to use, all cores by default; the answer does not depend on it.
     units
-        What is independent in the traffic; by default what ``units_of`` finds in it. Give that of a
-        whole recording to audit a part of it.
+        Independent samples of the traffic; found in it by default. Give those of a whole recording
+        to audit a part of it.
     measures
-        Measures to compare, of those that the traffic tells; all by default.
+        Names of figures to compare; by default all that the traffic gives.
     waterfill
         As in ``evaluate``.
 
@@ -536,18 +558,23 @@ def audit(
     check.instance("baseline", baseline, Placement)
     check.whole_number("window", window)
     if units is not None:
-        check.instance("units", units, Units)
+        check.instance("units", units, Samples)
     measures = check_measures(measures)
     if not traffic.length:
         raise ValueError("traffic must have tokens to audit, got a trace of 0")
     pair = [baseline, placement]
     options = ReplayOptions(mixed=False, threads=threads)
     [(before, after)] = evaluate_each(pair, traffic, [serving], options)
-    known = [name for name in measures if getattr(after, name) is not None]
-    if measures and not known:
+    measured = [name for name in measures if getattr(after, name) is not None]
+    if measures and not measured:
         raise check.ArgumentError(
             f"measures must be figures that the traffic has, got {','.join(measures)}", "measures"
         )
     return judge(
-        before, after, figure=next(iter(known), None), measures=known, by_group=True, units=units
+        before,
+        after,
+        figure=next(iter(measured), None),
+        measures=measured,
+        by_group=True,
+        units=units,
     )

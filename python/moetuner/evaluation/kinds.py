@@ -1,9 +1,9 @@
-"""Kinds of sequences that route alike, which show that traffic repeats few prompts.
+"""Find kinds of sequences, or windows, that route alike: traffic may repeat few prompts.
 
 Two sequences of one kind differ by the noise of their tokens alone. Where all sequences differ by
-much more than that, each is of its own kind; where none does, all traffic routes alike and nothing
-tells prompts apart. Windows of a load table that changes little by little are of no kinds: those
-that are near each other in time are alike, and what is cut out of such a path has neighbours.
+much more than that, each is a kind of its own; where none does, all traffic is of one kind. A load
+table that drifts slowly has no kinds: its windows are alike because they are near in time, so they
+are samples with autocorrelation (``samples``).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moetuner import _checks as check
 from moetuner import _core
-from moetuner.evaluation.reading import Progress, Rows, part_of, read
+from moetuner.evaluation.reading import Progress, Rows, read, scale_progress
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
@@ -24,66 +24,68 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Likeness = Literal["text", "part of the text", "experts"]
 
-# Cells of counts [S,L,E] that are held; of more, fewer layers are looked at, and none of too many.
+# Largest number of counts [S,L,E] in memory, and of layers that are compared; of many sequences
+# fewer layers are compared, or none.
 CELLS = 1 << 24
 LAYERS = 8
-# Most kinds that are looked for.
+# Largest number of kinds.
 MOST = 256
-# Standard deviations of its noise by which a sequence may be from its kind.
+# Standard deviations of its noise by which a sequence may be from the mean of its kind.
 NEAR = 4.0
-# Part of what sequences differ by, in their squared distance, that is a small change of a prompt:
-# of what one pair in ten differs by at most, as most pairs may be of two subjects. How much further
-# the next kind must be, and sequences that are compared two by two for that.
+# Squared distance that a small change of a prompt may explain, as a share of the lowest decile of
+# distances (most pairs may be of two subjects). How many times further the next kind must be, in
+# squared distance; and the largest number of sequences that are compared pairwise for that.
 CHANGED, LOCAL, SEPARATE, COMPARED = 0.45, 0.1, 5.0, 4096
-# How much kinds must differ, in terms of the noise of a sequence, for anything to be said.
+# Least mean squared distance of kinds, in multiples of that which noise gives two sequences.
 APART = 3.0
-# Kinds are few if there is one for so many sequences or more.
+# Least mean number of sequences of a kind.
 EACH = 2
-# Parts of the shorter of two texts that the longer one must have, to share a document with it, and
-# to repeat it: generations that were cut off, or went on, are repeated text.
+# Shares of the shorter of two texts that the longer one must have: to share a document with it, and
+# to repeat it. Generations that were cut off, or went on, are repeated text.
 SHARES, REPEATS = 0.4, 0.9
-# Passages by which shared text is found: fewest tokens of each; how often any two may be the same
-# by chance, in all of a trace; and how many there may be, else one of several is looked at.
+# Passages by which shared text is found: fewest tokens of each; expected number of pairs in a trace
+# that are the same by chance; and the largest number of passages, of more a sample is compared.
 PASSAGE, BY_CHANCE, PASSAGES = 4, 0.01, 1 << 22
 FACTOR = 0x9E3779B97F4A7C15
-# A passage that more than this part of the sequences have is of all traffic, as system prompts are.
+# A passage that more than this share of the sequences have is no text of theirs: a system prompt.
 OF_ALL = 0.5
-# Part of the windows that are of one kind, above which traffic is steady but for some windows.
+# Share of the windows in one kind above which traffic is steady but for some windows.
 STEADY = 0.75
-# Part of the windows that are of kinds of other groups, where kinds are not those of a group each.
+# Share of the windows that are not in the main group of their kind, from which groups share kinds.
 SHARED = 0.1
-# Standard errors by which kinds that are most alike must be nearer in time than others, to be
-# pieces of a path.
+# Standard errors by which the most similar kinds must be nearer in time than any two, to be pieces
+# of a path.
 NEARER = 1.5
-# Windows beyond this part of all are far apart in time, and the part of the pairs of one kind that
-# are as far apart, of those that any two windows are, from which kinds come again all the time.
+# Two windows are far apart in time beyond a third of all. Kinds recur where pairs of one kind are
+# far apart at least half as often as any two windows are.
 FAR, AGAIN = 3, 0.5
 # Groups of fewer windows on average have no level of their own.
 FEW_PER_GROUP = 4
 
 
-def kinds_of(
+def find_sequence_kinds(
     trace: RoutingTrace, labels: NDArray[np.int32], progress: Progress | None = None
 ) -> tuple[Integers | None, Likeness, bool]:
-    """Find the kinds of the sequences in ``labels`` [S], numbered; None where each is its own.
+    """Return the kind [S] of the sequences in ``labels`` [S]; None where each is a kind of its own.
 
-    Sequences that share a document are of one kind, and so are those that route alike. Groups are
-    kinds that are known, so each is looked at by itself. Also return what those of a kind have in
-    common, and whether no group has sequences that differ by more than the noise of their tokens.
-    ``progress`` gets the share of two readings of the trace.
+    Sequences that share a document are of one kind, and so are those that route alike. Two groups
+    share no kind. Also return what sequences of a kind have in common, and whether in every group
+    sequences differ by no more than the noise of their tokens. ``progress`` gets the share of two
+    readings of the trace.
     """
     number = len(labels)
     assert trace.sequence is not None
-    label, of_sequence = check.ranks(trace.sequence, labels), np.zeros(number, dtype=np.int64)
+    label, group = check.ranks(trace.sequence, labels), np.zeros(number, dtype=np.int64)
     if trace.group is not None:
-        of_sequence[label] = trace.group
-    text, likeness = number_texts(trace, label, number, part_of(progress, 0, 1 / 2))
+        group[label] = trace.group
+    text, likeness = number_texts(trace, label, number, scale_progress(progress, 0, 1 / 2))
     texts, first = np.unique(text, return_index=True)
     layers = min(LAYERS, trace.layers, CELLS // max(number * trace.num_experts, 1))
     if layers < 1:
         return (text if len(texts) < number else None), likeness, False
-    count = loads_by(trace, label, number, layers, part_of(progress, 1 / 2, 1))[first]
-    kind, all_alike = _find_kinds_by_group(count, of_sequence[first])
+    report = scale_progress(progress, 1 / 2, 1)
+    count = count_loads_by_label(trace, label, number, layers, report)[first]
+    kind, all_alike = _find_kinds_by_group(count, group[first])
     if EACH * (int(kind.max(initial=-1)) + 1) > len(texts):
         kind = np.arange(len(texts))
     kinds = int(kind.max(initial=-1)) + 1
@@ -92,8 +94,8 @@ def kinds_of(
     return (kind[text] if kinds < number else None), likeness, all_alike
 
 
-def kinds_of_windows(statistics: RoutingStatistics) -> tuple[Integers | None, bool]:
-    """Find the kinds of the windows of loads [W], as ``kinds_of`` those of sequences."""
+def find_window_kinds(statistics: RoutingStatistics) -> tuple[Integers | None, bool]:
+    """Return the kind of every window [W] of loads, or None, and whether all windows are alike."""
     number = statistics.windows
     layers = min(LAYERS, statistics.layers, CELLS // max(number * statistics.experts, 1))
     used = statistics.window_load.any(axis=(1, 2))
@@ -107,7 +109,7 @@ def kinds_of_windows(statistics: RoutingStatistics) -> tuple[Integers | None, bo
     if group is None or (joint is not None and _are_shared(joint, group)):
         return joint, False
     if int(np.diff(group).astype(bool).sum()) >= 2 * len(np.unique(group)):
-        # What takes turns may be of one kind at a time, at the level of each group.
+        # Groups that take turns may share kinds, each around the mean of the group.
         joint = _find_few_kinds(count, group, are_windows=True)
         if joint is not None and _are_shared(joint, group):
             return (joint if np.bincount(joint).max() <= STEADY * number else None), False
@@ -116,50 +118,55 @@ def kinds_of_windows(statistics: RoutingStatistics) -> tuple[Integers | None, bo
 
 
 def _are_shared(kind: Integers, group: Integers) -> bool:
-    """Return whether kinds [W] are not those of one group each: of ten windows, one is of more."""
+    """Return whether groups share kinds [W]: a tenth of the windows is not of its main group.
+
+    True of a single group.
+    """
     size = np.zeros((int(kind.max()) + 1, int(group.max()) + 1))
     np.add.at(size, (kind, group), 1)
-    return bool(size.max(axis=1).sum() < (1 - SHARED) * len(kind)) or size.shape[1] == 1
+    in_main_group = size.max(axis=1).sum()
+    return bool(in_main_group < (1 - SHARED) * len(kind)) or size.shape[1] == 1
 
 
 def number_texts(
     trace: RoutingTrace, label: Integers, number: int, progress: Progress | None = None
 ) -> tuple[Integers, Likeness]:
-    """Return numbers of texts of sequences [S], which those that share one have in common.
+    """Return the number of the text of every sequence [S]; those that share one have its number.
 
-    Also return whether they repeat all of it. ``label`` is the sequence of every token [T]. Experts
-    of all layers tell tokens apart. What most sequences have in common is no text of its own.
+    Also return whether sequences repeat a whole text or a part of it. ``label`` is the sequence of
+    every token [T]. Two tokens are the same where all layers route them to the same experts.
+    Passages that most sequences have in common are no text.
     """
     passage, owner = _list_passages(trace, label, number, progress)
-    # Equal passages follow one another, by sequence, each once in a sequence.
+    # Sort, so that equal passages follow one another, and keep each once per sequence.
     order = np.argsort(passage, kind="stable")
     passage, owner = passage[order], owner[order]
     is_new = np.diff(passage, prepend=~passage[:1]).astype(bool)
-    once = is_new | np.diff(owner, prepend=-1).astype(bool)
-    passage, owner, is_new = passage[once], owner[once], is_new[once]
-    place = np.cumsum(is_new) - 1
-    is_own = (np.bincount(place) <= OF_ALL * number)[place]
-    size = np.bincount(owner[is_own], minlength=number)
-    # Sequences that have the same passage are linked, each with the next one.
-    links = np.flatnonzero(~is_new[1:] & is_own[1:])
+    is_first = is_new | np.diff(owner, prepend=-1).astype(bool)
+    passage, owner, is_new = passage[is_first], owner[is_first], is_new[is_first]
+    number_of_passage = np.cumsum(is_new) - 1
+    is_text = (np.bincount(number_of_passage) <= OF_ALL * number)[number_of_passage]
+    size = np.bincount(owner[is_text], minlength=number)
+    # Sequences that have a passage in common are linked, each with the next one.
+    links = np.flatnonzero(~is_new[1:] & is_text[1:])
     pair, shared = np.unique(owner[links] * number + owner[links + 1], return_counts=True)
     one, other = pair // number, pair % number
-    part = shared / np.minimum(size[one], size[other])
-    joined = np.flatnonzero(part >= SHARES)
-    repeats = bool((part[joined] >= REPEATS).all())
-    # Those that have nothing but what most have are one text.
+    share = shared / np.minimum(size[one], size[other])
+    merged = np.flatnonzero(share >= SHARES)
+    repeats = bool((share[merged] >= REPEATS).all())
+    # Sequences that have only passages which most have are one text.
     common = np.flatnonzero(size == 0)
-    pairs = [*zip(one[joined].tolist(), other[joined].tolist(), strict=True)]
-    pairs += [(int(common[0]), each) for each in common[1:].tolist()]
-    return _join_pairs(pairs, number), "text" if repeats else "part of the text"
+    pairs = [*zip(one[merged].tolist(), other[merged].tolist(), strict=True)]
+    pairs += [(int(common[0]), sequence) for sequence in common[1:].tolist()]
+    return _merge_pairs(pairs, number), "text" if repeats else "part of the text"
 
 
 def _list_passages(
     trace: RoutingTrace, label: Integers, number: int, progress: Progress | None
 ) -> tuple[NDArray[np.uint64], Integers]:
-    """Return codes of passages, neighbouring tokens of a sequence, and the sequence of each.
+    """Return codes of passages, runs of tokens of one sequence, and the sequence of each.
 
-    They are as long as it takes that no two are the same by chance; a shorter sequence is one.
+    Passages are so long that no two are the same by chance. A shorter sequence is one passage.
     """
     rng = np.random.default_rng(0)
     table = rng.integers(0, 1 << 63, (trace.layers, trace.num_experts), dtype=np.uint64)
@@ -170,33 +177,38 @@ def _list_passages(
         if progress is not None:
             progress(done / trace.tokens)
         del shard  # else the next one is read while this one is still there
-    common = np.unique(token[:: max(len(token) // PASSAGES, 1)], return_counts=True)[1]
-    alike, size = float(((common / max(common.sum(), 1)) ** 2).sum()), PASSAGE
-    if 0 < alike < 1:
-        size = max(size, math.ceil(math.log(len(token) / BY_CHANCE) / -math.log(alike)))
+    frequency = np.unique(token[:: max(len(token) // PASSAGES, 1)], return_counts=True)[1]
+    # The probability that two tokens are the same by chance.
+    collision, size = float(((frequency / max(frequency.sum(), 1)) ** 2).sum()), PASSAGE
+    if 0 < collision < 1:
+        size = max(size, math.ceil(math.log(len(token) / BY_CHANCE) / -math.log(collision)))
     order, length = check.sorted_by(label, number), check.counts(label, number)
     first, every = np.cumsum(length) - length, np.uint64(max(len(token) // PASSAGES, 1))
-    # Sums of tokens times powers of an odd number: what is between two of them, shifted, is a code.
+    # A rolling hash: prefix sums of tokens times powers of an odd number. The difference of two
+    # sums, shifted to the power of its first token, is the code of the tokens between.
     longest = min(check.PIECE + size, len(token))
     powers = np.cumprod(np.full(longest, FACTOR, dtype=np.uint64))
     shift = np.cumprod(np.full(longest, pow(FACTOR, -1, 1 << 64), dtype=np.uint64))
     codes, owners = [], []
     for begin in range(0, max(len(token), 1), check.PIECE):
-        own = token[order[begin : begin + longest]]
-        sums = np.append(np.uint64(0), np.cumsum(own * powers[: len(own)]))
+        tokens = token[order[begin : begin + longest]]
+        sums = np.append(np.uint64(0), np.cumsum(tokens * powers[: len(tokens)]))
         owner = label[order[begin : begin + check.PIECE]].astype(np.int64)
         place = np.arange(begin, begin + len(owner))
         end = np.minimum(place + size, first[owner] + length[owner])
         code = (sums[end - begin] - sums[place - begin]) * shift[: len(place)]
-        is_long = (end - place == size) | (place == first[owner])
-        is_listed = is_long & ((code >> np.uint64(32)) % every == 0)
+        is_passage = (end - place == size) | (place == first[owner])
+        is_listed = is_passage & ((code >> np.uint64(32)) % every == 0)
         codes.append(code[is_listed])
         owners.append(owner[is_listed])
     return np.concatenate(codes), np.concatenate(owners)
 
 
-def _join_pairs(pairs: list[tuple[int, int]], number: int) -> Integers:
-    """Return numbers of what pairs join of so many [S], in the order of the first of each."""
+def _merge_pairs(pairs: list[tuple[int, int]], number: int) -> Integers:
+    """Return the connected component of each of ``number`` items [S] that pairs link.
+
+    Components are numbered in the order of their first items.
+    """
     parent = list(range(number))
 
     def root(one: int) -> int:
@@ -214,28 +226,31 @@ def _join_pairs(pairs: list[tuple[int, int]], number: int) -> Integers:
 def _find_kinds_by_group(
     count: Floats, group: Integers, *, are_windows: bool = False
 ) -> tuple[Integers, bool]:
-    """Return the kinds of counts [S,L,E], in every group by itself, and whether all are alike."""
+    """Return the kind of every sequence of counts [S,L,E], found in every group by itself.
+
+    Also return whether the sequences of every group are alike.
+    """
     kind, total, all_alike = np.arange(len(count)), 0, True
     for number in np.unique(group):
         members = np.flatnonzero(group == number)
-        found = _find_few_kinds(count[members], are_windows=are_windows)
-        if are_windows and found is None and len(members) >= 2 * EACH:
+        kind_in_group = _find_few_kinds(count[members], are_windows=are_windows)
+        if are_windows and kind_in_group is None and len(members) >= 2 * EACH:
             return np.arange(len(count)), False  # windows without kinds may be alike in time
-        all_alike = all_alike and found is not None and not found.any()
-        if found is None or not found.any():
-            found = np.arange(len(members))
-        kind[members] = total + found
-        total += int(found.max()) + 1
+        all_alike = all_alike and kind_in_group is not None and not kind_in_group.any()
+        if kind_in_group is None or not kind_in_group.any():
+            kind_in_group = np.arange(len(members))
+        kind[members] = total + kind_in_group
+        total += int(kind_in_group.max()) + 1
     return kind, all_alike
 
 
 def _find_few_kinds(
     count: Floats, group: Integers | None = None, *, are_windows: bool = False
 ) -> Integers | None:
-    """Return the kind of sequences with counts [S,L,E], all 0 if alike; None if kinds are not few.
+    """Return the kind of every sequence of counts [S,L,E]; None if kinds are not few.
 
-    Those of a kind differ by no more than noise; or else by a small part of what kinds differ by.
-    Groups [S] have levels of their own.
+    Kinds are all 0 if sequences are alike. Sequences of a kind differ by no more than noise, or by
+    little compared with two kinds. Shares are around the mean of their ``group`` [S].
     """
     number = len(count)
     if number < 2 * EACH:
@@ -243,15 +258,17 @@ def _find_few_kinds(
     tokens = count[:, 0].sum(axis=1)
     share = (count / np.maximum(count.sum(axis=2, keepdims=True), 1)).reshape(number, -1)
     # Tokens choose distinct experts, so their counts vary less than a multinomial's.
-    spread = share * (1 - share)
-    noise = spread.sum(axis=1) / np.maximum(tokens, 1)
-    vary = np.full(number, 2 / max(count.shape[1] * (count.shape[2] - 1), 1))
+    variance = share * (1 - share)
+    noise = variance.sum(axis=1) / np.maximum(tokens, 1)
+    # The relative variance of the squared distance that noise gives.
+    noise_variance = np.full(number, 2 / max(count.shape[1] * (count.shape[2] - 1), 1))
     if are_windows:
         # The fewer experts have most of many tokens, the more the noise itself varies.
-        vary = 2 * (spread**2).sum(axis=1) / np.maximum(spread.sum(axis=1) ** 2, 1e-300)
-    far = 1 + NEAR * np.sqrt(vary)
+        squares = (variance**2).sum(axis=1)
+        noise_variance = 2 * squares / np.maximum(variance.sum(axis=1) ** 2, 1e-300)
+    limit = 1 + NEAR * np.sqrt(noise_variance)
     share = subtract_levels(share, group)
-    kind = _join(share, tokens, noise, far)
+    kind = _cluster(share, tokens, noise, limit)
     if kind is not None or number > COMPARED:
         is_path = are_windows and kind is not None and _is_path(share, kind)
         return None if is_path else kind
@@ -259,19 +276,20 @@ def _find_few_kinds(
     square = products.diagonal() - noise
     distance = square[:, None] + square - 2 * products
     nearby = float(np.quantile(distance[~np.eye(number, dtype=bool)], LOCAL))
-    kind = _join(share, tokens, noise, far, CHANGED * max(nearby, 0.0))
+    kind = _cluster(share, tokens, noise, limit, CHANGED * max(nearby, 0.0))
     if kind is None or not _are_apart(distance, kind) or (are_windows and _is_path(share, kind)):
         return None
     return kind
 
 
-def _join(
-    share: Floats, tokens: Floats, noise: Floats, far: Floats, changed: float = 0.0
+def _cluster(
+    share: Floats, tokens: Floats, noise: Floats, limit: Floats, changed: float = 0.0
 ) -> Integers | None:
-    """Return the kind of sequences of shares [S,F], noise and its limit [S]; None if many.
+    """Cluster sequences by their shares [S,F]; return the kind of each [S], or None if many.
 
-    Longest first, a sequence joins the kind whose mean it is nearest to, or begins one if it is
-    further from all than noise explains, or noise and what may have changed.
+    The longest sequences come first. A sequence joins the kind with the nearest mean. It begins a
+    new kind if it is further from all means than ``limit`` [S] times its noise [S], and further
+    than its noise and a small change of a prompt (``changed``).
     """
     number = len(share)
     means, weight = np.empty((MOST, share.shape[1])), np.zeros(MOST)
@@ -280,8 +298,8 @@ def _join(
         distance = ((means[:used] - share[one]) ** 2).sum(axis=1)
         # A kind's mean has noise too, that of all its tokens.
         explained = noise[one] * (1 + tokens[one] / weight[:used])
-        limit = np.maximum(explained * far[one], explained + changed)
-        ratio = distance / np.maximum(limit, 1e-300)  # one expert alone has no noise
+        allowed = np.maximum(explained * limit[one], explained + changed)
+        ratio = distance / np.maximum(allowed, 1e-300)  # one expert alone has no noise
         nearest = int(ratio.argmin()) if used else 0
         if not used or ratio[nearest] > 1:
             if used == min(MOST, number // EACH):
@@ -299,9 +317,9 @@ def _join(
 
 
 def _are_apart(distance: Floats, kind: Integers) -> bool:
-    """Return whether kinds are far from each other, for what their members [S,S] differ by.
+    """Return whether kinds are far apart, compared with the distances of their members [S,S].
 
-    Subjects of many prompts go over into each other; prompts that were changed a little do not.
+    Subjects of many prompts blend into each other; variants of one prompt do not.
     """
     size = np.bincount(kind)
     member = np.equal.outer(kind, np.arange(len(size))).astype(np.float64)
@@ -309,7 +327,7 @@ def _are_apart(distance: Floats, kind: Integers) -> bool:
     several = size > 1
     if len(size) < 2 or not several.any():
         return False
-    # What a sequence differs from itself by is less than nothing: the noise that was taken off.
+    # Noise was subtracted from all distances, so that of a sequence to itself is negative.
     within = totals.diagonal() - member.T @ distance.diagonal()
     within = within[several] / (size * (size - 1))[several]
     others = totals / np.outer(size, size)
@@ -318,10 +336,10 @@ def _are_apart(distance: Floats, kind: Integers) -> bool:
 
 
 def _is_path(share: Floats, kind: Integers) -> bool:
-    """Return whether kinds of windows of shares [W,F] are pieces of a path that does not come back.
+    """Return whether kinds of windows of shares [W,F] are pieces of a path that does not recur.
 
-    Of distinct kinds those that are most alike are as far apart in time as any two. Of a path they
-    are neighbours, unless all of its pieces come again.
+    The two most similar pieces of a path are neighbours in time. The two most similar kinds of
+    windows that come in any order are as far apart in time as any two kinds.
     """
     number, kinds = len(kind), int(kind.max()) + 1
     if kinds < 3:
@@ -329,29 +347,30 @@ def _is_path(share: Floats, kind: Integers) -> bool:
     member = np.equal.outer(np.arange(kinds), kind).astype(np.float64)
     means = member @ share / member.sum(axis=1, keepdims=True)
     square = (means**2).sum(axis=1)
-    apart = square[:, None] + square - 2 * means @ means.T
-    np.fill_diagonal(apart, np.inf)
+    distance = square[:, None] + square - 2 * means @ means.T
+    np.fill_diagonal(distance, np.inf)
     times = [np.flatnonzero(kind == one) for one in range(kinds)]
     ranks = np.empty(kinds)
-    for one, nearest in enumerate(apart.argmin(axis=1)):
-        # From every window to the nearest one of this kind, and from every kind.
-        since = abs(np.subtract.outer(times[one], np.arange(number))).min(axis=0)
-        of_kind = np.full(kinds, number)
-        np.minimum.at(of_kind, kind, since)
-        others, time = np.delete(of_kind, one), of_kind[nearest]
-        ranks[one] = ((others < time).sum() + (others == time).sum() / 2) / (kinds - 1)
-    # Most alike are mostly two of each other, so their ranks are worth half as many.
+    for one, nearest in enumerate(distance.argmin(axis=1)):
+        # Time from every window, and then from every kind, to the nearest window of this kind.
+        gap = abs(np.subtract.outer(times[one], np.arange(number))).min(axis=0)
+        gap_of_kind = np.full(kinds, number)
+        np.minimum.at(gap_of_kind, kind, gap)
+        others, nearest_gap = np.delete(gap_of_kind, one), gap_of_kind[nearest]
+        smaller, equal = (others < nearest_gap).sum(), (others == nearest_gap).sum()
+        ranks[one] = (smaller + equal / 2) / (kinds - 1)
+    # Two kinds are mostly nearest to each other, so there are half as many independent ranks.
     if ranks.mean() >= 1 / 2 - NEARER / math.sqrt(6 * kinds):
         return False
     far = number // FAR
-    pairs_far = sum(int((np.subtract.outer(each, each) > far).sum()) for each in times)
-    pairs = sum(len(each) * (len(each) - 1) // 2 for each in times)
-    of_any = (number - far) * (number - far - 1) / (number * (number - 1))
-    return pairs_far < AGAIN * of_any * pairs
+    far_pairs = sum(int((np.subtract.outer(time, time) > far).sum()) for time in times)
+    pairs = sum(len(time) * (len(time) - 1) // 2 for time in times)
+    far_share_of_any = (number - far) * (number - far - 1) / (number * (number - 1))
+    return far_pairs < AGAIN * far_share_of_any * pairs
 
 
 def number_groups(windows: int, group: NDArray[np.integer[Any]] | None) -> NDArray[np.int64]:
-    """Return the number of each window's group [W]; all are one where groups have few windows."""
+    """Return the number of each window's group [W]; all 0 where groups have few windows."""
     if group is None:
         return np.zeros(windows, dtype=np.int64)
     names, label = np.unique(group, return_inverse=True)
@@ -362,26 +381,26 @@ def number_groups(windows: int, group: NDArray[np.integer[Any]] | None) -> NDArr
 
 
 def subtract_levels(share: Floats, group: NDArray[np.integer[Any]] | None) -> Floats:
-    """Return shares [W,F] less the mean of their group, where groups have enough windows."""
+    """Subtract from shares [W,F] the mean of their group, where groups have enough windows."""
     label, levelled = number_groups(len(share), group), share.copy()
     for number in range(int(label.max(initial=0)) + 1):
         levelled[label == number] -= share[label == number].mean(axis=0)
     return levelled
 
 
-def loads_by(
+def count_loads_by_label(
     trace: RoutingTrace,
     label: NDArray[Any],
     number: int,
     layers: int | None = None,
     progress: Progress | None = None,
 ) -> Floats:
-    """Count load of experts by labels [T] of tokens [N,L,E], in all or so many layers."""
+    """Count experts' load [N,L,E] by labels of tokens [T], in all or evenly spaced ``layers``."""
     layers = trace.layers if layers is None else layers
     chosen = np.unique(np.linspace(0, trace.layers - 1, layers).round().astype(np.int64))
     tokens, largest = np.arange(trace.tokens), int(check.counts(label, number).max(initial=1))
     rows = Rows(trace, tokens, lambda run: label[run], number, largest)
-    counted = rows.count_experts(len(chosen))
+    replay = rows.count_experts(len(chosen))
     read([rows], layers=chosen, progress=progress)
-    load: Floats = counted.finish()[0].astype(np.float64)
+    load: Floats = replay.finish()[0].astype(np.float64)
     return load

@@ -1,9 +1,8 @@
-"""Losses: what becomes of a placement's experts and loads if a device, or a node, is lost.
+"""Compute lost experts and loads of a placement after the loss of a device, or a node.
 
-With even shares, an expert of load ``w`` that has ``c`` copies, ``k`` of them in what is lost,
-brings each of the others ``w (1 / (c - k) - 1 / c)`` more; split ``lp`` divides all tokens anew. An
-expert whose copies are all lost has to be read from disk; until then its tokens are served by
-nobody.
+Take an expert of load ``w`` and ``c`` copies, ``k`` of which are lost. With even shares each of the
+other copies gets ``w (1 / (c - k) - 1 / c)`` more; split ``lp`` splits all tokens anew. An expert
+whose copies are all lost has to be read from disk; until then no device serves its tokens.
 """
 
 from __future__ import annotations
@@ -20,30 +19,31 @@ from moetuner.serving.splits import RULES, Split
 from moetuner.topology import Topology
 
 Floats = NDArray[np.float64]
-# What is lost at once.
+# Failure domain: the devices that are lost at once.
 Domain = Literal["device", "node"]
 DOMAINS: tuple[Domain, ...] = get_args(Domain)
 
 
 class Losses(NamedTuple):
-    """What single losses of a failure domain do.
+    """Effects of the single losses of a failure domain.
 
     Parameters
     ----------
     domain, number
-        What is lost at once, and how many there are of it.
+        The failure domain, and the number of such domains.
     fatal
-        Share of them that lose an expert of some layer.
+        Share of the losses that lose an expert of some layer.
     experts_lost
-        Experts of a layer that have to be read from disk after a loss, mean of losses and layers.
+        Experts of a layer that have to be read from disk after a loss, averaged over losses and
+        layers.
     imbalance_after, imbalance_after_worst
-        Busiest device after a loss / mean of those that are left, on the sum of all windows: mean
-        of losses and layers, and the largest. None where the nearest copy serves, of which there is
+        Busiest device after a loss / mean of the remaining ones, on the sum of all windows: average
+        over losses and layers, and maximum. None where the nearest copy serves, for which there is
         no formula.
     worst_bound
-        What ``imbalance_after_worst`` cannot be below in as many slots, where every expert keeps a
-        copy; None where that says nothing, or is not known: of nodes, of devices that differ in
-        speed, and unless copies share evenly.
+        Lower bound of ``imbalance_after_worst`` of any placement in as many slots that loses no
+        expert. None where it is at most 1, for nodes, for devices that differ in speed, and unless
+        copies share evenly.
     """
 
     domain: Domain
@@ -56,7 +56,7 @@ class Losses(NamedTuple):
 
     @property
     def sentence(self) -> str:
-        """What the loss of one of them does, in words."""
+        """Effects of a loss, in words."""
         lost = f"no loss of a {self.domain} loses an expert"
         if self.fatal:
             lost = f"{100 * self.fatal:.0f} % of the losses of a {self.domain} lose experts"
@@ -78,8 +78,8 @@ class Losses(NamedTuple):
         return self._asdict()
 
 
-def domains_of(topology: Topology, domain: Domain) -> NDArray[np.int64]:
-    """Return the failure domain of every device [D]."""
+def number_domains(topology: Topology, domain: Domain) -> NDArray[np.int64]:
+    """Return the number of the failure domain of every device [D]."""
     if domain == "node":
         return np.asarray(topology.node_of_device, dtype=np.int64)
     return np.arange(topology.devices)
@@ -94,11 +94,8 @@ def measure_losses(
     split: Split = "even",
     threads: int | None = None,
 ) -> Losses:
-    """Compute what single losses do to loads of experts [L,E].
-
-    Loads after a loss are known unless the nearest copy serves.
-    """
-    imbalance, lost = imbalances_after(
+    """Compute the effects of single losses, given loads of experts [L,E]."""
+    imbalance, lost = compute_imbalances_after_loss(
         placement, load, topology, domain, split=split, threads=threads
     )
     rule = RULES[split]
@@ -120,7 +117,7 @@ def measure_losses(
 
 
 def bound_worst_loss(load: NDArray[Any], slots: int, devices: int) -> float:
-    """Compute what the busiest device after the worst loss of a device has at least.
+    """Compute a lower bound of the imbalance after the worst loss of a device.
 
     Parameters
     ----------
@@ -134,7 +131,7 @@ def bound_worst_loss(load: NDArray[Any], slots: int, devices: int) -> float:
     Returns
     -------
     float
-        Busiest device / mean of those that are left, in the layer where that is most. docs/
+        Busiest device / mean of the remaining ones, in the worst layer. docs/
         mathematics.md derives it: ``(devices - 1) * (1 / devices + sum q^2 / (c (c - 1)))``, where
         ``q`` is an expert's share of the layer's load and ``c`` its copies, as many as help most.
     """
@@ -145,23 +142,25 @@ def bound_worst_loss(load: NDArray[Any], slots: int, devices: int) -> float:
     for layer in shares:
         copies = np.full(layer.size, 2)
         # The next copy goes where the sum falls most; it falls less with every copy of an expert.
-        falls = [(-_fall(share, 2), expert) for expert, share in enumerate(layer.tolist())]
-        heapq.heapify(falls)
+        savings = [
+            (-_compute_saving(share, 2), expert) for expert, share in enumerate(layer.tolist())
+        ]
+        heapq.heapify(savings)
         for _ in range(slots - 2 * layer.size):
-            _, expert = falls[0]
+            _, expert = savings[0]
             copies[expert] += 1
-            fall = _fall(float(layer[expert]), int(copies[expert]))
-            heapq.heapreplace(falls, (-fall, expert))
+            saving = _compute_saving(float(layer[expert]), int(copies[expert]))
+            heapq.heapreplace(savings, (-saving, expert))
         worst = max(worst, float((layer**2 / (copies * (copies - 1))).sum()))
     return (devices - 1) * (1 / devices + worst)
 
 
-def _fall(share: float, copies: int) -> float:
-    """Compute how much smaller ``q^2 / (c (c - 1))`` is with one more copy of an expert."""
+def _compute_saving(share: float, copies: int) -> float:
+    """Compute the decrease of ``q^2 / (c (c - 1))`` with one more copy of an expert."""
     return 2 * share * share / ((copies - 1) * copies * (copies + 1))
 
 
-def imbalances_after(
+def compute_imbalances_after_loss(
     placement: Placement,
     load: NDArray[Any],
     topology: Topology,
@@ -170,14 +169,14 @@ def imbalances_after(
     split: Split = "even",
     threads: int | None = None,
 ) -> tuple[Floats, NDArray[np.int64]]:
-    """Compute the busiest device over the mean of those that are left, and experts lost [F,L].
+    """Compute the imbalance of the remaining devices, and experts lost, by loss and layer [F,L].
 
-    Both are of every loss and layer; 1 where nothing is served.
+    The imbalance is the busiest device / mean; it is 1 where nothing is served.
     """
     return _core.measure_losses(
         np.ascontiguousarray(placement.slots, dtype=np.int32),
         np.ascontiguousarray(load, dtype=np.float64),
-        domains_of(topology, domain).tolist(),
+        number_domains(topology, domain).tolist(),
         topology.time_of_device.tolist(),
         divided=RULES[split].needs_windows,
         threads=threads,

@@ -1,4 +1,4 @@
-"""How a replay is done, whatever is replayed and however the model is served."""
+"""Options of a replay, whatever is replayed and however the model is served."""
 
 from __future__ import annotations
 
@@ -50,4 +50,6 @@ class ReplayOptions(Frozen):
 
     def facts(self) -> dict[str, Any]:
         """Return the settings that options give, for JSON."""
-        return {own.name: getattr(self, own.name) for own in fields(self) if own.metadata}
+        return {
+            option.name: getattr(self, option.name) for option in fields(self) if option.metadata
+        }

@@ -1,7 +1,8 @@
-"""The one reading of a trace: its tokens are counted in rows, under any number of placements.
+"""Read a trace once, and count its tokens in rows under any number of placements.
 
-A row is a window of any order of arrival, a part of one, a sequence, or a home device. Counts add
-up, so a trace is read in its own order, and once for all that is counted.
+A row is whatever counts are kept of: a window in some order of arrival, the part of a window that
+is of one fold, a sequence, or a home device. Counts add up in any order, so a trace is read in the
+order of its file, whatever the rows.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from moetuner.trace import RoutingTrace
 SHARD_BYTES = 16 << 20
 
 Integers = NDArray[np.integer[Any]]
-# The row of a run of a reader's tokens [n].
+# Returns the rows of a run of a reader's tokens [n].
 RowOf = Callable[[slice], Integers]
-# Gets the share of some work that is done.
+# Is called with the share of the work that is done, from 0 to 1.
 Progress = Callable[[float], None]
 
 
-def part_of(progress: Progress | None, begin: float, end: float) -> Progress | None:
-    """Return a callback for a part of some work, from one share of all of it to another."""
+def scale_progress(progress: Progress | None, begin: float, end: float) -> Progress | None:
+    """Return a callback for a phase of the work, which takes it from one share to another."""
     return progress and (lambda share: progress(begin + (end - begin) * share))
 
 
 class Rows:
-    """Some tokens of a trace, the row that each is in, and the replays that count them.
+    """Tokens of a trace, the row of each, and the replays that count them.
 
     Parameters
     ----------
@@ -44,12 +45,12 @@ class Rows:
     tokens
         Numbers of the tokens, rising [n].
     row_of
-        Returns the rows of a run of these tokens.
+        Function that returns the rows of a run of these tokens.
     number, largest
-        How many rows there are, and how many tokens the largest of them has.
+        Number of rows, and of the tokens of the largest one.
     place
-        Position of every token among these, in the order in which they arrive [n]: its hash chooses
-        between copies. None for the order of the recording.
+        Position of every token in the order in which they arrive [n]; its hash chooses between
+        copies. None for the order of the recording.
     home
         Device that every token comes from [n]; None spreads homes evenly, by hash.
     """
@@ -74,7 +75,7 @@ class Rows:
     def by_window(
         cls, trace: RoutingTrace, tokens: Integers, window: int, place: Integers | None = None
     ) -> Rows:
-        """Put tokens in windows of so many, in the order in which they arrive."""
+        """Build rows that are windows of ``window`` tokens, in the order in which these arrive."""
 
         def row_of(run: slice) -> Integers:
             return (np.arange(run.start, run.stop) if place is None else place[run]) // window
@@ -83,25 +84,25 @@ class Rows:
         return cls(trace, tokens, row_of, number, min(window, len(tokens)), place=place)
 
     def replay(
-        self, slots: NDArray[np.int32], node_of_device: list[int], **wanted: Any
+        self, slots: NDArray[np.int32], node_of_device: list[int], **options: Any
     ) -> _core.Replay:
-        """Begin to count what a placement does to these tokens; ``wanted`` is as for the core."""
+        """Begin a replay of these tokens under a placement; ``options`` are the core's."""
         experts, top_k = self.trace.num_experts, self.trace.top_k
-        replay = _core.Replay(slots, experts, top_k, node_of_device, **self._sizes, **wanted)
+        replay = _core.Replay(slots, experts, top_k, node_of_device, **self._sizes, **options)
         self._replays.append(replay)
         return replay
 
     def count_experts(self, layers: int | None = None) -> _core.Replay:
-        """Begin to count the tokens of experts, in all or so many layers, each on a device alone.
+        """Begin to count the load of experts, in all layers or in ``layers`` of them.
 
-        Their counts are the loads.
+        Every expert has a device of its own, so loads of devices are those of experts.
         """
         experts, layers = self.trace.num_experts, layers or self.trace.layers
-        apart = np.tile(np.arange(experts, dtype=np.int32)[:, None], (layers, 1, 1))
-        return self.replay(apart, [0] * experts, visits=False)
+        one_per_device = np.tile(np.arange(experts, dtype=np.int32)[:, None], (layers, 1, 1))
+        return self.replay(one_per_device, [0] * experts, visits=False)
 
     def push(self, ids: IdArray, numbers: Integers, threads: int | None, *, checked: bool) -> None:
-        """Count those of the tokens with these rising numbers that are among the own ones."""
+        """Count the tokens with these numbers, rising, as far as they are among this reader's."""
         begin = bisect_left(self.tokens, numbers[0])
         run = slice(begin, bisect_left(self.tokens, numbers[-1] + 1, begin))
         count = run.stop - begin
@@ -124,18 +125,18 @@ def read(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Read the tokens that readers of one trace have, and count them for all of these.
+    """Read the tokens of all readers of a trace, once, and count them for each of these.
 
     Parameters
     ----------
     readers
-        What counts the tokens.
+        Readers of one trace.
     layers
         Numbers of the layers that are counted, rising; None for all.
     threads
         Threads to use, all cores by default.
     progress
-        Gets the share of the tokens that have been read.
+        Called with the share of the tokens that have been read.
     """
     trace = readers[0].trace
     is_read = np.zeros(trace.tokens, dtype=bool)
@@ -157,7 +158,7 @@ def read(
 def _pieces(
     trace: RoutingTrace, is_read: NDArray[np.bool_] | None, threads: int | None
 ) -> Iterator[tuple[IdArray, Integers]]:
-    """Yield the ids of marked tokens, or of all, some at a time, and the numbers of the tokens."""
+    """Yield ids and numbers of the marked tokens, or of all, in pieces that fit the cache."""
     numbers = None if is_read is None else np.flatnonzero(is_read)
     if numbers is None:
         pieces = trace.shards(SHARD_BYTES, threads=threads)

@@ -1,6 +1,6 @@
-"""Counts of a placement on traffic, by window: replayed from a trace, or expected of statistics.
+"""Count what a placement does to traffic, by window: replayed from a trace, or expected of counts.
 
-``figures`` turns these into figures.
+``figures`` computes figures of these counts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner._checks import ArgumentError, instance
 from moetuner.evaluation import copies
-from moetuner.evaluation.arrival import Order, mix, mixed_windows, places
+from moetuner.evaluation.arrival import Order, find_places, mix, mix_windows
 from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.reading import Progress, Rows, read
 from moetuner.placement import EMPTY, Placement
@@ -37,11 +37,11 @@ class Counts:
     Parameters
     ----------
     tokens
-        Tokens of the traffic; None where it is not known.
+        Number of tokens of the traffic; None where it is not known.
     load
         Tokens of every device, once per expert [W,L,D].
     mixed
-        The same in windows of mixed arrival, those that are steps; None if not asked for.
+        The same in full windows of mixed arrival; None where these are not counted.
     visits
         Tokens with an expert on the device [W,L,D]; estimated where only pairs of experts are
         known; ``load`` where neither sets nor pairs are, which is an upper bound.
@@ -50,17 +50,18 @@ class Counts:
     follow
         Pairs of neighbouring layers' experts by their devices [L-1,D,D]; None where not known.
     dispatch
-        Rows from home to device of work [L,D,D], zero on the diagonal.
+        Rows from home device to the device of the expert [L,D,D], zero on the diagonal.
     active
-        Experts of a device that have a token [W,L,D]; None if not asked for.
-    is_step
-        Whether windows count in means over windows [W], as ``RoutingStatistics.is_step`` has it.
+        Experts of a device that have a token [W,L,D]; None where these are not counted.
+    is_full_window
+        Whether a window has all of its tokens [W], as ``RoutingStatistics.is_step`` has it: means
+        over windows are those of full ones.
     crossed
-        Sums over the tokens of a window of the share of each one's pairs of neighbouring layers'
-        experts that are on different devices [W]; None where not asked for.
+        For every token the share of its pairs of neighbouring layers' experts that are on different
+        devices, summed over the tokens of a window [W]; None where these are not counted.
     divided_load
-        Tokens of every device [L,D] if a linear programme divides those of all windows at once;
-        None where that is the sum of ``load``.
+        Tokens of every device [L,D] if a linear programme splits those of all windows at once; None
+        where that is the sum of ``load``.
     """
 
     tokens: int | None
@@ -71,17 +72,17 @@ class Counts:
     follow: Numbers | None
     dispatch: Numbers
     active: Numbers | None
-    is_step: NDArray[np.bool_]
+    is_full_window: NDArray[np.bool_]
     crossed: Floats | None = None
     divided_load: Floats | None = None
 
     @property
     def total_load(self) -> Numbers:
-        """Tokens of every device of all windows together [L,D]."""
+        """Tokens of every device, summed over windows [L,D]."""
         return self.load.sum(axis=0) if self.divided_load is None else self.divided_load
 
-    def run(self, windows: slice) -> Counts:
-        """Return the counts of a run of windows; counts of all windows together stay."""
+    def select(self, windows: slice) -> Counts:
+        """Return the counts of a run of windows; counts that have no windows stay as they are."""
         return replace(
             self,
             load=self.load[windows],
@@ -89,7 +90,7 @@ class Counts:
             visits=self.visits[windows],
             node_visits=None if self.node_visits is None else self.node_visits[windows],
             active=None if self.active is None else self.active[windows],
-            is_step=self.is_step[windows],
+            is_full_window=self.is_full_window[windows],
         )
 
 
@@ -100,9 +101,9 @@ class Setting:
     Parameters
     ----------
     placement, serving
-        What is replayed, and how the model is served.
+        The placement, and how the model is served.
     options
-        How it is replayed.
+        How the replay is done.
     """
 
     placement: Placement
@@ -120,11 +121,11 @@ class Setting:
         return self.serving.window
 
     def in_windows(self, window: int | None) -> Setting:
-        """Return the same in windows of so many tokens."""
+        """Return the setting with windows of ``window`` tokens."""
         return replace(self, serving=replace(self.serving, window=window))
 
     def with_options(self, **options: Any) -> Setting:
-        """Return the same, replayed otherwise."""
+        """Return the setting with other options of the replay."""
         return replace(self, options=replace(self.options, **options))
 
     @property
@@ -135,7 +136,7 @@ class Setting:
 
     @property
     def counts_slots(self) -> bool:
-        """Whether a replay counts the tokens of every slot: which copies have any is seen there."""
+        """Whether a replay counts the tokens of every slot, which gives the active copies."""
         return self.with_active and self.placement.has_copies
 
     @property
@@ -145,19 +146,19 @@ class Setting:
 
     @property
     def divides(self) -> bool:
-        """Whether a dispatcher divides the tokens of a window over copies, and none by itself."""
+        """Whether a dispatcher splits all tokens of a window at once, by a linear programme."""
         return self.serving.rule.needs_windows and self.placement.has_copies
 
     @property
     def slot_shares(self) -> Floats:
         """The share of its expert's tokens that every slot serves [L,D,S]."""
-        return copies.slot_shares(self.placement, self.topology, self.serving.split)
+        return copies.compute_slot_shares(self.placement, self.topology, self.serving.split)
 
-    def begin_replay(self, rows: Rows, **wanted: Any) -> _core.Replay:
-        """Begin to replay tokens in their rows; ``wanted`` is as for the core."""
+    def begin_replay(self, rows: Rows, **options: Any) -> _core.Replay:
+        """Begin a replay of rows of tokens; ``options`` are the core's."""
         split = self.serving.rule.token_rule
         nodes = self.topology.node_of_device.tolist()
-        return rows.replay(self.placement.slots, nodes, split=split, **wanted)
+        return rows.replay(self.placement.slots, nodes, split=split, **options)
 
 
 def check_model(placement: Placement, traffic: Recording, topology: Topology) -> None:
@@ -185,34 +186,30 @@ def check_model(placement: Placement, traffic: Recording, topology: Topology) ->
         raise ValueError(f"placement must have {texts[0]} like {like}, got {texts[1]}")
 
 
-# What files hold: one of the two.
+def drop_groups(recording: Recording) -> Recording:
+    """Return a trace without groups, so that none of them is replayed a second time by itself.
 
-
-def without_groups(recording: Recording) -> Recording:
-    """Return traffic of which no group is replayed by itself: each is replayed once more.
-
-    Groups of counts stay: they say which windows follow each other, and take no replay.
+    Groups of counts stay: they tell which windows follow each other, and take no replay.
     """
     return replace(as_trace(recording), group=None) if recording.ordered else recording
 
 
-def counts_of(
+def count_each(
     traffic: Recording,
     settings: Sequence[Setting],
     progress: Progress | None = None,
     order: Order | None = None,
 ) -> Iterator[dict[str | None, Counts]]:
-    """Count traffic, once for all settings, which differ in their placements and windows alone.
+    """Yield the counts under each setting, of all traffic (None) and of every group by itself.
 
-    Windows of a trace are as long as the shortest of them or several times that, and are of its
-    tokens as they arrive in an ``order`` [T], by default as recorded. Yields what was counted under
-    each, of all rows, a group by itself. ``progress`` gets the share of a trace's tokens that were
-    read.
+    Settings differ in their placements and windows alone, and a trace is read once for all of them.
+    Each window is as long as the shortest one, or several times as long. Tokens arrive in an
+    ``order`` [T], by default as recorded. ``progress`` gets the share of the tokens that were read.
     """
     if isinstance(traffic, RoutingStatistics):
         yield from _expected_counts(traffic, settings)
         return
-    if any(each.divides for each in settings):
+    if any(setting.divides for setting in settings):
         raise ArgumentError(
             f"traffic must be counts for split {settings[0].serving.split!r}, which divides "
             "windows and no single tokens: RoutingStatistics.from_trace(trace, window=512)",
@@ -220,40 +217,41 @@ def counts_of(
         )
     trace = as_trace(traffic)
     _check_table_bytes(trace, settings)
-    if order is not None and any(each.takes_turns for each in settings):
+    if order is not None and any(setting.takes_turns for setting in settings):
         # Whose turn it is depends on the tokens before: they are read in the order of arrival.
         trace, order = trace.take(order), None
-    parts = {
-        group: _Part(trace, settings, rows, order) for group, rows in trace.group_rows().items()
+    replays = {
+        group: _GroupReplay(trace, settings, rows, order)
+        for group, rows in trace.group_rows().items()
     }
-    readers = [rows for part in parts.values() for rows in part.readers]
+    readers = [rows for replay in replays.values() for rows in replay.readers]
     read(readers, threads=settings[0].options.threads, progress=progress)
     for number in range(len(settings)):
-        yield {group: part.finish(number) for group, part in parts.items()}
+        yield {group: replay.finish(number) for group, replay in replays.items()}
 
 
 def _expected_counts(
     statistics: RoutingStatistics, settings: Sequence[Setting]
 ) -> Iterator[dict[str | None, Counts]]:
-    """Yield what is expected under each setting, of all windows and of every group."""
-    load, is_step = statistics.window_load, statistics.is_step
+    """Yield the expected counts under each setting, of all windows (None) and of every group."""
+    load, is_full_window = statistics.window_load, statistics.is_step
     for expected in (Expected(statistics, setting) for setting in settings):
         by_group = {
             group: replace(
-                expected.counts(load[rows], is_step=is_step[rows]),
+                expected.counts(load[rows], is_full_window=is_full_window[rows]),
                 divided_load=expected.divide_all(load[rows]),
             )
             for group, rows in statistics.group_rows().items()
         }
-        # Which experts meet, in which layers, is only known of all windows together.
+        # Tokens and pairs of experts are counted over all windows, not by group.
         yield {
             group: counts if group is None else replace(counts, tokens=None, follow=None)
             for group, counts in by_group.items()
         }
 
 
-class _Part:
-    """Some tokens of a trace under replay, in the order in which they arrive, for all settings."""
+class _GroupReplay:
+    """Replays of the tokens of a group, in the order in which they arrive, under all settings."""
 
     def __init__(
         self,
@@ -264,105 +262,108 @@ class _Part:
     ) -> None:
         self._settings, self._tokens = settings, tokens
         # Longer windows are sums of the shortest ones.
-        one = min(settings, key=lambda each: each.window or 0)
-        self._window = one.window or max(len(tokens), 1)
-        place = places(order, tokens)
+        shortest = min(settings, key=lambda setting: setting.window or 0)
+        self._window = shortest.window or max(len(tokens), 1)
+        place = find_places(order, tokens)
         rows = Rows.by_window(trace, tokens, self._window, place)
         self.readers = [rows]
-        # Of each placement once, whatever the windows.
-        self._at = [_first_with(each.placement, settings) for each in settings]
+        # Each placement is replayed once, under the number of its first setting.
+        self._first = [_find_first(setting.placement, settings) for setting in settings]
         self._replays = {
-            at: settings[at].begin_replay(rows, pairs=True, of_slots=settings[at].counts_slots)
-            for at in dict.fromkeys(self._at)
+            first: settings[first].begin_replay(
+                rows, pairs=True, of_slots=settings[first].counts_slots
+            )
+            for first in dict.fromkeys(self._first)
         }
         self._tallies: dict[int, tuple[Numbers, ...]] = {}
-        counts_all = all(each.counts_slots for each in settings)
-        has_experts = (one.with_active and not counts_all) or one.serving.rule.by_home
+        all_count_slots = all(setting.counts_slots for setting in settings)
+        needs_active = shortest.with_active and not all_count_slots
+        has_experts = needs_active or shortest.serving.rule.by_home
         self._experts = rows.count_experts() if has_experts else None
         self._expert_load: Numbers | None = None
         self._mixed: dict[int, _core.Replay] = {}
         self._mixed_loads: dict[int, Numbers] = {}
-        is_mixed = any(each.options.mixed for each in settings)
+        is_mixed = any(setting.options.mixed for setting in settings)
         if is_mixed and len(tokens) > self._window:  # one window is the same in any order
-            mixed_place = mix(trace.sequence, tokens, place, seed=one.options.mixed_seed)
+            mixed_place = mix(trace.sequence, tokens, place, seed=shortest.options.mixed_seed)
             mixed = Rows.by_window(trace, tokens, self._window, mixed_place)
             self.readers.append(mixed)
-            for at in self._replays:
-                # Where copies take turns, loads of experts tell those of devices.
-                self._mixed[at] = (
+            for first in self._replays:
+                # Where copies take turns, loads of devices follow from those of experts.
+                self._mixed[first] = (
                     mixed.count_experts()
-                    if settings[at].takes_turns
-                    else settings[at].begin_replay(mixed, visits=False)
+                    if settings[first].takes_turns
+                    else settings[first].begin_replay(mixed, visits=False)
                 )
 
     def finish(self, number: int) -> Counts:
-        """Return what was counted under a setting, once."""
-        setting, at = self._settings[number], self._at[number]
-        if at in self._replays:
-            self._tallies[at] = self._replays.pop(at).finish()
-        load, visits, node_visits, of_slots, follow, _ = self._tallies[at]
+        """Return the counts under the setting of a number; each can be asked for once, in order."""
+        setting, first = self._settings[number], self._first[number]
+        if first in self._replays:
+            self._tallies[first] = self._replays.pop(first).finish()
+        load, visits, node_visits, slot_load, follow, _ = self._tallies[first]
         if self._experts is not None:
             self._expert_load = self._experts.finish()[0]
             self._experts = None
-        if at in self._mixed:
-            self._mixed_loads[at] = self._mixed.pop(at).finish()[0]
+        if first in self._mixed:
+            self._mixed_loads[first] = self._mixed.pop(first).finish()[0]
         times = (setting.window or self._window) // self._window
-        experts = None if self._expert_load is None else _join(self._expert_load, times)
-        load, visits, node_visits, of_slots = (
-            _join(table, times) for table in (load, visits, node_visits, of_slots)
+        experts = None if self._expert_load is None else _sum_windows(self._expert_load, times)
+        load, visits, node_visits, slot_load = (
+            _sum_windows(table, times) for table in (load, visits, node_visits, slot_load)
         )
         mixed = load if setting.options.mixed else None
-        if setting.options.mixed and at in self._mixed_loads:
-            mixed = _join(self._mixed_loads[at], times)
-            mixed = _take_turns(setting.placement, mixed) if setting.takes_turns else mixed
-        if at not in self._at[number + 1 :]:
-            del self._tallies[at]
-        steps = max(len(self._tokens) // (times * self._window), 1)
+        if setting.options.mixed and first in self._mixed_loads:
+            mixed = _sum_windows(self._mixed_loads[first], times)
+            mixed = _split_in_turns(setting.placement, mixed) if setting.takes_turns else mixed
+        if first not in self._first[number + 1 :]:
+            del self._tallies[first]
+        full_windows = max(len(self._tokens) // (times * self._window), 1)
         dispatch, active = _count_by_experts(
-            setting, setting.slot_shares, visits, experts, of_slots=of_slots
+            setting, setting.slot_shares, visits, experts, slot_load=slot_load
         )
         return Counts(
             tokens=len(self._tokens),
             load=load,
-            mixed=None if mixed is None else mixed[:steps],
+            mixed=None if mixed is None else mixed[:full_windows],
             visits=visits,
             node_visits=node_visits,
             follow=follow,
             dispatch=dispatch,
             active=active,
-            is_step=np.arange(len(load)) < steps,
+            is_full_window=np.arange(len(load)) < full_windows,
         )
 
 
-def _first_with(placement: Placement, settings: Sequence[Setting]) -> int:
+def _find_first(placement: Placement, settings: Sequence[Setting]) -> int:
     """Return the number of the first setting of a placement."""
-    return next(at for at, each in enumerate(settings) if each.placement is placement)
+    return next(number for number, setting in enumerate(settings) if setting.placement is placement)
 
 
-def _join(table: Numbers, times: int) -> Numbers:
-    """Add up counts of so many windows after each other [W,...]; the last are of what is left."""
+def _sum_windows(table: Numbers, times: int) -> Numbers:
+    """Sum counts [W,...] over runs of ``times`` windows; the last run may have fewer."""
     if times == 1:
         return table
     kind = np.min_scalar_type(int(table.max(initial=0)) * times)
-    joined: Numbers = np.add.reduceat(table, np.arange(0, len(table), times), 0, kind)
-    return joined
+    sums: Numbers = np.add.reduceat(table, np.arange(0, len(table), times), 0, kind)
+    return sums
 
 
-def _take_turns(placement: Placement, load: Numbers) -> Numbers:
-    """Return loads of devices [W,L,D] whose copies take turns, of loads of experts [W,L,E].
+def _split_in_turns(placement: Placement, load: Numbers) -> Numbers:
+    """Compute loads of devices [W,L,D] from those of experts [W,L,E], where copies take turns.
 
-    Of the n tokens of a window that come after s others, the j-th of c copies serves those whose
-    number is j modulo c.
+    Tokens of an expert are numbered through all windows. Copy j of c serves the tokens whose number
+    is j modulo c.
     """
     served = np.zeros((len(load), placement.layers, placement.devices), dtype=np.int64)
     for layer, slots in enumerate(placement.slots):
         after = np.cumsum(load[:, layer], axis=0, dtype=np.int64)
         before = after - load[:, layer]
-        turn_of = np.zeros(placement.num_experts, dtype=np.int64)
+        next_turn = np.zeros(placement.num_experts, dtype=np.int64)
         for device, slot in np.argwhere(slots != EMPTY):
             expert = slots[device, slot]
-            turn, replicas = turn_of[expert], placement.replicas[layer, expert]
-            turn_of[expert] += 1
+            turn, replicas = next_turn[expert], placement.replicas[layer, expert]
+            next_turn[expert] += 1
             ends = [(tokens[:, expert] - 1 - turn) // replicas for tokens in (after, before)]
             served[:, layer, device] += ends[0] - ends[1]
     return served
@@ -374,25 +375,26 @@ def _count_by_experts(
     visits: Numbers,
     load: Numbers | None,
     total: Numbers | None = None,
-    of_slots: Numbers | None = None,
+    slot_load: Numbers | None = None,
 ) -> tuple[Floats, Numbers | None]:
-    """Return rows from homes [L,D,D] and active experts [W,L,D], which loads of experts decide.
+    """Return rows from homes [L,D,D] and active experts [W,L,D], which depend on experts' loads.
 
-    Homes are of all windows together: their load is ``total`` [1,L,E] where ``load`` [W,L,E] is of
-    some of them. Which copies are active is seen where ``of_slots`` [W,L,D*S] were replayed.
+    Rows are summed over all windows; ``total`` [1,L,E] is the load of all where ``load`` [W,L,E] is
+    that of some windows. A replay that counts slots, ``slot_load`` [W,L,D*S], gives active copies
+    exactly; else they are estimated.
     """
     placement, topology, split = setting.placement, setting.topology, setting.serving.split
-    of_all = load if total is None else total
-    rows = copies.count_rows(placement, topology, split, visits.sum(axis=0), of_all)
-    if of_slots is not None and setting.counts_slots:
-        return rows, copies.count_busy(placement, of_slots)
+    total_load = load if total is None else total
+    rows = copies.count_rows(placement, topology, split, visits.sum(axis=0), total_load)
+    if slot_load is not None and setting.counts_slots:
+        return rows, copies.count_busy_slots(placement, slot_load)
     if not setting.with_active or load is None:
         return rows, None
-    return rows, copies.count_active(placement, share, load)
+    return rows, copies.count_active_experts(placement, share, load)
 
 
 class Expected:
-    """A placement under traffic of which there are counts: copies take shares of the tokens."""
+    """Expected counts of a placement on load tables: copies take shares of the tokens."""
 
     def __init__(
         self,
@@ -402,9 +404,9 @@ class Expected:
         follows: bool = True,
         visits: tuple[Floats, Floats] | None = None,
     ) -> None:
-        """Without ``follows`` leave out pairs of neighbouring layers.
+        """Count visits and pairs; without ``follows`` leave out pairs of neighbouring layers.
 
-        ``visits`` of devices [L,D] and nodes [L,N] are counted unless they are known.
+        ``visits`` are those of devices [L,D] and nodes [L,N], if they have been counted before.
         """
         self._setting, self._share = setting, setting.slot_shares
         placement, topology, split = setting.placement, setting.topology, setting.serving.split
@@ -412,20 +414,23 @@ class Expected:
         if follows and statistics.transitions is not None:
             self._follow = copies.count_pairs(placement, topology, split, statistics.transitions)
         self._tokens: int | None = None
-        # Visits for each token of load, of devices [L,D] and of nodes [L,N]: in every window as in
-        # all. None where nothing tells them: then a token visits one for each of its experts.
-        self._met: tuple[Floats, Floats] | None = None
+        # Visits for each token of load, of devices [L,D] and of nodes [L,N], alike in all windows.
+        # None without sets and pairs: then a token visits a device for each of its experts.
+        self._visits_per_load: tuple[Floats, Floats] | None = None
         if statistics.sets is not None:
             self._tokens = int(statistics.sets[0].counts.sum())
-            of_devices, of_nodes = visits or copies.count_visits(
+            device_visits, node_visits = visits or copies.count_visits(
                 placement, topology, split, statistics.sets, setting.options.threads
             )
             load = copies.serve(placement, self._share, statistics.set_load[None])[0]
             by_node = _sum_by_node(load, topology)
-            self._met = _divide(of_devices, load), _divide(of_nodes, by_node)
+            self._visits_per_load = (
+                _divide_or_zero(device_visits, load),
+                _divide_or_zero(node_visits, by_node),
+            )
         elif statistics.coactivation is not None and statistics.top_k_of_layer is not None:
             pairs, top_k = statistics.coactivation, statistics.top_k_of_layer
-            self._met = copies.estimate_met(
+            self._visits_per_load = copies.estimate_visits_per_load(
                 placement, topology, split, pairs, top_k, setting.options.threads
             )
 
@@ -433,30 +438,35 @@ class Expected:
         self,
         window_load: Numbers,
         total: Numbers | None = None,
-        is_step: NDArray[np.bool_] | None = None,
+        is_full_window: NDArray[np.bool_] | None = None,
     ) -> Counts:
-        """Compute the expected counts of windows of load [W,L,E], all of them steps by default.
+        """Compute the expected counts of windows of load [W,L,E], all of them full by default.
 
-        Where these are a part of all windows, ``total`` has the load of all [1,L,E].
+        Where these are some of the windows, ``total`` [1,L,E] is the load of all.
         """
         setting, topology = self._setting, self._setting.topology
         load = self._serve(window_load)
-        is_step = np.ones(len(load), dtype=bool) if is_step is None else is_step
+        is_full_window = (
+            np.ones(len(load), dtype=bool) if is_full_window is None else is_full_window
+        )
         mixed = None
         if setting.options.mixed:
             windows = window_load if self._divides else load
-            steps = windows if is_step.all() else windows[is_step]
-            mixed = np.empty((len(steps), *load.shape[1:]))
-            for place, drawn in mixed_windows(steps, seed=setting.options.mixed_seed):
+            full_windows = windows if is_full_window.all() else windows[is_full_window]
+            mixed = np.empty((len(full_windows), *load.shape[1:]))
+            for place, drawn in mix_windows(full_windows, seed=setting.options.mixed_seed):
                 mixed[place] = self._serve(drawn) if self._divides else drawn
-        # Which tokens a programme sends where is not known: visits and rows are of even shares.
-        shared = load
+        # A programme says how many tokens go where, not which: visits and rows assume even shares.
+        even_load = load
         if self._divides:
-            shared = copies.serve(setting.placement, self._share, window_load)
-        visits, node_visits = shared, None
-        if self._met is not None:
-            of_devices, of_nodes = self._met
-            visits, node_visits = shared * of_devices, _sum_by_node(shared, topology) * of_nodes
+            even_load = copies.serve(setting.placement, self._share, window_load)
+        visits, node_visits = even_load, None
+        if self._visits_per_load is not None:
+            per_device, per_node = self._visits_per_load
+            visits, node_visits = (
+                even_load * per_device,
+                _sum_by_node(even_load, topology) * per_node,
+            )
         dispatch, active = _count_by_experts(setting, self._share, visits, window_load, total)
         return Counts(
             tokens=self._tokens,
@@ -467,11 +477,14 @@ class Expected:
             follow=self._follow,
             dispatch=dispatch,
             active=active,
-            is_step=is_step,
+            is_full_window=is_full_window,
         )
 
     def divide_all(self, window_load: Numbers) -> Floats | None:
-        """Return tokens of devices [L,D] if a programme divides windows [W,L,E] as one, or None."""
+        """Compute tokens of devices [L,D] if a programme splits all windows [W,L,E] as one.
+
+        None for other splits.
+        """
         if not self._divides:
             return None
         total: Floats = self._serve(window_load.sum(axis=0, keepdims=True))[0]
@@ -479,11 +492,11 @@ class Expected:
 
     @property
     def _divides(self) -> bool:
-        """Whether a programme divides tokens over copies; else shares are alike in all windows."""
+        """Whether a programme splits tokens over copies; else shares are alike in all windows."""
         return self._setting.divides
 
     def _serve(self, load: Numbers) -> Floats:
-        """Return tokens that devices serve [W,L,D], of those of experts [W,L,E]."""
+        """Compute tokens that devices serve [W,L,D] from those of experts [W,L,E]."""
         setting = self._setting
         return copies.count_loads(
             setting.placement, setting.topology, setting.serving.split, load, self._share
@@ -491,26 +504,27 @@ class Expected:
 
 
 def _sum_by_node(load: Floats, topology: Topology) -> Floats:
-    """Add up the load of nodes [...,N] from that of devices [...,D]."""
-    parts = load.reshape(*load.shape[:-1], topology.nodes, topology.node_size)
-    total: Floats = parts.sum(axis=-1)
-    return total
+    """Sum the load of devices [...,D] by node [...,N]."""
+    by_device = load.reshape(*load.shape[:-1], topology.nodes, topology.node_size)
+    by_node: Floats = by_device.sum(axis=-1)
+    return by_node
 
 
-def _divide(part: Floats, total: Floats) -> Floats:
-    """Divide where the total is above 0; elsewhere the quotient is 0."""
+def _divide_or_zero(part: Floats, total: Floats) -> Floats:
+    """Return quotients, which are 0 where the total is 0."""
     return np.divide(part, total, out=np.zeros_like(part), where=total > 0)
 
 
 def _check_table_bytes(trace: RoutingTrace, settings: Sequence[Setting]) -> None:
-    window, topology = min(each.window or 0 for each in settings), settings[0].topology
-    settings = list({id(each.placement): each for each in settings}.values())
+    """Raise if tables of counts do not fit memory."""
+    window, topology = min(setting.window or 0 for setting in settings), settings[0].topology
+    settings = list({id(setting.placement): setting for setting in settings}.values())
     windows = max(1, -(-trace.tokens // (window or max(trace.tokens, 1))))
     width = np.min_scalar_type((window or trace.tokens) * trace.top_k).itemsize
     # Load and visits of devices, visits of nodes, and load in mixed order; while they are put
     # together, some of it twice.
     columns = len(settings) * 2 * (2 * topology.devices + topology.nodes) + 2 * trace.num_experts
-    columns += sum(each.placement.slots[0].size for each in settings if each.counts_slots)
+    columns += sum(setting.placement.slots[0].size for setting in settings if setting.counts_slots)
     # Once more for groups, whose windows add up to the trace's.
     size = width * windows * trace.layers * columns * (1 if trace.group is None else 2)
     if size > TABLE_LIMIT:

@@ -1,4 +1,4 @@
-"""Rows that a placement moves from device to device, token by token from each token's home."""
+"""Count the rows that a placement moves from device to device, given every token's home."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def dispatch_rows(
     Parameters
     ----------
     placement
-        Where the experts are.
+        Slots of the experts.
     trace
-        The tokens; a token's position in it decides between copies of an expert.
+        Tokens; the position of a token chooses between copies of an expert.
     home
         Device that each token comes from and returns to [T]; ``"blocks"`` gives every device one
         run of tokens, the first ones a token more where they do not divide.
@@ -43,9 +43,9 @@ def dispatch_rows(
         to the device with its home's number there, and is fanned out inside. None sends every row
         straight to its device.
     position
-        Position of every token [T], which decides between copies of an expert; by default its
+        Position of every token [T], which chooses between copies of an expert; by default its
         number in the trace. A running layer numbers its tokens step by step and, in a step, rank by
-        rank, as if every rank had as many as itself.
+        rank, as if all ranks had as many tokens.
 
     Returns
     -------
@@ -73,8 +73,8 @@ def dispatch_rows(
             f"placement must have {expected[0]} layers and {expected[1]} experts like the trace, "
             f"got {actual[0]} and {actual[1]}"
         )
-    size = node_size(placement.devices, devices_per_node)
-    homes = homes_of(home, trace.tokens, placement.devices)
+    size = check_node_size(placement.devices, devices_per_node)
+    homes = assign_homes(home, trace.tokens, placement.devices)
     places = (
         np.arange(trace.tokens) if position is None else _check_positions(position, trace.tokens)
     )
@@ -88,28 +88,28 @@ def dispatch_rows(
         place=places,
         home=homes,
     )
-    replay = rows.replay(placement.slots, (device // size).tolist(), split=split_rule(split))
+    replay = rows.replay(placement.slots, (device // size).tolist(), split=check_split(split))
     read([rows])
     visits, to_nodes = (table.transpose(1, 0, 2).astype(np.int64) for table in replay.finish()[1:3])
     sent = visits
     if devices_per_node is not None:
         sent, nodes = np.zeros_like(visits), np.arange(to_nodes.shape[2])
-        for own in device:
-            # The device of every node that has the home's number in its own.
-            relay = nodes * size + own % size
-            sent[:, own, relay] += to_nodes[:, own]
-            sent[:, relay[device // size], device] += visits[:, own]
+        for home_device in device:
+            # In every node, the device with the number that the home has in its node.
+            relay = nodes * size + home_device % size
+            sent[:, home_device, relay] += to_nodes[:, home_device]
+            sent[:, relay[device // size], device] += visits[:, home_device]
     sent[:, device, device] = 0
     return sent
 
 
-def homes_of(home: ArrayLike | str, tokens: int, devices: int) -> NDArray[np.int64]:
-    """Return the home device of every token [T]; ``"blocks"`` as in ``dispatch_rows``."""
+def assign_homes(home: ArrayLike | str, tokens: int, devices: int) -> NDArray[np.int64]:
+    """Return the home device of every token [T], checked; ``home`` is as in ``dispatch_rows``."""
     if isinstance(home, str):
         if home != "blocks":
             raise ValueError(f"home must be devices [tokens] or 'blocks', got {shown(home)}")
-        share, more = divmod(tokens, devices)
-        return np.repeat(np.arange(devices), share + (np.arange(devices) < more))
+        share, remainder = divmod(tokens, devices)
+        return np.repeat(np.arange(devices), share + (np.arange(devices) < remainder))
     homes = _check_positions(home, tokens, "home")
     if tokens and not (homes.min() >= 0 and homes.max() < devices):
         raise ValueError(
@@ -118,8 +118,8 @@ def homes_of(home: ArrayLike | str, tokens: int, devices: int) -> NDArray[np.int
     return homes
 
 
-def node_size(devices: int, devices_per_node: int | None) -> int:
-    """Check the devices of a node; None is all devices."""
+def check_node_size(devices: int, devices_per_node: int | None) -> int:
+    """Check the devices of a node, and return their number; None is all devices."""
     size = devices if devices_per_node is None else devices_per_node
     whole_number("devices_per_node", size)
     if devices % size:
@@ -130,8 +130,8 @@ def node_size(devices: int, devices_per_node: int | None) -> int:
     return size
 
 
-def split_rule(split: str) -> LayerSplit:
-    """Check the name of a rule for choosing between copies."""
+def check_split(split: str) -> LayerSplit:
+    """Check the name of a rule for choosing between copies, and return it."""
     one_of("split", split, get_args(LayerSplit))
     return cast(LayerSplit, split)
 

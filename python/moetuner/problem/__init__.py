@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from moetuner import _checks as check
 from moetuner import _core
 from moetuner.cost import CostModel, cost_model_of
-from moetuner.evaluation.losses import DOMAINS, Domain, domains_of
+from moetuner.evaluation.losses import DOMAINS, Domain, number_domains
 from moetuner.files.cells import digits, percent
 from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement, fill
@@ -276,7 +276,7 @@ class Problem(Frozen):
     @cached_property
     def rules(self) -> SlotRules:
         """Where experts must and must not be."""
-        domain = None if self.survive is None else domains_of(self.topology, self.survive)
+        domain = None if self.survive is None else number_domains(self.topology, self.survive)
         return make_rules(self.pinned, self.forbidden, self.experts, self.capacity, domain)
 
     @cached_property

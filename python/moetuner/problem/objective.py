@@ -196,7 +196,7 @@ class Objective:
         """Compute what the busiest device after the worst loss adds to layers [L]: 1 if even."""
         assert self.survive is not None
         load, topology = self.statistics.total_load, self.topology
-        imbalance, _ = losses.imbalances_after(
+        imbalance, _ = losses.compute_imbalances_after_loss(
             placement, load, topology, self.survive, split=self.serving.split
         )
         factor: Floats = 1 + LOSS_SHARE * (imbalance.max(axis=0) - 1)
@@ -392,7 +392,7 @@ class Objective:
 
         def times(load: Floats) -> Floats:
             counts = expected.counts(load, total)
-            return figures.layer_us(counts, setting) / self.statistics.layers
+            return figures.compute_layer_us(counts, setting) / self.statistics.layers
 
         return times
 
@@ -533,7 +533,7 @@ class Objective:
 
     def _compute_apart(self, placement: Placement) -> Floats:
         """Compute the expected share of all co-activated pairs on two devices, by layer [L]."""
-        share = copies.slot_shares(placement, self.topology, self.serving.split)
+        share = copies.compute_slot_shares(placement, self.topology, self.serving.split)
         pairs = self.statistics.coactivation_or_empty
         return _core.expected_apart((placement.slots, share), pairs) / self.scale
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from moetuner._checks import ArgumentError, is_number, shown
 from moetuner._texts import suggestion
-from moetuner.evaluation.arrival import WINDOWS_MIXED, mixed_windows
+from moetuner.evaluation.arrival import WINDOWS_MIXED, mix_windows
 from moetuner.evaluation.blocks import blocks, by_block
 from moetuner.recording import compute_once
 from moetuner.serving.arrival import Arrival, share_mixed
@@ -355,7 +355,7 @@ def _mix_windows(statistics: RoutingStatistics, weight: Floats, count: int, time
     load, weight, size = statistics.window_load[steps], weight[steps], WINDOWS_MIXED
     if times > 1:
         count, size = max(count, FEWEST), LONGER * WINDOWS_MIXED
-    drawn = mixed_windows(load, weight, count, size=_size_of_mean(size, len(load)))
+    drawn = mix_windows(load, weight, count, size=_size_of_mean(size, len(load)))
     mean = np.concatenate([load for _, load in drawn]) * times
     return _draw_tokens(mean, float(weight.mean()))
 

@@ -12,8 +12,8 @@ from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.judgement import Judgement, judge
 from moetuner.evaluation.options import ReplayOptions
-from moetuner.evaluation.replay import without_groups
-from moetuner.evaluation.units import units_of
+from moetuner.evaluation.replay import drop_groups
+from moetuner.evaluation.samples import find_samples
 from moetuner.files.cells import counted, number, percent
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
@@ -134,7 +134,7 @@ def replay(
     ``by_group`` says whether to evaluate every group of a trace by itself too, which takes as long
     again. ``progress`` is as for ``evaluate_each``.
     """
-    traffic = traffic if by_group else without_groups(traffic)
+    traffic = traffic if by_group else drop_groups(traffic)
     servings = [replace(serving, window=window) for window in windows]
     evaluations = evaluate_each(placements, traffic, servings, options, progress=progress)
     return dict(zip(windows, evaluations, strict=True))
@@ -204,7 +204,7 @@ def judge_outcome(
         after.phases[window],
         figure=after.worth.figure,
         by_group=by_group,
-        units=units_of(recording, window=window),
+        units=find_samples(recording, window=window),
         names=(before.result.method, after.result.method),
     )
 

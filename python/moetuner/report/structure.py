@@ -22,11 +22,11 @@ from moetuner._checks import (
 )
 from moetuner.evaluation import evaluate
 from moetuner.evaluation.halves import halve
-from moetuner.evaluation.intervals import FEWEST, spread
+from moetuner.evaluation.intervals import FEWEST, estimate_spread
 from moetuner.evaluation.options import ReplayOptions
-from moetuner.evaluation.reading import Progress, part_of
+from moetuner.evaluation.reading import Progress, scale_progress
 from moetuner.evaluation.replay import Setting
-from moetuner.evaluation.units import hold_out, units_of
+from moetuner.evaluation.samples import find_samples, hold_out
 from moetuner.frozen import Frozen, html_table
 from moetuner.placement import Placement
 from moetuner.problem import TRAFFIC_CAP, Problem
@@ -160,7 +160,7 @@ def structure(
     held_out = traffic.ordered and traffic.length > 1
 
     def report_pass(number: int, passes: int = 1) -> Progress | None:
-        return part_of(progress, number / PASSES, (number + passes) / PASSES)
+        return scale_progress(progress, number / PASSES, (number + passes) / PASSES)
 
     passed = PASSES_OF_SAMPLES + 2
 
@@ -171,7 +171,7 @@ def structure(
             progress(passed / PASSES)
 
     if held_out:
-        units_of(traffic, threads=threads, progress=report_pass(0, PASSES_OF_SAMPLES))
+        find_samples(traffic, threads=threads, progress=report_pass(0, PASSES_OF_SAMPLES))
     halves = hold_out(traffic, 0.5 if held_out else 0, seed=seed)
     seen, unseen = (
         _count_transitions(half, threads, report_pass(PASSES_OF_SAMPLES + number))
@@ -257,9 +257,9 @@ def _measure_gain(
     progress: Callable[[float], None] | None,
 ) -> tuple[float, float] | None:
     """Compute the interval of the null less the crossing of unseen traffic; None if too short."""
-    units = units_of(traffic, threads=setting.options.threads)
+    units = find_samples(traffic, threads=setting.options.threads)
     figures = halve(unseen, setting, units, by_group=False, progress=progress)[None]
-    crossing = spread(*figures["crossing"])
+    crossing = estimate_spread(*figures["crossing"])
     if null is None or crossing.interval is None or crossing.units < FEWEST:
         return None
     return null - crossing.interval[1], null - crossing.interval[0]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _checks as check
-from moetuner.evaluation.losses import DOMAINS, Domain, domains_of
+from moetuner.evaluation.losses import DOMAINS, Domain, number_domains
 from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement, count_copies
 from moetuner.solver.rebalancing import rebalance, slowest
@@ -213,7 +213,7 @@ def plan_losses(
         _check_machine(running, topology)
     windows = _read_load(running, traffic, check.window_in(window))
     service = _Service(running, windows, topology)
-    member = domains_of(topology or Topology(running.devices), domain)
+    member = number_domains(topology or Topology(running.devices), domain)
     plans, numbers = {}, int(member.max()) + 1
     for number in range(numbers):
         lost = member == number

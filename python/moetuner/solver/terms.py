@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner.evaluation.losses import domains_of
+from moetuner.evaluation.losses import number_domains
 from moetuner.problem import Problem
 from moetuner.solver.unseen import FEWEST_WINDOWS, SearchSetting
 
@@ -268,7 +268,7 @@ def loss_costs(problem: Problem) -> LossCosts | None:
     windows = problem.windows
     tokens = float((windows.weight * windows.load.sum(axis=(1, 2))).sum())
     mean = tokens / (problem.layers * problem.devices)
-    domain = domains_of(problem.topology, problem.survive)
+    domain = number_domains(problem.topology, problem.survive)
     is_one = np.count_nonzero(windows.weight) < FEWEST_WINDOWS
     return LossCosts(domain.tolist(), (LOSS if is_one else LOSS_IN_WINDOWS) * mean)
 

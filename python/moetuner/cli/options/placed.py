@@ -27,7 +27,7 @@ from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES, WITH_ARGUMENT
 from moetuner.evaluation.judgement import MEASURES, Judgement, judge
 from moetuner.evaluation.options import ReplayOptions
-from moetuner.evaluation.units import hold_out, units_of
+from moetuner.evaluation.samples import find_samples, hold_out
 from moetuner.files import naming
 from moetuner.files.cells import counted, listed
 from moetuner.formats import WRITERS, find_form, read_placement
@@ -259,7 +259,7 @@ class Placed:
                 figure=figure or self.made.figure,
                 measures=self._choose_measures(measures),
                 by_group=by_group,
-                units=units_of(self.source.traffic, window=self.source.replayed),
+                units=find_samples(self.source.traffic, window=self.source.replayed),
                 names=names,
                 progress=show_shares(report, "", then="intervals"),
             )

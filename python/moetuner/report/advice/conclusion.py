@@ -11,7 +11,7 @@ from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import FEWEST
 from moetuner.evaluation.judgement import Judgement
-from moetuner.evaluation.units import Units
+from moetuner.evaluation.samples import Samples
 from moetuner.files.cells import counted
 from moetuner.recording import Recording
 from moetuner.report.advice.request import Request
@@ -183,7 +183,7 @@ def _find_too_few(advice: Advice) -> Finding:
     elif units.kinds is not None:
         kind = "too few drawn windows"
         numbers["windows"] = units.number
-    elif units.blocks.length > 1:
+    elif units.blocks.correlation_length > 1:
         kind = "neighbouring windows are alike"
         engine, replayed = advice.settings["engine"], advice.main.after.replayed
         has_groups = replayed is None or replayed.traffic.group is not None
@@ -201,16 +201,16 @@ def _count_windows(advice: Advice) -> dict[str, int]:
     traffic = main.after.replayed.traffic if main.after.replayed is not None else None
     windows = 0 if traffic is None else traffic.length // (main.window or 1)
     # Half of them are held out.
-    return {"windows": windows, "needed": math.ceil(2 * FEWEST * blocks.correlation)}
+    return {"windows": windows, "needed": math.ceil(2 * FEWEST * blocks.correlation_time)}
 
 
-def _describe_kinds(units: Units) -> dict[str, Any]:
+def _describe_kinds(units: Samples) -> dict[str, Any]:
     """Return the number of kinds that requests, or windows, are of, and how kinds were found."""
     requests = None if units.sequences is None else len(units.sequences)
     return {"number": units.number, "likeness": units.likeness, "requests": requests}
 
 
-def find_units(units: Units, *, held_out: bool) -> list[Finding]:
+def find_units(units: Samples, *, held_out: bool) -> list[Finding]:
     """Return what counts as an independent sample, unless that is each of many sequences."""
     if not held_out:
         return []
@@ -221,8 +221,11 @@ def find_units(units: Units, *, held_out: bool) -> list[Finding]:
         numbers = _describe_kinds(units) | {"only_few": units.number < FEW_KINDS}
     elif units.all_alike:
         kind = "sequences all alike"
-    elif units.name == "window" and units.blocks.length > 1:
-        kind, numbers = "windows in blocks", {"length": units.blocks.length, "worth": units.number}
+    elif units.name == "window" and units.blocks.correlation_length > 1:
+        kind, numbers = (
+            "windows in blocks",
+            {"length": units.blocks.correlation_length, "worth": units.number},
+        )
     elif units.name == "window" and units.kinds is not None:
         kind, numbers = "drawn windows", {"windows": units.number}
     elif units.name == "window":

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from moetuner._checks import instance, seed_in
 from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.figures import FIGURES
-from moetuner.evaluation.kinds import loads_by
-from moetuner.evaluation.reading import Progress, part_of
-from moetuner.evaluation.units import Units, blocks_of, units_of
+from moetuner.evaluation.kinds import count_loads_by_label
+from moetuner.evaluation.reading import Progress, scale_progress
+from moetuner.evaluation.samples import Samples, find_samples, measure_blocks
 from moetuner.frozen import Frozen
 from moetuner.recording import AnyRecording, Recording
 from moetuner.report.findings import Finding
@@ -135,8 +135,10 @@ def drift(
         )
     sizes = [max(side.choices, 1) for side in sides.values()]
     units = [
-        units_of(
-            side, window=WINDOW, progress=part_of(progress, first / PASSES, (first + 2) / PASSES)
+        find_samples(
+            side,
+            window=WINDOW,
+            progress=scale_progress(progress, first / PASSES, (first + 2) / PASSES),
         )
         for first, side in zip((0, 2), sides.values(), strict=True)
     ]
@@ -159,7 +161,7 @@ def drift(
     loads = []
     for first, side, count, unit in zip((4, 5), sides.values(), counts, units, strict=True):
         folds = unit.deal(side, np.arange(side.length), WINDOW, folds=count)
-        report = part_of(progress, first / PASSES, (first + 1) / PASSES)
+        report = scale_progress(progress, first / PASSES, (first + 1) / PASSES)
         loads.append(_count_block_loads(side, folds.fold, folds.number, report))
     return _compare_blocks(np.concatenate(loads), len(loads[0]), seed)
 
@@ -180,19 +182,19 @@ def conclude_drift(drift: Drift, worst: dict[str, Any]) -> Finding:
     return Finding("profile left, placement serves", numbers, "headline", "served")
 
 
-def _count_exchangeable(traffic: Recording, units: Units) -> int:
+def _count_exchangeable(traffic: Recording, units: Samples) -> int:
     """Return the number of blocks of traffic that a permutation may exchange.
 
     Blocks of windows have several correlation lengths, as the ends of neighbouring blocks are
     alike.
     """
-    if units.blocks.length == 1:
+    if units.blocks.correlation_length == 1:
         return max(units.number, 1)
-    rows = LENGTHS_PER_BLOCK * traffic.rows_in(WINDOW) * units.blocks.length
+    rows = LENGTHS_PER_BLOCK * traffic.rows_in(WINDOW) * units.blocks.correlation_length
     return max(traffic.length // rows, 1)
 
 
-def measure_drift(traffic: Recording, units: Units, *, seed: int = 0) -> Drift | None:
+def measure_drift(traffic: Recording, units: Samples, *, seed: int = 0) -> Drift | None:
     """Compute how far the halves of a recording differ; None where it has too few blocks.
 
     If the halves of a recording with groups differ, they are compared again with every group spread
@@ -200,7 +202,7 @@ def measure_drift(traffic: Recording, units: Units, *, seed: int = 0) -> Drift |
     """
     blocks = BLOCKS
     if units.kinds is not None and units.sequences is None:  # kinds of windows
-        length = blocks_of(count_loads(traffic).window_load, traffic.group).length
+        length = measure_blocks(count_loads(traffic).window_load, traffic.group).correlation_length
         blocks = min(BLOCKS, units.number, traffic.length // length)
     elif units.name == "window":
         blocks = min(BLOCKS, _count_exchangeable(traffic, units))
@@ -229,7 +231,7 @@ def _count_block_loads(
 ) -> NDArray[np.float64]:
     """Count the load [B,L,E] of every block that has a token or a window; ``block`` is theirs."""
     if traffic.ordered:
-        loads = loads_by(as_trace(traffic), block, blocks, progress=progress)
+        loads = count_loads_by_label(as_trace(traffic), block, blocks, progress=progress)
     else:
         loads = np.zeros((blocks, traffic.layers, traffic.num_experts))
         np.add.at(loads, block, count_loads(traffic).window_load.astype(np.float64))

@@ -13,8 +13,8 @@ from moetuner.evaluation.comparison import Comparison, with_splits
 from moetuner.evaluation.halves import halve_each
 from moetuner.evaluation.intervals import Spread
 from moetuner.evaluation.judgement import Judgement, judge
-from moetuner.evaluation.replay import without_groups
-from moetuner.evaluation.units import Units
+from moetuner.evaluation.replay import drop_groups
+from moetuner.evaluation.samples import Samples
 from moetuner.placement import EMPTY, Placement
 from moetuner.recording import Recording
 from moetuner.report.advice.request import (
@@ -49,7 +49,7 @@ def judge_trials(
     trials: Sequence[Trial],
     key: Key,
     window: Window,
-    units: Units,
+    units: Samples,
     *,
     by_group: bool = False,
 ) -> Judgement:
@@ -99,7 +99,7 @@ def judge_over_eplb(request: Request, trials: Sequence[Trial]) -> dict[Window, J
     }
 
 
-def _judge_gain(request: Request, trial: Trial, window: Window, units: Units) -> Comparison:
+def _judge_gain(request: Request, trial: Trial, window: Window, units: Samples) -> Comparison:
     return judge_trials(request, [trial], RUNNING, window, units).gain
 
 
@@ -173,7 +173,7 @@ def judge_groups(request: Request, copies: int) -> dict[str, dict[Window, Compar
             request, Holdout(request.seed, count_traffic(request, others), unseen), copies
         )
         gains[str(group)] = {
-            window: _judge_gain(request, trial, window, request.units_of(unseen, window))
+            window: _judge_gain(request, trial, window, request.find_samples(unseen, window))
             for window in request.windows
         }
     return gains
@@ -249,7 +249,7 @@ def judge_lp_split(
         or (placement.replicas == 1).all()
     ):
         return None
-    counts = count_loads(without_groups(holdout.unseen), window=window, threads=request.threads)
+    counts = count_loads(drop_groups(holdout.unseen), window=window, threads=request.threads)
     steps = np.flatnonzero(counts.is_step)
     if not steps.size:
         return None

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from moetuner._checks import ArgumentError
-from moetuner.evaluation.units import Units, hold_out, units_of
+from moetuner.evaluation.samples import Samples, find_samples, hold_out
 from moetuner.placement import Placement
 from moetuner.problem import TRAFFIC_CAP, Problem
 from moetuner.problem.objective import Goal, choose_goal, choose_tables
@@ -119,13 +119,13 @@ class Request:
         return self.traffic if self.unseen is None else self.unseen
 
     @cached_property
-    def units(self) -> dict[Window, Units]:
+    def units(self) -> dict[Window, Samples]:
         """The independent samples of ``judged_on``, by size of windows."""
-        return {window: self.units_of(self.judged_on, window) for window in self.windows}
+        return {window: self.find_samples(self.judged_on, window) for window in self.windows}
 
-    def units_of(self, traffic: Recording, window: Window) -> Units:
+    def find_samples(self, traffic: Recording, window: Window) -> Samples:
         """Return the independent samples of traffic in windows of a size."""
-        return units_of(traffic, window=window, threads=self.threads)
+        return find_samples(traffic, window=window, threads=self.threads)
 
 
 @dataclass(frozen=True)

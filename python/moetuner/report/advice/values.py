@@ -10,7 +10,7 @@ import numpy as np
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.judgement import Judgement
-from moetuner.evaluation.units import Units
+from moetuner.evaluation.samples import Samples
 from moetuner.frozen import Frozen, as_json
 from moetuner.placement import Placement
 from moetuner.problem import Problem
@@ -285,7 +285,7 @@ class Advice(Frozen):
     groups_of_halves: tuple[tuple[str, ...], ...]
     placements: tuple[Placement, Placement] = field(repr=False)
     result: Result = field(repr=False)
-    units: Units = field(repr=False)
+    units: Samples = field(repr=False)
     problem: Problem = field(repr=False)
     judged_on: str = ""
     one_kind: str | None = None

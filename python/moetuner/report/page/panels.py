@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.evaluation.copies import slot_shares
+from moetuner.evaluation.copies import compute_slot_shares
 from moetuner.evaluation.figures import FIGURES
 from moetuner.files.cells import (
     counted,
@@ -136,7 +136,7 @@ def _show_experts(page: PageData) -> Panel | None:
         slots = placement.slots
         expert, layer = np.maximum(slots, 0), np.arange(placement.layers)[:, None, None]
         copies = np.maximum(placement.replicas[layer, expert], 1)
-        shares = slot_shares(placement, page.topology, setting.serving.split)
+        shares = compute_slot_shares(placement, page.topology, setting.serving.split)
         served = relative[layer, expert] * shares
         times[name] = served.sum(axis=2) / page.topology.speed_of_device
         load = np.where(slots >= 0, served, -1.0)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from moetuner._checks import whole_number
-from moetuner.evaluation.rows import LayerSplit, node_size, split_rule
+from moetuner.evaluation.rows import LayerSplit, check_node_size, check_split
 from moetuner.placement import EMPTY, Placement
 from moetuner.serving.splits import RULES
 from moetuner.torch.parallel import exchange
@@ -91,11 +91,11 @@ class ExpertParallelMoE(nn.Module):
         split: LayerSplit = "even",
     ) -> None:
         super().__init__()
-        self.group, self.devices_per_node, self.split = group, devices_per_node, split_rule(split)
+        self.group, self.devices_per_node, self.split = group, devices_per_node, check_split(split)
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         vars(self)["experts"] = experts  # so that no name without slots is registered
         self.layer = whole_number("layer", layer, lowest=0, highest=placement.layers - 1)
-        self.node_size = node_size(self.ranks, devices_per_node)
+        self.node_size = check_node_size(self.ranks, devices_per_node)
         self.traffic = exchange.TrafficCounters(self.ranks)
         self._served = 0  # tokens of this rank so far: where its positions run on
         self._name = ""

@@ -1,4 +1,4 @@
-"""Units: what is independent in traffic, how much there is, and how it is held out."""
+"""Samples: what is independent in traffic, how much there is, and how it is held out."""
 
 import sys
 from dataclasses import replace
@@ -9,15 +9,15 @@ import pytest
 from make import trace_of
 
 import moetuner as mt
-from moetuner.evaluation.arrival import mixed_order
-from moetuner.evaluation.units import (
+from moetuner.evaluation.arrival import draw_mixed_order
+from moetuner.evaluation.samples import (
     Blocks,
-    Units,
-    alike_tokens,
-    blocks_of,
+    Samples,
     choose_runs,
+    find_samples,
     hold_out,
-    units_of,
+    measure_blocks,
+    measure_correlation_length,
 )
 from moetuner.formats import open_input
 
@@ -36,17 +36,17 @@ def table(topics, windows, seed):
 @pytest.mark.parametrize(("topics", "windows"), [(64, 1), (32, 2), (16, 4), (8, 8)])
 def test_blocks_are_as_long_as_topics(topics, windows):
     """The correlation time is the topics' length, nearly, in the mean."""
-    blocks = [blocks_of(table(topics, windows, seed).window_load) for seed in range(8)]
-    assert np.mean([each.correlation for each in blocks]) == pytest.approx(windows, rel=0.25)
-    assert all(windows <= each.length + 1 for each in blocks)
+    blocks = [measure_blocks(table(topics, windows, seed).window_load) for seed in range(8)]
+    assert np.mean([each.correlation_time for each in blocks]) == pytest.approx(windows, rel=0.25)
+    assert all(windows <= each.correlation_length + 1 for each in blocks)
     # By themselves, windows seldom seem to be alike.
-    assert windows > 1 or sum(each.length > 1 for each in blocks) <= 1
+    assert windows > 1 or sum(each.correlation_length > 1 for each in blocks) <= 1
 
 
 def test_long_correlations_are_measured_on_fewer_windows():
     """Topics of 40 windows reach beyond the lags that are looked at."""
-    blocks = blocks_of(table(10, 40, 0).window_load)
-    assert blocks.correlation == pytest.approx(40, rel=0.4)
+    blocks = measure_blocks(table(10, 40, 0).window_load)
+    assert blocks.correlation_time == pytest.approx(40, rel=0.4)
 
 
 def test_groups_have_levels_of_their_own():
@@ -55,8 +55,8 @@ def test_groups_have_levels_of_their_own():
     share = np.repeat(rng.dirichlet(np.ones(8), (4, 1)), 16, axis=0)
     load = rng.multinomial(500, share)
     group = np.arange(64) // 16
-    assert blocks_of(load, group).length == 1
-    assert blocks_of(load).length > 4
+    assert measure_blocks(load, group).correlation_length == 1
+    assert measure_blocks(load).correlation_length > 4
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -70,7 +70,7 @@ def test_windows_by_chance_are_independent_whatever_their_groups(order, groups):
         load = random.multinomial(16384, share, (windows, 16)).astype(np.uint64)
         chance = random.integers(0, groups, windows)
         by_order = {"turns": turn % groups, "runs": turn * groups // windows, "chance": chance}
-        alarms += blocks_of(load, by_order[order]).length > 1
+        alarms += measure_blocks(load, by_order[order]).correlation_length > 1
     assert alarms <= 2
 
 
@@ -78,7 +78,7 @@ def test_windows_by_chance_are_independent_whatever_their_groups(order, groups):
 def test_runs_are_held_out_with_a_gap(seed):
     """No window that is seen is within a block of one that is held out; few are lost."""
     load = table(32, 4, seed)
-    length = blocks_of(load.window_load).length
+    length = measure_blocks(load.window_load).correlation_length
     seen, unseen = choose_runs(128, 0.5, length, seed)
     assert not (seen & unseen).any()
     apart = np.abs(np.flatnonzero(seen)[:, None] - np.flatnonzero(unseen))
@@ -101,8 +101,8 @@ def test_an_unlabelled_trace_is_held_out_further_than_its_sequences_reach():
     rng = np.random.default_rng(5)
     labelled = LAW.trace(rng, np.full(40, 300))
     trace = trace_of(labelled.expert_ids, simulated.EXPERTS)
-    assert 200 <= alike_tokens(trace) <= 600
-    seen, unseen = choose_runs(trace.tokens, 0.5, alike_tokens(trace), 0)
+    assert 200 <= measure_correlation_length(trace) <= 600
+    seen, unseen = choose_runs(trace.tokens, 0.5, measure_correlation_length(trace), 0)
     both = set(labelled.sequence[seen]) & set(labelled.sequence[unseen])
     assert len(both) <= 2
     parts = hold_out(trace, 0.5)
@@ -115,9 +115,9 @@ def test_few_kinds_are_counted_and_on_one_side(kinds):
     """Prompts that are asked again are as many units as there are prompts, seen or unseen."""
     rng = np.random.default_rng(kinds)
     trace = LAW.trace(rng, simulated.prompts(rng, 60), kinds=kinds)
-    units = units_of(trace)
+    units = find_samples(trace)
     assert (units.name, units.number) == ("kind", pytest.approx(kinds, abs=1))
-    seen, unseen = (set(units.of_tokens(of.sequence)) for of in hold_out(trace, 0.5, seed=2))
+    seen, unseen = (set(units.label_tokens(of.sequence)) for of in hold_out(trace, 0.5, seed=2))
     assert not seen & unseen
 
 
@@ -126,14 +126,14 @@ def test_few_kinds_are_counted_and_on_one_side(kinds):
 def test_sequences_that_differ_are_units(evenness, skew):
     """However little they differ, sequences of kinds of their own count one by one."""
     rng = np.random.default_rng(3)
-    units = units_of(simulated.Law(skew, evenness).trace(rng, simulated.prompts(rng, 60)))
+    units = find_samples(simulated.Law(skew, evenness).trace(rng, simulated.prompts(rng, 60)))
     assert (units.name, units.number) == ("sequence", 60)
 
 
 def test_one_kind_is_told():
     """Sequences that all route alike may be one prompt: they count, and it is said."""
     rng = np.random.default_rng(4)
-    units = units_of(LAW.trace(rng, simulated.prompts(rng, 40), kinds=1))
+    units = find_samples(LAW.trace(rng, simulated.prompts(rng, 40), kinds=1))
     assert (units.name, units.number, units.all_alike) == ("sequence", 40, True)
 
 
@@ -142,13 +142,13 @@ def test_one_prompt_again_and_again_is_held_out_by_sequence():
     ids = np.tile(np.arange(60).reshape(30, 1, 2) % 16, (20, 1, 1))
     sequence = np.arange(600) // 30
     trace = trace_of(ids, 16, sequence=sequence)
-    assert units_of(trace).number == 1
+    assert find_samples(trace).number == 1
     assert [part.tokens for part in hold_out(trace, 0.5)] == [300, 300]
 
 
 def test_runs_are_longer_than_windows_are_alike():
     """Folds of windows without labels follow one another, of three units each and of equal size."""
-    dealt = Units("window", 24, Blocks(64 / 24, 3)).deal(table(16, 4, 0), np.arange(64), None)
+    dealt = Samples("window", 24, Blocks(64 / 24, 3)).deal(table(16, 4, 0), np.arange(64), None)
     assert (dealt.number, dealt.units) == (8, 24)
     assert dealt.fold.tolist() == [window // 8 for window in range(64)]
 
@@ -161,7 +161,7 @@ def test_sequences_are_dealt_whole_and_evenly(sequences):
     """
     rng = np.random.default_rng(sequences)
     trace = LAW.trace(rng, rng.integers(5, 40, sequences))
-    dealt = Units("sequence", sequences).deal(trace, np.arange(trace.tokens), 256)
+    dealt = Samples("sequence", sequences).deal(trace, np.arange(trace.tokens), 256)
     assert (dealt.number, dealt.units) == (min(sequences, 20), sequences)
     folds = {number: set(dealt.fold[trace.sequence == number]) for number in range(sequences)}
     assert all(len(fold) == 1 for fold in folds.values())
@@ -172,7 +172,7 @@ def test_sequences_are_dealt_whole_and_evenly(sequences):
 def test_folds_are_not_alike_in_the_lengths_of_their_sequences():
     """Where lengths tell subjects, halves differ by them: one of 20 folds has several of the 20."""
     trace = LAW.trace(np.random.default_rng(0), np.arange(10, 50))
-    dealt = Units("sequence", 40).deal(trace, np.arange(trace.tokens), 64)
+    dealt = Samples("sequence", 40).deal(trace, np.arange(trace.tokens), 64)
     longest = dealt.fold[np.flatnonzero(trace.sequence >= 20)]
     assert len(np.unique(longest)) < 20
 
@@ -182,7 +182,7 @@ def test_names_of_sequences_do_not_matter_to_folds():
     rng = np.random.default_rng(0)
     trace = LAW.trace(rng, np.full(30, 9))
     renamed = replace(trace, sequence=rng.permutation(30).astype(np.int32)[trace.sequence])
-    units = Units("sequence", 30)
+    units = Samples("sequence", 30)
     one, other = (units.deal(each, np.arange(trace.tokens), 64) for each in (trace, renamed))
     assert one.fold.tolist() == other.fold.tolist()
 
@@ -190,12 +190,12 @@ def test_names_of_sequences_do_not_matter_to_folds():
 def test_units_and_folds_are_the_same_however_many_tokens_are_looked_at_together(monkeypatch):
     """Of requests on few documents whose tokens were served in turns."""
     trace = LAW.documents(np.random.default_rng(0), 6, 4, 300)
-    trace = trace.take(mixed_order(trace.sequence, trace.tokens))
+    trace = trace.take(draw_mixed_order(trace.sequence, trace.tokens))
     dealt = []
     for piece in (1 << 20, 17):
         monkeypatch.setattr("moetuner._checks.PIECE", piece)
         fresh = replace(trace)  # of which nothing has been computed
-        units, rows = units_of(fresh), np.arange(fresh.tokens)
+        units, rows = find_samples(fresh), np.arange(fresh.tokens)
         parts = [part.sequence.tolist() for part in hold_out(fresh, 0.5, seed=1)]
         dealt.append((units.number, units.deal(fresh, rows, 64).fold.tolist(), parts))
     assert dealt[0] == dealt[1]
@@ -232,7 +232,7 @@ def test_kinds_of_windows_that_come_again_are_counted_and_on_one_side(pattern, g
     table = windows(kinds, rng)
     group = {"group": np.arange(96) % groups, "group_names": ("prefill", "decode")[:groups]}
     numbered = mt.RoutingStatistics.from_load(table.window_load, **group)
-    units = units_of(numbered)
+    units = find_samples(numbered)
     assert (units.name, units.number) == ("kind", pytest.approx(len(np.unique(kinds)), abs=1))
     parts = hold_out(numbered, 0.5, seed=1)
     place = {load.tobytes(): number for number, load in enumerate(numbered.window_load)}
@@ -246,8 +246,8 @@ def test_windows_that_take_turns_are_alike_beyond_lag_one(pattern):
     rng = np.random.default_rng(7)
     kinds = PATTERNS[pattern](192, rng)
     table = windows(kinds, rng, changed=0.5)
-    blocks = blocks_of(table.window_load)
-    assert 4 <= blocks.length <= 14
+    blocks = measure_blocks(table.window_load)
+    assert 4 <= blocks.correlation_length <= 14
     assert blocks.number(192) <= 80
 
 
@@ -277,9 +277,9 @@ def test_repeated_text_is_one_kind_whatever_its_length(cut, together):
         order = np.lexsort((sequence, within, sequence // 16))
         ids, sequence = ids[order], sequence[order]
     trace = trace_of(ids, simulated.EXPERTS, sequence=sequence)
-    units = units_of(trace)
+    units = find_samples(trace)
     assert (units.name, units.number) == ("kind", 8)
-    kinds = units.of_tokens(np.arange(80, dtype=np.int32))
+    kinds = units.label_tokens(np.arange(80, dtype=np.int32))
     assert len(set(zip(which, kinds, strict=True))) == 8
 
 
@@ -296,7 +296,7 @@ def test_prompts_with_small_changes_are_kinds(seed):
         ids.append(np.argpartition(-(np.log(near) + noise), 2, axis=2)[..., :2])
     sequence = np.repeat(np.arange(120), [*map(len, ids)])
     trace = trace_of(np.concatenate(ids), 16, sequence=sequence)
-    units = units_of(trace)
+    units = find_samples(trace)
     assert units.name == "kind"
     assert 35 <= units.number <= 60
 
@@ -306,7 +306,7 @@ def test_subjects_of_real_prompts_are_no_kinds(data, grouped):
     """Sequences of a real model are alike within subjects, and each is a unit all the same."""
     trace = open_input([data / "gpt-oss-20b.npz"])
     trace = trace if grouped else replace(trace, group=None, group_names=())
-    units = units_of(trace)
+    units = find_samples(trace)
     assert (units.name, units.number) == ("sequence", 283)
 
 
@@ -326,7 +326,7 @@ def test_windows_that_change_little_by_little_are_blocks_of_time(path):
     for seed in range(3):
         rng = np.random.default_rng([seed, len(path)])
         table = simulated.draw_table(rng, draw(LAW, rng))
-        units = units_of(table)
+        units = find_samples(table)
         assert units.name == "window"
         assert 2 <= units.number <= most
         place = {load.tobytes(): number for number, load in enumerate(table.window_load)}
@@ -334,13 +334,13 @@ def test_windows_that_change_little_by_little_are_blocks_of_time(path):
             np.array([place[load.tobytes()] for load in part.window_load])
             for part in hold_out(table, 0.5, seed=seed)
         )
-        assert abs(seen[:, None] - unseen).min() > units.blocks.length
+        assert abs(seen[:, None] - unseen).min() > units.blocks.correlation_length
 
 
 def test_a_day_that_comes_again_is_of_kinds():
     """Pieces of three equal days are seen or unseen on all of them."""
     rng = np.random.default_rng(1)
-    units = units_of(simulated.draw_table(rng, LAW.waves(rng, 144, (48, 48), 1)))
+    units = find_samples(simulated.draw_table(rng, LAW.waves(rng, 144, (48, 48), 1)))
     assert units.name == "kind"
     assert 10 <= units.number <= 48
     days = units.kinds.reshape(3, 48)
@@ -357,7 +357,7 @@ def test_no_single_window_decides_how_many_are_independent(memory):
     numbers = []
     for window in range(0, 80, 4):
         rest = np.arange(80) != window
-        numbers.append(blocks_of(load[rest], group[rest]).number(79))
+        numbers.append(measure_blocks(load[rest], group[rest]).number(79))
     assert max(numbers) <= 1.1 * np.median(numbers) + 1
     assert min(numbers) >= 0.9 * np.median(numbers) - 1
 
@@ -367,7 +367,7 @@ def test_groups_that_follow_one_another_are_in_both_parts():
     rng = np.random.default_rng(2)
     shares = np.concatenate([LAW.walk(rng, 16, 0.7) for _ in range(5)])
     table = simulated.draw_table(rng, shares, np.arange(80) // 16)
-    assert units_of(table).blocks.length > 1
+    assert find_samples(table).blocks.correlation_length > 1
     for part in hold_out(table, 0.5):
         assert np.bincount(part.group, minlength=5).min() >= 3
 
@@ -381,8 +381,8 @@ def test_steps_of_a_counter_are_one_unit(named, number):
     if not named:
         table = replace(table, group=None, group_names=())
     assert table.windows > number
-    assert units_of(table).number == number
-    units = units_of(table)
+    assert find_samples(table).number == number
+    units = find_samples(table)
     seen, unseen = (set(part.drawn_from) for part in hold_out(table, 0.5, seed=1))
     assert not seen & unseen
     folds = units.deal(table, np.arange(table.windows), None)
@@ -394,7 +394,7 @@ def test_steps_of_a_counter_are_one_unit(named, number):
 def test_requests_on_one_document_are_one_unit(number, questions, before):
     """Whatever system prompt all requests begin with."""
     rng = np.random.default_rng([number, before])
-    units = units_of(LAW.documents(rng, number, questions, 300, before=before))
+    units = find_samples(LAW.documents(rng, number, questions, 300, before=before))
     assert (units.name, units.number) == ("kind", number)
     assert units.likeness == "part of the text"
 
@@ -412,13 +412,13 @@ def test_a_document_is_found_wherever_it_stands(place):
             requests.append(np.concatenate(texts))
     sequence = np.repeat(np.arange(30), [*map(len, requests)])
     ids = np.concatenate(requests)
-    units = units_of(trace_of(ids, 16, sequence=sequence))
+    units = find_samples(trace_of(ids, 16, sequence=sequence))
     assert (units.name, units.number) == ("kind", 10)
 
 
 def test_what_all_requests_begin_with_is_no_document():
     """A system prompt of a third of the tokens leaves every request a unit."""
-    units = units_of(LAW.documents(np.random.default_rng(4), 60, 1, 1, before=90))
+    units = find_samples(LAW.documents(np.random.default_rng(4), 60, 1, 1, before=90))
     assert (units.name, units.number) == ("sequence", 60)
 
 
@@ -431,7 +431,7 @@ def test_turns_of_a_conversation_are_one_unit():
         requests += [np.concatenate(turns[: last + 1]) for last in range(4)]
     sequence = np.repeat(np.arange(48), [*map(len, requests)])
     ids = np.concatenate(requests)
-    units = units_of(trace_of(ids, 16, sequence=sequence))
+    units = find_samples(trace_of(ids, 16, sequence=sequence))
     assert (units.name, units.number, units.likeness) == ("kind", 12, "text")
 
 
@@ -441,7 +441,7 @@ def test_few_experts_make_no_text(often):
     rng = np.random.default_rng(6)
     ids = np.where(rng.random((6000, 1, 1)) < often, 0, rng.integers(0, 8, (6000, 1, 1)))
     trace = trace_of(ids, length=100)
-    units = units_of(trace)
+    units = find_samples(trace)
     assert units.number == (1 if often == 1 else 60)
 
 
@@ -450,8 +450,8 @@ def test_progress_of_readings_rises_to_one(make_trace):
     trace = make_trace(tokens=2000)
     unlabelled, other = replace(trace, sequence=None), replace(trace)
     for work in (
-        lambda progress: units_of(trace, progress=progress),
-        lambda progress: units_of(unlabelled, progress=progress),
+        lambda progress: find_samples(trace, progress=progress),
+        lambda progress: find_samples(unlabelled, progress=progress),
         lambda progress: mt.drift(trace, other, progress=progress),
     ):
         shares = []

@@ -1,0 +1,550 @@
+"""Find the independent samples of traffic, deal them into folds, and hold some of them out.
+
+Where sequences are labelled, they are the samples: tokens of one request route alike, those of two
+requests do not. Where many sequences repeat few prompts, the samples are kinds of sequences.
+Without labels the samples are windows, whose neighbours may be alike: their autocorrelation gives
+the length over which they are. Runs longer than that are nearly independent, and held-out runs keep
+that distance from the traffic that the solver sees.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner import _checks as check
+from moetuner._checks import ArgumentError, is_number, seed_in, shown
+from moetuner.evaluation.kinds import (
+    FEW_PER_GROUP,
+    Likeness,
+    find_sequence_kinds,
+    find_window_kinds,
+    number_groups,
+    subtract_levels,
+)
+from moetuner.evaluation.reading import Progress
+from moetuner.recording import AnyRecording, Recording
+from moetuner.statistics import RoutingStatistics, check_recording, count_loads
+from moetuner.trace import RoutingTrace, as_trace
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.integer[Any]]
+Name = Literal["sequence", "kind", "window"]
+
+# Folds that traffic is dealt into, where it has as many samples.
+FOLDS = 20
+# Samples of a fold where neighbouring windows are alike, as the ends of neighbouring runs are; and
+# the fewest folds in that case, where there are as many samples.
+RUN, FEWEST_RUNS = 3, 3
+# Largest number of windows that are compared pairwise; of more, neighbours are merged in pairs.
+WINDOWS = 4096
+# Standard errors from which the autocovariance at a lag is beyond chance: where lags before it are,
+# too, and where it is the only one of many. Weight rises from 0 there to 3/4 at twice that, so no
+# single window decides how many are independent.
+ALIKE, SURE = 2.0, 4.0
+# The autocorrelation time is at least so many times the mean lag, weighted by correlation. Both are
+# the same for a first-order autoregression that changes slowly.
+LASTING = 4
+# Windows that are alike at a lag of more than one third of all are taken to recur for ever.
+RECURS = 3
+# Largest number of shares [W,L,E] that are compared, and of products of two; of more, evenly spaced
+# layers are compared.
+CELLS, PRODUCTS = 1 << 23, 1 << 34
+# Shares are rounded to one in so many, so that sums of their products are exact in any order.
+PART = 1 << 16
+# Tokens of the shortest piece, and the most pieces, of a trace whose autocorrelation is measured.
+PIECE, PIECES = 16, 2048
+# Gaps between seen and held-out runs may take one fourth of the traffic.
+LOST = 4
+# Runs that consecutive seeds hold out begin at places far from each other.
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Autocorrelation of windows: how far apart two of them are independent.
+
+    Parameters
+    ----------
+    correlation_time
+        Integrated autocorrelation time in windows: as many are worth one independent window.
+    correlation_length
+        Windows over which neighbours are alike; 1 where they are no more alike than any two.
+    """
+
+    correlation_time: float = 1.0
+    correlation_length: int = 1
+
+    def number(self, windows: int) -> int:
+        """Compute the effective sample size of so many windows."""
+        return int(windows / self.correlation_time + 1e-9)
+
+
+INDEPENDENT = Blocks()
+
+
+class Folds(NamedTuple):
+    """Parts of traffic of about equal size that are independent of each other.
+
+    Parameters
+    ----------
+    fold
+        The fold of every token, or window [n].
+    number
+        Number of folds.
+    units
+        Number of independent samples that were dealt into them.
+    """
+
+    fold: NDArray[np.integer[Any]]
+    number: int
+    units: int
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom of a standard error from these folds (Kish's effective number - 1)."""
+        sizes = np.bincount(self.fold, minlength=1).astype(np.float64)
+        return max(round(float(sizes.sum() ** 2 / max((sizes**2).sum(), 1))) - 1, 1)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Independent samples of traffic.
+
+    Parameters
+    ----------
+    name
+        ``"sequence"``, ``"kind"`` (of sequences or windows), or ``"window"``.
+    number
+        Number of samples; for windows their effective sample size.
+    blocks
+        Autocorrelation of windows.
+    sequences, kinds
+        Labels of sequences, sorted, and the kind of each; both None where kinds are not few. For
+        windows, ``kinds`` is the kind of each, or the window of counters that a step was drawn
+        from.
+    all_alike
+        Whether sequences differ by no more than the noise of their tokens.
+    likeness
+        What sequences, or windows, of a kind have in common.
+    """
+
+    name: Name
+    number: int
+    blocks: Blocks = INDEPENDENT
+    sequences: NDArray[np.int32] | None = None
+    kinds: Integers | None = None
+    all_alike: bool = False
+    likeness: Likeness = "experts"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields that reports show, as JSON values."""
+        return {
+            "kind": self.name,
+            "number": self.number,
+            "block_length": self.blocks.correlation_length,
+            "all_alike": self.all_alike,
+        }
+
+    def deal(
+        self, traffic: Recording, rows: Integers, window: int | None, *, folds: int | None = None
+    ) -> Folds:
+        """Deal tokens of a trace, or windows of a table [n], into folds.
+
+        Whole sequences, or kinds, are dealt in random order, each to the smallest fold; without
+        either, folds are runs. There are ``folds`` of them, by default as many as intervals need,
+        but no more than samples.
+        """
+        label: Integers | None = None
+        if traffic.sequence is not None:
+            label = self.label_tokens(traffic.sequence)
+        elif self.kinds is not None:
+            # Where this traffic is a part of a recording, its windows are of fewer kinds.
+            label = find_samples(traffic).kinds
+        if label is None:
+            windows = max(len(rows) // traffic.rows_in(window or choose_piece_size(traffic)), 1)
+            samples = self.blocks.number(windows)
+            number = max(min(samples, folds or FOLDS), 1)
+            if self.blocks.correlation_length > 1 and folds is None:
+                number = max(min(samples // RUN, FOLDS), min(samples, FEWEST_RUNS), 1)
+            fold = np.arange(len(rows)) * number // max(len(rows), 1)
+            return Folds(fold.astype(np.min_scalar_type(number)), number, samples)
+        label = check.at(label, rows)
+        labels = check.distinct(label)
+        sample = check.ranks(label, labels)
+        first, sizes = check.first_of(sample, len(labels)), check.counts(sample, len(labels))
+        number = max(min(len(sizes), folds or FOLDS), 1)
+        fold = np.empty(len(sizes), dtype=np.min_scalar_type(number))
+        smallest = [(0, number_of_fold) for number_of_fold in range(number)]
+        # Dealt by length, folds would be more alike than samples are, where lengths tell subjects.
+        order = np.random.default_rng(0).permutation(len(sizes))
+        for place in np.argsort(first)[order].tolist():
+            size, fold[place] = heapq.heappop(smallest)
+            heapq.heappush(smallest, (size + int(sizes[place]), int(fold[place])))
+        return Folds(check.at(fold, sample), number, len(sizes))
+
+    def label_tokens(self, sequence: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Return the label of the sample that every token is of, given its sequence [t]."""
+        if self.sequences is None or self.kinds is None:
+            return sequence
+        return check.at(self.kinds.astype(np.int32), check.ranks(sequence, self.sequences))
+
+
+def find_samples(
+    traffic: Recording,
+    *,
+    window: int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Samples:
+    """Find the independent samples of traffic.
+
+    A trace without sequence labels is cut into windows of ``window`` tokens. ``progress`` gets the
+    share of a trace's readings that is done.
+    """
+    is_cut = traffic.ordered and traffic.sequence is None
+    # Every split asks for the same samples.
+    key = ("samples", window if is_cut else None)
+    if key not in traffic.known:
+        traffic.known[key] = _find_samples_anew(traffic, window, threads, progress)
+    samples: Samples = traffic.known[key]
+    return samples
+
+
+def _find_samples_anew(
+    traffic: Recording, window: int | None, threads: int | None, progress: Progress | None
+) -> Samples:
+    if isinstance(traffic, RoutingStatistics):
+        return _find_samples_of_windows(traffic)
+    if traffic.sequence is not None:
+        return _find_samples_of_sequences(as_trace(traffic), progress)
+    if window is None:
+        window = choose_piece_size(traffic)
+    loads = count_loads(traffic, window=window, threads=threads, progress=progress)
+    blocks = measure_blocks(loads.window_load, loads.group)
+    return Samples("window", blocks.number(max(traffic.length // (window or 1), 1)), blocks)
+
+
+def _find_samples_of_windows(table: RoutingStatistics) -> Samples:
+    """Find the samples of a load table: kinds of its windows or, where these are not few, windows.
+
+    Steps that were drawn from one window of counters are of its kind, or block.
+    """
+    if table.drawn_from is not None:
+        _, first, label, sizes = np.unique(
+            table.drawn_from, return_index=True, return_inverse=True, return_counts=True
+        )
+        load = np.zeros((len(first), table.layers, table.experts), np.uint64)
+        np.add.at(load, label, table.window_load.astype(np.uint64))
+        group = None if table.group is None else table.group[first]
+        samples = _find_samples_of_windows(
+            RoutingStatistics(load, group=group, group_names=table.group_names)
+        )
+        if samples.kinds is not None:
+            return replace(samples, kinds=samples.kinds[label])
+        if samples.blocks.correlation_length == 1:
+            return replace(samples, kinds=label)
+        blocks, steps = samples.blocks, int(sizes.max())
+        return replace(
+            samples,
+            blocks=Blocks(steps * blocks.correlation_time, steps * blocks.correlation_length),
+        )
+    kinds, _ = find_window_kinds(table)
+    if kinds is not None:
+        return Samples("kind", int(kinds.max()) + 1, kinds=kinds)
+    blocks = measure_blocks(table.window_load, table.group)
+    return Samples("window", blocks.number(int(table.is_step.sum())), blocks)
+
+
+def _find_samples_of_sequences(trace: RoutingTrace, progress: Progress | None) -> Samples:
+    """Find the samples of a trace with sequence labels: the sequences, or their kinds."""
+    labels = check.distinct(cast("NDArray[np.int32]", trace.sequence))
+    kinds, likeness, all_alike = find_sequence_kinds(trace, labels, progress)
+    if kinds is None:
+        return Samples("sequence", len(labels), all_alike=all_alike)
+    number = int(kinds.max(initial=-1)) + 1
+    return Samples("kind", number, sequences=labels, kinds=kinds, likeness=likeness)
+
+
+def measure_blocks(
+    load: NDArray[np.unsignedinteger[Any]], group: NDArray[np.integer[Any]] | None = None
+) -> Blocks:
+    """Compute the autocorrelation of windows from their loads [W,L,E], each group around its mean.
+
+    The autocovariance of expert shares, summed over experts and layers, is compared with that of
+    any two windows. Lags are taken in neighbouring pairs (Geyer 1992), as windows that take turns
+    are alike at every second lag only. They count up to the first pair that is not beyond chance,
+    and up to the furthest single lag that clearly is, for windows that take longer turns. The
+    integrated autocorrelation time is their sum over the variance without the noise of tokens,
+    which no two windows share.
+    """
+    share, noise = _compute_shares(load, group)
+    merged = 1  # windows in one
+    label = number_groups(len(share), group)
+    while len(share) > WINDOWS:
+        half = len(share) // 2
+        share = np.round(share[: 2 * half].reshape(half, 2, -1).sum(axis=1) / 2)
+        merged, noise = 2 * merged, noise / 2
+        label = np.zeros(half, np.int64)  # two windows of different groups are merged
+    covariance, weight, variance = _measure_lags(share, label)
+    if not len(covariance):
+        return INDEPENDENT
+    # Two estimates of the variance without noise: the line through the first two lags, at lag 0,
+    # and the variance less the noise that so many tokens have. Their geometric mean is steadier.
+    second, largest = covariance[1] if len(covariance) > 1 else 0.0, float(covariance.max())
+    by_line = max(2 * covariance[0] - second, largest)
+    by_tokens = max(variance - noise, largest)
+    scale = math.sqrt(by_tokens * min(by_line, by_tokens))
+    correlation = weight * np.clip(covariance / scale, -1.0, 1.0)
+    # Cut off where the cumulative sum is largest: what follows alternates, or is negative.
+    correlation = correlation[: int(np.cumsum(correlation).argmax()) + 1]
+    time = 1 + 2 * max(float(correlation.sum()), 0.0)
+    # Where two slow paths take turns, correlations alternate, but each path lasts as long as ever.
+    lasting = float((np.arange(1, len(correlation) + 1) * correlation).sum()) / time
+    time = max(time, LASTING * lasting)
+    if len(covariance) > len(share) / RECURS:
+        # Windows that recur up to the end are worth no more than those of one period.
+        time = max(time, float(weight[-1] * len(covariance)))
+    last_lag = int(np.flatnonzero(weight >= 1 / 2).max(initial=-1)) + 1
+    return Blocks(merged * time, merged * max(round(time), last_lag, 1))
+
+
+def _compute_shares(
+    load: NDArray[np.unsignedinteger[Any]], group: NDArray[np.integer[Any]] | None
+) -> tuple[Floats, float]:
+    """Compute shares [W,L*E] less the mean of their group, as whole numbers, in order of time.
+
+    Also compute the mean squared distance of a window from its expectation that the noise of its
+    tokens explains.
+    """
+    windows, layers, experts = load.shape
+    compared = min(windows, WINDOWS)
+    fits = min(CELLS // max(windows * experts, 1), PRODUCTS // (compared**2 * experts), layers)
+    chosen = np.unique(np.linspace(0, layers - 1, max(fits, 1)).round().astype(np.int64))
+    counts = load[:, chosen].astype(np.float64)
+    total = counts.sum(axis=2, keepdims=True)
+    share = np.divide(counts, total, out=np.zeros_like(counts), where=total > 0)
+    noise = (share * (1 - share)).sum(axis=2, keepdims=True) / np.maximum(total, 1)
+    share = share.reshape(windows, -1)
+    share = subtract_levels(share, group)
+    # Windows without tokens must not look alike.
+    share[total.sum(axis=(1, 2)) == 0] = 0
+    return np.round(share * PART), float(noise.sum()) / windows * PART**2
+
+
+def _measure_lags(share: Floats, label: NDArray[np.int64]) -> tuple[Floats, Floats, float]:
+    """Compute autocovariances of windows [W,F] by lag, their weights, and the variance with noise.
+
+    Lags end where windows are no more alike than any two; there may be none. The weight of a lag is
+    from 0 to 1, by how far its autocovariance is beyond chance. The mean over any two windows of a
+    group [W] is subtracted: around the mean of their group they are slightly anticorrelated, and
+    windows of different groups are not.
+    """
+    windows = len(share)
+    if windows < 3 or not share.any():
+        return np.empty(0), np.empty(0), 0.0
+    products = share @ share.T
+    squares = np.diagonal(products).copy()
+    mean = _centre(products, label)
+    error = float(products[~np.eye(windows, dtype=bool)].std())
+    furthest = max(windows // 2, 1)
+    covariances, pairs = np.empty(furthest), windows - np.arange(1, furthest + 1)
+    for lag in range(1, furthest + 1):
+        covariances[lag - 1] = np.diagonal(products, lag).mean()
+    errors = max(error, 1e-300) / np.sqrt(pairs)
+    score, weight, lags = covariances / errors, np.zeros(furthest), 0
+    for first in range(0, furthest, 2):
+        pair, second = slice(first, first + 2), slice(first + 1, first + 2)
+        pair_score = float(covariances[pair].sum() / np.sqrt((errors[pair] ** 2).sum()))
+        weight[pair] = _weigh_evidence(np.maximum(pair_score, score[pair]), ALIKE)
+        if pair_score <= ALIKE:
+            weight[second] = _weigh_evidence(score[second], ALIKE)
+        if not weight[first]:
+            break
+        lags = first + 1 + int((weight[second] > 0).sum())
+    weight[lags:] = 0
+    # Neighbouring pairs of windows are alike, so they are fewer independent pairs than they seem.
+    single = _weigh_evidence(score, SURE * math.sqrt(1 + lags))
+    # Where windows recur at a lag, all shorter lags count as much.
+    weight = np.maximum(weight, np.maximum.accumulate(single[::-1])[::-1])
+    lags = int(np.flatnonzero(weight).max(initial=-1)) + 1
+    return covariances[:lags], weight[:lags], float(squares.sum() / windows) - mean
+
+
+def _weigh_evidence(score: Floats, least: float) -> Floats:
+    """Compute weights from 0 to 1 of values that are so many standard errors above 0.
+
+    The weight is 0 up to ``least``.
+    """
+    weight: Floats = 1 - (least / np.maximum(score, least)) ** 2
+    return weight
+
+
+def _centre(products: Floats, label: NDArray[np.int64]) -> float:
+    """Subtract from products [W,W] of windows of one group their mean, in place.
+
+    Returns the mean of what was subtracted, over windows. Products of windows of different groups
+    have mean 0.
+    """
+    total = 0.0
+    for number in np.unique(label):
+        members = np.flatnonzero(label == number)
+        pairs = np.ix_(members, members)
+        products_of_group = products[pairs]
+        distinct_pairs = len(members) * (len(members) - 1)
+        off_diagonal = float(products_of_group.sum() - np.trace(products_of_group))
+        mean = off_diagonal / max(distinct_pairs, 1)
+        products[pairs] -= mean
+        total += len(members) * mean
+    return total / len(label)
+
+
+def hold_out(
+    traffic: AnyRecording, holdout: float = 0.5, *, seed: int = 0
+) -> tuple[AnyRecording, AnyRecording]:
+    """Split traffic into a part to solve for and a held-out part, as the commands split INPUT.
+
+    Parameters
+    ----------
+    traffic
+        A trace is split by sequence, or by kind where its sequences are of few kinds. Without
+        sequences, and for a load table, single windows are drawn where neighbours are no more alike
+        than any two. Else runs of windows are held out, and both parts leave out the windows within
+        a correlation length of these.
+    holdout
+        Share of the sequences or windows that is held out. 0 holds nothing out: both parts are all
+        of the traffic.
+    seed
+        Random seed.
+
+    Raises
+    ------
+    ValueError
+        If ``holdout`` is not at least 0 and below 1, or the traffic cannot be split: a single
+        token or window, or saved statistics, which count pairs over all windows.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> loads = mt.RoutingStatistics.from_load([[[3, 1]], [[2, 2]], [[3, 1]], [[1, 3]]])
+    >>> seen, unseen = mt.hold_out(loads)
+    >>> seen.windows, unseen.windows
+    (2, 2)
+    """
+    check_recording(traffic)
+    if not (is_number(holdout) and 0 <= holdout < 1):
+        raise ArgumentError(
+            f"holdout must be at least 0 and below 1, got {shown(holdout)}", "holdout"
+        )
+    seed = seed_in(seed)
+    if holdout == 0:
+        return traffic, traffic
+    if traffic.has_pairs:
+        raise ArgumentError(
+            f"holdout must be 0 where traffic is saved statistics, got {holdout}: pairs are "
+            "counted over all windows; give the trace to judge on unseen sequences",
+            "holdout",
+        )
+    number, rng = traffic.length, np.random.default_rng(seed)
+    if number < 2:
+        size = f"a trace of {number} tokens" if traffic.ordered else "a load table of one window"
+        raise ArgumentError(f"holdout must be 0 for {size}, got {holdout}", "holdout")
+    label, gap = _label_rows(traffic)
+    if label is not None:
+        seen = _draw(label, 1 - holdout, rng)
+        return traffic.take(seen), traffic.take(~seen)
+    if gap == 1:
+        count = min(max(round(holdout * number), 1), number - 1)
+        unseen = np.isin(np.arange(number), rng.permutation(number)[:count])
+        return traffic.take(~unseen), traffic.take(unseen)
+    seen, unseen = np.zeros((2, number), dtype=bool)
+    for stretch in split_into_stretches(traffic.group, number):
+        chosen = choose_runs(len(stretch), holdout, gap, seed)
+        seen[stretch], unseen[stretch] = chosen
+    return traffic.take(seen), traffic.take(unseen)
+
+
+def _label_rows(recording: Recording) -> tuple[Integers | None, int]:
+    """Return the sample of every row, and the rows over which neighbours are alike.
+
+    Labels are None where rows are no samples, but runs of them are.
+    """
+    sequence = recording.sequence
+    if sequence is not None and (sequence != sequence[0]).any():
+        label = find_samples(recording).label_tokens(sequence)
+        # Where all are of one kind, sequences are held out, which are no evidence of other kinds.
+        return (sequence if (label == label[0]).all() else label), 1
+    if recording.ordered:
+        return None, measure_correlation_length(recording)
+    samples = find_samples(recording)
+    return samples.kinds, samples.blocks.correlation_length
+
+
+def _draw(
+    label: NDArray[np.integer[Any]], share: float, rng: np.random.Generator
+) -> NDArray[np.bool_]:
+    """Draw a share of the labels, and return which items [n] have one of them."""
+    labels = check.distinct(label)
+    count = min(max(round(share * labels.size), 1), labels.size - 1)
+    return check.among(label, rng.permutation(labels)[:count])
+
+
+def measure_correlation_length(trace: Recording) -> int:
+    """Compute the correlation length of an unlabelled trace, in tokens."""
+    piece = choose_piece_size(trace)
+    loads = count_loads(trace, window=piece)
+    return piece * measure_blocks(loads.window_load, loads.group).correlation_length
+
+
+def choose_piece_size(trace: Recording) -> int:
+    """Return the tokens of the windows in which a trace's autocorrelation is measured."""
+    return max(PIECE, -(-trace.length // PIECES))
+
+
+def split_into_stretches(group: NDArray[np.integer[Any]] | None, number: int) -> list[Integers]:
+    """Split items [n] into stretches of time, so that no group is in two of them.
+
+    Some of each stretch is held out, so that both parts have the same mix of groups. Groups that
+    take turns are in one stretch, as they may be alike at one time. Groups of few items have no
+    stretch of their own.
+    """
+    if group is None:
+        return [np.arange(number)]
+    names, first = np.unique(group, return_index=True)
+    last = number - 1 - np.unique(group[::-1], return_index=True)[1]
+    if number < FEW_PER_GROUP * len(names):
+        return [np.arange(number)]
+    cuts: list[int] = []
+    end = 0
+    for begin, place in sorted(zip(first.tolist(), range(len(names)), strict=True)):
+        shortest = min(begin - (cuts[-1] if cuts else 0), number - begin)
+        if begin > end and shortest >= FEW_PER_GROUP:
+            cuts.append(begin)
+        end = max(end, int(last[place]))
+    return np.split(np.arange(number), cuts)
+
+
+def choose_runs(
+    number: int, share: float, gap: int, seed: int
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return which windows or tokens [n] are seen, and which runs of them are held out.
+
+    A gap lies between seen and held-out ones. There are as many runs as lose at most a quarter of
+    all to gaps, and at least one. Where there are two items or more, both parts have some. A run
+    has the items of all groups at a time, as two groups may be alike at one time.
+    """
+    periods = max(number // (2 * LOST * gap), 1)
+    length = number / periods
+    gap = min(gap, max(int(length - 2) // 2, 0))
+    longest = max(int(length) - 2 * gap - 1, 1)
+    unseen_length = min(max(round(share * (length - 2 * gap)), 1), longest)
+    start = int(length * ((seed * GOLDEN) % 1.0))
+    place = (np.arange(number) - start) % number % length
+    unseen = place < unseen_length
+    seen = (place >= unseen_length + gap) & (place < length - gap)
+    return seen, unseen
