@@ -2,10 +2,11 @@
 
     python bench/constants.py [--names TRIALS] [--cases 6] [--most 20] [--record]
 
-Each constant that an answer without a time limit reads is halved and doubled, one at a time (a
-tuple: each of its numbers; a share or a part of something stays below 1). It is measured on those
-cases of the scorecard that read it, the quickest first, and on halves of the shared recording of
-gpt-oss-20b, if that is here. Figures are means over cases, in percent of what the constant has now:
+Each constant that an answer reads is halved and doubled, one at a time (a tuple: each of its
+numbers; a share or a part of something stays below 1). It is measured on those cases that read it:
+of the scorecard, its decisions of the plugins' policy, a few more here (lost devices, a dispatcher
+that divides tokens, tiny layers, time limits), and halves of the shared recording of gpt-oss-20b,
+if that is here. Figures are means over cases, in percent of what the constant has now:
 of the objective, of the bound, of the unseen half's imbalance or time, and of the processor's
 seconds. *Noise* is how far the objective and the unseen figure differ between three seeds.
 Objectives that are less, and bounds that are larger, are better.
@@ -24,16 +25,46 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from harness import Report, benchmark, timed
-from scorecard import QUICK, SLOW, TABLES, make_problem, split_traffic
+from scorecard import (
+    BALANCE,
+    CAPPED,
+    FOLLOW,
+    QUICK,
+    SLOW,
+    TABLES,
+    Row,
+    list_decisions,
+    make_problem,
+    split_traffic,
+)
 
 import moetuner as mt
 from moetuner.solver import effort
 
 # Cases that take long, and tell no more than smaller ones.
 LONG = ("thorough", "58x256, joint, time", "75x256", "61x384")
-# What decides under a time limit alone, or is a fact of the core: no answer of a case reads it.
-OF_LIMITS = ("SHARE", "SECONDS", "PER_SECOND", "TIMED")
-NOT_MEASURED = {"LANES", "EFFORTS", "PRICE_CONTENTS"}
+# Facts of the core, and what is measured by its fields.
+NOT_MEASURED = {"LANES", "EFFORTS", "PRICE_CONTENTS", "SET_PARTS"}
+COPIES: dict[str, Any] = {"slots_per_device": 5}
+# What the scorecard has no case for. A limit is in seconds.
+MORE: dict[str, Row] = {
+    "24x32, lp": ("24x32", 1, 8, "joint", {**BALANCE, **COPIES, "split": "lp"}),
+    "24x32, survive": ("24x32", 1, 8, "joint", {**BALANCE, **COPIES, "survive": "device"}),
+    "24x32, heuristic, traffic": ("24x32", 1, 8, "heuristic", FOLLOW),
+    "2x4, tiny": ("2x4", 2, 2, "joint", {"slots_per_device": 2}),
+    "2x4, tiny, traffic": ("2x4", 2, 2, "joint", {**CAPPED, "slots_per_device": 2}),
+    "24x32, time, limit": ("24x32", 2, 4, "joint", {**COPIES, "limit": 1.0}),
+    "24x32, balance, limit": ("24x32", 1, 8, "joint", {**BALANCE, **COPIES, "limit": 1.0}),
+    "24x32, visits, limit": ("24x32", 1, 8, "joint", {**CAPPED, "limit": 1.0}),
+    "8x16, crossing, limit": ("8x16", 1, 4, "joint", {**FOLLOW, "limit": 0.5}),
+    "8x16, time, follow, limit": ("8x16", 1, 4, "joint", {"regime": "follow", "limit": 0.5}),
+    "8x16, speeds, limit": (
+        *("8x16", 2, 2, "joint"),
+        {**COPIES, "speeds": [1.0, 1.0, 1.1, 1.1], "limit": 0.5},
+    ),
+}
+ROWS = QUICK | SLOW | MORE
+DECISIONS = dict(list_decisions())
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SEEDS = 3
 
@@ -50,7 +81,7 @@ class Measured(NamedTuple):
 class Case(NamedTuple):
     """A solve by a seed, and the figure of an unseen half under its placement."""
 
-    solve: Callable[[int], mt.Result]
+    solve: Callable[[int], Any]
     judge: Callable[[mt.Placement], float]
 
     def measure(self, seed: int = 0) -> Measured:
@@ -62,9 +93,10 @@ class Case(NamedTuple):
 
 def scorecard_case(name: str) -> Case:
     """Return a case of the scorecard."""
-    traffic, nodes, per_node, method, rest = (QUICK | SLOW)[name]
-    level = rest.get("effort", "default")
-    rules = {key: value for key, value in rest.items() if key not in ("iterations", "effort")}
+    traffic, nodes, per_node, method, rest = ROWS[name]
+    level, limit = rest.get("effort", "default"), rest.get("limit")
+    other = ("iterations", "effort", "limit")
+    rules = {key: value for key, value in rest.items() if key not in other}
     problem, moves = make_problem(traffic, nodes, per_node, **rules)
     _, unseen, window = split_traffic(traffic)
 
@@ -74,6 +106,7 @@ def scorecard_case(name: str) -> Case:
             method,
             seed=seed,
             effort=level,
+            time_limit=limit,
             initial=moves.initial,
             move_budget=moves.budget,
             move_cost=moves.cost,
@@ -117,9 +150,20 @@ def recorded_case(path: Path, goal: str) -> Case:
     return Case(solve, judge)
 
 
+class Decision(NamedTuple):
+    """What the plugins' policy decided: its imbalance."""
+
+    objective: float
+    bound: None = None
+    placement: None = None
+
+
 @cache
 def make_case(name: str) -> Case:
     """Return a case by its name."""
+    if name in DECISIONS:
+        decide = DECISIONS[name]
+        return Case(lambda _: Decision(decide()["objective"]), lambda _: math.nan)
     if name.startswith("recorded"):
         return recorded_case(next(iter(recordings())), name.split(", ")[1])
     return scorecard_case(name)
@@ -134,9 +178,11 @@ def list_cases() -> list[str]:
     """Return names of cases: what searches, of the scorecard and the shared recording."""
     names = [
         name
-        for name, (*_, method, _) in (QUICK | SLOW).items()
-        if method in ("joint", "paper", "heuristic") and not any(part in name for part in LONG)
+        for name, (*_, method, _) in ROWS.items()
+        if method in ("joint", "paper", "heuristic", "quick")
+        and not any(part in name for part in LONG)
     ]
+    names += list(DECISIONS)
     if any(recordings()):
         names += ["recorded, time", "recorded, balance"]
     return names
@@ -220,8 +266,7 @@ def list_constants() -> list[str]:
     names = [
         name
         for name, value in vars(effort).items()
-        if name.isupper() and isinstance(value, numbers)
-        if name not in NOT_MEASURED and not name.endswith(OF_LIMITS)
+        if name.isupper() and isinstance(value, numbers) and name not in NOT_MEASURED
     ]
     default = effort.EFFORTS["default"]
     return names + [

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import instance, seed_in
+from moetuner._checks import callable_or_none, instance, seed_in
 from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.kinds import count_loads_by_label
@@ -125,6 +125,7 @@ def drift(
     >>> mt.drift(seen, later).is_beyond_chance
     False
     """
+    callable_or_none("progress", progress)
     sides = {"profile": profile, "traffic": traffic}
     for name, side in sides.items():
         instance(name, side, RoutingTrace, RoutingStatistics)
