@@ -64,8 +64,8 @@ def test_a_pass_of_polish_ends_when_time_is_over(make_trace):
     run = Run(problem, seed=0, budget=Budget())
     start = run.offer(mt.solve(problem, "random").placement.slots, "start")
     contents = [None] * problem.layers
-    assert polish._better(run, start, contents, Budget()) is not None
-    assert polish._better(run, start, contents, Budget(0.0)) is None
+    assert polish._find_better(run, start, contents, Budget()) is not None
+    assert polish._find_better(run, start, contents, Budget(0.0)) is None
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

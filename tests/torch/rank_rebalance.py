@@ -381,8 +381,8 @@ def test_gains_are_judged_on_counts_that_were_held_out(rank):
         rebalancer = Model(rank, dead_zone=0.0, seed=seed).rebalancer
         random = np.random.default_rng(seed)
         rebalancer.observe(random.multinomial(80, np.full(EXPERTS, 1 / EXPERTS), LAYERS))
-        placements = rebalancer.placement, rebalancer._target(1 << 40)
-        now, then = (rebalancer._busiest(of, rebalancer._load_of(0))[1] for of in placements)
+        placements = rebalancer.placement, rebalancer._find_target(1 << 40)
+        now, then = (rebalancer._busiest(of, rebalancer._half_load(0))[1] for of in placements)
         seen += (now - then).sum()
         rebalancer._agreement.begin()
         unseen += rebalancer._judge(placements[1], 0.0).gain_us
