@@ -31,7 +31,6 @@ from scorecard import (
     FOLLOW,
     QUICK,
     SLOW,
-    TABLES,
     Row,
     list_decisions,
     make_problem,
@@ -48,8 +47,14 @@ NOT_MEASURED = {"LANES", "EFFORTS", "PRICE_CONTENTS", "SET_PARTS"}
 COPIES: dict[str, Any] = {"slots_per_device": 5}
 # What the scorecard has no case for. A limit is in seconds.
 MORE: dict[str, Row] = {
-    "24x32, lp": ("24x32", 1, 8, "joint", {**BALANCE, **COPIES, "split": "lp"}),
-    "24x32, survive": ("24x32", 1, 8, "joint", {**BALANCE, **COPIES, "survive": "device"}),
+    "24x32, lp": ("24x32", 1, 8, "joint", {**BALANCE, "extra_slots": 48, "split": "lp"}),
+    "24x32, survive": (
+        "24x32",
+        1,
+        8,
+        "joint",
+        {**BALANCE, "slots_per_device": 9, "survive": "device"},
+    ),
     "24x32, heuristic, traffic": ("24x32", 1, 8, "heuristic", FOLLOW),
     "2x4, tiny": ("2x4", 2, 2, "joint", {"slots_per_device": 2}),
     "2x4, tiny, traffic": ("2x4", 2, 2, "joint", {**CAPPED, "slots_per_device": 2}),
@@ -93,16 +98,16 @@ class Case(NamedTuple):
 
 def scorecard_case(name: str) -> Case:
     """Return a case of the scorecard."""
-    traffic, nodes, per_node, method, rest = ROWS[name]
+    name_of_traffic, nodes, per_node, method, rest = ROWS[name]
     level, limit = rest.get("effort", "default"), rest.get("limit")
     other = ("iterations", "effort", "limit")
     rules = {key: value for key, value in rest.items() if key not in other}
-    problem, moves = make_problem(traffic, nodes, per_node, **rules)
-    _, unseen, window = split_traffic(traffic)
+    problem, moves = make_problem(name_of_traffic, nodes, per_node, **rules)
+    _, unseen, window = split_traffic(name_of_traffic)
 
     def solve(seed: int) -> mt.Result:
         return mt.solve(
-            make_problem(traffic, nodes, per_node, **rules)[0],
+            make_problem(name_of_traffic, nodes, per_node, **rules)[0],
             method,
             seed=seed,
             effort=level,
@@ -113,11 +118,15 @@ def scorecard_case(name: str) -> Case:
         )
 
     def judge(placement: mt.Placement) -> float:
+        # A split that divides windows is judged on counts of them.
+        traffic = unseen
+        if problem.split == "lp" and isinstance(unseen, mt.RoutingTrace):
+            traffic = mt.RoutingStatistics.from_trace(unseen, window=window)
         judged = mt.evaluate(
             placement,
-            unseen,
+            traffic,
             problem.topology,
-            window=None if traffic in TABLES else window,
+            window=window if isinstance(traffic, mt.RoutingTrace) else None,
             regime=problem.regime,
             split=problem.split,
         )
