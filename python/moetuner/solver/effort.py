@@ -103,13 +103,13 @@ EFFORTS = {
 # bound ("The joint method").
 SEARCH_SHARE = 0.5
 # Share of a search that gives a longer one its start: single copies where there may be several,
-# equal speeds where devices differ, traffic alone, pairs, split lp (not measured).
+# equal speeds where devices differ, traffic alone, pairs, split lp ("Constants").
 START_SHARE = 0.4
 # Share of a search for balance that gives another search its start: a short one is nearly as good
-# (not measured).
+# ("Constants").
 BRIEF_SHARE = 0.1
 # Least time limit for a search of single copies, in times of judging one placement: below that its
-# answer would hardly be judged (not measured).
+# answer would hardly be judged ("Constants").
 SINGLE_LEAST = 20
 # Part, one over this, of the work of a search: for balance, with which a search for time begins.
 # On gpt-oss-20b (8 devices, both phases, three splits) the search for time is then 0.26 to 0.43 %
@@ -146,7 +146,7 @@ JUDGED = 3
 # "Constants" changed with the first; the others are not measured).
 POLISHED_SLOTS, POLISHED, KICKS, KICKED = 18, 4, 4, 3
 # Most contents of a layer, and most placements, that are enumerated: more take longer, and make
-# the answer to larger problems exact (not measured).
+# the answer to larger problems exact ("Constants").
 FEW_CHOICES = 1000
 # Times that windows are weighed anew for a risk or groups: at first, and where a search at another
 # price has weights already. Each has its part of the trials ("Constants" for the first; "Risk, the
