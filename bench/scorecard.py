@@ -61,6 +61,9 @@ SIZES = {
 # Tokens of the bundled trace: the seen half fills one window of prefill, or none.
 SHORT = {"bundled 20,000": 20_000, "bundled 6,000": 6_000}
 
+# Recordings of real models; a name of traffic may be a file there.
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
 # Load tables of ten groups. name: layers, experts, windows
 TABLES = {
     "table 75x256": (75, 256, 80),
@@ -81,6 +84,8 @@ def split_traffic(
         load = domains(layers, windows, seed=0, experts=experts).astype(np.uint64)
         halves = (load[: windows // 2], load[windows // 2 :])
         return *map(mt.RoutingStatistics.from_load, halves), None
+    if name.endswith(".npz"):
+        return *mt.RoutingTrace.load(SHARED / name).split(0.5, seed=0), 512
     if name == "bundled" or name in SHORT:
         with resources.as_file(
             resources.files("moetuner") / "data" / "small-moe.safetensors"
@@ -165,6 +170,8 @@ def solve_case(
     *,
     iterations: int | None = None,
     effort: str = "default",
+    time_limit: float | None = None,
+    seed: int = 0,
     **arguments: Any,
 ) -> Answer:
     """Solve one problem and judge the placement on the unseen half."""
@@ -174,11 +181,16 @@ def solve_case(
         method,
         iterations=iterations,
         effort=effort,
+        time_limit=time_limit,
+        seed=seed,
         initial=moves.initial,
         move_budget=moves.budget,
         move_cost=moves.cost,
     )
     _, unseen, window = split_traffic(traffic)
+    if problem.split == "lp" and isinstance(unseen, mt.RoutingTrace):
+        # It divides windows, and no single tokens.
+        unseen, window = mt.RoutingStatistics.from_trace(unseen, window=window), None
     judged = mt.evaluate(
         result.placement,
         unseen,
