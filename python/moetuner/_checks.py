@@ -425,6 +425,11 @@ def rows(name: str, values: ArrayLike, length: int) -> NDArray[Any]:
     return numbers
 
 
+def evenly_spaced(number: int, limit: int) -> NDArray[np.int64]:
+    """Return at most ``limit`` of so many numbers from 0, at even distances, the last with them."""
+    return np.unique(np.linspace(0, number - 1, limit).round().astype(np.int64))
+
+
 def pieces(values: NDArray[Scalar]) -> Iterator[NDArray[Scalar]]:
     """Yield labels [n] in pieces, at least one."""
     return (values[at : at + PIECE] for at in range(0, max(len(values), 1), PIECE))

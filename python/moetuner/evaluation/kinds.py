@@ -101,7 +101,7 @@ def find_window_kinds(statistics: RoutingStatistics) -> tuple[Integers | None, b
     used = statistics.window_load.any(axis=(1, 2))
     if layers < 1 or not used.all():
         return None, False
-    chosen = np.unique(np.linspace(0, statistics.layers - 1, layers).round().astype(np.int64))
+    chosen = check.evenly_spaced(statistics.layers, layers)
     count = statistics.window_load[:, chosen].astype(np.float64)
     joint, group = _find_few_kinds(count, are_windows=True), statistics.group
     if joint is not None and np.bincount(joint).max() > STEADY * number:
@@ -397,7 +397,7 @@ def count_loads_by_label(
 ) -> Floats:
     """Count experts' load [N,L,E] by labels of tokens [T], in all or evenly spaced ``layers``."""
     layers = trace.layers if layers is None else layers
-    chosen = np.unique(np.linspace(0, trace.layers - 1, layers).round().astype(np.int64))
+    chosen = check.evenly_spaced(trace.layers, layers)
     tokens, largest = np.arange(trace.tokens), int(check.counts(label, number).max(initial=1))
     rows = Rows(trace, tokens, lambda run: label[run], number, largest)
     replay = rows.count_experts(len(chosen))

@@ -28,7 +28,7 @@ from moetuner.evaluation.kinds import (
     subtract_levels,
 )
 from moetuner.evaluation.reading import Progress
-from moetuner.recording import AnyRecording, Recording
+from moetuner.recording import AnyRecording, Recording, compute_once
 from moetuner.statistics import RoutingStatistics, check_recording, count_loads
 from moetuner.trace import RoutingTrace, as_trace
 
@@ -209,11 +209,11 @@ def find_samples(
     """
     is_cut = traffic.ordered and traffic.sequence is None
     # Every split asks for the same samples.
-    key = ("samples", window if is_cut else None)
-    if key not in traffic.known:
-        traffic.known[key] = _find_samples_anew(traffic, window, threads, progress)
-    samples: Samples = traffic.known[key]
-    return samples
+    return compute_once(
+        traffic,
+        ("samples", window if is_cut else None),
+        lambda: _find_samples_anew(traffic, window, threads, progress),
+    )
 
 
 def _find_samples_anew(
@@ -325,7 +325,7 @@ def _compute_shares(
     windows, layers, experts = load.shape
     compared = min(windows, WINDOWS)
     fits = min(CELLS // max(windows * experts, 1), PRODUCTS // (compared**2 * experts), layers)
-    chosen = np.unique(np.linspace(0, layers - 1, max(fits, 1)).round().astype(np.int64))
+    chosen = check.evenly_spaced(layers, max(fits, 1))
     counts = load[:, chosen].astype(np.float64)
     total = counts.sum(axis=2, keepdims=True)
     share = np.divide(counts, total, out=np.zeros_like(counts), where=total > 0)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import ArgumentError, is_number, shown
+from moetuner._checks import ArgumentError, evenly_spaced, is_number, shown
 from moetuner._texts import suggestion
 from moetuner.evaluation.arrival import WINDOWS_MIXED, mix_windows
 from moetuner.evaluation.blocks import blocks, by_block
@@ -133,7 +133,7 @@ class Windows:
         used = np.flatnonzero(self.weight[: len(self.load)] > 0)
         if self.load.dtype == np.float64 or len(used) <= SAMPLED:
             return self
-        chosen = used[np.linspace(0, len(used) - 1, SAMPLED).round().astype(np.int64)]
+        chosen = used[evenly_spaced(len(used), SAMPLED)]
         # Windows of mixed arrival stay as they are.
         indices = np.concatenate([chosen, np.arange(len(self.load), len(self))])
         weight = self.weight[indices]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner._checks import evenly_spaced
 from moetuner._texts import name
 from moetuner.cost import top_k_of
 from moetuner.files.cells import counted, layer_list
@@ -169,8 +170,8 @@ def find_one_kind(traffic: Recording, unseen: Recording | None = None) -> str | 
 def _measure_largest_distance(load: NDArray[Any]) -> float:
     """Compute the largest distance of the load of a window [W,L,E] from that of all others."""
     total, largest = load.sum(axis=0, dtype=np.float64), 0.0
-    for window in np.unique(np.linspace(0, len(load) - 1, min(len(load), COMPARED)).round()):
-        load_in_window = load[int(window)].astype(np.float64)
+    for window in evenly_spaced(len(load), min(len(load), COMPARED)):
+        load_in_window = load[window].astype(np.float64)
         distance = float(measure_distance(load_in_window, total - load_in_window).mean())
         largest = max(largest, distance)
     return largest

@@ -323,7 +323,7 @@ def _plan(
     end = rebalance(service.load, start, budget=budget, time=time, full=False).slots
     slots[:, stays] = _keep_copies(start, end)
     if budget and len(windows) > 1:
-        chosen = np.unique(np.linspace(0, len(windows) - 1, SEARCHED).round().astype(int))
+        chosen = check.evenly_spaced(len(windows), SEARCHED)
         found = rebalance(windows[chosen], start, budget=budget, time=time, full=False)
         other = _keep_copies(start, found.slots)
         by_sum = _imbalance(windows, slots[:, stays], speed[stays])

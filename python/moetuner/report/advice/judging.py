@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from moetuner._checks import evenly_spaced
 from moetuner.cost import busiest_ports
 from moetuner.evaluation import evaluate
 from moetuner.evaluation.comparison import Comparison, with_splits
@@ -253,8 +254,8 @@ def judge_lp_split(
     steps = np.flatnonzero(counts.is_step)
     if not steps.size:
         return None
-    spaced = np.unique(np.linspace(0, steps.size - 1, LP_WINDOWS).round().astype(int))
-    windows = RoutingStatistics.from_load(counts.window_load[steps[spaced]])
+    spaced = steps[evenly_spaced(steps.size, LP_WINDOWS)]
+    windows = RoutingStatistics.from_load(counts.window_load[spaced])
 
     def measure_imbalance(split: Split) -> float:
         return evaluate(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from moetuner._checks import evenly_spaced
 from moetuner.placement import find_holders
 from moetuner.solver import effort
 from moetuner.solver.budget import Budget
@@ -32,7 +33,7 @@ def _search(run: Run, budget: Budget) -> None:
     """Offer the start, in which copies join all devices, and the answer of a search near it."""
     problem, windows = run.problem, run.objective.windows
     used = np.flatnonzero(windows.weight > 0)
-    chosen = used[np.unique(np.linspace(0, len(used) - 1, MOST_WINDOWS).round().astype(int))]
+    chosen = used[evenly_spaced(len(used), MOST_WINDOWS)]
     load, weight = windows.load[chosen], windows.weight[chosen]
     # Without caps: the core keeps those for an even split, but the answer is judged by this one.
     site = make_site(problem)
