@@ -120,10 +120,6 @@ class Setting:
         """Tokens whose load is balanced together; None for all, or for windows that are given."""
         return self.serving.window
 
-    def in_windows(self, window: int | None) -> Setting:
-        """Return the setting with windows of ``window`` tokens."""
-        return replace(self, serving=replace(self.serving, window=window))
-
     def with_options(self, **options: Any) -> Setting:
         """Return the setting with other options of the replay."""
         return replace(self, options=replace(self.options, **options))

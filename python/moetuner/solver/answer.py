@@ -25,11 +25,7 @@ def build_result(run: Run, method: str, *, searched: bool) -> Result:
     other methods they say the latter where caps are exceeded no further than balance exceeds them.
     """
     problem, incumbent = run.problem, run.answer()
-    slots = incumbent.slots
-    if run.moves is not None:
-        # What stays keeps its slot.
-        slots = keep_slots(run.moves.initial.slots, slots, problem.capacity)
-    placement = Placement(slots, num_experts=problem.experts)
+    placement = place(run, incumbent)
     details = _details(run, incumbent, placement, searched=searched)
     objective, bound = problem.objective_function.value(placement), run.bound
     verdict = None if bound is None else judge_bound(run, placement.slots, bound)
@@ -56,6 +52,14 @@ def build_result(run: Run, method: str, *, searched: bool) -> Result:
         violations=violations,
         lacks=problem.objective_function.lacks,
     )
+
+
+def place(run: Run, incumbent: Incumbent) -> Placement:
+    """Return the placement of an incumbent; copies that stay keep the slots that they have."""
+    slots = incumbent.slots
+    if run.moves is not None:
+        slots = keep_slots(run.moves.initial.slots, slots, run.problem.capacity)
+    return Placement(slots, num_experts=run.problem.experts)
 
 
 def named(run: Run, placement: Placement, method: str, **figures: Any) -> Placement:

@@ -10,9 +10,9 @@ import numpy as np
 
 from moetuner._checks import instance, one_of, positive, seed_in
 from moetuner.frozen import Frozen
-from moetuner.placement import Placement, find_holders, keep_slots
+from moetuner.placement import Placement, find_holders
 from moetuner.problem import Problem
-from moetuner.solver.answer import named
+from moetuner.solver.answer import named, place
 from moetuner.solver.bounds.caps import cap_report
 from moetuner.solver.budget import Budget, History, Progress
 from moetuner.solver.methods import METHODS, SEARCHES, Method
@@ -160,10 +160,7 @@ def find_first(
     run = Run(problem, budget=budget, moves=Moves(initial))
     offer_running(run)
     point = find_fewest_moves(Front(run, require_moves(run)), budget, most_moves, enough)
-    if point is None:
-        return None
-    slots = keep_slots(initial.slots, point.slots, problem.capacity)
-    return Placement(slots, num_experts=problem.experts)
+    return None if point is None else place(run, point)
 
 
 def _listed(run: Run, front: Front) -> list[Incumbent]:
@@ -180,8 +177,7 @@ def _trade(run: Run, initial: Placement, incumbent: Incumbent, objective: float)
     """Build the trade of an incumbent; experts that stay keep their slots."""
     problem, placement = run.problem, initial
     if incumbent.moves or (find_holders(incumbent.slots, problem.experts) != initial.held).any():
-        slots = keep_slots(initial.slots, incumbent.slots, problem.capacity)
-        placement = Placement(slots, num_experts=problem.experts)
+        placement = place(run, incumbent)
     return Trade(
         named(run, placement, "pareto", objective=objective),
         objective,
