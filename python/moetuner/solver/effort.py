@@ -132,7 +132,7 @@ SLOT_WORK, LANES, MOST_TRIALS = 160_000, 16, 1_500_000
 # Work of a trial for time, in trials for balance: it counts active experts and ports, too. A larger
 # number means fewer trials ("The default and cheaper methods", "Constants").
 TIME_UNITS = 2
-# Least trials of each start of the search of traffic: more improve small problems (not measured).
+# Least trials of each start of the search of traffic: more take longer ("Constants").
 CHAIN_LEAST = 100_000
 # Rounds over all layers where neighbouring layers count: more rounds of fewer trials each let
 # layers follow each other ("Constants").
@@ -143,7 +143,7 @@ JUDGED = 3
 # Slots of all layers up to which a placement is polished by the objective itself; the best
 # placements that polishing starts from; then the random perturbations of the best one, and the
 # changes of each. More of each take longer, and find better answers to tiny problems (no case of
-# "Constants" changed with the first; the others are not measured).
+# "Constants" changed).
 POLISHED_SLOTS, POLISHED, KICKS, KICKED = 18, 4, 4, 3
 # Most contents of a layer, and most placements, that are enumerated: more take longer, and make
 # the answer to larger problems exact ("Constants").
@@ -236,7 +236,7 @@ LIVE_TRIALS = 35
 # LANES windows. More trials gain about as their logarithm ("Balance in windows within
 # milliseconds", "Constants").
 BALANCING_TRIALS, LEAST_BALANCING, BALANCING_WORK = 10, 2500, 400
-# Split lp: trials for a slot, and most for a slot times windows (not measured).
+# Split lp: trials for a slot, and most for a slot times windows ("Constants").
 LP_SPLIT_TRIALS, LP_SPLIT_WORK = 20, 64
 # The whole search in windows: trials for a slot times LANES windows, and the fewest windows for
 # which it is used; and trials of a start, from which all terms are searched: more fit the windows
