@@ -27,6 +27,8 @@ pub struct Copies {
     pub(super) node_of_device: Vec<u16>,
     pub(super) devices_of_node: Vec<Vec<u16>>,
     pub(super) device_of_slot: Vec<u16>,
+    /// The device of every expert; its first copy's where it has several `[L, E]`.
+    pub(super) device_of_expert: Vec<Vec<u16>>,
     /// Slots of every expert, one after the other `[L, filled slots]`.
     pub(super) slots_of: Vec<Vec<u16>>,
     /// Where an expert's slots begin in `slots_of` `[L, E + 1]`.
@@ -71,6 +73,12 @@ impl Copies {
             copies.push(slots_of);
             begin.push(starts);
         }
+        let device_of_slot: Vec<u16> = (0..p).map(|slot| (slot / per_device) as u16).collect();
+        let first_device = |(slots, begin): (&Vec<u16>, &Vec<u32>)| {
+            let first = begin[..experts].iter().map(|&first| slots[first as usize]);
+            first.map(|slot| device_of_slot[usize::from(slot)]).collect()
+        };
+        let device_of_expert = copies.iter().zip(&begin).map(first_device).collect();
         let nodes = node_of_device.iter().max().map_or(0, |&last| usize::from(last) + 1);
         let mut devices_of_node = vec![Vec::new(); nodes];
         for (device, &node) in (0..).zip(node_of_device) {
@@ -81,7 +89,8 @@ impl Copies {
             slots: p,
             node_of_device: node_of_device.to_vec(),
             devices_of_node,
-            device_of_slot: (0..p).map(|slot| (slot / per_device) as u16).collect(),
+            device_of_slot,
+            device_of_expert,
             slots_of: copies,
             begin,
             split,

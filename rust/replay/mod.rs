@@ -94,7 +94,7 @@ pub struct Tally {
 
 /// Tokens of a run in one row, on average, from which bits are counted faster than single tokens (measured:
 /// docs/experiments.md, Counting and replay).
-const RUN: usize = 64;
+const RUN: usize = 512;
 
 /// Devices at the most whose load alone is counted by bits: of more, single ids are counted as fast.
 const FEW: usize = 64;
@@ -159,7 +159,7 @@ impl Replay {
                 || (Side::new(top_k, columns), Served::default()),
                 |l, at, ids: &mut Vec<I>, (side, served): &mut (Side<u16>, Served)| {
                     let (at, single) = (at as usize, copies.is_single(l));
-                    if in_runs.is_none() || !single {
+                    if !single || (in_runs.is_none() && (wanted.slots || pairs_of_slots)) {
                         let begin = first + at;
                         let number = |token| start + (at + token) as u64;
                         let position =
@@ -168,8 +168,10 @@ impl Replay {
                         served.slots =
                             copies.route(l, ids, top_k, positions, labels.home.map(|all| &all[begin..]));
                     }
-                    if in_runs.is_none() {
-                        served.find_devices(copies, top_k, words, wanted.stays);
+                    match in_runs {
+                        Some(_) => {}
+                        None if single => served.find_devices(ids, &copies.device_of_expert[l], top_k, words),
+                        None => served.find_devices_of_slots(copies, top_k, words),
                     }
                     match planes {
                         Some(planes) if single => planes.fill(l, ids, side),

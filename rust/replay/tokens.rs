@@ -3,6 +3,7 @@
 use std::ops::AddAssign;
 
 use super::Copies;
+use crate::trace::ExpertId;
 
 /// Devices whose counts share a word, a byte each, and words at the most: of more devices a token's counts are not added
 /// as words.
@@ -20,11 +21,12 @@ pub(super) fn words(devices: usize, tokens: usize, runs: usize, top_k: usize) ->
     if top_k <= IDS && pays { words } else { 0 }
 }
 
-/// What serves the ids of a layer, of a block of tokens.
+/// Where the ids of a layer are served, of a block of tokens.
 #[derive(Debug, Default)]
 pub(super) struct Served {
+    /// The slot of every id; only where experts have copies, or slots are counted.
     pub(super) slots: Vec<u16>,
-    /// The device of every slot; none where nothing asks for it.
+    /// The device of every id; none where the counts say enough.
     devices: Vec<u16>,
     /// How many of a token's experts are on every device, a byte for each `[tokens, words]`.
     counts: Vec<u64>,
@@ -32,27 +34,40 @@ pub(super) struct Served {
 }
 
 impl Served {
-    /// Finds the devices of slots where they are asked for, and counts them in so many words of a token.
-    pub(super) fn find_devices(&mut self, copies: &Copies, top_k: usize, words: usize, stays: bool) {
+    /// Finds the devices of ids, experts or slots, and counts them in so many words of a token, if any.
+    pub(super) fn find_devices<I: ExpertId>(
+        &mut self,
+        ids: &[I],
+        device_of: &[u16],
+        top_k: usize,
+        words: usize,
+    ) {
         self.top_k = top_k;
         self.devices.clear();
         self.counts.clear();
-        if words > 0 || stays {
-            self.devices.extend(self.slots.iter().map(|&slot| copies.device_of_slot[usize::from(slot)]));
-        }
-        let one = |device: u16| 1u64 << (usize::from(device) % BYTES * 8);
-        if words == 1 {
-            let tokens = self.devices.chunks_exact(top_k);
-            self.counts.extend(tokens.map(|devices| devices.iter().map(|&device| one(device)).sum::<u64>()));
-        } else if words > 1 {
-            self.counts.resize(self.devices.len() / top_k * words, 0);
-            for (counts, devices) in self.counts.chunks_exact_mut(words).zip(self.devices.chunks_exact(top_k))
-            {
-                for &device in devices {
-                    counts[usize::from(device) / BYTES] += one(device);
+        match words {
+            0 => self.devices.extend(ids.iter().map(|id| device_of[id.index()])),
+            1 => {
+                let one = |id: &I| 1u64 << (device_of[id.index()] * 8);
+                self.counts.extend(ids.chunks_exact(top_k).map(|ids| ids.iter().map(one).sum::<u64>()));
+            }
+            words => {
+                self.counts.resize(ids.len() / top_k * words, 0);
+                for (counts, ids) in self.counts.chunks_exact_mut(words).zip(ids.chunks_exact(top_k)) {
+                    for id in ids {
+                        let device = usize::from(device_of[id.index()]);
+                        counts[device / BYTES] += 1u64 << (device % BYTES * 8);
+                    }
                 }
             }
         }
+    }
+
+    /// Takes the slots of this layer as their devices.
+    pub(super) fn find_devices_of_slots(&mut self, copies: &Copies, top_k: usize, words: usize) {
+        let slots = std::mem::take(&mut self.slots);
+        self.find_devices(&slots, &copies.device_of_slot, top_k, words);
+        self.slots = slots;
     }
 
     /// Adds what tokens do to their rows of a table `[rows, size]`, and pairs that stay with those of the layer before.
@@ -87,13 +102,12 @@ impl Served {
         copies: &Copies,
         (table, size): (&mut [T], usize),
     ) {
-        let device_of = |slot: u16| usize::from(copies.device_of_slot[usize::from(slot)]);
-        let tokens = self.slots.chunks_exact(self.top_k).zip(rows);
+        let tokens = self.devices.chunks_exact(self.top_k).zip(rows);
         if size == copies.devices {
-            for (slots, &row) in tokens {
+            for (devices, &row) in tokens {
                 let load = &mut table[row as usize * size..][..size];
-                for &slot in slots {
-                    load[device_of(slot)] += 1.into();
+                for &device in devices {
+                    load[usize::from(device)] += 1.into();
                 }
             }
             return;
@@ -101,17 +115,22 @@ impl Served {
         // Which token visited a device or, behind them, a node last; tokens are numbered from 1.
         let places = copies.devices + copies.nodes();
         let mut last = vec![0; places];
-        for (token, (slots, &row)) in (1..).zip(tokens) {
+        for (token, (devices, &row)) in (1..).zip(tokens) {
             let (load, visits) = table[row as usize * size..][..size].split_at_mut(copies.devices);
-            let (visits, of_slots) = visits.split_at_mut(places);
-            for &slot in slots {
-                let device = device_of(slot);
+            for &device in devices {
+                let device = usize::from(device);
                 load[device] += 1.into();
-                if let Some(load) = of_slots.get_mut(usize::from(slot)) {
-                    *load += 1.into();
-                }
                 for place in [device, copies.devices + usize::from(copies.node_of_device[device])] {
                     visits[place] += u8::from(std::mem::replace(&mut last[place], token) != token).into();
+                }
+            }
+        }
+        let first_slot = copies.devices + places;
+        if size > first_slot {
+            for (slots, &row) in self.slots.chunks_exact(self.top_k).zip(rows) {
+                let of_slots = &mut table[row as usize * size..][first_slot..size];
+                for &slot in slots {
+                    of_slots[usize::from(slot)] += 1.into();
                 }
             }
         }
@@ -128,48 +147,42 @@ impl Served {
         (table, size): (&mut [T], usize),
         stays: &mut [u64],
     ) {
-        const HIGH: u64 = 0x8080_8080_8080_8080;
-        let (counts, devices) = (self.counts.as_chunks::<W>().0, self.devices.chunks_exact(self.top_k));
+        let counts = self.counts.as_chunks::<W>().0;
         let (d, nodes) = (copies.devices, copies.nodes());
+        let bits = |devices: &Vec<u16>| devices.iter().fold(0u64, |bits, device| bits | 1 << device);
+        let devices_of_node: Vec<u64> = copies.devices_of_node.iter().map(bits).collect();
         let mut from = 0;
         while from < counts.len() {
             let row = rows[from] as usize;
             let end = counts.len().min(from + usize::from(u8::MAX) / self.top_k);
             let other = rows[from..end].iter().position(|&other| other as usize != row);
             let run = from..other.map_or(end, |tokens| from + tokens);
-            let (mut load, mut visits) = ([0u64; W], [0u64; W]);
-            for counts in &counts[run.clone()] {
-                for w in 0..W {
-                    load[w] += counts[w];
-                    visits[w] += ((counts[w] + (HIGH - (HIGH >> 7))) & HIGH) >> 7;
-                }
-            }
             let (loads, places) = table[row * size..][..size].split_at_mut(d);
             let (visitors, of_nodes) = places.split_at_mut(d);
-            add(loads, &load);
-            add(visitors, &visits);
-            if nodes > 1 {
-                for devices in devices.clone().skip(run.start).take(run.len()) {
-                    let node = |&device: &u16| 1u64 << copies.node_of_device[usize::from(device)];
-                    let mut visited = devices.iter().map(node).fold(0, |all, node| all | node);
-                    while visited != 0 {
-                        of_nodes[visited.trailing_zeros() as usize] += 1.into();
-                        visited &= visited - 1;
+            let (mut load, mut visits) = ([0u64; W], [0u64; W]);
+            for counts in &counts[run.clone()] {
+                let visited = counts.map(are_not_zero);
+                for w in 0..W {
+                    load[w] += counts[w];
+                    visits[w] += visited[w];
+                }
+                if nodes > 1 {
+                    let visited =
+                        (0..).zip(visited).fold(0, |bits, (w, word)| bits | first_bits(word) << (8 * w));
+                    for (visits, devices) in of_nodes.iter_mut().zip(&devices_of_node) {
+                        *visits += u8::from(visited & devices != 0).into();
                     }
                 }
-            } else {
+            }
+            add(loads, &load);
+            add(visitors, &visits);
+            if nodes == 1 {
                 of_nodes[0] += (run.len() as u8).into();
             }
             if let Some(before) = before {
-                let tokens = before.counts.as_chunks::<W>().0[run.clone()].iter();
-                let stay = |(counts, devices): (&[u64; W], &[u16])| {
-                    let count = |&device: &u16| {
-                        let device = usize::from(device);
-                        counts[device / BYTES % W] >> (device % BYTES * 8) & 0xff
-                    };
-                    devices.iter().map(count).sum::<u64>()
-                };
-                stays[row] += tokens.zip(devices.clone().skip(run.start)).map(stay).sum::<u64>();
+                let before = &before.counts.as_chunks::<W>().0[run.clone()];
+                let pairs = before.iter().zip(&counts[run.clone()]);
+                stays[row] += pairs.map(|(before, here)| multiply(before, here, self.top_k)).sum::<u64>();
             }
             from = run.end;
         }
@@ -185,12 +198,40 @@ impl Served {
     }
 }
 
+/// A word whose bytes are 1 where the bytes of `word`, [`IDS`] at the most, are not 0.
+#[inline(always)]
+fn are_not_zero(word: u64) -> u64 {
+    const HIGH: u64 = 0x8080_8080_8080_8080;
+    ((word + (HIGH - (HIGH >> 7))) & HIGH) >> 7
+}
+
+/// The first bits of a word's bytes, which have no others, side by side.
+#[inline(always)]
+fn first_bits(word: u64) -> u64 {
+    word.wrapping_mul(0x0102_0408_1020_4080) >> 56
+}
+
+/// The sum of products of the bytes of words, whose bytes add up to `top_k` each time.
+#[inline(always)]
+fn multiply<const W: usize>(left: &[u64; W], right: &[u64; W], top_k: usize) -> u64 {
+    let words = left.iter().zip(right);
+    if top_k * top_k < 1 << 8 {
+        // The last byte of a product is the sum of first byte times last one, second times last but one, and so on.
+        return words.map(|(left, right)| left.wrapping_mul(right.swap_bytes()) >> 56).sum();
+    }
+    let bytes = words.flat_map(|(left, right)| left.to_le_bytes().into_iter().zip(right.to_le_bytes()));
+    bytes.map(|(left, right)| u64::from(left) * u64::from(right)).sum()
+}
+
 /// Adds the bytes of words.
 #[inline(always)]
-fn add<T: AddAssign + From<u8>>(to: &mut [T], words: &[u64]) {
+fn add<T: Copy + AddAssign + From<u8>>(to: &mut [T], words: &[u64]) {
+    let add = |(to, byte): (&mut T, u8)| *to += byte.into();
     for (to, word) in to.chunks_mut(BYTES).zip(words) {
-        for (to, byte) in to.iter_mut().zip(word.to_le_bytes()) {
-            *to += byte.into();
+        // A loop of a known length is one addition of all bytes.
+        match <&mut [T; BYTES]>::try_from(&mut *to) {
+            Ok(to) => to.iter_mut().zip(word.to_le_bytes()).for_each(add),
+            Err(_) => to.iter_mut().zip(word.to_le_bytes()).for_each(add),
         }
     }
 }
