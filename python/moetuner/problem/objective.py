@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, wraps
 from typing import Any, Literal, TypeVar, cast
 
@@ -35,6 +35,40 @@ RECENT = 16
 
 
 Method = Callable[[Any, Placement], Value]
+
+
+class _LayerVisits:
+    """Tokens that visit devices and nodes, cached by layer.
+
+    Placements that a search judges one after the other differ in a few layers, and mixtures of
+    layers in none.
+    """
+
+    def __init__(self, serving: Serving, sets: Sequence[ExpertSets] | None) -> None:
+        self._serving, self._sets = serving, sets
+        self._cached: dict[tuple[int, bytes], tuple[Floats, Floats]] = {}
+
+    def count(self, placement: Placement) -> tuple[Floats, Floats]:
+        """Count the tokens that visit every device [L,D], and every node [L,N]."""
+        assert self._sets is not None
+        keys = [(layer, slots.tobytes()) for layer, slots in enumerate(placement.slots)]
+        counted = {key: self._cached[key] for key in keys if key in self._cached}
+        new = [layer for layer, key in enumerate(keys) if key not in counted]
+        if new:
+            by_device, by_node = copies.count_visits(
+                Placement(placement.slots[new], num_experts=placement.num_experts),
+                self._serving.topology,
+                self._serving.split,
+                [self._sets[layer] for layer in new],
+            )
+            by_device.setflags(write=False)
+            by_node.setflags(write=False)
+            visits = zip(by_device, by_node, strict=True)
+            counted.update(zip((keys[layer] for layer in new), visits, strict=True))
+            recent = [*self._cached.items()][-RECENT * len(keys) :]
+            self._cached = {**dict(recent), **counted}
+        devices, nodes = zip(*(counted[key] for key in keys), strict=True)
+        return np.stack(devices), np.stack(nodes)
 
 
 def _cached(store: str) -> Callable[[Method[Value]], Method[Value]]:
@@ -151,16 +185,17 @@ class Objective:
         self.goal, self.windows, self.shares = goal, windows, shares
         self._by_groups, self.survive = by_groups, survive
         self._recent: deque[tuple[Any, Any]] = deque(maxlen=RECENT)
-        self._recent_visits: deque[tuple[Any, Any]] = deque(maxlen=RECENT)
+        self._visits_of_layers = _LayerVisits(serving, statistics.sets)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return all but the cached values, which no pickle or copy takes along."""
-        empty = {name: deque[Any](maxlen=RECENT) for name in ("_recent", "_recent_visits")}
+        visits = _LayerVisits(self.serving, self.statistics.sets)
+        empty = {"_recent": deque[Any](maxlen=RECENT), "_visits_of_layers": visits}
         return {**self.__dict__, **empty}
 
     def _count_visits_with(self, other: Objective) -> None:
         """Share the cached visits with another objective: they do not depend on windows of load."""
-        self._recent_visits = other._recent_visits
+        self._visits_of_layers = other._visits_of_layers
 
     def __repr__(self) -> str:
         """Return goal and regime."""
@@ -544,10 +579,7 @@ class Objective:
         total: Floats = device_cost * devices.sum(axis=1) + node_cost * nodes.sum(axis=1)
         return total / max(self.tokens, 1)
 
-    @_cached("_recent_visits")
     def _count_visits(self, placement: Placement) -> tuple[Floats, Floats]:
         """Count the tokens that visit every device [L,D], and every node [L,N]."""
-        assert self.statistics.sets is not None
-        return copies.count_visits(
-            placement, self.topology, self.serving.split, self.statistics.sets
-        )
+        check.instance("placement", placement, Placement)
+        return self._visits_of_layers.count(placement)

@@ -1,9 +1,10 @@
 """Few moves: the search from a running placement that fills a front.
 
 The search goes from few moves upwards. It takes steps down from the running placement, then anneals
-at falling prices of a move, and mixes layers of what it has found. The budget of moves decides only
-where this ends, not what happens before. So a larger budget finds every placement that a smaller
-one finds, and its best is no worse. A time limit cuts the search short.
+at the price of a move, or at falling prices where moves have none, and mixes layers of what it has
+found. The budget of moves decides only where this ends, not what happens before. So a larger budget
+finds every placement that a smaller one finds, and its best is no worse. A time limit cuts the
+search short.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def _continue(run: Run, budget: Budget) -> None:
 def fill(front: Front, budget: Budget, limit: float) -> None:
     """Add placements to a front, from few moves upwards, until more experts move than a limit.
 
-    First steps down from the running placement, then searches at falling prices of a move.
+    First steps down from the running placement, then searches at prices of a move.
     """
     run, start = front.run, front.run.incumbents[0]
     limit = int(min(limit, run.problem.capacity.sum()))
@@ -103,9 +104,13 @@ def fill(front: Front, budget: Budget, limit: float) -> None:
         # A search in less time than the steps took adds nothing.
         run.cut = True
         return
-    first_price = max(path.steepest, effort.DEAREST * abs(start.value)) * prices.first
-    falling_prices = first_price * prices.ratio ** np.arange(prices.number)
-    _search_at_prices(front, model, budget, falling_prices.tolist(), limit)
+    if front.moves.price:
+        # Searches at dearer prices gain nothing ("Budgets that rise").
+        falling_prices = [front.moves.price]
+    else:
+        first_price = max(path.steepest, effort.DEAREST * abs(start.value)) * prices.first
+        falling_prices = [*(first_price * prices.ratio ** np.arange(prices.number - 1)), 0.0]
+    _search_at_prices(front, model, budget, falling_prices, limit)
 
 
 def find_fewest_moves(
@@ -206,14 +211,10 @@ def _use_up_limits(front: Front, model: LayerModel, budget: Budget, path: Path, 
 def _search_at_prices(
     front: Front, model: LayerModel, budget: Budget, falling_prices: list[float], limit: int
 ) -> None:
-    """Add the answers of searches at falling prices of a move, until more move than a limit.
-
-    No price is below the user's price of a move; the last one equals it.
-    """
-    run, lowest_price = front.run, front.moves.price
+    """Add the answers of searches at falling prices of a move, until more move than a limit."""
+    run = front.run
     limits = rising_limits(run.incumbents[0].moves, limit)
-    for number, price in enumerate([*falling_prices[:-1], lowest_price]):
-        price = max(price, lowest_price)
+    for number, price in enumerate(falling_prices):
         share = budget.within(1 / (len(falling_prices) - number))
         start = front.best_start(price, model.weight)
         answer = _search_at_price(run, share, model, price, start)
@@ -227,8 +228,6 @@ def _search_at_prices(
             best = run.judge(front.best_start(price, model.weight), "moves")
             farthest = 2 * best.moves + effort.MORE_MOVES
             _step_down(front, model, budget, best, farthest, is_start=True)
-        if price == lowest_price:
-            break
     if not front.is_exact:
         front.mix(limits, model.weight)
 
