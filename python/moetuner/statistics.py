@@ -804,6 +804,20 @@ def count_loads(
     )
 
 
+def choose_hottest(
+    load: NDArray[np.integer[Any]], number: int, *, each_layer: bool = False
+) -> NDArray[np.bool_]:
+    """Return which experts [L,E] have the highest loads: ``number`` in all, or in each layer.
+
+    Of experts with the same load the first ones are chosen.
+    """
+    rows = load if each_layer else load.reshape(1, -1)
+    order = np.argsort(-rows.astype(np.int64), axis=1, kind="stable")
+    is_chosen = np.zeros(rows.shape, dtype=bool)
+    np.put_along_axis(is_chosen, order[:, :number], True, axis=1)
+    return is_chosen.reshape(load.shape)
+
+
 def measure_distance(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float64]:
     """Compute the total variation distance between the shares of two loads [...,E].
 
