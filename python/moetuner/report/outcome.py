@@ -15,7 +15,7 @@ from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.replay import drop_groups
 from moetuner.evaluation.samples import find_samples
 from moetuner.files.cells import counted, number, percent
-from moetuner.placement import EMPTY, Placement
+from moetuner.placement import EMPTY, Placement, PlacementDiff
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.recording import Recording
@@ -24,6 +24,7 @@ from moetuner.serving import Serving
 from moetuner.serving.phases import choose_judged_windows
 from moetuner.solver.result import CapsDetails, Result
 from moetuner.statistics import RoutingStatistics
+from moetuner.topology import Topology
 
 # Figures of every table: the second is of windows whose tokens or sequences are mixed.
 MIXED = ("imbalance", "imbalance_mixed")
@@ -155,7 +156,7 @@ def replay_results(
 def write_left_out(traffic: Recording, window: int | None) -> str:
     """Write which traffic fills no window, so that means over windows leave it out; "" if none."""
     if isinstance(traffic, RoutingStatistics):
-        short = int((~traffic.is_step).sum())
+        short = int((~traffic.is_full_window).sum())
         return f"imbalance and time leave out {counted(short, 'shorter window')}" if short else ""
     rest = traffic.length % (window or max(traffic.length, 1))
     if rest in (0, traffic.length):
@@ -285,6 +286,15 @@ def find_empty_slots(outcome: Outcome) -> list[Finding]:
     if not empty or not problem.may_copy:
         return []
     return [Finding("empty slots", {"empty": empty, "slots": total}, "warning")]
+
+
+def find_moves(diff: PlacementDiff, topology: Topology | None = None) -> Finding:
+    """Return how many experts move, their bytes if known, and how many leave their node."""
+    numbers = {"experts": diff.experts_moved, "moved_bytes": diff.bytes_moved}
+    if topology is not None and topology.nodes > 1:
+        node = topology.node_of_device
+        numbers["between_nodes"] = int(diff.pairs[node[:, None] != node].sum())
+    return Finding("experts that move", numbers, "cost")
 
 
 def find_slower(outcome: Outcome, before: Outcome, *, name: bool = False) -> list[Finding]:

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 
 from moetuner._checks import evenly_spaced
-from moetuner.cost import busiest_ports
 from moetuner.evaluation import evaluate
 from moetuner.evaluation.comparison import Comparison, with_splits
 from moetuner.evaluation.halves import halve_each
@@ -218,9 +217,8 @@ def compute_move_cost(request: Request, trial: Trial, saved_us: float) -> Moving
     total = int(after.sum())
     if size is None:
         return Moving(diff.experts_moved, None, None, None, total, None, None)
-    ports = busiest_ports(diff.pairs, topology)
     assert request.serving.cost_model is not None
-    us = float(request.serving.cost_model.ports_us(ports, topology, bytes_each=size))
+    us = request.serving.cost_model.move_us(diff.pairs, topology, size)
     return Moving(
         experts=diff.experts_moved,
         bytes=diff.bytes_moved,
@@ -248,7 +246,7 @@ def judge_lp_split(
     ):
         return None
     counts = count_loads(drop_groups(holdout.unseen), window=window, threads=request.threads)
-    steps = np.flatnonzero(counts.is_step)
+    steps = np.flatnonzero(counts.is_full_window)
     if not steps.size:
         return None
     spaced = steps[evenly_spaced(steps.size, LP_WINDOWS)]
