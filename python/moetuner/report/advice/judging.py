@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from moetuner._checks import evenly_spaced
+from moetuner.cost import compute_move_us
 from moetuner.evaluation import evaluate
 from moetuner.evaluation.comparison import Comparison, with_splits
 from moetuner.evaluation.halves import halve_each
@@ -218,7 +219,7 @@ def compute_move_cost(request: Request, trial: Trial, saved_us: float) -> Moving
     if size is None:
         return Moving(diff.experts_moved, None, None, None, total, None, None)
     assert request.serving.cost_model is not None
-    us = request.serving.cost_model.move_us(diff.pairs, topology, size)
+    us = compute_move_us(request.serving.cost_model, diff.pairs, topology, size)
     return Moving(
         experts=diff.experts_moved,
         bytes=diff.bytes_moved,
