@@ -202,7 +202,7 @@ class RoutingStatistics(Recording, Frozen):
     [[1, 1, 1, 1]]
     """
 
-    _also_shown = ("windows", "layers", "experts")
+    _also_shown = ("windows", "layers", "num_experts")
     ordered = False
     unit = "window"
     noun = "counts"
@@ -269,9 +269,10 @@ class RoutingStatistics(Recording, Frozen):
         for layer, layer_sets in enumerate(sets):
             check.instance(f"sets of layer {layer}", layer_sets, ExpertSets)
             highest = int(layer_sets.ids.max(initial=0))
-            if highest >= self.experts:
+            if highest >= self.num_experts:
                 raise ValueError(
-                    f"sets must have expert ids below {self.experts}, layer {layer} has {highest}"
+                    f"sets must have expert ids below {self.num_experts}, layer {layer} has "
+                    f"{highest}"
                 )
         vars(self)["sets"] = tuple(sets)
 
@@ -514,15 +515,10 @@ class RoutingStatistics(Recording, Frozen):
         """Number of MoE layers, L."""
         return int(self.window_load.shape[1])
 
-    @property
-    def experts(self) -> int:
-        """Experts per layer, E."""
-        return int(self.window_load.shape[2])
-
     @property  # of traces it is a field
     def num_experts(self) -> int:  # type: ignore[override]
-        """Experts per layer, E, by the name of the argument of other classes."""
-        return self.experts
+        """Experts per layer, E."""
+        return int(self.window_load.shape[2])
 
     @cached_property
     def total_load(self) -> NDArray[np.uint64]:
@@ -535,7 +531,7 @@ class RoutingStatistics(Recording, Frozen):
         """Load over all windows [L,E]; from the expert sets if they are a sample."""
         if self.sets is None or self.set_tokens is None:
             return self.total_load
-        return np.stack([layer_sets.load(self.experts) for layer_sets in self.sets])
+        return np.stack([layer_sets.load(self.num_experts) for layer_sets in self.sets])
 
     @property
     def _pairs(self) -> dict[str, NDArray[np.uint64] | None]:
@@ -545,13 +541,13 @@ class RoutingStatistics(Recording, Frozen):
     @property
     def transitions_or_empty(self) -> NDArray[np.uint64]:
         """Transitions; an empty array [0,E,E] if they were not counted."""
-        empty = np.zeros((0, self.experts, self.experts), dtype=np.uint64)
+        empty = np.zeros((0, self.num_experts, self.num_experts), dtype=np.uint64)
         return empty if self.transitions is None else self.transitions
 
     @property
     def coactivation_or_empty(self) -> NDArray[np.uint64]:
         """Co-activation; an empty array [0,E,E] if it was not counted."""
-        empty = np.zeros((0, self.experts, self.experts), dtype=np.uint64)
+        empty = np.zeros((0, self.num_experts, self.num_experts), dtype=np.uint64)
         return empty if self.coactivation is None else self.coactivation
 
     @cached_property
@@ -564,7 +560,7 @@ class RoutingStatistics(Recording, Frozen):
             return None
         pairs = self.coactivation.sum(axis=(1, 2), dtype=np.float64)
         load = np.maximum(self.total_load.sum(axis=1, dtype=np.float64), 1)
-        top_k = np.clip(np.rint(1 + pairs / load), 2, max(self.experts, 2))
+        top_k = np.clip(np.rint(1 + pairs / load), 2, max(self.num_experts, 2))
         counts: list[int] = np.where(pairs > 0, top_k, 1).astype(np.int64).tolist()
         return counts
 

@@ -239,7 +239,7 @@ def _find_samples_of_windows(table: RoutingStatistics) -> Samples:
         _, first, label, sizes = np.unique(
             table.drawn_from, return_index=True, return_inverse=True, return_counts=True
         )
-        load = np.zeros((len(first), table.layers, table.experts), np.uint64)
+        load = np.zeros((len(first), table.layers, table.num_experts), np.uint64)
         np.add.at(load, label, table.window_load.astype(np.uint64))
         group = None if table.group is None else table.group[first]
         samples = _find_samples_of_windows(

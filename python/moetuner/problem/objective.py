@@ -396,7 +396,7 @@ class Objective:
         """
         cost, weight = self._even_load, self.windows.weight
         if self.goal == "time":
-            sizes = self.statistics.layers, self.statistics.experts, self.topology.devices
+            sizes = self.statistics.layers, self.statistics.num_experts, self.topology.devices
             cost = self.window_cost(blocks(*sizes)).sum(axis=1)
         return float((weight * cost).sum() / weight.sum())
 

@@ -59,7 +59,7 @@ def start_placement(
     name: str, statistics: RoutingStatistics, topology: Topology, *, seed: int, threads: int | None
 ) -> Placement:
     """Return the start placement of a name; EPLB's is computed from the statistics."""
-    sizes = statistics.layers, statistics.experts, topology.devices
+    sizes = statistics.layers, statistics.num_experts, topology.devices
     if name == "contiguous":
         return blocks(*sizes)
     running = Problem(statistics, topology, slots_per_device=count_running_slots(name, *sizes[1:]))
