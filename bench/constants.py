@@ -142,7 +142,7 @@ def measure(name: str, seed: int = 0) -> Measured:
             key: value for key, value in arguments.items() if key not in ("effort", "time_limit")
         }
         # What was computed of the counts before, as single copies, was by other constants.
-        make_problem(*case[:3], **of_problem)[0].statistics.known.clear()
+        make_problem(*case[:3], **of_problem)[0].statistics.memo.clear()
         work = partial(solve_case, *case, seed=seed, **arguments)
         figure = UNSEEN[rest.get("objective", "time")]
     answer, _, seconds = timed(work)

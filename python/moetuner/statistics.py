@@ -492,22 +492,22 @@ class RoutingStatistics(Recording, Frozen):
         return replace(self, transitions=None, coactivation=None, sets=None, set_tokens=None)
 
     @cached_property
-    def is_step(self) -> NDArray[np.bool_]:
+    def is_full_window(self) -> NDArray[np.bool_]:
         """Whether a window is a whole step, which counts in means over windows [W].
 
         The remaining tokens behind the full windows of a trace or group are no step: their time
         says nothing about a step. Windows of unknown length are all steps.
         """
-        is_step = np.ones(self.windows, dtype=bool)
+        is_full_window = np.ones(self.windows, dtype=bool)
         if self.window is None:
-            return is_step
+            return is_full_window
         tokens = self.window_load.sum(axis=(1, 2), dtype=np.uint64)
         label = np.zeros(self.windows, dtype=np.int64) if self.group is None else self.group
         order = np.argsort(label, kind="stable")
         is_full, label = (tokens == tokens.max())[order], label[order]
         is_rest = ~is_full[1:] & is_full[:-1] & (label[1:] == label[:-1])
-        is_step[order[1:][is_rest]] = False
-        return is_step
+        is_full_window[order[1:][is_rest]] = False
+        return is_full_window
 
     @property
     def layers(self) -> int:
@@ -738,7 +738,7 @@ class RoutingStatistics(Recording, Frozen):
         label = np.zeros(self.windows, np.int64) if self.group is None else self.group
         size, runs = tokens // window, []
         for number in np.unique(label):
-            steps = np.flatnonzero(self.is_step & (label == number))
+            steps = np.flatnonzero(self.is_full_window & (label == number))
             runs.append(steps[: len(steps) // size * size].reshape(-1, size))
         joined = np.concatenate(runs)
         return joined[np.argsort(joined[:, 0], kind="stable")]
@@ -802,6 +802,20 @@ def count_loads(
         threads=threads,
         progress=progress,
     )
+
+
+def choose_hottest(
+    load: NDArray[np.integer[Any]], number: int, *, each_layer: bool = False
+) -> NDArray[np.bool_]:
+    """Return which experts [L,E] have the highest loads: ``number`` in all, or in each layer.
+
+    Of experts with the same load the first ones are chosen.
+    """
+    rows = load if each_layer else load.reshape(1, -1)
+    order = np.argsort(-rows.astype(np.int64), axis=1, kind="stable")
+    is_chosen = np.zeros(rows.shape, dtype=bool)
+    np.put_along_axis(is_chosen, order[:, :number], True, axis=1)
+    return is_chosen.reshape(load.shape)
 
 
 def measure_distance(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float64]:

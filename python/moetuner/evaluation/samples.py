@@ -258,7 +258,7 @@ def _find_samples_of_windows(table: RoutingStatistics) -> Samples:
     if kinds is not None:
         return Samples("kind", int(kinds.max()) + 1, kinds=kinds)
     blocks = measure_blocks(table.window_load, table.group)
-    return Samples("window", blocks.number(int(table.is_step.sum())), blocks)
+    return Samples("window", blocks.number(int(table.is_full_window.sum())), blocks)
 
 
 def _find_samples_of_sequences(trace: RoutingTrace, progress: Progress | None) -> Samples:

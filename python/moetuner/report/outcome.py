@@ -119,27 +119,6 @@ def _list_figures(problem: Problem) -> tuple[str, ...]:
     return (*imbalance, *problem.objective_function.figures)
 
 
-def replay(
-    placements: Sequence[Placement],
-    serving: Serving,
-    traffic: Recording,
-    windows: Sequence[int | None],
-    options: ReplayOptions,
-    *,
-    by_group: bool = True,
-    progress: Callable[[float], None] | None = None,
-) -> dict[int | None, list[Evaluation]]:
-    """Evaluate placements on traffic, in windows of several sizes.
-
-    ``by_group`` says whether to evaluate every group of a trace by itself too, which takes as long
-    again. ``progress`` is as for ``evaluate_each``.
-    """
-    traffic = traffic if by_group else drop_groups(traffic)
-    servings = [replace(serving, window=window) for window in windows]
-    evaluations = evaluate_each(placements, traffic, servings, options, progress=progress)
-    return dict(zip(windows, evaluations, strict=True))
-
-
 def replay_results(
     results: Sequence[Result],
     problem: Problem,
@@ -153,25 +132,23 @@ def replay_results(
     """Return outcomes of results on the traffic to judge on, which is read once for all of them.
 
     They have evaluations in the windows that are served, and in all others that the problem covers.
-    ``by_group`` and ``progress`` are as for ``replay``.
+    ``by_group`` says whether to evaluate every group of a trace by itself too, which takes as long
+    again. ``progress`` is as for ``evaluate_each``.
     """
     windows = [serving.window]
     if judged_on.ordered:
         others = choose_judged_windows(judged_on.length, problem.shares)
         windows += [tokens for tokens in others if tokens != serving.window]
-    placements = [result.placement for result in results]
-    evaluations = replay(
-        placements, serving, judged_on, windows, options, by_group=by_group, progress=progress
+    evaluations = evaluate_each(
+        [result.placement for result in results],
+        judged_on if by_group else drop_groups(judged_on),
+        [replace(serving, window=window) for window in windows],
+        options,
+        progress=progress,
     )
-    served = evaluations.pop(serving.window)
     return [
-        Outcome(
-            problem,
-            result,
-            served[number],
-            {tokens: of_results[number] for tokens, of_results in evaluations.items()},
-        )
-        for number, result in enumerate(results)
+        Outcome(problem, result, served, dict(zip(windows[1:], others, strict=True)))
+        for result, (served, *others) in zip(results, zip(*evaluations, strict=True), strict=True)
     ]
 
 

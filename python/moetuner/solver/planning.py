@@ -243,8 +243,8 @@ def _read_load(
     loads_alone = {"sets": False, "transitions": False, "coactivation": False}
     counted = as_counts(traffic, window=window, by_group=False, **loads_alone)
     load = counted.window_load.astype(np.float64)
-    if counted.is_step.any():  # the last tokens, which fill no window, are in no mean
-        load = load[counted.is_step]
+    if counted.is_full_window.any():  # the last tokens, which fill no window, are in no mean
+        load = load[counted.is_full_window]
     if load.shape[1:] != (running.layers, running.num_experts):
         raise check.ArgumentError(
             f"traffic must have {running.layers} layers of {running.num_experts} experts like "

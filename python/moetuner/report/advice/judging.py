@@ -100,10 +100,6 @@ def judge_over_eplb(request: Request, trials: Sequence[Trial]) -> dict[Window, J
     }
 
 
-def _judge_gain(request: Request, trial: Trial, window: Window, units: Samples) -> Comparison:
-    return judge_trials(request, [trial], RUNNING, window, units).gain
-
-
 def combine_phases(request: Request, judgements: Sequence[Judgement]) -> Comparison | None:
     """Combine the gains of decode and prefill, weighted by their shares of the serving time.
 
@@ -157,7 +153,8 @@ def judge_halves(
         request.progress(f"a placement of the {name} half on the other")
         holdout = Holdout(request.seed, count_traffic(request, half), other)
         trial = try_out(request, holdout, copies)
-        gains.append(_judge_gain(request, trial, window, request.units[window]))
+        judgement = judge_trials(request, [trial], RUNNING, window, request.units[window])
+        gains.append(judgement.gain)
     return tuple(gains)
 
 
@@ -170,13 +167,13 @@ def judge_groups(request: Request, copies: int) -> dict[str, dict[Window, Compar
         request.progress(f"a placement of all groups but {group}, on {group}")
         is_in_group = np.isin(all_rows, rows)
         unseen, others = request.traffic.take(is_in_group), request.traffic.take(~is_in_group)
-        trial = try_out(
-            request, Holdout(request.seed, count_traffic(request, others), unseen), copies
-        )
-        gains[str(group)] = {
-            window: _judge_gain(request, trial, window, request.find_samples(unseen, window))
-            for window in request.windows
-        }
+        holdout = Holdout(request.seed, count_traffic(request, others), unseen)
+        trial = try_out(request, holdout, copies)
+        gains[str(group)] = {}
+        for window in request.windows:
+            samples = request.find_samples(unseen, window)
+            judgement = judge_trials(request, [trial], RUNNING, window, samples)
+            gains[str(group)][window] = judgement.gain
     return gains
 
 
