@@ -155,7 +155,7 @@ def replay_results(
 def write_left_out(traffic: Recording, window: int | None) -> str:
     """Write which traffic fills no window, so that means over windows leave it out; "" if none."""
     if isinstance(traffic, RoutingStatistics):
-        short = int((~traffic.is_step).sum())
+        short = int((~traffic.is_full_window).sum())
         return f"imbalance and time leave out {counted(short, 'shorter window')}" if short else ""
     rest = traffic.length % (window or max(traffic.length, 1))
     if rest in (0, traffic.length):

@@ -248,7 +248,7 @@ def judge_lp_split(
     ):
         return None
     counts = count_loads(drop_groups(holdout.unseen), window=window, threads=request.threads)
-    steps = np.flatnonzero(counts.is_step)
+    steps = np.flatnonzero(counts.is_full_window)
     if not steps.size:
         return None
     spaced = steps[evenly_spaced(steps.size, LP_WINDOWS)]
