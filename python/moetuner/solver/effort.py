@@ -99,12 +99,11 @@ EFFORTS = {
 }
 
 # Shares of a time limit.
-# The search's share of the time left where a bound follows: more improves the placement, less the
-# bound ("The joint method").
+# The share of the time left for a search that something follows: a bound, or a longer search that
+# starts from it (single copies where there may be several, equal speeds where devices differ,
+# traffic alone, pairs, split lp). More improves the placement, less the bound ("The joint method",
+# "Constants").
 SEARCH_SHARE = 0.5
-# Share of a search that gives a longer one its start: single copies where there may be several,
-# equal speeds where devices differ, traffic alone, pairs, split lp ("Constants").
-START_SHARE = 0.4
 # Share of a search for balance that gives another search its start: a short one is nearly as good
 # ("Constants").
 BRIEF_SHARE = 0.1
@@ -140,11 +139,9 @@ ROUNDS = 3
 # Placements that are judged on all windows, where the search saw representative ones: more take
 # longer, and may find a better answer among those that the search ranks first (not measured).
 JUDGED = 3
-# Slots of all layers up to which a placement is polished by the objective itself; the best
-# placements that polishing starts from; then the random perturbations of the best one, and the
-# changes of each. More of each take longer, and find better answers to tiny problems (no case of
-# "Constants" changed).
-POLISHED_SLOTS, POLISHED, KICKS, KICKED = 18, 4, 4, 3
+# Slots of all layers up to which a placement is polished by the objective itself: more take longer,
+# and find better answers to small problems ("Constants").
+POLISHED_SLOTS = 18
 # Most contents of a layer, and most placements, that are enumerated: more take longer, and make
 # the answer to larger problems exact ("Constants").
 FEW_CHOICES = 1000

@@ -259,7 +259,7 @@ def anneal(run: Run, budget: Budget, model: LayerModel | None = None) -> None:
 
 CONSTRUCT = Stage(_construct, applies=is_searched_anew)
 CHAIN_UNDER_CAPS = Stage(
-    _chain_under_caps, applies=_joins_layers, share=lambda _: effort.START_SHARE
+    _chain_under_caps, applies=_joins_layers, share=lambda _: effort.SEARCH_SHARE
 )
 
 
