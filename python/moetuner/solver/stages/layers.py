@@ -239,7 +239,7 @@ def anneal(run: Run, budget: Budget, model: LayerModel | None = None) -> None:
     """
     model, turns = LayerModel(run) if model is None else model, 1
     if not run.problem.windows.is_mean:
-        turns = effort.REWEIGHTINGS_AGAIN if model.weights else effort.REWEIGHTINGS
+        turns = effort.REWEIGHTINGS
     if not model.weights:
         windows = model.windows
         model.weights = [np.ones(len(windows))]
