@@ -99,12 +99,11 @@ EFFORTS = {
 }
 
 # Shares of a time limit.
-# The search's share of the time left where a bound follows: more improves the placement, less the
-# bound ("The joint method").
+# The share of the time left for a search that something follows: a bound, or a longer search that
+# starts from it (single copies where there may be several, equal speeds where devices differ,
+# traffic alone, pairs, split lp, a solve from scratch where moves are free). More improves the
+# placement, less the bound ("The joint method", "Constants").
 SEARCH_SHARE = 0.5
-# Share of a search that gives a longer one its start: single copies where there may be several,
-# equal speeds where devices differ, traffic alone, pairs, split lp ("Constants").
-START_SHARE = 0.4
 # Share of a search for balance that gives another search its start: a short one is nearly as good
 # ("Constants").
 BRIEF_SHARE = 0.1
@@ -125,10 +124,10 @@ BALANCE_PART = 2
 PARTITION_STEPS, PARTITION_STEPS_PER_SECOND = 4_000_000_000, 500_000_000
 
 # Search layer by layer.
-# Most trials of a search, whatever the effort: for a slot, divided by windows, which are computed
-# LANES at a time; and of a layer. They end searches of tiny layers, and those under a time limit,
-# where more trials hardly help ("Time of a whole solve"; no case of "Constants" changed).
-SLOT_WORK, LANES, MOST_TRIALS = 160_000, 16, 1_500_000
+# Most trials of a search for a slot, whatever the effort, divided by windows, which are computed
+# LANES at a time. They end searches of tiny layers, and those under a time limit, where more trials
+# hardly help ("Time of a whole solve").
+SLOT_WORK, LANES = 160_000, 16
 # Work of a trial for time, in trials for balance: it counts active experts and ports, too. A larger
 # number means fewer trials ("The default and cheaper methods", "Constants").
 TIME_UNITS = 2
@@ -137,21 +136,15 @@ CHAIN_LEAST = 100_000
 # Rounds over all layers where neighbouring layers count: more rounds of fewer trials each let
 # layers follow each other ("Constants").
 ROUNDS = 3
-# Placements that are judged on all windows, where the search saw representative ones: more take
-# longer, and may find a better answer among those that the search ranks first (not measured).
-JUDGED = 3
-# Slots of all layers up to which a placement is polished by the objective itself; the best
-# placements that polishing starts from; then the random perturbations of the best one, and the
-# changes of each. More of each take longer, and find better answers to tiny problems (no case of
-# "Constants" changed).
-POLISHED_SLOTS, POLISHED, KICKS, KICKED = 18, 4, 4, 3
+# Slots of all layers up to which a placement is polished by the objective itself: more take longer,
+# and find better answers to small problems ("Constants").
+POLISHED_SLOTS = 18
 # Most contents of a layer, and most placements, that are enumerated: more take longer, and make
 # the answer to larger problems exact ("Constants").
 FEW_CHOICES = 1000
-# Times that windows are weighed anew for a risk or groups: at first, and where a search at another
-# price has weights already. Each has its part of the trials ("Constants" for the first; "Risk, the
-# worst group, and budgets").
-REWEIGHTINGS, REWEIGHTINGS_AGAIN = 4, 2
+# Times that a search weighs windows anew for a risk or groups. Each has its part of the trials
+# ("Constants"; "Risk, the worst group, and budgets").
+REWEIGHTINGS = 4
 
 # Fewest visits.
 # Trials of each start on pairs; slots of a layer from which it is wide, so that a trial tries all
@@ -209,8 +202,6 @@ MIXED_PRICES, JOINED_PRICES = Prices(7, 1 / 4, 1 / 3), Prices(24, 4.0, 0.7)
 # searches end before the budget is spent. Moves beyond twice those of a search's answer up to which
 # steps go on from it: they find what searches miss, with few moves above all (the same).
 DEAREST, MORE_MOVES = 1e-3, 8
-# Share of a time limit for a solve from scratch, where moves are free (not measured).
-FRESH_SHARE = 0.9
 
 # The fewest moves that gain enough: moves up to which steps go at first, and how many times as many
 # come next. All steps take three to six times as long. The answer does not depend on them; at half
@@ -252,7 +243,7 @@ CATCH_UP = 20_000
 def most_trials(slots: int, windows: int) -> int:
     """Return the most trials of a search of a layer, whatever the effort."""
     lanes = -(-windows // LANES) * LANES
-    return min(SLOT_WORK // lanes * slots, MOST_TRIALS)
+    return SLOT_WORK // lanes * slots
 
 
 def start_trials(slots: int, windows: int) -> int:

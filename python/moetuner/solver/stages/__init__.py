@@ -131,7 +131,7 @@ def _has_spare_slots(run: Run) -> bool:
 def _single_share(run: Run) -> float:
     """Return the share of time for single copies: little for balance, which copies seldom harm."""
     is_balance = run.problem.goal == "balance"
-    return effort.BRIEF_SHARE if is_balance else effort.START_SHARE
+    return effort.BRIEF_SHARE if is_balance else effort.SEARCH_SHARE
 
 
 SINGLE_COPIES = Stage(
@@ -210,7 +210,7 @@ def _has_unequal_speeds(run: Run) -> bool:
     return is_time and bool(speeds.min() < speeds.max())
 
 
-EQUAL = Stage(_equal, applies=_has_unequal_speeds, share=lambda _: effort.START_SHARE)
+EQUAL = Stage(_equal, applies=_has_unequal_speeds, share=lambda _: effort.SEARCH_SHARE)
 
 
 def _even(run: Run, budget: Budget) -> None:
