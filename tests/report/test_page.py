@@ -22,6 +22,7 @@ from moetuner.report.page import figures
 from moetuner.report.page import panels as drawing
 from moetuner.report.page.charts import POINTS, thin
 from moetuner.report.page.data import Origin, make_judgement_data
+from moetuner.serving.recipes import Recipe
 from moetuner.solver import Progress
 from moetuner.solver.result import LOADS
 
@@ -364,8 +365,8 @@ def marks_of(paper):
 
 
 def opened(context, file):
-    """Open a page, and wait until all of it is drawn."""
-    context.set_default_timeout(0)
+    """Open a page, and wait until all of it is drawn; what a page lacks is waited for minutes."""
+    context.set_default_timeout(300_000)
     tab = context.new_page()
     tab.goto(file.as_uri())
     while not tab.evaluate("document.documentElement.dataset.ready"):
@@ -380,8 +381,8 @@ def test_a_page_is_read_aloud_narrowed_printed_and_copied(made, tmp_path, scheme
     driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     rules = pytest.importorskip("axe_playwright_python", reason="axe is not installed").__path__[0]
     file, command = tmp_path / "page.html", "moetuner export 'a b.json' --to eplb"
-    contents = {"commands": [f"{command}  # why"], "go_back": "start it without the map"}
-    page.write_page(file, replace(made, contents=contents, reasons=("<b>why",)))
+    contents, recipes = {"go_back": "start it without the map"}, (Recipe(command, "why"),)
+    page.write_page(file, replace(made, contents=contents, recipes=recipes, reasons=("<b>why",)))
     with driver.sync_playwright() as playing:
         browser = playing.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"], timeout=0)
         how = {"viewport": {"width": width, "height": 900}, "color_scheme": scheme}
@@ -389,7 +390,7 @@ def test_a_page_is_read_aloud_narrowed_printed_and_copied(made, tmp_path, scheme
         context.grant_permissions(["clipboard-read", "clipboard-write"])
         tab = opened(context, file)
         tab.get_by_role("button", name="Copy command 1").click()
-        driver.expect(tab.get_by_role("status")).to_have_text("Copied", timeout=1_200_000)
+        driver.expect(tab.get_by_role("status")).to_have_text("Copied", timeout=300_000)
         assert tab.evaluate("navigator.clipboard.readText()") == command
         images = tab.locator("#chart-links .heatmaplayer image").all()
         first, second = (image.bounding_box() for image in images)
@@ -437,12 +438,13 @@ def test_no_option_is_broken(made, tmp_path):
     driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     file = tmp_path / "page.html"
     options = ["--ep-num-redundant-experts 0", "--extra-slots 64", "--enable-expert-parallel"]
-    commands = [
-        " ".join(["serve /a/long-path/to/a.json", *options * 3, "x" * at]) for at in range(9)
-    ]
+    recipes = tuple(
+        Recipe(" ".join(["serve /a/long-path/to/a.json", *options * 3, "x" * at]))
+        for at in range(9)
+    )
     reasons = tuple(f"{'word ' * at}{' '.join(options)}" for at in range(9))
-    contents = {"commands": commands, "go_back": f"start it without {options[0]}"}
-    made = replace(made, contents=contents, reasons=reasons)
+    contents = {"go_back": f"start it without {options[0]}"}
+    made = replace(made, contents=contents, recipes=recipes, reasons=reasons)
     page.write_page(file, made)
     with driver.sync_playwright() as playing:
         browser = playing.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"], timeout=0)

@@ -124,7 +124,7 @@ def check_front(problem, running):
         assert bool(trade.caps_raised) == (excess > 0)
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(16))
 def test_answers_are_true_of_the_problem(seed):
     """Rules and budgets are kept, single copies and what runs are floors, and claims hold."""
     problem = random_problem(seed)
@@ -166,7 +166,7 @@ def test_an_interrupt_at_any_moment_gives_an_answer(make_trace, method):
     statistics = mt.RoutingStatistics.from_trace(make_trace(60), window=20)
     problem = mt.Problem(statistics, mt.Topology(4), objective="time", slots_per_device=3)
     floor = mt.Placement(balanced(problem), num_experts=8)
-    for moment in (1, 30, 200, 500, 1500):
+    for moment in (1, 200, 1500):
         calls, began = 0, False
 
         def interrupt(frame, event, _, moment=moment):

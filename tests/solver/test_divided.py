@@ -63,9 +63,11 @@ def test_it_is_the_best_of_all_placements(load, devices, slots):
     assert result.bound <= result.objective * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("windows", [1, 5])
-@pytest.mark.parametrize(("objective", "part"), [("balance", 1), ("time", 1), ("time", 500)])
-def test_it_is_never_behind_the_best_of_even_parts(windows, objective, part):
+@pytest.mark.parametrize(
+    ("objective", "part", "windows"),
+    [("balance", 1, 1), ("balance", 1, 5), ("time", 1, 5), ("time", 500, 5)],
+)
+def test_it_is_never_behind_the_best_of_even_parts(objective, part, windows):
     """The answer of split even is no better, as long as it is searched, judged by the programme.
 
     Of few tokens copies take longer to read than they save: then even parts find the best answer.
@@ -135,19 +137,6 @@ def test_moves_from_a_running_placement_are_judged_by_it():
     problem = problem_of(skewed(7))
     result = mt.solve(problem, initial=running, move_budget=6)
     assert result.objective <= problem.value(running)
-
-
-@pytest.mark.parametrize("holdout", [0, 0.5])
-def test_a_trace_is_solved_for_it_and_exported(
-    make_trace, ok, as_json, tmp_path, monkeypatch, holdout
-):
-    """What is left out of a trace is counted to judge on."""
-    monkeypatch.chdir(tmp_path)
-    make_trace(600, experts=8).save("trace.safetensors")
-    serving = ("--devices", 2, "--slots-per-device", 6, "--for", "sglang", "--split", "lp")
-    ok("solve", "trace.safetensors", *serving, "--holdout", holdout, "--objective", "balance")
-    ok("export", "placement.json", "--to", "sglang", "--dense-layers", "none", "--out", "map.json")
-    assert as_json("evaluate", "placement.json", "trace.safetensors")["imbalance"] >= 1
 
 
 def placed(redundant):
