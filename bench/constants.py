@@ -58,6 +58,8 @@ MORE: dict[str, Row] = {
     "24x32, lp": ("24x32", 1, 8, "joint", {**BALANCE, "extra_slots": 48, "split": "lp"}),
     "24x32, survive": ("24x32", 1, 8, "joint", {**BALANCE, **SPARE, "survive": "device"}),
     "24x32, heuristic, traffic": ("24x32", 1, 8, "heuristic", FOLLOW),
+    "4x64, visits": ("4x64", 1, 8, "joint", CAPPED),
+    "3x128, visits": ("3x128", 1, 8, "joint", CAPPED),
     "2x4, tiny": ("2x4", 2, 2, "joint", {"slots_per_device": 2}),
     "2x4, tiny, traffic": ("2x4", 2, 2, "joint", {**CAPPED, "slots_per_device": 2}),
     "24x32, time, limit": ("24x32", 2, 4, "joint", {**COPIES, "time_limit": 1.0}),
