@@ -1,10 +1,9 @@
 """How long to search: every constant that trades quality for time, by stage.
 
 A comment says what the constant trades, and names in quotes the section of docs/experiments.md that
-measured it; "Constants" there has many at half and at twice their values. "Not measured" means that
-no section has figures; ``python bench/constants.py --names NAME`` measures one. Constants on which
-an algorithm's correctness depends stand beside the algorithm, those of the core's searches in the
-core.
+measured it; "Constants" there has them at half and at twice their values, and
+``python bench/constants.py --names NAME`` measures one. Constants on which an algorithm's
+correctness depends stand beside the algorithm, those of the core's searches in the core.
 """
 
 from __future__ import annotations
@@ -149,8 +148,7 @@ REWEIGHTINGS = 4
 # Fewest visits.
 # Trials of each start on pairs; slots of a layer from which it is wide, so that a trial tries all
 # swaps of an expert; and trials there. The search on expert sets follows, and more trials of pairs
-# give it a better start ("Fewest devices per token", "Constants"; "The joint method" for the width;
-# trials of wide layers are not measured).
+# give it a better start ("Fewest devices per token", "Constants", "The joint method").
 PAIR_TRIALS, WIDE_SLOTS, WIDE_PAIR_TRIALS = 200_000, 100, 20_000
 # Work of a trial besides its expert sets, where 64 sets are a unit: a larger number means fewer
 # trials ("Constants").
@@ -167,13 +165,12 @@ BOUND_WORK, BOUND_ITERATIONS, BOUND_ITERATIONS_TIMED = 3e9, 150, 10_000
 # Seconds for an entry of the tables of pairs: the least time limit that a bound needs ("Limits").
 BOUND_SECONDS = 3e-7
 
-# Bounds of visits: more of each closes the gap further and takes longer. "Bounds of visits" has
-# gaps and seconds; it has other values of ``TANGENT_STEPS`` and ``TANGENT_TRIALS`` only.
+# Bounds of visits: more of each closes the gap further and takes longer ("Bounds of visits",
+# "Constants").
 # Most rounds over all contents of a device, and the contents of all rounds without a time limit.
 PRICE_ROUNDS, PRICE_WORK = 60, 3e9
-# Experts of a layer up to which a linear programme is solved between two rounds, in milliseconds;
-# and rounds times layers times cubed experts without a time limit.
-PRICE_EXPERTS, PROGRAMME_WORK = 128, 5e8
+# Experts of a layer up to which a linear programme is solved between two rounds, in milliseconds.
+PRICE_EXPERTS = 128
 # Contents of a device up to which all are tried, as the core has it; seconds for each of them and
 # each expert of a token; and in how many times what all of them take prices are good.
 PRICE_CONTENTS, PRICE_SECONDS, PRICE_TIMES = 25_000_000, 2.5e-9, 20
@@ -214,21 +211,21 @@ FIRST_REACH, REACH_TIMES = 64, 4
 # ("Balancing with copies", which has 8 beside 14).
 QUICK, PATIENT = 14, 10_000
 # From running slots: most steps of a layer, for each device; more take longer, and gain where loads
-# have drifted far ("The plugins' policy", which has no other value).
+# have drifted far ("The plugins' policy", "Constants").
 ADAPT_STEPS = 8
 # Least gain of a moved copy in windows, as a share of all tokens of a device, where all windows
 # forecast the next one, and where only the last ones do: less moves more copies ("The live policy
 # on the next window").
 LASTING_PRICE, LIVE_PRICE = 2e-3, 5e-5
-# Trials for a slot where pairs count: more take longer in every live decision (the same section; no
-# other value was measured).
+# Trials for a slot where pairs count: more take longer in every live decision (the same section;
+# the case of "Constants" did not change).
 LIVE_TRIALS = 35
 # The quick search in windows: trials for a slot, least trials of a layer, and most for a slot times
 # LANES windows. More trials gain about as their logarithm ("Balance in windows within
 # milliseconds", "Constants").
 BALANCING_TRIALS, LEAST_BALANCING, BALANCING_WORK = 10, 2500, 400
-# Split lp: trials for a slot, and most for a slot times windows ("Constants").
-LP_SPLIT_TRIALS, LP_SPLIT_WORK = 20, 64
+# Split lp: trials for a slot times windows ("Constants": the case did not change).
+LP_SPLIT_WORK = 32
 # The whole search in windows: trials for a slot times LANES windows, and the fewest windows for
 # which it is used; and trials of a start, from which all terms are searched: more fit the windows
 # seen, and not the unseen ones ("Constants", "Balance in windows within milliseconds").
@@ -236,7 +233,7 @@ BALANCING_FULL, MANY_WINDOWS, BALANCING_START = 4000, 17, 400
 # Where experts survive losses: trials for a slot times LANES windows ("Lost devices").
 SPREAD_TRIALS = 50
 # Trials for a layer that DeepSeek's own code balances better: more match it in more layers
-# ("Balancing with copies", which has no other value).
+# ("Balancing with copies"; the cases of "Constants" did not change).
 CATCH_UP = 20_000
 
 
@@ -258,7 +255,7 @@ def spread_trials(slots: int, windows: int) -> int:
 
 def lp_split_trials(slots: int, windows: int) -> int:
     """Return the trials of a layer whose tokens a dispatcher divides by split lp."""
-    return min(LP_SPLIT_TRIALS, LP_SPLIT_WORK // windows) * slots
+    return max(LP_SPLIT_WORK // windows, 1) * slots
 
 
 def quick_trials(slots: int, windows: int) -> int:
