@@ -131,7 +131,7 @@ def hold_out_hot_experts(
     seen = unseen = traffic
     # A single token or window cannot be split.
     with suppress(ArgumentError):
-        seen, unseen = hold_out(traffic, 0.5, seed=seed)
+        seen, unseen = hold_out(traffic, seed=seed)
     seen_load, unseen_load = (
         count_loads(recording, threads=threads).total_load for recording in (seen, unseen)
     )
