@@ -19,7 +19,6 @@ from moetuner.placement import blocks
 # A command, and what its error says; tests/transcripts/refusals.md has others, which write no file.
 # TRACE and LOAD are files of a small trace and a load table.
 WRONG = """
-inspect . | ids.npy: --num-experts is needed
 solve TRACE --devices 2 --groups 11=1 | Did you mean 1?
 solve TRACE --topology junk.txt | must be a JSON object or TOML
 compare TRACE --devices 4 --holdout nan | nan is not a number
@@ -33,7 +32,6 @@ evaluate x-map.yaml TRACE --devices 4 | layer 1: expert 0 is in every slot
 evaluate x-counts.json TRACE | not a placement but recorded routing, to be given as INPUT
 evaluate p.json TRACE --cost-model h10:64x64 | Did you mean h100?
 convert TRACE --out t.npz | must end in .safetensors, got 't.npz'
-convert z.json --num-experts 16 --out t.safetensors | --enable-return-routed-expert
 convert z.csv --num-experts 16 --out t.safetensors | or what an engine records; its first bytes
 solve TRACE --for vllm --devices 4 --slots-per-device 1 | --slots-per-device must be
 solve TRACE --for vllm --devices 2 --slots-per-device 4,5 | 5 on every device would
@@ -65,8 +63,6 @@ def folder(tmp_path_factory):
     trace.save(at / "trace.safetensors")
     load = random.integers(0, 100, (6, 3, 8))
     np.savez(at / "load.npz", load=load, group=np.arange(6) % 2, group_names=np.array(["a", "b"]))
-    np.save(at / "ids.npy", np.zeros((4, 2, 1), dtype=np.uint8))
-    (at / "z.json").write_text('{"choices": [{"text": "a", "finish_reason": "stop"}]}')
     (at / "z.csv").write_text("a,b\n1,2\n")
     (at / "junk.txt").write_text("junk")
     np.save(at / "x-axes.npy", ids.swapaxes(0, 1))

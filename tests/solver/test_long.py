@@ -79,7 +79,7 @@ def test_the_objective_is_of_all_windows(goal, regime, split, monkeypatch):
         statistics, topology, objective=goal, regime=regime, split=split, slots_per_device=3
     )
     monkeypatch.setattr("moetuner.evaluation.blocks.BLOCK_BYTES", 8 * 16 * 100)
-    result = mt.solve(problem, iterations=300)
+    result = mt.solve(problem, iterations=100)
     dense = replace(problem.windows, load=statistics.window_load.astype(np.float64))
     expected = problem.objective_in(dense).value(result.placement)
     assert result.objective == pytest.approx(expected, rel=1e-12)
