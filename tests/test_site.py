@@ -1,6 +1,7 @@
 """The site: every option is in its reference, every page in its menu, every name in one place."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -13,16 +14,16 @@ from moetuner.cli import MENU, moetuner
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def load_extension():
-    """Return docs/_extensions/commands.py, which writes the reference when the site is built."""
-    path = DOCS / "_extensions" / "commands.py"
-    spec = importlib.util.spec_from_file_location("commands", path)
+def load_extension(name):
+    """Return a module of docs/_extensions, which the build of the site and make use."""
+    path = DOCS / "_extensions" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-REFERENCE = load_extension()
+REFERENCE = load_extension("commands")
 OPTIONS = [
     (name, flag)
     for name, (command, _) in REFERENCE.list_commands().items()
@@ -122,3 +123,53 @@ def test_every_page_is_in_the_menu():
 def sources():
     """Return the pages of the site."""
     return [path for path in sorted(DOCS.rglob("*.md")) if "_build" not in path.parts]
+
+
+def assert_alike(actual, stored, where):
+    """Compare JSON; numbers may differ in their last digits."""
+    if isinstance(stored, dict):
+        assert actual.keys() == stored.keys(), where
+        for key, value in stored.items():
+            assert_alike(actual[key], value, f"{where}.{key}")
+    elif isinstance(stored, list):
+        assert len(actual) == len(stored), where
+        for number, (one, other) in enumerate(zip(actual, stored, strict=True)):
+            assert_alike(one, other, f"{where}[{number}]")
+    elif isinstance(stored, float) and isinstance(actual, float):
+        assert actual == pytest.approx(stored, rel=1e-2, nan_ok=True), where
+    else:
+        assert actual == stored, where
+
+
+def test_pictures_are_not_older_than_what_they_show():
+    """What each was drawn from is computed again; `make pictures` draws them anew."""
+    pytest.importorskip("plotly", reason="the extra report is not installed")
+    pictures = load_extension("pictures")
+    figures = pictures.compute_pictures()
+    for name, figure in figures.items():
+        stored = json.loads((pictures.FOLDER / f"{name}.json").read_text())
+        assert_alike(pictures.describe(figure), stored, name)
+    files = {path.name for path in pictures.FOLDER.glob("*.svg")}
+    assert files == {f"{name}-{scheme}.svg" for name in figures for scheme in ("light", "dark")}
+    shown = re.findall(r"pictures/([a-z]+-[a-z]+\.svg)", "".join(map(Path.read_text, sources())))
+    assert files == set(shown)
+
+
+def test_what_is_said_of_pictures_is_what_they_show():
+    """Numbers in the text below a picture are those of the picture."""
+    figures = {
+        name: json.loads((DOCS / "pictures" / f"{name}.json").read_text())
+        for name in ("devices", "losses", "cards")
+    }
+    index = (DOCS / "index.md").read_text()
+    ratios = re.findall(r"busiest ([\d.]+) x", figures["devices"]["layout"]["title"]["text"])
+    assert len(ratios) == 2
+    assert all(f"{ratio} times the mean" in index for ratio in ratios)
+    lost, kept, *_ = (bars["y"] for bars in figures["losses"]["data"])
+    assert min(lost) >= 1
+    assert set(kept) == {0}
+    before, after = (f"{value:.0f}" for value in figures["cards"]["data"][0]["x"][::-1])
+    assert (
+        f"{before} stay on one card before, and {after} after"
+        in (DOCS / "few-cards.md").read_text()
+    )

@@ -347,17 +347,6 @@ def find_remarks(outcomes: list[Outcome], problem: Problem) -> list[Finding]:
     return findings
 
 
-def count_on_one_device(evaluation: Evaluation, devices: int) -> float | None:
-    """Compute how many of 100 tokens have all their experts of a layer on one device.
-
-    None where that is unknown, as on more than two devices.
-    """
-    # On two devices a token visits one or both, so the mean fanout gives the share.
-    if devices != 2 or evaluation.fanout is None:
-        return None
-    return 100 * (2 - evaluation.fanout)
-
-
 def find_caps(problem: Problem, details: CapsDetails) -> list[Finding]:
     """Return the layers whose load cap no placement keeps, and those whose cap was raised.
 
