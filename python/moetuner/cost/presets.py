@@ -30,9 +30,9 @@ def public_name(model: str | None) -> str | None:
     name = re.sub(r"[\s_]+", "-", model.strip().rstrip("/").rsplit("/", 1)[-1].lower())
     fits = [public for public in MODELS if re.match(rf"{re.escape(public)}([-.]|$)", name)]
     public = max(fits, key=len, default="")
-    more = set(_words(name[len(public) :]))
-    sizes = {word for word in more if re.fullmatch(r"\d+b", word)}
-    return None if more & OTHER_MODELS or sizes - OWN_SIZES else public or None
+    further_words = set(_words(name[len(public) :]))
+    sizes = {word for word in further_words if re.fullmatch(r"\d+b", word)}
+    return None if further_words & OTHER_MODELS or sizes - OWN_SIZES else public or None
 
 
 @cache

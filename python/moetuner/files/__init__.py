@@ -88,12 +88,12 @@ def same_file(a: str | Path, b: str | Path) -> bool:
 
 
 def descriptor_of(path: str | Path) -> int | None:
-    """Open descriptor of this process that a path stands for, as ``/dev/stdout`` does."""
-    own = f"/proc/{os.getpid()}/fd"
+    """Return the open descriptor of this process that a path names, as ``/dev/stdout`` does."""
+    descriptors = f"/proc/{os.getpid()}/fd"
     at = Path.cwd() / path
     for _ in range(40):  # as many links as Linux follows
         folder = Path(os.path.realpath(at.parent))
-        if str(folder) == own and at.name.isdigit():
+        if str(folder) == descriptors and at.name.isdigit():
             return int(at.name)
         at = folder / at.name
         if not at.is_symlink():
@@ -154,12 +154,12 @@ def delete_left_behind(folder: Path, names: str) -> None:
     They are those of what has a name like ``names``, a pattern.
     """
     with suppress(OSError):
-        for left in [*folder.glob(f".{names}.{8 * '[0-9a-f]'}{TEMPORARY}")]:
+        for path in [*folder.glob(f".{names}.{8 * '[0-9a-f]'}{TEMPORARY}")]:
             with suppress(OSError):
-                handle = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+                handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    left.unlink()
+                    path.unlink()
                 finally:
                     os.close(handle)
 

@@ -87,8 +87,8 @@ def sentence(clause: str) -> str:
 
 def listed(names: list[str], limit: int) -> str:
     """Write the first of several names, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"{', '.join(names[:limit])}{more}"
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{', '.join(names[:limit])}{rest}"
 
 
 def with_values(
@@ -98,12 +98,14 @@ def with_values(
 
     With ``unlike`` columns in which several rows are all alike are left out too.
     """
-    kept = [0]
+    columns = [0]
     for column in range(1, len(head)):
         texts = {row[column] for row in rows}
         if texts - {"-", ""} and not (unlike and len(rows) > 1 and len(texts) == 1):
-            kept.append(column)
-    return [head[column] for column in kept], [[row[column] for column in kept] for row in rows]
+            columns.append(column)
+    return [head[column] for column in columns], [
+        [row[column] for column in columns] for row in rows
+    ]
 
 
 def finite(value: Any) -> Any:

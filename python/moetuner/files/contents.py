@@ -238,10 +238,10 @@ def _archive(path: Path, wanted: str) -> tuple[dict[str, NDArray[Any]], dict[str
     return arrays, values
 
 
-def _experts(asked: int | None, in_file: int | str | None) -> int:
+def _experts(argument: int | None, in_file: int | str | None) -> int:
     """Return experts per layer: as the caller says, else as the file says."""
-    if asked is not None:
-        return experts_in(asked)
+    if argument is not None:
+        return experts_in(argument)
     if in_file is None:
         raise MissingArgumentError("num_experts is needed: the file does not say it", "num_experts")
     try:

@@ -277,8 +277,8 @@ class Objective:
         if not check.is_number(value):
             raise TypeError(f"value must be a finite number, got {check.shown(value)}")
         if self.survive is not None:
-            part = f"{100 * LOSS_SHARE:g} % of the busiest device's load"
-            return f"{self._text(value)}, with {part} after the loss of a {self.survive}"
+            load_after_loss = f"{100 * LOSS_SHARE:g} % of the busiest device's load"
+            return f"{self._text(value)}, with {load_after_loss} after the loss of a {self.survive}"
         return self._text(value)
 
     def _text(self, value: float) -> str:

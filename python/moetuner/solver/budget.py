@@ -117,8 +117,8 @@ class Budget:
 
     def within(self, share: float = 1.0, *, keep: float = 0.0) -> Budget:
         """Return a budget of a share of the seconds left, less ``keep`` seconds for later steps."""
-        left = self.left
-        limit = None if left is None else max(left - keep, 0.0) * share
+        seconds_left = self.left
+        limit = None if seconds_left is None else max(seconds_left - keep, 0.0) * share
         return replace(self, time_limit=limit, begin=time.monotonic())
 
     def muted(self) -> Budget:

@@ -257,8 +257,8 @@ def weighted(windows: Floats) -> tuple[Floats, bool]:
     sample = windows[:, :: -(-windows.shape[1] // MEMORY_LAYERS)]
     tokens = sample.sum(axis=2, keepdims=True)
     share = sample / np.maximum(tokens, 1e-300)
-    part = informative_part(share, tokens)
-    information = part * tokens.sum(axis=(1, 2))
+    informative = informative_part(share, tokens)
+    information = informative * tokens.sum(axis=(1, 2))
     share = share.reshape(count, -1)
     sums = np.concatenate(
         [np.zeros((1, share.shape[1])), (information[:, None] * share).cumsum(axis=0)]
@@ -277,10 +277,10 @@ def weighted(windows: Floats) -> tuple[Floats, bool]:
     good = [error <= min(errors) * (1 + LONGER) for error in errors]
     memory = memories[good.index(True)]
     all_forecast = memory == count
-    part[:-memory] *= OLDER
-    if (part == 1).all():
+    informative[:-memory] *= OLDER
+    if (informative == 1).all():
         return windows, all_forecast
-    return part[:, None, None] * windows, all_forecast
+    return informative[:, None, None] * windows, all_forecast
 
 
 def informative_part(share: Floats, tokens: Floats) -> Floats:

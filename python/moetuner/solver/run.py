@@ -256,9 +256,9 @@ class Run:
 
     def _begin(self, stage: Stage, later: Sequence[Stage], budget: Budget) -> None:
         """Run a stage within its share of the budget, if that suffices."""
-        left, reserved = budget.left, 0.0
-        if left is not None:
-            reserves = [stage.reserve(self, left) for stage in later if stage.applies(self)]
+        seconds_left, reserved = budget.left, 0.0
+        if seconds_left is not None:
+            reserves = [stage.reserve(self, seconds_left) for stage in later if stage.applies(self)]
             reserved = max(reserves, default=0.0)
         # Time to judge what the stage offers, and in the end the best and a start on all windows.
         keep = self.judging + 2 * self.judging_all if self.incumbents else 0.0

@@ -60,10 +60,10 @@ def _cap_that_nothing_keeps(
         f"layer {layer} needs {low:.4f}" + (f" to {high:.4f}" if high > low else "")
         for layer, (low, high) in needs.items()
     ]
-    more = f", and {len(texts) - 3} more" if len(texts) > 3 else ""
+    rest = f", and {len(texts) - 3} more" if len(texts) > 3 else ""
     return (
         f"no placement{_single(single)} keeps the load cap {cap:g} in {len(texts)} of {layers} "
-        f"layers: {', '.join(texts[:3])}{more}"
+        f"layers: {', '.join(texts[:3])}{rest}"
     )
 
 
