@@ -24,7 +24,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo docs test lint fix types test-rust test-python test-wheel engines bench bench-peers scorecard wheel wheels sdist \
+.PHONY: help setup demo docs pictures test lint fix types test-rust test-python test-wheel engines bench bench-peers scorecard wheel wheels sdist \
 	image test-root test-sdist test-masked test-oldest test-threads check-wheels check-files check-rust deny audit release-check clean
 
 help:  ## show this menu
@@ -99,6 +99,10 @@ test-python: $(CORE) $(TOOLS)  ## tests of the package
 # Every page is read again: what the build before has read says nothing of a link that is dead by now.
 docs: $(CORE) $(SPHINX)  ## build docs/_build/html, and stop at dead links and unknown names
 	$(BIN)/python -m sphinx -n -W -E --keep-going -q docs docs/_build/html
+
+# They are stored, as GitHub shows them too; tests/test_site.py says when they are old.
+pictures: $(CORE) $(TOOLS)  ## draw the documents' pictures from the bundled trace (Chrome or Chromium)
+	$(BIN)/python docs/_extensions/pictures.py
 
 wheel: $(BASE)  ## build dist/*.whl
 	rm -rf dist

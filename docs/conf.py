@@ -1,6 +1,12 @@
 """Sphinx: `make docs` builds docs/_build/html, and stops at every dead link or unknown name."""
 
+import sys
 from importlib.metadata import version as version_of
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
+
+REPOSITORY = "https://github.com/moetuner/moetuner"
 
 project = "moetuner"
 author = "the moetuner authors"
@@ -10,10 +16,30 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.autosummary",
+    "commands",
 ]
 html_theme = "furo"
 html_title = f"moetuner {version}"
+html_favicon = "_static/favicon.svg"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_context = {"repository": REPOSITORY}
+html_sidebars = {
+    "**": [
+        "sidebar/brand.html",
+        "sidebar/search.html",
+        "sidebar/scroll-start.html",
+        "sidebar/navigation.html",
+        "links.html",
+        "sidebar/scroll-end.html",
+    ]
+}
+templates_path = ["_templates"]
 exclude_patterns = ["_build"]
+# A fence without a language is what a command printed.
+highlight_language = "text"
+# Quotes and ellipses; two dashes are an option.
+smartquotes_action = "qe"
 myst_heading_anchors = 3
 myst_enable_extensions = ["dollarmath", "amsmath"]
 html_math_renderer = "mathjax"

@@ -15,7 +15,7 @@ VALUES = ("recording", "trace", "statistics", "topology", "cost", "placement")
 SOLVER = ("evaluation", "problem", "serving", *VALUES)
 EFFORT = ("solver.effort", "solver.budget")
 STAGES = ("solver.run", "solver.result", "solver.terms", "solver.unseen", "solver.bounds")
-COMMANDS = ("report", "formats", "solver", "torch", "files", "presets")
+COMMANDS = ("charts", "report", "formats", "solver", "torch", "files", "presets")
 
 # What a room may import besides itself, `_checks`, `_texts`, `frozen` and `_core`. A room is a
 # folder or a module; the longest name that fits a module is its room.
@@ -26,6 +26,8 @@ MAY_IMPORT = {
     "_texts": (),
     "frozen": (),
     "presets": (),
+    # Pictures of arrays, so that placements can draw themselves.
+    "charts": (),
     "files": (),
     # What traces and counts both are, so it comes before both.
     "recording": ("files.ids",),
@@ -33,10 +35,10 @@ MAY_IMPORT = {
     "statistics": ("trace", "recording", "files"),
     "topology": ("presets", "files"),
     "cost": ("recording", "topology", "presets", "files"),
-    "placement": ("topology", "files"),
+    "placement": ("topology", "files", "charts"),
     "router_groups": ("statistics", "placement"),
     "serving": (*VALUES, "files", "router_groups"),
-    "evaluation": (*VALUES, "serving", "files.ids"),
+    "evaluation": (*VALUES, "serving", "files.ids", "charts"),
     "formats": (*VALUES, "files", "router_groups", "serving"),
     "problem": (*VALUES, "serving", "evaluation", "files"),
     "solver.effort": (),
@@ -59,7 +61,7 @@ MAY_IMPORT = {
     # No stage knows a method.
     "solver.stages": ("solver.rebalancing", *STAGES, *EFFORT, *SOLVER),
     "solver": SOLVER,
-    "report": ("solver", "formats", "files", *SOLVER),
+    "report": ("solver", "formats", "files", "charts", *SOLVER),
     "plugins": ("solver", "formats", "serving", "files", "router_groups", *VALUES),
     # One case for each way through the core.
     "selftest": ("plugins.decision", "solver", *SOLVER),
@@ -77,7 +79,7 @@ PLACES = {
     "highspy": ("solver.milp.highs",),
     "click": ("cli",),
     "rich": ("cli",),
-    "plotly": ("report.page",),
+    "plotly": ("charts", "report.page"),
     "kaleido": ("report.page",),
     "choreographer": ("report.page",),
     "jinja2": ("report.page",),

@@ -143,6 +143,7 @@ WRONG = {
                     (3, "ab", [9], [-1], [1.0], ["0"], [None], [True], [HUGE])),
     **dict.fromkeys(("retire", "join"), INDEX), "domain": CHOICE, "more_copies": INDEX,
     **dict.fromkeys(("before", "after"), others()), "names": ("ab", 3, ["a"], [1, 2]),
+    **dict.fromkeys(("Placement.plot.before", "Result.plot.before"), others(mt.Placement)),
     "results": (*others(), [EVALUATION], (EVALUATION, PLACEMENT), (None, None),
                 [*EVALUATION.by_group.values()]),
     "serving": others(mt.Serving),

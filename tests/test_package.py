@@ -192,9 +192,9 @@ def test_values_are_shown_in_a_few_lines(values):
 
 
 def test_experts_have_the_name_of_their_argument(values):
-    """``num_experts`` everywhere, ``experts`` beside it."""
+    """``num_experts`` everywhere."""
     statistics, problem = values[0][0], values[0][5]
-    assert statistics.num_experts == statistics.experts == problem.num_experts == problem.experts
+    assert statistics.num_experts == problem.num_experts
 
 
 @pytest.mark.parametrize(
@@ -204,3 +204,14 @@ def test_arguments_have_names_after_the_first_two(named):
     """What callers make themselves takes two arguments by their places, all others by name."""
     kinds = [item.kind for item in inspect.signature(named).parameters.values()]
     assert set(kinds[2:]) == {inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_torch_that_is_missing_is_named_in_one_line():
+    """The error has one traceback, whose last line says what to install."""
+    code = "import sys; sys.modules['torch'] = None; import moetuner.torch"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.count("Traceback") == 1
+    assert ended.stderr.splitlines()[-1] == (
+        "ImportError: moetuner.torch needs PyTorch: pip install 'moetuner[torch]'"
+    )

@@ -136,9 +136,9 @@ _HOMES = {
 }
 # Modules that need no import of their own.
 _MODULES = (
-    *("cost", "evaluation", "files", "formats", "frozen", "placement", "presets", "problem"),
-    *("recording", "report", "router_groups", "serving", "solver", "statistics", "topology"),
-    "trace",
+    *("charts", "cost", "evaluation", "files", "formats", "frozen", "placement", "presets"),
+    *("problem", "recording", "report", "router_groups", "serving", "solver", "statistics"),
+    *("topology", "trace"),
 )
 
 

@@ -93,12 +93,14 @@ def as_json(value: Any) -> Any:
     return [as_json(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 
-def html_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Write a table as HTML, for notebooks."""
+def html_table(head: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "") -> str:
+    """Write a table as HTML, for notebooks, with a sentence above it if there is one."""
     lines = [
         "<tr>" + "".join(f"<{tag}>{_cell(value)}</{tag}>" for value in row) + "</tr>"
         for tag, row in (("th", head), *(("td", row) for row in rows))
     ]
+    if caption:
+        lines.insert(0, f"<caption>{escape(caption)}</caption>")
     return "<table>\n" + "\n".join(lines) + "\n</table>"
 
 

@@ -14,13 +14,17 @@ from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _checks as check
 from moetuner import _core
+from moetuner.charts.figure import plot
+from moetuner.charts.placements import draw_devices, draw_placements
 from moetuner.files import naming, read_whole, replacing
 from moetuner.files.text import DECODER
-from moetuner.frozen import Frozen, as_json
+from moetuner.frozen import Frozen, as_json, html_table
 from moetuner.topology import Topology
 
 SCHEMA = "moetuner.placement/1"
 EMPTY = -1
+# Most layers, devices and slots of a table in a notebook.
+SHOWN = 64
 # Further fields of a placement's file, in their order; ``settings`` follow.
 TEXTS, FIGURES = ("model", "topology", "fingerprint", "bound_scope"), ("objective", "bound")
 
@@ -159,6 +163,11 @@ def fill(
                 row[slot], is_excluded[expert] = expert, True
                 copies[expert] += 1
     return full
+
+
+def _write_experts(slots: NDArray[np.int32]) -> str:
+    """Write the experts of a device."""
+    return ", ".join("-" if expert == EMPTY else str(expert) for expert in slots.tolist())
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -368,11 +377,7 @@ class Placement(Frozen):
         """
         if (self.slots != EMPTY).all():
             return self
-        tokens = None if load is None else check.amounts_in("load", load)
-        if tokens is not None and tokens.shape != (self.layers, self.num_experts):
-            raise ValueError(
-                f"load must be [{self.layers}, {self.num_experts}], got {list(tokens.shape)}"
-            )
+        tokens = None if load is None else self._check_load(load)
         slots = fill(self.slots, self.num_experts, load=tokens)
         # The solver's objective and bound hold for other copies.
         return replace(self, slots=slots, objective=None, bound=None)
@@ -396,6 +401,80 @@ class Placement(Frozen):
             )
         # The solver's objective and bound hold for other devices.
         return replace(self, slots=slots, objective=None, bound=None, topology=None)
+
+    def _check_load(self, load: ArrayLike) -> NDArray[np.float64]:
+        """Return loads of experts [L,E] as floats, checked."""
+        tokens = check.amounts_in("load", load)
+        if tokens.shape != (self.layers, self.num_experts):
+            raise ValueError(
+                f"load must be [{self.layers}, {self.num_experts}], got {list(tokens.shape)}"
+            )
+        return tokens
+
+    def plot(
+        self,
+        load: ArrayLike | None = None,
+        *,
+        before: Placement | None = None,
+        layer: int | None = None,
+    ) -> Any:
+        """Draw the experts on devices, as a figure of plotly.
+
+        Colours are loads over the mean of an expert, dots mark experts with copies, and boxes the
+        device that all others wait for. Copies of an expert take even shares of its load.
+
+        Parameters
+        ----------
+        load
+            Load of every expert [L,E], such as ``statistics.total_load``; by default equal.
+        before
+            Another placement of the same experts, which is drawn above.
+        layer
+            Layer whose load of every device is drawn as bars instead.
+
+        Raises
+        ------
+        ImportError
+            If plotly is not installed: ``pip install 'moetuner[report]'``.
+
+        Examples
+        --------
+        >>> import moetuner as mt
+        >>> blocks, better = mt.Placement([[[0, 1], [2, 3]]]), mt.Placement([[[0, 2], [1, 3]]])
+        >>> figure = better.plot([[8, 4, 2, 2]], before=blocks, layer=0)
+        >>> figure.layout.title.text
+        'layer 0: before: busiest 1.50 x the mean; after: busiest 1.25 x the mean'
+        """
+        shape = (self.layers, self.num_experts)
+        tokens = np.ones(shape) if load is None else self._check_load(load)
+        tables = {"placement": self.slots}
+        if before is not None:
+            check.instance("before", before, Placement)
+            if (before.layers, before.devices, before.num_experts) != (
+                self.layers,
+                self.devices,
+                self.num_experts,
+            ):
+                raise ValueError(
+                    f"before must have {self.layers} layers, {self.devices} devices and "
+                    f"{self.num_experts} experts, got {check.shown(before)}"
+                )
+            tables = {"before": before.slots, "after": self.slots}
+        if layer is None:
+            return plot(draw_placements(tables, tokens))
+        number = check.whole_number("layer", layer, lowest=0, highest=self.layers - 1)
+        return plot(draw_devices(tables, tokens, number))
+
+    def _repr_html_(self) -> str:
+        """Return a row for each layer and a column for each device, where these are few."""
+        if self.layers > SHOWN or self.devices > SHOWN or self.slots_per_device > SHOWN:
+            return super()._repr_html_()
+        head = ("layer", *(f"device {device}" for device in range(self.devices)))
+        rows = [
+            (str(layer), *(_write_experts(slots) for slots in devices))
+            for layer, devices in enumerate(self.slots)
+        ]
+        return html_table(head, rows)
 
     def save(self, path: str | Path) -> None:
         """Write the placement as JSON; the file appears whole or not at all."""

@@ -233,6 +233,8 @@ GIVEN = {
     "docs/api.md": readme,
     "docs/quickstart.md": quickstart,
     "docs/few-cards.md": survive,
+    "docs/large.md": survive,
+    "docs/plots.md": survive,
     "docs/survive.md": survive,
     "docs/engines/vllm.md": vllm,
     "docs/engines/sglang.md": sglang,

@@ -15,12 +15,12 @@ from browsers import NO_BROWSER
 from make import random_ids, trace_of
 
 import moetuner as mt
+from moetuner.charts import POINTS, thin
 from moetuner.files.cells import digits
 from moetuner.placement import contiguous as blocks_of
 from moetuner.report import page
 from moetuner.report.page import figures
 from moetuner.report.page import panels as drawing
-from moetuner.report.page.charts import POINTS, thin
 from moetuner.report.page.data import Origin, make_judgement_data
 from moetuner.serving.recipes import Recipe
 from moetuner.solver import Progress

@@ -28,7 +28,7 @@ from moetuner.files.cells import counted, listed, signed, span
 from moetuner.frozen import as_json
 from moetuner.recording import Recording
 from moetuner.report.findings import Finding
-from moetuner.report.outcome import count_on_one_device, find_gain, find_times_of
+from moetuner.report.outcome import find_gain, find_times_of
 from moetuner.report.page.data import PageData, make_judgement_data
 
 # Exit status where a limit is exceeded.
@@ -194,7 +194,7 @@ def _show_figures(output: Output, placed: Placed, evaluation: Evaluation, mixed_
     """Print the figures of all traffic and of its groups, times, losses and busiest ports."""
     traffic = placed.judged[0]
     _table(output, "traffic", OTHERS, evaluation)
-    together = count_on_one_device(evaluation, placed.placement.devices)
+    together = evaluation.on_one_device
     if together is not None:
         output.tell(Finding("tokens together", {"tokens": together}))
     output.tell(_find_mixed(traffic, mixed_seed))

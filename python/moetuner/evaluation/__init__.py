@@ -11,11 +11,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _checks as check
+from moetuner.charts.figure import plot
+from moetuner.charts.placements import draw_losses, draw_on_one_device
 from moetuner.cost import CostModel
 from moetuner.evaluation import replay
 from moetuner.evaluation.arrival import list_orders
 from moetuner.evaluation.figures import FIGURES, CountsByOrder, count_busiest_ports
-from moetuner.evaluation.losses import Domain, Losses, measure_losses
+from moetuner.evaluation.losses import (
+    Domain,
+    Losses,
+    compute_imbalances_after_loss,
+    measure_losses,
+)
 from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.reading import scale_progress
 from moetuner.evaluation.replay import Setting, check_model
@@ -164,6 +171,66 @@ class Evaluation(Frozen):
             for domain in domains
         }
 
+    def plot_losses(self, before: Evaluation | None = None) -> Any:
+        """Draw what the loss of each device does, as a figure of plotly.
+
+        Parameters
+        ----------
+        before
+            Evaluation of another placement on the same traffic, which is drawn beside.
+
+        Raises
+        ------
+        ImportError
+            If plotly is not installed: ``pip install 'moetuner[report]'``.
+        ValueError
+            If an evaluation was pickled, or is of a group.
+        """
+        evaluations = self._name(before).items()
+        return plot(draw_losses({name: _lose(evaluation) for name, evaluation in evaluations}))
+
+    def plot_visits(self, before: Evaluation | None = None) -> Any:
+        """Draw how many tokens stay on one of two devices, as a figure of plotly.
+
+        Parameters
+        ----------
+        before
+            Evaluation of another placement on the same traffic, which is drawn above.
+
+        Raises
+        ------
+        ImportError
+            If plotly is not installed: ``pip install 'moetuner[report]'``.
+        ValueError
+            If there are more than two devices, or visits are not known.
+        """
+        shares = {}
+        for name, evaluation in self._name(before).items():
+            share = evaluation.on_one_device
+            if share is None:
+                raise ValueError("plot_visits needs two devices, and traffic with visits")
+            shares[name] = share
+        return plot(draw_on_one_device(shares))
+
+    def _name(self, before: Evaluation | None) -> dict[str, Evaluation]:
+        """Return this evaluation with the one before, by name."""
+        if before is None:
+            return {"placement": self}
+        check.instance("before", before, Evaluation)
+        return {"before": before, "after": self}
+
+    @property
+    def on_one_device(self) -> float | None:
+        """Tokens of 100 that have all their experts of a layer on one of two devices.
+
+        None where that is unknown, as on more than two devices.
+        """
+        # On two devices a token visits one or both, so the mean fanout gives the share.
+        replayed = self.replayed
+        if replayed is None or replayed.setting.topology.devices != 2 or self.fanout is None:
+            return None
+        return 100 * (2 - self.fanout)
+
     def _repr_html_(self) -> str:
         names = [name for name in FIGURES if getattr(self, name) is not None]
         rows = [("all", self), *self.by_group.items()]
@@ -180,6 +247,18 @@ class Evaluation(Frozen):
         )
         del fields["replayed"]
         return fields
+
+
+def _lose(evaluation: Evaluation) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return imbalances and experts lost by loss of a device and layer [F,L]."""
+    replayed = evaluation.replayed
+    if replayed is None or replayed.group is not None:
+        raise ValueError("plot_losses needs evaluations as returned: not pickled, and of no group")
+    setting = replayed.setting
+    load = count_loads(replayed.traffic, threads=setting.options.threads).total_load
+    return compute_imbalances_after_loss(
+        setting.placement, load, setting.topology, "device", split=setting.serving.split
+    )
 
 
 def evaluate(

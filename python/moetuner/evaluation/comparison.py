@@ -9,7 +9,7 @@ from typing import Any, Literal
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import FEWEST, Spread
-from moetuner.frozen import Frozen
+from moetuner.frozen import Frozen, html_table
 
 # Gain from which moving weights is worth it. Engines that ask before they rebalance draw
 # the line at about the same place (vLLM on ROCm: 5 %).
@@ -74,6 +74,12 @@ class Comparison(Frozen):
     behind_chance: float = 1.0
 
     _also_shown = ("gain", "interval")
+
+    def _repr_html_(self) -> str:
+        head = ("measure", "group", *self.names, "gain", "95 % interval", "answer")
+        interval = "-" if self.low is None else f"{self.low:.1%} to {self.high:.1%}"
+        figures = (self.before, self.after, f"{self.gain:.1%}", interval, self.answer)
+        return html_table(head, [(self.measure, self.group, *figures)])
 
     @property
     def gain(self) -> float:

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+from moetuner import _checks as check
 from moetuner.frozen import Frozen, html_table
-from moetuner.placement import Placement
+from moetuner.placement import Placement, contiguous
+from moetuner.problem import Problem
 from moetuner.solver.bounds.certificate import Certificate
 from moetuner.solver.budget import Progress, gap_between
 
@@ -224,6 +226,37 @@ class Result(Frozen):
         if self.status == "interrupted":
             raise KeyboardInterrupt
         return self
+
+    def plot(
+        self, problem: Problem, before: Placement | None = None, *, layer: int | None = None
+    ) -> Any:
+        """Draw the placement below the one before, as a figure of plotly.
+
+        Parameters
+        ----------
+        problem
+            The solved problem, whose loads are the colours.
+        before
+            The placement above; by default experts in blocks.
+        layer
+            Layer whose load of every device is drawn as bars instead.
+
+        Raises
+        ------
+        ImportError
+            If plotly is not installed: ``pip install 'moetuner[report]'``.
+
+        Examples
+        --------
+        >>> import moetuner as mt
+        >>> statistics = mt.RoutingStatistics.from_load([[8, 4, 2, 2]])
+        >>> problem = mt.Problem(statistics, mt.Topology(2), objective="balance")
+        >>> mt.solve(problem).plot(problem, layer=0).layout.yaxis.title.text
+        'load / mean of devices'
+        """
+        check.instance("problem", problem, Problem)
+        before = contiguous(self.placement) if before is None else before
+        return self.placement.plot(problem.load, before=before, layer=layer)
 
     def _repr_html_(self) -> str:
         head = ("method", "status", "objective", "bound", "gap", "seconds")

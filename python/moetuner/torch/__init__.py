@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 try:
     import torch as _torch  # noqa: F401 - only to say in one line that it is missing
-except ImportError as error:
-    raise ImportError("moetuner.torch needs PyTorch: pip install 'moetuner[torch]'") from error
+except ModuleNotFoundError as error:
+    if error.name != "torch":  # it is there, and misses something else
+        raise
+    raise ImportError("moetuner.torch needs PyTorch: pip install 'moetuner[torch]'") from None
 
 from moetuner.torch.models import MoELayer, moe_layers
 from moetuner.torch.parallel import migrate, rebalance

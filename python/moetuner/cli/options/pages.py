@@ -11,11 +11,11 @@ from pathlib import Path
 
 import click
 
+from moetuner.charts import Chart
 from moetuner.cli.options import OutFile, option
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
 from moetuner.report.page import check_libraries, write_page
-from moetuner.report.page.charts import Chart
 from moetuner.report.page.data import Origin, PageData
 from moetuner.report.page.figures import check_figures, write_figures
 from moetuner.report.page.panels import make_panels

@@ -18,7 +18,7 @@ from moetuner.report.advice.request import Request
 from moetuner.report.advice.sweep import compute_token_limit
 from moetuner.report.advice.values import Advice, Answer, Copies, describe_windows
 from moetuner.report.findings import Finding
-from moetuner.report.outcome import count_on_one_device, find_times, write_left_out
+from moetuner.report.outcome import find_times, write_left_out
 from moetuner.report.recording import PHASES
 from moetuner.report.words.parts import LEAST_SHOWN, name_windows
 from moetuner.serving.arrival import Arrival
@@ -377,10 +377,7 @@ def _find_gains(advice: Advice) -> list[Finding]:
 
 def _find_on_one(advice: Advice) -> list[Finding]:
     """Return how many tokens stay on one of two devices; nothing where that does not change."""
-    devices = advice.settings["devices"]
-    counts = [
-        count_on_one_device(evaluation, devices) for evaluation in (advice.running, advice.proposed)
-    ]
+    counts = [evaluation.on_one_device for evaluation in (advice.running, advice.proposed)]
     before, after = ("" if count is None else f"{count:.0f}" for count in counts)
     if before == after or advice.settings["regime"] != "dispatch":
         return []

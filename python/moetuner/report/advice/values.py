@@ -11,7 +11,7 @@ from moetuner.evaluation import Evaluation
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.judgement import Judgement
 from moetuner.evaluation.samples import Samples
-from moetuner.frozen import Frozen, as_json
+from moetuner.frozen import Frozen, as_json, html_table
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.report import words
@@ -34,6 +34,11 @@ def describe_windows(judgement: Judgement) -> dict[str, int | None]:
 def write_windows(judgement: Judgement) -> str:
     """Write the size of a judgement's windows."""
     return name_windows(**describe_windows(judgement))
+
+
+def _write_share(share: float | None) -> str | None:
+    """Write a share as percent; None where it is unknown."""
+    return None if share is None else f"{share:.1%}"
 
 
 def compute_saved_us(judgement: Judgement) -> float:
@@ -297,6 +302,35 @@ class Advice(Frozen):
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
 
     _also_shown = ("sentence", "reasons", "warnings")
+
+    def plot(self, *, layer: int | None = None) -> Any:
+        """Draw the proposed placement below the running one, as a figure of plotly.
+
+        Colours are loads of the seen traffic. ``layer`` is one whose load of every device is drawn
+        as bars instead.
+
+        Raises
+        ------
+        ImportError
+            If plotly is not installed: ``pip install 'moetuner[report]'``.
+        """
+        running, proposed = self.placements
+        return proposed.plot(self.problem.load, before=running, layer=layer)
+
+    def _repr_html_(self) -> str:
+        head = ("windows", "measure", "running", "proposed", "gain", "from", "to")
+        rows: list[tuple[Any, ...]] = [
+            (
+                "-" if judgement.window is None else f"{judgement.window:,}",
+                measure,
+                gain.before,
+                gain.after,
+                *map(_write_share, (gain.gain, gain.low, gain.high)),
+            )
+            for judgement in self.judged
+            for measure, gain in judgement.whole.items()
+        ]
+        return html_table(head, rows, self.sentence)
 
     @property
     def main(self) -> Judgement:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from moetuner._checks import path_in
 from moetuner._core import __version__
+from moetuner.charts.figure import read_style
 from moetuner.evaluation import Evaluation
 from moetuner.files import replacing
 from moetuner.files.cells import finite
@@ -106,7 +107,7 @@ def render(data: PageData) -> str:
         page=data,
         panels=panels,
         version=__version__,
-        style=Markup(read_asset("page.css")),
+        style=Markup(read_style() + read_asset("page.css")),
         script=Markup(script),
         hashes=[_hash(script), plotly[0]],
         plotly=plotly[1],

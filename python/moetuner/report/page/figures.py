@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from moetuner.report.page import read_asset
-from moetuner.report.page.charts import Chart
+from moetuner.charts import Chart
+from moetuner.charts.figure import make_figure
 
 Format = Literal["svg", "png"]
 
@@ -40,17 +39,12 @@ def write_figures(
     Files are named after their charts. Heat maps of an SVG are images in it.
     """
     check_figures()
-    import plotly.graph_objects as draw
     import plotly.io
 
     folder.mkdir(parents=True, exist_ok=True)
-    colours = dict(re.findall(r"(--[a-z]+): (#\w+)", read_asset("page.css").split("}", 1)[0]))
-    back = {"paper_bgcolor": colours["--back"], "plot_bgcolor": colours["--back"]}
     figures, files, heights = [], [], []
     for chart in charts:
-        spec = _replace_colours(next(iter(chart.variants.values())), colours)
-        figure = draw.Figure(data=spec["data"], layout={**spec["layout"], **back})
-        figure.update_layout(template="none")
+        figure = make_figure(chart)
         for kind in formats:
             figures.append(figure)
             files.append(folder / f"{chart.key}.{kind}")
@@ -59,15 +53,3 @@ def write_figures(
     width = [WIDTH] * len(files)
     plotly.io.write_images(figures, files, width=width, height=heights, scale=scale)
     return len(files)
-
-
-def _replace_colours(value: Any, colours: dict[str, str]) -> Any:
-    """Return a chart's values with colours of the light scheme for names of the style sheet."""
-    if isinstance(value, str):
-        named = re.fullmatch(r"var\((--[a-z]+)\)", value)
-        return value if named is None else colours[named[1]]
-    if isinstance(value, dict):
-        return {key: _replace_colours(entry, colours) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_replace_colours(entry, colours) for entry in value]
-    return value

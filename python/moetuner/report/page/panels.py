@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner import charts as draw
+from moetuner.charts import PROPOSED, RUNNING, Chart, Spec
+from moetuner.charts.placements import draw_slots
 from moetuner.evaluation.copies import compute_slot_shares
 from moetuner.evaluation.figures import FIGURES
 from moetuner.files.cells import (
@@ -24,18 +27,15 @@ from moetuner.files.cells import (
     signed,
     unit_of_time,
 )
-from moetuner.placement import Placement
 from moetuner.report.advice.values import Advice
 from moetuner.report.findings import Finding
-from moetuner.report.outcome import write_left_out
-from moetuner.report.page import charts as draw
-from moetuner.report.page.charts import PROPOSED, RUNNING, Chart, Spec
+from moetuner.report.outcome import find_moves, write_left_out
 from moetuner.report.page.data import PageData
 from moetuner.report.page.structure import draw_hot_experts, list_curves
 from moetuner.report.words import say
 
-# Most groups of a chart, rows of a table, and devices with a label.
-GROUPS, ROWS, LABELLED = 60, 200, 24
+# Most groups of a chart, and rows of a table.
+GROUPS, ROWS = 60, 200
 # Fewest windows that a chart is drawn of; fewer are listed in a table.
 FEWEST_WINDOWS = 5
 # Symbol and colour of a group by how it is judged.
@@ -140,7 +140,7 @@ def _show_experts(page: PageData) -> Panel | None:
         served = relative[layer, expert] * shares
         times[name] = served.sum(axis=2) / page.topology.speed_of_device
         load = np.where(slots >= 0, served, -1.0)
-        variants[name] = _draw_slots(placement, load, copies, times[name])
+        variants[name] = draw_slots(slots, load, copies, times[name])
         rows = []
         for index in np.argsort(-load, axis=None, kind="stable")[:20]:
             place = np.unravel_index(index, load.shape)
@@ -192,56 +192,6 @@ def _list_slowest_devices(by_placement: dict[str, NDArray[Any]]) -> tuple[Table,
     head = [f"{name}, {column}" for name in by_placement for column in ("device", "x mean")]
     rows = [(str(layer), *row) for layer, row in enumerate(zip(*columns, strict=True))]
     return Table("Devices that all others wait for", ("layer", *head), rows), tuple(notes)
-
-
-def _draw_slots(
-    placement: Placement, load: NDArray[Any], copies: NDArray[Any], times: NDArray[Any]
-) -> Spec:
-    """Draw the load of slots [L,D,S] as a heat map, device by device, the busiest slots first.
-
-    ``copies`` has the number of copies of each slot's expert. ``times`` are of devices [L,D]; all
-    devices wait for the one with the longest.
-    """
-    order = np.argsort(-load, axis=2, kind="stable")
-    sorted_load, expert, sorted_copies = (
-        np.take_along_axis(by_slot, order, axis=2).reshape(placement.layers, -1)
-        for by_slot in (load, placement.slots, copies)
-    )
-    shade = np.where(sorted_load > 0, np.log2(np.maximum(sorted_load, 2**-6)), np.nan)
-    devices, slots = placement.devices, placement.slots_per_device
-    labelled = range(0, devices, max(1, -(-devices // LABELLED)))
-    lines = "".join(f"M{slots * d - 0.5},0V1" for d in range(1, devices))
-    shapes = [draw.outline(lines, yref="paper")] if lines else []
-    loaded = np.flatnonzero(times.any(axis=1)) if devices > 1 else ()
-    slowest = [(int(layer), slots * int(times[layer].argmax()) - 0.5) for layer in loaded]
-    if slowest:
-        boxes = "".join(
-            f"M{left},{layer - 0.5}H{left + slots}V{layer + 0.5}H{left}Z" for layer, left in slowest
-        )
-        named = {"name": "device that all others wait for", "showlegend": True}
-        shapes.append(draw.outline(boxes, colour="var(--box)", width=2) | named)
-    spec = draw.layout("slots, by device", "layer", shapes=shapes, showlegend=bool(slowest))
-    spec["xaxis"] |= {
-        "tickvals": [slots * d + (slots - 1) / 2 for d in labelled],
-        "ticktext": [f"{d}" for d in labelled],
-        "showgrid": False,
-    }
-    spec["yaxis"] |= {"autorange": "reversed", "showgrid": False, "zeroline": False}
-    spec["yaxis"] |= draw.label_each(placement.layers)
-    ticks = {"tickvals": [*range(-3, 4)], "ticktext": ["⅛", "¼", "½", "1", "2", "4", "8"]}
-    scale = draw.make_colour_scale("x mean", -3, 3, **ticks)
-    data = draw.heat_map(
-        shade,
-        "layer %{y}, expert %{customdata[0]}: %{text:.3r} x the mean of an expert (copies: "
-        "%{customdata[1]})<extra></extra>",
-        customdata=draw.pack(np.stack([expert, sorted_copies], axis=2), "i4"),
-        text=draw.pack(np.maximum(sorted_load, 0)),
-        colorscale=scale["colorscale"],
-        zmin=scale["cmin"],
-        zmax=scale["cmax"],
-        colorbar=scale["colorbar"],
-    )
-    return {"data": [data], "layout": spec}
 
 
 def _count_sides(page: PageData) -> int:
@@ -621,11 +571,10 @@ def _show_moves(page: PageData) -> Panel | None:
     chart = {"": draw.matrices([pairs], ["experts"], ends, "experts")}
     rows = [tuple(map(str, row)) for row in diff.moves[:ROWS].tolist()]
     head = ("layer", "expert", "from", "to")
-    size = "" if diff.bytes_moved is None else f", {in_bytes(diff.bytes_moved)}"
     return Panel(
         (Chart("moves", f"experts that go from {ends} to {ends}", chart, height=400),),
         (Table("Moves (all are in the JSON)", head, rows, diff.experts_moved),),
-        (f"{diff.experts_moved:,} experts move{size}.",),
+        (say(find_moves(diff, page.topology)),),
     )
 
 

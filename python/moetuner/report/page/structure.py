@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moetuner import charts as draw
+from moetuner.charts import PROPOSED, RUNNING, Chart
 from moetuner.report.hot_experts import HotExperts
-from moetuner.report.page import charts as draw
-from moetuner.report.page.charts import PROPOSED, RUNNING, Chart
 from moetuner.report.structure import Structure
 
 
