@@ -90,7 +90,7 @@ def test_too_many_windows_are_refused(make_trace, monkeypatch):
         lambda trace, n: mt.structure(trace, 2, threads=n),
     ],
 )
-def test_threads_do_not_matter(make_trace, judge):
+def test_threads_do_not_matter(make_trace, brief, judge):
     """One thread and two give the same answer to the last bit."""
     assert judge(make_trace(2000), 1) == judge(make_trace(2000), 2)
 
