@@ -105,7 +105,7 @@ EXPLAINED = {
     "fit --top-k": "fit.md",
     "--topology": "choosing.md#the-machine",
     "--unseen": "choosing.md#held-out",
-    "--waterfill": "survive.md#the-shared-experts-tokens-fill-devices-that-wait",
+    "--waterfill": "dispatchers.md#the-shared-experts-tokens-fill-devices-that-wait",
     "--weight-bits": "choosing.md#the-model",
     "--window": "choosing.md#window",
     "--with": "survive.md#a-plan-for-a-loss",
