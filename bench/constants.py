@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from harness import Report, benchmark, timed
+from instances import drifting
 from scorecard import (
     BALANCE,
     CAPPED,
@@ -39,13 +40,17 @@ from scorecard import (
 )
 
 from moetuner.solver import effort
+from moetuner.solver.rebalancing import Pairs, rebalance
 
 # Cases that take long, and tell no more than smaller ones.
+METHODS = ("joint", "paper", "heuristic", "quick", "eplb")
 LONG = ("thorough", "58x256, joint, time", "75x256", "61x384")
 # Facts of the core, and what is measured by its fields.
 NOT_MEASURED = {"LANES", "EFFORTS", "PRICE_CONTENTS", "SET_PARTS"}
 COPIES: dict[str, Any] = {"slots_per_device": 5}
 SPARE: dict[str, Any] = {"slots_per_device": 9}
+RUNNING: dict[str, Any] = {"initial": "contiguous"}
+BUDGET: dict[str, Any] = {"budget": 0.2}
 UNEQUAL: dict[str, Any] = {"speeds": [1.0, 1.0, 1.1, 1.1]}
 RECORDED = "gpt-oss-20b.npz"
 # What the scorecard has no case for.
@@ -53,6 +58,8 @@ MORE: dict[str, Row] = {
     "24x32, lp": ("24x32", 1, 8, "joint", {**BALANCE, "extra_slots": 48, "split": "lp"}),
     "24x32, survive": ("24x32", 1, 8, "joint", {**BALANCE, **SPARE, "survive": "device"}),
     "24x32, heuristic, traffic": ("24x32", 1, 8, "heuristic", FOLLOW),
+    "4x64, visits": ("4x64", 1, 8, "joint", CAPPED),
+    "3x128, visits": ("3x128", 1, 8, "joint", CAPPED),
     "2x4, tiny": ("2x4", 2, 2, "joint", {"slots_per_device": 2}),
     "2x4, tiny, traffic": ("2x4", 2, 2, "joint", {**CAPPED, "slots_per_device": 2}),
     "24x32, time, limit": ("24x32", 2, 4, "joint", {**COPIES, "time_limit": 1.0}),
@@ -61,6 +68,15 @@ MORE: dict[str, Row] = {
     "8x16, crossing, limit": ("8x16", 1, 4, "joint", {**FOLLOW, "time_limit": 0.5}),
     "8x16, time, follow, limit": ("8x16", 1, 4, "joint", {"regime": "follow", "time_limit": 0.5}),
     "8x16, speeds, limit": ("8x16", 2, 2, "joint", {**COPIES, **UNEQUAL, "time_limit": 0.5}),
+    "8x16, running, limit": ("8x16", 1, 4, "joint", {**RUNNING, "time_limit": 0.5}),
+    "8x16, running, risk": ("8x16", 1, 4, "joint", {**BALANCE, **RUNNING, "risk": 0.8, **BUDGET}),
+    "8x16, running, groups": (
+        *("8x16", 1, 4, "joint"),
+        {**BALANCE, **RUNNING, "groups": "minimax", **BUDGET},
+    ),
+    "8x16, paper, uneven": ("8x16", 1, 3, "paper", FOLLOW),
+    "table 6x32, many windows": ("table 6x32", 1, 8, "joint", COPIES),
+    "table 6x32, balance": ("table 6x32", 1, 8, "joint", {**BALANCE, **COPIES}),
 }
 if (SHARED / RECORDED).exists():
     MORE["recorded, time"] = (RECORDED, 1, 8, "joint", {})
@@ -68,9 +84,32 @@ if (SHARED / RECORDED).exists():
 ROWS = {
     name: row
     for name, row in (QUICK | SLOW | MORE).items()
-    if row[3] in ("joint", "paper", "heuristic", "quick") and not any(part in name for part in LONG)
+    if row[3] in METHODS and not any(part in name for part in LONG)
 }
-DECISIONS = dict(list_decisions())
+
+
+def decide_with_pairs() -> Answer:
+    """Rebalance live windows where pairs of experts count, too.
+
+    The objective is the tokens of the slowest devices, plus the cost of pairs that are apart.
+    Experts 2k and 2k + 1 are met together twice as often as others.
+    """
+    layers, experts, devices, slots = 24, 64, 8, 9
+    windows = drifting(layers, experts, 9, 0.3, seed=0)
+    pairs = np.ones((layers, experts, experts), dtype=np.uint64)
+    even = np.arange(0, experts, 2)
+    pairs[:, even, even + 1] = pairs[:, even + 1, even] = 2
+    running = np.tile(np.arange(devices * slots, dtype=np.int32) % experts, (layers, 1))
+    answer = rebalance(
+        windows,
+        running.reshape(layers, devices, slots),
+        budget=200,
+        pairs=Pairs(pairs, np.full(layers, windows.sum() / pairs.sum() / 4)),
+    )
+    return {"objective": float(answer.after.sum()), "slots": "", "moves": int(answer.moves.sum())}
+
+
+DECISIONS = {**dict(list_decisions()), "live, with pairs": decide_with_pairs}
 # Figure of the unseen half by the goal of a case.
 UNSEEN = {"time": "predicted_layer_us", "balance": "imbalance", "traffic": "crossing"}
 SEEDS = 3
@@ -105,7 +144,7 @@ def measure(name: str, seed: int = 0) -> Measured:
             key: value for key, value in arguments.items() if key not in ("effort", "time_limit")
         }
         # What was computed of the counts before, as single copies, was by other constants.
-        make_problem(*case[:3], **of_problem)[0].statistics.known.clear()
+        make_problem(*case[:3], **of_problem)[0].statistics.memo.clear()
         work = partial(solve_case, *case, seed=seed, **arguments)
         figure = UNSEEN[rest.get("objective", "time")]
     answer, _, seconds = timed(work)

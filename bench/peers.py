@@ -232,7 +232,7 @@ def memra_greedy(counts: mt.RoutingStatistics, devices: int) -> Map:
     device_of = np.full(heat.shape, -1, np.int64)
     for layer, row in enumerate(device_of):
         for device in range(devices):
-            together = np.zeros(counts.experts, np.int64)
+            together = np.zeros(counts.num_experts, np.int64)
             free = np.flatnonzero(row < 0)
             for _ in range(-(-len(free) // (devices - device))):
                 # Of the first one nobody's company counts.
@@ -288,7 +288,7 @@ class MtKaHyPar:
 
     def sets(self, seed: int) -> Map:
         assert self.counts.sets is not None
-        experts, made = self.counts.experts, self.start.create_hypergraph
+        experts, made = self.counts.num_experts, self.start.create_hypergraph
         return self._layers(
             seed,
             [
@@ -308,12 +308,12 @@ class MtKaHyPar:
         graphs = []
         for table in np.triu(self.counts.coactivation_or_empty.astype(np.int64), 1):
             at = np.nonzero(table)
-            graphs.append(self.graph(self.counts.experts, *at, table[at]))
+            graphs.append(self.graph(self.counts.num_experts, *at, table[at]))
         return self._layers(seed, graphs)
 
     def _layers(self, seed: int, graphs: list[Any]) -> Map:
         self.tool.set_seed(seed)
-        placed = np.stack([self.blocks(graph, self.counts.experts) for graph in graphs])
+        placed = np.stack([self.blocks(graph, self.counts.num_experts) for graph in graphs])
         together = self.counts.coactivation_or_empty.astype(np.int64)
         for layer, row in enumerate(placed):
             if np.ptp(np.bincount(row, minlength=self.devices)):
@@ -322,7 +322,7 @@ class MtKaHyPar:
 
     def follow(self, seed: int) -> Map:
         self.tool.set_seed(seed)
-        layers, experts = self.counts.layers, self.counts.experts
+        layers, experts = self.counts.layers, self.counts.num_experts
         between = self.counts.transitions_or_empty.astype(np.int64)
         placed = np.tile(np.arange(experts) % self.devices, (layers, 1))
         # Pairs of layers begin with the first one or, for every other seed, with the second.

@@ -201,7 +201,7 @@ def solved(method: Any, goal: str, limit: float | None = None) -> Method:
 def size_of(counts: Counts, instance: Instance) -> Size:
     """Return the size of an instance, without groups."""
     devices = instance.topology.devices
-    return Size(counts.layers, counts.experts, devices * instance.width, devices)
+    return Size(counts.layers, counts.num_experts, devices * instance.width, devices)
 
 
 def plugin(counts: Counts, instance: Instance, seed: int) -> Slots:
@@ -514,10 +514,10 @@ def cases(asked: Any, real: list[Instance], seed: int) -> Iterator[tuple[str, Si
                 continue
             traffic = Counts.from_trace(traffic, window=TRACE_WINDOW)
         # A slot to spare on every rank.
-        width = traffic.experts // devices + 1
+        width = traffic.num_experts // devices + 1
         load = traffic.window_load.astype(np.float64)
         load = np.roll(load, -(seed * len(load) // asked.seeds), axis=0)[: 10 * decisions]
-        size = Size(traffic.layers, traffic.experts, devices * width, devices)
+        size = Size(traffic.layers, traffic.num_experts, devices * width, devices)
         for every in (1, 4) if len(load) > 16 else (1,):
             yield f"{instance.name}, every {every}", size, load, every
 

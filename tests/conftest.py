@@ -85,8 +85,8 @@ def brief(monkeypatch):
     monkeypatch.setitem(effort.EFFORTS, "default", effort.Effort(1e5, 2, (math.inf,), 4, 8, 1))
     monkeypatch.setitem(effort.EFFORTS, "thorough", effort.Effort(2e5, 4, (1.1, math.inf), 4, 8, 1))
     monkeypatch.setattr(structure, "ITERATIONS", 50)
-    few = {"SLOT_WORK": 1600}
-    few |= dict.fromkeys(("MOST_TRIALS", "CHAIN_LEAST"), 50)
+    few = {"SLOT_WORK": 32}
+    few |= {"CHAIN_LEAST": 50}
     few |= dict.fromkeys(("PAIR_TRIALS", "TANGENT_TRIALS", "CATCH_UP"), 50)
     few |= dict.fromkeys(("LIVE_TRIALS", "BOUND_ITERATIONS"), 4)
     few |= dict.fromkeys(("ROUNDS", "RESTARTS", "PRICE_ROUNDS"), 1)

@@ -438,7 +438,7 @@ def test_values_between_a_placement_and_a_sentence_are_ten():
         node.name
         for path in MODULES
         if name(path).split(".")[0] in ("evaluation", "report")
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in nodes_of(path)
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
     }
     assert len(values) == 10
@@ -451,7 +451,7 @@ def test_options_of_a_replay_are_passed_on_as_one_value():
     takers = {
         node.name
         for path in MODULES
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in nodes_of(path)
         if isinstance(node, ast.FunctionDef)
         and len(options & {each.arg for each in (*node.args.args, *node.args.kwonlyargs)}) > 1
     }
@@ -461,9 +461,6 @@ def test_options_of_a_replay_are_passed_on_as_one_value():
 def test_no_two_classes_have_one_name():
     """A name means one thing in the whole package; private ones count too."""
     names = [
-        node.name
-        for path in MODULES
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.ClassDef)
+        node.name for path in MODULES for node in nodes_of(path) if isinstance(node, ast.ClassDef)
     ]
     assert sorted(names) == sorted(set(names))

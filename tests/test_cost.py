@@ -254,10 +254,31 @@ def test_weights_have_bits_of_their_own(bits):
         ("openai/gpt-oss-120b", 4.25),
         ("mine", 8),
         (None, 8),
+        ("DeepSeek-V3.2-Exp", 8),
+        ("moonshotai/Kimi-K2.5", 4.5),
+        ("nvidia/DeepSeek-V3-0324-FP4", 4.5),
+        ("nvidia/DeepSeek-R1-NVFP4-v2", 4.5),
+        ("amd/DeepSeek-R1-MXFP4-Preview", 4.25),
+        ("Qwen3-235B-A22B-w8a8", 8),
+        ("DeepSeek-R1-w4a8", 4),
+        ("RedHatAI/DeepSeek-R1-quantized.w4a16", 4.16),
+        ("DeepSeek-R1-Channel-INT8", 8),
+        ("Qwen3-30B-A3B-AWQ", 4.16),
+        ("Qwen3-30B-A3B-GPTQ-Int4", 4.16),
+        ("Qwen3-30B-A3B-GPTQ-Int8", 8),
+        ("Qwen3-30B-A3B-AWQ-8bit", 8.5),
+        ("mlx-community/Qwen3-30B-A3B-4-bit", 4.5),
+        ("unsloth/Qwen3-30B-A3B-GGUF:Q4_K_M", 4.7),
+        ("Qwen3-30B-A3B-UD-Q2_K_XL.gguf", 2.9),
+        ("Qwen3-30B-A3B-BF16-INT4", 16),
+        ("small-int4", 4.16),
     ],
 )
 def test_models_have_the_bits_they_were_published_in(name, bits):
-    """Unless their name says other ones; times and bytes are of as many bits."""
+    """Unless their name says other ones, and but one; times and bytes are of as many bits."""
+    public, type_of_weights = cost.public_name(name), cost.type_in_name(name)
+    if public and type_of_weights:  # as commands print a model
+        assert cost.weight_bits_of(f"{public}-{type_of_weights}") == bits
     traffic = mt.RoutingStatistics.from_load(np.ones((1, 1, 8), int), model=name)
     model = cost.cost_model_of(traffic)
     assert model.weight_bits == bits

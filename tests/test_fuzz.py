@@ -17,7 +17,7 @@ from targets import HINTS, IDS, check_solve, complaint, damaged, folder_for_targ
 from moetuner.formats import read_input
 
 TARGETS = targets()
-CASES, PROBLEMS = 120, 10
+CASES, PROBLEMS = 80, 10
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_what_is_valid_has_its_ids(valid, name):
     assert np.array_equal(np.sort(trace.expert_ids), np.sort(ids))
 
 
-@settings(max_examples=settings().max_examples * 4)
+@settings(max_examples=settings().max_examples * 2)
 @given(
     st.sampled_from(["|u1", "<u2", ">i4", "<f8", "|b1", "<U3", "|O", "|V8", "<c16", "|S3", "<m8"]),
     st.booleans(),

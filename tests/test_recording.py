@@ -83,8 +83,8 @@ def test_sets_of_a_sample_are_left_out_with_their_number():
 def test_what_is_known_is_not_saved_copied_or_kept_by_a_part(tmp_path):
     """What has been computed of a recording belongs to it alone."""
     for recording in (make_trace(), make_counts()):
-        recording.known["secret"] = 1
+        recording.memo["secret"] = 1
         recording.save(tmp_path / "recording.safetensors")
         again = type(recording).load(tmp_path / "recording.safetensors")
         for other in (again, recording.take([0]), recording.without_pairs()):
-            assert other is recording or "secret" not in other.known
+            assert other is recording or "secret" not in other.memo

@@ -4,9 +4,9 @@ Renumbering experts is exact for such a router (DeepSeek-V3) only if its groups 
 more devices than groups, place the groups; with more, keep every group on devices of its own::
 
     groups = mt.Problem(router_groups.merge(statistics, 8), topology)
-    placement = router_groups.expand(mt.solve(groups).placement, statistics.experts)
+    placement = router_groups.expand(mt.solve(groups).placement, statistics.num_experts)
 
-    apart = router_groups.forbid(statistics.experts, 8, topology.devices)
+    apart = router_groups.forbid(statistics.num_experts, 8, topology.devices)
     placement = mt.solve(mt.Problem(statistics, topology, forbidden=apart)).placement
 """
 
@@ -45,7 +45,7 @@ def merge(statistics: RoutingStatistics, groups: int) -> RoutingStatistics:
         If the groups do not divide the experts.
     """
     instance("statistics", statistics, RoutingStatistics)
-    size = _compute_group_size(statistics.experts, groups)
+    size = _compute_group_size(statistics.num_experts, groups)
     load = statistics.window_load
     together = _add_up_pairs(statistics.coactivation, size)
     if together is not None:

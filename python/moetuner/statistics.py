@@ -202,7 +202,7 @@ class RoutingStatistics(Recording, Frozen):
     [[1, 1, 1, 1]]
     """
 
-    _also_shown = ("windows", "layers", "experts")
+    _also_shown = ("windows", "layers", "num_experts")
     ordered = False
     unit = "window"
     noun = "counts"
@@ -269,9 +269,10 @@ class RoutingStatistics(Recording, Frozen):
         for layer, layer_sets in enumerate(sets):
             check.instance(f"sets of layer {layer}", layer_sets, ExpertSets)
             highest = int(layer_sets.ids.max(initial=0))
-            if highest >= self.experts:
+            if highest >= self.num_experts:
                 raise ValueError(
-                    f"sets must have expert ids below {self.experts}, layer {layer} has {highest}"
+                    f"sets must have expert ids below {self.num_experts}, layer {layer} has "
+                    f"{highest}"
                 )
         vars(self)["sets"] = tuple(sets)
 
@@ -492,37 +493,32 @@ class RoutingStatistics(Recording, Frozen):
         return replace(self, transitions=None, coactivation=None, sets=None, set_tokens=None)
 
     @cached_property
-    def is_step(self) -> NDArray[np.bool_]:
+    def is_full_window(self) -> NDArray[np.bool_]:
         """Whether a window is a whole step, which counts in means over windows [W].
 
         The remaining tokens behind the full windows of a trace or group are no step: their time
         says nothing about a step. Windows of unknown length are all steps.
         """
-        is_step = np.ones(self.windows, dtype=bool)
+        is_full_window = np.ones(self.windows, dtype=bool)
         if self.window is None:
-            return is_step
+            return is_full_window
         tokens = self.window_load.sum(axis=(1, 2), dtype=np.uint64)
         label = np.zeros(self.windows, dtype=np.int64) if self.group is None else self.group
         order = np.argsort(label, kind="stable")
         is_full, label = (tokens == tokens.max())[order], label[order]
         is_rest = ~is_full[1:] & is_full[:-1] & (label[1:] == label[:-1])
-        is_step[order[1:][is_rest]] = False
-        return is_step
+        is_full_window[order[1:][is_rest]] = False
+        return is_full_window
 
     @property
     def layers(self) -> int:
         """Number of MoE layers, L."""
         return int(self.window_load.shape[1])
 
-    @property
-    def experts(self) -> int:
-        """Experts per layer, E."""
-        return int(self.window_load.shape[2])
-
     @property  # of traces it is a field
     def num_experts(self) -> int:  # type: ignore[override]
-        """Experts per layer, E, by the name of the argument of other classes."""
-        return self.experts
+        """Experts per layer, E."""
+        return int(self.window_load.shape[2])
 
     @cached_property
     def total_load(self) -> NDArray[np.uint64]:
@@ -535,7 +531,7 @@ class RoutingStatistics(Recording, Frozen):
         """Load over all windows [L,E]; from the expert sets if they are a sample."""
         if self.sets is None or self.set_tokens is None:
             return self.total_load
-        return np.stack([layer_sets.load(self.experts) for layer_sets in self.sets])
+        return np.stack([layer_sets.load(self.num_experts) for layer_sets in self.sets])
 
     @property
     def _pairs(self) -> dict[str, NDArray[np.uint64] | None]:
@@ -545,13 +541,13 @@ class RoutingStatistics(Recording, Frozen):
     @property
     def transitions_or_empty(self) -> NDArray[np.uint64]:
         """Transitions; an empty array [0,E,E] if they were not counted."""
-        empty = np.zeros((0, self.experts, self.experts), dtype=np.uint64)
+        empty = np.zeros((0, self.num_experts, self.num_experts), dtype=np.uint64)
         return empty if self.transitions is None else self.transitions
 
     @property
     def coactivation_or_empty(self) -> NDArray[np.uint64]:
         """Co-activation; an empty array [0,E,E] if it was not counted."""
-        empty = np.zeros((0, self.experts, self.experts), dtype=np.uint64)
+        empty = np.zeros((0, self.num_experts, self.num_experts), dtype=np.uint64)
         return empty if self.coactivation is None else self.coactivation
 
     @cached_property
@@ -564,7 +560,7 @@ class RoutingStatistics(Recording, Frozen):
             return None
         pairs = self.coactivation.sum(axis=(1, 2), dtype=np.float64)
         load = np.maximum(self.total_load.sum(axis=1, dtype=np.float64), 1)
-        top_k = np.clip(np.rint(1 + pairs / load), 2, max(self.experts, 2))
+        top_k = np.clip(np.rint(1 + pairs / load), 2, max(self.num_experts, 2))
         counts: list[int] = np.where(pairs > 0, top_k, 1).astype(np.int64).tolist()
         return counts
 
@@ -738,7 +734,7 @@ class RoutingStatistics(Recording, Frozen):
         label = np.zeros(self.windows, np.int64) if self.group is None else self.group
         size, runs = tokens // window, []
         for number in np.unique(label):
-            steps = np.flatnonzero(self.is_step & (label == number))
+            steps = np.flatnonzero(self.is_full_window & (label == number))
             runs.append(steps[: len(steps) // size * size].reshape(-1, size))
         joined = np.concatenate(runs)
         return joined[np.argsort(joined[:, 0], kind="stable")]
@@ -802,6 +798,20 @@ def count_loads(
         threads=threads,
         progress=progress,
     )
+
+
+def choose_hottest(
+    load: NDArray[np.integer[Any]], number: int, *, each_layer: bool = False
+) -> NDArray[np.bool_]:
+    """Return which experts [L,E] have the highest loads: ``number`` in all, or in each layer.
+
+    Of experts with the same load the first ones are chosen.
+    """
+    rows = load if each_layer else load.reshape(1, -1)
+    order = np.argsort(-rows.astype(np.int64), axis=1, kind="stable")
+    is_chosen = np.zeros(rows.shape, dtype=bool)
+    np.put_along_axis(is_chosen, order[:, :number], True, axis=1)
+    return is_chosen.reshape(load.shape)
 
 
 def measure_distance(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float64]:

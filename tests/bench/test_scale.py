@@ -19,7 +19,7 @@ def test_speeds_are_of_equal_answers():
     assert [row[0] for row in text.rows[1:]][-1] == "CSV"
 
 
-def test_axes_have_slopes(monkeypatch):
+def test_axes_have_slopes(monkeypatch, brief):
     """A row for every size, answers no worse than contiguous, and a slope of every axis."""
     small = scale.Point(2, 16, 4, 2, 400, 2)
     monkeypatch.setattr(scale, "BASE", small)
@@ -44,7 +44,7 @@ def test_a_limit_is_kept():
 
 def test_shards_are_links_and_are_read_from_the_disk(tmp_path):
     """Links are counted like files, in memory far below their size and what the imports take."""
-    paths, real = scale.shards(tmp_path, 60_000_000, 20_000_000)
+    paths, real = scale.shards(tmp_path, 30_000_000, 10_000_000)
     assert len({path.stat().st_ino for path in paths}) == 1
     assert len(paths) == 3
     assert scale.from_disk(paths, scale.read_each)[0] == 3 * real

@@ -40,27 +40,7 @@ def solved(ok, trace, tmp_path):
     return solved
 
 
-@pytest.fixture
-def table(tmp_path):
-    """File of a load table of six windows in two groups."""
-    path = tmp_path / "load.npz"
-    load = np.random.default_rng(0).integers(0, 100, (6, 3, 8))
-    np.savez(path, load=load, group=np.arange(6) % 2, group_names=np.array(["a", "b"]))
-    return path
-
-
 SHOWN = [name for name, command in moetuner.commands.items() if not command.hidden]
-
-
-def test_the_menu_lists_every_command(ok):
-    """No arguments, --help and -h show it: in the order of the flow, each in a whole line."""
-    menu = ok()
-    assert menu == ok("--help") == ok("-h")
-    listed = re.findall(r"^  (\w+) +(.+)$", menu.split("Commands:")[1], re.MULTILINE)
-    assert [name for name, _ in listed] == SHOWN
-    assert (listed[0][0], len(listed)) == ("demo", 13)
-    assert all(what.endswith(".") and "..." not in what for _, what in listed)
-    assert ok("--version") == f"moetuner {mt.__version__}\n"
 
 
 def test_every_command_ends_its_help_with_an_example_that_runs(
@@ -123,20 +103,6 @@ def test_the_menu_says_how_a_command_begins(name):
     assert not command.hidden
 
 
-def test_demo_shows_the_whole_flow(ok, tmp_path):
-    """The demo fits a screen and writes what it says; then comes what advise says of the trace."""
-    out = ok("demo", "--out", tmp_path / "demo")
-    trace = tmp_path / "demo" / "trace.safetensors"
-    demo, advice = out.split(f"  moetuner advise {trace} --devices 4\n")
-    assert advice == ok("advise", trace, "--devices", 4)
-    assert len(demo.splitlines()) <= 24
-    assert max(map(len, demo.replace(str(tmp_path / "demo"), "demo-output").splitlines())) <= 100
-    written = {path.name for path in (tmp_path / "demo").iterdir()}
-    assert written == {"eplb.npz", "placement.json", "trace.safetensors"}
-    placement = mt.Placement.load(tmp_path / "demo" / "placement.json")
-    assert (placement.devices, placement.slots_per_device) == (4, 4)
-
-
 def test_solve_writes_the_placement(solved, recorded):
     """The file holds what the library would give, and the JSON tells the same figures."""
     actual, placement = solved("--devices", 4, "--max-imbalance", 2)
@@ -146,36 +112,6 @@ def test_solve_writes_the_placement(solved, recorded):
     assert actual["objective"] == result.objective == placement.objective
     assert (actual["settings"]["max_imbalance"], actual["status"]) == (2, result.status)
     assert actual["crossing"] == mt.evaluate(placement, recorded).crossing
-
-
-def test_answers_do_not_depend_on_threads(as_json, solved, trace):
-    """The same seed gives the same placements and figures, on one thread and on two."""
-    one, two = (solved("--devices", 2, "--seed", 7, "--threads", threads) for threads in (1, 2))
-    assert (one[0]["objective"], one[1]) == (two[0]["objective"], two[1])
-
-    def figures(threads):
-        rows = as_json(*compare(METHODS, trace, *ONCE), "--threads", threads)["methods"]
-        return {name: {**row, "solve_seconds": None} for name, row in rows.items()}
-
-    assert figures(1) == figures(2)
-
-
-@pytest.mark.parametrize("name", ["boxes", "h100-nvl8-ib400"])
-def test_topology_is_a_file_or_a_common_machine(solved, tmp_path, name):
-    """A file gives devices, nodes and the name; a name alone is one node of a common machine."""
-    machine = tmp_path / "boxes"
-    machine.write_text('{"devices": 4, "devices_per_node": 2, "name": "boxes"}')
-    given = machine if name == "boxes" else name
-    assert solved("--topology", given, "--method", "lpt")[1].topology == name
-
-
-def test_solve_without_pairs_makes_up_no_crossing(solved, table):
-    """A load table can only be balanced."""
-    actual, _ = solved("--devices", 4, of=table)
-    assert (actual["unit"], actual["crossing"]) == ("us per layer", None)
-    assert 0 < actual["bound"] <= actual["objective"]
-    actual, _ = solved("--devices", 4, "--max-imbalance", 1.2, of=table)
-    assert (actual["objective"], actual["gap"], actual["crossing"]) == (None, None, None)
 
 
 def test_solve_takes_every_term(solved, recorded):
@@ -218,143 +154,6 @@ def test_help_has_every_option_once(ok, name):
         assert len(re.findall(rf"^  (-\w, )?{option.opts[0]}\b(?![-.])", text, re.MULTILINE)) == 1
     if name in ("solve", "compare", "advise"):
         assert text.index("Begin with:") < text.index("The machine:")
-
-
-@pytest.mark.parametrize("name", moetuner.commands)
-def test_help_has_the_same_groups_in_all_commands(ok, name):
-    """Sections have the names of the groups, in their order; a single one is called Options."""
-    titles = re.findall(r"^([A-Z][a-z ]+):$", ok(name, "--help"), re.MULTILINE)
-    own = [option for option in moetuner.commands[name].params if option.opts[0].startswith("--")]
-    groups = {option.group for option in own}
-    if groups == {options.OTHER}:
-        assert titles == ["Options"]
-    else:
-        ordered = [group for group in options.GROUPS if group in titles]
-        assert titles == ordered
-        assert groups - {*titles} == set()
-
-
-OBJECTIVES = """
-| time
---cost-model h100:64x32 | time
---max-imbalance 2 | traffic 2
---objective traffic | traffic 1.05
---objective traffic --regime follow | traffic 1.05
---extra-slots 3 | time
-"""
-
-
-@pytest.mark.parametrize("row", OBJECTIVES.strip().splitlines())
-def test_objective_is_time_unless_a_cap_is_given(solved, row):
-    """The default, and the cap of traffic."""
-    line, wanted = map(str.strip, row.split("|"))
-    objective, *cap = wanted.split()
-    actual, _ = solved("--devices", 2, *line.split())
-    settings = actual["settings"]
-    assert settings["objective"] == objective
-    assert settings["max_imbalance"] == (float(cap[0]) if cap else None)
-    assert actual["predicted_layer_us"] > 0
-
-
-def test_solve_moves_little_and_says_what(ok, solved, tmp_path):
-    """From a running placement within a budget; the JSON has moves by pair, and trades."""
-    running, out, moves = (tmp_path / name for name in ("running.json", "p.json", "moves.json"))
-    machine = ("--devices", 4, "--devices-per-node", 2)
-    before = solved(*machine, "--method", "contiguous")[1]
-    before.save(running)
-    moving = ("--initial", running, "--move-budget", 3e6, "--expert-bytes", 1e6, "--pareto")
-    actual, after = solved(*machine, "--objective", "balance", *moving)
-    diff = before.diff(after, topology=mt.Topology(4, 2))
-    assert 0 < diff.experts_moved <= 3
-    assert actual["moves"]["moves"] == diff.moves.tolist()
-    assert actual["moves"]["bytes_moved"] == 1e6 * diff.experts_moved
-    assert actual["pareto"][0]["experts_moved"] == 0
-    assert actual["pareto"][-1]["gain"] > 0
-    ok("export", out, "--to", "moves", "--initial", running, *machine[2:], "--out", moves)
-    assert json.loads(moves.read_text())["moves"] == diff.moves.tolist()
-
-
-def test_evaluate_tells_groups(as_json, solved, trace, recorded, tmp_path):
-    """Figures of all traffic and of each group with tokens; --only leaves one of them."""
-    _, placement = solved("--devices", 4, "--method", "lpt", "--only", "odd")
-    out = tmp_path / "p.json"
-    actual = as_json("evaluate", out, trace, "--window", 64)
-    assert actual["imbalance"] == mt.evaluate(placement, recorded, window=64).imbalance
-    assert set(actual["by_group"]) == {"even", "odd"}
-    whole = actual["by_group"]["odd"]
-    alone = as_json("evaluate", out, trace, "--window", 64, "--only", "odd")
-    assert (alone["tokens"], alone["crossing"]) == (whole["tokens"], whole["crossing"])
-    assert (alone["input"]["group_names"], list(alone["by_group"])) == (["odd"], ["odd"])
-    both = as_json("inspect", trace, "--only", "odd", "--only", "even")
-    assert both["input"]["tokens"] == 800
-
-
-def test_evaluate_predicts_times(as_json, solved, trace, recorded, tmp_path):
-    """There are times, of any cost model: a file, or a GPU with the sizes of experts."""
-    out, file = tmp_path / "p.json", tmp_path / "model.json"
-    _, placement = solved("--devices", 4, "--method", "lpt")
-    model = mt.CostModel.preset("a100", hidden=64, intermediate=32)
-    model.save(file)
-    wanted = mt.evaluate(placement, recorded, window=512, cost_model=model)
-    for name in (file, "a100:64x32"):
-        actual = as_json("evaluate", out, trace, "--cost-model", name)
-        for figure in ("predicted_layer_us_p95", "imbalance_mixed"):
-            assert actual[figure] == getattr(wanted, figure)
-
-
-def test_groups_that_do_not_fill_a_window_are_one(as_json, solved, trace, recorded, tmp_path):
-    """Such a group is one window of its tokens, as its figures show."""
-    sizes = np.bincount(recorded.group)
-    window, out = int(sizes.max()) + 1, tmp_path / "p.json"
-    _, placement = solved("--devices", 4, "--method", "lpt", "--window", window)
-    shown = as_json("evaluate", out, trace, "--window", window)["by_group"]["odd"]
-    alone = mt.evaluate(placement, recorded.select(groups=["odd"]), window=int(sizes[1]))
-    assert shown["imbalance"] == alone.imbalance
-
-
-def test_audit_fails_on_demand(as_json, run, ok, solved, trace, tmp_path):
-    """Groups that got worse end it with status 3; judged by itself nothing is worse."""
-    blocks, all_on_two = tmp_path / "p.json", tmp_path / "two.json"
-    solved("--devices", 4, "--method", "contiguous")
-    slots = np.full((3, 4, 4), -1)
-    slots[:, 0], slots[:, 1] = np.arange(4), np.arange(4, 8)
-    mt.Placement(slots, num_experts=8).save(all_on_two)
-    arguments = ("evaluate", all_on_two, trace, "--by-group", "--window", 40, "--fail-if-worse", 5)
-    assert run(*arguments)[::2] == (3, "")
-    actual = as_json(*arguments, "--measure", "crossing")
-    assert (actual["failed"], actual["settings"]["judged"]) == (False, ["crossing"])
-    # Crossing matters in the other regime alone: it is there where it is asked for.
-    judged = actual["judgement"]
-    assert {of["measure"] for of in judged["worse"]} == {"imbalance", "predicted_layer_us"}
-    assert "crossing" not in as_json(*arguments[:4])["judgement"]["whole"]
-    assert set(judged["groups"]) == {"even", "odd"}
-    ok("evaluate", blocks, trace, "--baseline", blocks, "--by-group", "--fail-if-worse", 0)
-
-
-def test_audit_finds_the_one_group_that_got_worse(as_json, tmp_path):
-    """Two groups share expert 0, which moves away from the other expert of one of them."""
-    group, random = np.arange(800) // 400, np.random.default_rng(0)
-    # Half of each group's tokens in random order, so that no sequence repeats another.
-    is_shared = np.concatenate([random.permutation(400) < 200 for _ in range(2)])
-    ids = np.where(is_shared, 0, np.where(group, 4, 1))[:, None, None]
-    labels = {"sequence": np.arange(800) // 20, "group": group, "group_names": ("gains", "loses")}
-    trace_of(ids, **labels).save(tmp_path / "t.safetensors")
-    mt.Placement([[[0, 4, 2, 3], [1, 5, 6, 7]]]).save(tmp_path / "p.json")
-    judged = ("--by-group", "--measure", "imbalance")
-    actual = as_json("evaluate", tmp_path / "p.json", tmp_path / "t.safetensors", *judged)
-    judged = actual["judgement"]
-    assert {"group": "loses", "measure": "imbalance"} in judged["worse"]
-    assert {of["group"] for of in judged["worse"]} == {"loses"}
-    assert judged["groups"]["loses"]["imbalance"]["gain"] == pytest.approx(-1.0)
-
-
-def test_audit_judges_nothing_of_few_windows(as_json, solved, table, tmp_path):
-    """Three windows of a group are too few, also for --fail-if-worse."""
-    blocks = tmp_path / "blocks.json"
-    solved("--devices", 4, "--method", "lpt", of=table)[1].save(blocks)
-    solved("--devices", 4, "--method", "contiguous", of=table)
-    words = ("evaluate", tmp_path / "p.json", table, "--baseline", blocks, "--by-group")
-    assert as_json(*words, "--fail-if-worse", 0)["judgement"]["too_few"] == {"a": 3, "b": 3}
 
 
 def test_a_gate_on_the_gain_takes_the_lower_end_of_its_interval(
@@ -413,50 +212,6 @@ def test_compare_tells_gains_over_splits(as_json, trace):
     assert actual["methods"]["lpt"]["imbalance"] == singles[0]["lpt"]["imbalance"]
     assert (one["range"], one["splits"]) == (None, [one["mean"]])
     assert one["low"] < one["gain"] < one["high"]
-
-
-def test_compare_splits_several_times_by_default(as_json, trace):
-    """Traffic is split three times; what is judged on what it saw, once, as it was solved."""
-    words = compare("contiguous,lpt", trace)
-    assert as_json(*words)["settings"]["splits"] == 3
-    whole = as_json(*words, "--holdout", 0, "--objective", "traffic")
-    assert whole["settings"]["splits"] == 1
-    for row in whole["methods"].values():
-        assert row["objective"] == pytest.approx(row["fanout"])
-
-
-def test_tables_fit_eighty_columns(ok, trace, tmp_path):
-    """No line of a table is longer than an ordinary terminal is wide; nodes have a column."""
-    nodes = ("--devices-per-node", 2, "--regime", "dispatch", *ONCE)
-    texts = [ok(*compare("lpt,eplb", trace, *nodes), *cap) for cap in ((), ("--max-imbalance", 2))]
-    assert all(re.search("method .* nodes ", text) for text in texts)
-    solving = ("solve", trace, "--devices", 4, "--out", tmp_path / "p.json")
-    texts += [ok(*compare(METHODS, trace, *ONCE)), ok(*solving)]
-    texts.append(ok("evaluate", tmp_path / "p.json", trace))
-    for text in texts:
-        rows = re.findall("^(?:method|lpt|joint|traffic|odd)(?: !)?  .*$", text, re.M)
-        assert rows
-        assert max(len(line.rstrip()) for line in rows) <= 80
-
-
-def test_convert_joins_sources(ok, make_trace, tmp_path):
-    """Sources of two kinds become one trace, in order."""
-    first, second, out = (tmp_path / name for name in ("a.npz", "b.npy", "t.safetensors"))
-    a, b = make_trace(30, seed=1), make_trace(20, seed=2)
-    np.savez(first, expert_ids=a.expert_ids, num_experts=8)
-    np.save(second, b.expert_ids)
-    ok("convert", first, second, "--num-experts", 8, "--out", out)
-    joined = mt.RoutingTrace.load(out)
-    assert np.array_equal(joined.expert_ids, np.concatenate([a.expert_ids, b.expert_ids]))
-
-
-def test_the_papers_method_has_two_names(as_json, solved, trace):
-    """``moetuner`` is accepted everywhere, and the row says ``paper``."""
-    words = compare("moetuner,paper,lpt", trace, "--baseline", "moetuner", *ONCE)
-    actual = as_json(*words)
-    assert list(actual["methods"]) == ["paper", "lpt"]
-    assert actual["settings"]["baseline"] == "paper"
-    assert solved("--devices", 4, "--method", "moetuner")[0]["method"] == "paper"
 
 
 def test_long_names_make_no_long_lines(ok, solved, make_trace, tmp_path):

@@ -74,21 +74,6 @@ def test_the_next_placement_is_for_the_same_machine(as_json, ok, brief, folder, 
     assert new.slots.shape == old.slots.shape
 
 
-def test_traces_are_replayed_in_windows_of_decode_and_prefill(as_json, make_trace, folder):
-    """As far as they are long enough, or in the windows that are asked for."""
-    make_trace(33000).save("trace.safetensors")
-    drift = ("drift", "p3.json", "trace.safetensors", "--profile", "trace.safetensors")
-    mt.Placement.from_assignment([[0, 0, 0, 0, 1, 1, 1, 1]] * 3, 2).save("p3.json")
-    actual = as_json(*drift)
-    assert [row["window"] for row in actual["figures"]] == [512, 8192]
-    assert {row["change"] for row in actual["figures"]} == {0.0}
-    assert (actual["answer"], actual["drift"]["distance"]) == ("not left", 0.0)
-    (row,) = as_json(*drift, "--window", 64)["figures"]
-    trace = mt.RoutingTrace.load("trace.safetensors")
-    expected = mt.evaluate(mt.Placement.load("p3.json"), trace, window=64)
-    assert row["now"]["imbalance"] == expected.imbalance
-
-
 @pytest.mark.parametrize("options", [(), ("--window", "2000")])
 def test_the_same_tokens_once_and_more_often_are_told_alike(as_json, folder, options):
     """Windows are of as many tokens on both sides, and what is left over is none of them."""

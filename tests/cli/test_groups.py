@@ -12,8 +12,6 @@ import moetuner as mt
 
 pytestmark = pytest.mark.usefixtures("brief")
 
-KINDS = ["code", "prose"] * 20
-
 
 @pytest.fixture
 def load():
@@ -21,70 +19,25 @@ def load():
     return np.random.default_rng(0).poisson(500, (40, 2, 8)) * (1 + np.arange(8) % 4)
 
 
-def test_a_name_per_window_is_as_groups_in_the_file(as_json, load, tmp_path):
-    """Windows of counts get the groups that a file of loads may bring itself."""
-    own, bare, names = (tmp_path / name for name in ("own.npz", "bare.npz", "names.txt"))
-    np.savez(own, load=load, group=np.arange(40) % 2, group_names=["code", "prose"])
-    np.savez(bare, load=load)
-    names.write_text("\n".join(KINDS) + "\n")
-    words = ("--devices", 4, "--copies", 0, "--splits", 1)
-    expected = as_json("advise", own, *words)
-    actual = as_json("advise", bare, *words, "--group-by", names)
-    assert set(actual["judged"][0]["groups"]) == {"code", "prose"}
-    assert actual["judged"][0]["whole"] == expected["judged"][0]["whole"]
-    assert f"--group-by {names}" in " ".join(actual["commands"])
-
-
-def test_a_column_names_sequences_and_files_name_themselves(as_json, make_trace, tmp_path):
-    """Names are of sequences in the order of their labels; several files are a group each."""
-    tokens = make_trace(200, labelled=False).expert_ids
-    traces = [tmp_path / name for name in ("code.safetensors", "prose.safetensors")]
-    sequence = np.arange(200) // 5
-    for path in traces:
-        trace_of(tokens, sequence=sequence).save(path)
-    column = tmp_path / "names.csv"
-    column.write_text("id,kind\n" + "".join(f"{n},{kind}\n" for n, kind in enumerate(KINDS)))
-    named = as_json("inspect", traces[0], "--devices", 4, "--group-by", f"{column}:kind")
-    assert named["input"]["group_names"] == ["code", "prose"]
-    each = as_json("inspect", *traces, "--devices", 4, "--group-by", "files")
-    assert each["input"]["group_names"] == ["code", "prose"]
-
-
 @pytest.mark.parametrize(
     ("names", "column", "words"),
     [
-        ("a\nb\nc\n", "", "a name for each of 40 windows or 1 file, got 3 names"),
-        ("a\n\nb\n", "", "names.csv: line 2 must have a name of a group, got none"),
-        ("id,kind\n1,a\n", ":sort", "must have one column sort, got columns id, kind"),
         ("id,kind,kind\n1,a,b\n", ":kind", "must have one column kind, got columns id, kind, ki"),
-        ("id,kind\n0,a\n\n1\n", ":kind", "names.csv: line 4 must have 2 cells, got 1"),
         ("id,kind\n0,a\n1,b,c\n", ":kind", "names.csv: line 3 must have 2 cells, got 3"),
         ('id,kind\n0,"a\nb"\n1,\n', ":kind", "names.csv: line 4 must have a name of a group"),
         ('id,kind\n0,"a\n', ":kind", "names.csv: line 2 must be CSV: unexpected end of data"),
         (f"id,kind\n0,{'a' * 140_000}\n", ":kind", "names.csv: line 2 must be CSV: field larger"),
         ("id,kind\n0,\udcff\n", ":kind", "names.csv: 'utf-8' codec can't decode"),
-        ("id,kind\n1,a\n", "", "or 1 file, got 2 names; to take a column of the CSV: "),
     ],
 )
 def test_names_that_fit_nothing_are_refused(run, load, tmp_path, names, column, words):
-    """One line with what is there."""
+    """One line with what is there; tests/transcripts/refusals.md has others."""
     table, file = tmp_path / "load.npz", tmp_path / "names.csv"
     np.savez(table, load=load)
     file.write_text(names, encoding="utf-8", errors="surrogateescape")
     status, out, err = run("inspect", table, "--devices", 4, "--group-by", f"{file}{column}")
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert words in err
-
-
-def test_windows_of_a_trace_have_names(as_json, tmp_path):
-    """A trace without sequences has a group for each window of its tokens."""
-    ids = np.random.default_rng(0).random((350, 2, 8)).argsort(axis=2)[..., :2]
-    trace, names = tmp_path / "trace.safetensors", tmp_path / "names.txt"
-    trace_of(ids).save(trace)
-    names.write_text("code\nprose\ncode\nprose\n")
-    words = ["--window", 100, "--group-by", names]
-    grouped = as_json("inspect", trace, "--devices", 4, *words)
-    assert grouped["input"]["group_names"] == ["code", "prose"]
 
 
 @pytest.mark.parametrize("change", ["none", "other traffic", "no file"])
@@ -158,18 +111,6 @@ def test_a_held_out_part_that_is_not_found_has_its_reason(ok, tmp_path, monkeypa
     # Of other traffic nothing was held out.
     np.savez("newer.npz", load=load[:30])
     assert unknown not in ok("evaluate", "p.json", "newer.npz")
-
-
-def test_names_of_newer_traffic_are_not_those_of_the_profile(run, load, tmp_path, monkeypatch):
-    """Each recording has its own groups: the option names those of INPUT alone."""
-    monkeypatch.chdir(tmp_path)
-    np.savez("load.npz", load=load)
-    np.savez("newer.npz", load=load[:30])
-    Path("names.txt").write_text("code\nprose\n" * 20)
-    Path("newer.txt").write_text("code\nprose\n" * 15)
-    solving = ("solve", "load.npz", "--devices", 4, "--group-by", "names.txt")
-    assert run(*solving, "--out", "placed.json")[0] == 0
-    assert run("drift", "placed.json", "newer.npz", "--group-by", "newer.txt")[::2] == (0, "")
 
 
 def test_files_of_one_name_are_groups_of_their_own(as_json, load, tmp_path):

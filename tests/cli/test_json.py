@@ -4,13 +4,10 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
-import pytest
-
-import moetuner as mt
 from moetuner.cli import moetuner
 
 PAGE = Path(__file__).parents[2] / "docs" / "json.md"
+PAGES = Path(__file__).parents[1] / "transcripts"
 KINDS = {
     "string": (str,), "number": (int, float), "boolean": (bool,), "null": (type(None),),
     "list": (list,), "map": (dict,), "object": (dict,),
@@ -32,42 +29,19 @@ def sections():
 
 
 TYPES = sections()
-COMMANDS = {
-    "convert": [
-        "trace.safetensors newer.safetensors --out both.safetensors",
-        "load.npz --out loads.safetensors",
-    ],
-    "inspect": ["trace.safetensors --for vllm", "load.npz"],
-    "advise": ["trace.safetensors --devices 4 --copies 0 --splits 1 --by-group"],
-    "solve": [
-        "trace.safetensors --devices 4 --objective traffic --max-imbalance 2 "
-        "--certificate proof.json --out other.json",
-        "trace.safetensors --devices 4 --holdout 0.5 --initial other.json --pareto "
-        "--out placement.json",
-        "load.npz --devices 3 --slots-per-device 4 --method lpt --out copies.json",
-    ],
-    "compare": ["trace.safetensors --devices 4 --methods contiguous,lpt --splits 2"],
-    "evaluate": [
-        "placement.json trace.safetensors --waterfill 1",
-        "placement.json trace.safetensors --by-group",
-        "copies.json load.npz --report page.html",
-    ],
-    "drift": ["placement.json newer.safetensors --profile trace.safetensors"],
-    "plan": [
-        "copies.json load.npz --with 1 --out more.json",
-        "copies.json load.npz --every-loss device --table losses.json",
-    ],
-    "inspect PLACEMENT": ["placement.json"],
-    "inspect BEFORE AFTER": ["other.json placement.json --expert-bytes 10"],
-    "export": [
-        "empty.json --to eplb --out experts.npz",
-        "--check experts.npz",
-        "trace.safetensors --to ktransformers --gpu-experts 2 --dense-layers none --out kt.pt",
-    ],
-    "fit": ["--hidden 64 --times times.csv --out model.json"],
-    "verify": ["proof.json trace.safetensors --devices 4 --placement other.json"],
-    "demo": ["--out demo"],
-}
+# A command with ``--json -`` in a transcript, and what it prints.
+SHOWN = re.compile(r"^\$ moetuner ([a-z]+)(.*) --json -(.*)\n((?:(?!\$ |```).*\n)*)", re.MULTILINE)
+
+
+def shown():
+    """Yield the section, the line and the JSON of every command of the transcripts that has one."""
+    for page in sorted(PAGES.glob("*.md")):
+        for command, before, after, output in SHOWN.findall(page.read_text()):
+            files = sum(word.endswith(".json") for word in before.split())
+            kind = ("", " PLACEMENT", " BEFORE AFTER")[files] if command == "inspect" else ""
+            lines = [line for line in output.split("\n") if not re.match("2> |exit status", line)]
+            text = "\n".join(lines).replace(": SECONDS", ": 0.1")
+            yield f"{command}{kind}", f"{command}{before}{after}", json.loads(text)
 
 
 def keys_of(section):
@@ -98,35 +72,22 @@ def check_keys(value, section, where, seen):
         check(each, keys[key], f"{where}.{key}", seen)
 
 
-@pytest.fixture
-def folder(make_trace, brief, tmp_path, monkeypatch):
-    """Folder with what the commands read."""
-    pytest.importorskip("plotly", reason="the extra report is not installed")
-    monkeypatch.chdir(tmp_path)
-    for seed, name in enumerate(("trace", "newer")):
-        make_trace(800, seed=seed).save(f"{name}.safetensors")
-    load = np.random.default_rng(0).integers(1, 100, (6, 3, 8))
-    np.savez("load.npz", load=load, group=np.arange(6) % 2, group_names=np.array(["a", "b"]))
-    mt.Placement([[[0, 1, -1], [2, 3, -1]]]).save("empty.json")
-    rows = [(t, e, max(10 + 5 * e, 12 + t)) for t in (1, 9, 99, 300, 900) for e in (1, 4, 8)]
-    Path("times.csv").write_text("".join(f"{t},{e},{us}\n" for t, e, us in rows if e <= t))
+def test_json_is_as_its_page_says(as_json, brief, tmp_path):
+    """Every key that a command writes is on the page with its type, and every key there comes.
 
-
-def test_json_is_as_its_page_says(run, folder):
-    """Every key that a command writes is on the page with its type, and every key there comes."""
-    shown = {name for name, command in moetuner.commands.items() if not command.hidden}
-    assert {*(section.split()[0] for section in COMMANDS), "collect"} == shown
+    Commands are those of the transcripts, and the demo, whose answers HiGHS decides; names of
+    commands until 0.2 write what they wrote.
+    """
     seen = {}
-    for section, lines in COMMANDS.items():
+    demo = as_json("demo", "--out", tmp_path / "demo")
+    for section, line, actual in [*shown(), ("demo", "demo", demo)]:
         command = section.split()[0]
-        for line in lines:
-            status, out, err = run(command, *line.split(), "--json", "-")
-            assert status == 0, err
-            actual = json.loads(out)
-            assert next(iter(actual.items())) == ("schema", f"moetuner.{command}/1")
+        assert next(iter(actual.items())) == ("schema", f"moetuner.{command}/1")
+        if not moetuner.commands[command].hidden:
             check_keys(actual, section, line, seen)
     for section, keys in seen.items():
         assert keys_of(section).keys() == keys, section
-    # What needs a model to run has its section; every other section was seen.
+    commands = {name for name, command in moetuner.commands.items() if not command.hidden}
+    assert {section.split()[0] for section in seen if not section.startswith("type ")} == commands
     inner = {name for name in TYPES if "*" in TYPES[name]}
-    assert TYPES.keys() - seen.keys() <= {"collect", "Types", *inner}
+    assert TYPES.keys() - seen.keys() <= {"Types", *inner}

@@ -1,8 +1,5 @@
 """``moetuner plan`` and ``evaluate --without``: what a stranger sees when a device is lost."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -25,31 +22,6 @@ def files(tmp_path, monkeypatch):
     return running, load.sum(axis=0)
 
 
-def test_a_loss_is_planned_and_written(ok, files):
-    """The placement serves all experts on what is left, and the steps make it of what ran."""
-    running, _ = files
-    ok("plan", "running.json", "load.npz", "--without", 1, "--out", "left.json",
-       "--steps", "steps.json")  # fmt: skip
-    steps = json.loads(Path("steps.json").read_text())
-    slots = running.slots.reshape(LAYERS, -1).copy()
-    slots[:, WIDTH : 2 * WIDTH] = -1
-    for layer, expert, _, device, slot, _ in steps["steps"]:
-        slots[layer, device * WIDTH + slot] = expert
-    assert slots.tolist() == steps["physical_to_logical_map"]
-    left = np.delete(slots.reshape(LAYERS, DEVICES, WIDTH), 1, axis=1)
-    assert np.array_equal(mt.Placement.load("left.json").slots, left)
-
-
-def test_a_table_has_a_plan_for_every_loss(ok, as_json, files):
-    """By the number of the device, and each as the loss alone is planned."""
-    ok("plan", "running.json", "load.npz", "--every-loss", "device", "--table", "losses.json")
-    table = json.loads(Path("losses.json").read_text())
-    assert [*table["losses"]] == [str(device) for device in range(DEVICES)]
-    alone = as_json("plan", "running.json", "load.npz", "--without", 2)
-    planned = table["losses"]["2"]
-    assert planned == {name: alone[name] for name in planned}
-
-
 def test_traffic_is_replayed_on_what_is_left(ok, as_json, files):
     """The load of every device is what the formula says of an even split."""
     _, load = files
@@ -66,18 +38,14 @@ def test_traffic_is_replayed_on_what_is_left(ok, as_json, files):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ("plan running.json load.npz", "Missing option '--without'"),
-        ("plan running.json load.npz --without 4", "--without must be from 0 to 3, got 4"),
         ("plan running.json load.npz --without x", "device numbers and ranges of them"),
         ("plan running.json load.npz --without 0-2", "at least 2 devices of 6 slots, got 1"),
-        ("plan running.json load.npz --retire 1 --every-loss device", "each loss by itself"),
-        ("plan running.json load.npz --every-loss device", "'--every-loss' and '--table'"),
         ("plan running.json load.npz --every-loss node --table t.json", "no loss of a node"),
         ("evaluate running.json load.npz --without 0-3", "--without must leave"),
     ],
 )
 def test_what_makes_no_plan_is_one_line(run, files, arguments, line):
-    """It says what was wrong, and what would be right."""
+    """What was wrong, and what would be right; tests/transcripts/refusals.md has others."""
     status, _, errors = run(*arguments.split())
     assert status == 2
     assert len(errors.splitlines()) == 1

@@ -21,17 +21,6 @@ def trace(make_trace, tmp_path):
     return tmp_path / "trace.safetensors"
 
 
-def test_solve_predicts_the_time_that_evaluate_predicts(as_json, trace, tmp_path):
-    """It is the replayed one; inspect has that of blocks."""
-    how, p = ("--devices", 4, "--window", 128, "--for", "vllm"), tmp_path / "p.json"
-    solved = as_json("solve", trace, *how, "--out", p)["predicted_layer_us"]
-    assert as_json("evaluate", p, trace, *how)["predicted_layer_us"] == solved
-    blocks = as_json("solve", trace, *how, "--method", "contiguous", "--out", p)
-    actual = as_json("inspect", trace, *how)["contiguous"]
-    assert actual["predicted_layer_us"] == pytest.approx(blocks["predicted_layer_us"], rel=1e-12)
-    assert "contiguous" not in as_json("inspect", trace)
-
-
 def test_counts_are_evaluated_as_recorded(as_json, tmp_path):
     """A load table has the windows that it has; --arrival changes none of them."""
     load = np.random.default_rng(0).integers(0, 100, (40, 2, 16))
@@ -41,23 +30,6 @@ def test_counts_are_evaluated_as_recorded(as_json, tmp_path):
     mixed, plain = (as_json(*arguments, *how) for how in (("--arrival", "mixed"), ()))
     for figure in ("imbalance", "predicted_layer_us", "predicted_layer_us_p95"):
         assert mixed[figure] == plain[figure]
-
-
-def test_an_engines_map_is_judged_as_that_engine_serves(as_json, ok, trace, tmp_path):
-    """The map alone says as much as the placement that it was exported from; options win."""
-    placed, exported = tmp_path / "p.json", tmp_path / "map.json"
-    ok("solve", trace, "--devices", 4, "--for", "sglang", "--window", 128, "--out", placed)
-    ok("export", placed, "--to", "sglang", "--dense-layers", "none", "--out", exported)
-    judged = (trace, "--devices", 4, "--window", 128)
-    names = ("engine", "regime", "split", "arrival")
-
-    def served(file, *options):
-        settings = as_json("evaluate", file, *judged, *options)["settings"]
-        return [settings[name] for name in names]
-
-    assert served(exported) == ["sglang", "dispatch", "nearest", "mixed"] == served(placed)
-    assert served(exported, "--for", "vllm") == ["vllm", "dispatch", "even", "mixed"]
-    assert served(exported, "--arrival", "bursts")[-1] == "bursts"
 
 
 @pytest.mark.parametrize("command", ["compare", "advise", "evaluate", "inspect"])
@@ -76,32 +48,6 @@ def test_times_that_differ_are_written_apart(by):
     one, other = distinct(62.24 + by, 62.24, 1)
     assert (float(one) > float(other)) == (by > 0)
     assert len(one) == len(other) <= 4 + max(0, round(-np.log10(by or 1)))
-
-
-def test_compare_is_over_what_runs(as_json, ok, trace, tmp_path):
-    """Over contiguous, which is a row though nobody names it, or over a placement that runs."""
-    p, words = tmp_path / "p.json", ("compare", trace, "--devices", 4, "--methods", "lpt,eplb")
-    words = (*words, "--splits", 2, "--window", 128)
-    ok("solve", trace, "--devices", 4, "--method", "lpt", "--out", p, "--window", 128)
-    plain, running = as_json(*words), as_json(*words, "--initial", p)
-    assert list(plain["methods"]) == ["contiguous", "lpt", "eplb"]
-    assert list(running["methods"]) == ["running", "lpt", "eplb"]
-    for of, over in ((plain, "contiguous"), (running, "running")):
-        assert {of["methods"][name]["gain"]["names"][0] for name in ("lpt", "eplb")} == {over}
-        before = of["methods"]["eplb"]["gain"]["before"]
-        assert before == of["methods"][over]["predicted_layer_us"]
-
-
-def test_an_engine_has_no_order_for_counts(as_json, tmp_path):
-    """Windows of a table are searched as they were recorded, as they are judged."""
-    np.savez(tmp_path / "load.npz", load=np.random.default_rng(0).integers(0, 99, (40, 2, 16)))
-    words = ("solve", tmp_path / "load.npz", "--devices", 4, "--method", "quick", "--out")
-    own = as_json(*words, tmp_path / "a.json", "--for", "sglang")
-    assert own["settings"]["arrival"] == "bursts"
-    given = as_json(*words, tmp_path / "b.json", "--for", "sglang", "--arrival", "bursts")
-    assert own["predicted_layer_us"] == given["predicted_layer_us"]
-    mixed = as_json(*words, tmp_path / "d.json", "--for", "sglang", "--arrival", "mixed")
-    assert mixed["settings"]["arrival"] == "mixed"
 
 
 def test_solve_starts_from_what_engines_begin_with(as_json, trace, tmp_path):

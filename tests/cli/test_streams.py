@@ -50,14 +50,15 @@ def shell(files, redirection, *arguments):
     return done.returncode, said
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize(
-    ("redirection", "code"), [(">&-", 0), ('| head -0; exit "${PIPESTATUS[0]}"', GONE)]
-)
-def test_nobody_reads_standard_output(files, command, redirection, code):
-    """Closed, or its reader gone, which ends as after SIGPIPE: all files are written the same."""
+# A closed stream, and one whose reader is gone.
+UNREAD = {">&-": 0, '| head -0; exit "${PIPESTATUS[0]}"': GONE}
+
+
+@pytest.mark.parametrize(("command", "redirection"), [*zip(COMMANDS, [*UNREAD] * 2, strict=True)])
+def test_nobody_reads_standard_output(files, command, redirection):
+    """Closed, or its reader gone, which ends as after SIGPIPE: files are written all the same."""
     actual = shell(files, redirection, *COMMANDS[command], "--json", "found.json")
-    assert actual == (code, [])
+    assert actual == (UNREAD[redirection], [])
     assert json.loads((files / "found.json").read_text())
 
 
@@ -116,11 +117,13 @@ def interrupted(folder, number, command, *arguments, until):
     return out, said[-1]
 
 
-SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-@pytest.mark.parametrize("command", ["inspect", "compare", "advise", "solve"])
-@SIGNALS
+@pytest.mark.parametrize(
+    ("command", "number"),
+    [*zip(("inspect", "compare", "advise", "solve"), SIGNALS * 2, strict=True)],
+)
 def test_a_signal_ends_every_command_alike(files, command, number):
     """Status 128 + signal, a line that says so, and no conclusion from what did not end."""
     devices = () if command == "inspect" else ("--devices", "2")
@@ -130,8 +133,7 @@ def test_a_signal_ends_every_command_alike(files, command, number):
     assert "worth a trial" not in out
 
 
-@pytest.mark.parametrize("json_file", ["-", "found.json"])
-@SIGNALS
+@pytest.mark.parametrize(("json_file", "number"), [*zip(("-", "found.json"), SIGNALS, strict=True)])
 def test_a_signal_writes_the_best_so_far(make_trace, tmp_path, number, json_file):
     """Placement and JSON are there, and are said to be the best so far, by whichever is read.
 

@@ -354,7 +354,7 @@ def test_tokens_left_over_are_no_step(make_trace, window):
     counted = mt.RoutingStatistics.from_trace(trace, window=window, sets=True)
     by_group = mt.RoutingStatistics.from_trace(trace, window=window, by_group=True)
     alone = replace(by_group, group=None, group_names=())
-    assert counted.is_step.tolist() == [True] * 3 + [False]
+    assert counted.is_full_window.tolist() == [True] * 3 + [False]
     names = [name for name in mt.evaluation.figures.FIGURES if "predicted" in name]
     for traffic in (trace, counted):
         actual = mt.evaluate(IN_BLOCKS, traffic, **how)
@@ -369,8 +369,8 @@ def test_tokens_left_over_are_no_step(make_trace, window):
         assert problem.value(IN_BLOCKS) == pytest.approx(value)
         steps = trace.tokens * trace.layers * trace.top_k / problem.windows.mean_tokens
         assert steps == pytest.approx(3 + rest / window)
-    assert by_group.is_step.sum() == sum(np.bincount(trace.group) // window)
-    assert alone.is_step.sum() == by_group.is_step.sum()
+    assert by_group.is_full_window.sum() == sum(np.bincount(trace.group) // window)
+    assert alone.is_full_window.sum() == by_group.is_full_window.sum()
 
 
 def test_windows_that_are_all_there_is_count():
@@ -379,13 +379,13 @@ def test_windows_that_are_all_there_is_count():
     group = np.array([0, 0, 1, 1, 0, 0])
 
     def steps(**fields):
-        return mt.RoutingStatistics.from_load(load, **fields).is_step.tolist()
+        return mt.RoutingStatistics.from_load(load, **fields).is_full_window.tolist()
 
     assert steps() == [True] * 6
     assert steps(window=16) == [True, True, False, True, True, False]
     named = {"group": group, "group_names": ("long", "short")}
     assert steps(window=16, **named) == [True, True, True, True, True, False]
-    assert mt.RoutingStatistics.from_load(load[2:3], window=16).is_step.tolist() == [True]
+    assert mt.RoutingStatistics.from_load(load[2:3], window=16).is_full_window.tolist() == [True]
 
 
 @pytest.mark.parametrize("arrival", ["mixed", 0.5])

@@ -214,7 +214,7 @@ def test_a_trace_keeps_no_more_than_a_few_halves():
     trace, units = traffic([40] * 4), Samples("sequence", 4)
     for window in range(1, 2 * halves.CACHED_SETTINGS):
         halve(trace, setting(window=window), units)
-    assert len(trace.known["halves"]) <= halves.CACHED_SETTINGS + 1
+    assert len(trace.memo["halves"]) <= halves.CACHED_SETTINGS + 1
 
 
 def test_a_new_figure_of_windows_has_an_interval(monkeypatch):

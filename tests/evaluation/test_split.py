@@ -129,7 +129,7 @@ def drawn(seed):
 MODEL = mt.CostModel(10.0, 3.0, 0.0, 0.02, exposed=0.6, token_bytes=1e4)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("speeds", [None, (1.0, 2.0, 1.0, 3.0, 1.0, 2.0)])
 def test_no_figure_depends_on_numbers_of_devices(seed, speeds):
     """Devices in another order, with their speeds, are the same machine: in groups, too."""
@@ -158,7 +158,7 @@ def assert_same(one, other):
         assert one == other
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(4))
 def test_the_total_is_what_a_cap_is_held_against(seed):
     """A cap that is a hair below the total of a layer is exceeded, and one above it is kept."""
     slots, counts = drawn(seed)
@@ -234,20 +234,3 @@ def test_a_trace_is_counted_first(make_trace):
     trace = make_trace(40, experts=8)
     single = in_turns(trace.layers, 8, 2)
     assert mt.evaluate(single, trace, split="lp") == mt.evaluate(single, trace)
-
-
-def test_the_command_line_counts_a_trace(make_trace, as_json, tmp_path, monkeypatch):
-    """``evaluate --split lp`` of a trace is that of its counts."""
-    monkeypatch.chdir(tmp_path)
-    trace = make_trace(600, experts=8)
-    trace.save("trace.safetensors")
-    placement = mt.Placement([[[0, 1, 2, 3, 4], [4, 5, 6, 7, 0]]] * trace.layers)
-    placement.save("placement.json")
-    how = ("--split", "lp", "--window", 100)
-    answer = as_json("evaluate", "placement.json", "trace.safetensors", *how)
-    counts = mt.RoutingStatistics.from_trace(trace, window=100)
-    expected = mt.evaluate(placement, counts, split="lp")
-    assert answer["imbalance"] == pytest.approx(expected.imbalance)
-    assert answer["settings"]["split"] == "lp"
-    even = as_json("evaluate", "placement.json", "trace.safetensors", "--window", 100)
-    assert answer["imbalance"] < even["imbalance"]

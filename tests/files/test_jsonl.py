@@ -106,7 +106,7 @@ def plain(content):
     return (ids, sequence, group) if len(forms) == 1 else None
 
 
-@settings(max_examples=settings().max_examples * 5)
+@settings(max_examples=settings().max_examples * 2)
 @given(texts_of_lines(), st.integers(1, 60), st.booleans())
 def test_lines_mean_what_json_says(tmp_path_factory, texts, block, cut):
     """What is read is what Python's JSON says, whatever the blocks; all else is refused."""

@@ -10,7 +10,7 @@ from make import random_ids
 import moetuner as mt
 
 
-@settings(max_examples=settings().max_examples * 10)
+@settings(max_examples=settings().max_examples * 4)
 @given(
     hnp.arrays(
         hnp.integer_dtypes(endianness="?") | hnp.unsigned_integer_dtypes(endianness="?"),

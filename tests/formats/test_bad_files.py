@@ -303,7 +303,7 @@ loads | PIVOT + "0,1,2\n0.5,3,4\n" | line 3, column 'layer': must be a layer
 loads | PIVOT + "0,1,2\n1,3,-4\n" | line 3, column 'e1': must be a count from 0 to 2**48, got -4
 loads | PIVOT + "0,1,2\n1,inf,4\n" | line 3, column 'e0': must be a count from 0 to 2**48, got inf
 loads | PIVOT + "0,1,2\n1,0.5,4\n" | line 3, column 'e0': must be a count from 0 to 2**48, got 0.5
-loads | PIVOT + "0,1,2\n1,1e300,4\n" | line 3, column 'e0': must be a count from 0 to 2**48
+loads | PIVOT + "0,1,2\n1,281474976710656,4\n" | column 'e0': must be a count from 0 to 2**48
 loads | "step," + PIVOT + "0,0,1,2\nnan,0,3,4\n" | line 3, column 'step': must be a time, got nan
 loads | "step," + PIVOT + "0,0,1,2\n0,0,3,4\n" | line 3: window 0 must have layer 0 once
 loads | "step," + PIVOT + "0,0,1,2\n0,1,1,2\n1,1,3,4\n" | got none of window 1, layer 0
@@ -437,7 +437,6 @@ tokenspeed | {"logical_count": np.ones(4)} | logical_count must be a tensor [lay
 tokenspeed | {"logical_count": np.full((2, 4), 0.5)} | must be whole numbers of tokens
 tokenspeed | {"logical_count": -np.ones((2, 4))} | must be counts from 0 to 2**48
 tokenspeed | {}, {"logical_count": np.ones((3, 4))} | must be [2, 4] like those before, got [3, 4]
-tokenspeed | {"logical_count": np.zeros((2, 4))} | every count is zero
 csv | ROUTE | must have at least one row, got none
 csv | ROUTE[:17] + "turn,step\n0,1\n" | must have columns turn, step, layer, slot, expert
 csv | ROUTE + "0,0,0,0,1\n0,0,0,0,x\n" | line 4, column 5: must have rows of integers, got 'x'
@@ -463,7 +462,6 @@ fastdeploy | {"data": [[["a", "b"]]]} | response 0: rank 0: counts must be
 fastdeploy | {"data": [[[1, 2]], [[1, 2, 3]]]} | rank 1: counts must be [1, 2] like those before
 fastdeploy | {}, {"data": [[[1, 2]] * 2]} | must have layers and experts of the answers before
 fastdeploy | {}, {"code": 1, "data": None, "msg": "no"} | response 1: must have code 0 and data by
-fastdeploy | {"data": [[[0, 0]]]} | every count is zero
 memra | "1 1 0,1\n2 1 0,\n" | line 2: must be <layer> <t> <id,id,...>, got '2 1 0,'
 memra | "1 1 0,1\n2 1 0 1\n" | line 2: must be <layer> <t> <id,id,...>
 memra | "1 1 0,1\n2 1 0 1\n1 1,0,1\n2 1 0,1\n" | line 2: must be <layer> <t> <id,id,...>

@@ -103,12 +103,3 @@ def test_export_fills_what_engines_have_no_word_for(run, tmp_path):
     assert json.loads(report.read_text())["filled_slots"] == 2
     with np.load(out) as arrays:
         assert arrays["physical_to_logical_map"].tolist() == [[0, 1, 2, 0], [0, 2, 1, 0]]
-
-
-def test_solve_fills_slots_on_the_command_line(run, make_trace, tmp_path):
-    """What it writes needs no filling any more."""
-    trace, out = tmp_path / "t.safetensors", tmp_path / "p.json"
-    make_trace().save(trace)
-    options = ("--devices", 3, "--fill-slots", "--max-imbalance", "1.5", "--out", out)
-    assert run("solve", trace, *options, "--method", "heuristic")[0] == 0
-    assert (mt.Placement.load(out).slots >= 0).all()

@@ -95,13 +95,3 @@ def test_what_the_map_cannot_say_is_refused(tmp_path, slots, words):
     with pytest.raises(ValueError, match=words):
         write_placement(mt.Placement(slots), "memra", path, dense_layers=[])
     assert not path.exists()
-
-
-def test_for_memra_is_for_two_cards(ok, make_trace, tmp_path):
-    """A placement computed for it is one that the map can say."""
-    trace, placement, out = (tmp_path / name for name in ("t.safetensors", "p.json", "m.json"))
-    make_trace().save(trace)
-    options = ("--for", "memra", "--max-imbalance", "1.5", "--method", "lpt", "--out", placement)
-    ok("solve", trace, "--devices", 2, *options)
-    ok("export", placement, "--to", "memra", "--dense-layers", "none", "--out", out)
-    assert np.array_equal(mt.read_placement(out).device_of, mt.Placement.load(placement).device_of)

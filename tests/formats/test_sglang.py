@@ -203,7 +203,7 @@ def test_dumps_of_two_models_are_not_joined(tmp_path):
         write_sglang(tmp_path / f"{rank}.pt", [record], np.arange(experts)[None])
     with pytest.raises(ValueError, match="must be of one model, got 4 and 6 experts"):
         mt.open_input(tmp_path)
-    assert mt.open_input(tmp_path / "1.pt").experts == 6
+    assert mt.open_input(tmp_path / "1.pt").num_experts == 6
 
 
 scalars = st.none() | st.booleans() | st.integers(-3, 9) | st.floats() | st.text(max_size=3)

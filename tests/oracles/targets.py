@@ -494,7 +494,7 @@ def random_statistics(rng: random.Random) -> mt.RoutingStatistics:
 def random_problem(rng: random.Random) -> mt.Problem:
     """Return a problem with rules from the corners; ValueError where they make no sense."""
     statistics = random_statistics(rng)
-    layers, experts = statistics.layers, statistics.experts
+    layers, experts = statistics.layers, statistics.num_experts
     devices = drawn(rng, [1, 2, 3, 4, 6, 8, experts, experts + 1])
     fits = [size for size in range(1, devices + 1) if devices % size == 0]
     speed = [drawn(rng, [1.0, 1.02, 2.0]) for _ in range(devices)]

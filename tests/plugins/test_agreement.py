@@ -24,7 +24,9 @@ from moetuner.plugins.settings import Settings
 
 distributed = pytest.importorskip("torch.distributed")
 
-SPAWN = multiprocessing.get_context("spawn")
+# Ranks are forked from a process that has torch already.
+SPAWN = multiprocessing.get_context("forkserver")
+SPAWN.set_forkserver_preload(["torch.distributed", "moetuner.plugins.balancer"])
 LOAD = np.random.default_rng(0).integers(1, 99, (2, 4))
 
 

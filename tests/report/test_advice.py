@@ -1,6 +1,5 @@
 """advise(): right answers where they are known, and what they are made of."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,12 +8,11 @@ from make import random_ids, trace_of
 
 import moetuner as mt
 from moetuner import _checks as check
-from moetuner.evaluation.samples import Blocks, Samples, hold_out
+from moetuner.evaluation.samples import Samples, hold_out
 from moetuner.report import recording
 from moetuner.report.advice import drift
 from moetuner.report.advice.conclusion import (
     NEAR_BEST,
-    conclude,
     find_copies,
     find_fewest_copies_near_best,
 )
@@ -93,8 +91,7 @@ def test_a_change_of_kind_is_not_enough_evidence():
     assert numbers_of(advice, "order of the recording") is not None
 
 
-@pytest.mark.parametrize("seed", [2, 3])
-@pytest.mark.parametrize("engine", [None, "vllm"])
+@pytest.mark.parametrize(("seed", "engine"), [(2, None), (3, "vllm")])
 def test_known_answers_are_given_for_every_seed(seed, engine):
     """A flat load, a strong skew and a change of kind, in whatever order the engine serves them."""
     options = {"copies": (0,), "splits": 1, "iterations": 50, "engine": engine}
@@ -130,12 +127,6 @@ def test_nothing_moves_where_the_answer_is_not_now(expert_bytes):
         assert moving["device_bytes"][0] == moving["device_bytes"][1]
 
 
-def test_one_device_needs_no_evidence():
-    """All placements are alike there."""
-    advice = advise(routed(skewed(1000)), mt.Topology(1), copies=(0,), splits=1)
-    assert (advice.answer, advice.findings[0].kind) == ("not now", "one device")
-
-
 def test_groups_that_lose_are_named():
     """Who decides on the mean hears of those that pay for it."""
     liked = np.stack([np.linspace(2, 0, EXPERTS), np.tile([2.0, 0], EXPERTS // 2)])
@@ -166,14 +157,6 @@ def test_the_audit_of_groups_names_what_runs():
     advice = advise(trace, TWO_NODES, copies=(0,), splits=1, initial=BLOCKS)
     (audit,) = [warning for warning in advice.warnings if "Slower in" in warning]
     assert audit.endswith("audit(placement, traffic, window=512, baseline=running).")
-
-
-def test_few_sequences_are_not_enough_evidence():
-    """Four unseen sequences tell nothing, however strong they are."""
-    advice = advise(routed(skewed(8 * LENGTH)), TWO_NODES, copies=(0,), splits=2)
-    assert advice.answer == "not enough evidence"
-    numbers = {"unseen": 4, "least": 5, "unit": "sequence"}
-    assert numbers_of(advice, "too few units") == numbers
 
 
 def test_one_kind_is_not_enough_evidence():
@@ -265,15 +248,6 @@ def test_figures_are_those_of_evaluate(strong):
     assert strong.moving.steps == np.ceil(strong.moving.seconds * 1e6 / saved)
 
 
-def test_advice_is_json_and_short(strong):
-    """Everything is told as JSON, and shown in a few lines."""
-    fields = json.loads(json.dumps(strong.to_dict()))
-    assert (fields["answer"], fields["settings"]["splits"]) == (strong.answer, 2)
-    assert [row["per_device"] for row in fields["copies"]] == [0, 1]
-    assert fields["copies"][1]["bytes_per_device"] == LAYERS * 1e6
-    assert len(repr(strong)) < 2500
-
-
 def test_the_answer_does_not_depend_on_threads():
     """One thread and two give the same."""
     how = {"copies": (0, 1), "splits": 1, "time_limit": None}
@@ -352,16 +326,6 @@ def test_halves_of_other_groups_get_both_answers():
     worst, mix = min(gain.gain for gain in advice.halves), advice.main.gain.gain
     assert (numbers["worst"].gain, numbers["mix"].gain) == (worst, mix)
     assert advice.findings[0].numbers["of_groups"] == (worst < mix / 2)
-
-
-@pytest.mark.usefixtures("brief")
-@pytest.mark.parametrize("load", [[[[1, 2, 3, 4]]], [[[90, 5, 5, 5]] * 3]])
-def test_one_window_is_not_enough_evidence(load):
-    """However strong: nothing is left to judge on, and that is the reason."""
-    advice = mt.advise(mt.RoutingStatistics.from_load(load), mt.Topology(2), copies=(0, 1))
-    assert advice.answer == "not enough evidence"
-    assert advice.findings[0].kind == "one window"
-    json.dumps(advice.to_dict())
 
 
 def test_an_engine_decides_copies_and_order():
@@ -507,6 +471,7 @@ def even_load():
         (even_load, f"eplb:{EXPERTS}", [0, 1, 2, 3, 4]),
     ],
 )
+@pytest.mark.usefixtures("brief")
 def test_numbers_of_copies_are_tried_where_they_may_gain(table, initial, tried):
     """Where neither the next number nor the largest gains, those between are left out.
 
@@ -538,6 +503,7 @@ def test_more_memory_is_no_gain_of_the_placement(initial):
         assert is_more
 
 
+@pytest.mark.usefixtures("brief")
 def test_all_rows_of_copies_are_of_searches_as_short():
     """Each is searched for time alike, judged on the same half; the proposed one's too."""
     topology, table = mt.Topology(4), heavy()
@@ -553,20 +519,6 @@ def test_all_rows_of_copies_are_of_searches_as_short():
         gains.append(1 - time / advice.running.predicted_layer_us)
     assert [row.per_device for row in advice.copies] == [0, 1]
     assert [row.best for row in advice.copies] == pytest.approx(gains)
-
-
-@pytest.mark.parametrize("number", [0, 3])
-def test_windows_that_are_too_alike_are_called_so(number):
-    """Windows in a row count as few samples, or as none."""
-    units = Samples("window", number, Blocks(60.0, 20))
-    advice = advise(heavy(), mt.Topology(4), copies=(0,), splits=1)
-    (judged,) = advice.judged
-    gain = replace(judged.gain, change=replace(judged.gain.change, error=None, units=number))
-    judged = replace(judged, whole=judged.whole | {"predicted_layer_us": gain})
-    advice = conclude(replace(advice, judged=(judged,), units=units))
-    assert advice.answer == "not enough evidence"
-    assert numbers_of(advice, "neighbouring windows are alike")["unseen"] == number
-    assert numbers_of(advice, "windows in blocks") == {"length": 20, "worth": number}
 
 
 def test_drift_is_seldom_told_of_one_kind():
@@ -604,14 +556,16 @@ def test_traffic_leaves_a_profile_if_its_kind_changes(form):
     assert by_layer.argmax() == drifts[-1].worst_layer
 
 
-@pytest.mark.parametrize("initial", ["contiguous", "round_robin", "eplb"])
+@pytest.mark.parametrize("initial", ["contiguous", "eplb"])
 def test_nothing_moves_where_nothing_is_gained(initial):
-    """Loads that are the same for all experts give no reason to move one of them."""
+    """Loads that are the same for all experts give no reason to move one of them, or a few."""
     flat = mt.RoutingStatistics.from_load(np.full((40, 3, 16), 64))
     advice = advise(flat, mt.Topology(4), copies=(0, 1), initial=initial)
     assert (advice.answer, advice.moving.experts) == ("not now", 0)
+    assert advice.step is advice.to_dict()["step"] is None
 
 
+@pytest.mark.usefixtures("brief")
 def test_a_proposal_leaves_as_much_as_can_be_where_it_is():
     """What is proposed is worth what a solve from nothing is, and moves fewer experts."""
     advice = advise(heavy(), mt.Topology(8), copies=(0,), splits=1)
@@ -646,26 +600,6 @@ def test_few_moves_gain_most_of_it():
     assert advice.to_dict()["step"]["gain"]["gain"] == step.gain.gain
 
 
-def test_no_step_where_nothing_is_proposed():
-    """Where the answer is no, no smaller step is offered."""
-    flat = mt.RoutingStatistics.from_load(np.full((40, 3, 16), 64))
-    advice = advise(flat, mt.Topology(4), copies=(0,))
-    assert advice.step is None
-    assert advice.to_dict()["step"] is None
-
-
-@pytest.mark.usefixtures("brief")
-@pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_lack_of_evidence_names_the_engine_s_recorder(engine):
-    """The sentence that refuses says by which option this engine records sequences."""
-    kinds = np.random.default_rng(0).poisson(500, (4, 2, 8))
-    counts = mt.RoutingStatistics.from_load(np.repeat(kinds, 3, axis=0))
-    advice = advise(counts, mt.Topology(4), engine=engine, splits=1)
-    assert advice.answer == "not enough evidence"
-    options = {"vllm": "--enable-return-routed-experts", "sglang": "recorder-mode per_token"}
-    assert options[engine] in advice.sentence
-
-
 @pytest.mark.usefixtures("brief")
 def test_sentences_name_arguments_of_python():
     """Called from Python, reasons and warnings say arguments, and no options of the command."""
@@ -691,6 +625,7 @@ def test_tokens_that_stay_on_one_of_two_devices_are_said(devices, top_k, said):
     assert numbers_of(advice, "tokens on one device") == (numbers if said else None)
 
 
+@pytest.mark.usefixtures("brief")
 def test_what_a_lost_device_does_is_said_where_there_are_copies():
     """Of the proposed placement, as its evaluation has it; of single copies nothing is said."""
     load = np.random.default_rng(5).poisson(1e6, (12, 2, 16))

@@ -1,15 +1,12 @@
 """What the hottest experts take: a fixed set, a cache, and routing without preference."""
 
-import html
-import re
 from collections import OrderedDict
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from make import in_turns, random_ids, trace_of
+from make import random_ids, trace_of
 
 import moetuner as mt
 from moetuner import _core
@@ -135,20 +132,3 @@ def test_published_shares_of_gpt_oss(data):
     assert hot.static == pytest.approx((0.482, 0.792, 0.961), abs=0.01)
     assert hot.cache == pytest.approx((0.62, 0.885, 0.977), abs=0.015)
     assert hot.answer == "a cache serves better"
-
-
-def test_a_page_has_it(make_trace, ok, tmp_path, monkeypatch):
-    """The panel's curves and tables are what the traffic's hottest experts take."""
-    pytest.importorskip("plotly", reason="the extra report is not installed")
-    monkeypatch.chdir(tmp_path)
-    trace = make_trace(600)
-    trace.save("trace.safetensors")
-    in_turns(3, 8, 4).save("placement.json")
-    ok("evaluate", "placement.json", "trace.safetensors", "--report", "page.html")
-    text = Path("page.html").read_text()
-    section = re.search(r'<section id="hot">(.*?)</section>', text, re.DOTALL)[1]
-    hot = hold_out_hot_experts(trace)
-    assert hot.sentence in html.unescape(section)
-    for shares in (hot.static, hot.cache):
-        assert all(f"{100 * share:.1f} %" in section for share in shares)
-    assert all(name in section for name in hot.static_of_group)

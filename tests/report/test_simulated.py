@@ -14,7 +14,7 @@ import simulated
 
 import moetuner as mt
 
-RUNS = 3
+RUNS = 2
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import moetuner as mt
 from moetuner.serving.phases import PREFILL_WINDOWS, WINDOWS
 
 TOPOLOGY = mt.Topology(4)
-# Tokens of recordings: one, two and four windows of either phase, 16 and 17 windows of decode, and
+# Tokens of recordings: one and two windows of either phase, 17 windows of decode, and
 # recordings whose halves fill two windows of prefill. One token more or less is no other traffic.
-EDGES = sorted({WINDOWS[0] * n for n in (1, 2, 4, 16, 17)} | {WINDOWS[1] * n for n in (1, 2)})
+EDGES = sorted({WINDOWS[0] * n for n in (1, 2, 17)} | {WINDOWS[1] * n for n in (1, 2)})
 HALVED = [4 * size for size in PREFILL_WINDOWS]
 
 

@@ -8,22 +8,15 @@ import threading
 
 import numpy as np
 import pytest
-import rules
 
 from moetuner import selftest
 from moetuner.cli import main
 from moetuner.selftest import cases
 
 
-def test_answers_are_the_stored_ones():
-    """Every case has a stored hash, which comes out on one thread; below, on more."""
+def test_every_case_has_a_stored_answer():
+    """Which comes out by the command and, below, on one thread and on two."""
     assert selftest.read_hashes().keys() == cases.CASES.keys()
-    assert selftest.find_differences(1) == []
-
-
-def test_answers_under_other_rules_are_the_stored_ones():
-    """Other baselines, groups, speeds, bans, lost ranks and few moves, on two threads."""
-    assert rules.compute_hashes(2) == json.loads(rules.STORED.read_text())
 
 
 def test_hashes_are_of_values_and_shapes():
@@ -36,20 +29,6 @@ def test_hashes_are_of_values_and_shapes():
     assert selftest.hash_of([one]) != selftest.hash_of([one + 1])
     with pytest.raises(TypeError, match="only whole numbers"):
         selftest.hash_of([one / 2])
-
-
-def test_placements_answer_their_problem():
-    """Copies, bans and lost ranks of the cases are in their answers."""
-    traffic = cases.Traffic()
-    banned = rules.CASES["joint, traffic, bans"](traffic)[0]
-    assert (banned[:, 3] == 0).any(axis=1).all()
-    assert not (banned[0, 0] == 5).any()
-    survived = rules.CASES["joint, balance, survive"](traffic)[0]
-    holders = [[(row == expert).any(axis=1).sum() for expert in range(16)] for row in survived]
-    assert np.min(holders) >= 2
-    lost = rules.CASES["policy, a lost rank"](traffic)[0].reshape(8, 8, 10)
-    assert (lost[:, 3] == -1).all()
-    assert (lost[:, [0, 1, 2, 4, 5, 6, 7]] >= 0).all()
 
 
 def test_the_command_says_so_in_one_line(capsys):
@@ -79,7 +58,7 @@ def test_eight_threads_get_the_same_answers():
 
     Each has a quarter of the cases, and each quarter is computed with one thread and with two.
     """
-    found, answers = [None] * 8, cases.CASES | rules.CASES
+    found, answers = [None] * 8, cases.CASES
     start = threading.Barrier(len(found))
 
     def work(place):
@@ -93,7 +72,7 @@ def test_eight_threads_get_the_same_answers():
         thread.start()
     for thread in threads:
         thread.join()
-    stored = selftest.read_hashes() | json.loads(rules.STORED.read_text())
+    stored = selftest.read_hashes()
     assert found[0] | found[2] | found[4] | found[6] == stored
     for hashes in found:
         assert hashes.items() <= stored.items()

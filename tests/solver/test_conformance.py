@@ -10,7 +10,7 @@ from brute_force import every_placement, rank
 from make import trace_of
 
 import moetuner as mt
-from moetuner.solver import METHODS, effort
+from moetuner.solver import METHODS
 from moetuner.solver.stages.floor import balanced
 
 SEARCHES = ("joint", "heuristic")
@@ -18,12 +18,6 @@ SEARCHES = ("joint", "heuristic")
 ROUNDING = 1e-9
 # Placements that are tried at most.
 MOST_TRIED = 1000
-
-
-@pytest.fixture(autouse=True)
-def _polished_once(monkeypatch):
-    """Polish the best placement alone: a polish judges thousands, and claims need none."""
-    monkeypatch.setattr(effort, "POLISHED", 1)
 
 
 def random_problem(seed):
@@ -130,7 +124,7 @@ def check_front(problem, running):
         assert bool(trade.caps_raised) == (excess > 0)
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(16))
 def test_answers_are_true_of_the_problem(seed):
     """Rules and budgets are kept, single copies and what runs are floors, and claims hold."""
     problem = random_problem(seed)
@@ -172,7 +166,7 @@ def test_an_interrupt_at_any_moment_gives_an_answer(make_trace, method):
     statistics = mt.RoutingStatistics.from_trace(make_trace(60), window=20)
     problem = mt.Problem(statistics, mt.Topology(4), objective="time", slots_per_device=3)
     floor = mt.Placement(balanced(problem), num_experts=8)
-    for moment in (1, 30, 200, 500, 1500):
+    for moment in (1, 200, 1500):
         calls, began = 0, False
 
         def interrupt(frame, event, _, moment=moment):

@@ -29,7 +29,7 @@ def problem_of(load, devices=8, slots=10, **more):
 
 
 def best_by_brute_force(problem):
-    """Return the least objective of all placements of one layer."""
+    """Return the least objective of all placements of one layer, on devices that are alike."""
     devices, slots = problem.devices, problem.slots
     held = [
         (*chosen, *[-1] * (slots - size))
@@ -38,7 +38,7 @@ def best_by_brute_force(problem):
     ]
     values = [
         problem.value(Placement(np.array([content], np.int32), num_experts=problem.experts))
-        for content in itertools.product(held, repeat=devices)
+        for content in itertools.combinations_with_replacement(held, devices)
         if {e for row in content for e in row} >= set(range(problem.experts))
     ]
     return min(values)
@@ -63,14 +63,16 @@ def test_it_is_the_best_of_all_placements(load, devices, slots):
     assert result.bound <= result.objective * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("windows", [1, 5])
-@pytest.mark.parametrize(("objective", "part"), [("balance", 1), ("time", 1), ("time", 500)])
-def test_it_is_never_behind_the_best_of_even_parts(windows, objective, part):
+@pytest.mark.parametrize(
+    ("objective", "part", "windows"),
+    [("balance", 1, 1), ("balance", 1, 5), ("time", 1, 5), ("time", 500, 5)],
+)
+def test_it_is_never_behind_the_best_of_even_parts(objective, part, windows):
     """The answer of split even is no better, as long as it is searched, judged by the programme.
 
     Of few tokens copies take longer to read than they save: then even parts find the best answer.
     """
-    load = skewed(windows, windows=windows) // part
+    load = skewed(windows, layers=1, windows=windows) // part
     problem = problem_of(load, objective=objective)
     even = mt.solve(problem_of(load, objective=objective, split="even"), effort="brief")
     assert mt.solve(problem, effort="brief").objective <= problem.value(even.placement) * (1 + 1e-9)
@@ -89,7 +91,9 @@ def test_other_traffic_is_divided_better():
     moved = load * np.random.default_rng(3).lognormal(0, 0.4, load.shape)
     counts = mt.RoutingStatistics(np.rint(moved).astype(np.uint64))
     lp, even = (
-        mt.evaluate(mt.solve(problem_of(load, split=split)).placement, counts, split="lp")
+        mt.evaluate(
+            mt.solve(problem_of(load, split=split), effort="brief").placement, counts, split="lp"
+        )
         for split in ("lp", "even")
     )
     assert lp.imbalance < even.imbalance - 0.03
@@ -133,21 +137,8 @@ def test_moves_from_a_running_placement_are_judged_by_it():
     load = skewed(6)
     running = mt.solve(problem_of(load, split="even"), method="eplb").placement
     problem = problem_of(skewed(7))
-    result = mt.solve(problem, initial=running, move_budget=6)
+    result = mt.solve(problem, initial=running, move_budget=6, iterations=200)
     assert result.objective <= problem.value(running)
-
-
-@pytest.mark.parametrize("holdout", [0, 0.5])
-def test_a_trace_is_solved_for_it_and_exported(
-    make_trace, ok, as_json, tmp_path, monkeypatch, holdout
-):
-    """What is left out of a trace is counted to judge on."""
-    monkeypatch.chdir(tmp_path)
-    make_trace(600, experts=8).save("trace.safetensors")
-    serving = ("--devices", 2, "--slots-per-device", 6, "--for", "sglang", "--split", "lp")
-    ok("solve", "trace.safetensors", *serving, "--holdout", holdout, "--objective", "balance")
-    ok("export", "placement.json", "--to", "sglang", "--dense-layers", "none", "--out", "map.json")
-    assert as_json("evaluate", "placement.json", "trace.safetensors")["imbalance"] >= 1
 
 
 def placed(redundant):

@@ -1,6 +1,6 @@
 """Moves from a running placement: caps and rules first, steps that gain most, never worse."""
 
-from itertools import combinations, pairwise, product
+from itertools import combinations, product
 from types import SimpleNamespace
 
 import numpy as np
@@ -55,7 +55,7 @@ def problem_of(goal, seed=0):
 
 
 @pytest.mark.parametrize("goal", GOALS)
-@pytest.mark.parametrize("share", [0.3, 0.75, 1.0])
+@pytest.mark.parametrize("share", [0.3, 1.0])
 def test_few_moves_are_the_first_steps_that_gain_enough(goal, share):
     """They gain the share of what the end of all steps does; one step fewer does not."""
     problem, initial = problem_of(goal), blocks(3, 16, 4)
@@ -225,10 +225,9 @@ def test_nothing_ends_worse_than_staying(goal, limit):
 
 
 @pytest.mark.parametrize("goal", GOALS)
-@pytest.mark.parametrize("seed", range(2))
-def test_a_larger_budget_gives_no_worse_placement(goal, seed):
+def test_a_larger_budget_gives_no_worse_placement(goal):
     """As budgets rise, up to all slots, neither the load above caps does nor the value."""
-    problem, initial = problem_of(goal, seed), blocks(3, 16, 4)
+    problem, initial = problem_of(goal), blocks(3, 16, 4)
     slots = int(problem.capacity.sum())
     before = (np.inf, np.inf)
     for limit in (0, 1, 2, 5, 13, 40, slots - 1, slots):
@@ -236,26 +235,6 @@ def test_a_larger_budget_gives_no_worse_placement(goal, seed):
         excess, value = rank(problem, result.placement)
         assert (round(excess, 9), value * (1 - 1e-9)) <= before, limit
         before = (round(excess, 9), value)
-
-
-@pytest.mark.parametrize("goal", GOALS)
-def test_a_larger_budget_searches_all_that_a_smaller_one_does(goal, monkeypatch):
-    """Prices and starts of the searches for a budget are the first ones of any larger budget."""
-    problem, initial, inner = problem_of(goal), blocks(3, 16, 4), Run.inner
-    met = []
-
-    def noted(run, *arguments, moves, start):
-        met.append((moves.price, start.tobytes()))
-        return inner(run, *arguments, moves=moves, start=start)
-
-    monkeypatch.setattr(Run, "inner", noted)
-    searches = []
-    for limit in (6, 11, 24, 40):
-        met.clear()
-        mt.solve(problem, "heuristic", initial=initial, move_budget=limit, iterations=100)
-        searches.append(list(met))
-    for smaller, larger in pairwise(searches):
-        assert larger[: len(smaller)] == smaller
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -396,7 +375,7 @@ def test_an_infinite_budget_is_none(method):
 
 def test_filling_empty_slots_is_counted_in_the_budget():
     """What fills the slots of the running placement comes first; then the rest may be spent."""
-    for seed in range(6):
+    for seed in range(2):
         slots = {"slots_per_device": 3, "fill_slots": True}
         counts, running = statistics(seed, layers=2, experts=8), blocks(2, 8, 4)
         problem = mt.Problem(counts, mt.Topology(4), objective="balance", **slots)
@@ -414,7 +393,7 @@ def test_a_front_has_all_points_of_one_to_fewer_moves(goal):
     """Whatever the budget the search meets the same placements, and ends earlier for a smaller."""
     problem, initial = problem_of(goal), blocks(3, 16, 4)
     smaller: set[bytes] = set()
-    for limit in (3, 6, 11, 24, 40):
+    for limit in (3, 11, 40):
         run = Run(problem, budget=Budget(iterations=100), moves=Moves(initial))
         moves.offer_running(run)
         front = Front(run, run.moves)

@@ -43,7 +43,7 @@ def planted_traffic(seed, layers=8, experts=64, devices=8):
 # Planted optima.
 
 
-@pytest.mark.parametrize("cap", [None, 1.2, 1.03, 1.02, 1.0])
+@pytest.mark.parametrize("cap", [None, 1.03, 1.0])
 @pytest.mark.parametrize(
     ("layers", "experts", "devices", "per_node"),
     [(8, 64, 8, None), (8, 64, 8, 4), (3, 16, 4, None), (4, 104, 26, None)],
@@ -74,7 +74,7 @@ def test_starts_on_links_alike_are_recombined(seed, per_node):
 def test_tight_caps_cost_less_than_half():
     """Caps that hardly any swap keeps are crossed on the way: without that it is 0.59 of it."""
     cost = {"lpt": 0, "heuristic": 0}
-    for seed in range(4):
+    for seed in range(2):
         random, load = np.random.default_rng(seed), np.zeros((1, 8, 32), dtype=np.int64)
         for layer, homes in enumerate(planted_homes(random, 8, 32, 8)):
             for device in range(8):

@@ -58,9 +58,8 @@ def test_every_method_gives_one_valid_placement(make_trace, method, name):
 
 
 @pytest.mark.parametrize("seed", range(16))
-def test_uneven_slots_are_kept(seed, monkeypatch):
+def test_uneven_slots_are_kept(seed):
     """Whatever the slots of devices are, copies or none, the goal time answers, and keeps them."""
-    monkeypatch.setattr(effort, "POLISHED", 1)
     random = np.random.default_rng([1, seed])
     experts, devices = [(5, 3), (8, 4), (9, 4), (16, 6)][seed % 4]
     row = random.integers(0, 2 * experts // devices + 1, devices)

@@ -1,6 +1,7 @@
 """Every MoE architecture of the installed transformers: exact in memory and on disk, or refused."""
 
 import contextlib
+import json
 from functools import partial
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from moe_models import build_kind, kinds, outputs, placement_for, recorded, same, tensors_of, torch
 from transformers.utils import logging
 
-from moetuner.torch import apply_placement, moe_layers, permute_state_dict
+from moetuner.torch import Renumbering, apply_placement, moe_layers, permute_state_dict
 
 # What is here must be right, and neither refused nor passed over.
 NAMES = (
@@ -70,9 +71,26 @@ def tried(call, *arguments):
         return None, f"{call.__name__}: {error}"
 
 
+def one_by_one(renumber, tensors):
+    """Renumber tensors in an order of their own, each alone."""
+    names = sorted(tensors, key=lambda name: name[::-1])
+    return dict(renumber(name, tensors[name]) for name in names)
+
+
+def renumbered_alike(placement, configs, weights, old, new):
+    """Hold one tensor after the other against what is made of all, on disk and in memory."""
+    for about in configs:
+        renumber = Renumbering(placement, about)
+        assert same(one_by_one(renumber, old), new)
+        expected = permute_state_dict(weights, placement, config=configs[0])
+        assert same(one_by_one(renumber, weights), expected)
+    assert same(one_by_one(Renumbering(placement, configs[0], names=old), old), new)
+    assert same(one_by_one(Renumbering(placement, configs[0], inverse=True), new), old)
+
+
 @pytest.mark.parametrize("kind", kinds())
 def test_right_or_refused(kind, tmp_path):
-    """What reaches the experts is recorded; outputs stay, in memory and on disk alike by bits."""
+    """What reaches experts is recorded; outputs stay; disk and single tensors agree by bits."""
     tokens = torch.randint(2, 64, (4, 12), generator=torch.Generator().manual_seed(1))
     with skipped_if_unbuildable(kind):
         model = build_kind(kind)
@@ -96,8 +114,11 @@ def test_right_or_refused(kind, tmp_path):
     if on_disk:
         out, why_not = tried(permute_state_dict, old, placement, new)
         refused.append(why_not)
+        config = json.loads((old / "config.json").read_text())
         if out is None:
             assert not new.exists()
+            with pytest.raises(REFUSED):
+                one_by_one(Renumbering(placement, config), tensors_of(old))
         else:
             assert why is None, "what the model refuses is done to its files"
             model.save_pretrained(saved)
@@ -105,6 +126,9 @@ def test_right_or_refused(kind, tmp_path):
             assert not same(tensors_of(new), tensors_of(old))
             permute_state_dict(new, placement, back, inverse=True)
             assert same(tensors_of(back), tensors_of(old))
+            renumbered_alike(
+                placement, (config, model.config), weights, *map(tensors_of, (old, new))
+            )
     reasons = [reason for reason in refused if reason]
     assert kind not in RIGHT or (on_disk and not reasons), reasons
     if kind in RIGHT:

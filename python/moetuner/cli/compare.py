@@ -19,6 +19,7 @@ from moetuner.cli.options.pages import Pages, make_origin
 from moetuner.cli.options.serving import ComparedOptions, settings_for_json
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output
+from moetuner.cli.recipes import HOLDOUT
 from moetuner.evaluation.comparison import Comparison, with_splits
 from moetuner.evaluation.figures import explain
 from moetuner.evaluation.judgement import Judgement
@@ -95,7 +96,7 @@ def command(
         DEFAULT_METHODS,
         help=f"Methods to compare, out of {', '.join(METHODS)}.",
     ),
-    holdout: float = option(options.Number(0, 1, max_open=True), "SHARE", 0.5, group=JUDGING),
+    holdout: float = option(options.Number(0, 1, max_open=True), "SHARE", HOLDOUT, group=JUDGING),
     splits: int | None = option(click.IntRange(1, 1000), "N", group=JUDGING),
     baseline: str | None = option(str, "METHOD", group=JUDGING),
     initial_file: Path | None = option(options.IN_FILE, "PLACEMENT", group=options.RUNNING),

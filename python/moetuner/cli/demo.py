@@ -80,7 +80,7 @@ def command(
 
 def _compare_methods(source: Source, trace: RoutingTrace, output: Output) -> dict[str, Outcome]:
     """Solve with all methods on half of a trace; print and return the outcomes on the other."""
-    seen, unseen = hold_out(trace, 0.5)
+    seen, unseen = hold_out(trace)
     # The paper's regime, as its method is among those shown.
     problem = Problem(
         source.count(seen), Topology(DEVICES), regime="follow", max_imbalance=TRAFFIC_CAP

@@ -19,7 +19,7 @@ from moetuner._checks import ArgumentError
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
-from moetuner.cli.options.moves import show_pairs
+from moetuner.cli.options.moves import show_moves
 from moetuner.cli.options.placed import read_any, read_made
 from moetuner.cli.output import Output, working
 from moetuner.cost import bytes_of_expert
@@ -289,8 +289,7 @@ def _write_moves(
     diff = running.diff(placement, topology=topology)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(diff.to_dict()) + "\n")
-    output.say(f"{diff.experts_moved} experts move")
-    show_pairs(output, diff)
+    show_moves(output, diff, topology)
 
 
 def _renumber(

@@ -16,7 +16,7 @@ from moetuner import _texts
 from moetuner.cli import options
 from moetuner.cli.options import list_options, option
 from moetuner.cli.options.machine import Machine
-from moetuner.cli.options.moves import show_pairs, write_moves
+from moetuner.cli.options.moves import show_moves
 from moetuner.cli.options.pages import draw_into, figures_option
 from moetuner.cli.options.placed import read_any, read_made
 from moetuner.cli.options.serving import ServingOptions
@@ -384,10 +384,9 @@ def _show_moves(
         )
         expert_bytes = bytes_of_expert(_first(origin.expert_size for origin in made), model, bits)
     diff = before.diff(after, expert_bytes=expert_bytes, topology=topology)
-    output.say(write_moves(diff, topology))
+    show_moves(output, diff, topology)
     if expert_bytes is None and diff.experts_moved:
         output.say("Pass --expert-bytes to see bytes.")
-    show_pairs(output, diff)
     contents: dict[str, Any] = {"before": str(before_file), "after": str(after_file)}
     contents |= {"expert_bytes": expert_bytes, "topology": topology.to_dict()}
     output.finish(contents | diff.to_dict())

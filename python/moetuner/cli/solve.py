@@ -114,7 +114,10 @@ def command(
         by_group = pages.wanted or output.json_file is not None
         replayed = _replay(result, initial, problem, source, judged_on, by_group=by_group)
         if holdout:
-            replayed = replayed.judge(source.traffic, by_group=pages.wanted)
+            judgements = judge_outcomes(
+                replayed.before, replayed.outcome, source.traffic, by_group=pages.wanted
+            )
+            replayed = replace(replayed, judgements=judgements)
     except KeyboardInterrupt:
         raise click.ClickException(f"interrupted; {out_file} was written") from None
     replayed.show(output, problem, held_out=holdout > 0)
@@ -176,11 +179,6 @@ class ReplayedResult:
         """Whether no size of windows has a sure gain; False without judgements."""
         answers = {judgement.gain.answer for judgement in self.judgements.values()}
         return bool(answers) and answers <= {"no evidence", "worse"}
-
-    def judge(self, recording: Recording, *, by_group: bool) -> ReplayedResult:
-        """Judge the change from the running placement to the result."""
-        judgements = judge_outcomes(self.before, self.outcome, recording, by_group=by_group)
-        return replace(self, judgements=judgements)
 
     def first_judgement(self, source: Source) -> Judgement:
         """Return the judgement for the first size of windows, on seen traffic if there is none."""

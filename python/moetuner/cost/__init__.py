@@ -1,6 +1,6 @@
 """What a layer takes: the cost model, its fit to measured times, and published sizes."""
 
-from moetuner.cost.model import CostModel, busiest_ports, from_keys
+from moetuner.cost.model import CostModel, busiest_ports, compute_move_us, from_keys
 from moetuner.cost.presets import (
     DEFAULT_GPU,
     bytes_of_expert,
@@ -18,6 +18,7 @@ __all__ = [
     "CostModel",
     "busiest_ports",
     "bytes_of_expert",
+    "compute_move_us",
     "cost_model_of",
     "experts_of_served",
     "from_keys",

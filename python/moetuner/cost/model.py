@@ -487,3 +487,11 @@ def busiest_ports(sent: ArrayLike, topology: Topology) -> Floats:
         rows = np.asarray(sent, dtype=np.float64) * (topology.tier == tier)
         ports.append(np.maximum(rows.sum(axis=-1), rows.sum(axis=-2)).max(axis=-1))
     return np.stack(ports, axis=-1)
+
+
+def compute_move_us(
+    model: CostModel, pairs: ArrayLike, topology: Topology, expert_bytes: float
+) -> float:
+    """Compute the microseconds of moving so many experts from device to device [D,D]."""
+    ports = busiest_ports(pairs, topology)
+    return float(model.ports_us(ports, topology, bytes_each=expert_bytes))

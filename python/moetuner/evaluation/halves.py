@@ -112,7 +112,7 @@ def halve_each(
     chosen_names = with_halves if names is None else with_halves & set(names)
     request = _Request(samples, by_group, frozenset(chosen_names))
     # The same placement is compared with several others, and in windows of several sizes.
-    cached: list[tuple[Setting, _Request, ByGroup]] = traffic.known.setdefault("halves", [])
+    cached: list[tuple[Setting, _Request, ByGroup]] = traffic.memo.setdefault("halves", [])
     del cached[: max(len(cached) - CACHED_SETTINGS, 0)]
 
     def find_cached(setting: Setting) -> ByGroup | None:

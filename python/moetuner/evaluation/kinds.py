@@ -97,7 +97,7 @@ def find_sequence_kinds(
 def find_window_kinds(statistics: RoutingStatistics) -> tuple[Integers | None, bool]:
     """Return the kind of every window [W] of loads, or None, and whether all windows are alike."""
     number = statistics.windows
-    layers = min(LAYERS, statistics.layers, CELLS // max(number * statistics.experts, 1))
+    layers = min(LAYERS, statistics.layers, CELLS // max(number * statistics.num_experts, 1))
     used = statistics.window_load.any(axis=(1, 2))
     if layers < 1 or not used.all():
         return None, False

@@ -54,8 +54,8 @@ class Counts:
     active
         Experts of a device that have a token [W,L,D]; None where these are not counted.
     is_full_window
-        Whether a window has all of its tokens [W], as ``RoutingStatistics.is_step`` has it: means
-        over windows are those of full ones.
+        Whether a window has all of its tokens [W], as ``RoutingStatistics`` has it: means over
+        windows are those of full ones.
     crossed
         For every token the share of its pairs of neighbouring layers' experts that are on different
         devices, summed over the tokens of a window [W]; None where these are not counted.
@@ -230,7 +230,7 @@ def _expected_counts(
     statistics: RoutingStatistics, settings: Sequence[Setting]
 ) -> Iterator[dict[str | None, Counts]]:
     """Yield the expected counts under each setting, of all windows (None) and of every group."""
-    load, is_full_window = statistics.window_load, statistics.is_step
+    load, is_full_window = statistics.window_load, statistics.is_full_window
     for expected in (Expected(statistics, setting) for setting in settings):
         by_group = {
             group: replace(

@@ -239,7 +239,7 @@ def _find_samples_of_windows(table: RoutingStatistics) -> Samples:
         _, first, label, sizes = np.unique(
             table.drawn_from, return_index=True, return_inverse=True, return_counts=True
         )
-        load = np.zeros((len(first), table.layers, table.experts), np.uint64)
+        load = np.zeros((len(first), table.layers, table.num_experts), np.uint64)
         np.add.at(load, label, table.window_load.astype(np.uint64))
         group = None if table.group is None else table.group[first]
         samples = _find_samples_of_windows(
@@ -258,7 +258,7 @@ def _find_samples_of_windows(table: RoutingStatistics) -> Samples:
     if kinds is not None:
         return Samples("kind", int(kinds.max()) + 1, kinds=kinds)
     blocks = measure_blocks(table.window_load, table.group)
-    return Samples("window", blocks.number(int(table.is_step.sum())), blocks)
+    return Samples("window", blocks.number(int(table.is_full_window.sum())), blocks)
 
 
 def _find_samples_of_sequences(trace: RoutingTrace, progress: Progress | None) -> Samples:

@@ -79,8 +79,8 @@ def make_statistics(
             "then dump it"
         )
     statistics = RoutingStatistics.from_load(counts_in("counts", table))
-    check_filled(table.size, (statistics.windows, statistics.layers, statistics.experts))
-    hints.check_experts(statistics.experts)
+    check_filled(table.size, (statistics.windows, statistics.layers, statistics.num_experts))
+    hints.check_experts(statistics.num_experts)
     statistics = drop_dense_layers(statistics, moe)
     hints.check_axes(statistics)
     return statistics

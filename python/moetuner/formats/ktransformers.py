@@ -21,6 +21,7 @@ from moetuner.files import naming
 from moetuner.formats import pickled
 from moetuner.formats.hints import Hints
 from moetuner.formats.sglang import CHOSEN, COUNTS
+from moetuner.statistics import choose_hottest
 
 SUFFIX = ".pt"
 
@@ -30,16 +31,12 @@ def choose_gpu_experts(
 ) -> NDArray[np.bool_]:
     """Return which experts have the highest loads [L,E], on average ``gpu_experts`` per layer.
 
-    With ``each_layer``, every layer has that many. Of experts with the same load the first win.
+    With ``each_layer``, every layer has that many.
     """
     layers, experts = load.shape
     whole_number("gpu_experts", gpu_experts, highest=experts)
-    per_row = load if each_layer else load.reshape(1, -1)
-    count = gpu_experts if each_layer else gpu_experts * layers
-    first = np.argsort(-per_row.astype(np.int64), axis=1, kind="stable")[:, :count]
-    chosen = np.zeros(per_row.shape, dtype=bool)
-    np.put_along_axis(chosen, first, True, axis=1)
-    return chosen.reshape(load.shape)
+    number = gpu_experts if each_layer else gpu_experts * layers
+    return choose_hottest(load, number, each_layer=each_layer)
 
 
 def write_chosen(chosen: NDArray[np.bool_], path: Path, hints: Hints) -> None:

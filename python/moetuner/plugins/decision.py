@@ -308,9 +308,10 @@ class Case:
         """Return the pairs of a profile, with their cost for the case's loads."""
         if profile.coactivation is None:
             raise ValueError("the profile has no co-activation: count it from a trace")
-        if profile.experts != self.experts:
+        if profile.num_experts != self.experts:
             raise ValueError(
-                f"the profile has {profile.experts} experts a layer, and the engine {self.experts}"
+                f"the profile has {profile.num_experts} experts a layer, and the engine "
+                f"{self.experts}"
             )
         layers, ranks, _ = self.slots.shape
         counts, cost = (

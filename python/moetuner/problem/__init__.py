@@ -409,7 +409,7 @@ class Problem(Frozen):
     @property
     def experts(self) -> int:
         """Experts per layer, E."""
-        return self.statistics.experts
+        return self.statistics.num_experts
 
     @property
     def num_experts(self) -> int:

@@ -71,7 +71,7 @@ class _LayerVisits:
         return np.stack(devices), np.stack(nodes)
 
 
-def _cached(store: str) -> Callable[[Method[Value]], Method[Value]]:
+def _recall(store: str) -> Callable[[Method[Value]], Method[Value]]:
     """Return a decorator of methods that keep their most recent values, read-only, in an attribute.
 
     A solve needs the figures of some placements again and again.
@@ -362,7 +362,7 @@ class Objective:
 
     # For time and balance: costs of windows and layers, over a reference.
 
-    @_cached("_recent")
+    @_recall("_recent")
     def window_cost(self, placement: Placement) -> Floats:
         """Compute the contribution of every window and layer [W,L] to time or balance."""
         compute = self._layer_times if self.goal == "time" else self._slowest
@@ -396,7 +396,7 @@ class Objective:
         """
         cost, weight = self._even_load, self.windows.weight
         if self.goal == "time":
-            sizes = self.statistics.layers, self.statistics.experts, self.topology.devices
+            sizes = self.statistics.layers, self.statistics.num_experts, self.topology.devices
             cost = self.window_cost(blocks(*sizes)).sum(axis=1)
         return float((weight * cost).sum() / weight.sum())
 
@@ -462,7 +462,7 @@ class Objective:
         """Whether the tables of the regime's traffic were counted: expert sets or pairs."""
         return self.counts_visits or self.pairs is not None
 
-    @_cached("_recent")
+    @_recall("_recent")
     def traffic(self, placement: Placement) -> float:
         """Compute the traffic of a placement, as ``value`` is for that goal; 0 without counts.
 

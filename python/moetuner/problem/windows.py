@@ -294,7 +294,7 @@ def _find_chosen(
 
 def _weigh_windows(statistics: RoutingStatistics, by_group: Floats | None) -> Floats:
     """Return the weights of windows [W]: those of their groups, 0 for a window that is no step."""
-    weight = statistics.is_step.astype(np.float64)
+    weight = statistics.is_full_window.astype(np.float64)
     return weight if by_group is None else weight * by_group[statistics.group]
 
 
@@ -316,7 +316,7 @@ def _join_windows(
         runs = list(filled[label[filled[:, 0]] == number])
         scale = np.ones(len(runs))
         if len(runs) < FILLED:
-            steps = int((statistics.is_step & (label == number)).sum())
+            steps = int((statistics.is_full_window & (label == number)).sum())
             count = steps // _size_of_mean(times, steps)
             runs = np.array_split(np.flatnonzero(label == number), count)
             totals = np.array([tokens[run].sum() for run in runs])
@@ -351,7 +351,7 @@ def _mix_windows(statistics: RoutingStatistics, weight: Floats, count: int, time
     (``_size_of_mean``), so that a search separates experts whose loads rise together from prompt to
     prompt.
     """
-    steps = slice(None) if statistics.is_step.all() else statistics.is_step
+    steps = slice(None) if statistics.is_full_window.all() else statistics.is_full_window
     load, weight, size = statistics.window_load[steps], weight[steps], WINDOWS_MIXED
     if times > 1:
         count, size = max(count, FEWEST), LONGER * WINDOWS_MIXED

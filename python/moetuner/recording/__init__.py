@@ -138,17 +138,17 @@ class Recording:
         return self
 
     @cached_property
-    def known(self) -> dict[Any, Any]:
+    def memo(self) -> dict[Any, Any]:
         """Results computed from this recording, by their keys; recordings do not change."""
         return {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Return all but the computed results, which no pickle or copy takes along."""
-        return {name: value for name, value in self.__dict__.items() if name != "known"}
+        return {name: value for name, value in self.__dict__.items() if name != "memo"}
 
 
 def compute_once(recording: Recording, key: Hashable, compute: Callable[[], Value]) -> Value:
     """Return the result of ``compute``, which is called once for each key of a recording."""
-    if key not in recording.known:
-        recording.known[key] = compute()
-    return cast(Value, recording.known[key])
+    if key not in recording.memo:
+        recording.memo[key] = compute()
+    return cast(Value, recording.memo[key])

@@ -23,7 +23,7 @@ from moetuner.frozen import Frozen
 from moetuner.recording import Recording
 from moetuner.report.findings import Finding
 from moetuner.report.words import say
-from moetuner.statistics import as_counts, count_loads
+from moetuner.statistics import as_counts, choose_hottest, count_loads
 from moetuner.trace import RoutingTrace
 
 Counts = NDArray[np.uint64]
@@ -131,7 +131,7 @@ def hold_out_hot_experts(
     seen = unseen = traffic
     # A single token or window cannot be split.
     with suppress(ArgumentError):
-        seen, unseen = hold_out(traffic, 0.5, seed=seed)
+        seen, unseen = hold_out(traffic, seed=seed)
     seen_load, unseen_load = (
         count_loads(recording, threads=threads).total_load for recording in (seen, unseen)
     )
@@ -179,11 +179,8 @@ def measure_hot_experts(
 
 
 def _choose_hottest(load: Counts, size: float) -> NDArray[np.bool_]:
-    """Return which experts of all layers [L,E] are the most used; ties go to the first ones."""
-    is_hot = np.zeros(load.size, dtype=bool)
-    order = np.argsort(-load.ravel().astype(np.float64), kind="stable")
-    is_hot[order[: round(size * load.size)]] = True
-    return is_hot.reshape(load.shape)
+    """Return which experts of all layers [L,E] are this share of them, the most used ones."""
+    return choose_hottest(load, round(size * load.size))
 
 
 def _compute_share(load: Counts, is_chosen: NDArray[np.bool_]) -> float:

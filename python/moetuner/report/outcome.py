@@ -15,7 +15,7 @@ from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.replay import drop_groups
 from moetuner.evaluation.samples import find_samples
 from moetuner.files.cells import counted, number, percent
-from moetuner.placement import EMPTY, Placement
+from moetuner.placement import EMPTY, Placement, PlacementDiff
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.recording import Recording
@@ -24,6 +24,7 @@ from moetuner.serving import Serving
 from moetuner.serving.phases import choose_judged_windows
 from moetuner.solver.result import CapsDetails, Result
 from moetuner.statistics import RoutingStatistics
+from moetuner.topology import Topology
 
 # Figures of every table: the second is of windows whose tokens or sequences are mixed.
 MIXED = ("imbalance", "imbalance_mixed")
@@ -119,27 +120,6 @@ def _list_figures(problem: Problem) -> tuple[str, ...]:
     return (*imbalance, *problem.objective_function.figures)
 
 
-def replay(
-    placements: Sequence[Placement],
-    serving: Serving,
-    traffic: Recording,
-    windows: Sequence[int | None],
-    options: ReplayOptions,
-    *,
-    by_group: bool = True,
-    progress: Callable[[float], None] | None = None,
-) -> dict[int | None, list[Evaluation]]:
-    """Evaluate placements on traffic, in windows of several sizes.
-
-    ``by_group`` says whether to evaluate every group of a trace by itself too, which takes as long
-    again. ``progress`` is as for ``evaluate_each``.
-    """
-    traffic = traffic if by_group else drop_groups(traffic)
-    servings = [replace(serving, window=window) for window in windows]
-    evaluations = evaluate_each(placements, traffic, servings, options, progress=progress)
-    return dict(zip(windows, evaluations, strict=True))
-
-
 def replay_results(
     results: Sequence[Result],
     problem: Problem,
@@ -153,32 +133,30 @@ def replay_results(
     """Return outcomes of results on the traffic to judge on, which is read once for all of them.
 
     They have evaluations in the windows that are served, and in all others that the problem covers.
-    ``by_group`` and ``progress`` are as for ``replay``.
+    ``by_group`` says whether to evaluate every group of a trace by itself too, which takes as long
+    again. ``progress`` is as for ``evaluate_each``.
     """
     windows = [serving.window]
     if judged_on.ordered:
         others = choose_judged_windows(judged_on.length, problem.shares)
         windows += [tokens for tokens in others if tokens != serving.window]
-    placements = [result.placement for result in results]
-    evaluations = replay(
-        placements, serving, judged_on, windows, options, by_group=by_group, progress=progress
+    evaluations = evaluate_each(
+        [result.placement for result in results],
+        judged_on if by_group else drop_groups(judged_on),
+        [replace(serving, window=window) for window in windows],
+        options,
+        progress=progress,
     )
-    served = evaluations.pop(serving.window)
     return [
-        Outcome(
-            problem,
-            result,
-            served[number],
-            {tokens: of_results[number] for tokens, of_results in evaluations.items()},
-        )
-        for number, result in enumerate(results)
+        Outcome(problem, result, served, dict(zip(windows[1:], others, strict=True)))
+        for result, (served, *others) in zip(results, zip(*evaluations, strict=True), strict=True)
     ]
 
 
 def write_left_out(traffic: Recording, window: int | None) -> str:
     """Write which traffic fills no window, so that means over windows leave it out; "" if none."""
     if isinstance(traffic, RoutingStatistics):
-        short = int((~traffic.is_step).sum())
+        short = int((~traffic.is_full_window).sum())
         return f"imbalance and time leave out {counted(short, 'shorter window')}" if short else ""
     rest = traffic.length % (window or max(traffic.length, 1))
     if rest in (0, traffic.length):
@@ -308,6 +286,15 @@ def find_empty_slots(outcome: Outcome) -> list[Finding]:
     if not empty or not problem.may_copy:
         return []
     return [Finding("empty slots", {"empty": empty, "slots": total}, "warning")]
+
+
+def find_moves(diff: PlacementDiff, topology: Topology | None = None) -> Finding:
+    """Return how many experts move, their bytes if known, and how many leave their node."""
+    numbers = {"experts": diff.experts_moved, "moved_bytes": diff.bytes_moved}
+    if topology is not None and topology.nodes > 1:
+        node = topology.node_of_device
+        numbers["between_nodes"] = int(diff.pairs[node[:, None] != node].sum())
+    return Finding("experts that move", numbers, "cost")
 
 
 def find_slower(outcome: Outcome, before: Outcome, *, name: bool = False) -> list[Finding]:

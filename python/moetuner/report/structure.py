@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,8 +50,8 @@ ITERATIONS = 200_000
 # cells with a pair and others without, which a search takes for structure.
 COUNTS_PER_CELL = 1 << 16
 
-# Time of all steps in passes over half of a trace: finding what is independent, counts of both
-# halves, three solves and crossings, halves of one half, and hot experts.
+# Time of all steps in passes over half of a trace: finding samples, counts of both halves, three
+# solves and crossings, halves of one half, and hot experts.
 PASSES_OF_SAMPLES, PASSES_OF_HALVES, PASSES = 4, 3, 16
 
 
@@ -157,26 +157,12 @@ def structure(
     callable_or_none("progress", progress)
     topology, seed, threads = Topology(devices), seed_in(seed), threads_in(threads)
     at_least("max_imbalance", max_imbalance, 1)
-    held_out = traffic.ordered and traffic.length > 1
-
-    def report_pass(number: int, passes: int = 1) -> Progress | None:
-        return scale_progress(progress, number / PASSES, (number + passes) / PASSES)
-
-    passed = PASSES_OF_SAMPLES + 2
-
-    def report_next() -> None:
-        nonlocal passed
-        passed += 1
-        if progress is not None:
-            progress(passed / PASSES)
-
+    held_out, passes = traffic.ordered and traffic.length > 1, _Passes(progress)
+    progress_of_samples = passes.begin(PASSES_OF_SAMPLES)
     if held_out:
-        find_samples(traffic, threads=threads, progress=report_pass(0, PASSES_OF_SAMPLES))
-    halves = hold_out(traffic, 0.5 if held_out else 0, seed=seed)
-    seen, unseen = (
-        _count_transitions(half, threads, report_pass(PASSES_OF_SAMPLES + number))
-        for number, half in enumerate(halves)
-    )
+        find_samples(traffic, threads=threads, progress=progress_of_samples)
+    halves = hold_out(traffic, seed=seed) if held_out else (traffic, traffic)
+    seen, unseen = (_count_transitions(half, threads, passes.begin()) for half in halves)
     statistics = seen + unseen if held_out else seen
     load = statistics.total_load
     loads = count_loads_by_group(traffic, threads)
@@ -184,44 +170,13 @@ def structure(
     load_of_groups = np.stack([*loads.values()]).sum(axis=0, dtype=np.uint64) if loads else load
     share, distance = _compare_groups(loads, load_of_groups)
 
-    def place(method: Method, seen: RoutingStatistics) -> Placement:
-        problem = Problem(seen, topology, regime="follow", max_imbalance=max_imbalance)
-        result = solve(problem, method, seed=seed, iterations=ITERATIONS, threads=threads)
-        report_next()
-        return result.uninterrupted().placement
-
-    def measure_crossing(
-        placement: Placement, unseen: RoutingTrace | RoutingStatistics
-    ) -> float | None:
-        evaluation = evaluate(
-            placement, unseen, window=None, cost_model=None, mixed=False, threads=threads
-        )
-        report_next()
-        return evaluation.crossing
-
     tables = statistics.transitions_or_empty
-    bits = chance = contiguous = searched = null = gain = None
+    bits = chance = None
+    crossings = _Crossings()
     if tables.any():
-        rng = np.random.default_rng(seed)
-        chance = tuple(_measure_information(_draw_pairs(table, rng)) for table in tables)
-        bits = tuple(
-            max(_measure_information(table) - by_chance, 0.0)
-            for table, by_chance in zip(tables, chance, strict=True)
-        )
-        contiguous = measure_crossing(place("contiguous", seen), unseen)
-        if held_out:
-            placement = place("heuristic", seen)
-            searched = measure_crossing(placement, halves[1])
-            null = measure_crossing(
-                place("heuristic", _make_independent(seen)), _make_independent(unseen)
-            )
-            gain = _measure_gain(
-                Setting(placement, Serving(topology, window=None), ReplayOptions(threads=threads)),
-                traffic,
-                halves[1],
-                null,
-                report_pass(PASSES - 1 - PASSES_OF_HALVES, PASSES_OF_HALVES),
-            )
+        bits, chance = _measure_beyond_chance(tables, np.random.default_rng(seed))
+        searches = _Searches(topology, max_imbalance, seed, threads, passes)
+        crossings = searches.measure(seen, unseen, (traffic, halves[1]) if held_out else None)
     total = load.sum(axis=1, dtype=np.float64)
     return Structure(
         skew=tuple(
@@ -235,10 +190,10 @@ def structure(
         devices=devices,
         max_imbalance=max_imbalance,
         held_out=held_out,
-        crossing=searched,
-        crossing_contiguous=contiguous,
-        crossing_independent=null,
-        gain=gain,
+        crossing=crossings.searched,
+        crossing_contiguous=crossings.contiguous,
+        crossing_independent=crossings.independent,
+        gain=crossings.gain,
         hot_experts=(
             measure_hot_experts(
                 traffic, seen.total_load, unseen.total_load, halves[1], loads, threads
@@ -247,6 +202,85 @@ def structure(
             else hold_out_hot_experts(traffic, seed=seed, threads=threads)
         ),
     )
+
+
+class _Passes:
+    """The passes of a measurement over traffic, and the share of them that ``progress`` gets."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.progress, self.done = progress, 0
+
+    def begin(self, number: int = 1) -> Progress | None:
+        """Return a function for the progress of the next pass, or of several."""
+        first, self.done = self.done, self.done + number
+        return scale_progress(self.progress, first / PASSES, self.done / PASSES)
+
+    def end(self) -> None:
+        """Report the end of a pass that reports no progress of its own."""
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done / PASSES)
+
+
+class _Crossings(NamedTuple):
+    """Crossings of the fields of ``Structure``."""
+
+    contiguous: float | None = None
+    searched: float | None = None
+    independent: float | None = None
+    gain: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class _Searches:
+    """Short searches for placements of few crossings."""
+
+    topology: Topology
+    max_imbalance: float
+    seed: int
+    threads: int | None
+    passes: _Passes
+
+    def measure(
+        self,
+        seen: RoutingStatistics,
+        unseen: RoutingStatistics,
+        held_out: tuple[Recording, Recording] | None,
+    ) -> _Crossings:
+        """Measure the crossings of placements that are computed from seen transitions.
+
+        ``held_out`` is the recording and its unseen half, on which a search is judged; without it
+        only the contiguous placement is measured.
+        """
+        contiguous = self._measure_crossing(self._place("contiguous", seen), unseen)
+        if held_out is None:
+            return _Crossings(contiguous)
+        traffic, unseen_half = held_out
+        placement = self._place("heuristic", seen)
+        searched = self._measure_crossing(placement, unseen_half)
+        independent = self._measure_crossing(
+            self._place("heuristic", _make_independent(seen)), _make_independent(unseen)
+        )
+        serving, options = Serving(self.topology, window=None), ReplayOptions(threads=self.threads)
+        setting = Setting(placement, serving, options)
+        progress = self.passes.begin(PASSES_OF_HALVES)
+        gain = _measure_gain(setting, traffic, unseen_half, independent, progress)
+        return _Crossings(contiguous, searched, independent, gain)
+
+    def _place(self, method: Method, seen: RoutingStatistics) -> Placement:
+        """Return a placement of few crossings of the seen transitions."""
+        problem = Problem(seen, self.topology, regime="follow", max_imbalance=self.max_imbalance)
+        result = solve(problem, method, seed=self.seed, iterations=ITERATIONS, threads=self.threads)
+        self.passes.end()
+        return result.uninterrupted().placement
+
+    def _measure_crossing(self, placement: Placement, unseen: Recording) -> float | None:
+        """Return the crossing of a placement on unseen traffic."""
+        evaluation = evaluate(
+            placement, unseen, window=None, cost_model=None, mixed=False, threads=self.threads
+        )
+        self.passes.end()
+        return evaluation.crossing
 
 
 def _measure_gain(
@@ -323,6 +357,18 @@ def _draw_pairs(table: NDArray[np.uint64], rng: np.random.Generator) -> NDArray[
     share = np.outer(table.sum(axis=1, dtype=np.float64), table.sum(axis=0, dtype=np.float64))
     share /= max(float(share.sum()), 1.0)
     return rng.multinomial(int(table.sum(dtype=np.uint64)), share.ravel()).reshape(table.shape)
+
+
+def _measure_beyond_chance(
+    tables: NDArray[np.uint64], rng: np.random.Generator
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Compute the bits of neighbouring layers beyond chance, and by chance, of transitions."""
+    by_chance = [_measure_information(_draw_pairs(table, rng)) for table in tables]
+    bits = [
+        max(_measure_information(table) - bits_by_chance, 0.0)
+        for table, bits_by_chance in zip(tables, by_chance, strict=True)
+    ]
+    return tuple(bits), tuple(by_chance)
 
 
 def _measure_information(table: NDArray[np.integer[Any]]) -> float:

@@ -271,7 +271,7 @@ def engine_settings(
                 "router_groups",
             )
         settings["forbidden"] = whole_groups.forbid(
-            statistics.experts, router_groups, topology.devices
+            statistics.num_experts, router_groups, topology.devices
         )
     return settings
 
@@ -284,7 +284,7 @@ def _check_slots(
     extra_slots: int | None,
 ) -> int:
     """Return the slots of a device in a layer, checked against what the engine can load."""
-    experts, devices = statistics.experts, topology.devices
+    experts, devices = statistics.num_experts, topology.devices
     fewest = -(-experts // devices)
     limit = experts if engine.may_copy else fewest
     if not engine.may_copy and experts % devices:

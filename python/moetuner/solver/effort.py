@@ -1,10 +1,9 @@
 """How long to search: every constant that trades quality for time, by stage.
 
 A comment says what the constant trades, and names in quotes the section of docs/experiments.md that
-measured it; "Constants" there has many at half and at twice their values. "Not measured" means that
-no section has figures; ``python bench/constants.py --names NAME`` measures one. Constants on which
-an algorithm's correctness depends stand beside the algorithm, those of the core's searches in the
-core.
+measured it; "Constants" there has them at half and at twice their values, and
+``python bench/constants.py --names NAME`` measures one. Constants on which an algorithm's
+correctness depends stand beside the algorithm, those of the core's searches in the core.
 """
 
 from __future__ import annotations
@@ -99,12 +98,11 @@ EFFORTS = {
 }
 
 # Shares of a time limit.
-# The search's share of the time left where a bound follows: more improves the placement, less the
-# bound ("The joint method").
+# The share of the time left for a search that something follows: a bound, or a longer search that
+# starts from it (single copies where there may be several, equal speeds where devices differ,
+# traffic alone, pairs, split lp, a solve from scratch where moves are free). More improves the
+# placement, less the bound ("The joint method", "Constants").
 SEARCH_SHARE = 0.5
-# Share of a search that gives a longer one its start: single copies where there may be several,
-# equal speeds where devices differ, traffic alone, pairs, split lp ("Constants").
-START_SHARE = 0.4
 # Share of a search for balance that gives another search its start: a short one is nearly as good
 # ("Constants").
 BRIEF_SHARE = 0.1
@@ -125,10 +123,10 @@ BALANCE_PART = 2
 PARTITION_STEPS, PARTITION_STEPS_PER_SECOND = 4_000_000_000, 500_000_000
 
 # Search layer by layer.
-# Most trials of a search, whatever the effort: for a slot, divided by windows, which are computed
-# LANES at a time; and of a layer. They end searches of tiny layers, and those under a time limit,
-# where more trials hardly help ("Time of a whole solve"; no case of "Constants" changed).
-SLOT_WORK, LANES, MOST_TRIALS = 160_000, 16, 1_500_000
+# Most trials of a search for a slot, whatever the effort, divided by windows, which are computed
+# LANES at a time. They end searches of tiny layers, and those under a time limit, where more trials
+# hardly help ("Time of a whole solve").
+SLOT_WORK, LANES = 160_000, 16
 # Work of a trial for time, in trials for balance: it counts active experts and ports, too. A larger
 # number means fewer trials ("The default and cheaper methods", "Constants").
 TIME_UNITS = 2
@@ -137,27 +135,20 @@ CHAIN_LEAST = 100_000
 # Rounds over all layers where neighbouring layers count: more rounds of fewer trials each let
 # layers follow each other ("Constants").
 ROUNDS = 3
-# Placements that are judged on all windows, where the search saw representative ones: more take
-# longer, and may find a better answer among those that the search ranks first (not measured).
-JUDGED = 3
-# Slots of all layers up to which a placement is polished by the objective itself; the best
-# placements that polishing starts from; then the random perturbations of the best one, and the
-# changes of each. More of each take longer, and find better answers to tiny problems (no case of
-# "Constants" changed).
-POLISHED_SLOTS, POLISHED, KICKS, KICKED = 18, 4, 4, 3
+# Slots of all layers up to which a placement is polished by the objective itself: more take longer,
+# and find better answers to small problems ("Constants").
+POLISHED_SLOTS = 18
 # Most contents of a layer, and most placements, that are enumerated: more take longer, and make
 # the answer to larger problems exact ("Constants").
 FEW_CHOICES = 1000
-# Times that windows are weighed anew for a risk or groups: at first, and where a search at another
-# price has weights already. Each has its part of the trials ("Constants" for the first; "Risk, the
-# worst group, and budgets").
-REWEIGHTINGS, REWEIGHTINGS_AGAIN = 4, 2
+# Times that a search weighs windows anew for a risk or groups. Each has its part of the trials
+# ("Constants"; "Risk, the worst group, and budgets").
+REWEIGHTINGS = 4
 
 # Fewest visits.
 # Trials of each start on pairs; slots of a layer from which it is wide, so that a trial tries all
 # swaps of an expert; and trials there. The search on expert sets follows, and more trials of pairs
-# give it a better start ("Fewest devices per token", "Constants"; "The joint method" for the width;
-# trials of wide layers are not measured).
+# give it a better start ("Fewest devices per token", "Constants", "The joint method").
 PAIR_TRIALS, WIDE_SLOTS, WIDE_PAIR_TRIALS = 200_000, 100, 20_000
 # Work of a trial besides its expert sets, where 64 sets are a unit: a larger number means fewer
 # trials ("Constants").
@@ -174,13 +165,12 @@ BOUND_WORK, BOUND_ITERATIONS, BOUND_ITERATIONS_TIMED = 3e9, 150, 10_000
 # Seconds for an entry of the tables of pairs: the least time limit that a bound needs ("Limits").
 BOUND_SECONDS = 3e-7
 
-# Bounds of visits: more of each closes the gap further and takes longer. "Bounds of visits" has
-# gaps and seconds; it has other values of ``TANGENT_STEPS`` and ``TANGENT_TRIALS`` only.
+# Bounds of visits: more of each closes the gap further and takes longer ("Bounds of visits",
+# "Constants").
 # Most rounds over all contents of a device, and the contents of all rounds without a time limit.
 PRICE_ROUNDS, PRICE_WORK = 60, 3e9
-# Experts of a layer up to which a linear programme is solved between two rounds, in milliseconds;
-# and rounds times layers times cubed experts without a time limit.
-PRICE_EXPERTS, PROGRAMME_WORK = 128, 5e8
+# Experts of a layer up to which a linear programme is solved between two rounds, in milliseconds.
+PRICE_EXPERTS = 128
 # Contents of a device up to which all are tried, as the core has it; seconds for each of them and
 # each expert of a token; and in how many times what all of them take prices are good.
 PRICE_CONTENTS, PRICE_SECONDS, PRICE_TIMES = 25_000_000, 2.5e-9, 20
@@ -209,8 +199,6 @@ MIXED_PRICES, JOINED_PRICES = Prices(7, 1 / 4, 1 / 3), Prices(24, 4.0, 0.7)
 # searches end before the budget is spent. Moves beyond twice those of a search's answer up to which
 # steps go on from it: they find what searches miss, with few moves above all (the same).
 DEAREST, MORE_MOVES = 1e-3, 8
-# Share of a time limit for a solve from scratch, where moves are free (not measured).
-FRESH_SHARE = 0.9
 
 # The fewest moves that gain enough: moves up to which steps go at first, and how many times as many
 # come next. All steps take three to six times as long. The answer does not depend on them; at half
@@ -223,21 +211,21 @@ FIRST_REACH, REACH_TIMES = 64, 4
 # ("Balancing with copies", which has 8 beside 14).
 QUICK, PATIENT = 14, 10_000
 # From running slots: most steps of a layer, for each device; more take longer, and gain where loads
-# have drifted far ("The plugins' policy", which has no other value).
+# have drifted far ("The plugins' policy", "Constants").
 ADAPT_STEPS = 8
 # Least gain of a moved copy in windows, as a share of all tokens of a device, where all windows
 # forecast the next one, and where only the last ones do: less moves more copies ("The live policy
 # on the next window").
 LASTING_PRICE, LIVE_PRICE = 2e-3, 5e-5
-# Trials for a slot where pairs count: more take longer in every live decision (the same section; no
-# other value was measured).
+# Trials for a slot where pairs count: more take longer in every live decision (the same section;
+# the case of "Constants" did not change).
 LIVE_TRIALS = 35
 # The quick search in windows: trials for a slot, least trials of a layer, and most for a slot times
 # LANES windows. More trials gain about as their logarithm ("Balance in windows within
 # milliseconds", "Constants").
 BALANCING_TRIALS, LEAST_BALANCING, BALANCING_WORK = 10, 2500, 400
-# Split lp: trials for a slot, and most for a slot times windows ("Constants").
-LP_SPLIT_TRIALS, LP_SPLIT_WORK = 20, 64
+# Split lp: trials for a slot times windows ("Constants": the case did not change).
+LP_SPLIT_WORK = 32
 # The whole search in windows: trials for a slot times LANES windows, and the fewest windows for
 # which it is used; and trials of a start, from which all terms are searched: more fit the windows
 # seen, and not the unseen ones ("Constants", "Balance in windows within milliseconds").
@@ -245,14 +233,14 @@ BALANCING_FULL, MANY_WINDOWS, BALANCING_START = 4000, 17, 400
 # Where experts survive losses: trials for a slot times LANES windows ("Lost devices").
 SPREAD_TRIALS = 50
 # Trials for a layer that DeepSeek's own code balances better: more match it in more layers
-# ("Balancing with copies", which has no other value).
+# ("Balancing with copies"; the cases of "Constants" did not change).
 CATCH_UP = 20_000
 
 
 def most_trials(slots: int, windows: int) -> int:
     """Return the most trials of a search of a layer, whatever the effort."""
     lanes = -(-windows // LANES) * LANES
-    return min(SLOT_WORK // lanes * slots, MOST_TRIALS)
+    return SLOT_WORK // lanes * slots
 
 
 def start_trials(slots: int, windows: int) -> int:
@@ -267,7 +255,7 @@ def spread_trials(slots: int, windows: int) -> int:
 
 def lp_split_trials(slots: int, windows: int) -> int:
     """Return the trials of a layer whose tokens a dispatcher divides by split lp."""
-    return min(LP_SPLIT_TRIALS, LP_SPLIT_WORK // windows) * slots
+    return max(LP_SPLIT_WORK // windows, 1) * slots
 
 
 def quick_trials(slots: int, windows: int) -> int:

@@ -1,7 +1,8 @@
-"""plan(): what a running placement becomes when devices are lost, leave or come.
+"""Plan which copies move when devices are lost, removed or added.
 
-Copies come where the live policy would bring them (`rebalancing`), so a plan that is looked up is
-what the policy would decide. What is left of a machine may be uneven, so nodes do not count.
+Copies go where the live policy would put them (`rebalancing`), so a plan that was made in advance
+is what the policy would decide. The devices that serve afterwards may be unevenly spread over
+nodes, so nodes do not count.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
 Slots = NDArray[np.int32]
-# Where a copy comes from if no device holds the expert any more.
+# Source of a copy whose expert is on no device any more.
 DISK = -1
-# Windows at most, at even distances, that a search sees one by one.
-SEARCHED = 16
-# What a step says, in this order.
+# Largest number of windows, evenly spaced, that a search balances one by one.
+SEARCHED_WINDOWS = 16
+# Columns of the table of steps.
 COLUMNS = ("layer", "expert", "source", "target", "slot", "batch")
 
 
@@ -56,30 +57,32 @@ class _Service:
 
     @cached_property
     def imbalance(self) -> float:
-        """Slowest device's time over that of even ones."""
+        """The slowest device's time over that of an even load, on average."""
         return _imbalance(self.windows, self.placement.slots, self.speed)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Plan(Frozen):
-    """A placement for the devices that are left or came, and how to get there.
+    """A placement for the devices that serve after a change, and the steps to it.
 
     Parameters
     ----------
     slots
-        Expert ids [L,D,S] by the numbers that devices have now, those that come last; -1 on devices
-        that are gone.
+        Expert ids [L,D,S] by today's numbers of devices, added ones last; -1 on devices that serve
+        no longer.
     devices
-        Numbers of the devices that serve [D'], rising: device d of ``placement`` is ``devices[d]``.
+        Numbers of the devices that serve [D'], ascending: device d of ``placement`` is
+        ``devices[d]``.
     lost
-        Experts of every layer that no device holds any more, so that they are read from disk [L].
+        Number of experts of every layer that no device holds any more, so that they are read from
+        disk [L].
     steps
-        Layer, expert, device from (-1: disk), device to, its slot, and batch of each copy that is
-        brought [M,6], in an order in which no expert that is served loses its last copy. The steps
-        of a batch, mostly one, are exchanged at once.
+        Layer, expert, source device (-1: disk), target device, its slot, and batch of every copy
+        that moves [M,6], in an order in which no expert loses its last copy. The steps of a batch,
+        mostly one, are taken at once.
     imbalance_before, imbalance_after
-        Busiest device / mean device, mean of layers and windows: of what ran on all its devices,
-        and of the plan.
+        Slowest device's time over that of an even load, averaged over layers and windows: of the
+        running placement on all its devices, and of the plan.
 
     Examples
     --------
@@ -131,29 +134,29 @@ def plan(
     topology: Topology | None = None,
     window: int | None = WINDOW,
 ) -> Plan:
-    """Return the placement for the devices that are left or came, by few copies brought.
+    """Return a placement for the devices that serve after a change, with few copies moved.
 
-    What must move goes where all loads together ask for it. Where more may move, a search of single
-    windows is tried as well; of both the placement that is more even in windows is taken.
+    Copies that must move go where the sum of all windows wants them. If more may move, a search of
+    single windows is tried, too, and the placement that is more even in windows is returned.
 
     Parameters
     ----------
     running
         The placement that runs.
     traffic
-        Traffic of the same experts: its loads say where copies are missed least.
+        Traffic of the same experts: copies are given up, and placed, by its loads.
     without
-        Devices that are lost: nothing can be read from them any more.
+        Devices that are lost: no copy can be read from them.
     retire
-        How many devices are to leave: those whose leave brings the fewest copies, then those with
-        the least load. They serve, and give what they hold, until the steps are done.
+        Number of devices to remove: those whose removal moves the fewest copies, then those with
+        the least load. They serve, and copies are read from them, until the steps are done.
     join
-        How many devices come, with as many slots each as one has now.
+        Number of devices to add, with as many slots as a device has now.
     more_copies
-        Most copies to move beyond those that must move. By default none where devices are lost or
-        leave, and as many as gain something where devices come.
+        Most copies to move beyond those that must move. By default none if devices are lost or
+        removed, and as many as gain something if devices are added.
     topology
-        The machine of ``running``: devices of other speeds, and from where a copy comes soonest.
+        The machine of ``running``: speeds of its devices, and the nearest source of a copy.
     window
         Tokens of a trace whose load is balanced together; None for all of it. Counts bring their
         windows.
@@ -161,7 +164,7 @@ def plan(
     Raises
     ------
     ValueError
-        If a device does not exist, or the slots that are left are fewer than the experts.
+        If a device does not exist, or the devices that serve have fewer slots than experts.
 
     Examples
     --------
@@ -174,14 +177,14 @@ def plan(
     check.instance("running", running, Placement)
     windows = _read_load(running, traffic, check.window_in(window))
     lost = check.chosen("without", without, running.devices)
-    leaving = _choose_leaving(running, windows.sum(axis=0), lost, retire)
+    removed = _choose_removed(running, windows.sum(axis=0), lost, retire)
     check.whole_number("join", join, lowest=0, highest=check.DEVICE_LIMIT - running.devices)
     if more_copies is not None:
         check.whole_number("more_copies", more_copies, lowest=0)
     if topology is not None:
         _check_machine(running, topology)
     service = _Service(running, windows, topology)
-    return _plan(service, lost, leaving, join, more_copies)
+    return _plan(service, lost, removed, join, more_copies)
 
 
 def plan_losses(
@@ -237,14 +240,14 @@ def _check_machine(running: Placement, topology: Topology) -> None:
 def _read_load(
     running: Placement, traffic: RoutingTrace | RoutingStatistics, window: int | None
 ) -> NDArray[np.float64]:
-    """Return tokens of every expert in windows [W,L,E], checked to be of a placement's experts."""
+    """Return the load of every expert in windows [W,L,E]; check that they are the placement's."""
     check_recording(traffic)
     # Windows of all tokens, whatever their groups, as they are evaluated.
     loads_alone = {"sets": False, "transitions": False, "coactivation": False}
     counted = as_counts(traffic, window=window, by_group=False, **loads_alone)
     load = counted.window_load.astype(np.float64)
-    if counted.is_step.any():  # the last tokens, which fill no window, are in no mean
-        load = load[counted.is_step]
+    if counted.is_full_window.any():  # the last tokens, which fill no window, are in no mean
+        load = load[counted.is_full_window]
     if load.shape[1:] != (running.layers, running.num_experts):
         raise check.ArgumentError(
             f"traffic must have {running.layers} layers of {running.num_experts} experts like "
@@ -254,22 +257,22 @@ def _read_load(
     return load
 
 
-def _choose_leaving(
+def _choose_removed(
     running: Placement, load: NDArray[np.float64], lost: NDArray[np.bool_], number: int
 ) -> NDArray[np.bool_]:
-    """Return which devices leave [D], so many of those that are left.
+    """Return which devices are removed [D], of those that are not lost.
 
-    One after the other the device with the fewest experts that nobody else holds; then each is
-    exchanged for another one, as long as fewer copies have to be brought.
+    Greedily, the device is chosen next that holds the fewest experts which no other one holds. Then
+    chosen devices are exchanged for others as long as fewer copies have to move.
     """
     check.whole_number("retire", number, lowest=0, highest=int((~lost).sum()) - 1)
-    held = running.held & ~lost[:, None]
-    copies = held.sum(axis=1)
-    tokens = (held * (load / np.maximum(copies, 1))[:, None]).sum(axis=(0, 2))
+    holders = running.held & ~lost[:, None]
+    copies = holders.sum(axis=1)
+    tokens = (holders * (load / np.maximum(copies, 1))[:, None]).sum(axis=(0, 2))
     chosen: list[int] = []
 
     def cost(devices: list[int]) -> tuple[int, float]:
-        gone = held[:, devices].sum(axis=1)
+        gone = holders[:, devices].sum(axis=1)
         return int(((gone == copies) & (copies > 0)).sum()), float(tokens[devices].sum())
 
     def others() -> list[int]:
@@ -286,33 +289,33 @@ def _choose_leaving(
             best = min(options, key=cost)
             if cost(best) < cost(chosen):
                 chosen, is_better = best, True
-    leaving = np.zeros(running.devices, dtype=bool)
-    leaving[chosen] = True
-    return leaving
+    removed = np.zeros(running.devices, dtype=bool)
+    removed[chosen] = True
+    return removed
 
 
 def _plan(
     service: _Service,
     lost: NDArray[np.bool_],
-    leaving: NDArray[np.bool_],
+    removed: NDArray[np.bool_],
     join: int,
     more_copies: int | None,
 ) -> Plan:
-    """Bring what is missing, and as many copies more as gain something and are allowed."""
+    """Place missing experts, and as many more copies as gain something and are allowed."""
     running, windows = service.placement, service.windows
     width, experts = running.slots_per_device, running.num_experts
-    coming = np.full((running.layers, join, width), EMPTY, dtype=np.int32)
-    before = np.concatenate([running.slots, coming], axis=1)
+    added = np.full((running.layers, join, width), EMPTY, dtype=np.int32)
+    before = np.concatenate([running.slots, added], axis=1)
     before[:, np.flatnonzero(lost)] = EMPTY
-    stays = np.concatenate([~(lost | leaving), np.ones(join, dtype=bool)])
-    if stays.sum() * width < experts:
+    serves = np.concatenate([~(lost | removed), np.ones(join, dtype=bool)])
+    if serves.sum() * width < experts:
         raise ValueError(
             f"devices must have a slot for each of {experts} experts: at least "
-            f"{-(-experts // width)} devices of {width} slots, got {stays.sum()}"
+            f"{-(-experts // width)} devices of {width} slots, got {serves.sum()}"
         )
-    start = np.ascontiguousarray(before[:, stays])
+    start = np.ascontiguousarray(before[:, serves])
     speed = np.concatenate([service.speed, np.ones(join)])
-    time = speed[stays].min() / speed[stays]
+    time = speed[serves].min() / speed[serves]
     budget = 0
     if more_copies is None and join:
         budget = start.size
@@ -321,39 +324,39 @@ def _plan(
     slots = np.full(before.shape, EMPTY, dtype=np.int32)
     # An empty slot is filled where that gains something, if more may move than must.
     end = rebalance(service.load, start, budget=budget, time=time, full=False).slots
-    slots[:, stays] = _keep_copies(start, end)
+    slots[:, serves] = _keep_copies(start, end)
     if budget and len(windows) > 1:
-        chosen = check.evenly_spaced(len(windows), SEARCHED)
-        found = rebalance(windows[chosen], start, budget=budget, time=time, full=False)
-        other = _keep_copies(start, found.slots)
-        by_sum = _imbalance(windows, slots[:, stays], speed[stays])
-        if found.moves.sum() <= budget and _imbalance(windows, other, speed[stays]) < by_sum:
-            slots[:, stays] = other
+        chosen = check.evenly_spaced(len(windows), SEARCHED_WINDOWS)
+        by_windows = rebalance(windows[chosen], start, budget=budget, time=time, full=False)
+        other = _keep_copies(start, by_windows.slots)
+        by_sum = _imbalance(windows, slots[:, serves], speed[serves])
+        if by_windows.moves.sum() <= budget and _imbalance(windows, other, speed[serves]) < by_sum:
+            slots[:, serves] = other
     serving = np.concatenate([~lost, np.zeros(join, dtype=bool)])
     return Plan(
         num_experts=experts,
         slots=slots,
-        devices=np.flatnonzero(stays),
+        devices=np.flatnonzero(serves),
         lost=(count_copies(before, experts) == 0).sum(axis=1),
         steps=_order_steps(np.where(serving[:, None], before, EMPTY), slots, service.topology),
         imbalance_before=service.imbalance,
-        imbalance_after=_imbalance(windows, slots[:, stays], speed[stays]),
+        imbalance_after=_imbalance(windows, slots[:, serves], speed[serves]),
     )
 
 
 def _keep_copies(start: Slots, end: Slots) -> Slots:
-    """Return slots [L,D,S] in which what nothing replaces stays, unless its device has it."""
-    kept = np.where(end == EMPTY, start, end)
-    for layer, device, slot in np.argwhere(kept != end):
-        if kept[layer, device, slot] in end[layer, device]:
-            kept[layer, device, slot] = EMPTY
-    return kept
+    """Return the end slots [L,D,S]; an empty one keeps its copy if the device has no other one."""
+    filled = np.where(end == EMPTY, start, end)
+    for layer, device, slot in np.argwhere(filled != end):
+        if filled[layer, device, slot] in end[layer, device]:
+            filled[layer, device, slot] = EMPTY
+    return filled
 
 
 def _imbalance(windows: NDArray[np.float64], slots: Slots, speed: NDArray[np.float64]) -> float:
-    """Compute the slowest device's time over that of even ones.
+    """Compute the slowest device's time over that of an even load.
 
-    That is the mean of layers and windows, of loads [W,L,E], that have load.
+    It is averaged over the layers and windows of loads [W,L,E] that are not empty.
     """
     even = windows.sum(axis=2) * speed.min() / speed.sum()
     if not even.any():
@@ -367,12 +370,12 @@ def _imbalance(windows: NDArray[np.float64], slots: Slots, speed: NDArray[np.flo
 
 
 def _order_steps(before: Slots, after: Slots, topology: Topology | None) -> NDArray[np.int64]:
-    """Return the steps [M,6] from slots [L,D,S] to others, in an order that keeps experts alive."""
+    """Return steps [M,6] between slots [L,D,S], ordered so that no expert loses its last copy."""
     experts = int(max(before.max(), after.max())) + 1
     distance = np.zeros((before.shape[1],) * 2)
     if topology is not None:
-        known = topology.devices
-        distance[:known, :known] = topology.tier if topology.link_cost is None else topology.cost
+        number = topology.devices
+        distance[:number, :number] = topology.tier if topology.link_cost is None else topology.cost
     copies = count_copies(before, experts)
     is_brought = (after != before) & (after != EMPTY)
     steps, batch = [], 0
@@ -390,7 +393,7 @@ Step = tuple[int, int, int, int]
 
 
 class _Order:
-    """The steps of one layer that are left, and what every slot holds by now."""
+    """The steps of one layer that are still to take, and the slots after those that were taken."""
 
     def __init__(
         self,
@@ -403,34 +406,34 @@ class _Order:
         self.now, self.end, self.distance = now.copy(), end, distance
         self.copies = copies.copy()
         places: list[Place] = [(device, slot) for device, slot in brought.tolist()]
-        # What nobody serves comes first.
-        self.left = sorted(places, key=lambda place: self.copies[end[place]] > 0)
+        # Experts that no device serves come first.
+        self.remaining = sorted(places, key=lambda place: self.copies[end[place]] > 0)
 
     def batches(self) -> Iterator[list[Step]]:
-        """Yield the steps that are taken at once: expert, device from and to, and its slot."""
-        while self.left:
+        """Yield steps to take at once: expert, source and target device, and its slot."""
+        while self.remaining:
             blocked = []
-            for place in self.left:
+            for place in self.remaining:
                 if self._is_spare(place):
                     yield self._take([place])
                 else:
                     blocked.append(place)
-            is_stuck = len(blocked) == len(self.left)
-            self.left = blocked
+            is_stuck = len(blocked) == len(self.remaining)
+            self.remaining = blocked
             if is_stuck:
                 circle = self._find_circle()
-                self.left = [place for place in self.left if place not in circle]
+                self.remaining = [place for place in self.remaining if place not in circle]
                 yield self._take(circle)
 
     def _is_spare(self, place: Place) -> bool:
-        """Return whether what is in a slot has another copy that serves, or is nothing."""
+        """Return whether a slot is empty, or its expert has another copy that serves."""
         gone = self.now[place]
         return bool(gone == EMPTY or self.copies[gone] > 1)
 
     def _find_circle(self) -> list[Place]:
-        """Return steps each of which overwrites the last copy of what the next one brings."""
-        brings = {int(self.end[place]): place for place in reversed(self.left)}
-        path: deque[Place] = deque([self.left[0]])
+        """Return steps each of which overwrites the last copy of what the next one moves."""
+        brings = {int(self.end[place]): place for place in reversed(self.remaining)}
+        path: deque[Place] = deque([self.remaining[0]])
         while True:
             following = brings[int(self.now[path[-1]])]
             if following in path:
@@ -440,7 +443,7 @@ class _Order:
             path.append(following)
 
     def _take(self, places: list[Place]) -> list[Step]:
-        """Note what slots hold after a step, or after all of an exchange."""
+        """Take a step, or all steps of an exchange at once, and return them."""
         steps = []
         for device, slot in places:
             expert = int(self.end[device, slot])

@@ -30,8 +30,6 @@ from moetuner.solver.result import BoundDetails, Details, LevelBound, Status
 
 Slots = NDArray[np.int32]
 Value = TypeVar("Value")
-# Values within this part of the best are ties: predictions are not accurate to half a per cent.
-TIE = 0.005
 
 
 @dataclass(frozen=True)
@@ -388,33 +386,21 @@ class Run:
         )
 
     def answer(self) -> Incumbent:
-        """Return the best incumbent by all windows, or by a sample, where a search saw fewer.
+        """Return the better one of the best incumbent and the best start, by all windows.
 
-        The candidates are the few that the search ranks first, and its best start. The search's own
-        best stays the answer if it is within half a per cent of the best, and no worse than that
-        start.
+        Where a search saw all windows, that is the best incumbent. Of very many windows a sample is
+        taken. Where time is over, the start is the answer.
         """
         best = self.best
         starts = [incumbent for incumbent in self.incumbents if incumbent.is_start]
         if self.sees_all or not starts:
             return best
-        best_start = min(starts, key=lambda incumbent: incumbent.rank)
-        candidates = [
-            best_start,
-            best,
-            *sorted(self.incumbents, key=lambda incumbent: incumbent.rank)[: effort.JUDGED],
-        ]
-        ranks: dict[bytes, tuple[float, float]] = {}
-        candidate_of = {incumbent.slots.tobytes(): incumbent for incumbent in candidates}
-        for key, incumbent in candidate_of.items():
-            if not ranks or not self.budget.is_over():
-                ranks[key] = self._estimate_final_rank(incumbent)
-        first = min(ranks, key=ranks.__getitem__)
-        excess, value = ranks[first]
-        best_rank, start_rank = ranks.get(best.slots.tobytes()), ranks[best_start.slots.tobytes()]
-        if best_rank is not None and best_rank <= min((excess, value * (1 + TIE)), start_rank):
-            return best
-        return candidate_of[first]
+        start = min(starts, key=lambda incumbent: incumbent.rank)
+        if start.slots.tobytes() == best.slots.tobytes():
+            return start
+        start_rank = self._estimate_final_rank(start)
+        is_better = not self.budget.is_over() and self._estimate_final_rank(best) <= start_rank
+        return best if is_better else start
 
     def final_rank(self, incumbent: Incumbent) -> tuple[float, float]:
         """Compute the rank of an incumbent by all windows."""

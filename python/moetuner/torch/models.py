@@ -2,7 +2,7 @@
 
 No list of architectures: an MoE layer is a module with a child ``experts`` beside a child that
 routes. That is the shape of Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek, GLM-4-MoE, gpt-oss and
-most others in transformers; what has another shape can be named by its router.
+most others in transformers. In models of another shape, routers can be named.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class MoELayer:
     num_experts
         Experts, E.
     choices
-        Rows of the router: more than experts where those beyond are zero-computation experts, which
-        return a token as it is (LongCat-Flash) and so have no weights, device or load.
+        Rows of the router. LongCat-Flash has more of them than experts: the others are
+        zero-computation experts, which return a token as it is and have no weights, device or load.
     top_k
         Experts per token, K.
     expert_groups
@@ -89,7 +89,7 @@ def moe_layers(
                 raise ValueError(f"routers must be modules of the model, got {shown(name)}")
         if not names or len(set(names)) < len(names):
             raise ValueError(f"routers must be at least one and differ, got {names}")
-    return tuple(_layer(name, modules) for name in names)
+    return tuple(_make_layer(name, modules) for name in names)
 
 
 def same_sizes(layers: tuple[MoELayer, ...]) -> tuple[int, int]:
@@ -124,40 +124,43 @@ def find_choices(output: object) -> tuple[Tensor, Tensor] | None:
 
 def _is_router(name: str, modules: dict[str, nn.Module]) -> bool:
     """Return whether a module is the router of the experts beside it, by its class or name."""
-    if not name or _beside(name, "experts") not in modules:
+    if not name or _name_sibling(name, "experts") not in modules:
         return False
     # A block may have both a router and some other gate, for instance of its shared expert.
-    siblings = [modules.get(_beside(name, other)) for other in sorted(ROUTER_NAMES)]
+    siblings = [modules.get(_name_sibling(name, other)) for other in sorted(ROUTER_NAMES)]
     routers = [m for m in (modules[name], *siblings) if type(m).__name__.endswith("Router")]
     return modules[name] in routers or (name.rpartition(".")[2] in ROUTER_NAMES and not routers)
 
 
-def _beside(name: str, sibling: str) -> str:
+def _name_sibling(name: str, sibling: str) -> str:
+    """Return the dotted name of a module beside another one."""
     return f"{name.rpartition('.')[0]}.{sibling}".removeprefix(".")
 
 
-def _layer(name: str, modules: dict[str, nn.Module]) -> MoELayer:
+def _make_layer(name: str, modules: dict[str, nn.Module]) -> MoELayer:
     router, block = modules[name], modules[name.rpartition(".")[0]]
-    experts = modules.get(_beside(name, "experts"))
+    experts = modules.get(_name_sibling(name, "experts"))
     holders: list[Any] = [holder for holder in (router, experts, block) if holder is not None]
-    size, weight = _number(holders, SIZE_NAMES), getattr(router, "weight", None)
+    size, weight = _find_number(holders, SIZE_NAMES), getattr(router, "weight", None)
     if size is None and isinstance(experts, nn.ModuleList):
         size = len(experts)
     if size is None and isinstance(weight, Tensor) and weight.dim() == 2:
         size = weight.shape[0]
     holders += [holder.config for holder in holders if hasattr(holder, "config")]
-    top_k = _number(holders, TOP_K_NAMES)
+    top_k = _find_number(holders, TOP_K_NAMES)
     if size is None or top_k is None:
         missing, names = ("experts", SIZE_NAMES) if size is None else ("top-k", TOP_K_NAMES)
         raise ValueError(
             f"{name}: the number of {missing} must be an attribute {' or '.join(names)} of the "
             f"router or its block, {type(router).__name__} has none"
         )
-    choices = size + (_number(holders, ("zero_expert_num",)) or 0)
-    return MoELayer(name, block, router, experts, size, choices, top_k, _groups(router, block))
+    choices = size + (_find_number(holders, ("zero_expert_num",)) or 0)
+    return MoELayer(
+        name, block, router, experts, size, choices, top_k, _count_groups(router, block)
+    )
 
 
-def _groups(router: nn.Module, block: nn.Module) -> int:
+def _count_groups(router: nn.Module, block: nn.Module) -> int:
     """Count the groups among which a router chooses first, by its own settings or its model's."""
     configs = [getattr(module, "config", None) for module in (router, block)]
     names = ("n_group", "topk_group", "topk_method")
@@ -171,7 +174,7 @@ def _groups(router: nn.Module, block: nn.Module) -> int:
     return next((groups for setting in settings if (groups := count_groups(setting)) > 1), 1)
 
 
-def _number(holders: Iterable[object], names: Iterable[str]) -> int | None:
+def _find_number(holders: Iterable[object], names: Iterable[str]) -> int | None:
     """Return the first attribute of these names that is a positive number."""
     values = (getattr(*pair, None) for pair in itertools.product(holders, names))
     return next((value for value in values if type(value) is int and value > 0), None)

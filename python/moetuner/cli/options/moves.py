@@ -21,6 +21,7 @@ from moetuner.formats import find_form, read_placement
 from moetuner.placement import Placement, PlacementDiff, blocks
 from moetuner.problem import Problem
 from moetuner.report.advice.request import count_running_slots
+from moetuner.report.outcome import find_moves
 from moetuner.serving.running import STARTS, Running
 from moetuner.solver import Method, Result, Trade, pareto, solve
 from moetuner.statistics import RoutingStatistics
@@ -58,7 +59,7 @@ def start_placement(
     name: str, statistics: RoutingStatistics, topology: Topology, *, seed: int, threads: int | None
 ) -> Placement:
     """Return the start placement of a name; EPLB's is computed from the statistics."""
-    sizes = statistics.layers, statistics.experts, topology.devices
+    sizes = statistics.layers, statistics.num_experts, topology.devices
     if name == "contiguous":
         return blocks(*sizes)
     running = Problem(statistics, topology, slots_per_device=count_running_slots(name, *sizes[1:]))
@@ -180,8 +181,7 @@ class MoveOptions:
             return {}, ()
         size = self.expert_bytes
         diff = initial.diff(result.placement, topology=problem.topology, expert_bytes=size)
-        output.say(write_moves(diff, problem.topology))
-        show_pairs(output, diff)
+        show_moves(output, diff, problem.topology)
         contents: dict[str, Any] = {"moves": diff.to_dict()}
         if not self.pareto or result.status == "interrupted":
             return contents, ()
@@ -205,20 +205,9 @@ class MoveOptions:
         return contents | {"pareto": [trade.to_dict() | no_bytes for trade in trades]}, (*trades,)
 
 
-def write_moves(diff: PlacementDiff, topology: Topology) -> str:
-    """Write the number of experts that move, their bytes, and moves between nodes."""
-    text = f"Moves {counted(diff.experts_moved, 'expert')}"
-    if diff.bytes_moved is not None:
-        text += f", {in_bytes(diff.bytes_moved)}"
-    if topology.nodes > 1:
-        node = topology.node_of_device
-        between = int(diff.pairs[node[:, None] != node[None, :]].sum())
-        text += f": {diff.experts_moved - between:,} inside nodes, {between:,} between nodes"
-    return f"{text}."
-
-
-def show_pairs(output: Output, diff: PlacementDiff) -> None:
-    """Print the number of experts that move from each device to each other one."""
+def show_moves(output: Output, diff: PlacementDiff, topology: Topology) -> None:
+    """Print how many experts move, and from each device to each other one."""
+    output.tell(find_moves(diff, topology))
     devices = len(diff.pairs)
     if diff.experts_moved and devices <= MOST_DEVICES:
         rows = [

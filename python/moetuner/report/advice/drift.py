@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner import _checks as check
 from moetuner._checks import callable_or_none, instance, seed_in
 from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.figures import FIGURES
@@ -210,7 +211,8 @@ def measure_drift(traffic: Recording, units: Samples, *, seed: int = 0) -> Drift
 
     def compare_halves(*, by_group: bool) -> Drift | None:
         item, place = _find_places(traffic, by_group=by_group)
-        loads = _count_block_loads(traffic, (place * blocks // len(place))[item], blocks)
+        block_of_item = (place * blocks // len(place)).astype(np.min_scalar_type(blocks))
+        loads = _count_block_loads(traffic, block_of_item[item], blocks)
         if len(loads) < FEWEST_BLOCKS or not loads.sum():
             return None
         return _compare_blocks(loads, len(loads) // 2, seed)
@@ -260,21 +262,24 @@ def _compare_blocks(loads: NDArray[np.float64], number: int, seed: int) -> Drift
 def cut_in_half(traffic: AnyRecording) -> tuple[AnyRecording, AnyRecording]:
     """Return the halves of a recording by its sequences, or its windows or tokens without them."""
     item, place = _find_places(traffic, by_group=False)
-    is_early = place[item] < len(place) // 2
+    is_early = (place < len(place) // 2)[item]
     return traffic.take(is_early), traffic.take(~is_early)
 
 
 def _find_places(
     traffic: Recording, *, by_group: bool
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+) -> tuple[NDArray[np.integer[Any]], NDArray[np.int64]]:
     """Return the item of every token or window, and the place of every item in the recording.
 
     Items are sequences; where there are none, windows or tokens. With ``by_group`` the items of
     every group are spread evenly over the recording, in their order.
     """
-    item = first = np.arange(traffic.length)
-    if traffic.sequence is not None:
-        _, first, item = np.unique(traffic.sequence, return_index=True, return_inverse=True)
+    if traffic.sequence is None:
+        item = first = np.arange(traffic.length)
+    else:
+        labels = check.distinct(traffic.sequence)
+        item = check.ranks(traffic.sequence, labels)
+        first = check.first_of(item, len(labels))
     order = np.argsort(first)
     if by_group and traffic.group is not None:
         # Item r of the n of a group belongs where a share (r + 0.5) / n of the recording is over.

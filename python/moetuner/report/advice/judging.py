@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from moetuner._checks import evenly_spaced
-from moetuner.cost import busiest_ports
+from moetuner.cost import compute_move_us
 from moetuner.evaluation import evaluate
 from moetuner.evaluation.comparison import Comparison, with_splits
 from moetuner.evaluation.halves import halve_each
@@ -100,10 +100,6 @@ def judge_over_eplb(request: Request, trials: Sequence[Trial]) -> dict[Window, J
     }
 
 
-def _judge_gain(request: Request, trial: Trial, window: Window, units: Samples) -> Comparison:
-    return judge_trials(request, [trial], RUNNING, window, units).gain
-
-
 def combine_phases(request: Request, judgements: Sequence[Judgement]) -> Comparison | None:
     """Combine the gains of decode and prefill, weighted by their shares of the serving time.
 
@@ -157,7 +153,8 @@ def judge_halves(
         request.progress(f"a placement of the {name} half on the other")
         holdout = Holdout(request.seed, count_traffic(request, half), other)
         trial = try_out(request, holdout, copies)
-        gains.append(_judge_gain(request, trial, window, request.units[window]))
+        judgement = judge_trials(request, [trial], RUNNING, window, request.units[window])
+        gains.append(judgement.gain)
     return tuple(gains)
 
 
@@ -170,13 +167,13 @@ def judge_groups(request: Request, copies: int) -> dict[str, dict[Window, Compar
         request.progress(f"a placement of all groups but {group}, on {group}")
         is_in_group = np.isin(all_rows, rows)
         unseen, others = request.traffic.take(is_in_group), request.traffic.take(~is_in_group)
-        trial = try_out(
-            request, Holdout(request.seed, count_traffic(request, others), unseen), copies
-        )
-        gains[str(group)] = {
-            window: _judge_gain(request, trial, window, request.find_samples(unseen, window))
-            for window in request.windows
-        }
+        holdout = Holdout(request.seed, count_traffic(request, others), unseen)
+        trial = try_out(request, holdout, copies)
+        gains[str(group)] = {}
+        for window in request.windows:
+            samples = request.find_samples(unseen, window)
+            judgement = judge_trials(request, [trial], RUNNING, window, samples)
+            gains[str(group)][window] = judgement.gain
     return gains
 
 
@@ -221,9 +218,8 @@ def compute_move_cost(request: Request, trial: Trial, saved_us: float) -> Moving
     total = int(after.sum())
     if size is None:
         return Moving(diff.experts_moved, None, None, None, total, None, None)
-    ports = busiest_ports(diff.pairs, topology)
     assert request.serving.cost_model is not None
-    us = float(request.serving.cost_model.ports_us(ports, topology, bytes_each=size))
+    us = compute_move_us(request.serving.cost_model, diff.pairs, topology, size)
     return Moving(
         experts=diff.experts_moved,
         bytes=diff.bytes_moved,
@@ -251,7 +247,7 @@ def judge_lp_split(
     ):
         return None
     counts = count_loads(drop_groups(holdout.unseen), window=window, threads=request.threads)
-    steps = np.flatnonzero(counts.is_step)
+    steps = np.flatnonzero(counts.is_full_window)
     if not steps.size:
         return None
     spaced = steps[evenly_spaced(steps.size, LP_WINDOWS)]

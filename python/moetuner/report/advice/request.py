@@ -147,7 +147,9 @@ def split_recording(request: Request, seed: int) -> tuple[Recording, Recording]:
     """Return the seen and the unseen part of the traffic, as given apart or chosen with a seed."""
     if request.unseen is not None:
         return request.traffic, request.unseen
-    return hold_out(request.traffic, 0.5 if request.is_held_out else 0.0, seed=seed)
+    if not request.is_held_out:
+        return request.traffic, request.traffic
+    return hold_out(request.traffic, seed=seed)
 
 
 def count_traffic(request: Request, seen: Recording) -> RoutingStatistics:

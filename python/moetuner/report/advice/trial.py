@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
-from moetuner.evaluation import Evaluation
+from moetuner.evaluation import Evaluation, evaluate_each
 from moetuner.evaluation.options import ReplayOptions
+from moetuner.evaluation.replay import drop_groups
 from moetuner.placement import Placement, blocks
 from moetuner.problem import Problem
 from moetuner.recording import Recording
-from moetuner.report import outcome
 from moetuner.report.advice.request import Holdout, Request, Window, build_problem, search
 from moetuner.serving.running import Running
 from moetuner.solver import Method
@@ -90,15 +90,13 @@ def evaluate_all(
     by_group: bool = False,
 ) -> dict[Window, dict[Key, Evaluation]]:
     """Return the evaluations of placements on unseen traffic, by size of windows."""
-    evaluations = outcome.replay(
+    evaluations = evaluate_each(
         list(placements.values()),
-        request.serving,
-        unseen,
-        windows,
+        unseen if by_group else drop_groups(unseen),
+        [replace(request.serving, window=window) for window in windows],
         ReplayOptions(mixed=False, threads=request.threads),
-        by_group=by_group,
     )
     return {
         window: dict(zip(placements, evaluated, strict=True))
-        for window, evaluated in evaluations.items()
+        for window, evaluated in zip(windows, evaluations, strict=True)
     }

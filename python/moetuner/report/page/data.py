@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from moetuner import _checks as check
 from moetuner import _texts
-from moetuner.cost import busiest_ports, bytes_of_expert
+from moetuner.cost import bytes_of_expert, compute_move_us
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
@@ -241,8 +241,7 @@ class PageData:
             return Tile("To move", share, f"pass {TERMINAL.expert_size} to see bytes")
         notes = [share]
         if moved and model is not None:
-            ports = busiest_ports(self.moves.pairs, self.topology)
-            us = float(model.ports_us(ports, self.topology, bytes_each=size))
+            us = compute_move_us(model, self.moves.pairs, self.topology, size)
             notes.append(f"{duration(us)} at the bandwidth of the links")
         if moved and advice is not None:
             steps = advice.moving.steps

@@ -29,7 +29,7 @@ from moetuner.files.cells import (
 )
 from moetuner.report.advice.values import Advice
 from moetuner.report.findings import Finding
-from moetuner.report.outcome import write_left_out
+from moetuner.report.outcome import find_moves, write_left_out
 from moetuner.report.page.data import PageData
 from moetuner.report.page.structure import draw_hot_experts, list_curves
 from moetuner.report.words import say
@@ -571,11 +571,10 @@ def _show_moves(page: PageData) -> Panel | None:
     chart = {"": draw.matrices([pairs], ["experts"], ends, "experts")}
     rows = [tuple(map(str, row)) for row in diff.moves[:ROWS].tolist()]
     head = ("layer", "expert", "from", "to")
-    size = "" if diff.bytes_moved is None else f", {in_bytes(diff.bytes_moved)}"
     return Panel(
         (Chart("moves", f"experts that go from {ends} to {ends}", chart, height=400),),
         (Table("Moves (all are in the JSON)", head, rows, diff.experts_moved),),
-        (f"{diff.experts_moved:,} experts move{size}.",),
+        (say(find_moves(diff, page.topology)),),
     )
 
 

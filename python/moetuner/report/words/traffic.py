@@ -105,11 +105,20 @@ def _devices_that_serve(
 
 
 def _experts_that_move(
-    voice: Voice, experts: int, moved_bytes: float | None, from_disk: int
+    voice: Voice,
+    experts: int,
+    moved_bytes: float | None,
+    from_disk: int = 0,
+    between_nodes: int | None = None,
 ) -> str:
-    size = "" if moved_bytes is None else f" ({in_bytes(moved_bytes)})"
-    disk = f", {from_disk:,} of them from disk, as no device has them any more" if from_disk else ""
-    return f"{counted(experts, 'expert')} {'moves' if experts == 1 else 'move'}{size}{disk}"
+    text = f"{counted(experts, 'expert')} {'moves' if experts == 1 else 'move'}"
+    if moved_bytes is not None:
+        text += f" ({in_bytes(moved_bytes)})"
+    if from_disk:
+        text += f", {from_disk:,} of them from disk, as no device has them any more"
+    if between_nodes is not None:
+        text += f": {experts - between_nodes:,} inside nodes, {between_nodes:,} between nodes"
+    return text
 
 
 def _busiest_device(voice: Voice, before: float, after: float, window: int | None) -> str:

@@ -207,17 +207,13 @@ def _by_prices(
     level: _Level, start: Counts, budget: Budget, report: pairs.Report
 ) -> _Proven | None:
     """Return a bound by prices of experts; None if experts, or contents of a part, are too many."""
-    layers, experts = level.problem.layers, level.problem.experts
-    if experts > effort.PRICE_EXPERTS:
+    if level.problem.experts > effort.PRICE_EXPERTS:
         return None
-    rounds, work = effort.PRICE_ROUNDS, math.inf
-    if budget.time_limit is None:
-        programmes = effort.PROGRAMME_WORK / (layers * experts**3)
-        rounds, work = int(np.clip(programmes, 1, rounds)), effort.PRICE_WORK
+    work = effort.PRICE_WORK if budget.time_limit is None else math.inf
     priced = _core.bound_visits(
         level.seen,
         start.astype(np.uint16),
-        rounds=rounds,
+        rounds=effort.PRICE_ROUNDS,
         work=work,
         gap=budget.gap or 0.0,
         time_limit=budget.left,

@@ -43,7 +43,7 @@ class Solution:
 class Ilp:
     """A program ``min cost @ x`` with ``0 <= x <= upper`` and ``row_lower <= A x <= row_upper``.
 
-    ``upper`` and ``integer``, whether a column must be whole, are of all columns or [columns].
+    ``upper``, and ``integer``, whether a column must be whole, are one value or [columns].
     """
 
     def __init__(
@@ -65,9 +65,9 @@ class Ilp:
         column: ArrayLike,
         value: ArrayLike = 1.0,
     ) -> None:
-        """Add ``lower <= A x <= upper`` [rows] with A given by its entries, none of them twice.
+        """Add ``lower <= A x <= upper`` [rows]; A has the given entries, none of them twice.
 
-        A ``row`` counts from the first of the new ones; all broadcast, to [rows] or [entries].
+        A ``row`` counts from the first new one. All arguments broadcast, to [rows] or [entries].
         """
         low, high = np.broadcast_arrays(np.atleast_1d(lower), upper)
         rows, columns, values = (array.ravel() for array in np.broadcast_arrays(row, column, value))
@@ -78,7 +78,7 @@ class Ilp:
     def add_deviations(
         self, part: ArrayLike, column: ArrayLike, value: ArrayLike, mean: float, t: ArrayLike
     ) -> None:
-        """Add ``t >= +-(A x - mean)`` with A given by its entries, one part a row; t is [parts]."""
+        """Add ``t >= +-(A x - mean)`` [parts]; A has the given entries, one row for a part."""
         t = np.asarray(t)
         parts = np.r_[np.ravel(part), np.arange(len(t))]
         columns = np.r_[np.ravel(column), t]
@@ -105,10 +105,10 @@ class Ilp:
     ) -> Solution:
         """Run HiGHS from a start and return its best values.
 
-        Ctrl-C ends the search, not the program: the best values so far come back with status
-        ``"interrupted"``. The start [columns] is feasible. The search stops when |objective -
-        bound| is at most gap * |objective|, or at most absolute_gap, or after so many nodes. Now
-        and then ``progress`` is called, from the calling thread, with objective (None while
+        Ctrl-C ends the search, not the program: the best values so far are returned with status
+        ``"interrupted"``. The start [columns] must be feasible. The search stops when |objective -
+        bound| is at most gap * |objective|, or at most absolute_gap, or after so many nodes.
+        ``progress`` is called now and then, from the calling thread, with objective (None while
         unknown) and bound.
         """
         begin = time.monotonic()
@@ -121,9 +121,9 @@ class Ilp:
             mip_max_nodes=2**31 - 1 if nodes is None else int(nodes),
         )
         columns = np.arange(self.columns, dtype=np.int32)
-        _ok(highs.setSolution(self.columns, columns, values), "setSolution")
+        _check(highs.setSolution(self.columns, columns, values), "setSolution")
         if time_limit is not None:
-            _set(highs, time_limit=max(time_limit - (time.monotonic() - begin), 0.0))
+            _set_options(highs, time_limit=max(time_limit - (time.monotonic() - begin), 0.0))
         interrupted = _Watch(highs).run(progress)
         info = highs.getInfo()
         if info.primal_solution_status == 2:  # a feasible point
@@ -131,7 +131,7 @@ class Ilp:
             new = np.where(self.integer != 0, np.rint(new), new)
             if self.cost @ new < best:
                 values, best = new, float(self.cost @ new)
-        bound, status = float(info.mip_dual_bound), _ended(highs, interrupted)
+        bound, status = float(info.mip_dual_bound), _read_status(highs, interrupted)
         is_met = math.isclose(best, bound, rel_tol=1e-6, abs_tol=1e-6)
         if status == "optimal" and max(gap, absolute_gap) > 0 and not is_met:
             status = "gap_reached"
@@ -143,7 +143,9 @@ class Ilp:
         from highspy._core import MatrixFormat, ObjSense, _Highs
 
         highs = _Highs()
-        _set(highs, output_flag=False, log_to_console=False, threads=1, parallel="off", **options)
+        _set_options(
+            highs, output_flag=False, log_to_console=False, threads=1, parallel="off", **options
+        )
         lower, upper, row, column, value = self.arrays()
         order = np.lexsort((column, row))
         start = np.r_[0, np.cumsum(np.bincount(row, minlength=self.rows))].astype(np.int32)
@@ -164,12 +166,12 @@ class Ilp:
             value[order].astype(np.float64),
             self.integer,
         )
-        _ok(status, "passModel")
+        _check(status, "passModel")
         return highs
 
 
-def _ended(highs: _Highs, interrupted: bool) -> Status:
-    """Return why HiGHS ended."""
+def _read_status(highs: _Highs, interrupted: bool) -> Status:
+    """Return the status that tells why HiGHS ended."""
     from highspy._core import HighsModelStatus as Model
 
     statuses: dict[Any, Status] = {
@@ -178,14 +180,14 @@ def _ended(highs: _Highs, interrupted: bool) -> Status:
         Model.kTimeLimit: "time_limit",
         Model.kInterrupt: "interrupted",
     }
-    ended = highs.getModelStatus()
-    if ended not in statuses:
-        raise RuntimeError(f"HiGHS ended with status {highs.modelStatusToString(ended)!r}")
-    return "interrupted" if interrupted else statuses[ended]
+    status = highs.getModelStatus()
+    if status not in statuses:
+        raise RuntimeError(f"HiGHS ended with status {highs.modelStatusToString(status)!r}")
+    return "interrupted" if interrupted else statuses[status]
 
 
 class _Watch:
-    """Runs HiGHS on a thread of its own, so that this one can take Ctrl-C and report progress."""
+    """A run of HiGHS on a second thread, while this one takes Ctrl-C and reports progress."""
 
     def __init__(self, highs: _Highs) -> None:
         self.highs = highs
@@ -194,58 +196,58 @@ class _Watch:
         self.cancelled = False
 
     def run(self, progress: Callable[[float | None, float], None] | None) -> bool:
-        """Run to the end; true if Ctrl-C ended it. An error raised by ``progress`` ends it too."""
+        """Run to the end; return whether Ctrl-C ended it. Errors of ``progress`` end it, too."""
         from concurrent.futures import ThreadPoolExecutor, wait  # late, as it makes a logger
 
         from highspy._core.cb import HighsCallbackType as Kind
 
-        _ok(self.highs.setCallback(self._called, None), "setCallback")
+        _check(self.highs.setCallback(self._on_callback, None), "setCallback")
         for kind in (
             Kind.kCallbackMipImprovingSolution,
             Kind.kCallbackMipInterrupt,
             Kind.kCallbackSimplexInterrupt,
         ):
-            _ok(self.highs.startCallback(kind), "startCallback")
+            _check(self.highs.startCallback(kind), "startCallback")
         interrupted, error = False, None
         with ThreadPoolExecutor(1, "moetuner-highs") as executor:
-            ended = executor.submit(self.highs.run)
-            reported = time.monotonic()
-            while not ended.done():
+            future = executor.submit(self.highs.run)
+            last_report = time.monotonic()
+            while not future.done():
                 try:
-                    wait([ended], POLL_SECONDS)
-                    due = time.monotonic() - reported > 4 * POLL_SECONDS
+                    wait([future], POLL_SECONDS)
+                    due = time.monotonic() - last_report > 4 * POLL_SECONDS
                     if progress is not None and error is None and due:
-                        reported = time.monotonic()
+                        last_report = time.monotonic()
                         progress(self.best, self.bound)
                 except KeyboardInterrupt:
                     self.cancelled = interrupted = True
                 except BaseException as raised:
                     self.cancelled, error = True, raised
-        _ok(self.highs.setCallback(None, None), "setCallback")
+        _check(self.highs.setCallback(None, None), "setCallback")
         if error is not None:
             raise error
-        _ok(ended.result(), "run")
+        _check(future.result(), "run")
         return interrupted
 
-    def _called(self, kind: Any, _message: str, out: Any, into: Any, _data: Any) -> None:
+    def _on_callback(self, kind: Any, _message: str, data: Any, reply: Any, _data: Any) -> None:
         from highspy._core.cb import HighsCallbackType as Kind
 
         if kind == Kind.kCallbackMipImprovingSolution:
-            self.best = float(out.objective_function_value)
+            self.best = float(data.objective_function_value)
         elif kind == Kind.kCallbackMipInterrupt:
-            self.bound = float(out.mip_dual_bound)
-        if into is not None and self.cancelled:
-            into.user_interrupt = True
+            self.bound = float(data.mip_dual_bound)
+        if reply is not None and self.cancelled:
+            reply.user_interrupt = True
 
 
-def _ok(status: Any, call: str) -> None:
-    """Raise if HiGHS says that a call failed: raw calls never raise. A warning is no failure."""
+def _check(status: Any, call: str) -> None:
+    """Raise if a call of HiGHS failed: raw calls never raise. A warning is no failure."""
     from highspy._core import HighsStatus
 
     if status == HighsStatus.kError:
         raise RuntimeError(f"HiGHS: {call} failed")
 
 
-def _set(highs: _Highs, **options: bool | int | float | str) -> None:
+def _set_options(highs: _Highs, **options: bool | int | float | str) -> None:
     for name, value in options.items():
-        _ok(highs.setOptionValue(name, value), f"setOptionValue({name!r}, {value!r})")
+        _check(highs.setOptionValue(name, value), f"setOptionValue({name!r}, {value!r})")

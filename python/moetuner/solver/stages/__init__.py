@@ -61,7 +61,7 @@ def _single_copies(run: Run, budget: Budget) -> None:
     """Search the problem with one copy of each expert, and offer that as a start."""
     single = _single(run.problem)
     assert single is not None
-    cache, key = single.statistics.known, _cache_key(single, run, budget)
+    cache, key = single.statistics.memo, _cache_key(single, run, budget)
     slots, interrupted = cache.get(key), False
     if slots is None:
         inner = run.inner((FLOOR, PARTITIONS, *SEARCHES), _muted(run, budget), problem=single)
@@ -131,7 +131,7 @@ def _has_spare_slots(run: Run) -> bool:
 def _single_share(run: Run) -> float:
     """Return the share of time for single copies: little for balance, which copies seldom harm."""
     is_balance = run.problem.goal == "balance"
-    return effort.BRIEF_SHARE if is_balance else effort.START_SHARE
+    return effort.BRIEF_SHARE if is_balance else effort.SEARCH_SHARE
 
 
 SINGLE_COPIES = Stage(
@@ -210,7 +210,7 @@ def _has_unequal_speeds(run: Run) -> bool:
     return is_time and bool(speeds.min() < speeds.max())
 
 
-EQUAL = Stage(_equal, applies=_has_unequal_speeds, share=lambda _: effort.START_SHARE)
+EQUAL = Stage(_equal, applies=_has_unequal_speeds, share=lambda _: effort.SEARCH_SHARE)
 
 
 def _even(run: Run, budget: Budget) -> None:
@@ -241,7 +241,7 @@ def _search(run: Run, budget: Budget) -> None:
     is_single = is_searched_anew(run) and not problem.may_copy and not is_lp_split
     key = _cache_key(problem, run, budget) if is_single and not run.interrupted else None
     if key is not None:
-        problem.statistics.known[key] = run.answer().slots
+        problem.statistics.memo[key] = run.answer().slots
 
 
 SEARCH = Stage(_search)

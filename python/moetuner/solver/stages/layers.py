@@ -239,7 +239,7 @@ def anneal(run: Run, budget: Budget, model: LayerModel | None = None) -> None:
     """
     model, turns = LayerModel(run) if model is None else model, 1
     if not run.problem.windows.is_mean:
-        turns = effort.REWEIGHTINGS_AGAIN if model.weights else effort.REWEIGHTINGS
+        turns = effort.REWEIGHTINGS
     if not model.weights:
         windows = model.windows
         model.weights = [np.ones(len(windows))]
@@ -259,7 +259,7 @@ def anneal(run: Run, budget: Budget, model: LayerModel | None = None) -> None:
 
 CONSTRUCT = Stage(_construct, applies=is_searched_anew)
 CHAIN_UNDER_CAPS = Stage(
-    _chain_under_caps, applies=_joins_layers, share=lambda _: effort.START_SHARE
+    _chain_under_caps, applies=_joins_layers, share=lambda _: effort.SEARCH_SHARE
 )
 
 

@@ -54,4 +54,4 @@ def _search(run: Run, budget: Budget) -> None:
     run.offer(slots, "layers", interrupted=interrupted)
 
 
-LP_SPLIT = Stage(_search, applies=has_lp_split, share=lambda _: effort.START_SHARE)
+LP_SPLIT = Stage(_search, applies=has_lp_split, share=lambda _: effort.SEARCH_SHARE)

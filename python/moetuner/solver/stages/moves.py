@@ -279,7 +279,7 @@ def from_running(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     """
 
     def solve(run: Run, budget: Budget) -> None:
-        _adopt(run, run.inner(stages, budget.within(effort.FRESH_SHARE)))
+        _adopt(run, run.inner(stages, budget.within(effort.SEARCH_SHARE)))
 
     from_scratch = Stage(solve, applies=lambda run: not run.is_priced)
     return (REPAIR, from_scratch, CONTINUE, FRONT, POLISH)

@@ -27,26 +27,16 @@ Contents = list[list[Slots] | None]
 
 
 def _polish(run: Run, budget: Budget) -> None:
-    """Improve a few starts by first-improvement descent, then perturb the best and descend again.
+    """Improve the best placement, and those on few devices, by first-improvement descent.
 
     If there are few placements in all, they are all tried instead.
     """
     contents = [_contents(run.problem, layer) for layer in range(run.problem.layers)]
     if _try_all(run, contents, budget):
         return
-    starts = sorted(run.incumbents, key=lambda incumbent: incumbent.rank)[: effort.POLISHED]
     on_few = (run.judge(slots) for slots in _on_few_devices(run.problem))
-    for start in (*starts, *(judged for judged in on_few if run.can_afford(judged))):
+    for start in (run.best, *(judged for judged in on_few if run.can_afford(judged))):
         _descend(run, start, contents, budget)
-    # Traffic alone is whole numbers; searches leave little to gain there.
-    kicks = 0 if run.problem.goal == "traffic" or budget.iterations is not None else effort.KICKS
-    random = np.random.default_rng(run.seed)
-    for _ in range(kicks):
-        if budget.is_over():
-            return
-        kicked = _kick(run, run.best, contents, random)
-        if kicked is not None:
-            _descend(run, kicked, contents, budget)
 
 
 def _try_all(run: Run, contents: Contents, budget: Budget) -> bool:
@@ -74,19 +64,6 @@ def _descend(run: Run, start: Incumbent, contents: Contents, budget: Budget) -> 
         current, better = better, _find_better(run, better, contents, budget)
     if current.rank < run.best.rank:
         run.offer(current.slots, "polish")
-
-
-def _kick(
-    run: Run, incumbent: Incumbent, contents: Contents, random: np.random.Generator
-) -> Incumbent | None:
-    """Return an incumbent after a few random changes; None if it exceeds the budget of moves."""
-    slots = incumbent.slots
-    for _ in range(effort.KICKED):
-        neighbours = list(_neighbours(run.problem, slots, contents))
-        if neighbours:
-            slots = neighbours[random.integers(len(neighbours))]
-    kicked = run.judge(slots)
-    return kicked if run.can_afford(kicked) else None
 
 
 def _on_few_devices(problem: Problem) -> Iterator[Slots]:

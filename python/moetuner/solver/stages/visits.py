@@ -91,5 +91,5 @@ def _has_no_start(run: Run) -> bool:
     return is_of_visits(run) and not is_begun
 
 
-PAIRS = Stage(_pairs, applies=_has_no_start, share=lambda _: effort.START_SHARE)
+PAIRS = Stage(_pairs, applies=_has_no_start, share=lambda _: effort.SEARCH_SHARE)
 VISITS = Stage(_visits, applies=is_of_visits)

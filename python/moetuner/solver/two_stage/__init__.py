@@ -30,7 +30,7 @@ def two_stage(
     budget: Budget | None = None,
     equal_sizes: bool | None = None,
 ) -> tuple[NDArray[np.int32], Status, SearchDetails]:
-    """Return slots [L,D,S] by the paper's two stages, how they ended and how they went.
+    """Return slots [L,D,S] by the paper's two stages, their status, and details of the search.
 
     ``equal_sizes`` says whether clusters hold equally many experts; by default they do where the
     slots leave no choice. Of the budget, ``time_limit``, ``threads`` and ``progress`` apply. The
@@ -48,10 +48,10 @@ def two_stage(
         budget=budget.within(),
     )
     sizes = (clusters.cluster[:, :, None] == np.arange(devices)).sum(axis=1)
-    differ, transitions = bool(np.ptp(sizes)), problem.statistics.transitions
+    have_unequal_sizes, transitions = bool(np.ptp(sizes)), problem.statistics.transitions
     placed = None
     device = np.broadcast_to(np.arange(devices), sizes.shape)
-    if transitions is not None or differ:
+    if transitions is not None or have_unequal_sizes:
         if transitions is None:
             transitions = np.zeros(
                 (problem.layers - 1, problem.experts, problem.experts), np.uint64
@@ -60,7 +60,7 @@ def two_stage(
         placed = place_clusters(
             traffic,
             problem.topology.cost,
-            sizes=sizes if differ else None,
+            sizes=sizes if have_unequal_sizes else None,
             seed=seed,
             budget=budget.within(),
         )
@@ -70,9 +70,10 @@ def two_stage(
     statuses = [clusters.status] if placed is None else [clusters.status, placed.status]
     stopped: tuple[Status, ...] = ("interrupted", "time_limit")
     status: Status = next((status for status in stopped if status in statuses), "feasible")
+    totals = np.bincount(device.ravel(), sizes.ravel()).astype(np.int64)
     search = SearchDetails(
-        stage_1=_clustering(problem, clusters, equal_sizes=equal_sizes),
-        stage_2=_placing(placed, np.bincount(device.ravel(), sizes.ravel()).astype(np.int64)),
+        stage_1=_describe_clusters(problem, clusters, equal_sizes=equal_sizes),
+        stage_2=_describe_placing(placed, totals),
     )
     return placement.slots, status, search
 
@@ -86,8 +87,8 @@ def _solve(run: Run, budget: Budget) -> None:
 PAPER = Stage(_solve)
 
 
-def _clustering(problem: Problem, clusters: Clusters, *, equal_sizes: bool) -> ClusterStage:
-    """Return how stage 1 went."""
+def _describe_clusters(problem: Problem, clusters: Clusters, *, equal_sizes: bool) -> ClusterStage:
+    """Return what stage 1 did, for the details of a result."""
     experts, devices = problem.experts, problem.devices
     text = f"{experts} experts on {devices} devices: some stay empty"
     return ClusterStage(
@@ -101,8 +102,8 @@ def _clustering(problem: Problem, clusters: Clusters, *, equal_sizes: bool) -> C
     )
 
 
-def _placing(placed: PlacedClusters | None, totals: NDArray[np.int64]) -> PlaceStage:
-    """Return how stage 2 went, with the experts of every device over all layers [D]."""
+def _describe_placing(placed: PlacedClusters | None, totals: NDArray[np.int64]) -> PlaceStage:
+    """Return what stage 2 did; ``totals`` are the experts of every device over all layers [D]."""
     experts = int(totals.min()), int(totals.max())
     if placed is None:
         return PlaceStage("skipped: no transitions were counted", experts)

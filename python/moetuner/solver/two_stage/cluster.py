@@ -77,7 +77,7 @@ def cluster_layers(
             layers.searched[layer:] = False
             layers.status = "time_limit"
             break
-        ended = solve_layer(
+        status = solve_layer(
             layers,
             layer,
             load[layer],
@@ -87,9 +87,9 @@ def cluster_layers(
             seed=seed,
             budget=budget,
         )
-        if ended != "gap_reached":
-            layers.status = ended
-        if ended in ("interrupted", "time_limit"):
+        if status != "gap_reached":
+            layers.status = status
+        if status in ("interrupted", "time_limit"):
             layers.searched[layer + 1 :] = False
             break
     return layers

@@ -21,10 +21,11 @@ Devices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class PlacedClusters:
-    """Stage 2: the device of every cluster [L,D].
+    """The result of stage 2: the device of every cluster [L,D], and what it costs.
 
-    The bottleneck, with a proven lower bound, is the sum over boundaries of the busiest pair's
-    tokens * cost. The total is of all pairs, and decides between equal bottlenecks.
+    ``bottleneck`` is the sum over boundaries of the busiest pair's tokens * cost, and ``bound`` a
+    proven lower bound of it. ``total`` is the sum over all pairs; it decides between equal
+    bottlenecks. ``way`` is the search that ended it.
     """
 
     device: Devices
@@ -80,12 +81,12 @@ def place_clusters(
     if counts is not None and not interrupted and not budget.is_over():
         totals = np.bincount(placed.ravel(), counts.ravel().astype(np.float64))
         if totals.max() - totals.min() > (totals.sum() % len(totals) != 0):
-            # Exchanges do not level the totals: from a start that does they are no longer touched.
-            evened = _even_totals(counts, placed.astype(np.int64), seed=seed, budget=budget)
-            start = evened.astype(np.uint16)
+            # Exchanges do not even out totals, but keep them even from a start that has them so.
+            even_device = _even_totals(counts, placed.astype(np.int64), seed=seed, budget=budget)
+            start = even_device.astype(np.uint16)
             placed, way, bound, interrupted = search(start=start, time_limit=budget.left)
     device = placed.astype(np.int64)
-    bottleneck, total = _times(traffic, cost, device)
+    bottleneck, total = _compute_costs(traffic, cost, device)
     status: Status = "interrupted" if interrupted else "feasible"
     is_small = counts is not None and len(traffic) * len(cost) ** 4 <= effort.MOST_PRODUCTS
     if not interrupted and bottleneck - bound <= tolerance * bottleneck:
@@ -102,8 +103,8 @@ def place_clusters(
             budget=budget,
         )
         proven = (solution.bound - 1e-6) * max(bottleneck, 1)  # HiGHS proves in floating point
-        bottleneck, total = _times(traffic, cost, device)
-        # Costs are whole numbers: what is proven in fractions is proven of the next whole one.
+        bottleneck, total = _compute_costs(traffic, cost, device)
+        # Costs are whole numbers: a bound with a fraction is raised to the next whole one.
         bound = max(bound, math.ceil(proven))
         # Optimal within the tolerance, or by what HiGHS proves in floats.
         way, status = "ilp", "gap_reached" if solution.status == "optimal" else solution.status
@@ -112,8 +113,8 @@ def place_clusters(
     return PlacedClusters(device, way, bottleneck, min(bound, bottleneck), total, status)
 
 
-def _times(traffic: NDArray[np.uint64], cost: Devices, device: Devices) -> tuple[int, int]:
-    """Sum over boundaries of the busiest pair's tokens * cost, and of all pairs', exactly."""
+def _compute_costs(traffic: NDArray[np.uint64], cost: Devices, device: Devices) -> tuple[int, int]:
+    """Sum over boundaries tokens * cost of the busiest pair, and of all pairs, exactly."""
     bottleneck = total = 0
     for layer, table in enumerate(traffic):
         costs = cost[np.ix_(device[layer], device[layer + 1])]
@@ -125,9 +126,9 @@ def _times(traffic: NDArray[np.uint64], cost: Devices, device: Devices) -> tuple
 def _even_totals(
     sizes: NDArray[np.uint64], start: Devices, *, seed: int, budget: Budget
 ) -> Devices:
-    """Place clusters for totals of experts per device as equal as can be, whatever the traffic.
+    """Return devices of clusters [L,D] for as equal totals of experts as can be, without traffic.
 
-    Takes the experts of every cluster [L,D] and a start; returns the device of every cluster [L,D].
+    ``sizes`` are the experts of every cluster [L,D].
     """
     layers, n = sizes.shape
     y = np.arange(layers * n * n).reshape(layers, n, n)
@@ -156,7 +157,7 @@ def solve_stage(
     cost: Devices,
     start: Devices,
     sizes: NDArray[np.uint64] | None,
-    worth: tuple[int, int],
+    proven: tuple[int, int],
     *,
     tolerance: float,
     seed: int,
@@ -165,11 +166,11 @@ def solve_stage(
     """Solve stage 2 as printed: sum_l t_l with t_l >= traffic_l(d,d') / bandwidth(d,d').
 
     A product w[l,c,c',d,d'] = y[l,c,d] * y[l+1,c',d'] is continuous and adds up to its two factors
-    over d' and over d. Takes what `place_clusters` does, a start [L,D] with its objective and a
-    proven bound, in whose units the solution is; returns the device of every cluster [L,D]. Devices
-    keep totals as level as the start's.
+    over d' and over d. ``start`` [L,D] are devices of clusters, and ``proven`` its objective and a
+    lower bound, in whose units the solution is. Return it and the device of every cluster [L,D].
+    Totals of experts per device stay as even as those of the start.
     """
-    scale = float(max(worth[0], 1))
+    scale = float(max(proven[0], 1))
     boundaries, n = len(traffic), len(cost)
     y = np.arange((boundaries + 1) * n * n).reshape(-1, n, n)
     w = y.size + np.arange(boundaries * n**4).reshape(boundaries, n, n, n, n)
@@ -197,7 +198,7 @@ def solve_stage(
     rows = np.arange(boundaries * n * n)
     entries = np.r_[(l * n + d) * n + d2, rows], np.r_[w.ravel(), np.repeat(t, n * n)]
     ilp.add_rows(np.zeros(len(rows)), np.inf, *entries, np.r_[-time, np.ones(len(rows))])
-    ilp.add_rows(worth[1] / scale, np.inf, np.zeros(boundaries, dtype=np.int64), t)
+    ilp.add_rows(proven[1] / scale, np.inf, np.zeros(boundaries, dtype=np.int64), t)
     products = placed[:-1, :, None, :, None] * placed[1:, None, :, None, :]
     busiest = (products.ravel() * time).reshape(boundaries, -1).max(axis=1)
     solution = ilp.solve(

@@ -1,4 +1,4 @@
-"""Agreement: ranks exchange values before experts move, and all go on or none."""
+"""Let ranks exchange values before experts move, so that all of them go on or none does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from moetuner.plugins.consensus import agree, list_keys, verdict_key
 T = TypeVar("T")
 Failure = Exception | None
 
-_made: Counter[str] = Counter()  # agreements of this process, by their ranks
+# Number of agreements that this process has made, by their ranks.
+_agreements: Counter[str] = Counter()
 
 
 class MoveError(RuntimeError):
@@ -26,38 +27,39 @@ class MoveError(RuntimeError):
 
 
 class NoMemoryError(MoveError):
-    """A rank had no memory for what would have arrived; all ranks are there and know it."""
+    """A rank has no memory for the weights that would arrive; all ranks answered and know it."""
 
 
 class DisagreementError(MoveError):
-    """Ranks have different values; all ranks are there and know it."""
+    """Ranks have different values; all ranks answered and know it."""
 
 
 class Agreement:
     """Exchange values between all ranks of a group, through the store that they joined by.
 
-    Every exchange ends with one verdict, by which all ranks go; so none goes on where another has
-    given up. A late rank reads it without waiting, and the next round of exchanges starts afresh.
-    It waits ``timeout`` seconds for the slowest rank of ``group``, where None is all ranks. All of
-    them make as many ``Agreement`` as the others.
+    Every exchange ends with one verdict, which all ranks follow, so no rank goes on after another
+    has given up. A late rank reads the verdict without waiting, and takes part in the next round.
+    An exchange waits ``timeout`` seconds for the slowest rank of ``group``; None is all ranks. All
+    ranks have to make equally many ``Agreement``.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, timeout: float) -> None:
         ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
         name = f"moetuner/{fingerprint(repr(ranks).encode())}"
-        _made[name] += 1
-        self._store = PrefixStore(f"{name}/{_made[name]}", _get_default_store())
+        _agreements[name] += 1
+        self._store = PrefixStore(f"{name}/{_agreements[name]}", _get_default_store())
         self.rank, self.ranks, self.timeout = dist.get_rank(group), len(ranks), timeout
         # In torch's fake group one process stands for all ranks, and its store keeps nothing.
         self._stands_for_all = dist.get_backend(group) == "fake"
         self._round = self._turn = self._missed = 0
-        self._old: list[str] = []  # questions that a rank may still have to read the verdict on
+        # Exchanges whose verdict a rank may still have to read.
+        self._old_keys: list[str] = []
 
     def begin(self) -> None:
         """Begin a round of exchanges, which has the same number on every rank.
 
-        A rank that was late goes through the rounds that it has missed. One that has not come
-        nearer since the last call did not call as often, and goes to the round of the others.
+        A rank that was late catches up round by round. If it has not come nearer since the last
+        call, it made fewer calls than the others, and jumps to their round.
         """
         self._round, self._turn = self._round + 1, 0
         if self._stands_for_all:
@@ -91,12 +93,11 @@ class Agreement:
         if complete and key.endswith(".0"):
             # All are in this round, so no rank needs the verdicts on earlier ones.
             with suppress(RuntimeError):
-                for name in (
-                    old_key for old in self._old for old_key in list_keys(old, self.ranks)
-                ):
-                    self._store.delete_key(name)
-            self._old.clear()
-        self._old.append(key)
+                for old_key in self._old_keys:
+                    for name in list_keys(old_key, self.ranks):
+                        self._store.delete_key(name)
+            self._old_keys.clear()
+        self._old_keys.append(key)
         if problem:
             raise MoveError(f"{problem}; the old placement stays in force") from failure
         return list(values)
@@ -113,8 +114,8 @@ class Agreement:
             problem = f"ranks {list(failed)} failed at {subject}: {next(iter(failed.values()))}"
         return json.dumps([[value for value, _ in answers], problem])
 
-    def reach(self, subject: str, value: Any = None, failure: Failure = None) -> None:
-        """Raise unless every rank has the same value; parameters as of ``exchange``."""
+    def require_equal(self, subject: str, value: Any = None, failure: Failure = None) -> None:
+        """Raise unless every rank has the same value; parameters are as in ``exchange``."""
         values = self.exchange(subject, value, failure)
         others = [rank for rank, other in enumerate(values) if other != value]
         if others:
@@ -123,7 +124,7 @@ class Agreement:
 
 
 def attempt(call: Callable[..., T], *arguments: Any) -> tuple[T | None, Failure]:
-    """Return the result of a call, and its error, so that other ranks can learn of it."""
+    """Return the result of a call and its error, which other ranks can then be told."""
     try:
         return call(*arguments), None
     except Exception as error:

@@ -1,8 +1,8 @@
-"""Exchange: rows from every rank to the ranks that want them, once each, and sums back.
+"""Send rows from every rank once to each rank of their experts, and sums of results back.
 
-Rows are exchanged by ``all_to_all_single`` with uneven splits. A header goes first and says how
-many rows come, and whether sender and receiver mean the same thing: what ranks disagree on is found
-before any row is sent, and on every rank.
+Rows are exchanged by ``all_to_all_single`` with uneven splits. A header is sent first. It has the
+number of rows to come, and a checksum of what sender and receiver must agree on: so every rank
+finds a disagreement before any row is sent.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ FAULTS = {
     NO_EXPERT: "top_k_index must be experts of the placement, from 0 to {experts} - 1",
     MISFIT: "its tensors do not fit the layer",
 }
-# Whether a rank needs gradients, beside the faults. The backward pass of an exchange takes all
-# ranks, so it is recorded on all of them or on none, also where a rank's own rows need none.
+# Bits that say whether a rank needs gradients. The backward pass of an exchange takes all ranks, so
+# it is recorded on all of them or on none, also on a rank whose rows need none.
 LEARN, NO_GRADIENTS = 8, 16
 
 Splits = tuple[list[int], list[int]]
@@ -37,10 +37,10 @@ Group = dist.ProcessGroup | None
 class Hop:
     """One exchange: row r to each distinct rank among its targets [R,K]; -1 is none.
 
-    ``header`` [3] is what every rank sends to all others: a fingerprint of placement and rules,
-    how a row with its slots and weights is made up, and bits of faults and of gradients. ``splits``
-    are how many rows go to and come from every rank, ``visits`` is the number of targets of those
-    that come. ``experts`` are those of the placement, for messages.
+    Every rank sends ``header`` [3] to all others: a fingerprint of placement and rules, the layout
+    of a row with its slots and weights, and bits of faults and of gradients. ``splits`` are the
+    numbers of rows sent to, and received from, every rank; ``visits`` is the number of targets of
+    received rows. ``experts`` is their number in the placement, for messages.
     """
 
     def __init__(self, target: Tensor, header: Tensor, group: Group, *, experts: int) -> None:
@@ -52,10 +52,10 @@ class Hop:
         visits = chosen > 0
         counts = torch.stack([visits.sum(dim=0), chosen.sum(dim=0)], dim=1)
         sent = torch.cat([counts, header.expand(ranks, 3)], dim=1)
-        came = torch.empty_like(sent)
-        dist.all_to_all_single(came, sent, group=group)
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=group)
         # The one time that the host waits for the device before the rows are exchanged.
-        headers, sent_headers = torch.stack([came, sent]).tolist()
+        headers, sent_headers = torch.stack([received, sent]).tolist()
         self._learns = _check(headers, sent_headers, dist.get_rank(group), experts)
         send, receive = ([row[0] for row in table] for table in (sent_headers, headers))
         self.splits, self._group = (send, receive), group
@@ -72,7 +72,7 @@ class Hop:
         self._parts[self._row, nth] = torch.arange(total, device=device)
 
     def send(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Send row r of every tensor [R,...] to its ranks; return the rows that came, by rank."""
+        """Send row r of every tensor [R,...] to its ranks; return the received rows, by rank."""
         return self._exchange(self.splits, *(tensor[self._row] for tensor in tensors))
 
     def gather(self, results: Tensor) -> Tensor:
@@ -87,18 +87,18 @@ class Hop:
         return tuple(_Exchange.apply(self._group, splits, first, *others))
 
 
-def _check(came: Table, sent: Table, me: int, experts: int) -> bool:
+def _check(received: Table, sent: Table, me: int, experts: int) -> bool:
     """Raise the fault in headers, if any; return whether a rank needs gradients.
 
-    The tables have rows, targets and the header, by rank that they came from or were sent to.
+    The tables have rows, targets and the header, by the rank of the sender or receiver.
     """
-    bits = [row[4] for row in came]
+    bits = [row[4] for row in received]
     for bit, message in FAULTS.items():
         faulty = [rank for rank, flags in enumerate(bits) if flags & bit]
         if faulty:
             raise ValueError(f"rank {faulty[0]}: {message.format(experts=experts)}")
     for what, column in (("other placements", 2), ("rows of another size or type", 3)):
-        others = [rank for rank, row in enumerate(came) if row[column] != sent[rank][column]]
+        others = [rank for rank, row in enumerate(received) if row[column] != sent[rank][column]]
         if others:
             raise RuntimeError(f"ranks {others} have {what} than rank {me}: nothing was sent")
     learning = [rank for rank, flags in enumerate(bits) if flags & LEARN]
@@ -142,7 +142,7 @@ class _Exchange(torch.autograd.Function):
 
 
 def _swap(group: Group, splits: Splits, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Exchange rows of all tensors, packed side by side as bytes; return the rows that came."""
+    """Exchange rows of all tensors, packed side by side as bytes; return the received rows."""
     send, receive = splits
     packed = tensors[0].contiguous()
     if len(tensors) > 1:

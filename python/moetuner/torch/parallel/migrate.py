@@ -1,8 +1,8 @@
-"""Migration: put another placement in force on all ranks, or on none.
+"""Put another placement in force on all ranks, or on none.
 
-First the weights of all layers that change arrive in spare buffers, layer by layer. When every rank
-has all of its weights, each rank exchanges them for those in its slots. When every rank has done
-so, they route to the new weights; otherwise they exchange them back.
+First the weights of all layers that change are sent to spare buffers, layer by layer. When every
+rank has all of its weights, each rank exchanges them for those in its slots. When every rank has
+done that, all route tokens to the new weights; otherwise they exchange the weights back.
 """
 
 from __future__ import annotations
@@ -70,23 +70,29 @@ class Spares:
     def __init__(self, weights: dict[str, Tensor], plan: list[Move], rank: int) -> None:
         self.plan = plan
         self.weights = {name: weight.detach() for name, weight in weights.items()}
-        # By peer, and of a peer in the order of the plan: the order on the wire.
-        self._come = sorted((m for m in plan if m.target == rank), key=lambda move: move.source)
-        self._go = sorted((m for m in plan if m.source == rank), key=lambda move: move.target)
-        rows = len(self._come)
+        # Sorted by peer, then in the order of the plan: that is the order on the wire.
+        self._arriving = sorted((m for m in plan if m.target == rank), key=lambda move: move.source)
+        self._departing = sorted(
+            (m for m in plan if m.source == rank), key=lambda move: move.target
+        )
+        rows = len(self._arriving)
         self.buffers = {name: w.new_empty(rows, *w.shape[1:]) for name, w in self.weights.items()}
         self._exchanged: list[tuple[Tensor, Tensor]] = []
 
     def fill(self, group: dist.ProcessGroup | None, timeout: float) -> None:
-        """Send and receive; every rank takes part, also one that has nothing to move or fails.
+        """Send and receive weights; every rank takes part, also without moves or after a failure.
 
-        All exchanges are begun before one is waited for: on a rank that is late they then meet
-        those of the others, which have given up, and not what the others exchange next.
+        All exchanges are started before any is waited for. So those of a late rank pair up with
+        those of the others, which have given up, and not with the next exchanges of the others.
         """
-        deadline, failures, begun = time.monotonic() + timeout, [], []
-        slots, ranks = [move.source_slot for move in self._go], range(dist.get_world_size(group))
-        come, go = Counter(m.source for m in self._come), Counter(m.target for m in self._go)
-        splits = [come[rank] for rank in ranks], [go[rank] for rank in ranks]
+        deadline, failures, started = time.monotonic() + timeout, [], []
+        slots, ranks = (
+            [move.source_slot for move in self._departing],
+            range(dist.get_world_size(group)),
+        )
+        arriving = Counter(move.source for move in self._arriving)
+        departing = Counter(move.target for move in self._departing)
+        splits = [arriving[rank] for rank in ranks], [departing[rank] for rank in ranks]
         for name, buffer in self.buffers.items():
             sent, failure = attempt(lambda name=name: self.weights[name][slots])
             if sent is None:
@@ -100,8 +106,8 @@ class Spares:
             )
             work = dist.all_to_all_single(out, rows, *splits, group=group, async_op=True)
             assert work is not None
-            begun.append((work, out))
-        for work, out in begun:
+            started.append((work, out))
+        for work, out in started:
             # Waiting with NCCL only queues on the stream and would not notice the time.
             while out.is_cuda and not work.is_completed():
                 if time.monotonic() > deadline:
@@ -114,7 +120,7 @@ class Spares:
     def put(self, weights: dict[str, Tensor]) -> None:
         """Exchange the weights that have arrived for those in their slots [S,...]."""
         for name, buffer in self.buffers.items():
-            for arrived, move in zip(buffer, self._come, strict=True):
+            for arrived, move in zip(buffer, self._arriving, strict=True):
                 self._exchanged.append((weights[name].detach()[move.target_slot], arrived))
                 _swap(*self._exchanged[-1])
 
@@ -151,9 +157,9 @@ def migrate(layers: Sequence[ExpertParallelMoE], target: Placement, agreement: A
     """Move weights and switch; every rank calls it between two steps, with the same target.
 
     If a rank fails, differs or is lost, all others raise a ``MoveError`` and keep the old
-    placement. It is a ``NoMemoryError`` if what arrives on a rank takes more than half of its free
-    memory, so a smaller move may fit. After a loss in the middle of an exchange the group cannot be
-    used any more, else it can.
+    placement. It is a ``NoMemoryError`` if the weights that arrive on a rank take more than half of
+    its free memory, so that a smaller move may fit. The group can be used afterwards, unless a rank
+    was lost in the middle of an exchange.
     """
     plan = fingerprint(layers[0].placement.slots.tobytes(), target.slots.tobytes())
     # The others must not wait for the weights of a rank that has no memory.
@@ -165,14 +171,14 @@ def migrate(layers: Sequence[ExpertParallelMoE], target: Placement, agreement: A
     for number, spare in enumerate(spares):
         if spare.plan:
             lost = attempt(spare.fill, layers[0].group, agreement.timeout)[1]
-            agreement.reach(f"the weights of layer {number}", plan, lost)
+            agreement.require_equal(f"the weights of layer {number}", plan, lost)
 
     def put() -> None:
         for layer, spare in zip(layers, spares, strict=True):
             spare.put(layer.experts.weights())
 
     try:
-        agreement.reach("the new weights in their slots", plan, attempt(put)[1])
+        agreement.require_equal("the new weights in their slots", plan, attempt(put)[1])
     except BaseException:
         for spare in spares:
             spare.undo()
