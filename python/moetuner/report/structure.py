@@ -20,7 +20,7 @@ from moetuner._checks import (
     seed_in,
     threads_in,
 )
-from moetuner.evaluation import evaluate
+from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.halves import halve
 from moetuner.evaluation.intervals import FEWEST, estimate_spread
 from moetuner.evaluation.options import ReplayOptions
@@ -276,9 +276,9 @@ class _Searches:
 
     def _measure_crossing(self, placement: Placement, unseen: Recording) -> float | None:
         """Return the crossing of a placement on unseen traffic."""
-        evaluation = evaluate(
-            placement, unseen, window=None, cost_model=None, mixed=False, threads=self.threads
-        )
+        serving = Serving(self.topology, window=None)
+        options = ReplayOptions(mixed=False, threads=self.threads)
+        [[evaluation]] = evaluate_each([placement], unseen, [serving], options)
         self.passes.end()
         return evaluation.crossing
 
