@@ -88,6 +88,8 @@ def test_all_options_are_listed_once():
     """The page of all options has a heading for each, in the order of the alphabet."""
     headings = re.findall(r"^## (--.*)$", REFERENCE.write_options(), re.MULTILINE)
     assert headings == sorted({flag for _, flag in OPTIONS})
+    topics = REFERENCE.write_options().partition("## --")[0]
+    assert {*re.findall(r"\[(--[\w-]+)\]", topics)} == {*headings}
 
 
 def test_every_command_has_a_page_with_its_keys():
@@ -173,3 +175,30 @@ def test_what_is_said_of_pictures_is_what_they_show():
         f"{before} stay on one card before, and {after} after"
         in (DOCS / "few-cards.md").read_text()
     )
+
+
+SEARCHED = {
+    "install": "installation.md",
+    "uninstall": "installation.md",
+    "upgrade": "installation.md",
+    "license": "license.md",
+    "changelog": "changelog.md",
+    "contributing": "contributing.md",
+    "lost device": "survive.md",
+    "confidence interval": "sure.md",
+    "groups": "choosing.md",
+}
+
+
+@pytest.mark.parametrize("word", SEARCHED)
+def test_search_finds_a_word_where_it_belongs(word):
+    """One page has it as a main entry of the index, which search puts above all others."""
+    entry = re.compile(rf"^```\{{index\}} ! {word}$", re.MULTILINE)
+    assert [path.name for path in sources() if entry.search(path.read_text())] == [SEARCHED[word]]
+
+
+def test_search_finds_an_option_on_the_page_of_all_options():
+    """Each option is a main entry of the index above its heading."""
+    page = REFERENCE.write_options()
+    for flag in {flag for _, flag in OPTIONS}:
+        assert f"```{{index}} ! {flag}\n```\n\n({REFERENCE.anchor_of(flag)})=\n## {flag}\n" in page

@@ -105,7 +105,7 @@ EXPLAINED = {
     "fit --top-k": "fit.md",
     "--topology": "choosing.md#the-machine",
     "--unseen": "choosing.md#held-out",
-    "--waterfill": "survive.md#the-shared-experts-tokens-fill-devices-that-wait",
+    "--waterfill": "dispatchers.md#the-shared-experts-tokens-fill-devices-that-wait",
     "--weight-bits": "choosing.md#the-model",
     "--window": "choosing.md#window",
     "--with": "survive.md#a-plan-for-a-loss",
@@ -268,15 +268,31 @@ def write_options():
             text, brackets = describe(option, context)
             key = (mark_up(text), write_facts(brackets), find_explanation(name, flag))
             by_flag.setdefault(flag, {}).setdefault(key, []).append(name)
-    lines = []
+    lines = [write_topics(by_flag)]
     for flag, variants in sorted(by_flag.items()):
-        lines.append(f"```{{index}} ! {flag}\n```\n\n## {flag}\n")
+        lines.append(f"```{{index}} ! {flag}\n```\n\n({anchor_of(flag)})=\n## {flag}\n")
         for (text, facts, page), names in variants.items():
             links = ", ".join(f"[{name}](commands/{name}.md)" for name in names)
             lines.append(
                 f"{text} {facts}\n\nCommands: {links}. More: [{title_of(page)}]({page}).\n"
             )
     return "\n".join(lines)
+
+
+def write_topics(by_flag):
+    """Return a table of the sections that explain options, with their options."""
+    topics = {}
+    for flag, variants in sorted(by_flag.items()):
+        for page in sorted({page for _, _, page in variants}):
+            topics.setdefault(page, []).append(f"[{flag}](#{anchor_of(flag)})")
+    rows = sorted((title_of(page), page, flags) for page, flags in topics.items())
+    lines = [f"| [{title}]({page}) | {', '.join(flags)} |" for title, page, flags in rows]
+    return "\n".join(["## By topic\n", "| explained in | options |", "|---|---|", *lines, ""])
+
+
+def anchor_of(flag):
+    """Return the anchor of an option on the page of all options."""
+    return f"option{flag[1:]}"
 
 
 def replace_markers(app, docname, source):

@@ -234,6 +234,7 @@ GIVEN = {
     "docs/quickstart.md": quickstart,
     "docs/few-cards.md": survive,
     "docs/large.md": survive,
+    "docs/dispatchers.md": survive,
     "docs/plots.md": survive,
     "docs/survive.md": survive,
     "docs/engines/vllm.md": vllm,

@@ -231,14 +231,13 @@ def draw_losses(
                 }
             )
     losses = len(imbalance)
-    titles = ("experts of a layer whose last copy is lost", "busiest of the others / their mean")
     specs = []
-    for bars in (lost, busiest):
-        spec = draw.layout(f"lost {domain}", count=losses, barmode="group")
+    for bars, unit in ((lost, "experts lost"), (busiest, "busiest / mean")):
+        spec = draw.layout(f"lost {domain}", unit, count=losses, barmode="group")
         spec["yaxis"] |= {"rangemode": "tozero"}
         specs.append({"data": bars, "layout": spec})
     label = f"what the loss of each {domain} does"
-    return Chart("losses", label, draw.variant(*_stack(specs, titles)), 520)
+    return Chart("losses", label, draw.variant(*_stack(specs, ("", ""))), 520)
 
 
 def draw_on_one_device(shares: Mapping[str, float]) -> Chart:
@@ -272,7 +271,7 @@ def draw_on_one_device(shares: Mapping[str, float]) -> Chart:
 
 
 def _stack(specs: Sequence[Spec], titles: Sequence[str]) -> tuple[list[Spec], Spec]:
-    """Return data and layout of charts below each other, with a title above each."""
+    """Return data and layout of charts below each other, with a title above each, if any."""
     if len(specs) == 1:
         return specs[0]["data"], specs[0]["layout"]
     shows = any(spec["layout"].get("showlegend", True) for spec in specs)
@@ -300,6 +299,8 @@ def _stack(specs: Sequence[Spec], titles: Sequence[str]) -> tuple[list[Spec], Sp
             named = {"showlegend": not has_box} if "showlegend" in shape else {}
             has_box = has_box or "showlegend" in shape
             shared["shapes"].append({**shape, "xref": x, "yref": yref, **named})
+        if not title:
+            continue
         at = {"xref": f"{x} domain", "yref": f"{y} domain", "x": 0, "y": 1, "showarrow": False}
         text = {"text": f"<b>{draw.escape_tags(title, 80)}</b>", "xanchor": "left"}
         shared["annotations"].append({**at, **text, "yanchor": "bottom"})

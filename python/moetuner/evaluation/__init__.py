@@ -187,7 +187,29 @@ class Evaluation(Frozen):
             If an evaluation was pickled, or is of a group.
         """
         evaluations = self._name(before).items()
-        return plot(draw_losses({name: _lose(evaluation) for name, evaluation in evaluations}))
+        return plot(draw_losses({name: each.measure_each_loss() for name, each in evaluations}))
+
+    def measure_each_loss(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Compute what the loss of each device does, by device and layer [D,L].
+
+        Returns
+        -------
+        tuple
+            Busiest device over the mean of those that are left, and experts without a copy.
+
+        Raises
+        ------
+        ValueError
+            If the evaluation was pickled, or is of a group.
+        """
+        replayed = self.replayed
+        if replayed is None or replayed.group is not None:
+            raise ValueError("losses need an evaluation as returned: not pickled, and of no group")
+        setting = replayed.setting
+        load = count_loads(replayed.traffic, threads=setting.options.threads).total_load
+        return compute_imbalances_after_loss(
+            setting.placement, load, setting.topology, "device", split=setting.serving.split
+        )
 
     def plot_visits(self, before: Evaluation | None = None) -> Any:
         """Draw how many tokens stay on one of two devices, as a figure of plotly.
@@ -247,18 +269,6 @@ class Evaluation(Frozen):
         )
         del fields["replayed"]
         return fields
-
-
-def _lose(evaluation: Evaluation) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return imbalances and experts lost by loss of a device and layer [F,L]."""
-    replayed = evaluation.replayed
-    if replayed is None or replayed.group is not None:
-        raise ValueError("plot_losses needs evaluations as returned: not pickled, and of no group")
-    setting = replayed.setting
-    load = count_loads(replayed.traffic, threads=setting.options.threads).total_load
-    return compute_imbalances_after_loss(
-        setting.placement, load, setting.topology, "device", split=setting.serving.split
-    )
 
 
 def evaluate(

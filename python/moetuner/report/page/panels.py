@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from moetuner import charts as draw
 from moetuner.charts import PROPOSED, RUNNING, Chart, Spec
-from moetuner.charts.placements import draw_slots
+from moetuner.charts.placements import draw_losses, draw_on_one_device, draw_slots
 from moetuner.evaluation.copies import compute_slot_shares
 from moetuner.evaluation.figures import FIGURES
 from moetuner.files.cells import (
@@ -194,6 +194,28 @@ def _list_slowest_devices(by_placement: dict[str, NDArray[Any]]) -> tuple[Table,
     return Table("Devices that all others wait for", ("layer", *head), rows), tuple(notes)
 
 
+def _show_losses(page: PageData) -> Panel | None:
+    """Show what the loss of each device does, where experts have copies."""
+    if "device" not in page.evaluations[1].losses:
+        return None
+    effects = {
+        name: evaluation.measure_each_loss()
+        for name, evaluation in zip(page.names, page.evaluations, strict=True)
+    }
+    columns = [
+        values
+        for imbalance, lost in effects.values()
+        for values in (lost.mean(axis=1), imbalance.mean(axis=1))
+    ]
+    head = [f"{name}, {column}" for name in page.names for column in ("lost", "x mean")]
+    rows = [
+        (str(device), *map(digits, row)) for device, row in enumerate(zip(*columns, strict=True))
+    ]
+    title = "Loss of each device: experts lost of a layer, and busiest of the others"
+    table = Table(title, ("device", *head), rows[:ROWS], len(rows))
+    return Panel((draw_losses(effects),), (table,))
+
+
 def _count_sides(page: PageData) -> int:
     """Count the rows of a layer's matrix: devices, or nodes where devices are too many."""
     topology = page.topology
@@ -246,8 +268,13 @@ def _show_links(page: PageData) -> Panel | None:
     ]
     label = "two matrices of what goes from each device to each other one"
     title = "Rows at the busiest port of a tier, of a layer on average"
+    staying = [evaluation.on_one_device for evaluation in page.evaluations]
+    shares = {
+        name: share for name, share in zip(page.names, staying, strict=True) if share is not None
+    }
+    cards = (draw_on_one_device(shares),) if shares else ()
     return Panel(
-        (Chart("links", label, variants, height=420, stacked=draw.stack(2)),),
+        (Chart("links", label, variants, height=420, stacked=draw.stack(2)), *cards),
         (Table(title, ("placement", "regime", "tier", "out", "in"), ports),),
     )
 
@@ -583,6 +610,7 @@ PANELS: dict[str, Callable[[PageData], Panel | None]] = {
     "layers": _show_layers,
     "experts": _show_experts,
     "hot": _show_hot_experts,
+    "losses": _show_losses,
     "links": _show_links,
     "next": _show_next,
     "time": _show_over_time,
