@@ -10,6 +10,7 @@ import traceback
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
+from multiprocessing import forkserver
 from unittest.mock import patch
 
 import numpy as np
@@ -17,16 +18,15 @@ import pytest
 
 import moetuner as mt
 from moetuner.plugins import agreement
-from moetuner.plugins.agreement import Group, MapAgreement, Post, judge
+from moetuner.plugins.agreement import Group, MapAgreement, Post, judge, name_ranks
 from moetuner.plugins.balancer import Balancer
 from moetuner.plugins.log import Log
 from moetuner.plugins.settings import Settings
 
 distributed = pytest.importorskip("torch.distributed")
 
-# Ranks are forked from a process that has torch already.
-SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["torch.distributed", "moetuner.plugins.balancer"])
+# Ranks are forked from a server that has torch already.
+FORKED = multiprocessing.get_context("forkserver")
 LOAD = np.random.default_rng(0).integers(1, 99, (2, 4))
 
 
@@ -68,9 +68,9 @@ class World:
         """Start a process, in the place of the one that had its rank."""
         if rank in self.processes:
             self.processes[rank].kill()
-        self.tasks[rank], theirs = SPAWN.Pipe()
+        self.tasks[rank], theirs = FORKED.Pipe()
         arguments = rank, self.store.port, theirs
-        self.processes[rank] = SPAWN.Process(target=work, args=arguments, daemon=True)
+        self.processes[rank] = FORKED.Process(target=work, args=arguments, daemon=True)
         self.processes[rank].start()
 
     def run(self, what, size=2, *, killed=None, ranks=None, again=False):
@@ -95,6 +95,22 @@ class World:
         """End the processes."""
         for process in self.processes.values():
             process.kill()
+
+
+def test_a_line_names_eight_ranks_at_most():
+    """Of more it has the number."""
+    assert name_ranks([3]) == "rank 3"
+    assert name_ranks(range(8)) == "ranks 0, 1, 2, 3, 4, 5, 6, 7"
+    assert name_ranks(range(10)) == "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 2 more"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_server():
+    """Start the server of this module when it is asked; that of other modules is stopped."""
+    forkserver._forkserver._stop()
+    FORKED.set_forkserver_preload(["torch.distributed", "moetuner.plugins.balancer"])
+    yield
+    forkserver._forkserver._stop()
 
 
 @pytest.fixture(scope="module")
@@ -375,8 +391,8 @@ def keep_store(pipe):
 @pytest.fixture
 def kept_store():
     """Start a store in a process of its own; return the process and a client."""
-    pipe, theirs = SPAWN.Pipe()
-    process = SPAWN.Process(target=keep_store, args=(theirs,), daemon=True)
+    pipe, theirs = FORKED.Pipe()
+    process = FORKED.Process(target=keep_store, args=(theirs,), daemon=True)
     process.start()
     yield process, distributed.TCPStore("127.0.0.1", pipe.recv(), is_master=False)
     process.kill()

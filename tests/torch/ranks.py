@@ -10,7 +10,6 @@ import os
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -69,9 +68,8 @@ def values(ranks: int, work: str, *arguments: Any) -> list[Any]:
     return [value for value, _ in results]
 
 
-@cache
 def _context() -> Any:
-    """Start the fork server; it takes its path from the environment, not from this process."""
+    """Start the fork server, if it does not run; its path is of the environment, not ours."""
     context = mp.get_context("forkserver")
     modules = ("layer", "state", "rebalance", "transformers")
     context.set_forkserver_preload([f"rank_{module}" for module in modules])
