@@ -111,7 +111,7 @@ def test_every_page_is_in_the_menu():
     """Each page is in one list of contents, but for two that are linked from every page."""
     lists = re.findall(r"```\{toctree\}\n(.*?)```", "".join(map(Path.read_text, sources())), re.S)
     entries = [
-        Path(line).name
+        Path(line.rpartition("<")[2].rstrip(">")).name
         for text in lists
         for line in text.splitlines()
         if line and not line.startswith(":")
