@@ -202,3 +202,14 @@ def test_search_finds_an_option_on_the_page_of_all_options():
     page = REFERENCE.write_options()
     for flag in {flag for _, flag in OPTIONS}:
         assert f"```{{index}} ! {flag}\n```\n\n({REFERENCE.anchor_of(flag)})=\n## {flag}\n" in page
+
+
+def test_notebooks_are_linked_from_inside_alone():
+    """Only pages for who builds moetuner lead to design.md and experiments.md."""
+    index = (DOCS / "index.md").read_text()
+    inside = re.search(r":caption: Inside\n\n(.*?)\n```", index, re.DOTALL)[1].split()
+    assert {"design", "experiments"} <= set(inside)
+    link = re.compile(r"\]\([^)]*\b(design|experiments)\.md")
+    pages = {path.stem for path in sources() if link.search(path.read_text())}
+    assert pages <= set(inside), pages - set(inside)
+    assert not link.search((DOCS.parent / "README.md").read_text())
