@@ -558,7 +558,7 @@ def limited(name: str, path: Path, limit: float) -> dict[str, Any]:
     result, seconds, _ = timed(lambda: mt.solve(problem, method, time_limit=limit))
     at_end = time.process_time()
     watch.cancel()
-    start = mt.Placement(balanced(problem), num_experts=problem.experts)
+    start = mt.Placement(balanced(problem), num_experts=problem.num_experts)
     excess = [
         float(problem.caps.excess(placement).sum()) for placement in (result.placement, start)
     ]

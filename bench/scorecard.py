@@ -161,7 +161,7 @@ def make_problem(
     statistics = count(traffic, sets=sets, by_group="groups" in arguments)
     problem = mt.Problem(statistics, topology, **arguments)
     running = None if initial is None else mt.solve(problem, initial).placement
-    experts = None if budget is None else budget * problem.layers * problem.experts
+    experts = None if budget is None else budget * problem.layers * problem.num_experts
     return problem, Moves(running, experts, price)
 
 

@@ -781,17 +781,19 @@ def count_loads(
     recording: Recording,
     *,
     window: int | None = None,
+    by_group: bool = True,
     threads: int | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> RoutingStatistics:
-    """Return the loads of a trace alone, in windows within its groups; counts as they are.
+    """Return the loads of a trace alone; counts as they are.
 
-    ``progress`` is called with the share of a trace's tokens that are counted.
+    With ``by_group``, a window has tokens of one group. ``progress`` is called with the share of a
+    trace's tokens that are counted.
     """
     return as_counts(
         recording,
         window=window,
-        by_group=recording.group is not None and recording.length > 0,
+        by_group=by_group and recording.group is not None and recording.length > 0,
         transitions=False,
         coactivation=False,
         sets=False,

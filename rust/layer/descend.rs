@@ -1,81 +1,81 @@
-//! From a running placement to better ones by few moves: always the step that gains most for a copy that it brings.
+//! Descends from a placement by few moves: each step is the one that gains most per copy that it moves.
 //!
-//! Load above the caps comes before all else, as everywhere. The best exchange of every two devices is noted; a step looks
-//! again only at the pairs of devices that it touches, and at others when it is their turn.
+//! Load above the caps comes before cost, as everywhere. The best step of every two devices is kept; after a step only the
+//! pairs with a device that it changed are searched again, and all others when no step is left.
 
 use rayon::prelude::*;
 
-use super::budget::per_copy;
+use super::budget::factor_per_copy;
 use super::slots::Share;
 use super::terms::Terms;
 use super::turns::{Links, neighbours, prices};
 use super::{Layer, Move, Slots, Split};
 use crate::control::Control;
 
-/// A step, and what is so after it.
+/// A step of the descent, and the state after it.
 #[derive(Debug, Clone, Copy)]
 pub struct Step {
     /// Layer of the step.
     pub layer: usize,
-    /// Slots that it writes, and what is in them then; one twice where it writes no other.
+    /// Slots that the step writes, and their contents after it; a single slot stands here twice.
     pub written: [(usize, u16); 2],
-    /// Copies that are brought in all.
+    /// Copies of all layers that are not where they run.
     pub moved: i64,
-    /// By what part layers exceed their caps, summed.
+    /// Load above the caps, as parts of the caps, summed over layers.
     pub excess: f64,
-    /// What the cost of all layers has changed by since the start, in weighted tokens.
+    /// Change of the cost of all layers since the start, in weighted tokens.
     pub change: f64,
 }
 
-/// What is gained below these is rounding: as a part of a cap, and of a layer's cost.
+/// Gains below these are rounding errors: of load above caps, as a part of a cap, and of cost, as a part of a layer's cost.
 const LEAST_RELIEF: f64 = 1e-12;
 const LEAST_GAIN: f64 = 1e-9;
-/// The part of the best step's gain below which others are left out: sums of floats may be off by as much.
-const NEARLY: f64 = 1.0 - 1e-9;
+/// A step is left out if it gains less than this part of the best step's gain: sums of floats may be off by the rest.
+const ALMOST_ALL: f64 = 1.0 - 1e-9;
 
-/// Devices to which losses do most whose relief is looked at.
+/// Number of devices that steps try to relieve, of those to which the loss of another device adds most.
 const COSTLIEST: usize = 3;
 
-/// Copies that may be brought where any number may: more than there are, and far from where sums overflow.
+/// A budget of moves that allows any number: more copies than there are, and far from where sums overflow.
 pub const UNLIMITED: i64 = i64::MAX / 2;
 
-/// A step that is worth something.
+/// A step that gains something.
 #[derive(Debug, Clone, Copy)]
-struct Choice {
+struct Candidate {
     step: Move,
     moves: i64,
     gain: f64,
-    /// What it is worth for a copy that it brings: less load above caps first, then less cost.
-    worth: (f64, f64),
+    /// Gain per moved copy: less load above caps counts first, then less cost.
+    per_copy: (f64, f64),
 }
 
-/// What is known of steps between two devices, or in one, before they are looked at.
+/// Limits of what steps between two devices, or in one, gain: known before single steps are evaluated.
 #[derive(Debug, Clone, Copy)]
 struct Limits {
-    /// What the slowest devices gain at the most, where they bound it.
-    relief: Option<f64>,
-    /// What a step gains at the least, in cost, to be worth something.
-    least: f64,
+    /// Largest gain that the slowest devices allow, where they bound it.
+    largest: Option<f64>,
+    /// Smallest gain in cost that counts.
+    smallest: f64,
     /// Whether no device exceeds its cap.
     is_under: bool,
 }
 
-/// A layer on its way down.
+/// The descent of one layer.
 struct Descent<'a> {
     layer: &'a Layer,
     slots: Slots,
     terms: Terms<'a>,
-    /// What runs.
+    /// The slots that run.
     running: &'a Slots,
-    /// Best exchange of two devices, and on the diagonal the best new content of a slot `[D, D]`.
-    best: Vec<Option<Choice>>,
-    /// Whether all of them are of the slots as they stand.
-    fresh: bool,
-    /// The best of all that may be done.
-    top: Option<Choice>,
-    /// Windows in which a device is the slowest, and by how much in all: what can be gained there at the most `[D]`.
-    slow: Vec<(Vec<usize>, f64)>,
-    /// Where losses count: whether a device is among those to which they do most, or the slowest in a window `[D]`.
+    /// Best exchange of every two devices, and on the diagonal the best new content of a device's slot `[D, D]`.
+    best: Vec<Option<Candidate>>,
+    /// Whether all of them were searched since the last step.
+    is_fresh: bool,
+    /// The best of these that the budget allows.
+    top: Option<Candidate>,
+    /// Windows in which a device is the slowest, and the sum of its leads there: the most that its relief gains `[D]`.
+    slowest: Vec<(Vec<usize>, f64)>,
+    /// Where losses count: whether a device is among those to which they add most, or the slowest in a window `[D]`.
     is_costly: Option<Vec<bool>>,
     control: &'a Control,
 }
@@ -93,36 +93,37 @@ impl<'a> Descent<'a> {
             None => Terms::new(layer, &slots),
         };
         let best = vec![None; layer.devices() * layer.devices()];
-        let (fresh, top, slow, is_costly) = (false, None, vec![], None);
-        let mut descent = Self { layer, slots, terms, running, best, fresh, top, slow, is_costly, control };
-        descent.find_slow();
+        let (is_fresh, top, slowest, is_costly) = (false, None, vec![], None);
+        let mut descent =
+            Self { layer, slots, terms, running, best, is_fresh, top, slowest, is_costly, control };
+        descent.update_slowest();
         descent
     }
 
-    /// Finds the slowest devices; the ones of other windows than before, or where there is more to gain now.
-    fn find_slow(&mut self) -> Vec<u16> {
-        let mut slow = vec![(vec![], 0.0); self.layer.devices()];
+    /// Finds the slowest devices; returns those that are it in other windows than before, or with a larger lead.
+    fn update_slowest(&mut self) -> Vec<u16> {
+        let mut slowest = vec![(vec![], 0.0); self.layer.devices()];
         if let Some(peak) = self.terms.peak() {
             for (window, device, lead) in peak.slowest() {
-                slow[device].0.push(window);
-                slow[device].1 += lead;
+                slowest[device].0.push(window);
+                slowest[device].1 += lead;
             }
         }
-        let before = std::mem::replace(&mut self.slow, slow);
+        let before = std::mem::replace(&mut self.slowest, slowest);
         let changed = |(g, now): (usize, &(Vec<usize>, f64))| {
             before.get(g).is_none_or(|before| before.0 != now.0 || before.1 < now.1).then_some(g as u16)
         };
-        let mut changed: Vec<u16> = self.slow.iter().enumerate().filter_map(changed).collect();
-        changed.extend(self.find_costly());
+        let mut changed: Vec<u16> = self.slowest.iter().enumerate().filter_map(changed).collect();
+        changed.extend(self.update_costly());
         changed
     }
 
-    /// Finds the devices that cost most where losses count; those that did not before.
-    fn find_costly(&mut self) -> Vec<u16> {
+    /// Finds the devices that cost most where losses count; returns those that were not among them before.
+    fn update_costly(&mut self) -> Vec<u16> {
         let costly = self.terms.after_losses().map(|powers| {
             let mut order: Vec<usize> = (0..powers.len()).collect();
             order.sort_by(|&g, &h| powers[h].total_cmp(&powers[g]));
-            let mut costly: Vec<bool> = self.slow.iter().map(|slow| slow.1 > 0.0).collect();
+            let mut costly: Vec<bool> = self.slowest.iter().map(|slow| slow.1 > 0.0).collect();
             order.iter().take(COSTLIEST).for_each(|&device| costly[device] = true);
             costly
         });
@@ -132,8 +133,8 @@ impl<'a> Descent<'a> {
         now.filter(|&(g, is_costly)| *is_costly && !was(g)).map(|(g, _)| g as u16).collect()
     }
 
-    /// Whether a step may relieve a device that costs most: of large layers others gain little, and are many.
-    fn is_worth_a_look(&self, step: Move) -> bool {
+    /// Whether a step may relieve a device that costs most; in large layers the others are many, and gain little.
+    fn may_relieve(&self, step: Move) -> bool {
         let Some(is_costly) = &self.is_costly else { return true };
         match step {
             Move::Swap(p, q) => is_costly[self.slots.device(p)] || is_costly[self.slots.device(q)],
@@ -144,22 +145,22 @@ impl<'a> Descent<'a> {
         }
     }
 
-    /// Whether the slowest devices bound what a step gains: where they, and what is separable, are all that costs.
+    /// Whether the slowest devices bound what a step gains: no other cost counts but theirs and separable ones.
     fn is_bounded(&self) -> bool {
         let layer = self.layer;
         let shares = layer.site.split != Split::Nearest || layer.slots() == layer.experts;
         shares && self.terms.are_of_slowest() && self.terms.excess() == 0.0
     }
 
-    /// What a step gains at the most where a device is the slowest: there, the largest load falls by no more than that
-    /// device's, and elsewhere not at all. Nothing where no slowest device feels it.
-    fn relieves(&self, step: Move) -> f64 {
+    /// The largest gain of a step through the slowest devices: in the windows where a device is the slowest, the largest
+    /// load falls by no more than the load of that device, and in other windows not at all. 0 if it changes none of them.
+    fn bound_gain(&self, step: Move) -> f64 {
         let mut shares = Vec::with_capacity(4);
         self.slots.shares(&self.layer.site, step, &mut shares, &mut vec![]);
         // Load of an expert in the windows in which a device is the slowest, as the time that the device takes for it.
         let less = |share: &Share| {
             let (load, g) = (self.layer.windows.of(share.expert), usize::from(share.device));
-            let all: f64 = self.slow[g].0.iter().map(|&window| f64::from(load[window])).sum();
+            let all: f64 = self.slowest[g].0.iter().map(|&window| f64::from(load[window])).sum();
             (share.before - share.after) * (all * self.layer.site.time[g])
         };
         let relief = shares.iter().map(less).sum::<f64>();
@@ -167,65 +168,65 @@ impl<'a> Descent<'a> {
         if relief == 0.0 { 0.0 } else { relief + 2.0 * self.layer.windows.width as f64 }
     }
 
-    /// What a step gains at the least, in cost, to be worth something.
-    fn least_gain(&self) -> f64 {
+    /// The smallest gain in cost that counts.
+    fn smallest_gain(&self) -> f64 {
         LEAST_GAIN * self.terms.cost()
     }
 
-    /// What an allowed step is worth, if it relieves caps or gains more than this; what surely gains less may be left out
-    /// where nothing is above the caps.
-    fn judge(&mut self, step: Move, least: f64, is_under: bool) -> Option<Choice> {
-        let limit = if is_under { -least } else { f64::INFINITY };
+    /// Evaluates an allowed step; none if it neither relieves caps nor gains more than `smallest` in cost. Under the caps
+    /// the evaluation may end as soon as the step surely gains less.
+    fn evaluate(&mut self, step: Move, smallest: f64, is_under: bool) -> Option<Candidate> {
+        let limit = if is_under { -smallest } else { f64::INFINITY };
         let (rise, added) = self.terms.rise(&self.slots, step, limit);
         if rise > LEAST_RELIEF {
             return None;
         }
         let relief = if rise < -LEAST_RELIEF { -rise } else { 0.0 };
-        if relief == 0.0 && -added <= least {
+        if relief == 0.0 && -added <= smallest {
             return None;
         }
         let (moves, gain) = (self.slots.brings(self.running, step), -added / self.layer.windows.scale);
-        let part = per_copy(moves as f64);
-        let worth = (relief * part, gain * part);
-        Some(Choice { step, moves, gain, worth })
+        let factor = factor_per_copy(moves as f64);
+        let per_copy = (relief * factor, gain * factor);
+        Some(Candidate { step, moves, gain, per_copy })
     }
 
-    /// Judges a step, unless it gains less than the best.
-    fn try_step(&mut self, step: Move, limits: Limits, best: &mut Option<Choice>) {
-        if !self.is_worth_a_look(step) || !self.slots.allows(&self.layer.site, step) {
+    /// Evaluates a step, unless it cannot gain more than the best one.
+    fn try_step(&mut self, step: Move, limits: Limits, best: &mut Option<Candidate>) {
+        if !self.may_relieve(step) || !self.slots.allows(&self.layer.site, step) {
             return;
         }
-        let mut least = limits.least;
+        let mut smallest = limits.smallest;
         if limits.is_under
             && let Some(best) = best
         {
-            let part = per_copy(self.slots.brings(self.running, step) as f64);
-            least = least.max(best.worth.1 / part * self.layer.windows.scale * NEARLY);
+            let factor = factor_per_copy(self.slots.brings(self.running, step) as f64);
+            smallest = smallest.max(best.per_copy.1 / factor * self.layer.windows.scale * ALMOST_ALL);
         }
-        if let Some(relief) = limits.relief {
-            let mut gain = relief.min(self.relieves(step));
+        if let Some(largest) = limits.largest {
+            let mut gain = largest.min(self.bound_gain(step));
             if self.terms.has_separable() {
                 gain -= self.terms.separable_change(&self.slots, step);
             }
-            if gain <= least {
+            if gain <= smallest {
                 return;
             }
         }
-        if let Some(choice) = self.judge(step, least, limits.is_under)
-            && best.is_none_or(|best| choice.worth > best.worth)
+        if let Some(choice) = self.evaluate(step, smallest, limits.is_under)
+            && best.is_none_or(|best| choice.per_copy > best.per_copy)
         {
             *best = Some(choice);
         }
     }
 
-    /// Looks at all exchanges of two devices, or (of one) at all contents of its slots.
-    fn look(&mut self, g: usize, h: usize) {
-        let mut best: Option<Choice> = None;
+    /// Searches all exchanges of two devices, or of one device all contents of its slots.
+    fn search_pair(&mut self, g: usize, h: usize) {
+        let mut best: Option<Candidate> = None;
         let bounded = self.is_bounded();
-        let relief = if g == h { f64::INFINITY } else { self.slow[g].1 + self.slow[h].1 };
+        let largest = if g == h { f64::INFINITY } else { self.slowest[g].1 + self.slowest[h].1 };
         let is_under = self.terms.excess() == 0.0;
-        let limits = Limits { relief: bounded.then_some(relief), least: self.least_gain(), is_under };
-        if !bounded || relief > 0.0 || self.terms.has_separable() {
+        let limits = Limits { largest: bounded.then_some(largest), smallest: self.smallest_gain(), is_under };
+        if !bounded || largest > 0.0 || self.terms.has_separable() {
             for p in self.slots.of(g) {
                 if self.control.stopped() {
                     return;
@@ -242,13 +243,13 @@ impl<'a> Descent<'a> {
         self.best[g * self.layer.devices() + h] = best;
     }
 
-    /// Looks at all pairs of devices that `concern` says yes to.
-    fn look_at(&mut self, concern: impl Fn(usize) -> bool) {
+    /// Searches all pairs with a device for which `is_concerned` holds.
+    fn search_pairs(&mut self, is_concerned: impl Fn(usize) -> bool) {
         let d = self.layer.devices();
         for g in 0..d {
             for h in g + usize::from(!self.layer.has_spare())..d {
-                if concern(g) || concern(h) {
-                    self.look(g, h);
+                if is_concerned(g) || is_concerned(h) {
+                    self.search_pair(g, h);
                 }
                 if self.control.stopped() {
                     return;
@@ -257,40 +258,40 @@ impl<'a> Descent<'a> {
         }
     }
 
-    /// Finds the step that is worth most of those that bring at most `left` copies.
-    fn choose(&mut self, left: i64) {
+    /// Finds the step that gains most per copy, of those that move at most `moves_left` copies.
+    fn choose(&mut self, moves_left: i64) {
         loop {
-            let mut top: Option<(usize, Choice)> = None;
+            let mut top: Option<(usize, Candidate)> = None;
             for (at, choice) in self.best.iter().enumerate() {
                 if let Some(choice) = choice
-                    && choice.moves <= left
-                    && top.is_none_or(|(_, best)| choice.worth > best.worth)
+                    && choice.moves <= moves_left
+                    && top.is_none_or(|(_, best)| choice.per_copy > best.per_copy)
                 {
                     top = Some((at, *choice));
                 }
             }
             let Some((at, choice)) = top else {
                 self.top = None;
-                if self.fresh || self.control.stopped() {
+                if self.is_fresh || self.control.stopped() {
                     return;
                 }
-                self.look_at(|_| true);
-                self.fresh = !self.control.stopped();
+                self.search_pairs(|_| true);
+                self.is_fresh = !self.control.stopped();
                 continue;
             };
-            // What was best earlier may be worth less by now: then it stands back.
+            // A step that was the best may gain less by now: then it is compared again.
             let is_allowed = self.slots.allows(&self.layer.site, choice.step);
-            let now = is_allowed.then(|| self.judge(choice.step, self.least_gain(), false)).flatten();
+            let now = is_allowed.then(|| self.evaluate(choice.step, self.smallest_gain(), false)).flatten();
             self.best[at] = now;
-            if now.is_some_and(|now| choice.worth <= now.worth) {
+            if now.is_some_and(|now| choice.per_copy <= now.per_copy) {
                 self.top = now;
                 return;
             }
         }
     }
 
-    /// Makes a step; the devices whose loads it changes, and those that are the slowest now or were.
-    fn make(&mut self, step: Move) -> Vec<u16> {
+    /// Takes a step; returns the devices whose loads it changes, and those that became or ceased to be the slowest.
+    fn take(&mut self, step: Move) -> Vec<u16> {
         let mut touched = Vec::new();
         for edit in self.slots.edits(step) {
             if self.slots.copies(edit.expert) > 1 {
@@ -299,11 +300,11 @@ impl<'a> Descent<'a> {
             touched.extend(edit.from.into_iter().chain(edit.to));
         }
         self.terms.apply(&mut self.slots, step);
-        touched.extend(self.find_slow());
+        touched.extend(self.update_slowest());
         touched
     }
 
-    /// The slots that a step that was made has written, and what is in them.
+    /// The slots that a step has written, and their contents after it.
     fn written(&self, step: Move) -> [(usize, u16); 2] {
         let slots = match step {
             Move::Swap(p, q) => [p, q],
@@ -312,55 +313,56 @@ impl<'a> Descent<'a> {
         slots.map(|slot| (slot, self.slots.expert_in[slot]))
     }
 
-    /// Finds the next step after one that has touched these devices.
-    fn look_again(&mut self, touched: &[u16], left: i64) {
-        self.fresh = false;
-        self.look_at(|g| touched.contains(&(g as u16)));
-        self.choose(left);
+    /// Finds the next step after one that has changed these devices.
+    fn choose_next(&mut self, touched: &[u16], moves_left: i64) {
+        self.is_fresh = false;
+        self.search_pairs(|g| touched.contains(&(g as u16)));
+        self.choose(moves_left);
     }
 
-    /// By what part the layer exceeds its cap.
+    /// Load above the layer's cap, as a part of it.
     fn excess(&self) -> f64 {
         self.terms.excess()
     }
 
-    /// All steps of the layer, where nothing that other layers do matters to it.
-    fn all_steps(mut self) -> Steps {
-        let (before, mut made) = (self.excess(), Vec::new());
+    /// Takes all steps of the layer, where other layers do not change what they gain.
+    fn descend(mut self) -> LayerSteps {
+        let (excess, mut taken) = (self.excess(), Vec::new());
         while let Some(choice) = self.top.filter(|_| !self.control.stopped()) {
             self.control.count(1);
-            let touched = self.make(choice.step);
+            let touched = self.take(choice.step);
             let written = self.written(choice.step);
-            self.look_again(&touched, UNLIMITED);
-            made.push(Made { choice, written, excess: self.excess() });
+            self.choose_next(&touched, UNLIMITED);
+            taken.push(Taken { choice, written, excess: self.excess() });
         }
-        Steps { before, made }
+        LayerSteps { excess, taken }
     }
 }
 
-/// A step that a layer has made by itself, and by what part it exceeds its cap then.
-struct Made {
-    choice: Choice,
+/// A step that a layer has taken by itself, and its load above the cap after it.
+struct Taken {
+    choice: Candidate,
     written: [(usize, u16); 2],
     excess: f64,
 }
 
-/// The steps of a layer, and by what part it exceeded its cap before.
-struct Steps {
-    before: f64,
-    made: Vec<Made>,
+/// The steps of a layer, and its load above the cap before them.
+struct LayerSteps {
+    excess: f64,
+    taken: Vec<Taken>,
 }
 
-/// The steps of all layers in the order in which each is worth most of those that come next in their layers.
-fn join(layers: Vec<Steps>, mut moved: i64) -> Vec<Step> {
-    let mut excess: Vec<f64> = layers.iter().map(|layer| layer.before).collect();
-    let mut next: Vec<_> = layers.into_iter().map(|layer| layer.made.into_iter().peekable()).collect();
+/// Returns the steps of all layers in one order: always the one, of those that are next in their layers, that gains most.
+fn join(layers: Vec<LayerSteps>, mut moved: i64) -> Vec<Step> {
+    let mut excess: Vec<f64> = layers.iter().map(|layer| layer.excess).collect();
+    let mut next: Vec<_> = layers.into_iter().map(|layer| layer.taken.into_iter().peekable()).collect();
     let (mut steps, mut change) = (Vec::new(), 0.0);
     loop {
-        let tops = next.iter_mut().enumerate().filter_map(|(l, made)| Some((l, made.peek()?.choice.worth)));
+        let tops =
+            next.iter_mut().enumerate().filter_map(|(l, steps)| Some((l, steps.peek()?.choice.per_copy)));
         let best = tops.reduce(|best, other| if other.1 > best.1 { other } else { best });
         let Some((l, _)) = best else { break };
-        let Some(Made { choice, written, excess: after }) = next[l].next() else { break };
+        let Some(Taken { choice, written, excess: after }) = next[l].next() else { break };
         excess[l] = after;
         moved += choice.moves;
         change -= choice.gain;
@@ -369,8 +371,7 @@ fn join(layers: Vec<Steps>, mut moved: i64) -> Vec<Step> {
     steps
 }
 
-/// Goes from `start` down to where no step is worth anything, or until `most` copies are where none are
-/// `running`.
+/// Descends from `start` until no step gains, or until `max_moves` copies are on devices where they do not run.
 ///
 /// The answer does not depend on the number of threads.
 #[must_use]
@@ -397,10 +398,10 @@ pub fn descend(
     };
     let all: Option<Vec<Descent<'_>>> =
         layers.par_iter().zip(start).zip(running).zip(priced).map(begin).collect();
-    // Where the time is over before all layers were looked at, no step is known to be the best.
+    // If the time is over before all layers were searched, no step is known to be the best.
     let mut all = all.unwrap_or_default();
     if !linked && control.deadline.is_none() && max_moves == UNLIMITED {
-        return join(all.into_par_iter().map(Descent::all_steps).collect(), moved);
+        return join(all.into_par_iter().map(Descent::descend).collect(), moved);
     }
     let (mut steps, mut change) = (Vec::new(), 0.0);
     while !control.stopped() {
@@ -410,19 +411,19 @@ pub fn descend(
             }
         }
         let tops = all.iter().enumerate().filter_map(|(l, descent)| descent.top.map(|top| (l, top)));
-        let best = tops.reduce(|best, other| if other.1.worth > best.1.worth { other } else { best });
-        let Some((l, Choice { step, moves, gain, .. })) = best else { break };
+        let best = tops.reduce(|best, other| if other.1.per_copy > best.1.per_copy { other } else { best });
+        let Some((l, Candidate { step, moves, gain, .. })) = best else { break };
         control.count(1);
         moved += moves;
         change -= gain;
-        let touched = all[l].make(step);
+        let touched = all[l].take(step);
         let written = all[l].written(step);
         let neighbours = if linked { l.saturating_sub(1)..(l + 2).min(all.len()) } else { l..l + 1 };
         for m in neighbours.clone().filter(|&m| m != l) {
-            price(&mut all, links, m);
+            update_prices(&mut all, links, m);
         }
         for descent in &mut all[neighbours] {
-            descent.look_again(&touched, max_moves - moved);
+            descent.choose_next(&touched, max_moves - moved);
         }
         let excess = all.iter().map(Descent::excess).sum();
         steps.push(Step { layer: l, written, moved, excess, change });
@@ -430,8 +431,8 @@ pub fn descend(
     steps
 }
 
-/// Prices serving in a layer, given its neighbours.
-fn price(all: &mut [Descent<'_>], links: Links<'_>, l: usize) {
+/// Updates the prices of serving in a layer after a neighbour has changed.
+fn update_prices(all: &mut [Descent<'_>], links: Links<'_>, l: usize) {
     let neighbours = neighbours(all, l).map(|neighbour| neighbour.map(|descent| &descent.slots));
     let serve_cost = prices(all[l].layer, neighbours, links, l);
     let descent = &mut all[l];

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from make import random_ids, trace_of
 from placements import random_slots
@@ -18,8 +18,11 @@ from moetuner.serving.splits import SPLITS as ALL_SPLITS
 MODEL = mt.CostModel(1.0, 0.5, 0.01, 2.0, 64.0)
 # Of counts alone, which have no tokens to replay.
 SPLITS = tuple(split for split in ALL_SPLITS if split != "lp")
+# Whole evaluations of several groups, twice: fewer examples do.
+few = settings(max_examples=max(settings.default.max_examples // 3, 1))
 
 
+@few
 @given(
     st.sampled_from(SPLITS),
     st.integers(1, 3),
@@ -43,6 +46,7 @@ def test_placements_are_replayed_as_each_by_itself(split, layers, spare, window,
         assert evaluation.to_dict() == mt.evaluate(placement, trace, topology, **how).to_dict()
 
 
+@few
 @given(
     st.sampled_from(SPLITS),
     st.sampled_from(["bursts", "mixed", 0.3]),
@@ -114,8 +118,8 @@ def test_rows_are_replays_of_their_tokens(split, spare, seed, machine, run):
 
 
 def test_blocks_of_windows_change_nothing(make_trace, monkeypatch):
-    """Thousands of windows are worked on in runs, to the same figures."""
-    trace = make_trace(tokens=3000)
+    """Hundreds of windows are worked on in runs, to the same figures."""
+    trace = make_trace(tokens=800)
     rng = np.random.default_rng(0)
     topology = mt.Topology(4, devices_per_node=2)
     statistics = mt.RoutingStatistics.from_trace(trace, window=2, sets=True)
@@ -140,6 +144,7 @@ def test_blocks_of_windows_change_nothing(make_trace, monkeypatch):
         assert evaluation.predicted_us_per_layer == pytest.approx(alone.predicted_us_per_layer)
 
 
+@few
 @given(st.sampled_from(SPLITS), st.integers(0, 2), st.integers(1, 40), st.booleans())
 def test_arrival_is_the_replay_of_tokens_in_that_order(split, spare, window, labelled):
     """Evaluated in mixed order, a trace is what a trace in that order is as recorded."""

@@ -160,10 +160,10 @@ def test_traffic_counts_whatever_the_rules_are(rule):
     how = {"topology": mt.Topology(4), "objective": "traffic", "max_imbalance": 1.3}
     statistics = structured()
     free = mt.Problem(statistics, **how)
-    plain = mt.solve(free, "heuristic", iterations=20_000)
+    plain = mt.solve(free, "heuristic", iterations=5_000)
     problem, contiguous = mt.Problem(statistics, **how | RULES[rule]), mt.solve(free, "contiguous")
     given = {"initial": contiguous.placement, "move_budget": 24} if rule == "running" else {}
-    result = mt.solve(problem, "heuristic", iterations=20_000, **given)
+    result = mt.solve(problem, "heuristic", iterations=5_000, **given)
     assert plain.objective < 0.5 * contiguous.objective
     assert result.objective <= plain.objective + (0.3 if given else 0.03)
     assert not problem.rules.violations(result.placement)

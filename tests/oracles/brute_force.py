@@ -49,18 +49,18 @@ def every_placement(problem: mt.Problem) -> Iterator[mt.Placement]:
     """Give every placement with at least one copy of each expert, slots in order of ids."""
     layers = [list(every_layer(problem, slots)) for slots in problem.capacity.tolist()]
     for chosen in itertools.product(*layers):
-        yield mt.Placement(np.array(chosen), num_experts=problem.experts)
+        yield mt.Placement(np.array(chosen), num_experts=problem.num_experts)
 
 
 def every_layer(problem: mt.Problem, capacity: list[int]) -> Iterator[list[list[int]]]:
     """Contents [D,S] of a layer's devices."""
-    experts, width = range(problem.experts), problem.slots
+    experts, width = range(problem.num_experts), problem.slots
     contents = [
         [chosen for n in range(slots + 1) for chosen in itertools.combinations(experts, n)]
         for slots in capacity
     ]
     for devices in itertools.product(*contents):
-        if len(set().union(*devices)) == problem.experts:
+        if len(set().union(*devices)) == problem.num_experts:
             yield [[*chosen, *[-1] * (width - len(chosen))] for chosen in devices]
 
 
@@ -70,7 +70,7 @@ def optimum(problem: mt.Problem, caps: NDArray[np.integer] | None = None) -> int
     Every device of every expert, layer by layer: the cost is a chain, so the least cost that ends
     in a given layer is all that has to be remembered.
     """
-    D, E = problem.devices, problem.experts
+    D, E = problem.devices, problem.num_experts
     caps = problem.caps.whole if caps is None else caps
     caps = np.broadcast_to(np.atleast_2d(caps.T).T, (problem.layers, D))
     all_ways = np.array(list(itertools.product(range(D), repeat=E)))
@@ -112,7 +112,7 @@ def rank(problem: mt.Problem, placement: mt.Placement) -> tuple[float, float]:
 
 def raised_caps(problem: mt.Problem, slots: NDArray[np.int32]) -> NDArray[np.uint64]:
     """Caps [L], raised to the loads of a placement that breaks them."""
-    device_of = mt.Placement(slots, num_experts=problem.experts).device_of
+    device_of = mt.Placement(slots, num_experts=problem.num_experts).device_of
     load = np.zeros((problem.layers, problem.devices), dtype=np.uint64)
     np.add.at(load, (np.arange(problem.layers)[:, None], device_of), problem.load)
     return np.maximum(problem.caps.whole, load.max(axis=1))

@@ -79,19 +79,6 @@ def test_caps_are_raised_for_all_methods_alike(seed):
         assert [*result.details.caps.raised] == ([] if is_broken else [1])
 
 
-def test_compare_marks_methods_that_break_rules(as_json, make_trace, tmp_path):
-    """In JSON: which rules, and how many."""
-    trace = tmp_path / "t.safetensors"
-    make_trace().save(trace)
-    # The other half of the experts: as good as blocks, but kept.
-    pins = [part for expert in range(4) for part in ("--pin", f"*:{expert}:1")]
-    arguments = ("--devices", 2, *pins, "--methods", "contiguous,lpt")
-    actual = as_json("compare", trace, *arguments)["methods"]
-    assert actual["contiguous"]["status"] == "violates rules"
-    assert len(actual["contiguous"]["violations"]) == 1
-    assert actual["lpt"]["violations"] == []
-
-
 def test_caps_are_told_of_slots_that_were_filled():
     """What is told of a cap is true of the answer, whose empty slots were filled at the end."""
     statistics = mt.RoutingStatistics.from_load(np.array([[[10, 5, 5, 5, 5]]]))

@@ -141,7 +141,7 @@ def test_single_cuts_are_true(at, kind, items, choices, multiplier):
     if kind in sides:
         items[sides[kind]] %= 2
     none = np.zeros(0)
-    chosen = np.array(choices[: problem.experts] if lifted else [], dtype=np.uint8)
+    chosen = np.array(choices[: problem.num_experts] if lifted else [], dtype=np.uint8)
     cut = np.array([kind, 0, *items], dtype=np.int32)
     proof = Proof(problem.devices, 1, none, none, np.array([multiplier]), cut, chosen, none)
     assert (proven_by(at, proof) or 0) <= optimum_of(at)

@@ -77,7 +77,7 @@ def broken(problem, placement):
 
 def least_value(problem):
     """Compute the least value of all placements; None if there are many, infinite without any."""
-    contents = [comb(problem.experts, n) for n in range(problem.experts + 1)]
+    contents = [comb(problem.num_experts, n) for n in range(problem.num_experts + 1)]
     if prod(sum(contents[: slots + 1]) for slots in problem.capacity.ravel().tolist()) > MOST_TRIED:
         return None
     every = (p for p in every_placement(problem) if problem.may_copy or not p.has_copies)
@@ -104,7 +104,7 @@ def check_slots(problem, running, placement):
     width = np.arange(before.shape[2]) < problem.capacity[:, :, None]
     stays &= (before >= 0) & width
     assert (slots[:, :, : before.shape[2]] == before)[stays].all()
-    full = np.minimum(problem.capacity, problem.experts)
+    full = np.minimum(problem.capacity, problem.num_experts)
     assert not problem.fill_slots or ((slots >= 0).sum(axis=2) == full).all()
 
 

@@ -27,10 +27,12 @@ def drawn_loads(windows, seed):
 def plugin_slots(problem):
     """Return what the engines' plugins make of the problem's windows, from the first map on."""
     devices, slots = problem.devices, problem.slots
-    first = np.tile(np.arange(devices * slots) % problem.experts, (problem.layers, 1))
+    first = np.tile(np.arange(devices * slots) % problem.num_experts, (problem.layers, 1))
     loads = problem.statistics.window_load.astype(float)
     packed = rebalance_experts(loads, devices * slots, 1, 1, devices, first)
-    return mt.Placement(packed.reshape(problem.layers, devices, slots), num_experts=problem.experts)
+    return mt.Placement(
+        packed.reshape(problem.layers, devices, slots), num_experts=problem.num_experts
+    )
 
 
 @pytest.mark.parametrize(

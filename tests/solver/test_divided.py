@@ -34,12 +34,12 @@ def best_by_brute_force(problem):
     held = [
         (*chosen, *[-1] * (slots - size))
         for size in range(1, slots + 1)
-        for chosen in itertools.combinations(range(problem.experts), size)
+        for chosen in itertools.combinations(range(problem.num_experts), size)
     ]
     values = [
-        problem.value(Placement(np.array([content], np.int32), num_experts=problem.experts))
+        problem.value(Placement(np.array([content], np.int32), num_experts=problem.num_experts))
         for content in itertools.combinations_with_replacement(held, devices)
-        if {e for row in content for e in row} >= set(range(problem.experts))
+        if {e for row in content for e in row} >= set(range(problem.num_experts))
     ]
     return min(values)
 
@@ -105,8 +105,8 @@ def test_devices_share_copies_evenly():
     load = problem.windows.load
     layers = core_layers(load, np.ones(1), make_site(problem), terms=Terms(lp_split=True))
     for slots in layers.construct():
-        copies = np.bincount(slots.ravel(), minlength=problem.experts)
-        shares = np.array([[e in row for e in range(problem.experts)] for row in slots])
+        copies = np.bincount(slots.ravel(), minlength=problem.num_experts)
+        shares = np.array([[e in row for e in range(problem.num_experts)] for row in slots])
         pairs = (shares[:, copies > 1].astype(int)) @ shares[:, copies > 1].T
         assert np.ptp(np.diag(pairs)) <= 1
         np.fill_diagonal(pairs, 0)

@@ -88,7 +88,7 @@ def test_time_that_is_over_ends_every_search(tick, make_trace, monkeypatch, name
     # As many readings as phases, however long the real ones take.
     assert time.now < limit + 60
     assert result.seconds == pytest.approx(time.now, abs=2.0)
-    floor = mt.Placement(balanced(given), num_experts=given.experts)
+    floor = mt.Placement(balanced(given), num_experts=given.num_experts)
     assert rank(given, result.placement) <= rank(given, floor)
     if not limit:
         assert not begun

@@ -108,9 +108,9 @@ def least_moves(problem, initial):
     total = 0
     for layer in range(problem.layers):
         best = np.inf
-        for device_of in product(range(problem.devices), repeat=problem.experts):
-            holds = np.zeros((problem.devices, problem.experts), dtype=bool)
-            holds[device_of, range(problem.experts)] = True
+        for device_of in product(range(problem.devices), repeat=problem.num_experts):
+            holds = np.zeros((problem.devices, problem.num_experts), dtype=bool)
+            holds[device_of, range(problem.num_experts)] = True
             rules = problem.rules
             if (holds.sum(axis=1) > problem.capacity[layer]).any():
                 continue
@@ -181,13 +181,13 @@ def drawn_running(random, problem):
     """Draw a placement with a copy of each expert, and some more, on devices with free slots."""
     slots = np.full((*problem.capacity.shape, problem.slots), -1)
     for layer, capacity in zip(slots, problem.capacity, strict=True):
-        for expert in [*range(problem.experts), *random.integers(problem.experts, size=2)]:
+        for expert in [*range(problem.num_experts), *random.integers(problem.num_experts, size=2)]:
             used = (layer >= 0).sum(axis=1)
             free = np.flatnonzero((used < capacity) & ~(layer == expert).any(axis=1))
             if free.size:
                 device = random.choice(free)
                 layer[device, used[device]] = expert
-    return mt.Placement(slots, num_experts=problem.experts)
+    return mt.Placement(slots, num_experts=problem.num_experts)
 
 
 @pytest.mark.parametrize("seed", range(16))
@@ -288,7 +288,7 @@ def every_step(problem, slots):
             other = slots.copy()
             other[(layer, *a)], other[(layer, *b)] = slots[(layer, *b)], slots[(layer, *a)]
             yield other
-        for place, expert in product(places, range(problem.experts)):
+        for place, expert in product(places, range(problem.num_experts)):
             other = slots.copy()
             other[(layer, *place)] = expert
             yield other

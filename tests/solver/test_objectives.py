@@ -153,7 +153,7 @@ def least_risk(problem):
     sums = np.zeros((1, len(load)))
     for layer, capacity in enumerate(problem.capacity.tolist()):
         holds = np.array(list(every_layer(problem, capacity)))
-        placement = mt.Placement(holds, num_experts=problem.experts)
+        placement = mt.Placement(holds, num_experts=problem.num_experts)
         share = expectation.shares(placement, problem.topology, problem.split)
         slowest = (np.einsum("we,nde->nwd", load[:, layer], share) / speed).max(axis=2)
         slowest = np.unique(slowest.round(9), axis=0)
@@ -198,7 +198,7 @@ def test_time_is_not_below_its_bound(data):
     """No placement is below the bound of compute and links, few above the optimum; a prediction."""
     problem = data.draw(timed())
     best = optimum(problem)
-    floor = problem.value(mt.Placement(balanced(problem), num_experts=problem.experts))
+    floor = problem.value(mt.Placement(balanced(problem), num_experts=problem.num_experts))
     objective = solved(problem, iterations=300)
     assert best * (1 - 1e-9) <= objective <= floor * (1 + 1e-9)
     assert objective <= best * NEAR_TIME

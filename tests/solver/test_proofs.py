@@ -73,7 +73,7 @@ def some_placements(problem: mt.Problem, seed: int) -> Iterator[mt.Placement]:
     rng = np.random.default_rng(seed)
     layers = [np.array(list(every_layer(problem, rooms))) for rooms in problem.capacity.tolist()]
     if not problem.may_copy:
-        layers = [of[(of >= 0).sum(axis=(1, 2)) == problem.experts] for of in layers]
+        layers = [of[(of >= 0).sum(axis=(1, 2)) == problem.num_experts] for of in layers]
     sizes = [len(of) for of in layers]
     chosen = np.arange(np.prod(sizes)) if np.prod(sizes) <= TRIED else None
     if chosen is None:
@@ -81,7 +81,7 @@ def some_placements(problem: mt.Problem, seed: int) -> Iterator[mt.Placement]:
     for number in chosen:
         at = np.unravel_index(number, sizes)
         slots = np.stack([of[i] for of, i in zip(layers, at, strict=True)])
-        yield mt.Placement(slots, num_experts=problem.experts)
+        yield mt.Placement(slots, num_experts=problem.num_experts)
 
 
 def imbalances(problem: mt.Problem, placement: mt.Placement) -> np.ndarray:

@@ -57,28 +57,6 @@ def test_every_method_gives_one_valid_placement(make_trace, method, name):
     assert name != "loads alone" or not one.details.search.trials
 
 
-@pytest.mark.parametrize("seed", range(16))
-def test_uneven_slots_are_kept(seed):
-    """Whatever the slots of devices are, copies or none, the goal time answers, and keeps them."""
-    random = np.random.default_rng([1, seed])
-    experts, devices = [(5, 3), (8, 4), (9, 4), (16, 6)][seed % 4]
-    row = random.integers(0, 2 * experts // devices + 1, devices)
-    row[random.integers(devices)] += max(experts + random.integers(4) - row.sum(), 0)
-    slots = [{"slots_per_device": row.tolist()}, {"extra_slots": int(random.integers(1, 6))}]
-    tables = random.integers(0, 30, (1, experts, experts)) if seed % 3 else None
-    load = random.integers(1, 30, (3, 2, experts)).astype(np.uint64)
-    problem = mt.Problem(
-        mt.RoutingStatistics(load, tables),
-        mt.Topology(devices),
-        regime="follow" if seed % 3 else "dispatch",
-        pinned=[(0, 1, int(row.argmax()))] if seed % 8 == 0 else [],
-        **slots[seed // 4 % 2],
-    )
-    for method in ("joint", "quick", "eplb"):
-        result = mt.solve(problem, method, iterations=50)
-        assert (result.violations, result.status) == ((), "feasible")
-
-
 def test_an_offer_beyond_slots_or_rules_is_no_answer():
     """Whatever a stage offers, the answer keeps slots, pins and bans where anything does."""
     load = mt.RoutingStatistics.from_load([[1, 1, 1, 90]])

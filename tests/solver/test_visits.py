@@ -45,7 +45,7 @@ def problem_of(seed, layers, size, top_k, cap=None, slots=None) -> mt.Problem:
 
 def fewest(problem: mt.Problem, caps: np.ndarray) -> float:
     """Fewest visits of all placements under caps [L], by trying every one."""
-    ways = np.array(list(itertools.product(range(problem.devices), repeat=problem.experts)))
+    ways = np.array(list(itertools.product(range(problem.devices), repeat=problem.num_experts)))
     node, price = problem.topology.node_of_device, problem.objective_function.visit_costs
     total = 0.0
     for layer, of in enumerate(problem.statistics.sets):
@@ -167,13 +167,13 @@ def test_prices_prove_what_trying_every_content_proves(seed, size, top_k, cap, s
         problem.capacity[0],
         problem.load[0].astype(int),
     )
-    prices = np.random.default_rng(seed).integers(-60, 60, problem.experts).astype(float)
+    prices = np.random.default_rng(seed).integers(-60, 60, problem.num_experts).astype(float)
     most, total = min(int(level.caps[0]), int(load.sum())), 0
     for capacity in capacities:
         values = [np.inf]
-        for content in itertools.product((0, 1), repeat=problem.experts):
+        for content in itertools.product((0, 1), repeat=problem.num_experts):
             members = np.flatnonzero(content)
-            fewest = problem.experts - capacities.sum() + capacity
+            fewest = problem.num_experts - capacities.sum() + capacity
             others = load.sum() - most * (len(capacities) - 1)
             if fewest <= len(members) <= capacity and others <= load[members].sum() <= most:
                 meets = np.isin(of.ids, members).any(axis=1)

@@ -164,14 +164,14 @@ def compared(rank, case, tolerance):
 @on(2, 4, 8)
 def test_exact_arithmetic_is_exact(rank):
     """Random placements, batches, nodes and rules: every index is right, and every byte counted."""
-    for seed in range(100 if dist.get_world_size() == 4 else 10):
+    for seed in range(40 if dist.get_world_size() == 4 else 8):
         compared(rank, Case(seed), 1e-9)
 
 
 @on(4)
 def test_ordinary_arithmetic_differs_by_rounding(rank):
     """Within 1e-6 of one process in float32, the same bits in two runs; bfloat16 as it allows."""
-    for seed in range(1000, 1030):
+    for seed in range(1000, 1012):
         compared(rank, Case(seed, exact=False), 1e-6)
     case, half = Case(11, exact=False), Case(11, exact=False)
     for name in ("x", "up", "down"):

@@ -64,7 +64,7 @@ NAMES = [
 ]
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=1, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(NAMES), st.integers(0, 2)), min_size=5, max_size=5))
 @example([("late fill", 0), ("skipped", 1), ("late fill", 2)])
 def test_any_faults_are_lived_through(faults):

@@ -244,7 +244,7 @@ class Split:
         problem = self.problem
         if method == BLOCKS and problem.fill_slots and problem.may_copy:
             # Nobody runs copies before there is a placement: those fill a proposal's slots.
-            return blocks(problem.layers, problem.experts, problem.devices)
+            return blocks(problem.layers, problem.num_experts, problem.devices)
         return self.initial if method == RUNNING else None
 
     def outcomes(self, methods: Sequence[str], threads: int | None) -> dict[str, Outcome]:

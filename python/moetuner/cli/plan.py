@@ -18,7 +18,6 @@ from moetuner.cli.options.placed import read_made
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, show_shares, working
 from moetuner.cli.recipes import list_recipes_to_serve
-from moetuner.cli.work import count
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation.arrival import list_orders
 from moetuner.evaluation.losses import DOMAINS, Domain
@@ -26,11 +25,11 @@ from moetuner.files import replacing
 from moetuner.formats.hints import Traffic
 from moetuner.placement import Placement
 from moetuner.problem.made import Made
-from moetuner.recording import AnyRecording
 from moetuner.report.findings import TERMINAL, Finding
 from moetuner.report.words import write
 from moetuner.report.words.traffic import write_change
 from moetuner.solver import Plan, plan, plan_losses
+from moetuner.statistics import RoutingStatistics, count_loads
 from moetuner.topology import Topology
 
 # Most losses in a table: the worst ones.
@@ -132,15 +131,7 @@ def command(
         expert_bytes = bytes_of_expert(size, source.traffic.model or running.model, bits)
     contents: dict[str, Any] = {"input": source.facts(), "running": str(running_file)}
     contents |= {"expert_bytes": expert_bytes, "topology": topology.to_dict()}
-    # Windows of all tokens, whatever their groups, as they are evaluated.
-    traffic = count(
-        _order_traffic(source.traffic, made),
-        window=source.replayed,
-        by_group=False,
-        sets=False,
-        transitions=False,
-        coactivation=False,
-    )
+    traffic = _count_loads(source, made)
     if table_file is not None:
         window = source.replayed
         contents |= _plan_losses(output, running, traffic, window, topology, change, table_file)
@@ -186,11 +177,16 @@ def command(
     output.finish(contents)
 
 
-def _order_traffic(traffic: AnyRecording, made: Made) -> AnyRecording:
-    """Return traffic in the order in which the placement serves it most of the time."""
-    arrival = made.serving.get("arrival", "bursts")
+def _count_loads(source: Source, made: Made) -> RoutingStatistics:
+    """Count the loads of INPUT in the order in which the placement serves it most of the time."""
+    traffic, arrival = source.traffic, made.serving.get("arrival", "bursts")
     _, order = max(list_orders(traffic, arrival), key=lambda weighted: weighted[0])
-    return traffic if order is None else traffic.take(order)
+    if order is not None:
+        traffic = traffic.take(order)
+    # Windows of all tokens, whatever their groups, as they are evaluated.
+    with working("counting") as report:
+        progress = show_shares(report, "of the tokens", then="tables")
+        return count_loads(traffic, window=source.replayed, by_group=False, progress=progress)
 
 
 def _show(

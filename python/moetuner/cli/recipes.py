@@ -114,7 +114,7 @@ def _list_trial(
         why += "; leave out --holdout to use all of INPUT for serving"
 
     def solve(slots: int, why: str, **others: Any) -> Recipe:
-        is_default = slots * problem.devices == problem.experts
+        is_default = slots * problem.devices == problem.num_experts
         is_default &= problem.topology.slots_per_device is None
         solving["slots_per_device"] = None if is_default else slots
         return recipe("solve", source.input_files, {**solving, **others}, why)
@@ -122,7 +122,7 @@ def _list_trial(
     commands = []
     baseline, placed = _running_file(advice), _proposed_file(advice)
     if initial not in ("given", "contiguous"):
-        slots = count_running_slots(initial, problem.experts, problem.devices)
+        slots = count_running_slots(initial, problem.num_experts, problem.devices)
         method_and_file = {
             "method": Running.parse(initial).method,
             "out_file": (baseline := RUNNING_FILE),

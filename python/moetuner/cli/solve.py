@@ -123,12 +123,9 @@ def command(
     replayed.show(output, problem, held_out=holdout > 0)
     judged = _write_judged(source, problem, judged_on, holdout)
     output.say(judged)
-    outcome, keeps_running = replayed.outcome, False
-    if initial is not None and replayed.may_be_chance and not problem.violations(initial):
-        keeps_running = True
-        if initial != result.placement:
-            result, outcome = _keep_running(initial, result, replayed.before, output)
-            result.placement.save(out_file)
+    result, outcome, keeps_running = _keep_running(initial, result, replayed, problem, output)
+    if keeps_running:
+        result.placement.save(out_file)
     moves, trades = moving.show(output, problem, initial, result, threads=threads, **arguments)
     output.say(f"wrote {out_file}{', which is what runs' if keeps_running else ''}")
     failure = certificate_file and _prove(problem, result, certificate_file, output)
@@ -250,15 +247,27 @@ def _describe_part(judged_on: Recording, holdout: float) -> dict[str, Any]:
 
 
 def _keep_running(
-    initial: Placement, result: Result, before: Outcome, output: Output
-) -> tuple[Result, Outcome]:
-    """Return result and outcome with the running placement in place of the one that was found."""
+    initial: Placement | None,
+    result: Result,
+    replayed: ReplayedResult,
+    problem: Problem,
+    output: Output,
+) -> tuple[Result, Outcome, bool]:
+    """Return a result that keeps the running placement if the gain of another may be chance.
+
+    Also return its outcome, and whether the running placement is kept.
+    """
+    if initial is None or not replayed.may_be_chance or problem.violations(initial):
+        return result, replayed.outcome, False
+    if initial == result.placement:
+        return result, replayed.outcome, True
+    before = replayed.before
     moved = initial.diff(result.placement).experts_moved
     output.tell(Finding("running kept", {"experts": moved}))
     objective = before.result.objective
     placement = replace(result.placement, slots=initial.slots, objective=objective)
     outcome = replace(before, result=replace(before.result, placement=placement))
-    return replace(result, placement=placement), outcome
+    return replace(result, placement=placement), outcome, True
 
 
 def _refuse_unprovable(problem: Problem, method: str, *, moving: bool) -> None:

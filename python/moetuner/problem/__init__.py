@@ -250,7 +250,7 @@ class Problem(Frozen):
             vars(self)["slots_per_device"] = tuple(slots)
         _ = self.capacity, self.rules, self.windows
         if self.fill_slots:
-            capacity.check_filling(self.capacity, self.rules.forbidden, self.experts)
+            capacity.check_filling(self.capacity, self.rules.forbidden, self.num_experts)
 
     def _count(self, trace: RoutingTrace) -> RoutingStatistics:
         """Count a trace: the tables that the objective needs, in windows that divide all phases."""
@@ -277,7 +277,7 @@ class Problem(Frozen):
     def rules(self) -> SlotRules:
         """Where experts must and must not be."""
         domain = None if self.survive is None else number_domains(self.topology, self.survive)
-        return make_rules(self.pinned, self.forbidden, self.experts, self.capacity, domain)
+        return make_rules(self.pinned, self.forbidden, self.num_experts, self.capacity, domain)
 
     @cached_property
     def caps(self) -> Caps:
@@ -391,7 +391,7 @@ class Problem(Frozen):
     @property
     def _has_spare_slots(self) -> bool:
         """Whether a layer has more slots than experts."""
-        return bool((self.capacity.sum(axis=1) > self.experts).any())
+        return bool((self.capacity.sum(axis=1) > self.num_experts).any())
 
     @property
     def stays_single(self) -> bool:
@@ -407,14 +407,9 @@ class Problem(Frozen):
         return self.statistics.layers
 
     @property
-    def experts(self) -> int:
+    def num_experts(self) -> int:
         """Experts per layer, E."""
         return self.statistics.num_experts
-
-    @property
-    def num_experts(self) -> int:
-        """Experts per layer, E, by the name of the argument of other classes."""
-        return self.experts
 
     @property
     def devices(self) -> int:
@@ -493,7 +488,7 @@ class Problem(Frozen):
         if self.fill_slots:
             keeps &= (count == self.capacity).all(axis=1)
         if not self.may_copy:
-            keeps &= count.sum(axis=1) == self.experts
+            keeps &= count.sum(axis=1) == self.num_experts
         broken = [self.rules.are_broken(layer, held) for layer, held in enumerate(placement.held)]
         keeps &= ~np.array(broken)
         return keeps
@@ -502,9 +497,9 @@ class Problem(Frozen):
         """Raise ValueError if a placement, of this name, is of another model or machine."""
         check.instance(name, placement, Placement)
         sizes = (placement.layers, placement.num_experts, placement.devices)
-        if sizes != (self.layers, self.experts, self.devices):
+        if sizes != (self.layers, self.num_experts, self.devices):
             raise check.ArgumentError(
-                f"{name} must have {self.layers} layers, {self.experts} experts and "
+                f"{name} must have {self.layers} layers, {self.num_experts} experts and "
                 f"{self.devices} devices like the problem, "
                 f"got {sizes[0]}, {sizes[1]} and {sizes[2]}",
                 name,
@@ -537,7 +532,7 @@ class Problem(Frozen):
             return slots
         return fill(
             slots,
-            self.experts,
+            self.num_experts,
             capacity=self.capacity,
             load=self.load,
             forbidden=self.rules.forbidden,
@@ -570,4 +565,4 @@ class _EvenCopies(_SingleCopies):
     @cached_property
     def capacity(self) -> NDArray[np.int64]:
         """Slots of every device [L,D]: no more than experts need."""
-        return capacity.even_slots(super().capacity, self.experts)
+        return capacity.even_slots(super().capacity, self.num_experts)

@@ -23,7 +23,7 @@ from moetuner.frozen import Frozen
 from moetuner.recording import Recording
 from moetuner.report.findings import Finding
 from moetuner.report.words import say
-from moetuner.statistics import as_counts, choose_hottest, count_loads
+from moetuner.statistics import choose_hottest, count_loads
 from moetuner.trace import RoutingTrace
 
 Counts = NDArray[np.uint64]
@@ -230,8 +230,7 @@ def _measure_later_half(traffic: Recording, threads: int | None) -> float | None
     if traffic.length < 2:
         return None
     window = -(-traffic.length // 2)
-    without = dict.fromkeys(("transitions", "coactivation", "sets"), False)
-    load = as_counts(traffic, window=window, threads=threads, **without).window_load
+    load = count_loads(traffic, window=window, by_group=False, threads=threads).window_load
     early, late = (
         windows.sum(axis=0, dtype=np.uint64) for windows in np.split(load, [len(load) // 2])
     )

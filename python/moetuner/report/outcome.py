@@ -313,7 +313,7 @@ def find_slower(outcome: Outcome, before: Outcome, *, name: bool = False) -> lis
         return []
     window, time, time_before = slower[0]
     problem = outcome.problem
-    fewest = -(-problem.experts // problem.devices)
+    fewest = -(-problem.num_experts // problem.devices)
     numbers = {
         "method": outcome.result.method if name else None,
         "than": before.result.method,

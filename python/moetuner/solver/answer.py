@@ -59,7 +59,7 @@ def place(run: Run, incumbent: Incumbent) -> Placement:
     slots = incumbent.slots
     if run.moves is not None:
         slots = keep_slots(run.moves.initial.slots, slots, run.problem.capacity)
-    return Placement(slots, num_experts=run.problem.experts)
+    return Placement(slots, num_experts=run.problem.num_experts)
 
 
 def named(run: Run, placement: Placement, method: str, **figures: Any) -> Placement:
@@ -102,7 +102,7 @@ def _raises_as_balance(problem: Problem, placement: Placement) -> bool:
     caps = problem.caps
     if caps.over_speed is None or not caps.excess(placement).any():
         return False
-    balance = Placement(balanced(problem), num_experts=problem.experts)
+    balance = Placement(balanced(problem), num_experts=problem.num_experts)
     limits = np.maximum(caps.over_speed, caps.peaks(balance))
     return bool((caps.peaks(placement) <= limits * (1 + ROUNDING)).all())
 

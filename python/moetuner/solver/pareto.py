@@ -176,7 +176,10 @@ def _listed(run: Run, front: Front) -> list[Incumbent]:
 def _trade(run: Run, initial: Placement, incumbent: Incumbent, objective: float) -> Trade:
     """Build the trade of an incumbent; experts that stay keep their slots."""
     problem, placement = run.problem, initial
-    if incumbent.moves or (find_holders(incumbent.slots, problem.experts) != initial.held).any():
+    if (
+        incumbent.moves
+        or (find_holders(incumbent.slots, problem.num_experts) != initial.held).any()
+    ):
         placement = place(run, incumbent)
     return Trade(
         named(run, placement, "pareto", objective=objective),

@@ -21,7 +21,7 @@ from moetuner.evaluation.losses import DOMAINS, Domain, number_domains
 from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement, count_copies
 from moetuner.solver.rebalancing import rebalance, slowest
-from moetuner.statistics import WINDOW, RoutingStatistics, as_counts, check_recording
+from moetuner.statistics import WINDOW, RoutingStatistics, check_recording, count_loads
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
@@ -243,8 +243,7 @@ def _read_load(
     """Return the load of every expert in windows [W,L,E]; check that they are the placement's."""
     check_recording(traffic)
     # Windows of all tokens, whatever their groups, as they are evaluated.
-    loads_alone = {"sets": False, "transitions": False, "coactivation": False}
-    counted = as_counts(traffic, window=window, by_group=False, **loads_alone)
+    counted = count_loads(traffic, window=window, by_group=False)
     load = counted.window_load.astype(np.float64)
     if counted.is_full_window.any():  # the last tokens, which fill no window, are in no mean
         load = load[counted.is_full_window]

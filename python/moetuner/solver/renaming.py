@@ -36,7 +36,7 @@ def keep_running(problem: Problem, objective: Objective, running: Placement, slo
     if not objective.is_sum_of_layers:
         return renamed
     choices = [renamed] if current.shape != wanted.shape else [renamed, current]
-    placements = [Placement(array, num_experts=problem.experts) for array in [wanted, *choices]]
+    placements = [Placement(array, num_experts=problem.num_experts) for array in [wanted, *choices]]
     wanted_cost, *costs = (objective.layer_costs(placement) for placement in placements)
     wanted_excess, *excesses = (problem.caps.excess(placement) for placement in placements)
     result = wanted.copy()
@@ -68,7 +68,7 @@ def rename_devices(problem: Problem, running: NDArray[np.bool_], slots: Slots) -
     if not _is_tiered(problem.topology):
         return slots
     layers, devices, _ = slots.shape
-    holders = find_holders(slots, problem.experts)
+    holders = find_holders(slots, problem.num_experts)
     staying = np.matmul(holders.astype(np.float32), running.transpose(0, 2, 1).astype(np.float32))
     weight = staying.astype(np.int64) * (devices + 1)
     weight[~_may_take(problem, holders)] = FORBIDDEN

@@ -321,7 +321,7 @@ class Run:
 
     def _rank_without_moves(self, slots: Slots, objective: Objective) -> tuple[float, float]:
         """Compute excess and value; the excess is infinite if a rule other than a cap is broken."""
-        placement, problem = Placement(slots, num_experts=self.problem.experts), self.problem
+        placement, problem = Placement(slots, num_experts=self.problem.num_experts), self.problem
         excess = float(problem.caps.excess(placement).sum())
         is_over_full = ((slots != EMPTY).sum(axis=2) > problem.capacity).any()
         if is_over_full or problem.rules.violations(placement):
@@ -446,7 +446,7 @@ def judge_bound(run: Run, slots: Slots, bound: Bound) -> Status | Literal["refut
 
     A bound above the value of the slots is refuted. Costs of single copies are whole and exact.
     """
-    placement, gap = Placement(slots, num_experts=run.problem.experts), run.budget.gap
+    placement, gap = Placement(slots, num_experts=run.problem.num_experts), run.budget.gap
     objective, rounding = run.problem.objective_function, ROUNDING
     value: float
     if objective.counts_pairs and not placement.has_copies:

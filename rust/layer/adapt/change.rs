@@ -62,13 +62,13 @@ impl Change {
         Self { variance: if squares > 0.0 { variance.min(LARGEST_VARIANCE) } else { 0.0 }, lasting_part }
     }
 
-    /// Returns the spending with the gain that a layer must have: more, the more of the differences may be chance.
+    /// Returns the spending with the gain that a layer must have: the more of the differences may be chance, the more.
     ///
     /// A device differs from the mean by x. If nothing moves, p x of that is expected to last, where p is the lasting part,
     /// with a variance of p c, where c is the variance of counts. Experts that replace the part f of its slots bring a
     /// variance of f (1 - p) c. So the slowest device is expected to gain where p x is more than sqrt(f (1 - p) c), times the
     /// standard deviations by which the slowest of many devices is above their mean.
-    pub(super) fn raise_threshold(self, spending: Spending) -> Spending {
+    pub(super) fn require_gain_beyond_chance(self, spending: Spending) -> Spending {
         let factor = if self.lasting_part < 1.0 {
             ((1.0 - self.lasting_part) * REPLACED).sqrt() / self.lasting_part
         } else {

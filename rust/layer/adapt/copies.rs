@@ -3,7 +3,7 @@
 //!
 //! Prices leave out that the other copies of the expert get less load, too, so a step may turn out better than its price.
 
-use super::super::budget::per_copy;
+use super::super::budget::factor_per_copy;
 use super::super::{EMPTY, Move};
 use super::loads::{Loads, one_if, power};
 use super::{Best, Steps};
@@ -66,12 +66,12 @@ fn find_copy_here(steps: &Steps<'_>, target: &Target, removal: &Removal, best: &
     let per_token = steps.loads.per_token[target.device];
     // The gain if the new copy had no load.
     let largest_gain = target.power - target.power_without - target.added_elsewhere;
-    if largest_gain * per_copy(1.0 - target.is_moved) <= best.gain_per_copy {
+    if largest_gain * factor_per_copy(1.0 - target.is_moved) <= best.gain_per_copy {
         return;
     }
     for (expert, &load) in (0..).zip(&steps.loads.with_one_more) {
         let gain = target.power - power(target.time_without + load * per_token) - target.added_elsewhere;
-        if gain * per_copy(1.0 - target.is_moved) > best.gain_per_copy {
+        if gain * factor_per_copy(1.0 - target.is_moved) > best.gain_per_copy {
             consider(steps, target, removal, (expert, gain), best);
         }
     }
@@ -114,7 +114,7 @@ fn consider(
 ) {
     let slots = &steps.slots;
     let is_move = one_if(steps.running.lacks(expert, target.device));
-    let gain_per_copy = gain * per_copy(is_move - target.is_moved);
+    let gain_per_copy = gain * factor_per_copy(is_move - target.is_moved);
     let fits = || {
         slots.may_take(steps.site, expert, target.device)
             && slots.part(&steps.expected, expert) >= removal.tokens_left[target.slot]

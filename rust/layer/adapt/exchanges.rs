@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::super::budget::per_copy;
+use super::super::budget::factor_per_copy;
 use super::super::{EMPTY, Slots};
 use super::loads::{Loads, one_if, power};
 
@@ -141,7 +141,7 @@ fn price(partners: &mut Partners, load_here: f64, time_here: f64, per_token: f64
         let moved = load_here - load[q];
         let (here, there) = (time_here - moved * per_token, time[q] + moved * per_token_there[q]);
         let gain = (power_here - power(here)) + (power_there[q] - power(there));
-        gain_per_copy[q] = gain * per_copy(copies_in[q] + copies_out[q]);
+        gain_per_copy[q] = gain * factor_per_copy(copies_in[q] + copies_out[q]);
     }
     let mut best = [0.0; LANES];
     for gain in gain_per_copy.as_chunks::<LANES>().0 {

@@ -94,7 +94,7 @@ pub fn adapt_layers(
     });
     let all: Vec<Steps<'_>> = improved.collect::<Result<_>>()?;
     let choices: Vec<&[Choice]> = all.iter().map(|steps| &steps.choices[..]).collect();
-    let chosen = choose(&choices, change.raise_threshold(effort.spending));
+    let chosen = choose(&choices, change.require_gain_beyond_chance(effort.spending));
     let end = |(steps, at): (&Steps<'_>, usize)| {
         (steps.running.keep_slots(&steps.contents[at]), [steps.choices[0], steps.choices[at]])
     };

@@ -1,7 +1,7 @@
-//! Burdens by which starts choose a device for one more copy: its time, its partners, losses, or all windows.
+//! Measures by which a device is chosen for one more copy: its time, its partners, losses, or all windows.
 
 use super::longest_first::Burden;
-use super::{LEAST, done};
+use super::{LEAST, time_key};
 use crate::layer::terms::balance::Balance;
 use crate::layer::terms::losses::AfterLosses;
 use crate::layer::{EMPTY, Layer, Site, Slots};
@@ -23,14 +23,14 @@ pub(super) struct ByTime<'a> {
     copies: &'a [u32],
     /// Devices with free slots.
     open: Tournament<u64>,
-    /// Key of the device that was chosen last, and keys of devices that may not take the expert at hand.
+    /// Key of the device that was chosen last, and keys of devices that were skipped, as they may not take the expert.
     chosen: u64,
-    aside: Vec<u64>,
+    skipped: Vec<u64>,
 }
 
 impl<'a> ByTime<'a> {
     pub(super) fn new(slots: &Slots, site: &'a Site, load: &'a [f64], copies: &'a [u32]) -> Self {
-        Self { site, load, copies, open: open(slots, site, load), chosen: u64::MAX, aside: Vec::new() }
+        Self { site, load, copies, open: open(slots, site, load), chosen: u64::MAX, skipped: Vec::new() }
     }
 }
 
@@ -40,7 +40,7 @@ fn open(slots: &Slots, site: &Site, load: &[f64]) -> Tournament<u64> {
     // Among idle devices the fastest comes first.
     let key = |g: usize| {
         let is_open = slots.of(g).any(|slot| slots.expert_in[slot] == EMPTY);
-        if is_open { done(times[g] + LEAST * site.time[g], g) } else { u64::MAX }
+        if is_open { time_key(times[g] + LEAST * site.time[g], g) } else { u64::MAX }
     };
     Tournament::new((0..site.devices()).map(key), u64::MAX)
 }
@@ -58,23 +58,23 @@ impl Burden for ByTime<'_> {
                 self.chosen = key;
                 break Some(device);
             }
-            self.aside.push(key);
+            self.skipped.push(key);
             self.open.set(device, u64::MAX);
         };
-        for key in self.aside.drain(..) {
+        for key in self.skipped.drain(..) {
             self.open.set((key & 0xffff) as usize, key);
         }
         device
     }
 
     #[inline]
-    fn enter(&mut self, _: &Slots, expert: u16, device: usize, is_full: bool) {
+    fn add_copy(&mut self, _: &Slots, expert: u16, device: usize, is_full: bool) {
         let weight = self.load[usize::from(expert)] / f64::from(self.copies[usize::from(expert)]);
-        let then = done(f64::from_bits(self.chosen) + weight * self.site.time[device], device);
+        let then = time_key(f64::from_bits(self.chosen) + weight * self.site.time[device], device);
         self.open.set(device, if is_full { u64::MAX } else { then });
     }
 
-    fn refresh(&mut self, slots: &Slots) {
+    fn recount(&mut self, slots: &Slots) {
         self.open = open(slots, self.site, self.load);
     }
 }
@@ -82,9 +82,9 @@ impl Burden for ByTime<'_> {
 /// Devices by the devices with which they share experts, for a dispatcher that divides tokens over copies.
 ///
 /// A set of devices is slow if much of its load can go nowhere else. So the heaviest experts get copies, equally many on
-/// every device, and no two of them on the same devices as long as there are other pairs. All devices are joined: a device
-/// with too much load can pass it on to all others, even after loads have changed. With 288 slots on 32 devices the joined
-/// devices form rings.
+/// every device, and no two experts have copies on the same two devices as long as there are other pairs. All devices are
+/// joined: a device with too much load can pass it on to all others, even after loads have changed. With 288 slots on 32
+/// devices the joined devices form rings.
 pub(super) struct ByPartners<'a> {
     site: &'a Site,
     load: &'a [f64],
@@ -114,12 +114,12 @@ impl<'a> ByPartners<'a> {
     }
 
     /// Counts a copy that has come to a device, given the devices that hold the others.
-    fn count(&mut self, expert: u16, device: usize, held: impl Iterator<Item = usize>) {
+    fn count(&mut self, expert: u16, device: usize, holders: impl Iterator<Item = usize>) {
         let devices = self.loads.len();
         self.used[device] += 1;
         self.loads[device] +=
             self.load[usize::from(expert)] / f64::from(self.copies[usize::from(expert)].max(1));
-        for other in held {
+        for other in holders {
             self.shared[device * devices + other] += 1;
             self.shared[other * devices + device] += 1;
             let (from, to) = (self.component[device], self.component[other]);
@@ -134,10 +134,10 @@ impl<'a> ByPartners<'a> {
         if self.copies[usize::from(expert)] == 1 {
             return (0, 0.0, 0, time);
         }
-        let held = || slots.devices(expert).map(usize::from);
-        let shared = held().map(|other| self.shared[device * self.loads.len() + other]).sum();
+        let holders = || slots.devices(expert).map(usize::from);
+        let shared = holders().map(|other| self.shared[device * self.loads.len() + other]).sum();
         let filled = self.used[device] as f64 / self.site.capacity[device] as f64;
-        let joined = held().filter(|&other| self.component[other] == self.component[device]).count();
+        let joined = holders().filter(|&other| self.component[other] == self.component[device]).count();
         (shared, filled, joined, time)
     }
 }
@@ -151,12 +151,12 @@ impl Burden for ByPartners<'_> {
         })
     }
 
-    fn enter(&mut self, slots: &Slots, expert: u16, device: usize, _: bool) {
-        let held = slots.devices(expert).map(usize::from).filter(|&other| other != device);
-        self.count(expert, device, held);
+    fn add_copy(&mut self, slots: &Slots, expert: u16, device: usize, _: bool) {
+        let holders = slots.devices(expert).map(usize::from).filter(|&other| other != device);
+        self.count(expert, device, holders);
     }
 
-    fn refresh(&mut self, slots: &Slots) {
+    fn recount(&mut self, slots: &Slots) {
         *self = Self::new(slots, self.site, self.load, self.copies);
     }
 }
@@ -164,10 +164,9 @@ impl Burden for ByPartners<'_> {
 /// Weight of a device's load after a loss, beside its load before.
 const WEIGHT: f64 = 2.0;
 
-/// Devices by when they are done with what they have, and with what they get if a domain is lost in which the expert at
-/// hand is as well.
+/// Devices by the time of their load, and of what they get if a domain with another copy of the expert is lost.
 ///
-/// Copies that follow load alone share all they have with few partners, which then get all of it.
+/// Where copies go by load alone, a device shares all of its experts with few partners, which get all of its load then.
 pub(super) struct ByLosses<'a> {
     site: &'a Site,
     load: &'a [f64],
@@ -178,30 +177,30 @@ pub(super) struct ByLosses<'a> {
 
 impl<'a> ByLosses<'a> {
     pub(super) fn new(slots: &Slots, site: &'a Site, load: &'a [f64], copies: &'a [u32]) -> Self {
-        let each: Vec<u16> = (0..site.devices() as u16).collect();
-        let domain = if site.rules.domain.is_empty() { &each } else { &site.rules.domain };
+        let devices: Vec<u16> = (0..site.devices() as u16).collect();
+        let domain = if site.rules.domain.is_empty() { &devices } else { &site.rules.domain };
         let after = AfterLosses::all_served(&site.time, domain, load.iter().sum());
         let mut burden = Self { site, load, copies, after };
         for expert in 0..load.len() as u16 {
-            let held: Vec<usize> = slots.devices(expert).map(usize::from).collect();
-            burden.count(expert, &held, 1.0);
+            let holders: Vec<usize> = slots.devices(expert).map(usize::from).collect();
+            burden.count(expert, &holders, 1.0);
         }
         burden
     }
 
-    /// Counts copies of an expert, or takes them out by the sign -1.
-    fn count(&mut self, expert: u16, held: &[usize], sign: f64) {
+    /// Adds copies of an expert, or removes them with the sign -1.
+    fn count(&mut self, expert: u16, holders: &[usize], sign: f64) {
         let (load, copies) = (self.load[usize::from(expert)], self.copies[usize::from(expert)] as usize);
-        self.after.count(load, copies, held, sign);
+        self.after.count(load, copies, holders, sign);
     }
 
-    /// When a device is done that takes an expert, after the worst loss among the domains of the other copies; the loss of
-    /// each adds so much to what it has, if each is in a domain of its own.
-    fn done_then(&self, slots: &Slots, expert: u16, device: usize, (share, more): (f64, f64)) -> f64 {
+    /// Returns the time of a device that takes a copy with a share of the load, after the worst loss of a domain with another
+    /// copy, which adds `added` to the share.
+    fn time_after_loss(&self, slots: &Slots, expert: u16, device: usize, (share, added): (f64, f64)) -> f64 {
         let domain = &self.after.domain;
         let lost = slots.devices(expert).map(|other| domain[usize::from(other)]);
         let lost = lost.filter(|&lost| lost != domain[device]);
-        let worst = lost.map(|lost| self.after.added_to(device)[lost] + more).fold(0.0, f64::max);
+        let worst = lost.map(|lost| self.after.added_to(device)[lost] + added).fold(0.0, f64::max);
         (self.after.loads[device] + share + WEIGHT * worst) * self.site.time[device]
     }
 }
@@ -209,19 +208,22 @@ impl<'a> ByLosses<'a> {
 impl Burden for ByLosses<'_> {
     fn lightest(&mut self, slots: &Slots, expert: u16, may_take: impl Fn(usize) -> bool) -> Option<usize> {
         let (load, copies) = (self.load[usize::from(expert)], f64::from(self.copies[usize::from(expert)]));
-        let parts = (load / copies, if copies > 1.0 { load / (copies * (copies - 1.0)) } else { 0.0 });
+        let shares = (load / copies, if copies > 1.0 { load / (copies * (copies - 1.0)) } else { 0.0 });
         let open = (0..self.site.devices()).filter(|&device| may_take(device));
-        least(open.map(|device| (self.done_then(slots, expert, device, parts), device)), f64::total_cmp)
+        least(
+            open.map(|device| (self.time_after_loss(slots, expert, device, shares), device)),
+            f64::total_cmp,
+        )
     }
 
-    fn enter(&mut self, slots: &Slots, expert: u16, device: usize, _: bool) {
-        let held: Vec<usize> = slots.devices(expert).map(usize::from).collect();
-        let others: Vec<usize> = held.iter().copied().filter(|&other| other != device).collect();
+    fn add_copy(&mut self, slots: &Slots, expert: u16, device: usize, _: bool) {
+        let holders: Vec<usize> = slots.devices(expert).map(usize::from).collect();
+        let others: Vec<usize> = holders.iter().copied().filter(|&other| other != device).collect();
         self.count(expert, &others, -1.0);
-        self.count(expert, &held, 1.0);
+        self.count(expert, &holders, 1.0);
     }
 
-    fn refresh(&mut self, slots: &Slots) {
+    fn recount(&mut self, slots: &Slots) {
         *self = Self::new(slots, self.site, self.load, self.copies);
     }
 }
@@ -251,11 +253,11 @@ impl Burden for ByPowers<'_> {
         self.balance.best_device(expert, &self.may)
     }
 
-    fn enter(&mut self, _: &Slots, expert: u16, device: usize, _: bool) {
+    fn add_copy(&mut self, _: &Slots, expert: u16, device: usize, _: bool) {
         self.balance.enter(device, expert);
     }
 
-    fn refresh(&mut self, slots: &Slots) {
+    fn recount(&mut self, slots: &Slots) {
         self.balance = Balance::new(self.layer, slots, self.copies);
     }
 }

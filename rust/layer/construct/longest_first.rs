@@ -1,4 +1,4 @@
-//! Longest processing time first: the heaviest copy goes first, to the device that it burdens least.
+//! Longest processing time first: places copies, the heaviest first, each on the device that it burdens least.
 
 use super::squeeze::squeeze;
 use super::{Item, NoSlot, Placed};
@@ -9,11 +9,11 @@ pub(super) trait Burden {
     /// Returns the device, of those that may take it, that one more copy of an expert burdens least.
     fn lightest(&mut self, slots: &Slots, expert: u16, may_take: impl Fn(usize) -> bool) -> Option<usize>;
 
-    /// Counts a copy that has come to the device that was found last; `is_full` if the device has no free slot now.
-    fn enter(&mut self, slots: &Slots, expert: u16, device: usize, is_full: bool);
+    /// Counts a copy that was put on the device that was found last; `is_full` if the device has no free slot now.
+    fn add_copy(&mut self, slots: &Slots, expert: u16, device: usize, is_full: bool);
 
-    /// Counts all slots again, after experts have made room.
-    fn refresh(&mut self, slots: &Slots);
+    /// Counts all slots again, after other experts have moved to make room.
+    fn recount(&mut self, slots: &Slots);
 }
 
 /// Gives every expert its copies `[E]`, as far as rules and slots allow; `order` has the heaviest copies first.
@@ -35,12 +35,12 @@ pub(super) fn longest_first(
             let Some(device) = burden.lightest(slots, expert, may_take) else { break };
             slots.put(slots.of(device).start + filled[device], expert);
             filled[device] += 1;
-            burden.enter(slots, expert, device, filled[device] == site.capacity[device]);
+            burden.add_copy(slots, expert, device, filled[device] == site.capacity[device]);
         }
         while slots.is_short(site, expert) {
             squeeze(slots, site, expert).map_err(|_| NoSlot(e))?;
             filled = count_filled(slots);
-            burden.refresh(slots);
+            burden.recount(slots);
         }
     }
     Ok(())

@@ -1,9 +1,9 @@
-//! Starts: copies by the largest load per copy, then the heaviest copy first to the device that it burdens least
-//! ([`mod@longest_first`], [`burden`]).
+//! Constructs slots to start a search from: the expert with the largest load per copy gets the next copy, then copies are
+//! placed, the heaviest first, each on the device that it burdens least ([`mod@longest_first`], [`burden`]).
 //!
-//! On a single load of every expert that is the device that is done first; then follows [`polish`]. Without it this is `DeepSeek`'s published balancer (github.com/deepseek-ai/EPLB, global policy), less its
-//! second copies on one device, which serve nobody. It is the call that engines make while they serve, so it takes
-//! microseconds.
+//! With one load for every expert, that is the device that is done first, and [`polish`] improves the slots. Without the
+//! polish this is `DeepSeek`'s published balancer (github.com/deepseek-ai/EPLB, global policy), less its second copies on
+//! one device, which serve no token. Engines call it while they serve, so it takes microseconds.
 
 mod burden;
 mod longest_first;
@@ -31,7 +31,7 @@ pub use squeeze::find_shortage;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NoSlot(pub usize);
 
-/// What is built of a layer, unless the rules leave an expert no slot.
+/// A result for a layer, unless the rules leave an expert no slot.
 pub type Placed<T> = std::result::Result<T, NoSlot>;
 
 impl NoSlot {
@@ -42,13 +42,13 @@ impl NoSlot {
     }
 }
 
-/// Trials of the polish that engines get.
+/// Trials of the polish in an engine.
 pub const QUICK: usize = 14;
 
-/// A load that stands for none.
+/// The load that is taken in place of 0.
 pub(super) const LEAST: f64 = 1e-200;
 
-/// Slots for loads `[E]` that are finite and not negative; `trials` of polish at most.
+/// Constructs slots for loads `[E]`, which are finite and not negative, with at most so many `trials` of the polish.
 ///
 /// Every expert gets a slot if the rules allow it, and none gets two on one device; a slot may stay empty.
 pub fn fill(site: &Site, load: &[f64], trials: usize) -> Placed<Slots> {
@@ -58,14 +58,14 @@ pub fn fill(site: &Site, load: &[f64], trials: usize) -> Placed<Slots> {
         by_losses(&mut slots, site, load)?;
         return Ok(slots);
     }
-    let (order, copies) = copies(&slots, site, load, part)?;
+    let (order, copies) = count_copies(&slots, site, load, load_per_copy)?;
     let mut burden = ByTime::new(&slots, site, load, &copies);
     longest_first(&mut slots, site, &order, &copies, &mut burden)?;
     polish(&mut slots, site, load, trials);
     Ok(slots)
 }
 
-/// Slots to begin with, on the sum of a layer's windows.
+/// Constructs slots for the sum of a layer's windows.
 pub fn on_sum(layer: &Layer) -> Placed<Slots> {
     if layer.costs.lp_split.is_some() {
         let mut slots = by_partners(&layer.site, &layer.load)?;
@@ -75,9 +75,9 @@ pub fn on_sum(layer: &Layer) -> Placed<Slots> {
     fill(&layer.site, &layer.load, QUICK)
 }
 
-/// Slots for the windows of a layer, whose measure is a norm: no worse than a packing on their sum, by the slowest devices.
+/// Constructs slots for the windows of a layer: no worse than those for their sum, by the slowest devices.
 ///
-/// How heavy an expert is, and how many copies it gets, is its mean square over windows (bench/RESULTS.md).
+/// An expert's weight, which decides how many copies it gets, is its mean square over windows (bench/RESULTS.md).
 pub fn by_windows(layer: &Layer) -> Placed<Slots> {
     // What has to survive a loss spreads copies over partners, which powers of loads know nothing of.
     let survives = layer.site.rules.min_copies > 1;
@@ -94,53 +94,54 @@ fn pack_windows(layer: &Layer) -> Placed<Slots> {
     let site = &layer.site;
     let mut slots = Slots::empty(&site.capacity, layer.experts);
     pin(&mut slots, site)?;
-    let (order, copies) = copies(&slots, site, &layer.windows.heaviness, part)?;
+    let (order, copies) = count_copies(&slots, site, &layer.windows.heaviness, load_per_copy)?;
     let mut burden = ByPowers::new(&slots, layer, &copies);
     longest_first(&mut slots, site, &order, &copies, &mut burden)?;
     Ok(slots)
 }
 
-/// What a copy beyond the second is worth, as a part of its load: two let tokens go elsewhere, others let more do.
+/// The weight of a copy beyond the second, as a part of its load: with two, tokens can go elsewhere already.
 ///
 /// On DeepSeek-V3's loads (288 slots on 32 devices, each of four profiles judged on the others) the slowest device has
 /// 1.113 of the mean without further copies, 1.110 with this.
-const FURTHER: f64 = 0.5;
+const WEIGHT_OF_FURTHER: f64 = 0.5;
 
-/// Slots of a layer whose loads `[E]` are divided over copies.
+/// Constructs slots for a dispatcher that divides loads `[E]` over copies by a linear programme.
 fn by_partners(site: &Site, load: &[f64]) -> Placed<Slots> {
     let mut slots = Slots::empty(&site.capacity, load.len());
     pin(&mut slots, site)?;
-    let weight = |load, copies| part(load, copies) * if copies > 1 { FURTHER } else { 1.0 };
-    let (mut order, copies) = copies(&slots, site, load, weight)?;
+    let weight =
+        |load, copies| load_per_copy(load, copies) * if copies > 1 { WEIGHT_OF_FURTHER } else { 1.0 };
+    let (mut order, copies) = count_copies(&slots, site, load, weight)?;
     order.sort_by_key(|item| {
         let e = item.expert();
-        (copies[e] == 1, Reverse(Item::new(part(load[e], 1), e)))
+        (copies[e] == 1, Reverse(Item::new(load_per_copy(load[e], 1), e)))
     });
     let mut burden = ByPartners::new(&slots, site, load, &copies);
     longest_first(&mut slots, site, &order, &copies, &mut burden)?;
     Ok(slots)
 }
 
-/// Fills slots of layers that have to survive a loss; some may be filled already.
+/// Fills slots of a layer that has to survive a loss; some may be filled already.
 fn by_losses(slots: &mut Slots, site: &Site, load: &[f64]) -> Placed<()> {
     let mean = load.iter().sum::<f64>() / site.devices() as f64;
     // A device that holds a copy has the mean, or what the copy serves if that is more, and after a loss its part of the
     // copy that is gone. Copies that follow what they serve leave experts of middle loads with two, and all that is left
     // of one of these goes to one device.
     let weight = |load, copies| {
-        let (part, others) = (part(load, copies), f64::from(copies.saturating_sub(1).max(1)));
+        let (part, others) = (load_per_copy(load, copies), f64::from(copies.saturating_sub(1).max(1)));
         (part - mean).max(0.0) + part / others
     };
-    let (mut order, copies) = copies(slots, site, load, weight)?;
+    let (mut order, copies) = count_copies(slots, site, load, weight)?;
     order.sort_by_key(|item| {
         let e = item.expert();
-        Reverse(Item::new(part(load[e], copies[e]), e))
+        Reverse(Item::new(load_per_copy(load[e], copies[e]), e))
     });
     let mut burden = ByLosses::new(slots, site, load, &copies);
     longest_first(slots, site, &order, &copies, &mut burden)
 }
 
-/// Fills every layer of loads `[L, E]`.
+/// Constructs the slots of every layer, for loads `[L, E]`.
 ///
 /// # Errors
 /// If sizes or loads make no sense, or the rules leave an expert no slot.
@@ -170,7 +171,7 @@ pub(super) fn check(load: &[f64], experts: usize) -> Result<()> {
     Ok(())
 }
 
-/// Puts experts where they must be.
+/// Puts experts on the devices that they are pinned to.
 fn pin(slots: &mut Slots, site: &Site) -> Placed<()> {
     for (e, g) in site.rules.pins(site.devices()) {
         match slots.of(g).find(|&slot| slots.expert_in[slot] == EMPTY) {
@@ -197,15 +198,16 @@ impl Item {
     }
 }
 
-/// What each of so many copies of an expert serves, if they share its load evenly.
-fn part(load: f64, copies: u32) -> f64 {
-    // Without load a second copy is worth less than a first one, still.
+/// Returns the load of each of so many copies of an expert, which share its load evenly.
+fn load_per_copy(load: f64, copies: u32) -> f64 {
+    // Of experts without load, too, a second copy weighs less than a first one.
     load.max(LEAST) / f64::from(copies)
 }
 
-/// The experts, the heaviest copies first, and how many every expert is to have `[E]`, by what one of so many copies of a
-/// load weighs: the heaviest of all gets another one.
-fn copies(
+/// Returns the experts, those with the heaviest copies first, and the number of copies of every expert `[E]`.
+///
+/// `weight` is that of one of so many copies of a load. The expert with the heaviest copies gets the next copy.
+fn count_copies(
     slots: &Slots,
     site: &Site,
     load: &[f64],
@@ -236,12 +238,12 @@ fn copies(
     Ok((full, copies))
 }
 
-/// A time above a device, as in [`Item`].
-fn done(time: f64, device: usize) -> u64 {
+/// Returns a time and a device as one number, as [`Item`] has load and expert.
+fn time_key(time: f64, device: usize) -> u64 {
     time.to_bits() & !0xffff | device as u64
 }
 
-/// Gives experts that lack copies slots, and may fill empty slots with copies that take most.
+/// Gives slots to experts that lack copies, and with `full` fills empty slots with the heaviest copies.
 ///
 /// # Errors
 /// If the rules leave an expert no slot.
@@ -258,7 +260,7 @@ pub fn complete(slots: &mut Slots, site: &Site, load: &[f64], full: bool) -> Pla
     Ok(())
 }
 
-/// The expert whose copies are the heaviest of those that a device lacks; of equals the one with the fewest copies.
+/// Returns the expert with the heaviest copies of those that a device lacks; of equals the one with the fewest copies.
 fn heaviest_copy(slots: &Slots, site: &Site, load: &[f64], device: usize) -> Option<u16> {
     let rank = |e: u16| (slots.part(load, e), Reverse(slots.copies(e)));
     let lacking = (0..load.len() as u16).filter(|&e| slots.may_take(site, e, device));

@@ -1,4 +1,4 @@
-//! The nearest placement that keeps the rules: where experts are to be, so that the fewest copies move.
+//! Finds the nearest placement that keeps the rules: the devices of experts for which the fewest copies move.
 //!
 //! That is a flow of least cost: a copy goes from its expert by one of its failure domains, at most once by each, to a
 //! device with a slot. It costs a move where the device does not hold the expert yet. The flow grows by one copy after the
@@ -11,13 +11,13 @@ use super::{NoSlot, Placed};
 use crate::control::Control;
 use crate::layer::Site;
 
-/// What a copy costs where it may not be.
+/// The cost of a copy where it may not be.
 const NEVER: i32 = i32::MAX / 2;
 
-/// Whether devices are to hold experts `[D, E]`, of which `running` holds as many as can stay.
+/// Returns whether devices are to hold experts `[D, E]`; as many copies as can stay remain where they are `running`.
 ///
 /// An expert gets its pins and as many copies as it must have, each in a failure domain of its own. With `full`, slots
-/// that would be empty are to be filled anyway: what is brought to these costs nothing more. A search that is stopped
+/// that would be empty are to be filled anyway: a copy that moves there costs nothing. A search that is stopped
 /// leaves experts without a slot.
 pub fn nearest(site: &Site, running: &[bool], full: bool, control: &Control) -> Placed<Vec<bool>> {
     let (devices, wanted) = (site.devices(), site.rules.min_copies as usize);
@@ -50,23 +50,23 @@ type Hop = (usize, usize, usize);
 /// A flow of copies to places. Every device is two of them: slots that need not be full, and behind those of all devices
 /// the slots that would be empty and are to be full.
 struct Flow {
-    /// What a copy of an expert costs in a place `[E, G]`: a move or nothing, where it may be.
+    /// Cost of a copy of an expert in a place `[E, G]`: 1 for a move, 0 for none, [`NEVER`] where it may not be.
     cost: Vec<i32>,
     /// Places with slots in which a copy of an expert costs nothing `[E]`.
     free_places: Vec<Vec<usize>>,
-    /// Slots of every place that are free `[G]`.
-    left: Vec<usize>,
+    /// Number of free slots of every place `[G]`.
+    free_slots: Vec<usize>,
     /// Failure domain of every place `[G]`, and how many there are.
     domain: Vec<usize>,
     domains: usize,
     /// Whether an expert has a copy in a failure domain, and needs no other there `[E, F]`.
     is_served: Vec<bool>,
-    /// Experts of the copies in every place, rising, without those that are pinned `[G]`.
+    /// Experts of the copies in every place, in ascending order, without pinned ones `[G]`.
     copies: Vec<Vec<usize>>,
 }
 
 impl Flow {
-    /// A flow without copies; pinned ones have their slots.
+    /// Returns a flow without copies, in which pinned copies have taken their slots.
     fn new(site: &Site, running: &[bool], full: bool) -> Self {
         let (devices, rules) = (site.devices(), &site.rules);
         let experts = running.len() / devices.max(1);
@@ -94,24 +94,24 @@ impl Flow {
             if full { site.capacity[g].saturating_sub(pinned[g] + staying[g]) } else { 0 }
         };
         let other = |g: usize| site.capacity[g].saturating_sub(pinned[g] + gaps(g));
-        let left: Vec<usize> = (0..devices).map(other).chain((0..devices).map(gaps)).collect();
-        let is_free = |costs: &[i32], place: &usize| left[*place] > 0 && costs[*place] == 0;
+        let free_slots: Vec<usize> = (0..devices).map(other).chain((0..devices).map(gaps)).collect();
+        let is_free = |costs: &[i32], place: &usize| free_slots[*place] > 0 && costs[*place] == 0;
         let free_of = |costs: &[i32]| (0..2 * devices).filter(|place| is_free(costs, place)).collect();
         let free_places = cost.chunks_exact((2 * devices).max(1)).map(free_of).collect();
-        Self { cost, free_places, left, domain, domains, is_served, copies: vec![vec![]; 2 * devices] }
+        Self { cost, free_places, free_slots, domain, domains, is_served, copies: vec![vec![]; 2 * devices] }
     }
 
     fn places(&self) -> usize {
-        self.left.len()
+        self.free_slots.len()
     }
 
-    /// How many failure domains have a copy of an expert.
+    /// Returns the number of failure domains that have a copy of an expert.
     fn domains_of(&self, expert: usize) -> usize {
         let domains = &self.is_served[expert * self.domains..][..self.domains];
         domains.iter().filter(|is_served| **is_served).count()
     }
 
-    /// Whether an expert may have a copy in a place beside those that it has.
+    /// Returns whether an expert may have another copy in a place, beside those that it has.
     fn may_enter(&self, expert: usize, place: usize) -> bool {
         !self.is_served[expert * self.domains + self.domain[place]]
     }
@@ -120,16 +120,16 @@ impl Flow {
         self.cost[expert * self.places() + place]
     }
 
-    /// What a further copy of an expert costs in every place `[G]`, if no other copy moves on.
+    /// Returns the cost of another copy of an expert in every place `[G]`, if no other copy moves.
     fn entry_costs(&self, expert: usize) -> Vec<i32> {
         let cost = |place| if self.may_enter(expert, place) { self.cost(expert, place) } else { NEVER };
         (0..self.places()).map(cost).collect()
     }
 
-    /// The place with a free slot that costs least, of several that with most of them.
+    /// Returns the cheapest place with a free slot; of equals the one with the most free slots.
     fn cheapest(&self, costs: &[i32]) -> Option<usize> {
-        let open = (0..costs.len()).filter(|&place| self.left[place] > 0 && costs[place] < NEVER);
-        open.min_by_key(|&place| (costs[place], Reverse(self.left[place])))
+        let open = (0..costs.len()).filter(|&place| self.free_slots[place] > 0 && costs[place] < NEVER);
+        open.min_by_key(|&place| (costs[place], Reverse(self.free_slots[place])))
     }
 
     fn insert(&mut self, expert: usize, place: usize) {
@@ -143,33 +143,33 @@ impl Flow {
         self.is_served[expert * self.domains + self.domain[place]] = false;
     }
 
-    /// Adds the copies that cost nothing where a slot is free; `lacking` are those that experts still need `[E]`.
+    /// Adds copies that cost nothing where a slot is free; `lacking` counts the copies that experts still need `[E]`.
     fn add_free(&mut self, lacking: &mut [usize]) {
         for (expert, copies) in lacking.iter_mut().enumerate() {
             while *copies > 0 {
                 let costs = self.entry_costs(expert);
                 let Some(place) = self.cheapest(&costs).filter(|&place| costs[place] == 0) else { break };
-                self.left[place] -= 1;
+                self.free_slots[place] -= 1;
                 self.insert(expert, place);
                 *copies -= 1;
             }
         }
     }
 
-    /// Adds a copy of an expert the cheapest way, on which others may move on.
+    /// Adds a copy of an expert along the cheapest path, on which copies of others may move.
     fn add(&mut self, expert: usize) -> Placed<()> {
         let mut costs = self.entry_costs(expert);
         let least = costs.iter().copied().min().unwrap_or(NEVER);
         let mut via = vec![None; self.places()];
         let mut end = self.cheapest(&costs);
-        // To move on what a full device holds costs nothing at least, or it would be elsewhere already.
+        // A copy of a full device moves at no gain, or it would have moved already.
         if end.is_none_or(|end| costs[end] > least) {
-            self.move_on(&mut costs, &mut via);
+            self.find_shortest_paths(&mut costs, &mut via);
             end = self.cheapest(&costs);
         }
         let Some(end) = end else { return Err(NoSlot(expert)) };
         let (first, path) = self.path_to(end, expert, &via);
-        self.left[end] -= 1;
+        self.free_slots[end] -= 1;
         for &(other, from, _) in &path {
             self.remove(other, from);
         }
@@ -180,9 +180,9 @@ impl Flow {
         Ok(())
     }
 
-    /// Lowers costs to those of shortest paths `[G]`, and notes which copy moves on to a place, and from where (Bellman,
-    /// 1958).
-    fn move_on(&self, costs: &mut [i32], via: &mut [Option<(usize, usize)>]) {
+    /// Lowers costs to those of shortest paths `[G]`, and records in `via` which copy moves to a place, and from where
+    /// (Bellman, 1958).
+    fn find_shortest_paths(&self, costs: &mut [i32], via: &mut [Option<(usize, usize)>]) {
         let holds = |place: &usize| !self.copies[*place].is_empty();
         let reached = |place: &usize| costs[*place] < NEVER;
         let mut lowered: Vec<usize> = (0..costs.len()).filter(holds).filter(reached).collect();
@@ -192,13 +192,13 @@ impl Flow {
             let far: Vec<usize> = (0..costs.len()).filter(|&place| before[place] > least).collect();
             for &from in &lowered {
                 for &expert in &self.copies[from] {
-                    let left = before[from] - self.cost(expert, from);
+                    let cost_without = before[from] - self.cost(expert, from);
                     for &to in far.iter().chain(&self.free_places[expert]) {
                         // A copy stays in its domain, or goes to one in which its expert has none.
                         let may = self.domain[to] == self.domain[from] || self.may_enter(expert, to);
                         let cost = self.cost(expert, to);
-                        if cost < NEVER && left + cost < costs[to] && may {
-                            costs[to] = left + cost;
+                        if cost < NEVER && cost_without + cost < costs[to] && may {
+                            costs[to] = cost_without + cost;
                             via[to] = Some((expert, from));
                         }
                     }
@@ -209,7 +209,7 @@ impl Flow {
         }
     }
 
-    /// Where a copy of an expert enters, and the copies that move on from there, the last one first.
+    /// Returns the place that the new copy takes, and the moves of other copies from there, the last one first.
     fn path_to(&self, end: usize, expert: usize, via: &[Option<(usize, usize)>]) -> (usize, Vec<Hop>) {
         let changes_domain = |&(_, from, to): &Hop| self.domain[from] != self.domain[to];
         let (mut place, mut path): (_, Vec<Hop>) = (end, vec![]);

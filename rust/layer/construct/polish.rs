@@ -1,30 +1,31 @@
-//! Lowers the longest device time of a layer, step by step, until no step does.
+//! Lowers the time of a layer's slowest device, step by step, until no step lowers it.
 
 use crate::layer::{EMPTY, Move, Site, Slots};
 
-/// The longest time is not lowered further when it is this close to the mean, as a share of it.
+/// The polish ends when the longest time is above the mean by no more than this share of it.
 const CLOSE: f64 = 1.0 / 4096.0;
-/// Where it is this far from it still, there are [`RESCUE`] times as many trials: few layers need them, and those much.
+/// Where it is still above the mean by more than this share, there are [`RESCUE`] times as many trials: few layers need
+/// them, but those need many.
 const FAR: f64 = 1.0 / 64.0;
 /// See [`FAR`].
 const RESCUE: usize = 24;
-/// A step must gain more than sums of floats can be off.
+/// Smallest gain of a step, as a share of the longest time: sums of floats may be off by as much.
 const GAIN: f64 = 1e-12;
 
-/// Tries `trials` pairs of devices, for steps that lower the time of the slowest and lift no other to it.
+/// Tries `trials` pairs of devices for steps that lower the time of the slowest device and raise no other's above it.
 pub(super) fn polish(slots: &mut Slots, site: &Site, load: &[f64], trials: usize) {
     if trials == 0 {
         return;
     }
-    // Nothing is faster than loads that are parted at will.
+    // Loads that could be split at will would take the mean.
     let mean = load.iter().sum::<f64>() / site.rate();
     let (times, load_in) = slots.times_and_loads(site, load);
     let mut polish = Polish { slots, site, load, times, load_in, trials };
-    let mut more = trials * RESCUE;
+    let mut rescue_trials = trials * RESCUE;
     loop {
         let slow = extreme(&polish.times, |a, b| a > b);
         if polish.trials == 0 && polish.times[slow] > mean * (1.0 + FAR) {
-            polish.trials = std::mem::take(&mut more);
+            polish.trials = std::mem::take(&mut rescue_trials);
         }
         let close = polish.times[slow] <= mean * (1.0 + CLOSE);
         let goal = polish.times[slow] * (1.0 - GAIN);
@@ -38,7 +39,7 @@ pub(super) fn polish(slots: &mut Slots, site: &Site, load: &[f64], trials: usize
     }
 }
 
-/// The first device that no other beats.
+/// Returns the first device that no other beats.
 fn extreme(times: &[f64], beats: impl Fn(f64, f64) -> bool) -> usize {
     (1..times.len()).fold(0, |best, g| if beats(times[g], times[best]) { g } else { best })
 }
@@ -47,7 +48,7 @@ struct Polish<'a> {
     slots: &'a mut Slots,
     site: &'a Site,
     load: &'a [f64],
-    /// Of every device `[D]`.
+    /// Time of every device `[D]`.
     times: Vec<f64>,
     /// Load in every slot `[P]`.
     load_in: Vec<f64>,
@@ -56,8 +57,8 @@ struct Polish<'a> {
 }
 
 impl Polish<'_> {
-    /// Exchanges the contents of two slots, one of them on `slow`, so that both devices are done before `goal`: with the
-    /// first device that allows it, those that are done first before others.
+    /// Exchanges the contents of a slot on `slow` and of one elsewhere, so that both devices are done before `goal`; returns
+    /// whether it did. The fastest devices are tried first.
     fn exchange(&mut self, slow: usize, goal: f64) -> bool {
         let first = extreme(&self.times, |a, b| a < b);
         if self.exchange_with(slow, first, goal) {
@@ -80,13 +81,13 @@ impl Polish<'_> {
         let [t, u] = [self.site.time[slow], self.site.time[other]];
         let theirs = slots.of(other);
         let loads = &self.load_in[theirs.clone()];
-        let [before, beside] = [self.times[slow], self.times[other]];
+        let [time_before, other_before] = [self.times[slow], self.times[other]];
         let (mut least, mut best) = (goal, None);
         for p in slots.of(slow) {
             let leaving = self.load_in[p];
             for (&taken, q) in loads.iter().zip(theirs.clone()) {
                 let moved = leaving - taken;
-                let longest = f64::max(before - moved * t, beside + moved * u);
+                let longest = f64::max(time_before - moved * t, other_before + moved * u);
                 if longest < least && slots.allows(self.site, Move::Swap(p, q)) {
                     (least, best) = (longest, Some((p, q)));
                 }
@@ -100,13 +101,14 @@ impl Polish<'_> {
         true
     }
 
-    /// Changes a slot's content and follows.
+    /// Changes a slot's content, and computes times and loads again.
     fn put(&mut self, slot: usize, expert: u16) {
         self.slots.put(slot, expert);
         (self.times, self.load_in) = self.slots.times_and_loads(self.site, self.load);
     }
 
-    /// Empties the slot on `slow` whose expert's other copies take its part best, all of them done before `goal`.
+    /// Empties a slot on `slow` whose expert's other copies take over its load, if they are done before `goal` then; the best
+    /// such slot.
     fn drop(&mut self, slow: usize, goal: f64) -> bool {
         let slots = &*self.slots;
         let mut best = (goal, None);
@@ -116,9 +118,9 @@ impl Polish<'_> {
                 continue;
             }
             self.trials -= 1;
-            let more = self.load_in[p] / f64::from(slots.copies(e) - 1);
+            let added = self.load_in[p] / f64::from(slots.copies(e) - 1);
             let others = slots.devices(e).map(usize::from).filter(|&g| g != slow);
-            let longest = others.map(|g| self.times[g] + more * self.site.time[g]).fold(0.0, f64::max);
+            let longest = others.map(|g| self.times[g] + added * self.site.time[g]).fold(0.0, f64::max);
             if longest < best.0 {
                 best = (longest, Some(p));
             }
@@ -128,8 +130,8 @@ impl Polish<'_> {
         true
     }
 
-    /// Puts a copy of an expert on `slow` into a slot elsewhere, over an expert that has others or over nothing, so that
-    /// all whose time changes are done before `goal`; the best of all such steps.
+    /// Puts another copy of an expert on `slow` into a slot elsewhere, which is empty or whose expert has other copies, so
+    /// that all devices whose time changes are done before `goal`; the best such step.
     fn copy(&mut self, slow: usize, goal: f64) -> bool {
         let slots = &*self.slots;
         let mut best = (goal, None);
@@ -157,17 +159,17 @@ impl Polish<'_> {
         true
     }
 
-    /// What a copy of expert `e` in slot `q` of device `g` adds to the time of every device that feels it.
+    /// Returns what a copy of expert `e` in slot `q` of device `g` adds to the time of every device that it changes.
     fn changes(&self, e: u16, (q, g): (usize, usize)) -> impl Iterator<Item = (usize, f64)> + use<'_> {
         let (slots, load, time) = (&*self.slots, self.load, &self.site.time);
         let f = slots.expert_in[q];
-        // What the copies of an expert gain, each, when there are `more` of them.
-        let gain = |expert: u16, more: i64| {
+        // What each copy's load grows by when there are `more` copies of its expert.
+        let growth = |expert: u16, more: i64| {
             let copies = i64::from(slots.copies(expert)) + more;
             load[usize::from(expert)] / copies as f64 - slots.part(load, expert)
         };
-        let less = gain(e, 1);
-        let more = if f == EMPTY { 0.0 } else { gain(f, -1) };
+        let less = growth(e, 1);
+        let more = if f == EMPTY { 0.0 } else { growth(f, -1) };
         let both = move |h: usize| f != EMPTY && slots.holds(f, h);
         let devices = move |expert: u16| slots.devices(expert).map(usize::from);
         let of_e = devices(e).map(move |h| (h, (less + if both(h) { more } else { 0.0 }) * time[h]));

@@ -1,20 +1,20 @@
-//! Slots for experts that have none, as after the loss of a device, by one copy brought for each of them.
+//! Finds slots for experts that have none, as after the loss of a device; one copy moves for each of them.
 //!
-//! Each takes an empty slot, or that of a copy which its expert can do without; then each is taken out again and put
-//! where it is best, and two change places, as long as the slowest devices gain.
+//! An expert takes an empty slot, or that of a copy which its expert can do without. Then every such expert is moved to its
+//! best slot, and two exchange their slots, as long as the slowest devices gain.
 
 use super::squeeze::squeeze;
 use super::{NoSlot, Placed};
 use crate::layer::{EMPTY, Move, Site, Slots};
 
-/// Times count to the power of two to the power of this: the slowest devices are all that counts.
+/// Number of squarings of a time: powers so high that the slowest devices decide their sum.
 const DOUBLINGS: u32 = 4;
-/// Times that every expert is looked at again.
+/// Rounds in which every expert may move again.
 const ROUNDS: usize = 4;
-/// What a change must gain, as a part of the sum of powers: more than sums of floats can be off.
+/// Smallest gain, as a part of the sum of powers: sums of floats may be off by as much.
 const ROUNDING: f64 = 1e-9;
 
-/// An expert that had no slot: the slot that it took, and what was there.
+/// An expert that had no slot, the slot that it took, and the content of that slot before.
 #[derive(Debug, Clone, Copy)]
 struct Taken {
     expert: u16,
@@ -22,7 +22,7 @@ struct Taken {
     before: u16,
 }
 
-/// Gives experts that lack copies slots, the heaviest first.
+/// Gives slots to experts that lack copies, the heaviest first.
 pub(super) fn repair(slots: &mut Slots, site: &Site, load: &[f64]) -> Placed<()> {
     let mut missing: Vec<u16> = (0..load.len() as u16).filter(|&e| slots.is_short(site, e)).collect();
     missing.sort_by(|&a, &b| load[usize::from(b)].total_cmp(&load[usize::from(a)]));
@@ -41,7 +41,7 @@ pub(super) fn repair(slots: &mut Slots, site: &Site, load: &[f64]) -> Placed<()>
             }
         }
     }
-    // What made room is elsewhere now.
+    // After a shift, the contents that `taken` remembers are elsewhere.
     let rounds = if is_shifted { 0 } else { ROUNDS };
     for _ in 0..rounds {
         if !search.relocate(&mut taken) & !search.exchange(&mut taken) {
@@ -51,12 +51,12 @@ pub(super) fn repair(slots: &mut Slots, site: &Site, load: &[f64]) -> Placed<()>
     Ok(())
 }
 
-/// The first empty slot of a device.
+/// Returns the first empty slot of a device.
 pub(super) fn vacant(slots: &Slots, device: usize) -> Option<usize> {
     slots.of(device).find(|&slot| slots.expert_in[slot] == EMPTY)
 }
 
-/// A layer as it is, for all places of an expert at once.
+/// The state of a layer, from which the cost of an expert in any slot is computed.
 struct Search<'a> {
     slots: &'a mut Slots,
     site: &'a Site,
@@ -64,7 +64,7 @@ struct Search<'a> {
     /// Time of every device `[D]`, in means of all, and its power.
     times: Vec<f64>,
     powers: Vec<f64>,
-    /// Tokens of every copy of an expert `[E]`; none of nothing, behind them.
+    /// Tokens of every copy of an expert `[E + 1]`; the last one, of an empty slot, is 0.
     per_copy: Vec<f64>,
     /// One over the mean.
     unit: f64,
@@ -88,7 +88,7 @@ impl<'a> Search<'a> {
         search
     }
 
-    /// Counts what all copies and devices have to do.
+    /// Computes loads of all copies and times of all devices.
     fn count_all(&mut self) {
         for expert in 0..self.load.len() as u16 {
             self.per_copy[usize::from(expert)] = self.load_per_copy(expert, self.slots.copies(expert));
@@ -96,7 +96,7 @@ impl<'a> Search<'a> {
         self.count(0..self.site.devices());
     }
 
-    /// Counts anew what devices have to do, and which of their slots another copy may take.
+    /// Computes times of devices, and their slots that another copy may take.
     fn count(&mut self, devices: impl Iterator<Item = usize>) {
         let fewest = self.site.rules.min_copies;
         for device in devices {
@@ -110,17 +110,17 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// Tokens of each of so many copies of an expert.
+    /// Returns the tokens of each of so many copies of an expert.
     fn load_per_copy(&self, expert: u16, copies: u32) -> f64 {
         self.load[usize::from(expert)] / f64::from(copies.max(1))
     }
 
-    /// Tokens of what is in a slot.
+    /// Returns the tokens of a slot's content.
     fn load_in(&self, slot: usize) -> f64 {
         self.per_copy[usize::from(self.slots.expert_in[slot]).min(self.load.len())]
     }
 
-    /// Replaces what a slot holds, by an expert or by nothing.
+    /// Puts an expert into a slot, or empties it.
     fn put(&mut self, slot: usize, expert: u16) {
         let experts = [self.slots.expert_in[slot], expert].into_iter().filter(|&expert| expert != EMPTY);
         self.slots.put(slot, expert);
@@ -135,17 +135,17 @@ impl<'a> Search<'a> {
         self.touched = touched;
     }
 
-    /// Powers of all times.
+    /// Returns the sum of the powers of all times.
     fn total(&self) -> f64 {
         self.powers.iter().sum()
     }
 
-    /// What more load adds to the power of a device's time.
+    /// Returns what more load adds to the power of a device's time.
     fn added_power(&self, device: usize, load: f64) -> f64 {
         power(self.times[device] + load * self.site.time[device] * self.unit) - self.powers[device]
     }
 
-    /// Takes every expert out, and puts it where it is best; whether that gains.
+    /// Moves every expert to its best slot; returns whether that gains.
     fn relocate(&mut self, taken: &mut [Taken]) -> bool {
         let (mut gains, mut total) = (false, self.total());
         for place in taken {
@@ -164,7 +164,7 @@ impl<'a> Search<'a> {
         gains
     }
 
-    /// Lets two experts change places wherever that gains; whether it does.
+    /// Exchanges the slots of two experts wherever that gains; returns whether it does.
     fn exchange(&mut self, taken: &mut [Taken]) -> bool {
         let (mut gains, mut least) = (false, ROUNDING * self.total());
         for first in 0..taken.len() {
@@ -184,14 +184,14 @@ impl<'a> Search<'a> {
         gains
     }
 
-    /// The slot with which an expert costs least: an empty one, if there is one that it may take.
+    /// Returns the slot in which an expert costs least: an empty one, if there is one that it may take.
     fn best_slot(&self, expert: u16) -> Option<usize> {
-        let comes = self.load_per_copy(expert, self.slots.copies(expert) + 1);
+        let tokens = self.load_per_copy(expert, self.slots.copies(expert) + 1);
         let open = (0..self.times.len()).filter(|&g| self.slots.may_take(self.site, expert, g));
         let empty = open.clone().filter_map(|g| self.empty[g]);
         let mut best = (f64::INFINITY, None);
         for slot in empty {
-            let cost = self.added_power(self.slots.device(slot), comes);
+            let cost = self.added_power(self.slots.device(slot), tokens);
             if best.1.is_none() || cost < best.0 {
                 best = (cost, Some(slot));
             }
@@ -201,7 +201,7 @@ impl<'a> Search<'a> {
         }
         for &slot in open.flat_map(|g| &self.spare[g]) {
             if self.slots.may_lose(self.site, slot) {
-                let cost = self.added_by_replacing(comes, slot, best.0);
+                let cost = self.added_by_replacing(tokens, slot, best.0);
                 if best.1.is_none() || cost < best.0 {
                     best = (cost, Some(slot));
                 }
@@ -210,11 +210,11 @@ impl<'a> Search<'a> {
         best.1
     }
 
-    /// What a copy of so many tokens in place of the one in a slot adds to powers of times; at least so much if it is no
-    /// less than a limit. Its expert's other copies, if there are any, are not relieved.
-    fn added_by_replacing(&self, comes: f64, slot: usize, limit: f64) -> f64 {
+    /// Returns what a copy of so many tokens adds to the powers of times if it replaces the content of a slot; if that is at
+    /// least `limit`, a lower bound of it. The other copies of its expert, if there are any, count as before.
+    fn added_by_replacing(&self, tokens: f64, slot: usize, limit: f64) -> f64 {
         let (gone, device) = (self.slots.expert_in[slot], self.slots.device(slot));
-        let here = self.added_power(device, comes - self.load_in(slot));
+        let here = self.added_power(device, tokens - self.load_in(slot));
         if here >= limit {
             return here;
         }
@@ -223,14 +223,14 @@ impl<'a> Search<'a> {
         here + others.map(|other| self.added_power(other, more)).sum::<f64>()
     }
 
-    /// What an exchange of two slots adds to powers of times.
+    /// Returns what an exchange of two slots adds to the powers of times.
     fn added_by_exchange(&self, p: usize, q: usize) -> f64 {
         let more = self.load_in(q) - self.load_in(p);
         self.added_power(self.slots.device(p), more) + self.added_power(self.slots.device(q), -more)
     }
 }
 
-/// A time to the power of the norm.
+/// Returns a time to the power of the norm.
 fn power(time: f64) -> f64 {
     (0..DOUBLINGS).fold(time, |power, _| power * power)
 }

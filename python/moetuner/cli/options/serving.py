@@ -255,7 +255,7 @@ class ProblemOptions(ServingOptions):
         total = problem.slots * problem.devices
         facts = [f"{problem.slots} {full}slots on every device in every layer"]
         if self.engine is not None and ENGINES[self.engine].may_copy:
-            facts[0] += f" ({total} slots, {total - problem.experts} of them redundant)"
+            facts[0] += f" ({total} slots, {total - problem.num_experts} of them redundant)"
         if self.router_groups is not None:
             facts.append(f"{self.router_groups} router groups kept whole")
         return problem.serving.explain(facts)

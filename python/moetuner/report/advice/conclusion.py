@@ -369,7 +369,7 @@ def _find_gains(advice: Advice) -> list[Finding]:
     if _copies_pay(advice):
         layers = advice.problem.statistics.layers
         problem = advice.problem
-        single = -(-problem.experts // problem.devices)
+        single = -(-problem.num_experts // problem.devices)
         running_slots = max(advice.placements[0].slots_per_device - single, 0)
         reasons.append(find_copies(advice.copies, advice.knee, advice.more, layers, running_slots))
     return reasons

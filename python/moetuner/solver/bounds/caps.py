@@ -23,7 +23,7 @@ def cap_report(
     problem: Problem, slots: NDArray[np.int32], *, threads: int | None = None
 ) -> CapsDetails:
     """Return the caps that slots [L,D,S] exceed, and those that no placement can keep."""
-    placement = Placement(slots, num_experts=problem.experts)
+    placement = Placement(slots, num_experts=problem.num_experts)
     layers = np.flatnonzero(problem.caps.excess(placement))
     if not layers.size:
         return CapsDetails()

@@ -31,7 +31,7 @@ def _prove(run: Run, budget: Budget) -> None:
     """
     problem, source = run.problem, LOADS
     if problem.goal == "traffic":
-        placement = Placement(run.best.slots, num_experts=problem.experts)
+        placement = Placement(run.best.slots, num_experts=problem.num_experts)
         if problem.objective_function.value(placement) > 0:
             return  # no bound on traffic with copies is known
         least = 0.0
@@ -83,8 +83,8 @@ def least_slowest(problem: Problem, load: Floats) -> Floats:
     """
     speed = np.sort(problem.topology.speed_of_device)[::-1]
     devices = int((problem.capacity > 0).sum(axis=1).min())
-    spare = problem.capacity.sum(axis=1) - problem.experts
-    is_small = len(problem.windows) * problem.layers * problem.experts <= MOST_SORTED
+    spare = problem.capacity.sum(axis=1) - problem.num_experts
+    is_small = len(problem.windows) * problem.layers * problem.num_experts <= MOST_SORTED
     least = np.empty(load.shape[:2])
     for layer in range(problem.layers):
         layer_load = load[:, layer]
@@ -97,7 +97,7 @@ def least_slowest(problem: Problem, load: Floats) -> Floats:
         else:
             one = heaviest / copies / speed[0]
         least[:, layer] = np.maximum(layer_load.sum(axis=1) / speed.sum(), one)
-        if is_small and spare_slots < problem.experts:
+        if is_small and spare_slots < problem.num_experts:
             together = (
                 least_shared(layer_load, int((problem.capacity[layer] > 0).sum()), spare_slots)
                 / speed[0]

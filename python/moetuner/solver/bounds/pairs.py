@@ -87,7 +87,7 @@ def is_of_pairs(run: Run) -> bool:
 def _prove(run: Run, budget: Budget) -> None:
     """Prove a bound on the cost of pairs, under the caps that the best placement keeps."""
     problem, slots = run.problem, run.best.slots
-    cost = problem.objective_function.cost(Placement(slots, num_experts=problem.experts))
+    cost = problem.objective_function.cost(Placement(slots, num_experts=problem.num_experts))
     proven = bound(problem, problem.caps.raised_for(slots), budget=budget, target=cost)
     if proven is not None:
         # More time would have closed the gap further.
@@ -187,7 +187,7 @@ def padded(
     no placement costs less than half of what the doubled layers must. An expert has as many
     transitions to its own copy as to any other expert, which draws the two together.
     """
-    experts, slots = problem.experts, problem.devices * problem.slots
+    experts, slots = problem.num_experts, problem.devices * problem.slots
     follow = problem.regime == "follow"
     caps = joined_caps(problem, caps, problem.devices // parts)
     if follow and slots == experts:

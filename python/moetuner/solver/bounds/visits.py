@@ -110,10 +110,10 @@ def least_seconds(problem: Problem) -> float:
     if problem.statistics.sets is None:
         return 0.0
     levels = _levels(problem, problem.caps.whole)
-    if problem.experts > effort.PRICE_EXPERTS:
+    if problem.num_experts > effort.PRICE_EXPERTS:
         return len(levels) * (levels[0].weighing_seconds + pairs.least_seconds(problem))
     slots = [int(capacity.max()) for level in levels for capacity in level.capacity]
-    contents = [math.comb(problem.experts, capacity) for capacity in slots]
+    contents = [math.comb(problem.num_experts, capacity) for capacity in slots]
     orders = max(layer_sets.top_k for layer_sets in levels[0].sets)
     return effort.PRICE_SECONDS * orders * sum(n for n in contents if n <= effort.PRICE_CONTENTS)
 
@@ -125,7 +125,7 @@ def bound(
 
     The slots [L,D,S] are a good placement to begin from, with one copy of each expert.
     """
-    device_of = Placement(slots, num_experts=problem.experts).device_of
+    device_of = Placement(slots, num_experts=problem.num_experts).device_of
     proofs: list[Visits] = []
     cost, sources, interrupted = 0.0, [], False
     tokens, levels = max(problem.objective_function.tokens, 1), _levels(problem, caps)
@@ -207,7 +207,7 @@ def _by_prices(
     level: _Level, start: Counts, budget: Budget, report: pairs.Report
 ) -> _Proven | None:
     """Return a bound by prices of experts; None if experts, or contents of a part, are too many."""
-    if level.problem.experts > effort.PRICE_EXPERTS:
+    if level.problem.num_experts > effort.PRICE_EXPERTS:
         return None
     work = effort.PRICE_WORK if budget.time_limit is None else math.inf
     priced = _core.bound_visits(
@@ -256,7 +256,7 @@ def _weighed(level: _Level, slopes: NDArray[Any]) -> tuple[Problem, int] | None:
     """
     sets, experts, lengths = (
         level.sets,
-        level.problem.experts,
+        level.problem.num_experts,
         [len(layer_sets) for layer_sets in level.sets],
     )
     if len(slopes) != sum(lengths):
@@ -353,7 +353,7 @@ def _moved_slopes(level: _Level, start: Counts, budget: Budget) -> tuple[Counts,
 
     count = effort.TANGENT_STEPS
     if budget.time_limit is None:
-        work = effort.TANGENT_WORK / (level.problem.layers * level.problem.experts**2)
+        work = effort.TANGENT_WORK / (level.problem.layers * level.problem.num_experts**2)
         count = min(count, int(work))
     for step in range(count):
         step_budget = budget.within(keep=level.weighing_seconds)
@@ -370,7 +370,7 @@ def _moved_slopes(level: _Level, start: Counts, budget: Budget) -> tuple[Counts,
         )
         if interrupted or budget.is_over():
             break
-        part_of = Placement(slots, num_experts=level.problem.experts).device_of
+        part_of = Placement(slots, num_experts=level.problem.num_experts).device_of
         for layer, (layer_sets, corner, edge) in enumerate(zip(sets, corners, edges, strict=True)):
             vertex = touching(np.rint(slopes[layer]).astype(np.int64), corner)[1]
             ahead = corner[0][vertex] - _together(layer_sets, part_of[layer])
@@ -404,7 +404,7 @@ def _reserve(run: Run, left: float) -> float:
     if run.problem.may_copy:
         return 0.0
     least, share = least_seconds(run.problem), 1 - effort.SEARCH_SHARE
-    if left and run.problem.experts <= effort.PRICE_EXPERTS:
+    if left and run.problem.num_experts <= effort.PRICE_EXPERTS:
         # Prices need only so many times the least seconds to become as good as they get.
         share = min(share, effort.PRICE_TIMES * least / left)
     return share if share * left >= least else 0.0

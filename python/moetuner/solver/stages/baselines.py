@@ -149,11 +149,11 @@ def _deal(run: Run, order: Callable[[Integers, Integers], Integers]) -> None:
     ``order`` sorts the places, given the device and the turn of each [E].
     """
     problem = run.problem
-    device_of = np.empty((problem.layers, problem.experts), dtype=np.int64)
+    device_of = np.empty((problem.layers, problem.num_experts), dtype=np.int64)
     for layer, capacity in enumerate(problem.capacity):
         # Turn after turn, every device that has a slot left gets an expert.
         turn, device = np.nonzero(np.arange(problem.slots)[:, None] < capacity)
-        turn, device = turn[: problem.experts], device[: problem.experts]
+        turn, device = turn[: problem.num_experts], device[: problem.num_experts]
         device_of[layer] = device[order(device, turn)]
     placement = Placement.from_assignment(
         device_of, problem.devices, slots_per_device=problem.slots

@@ -88,7 +88,7 @@ def descend(
         time_limit=budget.left,
         threads=budget.threads,
     )
-    excess = problem.caps.excess(Placement(start, num_experts=problem.experts)).sum()
+    excess = problem.caps.excess(Placement(start, num_experts=problem.num_experts)).sum()
     moves = int(moves_from(running.held, start).sum())
     begin = [[moves, excess, 0.0]]
     moved, over, value = np.concatenate([begin, figures / [1.0, 1.0, model.unit]]).T
@@ -102,7 +102,7 @@ def _settle(run: Run, budget: Budget) -> None:
     lose nothing on other traffic, but the last ones do.
     """
     start = run.best.slots
-    running = Placement(start, num_experts=run.problem.experts)
+    running = Placement(start, num_experts=run.problem.num_experts)
     path, interrupted = descend(run, LayerModel(run), start, running, np.inf, budget.within())
     if len(path.value) > 1:
         enough = np.flatnonzero(path.value <= SETTLED * path.value[-1])[0]

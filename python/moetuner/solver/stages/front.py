@@ -63,7 +63,7 @@ class Front:
         if is_start:
             self._starts[key] = len(self._slots)
         if self.mixes:
-            placement = Placement(point.slots, num_experts=self.run.problem.experts)
+            placement = Placement(point.slots, num_experts=self.run.problem.num_experts)
             self._slots.append(point.slots)
             self._moves.append(moves_from(self.moves.running, point.slots))
             costs = objective.window_cost(placement) * objective.layer_factors(placement)

@@ -82,7 +82,7 @@ class LayerModel:
         windows = self.windows
         if windows.is_mean:
             return
-        placement = Placement(slots, num_experts=self.problem.experts)
+        placement = Placement(slots, num_experts=self.problem.num_experts)
         cost = self.objective.window_cost(placement).sum(axis=1)
         self.weights.append(windows.reweight(cost, self.objective.reference))
         self.weight = windows.weight * np.mean(self.weights, axis=0)
@@ -190,7 +190,7 @@ def _combine(run: Run, _: Budget) -> None:
     """Offer the combination of the best contents of every layer in all incumbents."""
     pool = [incumbent.slots for incumbent in run.incumbents if incumbent.excess == 0]
     if len(pool) > 1:
-        experts, objective = run.problem.experts, run.objective
+        experts, objective = run.problem.num_experts, run.objective
         placements = [Placement(slots, num_experts=experts) for slots in pool]
         costs = [
             objective.worth(objective.window_cost(each).T) * objective.layer_factors(each)
@@ -223,7 +223,7 @@ def _traffic_problem(problem: Problem, cap: float) -> Problem:
     return replace(
         problem,
         topology=replace(problem.topology, speed=None, slots_per_device=None),
-        slots_per_device=-(-problem.experts // problem.devices),
+        slots_per_device=-(-problem.num_experts // problem.devices),
         extra_slots=None,
         max_imbalance=cap,
         objective="traffic",

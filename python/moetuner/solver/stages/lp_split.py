@@ -44,7 +44,7 @@ def _search(run: Run, budget: Budget) -> None:
     if budget.is_over():
         return
     mean = (weight[:, None] * load.sum(axis=2)).sum(axis=0) / problem.devices
-    away = ~find_holders(start, problem.experts).transpose(0, 2, 1)
+    away = ~find_holders(start, problem.num_experts).transpose(0, 2, 1)
     price = away * (ANCHOR * mean)[:, None, None]
     layers = core_layers(load, weight, site, terms=Terms(copies=price, lp_split=True))
     trials = budget.iterations

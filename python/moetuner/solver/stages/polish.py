@@ -75,9 +75,9 @@ def _on_few_devices(problem: Problem) -> Iterator[Slots]:
         slots = np.full((problem.layers, problem.devices, problem.slots), EMPTY, dtype=np.int32)
         for layer, capacity in enumerate(problem.capacity):
             order = np.roll(np.arange(problem.devices), -first)
-            at = [(d, s) for d in order for s in range(capacity[d])][: problem.experts]
-            slots[layer][tuple(np.array(at).T)] = np.arange(problem.experts)
-        if not problem.rules.violations(Placement(slots, num_experts=problem.experts)):
+            at = [(d, s) for d in order for s in range(capacity[d])][: problem.num_experts]
+            slots[layer][tuple(np.array(at).T)] = np.arange(problem.num_experts)
+        if not problem.rules.violations(Placement(slots, num_experts=problem.num_experts)):
             yield slots
 
 
@@ -109,7 +109,7 @@ def _neighbours(problem: Problem, slots: Slots, contents: Contents) -> Iterator[
 
 def _contents(problem: Problem, layer: int) -> list[Slots] | None:
     """Return all contents [D,S] of a layer that keep the rules; None if they may be many."""
-    choices = [_subsets(problem.experts, int(slots)) for slots in problem.capacity[layer]]
+    choices = [_subsets(problem.num_experts, int(slots)) for slots in problem.capacity[layer]]
     if math.prod(map(len, choices)) > effort.FEW_CHOICES:
         return None
     padded = (
@@ -129,11 +129,11 @@ def _subsets(experts: int, largest: int) -> list[tuple[int, ...]]:
 
 def _is_kept(problem: Problem, layer: int, slots: Slots) -> bool:
     """Return whether slots [D,S] of a layer have every expert, keep rules, and repeat none."""
-    holders = find_holders(slots[None], problem.experts)[0]
+    holders = find_holders(slots[None], problem.num_experts)[0]
     # Two copies on one device count as one holder.
     if holders.sum() < (slots != EMPTY).sum() or not holders.any(axis=0).all():
         return False
-    if not problem.may_copy and holders.sum() > problem.experts:
+    if not problem.may_copy and holders.sum() > problem.num_experts:
         return False
     return not problem.rules.are_broken(layer, holders)
 
@@ -155,7 +155,7 @@ def _changed(problem: Problem, capacity: NDArray[np.int64], slots: Slots) -> Ite
                 changed[at], changed[other] = slots[other], slots[at]
                 yield changed
         # EMPTY is tried, too: reading a copy that saves nothing takes time.
-        for expert in range(EMPTY, problem.experts if problem.may_copy else EMPTY):
+        for expert in range(EMPTY, problem.num_experts if problem.may_copy else EMPTY):
             changed = slots.copy()
             changed[at] = expert
             yield changed

@@ -46,14 +46,14 @@ def repair(problem: Problem, initial: Placement) -> Slots:
     balanced = layers.complete(np.ascontiguousarray(start))
     nearest, balanced = (problem.filled(each, initial) for each in (nearest, balanced))
     is_as_near = moves_from(running, balanced) <= moves_from(running, nearest)
-    for layer, held in enumerate(find_holders(balanced, problem.experts)):
+    for layer, held in enumerate(find_holders(balanced, problem.num_experts)):
         is_as_near[layer] &= bool(held.any(axis=0).all()) and not rules.are_broken(layer, held)
     return np.where(is_as_near[:, None, None], balanced, nearest)
 
 
 def _rules_of(problem: Problem, layer: int) -> tuple[Bools, Bools]:
     """Return where experts of a layer are pinned, and where they are forbidden [D,E]."""
-    shape = (problem.devices, problem.experts)
+    shape = (problem.devices, problem.num_experts)
     rules = (problem.rules.pinned, problem.rules.forbidden)
     pinned, banned = (np.zeros(shape, bool) if rule is None else rule[layer].T for rule in rules)
     return pinned, banned

@@ -38,7 +38,7 @@ def two_stage(
     """
     budget, devices = budget or Budget(), problem.devices
     if equal_sizes is None:
-        equal_sizes = problem.slots == -(-problem.experts // devices)
+        equal_sizes = problem.slots == -(-problem.num_experts // devices)
     clusters = cluster_layers(
         problem.load,
         devices,
@@ -54,7 +54,7 @@ def two_stage(
     if transitions is not None or have_unequal_sizes:
         if transitions is None:
             transitions = np.zeros(
-                (problem.layers - 1, problem.experts, problem.experts), np.uint64
+                (problem.layers - 1, problem.num_experts, problem.num_experts), np.uint64
             )
         traffic = cluster_traffic(transitions, clusters.cluster, devices)
         placed = place_clusters(
@@ -89,7 +89,7 @@ PAPER = Stage(_solve)
 
 def _describe_clusters(problem: Problem, clusters: Clusters, *, equal_sizes: bool) -> ClusterStage:
     """Return what stage 1 did, for the details of a result."""
-    experts, devices = problem.experts, problem.devices
+    experts, devices = problem.num_experts, problem.devices
     text = f"{experts} experts on {devices} devices: some stay empty"
     return ClusterStage(
         sizes="equal" if equal_sizes else "free",
