@@ -111,7 +111,7 @@ def test_every_page_is_in_the_menu():
     """Each page is in one list of contents, but for two that are linked from every page."""
     lists = re.findall(r"```\{toctree\}\n(.*?)```", "".join(map(Path.read_text, sources())), re.S)
     entries = [
-        Path(line).name
+        Path(line.rpartition("<")[2].rstrip(">")).name
         for text in lists
         for line in text.splitlines()
         if line and not line.startswith(":")
@@ -202,3 +202,14 @@ def test_search_finds_an_option_on_the_page_of_all_options():
     page = REFERENCE.write_options()
     for flag in {flag for _, flag in OPTIONS}:
         assert f"```{{index}} ! {flag}\n```\n\n({REFERENCE.anchor_of(flag)})=\n## {flag}\n" in page
+
+
+def test_notebooks_are_linked_from_inside_alone():
+    """Only pages for who builds moetuner lead to design.md and experiments.md."""
+    index = (DOCS / "index.md").read_text()
+    inside = re.search(r":caption: Inside\n\n(.*?)\n```", index, re.DOTALL)[1].split()
+    assert {"design", "experiments"} <= set(inside)
+    link = re.compile(r"\]\([^)]*\b(design|experiments)\.md")
+    pages = {path.stem for path in sources() if link.search(path.read_text())}
+    assert pages <= set(inside), pages - set(inside)
+    assert not link.search((DOCS.parent / "README.md").read_text())

@@ -304,6 +304,9 @@ def replace_markers(app, docname, source):
         return writers[kind](name) if name else writers[kind]()
 
     source[0] = MARKER.sub(write, source[0])
+    if docname == "json":  # a type in italics leads to its section
+        types = "|".join(re.findall(r"^### (\w+)$", source[0], re.MULTILINE))
+        source[0] = re.sub(rf"\*({types})\*", r"[\1](#\1)", source[0])
 
 
 def list_generated(app, env, added, changed, removed):
