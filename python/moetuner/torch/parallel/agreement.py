@@ -114,7 +114,7 @@ class Agreement:
             problem = f"ranks {list(failed)} failed at {subject}: {next(iter(failed.values()))}"
         return json.dumps([[value for value, _ in answers], problem])
 
-    def require_equal(self, subject: str, value: Any = None, failure: Failure = None) -> None:
+    def reach(self, subject: str, value: Any = None, failure: Failure = None) -> None:
         """Raise unless every rank has the same value; parameters are as in ``exchange``."""
         values = self.exchange(subject, value, failure)
         others = [rank for rank, other in enumerate(values) if other != value]

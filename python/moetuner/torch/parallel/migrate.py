@@ -171,14 +171,14 @@ def migrate(layers: Sequence[ExpertParallelMoE], target: Placement, agreement: A
     for number, spare in enumerate(spares):
         if spare.plan:
             lost = attempt(spare.fill, layers[0].group, agreement.timeout)[1]
-            agreement.require_equal(f"the weights of layer {number}", plan, lost)
+            agreement.reach(f"the weights of layer {number}", plan, lost)
 
     def put() -> None:
         for layer, spare in zip(layers, spares, strict=True):
             spare.put(layer.experts.weights())
 
     try:
-        agreement.require_equal("the new weights in their slots", plan, attempt(put)[1])
+        agreement.reach("the new weights in their slots", plan, attempt(put)[1])
     except BaseException:
         for spare in spares:
             spare.undo()

@@ -214,7 +214,7 @@ class Rebalancer:
         agreement.begin()
         observed = (self._halves, np.array([self._steps]), current.slots)
         try:
-            agreement.require_equal(
+            agreement.reach(
                 "what was observed", fingerprint(*(part.tobytes() for part in observed))
             )
         except DisagreementError as error:
@@ -226,7 +226,7 @@ class Rebalancer:
             begin = time.perf_counter()
             target, failure = attempt(self._find_target, budget)
             chosen = "" if target is None else fingerprint(target.slots.tobytes())
-            agreement.require_equal("the next placement", chosen, failure)
+            agreement.reach("the next placement", chosen, failure)
             if target is None or target == current:
                 return Decision(False, "balanced: no placement gains more than the dead zone")
             decision = self._judge(target, begin)
