@@ -222,6 +222,10 @@ def count_each(
     }
     readers = [rows for replay in replays.values() for rows in replay.readers]
     read(readers, threads=settings[0].options.threads, progress=progress)
+    # Numbers and places of tokens take more memory than all counts, and are not read again.
+    del readers
+    for replay in replays.values():
+        replay.readers.clear()
     for number in range(len(settings)):
         yield {group: replay.finish(number) for group, replay in replays.items()}
 
@@ -256,7 +260,7 @@ class _GroupReplay:
         tokens: Integers,
         order: Order | None,
     ) -> None:
-        self._settings, self._tokens = settings, tokens
+        self._settings, self._tokens = settings, len(tokens)
         # Longer windows are sums of the shortest ones.
         shortest = min(settings, key=lambda setting: setting.window or 0)
         self._window = shortest.window or max(len(tokens), 1)
@@ -314,12 +318,12 @@ class _GroupReplay:
             mixed = _split_in_turns(setting.placement, mixed) if setting.takes_turns else mixed
         if first not in self._first[number + 1 :]:
             del self._tallies[first]
-        full_windows = max(len(self._tokens) // (times * self._window), 1)
+        full_windows = max(self._tokens // (times * self._window), 1)
         dispatch, active = _count_by_experts(
             setting, setting.slot_shares, visits, experts, slot_load=slot_load
         )
         return Counts(
-            tokens=len(self._tokens),
+            tokens=self._tokens,
             load=load,
             mixed=None if mixed is None else mixed[:full_windows],
             visits=visits,
