@@ -10,7 +10,7 @@ from brute_force import every_placement, rank
 from make import trace_of
 
 import moetuner as mt
-from moetuner.solver import METHODS
+from moetuner.solver import METHODS, effort
 from moetuner.solver.stages.floor import balanced
 
 SEARCHES = ("joint", "heuristic")
@@ -18,6 +18,12 @@ SEARCHES = ("joint", "heuristic")
 ROUNDING = 1e-9
 # Placements that are tried at most.
 MOST_TRIED = 1000
+
+
+@pytest.fixture(autouse=True)
+def _polished_once(monkeypatch):
+    """Polish the best placement alone: a polish judges thousands, and claims need none."""
+    monkeypatch.setattr(effort, "POLISHED", 1)
 
 
 def random_problem(seed):

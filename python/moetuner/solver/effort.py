@@ -135,9 +135,10 @@ CHAIN_LEAST = 100_000
 # Rounds over all layers where neighbouring layers count: more rounds of fewer trials each let
 # layers follow each other ("Constants").
 ROUNDS = 3
-# Slots of all layers up to which a placement is polished by the objective itself: more take longer,
-# and find better answers to small problems ("Constants").
-POLISHED_SLOTS = 18
+# Slots of all layers up to which a placement is polished by the objective itself, and the best
+# placements that polishing starts from: more of each take longer, and find better answers to small
+# problems ("Constants").
+POLISHED_SLOTS, POLISHED = 18, 4
 # Most contents of a layer, and most placements, that are enumerated: more take longer, and make
 # the answer to larger problems exact ("Constants").
 FEW_CHOICES = 1000

@@ -27,15 +27,16 @@ Contents = list[list[Slots] | None]
 
 
 def _polish(run: Run, budget: Budget) -> None:
-    """Improve the best placement, and those on few devices, by first-improvement descent.
+    """Improve the best placements, and those on few devices, by first-improvement descent.
 
     If there are few placements in all, they are all tried instead.
     """
     contents = [_contents(run.problem, layer) for layer in range(run.problem.layers)]
     if _try_all(run, contents, budget):
         return
+    starts = sorted(run.incumbents, key=lambda incumbent: incumbent.rank)[: effort.POLISHED]
     on_few = (run.judge(slots) for slots in _on_few_devices(run.problem))
-    for start in (run.best, *(judged for judged in on_few if run.can_afford(judged))):
+    for start in (*starts, *(judged for judged in on_few if run.can_afford(judged))):
         _descend(run, start, contents, budget)
 
 
