@@ -117,7 +117,7 @@ EXPLAINED = {
 def list_commands():
     """Return the commands of the menu by name, with their contexts, from which help is made."""
     commands = {name: moetuner.commands[name] for name in MENU}
-    parent = click.Context(moetuner, info_name="moetuner")
+    parent = click.Context(moetuner, info_name="moetuner", **moetuner.context_settings)
     return {
         name: (command, click.Context(command, info_name=name, parent=parent))
         for name, command in commands.items()
