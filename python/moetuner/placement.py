@@ -447,7 +447,7 @@ class Placement(Frozen):
         """
         shape = (self.layers, self.num_experts)
         tokens = np.ones(shape) if load is None else self._check_load(load)
-        tables = {"placement": self.slots}
+        tables = {"placement": (self.slots, self.replicas)}
         if before is not None:
             check.instance("before", before, Placement)
             if (before.layers, before.devices, before.num_experts) != (
@@ -459,7 +459,10 @@ class Placement(Frozen):
                     f"before must have {self.layers} layers, {self.devices} devices and "
                     f"{self.num_experts} experts, got {check.shown(before)}"
                 )
-            tables = {"before": before.slots, "after": self.slots}
+            tables = {
+                "before": (before.slots, before.replicas),
+                "after": (self.slots, self.replicas),
+            }
         if layer is None:
             return plot(draw_placements(tables, tokens))
         number = check.whole_number("layer", layer, lowest=0, highest=self.layers - 1)

@@ -30,7 +30,7 @@ def numbers(packed):
 
 def test_copies_share_the_load_of_their_expert():
     """A slot has the load of its expert by its copies, over the mean; empty slots have none."""
-    served, copies = share_load(COPIED.slots, LOAD)
+    served, copies = share_load(COPIED.slots, LOAD, COPIED.replicas)
     for place, expert in np.ndenumerate(COPIED.slots):
         layer = place[0]
         number = int((COPIED.slots[layer] == expert).sum())
@@ -43,7 +43,7 @@ def test_a_placement_is_drawn_with_its_experts_loads_and_copies():
     """The heat map has every expert's load in its cell, and a dot on each with copies."""
     figure = COPIED.plot(LOAD)
     heat, dots = figure.data
-    served, _ = share_load(COPIED.slots, LOAD)
+    served, _ = share_load(COPIED.slots, LOAD, COPIED.replicas)
     cells = numbers(heat.customdata)[..., 0]
     assert sorted(cells[0].tolist()) == sorted(COPIED.slots[0].ravel().tolist())
     for layer, cell in np.ndindex(cells.shape):
@@ -73,7 +73,7 @@ def test_bars_of_a_layer_add_up_to_the_load_of_devices():
     """The experts on a device, one on top of the other, are its load over the mean."""
     figure = COPIED.plot(LOAD, before=BLOCKS, layer=1)
     for name, placement in (("before", BLOCKS), ("after", COPIED)):
-        served, _ = share_load(placement.slots, LOAD)
+        served, _ = share_load(placement.slots, LOAD, placement.replicas)
         wanted = np.maximum(served[1], 0).sum(axis=1)
         bars = [bar for bar in figure.data if bar.offsetgroup == name]
         assert np.sum([numbers(bar.y) for bar in bars], axis=0) == pytest.approx(

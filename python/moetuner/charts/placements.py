@@ -19,39 +19,45 @@ from moetuner.charts import PROPOSED, RUNNING, Chart, Spec
 LABELLED, SEGMENTS, MARKED = 24, 32, 4000
 COLOURS = (RUNNING, PROPOSED)
 
+# Slots of a placement [L,D,S], and copies of every expert [L,E].
+Table = tuple[NDArray[Any], NDArray[Any]]
 
-def share_load(slots: NDArray[Any], load: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+
+def share_load(
+    slots: NDArray[Any],
+    load: NDArray[Any],
+    replicas: NDArray[Any],
+    share: NDArray[Any] | None = None,
+) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return the load of slots [L,D,S] over the mean of an expert, and the copies of each slot's.
 
-    Copies take even shares of the load of their expert [L,E]; empty slots have -1.
+    ``load`` and ``replicas`` are of experts [L,E]. Slots serve a ``share`` [L,D,S] of their
+    expert's load, by default as much as its other copies; empty slots have -1.
     """
-    layers, experts = load.shape
-    copies = np.zeros((layers, experts), dtype=np.int64)
-    layer = np.arange(layers)[:, None, None]
-    np.add.at(copies, (np.broadcast_to(layer, slots.shape)[slots >= 0], slots[slots >= 0]), 1)
-    expert = np.maximum(slots, 0)
-    number = np.maximum(copies[layer, expert], 1)
+    layer, expert = np.arange(len(slots))[:, None, None], np.maximum(slots, 0)
+    copies = np.maximum(replicas[layer, expert], 1)
     relative = load / np.maximum(load.mean(axis=1, keepdims=True), 1e-12)
-    return np.where(slots >= 0, relative[layer, expert] / number, -1.0), number
+    served = relative[layer, expert] * (1 / copies if share is None else share)
+    return np.where(slots >= 0, served, -1.0), copies
 
 
 def draw_placements(
-    tables: Mapping[str, NDArray[Any]], load: NDArray[Any], speed: NDArray[Any] | None = None
+    tables: Mapping[str, Table], load: NDArray[Any], speed: NDArray[Any] | None = None
 ) -> Chart:
     """Draw the experts on devices, of placements below each other, with a dot on every copy.
 
     Parameters
     ----------
     tables
-        Slots [L,D,S] by the name of their placement.
+        Slots [L,D,S] and copies of every expert [L,E] by the name of their placement.
     load
         Load of every expert [L,E].
     speed
         Relative speed of every device [D]; by default all are equal.
     """
     specs = []
-    for slots in tables.values():
-        served, copies = share_load(slots, load)
+    for slots, replicas in tables.values():
+        served, copies = share_load(slots, load, replicas)
         times = np.maximum(served, 0).sum(axis=2) / (1.0 if speed is None else speed)
         specs.append(draw_slots(slots, served, copies, times, has_marks=True))
     layers = len(load)
@@ -140,7 +146,7 @@ def _mark_copies(copies: NDArray[Any], expert: NDArray[Any]) -> list[Spec]:
 
 
 def draw_devices(
-    tables: Mapping[str, NDArray[Any]],
+    tables: Mapping[str, Table],
     load: NDArray[Any],
     layer: int,
     speed: NDArray[Any] | None = None,
@@ -151,8 +157,8 @@ def draw_devices(
     """
     data: list[Spec] = []
     highest = []
-    for number, (name, slots) in enumerate(tables.items()):
-        served, _ = share_load(slots, load)
+    for number, (name, (slots, replicas)) in enumerate(tables.items()):
+        served, _ = share_load(slots, load, replicas)
         served = np.maximum(served[layer], 0) / (1.0 if speed is None else speed[:, None])
         served /= max(float(served.sum(axis=1).mean()), 1e-12)
         experts = slots[layer]

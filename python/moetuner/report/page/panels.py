@@ -15,7 +15,12 @@ from numpy.typing import NDArray
 
 from moetuner import charts as draw
 from moetuner.charts import PROPOSED, RUNNING, Chart, Spec
-from moetuner.charts.placements import draw_losses, draw_on_one_device, draw_slots
+from moetuner.charts.placements import (
+    draw_losses,
+    draw_on_one_device,
+    draw_slots,
+    share_load,
+)
 from moetuner.evaluation.copies import compute_slot_shares
 from moetuner.evaluation.figures import FIGURES
 from moetuner.files.cells import (
@@ -129,17 +134,13 @@ def _show_layers(page: PageData) -> Panel | None:
 
 def _show_experts(page: PageData) -> Panel | None:
     """Show the load of every copy, by layer and device, and the slowest devices."""
-    relative = page.load / np.maximum(page.load.mean(axis=1, keepdims=True), 1e-12)
     variants, tables, times = {}, [], {}
     for name, setting in reversed(list(zip(page.names, page.settings, strict=True))):
         placement = setting.placement
         slots = placement.slots
-        expert, layer = np.maximum(slots, 0), np.arange(placement.layers)[:, None, None]
-        copies = np.maximum(placement.replicas[layer, expert], 1)
         shares = compute_slot_shares(placement, page.topology, setting.serving.split)
-        served = relative[layer, expert] * shares
-        times[name] = served.sum(axis=2) / page.topology.speed_of_device
-        load = np.where(slots >= 0, served, -1.0)
+        load, copies = share_load(slots, page.load, placement.replicas, shares)
+        times[name] = np.maximum(load, 0).sum(axis=2) / page.topology.speed_of_device
         variants[name] = draw_slots(slots, load, copies, times[name])
         rows = []
         for index in np.argsort(-load, axis=None, kind="stable")[:20]:
