@@ -29,7 +29,7 @@ from moetuner.evaluation.replay import Setting, check_model
 from moetuner.evaluation.rows import assign_homes, dispatch_rows
 from moetuner.frozen import Frozen, as_json, html_table
 from moetuner.placement import Placement
-from moetuner.recording import Recording
+from moetuner.recording import Recording, compute_once
 from moetuner.serving import Serving, make_serving
 from moetuner.serving.arrival import Arrival
 from moetuner.serving.splits import Split
@@ -47,6 +47,13 @@ class Replayed(NamedTuple):
     traffic: Recording
     setting: Setting
     group: str | None = None
+
+    def count_load(self) -> NDArray[Any]:
+        """Count the load of every expert [L,E], once for all evaluations of the traffic."""
+        traffic, threads = self.traffic, self.setting.options.threads
+        return compute_once(
+            traffic, "total load", lambda: count_loads(traffic, threads=threads).total_load
+        )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -157,7 +164,7 @@ class Evaluation(Frozen):
         setting = replayed.setting
         if not setting.placement.has_copies:
             return {}
-        load = count_loads(replayed.traffic, threads=setting.options.threads).total_load
+        load = replayed.count_load()
         domains: list[Domain] = ["device"] if setting.topology.nodes < 2 else ["device", "node"]
         return {
             domain: measure_losses(
@@ -205,8 +212,7 @@ class Evaluation(Frozen):
         replayed = self.replayed
         if replayed is None or replayed.group is not None:
             raise ValueError("losses need an evaluation as returned: not pickled, and of no group")
-        setting = replayed.setting
-        load = count_loads(replayed.traffic, threads=setting.options.threads).total_load
+        setting, load = replayed.setting, replayed.count_load()
         return compute_imbalances_after_loss(
             setting.placement, load, setting.topology, "device", split=setting.serving.split
         )
