@@ -18,6 +18,7 @@ from moetuner.cli.options.placed import read_made
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, show_shares, working
 from moetuner.cli.recipes import list_recipes_to_serve
+from moetuner.cli.work import count
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation.arrival import list_orders
 from moetuner.evaluation.losses import DOMAINS, Domain
@@ -184,9 +185,7 @@ def _count_loads(source: Source, made: Made) -> RoutingStatistics:
     if order is not None:
         traffic = traffic.take(order)
     # Windows of all tokens, whatever their groups, as they are evaluated.
-    with working("counting") as report:
-        progress = show_shares(report, "of the tokens", then="tables")
-        return count_loads(traffic, window=source.replayed, by_group=False, progress=progress)
+    return count(traffic, count_loads, window=source.replayed, by_group=False)
 
 
 def _show(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from moetuner import solver
@@ -17,13 +17,20 @@ from moetuner.solver import Method, Result
 from moetuner.statistics import RoutingStatistics, as_counts
 
 
-def count(recording: Recording, **tables: Any) -> RoutingStatistics:
-    """Count a trace in windows; return statistics as they are. ``tables`` as for ``as_counts``."""
+def count(
+    recording: Recording,
+    counted: Callable[..., RoutingStatistics] = as_counts,
+    **options: Any,
+) -> RoutingStatistics:
+    """Count a trace in windows; return statistics as they are.
+
+    ``counted`` is ``as_counts`` or ``count_loads``, whose ``options`` follow.
+    """
     if isinstance(recording, RoutingStatistics):
         return recording
     with working("counting") as report:
         progress = show_shares(report, "of the tokens", then="tables")
-        return as_counts(recording, progress=progress, **tables)
+        return counted(recording, progress=progress, **options)
 
 
 def solve(problem: Problem, method: str, *, place: str = "", **arguments: Any) -> Result:
