@@ -44,7 +44,7 @@ def read_style() -> str:
 def read_colours(scheme: Scheme) -> dict[str, str]:
     """Return the colours of a scheme by their names in the style sheet."""
     blocks = [dict(re.findall(r"(--[a-z]+): (#\w+)", block)) for block in read_style().split("}")]
-    light, dark = (block for block in blocks[:2] if block)
+    light, dark = blocks[:2]
     return light if scheme == "light" else light | dark
 
 
