@@ -30,12 +30,13 @@ MAY_IMPORT = {
     "charts": (),
     "files": (),
     # What traces and counts both are, so it comes before both.
-    "recording": ("files.ids",),
+    "recording": ("files",),
     "trace": ("recording", "files"),
     "statistics": ("trace", "recording", "files"),
     "topology": ("presets", "files"),
     "cost": ("recording", "topology", "presets", "files"),
     "placement": ("topology", "files", "charts"),
+    "counting": ("statistics", "trace", "recording", "files"),
     "router_groups": ("statistics", "placement"),
     "serving": (*VALUES, "files", "router_groups"),
     "evaluation": (*VALUES, "serving", "files.ids", "charts"),
@@ -67,7 +68,7 @@ MAY_IMPORT = {
     "selftest": ("plugins.decision", "solver", *SOLVER),
     # Ranks agree in one way, whoever places their experts.
     "torch": ("plugins.consensus", "solver", "files", "router_groups", *SOLVER),
-    "cli": ("selftest", *COMMANDS, *SOLVER),
+    "cli": ("selftest", "counting", *COMMANDS, *SOLVER),
 }
 # Rooms where a foreign library is known.
 PLACES = {

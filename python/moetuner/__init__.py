@@ -11,6 +11,7 @@ import typing
 if typing.TYPE_CHECKING:
     from moetuner._core import __version__
     from moetuner.cost import CostModel
+    from moetuner.counting import count
     from moetuner.evaluation import Evaluation, evaluate
     from moetuner.evaluation.comparison import Comparison
     from moetuner.evaluation.judgement import Judgement, audit, judge, verdict
@@ -49,6 +50,7 @@ __all__ = [  # noqa: RUF022
     "RoutingStatistics",
     "ExpertSets",
     "open_input",
+    "count",
     "structure",
     "hold_out",
     "Topology",
@@ -95,6 +97,7 @@ _HOMES = {
     "RoutingStatistics": "statistics",
     "ExpertSets": "statistics",
     "open_input": "formats",
+    "count": "counting",
     "structure": "report.structure",
     "hold_out": "evaluation.samples",
     "Topology": "topology",

@@ -22,6 +22,7 @@ from moetuner.files.contents import SET_TABLES
 from moetuner.files.ids import LeftOut
 from moetuner.frozen import Frozen
 from moetuner.recording import Recording, compute_once
+from moetuner.recording.population import Population, add_populations
 from moetuner.trace import RoutingTrace, as_trace
 
 Loads = NDArray[np.unsignedinteger[Any]]
@@ -128,6 +129,8 @@ def from_tables(tables: Mapping[str, NDArray[Any]]) -> tuple[ExpertSets, ...] | 
 
 # Fields that are tables of pairs of experts [L-n,E,E], and their n.
 PAIRS = {"transitions": 1, "coactivation": 0}
+# Fields that belong to all windows together, so that other windows do not have them.
+OF_ALL_WINDOWS = (*PAIRS, "sets", "set_tokens", "population")
 # Options of counting, and the fields that they fill, on which the fingerprint depends.
 COUNTED = {"by_group": "group"} | {name: name for name in ("sets", "transitions", "coactivation")}
 # Fields that files keep as metadata, not as tables.
@@ -190,6 +193,8 @@ class RoutingStatistics(Recording, Frozen):
     drawn_from
         Window of counters from which each window was drawn [W], if several were drawn from one;
         else None. Confidence intervals treat such windows as one sample. Files do not keep it.
+    population
+        What the windows were drawn from, if ``moetuner.count`` drew them; else None.
 
     Examples
     --------
@@ -221,6 +226,7 @@ class RoutingStatistics(Recording, Frozen):
     left_out: LeftOut | None = None
     top_k: int | None = None
     drawn_from: NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
+    population: Population | None = None
 
     def __post_init__(self) -> None:
         load = _check_counts("load", self.window_load, "[windows, layers, experts]")
@@ -260,6 +266,9 @@ class RoutingStatistics(Recording, Frozen):
         if self.top_k is not None:
             check.whole_number("top_k", self.top_k, highest=experts)
         check.text_or_none("model", self.model)
+        if self.population is not None:
+            groups = 1 if self.group is None else len(self.group_names)
+            self.population.check_fits(self.windows, None, (groups, layers, experts))
 
     def _check_sets(self) -> None:
         """Check that every layer has sets, and that their experts exist."""
@@ -418,7 +427,7 @@ class RoutingStatistics(Recording, Frozen):
             members = np.flatnonzero(group == number)
             first[members[: max(round(share * len(members)), 1)]] = True
         first[-1] &= not first.all()
-        without: dict[str, Any] = dict.fromkeys((*PAIRS, "sets", "set_tokens"))
+        without: dict[str, Any] = dict.fromkeys(OF_ALL_WINDOWS)
         parts = [
             replace(
                 self,
@@ -486,7 +495,7 @@ class RoutingStatistics(Recording, Frozen):
             raise check.ArgumentError("rows must be at least one window, got none", "rows")
         labels: dict[str, Any] = {"group": self.group, "drawn_from": self.drawn_from}
         labels = {n: None if label is None else label[wanted] for n, label in labels.items()}
-        return replace(self, window_load=self.window_load[wanted], **labels)
+        return replace(self, window_load=self.window_load[wanted], population=None, **labels)
 
     def without_pairs(self) -> RoutingStatistics:
         """Return the loads alone, without pairs and sets, which belong to all windows together."""
@@ -582,7 +591,8 @@ class RoutingStatistics(Recording, Frozen):
         """Add the statistics of two traces: windows one after the other, pairs summed.
 
         Pairs, sets, the model's name and its sizes are dropped if only one side has them. Groups
-        are the same if they have the same name.
+        are the same if they have the same name. The order of counted recordings, as
+        ``moetuner.count`` returns them, does not matter.
 
         Raises
         ------
@@ -591,6 +601,11 @@ class RoutingStatistics(Recording, Frozen):
         """
         if not isinstance(other, RoutingStatistics):
             return NotImplemented
+        if self.population is not None or other.population is not None:
+            rows, labels, _ = add_populations(self, other)
+            labels |= {"window": self.window, "top_k": self.top_k and other.top_k}
+            load = np.concatenate([self.window_load, other.window_load])[rows]
+            return RoutingStatistics(load, **labels)
         if self.window_load.shape[1:] != other.window_load.shape[1:]:
             raise ValueError(
                 "statistics must have the same layers and experts, got "
@@ -683,7 +698,7 @@ class RoutingStatistics(Recording, Frozen):
                 _draw(self.window_load[window], choices, [seed, number])
                 for number, window in enumerate(used)
             ]
-        fields: dict[str, Any] = dict.fromkeys((*PAIRS, "sets", "set_tokens"))
+        fields: dict[str, Any] = dict.fromkeys(OF_ALL_WINDOWS)
         fields |= {"window": tokens, "group": None if self.group is None else self.group[used]}
         fields["drawn_from"] = used if several > 1 else None
         return replace(self, window_load=cast(Any, np.stack(scaled)), **fields)
@@ -719,7 +734,7 @@ class RoutingStatistics(Recording, Frozen):
         if not len(runs):
             raise ValueError(f"tokens must be those of windows that INPUT fills, got {tokens:,}")
         load = np.stack([self.window_load[run].sum(axis=0, dtype=np.uint64) for run in runs])
-        fields: dict[str, Any] = dict.fromkeys((*PAIRS, "sets", "set_tokens"))
+        fields: dict[str, Any] = dict.fromkeys(OF_ALL_WINDOWS)
         for name in ("group", "drawn_from"):
             label = getattr(self, name)
             fields[name] = None if label is None else label[runs[:, 0]]
@@ -743,6 +758,7 @@ class RoutingStatistics(Recording, Frozen):
         """Write as safetensors; the file appears whole or not at all."""
         pairs = {"load": self.window_load, **self._pairs, "group": self.group}
         metadata: Any = {name: getattr(self, name) for name in METADATA}
+        metadata["population"] = self.population and self.population.to_tables()
         contents.write_statistics(check.path_in(path), pairs | to_tables(self.sets), metadata)
 
     @classmethod
@@ -762,6 +778,7 @@ class RoutingStatistics(Recording, Frozen):
         tables, metadata = contents.read_statistics(check.path_in(path))
         with naming(path):
             metadata |= {name: tables.get(name) for name in (*PAIRS, "group")}
+            metadata["population"] = Population.from_tables(metadata.get("population"))
             return cls.from_load(tables["load"], sets=from_tables(tables), **metadata)
 
 

@@ -7,8 +7,10 @@ Loading a safetensors or .npy file does not read its ids, which stay on disk, al
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, fields, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, SupportsIndex, cast
 
@@ -18,9 +20,10 @@ from numpy.typing import ArrayLike, NDArray
 from moetuner import _checks as check
 from moetuner.files import jsonl, kind_of, naming
 from moetuner.files.contents import TraceContents, read_trace, write_trace
-from moetuner.files.ids import Ids, LeftOut, joined, read_ahead
+from moetuner.files.ids import Ids, LeftOut, in_memory, joined, read_ahead
 from moetuner.frozen import html_table
 from moetuner.recording import Recording
+from moetuner.recording.population import Population, add_populations
 
 SHARD_BYTES = 64 << 20
 # Number of shards beyond which a file is read ahead: the next shard while one is processed.
@@ -51,6 +54,9 @@ class RoutingTrace(Recording):
         Name of the model, for people.
     expert_size
         Hidden and intermediate size of an expert, for predicted times; None if not known.
+    population
+        What the tokens were drawn from, if ``moetuner.count`` drew them; else None. Selected or
+        joined tokens are no such sample any more.
 
     Examples
     --------
@@ -73,6 +79,7 @@ class RoutingTrace(Recording):
     group_names: tuple[str, ...] = ()
     model: str | None = None
     expert_size: tuple[int, int] | None = None
+    population: Population | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.ids, Ids):
@@ -95,6 +102,10 @@ class RoutingTrace(Recording):
         if self.group is not None:
             vars(self)["group"] = check.groups(self.group, tokens, names, np.int16)
         check.text_or_none("model", self.model)
+        if self.population is not None:
+            groups = 1 if self.group is None else len(names)
+            load = (groups, self.layers, self.num_experts)
+            self.population.check_fits(tokens, self.sequence, load)
 
     @classmethod
     def from_arrays(
@@ -160,7 +171,8 @@ class RoutingTrace(Recording):
         else:
             contents = read_trace(path, kind, num_experts)
         with naming(path):
-            return cls(**vars(contents))
+            fields = {**vars(contents), "population": Population.from_tables(contents.population)}
+            return cls(**fields)
 
     def save(self, path: str | Path, *, source: str | None = None) -> None:
         """Write as safetensors, shard by shard; the file appears whole or not at all.
@@ -177,6 +189,7 @@ class RoutingTrace(Recording):
             raise ValueError(f"{path}: a trace is saved as .safetensors, got {path.suffix}")
         check.text_or_none("source", source)
         contents = {field.name: getattr(self, field.name) for field in fields(self)}
+        contents["population"] = self.population and self.population.to_tables()
         write_trace(TraceContents(**contents), path, source, SHARD_BYTES)
 
     @property
@@ -381,14 +394,15 @@ class RoutingTrace(Recording):
             name: None if values is None else check.frozen(check.at(values, wanted))
             for name, values in (("sequence", self.sequence), ("group", self.group))
         }
-        return replace(self, ids=self.ids.reorder(wanted), **labels)
+        return replace(self, ids=self.ids.reorder(wanted), population=None, **labels)
 
     def concat(self: RoutingTrace | Iterable[RoutingTrace], *others: RoutingTrace) -> RoutingTrace:
         """Join traces, ``trace.concat(other)`` or ``RoutingTrace.concat([trace, other])``.
 
         Sequences of different traces are different: if a label occurs in two traces, all sequences
         are numbered anew, from 0. Labels are kept if all traces have them; the model's name and
-        sizes if they are the same in all. Groups are the same if they have the same name.
+        sizes if they are the same in all. Groups are the same if they have the same name. Counted
+        traces are added.
 
         Raises
         ------
@@ -402,6 +416,10 @@ class RoutingTrace(Recording):
             raise ValueError("traces to concat must be at least one, got none")
         for trace in traces:
             check.instance("each of the traces", trace, RoutingTrace)
+        if len(traces) > 1 and any(trace.population is not None for trace in traces):
+            return cast(
+                RoutingTrace, reduce(operator.add, traces)
+            )  # a sample stands for more than its own tokens
         sizes = {(trace.layers, trace.num_experts, trace.top_k) for trace in traces}
         if len(sizes) > 1:
             raise ValueError(
@@ -415,6 +433,24 @@ class RoutingTrace(Recording):
             labels[name] = values.pop() if len(values) == 1 else None
         ids = joined(tuple(trace.ids for trace in traces))
         return RoutingTrace(ids, traces[0].num_experts, **labels)
+
+    def __add__(self, other: RoutingTrace) -> RoutingTrace:
+        """Add two counted recordings, as ``moetuner.count`` returns them; the order is the same.
+
+        Sequences of different recordings are different, and numbered anew, from 0.
+
+        Raises
+        ------
+        ValueError
+            If one was not counted, or they are of other models, groups or sizes of the sample.
+        """
+        if not isinstance(other, RoutingTrace):
+            return NotImplemented
+        rows, labels, sequence = add_populations(self, other)
+        ids = Ids((self.ids, other.ids)).reorder(rows).valid_array()
+        return RoutingTrace(
+            in_memory(ids), self.num_experts, sequence=cast(Any, sequence), **labels
+        )
 
     def __repr__(self) -> str:
         parts = [
@@ -439,12 +475,14 @@ class RoutingTrace(Recording):
     ) -> RoutingTrace:
         """Return the trace of the tokens of a mask [T], and of some layers; None keeps all."""
         labels: dict[str, Any] = {"sequence": self.sequence, "group": self.group}
+        if tokens is None and layers is None:
+            return self
         if tokens is not None:
             labels = {
                 name: None if values is None else check.frozen(values[tokens])
                 for name, values in labels.items()
             }
-        return replace(self, ids=self.ids.select(tokens, layers), **labels)
+        return replace(self, ids=self.ids.select(tokens, layers), population=None, **labels)
 
     def _find_group(self, group: str | SupportsIndex) -> int:
         """Return the number of a group, by its name or number."""

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import click
 
+from moetuner._texts import name
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
-from moetuner.cli.output import Output, working
-from moetuner.formats import READERS, read_input, read_map
-from moetuner.formats.hints import Hints
+from moetuner.cli.output import Output, show_shares, working
+from moetuner.counting import count, total
+from moetuner.files import naming
+from moetuner.formats import READERS, find_reader, native, read_input, read_map
+from moetuner.formats.hints import Hints, Traffic
+from moetuner.formats.sources import list_files
 from moetuner.report import recording
 from moetuner.trace import RoutingTrace
 
@@ -29,18 +34,31 @@ def command(
     sources: tuple[Path, ...] = argument("SOURCE...", options.IN_INPUT, nargs=-1, required=True),
     form: str = option(click.Choice([AUTO, *READERS]), default=AUTO, flag="--from"),
     out_file: Path = options.trace_option(),
+    counts: bool = option(is_flag=True, default=False, flag="--count"),
+    sample: int | None = option(options.COUNT, "N"),
+    skip_unreadable: bool = option(is_flag=True, default=False),
     running_file: Path | None = option(options.IN_FILE, "MAP"),
     file_hints: options.FileHints,
     output: Output,
 ) -> None:
-    """Join recordings into one trace.
+    """Join recordings into one trace, or count them if they are too large for that.
 
     A source is a file or a folder: moetuner's own, or as an engine recorded it. They are joined one
     after the other. Sequences of different sources stay different; groups of the same name become
     one. If engines recorded counts, the result is counts too.
 
+    With --count every source is a recording of its own, and read by itself. The result has exact
+    loads of all of them, and a sample of their tokens; it is as good an INPUT as a trace. Sources
+    may have been counted already, on other machines.
+
     Parameters
     ----------
+    counts
+        Count the sources one by one, and keep a sample of them.
+    sample
+        Most tokens, or windows, that --count keeps. [default: 1048576 tokens, 2048 windows]
+    skip_unreadable
+        Leave out sources that --count cannot read, and say which.
     form
         Format of the sources; auto detects it from their content.
     running_file
@@ -50,8 +68,18 @@ def command(
     hints = Hints(**file_hints.hints)
     if running_file is not None:
         hints = replace(hints, running=read_map(running_file, hints).experts)
-    with working(f"reading {len(sources)} sources"):
-        traffic = read_input(sources, hints, None if form == AUTO else form)
+    reader = None if form == AUTO else form
+    unreadable: dict[Path, str] = {}
+    if counts:
+        traffic = _count_sources(
+            sources, hints, reader, sample, unreadable if skip_unreadable else None
+        )
+    elif sample is not None or skip_unreadable:
+        flag = "--sample" if sample is not None else "--skip-unreadable"
+        raise click.UsageError(f"'{flag}' needs '--count'.")
+    else:
+        with working(f"reading {len(sources)} sources"):
+            traffic = read_input(sources, hints, reader)
     with working(f"writing {out_file}"):
         if isinstance(traffic, RoutingTrace):
             kind = "trace"
@@ -60,6 +88,65 @@ def command(
             kind = "statistics"
             traffic.save(out_file)
     output.say(f"wrote {recording.describe([out_file], traffic)}")
+    for source, error in unreadable.items():
+        output.say(f"! {name(source.name)} was left out: {error}")
     output.finish(
-        {"sources": [str(source) for source in sources], kind: recording.facts([out_file], traffic)}
+        {
+            "sources": [str(source) for source in sources],
+            kind: recording.facts([out_file], traffic),
+            **({"left_out": [*map(str, unreadable)]} if skip_unreadable else {}),
+        }
     )
+
+
+def _count_sources(
+    sources: Sequence[Path],
+    hints: Hints,
+    reader: str | None,
+    sample: int | None,
+    unreadable: dict[Path, str] | None,
+) -> Traffic:
+    """Count recordings one by one, and add them up; an interrupt ends with those counted so far.
+
+    Errors of sources that cannot be read go into ``unreadable``; without it they are raised.
+    """
+    files = _list_recordings(sources)
+    counted: Traffic | None = None
+    for number, source in enumerate(files, 1):
+        with working(f"counting {source.name}, {number} of {len(files)}") as report:
+            progress = show_shares(report, "of the tokens", then="sample")
+            try:
+                recording_of_source = count(
+                    read_input([source], hints, reader), sample=sample, progress=progress
+                )
+                with naming(source):
+                    counted = (
+                        recording_of_source
+                        if counted is None
+                        else total([counted, recording_of_source])
+                    )
+            except KeyboardInterrupt:
+                if counted is None:
+                    raise
+                break
+            except (ValueError, OSError) as error:
+                if unreadable is None:
+                    raise
+                unreadable[source] = str(error)
+    if counted is None:
+        raise click.UsageError(f"none of {len(files)} sources could be read.")
+    assert counted.population is not None
+    failed = counted.population.unreadable + len(unreadable or {})
+    return replace(counted, population=replace(counted.population, unreadable=failed))
+
+
+def _list_recordings(sources: Sequence[Path]) -> list[Path]:
+    """List what is counted by itself: every source, and every file of a folder of moetuner's own.
+
+    Files of an engine's ranks are one recording together.
+    """
+    recordings: list[Path] = []
+    for source in sources:
+        is_folder = source.is_dir() and find_reader(source) in native.KINDS
+        recordings += list_files([source]) if is_folder else [source]
+    return recordings

@@ -187,7 +187,9 @@ def drop_groups(recording: Recording) -> Recording:
 
     Groups of counts stay: they tell which windows follow each other, and take no replay.
     """
-    return replace(as_trace(recording), group=None) if recording.ordered else recording
+    if not recording.ordered:
+        return recording
+    return replace(as_trace(recording), group=None, population=None)
 
 
 def count_each(

@@ -23,6 +23,14 @@ VERSION = "1"
 # [L].
 SET_TABLES = ("set_ids", "set_counts", "sets_per_layer")
 TABLES = ("load", "transitions", "coactivation", "group", *SET_TABLES)
+# What a counted recording was drawn from: its tables, and its numbers.
+Population = tuple[dict[str, NDArray[Any]], dict[str, int | None]]
+POPULATION = "population."
+POPULATION_TABLES = (
+    *("load", "rows", "labels", "stretch_hash", "stretch_rows", "stretch_recording"),
+    *("stretch_place", "stretch_lowest", "stretch_highest"),
+)
+POPULATION_NUMBERS = ("sample", "limit", "recordings", "unreadable", "sequences")
 ARRAYS = ("expert_ids", "load", "sequence", "group")
 # What an archive says about them: numpy's letters of the types, dimensions, and that in words.
 ABOUT = {
@@ -43,6 +51,7 @@ class TraceContents:
     group_names: Sequence[str] | None = None
     model: str | None = None
     expert_size: tuple[int, int] | None = None
+    population: Population | None = None
 
 
 class TraceInParts:
@@ -95,6 +104,7 @@ def read_trace(path: Path, kind: Kind, num_experts: int | None) -> TraceContents
             )
             place = header.tensor("expert_ids")
             arrays = _tables(path, header, ("sequence", "group"))
+            metadata["population"] = _read_population(path, header)
         experts = _experts(num_experts, metadata.pop("num_experts", None))
         return TraceContents(
             Ids.in_file(path, place, experts) if values is None else Ids.of(values, experts),
@@ -114,10 +124,13 @@ def write_trace(contents: TraceContents, path: Path, source: str | None, shard_b
         for name, labels in (("sequence", contents.sequence), ("group", contents.group))
         if labels is not None
     }
+    # Tensors of 64 bits come first, and ids of the narrowest type last.
+    tensors = _pieces_of(contents.population) | tensors
     tensors["expert_ids"] = (ids.dtype, ids.shape, ids.shards(shard_bytes))
     names = ("num_experts", "group_names", "model", "expert_size")
     labels = {name: getattr(contents, name) for name in names}
-    _write(path, tensors, {"format": TRACE_FORMAT, **labels, "source": source})
+    facts = {**labels, "source": source, **_facts_of(contents.population)}
+    _write(path, tensors, {"format": TRACE_FORMAT, **facts})
 
 
 def holds_statistics(path: Path) -> bool:
@@ -158,6 +171,7 @@ def read_statistics(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]
         del metadata["num_experts"]
         for name in ("window", "set_tokens", "top_k"):
             metadata[name] = _integer(name, header.metadata.get(name))
+        metadata["population"] = _read_population(path, header)
         return _tables(path, header, TABLES), metadata
 
 
@@ -166,7 +180,37 @@ def write_statistics(
 ) -> None:
     """Write as safetensors; the file appears whole or not at all."""
     pieces = {name: safetensors.whole(table) for name, table in tables.items() if table is not None}
-    _write(path, pieces, {"format": STATISTICS_FORMAT, **metadata})
+    metadata = dict(metadata)
+    population = metadata.pop("population", None)
+    pieces |= _pieces_of(population)
+    _write(path, pieces, {"format": STATISTICS_FORMAT, **metadata, **_facts_of(population)})
+
+
+def _pieces_of(population: Population | None) -> dict[str, safetensors.Pieces]:
+    """Return the tables of a population, as a file has them; none without one."""
+    tables = {} if population is None else population[0]
+    return {POPULATION + name: safetensors.whole(table) for name, table in tables.items()}
+
+
+def _facts_of(population: Population | None) -> dict[str, str]:
+    """Return the numbers of a population as metadata; none without one."""
+    return {} if population is None else {"population": json.dumps(population[1])}
+
+
+def _read_population(path: Path, header: safetensors.Header) -> Population | None:
+    """Read what the rows of a file were drawn from; None where it says nothing."""
+    text = header.metadata.get("population")
+    if text is None:
+        return None
+    try:
+        numbers = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"population must be JSON: {error}") from None
+    if not isinstance(numbers, dict) or set(numbers) != set(POPULATION_NUMBERS):
+        raise ValueError(f"population must have {', '.join(POPULATION_NUMBERS)}, got {shown(text)}")
+    return {n: safetensors.read(path, header.tensor(POPULATION + n)) for n in POPULATION_TABLES}, (
+        numbers
+    )
 
 
 def _write(path: Path, tensors: Mapping[str, safetensors.Pieces], metadata: dict[str, Any]) -> None:

@@ -164,6 +164,12 @@ class Ids:
             return self.whole
         if isinstance(self.whole, IdsInFile) and self.whole.stored.dtype == self.dtype:
             return self.whole.mapped()
+        return self.valid_array()
+
+    def valid_array(self) -> IdArray:
+        """Return all ids [T,L,K] in memory, validated; an array in memory is not copied."""
+        if isinstance(self.whole, np.ndarray):
+            return self.whole
         array: IdArray = np.empty(self.shape, dtype=self.dtype)
         first = 0
         for shard in self.shards(1 << 24):

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner.files.ids import LeftOut
+from moetuner.recording.population import Population
 
 Integers = NDArray[np.integer[Any]]
 AnyRecording = TypeVar("AnyRecording", bound="Recording")
@@ -39,6 +40,8 @@ class Recording:
         Group of every row, an index into ``group_names``; None without groups.
     group_names, model, expert_size
         Names of the groups, name of the model, hidden and intermediate size of an expert.
+    population
+        What the rows were drawn from, if ``moetuner.count`` drew them; else None.
     """
 
     ordered: ClassVar[bool]
@@ -49,6 +52,7 @@ class Recording:
     group_names: tuple[str, ...]
     model: str | None
     expert_size: tuple[int, int] | None
+    population: Population | None
 
     @property
     def length(self) -> int:
@@ -107,11 +111,13 @@ class Recording:
 
     def facts(self) -> dict[str, Any]:
         """Return kind and sizes, for JSON."""
+        counted = {} if self.population is None else self.population.facts(self.unit)
         return {
             "model": self.model,
             "layers": self.layers,
             "num_experts": self.num_experts,
             "group_names": [] if self.group is None else [*self.group_names],
+            **({"counted": counted} if counted else {}),
         }
 
     def group_rows(self) -> dict[str | None, Integers]:

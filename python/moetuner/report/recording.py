@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from moetuner._checks import evenly_spaced
 from moetuner._texts import name
 from moetuner.cost import top_k_of
-from moetuner.files.cells import counted, layer_list
+from moetuner.files.cells import counted, layer_list, percent
 from moetuner.recording import Recording
-from moetuner.statistics import RoutingStatistics, measure_distance
+from moetuner.recording.population import Population
+from moetuner.statistics import RoutingStatistics, count_loads, measure_distance
 from moetuner.trace import as_trace
 
 # Bytes of the first tokens of a trace, from which warnings are computed.
@@ -59,7 +60,29 @@ def describe(paths: Sequence[Path], recording: Recording) -> str:
             "Layers without experts are left out; as options of export: "
             f"--hidden-layers {hidden} --dense-layers {layer_list(dense)}"
         )
+    if recording.population is not None:
+        lines.append(_describe_population(recording, recording.population))
     return "\n".join(lines)
+
+
+def _describe_population(recording: Recording, population: Population) -> str:
+    """Write what a counted recording was drawn from, and how near to that its sample is."""
+    counts = [counted(population.size, recording.unit)]
+    counts += [counted(population.sequences, "sequence")] if population.sequences else []
+    text = f"Counted: {counted(population.recordings, 'recording')} with {' and '.join(counts)}"
+    if population.is_whole:
+        text += ", all of which are here."
+    else:
+        share = recording.length / population.size
+        loads = count_loads(recording, by_group=False).total_load
+        distance = float(measure_distance(loads, population.load.sum(axis=0)).mean())
+        text += (
+            f"; the sample has {percent(share)} of them, and {percent(distance)} of its choices "
+            "would have to differ for the loads of all."
+        )
+    if population.unreadable:
+        text += f" {counted(population.unreadable, 'recording')} could not be read."
+    return text
 
 
 def describe_steps(recording: Recording, step: int | None, top_k: int | None) -> list[str]:

@@ -180,7 +180,7 @@ def _column_hint(text: str) -> str:
 
 def _label(traffic: Traffic, group: Any, names: Sequence[str]) -> Traffic:
     """Return traffic with the groups of its tokens, or windows."""
-    return replace(traffic, group=group, group_names=tuple(names))
+    return replace(traffic, group=group, group_names=tuple(names), population=None)
 
 
 def _group_files(paths: Sequence[Path], names: Sequence[str], read: Read) -> Traffic:

@@ -1,0 +1,215 @@
+"""Count recordings of any size: exact loads of everything, and a sample for all commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner import _checks as check
+from moetuner import _core
+from moetuner.files.ids import in_memory
+from moetuner.recording import AnyRecording, Recording
+from moetuner.recording.population import (
+    HASHED,
+    LABEL_OFFSET,
+    SAMPLE,
+    STRETCH,
+    Population,
+    Table,
+    compute_hash,
+    find_limit,
+    mark_below,
+)
+from moetuner.statistics import RoutingStatistics, check_recording
+from moetuner.trace import RoutingTrace, as_trace
+
+Report = Callable[[float], None]
+
+# Bytes of a trace that are read at once, and share of the work that is done when all were counted.
+SHARD_BYTES, COUNTED_SHARE = 16 << 20, 0.95
+
+
+def count(
+    recording: AnyRecording,
+    *,
+    sample: int | None = None,
+    threads: int | None = None,
+    progress: Report | None = None,
+) -> AnyRecording:
+    """Count a recording: exact loads of all of it, and a sample of its rows, in memory.
+
+    What is returned is a recording itself, for all that takes one, and of a size that does not grow
+    with the recording. Counted recordings add up: ``count(one) + count(other)`` is the same in any
+    order, bit by bit, and the same sample as if both had been drawn from together.
+
+    Rows are tokens of a trace, or windows of load tables. The sample is stretches of consecutive
+    rows, 16,384 tokens or 32 windows, drawn by a hash of what is in them; all of them where there
+    are not more rows than ``sample``.
+
+    Parameters
+    ----------
+    recording
+        A trace, or a load table: pairs and sets of a table belong to all of its windows, and are
+        left out. What was counted already is returned as it is.
+    sample
+        Most tokens, or windows, to keep; by default 1,048,576 tokens, or 2,048 windows.
+    threads
+        Threads to use, all cores by default. The result does not depend on it.
+    progress
+        Called now and then with the share of the work that is done.
+
+    Returns
+    -------
+    RoutingTrace or RoutingStatistics
+        The sample; its ``population`` is what it was drawn from.
+
+    Raises
+    ------
+    ValueError
+        If an argument is wrong, an id in the trace's file is, or what was counted already has a
+        sample of another size.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> one, other = (
+    ...     mt.RoutingTrace.from_arrays([[[0]], [[expert]]], num_experts=3) for expert in (1, 2)
+    ... )
+    >>> counted = mt.count(one) + mt.count(other)
+    >>> counted.tokens, counted.population.load.tolist()
+    (4, [[[2, 1, 1]]])
+    """
+    check_recording(recording, "recording")
+    size = SAMPLE[recording.unit]
+    if sample is not None:
+        size = check.whole_number("sample", sample, highest=1 << 40)
+    threads = check.threads_in(threads)
+    check.callable_or_none("progress", progress)
+    if recording.population is not None:
+        if sample is not None and recording.population.sample != size:
+            raise check.ArgumentError(
+                f"sample must be {recording.population.sample:,}, with which this recording was "
+                f"counted, got {size:,}",
+                "sample",
+            )
+        return recording
+    report = progress or (lambda _: None)
+    starts = np.arange(0, recording.length, STRETCH[recording.unit])
+    lengths = np.diff(np.append(starts, recording.length))
+    hashes = _hash_stretches(recording, starts, lengths)
+    limit = find_limit(hashes, lengths.astype(np.uint64), size)
+    is_kept = mark_below(hashes, limit)
+    if isinstance(recording, RoutingStatistics):
+        load, rows = _count_table(recording)
+    else:
+        load, rows = _count_trace(as_trace(recording), threads, report)
+    labels = np.empty(0) if recording.sequence is None else recording.sequence
+    ends = (
+        [int(end) + LABEL_OFFSET for end in (labels.min(), labels.max())] if labels.size else [0, 0]
+    )
+    population = Population(
+        load,
+        rows,
+        np.empty(0, np.uint64),
+        stretch_hash=hashes[is_kept],
+        stretch_rows=lengths[is_kept].astype(np.uint64),
+        stretch_recording=_repeat(
+            compute_hash(hashes.astype("<u8").tobytes(), load.astype("<u8").tobytes()), is_kept
+        ),
+        stretch_place=np.flatnonzero(is_kept).astype(np.uint64),
+        stretch_lowest=_repeat(ends[0], is_kept),
+        stretch_highest=_repeat(ends[1], is_kept),
+        sample=size,
+        limit=limit,
+        sequences=recording.sequences,
+    )
+    kept = recording if is_kept.all() else recording.take(np.repeat(is_kept, lengths))
+    report(1.0)
+    if isinstance(kept, RoutingTrace):
+        kept = replace(kept, ids=in_memory(kept.ids.valid_array()))
+    return cast(AnyRecording, replace(cast(Any, kept.without_pairs()), population=population))
+
+
+def total(recordings: Iterable[AnyRecording]) -> AnyRecording:
+    """Add counted recordings of shards, machines or days; raise for none."""
+    members: list[Any] = check.listed("recordings", recordings, "counted recordings")
+    if not members:
+        raise ValueError("recordings must be at least one counted recording, got none")
+    result, *others = members
+    for other in others:
+        if type(other) is not type(result):
+            raise ValueError(
+                f"counted recordings must be of one kind, got {result.noun} and {other.noun}"
+            )
+        result = result + other
+    return cast(AnyRecording, result)
+
+
+def _repeat(number: int, is_kept: NDArray[np.bool_]) -> Table:
+    """Return a number for every stretch that is kept [N]."""
+    return np.full(int(np.count_nonzero(is_kept)), number, dtype=np.uint64)
+
+
+def _hash_stretches(
+    recording: Recording,
+    starts: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+) -> Table:
+    """Compute the hash of every stretch [N], from evenly spaced rows of it and its number."""
+    places = starts[:, None] + lengths[:, None] * np.arange(HASHED) // HASHED
+    numbers, index = np.unique(places, return_inverse=True)
+    index = index.reshape(places.shape)
+    if isinstance(recording, RoutingStatistics):
+        contents = [row.astype("<u8").tobytes() for row in recording.window_load[numbers]]
+    else:
+        pieces = as_trace(recording).ids.chosen(numbers, SHARD_BYTES)
+        contents = [row.astype("<u2").tobytes() for rows in pieces for row in rows]
+    hashes = [
+        compute_hash(number.to_bytes(8, "little"), *(contents[place] for place in of_stretch))
+        for number, of_stretch in enumerate(index.tolist())
+    ]
+    return np.array(hashes, dtype=np.uint64)
+
+
+def _count_table(table: RoutingStatistics) -> tuple[Table, Table]:
+    """Return the loads of groups [G,L,E], and their windows [G]; a single group without groups."""
+    groups = 1 if table.group is None else len(table.group_names)
+    group = np.zeros(table.windows, np.int64) if table.group is None else table.group
+    load = np.zeros((groups, table.layers, table.num_experts), dtype=np.uint64)
+    for number in np.unique(group).tolist():
+        load[number] = table.window_load[group == number].sum(axis=0, dtype=np.uint64)
+    return load, np.bincount(group, minlength=groups).astype(np.uint64)
+
+
+def _count_trace(trace: RoutingTrace, threads: int | None, report: Report) -> tuple[Table, Table]:
+    """Return the loads of groups [G,L,E], and their tokens [G]; a single group without groups."""
+    groups = 1 if trace.group is None else len(trace.group_names)
+    load = np.zeros((groups, trace.layers, trace.num_experts), dtype=np.uint64)
+    rows = np.zeros(groups, dtype=np.uint64)
+    counters: dict[int, _core.StatisticsCounter] = {}
+    done = 0
+    for shard in trace.shards(SHARD_BYTES, threads=threads):
+        group = None if trace.group is None else trace.group[done : done + len(shard)]
+        for number in [0] if group is None else np.unique(group).tolist():
+            if number not in counters:
+                counters[number] = _core.StatisticsCounter(
+                    trace.layers,
+                    trace.num_experts,
+                    trace.top_k,
+                    transitions=False,
+                    coactivation=False,
+                )
+            of_group = shard if group is None else shard[group == number]
+            counters[number].push(of_group, threads, checked=trace.ids.fresh)
+            rows[number] += len(of_group)
+            del of_group
+        done += len(shard)
+        report(COUNTED_SHARE * done / trace.tokens)
+        del shard  # else memory holds two shards while the next one is read
+    for number, counter in counters.items():
+        load[number] = counter.finish(threads)[1][0]
+    return load, rows
