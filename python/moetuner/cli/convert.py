@@ -83,7 +83,9 @@ def command(
     with working(f"writing {out_file}"):
         if isinstance(traffic, RoutingTrace):
             kind = "trace"
-            traffic.save(out_file, source=", ".join(source.name for source in sources))
+            # Counts are the same bytes wherever, and in whatever order, they were made.
+            names = None if counts else ", ".join(source.name for source in sources)
+            traffic.save(out_file, source=names)
         else:
             kind = "statistics"
             traffic.save(out_file)
