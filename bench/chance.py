@@ -10,21 +10,23 @@ other calls worse is a false alarm, and an interval of the change that does not 
 The first table judges advise, verdict and compare by the truth, on traffic of laws that are known
 (bench/simulated.py), with and without labels, of windows that are alike and that are not, that
 change little by little, of few kinds, of groups that follow one another, of documents that requests
-share, and of counters: how often a gain is claimed that fresh traffic does not have, how many
-intervals hold the truth, and, where all text shares a skew, how often the gain is found; and how
-often drift seems to be beyond chance between two recordings of one law. The others print how often
-the interval of 95 % misses, by the number of sequences and how they lie in windows; how often a
-null audit of seven groups names somebody; how often one group that is served worse is named; and
-what verdict says of a change between the two. Seeds are fixed.
+share, of shards that are counted and sampled, and of counters: how often a gain is claimed that
+fresh traffic does not have, how many intervals hold the truth, and, where all text shares a skew,
+how often the gain is found; and how often drift seems to be beyond chance between two recordings of
+one law. The others print how often the interval of 95 % misses, by the number of sequences and how
+they lie in windows; how often a null audit of seven groups names somebody; how often one group that
+is served worse is named; and what verdict says of a change between the two. Seeds are fixed.
 """
 
 from __future__ import annotations
 
 import json
+import operator
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial, reduce
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,7 @@ from simulated import Law, advised, draw_table, placed, prompts, true_gain
 
 import moetuner as mt
 from moetuner.cli import moetuner as command_line
+from moetuner.evaluation.arrival import draw_mixed_order
 
 Traffic = mt.RoutingTrace | mt.RoutingStatistics
 Rng = np.random.Generator
@@ -199,6 +202,22 @@ def _of_documents(number: int, questions: int, size: int, before: int = 0) -> Re
     )
 
 
+# Shards of a recording that is counted, sequences of each, and the tokens that counts keep: a
+# quarter of all.
+SHARDS, IN_SHARD, SAMPLE = 8, 180, 1 << 16
+
+
+def _draw_counted(law: Law, rng: Rng, *, together: bool = False) -> Traffic:
+    """Draw shards, count each by itself, and add the counts; ``together`` mixes sequences."""
+    counted = []
+    for _ in range(SHARDS):
+        shard = law.trace(rng, prompts(rng, IN_SHARD))
+        if together:
+            shard = shard.take(draw_mixed_order(shard.sequence, shard.tokens))
+        counted.append(mt.count(shard, sample=SAMPLE, threads=1))
+    return reduce(operator.add, counted)
+
+
 # Recordings by name.
 RECORDINGS: dict[str, Recorded] = {
     "60 sequences": Recorded(_draw_labelled),
@@ -220,6 +239,8 @@ RECORDINGS: dict[str, Recorded] = {
     "documents": _of_documents(20, 4, 300),
     "documents, a third": _of_documents(20, 4, 90),
     "one system prompt": _of_documents(80, 1, 1, 200),
+    "counted, one by one": Recorded(_draw_counted),
+    "counted, served together": Recorded(partial(_draw_counted, together=True)),
     "32 steps of 16 counters": Recorded(
         lambda law, rng: law.counters(rng, 16),
         lambda law, rng: law.table(rng, 400, 1, tokens=WINDOW),

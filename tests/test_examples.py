@@ -1,6 +1,7 @@
 """Examples do what they say."""
 
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import moetuner as mt
+from moetuner.counting import total
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -63,22 +65,51 @@ def test_windows_are_followed(example):
     assert np.allclose([stays.mean(), follows.mean()], means, rtol=0, atol=0.001)
 
 
-def test_merged_shards_are_the_serial_sum(make_trace, tmp_path):
-    """Dask's workers count and add up to what one process counts file by file."""
-    pytest.importorskip("dask.bag", reason="needs dask")
-    paths = [tmp_path / f"shard-{number}.safetensors" for number in range(6)]
+# Runs an example with a count that kills its process when it first meets one of the recordings.
+DYING = """
+import importlib, os, signal, sys
+
+def dying(count, victim, marker):
+    def count_or_die(item):
+        path = str(item["path"] if isinstance(item, dict) else item)
+        if path.endswith(victim) and not os.path.exists(marker):
+            open(marker, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return count(item)
+    return count_or_die
+
+if __name__ == "__main__":
+    name, victim, marker = sys.argv[1:4]
+    example = importlib.import_module(name)
+    example.count = dying(example.count, victim, marker)
+    sys.argv = [name, *sys.argv[4:]]
+    example.main()
+"""
+
+
+@pytest.mark.parametrize(("name", "library"), [("dask", "distributed"), ("ray", "ray.data")])
+def test_counts_are_those_of_one_process(make_trace, tmp_path, name, library):
+    """Workers that are processes count shards; one of them dies, and the bytes are the same."""
+    pytest.importorskip(library, reason=f"needs {library}")
+    paths = [tmp_path / f"shard-{number}.safetensors" for number in range(5)]
     for number, path in enumerate(paths):
         make_trace(tokens=100 + number, seed=number).save(path)
-    out = tmp_path / "statistics.safetensors"
-    # In a process of its own, which dask's workers import.
-    command = [sys.executable, EXAMPLES / "merge_shards.py", *paths, "--out", out, "--window", "30"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    expected = mt.RoutingStatistics.sum(
-        mt.RoutingStatistics.from_trace(mt.RoutingTrace.load(path), window=30) for path in paths
+    expected, out = tmp_path / "expected.safetensors", tmp_path / "counts.safetensors"
+    total(mt.count(mt.RoutingTrace.load(path)) for path in paths).save(expected)
+    # A file, which the workers import.
+    script = tmp_path / "dying.py"
+    script.write_text(DYING)
+    command = [sys.executable, script, f"count_with_{name}", paths[2].name, tmp_path / "dead"]
+    done = subprocess.run(
+        [*command, *paths, "--out", out],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": f"{EXAMPLES}"},
     )
-    assert mt.RoutingStatistics.load(out).fingerprint == expected.fingerprint
-    assert done.stdout == f"wrote {out}: {expected}\n"
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "dead").exists()
+    assert out.read_bytes() == expected.read_bytes()
 
 
 def test_notebook(brief, tmp_path, monkeypatch):

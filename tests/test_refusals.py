@@ -12,10 +12,12 @@ import zipfile
 import numpy as np
 import pytest
 from make import in_turns, random_ids, trace_of
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import moetuner as mt
 from moetuner import router_groups  # noqa: F401 - for the table
+from moetuner.counting import total  # noqa: F401 - for the table
 from moetuner.placement import blocks
 from moetuner.plugins import rebalance_experts  # noqa: F401 - for the table
 from moetuner.plugins.vllm_ascend import count_loads  # noqa: F401 - for the table
@@ -101,6 +103,18 @@ def advise(traffic=SEQUENCES, **options):
 def engine(name, devices=4, **given):
     """Ask for the settings of an engine."""
     return mt.engine_settings(name, TWELVE, mt.Topology(devices), **given)
+
+
+def count(*, ids=IDS, sample=None, **labels):
+    """Count a trace of known sequences and groups."""
+    known = {"sequence": np.arange(50) // 10, "group": np.arange(50) % 2}
+    known["group_names"] = ["a", "b"]
+    return mt.count(trace(ids, **{**known, **labels}), sample=sample)
+
+
+def count_table(window=None, **fields):
+    """Count a load table."""
+    return mt.count(load([[[3, 1]], [[2, 2]]], window=window, **fields))
 
 
 class Elsewhere:
@@ -252,6 +266,21 @@ phased({512: 0.0}) | phases must have a share above 0
 phased({0: 1.0}) | phases: tokens of a window must be
 mt.evaluate(IN_BLOCKS, SEQUENCES, mt.Serving(NODES), split="nearest") | in the serving, or give a
 mt.advise(SEQUENCES, mt.Serving(NODES), engine="vllm") | engine must be in the serving
+mt.count(SEQUENCES, sample=0) | sample must be from 1
+mt.count(count(), sample=9) | sample must be 1,048,576, with which this recording was counted, got 9
+count() + SEQUENCES | add what moetuner.count returns
+SEQUENCES + SEQUENCES | add what moetuner.count returns
+count_table() + load([[[3, 1]]]) | add what moetuner.count returns
+count() + count(model="other", sample=60) | must have samples of the same size, got 1,048,576 and 60
+count(model="one") + count(model="two") | must have the same model, got 'one' and 'two'
+count() + count(group_names=["b", "a"]) | the same groups in the same order, got a, b; and b, a
+count() + count(group=None, group_names=None) | groups in the same order, got a, b; and no groups
+count() + count(ids=IDS[:, :2]) | must have the same layers, got 3 and 2
+count() + count(ids=IDS[..., :1]) | must have the same top_k, got 2 and 1
+count_table(window=2) + count_table(window=4) | must have the same window, got 2 and 4
+count_table(window=2) + count_table() | must have the same window, got 2 and None
+total([count(), count_table()]) | must be of one kind, got a trace and counts
+total([]) | recordings must be at least one counted recording, got none
 rebalance_experts([[4, 3, 2, 1]], 6, None, 1, 2, dead=[2]) | dead must be from 0 to 1, got 2
 problem().violations(mt.Placement([[[0], [1]]])) | like the problem, got 1, 2 and 2
 """
@@ -339,12 +368,35 @@ def statistics(about=None, **changes):
     return write
 
 
+def counted(numbers=None, **changes):
+    """Give a writer of a counted trace with some numbers and tables of its population changed."""
+
+    def write(path):
+        COUNTED_TRACE.save(path)
+        with safe_open(path, "np") as file:
+            about = dict(file.metadata())
+        arrays = load_file(path) | {
+            f"population.{name}": array for name, array in changes.items() if array is not None
+        }
+        for name in [name for name, array in changes.items() if array is None]:
+            del arrays[f"population.{name}"]
+        about["population"] = (
+            numbers
+            if isinstance(numbers, str)
+            else json.dumps(json.loads(about["population"]) | (numbers or {}))
+        )
+        save_file(arrays, path, about)
+
+    return write
+
+
 def placed(**fields):
     """Give a placement's file with some fields replaced."""
     good = {"schema": "moetuner.placement/1", "num_experts": 2, "slots": [[[0], [1]]]}
     return json.dumps(good | fields).encode()
 
 
+COUNTED_TRACE = count() + count()
 COACTIVATION = np.zeros((3, 8, 8), np.uint64)
 COACTIVATION[1, 0, 2] = 1
 BAD_ID = put(40, 1, 9)
@@ -405,6 +457,20 @@ counts | statistics(set_ids=SET_IDS + 7) | sets must have expert ids below 8, la
 counts | statistics(set_ids=SET_IDS * 1.0) | ids of expert sets must be
 counts | statistics(sets_per_layer=np.array([len(SET_IDS)])) | sets must be those of 3 layers, got 1
 counts | lambda path: SEQUENCES.save(path) | format must be moetuner.statistics version 1, got
+trace | counted("{") | population must be JSON
+trace | counted("[]") | population must have sample, limit, recordings, unreadable, sequences, got
+trace | counted({"more": 1}) | population must have sample, limit, recordings, unreadable, sequences
+trace | counted({"sample": 0}) | sample must be
+trace | counted({"limit": 1}) | stretches of a population must have hashes below 1
+trace | counted({"sequences": -1}) | sequences must be
+trace | counted({"recordings": "2"}) | recordings must be an integer, got '2'
+trace | counted(load=None) | must hold a tensor 'population.load'
+trace | counted(load=-np.ones((2, 3, 8))) | load of a population must be counts of 3 dimensions
+trace | counted(load=np.ones((1, 3, 8), int)) | tables of a population must fit
+trace | counted(load=np.ones((2, 3, 9), int)) | population must have load [2, 3, 8] and 100 rows
+trace | counted(stretch_rows=np.array([50, 51])) | and 100 rows in its stretches, got
+trace | counted(stretch_place=np.array([0])) | tables of a population must fit
+trace | counted(labels=np.array([7])) | population must have a label for every sequence, got 1
 topology | "" | Topology.__init__() missing 1 required positional argument: 'devices'
 topology | "{" | must be a JSON object or TOML
 topology | '{"gpus": 8}' | keys must be out of

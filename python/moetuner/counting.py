@@ -34,7 +34,7 @@ SHARD_BYTES, COUNTED_SHARE = 16 << 20, 0.95
 
 
 def count(
-    recording: AnyRecording,
+    traffic: AnyRecording,
     *,
     sample: int | None = None,
     threads: int | None = None,
@@ -52,7 +52,7 @@ def count(
 
     Parameters
     ----------
-    recording
+    traffic
         A trace, or a load table: pairs and sets of a table belong to all of its windows, and are
         left out. What was counted already is returned as it is.
     sample
@@ -83,31 +83,31 @@ def count(
     >>> counted.tokens, counted.population.load.tolist()
     (4, [[[2, 1, 1]]])
     """
-    check_recording(recording, "recording")
-    size = SAMPLE[recording.unit]
+    check_recording(traffic)
+    size = SAMPLE[traffic.unit]
     if sample is not None:
         size = check.whole_number("sample", sample, highest=1 << 40)
     threads = check.threads_in(threads)
     check.callable_or_none("progress", progress)
-    if recording.population is not None:
-        if sample is not None and recording.population.sample != size:
+    if traffic.population is not None:
+        if sample is not None and traffic.population.sample != size:
             raise check.ArgumentError(
-                f"sample must be {recording.population.sample:,}, with which this recording was "
+                f"sample must be {traffic.population.sample:,}, with which this recording was "
                 f"counted, got {size:,}",
                 "sample",
             )
-        return recording
+        return traffic
     report = progress or (lambda _: None)
-    starts = np.arange(0, recording.length, STRETCH[recording.unit])
-    lengths = np.diff(np.append(starts, recording.length))
-    hashes = _hash_stretches(recording, starts, lengths)
+    starts = np.arange(0, traffic.length, STRETCH[traffic.unit])
+    lengths = np.diff(np.append(starts, traffic.length))
+    hashes = _hash_stretches(traffic, starts, lengths)
     limit = find_limit(hashes, lengths.astype(np.uint64), size)
     is_kept = mark_below(hashes, limit)
-    if isinstance(recording, RoutingStatistics):
-        load, rows = _count_table(recording)
+    if isinstance(traffic, RoutingStatistics):
+        load, rows = _count_table(traffic)
     else:
-        load, rows = _count_trace(as_trace(recording), threads, report)
-    labels = np.empty(0) if recording.sequence is None else recording.sequence
+        load, rows = _count_trace(as_trace(traffic), threads, report)
+    labels = np.empty(0) if traffic.sequence is None else traffic.sequence
     ends = (
         [int(end) + LABEL_OFFSET for end in (labels.min(), labels.max())] if labels.size else [0, 0]
     )
@@ -125,9 +125,9 @@ def count(
         stretch_highest=_repeat(ends[1], is_kept),
         sample=size,
         limit=limit,
-        sequences=recording.sequences,
+        sequences=traffic.sequences,
     )
-    kept = recording if is_kept.all() else recording.take(np.repeat(is_kept, lengths))
+    kept = traffic if is_kept.all() else traffic.take(np.repeat(is_kept, lengths))
     report(1.0)
     if isinstance(kept, RoutingTrace):
         kept = replace(kept, ids=in_memory(kept.ids.valid_array()))

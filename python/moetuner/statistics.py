@@ -267,6 +267,7 @@ class RoutingStatistics(Recording, Frozen):
             check.whole_number("top_k", self.top_k, highest=experts)
         check.text_or_none("model", self.model)
         if self.population is not None:
+            check.instance("population", self.population, Population)
             groups = 1 if self.group is None else len(self.group_names)
             self.population.check_fits(self.windows, None, (groups, layers, experts))
 

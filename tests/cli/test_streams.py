@@ -76,17 +76,22 @@ def test_a_full_disk_is_said_once(files):
     assert said == ["moetuner: error: standard output: No space left on device"]
 
 
-# The command line, which stays where it shows its first progress until a signal comes.
+# The command line, which stays where it shows the first progress of some work until a signal comes.
 HELD = """
 import sys, time
 from moetuner.cli import main, output
-def show(*_, **__):
-    print("held", file=sys.stderr, flush=True)
-    while True:
+def show(report, *_, **__):
+    while WORK in report.label:
+        print("held", file=sys.stderr, flush=True)
         time.sleep(3600)
 output.Report.show = show
 sys.exit(main(sys.argv[1:]))
 """
+
+
+def held(work=""):
+    """Give the command line that is held in work whose label has these words."""
+    return (sys.executable, "-c", HELD.replace("WORK", repr(work)))
 
 
 # The command line, whose log gets a line every second.
@@ -128,7 +133,7 @@ def test_a_signal_ends_every_command_alike(files, command, number):
     """Status 128 + signal, a line that says so, and no conclusion from what did not end."""
     devices = () if command == "inspect" else ("--devices", "2")
     words = (command, "t.safetensors", *devices)
-    out, _ = interrupted(files, number, (sys.executable, "-c", HELD), *words, until="held")
+    out, _ = interrupted(files, number, held(), *words, until="held")
     assert "null" not in out
     assert "worth a trial" not in out
 
@@ -149,6 +154,18 @@ def test_a_signal_writes_the_best_so_far(make_trace, tmp_path, number, json_file
     assert json.loads(text)["status"] == "interrupted"
     assert json_file == "-" or "interrupted, best so far" in out
     assert said == "moetuner: interrupted: this is the best so far"
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_writes_what_was_counted_so_far(make_trace, tmp_path, number):
+    """While the second of three recordings is counted: the file has the first one."""
+    for place in range(3):
+        make_trace(60, seed=place).save(tmp_path / f"{place}.safetensors")
+    line = "convert 0.safetensors 1.safetensors 2.safetensors --count --out counts.safetensors"
+    out, said = interrupted(tmp_path, number, held("2 of 3"), *line.split(), until="held")
+    assert "Counted: 1 recording with 60 tokens" in out
+    assert said == "moetuner: interrupted: this is the best so far"
+    assert mt.RoutingTrace.load(tmp_path / "counts.safetensors").population.recordings == 1
 
 
 def test_a_panic_under_a_signal_is_the_signal(run, monkeypatch):

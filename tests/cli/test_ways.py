@@ -146,6 +146,9 @@ def write_inputs(folder):
             how = {"window": 100, "sets": name == "trace", "by_group": of.group is not None}
             counted = mt.RoutingStatistics.from_trace(of, **how)
             counted.save(folder / f"counted-{name}.safetensors")
+    mt.RoutingTrace.concat(map(mt.count, (traces["trace"], traces["newer"]))).save(
+        folder / "counts.safetensors"
+    )
     tables = {
         "load": {"load": load},
         "later": {"load": load[::-1].copy()},
@@ -162,6 +165,7 @@ def write_inputs(folder):
     return [
         *(f"{name}.safetensors" for name in traces),
         *(f"counted-{name}.safetensors" for name in ("trace", "plain", "window")),
+        "counts.safetensors",
         *(f"{name}.npz" for name in tables),
         "flat.npy",
         "trace.safetensors newer.safetensors",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from moetuner._checks import ArgumentError
 from moetuner._texts import name
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
@@ -96,7 +97,7 @@ def command(
         {
             "sources": [str(source) for source in sources],
             kind: recording.facts([out_file], traffic),
-            **({"left_out": [*map(str, unreadable)]} if skip_unreadable else {}),
+            **({"unreadable": [*map(str, unreadable)]} if skip_unreadable else {}),
         }
     )
 
@@ -118,25 +119,24 @@ def _count_sources(
         with working(f"counting {source.name}, {number} of {len(files)}") as report:
             progress = show_shares(report, "of the tokens", then="sample")
             try:
-                recording_of_source = count(
-                    read_input([source], hints, reader), sample=sample, progress=progress
-                )
-                with naming(source):
-                    counted = (
-                        recording_of_source
-                        if counted is None
-                        else total([counted, recording_of_source])
-                    )
+                traffic = read_input([source], hints, reader)
+                added = count(traffic, sample=sample, progress=progress)
             except KeyboardInterrupt:
                 if counted is None:
                     raise
                 break
+            except ArgumentError:  # of an option, not of the source
+                raise
             except (ValueError, OSError) as error:
                 if unreadable is None:
                     raise
                 unreadable[source] = str(error)
+                continue
+        with naming(source):
+            counted = added if counted is None else total([counted, added])
     if counted is None:
-        raise click.UsageError(f"none of {len(files)} sources could be read.")
+        first = next(iter((unreadable or {}).values()), "they hold no files")
+        raise click.UsageError(f"no source could be read: {first}")
     assert counted.population is not None
     failed = counted.population.unreadable + len(unreadable or {})
     return replace(counted, population=replace(counted.population, unreadable=failed))

@@ -38,7 +38,9 @@ NO_LIMIT = 1 << 64
 LABEL_OFFSET, LABEL_BITS = 1 << 31, 32
 # Tables of stretches, and those by which stretches are in order.
 OF_STRETCHES = tuple(name for name in TABLES if name.startswith("stretch_"))
-ORDER = ("stretch_lowest", "stretch_recording", "stretch_place", "stretch_hash")
+ORDER = (
+    *("stretch_lowest", "stretch_highest", "stretch_recording", "stretch_place", "stretch_hash"),
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -60,7 +62,7 @@ class Population(Frozen):
         Hash of the recording that every stretch is of, and its number there [N].
     stretch_lowest, stretch_highest
         Lowest and highest label of all sequences of that recording [N], plus ``LABEL_OFFSET``; 0
-        without labels. Recordings are in the order of the lowest.
+        without labels. Recordings are in their order, which is that of pieces of one recording.
     sample
         Most rows that are kept, where they are of several stretches.
     limit

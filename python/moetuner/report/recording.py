@@ -77,8 +77,8 @@ def _describe_population(recording: Recording, population: Population) -> str:
         loads = count_loads(recording, by_group=False).total_load
         distance = float(measure_distance(loads, population.load.sum(axis=0)).mean())
         text += (
-            f"; the sample has {percent(share)} of them, and {percent(distance)} of its choices "
-            "would have to differ for the loads of all."
+            f"; here is a sample of {percent(share)}, whose loads differ from those of all by "
+            f"{percent(distance)}."
         )
     if population.unreadable:
         text += f" {counted(population.unreadable, 'recording')} could not be read."

@@ -1,0 +1,233 @@
+"""Counted recordings add up in any order, and are as good as what they were counted from."""
+
+from functools import reduce
+from itertools import pairwise
+from operator import add
+
+import make
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import moetuner as mt
+from moetuner.counting import total
+from moetuner.recording import population
+
+EXPERTS = 5
+# Stretches of a known trace that are kept, the hash of the first one and of the trace, and limit.
+PLACES = [4, 13]
+HASHES = (2321134885634292665, 4273263763078206853, 4476729018262760858)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_stretches():
+    """Cut recordings into stretches of four tokens, or two windows."""
+    before = dict(population.STRETCH)
+    population.STRETCH.update(token=4, window=2)
+    yield
+    population.STRETCH.update(before)
+
+
+def written(recording, path):
+    """Give the bytes of a recording's file."""
+    recording.save(path)
+    return path.read_bytes()
+
+
+def in_pieces(recording, cuts):
+    """Give runs of rows of a recording that end at the cuts."""
+    ends = [0, *sorted(cuts), recording.length]
+    rows = np.arange(recording.length)
+    return [recording.take(rows[begin:end]) for begin, end in pairwise(ends)]
+
+
+def rows_of(recording):
+    """Give what is in the rows of a recording, without their labels."""
+    if recording.ordered:
+        return [row.tobytes() for row in recording.expert_ids]
+    return [row.astype("<u8").tobytes() for row in recording.window_load]
+
+
+@st.composite
+def shards(draw):
+    """Traces or load tables of one model, labelled or not; some are empty, two may be one."""
+    rng = np.random.default_rng(draw(st.integers(0, 1 << 32)))
+    is_trace, has_groups = draw(st.booleans()), draw(st.booleans())
+    has_sequences, lengths = (
+        draw(st.booleans()),
+        draw(st.lists(st.integers(0, 40), min_size=2, max_size=4)),
+    )
+    recordings = []
+    for length in lengths:
+        labels = {"model": "m"}
+        if has_groups:
+            labels |= {"group": rng.integers(0, 2, length), "group_names": ["a", "b", "none"]}
+        if is_trace:
+            ids = rng.random((length, 2, EXPERTS)).argsort(axis=2)[..., :2]
+            if has_sequences:
+                labels["sequence"] = np.sort(rng.integers(-3, 4, length))
+            recordings.append(mt.RoutingTrace.from_arrays(ids, num_experts=EXPERTS, **labels))
+        else:
+            load = rng.integers(0, 9, (length + 1, 2, EXPERTS))
+            labels |= {"group": rng.integers(0, 2, length + 1)} if has_groups else {}
+            recordings.append(mt.RoutingStatistics.from_load(load, window=7, **labels))
+    return recordings + recordings[:1] * draw(st.booleans())
+
+
+@settings(max_examples=60)
+@given(shards(), st.integers(1, 60), st.randoms(use_true_random=False))
+def test_sums_are_the_same_in_any_order(tmp_path_factory, shards, sample, random):
+    """Bit by bit, whatever is added first; loads are exact, and the sample is that of all."""
+    path = tmp_path_factory.mktemp("counts") / "counts.safetensors"
+    counted = [mt.count(shard, sample=sample) for shard in shards]
+    expected = reduce(add, counted)
+    for _ in range(4):
+        left = random.sample(counted, len(counted))
+        while len(left) > 1:
+            one, other = (
+                left.pop(random.randrange(len(left))),
+                left.pop(random.randrange(len(left))),
+            )
+            left.append(one + other)
+        assert written(left[0], path) == written(expected, path)
+    about = expected.population
+    assert about.recordings == len(shards)
+    loads = np.zeros(about.load.shape, np.int64)
+    for shard in shards:
+        for row in range(shard.length):
+            group = 0 if shard.group is None else shard.group[row]
+            for layer in range(shard.layers):
+                if shard.ordered:
+                    np.add.at(loads[group, layer], shard.expert_ids[row, layer], 1)
+                else:
+                    loads[group, layer] += shard.window_load[row, layer].astype(np.int64)
+    assert np.array_equal(about.load, loads)
+    assert about.size == sum(shard.length for shard in shards)
+    # Oracle: all stretches of all recordings by their hash, as many whole ones as fit.
+    stretches = []
+    for shard in shards:
+        everything = mt.count(shard, sample=1 << 20)
+        sizes, rows = everything.population.stretch_rows.astype(int), rows_of(everything)
+        for number, size in zip(everything.population.stretch_hash.tolist(), sizes, strict=True):
+            stretches.append((number, rows[:size]))
+            del rows[:size]
+    kept, hashes = [], sorted({number for number, _ in stretches})
+    for place, number in enumerate(hashes):
+        more = [row for other, rows in stretches if other == number for row in rows]
+        if place and len(kept) + len(more) > sample:
+            break
+        kept += more
+    assert sorted(rows_of(expected)) == sorted(kept)
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_pieces_of_a_recording_add_up_to_it(data):
+    """Wherever it is cut, also inside a sequence: rows, labels and groups are those it had.
+
+    But for two pieces that have tokens of one and the same sequence alone, which nothing orders.
+    """
+    lengths = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=8))
+    sequence = np.repeat(range(len(lengths)), lengths)
+    ids = make.random_ids(len(sequence), 2, 2, EXPERTS, seed=len(sequence))
+    whole = make.trace_of(
+        ids, EXPERTS, sequence=sequence, group=sequence % 2, group_names=["a", "b"], model="m"
+    )
+    cuts = data.draw(st.sets(st.integers(0, whole.tokens), max_size=3))
+    pieces = in_pieces(whole, cuts)
+    alone = [piece.sequence[0] for piece in pieces if piece.sequences == 1]
+    assume(len(alone) == len(set(alone)))
+    counted = total(data.draw(st.permutations([mt.count(piece) for piece in pieces])))
+    assert np.array_equal(counted.expert_ids, whole.expert_ids)
+    assert np.array_equal(counted.group, whole.group)
+    assert np.array_equal(counted.sequence, whole.sequence)
+
+
+def test_sequences_of_different_recordings_are_different():
+    """Recordings that number their sequences from 0 each have sequences of their own in the sum."""
+    one, other = (make.trace(40, seed=seed, groups=None) for seed in (0, 1))
+    counted = mt.count(one) + mt.count(other)
+    assert counted.sequences == counted.population.sequences == 8
+    parts = [counted.expert_ids[counted.sequence == label] for label in range(8)]
+    expected = [*np.split(one.expert_ids, 4), *np.split(other.expert_ids, 4)]
+    assert {part.tobytes() for part in parts} == {part.tobytes() for part in expected}
+    assert np.array_equal(
+        np.sort(counted.population.find_labels(np.arange(8))), [0, 0, 1, 1, 2, 2, 3, 3]
+    )
+    # Added twice, a recording is no other one.
+    assert (mt.count(one) + mt.count(one)).sequences == 4
+
+
+def test_sample_is_of_all_recordings_and_times():
+    """Where stretches begin alike, as with a prompt that all share, some of each are drawn."""
+    rng = np.random.default_rng(0)
+    ids = rng.random((1600, 1, 8)).argsort(axis=2)[..., :2]
+    ids[::4] = [[0, 1]]  # the first token of every stretch
+    shards = [
+        make.trace_of(part, 8, sequence=np.arange(len(part))) for part in np.split(ids, [1200])
+    ]
+    counted = total(mt.count(shard, sample=400) for shard in shards)
+    assert 390 <= counted.tokens <= 400
+    assert not counted.population.is_whole
+    places = counted.population.stretch_place
+    per_recording = np.unique(counted.population.stretch_recording, return_counts=True)[1]
+    # 100 of 400 stretches; 75 of them are of the first recording, give or take four deviations.
+    assert sorted(per_recording)[0] in range(10, 41)
+    assert 70 < np.median(places) < 130  # 100 of the stretches of both are before the 100th
+
+
+def test_what_is_taken_of_a_sample_is_no_sample():
+    """Parts have no population, joining adds, and what was counted stays as it is."""
+    counted = mt.count(make.trace(80, model=None))
+    assert mt.count(counted) is counted
+    for part in (*mt.hold_out(counted), *counted.split(0.5), counted.select(layers=[0])):
+        assert part.population is None
+    assert counted.select().population is counted.population
+    joined = mt.RoutingTrace.concat([counted, mt.count(make.trace(40, seed=1, model=None))])
+    assert joined.population.recordings == 2
+    table = mt.count(mt.RoutingStatistics.from_trace(make.trace(80), window=4))
+    assert table.coactivation is None
+    for part in (*mt.hold_out(table), table.joined(8), table.per_step(4), *table.split(0.5)):
+        assert part.population is None
+
+
+@pytest.mark.parametrize("is_trace", [True, False])
+def test_files_keep_everything(tmp_path, is_trace):
+    """What is read adds up like what was written, with groups, sequences and labels."""
+    recordings = [make.trace(80, seed=seed) for seed in range(3)]
+    if not is_trace:
+        recordings = [
+            mt.RoutingStatistics.from_trace(trace, window=4, by_group=True) for trace in recordings
+        ]
+    one, other, third = (mt.count(recording, sample=40) for recording in recordings)
+    path = tmp_path / "counts.safetensors"
+    (one + other).save(path)
+    read = type(one).load(path)
+    assert read.population == (one + other).population
+    assert written(third + read, path) == written(one + other + third, path)
+
+
+def test_answers_are_those_of_the_trace(brief, tmp_path):
+    """Figures of advise, and the placement of solve on a half, are the same from pieces of it."""
+    trace = make.trace(1600, groups=["a", "b", "none"])
+    counted = total(mt.count(piece) for piece in in_pieces(trace, [400, 900]))
+    answers = [
+        mt.advise(recording, mt.Topology(4), window=32, copies=[0], seed=3).to_dict()
+        for recording in (trace, counted)
+    ]
+    assert answers[0] == answers[1]
+    placements = [
+        mt.solve(mt.Problem(mt.hold_out(recording, seed=1)[0], mt.Topology(4))).placement
+        for recording in (trace, counted)
+    ]
+    assert placements[0] == placements[1]
+
+
+def test_hashes_are_the_same_on_every_machine():
+    """The sample of a known trace is known, whatever type its ids have in the file."""
+    ids = (np.arange(60)[:, None, None] + np.arange(2)) % EXPERTS
+    for dtype in (np.uint8, np.uint16, np.int64):
+        about = mt.count(make.trace_of(ids.astype(dtype), EXPERTS), sample=8).population
+        assert about.stretch_place.tolist() == PLACES
+        assert (int(about.stretch_hash[0]), int(about.stretch_recording[0]), about.limit) == HASHES
