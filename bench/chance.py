@@ -21,12 +21,10 @@ is served worse is named; and what verdict says of a change between the two. See
 from __future__ import annotations
 
 import json
-import operator
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial, reduce
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +37,7 @@ from simulated import Law, advised, draw_table, placed, prompts, true_gain
 
 import moetuner as mt
 from moetuner.cli import moetuner as command_line
+from moetuner.counting import total
 from moetuner.evaluation.arrival import draw_mixed_order
 
 Traffic = mt.RoutingTrace | mt.RoutingStatistics
@@ -207,15 +206,25 @@ def _of_documents(number: int, questions: int, size: int, before: int = 0) -> Re
 SHARDS, IN_SHARD, SAMPLE = 8, 180, 1 << 16
 
 
-def _draw_counted(law: Law, rng: Rng, *, together: bool = False) -> Traffic:
-    """Draw shards, count each by itself, and add the counts; ``together`` mixes sequences."""
-    counted = []
-    for _ in range(SHARDS):
-        shard = law.trace(rng, prompts(rng, IN_SHARD))
-        if together:
-            shard = shard.take(draw_mixed_order(shard.sequence, shard.tokens))
-        counted.append(mt.count(shard, sample=SAMPLE, threads=1))
-    return reduce(operator.add, counted)
+def _draw_shards(law: Law, rng: Rng, number: int, *, together: bool) -> list[mt.RoutingTrace]:
+    """Draw shards, whose sequences come one after the other, or are served together."""
+    shards = [law.trace(rng, prompts(rng, IN_SHARD)) for _ in range(number)]
+    if together:
+        shards = [shard.take(draw_mixed_order(shard.sequence, shard.tokens)) for shard in shards]
+    return shards
+
+
+def _of_counts(*, together: bool) -> Recorded:
+    """Return recordings whose shards are counted one by one, and fresh shards of the same kind."""
+
+    def draw(law: Law, rng: Rng) -> Traffic:
+        shards = _draw_shards(law, rng, SHARDS, together=together)
+        return total([mt.count(shard, sample=SAMPLE, threads=1) for shard in shards])
+
+    def draw_fresh(law: Law, rng: Rng) -> Traffic:
+        return mt.RoutingTrace.concat(_draw_shards(law, rng, 4, together=together))
+
+    return Recorded(draw, draw_fresh)
 
 
 # Recordings by name.
@@ -239,8 +248,8 @@ RECORDINGS: dict[str, Recorded] = {
     "documents": _of_documents(20, 4, 300),
     "documents, a third": _of_documents(20, 4, 90),
     "one system prompt": _of_documents(80, 1, 1, 200),
-    "counted, one by one": Recorded(_draw_counted),
-    "counted, served together": Recorded(partial(_draw_counted, together=True)),
+    "counted, one by one": _of_counts(together=False),
+    "counted, served together": _of_counts(together=True),
     "32 steps of 16 counters": Recorded(
         lambda law, rng: law.counters(rng, 16),
         lambda law, rng: law.table(rng, 400, 1, tokens=WINDOW),
