@@ -1,5 +1,6 @@
 """Counted recordings add up in any order, and are as good as what they were counted from."""
 
+from dataclasses import replace
 from functools import reduce
 from itertools import pairwise
 from operator import add
@@ -155,6 +156,17 @@ def test_sequences_of_different_recordings_are_different():
     assert np.array_equal(
         np.sort(counted.population.find_labels(np.arange(8))), [0, 0, 1, 1, 2, 2, 3, 3]
     )
+    # Rows of a recording stay together.
+    assert np.count_nonzero(np.diff(counted.population.stretch_recording)) == 1
+    # Recordings of one sequence each, as files of requests are, have nothing of each other.
+    alone = [make.trace(20, seed=seed, length=20, groups=None) for seed in range(3)]
+    assert total(map(mt.count, alone)).sequences == 3
+    # Labels of one begin inside those of the other: they are no pieces of one recording.
+    shifted = replace(other, sequence=other.sequence + 2)
+    assert (mt.count(one) + mt.count(shifted)).sequences == 8
+    # Where one has no labels, sequences of the sum are not known.
+    unlabelled = mt.count(one) + mt.count(replace(other, sequence=None))
+    assert unlabelled.sequences is unlabelled.population.sequences is None
     # Added twice, a recording is no other one.
     assert (mt.count(one) + mt.count(one)).sequences == 4
 
@@ -200,11 +212,16 @@ def test_files_keep_everything(tmp_path, is_trace):
         recordings = [
             mt.RoutingStatistics.from_trace(trace, window=4, by_group=True) for trace in recordings
         ]
-    one, other, third = (mt.count(recording, sample=40) for recording in recordings)
+    counted = (mt.count(recording, sample=40) for recording in recordings)
+    one, other, third = (
+        replace(count, population=replace(count.population, unreadable=number))
+        for number, count in enumerate(counted)
+    )
     path = tmp_path / "counts.safetensors"
     (one + other).save(path)
     read = type(one).load(path)
     assert read.population == (one + other).population
+    assert (third + read).population.unreadable == 3
     assert written(third + read, path) == written(one + other + third, path)
 
 

@@ -178,9 +178,7 @@ class Population(Frozen):
         }
         hashes, sizes = stretches["stretch_hash"], stretches["stretch_rows"].astype(np.int64)
         first_row = np.cumsum(sizes) - sizes
-        limit = min(self.limit, other.limit)
-        is_known = mark_below(hashes, limit)
-        limit = find_limit(hashes[is_known], sizes[is_known], self.sample, limit)
+        limit = find_limit(hashes, sizes, self.sample, min(self.limit, other.limit))
         order = np.lexsort([stretches[name] for name in reversed(ORDER)])
         order = order[mark_below(hashes[order], limit)]
         sequences = (self.sequences, other.sequences)
