@@ -50,6 +50,23 @@ def rows_of(recording):
     return [row.astype("<u8").tobytes() for row in recording.window_load]
 
 
+def choose_rows(shards, sample):
+    """Oracle: the stretches of all recordings by their hash, as many whole ones as fit, sorted."""
+    rows_of_hash = {}
+    for shard in shards:
+        everything = mt.count(shard, sample=1 << 20)
+        about, rows = everything.population, rows_of(everything)
+        for number, size in zip(about.stretch_hash, about.stretch_rows.astype(int), strict=True):
+            rows_of_hash.setdefault(int(number), []).extend(rows[:size])
+            del rows[:size]
+    kept = []
+    for number in sorted(rows_of_hash):
+        if kept and len(kept) + len(rows_of_hash[number]) > sample:
+            break
+        kept += rows_of_hash[number]
+    return sorted(kept)
+
+
 @st.composite
 def shards(draw):
     """Traces or load tables of one model, labelled or not; some are empty, two may be one."""
@@ -105,21 +122,9 @@ def test_sums_are_the_same_in_any_order(tmp_path_factory, shards, sample, random
                     loads[group, layer] += shard.window_load[row, layer].astype(np.int64)
     assert np.array_equal(about.load, loads)
     assert about.size == sum(shard.length for shard in shards)
-    # Oracle: all stretches of all recordings by their hash, as many whole ones as fit.
-    stretches = []
-    for shard in shards:
-        everything = mt.count(shard, sample=1 << 20)
-        sizes, rows = everything.population.stretch_rows.astype(int), rows_of(everything)
-        for number, size in zip(everything.population.stretch_hash.tolist(), sizes, strict=True):
-            stretches.append((number, rows[:size]))
-            del rows[:size]
-    kept, hashes = [], sorted({number for number, _ in stretches})
-    for place, number in enumerate(hashes):
-        more = [row for other, rows in stretches if other == number for row in rows]
-        if place and len(kept) + len(more) > sample:
-            break
-        kept += more
-    assert sorted(rows_of(expected)) == sorted(kept)
+    assert sorted(rows_of(expected)) == choose_rows(shards, sample)
+    for shard, of_shard in zip(shards, counted, strict=True):
+        assert sorted(rows_of(of_shard)) == choose_rows([shard], sample)
 
 
 @settings(max_examples=60)
