@@ -246,6 +246,22 @@ def test_answers_are_those_of_the_trace(brief, tmp_path):
     assert placements[0] == placements[1]
 
 
+def test_commands_write_what_python_does(ok, tmp_path):
+    """Files of a folder are recordings each, and what was counted before is added as it is."""
+    (tmp_path / "shards").mkdir()
+    traces = [make.trace(80, seed=seed) for seed in range(4)]
+    for number, trace in enumerate(traces[:3]):
+        trace.save(tmp_path / "shards" / f"{number}.safetensors")
+    before = mt.count(traces[3])
+    before = replace(before, population=replace(before.population, unreadable=2))
+    before.save(tmp_path / "before.safetensors")
+    files = [tmp_path / name for name in ("shards", "before.safetensors", "counts.safetensors")]
+    ok("convert", *files[:2], "--count", "--out", files[2])
+    expected = total([before, *map(mt.count, traces[:3])])
+    assert files[2].read_bytes() == written(expected, tmp_path / "expected.safetensors")
+    assert expected.population.unreadable == 2
+
+
 def test_hashes_are_the_same_on_every_machine():
     """The sample of a known trace is known, whatever type its ids have in the file."""
     ids = (np.arange(60)[:, None, None] + np.arange(2)) % EXPERTS
