@@ -111,13 +111,13 @@ class Recording:
 
     def facts(self) -> dict[str, Any]:
         """Return kind and sizes, for JSON."""
-        counted = {} if self.population is None else self.population.facts(self.unit)
+        counted = {} if self.population is None else {"counted": self.population.facts()}
         return {
             "model": self.model,
             "layers": self.layers,
             "num_experts": self.num_experts,
             "group_names": [] if self.group is None else [*self.group_names],
-            **({"counted": counted} if counted else {}),
+            **counted,
         }
 
     def group_rows(self) -> dict[str | None, Integers]:

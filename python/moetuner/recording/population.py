@@ -123,12 +123,12 @@ class Population(Frozen):
         """Whether every row is in the sample."""
         return int(self.stretch_rows.sum()) == self.size
 
-    def facts(self, unit: str) -> dict[str, Any]:
-        """Return how much was counted, for JSON; ``unit`` is the name of a row."""
+    def facts(self) -> dict[str, Any]:
+        """Return how much was counted, for JSON."""
         return {
             "recordings": self.recordings,
             "unreadable": self.unreadable,
-            f"{unit}s": self.size,
+            "rows": self.size,
             "sequences": self.sequences,
         }
 
