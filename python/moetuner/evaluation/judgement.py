@@ -190,7 +190,7 @@ class Judgement(Frozen):
     def _describe_samples(self) -> dict[str, Any]:
         """Return the kind and number of independent samples of the traffic, as JSON values."""
         units = self.units
-        length = None if units is None else units.blocks.correlation_length
+        length = None if units is None else units.autocorrelation.correlation_length
         name = None if units is None else units.name
         return {"kind": name, "number": self.gain.units, "block_length": length}
 

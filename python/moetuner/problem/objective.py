@@ -422,7 +422,7 @@ class Objective:
         visits = None if self.statistics.sets is None else self._count_visits(placement)
         follows = self.regime == "follow"
         expected = replay.Expected(self.statistics, setting, follows=follows, visits=visits)
-        # Home devices follow from the load of all windows, which may come in several blocks.
+        # Home devices follow from the load of all windows, which may come in several chunks.
         total = None if self.windows.load.dtype == np.float64 else self.windows.total[None]
 
         def times(load: Floats) -> Floats:
