@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "placement": ("topology", "files", "charts"),
     "router_groups": ("statistics", "placement"),
     "serving": (*VALUES, "files", "router_groups"),
-    "evaluation": (*VALUES, "serving", "files.ids", "charts"),
+    "evaluation": (*VALUES, "serving", "files.ids", "files.cells", "charts"),
     "formats": (*VALUES, "files", "router_groups", "serving"),
     "problem": (*VALUES, "serving", "evaluation", "files"),
     "solver.effort": (),
