@@ -43,7 +43,9 @@ class CountsByOrder:
     parts: list[tuple[float, Counts]]
     mixed: NDArray[Any] | None
     setting: Setting
-    _cached: dict[Windows, Weighed] = field(default_factory=dict, repr=False)
+    # Several figures need the same values. These counts are dropped after one evaluation, and a
+    # recording is not, so the values are not among its results.
+    _computed: dict[Windows, Weighed] = field(default_factory=dict, repr=False)
 
     @property
     def counts(self) -> Counts:
@@ -52,16 +54,16 @@ class CountsByOrder:
 
     def steps(self, windows: Windows) -> Weighed:
         """Compute a figure of full windows; an empty list where counts do not have it."""
-        if windows not in self._cached:
+        if windows not in self._computed:
             tables = [
                 (weight, counts, windows(counts, self.setting)) for weight, counts in self.parts
             ]
-            self._cached[windows] = [
+            self._computed[windows] = [
                 (weight, table[counts.is_full_window])
                 for weight, counts, table in tables
                 if table is not None
             ]
-        return self._cached[windows]
+        return self._computed[windows]
 
     @property
     def imbalances(self) -> Weighed:

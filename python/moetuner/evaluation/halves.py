@@ -28,7 +28,7 @@ from moetuner.evaluation.figures import FIGURES, CountsByOrder, Figure, Windows
 from moetuner.evaluation.reading import Progress, scale_progress
 from moetuner.evaluation.replay import Counts, Setting, count_each, drop_groups
 from moetuner.evaluation.samples import Folds, Samples
-from moetuner.recording import Recording
+from moetuner.recording import Recording, compute_once
 
 Floats = NDArray[np.float64]
 
@@ -111,8 +111,9 @@ def halve_each(
     with_halves = {name for name, figure in FIGURES.items() if figure.windows is not None}
     chosen_names = with_halves if names is None else with_halves & set(names)
     request = _Request(samples, by_group, frozenset(chosen_names))
-    # The same placement is compared with several others, and in windows of several sizes.
-    cached: list[tuple[Setting, _Request, ByGroup]] = traffic.memo.setdefault("halves", [])
+    # The same placement is compared with several others, and in windows of several sizes. Halves
+    # are searched in a list, as those of more groups or figures are an answer as well.
+    cached: list[_CachedHalves] = compute_once(traffic, "halves", list)
     del cached[: max(len(cached) - CACHED_SETTINGS, 0)]
 
     def find_cached(setting: Setting) -> ByGroup | None:
@@ -139,6 +140,9 @@ class _Request(NamedTuple):
         """Return whether the answer to this request holds the answer to another."""
         has_groups = self.by_group or not other.by_group
         return self.samples is other.samples and has_groups and other.names <= self.names
+
+
+_CachedHalves = tuple[Setting, _Request, ByGroup]
 
 
 def _compute_halves(
