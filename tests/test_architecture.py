@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "counting": ("statistics", "trace", "recording", "files"),
     "router_groups": ("statistics", "placement"),
     "serving": (*VALUES, "files", "router_groups"),
-    "evaluation": (*VALUES, "serving", "files.ids", "charts"),
+    "evaluation": (*VALUES, "serving", "files.ids", "files.cells", "charts"),
     "formats": (*VALUES, "files", "router_groups", "serving"),
     "problem": (*VALUES, "serving", "evaluation", "files"),
     "solver.effort": (),

@@ -129,20 +129,20 @@ impl<'a> DepthFirst<'a> {
         self.refund + self.completion(0, 0).0
     }
 
-    /// At most what the missing members, from `start` on, add; and the least of the hopes that went into it.
+    /// Returns an upper bound on what the missing members, from `start` on, add, and the least term of that bound.
     fn completion(&mut self, depth: usize, start: usize) -> (f64, f64) {
         let c = self.contents.slots;
-        let left = c - depth;
+        let missing = c - depth;
         let mut top = [f64::NEG_INFINITY; DEEPEST];
-        let top = &mut top[..left];
-        let halves = &self.halves[(start * c + left - 1) * self.e..][start..self.e];
+        let top = &mut top[..missing];
+        let halves = &self.halves[(start * c + missing - 1) * self.e..][start..self.e];
         let gains = self.gains[depth][start..].iter().zip(halves);
         for ((gain, halves), hope) in gains.zip(&mut self.hopes[depth][start..]) {
             *hope = gain + halves;
         }
         for &hope in &self.hopes[depth][start..] {
             let mut x = hope;
-            if x > top[left - 1] {
+            if x > top[missing - 1] {
                 for t in top.iter_mut() {
                     if x > *t {
                         std::mem::swap(t, &mut x);
@@ -150,18 +150,18 @@ impl<'a> DepthFirst<'a> {
                 }
             }
         }
-        (top.iter().sum(), top[left - 1])
+        (top.iter().sum(), top[missing - 1])
     }
 
     fn descend(&mut self, depth: usize, start: usize, load: u128, value: f64) {
-        let left = self.contents.slots - depth;
-        if left == 2 {
+        let missing = self.contents.slots - depth;
+        if missing == 2 {
             self.finish(depth, start, load, value);
             return;
         }
         let base = value + self.refund;
         let (mut sum, mut least) = self.completion(depth, start);
-        for a in start..=self.e - left {
+        for a in start..=self.e - missing {
             if base + sum <= self.floor {
                 return;
             }
@@ -188,7 +188,7 @@ impl<'a> DepthFirst<'a> {
         }
     }
 
-    /// The best last two members.
+    /// Tries all pairs of members as the last two.
     fn finish(&mut self, depth: usize, start: usize, load: u128, value: f64) {
         let e = self.e;
         // The price is given back: true values are compared.

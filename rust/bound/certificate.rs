@@ -165,13 +165,13 @@ pub(super) fn dual_value(relaxation: &Relaxation, dual: &Dual, hints: Option<&Hi
     let layers: Vec<Sum> =
         (0..=pairs).into_par_iter().map(|l| layer_value(relaxation, l, dual, &by_pair, hints)).collect();
     let mut sum = Sum::default();
-    for part in by_pair.iter().map(|side| side.sum).chain(layers) {
-        sum.join(part);
+    for addend in by_pair.iter().map(|pair| pair.sum).chain(layers) {
+        sum.join(addend);
     }
     // No number passes through more roundings than this: a coefficient, its multiplier, the cuts of its variable,
     // the longest sum of a pair, the sum over pairs.
     let e = relaxation.experts;
-    let terms = by_pair.iter().map(|side| side.terms).max().unwrap_or(0) as usize;
+    let terms = by_pair.iter().map(|pair| pair.terms).max().unwrap_or(0) as usize;
     let roundings = (2 * terms + 4 * e * e + 2 * e + 8 * pairs + 64) as f64;
     sum.value - roundings * f64::EPSILON * sum.magnitude
 }

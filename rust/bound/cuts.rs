@@ -139,12 +139,12 @@ impl Cut {
             Kind::LoadAbove | Kind::LoadBelow => {
                 let (w, limit) = self.side(relaxation, j);
                 let sign = if self.kind == Kind::LoadAbove { 1.0 } else { -1.0 };
-                let own = if i / e == j { w[i % e] } else { 0.0 };
+                let own_weight = if i / e == j { w[i % e] } else { 0.0 };
                 for k in (0..e).filter(|k| k + j * e != i) {
                     term(y(i, k + j * e), sign * w[k]);
                 }
                 let edge = if sign > 0.0 { limit.0 } else { limit.1 };
-                Sum { value: sign * (edge - own), magnitude: edge + own }
+                Sum { value: sign * (edge - own_weight), magnitude: edge + own_weight }
             }
             Kind::Spread => {
                 let (w, (upper, lower, total)) = self.side(relaxation, i);
@@ -208,13 +208,13 @@ impl Cut {
             }
             _ => {
                 let (w, (upper, ..)) = self.side(relaxation, m);
-                let own = if within(i) { w[i % e] } else { 0.0 };
-                term(p, upper - own);
+                let own_weight = if within(i) { w[i % e] } else { 0.0 };
+                term(p, upper - own_weight);
                 for (k, q, r, choice) in others.filter(|&(.., choice)| choice != choice::Q) {
                     term(q, w[k]);
                     term(member(p, q, r, choice), -w[k]);
                 }
-                Sum { value: upper - own, magnitude: upper + own }
+                Sum { value: upper - own_weight, magnitude: upper + own_weight }
             }
         }
     }

@@ -191,7 +191,7 @@ impl<'a> Point<'a> {
         let r = &self.row(j)[side * e..][..e];
         let w = self.relaxation.weights(self.l + side);
         let [gather, together, apart_i, apart_j] = lifted_sums(p, q, r, w);
-        let own = |item: usize| if item / e == side { w[item % e] } else { 0.0 };
+        let own_weight = |item: usize| if item / e == side { w[item % e] } else { 0.0 };
         let inside = [i, j].into_iter().filter(|&item| item / e == side).count() as f64;
         // The sums ran over i and j too.
         let mut push = |kind, excess: f64, unit: f64, items| {
@@ -204,10 +204,10 @@ impl<'a> Point<'a> {
         push(Kind::Gather, (slots - inside) * p - (gather - inside * p), 1.0, [i, j, side]);
         if let Some(limit) = self.relaxation.limit[self.l + side] {
             let unit = limit.total / self.relaxation.devices as f64;
-            let both = own(i) + own(j);
+            let both = own_weight(i) + own_weight(j);
             push(Kind::Together, together - both * p - (limit.upper - both) * p, unit, [i, j, side]);
             for (i, j, sum) in [(i, j, apart_i), (j, i, apart_j)] {
-                let excess = sum - own(i) * (1.0 - p) - (limit.upper - own(i)) * (1.0 - p);
+                let excess = sum - own_weight(i) * (1.0 - p) - (limit.upper - own_weight(i)) * (1.0 - p);
                 push(Kind::Apart, excess, unit, [i, j, side]);
             }
         }

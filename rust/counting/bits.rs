@@ -244,8 +244,8 @@ pub(super) fn count(rows: &[u64], size: usize, tokens: Range<usize>, counts: &mu
     }
 }
 
-/// Adds the ones of the AND of every left with every right row to `counts` `[size, size]`. Where both are the same rows,
-/// `own`, half of the table says it all. Rows of `sums` are mostly empty in their upper bits.
+/// Adds the ones of the AND of every left with every right row to `counts` `[size, size]`. Where both are the same rows
+/// (`is_same`), the table is symmetric. Rows of `sums` are mostly empty in their upper bits.
 #[multiversion::multiversion(targets(
     "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx512vpopcntdq+avx2+bmi2+popcnt",
     "x86_64+avx2+bmi2+popcnt"
@@ -254,7 +254,7 @@ pub(super) fn count_pairs(
     left: &[u64],
     right: &[u64],
     size: usize,
-    own: bool,
+    is_same: bool,
     sums: bool,
     counts: &mut [u64],
 ) {
@@ -278,7 +278,7 @@ pub(super) fn count_pairs(
         // A tile of the table at a time: its sums stay in registers while the words go by.
         for e in 0..width / LEFT {
             for f in 0..width / RIGHT {
-                let below = own && (f + 1) * RIGHT <= e * LEFT;
+                let below = is_same && (f + 1) * RIGHT <= e * LEFT;
                 let words = if sums { shorter(in_left.of(e), in_right.of(f)) } else { &all };
                 if below || words.is_empty() {
                     continue;
@@ -293,7 +293,7 @@ pub(super) fn count_pairs(
                         }
                     }
                 }
-                if !own && (f + 1) * RIGHT <= size {
+                if !is_same && (f + 1) * RIGHT <= size {
                     for (counts, sums) in counts.chunks_exact_mut(size).skip(e * LEFT).zip(&sums) {
                         let counts = counts[f * RIGHT..].first_chunk_mut::<RIGHT>().expect("a whole tile");
                         for (count, sum) in counts.iter_mut().zip(sums) {
@@ -304,10 +304,10 @@ pub(super) fn count_pairs(
                 }
                 for (e, sums) in (e * LEFT..size).zip(&sums) {
                     for (f, sum) in (f * RIGHT..size).zip(sums) {
-                        if !own || e <= f {
+                        if !is_same || e <= f {
                             counts[e * size + f] += sum;
                         }
-                        if own && e < f {
+                        if is_same && e < f {
                             counts[f * size + e] += sum;
                         }
                     }

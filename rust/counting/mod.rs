@@ -201,9 +201,9 @@ fn gather<I: ExpertId>(block: &[I], layers: Range<usize>, routing: Routing, all:
     for ids in &mut *all {
         ids.resize(block.len() / routing.layers, block[0]);
     }
-    for (part, tokens) in block.chunks(TOKENS * row).enumerate() {
+    for (batch, tokens) in block.chunks(TOKENS * row).enumerate() {
         for (l, ids) in layers.clone().zip(&mut *all) {
-            let ids = &mut ids[part * TOKENS * k..];
+            let ids = &mut ids[batch * TOKENS * k..];
             match k {
                 1 => copy::<I, 1>(tokens, l, row, ids),
                 2 => copy::<I, 2>(tokens, l * 2, row, ids),

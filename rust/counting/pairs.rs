@@ -136,11 +136,11 @@ impl<I: ExpertId> Side<I> {
     }
 
     /// Adds pairs to tables `[size, size]`, or writes them there where `new`: of the ids of another side, on the left, with
-    /// this one's, and of this one's with each other and each with itself.
+    /// this one's (`left`), and of this one's with each other and each with itself (`inside`).
     ///
     /// # Panics
     /// When the two sides are not of the same tokens.
-    pub fn count_pairs(&mut self, left: Option<(&Self, &mut [u64])>, own: Option<&mut [u64]>, new: bool) {
+    pub fn count_pairs(&mut self, left: Option<(&Self, &mut [u64])>, inside: Option<&mut [u64]>, new: bool) {
         let (size, top_k) = (self.size, self.top_k);
         if self.kernel == Kernel::Lists {
             let mut tables = Vec::new();
@@ -148,7 +148,7 @@ impl<I: ExpertId> Side<I> {
                 assert!(left.tokens == self.tokens && counts.len() == size * size);
                 tables.push((&left.lists, counts));
             }
-            if let Some(counts) = own {
+            if let Some(counts) = inside {
                 tables.push((&self.lists, counts));
             }
             lists::count_pairs(&mut tables, &self.ids, top_k, size, new, &mut self.workplace);
@@ -158,20 +158,20 @@ impl<I: ExpertId> Side<I> {
             assert!(left.tokens == self.tokens);
             left.add_pairs(self, counts, new);
         }
-        if let Some(counts) = own {
+        if let Some(counts) = inside {
             self.add_pairs(self, counts, new);
         }
     }
 
     fn add_pairs(&self, right: &Self, counts: &mut [u64], new: bool) {
         let (size, top_k) = (self.size, self.top_k);
-        let own = std::ptr::eq(self, right);
+        let is_same = std::ptr::eq(self, right);
         assert!(counts.len() == size * size);
         if new {
             counts.fill(0);
         }
         match self.kernel {
-            Kernel::Bits => bits::count_pairs(&self.bits, &right.bits, size, own, self.sums, counts),
+            Kernel::Bits => bits::count_pairs(&self.bits, &right.bits, size, is_same, self.sums, counts),
             Kernel::Rows => rows::count_pairs(&self.ids, &right.ids, top_k, size, counts),
             Kernel::Cells => {
                 let (left, right) = (self.ids.chunks_exact(top_k), right.ids.chunks_exact(top_k));

@@ -69,8 +69,8 @@ pub(super) fn transpose<N: Number>(numbers: &mut [N; BLOCK]) {
     // Two steps at a time, so that numbers are loaded and stored half as often.
     while by > 1 {
         let half = by / 2;
-        for part in numbers.chunks_exact_mut(2 * by * lanes) {
-            let (low, high) = part.split_at_mut(by * lanes);
+        for square in numbers.chunks_exact_mut(2 * by * lanes) {
+            let (low, high) = square.split_at_mut(by * lanes);
             let ((a, b), (c, d)) = (low.split_at_mut(half * lanes), high.split_at_mut(half * lanes));
             for (((a, b), c), d) in a.iter_mut().zip(b).zip(c).zip(d) {
                 N::swap(a, c, by);
@@ -82,8 +82,8 @@ pub(super) fn transpose<N: Number>(numbers: &mut [N; BLOCK]) {
         by = half / 2;
     }
     if by == 1 {
-        for part in numbers.chunks_exact_mut(2 * lanes) {
-            let (low, high) = part.split_at_mut(lanes);
+        for square in numbers.chunks_exact_mut(2 * lanes) {
+            let (low, high) = square.split_at_mut(lanes);
             for (low, high) in low.iter_mut().zip(high) {
                 N::swap(low, high, 1);
             }

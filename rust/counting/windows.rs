@@ -148,13 +148,13 @@ impl WindowCounts {
 
     /// Refuses so many more tokens if their windows, and a copy of them in the end, are more than memory can hold.
     pub(crate) fn room_for(&self, tokens: usize) -> Result<()> {
-        let more = self.length.map_or(1, |length| (tokens as u64).div_ceil(length)) as usize;
+        let added_windows = self.length.map_or(1, |length| (tokens as u64).div_ceil(length)) as usize;
         let tokens = self.tokens.saturating_add(tokens as u64);
         let windows = self.length.map_or(1, |length| tokens.div_ceil(length).max(1)) as usize;
         let (layers, size) = (self.counts.len(), self.size);
         // Tables grow by doubling.
         room_for("windows", &[windows, layers, size, 3 * self.full.width()])?;
-        room_for("windows", &[more.saturating_add(1), layers, size, 2 * size_of::<u64>()])
+        room_for("windows", &[added_windows.saturating_add(1), layers, size, 2 * size_of::<u64>()])
     }
 
     /// Windows, at least one.
@@ -213,8 +213,8 @@ pub(crate) fn by_window(
     let mut from = 0;
     while from < tokens {
         let token = first + from as u64;
-        let (window, left) = length.map_or((0, u64::MAX), |n| (token / n, n - token % n));
-        let to = tokens.min(from.saturating_add(usize::try_from(left).unwrap_or(usize::MAX)));
+        let (window, tokens_left) = length.map_or((0, u64::MAX), |n| (token / n, n - token % n));
+        let to = tokens.min(from.saturating_add(usize::try_from(tokens_left).unwrap_or(usize::MAX)));
         let end = (window as usize + 1) * size;
         if counts.len() < end {
             counts.resize(end, 0);

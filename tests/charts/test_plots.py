@@ -154,4 +154,4 @@ def test_placements_and_gains_are_tables():
     evaluations = [mt.evaluate(placement, TRACE) for placement in (BLOCKS, COPIED)]
     gain = mt.verdict(*evaluations)
     assert f"<td>{gain.answer}</td>" in gain._repr_html_()
-    assert f"{gain.gain:.1%}" in gain._repr_html_()
+    assert f"<td>{100 * gain.gain:.1f} %</td>" in gain._repr_html_()

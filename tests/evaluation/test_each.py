@@ -137,7 +137,7 @@ def test_blocks_of_windows_change_nothing(make_trace, monkeypatch):
         ]
 
     whole = figures()
-    monkeypatch.setattr("moetuner.evaluation.blocks.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("moetuner.evaluation.chunks.CHUNK_BYTES", 1000)
     for evaluation, alone in zip(figures(), whole, strict=True):
         for name in ("imbalance", "imbalance_mixed", "imbalance_worst", "predicted_layer_us"):
             assert getattr(evaluation, name) == pytest.approx(getattr(alone, name), rel=1e-12), name

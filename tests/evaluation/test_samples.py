@@ -11,12 +11,12 @@ from make import trace_of
 import moetuner as mt
 from moetuner.evaluation.arrival import draw_mixed_order
 from moetuner.evaluation.samples import (
-    Blocks,
+    Autocorrelation,
     Samples,
     choose_runs,
     find_samples,
     hold_out,
-    measure_blocks,
+    measure_autocorrelation,
     measure_correlation_length,
 )
 from moetuner.formats import open_input
@@ -34,19 +34,21 @@ def table(topics, windows, seed):
 
 
 @pytest.mark.parametrize(("topics", "windows"), [(64, 1), (32, 2), (16, 4), (8, 8)])
-def test_blocks_are_as_long_as_topics(topics, windows):
+def test_correlation_times_are_as_long_as_topics(topics, windows):
     """The correlation time is the topics' length, nearly, in the mean."""
-    blocks = [measure_blocks(table(topics, windows, seed).window_load) for seed in range(8)]
-    assert np.mean([each.correlation_time for each in blocks]) == pytest.approx(windows, rel=0.25)
-    assert all(windows <= each.correlation_length + 1 for each in blocks)
+    measured = [
+        measure_autocorrelation(table(topics, windows, seed).window_load) for seed in range(8)
+    ]
+    assert np.mean([each.correlation_time for each in measured]) == pytest.approx(windows, rel=0.25)
+    assert all(windows <= each.correlation_length + 1 for each in measured)
     # By themselves, windows seldom seem to be alike.
-    assert windows > 1 or sum(each.correlation_length > 1 for each in blocks) <= 1
+    assert windows > 1 or sum(each.correlation_length > 1 for each in measured) <= 1
 
 
 def test_long_correlations_are_measured_on_fewer_windows():
     """Topics of 40 windows reach beyond the lags that are looked at."""
-    blocks = measure_blocks(table(10, 40, 0).window_load)
-    assert blocks.correlation_time == pytest.approx(40, rel=0.4)
+    measured = measure_autocorrelation(table(10, 40, 0).window_load)
+    assert measured.correlation_time == pytest.approx(40, rel=0.4)
 
 
 def test_groups_have_levels_of_their_own():
@@ -55,8 +57,8 @@ def test_groups_have_levels_of_their_own():
     share = np.repeat(rng.dirichlet(np.ones(8), (4, 1)), 16, axis=0)
     load = rng.multinomial(500, share)
     group = np.arange(64) // 16
-    assert measure_blocks(load, group).correlation_length == 1
-    assert measure_blocks(load).correlation_length > 4
+    assert measure_autocorrelation(load, group).correlation_length == 1
+    assert measure_autocorrelation(load).correlation_length > 4
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -70,7 +72,7 @@ def test_windows_by_chance_are_independent_whatever_their_groups(order, groups):
         load = random.multinomial(16384, share, (windows, 16)).astype(np.uint64)
         chance = random.integers(0, groups, windows)
         by_order = {"turns": turn % groups, "runs": turn * groups // windows, "chance": chance}
-        alarms += measure_blocks(load, by_order[order]).correlation_length > 1
+        alarms += measure_autocorrelation(load, by_order[order]).correlation_length > 1
     assert alarms <= 2
 
 
@@ -78,7 +80,7 @@ def test_windows_by_chance_are_independent_whatever_their_groups(order, groups):
 def test_runs_are_held_out_with_a_gap(seed):
     """No window that is seen is within a block of one that is held out; few are lost."""
     load = table(32, 4, seed)
-    length = measure_blocks(load.window_load).correlation_length
+    length = measure_autocorrelation(load.window_load).correlation_length
     seen, unseen = choose_runs(128, 0.5, length, seed)
     assert not (seen & unseen).any()
     apart = np.abs(np.flatnonzero(seen)[:, None] - np.flatnonzero(unseen))
@@ -148,7 +150,9 @@ def test_one_prompt_again_and_again_is_held_out_by_sequence():
 
 def test_runs_are_longer_than_windows_are_alike():
     """Folds of windows without labels follow one another, of three units each and of equal size."""
-    dealt = Samples("window", 24, Blocks(64 / 24, 3)).deal(table(16, 4, 0), np.arange(64), None)
+    dealt = Samples("window", 24, Autocorrelation(64 / 24, 3)).deal(
+        table(16, 4, 0), np.arange(64), None
+    )
     assert (dealt.number, dealt.units) == (8, 24)
     assert dealt.fold.tolist() == [window // 8 for window in range(64)]
 
@@ -246,9 +250,9 @@ def test_windows_that_take_turns_are_alike_beyond_lag_one(pattern):
     rng = np.random.default_rng(7)
     kinds = PATTERNS[pattern](192, rng)
     table = windows(kinds, rng, changed=0.5)
-    blocks = measure_blocks(table.window_load)
-    assert 4 <= blocks.correlation_length <= 14
-    assert blocks.number(192) <= 80
+    measured = measure_autocorrelation(table.window_load)
+    assert 4 <= measured.correlation_length <= 14
+    assert measured.number(192) <= 80
 
 
 def test_groups_are_held_out_at_the_same_times():
@@ -334,7 +338,7 @@ def test_windows_that_change_little_by_little_are_blocks_of_time(path):
             np.array([place[load.tobytes()] for load in part.window_load])
             for part in hold_out(table, 0.5, seed=seed)
         )
-        assert abs(seen[:, None] - unseen).min() > units.blocks.correlation_length
+        assert abs(seen[:, None] - unseen).min() > units.autocorrelation.correlation_length
 
 
 def test_a_day_that_comes_again_is_of_kinds():
@@ -357,7 +361,7 @@ def test_no_single_window_decides_how_many_are_independent(memory):
     numbers = []
     for window in range(0, 80, 4):
         rest = np.arange(80) != window
-        numbers.append(measure_blocks(load[rest], group[rest]).number(79))
+        numbers.append(measure_autocorrelation(load[rest], group[rest]).number(79))
     assert max(numbers) <= 1.1 * np.median(numbers) + 1
     assert min(numbers) >= 0.9 * np.median(numbers) - 1
 
@@ -367,7 +371,7 @@ def test_groups_that_follow_one_another_are_in_both_parts():
     rng = np.random.default_rng(2)
     shares = np.concatenate([LAW.walk(rng, 16, 0.7) for _ in range(5)])
     table = simulated.draw_table(rng, shares, np.arange(80) // 16)
-    assert find_samples(table).blocks.correlation_length > 1
+    assert find_samples(table).autocorrelation.correlation_length > 1
     for part in hold_out(table, 0.5):
         assert np.bincount(part.group, minlength=5).min() >= 3
 

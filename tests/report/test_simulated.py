@@ -55,7 +55,11 @@ def test_what_is_too_little_without_labels_is_told():
     advice = simulated.advised(table, 0, splits=1)
     assert advice.answer == "not enough evidence"
     assert advice.findings[0].kind == "neighbouring windows are alike"
-    assert advice.to_dict()["units"]["block_length"] == advice.units.blocks.correlation_length > 5
+    assert (
+        advice.to_dict()["units"]["block_length"]
+        == advice.units.autocorrelation.correlation_length
+        > 5
+    )
 
 
 def test_few_kinds_are_told():

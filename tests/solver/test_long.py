@@ -78,7 +78,7 @@ def test_the_objective_is_of_all_windows(goal, regime, split, monkeypatch):
     problem = mt.Problem(
         statistics, topology, objective=goal, regime=regime, split=split, slots_per_device=3
     )
-    monkeypatch.setattr("moetuner.evaluation.blocks.BLOCK_BYTES", 8 * 16 * 100)
+    monkeypatch.setattr("moetuner.evaluation.chunks.CHUNK_BYTES", 8 * 16 * 100)
     result = mt.solve(problem, iterations=100)
     dense = replace(problem.windows, load=statistics.window_load.astype(np.float64))
     expected = problem.objective_in(dense).value(result.placement)

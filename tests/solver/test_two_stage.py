@@ -15,7 +15,7 @@ from moetuner import Placement, Problem, RoutingStatistics, Topology, _core
 from moetuner.solver.budget import Budget
 from moetuner.solver.milp.highs import Ilp
 from moetuner.solver.two_stage import cluster_layers, cluster_traffic, place_clusters, two_stage
-from moetuner.solver.two_stage.place import solve_stage
+from moetuner.solver.two_stage.place import place_by_ilp
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -124,7 +124,7 @@ def test_stage_2_and_the_program_enclose_the_optimum(seed, devices, per_node):
     assert not alike or (placed.status, placed.total) == ("optimal", total)
     start = placed.device, None, (placed.bottleneck, 0)
     budget = Budget()
-    solution, _ = solve_stage(traffic, cost, *start, tolerance=0, seed=0, budget=budget)
+    solution, _ = place_by_ilp(traffic, cost, *start, tolerance=0, seed=0, budget=budget)
     scale = max(placed.bottleneck, 1)
     assert solution.bound * scale <= best + 1e-3
     assert best - 1e-3 <= solution.objective * scale <= placed.bottleneck + 1e-3

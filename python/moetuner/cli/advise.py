@@ -28,6 +28,7 @@ from moetuner.report.advice.conclusion import write_order
 from moetuner.report.advice.values import Advice, write_windows
 from moetuner.report.findings import TERMINAL, Finding, Voice
 from moetuner.report.page.data import PageData, make_advice_data
+from moetuner.serving import Serving
 from moetuner.serving.engines import NOTHING_PLACED
 from moetuner.serving.running import Running
 from moetuner.serving.settings import read_count
@@ -129,18 +130,12 @@ def command(
             threads=source.threads,
             progress=show_steps(report, weights),
         )
-    nothing_placed = next((NOTHING_PLACED.get(name) for name in source.readers), None)
-    if nothing_placed is not None and served.engine is None:
-        numbers = {"engine": nothing_placed}
-        advice = advice.overruled(Finding("nothing to place", numbers, forces="not now"))
+    advice = _overrule_where_nothing_is_placed(advice, source, served)
     voice = TERMINAL._replace(audit=recipes.make_recipe_to_audit(source, advice, unseen).command)
     following = recipes.list_recipes_after(source, advice, unseen)
     # The gain of few moves stands above their command, if there is one.
-    shown = advice
-    if any(FEW_MOVES_FILE in recipe.command for recipe in following):
-        others = tuple(found for found in advice.findings if found.kind != "few moves")
-        shown = replace(advice, findings=others)
-    _show(output, shown, voice)
+    has_command = any(FEW_MOVES_FILE in recipe.command for recipe in following)
+    _show(output, _leave_out_few_moves(advice) if has_command else advice, voice)
     output.next_commands(following)
     go_back = recipes.find_way_back_from(advice)
     if go_back is not None:
@@ -156,6 +151,21 @@ def command(
 
     pages.write(output, page)
     output.finish(contents)
+
+
+def _overrule_where_nothing_is_placed(advice: Advice, source: Source, served: Serving) -> Advice:
+    """Return the advice, which is "not now" if the engine of INPUT places no experts."""
+    nothing_placed = next((NOTHING_PLACED.get(name) for name in source.readers), None)
+    if nothing_placed is None or served.engine is not None:
+        return advice
+    numbers = {"engine": nothing_placed}
+    return advice.overruled(Finding("nothing to place", numbers, forces="not now"))
+
+
+def _leave_out_few_moves(advice: Advice) -> Advice:
+    """Return the advice without its finding on few moves."""
+    others = tuple(finding for finding in advice.findings if finding.kind != "few moves")
+    return replace(advice, findings=others)
 
 
 def _future(source: Source, unseen: tuple[Path, ...]) -> Source | None:

@@ -148,7 +148,7 @@ def command(
     rival = outcomes.get(baseline, next(iter(outcomes.values())))
     best = _show(output, list(outcomes.values()), rival, held_out=holdout > 0)
     compared_with = rival if rival is not best else next(iter(outcomes.values()))
-    judged = _judge(outcomes_by_split, baseline, source.traffic)
+    judged = _judge_methods(outcomes_by_split, baseline, source.traffic)
     by_windows = {
         tokens: _gains(outcomes_by_split, baseline, judged, tokens) for tokens in best.phases
     }
@@ -301,7 +301,7 @@ def _gain_facts(gain: Comparison) -> dict[str, Any]:
     return gain.to_dict() | {"mean": sum(gain.splits) / len(gain.splits)}
 
 
-def _judge(
+def _judge_methods(
     splits: list[dict[str, Outcome]], baseline: str, recording: Recording
 ) -> dict[str, dict[int | None, Judgement]]:
     """Judge all methods of the first split against one, in the objective's figure, by window."""

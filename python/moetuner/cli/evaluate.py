@@ -240,7 +240,7 @@ def _table(output: Output, title: str, names: list[str], evaluation: Evaluation)
 def _show_groups(output: Output, judgement: Judgement) -> None:
     """Print a table per measure, with the change of all traffic and of every group."""
     assert judgement.units is not None
-    kind, length = judgement.units.name, judgement.units.blocks.correlation_length
+    kind, length = judgement.units.name, judgement.units.autocorrelation.correlation_length
     in_blocks = length > 1
     against, name = judgement.gain.names
     judged_over = counted(judgement.gain.units, f"independent {kind}" if in_blocks else kind)

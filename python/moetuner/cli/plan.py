@@ -126,10 +126,7 @@ def command(
     made = read_made(running_file, running)
     topology = machine.topology(running.devices, made.machine)
     if expert_bytes is None:
-        size = made.expert_size or source.traffic.expert_size
-        # INPUT may be counts alone: what is moved is the placement's.
-        bits = source.weight_bits or made.input.weight_bits
-        expert_bytes = bytes_of_expert(size, source.traffic.model or running.model, bits)
+        expert_bytes = _find_expert_bytes(source, running, made)
     contents: dict[str, Any] = {"input": source.facts(), "running": str(running_file)}
     contents |= {"expert_bytes": expert_bytes, "topology": topology.to_dict()}
     traffic = _count_loads(source, made)
@@ -176,6 +173,14 @@ def command(
     output.next_commands(following)
     contents["commands"] = [*map(str, following)]
     output.finish(contents)
+
+
+def _find_expert_bytes(source: Source, running: Placement, made: Made) -> float | None:
+    """Return the bytes of one expert of the placement; None where its size is not known."""
+    size = made.expert_size or source.traffic.expert_size
+    # INPUT may be counts alone: what is moved is the placement's.
+    bits = source.weight_bits or made.input.weight_bits
+    return bytes_of_expert(size, source.traffic.model or running.model, bits)
 
 
 def _count_loads(source: Source, made: Made) -> RoutingStatistics:

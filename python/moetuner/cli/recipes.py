@@ -133,7 +133,7 @@ def _list_trial(
     commands.append(solve(problem.slots, why, out_file=placed))
     step = advice.step
     if step is not None and "initial_file" in solving:
-        finding = next(found for found in advice.findings if found.kind == "few moves")
+        finding = next(f for f in advice.findings if f.kind == "few moves")
         instead = f"or with few moves: {write(finding, TERMINAL)}"
         # All digits of the bytes: a budget that is rounded down is one expert less.
         budget = step.experts if step.bytes is None else step.bytes

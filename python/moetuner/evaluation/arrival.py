@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _checks as check
-from moetuner.evaluation.blocks import blocks
+from moetuner.evaluation.chunks import chunks
 from moetuner.recording import Recording
 from moetuner.serving.arrival import Arrival, share_mixed
 
@@ -160,10 +160,10 @@ def mix_windows(
     rng = np.random.default_rng(seed)
     total, size = len(windows), min(len(windows), size)
     count = total if count is None else count
-    for place in blocks(count, size * windows[0].size):
-        runs = range(place.start, place.stop)
-        drawn = np.stack([rng.choice(total, size, replace=False) for _ in runs])
+    for chunk in chunks(count, size * windows[0].size):
+        draws = range(chunk.start, chunk.stop)
+        drawn = np.stack([rng.choice(total, size, replace=False) for _ in draws])
         mixed = windows[drawn]
         if weight is not None:
             mixed = mixed * weight[drawn].reshape(*drawn.shape, *[1] * (windows.ndim - 1))
-        yield place, mixed.mean(axis=1)
+        yield chunk, mixed.mean(axis=1)

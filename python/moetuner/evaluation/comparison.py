@@ -9,6 +9,7 @@ from typing import Any, Literal
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import FEWEST, Spread
+from moetuner.files.cells import percent
 from moetuner.frozen import Frozen, html_table
 
 # Gain from which moving weights is worth it. Engines that ask before they rebalance draw
@@ -77,8 +78,8 @@ class Comparison(Frozen):
 
     def _repr_html_(self) -> str:
         head = ("measure", "group", *self.names, "gain", "95 % interval", "answer")
-        interval = "-" if self.low is None else f"{self.low:.1%} to {self.high:.1%}"
-        figures = (self.before, self.after, f"{self.gain:.1%}", interval, self.answer)
+        interval = "-" if self.low is None else f"{percent(self.low)} to {percent(self.high)}"
+        figures = (self.before, self.after, percent(self.gain), interval, self.answer)
         return html_table(head, [(self.measure, self.group, *figures)])
 
     @property

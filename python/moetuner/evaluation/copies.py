@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner.evaluation.blocks import by_block
+from moetuner.evaluation.chunks import by_chunk
 from moetuner.placement import EMPTY, Placement
 from moetuner.serving.splits import RULES, Split
 from moetuner.statistics import ExpertSets
@@ -39,7 +39,7 @@ def compute_slot_shares(placement: Placement, topology: Topology, split: Split) 
 def serve(placement: Placement, share: Floats, load: NDArray[Any]) -> Floats:
     """Compute the tokens that devices serve [W,L,D] from slots' shares and experts' tokens."""
     slots = placement.slots, share
-    return by_block(
+    return by_chunk(
         load, lambda windows: _core.expected_load(slots, np.ascontiguousarray(windows, np.float64))
     )
 
@@ -58,7 +58,7 @@ def count_loads(
     divide = RULES[split].divide
     if divide is not None and placement.has_copies:
         speed = topology.speed_of_device
-        return by_block(
+        return by_chunk(
             load,
             lambda windows: divide(
                 placement.slots, np.ascontiguousarray(windows, np.float64), speed
@@ -174,7 +174,7 @@ def count_rows(
 def count_busy_slots(placement: Placement, slot_load: NDArray[Any]) -> NDArray[Any]:
     """Count the slots of every device that have a token [W,L,D], given tokens by slot [W,L,D*S]."""
     sizes = (placement.layers, placement.devices, placement.slots_per_device)
-    return by_block(
+    return by_chunk(
         slot_load,
         lambda windows: (windows > 0).reshape(len(windows), *sizes).sum(axis=3, dtype=np.uint16),
     )
@@ -194,4 +194,4 @@ def count_active_experts(
         active = _core.expected_active(slots, np.ascontiguousarray(load, np.float64))
         return active if placement.has_copies else active.astype(np.uint16)
 
-    return by_block(expert_load, expect)
+    return by_chunk(expert_load, expect)

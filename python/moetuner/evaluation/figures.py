@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.cost import CostModel, busiest_ports
-from moetuner.evaluation.blocks import blocks, by_block
+from moetuner.evaluation.chunks import by_chunk, chunks
 from moetuner.evaluation.replay import Counts, Setting
 from moetuner.topology import Regime, Topology
 
@@ -43,7 +43,9 @@ class CountsByOrder:
     parts: list[tuple[float, Counts]]
     mixed: NDArray[Any] | None
     setting: Setting
-    _cached: dict[Windows, Weighed] = field(default_factory=dict, repr=False)
+    # Several figures need the same values. These counts are dropped after one evaluation, and a
+    # recording is not, so the values are not among its results.
+    _computed: dict[Windows, Weighed] = field(default_factory=dict, repr=False)
 
     @property
     def counts(self) -> Counts:
@@ -52,16 +54,16 @@ class CountsByOrder:
 
     def steps(self, windows: Windows) -> Weighed:
         """Compute a figure of full windows; an empty list where counts do not have it."""
-        if windows not in self._cached:
+        if windows not in self._computed:
             tables = [
                 (weight, counts, windows(counts, self.setting)) for weight, counts in self.parts
             ]
-            self._cached[windows] = [
+            self._computed[windows] = [
                 (weight, table[counts.is_full_window])
                 for weight, counts, table in tables
                 if table is not None
             ]
-        return self._cached[windows]
+        return self._computed[windows]
 
     @property
     def imbalances(self) -> Weighed:
@@ -177,7 +179,7 @@ def compute_imbalance(load: NDArray[Any], speed: Floats) -> Floats:
         np.divide(slowest, total, out=imbalance, where=total > 0)
         return imbalance
 
-    return by_block(load, compute)
+    return by_chunk(load, compute)
 
 
 def compute_percentile(parts: Weighed, percent: float) -> float:
@@ -212,16 +214,16 @@ def compute_layer_us(counts: Counts, setting: Setting) -> Floats:
     from_home = np.ascontiguousarray(counts.dispatch / visits_of_all[:, None, :])
     tier, tiers = topology.tier.astype(np.uint16), len(topology.levels)
     times = []
-    for run in blocks(len(counts.load), counts.load[0].size):
-        run_counts = counts.select(run)
-        compute = model.compute_us(run_counts.load, run_counts.active, topology.speed_of_device)
+    for chunk in chunks(len(counts.load), counts.load[0].size):
+        chunk_counts = counts.select(chunk)
+        compute = model.compute_us(chunk_counts.load, chunk_counts.active, topology.speed_of_device)
         if setting.serving.regime == "follow":
-            moved = _compute_follow_us(run_counts, topology, model)
+            moved = _compute_follow_us(chunk_counts, topology, model)
         else:
-            if model.once_per == "node" and run_counts.node_visits is not None and tiers == 2:
-                busiest = _count_rows_by_node(run_counts, run_counts.node_visits, topology)
+            if model.once_per == "node" and chunk_counts.node_visits is not None and tiers == 2:
+                busiest = _count_rows_by_node(chunk_counts, chunk_counts.node_visits, topology)
             else:
-                visits = np.ascontiguousarray(run_counts.visits, dtype=np.float64)
+                visits = np.ascontiguousarray(chunk_counts.visits, dtype=np.float64)
                 busiest = _core.busiest_rows(visits, from_home, tier, tiers)
             moved = model.ports_us(busiest, topology)
             moved = moved + model.ports_us(busiest, topology, bytes_each=model.bytes_back)

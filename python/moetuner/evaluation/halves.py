@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.evaluation.arrival import find_places, list_orders
 from moetuner.evaluation.cells import Cells, Dealt
-from moetuner.evaluation.figures import FIGURES, CountsByOrder, Figure, Windows
+from moetuner.evaluation.figures import FIGURES, CountsByOrder, Figure
 from moetuner.evaluation.reading import Progress, scale_progress
 from moetuner.evaluation.replay import Counts, Setting, count_each, drop_groups
 from moetuner.evaluation.samples import Folds, Samples
-from moetuner.recording import Recording
+from moetuner.recording import Recording, compute_once
 
 Floats = NDArray[np.float64]
 
@@ -111,8 +111,9 @@ def halve_each(
     with_halves = {name for name, figure in FIGURES.items() if figure.windows is not None}
     chosen_names = with_halves if names is None else with_halves & set(names)
     request = _Request(samples, by_group, frozenset(chosen_names))
-    # The same placement is compared with several others, and in windows of several sizes.
-    cached: list[tuple[Setting, _Request, ByGroup]] = traffic.memo.setdefault("halves", [])
+    # The same placement is compared with several others, and in windows of several sizes. Halves
+    # are searched in a list, as those of more groups or figures are an answer as well.
+    cached: list[_CachedHalves] = compute_once(traffic, "halves", list)
     del cached[: max(len(cached) - CACHED_SETTINGS, 0)]
 
     def find_cached(setting: Setting) -> ByGroup | None:
@@ -139,6 +140,9 @@ class _Request(NamedTuple):
         """Return whether the answer to this request holds the answer to another."""
         has_groups = self.by_group or not other.by_group
         return self.samples is other.samples and has_groups and other.names <= self.names
+
+
+_CachedHalves = tuple[Setting, _Request, ByGroup]
 
 
 def _compute_halves(
@@ -204,6 +208,20 @@ def _average_orders(weights: Sequence[float], by_order: Sequence[ByGroup]) -> By
     return averages
 
 
+def _choose_figures(
+    names: Collection[str], replay: CountsByOrder, *, has_tokens: bool
+) -> dict[str, Figure]:
+    """Return the named figures that can be computed of halves, in the order of ``FIGURES``."""
+    chosen = {}
+    for name, figure in FIGURES.items():
+        # Load tables give the experts that tokens combine for all windows together only.
+        has_halves = figure.per == "window" or has_tokens
+        is_named = name in names and has_halves
+        if is_named and figure.windows is not None and replay.steps(figure.windows):
+            chosen[name] = figure
+    return chosen
+
+
 def _add_windows(
     dealt: Dealt, sums_by_setting: Sequence[_FigureSums], progress: Progress | None
 ) -> None:
@@ -232,7 +250,10 @@ def _add_windows(
 
 
 class _FigureSums:
-    """Sums of figures over windows, of both sides of every halving, under one setting.
+    """Weighted sums of figures over windows, for both sides of every halving, under one setting.
+
+    Windows are added in runs, with the counts of their cells; then ``compute_figures`` has the
+    means.
 
     Parameters
     ----------
@@ -262,31 +283,28 @@ class _FigureSums:
             self._counts = replace(counts, crossed=np.zeros(len(self._items_by_fold)))
         self._visits = np.maximum(counts.visits.sum(axis=0, dtype=np.float64), 1e-300)
         replay = CountsByOrder([(1.0, self._counts)], None, setting)
-        self._figures: dict[str, Figure] = {}
-        for name, figure in FIGURES.items():
-            # Load tables give the experts that tokens combine for all windows together only.
-            has_halves = figure.per == "window" or has_tokens
-            is_chosen = name in names and figure.windows is not None and has_halves
-            if is_chosen and replay.steps(cast(Windows, figure.windows)):
-                self._figures[name] = figure
+        self._figures = _choose_figures(names, replay, has_tokens=has_tokens)
         self._values = {name: figure.value(replay) or 0.0 for name, figure in self._figures.items()}
         is_first = choose_halvings(dealt.folds.number)
         # A side is the set of its folds, one bit each; all first sides, then all second ones [2*H].
         bits = 1 << np.arange(dealt.folds.number)
         self._sides: list[int] = (np.concatenate([is_first, ~is_first]) @ bits).tolist()
-        # Sums of weight * value over windows, and of weights, by figure and side [2,2*H].
+        # For each figure the sums of weight * value over windows, and of weights, by side [2,2*H].
         self._sums = {name: np.zeros((2, len(self._sides))) for name in self._figures}
 
     def add(self, run: slice, size: int, cells: Cells | None) -> None:
-        """Add a run of the shortest windows, of ``size`` items each, with the counts of its cells.
+        """Add a run of short windows, of ``size`` items each, with the counts of their cells.
 
-        Several of them make one window of this setting.
+        Short windows are as long as those of the setting with the shortest ones. One or several of
+        them make a window of this setting. Without ``cells`` no folds share a window of the run.
         """
         if not self._sides:
             return
-        multiple, counts_of_window = -(-self.window_size // size), self._counts.load[0].size
+        # Short windows of a window, and the run in windows of this setting.
+        multiple = -(-self.window_size // size)
         begin, end = run.start // multiple, -(-run.stop // multiple)
-        step = max(COUNTS_AT_ONCE // max(len(self._sides) * counts_of_window, 1), 1)
+        counts_of_window = len(self._sides) * self._counts.load[0].size
+        step = max(COUNTS_AT_ONCE // max(counts_of_window, 1), 1)
         for first in range(begin, end, step):
             windows = slice(first, min(first + step, end))
             # Sides that have the same folds in a window share a row of counts.
@@ -319,8 +337,9 @@ class _FigureSums:
     ) -> Counts:
         """Compute the counts of sides in a run of windows, scaled to all tokens of each window.
 
-        Every row is a window and the folds that a side has in it. Rows start as the counts of all
-        traffic; those that have a part of their window are replaced by sums of cells.
+        A row of the counts is a window and a set of folds that sides have in it. It has the counts
+        of all traffic in the window; where other folds are in the window too, they are replaced by
+        the sums of the set's cells.
         """
         replayed, crossed = self._counts, None
         row_window, _, window_items, _ = sides.rows()

@@ -190,7 +190,7 @@ class Judgement(Frozen):
     def _describe_samples(self) -> dict[str, Any]:
         """Return the kind and number of independent samples of the traffic, as JSON values."""
         units = self.units
-        length = None if units is None else units.blocks.correlation_length
+        length = None if units is None else units.autocorrelation.correlation_length
         name = None if units is None else units.name
         return {"kind": name, "number": self.gain.units, "block_length": length}
 
@@ -273,16 +273,7 @@ def judge(
         check.one_of("figure", figure, FIGURES)
     measures = check_measures(measures)
     _check_names(names)
-    if figure is None and after.replayed is not None:
-        solved_for = after.replayed.setting.placement.settings.get("figure")
-        figure = solved_for if isinstance(solved_for, str) else None
-    both = (before, after)
-    choices = [name for name in (figure, "predicted_layer_us", "imbalance") if name in FIGURES]
-    measure = next(
-        name
-        for name in choices
-        if all(getattr(evaluation, name) is not None for evaluation in both)
-    )
+    both, measure = (before, after), _choose_figure(before, after, figure)
     changes: dict[str | None, dict[str, Spread]] = {None: {}}
     if before.replayed is not None and after.replayed is not None:
         units = _find_samples(after.replayed) if units is None else units
@@ -317,6 +308,22 @@ def judge(
         overall if groups else judged["all"],
         judged if groups else {},
         units,
+    )
+
+
+def _choose_figure(before: Evaluation, after: Evaluation, figure: str | None) -> str:
+    """Return the figure of the verdict: as named, or what the second placement was solved for.
+
+    Where an evaluation lacks it, the verdict is on the predicted time or else the imbalance.
+    """
+    if figure is None and after.replayed is not None:
+        solved_for = after.replayed.setting.placement.settings.get("figure")
+        figure = solved_for if isinstance(solved_for, str) else None
+    choices = [name for name in (figure, "predicted_layer_us", "imbalance") if name in FIGURES]
+    return next(
+        name
+        for name in choices
+        if all(getattr(evaluation, name) is not None for evaluation in (before, after))
     )
 
 

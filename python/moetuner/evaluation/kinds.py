@@ -131,11 +131,11 @@ def _are_shared(kind: Integers, group: Integers) -> bool:
 def number_texts(
     trace: RoutingTrace, label: Integers, number: int, progress: Progress | None = None
 ) -> tuple[Integers, Likeness]:
-    """Return the number of the text of every sequence [S]; those that share one have its number.
+    """Return the number of the text of every sequence [S], and how much of a text is repeated.
 
-    Also return whether sequences repeat a whole text or a part of it. ``label`` is the sequence of
-    every token [T]. Two tokens are the same where all layers route them to the same experts.
-    Passages that most sequences have in common are no text.
+    That is "text" where sequences of one number repeat all of it, else "part of the text".
+    ``label`` is the sequence of every token [T]. Two tokens are the same where all layers route
+    them to the same experts. Passages that most sequences have in common are no text.
     """
     passage, owner = _list_passages(trace, label, number, progress)
     # Sort, so that equal passages follow one another, and keep each once per sequence.
@@ -176,7 +176,7 @@ def _list_passages(
         done += len(shard)
         if progress is not None:
             progress(done / trace.tokens)
-        del shard  # else the next one is read while this one is still there
+        del shard  # else memory holds it while the next one is read
     frequency = np.unique(token[:: max(len(token) // PASSAGES, 1)], return_counts=True)[1]
     # The probability that two tokens are the same by chance.
     collision, size = float(((frequency / max(frequency.sum(), 1)) ** 2).sum()), PASSAGE
@@ -247,31 +247,24 @@ def _find_kinds_by_group(
 def _find_few_kinds(
     count: Floats, group: Integers | None = None, *, are_windows: bool = False
 ) -> Integers | None:
-    """Return the kind of every sequence of counts [S,L,E]; None if kinds are not few.
+    """Return the kind of every sequence, or window, of counts [S,L,E]; None if kinds are not few.
 
-    Kinds are all 0 if sequences are alike. Sequences of a kind differ by no more than noise, or by
-    little compared with two kinds. Shares are around the mean of their ``group`` [S].
+    All are of kind 0 if they are alike. Sequences of one kind differ by no more than noise, or by
+    much less than those of two kinds. With ``group`` [S], shares are compared around the mean of
+    their group. Windows that change little by little are of no kinds.
     """
     number = len(count)
     if number < 2 * EACH:
         return None
     tokens = count[:, 0].sum(axis=1)
     share = (count / np.maximum(count.sum(axis=2, keepdims=True), 1)).reshape(number, -1)
-    # Tokens choose distinct experts, so their counts vary less than a multinomial's.
-    variance = share * (1 - share)
-    noise = variance.sum(axis=1) / np.maximum(tokens, 1)
-    # The relative variance of the squared distance that noise gives.
-    noise_variance = np.full(number, 2 / max(count.shape[1] * (count.shape[2] - 1), 1))
-    if are_windows:
-        # The fewer experts have most of many tokens, the more the noise itself varies.
-        squares = (variance**2).sum(axis=1)
-        noise_variance = 2 * squares / np.maximum(variance.sum(axis=1) ** 2, 1e-300)
-    limit = 1 + NEAR * np.sqrt(noise_variance)
+    noise, limit = _measure_noise(share, tokens, count.shape, are_windows=are_windows)
     share = subtract_levels(share, group)
     kind = _cluster(share, tokens, noise, limit)
     if kind is not None or number > COMPARED:
         is_path = are_windows and kind is not None and _is_path(share, kind)
         return None if is_path else kind
+    # Where noise does not explain all differences, small changes of a prompt may.
     products = share @ share.T
     square = products.diagonal() - noise
     distance = square[:, None] + square - 2 * products
@@ -280,6 +273,28 @@ def _find_few_kinds(
     if kind is None or not _are_apart(distance, kind) or (are_windows and _is_path(share, kind)):
         return None
     return kind
+
+
+def _measure_noise(
+    share: Floats, tokens: Floats, shape: tuple[int, ...], *, are_windows: bool
+) -> tuple[Floats, Floats]:
+    """Compute the noise of every sequence's shares [S,F], and the limit of what it explains.
+
+    Noise [S] is the expected squared distance from a sequence's shares to those of endless tokens.
+    A squared distance is more than chance beyond the limit [S] times the noise. ``shape`` is that
+    of the counts [S,L,E].
+    """
+    number, layers, experts = shape
+    # Tokens choose distinct experts, so their counts vary less than a multinomial's.
+    variance = share * (1 - share)
+    noise = variance.sum(axis=1) / np.maximum(tokens, 1)
+    # The relative variance of the squared distance that noise gives.
+    noise_variance = np.full(number, 2 / max(layers * (experts - 1), 1))
+    if are_windows:
+        # The fewer experts have most of many tokens, the more the noise itself varies.
+        squares = (variance**2).sum(axis=1)
+        noise_variance = 2 * squares / np.maximum(variance.sum(axis=1) ** 2, 1e-300)
+    return noise, 1 + NEAR * np.sqrt(noise_variance)
 
 
 def _cluster(

@@ -66,7 +66,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Autocorrelation:
     """Autocorrelation of windows: how far apart two of them are independent.
 
     Parameters
@@ -85,7 +85,7 @@ class Blocks:
         return int(windows / self.correlation_time + 1e-9)
 
 
-INDEPENDENT = Blocks()
+INDEPENDENT = Autocorrelation()
 
 
 class Folds(NamedTuple):
@@ -122,7 +122,7 @@ class Samples:
         ``"sequence"``, ``"kind"`` (of sequences or windows), or ``"window"``.
     number
         Number of samples; for windows their effective sample size.
-    blocks
+    autocorrelation
         Autocorrelation of windows.
     sequences, kinds
         Labels of sequences, sorted, and the kind of each; both None where kinds are not few. For
@@ -136,7 +136,7 @@ class Samples:
 
     name: Name
     number: int
-    blocks: Blocks = INDEPENDENT
+    autocorrelation: Autocorrelation = INDEPENDENT
     sequences: NDArray[np.int32] | None = None
     kinds: Integers | None = None
     all_alike: bool = False
@@ -147,7 +147,7 @@ class Samples:
         return {
             "kind": self.name,
             "number": self.number,
-            "block_length": self.blocks.correlation_length,
+            "block_length": self.autocorrelation.correlation_length,
             "all_alike": self.all_alike,
         }
 
@@ -168,9 +168,9 @@ class Samples:
             label = find_samples(traffic).kinds
         if label is None:
             windows = max(len(rows) // traffic.rows_in(window or choose_piece_size(traffic)), 1)
-            samples = self.blocks.number(windows)
+            samples = self.autocorrelation.number(windows)
             number = max(min(samples, folds or FOLDS), 1)
-            if self.blocks.correlation_length > 1 and folds is None:
+            if self.autocorrelation.correlation_length > 1 and folds is None:
                 number = max(min(samples // RUN, FOLDS), min(samples, FEWEST_RUNS), 1)
             fold = np.arange(len(rows)) * number // max(len(rows), 1)
             return Folds(fold.astype(np.min_scalar_type(number)), number, samples)
@@ -226,14 +226,15 @@ def _find_samples_anew(
     if window is None:
         window = choose_piece_size(traffic)
     loads = count_loads(traffic, window=window, threads=threads, progress=progress)
-    blocks = measure_blocks(loads.window_load, loads.group)
-    return Samples("window", blocks.number(max(traffic.length // (window or 1), 1)), blocks)
+    autocorrelation = measure_autocorrelation(loads.window_load, loads.group)
+    number = autocorrelation.number(max(traffic.length // (window or 1), 1))
+    return Samples("window", number, autocorrelation)
 
 
 def _find_samples_of_windows(table: RoutingStatistics) -> Samples:
     """Find the samples of a load table: kinds of its windows or, where these are not few, windows.
 
-    Steps that were drawn from one window of counters are of its kind, or block.
+    Steps that were drawn from one window of counters are of one kind, or count as one window.
     """
     if table.drawn_from is not None:
         _, first, label, sizes = np.unique(
@@ -247,18 +248,21 @@ def _find_samples_of_windows(table: RoutingStatistics) -> Samples:
         )
         if samples.kinds is not None:
             return replace(samples, kinds=samples.kinds[label])
-        if samples.blocks.correlation_length == 1:
+        if samples.autocorrelation.correlation_length == 1:
             return replace(samples, kinds=label)
-        blocks, steps = samples.blocks, int(sizes.max())
+        windows, steps = samples.autocorrelation, int(sizes.max())
         return replace(
             samples,
-            blocks=Blocks(steps * blocks.correlation_time, steps * blocks.correlation_length),
+            autocorrelation=Autocorrelation(
+                steps * windows.correlation_time, steps * windows.correlation_length
+            ),
         )
     kinds, _ = find_window_kinds(table)
     if kinds is not None:
         return Samples("kind", int(kinds.max()) + 1, kinds=kinds)
-    blocks = measure_blocks(table.window_load, table.group)
-    return Samples("window", blocks.number(int(table.is_full_window.sum())), blocks)
+    autocorrelation = measure_autocorrelation(table.window_load, table.group)
+    number = autocorrelation.number(int(table.is_full_window.sum()))
+    return Samples("window", number, autocorrelation)
 
 
 def _find_samples_of_sequences(trace: RoutingTrace, progress: Progress | None) -> Samples:
@@ -271,9 +275,9 @@ def _find_samples_of_sequences(trace: RoutingTrace, progress: Progress | None) -
     return Samples("kind", number, sequences=labels, kinds=kinds, likeness=likeness)
 
 
-def measure_blocks(
+def measure_autocorrelation(
     load: NDArray[np.unsignedinteger[Any]], group: NDArray[np.integer[Any]] | None = None
-) -> Blocks:
+) -> Autocorrelation:
     """Compute the autocorrelation of windows from their loads [W,L,E], each group around its mean.
 
     The autocovariance of expert shares, summed over experts and layers, is compared with that of
@@ -311,7 +315,7 @@ def measure_blocks(
         # Windows that recur up to the end are worth no more than those of one period.
         time = max(time, float(weight[-1] * len(covariance)))
     last_lag = int(np.flatnonzero(weight >= 1 / 2).max(initial=-1)) + 1
-    return Blocks(merged * time, merged * max(round(time), last_lag, 1))
+    return Autocorrelation(merged * time, merged * max(round(time), last_lag, 1))
 
 
 def _compute_shares(
@@ -482,7 +486,7 @@ def _label_rows(recording: Recording) -> tuple[Integers | None, int]:
     if recording.ordered:
         return None, measure_correlation_length(recording)
     samples = find_samples(recording)
-    return samples.kinds, samples.blocks.correlation_length
+    return samples.kinds, samples.autocorrelation.correlation_length
 
 
 def _draw(
@@ -498,7 +502,7 @@ def measure_correlation_length(trace: Recording) -> int:
     """Compute the correlation length of an unlabelled trace, in tokens."""
     piece = choose_piece_size(trace)
     loads = count_loads(trace, window=piece)
-    return piece * measure_blocks(loads.window_load, loads.group).correlation_length
+    return piece * measure_autocorrelation(loads.window_load, loads.group).correlation_length
 
 
 def choose_piece_size(trace: Recording) -> int:

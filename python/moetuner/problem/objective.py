@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import cached_property, wraps
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Generic, Literal, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +36,29 @@ RECENT = 16
 Method = Callable[[Any, Placement], Value]
 
 
+class _Recent(Generic[Value]):
+    """The most recent values of a search, by key.
+
+    Results for a recording are kept as long as it is (``compute_once``). Those for placements are
+    not: a search judges thousands, and comes back to the last few. Threads may share the values:
+    the dictionary is replaced as a whole.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._values: dict[Hashable, Value] = {}
+
+    def find(self, keys: Iterable[Hashable]) -> dict[Hashable, Value]:
+        """Return the values of those keys that have one."""
+        values = self._values
+        return {key: values[key] for key in keys if key in values}
+
+    def add(self, values: Mapping[Hashable, Value]) -> None:
+        """Add values, and drop the oldest ones beyond the number that is kept."""
+        both = (*self._values.items(), *values.items())
+        self._values = dict(both[-self._number :])
+
+
 class _LayerVisits:
     """Tokens that visit devices and nodes, cached by layer.
 
@@ -46,13 +68,13 @@ class _LayerVisits:
 
     def __init__(self, serving: Serving, sets: Sequence[ExpertSets] | None) -> None:
         self._serving, self._sets = serving, sets
-        self._cached: dict[tuple[int, bytes], tuple[Floats, Floats]] = {}
+        self._recent: _Recent[tuple[Floats, Floats]] = _Recent(RECENT * len(sets or ()))
 
     def count(self, placement: Placement) -> tuple[Floats, Floats]:
         """Count the tokens that visit every device [L,D], and every node [L,N]."""
         assert self._sets is not None
         keys = [(layer, slots.tobytes()) for layer, slots in enumerate(placement.slots)]
-        counted = {key: self._cached[key] for key in keys if key in self._cached}
+        counted = self._recent.find(keys)
         new = [layer for layer, key in enumerate(keys) if key not in counted]
         if new:
             by_device, by_node = copies.count_visits(
@@ -65,35 +87,31 @@ class _LayerVisits:
             by_node.setflags(write=False)
             visits = zip(by_device, by_node, strict=True)
             counted.update(zip((keys[layer] for layer in new), visits, strict=True))
-            recent = [*self._cached.items()][-RECENT * len(keys) :]
-            self._cached = {**dict(recent), **counted}
+            self._recent.add(counted)
         devices, nodes = zip(*(counted[key] for key in keys), strict=True)
         return np.stack(devices), np.stack(nodes)
 
 
-def _recall(store: str) -> Callable[[Method[Value]], Method[Value]]:
-    """Return a decorator of methods that keep their most recent values, read-only, in an attribute.
+def _recall(compute: Method[Value]) -> Method[Value]:
+    """Return a method of an objective that keeps its most recent values, read-only.
 
     A solve needs the figures of some placements again and again.
     """
 
-    def decorate(compute: Method[Value]) -> Method[Value]:
-        @wraps(compute)
-        def recall(self: Any, placement: Placement) -> Value:
-            check.instance("placement", placement, Placement)
-            key, cache = (compute, placement.slots.tobytes()), getattr(self, store)
-            for cached_key, value in tuple(cache):
-                if cached_key == key:
-                    return cast("Value", value)
-            value = compute(self, placement)
-            if isinstance(value, np.ndarray):
-                value.setflags(write=False)
-            cache.append((key, value))
-            return value
+    @wraps(compute)
+    def recall(self: Objective, placement: Placement) -> Value:
+        check.instance("placement", placement, Placement)
+        key = (compute.__name__, placement.slots.tobytes())
+        found = self._recent.find([key])
+        if key in found:
+            return cast("Value", found[key])
+        value = compute(self, placement)
+        if isinstance(value, np.ndarray):
+            value.setflags(write=False)
+        self._recent.add({key: value})
+        return value
 
-        return recall
-
-    return decorate
+    return recall
 
 
 def choose_goal(objective: Goal | None, max_imbalance: float | None) -> Goal:
@@ -184,13 +202,13 @@ class Objective:
         self.topology, self.regime = serving.topology, serving.regime
         self.goal, self.windows, self.shares = goal, windows, shares
         self._by_groups, self.survive = by_groups, survive
-        self._recent: deque[tuple[Any, Any]] = deque(maxlen=RECENT)
+        self._recent: _Recent[Any] = _Recent(RECENT)
         self._visits_of_layers = _LayerVisits(serving, statistics.sets)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return all but the cached values, which no pickle or copy takes along."""
         visits = _LayerVisits(self.serving, self.statistics.sets)
-        empty = {"_recent": deque[Any](maxlen=RECENT), "_visits_of_layers": visits}
+        empty = {"_recent": _Recent(RECENT), "_visits_of_layers": visits}
         return {**self.__dict__, **empty}
 
     def _count_visits_with(self, other: Objective) -> None:
@@ -362,7 +380,7 @@ class Objective:
 
     # For time and balance: costs of windows and layers, over a reference.
 
-    @_recall("_recent")
+    @_recall
     def window_cost(self, placement: Placement) -> Floats:
         """Compute the contribution of every window and layer [W,L] to time or balance."""
         compute = self._layer_times if self.goal == "time" else self._slowest
@@ -422,7 +440,7 @@ class Objective:
         visits = None if self.statistics.sets is None else self._count_visits(placement)
         follows = self.regime == "follow"
         expected = replay.Expected(self.statistics, setting, follows=follows, visits=visits)
-        # Home devices follow from the load of all windows, which may come in several blocks.
+        # Home devices follow from the load of all windows, which may come in several chunks.
         total = None if self.windows.load.dtype == np.float64 else self.windows.total[None]
 
         def times(load: Floats) -> Floats:
@@ -462,7 +480,7 @@ class Objective:
         """Whether the tables of the regime's traffic were counted: expert sets or pairs."""
         return self.counts_visits or self.pairs is not None
 
-    @_recall("_recent")
+    @_recall
     def traffic(self, placement: Placement) -> float:
         """Compute the traffic of a placement, as ``value`` is for that goal; 0 without counts.
 

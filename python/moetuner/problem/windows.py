@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from moetuner._checks import ArgumentError, evenly_spaced, is_number, shown
 from moetuner._texts import suggestion
 from moetuner.evaluation.arrival import WINDOWS_MIXED, mix_windows
-from moetuner.evaluation.blocks import blocks, by_block
+from moetuner.evaluation.chunks import by_chunk, chunks
 from moetuner.recording import compute_once
 from moetuner.serving.arrival import Arrival, share_mixed
 from moetuner.statistics import Loads, RoutingStatistics, narrow
@@ -82,17 +82,17 @@ class Windows:
         return len(self.weight)
 
     def map(self, compute: Callable[[Floats], Floats]) -> Floats:
-        """Return a function's results for all windows [W,...], from their blocks [w,L,E]."""
-        results = [compute(block) for block in self.blocks()]
+        """Return a function's results for all windows [W,...], from their chunks [w,L,E]."""
+        results = [compute(chunk) for chunk in self.chunks()]
         return results[0] if len(results) == 1 else np.concatenate(results)
 
-    def blocks(self) -> Iterator[Floats]:
-        """Yield the loads of all windows in double precision, in blocks [w,L,E]."""
+    def chunks(self) -> Iterator[Floats]:
+        """Yield the loads of all windows in double precision, in chunks [w,L,E]."""
         if self.load.dtype == np.float64:
             yield self.load
         else:
-            for run in blocks(len(self.load), self.load[0].size):
-                yield self.load[run].astype(np.float64)
+            for chunk in chunks(len(self.load), self.load[0].size):
+                yield self.load[chunk].astype(np.float64)
         if self.extra is not None:
             yield self.extra
 
@@ -161,8 +161,8 @@ class Windows:
             cluster = _cluster(features[in_group], max(len(in_group) * MERGED // len(used), 1))
             for number in np.unique(cluster):
                 members = in_group[cluster == number]
-                runs = [load[members[run]] for run in blocks(len(members), load[0].size)]
-                total = np.sum([run.sum(axis=0, dtype=np.float64) for run in runs], axis=0)
+                loads = [load[members[chunk]] for chunk in chunks(len(members), load[0].size)]
+                total = np.sum([part.sum(axis=0, dtype=np.float64) for part in loads], axis=0)
                 clusters.append((label, members, total / len(members)))
         return clusters
 
@@ -422,9 +422,9 @@ def join_sizes(
 def _concatenate(by_size: Sequence[Windows]) -> Windows:
     """Return the windows of all sizes, one size after another."""
     first, *others = by_size
-    extra_blocks = [] if first.extra is None else [first.extra]
+    extra_chunks = [] if first.extra is None else [first.extra]
     extra: Floats | None = np.concatenate(
-        [*extra_blocks, *(block for windows in others for block in windows.blocks())]
+        [*extra_chunks, *(chunk for windows in others for chunk in windows.chunks())]
     )
     load = first.load
     if load.dtype == np.float64:
@@ -452,13 +452,13 @@ def _compute_features(load: NDArray[Any]) -> Floats:
     size = load[0].size
     signs = np.random.default_rng(0).integers(0, 2, (size, COMPARED)) * 2.0 - 1
     features = np.empty((len(load), COMPARED))
-    for run in blocks(len(load), size):
-        rows = load[run].reshape(-1, size)
+    for chunk in chunks(len(load), size):
+        rows = load[chunk].reshape(-1, size)
         total = rows.sum(axis=1, dtype=np.float64)
         # Sums of whole numbers below 2^24 are exact in single precision, in any order.
         kind = np.float32 if total.max(initial=0) < 1 << 24 else np.float64
-        features[run] = rows.astype(kind) @ signs.astype(kind)
-        features[run] /= np.maximum(total, 1)[:, None]
+        features[chunk] = rows.astype(kind) @ signs.astype(kind)
+        features[chunk] /= np.maximum(total, 1)[:, None]
     scale = LARGEST / max(float(np.abs(features).max()), 1e-300)
     return np.rint(features * scale)
 
@@ -471,7 +471,7 @@ def _cluster(points: Floats, count: int) -> NDArray[np.int64]:
     centre = points[np.linspace(0, len(points) - 1, count).round().astype(np.int64)]
     for _ in range(ROUNDS):
         square = (centre**2).sum(axis=1)
-        nearest = by_block(points, lambda rows: (square - 2 * rows @ centre.T).argmin(axis=1))  # noqa: B023
+        nearest = by_chunk(points, lambda rows: (square - 2 * rows @ centre.T).argmin(axis=1))  # noqa: B023
         size = np.bincount(nearest, minlength=count)
         total = np.stack(
             [np.bincount(nearest, column, minlength=count) for column in points.T], axis=1

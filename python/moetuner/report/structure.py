@@ -241,6 +241,15 @@ class _Searches:
     threads: int | None
     passes: _Passes
 
+    @property
+    def _serving(self) -> Serving:
+        """How placements are served whose crossings are measured: all traffic is one window."""
+        return Serving(self.topology, window=None)
+
+    @property
+    def _options(self) -> ReplayOptions:
+        return ReplayOptions(mixed=False, threads=self.threads)
+
     def measure(
         self,
         seen: RoutingStatistics,
@@ -261,8 +270,7 @@ class _Searches:
         independent = self._measure_crossing(
             self._place("heuristic", _make_independent(seen)), _make_independent(unseen)
         )
-        serving, options = Serving(self.topology, window=None), ReplayOptions(threads=self.threads)
-        setting = Setting(placement, serving, options)
+        setting = Setting(placement, self._serving, self._options)
         progress = self.passes.begin(PASSES_OF_HALVES)
         gain = _measure_gain(setting, traffic, unseen_half, independent, progress)
         return _Crossings(contiguous, searched, independent, gain)
@@ -276,9 +284,7 @@ class _Searches:
 
     def _measure_crossing(self, placement: Placement, unseen: Recording) -> float | None:
         """Return the crossing of a placement on unseen traffic."""
-        serving = Serving(self.topology, window=None)
-        options = ReplayOptions(mixed=False, threads=self.threads)
-        [[evaluation]] = evaluate_each([placement], unseen, [serving], options)
+        [[evaluation]] = evaluate_each([placement], unseen, [self._serving], self._options)
         self.passes.end()
         return evaluation.crossing
 

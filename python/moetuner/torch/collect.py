@@ -20,24 +20,24 @@ from moetuner.files.lines import fields_of
 from moetuner.torch.record.capture import UNNAMED, capture
 from moetuner.trace import RoutingTrace
 
-# Halves of UTF-16 letters, which JSON can contain alone, but no encoding can.
-LONE = re.compile("[\ud800-\udfff]")
+# Surrogates, the halves of UTF-16 characters: JSON can contain one alone, no encoding can.
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class Document(NamedTuple):
-    """One document and the group that it belongs to, if any."""
+    """A text, and its group; None without one."""
 
     text: str
     group: str | None
 
 
 def read_texts(path: str | Path) -> Iterator[Document]:
-    """Yield the texts of a file: one per line, or JSON objects with "text", maybe "group".
+    """Yield the texts of a file: one per line, or JSON objects with "text" and perhaps "group".
 
-    The first line decides: JSON lines begin with a brace. Empty lines and texts are left out.
-    An error names file and line.
+    The file is of JSON lines if its first line begins with a brace. Empty lines and texts are left
+    out. An error names file and line.
     """
     is_json: bool | None = None
     size_of(Path(path))
@@ -58,8 +58,8 @@ def read_texts(path: str | Path) -> Iterator[Document]:
                 rule = 'an object with "text" and perhaps "group", both texts'
                 raise ValueError(f"line {number}: must be {rule}, got {shown(fields)}")
             for value in filter(None, (text, group)):
-                if (lone := LONE.search(value)) is not None:
-                    letter = f"half of a letter (\\u{ord(lone[0]):x})"
+                if (surrogate := SURROGATE.search(value)) is not None:
+                    letter = f"half of a letter (\\u{ord(surrogate[0]):x})"
                     raise ValueError(f"line {number}: must be whole letters, got {letter}")
             if text.strip():
                 yield Document(text, group)
@@ -67,7 +67,7 @@ def read_texts(path: str | Path) -> Iterator[Document]:
 
 @contextmanager
 def _loading(model: str) -> Iterator[None]:
-    """Name the model in any error of its files, as libraries have errors of their own."""
+    """Raise errors of a model's files as ValueError with its name: libraries raise any kind."""
     try:
         yield
     except (ImportError, MemoryError, OSError, RuntimeError):
@@ -106,9 +106,9 @@ def collect(
     sequence_length
         Longest text, in tokens; longer ones are cut.
     dtype
-        Of the weights: one of "auto" (as they are stored), "float32", "bfloat16", "float16".
+        Type of the weights: one of "auto" (as they are stored), "float32", "bfloat16", "float16".
     device
-        Where to run; "auto" spreads the model over all that there is. CUDA if present, by default.
+        Device to run on; "auto" spreads the model over all devices. By default CUDA if present.
     progress
         Called with the number of tokens after every batch.
 
@@ -128,36 +128,37 @@ def collect(
     one_of("dtype", dtype, DTYPES)
     library: Any = transformers
     library.utils.logging.disable_progress_bar()
-    texts = read_texts(dataset)
-    batch = list(islice(texts, batch_size))
+    documents = read_texts(dataset)
+    batch = list(islice(documents, batch_size))
     if not batch:
         raise ValueError(f"{dataset}: must hold at least one text")
-    spread = {"device_map": "auto"} if device == "auto" else {}
+    device_map = {"device_map": "auto"} if device == "auto" else {}
     with _loading(model):
         tokenizer = library.AutoTokenizer.from_pretrained(model)
-        network = library.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **spread)
-    if not spread:
+        network = library.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **device_map)
+    if not device_map:
         network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # Logits of every token would take more memory than the model's own work.
     arguments = inspect.signature(network.forward).parameters
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in arguments else {}
-    where = next(network.parameters()).device
-    done, name = 0, Path(model).resolve().name
+    first_device = next(network.parameters()).device
+    tokens_read, name = 0, Path(model).resolve().name
     with torch.inference_mode(), capture(network.eval(), path=out, name=name) as recorder:
-        while batch and done < max_tokens:
+        while batch and tokens_read < max_tokens:
             rows, groups = [], []
-            for text in batch:
-                ids = tokenizer(text.text)["input_ids"][: min(sequence_length, max_tokens - done)]
+            for document in batch:
+                length = min(sequence_length, max_tokens - tokens_read)
+                ids = tokenizer(document.text)["input_ids"][:length]
                 if ids:
                     rows.append(torch.tensor(ids))
-                    groups.append(text.group or UNNAMED)
-                    done += len(ids)
+                    groups.append(document.group or UNNAMED)
+                    tokens_read += len(ids)
             if rows:
-                padded = pad_sequence(rows, batch_first=True, padding_value=-1).to(where)
+                padded = pad_sequence(rows, batch_first=True, padding_value=-1).to(first_device)
                 mask, tokens = (padded >= 0).long(), padded.clamp(min=0)
                 with recorder.group(groups):
                     network(input_ids=tokens, attention_mask=mask, use_cache=False, **last_only)
             if progress is not None:
-                progress(done)
-            batch = list(islice(texts, batch_size))
+                progress(tokens_read)
+            batch = list(islice(documents, batch_size))
     return recorder.trace()

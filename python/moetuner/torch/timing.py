@@ -13,17 +13,18 @@ import torch
 
 from moetuner.torch.parallel.experts import GroupedExperts
 
-# Tokens of batches; microseconds of a call after which no larger batch is timed; microseconds for
-# all calls of a batch.
+# Tokens of the batches; microseconds of a call from which no larger batch is timed; microseconds
+# that all calls of a batch take, about.
 BATCHES, LONGEST_US, ENOUGH_US = [2**n for n in range(12)], 5e5, 3e5
 # Bytes that are written before each call, more than the device's last-level cache holds.
 SWEEP = {"cuda": 2**28, "cpu": 2**26}
 
 
 class Stopwatch:
-    """Measures microseconds of a call with caches as cold as between two layers.
+    """Measures the microseconds of a call with cold caches, as they are between two layers.
 
-    It takes the median of several calls; on a CPU, where other programs may run, the minimum.
+    The time is the median of several calls. On a CPU, where other programs may run, it is the
+    minimum.
     """
 
     def __init__(self, device: torch.device, repeat: int = 20) -> None:
@@ -31,13 +32,14 @@ class Stopwatch:
         self.sweep = torch.empty(SWEEP.get(device.type, 2**26), dtype=torch.uint8, device=device)
 
     def __call__(self, call: Callable[[], object]) -> float:
-        """Call to warm up, then ``repeat`` times, fewer if a call takes long."""
-        fastest = min(self._once(call) for _ in range(3))
+        """Return the time of ``repeat`` calls after a warm-up, or of fewer if a call takes long."""
+        fastest = min(self._time_once(call) for _ in range(3))
         repeat = min(self.repeat, max(int(ENOUGH_US / fastest), 4))
-        times = [self._once(call) for _ in range(repeat)]
+        times = [self._time_once(call) for _ in range(repeat)]
         return statistics.median(times) if self.device.type == "cuda" else min(times)
 
-    def _once(self, call: Callable[[], object]) -> float:
+    def _time_once(self, call: Callable[[], object]) -> float:
+        """Return the microseconds of one call."""
         self.sweep.zero_()
         if self.device.type != "cuda":
             begin = time.perf_counter()
@@ -66,39 +68,39 @@ def time_experts(
     device: str | None = None,
     progress: Callable[[float], None] = lambda _: None,
 ) -> tuple[list[tuple[int, int, float]], str]:
-    """Time the gated experts of a layer in batches of one token and more, evenly spread.
+    """Time the gated experts of a layer in batches of growing size, spread evenly over experts.
 
-    Each batch is timed on 1, 4, 16, ... and on all experts, as far as it can visit so many. A CPU
-    is timed on one core, as others may be busy. Returns tokens (each counted once per expert),
-    active experts and microseconds of every batch, and the name of the device.
+    Returns tokens (each counted once per expert), active experts and microseconds of every batch,
+    and the name of the device. Each batch is timed on 1, 4, 16, ... and on all experts, as far as
+    it has tokens for so many. A CPU is timed on one core, as others may be busy.
     """
-    where = torch.device(device or default_device())
-    # Few CPUs multiply 16 bits fast.
-    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    torch_device = torch.device(device or default_device())
+    # Few CPUs multiply matrices of 16 bits fast.
+    dtype = torch.bfloat16 if torch_device.type == "cuda" else torch.float32
     up, down = (
-        torch.zeros(experts, *shape, device=where, dtype=dtype).uniform_(-0.01, 0.01)
+        torch.zeros(experts, *shape, device=torch_device, dtype=dtype).uniform_(-0.01, 0.01)
         for shape in ((2 * intermediate, hidden), (hidden, intermediate))
     )
-    layer, watch = GroupedExperts(up, down).requires_grad_(False), Stopwatch(where)
+    layer, watch = GroupedExperts(up, down).requires_grad_(False), Stopwatch(torch_device)
     times: list[tuple[int, int, float]] = []
     threads = torch.get_num_threads()
-    if where.type == "cpu":
+    if torch_device.type == "cpu":
         torch.set_num_threads(1)
     for number, batch in enumerate(BATCHES):
         progress(number / len(BATCHES))
-        count = batch * top_k
-        rows = torch.randn(count, hidden, device=where, dtype=dtype)
+        tokens = batch * top_k
+        rows = torch.randn(tokens, hidden, device=torch_device, dtype=dtype)
         for active in sorted({experts, *(4**n for n in range(8) if 4**n < experts)}):
-            if active > count:
+            if active > tokens:
                 continue
-            shares = torch.zeros(experts, dtype=torch.int64)
-            shares[:active] = count // active
-            shares[: count % active] += 1
-            counts = shares.to(where)
-            times.append((count, active, watch(partial(layer, rows, counts))))
+            tokens_of_expert = torch.zeros(experts, dtype=torch.int64)
+            tokens_of_expert[:active] = tokens // active
+            tokens_of_expert[: tokens % active] += 1
+            counts = tokens_of_expert.to(torch_device)
+            times.append((tokens, active, watch(partial(layer, rows, counts))))
         if times[-1][2] > LONGEST_US:
             break
     torch.set_num_threads(threads)
-    if where.type == "cuda":
-        return times, torch.cuda.get_device_name(where)
+    if torch_device.type == "cuda":
+        return times, torch.cuda.get_device_name(torch_device)
     return times, f"one core ({platform.machine()})"

@@ -27,30 +27,31 @@ pub(in crate::layer) struct Change {
 }
 
 impl Change {
-    /// Estimates the change from all layers. `deviations` is how far a count scatters, in standard deviations of a count of
-    /// independent tokens.
+    /// Estimates the change from all layers: the loads of their experts `[E]`, their sites, and their running slots.
+    /// `deviations` is the standard deviation of a count, over that of a count of independent tokens; 0 if counts are exact.
     pub(in crate::layer) fn estimate<'a>(
         layers: impl Iterator<Item = ((&'a [f64], &'a Site), &'a Slots)>,
         deviations: f64,
     ) -> Self {
-        let (mut differences, mut squares, mut chance, mut freedom) = (0.0, 0.0, 0.0, 0.0);
+        // Sums over devices and slots of squares, in units of a layer's mean time.
+        let (mut differences, mut squared_loads, mut chance, mut freedom) = (0.0, 0.0, 0.0, 0.0);
         for ((load, site), slots) in layers {
             let (times, loads) = slots.times_and_loads(site, load);
             let devices = times.len() as f64;
             let mean = times.iter().sum::<f64>() / devices;
             if mean > 0.0 {
                 let time = |slot: usize| site.time[slots.device(slot)] / mean;
-                squares += (0..loads.len()).map(|slot| (loads[slot] * time(slot)).powi(2)).sum::<f64>();
+                squared_loads += (0..loads.len()).map(|slot| (loads[slot] * time(slot)).powi(2)).sum::<f64>();
                 differences += times.iter().map(|time| (time / mean - 1.0).powi(2)).sum::<f64>();
-                // Copies divide the tokens of their expert, and the chance in their number.
+                // The variance of a count is its mean. Copies divide the tokens of their expert, and so their variance.
                 let copies = |slot: usize| f64::from(slots.copies(slots.expert_in[slot]).max(1));
-                let counted = |slot: usize| loads[slot] / copies(slot) * time(slot).powi(2);
-                chance += (0..loads.len()).map(counted).sum::<f64>() * (devices - 1.0) / devices;
+                let count_variance = |slot: usize| loads[slot] / copies(slot) * time(slot).powi(2);
+                chance += (0..loads.len()).map(count_variance).sum::<f64>() * (devices - 1.0) / devices;
                 freedom += devices - 1.0;
             }
         }
         let chance = chance * deviations * deviations;
-        let variance = (differences - chance).max(0.0) / squares;
+        let variance = (differences - chance).max(0.0) / squared_loads;
         let lasting_part = match (deviations > 0.0, freedom > 0.0) {
             (false, _) => 1.0,
             (_, false) => LASTING_IF_UNKNOWN,
@@ -59,7 +60,10 @@ impl Change {
             }
             _ => 0.0,
         };
-        Self { variance: if squares > 0.0 { variance.min(LARGEST_VARIANCE) } else { 0.0 }, lasting_part }
+        Self {
+            variance: if squared_loads > 0.0 { variance.min(LARGEST_VARIANCE) } else { 0.0 },
+            lasting_part,
+        }
     }
 
     /// Returns the spending with the gain that a layer must have: the more of the differences may be chance, the more.

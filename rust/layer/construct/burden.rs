@@ -79,12 +79,13 @@ impl Burden for ByTime<'_> {
     }
 }
 
-/// Devices by the devices with which they share experts, for a dispatcher that divides tokens over copies.
+/// Devices by their partners, the devices that hold copies of the same experts; for a dispatcher that divides tokens over
+/// copies.
 ///
-/// A set of devices is slow if much of its load can go nowhere else. So the heaviest experts get copies, equally many on
-/// every device, and no two experts have copies on the same two devices as long as there are other pairs. All devices are
-/// joined: a device with too much load can pass it on to all others, even after loads have changed. With 288 slots on 32
-/// devices the joined devices form rings.
+/// A set of devices is slow if much of its load is of experts that have no copy outside the set. So the heaviest experts
+/// get copies, equally many on every device, and no two experts have copies on the same two devices as long as there are
+/// other pairs. Partners join all devices: a device with too much load can pass it on to all others, even after loads have
+/// changed. With 288 slots on 32 devices the joined devices form rings.
 pub(super) struct ByPartners<'a> {
     site: &'a Site,
     load: &'a [f64],
@@ -93,7 +94,8 @@ pub(super) struct ByPartners<'a> {
     /// Load of every device under an even split, and its filled slots `[D]`.
     loads: Vec<f64>,
     used: Vec<usize>,
-    /// Experts that two devices share `[D, D]`, and the first device of the component that a device is joined with `[D]`.
+    /// Number of experts that two devices share `[D, D]`, and the component of partners that a device is in, by the number
+    /// of one of its devices `[D]`.
     shared: Vec<u32>,
     component: Vec<usize>,
 }
@@ -113,7 +115,7 @@ impl<'a> ByPartners<'a> {
         burden
     }
 
-    /// Counts a copy that has come to a device, given the devices that hold the others.
+    /// Adds a copy on a device, given the devices that hold the other copies of the expert.
     fn count(&mut self, expert: u16, device: usize, holders: impl Iterator<Item = usize>) {
         let devices = self.loads.len();
         self.used[device] += 1;
@@ -127,8 +129,9 @@ impl<'a> ByPartners<'a> {
         }
     }
 
-    /// Returns the burden of one more copy of an expert on a device, to be minimised in this order: experts that it already
-    /// shares with the holders, its filled part, holders that it is joined with, and its time.
+    /// Returns the burden of one more copy of an expert on a device. It has four numbers, of which the first counts most:
+    /// experts that the device already shares with the holders, its part of filled slots, holders in its component, and its
+    /// time.
     fn key(&self, slots: &Slots, expert: u16, device: usize) -> (u32, f64, usize, f64) {
         let time = self.loads[device] * self.site.time[device];
         if self.copies[usize::from(expert)] == 1 {

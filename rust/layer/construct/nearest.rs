@@ -168,7 +168,7 @@ impl Flow {
             end = self.cheapest(&costs);
         }
         let Some(end) = end else { return Err(NoSlot(expert)) };
-        let (first, path) = self.path_to(end, expert, &via);
+        let (first, path) = self.trace_path(end, expert, &via);
         self.free_slots[end] -= 1;
         for &(other, from, _) in &path {
             self.remove(other, from);
@@ -209,14 +209,17 @@ impl Flow {
         }
     }
 
-    /// Returns the place that the new copy takes, and the moves of other copies from there, the last one first.
-    fn path_to(&self, end: usize, expert: usize, via: &[Option<(usize, usize)>]) -> (usize, Vec<Hop>) {
+    /// Returns the place that the new copy takes, and the moves of other copies along the path to `end`, the last one first.
+    ///
+    /// The path is read backwards, from `end` along `via` to the place where it begins.
+    fn trace_path(&self, end: usize, expert: usize, via: &[Option<(usize, usize)>]) -> (usize, Vec<Hop>) {
         let changes_domain = |&(_, from, to): &Hop| self.domain[from] != self.domain[to];
         let (mut place, mut path): (_, Vec<Hop>) = (end, vec![]);
         while let Some((other, from)) = via[place] {
             let mut hop = (other, from, place);
             if changes_domain(&hop) {
-                // A path passes an expert once: two of its copies would enter one domain. The way between costs nothing.
+                // Two copies of an expert would enter one domain, so a path moves an expert to another domain once. Moves between two
+                // such moves are left out: they cost nothing.
                 if other == expert {
                     break;
                 }

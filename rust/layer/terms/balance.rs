@@ -81,7 +81,7 @@ impl<'a> Balance<'a> {
         self.loads.enter(device, usize::from(expert));
         if let Some(norm) = &mut self.norm {
             let loads = &self.loads;
-            norm.raise(device, loads.rows(device, 0).0, loads.unit(device, loads.own[device]));
+            norm.raise(device, loads.rows(device, 0).0, loads.unit(device, loads.variance[device]));
         }
     }
 
@@ -98,7 +98,7 @@ impl<'a> Balance<'a> {
             for g in touched {
                 match &self.busy {
                     Some(busy) => norm.raise(g, &busy.time[g * width..][..width], (1.0, 0.0)),
-                    None => norm.raise(g, loads.rows(g, 0).0, loads.unit(g, loads.own[g])),
+                    None => norm.raise(g, loads.rows(g, 0).0, loads.unit(g, loads.variance[g])),
                 }
             }
             let layer = self.layer;
@@ -114,7 +114,7 @@ impl<'a> Balance<'a> {
             let g = usize::from(device);
             if self.touched.iter().all(|touched| touched.0 != device) {
                 let at = self.touched.len();
-                self.touched.push((device, loads.own[g]));
+                self.touched.push((device, loads.variance[g]));
                 self.rows[at * width..][..width].copy_from_slice(loads.rows(g, 0).0);
             }
         }
@@ -128,7 +128,10 @@ impl<'a> Balance<'a> {
         self.touched.clear();
         let (loads, width) = (&self.loads, self.loads.width);
         if let Some(Pair { devices: [g, h], rows: [a, b] }) = exchange(layer, slots, step) {
-            self.touched.extend([(g as u16, loads.own(g, b, a)), (h as u16, loads.own(h, a, b))]);
+            self.touched.extend([
+                (g as u16, loads.variance_after(g, b, a)),
+                (h as u16, loads.variance_after(h, a, b)),
+            ]);
             let ((load_g, of_a), (load_h, of_b)) = (loads.rows(g, a), loads.rows(h, b));
             let (here, there) = self.rows[..2 * width].split_at_mut(width);
             replace(here, load_g, of_a, of_b);
@@ -138,16 +141,17 @@ impl<'a> Balance<'a> {
         for &Share { expert, device, before, after } in shares {
             let g = usize::from(device);
             let at = self.touched.iter().position(|touched| touched.0 == device).unwrap_or_else(|| {
-                self.touched.push((device, loads.own[g]));
+                self.touched.push((device, loads.variance[g]));
                 let at = self.touched.len() - 1;
                 self.rows[at * width..][..width].copy_from_slice(loads.rows(g, 0).0);
                 at
             });
-            self.touched[at].1 += layer.windows.own(expert, after) - layer.windows.own(expert, before);
+            self.touched[at].1 +=
+                layer.windows.variance(expert, after) - layer.windows.variance(expert, before);
             let row = &mut self.rows[at * width..][..width];
-            for (part, sign) in [(before, -1.0), (after, 1.0)] {
-                if part > 0.0 {
-                    add(row, layer.windows.of(expert), part as f32, sign);
+            for (share, sign) in [(before, -1.0), (after, 1.0)] {
+                if share > 0.0 {
+                    add(row, layer.windows.of(expert), share as f32, sign);
                 }
             }
         }
@@ -174,9 +178,9 @@ impl Term for Balance<'_> {
             Some(busy) => (&busy.time, &busy.ones, &busy.time_then, true),
             None => (&loads.load, &loads.time, &self.rows, false),
         };
-        let unit = |device: u16, own: i64| {
+        let unit = |device: u16, variance: i64| {
             // Times have their deviation already.
-            if is_busy { (1.0, 0.0) } else { loads.unit(usize::from(device), own) }
+            if is_busy { (1.0, 0.0) } else { loads.unit(usize::from(device), variance) }
         };
         let norm = self.norm.as_ref().map_or(0.0, |norm| norm.change(rows, &self.touched, unit));
         let peak = |peak: &Peak| peak.cost_of(times, rows, &self.touched, of_one) - peak.cost();
@@ -187,9 +191,9 @@ impl Term for Balance<'_> {
         self.stage(candidate, visits);
         let Candidate { slots, step, .. } = candidate;
         let width = self.loads.width;
-        for (row, &(device, own)) in self.rows.chunks_exact(width).zip(&self.touched) {
+        for (row, &(device, variance)) in self.rows.chunks_exact(width).zip(&self.touched) {
             self.loads.load[usize::from(device) * width..][..width].copy_from_slice(row);
-            self.loads.own[usize::from(device)] = own;
+            self.loads.variance[usize::from(device)] = variance;
         }
         if let Move::Put(..) = step {
             for edit in slots.edits(step) {

@@ -210,8 +210,8 @@ impl<'a> Fanout<'a> {
         let changed = if self.tells_visits { &self.visits_then[..] } else { &[] };
         for &(device, visits_then) in changed {
             let at_device = shares.iter().filter(|share| share.device == device);
-            let more: i64 = at_device.map(|share| self.added_load(share)).sum();
-            visits.push((device, ratio(visits_then, self.load[usize::from(device)] + more)));
+            let added_load: i64 = at_device.map(|share| self.added_load(share)).sum();
+            visits.push((device, ratio(visits_then, self.load[usize::from(device)] + added_load)));
         }
     }
 

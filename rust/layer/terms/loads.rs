@@ -10,10 +10,10 @@ pub(super) struct Loads {
     pub(super) width: usize,
     /// Tokens of devices, whole numbers `[D, width]`, and their own variances `[D]`.
     pub(super) load: Vec<f32>,
-    pub(super) own: Vec<i64>,
+    pub(super) variance: Vec<i64>,
     /// Tokens of each copy of an expert under an even split, a row each `[E + 1, width]`, and its own variance `[E + 1]`.
     served: Vec<f32>,
-    own_served: Vec<i64>,
+    served_variance: Vec<i64>,
     /// Time of a device per token `[D]`.
     pub(super) time: Vec<f32>,
 }
@@ -25,9 +25,9 @@ impl Loads {
         let mut loads = Self {
             width,
             load: vec![0.0; d * width],
-            own: vec![0; d],
+            variance: vec![0; d],
             served: vec![0.0; (layer.experts + 1) * width],
-            own_served: vec![0; layer.experts + 1],
+            served_variance: vec![0; layer.experts + 1],
             time: layer.site.time.iter().map(|&time| time as f32).collect(),
         };
         for (e, &copies) in (0..).zip(copies) {
@@ -37,7 +37,7 @@ impl Loads {
                 let nearest = layer.site.split == Split::Nearest;
                 let share =
                     if nearest { layer.site.share(&devices, device) } else { 1.0 / f64::from(copies) };
-                loads.own[usize::from(device)] += layer.windows.own(e, share);
+                loads.variance[usize::from(device)] += layer.windows.variance(e, share);
                 let load = &mut loads.load[usize::from(device) * width..][..width];
                 add(load, layer.windows.of(e), share as f32, 1.0);
             }
@@ -45,18 +45,18 @@ impl Loads {
         loads
     }
 
-    /// Computes the tokens of a copy, given how many copies share the expert's tokens.
+    /// Computes the tokens of a copy and their own variance, given how many copies share the expert's tokens.
     pub(super) fn serve(&mut self, layer: &Layer, expert: u16, copies: u32) {
-        let (e, part) = (usize::from(expert), 1.0 / f64::from(copies.max(1)));
+        let (e, share) = (usize::from(expert), 1.0 / f64::from(copies.max(1)));
         let row = &mut self.served[e * self.width..][..self.width];
         row.fill(0.0);
-        add(row, layer.windows.of(expert), part as f32, 1.0);
-        self.own_served[e] = layer.windows.own(expert, part);
+        add(row, layer.windows.of(expert), share as f32, 1.0);
+        self.served_variance[e] = layer.windows.variance(expert, share);
     }
 
     /// Adds a copy of an expert to a device.
     pub(super) fn enter(&mut self, device: usize, expert: usize) {
-        self.own[device] += self.own_served[expert];
+        self.variance[device] += self.served_variance[expert];
         let load = &mut self.load[device * self.width..][..self.width];
         add(load, &self.served[expert * self.width..][..self.width], 1.0, 1.0);
     }
@@ -69,19 +69,19 @@ impl Loads {
 
     /// Returns the row of an empty slot.
     pub(super) fn nobody(&self) -> usize {
-        self.own_served.len() - 1
+        self.served_variance.len() - 1
     }
 
-    /// Returns a device's own variance after it gets one copy and loses one.
+    /// Returns a device's own variance after it gets a copy of one expert and loses a copy of another.
     #[inline(always)]
-    pub(super) fn own(&self, device: usize, more: usize, less: usize) -> i64 {
-        self.own[device] + self.own_served[more] - self.own_served[less]
+    pub(super) fn variance_after(&self, device: usize, added: usize, removed: usize) -> i64 {
+        self.variance[device] + self.served_variance[added] - self.served_variance[removed]
     }
 
     /// Returns a device's time per token, and the standard deviation of its time, given its own variance.
     #[inline(always)]
-    pub(super) fn unit(&self, device: usize, own: i64) -> (f32, f32) {
-        (self.time[device], deviation(own) * self.time[device])
+    pub(super) fn unit(&self, device: usize, variance: i64) -> (f32, f32) {
+        (self.time[device], deviation(variance) * self.time[device])
     }
 }
 

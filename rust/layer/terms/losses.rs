@@ -49,8 +49,8 @@ impl AfterLosses {
         let domain: Vec<usize> = domain.iter().map(|&domain| usize::from(domain)).collect();
         let width = served.len().next_multiple_of(WIDTH);
         let rate = |lost: usize| {
-            let left = domain.iter().zip(time).filter(|(domain, _)| **domain != lost);
-            left.map(|(_, time)| 1.0 / time).sum::<f64>()
+            let remaining = domain.iter().zip(time).filter(|(domain, _)| **domain != lost);
+            remaining.map(|(_, time)| 1.0 / time).sum::<f64>()
         };
         let per_mean = |lost: usize| {
             let is_domain = domain.contains(&lost) && served[lost] > 0.0;
@@ -59,8 +59,8 @@ impl AfterLosses {
         let mut per_mean: Vec<f64> = (0..served.len()).map(per_mean).collect();
         per_mean.resize(width, 0.0);
         let mut added = vec![0.0; domain.len() * width];
-        for (device, &own) in domain.iter().enumerate() {
-            added[device * width + own] = f64::NEG_INFINITY;
+        for (device, &own_domain) in domain.iter().enumerate() {
+            added[device * width + own_domain] = f64::NEG_INFINITY;
         }
         Self { loads: vec![0.0; domain.len()], time: time.to_vec(), domain, per_mean, added }
     }
@@ -88,9 +88,9 @@ impl AfterLosses {
                 continue;
             }
             let number = devices.iter().filter(|&&other| self.domain[other] == lost).count();
-            let more = sign * added_by_loss(load, copies, number);
+            let added = sign * added_by_loss(load, copies, number);
             for &device in devices.iter().filter(|&&device| self.domain[device] != lost) {
-                self.added[device * width + lost] += more;
+                self.added[device * width + lost] += added;
             }
         }
     }
@@ -289,13 +289,13 @@ impl<'a> LossNorm<'a> {
                 self.added.push((self.after.domain[gone], added));
             }
         }
-        let part = |when: usize, device: usize| {
+        let served = |when: usize, device: usize| {
             if is_in(device)[when] { load / copies[when] as f64 } else { 0.0 }
         };
         for n in 0..self.devices.len() {
             let device = self.devices[n];
             let at = self.touch(device);
-            self.touched[at].1 += part(1, device) - part(0, device);
+            self.touched[at].1 += served(1, device) - served(0, device);
             let row = &mut self.rows[at * self.after.per_mean.len()..];
             for &(lost, added) in self.added.iter().filter(|(lost, _)| *lost != self.after.domain[device]) {
                 let [was, is] = is_in(device);
@@ -407,8 +407,8 @@ fn root(sum: f64) -> f64 {
 #[cfg(test)]
 pub(super) const DEFINITION: super::Definition = super::Definition {
     price: |random, layer, _| {
-        let (own, nodes) = ((0..layer.devices() as u16).collect(), layer.site.node.clone());
-        layer.costs.losses = Some(Losses { domain: [own, nodes][random.below(2)].clone(), cost: 1000.0 });
+        let (devices, nodes) = ((0..layer.devices() as u16).collect(), layer.site.node.clone());
+        layer.costs.losses = Some(Losses { domain: [devices, nodes][random.below(2)].clone(), cost: 1000.0 });
     },
     cost: |layer, slots| {
         let losses = layer.costs.losses.as_ref().expect("losses are priced");
@@ -416,9 +416,9 @@ pub(super) const DEFINITION: super::Definition = super::Definition {
         let (mut powers, time) = (0.0, |g: usize| layer.site.time[g]);
         let domains: std::collections::BTreeSet<u16> = losses.domain.iter().copied().collect();
         for lost in domains {
-            let left: Vec<usize> = (0..layer.devices()).filter(|&g| losses.domain[g] != lost).collect();
-            let mean = total / left.iter().map(|&g| 1.0 / time(g)).sum::<f64>();
-            for &device in left.iter().filter(|_| total > 0.0) {
+            let remaining: Vec<usize> = (0..layer.devices()).filter(|&g| losses.domain[g] != lost).collect();
+            let mean = total / remaining.iter().map(|&g| 1.0 / time(g)).sum::<f64>();
+            for &device in remaining.iter().filter(|_| total > 0.0) {
                 let served = |e: u16| {
                     let alive = slots.devices(e).filter(|&g| losses.domain[usize::from(g)] != lost).count();
                     if slots.holds(e, device) { layer.load[usize::from(e)] / alive as f64 } else { 0.0 }

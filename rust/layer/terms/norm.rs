@@ -58,9 +58,9 @@ impl Norm {
         unit: impl Fn(u16, i64) -> (f32, f32),
     ) -> f64 {
         let mut sums = [0.0; LANES];
-        for (row, &(device, own)) in rows.chunks_exact(self.slope.len()).zip(touched) {
+        for (row, &(device, variance)) in rows.chunks_exact(self.slope.len()).zip(touched) {
             let power = self.of(usize::from(device));
-            risen(&mut sums, row, [power, &self.per_mean, &self.slope], unit(device, own));
+            risen(&mut sums, row, [power, &self.per_mean, &self.slope], unit(device, variance));
         }
         f64::from(total(sums))
     }
@@ -96,7 +96,7 @@ pub(super) fn exchanged(norm: &Norm, loads: &Loads, pair: Pair) -> f64 {
     let (power_g, power_h) = (lanes(norm.of(g), n), lanes(norm.of(h), n));
     let (per_mean, slope) = (lanes(&norm.per_mean, n), lanes(&norm.slope, n));
     let ((time_g, deviation_g), (time_h, deviation_h)) =
-        (loads.unit(g, loads.own(g, b, a)), loads.unit(h, loads.own(h, a, b)));
+        (loads.unit(g, loads.variance_after(g, b, a)), loads.unit(h, loads.variance_after(h, a, b)));
     let mut sums = [0.0f32; LANES];
     for at in 0..n {
         for k in 0..LANES {
@@ -143,7 +143,7 @@ pub(super) fn entered(
         }
         let (load, served) = loads.rows(device, expert);
         let (load, served, power) = (lanes(load, n), lanes(served, n), lanes(norm.of(device), n));
-        let (time, deviation) = loads.unit(device, loads.own(device, expert, nobody));
+        let (time, deviation) = loads.unit(device, loads.variance_after(device, expert, nobody));
         let mut sums = [0.0f32; LANES];
         for at in 0..n {
             for k in 0..LANES {

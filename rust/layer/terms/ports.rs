@@ -52,9 +52,9 @@ impl Ports {
         for &(device, visits) in visits {
             self.visits_then[usize::from(device)] = visits;
         }
-        let unit = |device: u16, own: i64| {
+        let unit = |device: u16, variance: i64| {
             let visits = self.visits_then[usize::from(device)];
-            (visits, deviation(own) * visits)
+            (visits, deviation(variance) * visits)
         };
         let mut change = 0.0;
         if let Some(norm) = &self.norm {
@@ -91,7 +91,7 @@ impl Ports {
         if let Some(norm) = &mut self.norm {
             for g in touched {
                 let visits = self.visits[g];
-                norm.raise(g, loads.rows(g, 0).0, (visits, deviation(loads.own[g]) * visits));
+                norm.raise(g, loads.rows(g, 0).0, (visits, deviation(loads.variance[g]) * visits));
             }
             norm.refresh(&layer.windows.price);
         }

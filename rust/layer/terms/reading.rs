@@ -125,7 +125,7 @@ impl<'a> Busy<'a> {
         for g in 0..d {
             let (load, _) = loads.rows(g, 0);
             let (active, time) = (&busy.active[g * width..][..width], &mut busy.time[g * width..][..width]);
-            longer(time, load, active, reading, (g, loads.time[g], loads.own[g]));
+            longer(time, load, active, reading, (g, loads.time[g], loads.variance[g]));
         }
         busy
     }
@@ -139,7 +139,7 @@ impl<'a> Busy<'a> {
         shares: &[Share],
     ) {
         let width = loads.width;
-        for (at, &(device, own)) in touched.iter().enumerate() {
+        for (at, &(device, variance)) in touched.iter().enumerate() {
             let g = usize::from(device);
             let active = &mut self.active_then[at * width..][..width];
             active.copy_from_slice(&self.active[g * width..][..width]);
@@ -148,7 +148,7 @@ impl<'a> Busy<'a> {
                 self.parts.add(active, &layer.windows, share.expert, share.after, 1.0);
             }
             let (load, time) = (&rows[at * width..][..width], &mut self.time_then[at * width..][..width]);
-            longer(time, load, active, self.reading, (g, loads.time[g], own));
+            longer(time, load, active, self.reading, (g, loads.time[g], variance));
         }
     }
 
@@ -173,16 +173,16 @@ impl ActiveParts {
             return;
         }
         let idle = libm::log1p(-share);
-        let part = |(&load, &unit): (&f32, &f32)| active_part(load, unit, share, idle);
+        let active = |(&load, &unit): (&f32, &f32)| active_part(load, unit, share, idle);
         let copies = libm::rint(1.0 / share) as usize;
         if copies < CACHED && share.to_bits() == (1.0 / copies as f64).to_bits() {
             let row = &mut self.0[usize::from(expert) * CACHED + copies];
             if row.is_empty() {
-                row.extend(load.iter().zip(&windows.unit).map(part));
+                row.extend(load.iter().zip(&windows.unit).map(active));
             }
             return add_row(to, row, sign);
         }
-        for (to, active) in to.iter_mut().zip(load.iter().zip(&windows.unit).map(part)) {
+        for (to, active) in to.iter_mut().zip(load.iter().zip(&windows.unit).map(active)) {
             *to += sign * active;
         }
     }
@@ -219,13 +219,13 @@ fn longer(
     load: &[f32],
     active: &[f32],
     reading: &Reading,
-    (g, time, own): (usize, f32, i64),
+    (g, time, variance): (usize, f32, i64),
 ) {
     let Reading { base, expert, unit, mean, .. } = reading;
     longer_of(
         to,
         [load, active, base, expert, unit, mean],
-        [time, deviation(own), reading.exposed, reading.start[g]],
+        [time, deviation(variance), reading.exposed, reading.start[g]],
     );
 }
 

@@ -117,8 +117,8 @@ impl<'a> Together<'a> {
         self.look(shares);
         self.pairs_apart -= self.pairs_gained;
         for &(device, added) in &self.changes {
-            let part = &mut self.served[usize::from(device)];
-            *part = part.with(added);
+            let served = &mut self.served[usize::from(device)];
+            *served = served.with(added);
         }
         for share in shares {
             let row = self.pairs.row(share.expert);
@@ -176,7 +176,7 @@ impl Term for Together<'_> {
     }
 
     fn visits_per_load(&self) -> Option<Vec<f32>> {
-        Some(self.served.iter().map(|part| part.visits(self.pairs)).collect())
+        Some(self.served.iter().map(|served| served.visits(self.pairs)).collect())
     }
 }
 

@@ -50,7 +50,7 @@ pub struct Windows {
     /// Cost of a norm of one: that time, times the weight of the window `[width]`.
     pub(in crate::layer) price: Vec<f32>,
     /// Own variance, in squares of the mean, as a whole number `[E]`.
-    pub(in crate::layer) own: Vec<f64>,
+    pub(in crate::layer) variance: Vec<f64>,
     /// Heaviness of an expert: the root of its mean square plus its own deviation, in means `[E]`.
     pub(in crate::layer) heaviness: Vec<f64>,
 }
@@ -69,7 +69,7 @@ impl Windows {
         let mut rows: Vec<f64> = weighted.flat_map(|(row, w)| row.iter().map(move |x| x * w)).collect();
         let mut counts: Vec<f64> = vec![1.0 / (1.0 + mixed); count];
         let rate = site.rate();
-        let (own, heaviness) = moments(&rows, experts, rate, noise);
+        let (variance, heaviness) = moments(&rows, experts, rate, noise);
         if mixed > 0.0 {
             let mean = |e: usize| rows[e..].iter().step_by(experts).sum::<f64>() / count as f64;
             let mean: Vec<f64> = (0..experts).map(mean).collect();
@@ -97,7 +97,7 @@ impl Windows {
             per_mean[w] = (rate / (total * scale)) as f32;
             price[w] = (total * scale / rate * counts) as f32;
         }
-        Self { count, width, values, experts, scale, unit, measure, per_mean, price, own, heaviness }
+        Self { count, width, values, experts, scale, unit, measure, per_mean, price, variance, heaviness }
     }
 
     /// Returns the loads of an expert in all windows; zeros for an empty slot.
@@ -105,9 +105,9 @@ impl Windows {
         &self.values[usize::from(expert).min(self.experts) * self.width..][..self.width]
     }
 
-    /// Returns the own variance of a copy that serves a part of its expert's tokens, as a whole number.
-    pub(in crate::layer) fn own(&self, expert: u16, part: f64) -> i64 {
-        self.own.get(usize::from(expert)).map_or(0, |own| (own * part * part) as i64)
+    /// Returns the own variance of a copy that serves a share of its expert's tokens, as a whole number.
+    pub(in crate::layer) fn variance(&self, expert: u16, share: f64) -> i64 {
+        self.variance.get(usize::from(expert)).map_or(0, |variance| (variance * share * share) as i64)
     }
 
     /// Returns whether windows cost nothing.
@@ -118,8 +118,8 @@ impl Windows {
 
 /// Returns the standard deviation of an own variance, in means.
 #[inline(always)]
-pub(in crate::layer) fn deviation(own: i64) -> f32 {
-    (own as f64 / VARIANCE).sqrt() as f32
+pub(in crate::layer) fn deviation(variance: i64) -> f32 {
+    (variance as f64 / VARIANCE).sqrt() as f32
 }
 
 /// Computes own variances and heaviness of experts `[E]` from weighted loads `[W, E]`, in units of a window's mean.
@@ -131,9 +131,9 @@ fn moments(rows: &[f64], experts: usize, rate: f64, noise: f64) -> (Vec<f64>, Ve
         if total > 0.0 {
             (all, used) = (all + total, used + 1);
             for (e, tokens) in row.iter().enumerate() {
-                let part = tokens * (rate / total);
-                mean[e] += total * part;
-                square[e] += total * part * part;
+                let load = tokens * (rate / total);
+                mean[e] += total * load;
+                square[e] += total * load * load;
             }
         }
     }
@@ -141,10 +141,10 @@ fn moments(rows: &[f64], experts: usize, rate: f64, noise: f64) -> (Vec<f64>, Ve
     mean.iter_mut().chain(&mut square).for_each(|sum| *sum *= unit);
     let variance = |e: usize| noise * (square[e] - mean[e] * mean[e]).max(0.0);
     let pooled = (0..experts).map(variance).sum::<f64>() / experts as f64;
-    let more = pooled * FEW / used.max(1) as f64;
-    let own = (0..experts).map(|e| libm::rint((variance(e) + more) * VARIANCE)).collect();
+    let prior = pooled * FEW / used.max(1) as f64;
+    let own_variance = (0..experts).map(|e| libm::rint((variance(e) + prior) * VARIANCE)).collect();
     let heaviness = (0..experts).map(|e| square[e].sqrt() + variance(e).sqrt()).collect();
-    (own, heaviness)
+    (own_variance, heaviness)
 }
 
 /// Rounds a number below 2^22 to a whole one: added to 1.5 * 2^23, only that fits the mantissa.
@@ -156,9 +156,9 @@ fn whole(x: f32) -> f32 {
 
 /// Adds `sign` times a part of an expert's load to a row.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-pub(in crate::layer) fn add(to: &mut [f32], load: &[f32], part: f32, sign: f32) {
+pub(in crate::layer) fn add(to: &mut [f32], load: &[f32], share: f32, sign: f32) {
     for (to, &load) in to.iter_mut().zip(load) {
-        *to += sign * whole(load * part);
+        *to += sign * whole(load * share);
     }
 }
 

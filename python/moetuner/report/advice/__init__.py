@@ -192,14 +192,8 @@ def advise(
             topology = replace(topology, arrival="bursts")
         unseen = None if unseen is None else unseen.without_pairs()
     options = {"regime": regime, "split": split, "arrival": arrival, "cost_model": cost_model}
-    if isinstance(topology, Serving):
-        refuse_keywords(engine=engine, waterfill=waterfill, **options)
-    else:
-        options = {name: value for name, value in options.items() if value is not None}
-        topology = Serving.resolve(
-            topology, traffic, options=options, engine=engine, waterfill=waterfill
-        )
-    serving = replace(topology, phases=phases)
+    serving = _resolve_serving(topology, traffic, options, engine=engine, waterfill=waterfill)
+    serving = replace(serving, phases=phases)
     if expert_bytes is None:
         expert_bytes = bytes_of_expert(traffic.expert_size, traffic.model)
     else:
@@ -224,6 +218,22 @@ def advise(
         progress=progress or (lambda _: None),
     )
     return _advise(request, splits)
+
+
+def _resolve_serving(
+    topology: Topology | Serving,
+    traffic: Recording,
+    options: dict[str, Any],
+    *,
+    engine: str | None,
+    waterfill: float | None,
+) -> Serving:
+    """Return the serving of an argument, which is a serving or a machine with keywords."""
+    if isinstance(topology, Serving):
+        refuse_keywords(engine=engine, waterfill=waterfill, **options)
+        return topology
+    options = {name: value for name, value in options.items() if value is not None}
+    return Serving.resolve(topology, traffic, options=options, engine=engine, waterfill=waterfill)
 
 
 def _advise(request: Request, splits: int) -> Advice:

@@ -183,7 +183,7 @@ def _find_too_few(advice: Advice) -> Finding:
     elif units.kinds is not None:
         kind = "too few drawn windows"
         numbers["windows"] = units.number
-    elif units.blocks.correlation_length > 1:
+    elif units.autocorrelation.correlation_length > 1:
         kind = "neighbouring windows are alike"
         engine, replayed = advice.settings["engine"], advice.main.after.replayed
         has_groups = replayed is None or replayed.traffic.group is not None
@@ -197,11 +197,11 @@ def _find_too_few(advice: Advice) -> Finding:
 
 def _count_windows(advice: Advice) -> dict[str, int]:
     """Return the number of unseen windows, and how many an interval needs if as alike as these."""
-    main, blocks = advice.main, advice.units.blocks
+    main, autocorrelation = advice.main, advice.units.autocorrelation
     traffic = main.after.replayed.traffic if main.after.replayed is not None else None
     windows = 0 if traffic is None else traffic.length // (main.window or 1)
     # Half of them are held out.
-    return {"windows": windows, "needed": math.ceil(2 * FEWEST * blocks.correlation_time)}
+    return {"windows": windows, "needed": math.ceil(2 * FEWEST * autocorrelation.correlation_time)}
 
 
 def _describe_kinds(units: Samples) -> dict[str, Any]:
@@ -221,10 +221,10 @@ def find_units(units: Samples, *, held_out: bool) -> list[Finding]:
         numbers = _describe_kinds(units) | {"only_few": units.number < FEW_KINDS}
     elif units.all_alike:
         kind = "sequences all alike"
-    elif units.name == "window" and units.blocks.correlation_length > 1:
+    elif units.name == "window" and units.autocorrelation.correlation_length > 1:
         kind, numbers = (
             "windows in blocks",
-            {"length": units.blocks.correlation_length, "worth": units.number},
+            {"length": units.autocorrelation.correlation_length, "worth": units.number},
         )
     elif units.name == "window" and units.kinds is not None:
         kind, numbers = "drawn windows", {"windows": units.number}

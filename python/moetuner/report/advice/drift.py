@@ -15,7 +15,7 @@ from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.kinds import count_loads_by_label
 from moetuner.evaluation.reading import Progress, scale_progress
-from moetuner.evaluation.samples import Samples, find_samples, measure_blocks
+from moetuner.evaluation.samples import Samples, find_samples, measure_autocorrelation
 from moetuner.frozen import Frozen
 from moetuner.recording import AnyRecording, Recording
 from moetuner.report.findings import Finding
@@ -190,9 +190,9 @@ def _count_exchangeable(traffic: Recording, units: Samples) -> int:
     Blocks of windows have several correlation lengths, as the ends of neighbouring blocks are
     alike.
     """
-    if units.blocks.correlation_length == 1:
+    if units.autocorrelation.correlation_length == 1:
         return max(units.number, 1)
-    rows = LENGTHS_PER_BLOCK * traffic.rows_in(WINDOW) * units.blocks.correlation_length
+    rows = LENGTHS_PER_BLOCK * traffic.rows_in(WINDOW) * units.autocorrelation.correlation_length
     return max(traffic.length // rows, 1)
 
 
@@ -204,7 +204,9 @@ def measure_drift(traffic: Recording, units: Samples, *, seed: int = 0) -> Drift
     """
     blocks = BLOCKS
     if units.kinds is not None and units.sequences is None:  # kinds of windows
-        length = measure_blocks(count_loads(traffic).window_load, traffic.group).correlation_length
+        length = measure_autocorrelation(
+            count_loads(traffic).window_load, traffic.group
+        ).correlation_length
         blocks = min(BLOCKS, units.number, traffic.length // length)
     elif units.name == "window":
         blocks = min(BLOCKS, _count_exchangeable(traffic, units))

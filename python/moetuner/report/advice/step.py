@@ -24,7 +24,7 @@ def find_step(request: Request, trial: Trial, holdout: Holdout, advice: Advice) 
     if advice.answer != "worth a trial" or not problem.has_slots_for(running):
         return None
     value, highest = problem.value(running), int(FEW_MOVES * advice.moving.experts)
-    found = find_first(
+    placement = find_first(
         problem,
         running,
         value - ENOUGH * (value - problem.value(trial.placements[PROPOSED])),
@@ -32,16 +32,16 @@ def find_step(request: Request, trial: Trial, holdout: Holdout, advice: Advice) 
         time_limit=request.time_limit,
         threads=request.threads,
     )
-    if found is None or problem.violations(found):
+    if placement is None or problem.violations(placement):
         return None
-    step = _judge(request, trial, holdout, advice, found)
+    step = _measure_step(request, trial, holdout, advice, placement)
     return step if step.experts <= highest else None
 
 
-def _judge(
+def _measure_step(
     request: Request, trial: Trial, holdout: Holdout, advice: Advice, placement: Placement
 ) -> SmallStep:
-    """Judge a placement beside what runs, on the unseen traffic of the first split."""
+    """Return what a step moves, and its gain on the unseen traffic of the first split."""
     window, running = advice.main.window, trial.placements[RUNNING]
     evaluated = evaluate_all(request, {STEP: placement}, holdout.unseen, [window])
     judgement = judge(

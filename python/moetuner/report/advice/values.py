@@ -11,6 +11,7 @@ from moetuner.evaluation import Evaluation
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.judgement import Judgement
 from moetuner.evaluation.samples import Samples
+from moetuner.files.cells import percent
 from moetuner.frozen import Frozen, as_json, html_table
 from moetuner.placement import Placement
 from moetuner.problem import Problem
@@ -34,11 +35,6 @@ def describe_windows(judgement: Judgement) -> dict[str, int | None]:
 def write_windows(judgement: Judgement) -> str:
     """Write the size of a judgement's windows."""
     return name_windows(**describe_windows(judgement))
-
-
-def _write_share(share: float | None) -> str | None:
-    """Write a share as percent; None where it is unknown."""
-    return None if share is None else f"{share:.1%}"
 
 
 def compute_saved_us(judgement: Judgement) -> float:
@@ -325,7 +321,7 @@ class Advice(Frozen):
                 measure,
                 gain.before,
                 gain.after,
-                *map(_write_share, (gain.gain, gain.low, gain.high)),
+                *map(percent, (gain.gain, gain.low, gain.high)),
             )
             for judgement in self.judged
             for measure, gain in judgement.whole.items()

@@ -61,6 +61,7 @@ def _single_copies(run: Run, budget: Budget) -> None:
     """Search the problem with one copy of each expert, and offer that as a start."""
     single = _single(run.problem)
     assert single is not None
+    # Not by ``compute_once``: an answer that was interrupted, or may depend on time, is no result.
     cache, key = single.statistics.memo, _cache_key(single, run, budget)
     slots, interrupted = cache.get(key), False
     if slots is None:

@@ -10,7 +10,7 @@ search short.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,8 +119,8 @@ def find_fewest_moves(
     """Return the placement with the fewest moves whose objective is ``enough`` or less.
 
     None if no placement within the limit of moves has it. Only steps down from the running
-    placement are tried. More steps gain more, so bisection finds the fewest; the front gets all
-    placements that are tried.
+    placement are tried, or live rebalancing in layers of many slots. More moves gain more, so
+    bisection finds the fewest; the front gets all placements that are tried.
     """
     run, start = front.run, front.run.incumbents[0]
     limit = int(min(limit, run.problem.capacity.sum()))
@@ -129,10 +129,23 @@ def find_fewest_moves(
         front.add(point, is_start=False)
         return point.value <= enough
 
-    if not has_few_slots(run):
+    if has_few_slots(run):
+        _bisect_steps(front, budget, limit, is_enough)
+    else:
         limits = rising_limits(start.moves, max(limit, start.moves))
         bisect_left(limits, True, key=lambda moves: is_enough(_rebalance(front, moves)))
-        return front.fewest_moves(enough)
+    return front.fewest_moves(enough)
+
+
+def _bisect_steps(
+    front: Front, budget: Budget, limit: int, is_enough: Callable[[Incumbent], bool]
+) -> None:
+    """Find by bisection the fewest steps down from the running placement that are enough.
+
+    Paths are searched up to a growing number of moves, until the end of one is enough, or none is
+    within the limit.
+    """
+    run, start = front.run, front.run.incumbents[0]
     model, reach, is_farthest = LayerModel(run), start.moves + effort.FIRST_REACH, False
     while not is_farthest:
         reach, initial = min(reach, limit), front.moves.initial
@@ -143,10 +156,9 @@ def find_fewest_moves(
         lengths = range(int(path.excess.argmin()), path.before(reach) + 1)
         if lengths and is_enough(run.judge(path.after(lengths[-1]))):
             bisect_left(lengths, True, key=lambda steps: is_enough(run.judge(path.after(steps))))
-            break
+            return
         is_farthest = reach == limit or path.moves[-1] <= reach
         reach *= effort.REACH_TIMES
-    return front.fewest_moves(enough)
 
 
 def _rebalance(front: Front, moves: int) -> Incumbent:

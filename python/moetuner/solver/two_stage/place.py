@@ -61,15 +61,17 @@ def place_clusters(
     seed: int = 0,
     budget: Budget | None = None,
 ) -> PlacedClusters:
-    """Minimise sum_l max_{d != d'} traffic_l(d,d') / bandwidth(d,d'): stage 2.
+    """Return devices that minimise sum_l max_{d != d'} traffic_l(d,d') / bandwidth(d,d').
 
-    Exact where links are alike and cluster sizes equal; else a local search. Where sizes differ,
-    HiGHS goes on from there if there are at most ``effort.MOST_PRODUCTS`` products.
+    Stage 2 places clusters. It is exact where links are alike and cluster sizes equal; else it is a
+    local search. Where sizes differ, HiGHS goes on from its answer if there are at most
+    ``effort.MOST_PRODUCTS`` products.
 
-    Takes tokens from cluster to cluster of the next layer [L-1,D,D], and the cost of one from
-    device to device [D,D], whole numbers in proportion to 1 / bandwidth as `Topology.cost` gives
-    them: rounded to sixteenths of the fastest link, so within 1/32. With ``sizes``, experts of
-    every cluster [L,D], devices get as equal numbers over all layers as whole clusters allow.
+    ``traffic`` [L-1,D,D] are tokens from cluster to cluster of the next layer. ``cost`` [D,D] is
+    that of a token from device to device: whole numbers in proportion to 1 / bandwidth, as
+    ``Topology.cost`` rounds them to sixteenths of the fastest link, so within 1/32. With ``sizes``,
+    experts of every cluster [L,D], devices get as equal numbers over all layers as whole clusters
+    allow.
     """
     traffic = np.ascontiguousarray(traffic, dtype=np.uint64)
     cost = np.ascontiguousarray(cost, dtype=np.int64)
@@ -92,7 +94,7 @@ def place_clusters(
     if not interrupted and bottleneck - bound <= tolerance * bottleneck:
         status = "gap_reached"
     elif not interrupted and is_small:
-        solution, device = solve_stage(
+        solution, device = place_by_ilp(
             traffic,
             cost,
             device,
@@ -152,7 +154,7 @@ def _even_totals(
     return device
 
 
-def solve_stage(
+def place_by_ilp(
     traffic: NDArray[np.uint64],
     cost: Devices,
     start: Devices,
@@ -163,12 +165,16 @@ def solve_stage(
     seed: int,
     budget: Budget,
 ) -> tuple[Solution, Devices]:
-    """Solve stage 2 as printed: sum_l t_l with t_l >= traffic_l(d,d') / bandwidth(d,d').
+    """Return the solution of stage 2 by HiGHS, and the device of every cluster [L,D].
 
-    A product w[l,c,c',d,d'] = y[l,c,d] * y[l+1,c',d'] is continuous and adds up to its two factors
-    over d' and over d. ``start`` [L,D] are devices of clusters, and ``proven`` its objective and a
-    lower bound, in whose units the solution is. Return it and the device of every cluster [L,D].
-    Totals of experts per device stay as even as those of the start.
+    The integer programme is that of the paper: it minimises sum_l t_l with t_l >= traffic_l(d,d') /
+    bandwidth(d,d'). The variable y[l,c,d] says whether cluster c of layer l is on device d. A
+    product w[l,c,c',d,d'] = y[l,c,d] * y[l+1,c',d'] is continuous; its sums over d' and over d are
+    its two factors.
+
+    The search begins at ``start``, devices of clusters [L,D]. ``proven`` is the start's objective,
+    which is the unit of the solution's, and a lower bound. Totals of experts per device stay as
+    even as those of the start.
     """
     scale = float(max(proven[0], 1))
     boundaries, n = len(traffic), len(cost)

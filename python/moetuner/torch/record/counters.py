@@ -17,7 +17,7 @@ from moetuner.statistics import PAIRS, TABLE_LIMIT, RoutingStatistics
 from moetuner.torch.models import moe_layers, same_sizes
 from moetuner.torch.record.hooks import Step, StepHooks
 
-# Bytes of places to add to at a time.
+# Bytes of the cells' indices that are added to at a time.
 CHUNK_BYTES = 32 << 20
 
 
@@ -68,7 +68,7 @@ class RoutingCounters:
         for name, is_wanted in self._pairs.items():
             flag(name, is_wanted)
         self._hooks: StepHooks | None = None
-        self._choices = self.experts  # with those of zero computation, which are not given out
+        self._choices = self.experts  # with zero-computation experts, which statistics() leaves out
         self.reset()
 
     @classmethod
@@ -81,12 +81,12 @@ class RoutingCounters:
         coactivation: bool = True,
         routers: Iterable[str | nn.Module] | None = None,
     ) -> RoutingCounters:
-        """Make counters that count every forward pass of a model, without its padding.
+        """Return counters that count every forward pass of a model, without its padding.
 
-        They stop at ``detach``, or at the end of a ``with`` block. The model is never failed by
-        them: a pass that cannot be understood is left out, counted in ``dropped``, and the first
-        one warned of. A compiled model runs eagerly while it is counted. Zero-computation experts
-        do no work and are not counted, so that layers may have different totals.
+        They stop at ``detach``, or at the end of a ``with`` block. They never make the model fail:
+        a pass that cannot be read is left out and counted in ``dropped``; the first one is warned
+        of. A compiled model runs eagerly while it is counted. Zero-computation experts do no work
+        and are not counted, so that layers may have different totals.
 
         Raises
         ------
@@ -102,7 +102,7 @@ class RoutingCounters:
         counters = cls(*sizes, window=window, device=device, **pairs)
         counters._choices = layers[0].choices
         counters.reset()
-        counters._hooks = StepHooks(model, layers, counters._step)
+        counters._hooks = StepHooks(model, layers, counters._count_step)
         counters._hooks.attach()
         return counters
 
@@ -164,21 +164,21 @@ class RoutingCounters:
             if tensor is not None and tensor.device.type != self.device.type:
                 raise ValueError(f"{name} must be on {self.device}, got {tensor.device}")
         tokens = len(expert_ids)
-        keep = torch.ones(tokens, device=self.device) if mask is None else mask != 0
+        is_counted = torch.ones(tokens, device=self.device) if mask is None else mask != 0
         if self.window is not None:
             self._enlarge(-(-(self._most_tokens + tokens) // self.window))
         self._most_tokens += tokens
-        chunk = max(1, CHUNK_BYTES // (16 * self.layers * self.top_k**2))
+        step = max(1, CHUNK_BYTES // (16 * self.layers * self.top_k**2))
         with torch.no_grad():
-            for at in range(0, tokens, chunk):
-                part = slice(at, at + chunk)
-                self._count(expert_ids[part].long(), keep[part].long())
+            for first in range(0, tokens, step):
+                chunk = slice(first, first + step)
+                self._count(expert_ids[chunk].long(), is_counted[chunk].long())
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> RoutingCounters:
         """Return the sum over all ranks of a process group; these counters stay as they are.
 
-        Window w of the sum is what all ranks together did in their window w: ranks in step with one
-        another wait for one another. Every rank must call it.
+        Window w of the sum has the tokens of window w of all ranks, as ranks that wait for one
+        another run them at one time. Every rank must call it.
 
         Raises
         ------
@@ -188,27 +188,27 @@ class RoutingCounters:
         settings: dict[str, Any] = {"layers": self.layers, "experts": self.experts}
         settings |= {"rows of the router": self._choices, "top_k": self.top_k}
         settings |= {"window": self.window, **self._pairs}
-        posts: list[Any] = [None] * dist.get_world_size(group)
+        settings_of_ranks: list[Any] = [None] * dist.get_world_size(group)
         # Objects travel by the current device.
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            dist.all_gather_object(posts, (settings, len(self._tables["load"])), group)
+            dist.all_gather_object(settings_of_ranks, (settings, len(self._tables["load"])), group)
         for name in settings:
-            values = sorted({sizes[name] or 0 for sizes, _ in posts})
+            values = sorted({sizes[name] or 0 for sizes, _ in settings_of_ranks})
             if len(values) > 1:
                 lowest, highest = values[0], values[-1]
                 raise ValueError(f"ranks must count alike, got {name} from {lowest} to {highest}")
         total = copy.copy(self)
-        total._hooks, total._ranks = None, len(posts) * self._ranks
+        total._hooks, total._ranks = None, len(settings_of_ranks) * self._ranks
         with torch.inference_mode(False):
             total._tables = {name: table.clone() for name, table in self._tables.items()}
-        total._enlarge(max(windows for _, windows in posts))
+        total._enlarge(max(windows for _, windows in settings_of_ranks))
         for table in total._tables.values():
             if table.numel():
                 dist.all_reduce(table, dist.ReduceOp.SUM, group)
         return total
 
     def statistics(self, *, model: str | None = None) -> RoutingStatistics:
-        """Copy the counts to the host; waits for the device.
+        """Return the counts, copied to the host; this waits for the device.
 
         Parameters
         ----------
@@ -227,46 +227,47 @@ class RoutingCounters:
         if self._tables["wrong"].item():
             raise ValueError(f"expert_ids must be from 0 to {self.experts - 1}, some were not")
         tables = {name: table.cpu().numpy() for name, table in self._tables.items()}
-        used, real = np.flatnonzero(tables["load"].any(axis=(1, 2))), slice(self.experts)
+        used, experts = np.flatnonzero(tables["load"].any(axis=(1, 2))), slice(self.experts)
         if (table := tables.get("coactivation")) is not None:
             tables["coactivation"] = both = table + table.transpose(0, 2, 1)
-            np.einsum("lee->le", both)[:] = 0  # of a router that has named an expert twice
+            np.einsum("lee->le", both)[:] = 0  # a router may have named an expert twice
         pairs: dict[str, Any] = {
-            name: tables[name][:, real, real] for name in PAIRS if name in tables
+            name: tables[name][:, experts, experts] for name in PAIRS if name in tables
         }
-        load = tables["load"][: used.max(initial=0) + 1, :, real]
+        load = tables["load"][: used.max(initial=0) + 1, :, experts]
         window = None if self.window is None else self.window * self._ranks
         return RoutingStatistics(load, window=window, model=model, **pairs)
 
-    def _step(self, step: Step) -> None:
+    def _count_step(self, step: Step) -> None:
+        """Count the tokens of a step."""
         if step.ids.device != self.device:
             # The model was moved, or its weights have no device.
             self.device = step.ids.device
             self._tables = {name: table.to(self.device) for name, table in self._tables.items()}
-        self.update(step.ids, step.keep)
+        self.update(step.ids, step.is_counted)
 
-    def _count(self, ids: Tensor, keep: Tensor) -> None:
-        """Add tokens [T,L,K] to all tables, those that ``keep`` [T] marks by 1, without waiting."""
+    def _count(self, ids: Tensor, is_counted: Tensor) -> None:
+        """Add tokens [T,L,K] to all tables without waiting; ``is_counted`` [T] is 1 or 0."""
         tables, choices = self._tables, self._choices
         outside = ((ids < 0) | (ids >= choices)).any(2).any(1)
-        tables["wrong"] += (outside & (keep > 0)).any()
-        # Tokens and layers last: runs of them are computed together.
+        tables["wrong"] += (outside & (is_counted > 0)).any()
+        # Tokens and layers last: they are contiguous, so many are computed together.
         ids = ids.clamp(0, choices - 1).permute(2, 0, 1).contiguous()
         row = torch.arange(self.layers, device=self.device) * choices + ids
         window: Tensor | int = 0
         if self.window is not None:
-            number = (keep.cumsum(0) - 1).clamp(min=0) + tables["tokens"]
+            number = (is_counted.cumsum(0) - 1).clamp(min=0) + tables["tokens"]
             window = number.div(self.window, rounding_mode="floor")[:, None]
-        tables["tokens"] += keep.sum()
-        places = {"load": window * (self.layers * choices) + row}
+        tables["tokens"] += is_counted.sum()
+        cells = {"load": window * (self.layers * choices) + row}
         if "transitions" in tables:
-            places["transitions"] = row[:, None, :, :-1] * choices + ids[:, :, 1:]
+            cells["transitions"] = row[:, None, :, :-1] * choices + ids[:, :, 1:]
         if "coactivation" in tables:
             one, other = torch.triu_indices(self.top_k, self.top_k, 1, device=self.device)
-            places["coactivation"] = row[one] * choices + ids[other]
-        for name, place in places.items():
-            ones = keep[:, None].expand(place.shape)
-            tables[name].view(-1).scatter_add_(0, place.reshape(-1), ones.reshape(-1))
+            cells["coactivation"] = row[one] * choices + ids[other]
+        for name, cell in cells.items():
+            ones = is_counted[:, None].expand(cell.shape)
+            tables[name].view(-1).scatter_add_(0, cell.reshape(-1), ones.reshape(-1))
 
     def _enlarge(self, windows: int) -> None:
         """Enlarge the table of load if it has fewer windows."""

@@ -31,10 +31,20 @@ PACKED = "cu_seq_lens_q"
 class Generation:
     """One call of ``generate``.
 
-    ``mask`` [B,S] is the padding of the tokens so far, where there is any: a pass may get it in
-    another shape. ``ended`` [B] are the sequences that have ended, on the device: they are fed on
-    until the last one ends. The pass before had ``repeated`` tokens of each sequence, which a pass
-    without a cache repeats; the next one is recognised by its ``tokens``, of this ``length``.
+    Parameters
+    ----------
+    mask
+        Padding mask [B,S] of the tokens so far; None without one. A pass may get it in another
+        shape.
+    ended
+        Which sequences have ended [B], on the device; None before any pass. ``generate`` goes on to
+        feed them until the last one ends.
+    repeated
+        Tokens of each sequence in the previous pass, which a pass without a cache computes again.
+    length
+        Tokens of each sequence in the next pass.
+    tokens
+        Returns the tokens of the next pass, by which it is recognised; None once they are deleted.
     """
 
     mask: Tensor | None = None
@@ -61,8 +71,9 @@ class Generations:
         """Return the call that prepared the arguments of a forward pass; None if none did."""
         generation = self._innermost()
         tokens = None if generation is None else generation.tokens()
-        same = tokens is not None and any(arguments.get(name) is tokens for name in TOKEN_NAMES)
-        return generation if same else None
+        if tokens is None or all(arguments.get(name) is not tokens for name in TOKEN_NAMES):
+            return None
+        return generation
 
     def _innermost(self) -> Generation | None:
         while self._calls and self._calls[-1]() is None:
@@ -81,16 +92,17 @@ class Generations:
         class Watched(kind):  # type: ignore[misc]
             def __call__(self, *args: Any, **kwargs: Any) -> Any:
                 done = super().__call__(*args, **kwargs)
-                before, ended = generation.ended, done.bool()
-                # Those of another size are of beams.
-                same = before is not None and before.shape == ended.shape
-                generation.ended = before | ended if same else ended
+                earlier, ended = generation.ended, done.bool()
+                # In a beam search the size may change.
+                if earlier is not None and earlier.shape == ended.shape:
+                    ended = earlier | ended
+                generation.ended = ended
                 return done
 
         return Watched(criteria)
 
     def prepare(self, inputs: Any, arguments: Mapping[str, Any]) -> Any:
-        """Remember the inputs of the next pass, and return them."""
+        """Return the inputs of the next pass, and store what a pass does not get of them."""
         if (generation := self._innermost()) is not None:
             tokens = next(
                 (inputs[name] for name in TOKEN_NAMES if inputs.get(name) is not None), None
@@ -112,8 +124,8 @@ def listen_to_generate(model: nn.Module) -> Iterator[Generations]:
     calls = _running.setdefault(model, Generations())
     calls.users += 1
     if calls.users == 1:
-        _listen(model, "_get_stopping_criteria", calls.begin)
-        _listen(model, "prepare_inputs_for_generation", calls.prepare)
+        _wrap_method(model, "_get_stopping_criteria", calls.begin)
+        _wrap_method(model, "prepare_inputs_for_generation", calls.prepare)
     try:
         yield calls
     finally:
@@ -126,8 +138,10 @@ def listen_to_generate(model: nn.Module) -> Iterator[Generations]:
                     model.__dict__[name] = method
 
 
-def _listen(model: nn.Module, name: str, change: Callable[[Any, Mapping[str, Any]], Any]) -> None:
-    """Pass the results of a method through ``change``; the method of a copy stays as it is."""
+def _wrap_method(
+    model: nn.Module, name: str, change: Callable[[Any, Mapping[str, Any]], Any]
+) -> None:
+    """Wrap a method of a model, not of its copies, so that ``change`` gets its results."""
     method, model_of = getattr(model, name, None), ref(model)
     if method is None:
         return
@@ -146,24 +160,34 @@ def _listen(model: nn.Module, name: str, change: Callable[[Any, Mapping[str, Any
 class Step:
     """The tokens of one forward pass, and the routers' choices for them.
 
-    It has ``rows`` sequences, B, of ``length`` tokens, S, padding included, and is ``paged`` if
-    tokens of many sequences, each with a past, stand in one row. ``marks`` [B*S] say which tokens
-    count: those of all marks. A key-value cache marks a later step of the same sequences: ``cache``
-    was passed in, or is the generation that goes without one, ``following`` was returned.
-
-    ``ids`` [B*S,L,K] are the chosen rows of the routers, int64 on the device of the first router;
-    those from E on are zero-computation experts. ``keep`` [B*S] are the tokens that count, without
-    those that have scores that are no numbers, or ids out of range.
+    Parameters
+    ----------
+    rows, length
+        Number of sequences, B, and tokens of each, S, padding included.
+    masks
+        Which tokens count [B*S]: those that all masks mark.
+    cache
+        Key-value cache that was passed in, or the generation that goes without one. A later step
+        with the same cache is of the same sequences.
+    paged
+        Whether tokens of many sequences, each with earlier tokens in the cache, are in one row.
+    following
+        Key-value cache that the model returned.
+    ids
+        Chosen rows of the routers [B*S,L,K], int64 on the device of the first router; those from E
+        on are zero-computation experts.
+    is_counted
+        Which tokens count [B*S], without those with scores that are NaN, or ids out of range.
     """
 
     rows: int
     length: int
-    marks: list[Tensor]
+    masks: list[Tensor]
     cache: object | None
     paged: bool
     following: object | None = field(init=False)
     ids: Tensor = field(init=False)
-    keep: Tensor = field(init=False)
+    is_counted: Tensor = field(init=False)
 
 
 def read_step(
@@ -172,31 +196,31 @@ def read_step(
     mask: object | None,
     generation: Generation | None,
 ) -> Step:
-    """Read the arguments of a forward pass; ``mask`` replaces that of its arguments."""
-    tokens = _tokens(model, arguments)
+    """Return the step of a forward pass; ``mask`` replaces the mask among its arguments."""
+    tokens = _find_tokens(model, arguments)
     rows, length = tokens.shape[:2]
     cache = next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
-    packed, column, marks = arguments.get(PACKED), torch.arange(length, device=tokens.device), []
+    packed, column, masks = arguments.get(PACKED), torch.arange(length, device=tokens.device), []
     if mask is None:
         mask = arguments.get("attention_mask")
         if generation is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             mask = generation.mask
     if isinstance(packed, Tensor) and rows == 1:
         # Sequences one after the other, and padding behind the last; the mask is of pairs.
-        marks = [column < packed[-1]]
+        masks = [column < packed[-1]]
     elif mask is not None:
-        marks = [_marked(mask, rows, length)]
+        masks = [_read_mask(mask, rows, length)]
     paged = isinstance(packed, Tensor) and cache is not None
     if generation is not None:
         if cache is None and 0 < generation.repeated < length:
-            marks.append((column >= generation.repeated).repeat(rows))
+            masks.append((column >= generation.repeated).repeat(rows))
         if generation.ended is not None and len(generation.ended) == rows:
-            marks.append(~generation.ended.repeat_interleave(length))
+            masks.append(~generation.ended.repeat_interleave(length))
         cache = generation if cache is None else cache
-    return Step(rows, length, marks, cache, paged)
+    return Step(rows, length, masks, cache, paged)
 
 
-def _tokens(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
+def _find_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
     """Return the argument that holds the tokens [B,S,..]."""
     for tokens in [*(arguments.get(name) for name in TOKEN_NAMES), *arguments.values()]:
         if isinstance(tokens, Tensor) and tokens.dim() >= 2:
@@ -206,8 +230,8 @@ def _tokens(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
     raise ValueError(f"{rule}, got {sorted(arguments)}")
 
 
-def _marked(mask: object, rows: int, length: int) -> Tensor:
-    """Return the last ``length`` columns of a mask; the others are for tokens of earlier steps."""
+def _read_mask(mask: object, rows: int, length: int) -> Tensor:
+    """Return which tokens of a step a mask marks [B*S]; its first columns are for earlier steps."""
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != rows:
         shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
@@ -221,14 +245,14 @@ def _marked(mask: object, rows: int, length: int) -> Tensor:
 
 
 class StepHooks:
-    """Collects the choices of all routers and hands a step to ``receive`` after each forward pass.
+    """Hooks that pass a step with the choices of all routers to ``receive`` after a forward pass.
 
-    Nothing here waits for the device: sizes are known on the host, and whether a router gave NaN or
-    an id out of range is kept in flags on the device until ``check`` reads them. And nothing here
-    fails the model: a pass that cannot be understood, or received, is left out, counted as
-    ``dropped``, and the first one warned of and kept as ``fault``. A compiled model runs eagerly
-    meanwhile, since hooks are not heard in compiled code. ``mask`` gives which tokens to keep
-    [batch, tokens], instead of the mask that the model is given.
+    The hooks never wait for the device: sizes are known on the host, and flags on the device say
+    whether a router gave NaN or an id out of range, until ``check`` reads them. They never make the
+    model fail: a pass that cannot be read or received is left out and counted in ``dropped``; the
+    first one is warned of, and its error is ``fault``. A compiled model runs eagerly meanwhile,
+    since compiled code calls no hooks. ``mask`` returns which tokens count [batch, tokens], instead
+    of the mask that the model is called with; None if there is no other.
     """
 
     def __init__(
@@ -245,10 +269,10 @@ class StepHooks:
         # What torch.compile gives only calls the model that it was given.
         self._called, self._model = model, getattr(model, "_orig_mod", model)
         self._layers, self._receive, self._mask = layers, receive, mask
-        self._describing = _describing(self._model, layers)
+        self._modules_with_names = _find_modules_with_names(self._model, layers)
         self._attached, self._generations = ExitStack(), Generations()
         self._step: Step | None = None  # the pass at hand, if it is recorded
-        self._routed: dict[int, tuple[Tensor, Tensor]] = {}
+        self._outputs: dict[int, tuple[Tensor, Tensor]] = {}
         self._is_running = self._is_dropped = self._has_recorded = False
         self._faults: Tensor | None = None
 
@@ -260,15 +284,17 @@ class StepHooks:
             if self._called is not model or any(compiled):
                 attached.enter_context(_running_eagerly())
             self._generations = attached.enter_context(listen_to_generate(model))
-            begin, end = self._safe(model, self._begin), self._safe(model, self._end)
+            begin, end = self._make_hook(model, self._begin), self._make_hook(model, self._end)
             handles = [model.register_forward_pre_hook(begin, with_kwargs=True)]
-            for module in self._describing:
-                take_in = self._safe(module, functools.partial(self._describe, module))
-                handles.append(module.register_forward_pre_hook(take_in, with_kwargs=True))
+            for module in self._modules_with_names:
+                read = self._make_hook(module, functools.partial(self._read_arguments, module))
+                handles.append(module.register_forward_pre_hook(read, with_kwargs=True))
             handles.append(model.register_forward_hook(end))
             for number, layer in enumerate(self._layers):
-                take = self._safe(layer.router, functools.partial(self._take, number))
-                handles.append(layer.router.register_forward_hook(take))
+                store = self._make_hook(
+                    layer.router, functools.partial(self._store_choices, number)
+                )
+                handles.append(layer.router.register_forward_hook(store))
             for handle in handles:
                 attached.callback(handle.remove)
             self._attached = attached.pop_all()
@@ -277,18 +303,20 @@ class StepHooks:
         """Remove the hooks; the model is as it was before."""
         self._attached.close()
 
-    def _safe(self, module: nn.Module, call: Callable[[Any, Any], None]) -> Callable[..., None]:
-        """Return a hook of one module, not of its copies, that never fails it.
+    def _make_hook(
+        self, module: nn.Module, call: Callable[[Any, Any], None]
+    ) -> Callable[..., None]:
+        """Return a hook of one module, not of its copies, whose errors drop the pass.
 
-        It is a function, which a copy of the model shares; a method would be copied with all that
-        it holds.
+        It is a function, which a copy of the model shares; a method would be copied together with
+        this object.
         """
 
-        def hook(called: nn.Module, inputs: Any, more: Any) -> None:
+        def hook(called: nn.Module, inputs: Any, kwargs_or_output: Any) -> None:
             if called is module:
                 try:
                     with torch.no_grad():
-                        call(inputs, more)
+                        call(inputs, kwargs_or_output)
                 except Exception as error:
                     self._drop(error)
 
@@ -299,7 +327,7 @@ class StepHooks:
         self._faults = self.fault = None
 
     def check(self) -> None:
-        """Wait for the device; raise if a router gave NaN, or ids out of range."""
+        """Raise if a router gave NaN, or ids out of range; this waits for the device."""
         ids = f"expert ids must be from 0 to {self.choices - 1}, got others"
         rules = "router scores must be numbers, got NaN", ids
         faults = [] if self._faults is None else self._faults.nonzero().tolist()
@@ -320,12 +348,14 @@ class StepHooks:
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a pass, and read the model's arguments if it names them."""
-        # One that failed half-way has left its layers behind.
-        self._routed, self._step, self._is_dropped, self._is_running = {}, None, False, True
-        if not self._describing:
-            self._describe(self._model, args, kwargs)
+        # A pass that failed half-way has left the outputs of its first layers.
+        self._outputs, self._step, self._is_dropped, self._is_running = {}, None, False, True
+        if not self._modules_with_names:
+            self._read_arguments(self._model, args, kwargs)
 
-    def _describe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _read_arguments(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """Read the arguments of the model, or of the first module in it that names them."""
         if self._is_running and self._step is None and not self._is_dropped:
             arguments = {**dict(zip(_arguments_of(module), args, strict=False)), **kwargs}
@@ -333,8 +363,8 @@ class StepHooks:
                 module, arguments, self._mask(), self._generations.find(arguments)
             )
 
-    def _take(self, number: int, _inputs: Any, output: Any) -> None:
-        """Take the output of a router."""
+    def _store_choices(self, number: int, _inputs: Any, output: Any) -> None:
+        """Store the expert ids and scores that a router has returned."""
         step, layer = self._step, self._layers[number]
         if step is None:
             # A recomputation in the backward pass chooses what was chosen before.
@@ -342,86 +372,92 @@ class StepHooks:
                 return
             text = f"{layer.name} ran outside a forward pass of {type(self._model).__name__}"
             raise ValueError(f"{text}: the model given must be the module that is called")
-        if number in self._routed:
+        if number in self._outputs:
             raise ValueError(
                 f"{layer.name} ran more than once in a forward pass, and a token can have one "
                 "choice of experts in each layer: name the routers that run once in routers=[...]"
             )
-        parts = find_choices(output)
-        if parts is None:
+        choices = find_choices(output)
+        if choices is None:
             rule = "a router must return expert ids [tokens, top_k] as integers"
             raise ValueError(f"{layer.name}: {rule}, {type(layer.router).__name__} does not")
-        ids, scores = (part.detach().flatten(0, -2) for part in parts)
+        ids, scores = (table.detach().flatten(0, -2) for table in choices)
         tokens = step.rows * step.length
         if ids.shape != (tokens, self.top_k):
             rule = f"[{tokens}, {self.top_k}], [tokens, top_k] as the forward pass was called"
-            raise ValueError(f"{layer.name}: expert ids must be {rule}, got {[*parts[0].shape]}")
-        self._routed[number] = ids.clone(), scores  # a router may write to its ids again
+            raise ValueError(f"{layer.name}: expert ids must be {rule}, got {[*choices[0].shape]}")
+        self._outputs[number] = ids.clone(), scores  # a router may write to its ids again
 
     def _end(self, _inputs: Any, output: Any) -> None:
-        """Hand over a pass, without the tokens whose ids or scores are wrong."""
+        """Pass a step to ``receive``, without the tokens whose ids or scores are wrong."""
         step, self._step, self._is_running = self._step, None, False
         if self._is_dropped:
             return
-        missing = [layer.name for n, layer in enumerate(self._layers) if n not in self._routed]
+        missing = [layer.name for n, layer in enumerate(self._layers) if n not in self._outputs]
         if step is None or missing:
             raise ValueError(
                 f"every router must run in a forward pass, {missing[0]} did not "
                 "(what torch.compile or a CUDA graph runs is not heard: give the compiled model)"
             )
         self._has_recorded = True
-        routed = [self._routed.pop(number) for number in range(len(self._layers))]
-        device = routed[0][0].device
-        columns = zip(*routed, strict=True)
-        parts = [[part.to(device, non_blocking=True) for part in column] for column in columns]
-        ids, scores = (torch.stack(part, dim=1) for part in parts)
+        outputs = [self._outputs.pop(number) for number in range(len(self._layers))]
+        device = outputs[0][0].device
+        columns = zip(*outputs, strict=True)
+        ids, scores = (
+            torch.stack([table.to(device, non_blocking=True) for table in column], dim=1)
+            for column in columns
+        )
         ids = ids.long()
         # Ids are checked before they become one or two bytes, in which they would be others.
         outside = (ids < 0) | (ids >= self.choices)
         faults = torch.stack([scores.isnan().any(-1), outside.any(-1)])
-        keep = torch.ones_like(faults[0, :, 0])
-        for mark in step.marks:
-            keep &= mark.to(device, non_blocking=True)
-        faults &= keep[:, None]
+        is_counted = torch.ones_like(faults[0, :, 0])
+        for mask in step.masks:
+            is_counted &= mask.to(device, non_blocking=True)
+        faults &= is_counted[:, None]
         wrong = faults.any(1)
         self._faults = wrong if self._faults is None else self._faults.to(device) | wrong
-        step.ids, step.keep = ids, keep & ~faults.any(0).any(-1)
-        made = (getattr(output, name) for name in CACHE_NAMES if hasattr(output, name))
-        step.following = next(made, None)
+        step.ids, step.is_counted = ids, is_counted & ~faults.any(0).any(-1)
+        caches = (getattr(output, name) for name in CACHE_NAMES if hasattr(output, name))
+        step.following = next(caches, None)
         self._receive(step)
 
 
-def _describing(model: nn.Module, layers: tuple[MoELayer, ...]) -> list[nn.Module]:
+def _find_modules_with_names(model: nn.Module, layers: tuple[MoELayer, ...]) -> list[nn.Module]:
     """Return the modules that are called with tokens and their mask by name; none if the model is.
 
-    A wrapper (DistributedDataParallel, one of PEFT, one's own) has other names for its arguments,
-    or none; what is in it and has all routers in it tells. That may be called past its hooks, then
-    the next one in it tells.
+    A wrapper (of DistributedDataParallel, of PEFT, of a user) names its arguments otherwise, or not
+    at all; the module in it that holds all routers names them. That may be called without its
+    hooks; then the next module in it names them.
     """
-    way, routers = [model], {layer.router for layer in layers}
+    nested, routers = [model], {layer.router for layer in layers}
     while True:
-        inner = [child for child in way[-1].children() if routers <= set(child.modules()) - {child}]
+        children = nested[-1].children()
+        inner = [child for child in children if routers <= set(child.modules()) - {child}]
         if len(inner) != 1:
             break
-        way += inner
+        nested += inner
 
-    def tells(module: nn.Module) -> int:
+    def rank_names(module: nn.Module) -> int:
         parameters = _arguments_of(module)
         kinds = [parameter.kind for parameter in parameters.values()]
         has_tokens = not parameters.keys().isdisjoint(TOKEN_NAMES)
-        named = inspect.Parameter.VAR_POSITIONAL not in kinds
-        return 4 * ("attention_mask" in parameters) + 2 * has_tokens + named
+        has_names = inspect.Parameter.VAR_POSITIONAL not in kinds
+        return 4 * ("attention_mask" in parameters) + 2 * has_tokens + has_names
 
-    highest = max(map(tells, way))
-    return [] if tells(model) == highest else [module for module in way if tells(module) == highest]
+    ranks = [rank_names(module) for module in nested]
+    if ranks[0] == max(ranks):
+        return []
+    return [module for module, rank in zip(nested, ranks, strict=True) if rank == max(ranks)]
 
 
 def _arguments_of(module: nn.Module) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(module.forward).parameters
 
 
-# The stance of those who record compiled models, which then run eagerly in the whole process.
-_eager: list[Any] = []
+# The stance of torch.compile, once for each recorder of a compiled model: all models of the
+# process run eagerly meanwhile.
+_stances: list[Any] = []
 
 
 @contextmanager
@@ -429,10 +465,10 @@ def _running_eagerly() -> Iterator[None]:
     if not hasattr(torch.compiler, "set_stance"):
         raise ValueError("model must not be compiled by this version of torch: give its original")
     # The first one has the stance; the last one to leave ends it, in whatever order they do.
-    _eager.append(_eager[0] if _eager else torch.compiler.set_stance("force_eager"))
+    _stances.append(_stances[0] if _stances else torch.compiler.set_stance("force_eager"))
     try:
         yield
     finally:
-        stance = _eager.pop()
-        if not _eager:
+        stance = _stances.pop()
+        if not _stances:
             stance.__exit__(None, None, None)

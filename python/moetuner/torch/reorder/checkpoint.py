@@ -31,7 +31,7 @@ PIECE = 16 << 20
 
 # The same weights in another format would stay in their old order, and be taken for the new ones.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
-# Where files of weights are listed; those of files that are not copied are not either.
+# Lists of files of weights. The list of files that are not copied is not copied.
 INDEXES = ".index.json"
 
 
@@ -45,9 +45,10 @@ def permute_state_dict(
 ) -> Any:
     """Renumber the experts of a checkpoint, so that contiguous experts are the placement.
 
-    Does to weights on disk what ``apply_placement`` does to a model. Tensors of single experts only
-    change their names; of stacked experts and routers the rows are written in another order. No
-    tensor is held in memory, and any type of number, quantised ones included, is moved bit by bit.
+    It does to weights on disk what ``apply_placement`` does to a model. Tensors of single experts
+    only change their names; the rows of stacked experts and of routers are written in another
+    order. No tensor is held in memory, and numbers of any type, quantised ones included, move
+    unchanged.
 
     Parameters
     ----------
@@ -56,12 +57,12 @@ def permute_state_dict(
     placement
         One copy of each expert, equally many on every device.
     out
-        Folder to write, which must be new or empty: weights file by file, and other files and
-        folders as they are. Settings that name single experts, as those of quantised weights do,
-        get the new numbers. A warning names what is not copied, such as weights in other formats.
-        None for tensors by name.
+        Folder to write, which must be new or empty. It gets the weights file by file, and other
+        files and folders as they are. Settings that name single experts, as those of quantised
+        weights do, get the new numbers. A warning names what is not copied, such as weights in
+        other formats. None for tensors by name.
     config
-        The model's configuration; by default the ``config.json`` of the folder. Says whether the
+        The model's configuration; by default the ``config.json`` of the folder. It says whether the
         router is limited to groups (``n_group``) and how many layers the model has.
     inverse
         Undo an earlier call with the same placement.
@@ -84,7 +85,7 @@ def permute_state_dict(
     if isinstance(source, Mapping):
         if out is not None:
             raise ValueError(f"out must be left out where source is not a folder, got {out}")
-        _, changes = _changes(source, order, config, inverse=inverse)
+        _, changes = _plan_changes(source, order, config, inverse=inverse)
         for name, change in changes.items():
             if change.order is not None or change.ids is not None:
                 plan.check_memory(name, source[name])
@@ -101,13 +102,13 @@ def permute_state_dict(
         raise ValueError(f"{out}: must be a new or an empty folder")
     config = _json_in(folder.path / CONFIG) if config is None else config
     with naming(source):
-        made, changes = _changes(folder.tensors, order, config, inverse=inverse)
-        plan.check_ties(changes, folder.bits)
+        tensor_plan, changes = _plan_changes(folder.tensors, order, config, inverse=inverse)
+        plan.check_ties(changes, folder.read_bytes)
         # Before anything is written.
         numbered = [name for name, change in changes.items() if change.ids is not None]
-        tables = {name: folder.table(name, changes[name]) for name in numbered}
-        settings = folder.settings(Mentions(made, changes))
-    others, left_out = folder.others()
+        tables = {name: folder.renumber_table(name, changes[name]) for name in numbered}
+        settings = folder.rename_experts(Mentions(tensor_plan, changes))
+    others, left_out = folder.list_others()
     folder.copy(out, changes, tables, others, settings)
     if left_out:
         warnings.warn(
@@ -119,7 +120,7 @@ def permute_state_dict(
     return out
 
 
-def _changes(
+def _plan_changes(
     tensors: Tensors, order: Order, config: Config, *, inverse: bool
 ) -> tuple[TensorPlan, Changes]:
     """Return the plan and the changes of all tensors; raise if they cannot be exact."""
@@ -127,8 +128,8 @@ def _changes(
     settings.check_order(order)
     blocks = find_blocks(tensors, len(order), settings.hidden_layers)
     order = np.argsort(order, axis=1) if inverse else order
-    made = TensorPlan.for_names(tensors, order, dict.fromkeys(blocks))
-    return made, plan.plan_changes(tensors, made)
+    tensor_plan = TensorPlan.for_names(tensors, order, dict.fromkeys(blocks))
+    return tensor_plan, plan.plan_changes(tensors, tensor_plan)
 
 
 class _Folder:
@@ -166,22 +167,22 @@ class _Folder:
                 self.tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
                 self.file_of[name] = file
 
-    def bits(self, name: str, experts: int) -> Tensor:
+    def read_bytes(self, name: str, experts: int) -> Tensor:
         """Return the bytes of a small tensor by expert [E,..]."""
         header = self.headers[self.file_of[name]]
         begin, end = header.entries[name]["data_offsets"]
         place = TensorInFile(np.dtype(np.uint8), (end - begin,), header.data + begin)
-        bits = safetensors.read(self.file_of[name], place)
-        return torch.from_numpy(bits.copy()).reshape(experts, -1)
+        numbers = safetensors.read(self.file_of[name], place)
+        return torch.from_numpy(numbers.copy()).reshape(experts, -1)
 
-    def table(self, name: str, change: TensorChange) -> bytes:
-        """Return the bytes of a table of experts' ids, with their new numbers."""
+    def renumber_table(self, name: str, change: TensorChange) -> bytes:
+        """Return the bytes of a table of experts' ids with their new numbers."""
         file = self.file_of[name]
         old = safetensors.read(file, self.headers[file].tensor(name))
         new = plan.reorder(name, torch.from_numpy(old.astype(np.int64)), change).numpy()
         return new.astype(old.dtype.newbyteorder("<")).tobytes()
 
-    def settings(self, mentions: Mentions) -> dict[Path, str]:
+    def rename_experts(self, mentions: Mentions) -> dict[Path, str]:
         """Return the new text of each file of settings that names single experts."""
         texts = {}
         for file in sorted(self.path.glob("*.json")):
@@ -193,28 +194,29 @@ class _Folder:
                 texts[file] = json.dumps(new, indent=2) + "\n"
         return texts
 
-    def others(self) -> tuple[list[Path], list[str]]:
+    def list_others(self) -> tuple[list[Path], list[str]]:
         """Return the files beside the weights, and the names of those that are not copied."""
         files, left_out = [], []
         for root, folders, names in os.walk(self.path):
-            at = Path(root)
-            relative = at.relative_to(self.path)
+            folder = Path(root)
+            relative = folder.relative_to(self.path)
             for name in sorted(folders):
-                if name.startswith(".") or (at / name).is_symlink():
+                if name.startswith(".") or (folder / name).is_symlink():
                     left_out.append(f"{relative / name}/")
                     folders.remove(name)
             folders.sort()
-            beside = [at / name for name in sorted(names) if at / name not in self.headers]
-            weights = [file for file in beside if file.suffix in WEIGHTS or not file.is_file()]
-            if weights and at != self.path and len(beside) == len(names):
-                # Nothing of the checkpoint is there: the same model in another form.
+            paths = [folder / name for name in sorted(names)]
+            others = [path for path in paths if path not in self.headers]
+            weights = [file for file in others if file.suffix in WEIGHTS or not file.is_file()]
+            if weights and folder != self.path and len(others) == len(names):
+                # The folder has none of the checkpoint's weights: it is the model in another form.
                 left_out.append(f"{relative}/")
                 folders.clear()
                 continue
             left_out += [str(file.relative_to(self.path)) for file in weights]
             lists = (INDEXES,) if weights else (INDEX,)
             files += [
-                file for file in beside if file not in weights and not file.name.endswith(lists)
+                file for file in others if file not in weights and not file.name.endswith(lists)
             ]
         return files, sorted(left_out)
 

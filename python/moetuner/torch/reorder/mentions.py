@@ -1,4 +1,4 @@
-"""Rename single experts in settings beside a checkpoint, on how their weights are stored.
+"""Rename single experts in settings beside a checkpoint that say how weights are stored.
 
 compressed-tensors has names of modules or regular expressions, ModelOpt has globs, and GPTQModel
 and AutoRound have either as keys.
@@ -14,14 +14,14 @@ from typing import Any
 from moetuner._checks import shown
 from moetuner.torch.reorder.plan import Changes, TensorPlan
 
-# The name of one expert's module, maybe as a regular expression that has its dots escaped, between
-# what says which kind of pattern it is and the name within the expert.
+# The name of one expert's module: a prefix that says which kind of pattern it is, the block, the
+# number, and the name within the expert. Dots may be escaped, as in a regular expression.
 MODULE = re.compile(
     r"(?P<start>(?:re:|[+-]:)?\^?(?P<block>[\w\\.-]+?)\\?\.experts\\?\.(?:local_experts\\?\.)?)"
     r"(?P<expert>\d+)(?P<end>(?:\\?[.$].*)?)"
 )
 KIND = re.compile(r"re:|[+-]:")
-# An expert's number in whatever pattern.
+# An expert's number in a pattern of any kind.
 NUMBER = re.compile(r"experts?[].\\()[*?^]{1,5}\d")
 
 
@@ -43,27 +43,28 @@ class Mentions:
     def rename(self, value: Any) -> Any:
         """Return settings with the new names of experts, in texts and in keys."""
         if isinstance(value, dict):
-            return {self._text(name): self.rename(item) for name, item in value.items()}
+            return {self._rename_text(name): self.rename(item) for name, item in value.items()}
         if isinstance(value, list):
             return [self.rename(item) for item in value]
-        return self._text(value) if isinstance(value, str) else value
+        return self._rename_text(value) if isinstance(value, str) else value
 
-    def _text(self, text: str) -> str:
+    def _rename_text(self, text: str) -> str:
+        """Return a text with the new number of its expert; raise if a pattern cannot have one."""
         if (module := MODULE.fullmatch(text)) is not None:
-            number = self._number(module["block"].replace("\\", ""), module["expert"], text)
+            number = self._renumber(module["block"].replace("\\", ""), module["expert"], text)
             return f"{module['start']}{number}{module['end']}"
         has_number = NUMBER.search(text) is not None
         if has_number or "expert" in text or "*" in text:
-            matching = [self._is_free(matches) for matches in _readings(text)]
-            # A pattern with numbers of experts must match some, otherwise it is not understood.
-            if not all(free for free, _ in matching) or (
-                has_number and not any(matched for _, matched in matching)
-            ):
+            tested = [self._test_pattern(matches) for matches in _list_readings(text)]
+            is_free = all(is_same for is_same, _ in tested)
+            matches_any = any(any_matched for _, any_matched in tested)
+            # A pattern with numbers of experts that matches none is of an unknown kind.
+            if not is_free or (has_number and not matches_any):
                 rule = "must not tell experts apart where their numbers change"
                 raise ValueError(f"{shown(text)}: a pattern of modules {rule}")
         return text
 
-    def _number(self, block: str, expert: str, text: str) -> str:
+    def _renumber(self, block: str, expert: str, text: str) -> str:
         """Return the new number of an expert of a block, whose name may be only its end."""
         blocks = {
             other for other in self.plan.blocks if other == block or other.endswith(f".{block}")
@@ -80,8 +81,8 @@ class Mentions:
         width = len(expert) if expert.startswith("0") else 0
         return str(order.index(int(expert))).zfill(width)
 
-    def _is_free(self, matches: Callable[[str], bool]) -> tuple[bool, bool]:
-        """Return whether a pattern matches the same experts after as before, and whether any."""
+    def _test_pattern(self, matches: Callable[[str], bool]) -> tuple[bool, bool]:
+        """Return whether a pattern matches the same experts as before, and whether any."""
         any_matched = False
         for old, new in self.pairs:
             matched = matches(old)
@@ -91,8 +92,8 @@ class Mentions:
         return True, any_matched
 
 
-def _readings(text: str) -> list[Callable[[str], bool]]:
-    """Return the ways to read a pattern: as a part of a name, a glob, a regular expression."""
+def _list_readings(text: str) -> list[Callable[[str], bool]]:
+    """Return functions that match a name: by text within it, by a glob, by a regular expression."""
     body = KIND.sub("", text, count=1) if KIND.match(text) else text
     readings: list[Callable[[str], bool]] = [lambda name: body in name]
     patterns = [fnmatch.translate(body), body]

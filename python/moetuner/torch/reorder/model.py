@@ -19,7 +19,7 @@ from moetuner.torch.reorder import plan
 from moetuner.torch.reorder.plan import Changes, Order, TensorChange, TensorPlan, Tensors, is_under
 from moetuner.torch.reorder.steps import Exchange, exchange_all, list_exchanges
 
-INSTEAD = "renumber the checkpoint with permute_state_dict before it is loaded"
+ADVICE = "renumber the checkpoint with permute_state_dict before it is loaded"
 
 
 def apply_placement(
@@ -32,9 +32,9 @@ def apply_placement(
     """Renumber the experts of a model in place, so that contiguous experts are the placement.
 
     Experts and router rows move together, so the model computes what it did before: the same sums,
-    of which only the order can differ. Saved with ``save_pretrained``, it loads anywhere, and an
-    engine that puts experts 0 to E/D-1 on its first device runs the placement. Needs memory for one
-    expert. Apply it before an optimizer is made or the model is spread over devices.
+    of which only the order can differ. Saved with ``save_pretrained``, it loads anywhere. An
+    engine that puts experts 0 to E/D-1 on its first device runs the placement. The call needs
+    memory for one expert. Apply it before an optimizer is made or the model is spread over devices.
 
     Where the scores of two experts tie to the last bit at rank K, a router chooses by position, and
     may then choose the other one. In float32 that does not happen by chance; with logits in
@@ -86,7 +86,7 @@ def apply_placement(
     plan.check_ties(changes, lambda name, experts: plan.view_bytes(tensors[name], experts))
     steps: list[Exchange] = []
     # All tables are read before anything moves.
-    for change in [changes[name] for name in _once(changes, tensors)]:
+    for change in [changes[name] for name in _list_moving(changes, tensors)]:
         tensor = tensors[change.name].detach()
         if change.order is not None:
             # Gradients that wait for an optimizer's step are of the same experts.
@@ -99,7 +99,7 @@ def apply_placement(
     for layer, positions in zip(layers, order, strict=True):
         if isinstance(layer.experts, nn.ModuleList):
             steps += list_exchanges(layer.experts, positions)
-    # What was loaded in inference mode can be written to in it alone, and all else as well.
+    # Tensors loaded in inference mode can be written in it alone; all others can be, too.
     is_inference = any(tensors[name].is_inference() for name in changes)
     with torch.inference_mode() if is_inference else torch.no_grad():
         exchange_all(steps)
@@ -107,19 +107,19 @@ def apply_placement(
 
 
 def _tensors(model: nn.Module, layers: tuple[MoELayer, ...]) -> dict[str, Tensor]:
-    """Return the tensors of a model by all their names; blocks that run twice have one name."""
+    """Return the tensors of a model by all their names; a block that runs twice has one name."""
     blocks = {id(layer.block): _block(layer) for layer in layers}
     modules = model.named_modules(remove_duplicate=False)
-    again = tuple(f"{name}." for name, module in modules if blocks.get(id(module), name) != name)
+    repeated = tuple(f"{name}." for name, module in modules if blocks.get(id(module), name) != name)
     kinds = (model.named_parameters, model.named_buffers)
     named = itertools.chain(*(kind(remove_duplicate=False) for kind in kinds))
-    return {name: tensor for name, tensor in named if not name.startswith(again)}
+    return {name: tensor for name, tensor in named if not name.startswith(repeated)}
 
 
 def _check_weights(
     layer: MoELayer, changes: Changes, tensors: Tensors, registered: Registered
 ) -> None:
-    """Raise unless a layer's weights can move, and its experts' are stacked or in a list."""
+    """Raise unless a layer's weights can move and its experts are stacked or in a list."""
     is_list, has_weights = isinstance(layer.experts, nn.ModuleList), False
     for name, change in changes.items():
         if change.block != _block(layer):
@@ -145,14 +145,14 @@ def _check_rows(name: str, tensor: Tensor) -> None:
     if not has_memory(tensor):
         kind = type(tensor).__name__ if not is_plain(tensor) else str(tensor.layout)
         rule = "must be a tensor with memory of its own, row by row"
-        raise ValueError(f"{name}: {rule}, got {kind}: {INSTEAD}")
+        raise ValueError(f"{name}: {rule}, got {kind}: {ADVICE}")
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     if any(size > 1 and step == 0 for size, step in sizes):
         raise ValueError(f"{name}: its elements must not share memory, as those of an expanded one")
 
 
 def _check_outside(layer: MoELayer, registered: Registered) -> None:
-    """Raise unless all weights of a layer are parameters or buffers, as nothing else moves."""
+    """Raise unless all weights of a layer are parameters or buffers: nothing else moves."""
     block = _block(layer)
     for path, module in layer.block.named_modules(prefix=block):
         name_in_block = path.removeprefix(block).removeprefix(".")
@@ -167,14 +167,15 @@ def _check_outside(layer: MoELayer, registered: Registered) -> None:
             if is_routing or layer.num_experts in shape:
                 raise ValueError(
                     f"{path}.{name}: weights must be parameters or buffers to change places, "
-                    f"these are an attribute, as quantisers set them: {INSTEAD}"
+                    f"these are an attribute, as quantisers set them: {ADVICE}"
                 )
 
 
-def _once(changes: Changes, tensors: Tensors) -> list[str]:
-    """Return names of tensors that change, each memory once; raise if its tensors disagree."""
+def _list_moving(changes: Changes, tensors: Tensors) -> list[str]:
+    """Return the tensors that change, one for each memory; raise if those of one memory differ."""
 
-    def move(name: str) -> object:
+    def describe_move(name: str) -> object:
+        """Return what happens to a tensor: equal for tensors that move alike; None if it stays."""
         tensor, change = tensors[name], changes[name]
         orders = [
             None if order is None else order.tobytes() for order in (change.order, change.ids)
@@ -186,16 +187,16 @@ def _once(changes: Changes, tensors: Tensors) -> list[str]:
         return _span(tensor), tensor.shape, *orders, new_name
 
     spans = sorted((*_span(tensor), name) for name, tensor in tensors.items() if tensor.numel())
-    once, end, owner = [], ("", 0), ""
-    # Sorted by where they begin, whatever overlaps follows at once.
-    for where, begin, size, _, name in spans:
-        if (where, begin) >= end:
-            once += [name] if _moves(changes[name]) else []
-        elif move(name) != move(owner):
+    moving, end, owner = [], ("", 0), ""
+    # Sorted by where they begin, tensors that overlap follow each other.
+    for device, begin, size, _, name in spans:
+        if (device, begin) >= end:
+            moving += [name] if _moves(changes[name]) else []
+        elif describe_move(name) != describe_move(owner):
             raise ValueError(f"{name}: must not share memory with {owner}, which moves otherwise")
-        if (where, begin + size) > end:
-            end, owner = (where, begin + size), name
-    return once
+        if (device, begin + size) > end:
+            end, owner = (device, begin + size), name
+    return moving
 
 
 def _span(tensor: Tensor) -> tuple[str, int, int, tuple[int, ...]]:

@@ -1,9 +1,9 @@
 """Plan the change of every tensor of a model when its experts change places: name, rows or ids.
 
 One plan serves models in memory, checkpoints and single tensors. It decides by names and shapes
-only. Tensors known to depend on the order of experts change, those known not to depend on it stay,
-and any other tensor that could depend on it is refused: a model that silently chooses other experts
-is worse than none.
+only. Tensors that depend on the order of experts by their names change, those that do not depend on
+it stay, and any other tensor that could depend on it is refused: a model that silently chooses
+other experts is worse than none.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ROWS = ("weight", "per_expert_scale", *BIASES)
 # Tables of experts' ids: the ids change, and nothing moves.
 TABLES = ("tid2eid",)
 
-# Names anywhere in a layer that have to do with choosing experts.
+# Names in a layer that have to do with choosing experts.
 CHOOSES = re.compile(r"router|expert|e_score|eid|correction|(^|[._])moe([._]|$)")
 
 # Names of modules that do not depend on the order of experts, and of those that do not unless they
@@ -48,12 +48,12 @@ DENSE = re.compile(r"norm|embed|(^|\.)(mlp|ffn|feed_forward|dense)\.")
 PACKED = re.compile(r"qweight|qzeros|g_idx|perm|weight_(shape|packed|zero_point)|position|quant")
 
 
-# Adapters (LoRA): of a matrix of rows by expert the first factor has none, the second has them.
+# Adapters (LoRA) of a matrix with a row per expert: only the second factor has these rows.
 ADAPTER, FIRST_FACTOR = re.compile(r"(^|[._])lora_"), re.compile(r"(^|\.)lora_A(\.|$)")
 
 
 def view_bytes(tensor: Tensor, experts: int) -> Tensor:
-    """Return the bytes of a tensor by expert [E,..], as not every type can be indexed."""
+    """Return the bytes of a tensor by expert [E,..]; not every type of number can be indexed."""
     return tensor.detach().reshape(experts, -1).contiguous().view(torch.uint8)
 
 
@@ -61,8 +61,18 @@ def view_bytes(tensor: Tensor, experts: int) -> Tensor:
 class TensorChange:
     """The change of a tensor: its new name, and its new rows or ids.
 
-    ``order`` [E] has the old row at every place, if rows change places. ``ids`` [E] has the new id
-    of every expert, if the tensor holds ids.
+    Attributes
+    ----------
+    name
+        The new name.
+    block
+        Its MoE block; None where that does not matter.
+    order
+        Old row at every place [E]; None where no rows change places.
+    ids
+        New id of every expert [E]; None where the tensor holds no ids.
+    is_router
+        Whether the tensor is of a router.
     """
 
     name: str
@@ -79,7 +89,7 @@ def order_experts(placement: Placement) -> Order:
     """Return the old expert at every new position [L,E]: by device, ascending within one."""
     layers, devices, _ = placement.slots.shape
     experts, on_device = placement.num_experts, (placement.slots != EMPTY).sum(axis=2)
-    for rule, counts, wrong, which in (
+    for rule, counts, breaks_rule, noun in (
         ("one copy of each expert", placement.replicas, placement.replicas > 1, "of expert"),
         (
             f"{experts}/{devices} experts on every device",
@@ -88,8 +98,8 @@ def order_experts(placement: Placement) -> Order:
             "on device",
         ),
     ):
-        for layer, number in np.argwhere(wrong)[:1]:
-            found = f"{counts[layer, number]} {which} {number} in layer {layer}"
+        for layer, number in np.argwhere(breaks_rule)[:1]:
+            found = f"{counts[layer, number]} {noun} {number} in layer {layer}"
             rule = f"placement must have {rule} to become an order of experts"
             raise ValueError(f"{rule}, got {found}")
     return np.argsort(placement.device_of, axis=1, kind="stable").reshape(layers, -1)
@@ -97,7 +107,7 @@ def order_experts(placement: Placement) -> Order:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """A plan of the changes of a model's tensors, one by one.
+    """A plan that gives the change of each tensor of a model.
 
     Attributes
     ----------
@@ -106,8 +116,8 @@ class TensorPlan:
     rows
         Row of ``order`` by MoE block; blocks of one row are one block by two names.
     routers
-        Names of the routers of these blocks; None if it is a child with a usual name.
-    resting
+        Name of the router of each of these blocks; None for a child with a usual name.
+    unchanged
         MoE blocks that keep their order.
     widths
         Digits of experts' numbers where they have leading zeros, by the name before the number.
@@ -116,16 +126,16 @@ class TensorPlan:
     order: Order
     rows: Mapping[str, int]
     routers: Routers
-    resting: frozenset[str] = frozenset()
+    unchanged: frozenset[str] = frozenset()
     widths: Mapping[str, int] = field(default_factory=dict)
 
     @staticmethod
     def for_names(names: Iterable[str], order: Order, routers: Routers) -> TensorPlan:
-        """Make the plan for a model with these tensors; ``routers`` are in the order of layers."""
+        """Return the plan for a model with these tensors; ``routers`` are in order of layers."""
         parts = parse_names(names).values()
-        resting = frozenset(expert_name.block for expert_name in parts) - set(routers)
+        unchanged = frozenset(expert_name.block for expert_name in parts) - set(routers)
         rows = {block: row for row, block in enumerate(routers)}
-        return TensorPlan(order, rows, routers, resting, find_number_widths(parts))
+        return TensorPlan(order, rows, routers, unchanged, find_number_widths(parts))
 
     @property
     def experts(self) -> int:
@@ -134,43 +144,43 @@ class TensorPlan:
 
     @cached_property
     def blocks(self) -> list[str]:
-        """All MoE blocks, those within others first."""
-        return sorted({*self.routers, *self.resting}, key=len, reverse=True)
+        """All MoE blocks; those within others come first."""
+        return sorted({*self.routers, *self.unchanged}, key=len, reverse=True)
 
     @cached_property
     def _layers(self) -> dict[str, str]:
-        """Beginnings of names of tensors in a block's layer, by block."""
+        """Text with which the names of all tensors of a block's layer begin, by block."""
         layers = {block: UP_TO_LAYER.match(block) for block in self.routers}
         return {block: f"{layer[0]}." for block, layer in layers.items() if layer}
 
     def has(self, name: str, expert_name: ExpertName | None) -> bool:
-        """Return whether a tensor, by name and parsed name, belongs to one of the MoE blocks."""
+        """Return whether a tensor belongs to one of the MoE blocks, by its name and parsed name."""
         if expert_name is not None:
-            return expert_name.block in self.routers or expert_name.block in self.resting
+            return expert_name.block in self.routers or expert_name.block in self.unchanged
         return any(is_under(name, block) for block in self.blocks)
 
     def is_beside(self, name: str) -> bool:
-        """Return whether a tensor is in the layer of a block that moves."""
+        """Return whether a tensor is in the layer of a block whose experts change places."""
         return name.startswith(tuple(self._layers.values()))
 
     def change(self, name: str, tensor: Tensor, expert_name: ExpertName | None) -> TensorChange:
         """Return the change of a tensor; ``expert_name`` is its parsed name if it is of experts.
 
-        A tensor of a checkpoint may be on the meta device, with its type of element.
+        A tensor of a checkpoint may be on the meta device: its shape and its kind of numbers count.
         """
         if expert_name is not None:
             row = self.rows.get(expert_name.block)
             if row is None:
                 return TensorChange(name)
-            return self._of_experts(name, tuple(tensor.shape), expert_name, self.order[row])
-        block, kind = self._dependence(name, tensor)
+            return self._change_experts(name, tuple(tensor.shape), expert_name, self.order[row])
+        block, kind = self._find_dependence(name, tensor)
         if kind == "ids":
             return TensorChange(name, block, ids=np.argsort(self.order[self.rows[block]]))
         if kind == "rows":
             return TensorChange(name, block, self.order[self.rows[block]], is_router=True)
         return TensorChange(name)
 
-    def _of_experts(
+    def _change_experts(
         self, name: str, shape: tuple[int, ...], expert_name: ExpertName, order: Order
     ) -> TensorChange:
         """Return the change of a tensor of experts."""
@@ -194,23 +204,27 @@ class TensorPlan:
             raise ValueError(f"{name}: {rule}, got {list(shape)}")
         return TensorChange(name, expert_name.block, order)
 
-    def _dependence(self, name: str, tensor: Tensor) -> tuple[str, str]:
-        """Return the block of a tensor outside experts, and "rows", "ids" or "" as ``_kind``."""
+    def _find_dependence(self, name: str, tensor: Tensor) -> tuple[str, str]:
+        """Return the block of a tensor outside experts, and how it depends on their order.
+
+        That is "rows", "ids" or "", as ``_classify`` returns it.
+        """
         block = next((block for block in self.blocks if is_under(name, block)), None)
-        if math.prod(tensor.shape) <= 1 or block in self.resting:
+        if math.prod(tensor.shape) <= 1 or block in self.unchanged:
             return "", ""
         if block is not None:
             path, router = name[len(block) + 1 :] if block else name, self.routers[block]
             is_usual = not ROUTER_NAMES.isdisjoint(path.split("."))
             routes = is_usual if router is None else is_under(name, router)
-            kind = _kind(path, tensor, self.experts, "router" if routes else "block")
+            kind = _classify(path, tensor, self.experts, "router" if routes else "block")
         else:
-            # Beside a block, in its layer: state of its router under another name.
-            beside = [block for block, start in self._layers.items() if name.startswith(start)]
-            block = beside[0] if beside else ""
+            # A router may have some of its state outside its block, in the same layer.
+            in_layer = [block for block, start in self._layers.items() if name.startswith(start)]
+            block = in_layer[0] if in_layer else ""
             path = name.removeprefix(self._layers.get(block, ""))
-            kind = _kind(path, tensor, self.experts, "layer" if beside else "model")
-            kind = None if kind and len({self.rows[name] for name in beside}) > 1 else kind
+            kind = _classify(path, tensor, self.experts, "layer" if in_layer else "model")
+            if kind and len({self.rows[block] for block in in_layer}) > 1:
+                kind = None
         if kind is None:
             what = "may depend on the order of experts in a way that is not known"
             raise ValueError(f"{name}: {list(tensor.shape)} {what}")
@@ -234,7 +248,7 @@ def plan_changes(tensors: Tensors, plan: TensorPlan) -> Changes:
     weights: dict[str, str] = {}
     for name, tensor in tensors.items():
         change = changes[name] = plan.change(name, tensor, parts.get(name))
-        # Of two matrices in a row one has rows per expert, and nothing shows which.
+        # Where two matrices follow each other, nothing shows which one has the rows of experts.
         is_weight = change.is_router and name.endswith("weight") and not ADAPTER.search(name)
         if is_weight and weights.setdefault(change.block or "", name) != name:
             raise ValueError(
@@ -253,8 +267,8 @@ def plan_changes(tensors: Tensors, plan: TensorPlan) -> Changes:
 def check_ties(changes: Changes, rows: Callable[[str, int], Tensor]) -> None:
     """Raise if two experts that change places have the same router state.
 
-    Such experts always tie, and their numbers decide between them. ``rows(name, experts)`` returns
-    the bytes of a tensor by expert [E,..].
+    The scores of such experts always tie, and their numbers decide between them. ``rows(name,
+    experts)`` returns the bytes of a tensor by expert [E,..].
     """
     state: dict[str, list[NDArray[np.uint8]]] = {}
     for name, change in changes.items():
@@ -272,7 +286,7 @@ def check_ties(changes: Changes, rows: Callable[[str, int], Tensor]) -> None:
 
 
 def check_memory(name: str, tensor: Tensor) -> None:
-    """Raise unless a tensor's elements lie in memory as it shows them, so that rows can move."""
+    """Raise unless a tensor's memory has its elements as it shows them, so that rows can move."""
     if not has_memory(tensor):
         kind = type(tensor).__name__ if not is_plain(tensor) else "one without memory"
         rule = "must be a whole tensor in memory, in which its elements are as it shows them"
@@ -280,7 +294,7 @@ def check_memory(name: str, tensor: Tensor) -> None:
 
 
 def reorder(name: str, tensor: Tensor, change: TensorChange) -> Tensor:
-    """Return a tensor with its rows in order, or with the new numbers of experts."""
+    """Return a tensor with its rows in the new order, or with the new numbers of experts."""
     if (new := change.ids) is not None:
         old = tensor.long()
         first, last = (int(old.min()), int(old.max())) if old.numel() else (0, 0)
@@ -295,22 +309,22 @@ def reorder(name: str, tensor: Tensor, change: TensorChange) -> Tensor:
     return rows.view(tensor.dtype).reshape(tensor.shape)
 
 
-def _kind(path: str, tensor: Tensor, experts: int, where: str) -> str | None:
+def _classify(path: str, tensor: Tensor, experts: int, part: str) -> str | None:
     """Return "rows" or "ids" if a tensor depends on the order, "" if not, None if unknown.
 
-    ``path`` is its name within ``where``: a "router", a "block", its "layer" or the "model".
+    ``path`` is its name within a part of the model: "router", "block", "layer" or "model".
     """
     shape, last, has_experts = tensor.shape, path.rpartition(".")[2], experts in tensor.shape
-    fractions = tensor.is_floating_point() or tensor.is_complex()
-    is_whole = not fractions and tensor.element_size() > 1
+    has_fractions = tensor.is_floating_point() or tensor.is_complex()
+    is_whole = not has_fractions and tensor.element_size() > 1
     names_choice = CHOOSES.search(path) is not None
-    if is_apart(path) or (where == "router" and FIRST_FACTOR.search(path)):
+    if is_apart(path) or (part == "router" and FIRST_FACTOR.search(path)):
         return ""
-    if where == "model":
+    if part == "model":
         return None if names_choice and (has_experts or is_whole) else ""
-    if where == "layer" and not (names_choice or (is_whole and not PACKED.search(path))):
+    if part == "layer" and not (names_choice or (is_whole and not PACKED.search(path))):
         return ""
-    chooses = names_choice or where != "block"
+    chooses = names_choice or part != "block"
     if not chooses and DENSE.search(path):
         return ""
     if last in TABLES and is_whole:
@@ -319,7 +333,7 @@ def _kind(path: str, tensor: Tensor, experts: int, where: str) -> str | None:
     is_state = last in ROWS and "norm" not in path and (chooses or "." not in path)
     if is_state and (shape[0] == experts or shape == (1, experts)):
         return "rows"
-    if where == "block" and last in ("weight", "bias") and not has_experts:
+    if part == "block" and last in ("weight", "bias") and not has_experts:
         return ""  # a matrix before or behind the experts
     if chooses:
         return "" if ("norm" in path or last == "scale") and not has_experts else None

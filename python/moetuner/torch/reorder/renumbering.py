@@ -13,22 +13,22 @@ from moetuner._checks import flag, instance, listed
 from moetuner.placement import Placement
 from moetuner.torch.models import moe_layers
 from moetuner.torch.reorder import plan
-from moetuner.torch.reorder.names import find_blocks, parse_name, predicts
+from moetuner.torch.reorder.names import find_blocks, is_mtp, parse_name
 from moetuner.torch.reorder.plan import ROUTER_NAMES, Order, TensorPlan
 from moetuner.torch.reorder.settings import Config, make_empty_model, read_settings
 
-# Before all names of an adapter, as PEFT writes it.
+# Text before all names of an adapter that PEFT writes.
 ADAPTED = "base_model.model."
 
 
 class Renumbering:
-    """Renumbers one named tensor after the other, so that contiguous experts are the placement.
+    """Renumbers named tensors one by one, so that contiguous experts are the placement.
 
     ``renumber(name, tensor)`` gives the new name and tensor: those that ``permute_state_dict``
     gives for the whole checkpoint. A trainer that updates an engine whose checkpoint was renumbered
-    sends each tensor through it, whatever it sends: all weights, some of them, or adapters of
-    single experts and of routers. Nothing is kept between calls, and a tensor that does not change
-    is returned as it is.
+    calls it with each tensor that it sends: all weights, some of them, or adapters of single
+    experts and of routers. Calls do not depend on each other. A tensor that does not change is
+    returned as it is.
 
     Parameters
     ----------
@@ -46,8 +46,8 @@ class Renumbering:
     ------
     ValueError
         If the result could not be exact, with the reason: here if the configuration shows it, else
-        for the tensor. That two experts have equal router rows, which ``permute_state_dict``
-        refuses, a single tensor does not show.
+        in the call with the tensor. Two experts with equal router rows, which
+        ``permute_state_dict`` refuses, are not found, as single tensors do not show them.
 
     Examples
     --------
@@ -82,19 +82,18 @@ class Renumbering:
         start = ADAPTED if name.startswith(ADAPTED) else ""
         name = name.removeprefix(start)
         expert_name = parse_name(name)
-        own_plan = next((made for made in self._plans if made.has(name, expert_name)), None)
-        if own_plan is None and predicts(
-            expert_name.block if expert_name else name, self._hidden_layers
-        ):
+        plan_of_block = next((p for p in self._plans if p.has(name, expert_name)), None)
+        block = expert_name.block if expert_name else name
+        if plan_of_block is None and is_mtp(block, self._hidden_layers):
             return start + name, tensor
-        beside = next((made for made in self._plans if made.is_beside(name)), None)
-        is_routing = expert_name is not None or (beside is None and self._routes(name, tensor))
-        if own_plan is None and is_routing:
+        plan_of_layer = next((p for p in self._plans if p.is_beside(name)), None)
+        may_route = plan_of_layer is None and self._routes(name, tensor)
+        if plan_of_block is None and (expert_name is not None or may_route):
             raise ValueError(
                 f"{start}{name}: must be of one of the model's MoE layers, such as "
                 f"{next(iter(self._plans[0].routers))}: if its names are others, give them in names"
             )
-        chosen = own_plan or beside or self._plans[0]
+        chosen = plan_of_block or plan_of_layer or self._plans[0]
         if (
             expert_name is not None
             and expert_name.is_padded
@@ -107,13 +106,13 @@ class Renumbering:
         return start + change.name, plan.reorder(name, tensor, change)
 
     def _routes(self, name: str, tensor: Tensor) -> bool:
-        """Return whether a tensor may be a router's with an unknown name."""
+        """Return whether a tensor may be of a router with an unknown name."""
         experts = self._plans[0].experts
         return experts in tensor.shape and not ROUTER_NAMES.isdisjoint(name.split("."))
 
 
 def _make_plans(config: Any, order: Order, hidden_layers: int | None) -> list[TensorPlan]:
-    """Make the plans for a model of transformers, for names on disk and in memory."""
+    """Return the plans for a model of transformers, for names on disk and in memory."""
     model = make_empty_model(config)
     layers = moe_layers(model)
     if len(layers) != len(order):
@@ -136,8 +135,8 @@ def _make_plans(config: Any, order: Order, hidden_layers: int | None) -> list[Te
 
 
 def _check_plan(tensors: plan.Tensors, order: Order, hidden_layers: int | None) -> TensorPlan:
-    """Make the plan for tensors of a whole model; raise if it cannot be exact."""
+    """Return the plan for tensors of a whole model; raise if it cannot be exact."""
     blocks = find_blocks(tensors, len(order), hidden_layers)
-    made = TensorPlan.for_names(tensors, order, dict.fromkeys(blocks))
-    plan.plan_changes(tensors, made)
-    return made
+    tensor_plan = TensorPlan.for_names(tensors, order, dict.fromkeys(blocks))
+    plan.plan_changes(tensors, tensor_plan)
+    return tensor_plan

@@ -20,7 +20,7 @@ Config = Any
 
 SIZES, LAYERS = (*SIZE_NAMES, "moe_num_experts"), ("num_hidden_layers", "num_layers")
 
-# Settings of stored weights, which have other groups.
+# Settings of stored weights: their groups are not those of routers.
 STORED = ("quantization_config", "compression_config")
 
 
@@ -33,7 +33,7 @@ class ModelSettings:
     groups
         Numbers of groups among which routers choose first.
     hidden_layers
-        Layers of the language model, dense ones included; None if it does not say.
+        Layers of the language model, dense ones included; None if the configuration has no number.
     """
 
     groups: tuple[int, ...] = ()
@@ -47,9 +47,9 @@ class ModelSettings:
 
 
 def read_settings(config: Config, names: Iterable[str]) -> ModelSettings:
-    """Read a configuration and those within it, any of which may have the experts.
+    """Read a configuration and those within it; any of them may be the one with the experts.
 
-    Names of tensors may show that a configuration is needed.
+    ``names`` of tensors may show that a configuration is needed.
     """
     if config is None:
         if any(name.endswith("e_score_correction_bias") for name in names):
@@ -78,15 +78,15 @@ def read_settings(config: Config, names: Iterable[str]) -> ModelSettings:
 
 
 def make_configuration(fields: Mapping[str, Any]) -> Any:
-    """Make the configuration of transformers with these settings; None if it has none."""
+    """Return the configuration of transformers with these settings; None if it has none."""
     try:
         import transformers
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     except ImportError:
         return None
     kind = str(fields.get("model_type"))
-    made = [getattr(transformers, str(name), None) for name in fields.get("architectures") or ()]
-    kinds = [getattr(maker, "config_class", None) for maker in made]
+    models = [getattr(transformers, str(name), None) for name in fields.get("architectures") or ()]
+    kinds = [getattr(model, "config_class", None) for model in models]
     kinds += [CONFIG_MAPPING[kind]] if kind in CONFIG_MAPPING else []
     with _quiet(transformers):
         for configuration in kinds:
@@ -99,10 +99,10 @@ def make_configuration(fields: Mapping[str, Any]) -> Any:
 
 
 def make_empty_model(config: Config) -> Any:
-    """Make the model of transformers with this configuration, on the meta device."""
+    """Return the model of transformers with this configuration, on the meta device."""
     full = config if hasattr(config, "to_dict") else make_configuration(config)
-    made = None if full is None else _find_class(full)
-    if made is None:
+    model_class = None if full is None else _find_class(full)
+    if model_class is None:
         raise ValueError(
             "names is needed, the names of all tensors of the checkpoint: this transformers has no "
             "model for config"
@@ -110,7 +110,7 @@ def make_empty_model(config: Config) -> Any:
     import transformers
 
     with _quiet(transformers), torch.device("meta"):
-        model: nn.Module = made(full)
+        model: nn.Module = model_class(full)
     return model
 
 
@@ -128,14 +128,14 @@ def _find_class(config: Any) -> Any:
 
     library: Any = transformers
     for name in getattr(config, "architectures", None) or ():
-        if (made := getattr(library, str(name), None)) is not None:
-            return made
+        if (model_class := getattr(library, str(name), None)) is not None:
+            return model_class
     for kind in ("CausalLM", "ImageTextToText", "Seq2SeqLM", ""):
         name = f"AutoModelFor{kind}" if kind else "AutoModel"
         mapping = getattr(library, name)._model_mapping
         if type(config) in mapping:
-            made = mapping[type(config)]
-            return made[0] if isinstance(made, tuple) else made
+            model_class = mapping[type(config)]
+            return model_class[0] if isinstance(model_class, tuple) else model_class
     return None
 
 

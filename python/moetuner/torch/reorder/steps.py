@@ -20,13 +20,13 @@ class Exchange(NamedTuple):
     second: int
 
     def read(self) -> tuple[Any, Any]:
-        """Return both values, copied unless they are modules."""
+        """Return both rows, copied unless they are modules."""
         rows: Any = self.rows
         pair = rows[self.first], rows[self.second]
         return pair if isinstance(rows, nn.ModuleList) else (pair[0].clone(), pair[1].clone())
 
     def write(self, first: Any, second: Any) -> None:
-        """Write both values."""
+        """Write both rows."""
         for place, value in ((self.first, first), (self.second, second)):
             if isinstance(self.rows, nn.ModuleList):
                 self.rows[place] = value
@@ -35,10 +35,10 @@ class Exchange(NamedTuple):
 
 
 def list_exchanges(rows: Rows, order: Order) -> Iterator[Exchange]:
-    """Yield the exchanges that bring rows into an order, which has the old row at every place."""
+    """Yield the exchanges that bring rows into an order: the old row at every place [E]."""
     places = order.tolist()
     for place, source in enumerate(places):
-        # The row of an earlier place went to the place from which that one got its row.
+        # An earlier exchange moved this row to the place from which the earlier place got its own.
         while source < place:
             source = places[source]
         if source != place:
@@ -46,11 +46,11 @@ def list_exchanges(rows: Rows, order: Order) -> Iterator[Exchange]:
 
 
 def exchange_all(steps: Sequence[Exchange]) -> None:
-    """Do all exchanges, with memory for two rows; undo them if one fails.
+    """Exchange all rows, with memory for two of them; undo the exchanges if one fails.
 
     An operation that fails, or that Ctrl-C interrupts, may have written before it did.
     """
-    # The number of steps done, and the values that the next one overwrites.
+    # The number of steps done, and the rows that the next one overwrites.
     state: tuple[int, tuple[Any, Any] | None] = (0, None)
     try:
         for number, step in enumerate(steps):
@@ -59,19 +59,19 @@ def exchange_all(steps: Sequence[Exchange]) -> None:
             step.write(*reversed(pair))
             state = (number + 1, None)
     except BaseException as error:
-        done, before = state
-        failed = [] if before is None else _failures(steps[done], before)
+        done, old_rows = state
+        errors = [] if old_rows is None else _undo(steps[done], old_rows)
         for step in reversed(steps[:done]):
-            failed += _failures(step)
-        if failed:
+            errors += _undo(step)
+        if errors:
             raise RuntimeError("the model is damaged and must be loaded anew") from error
         raise
 
 
-def _failures(step: Exchange, before: tuple[Any, Any] | None = None) -> list[Exception]:
-    """Undo a step, by its old values or, if it is done, by exchanging again; return errors."""
+def _undo(step: Exchange, old_rows: tuple[Any, Any] | None = None) -> list[Exception]:
+    """Undo a step, by its old rows or, if it is done, by a second exchange; return errors."""
     try:
-        step.write(*(reversed(step.read()) if before is None else before))
+        step.write(*(reversed(step.read()) if old_rows is None else old_rows))
     except Exception as error:
         return [error]
     return []
