@@ -156,7 +156,8 @@ def least_moves(problem, running, layer):
     return int(moves.min()) if moves.size else None
 
 
-@pytest.mark.parametrize("seed", range(30))
+# The last has no placement that keeps the rules.
+@pytest.mark.parametrize("seed", range(32))
 def test_rules_take_the_fewest_moves(seed):
     """No placement that keeps the rules is nearer; a smaller budget is refused with that number."""
     problem, running = drawn(np.random.default_rng([107, seed]))
