@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -108,24 +109,6 @@ def test_a_signal_in_the_middle_leaves_nothing_behind(started, number):
     assert not left_of(run.pid)
 
 
-def test_without_tools_bytes_are_counted_over_loopback(tmp_path):
-    """It says why in a line; counts are those that `dispatch_rows` and `evaluate` give."""
-    environment = os.environ | {"PATH": str(tmp_path)}
-    assert shutil.which("ip", path=str(tmp_path)) is None
-    run = subprocess.Popen(
-        COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    printed, errors = run.communicate()
-    assert run.returncode == 0, errors
-    assert "nothing is timed: ip and tc of iproute2 must be installed." in printed
-    for regime in ("dispatch", "follow"):
-        part = printed.split(f"{regime}: MB of a step")[1].split("\n\n")[0]
-        rows = dict(re.findall(r"^(\w+) +([\d.]+)", part, re.MULTILINE))
-        assert set(rows) == {"contiguous", "EPLB", "paper", "joint"}
-        assert float(rows["joint"]) > 0
-    assert not left_of(run.pid)
-
-
 def loaded(name: str) -> Any:
     """Import a module of the bench; tests have others that are called ranks."""
     specification = importlib.util.spec_from_file_location(f"cluster_{name}", BENCH / f"{name}.py")
@@ -133,6 +116,26 @@ def loaded(name: str) -> Any:
     sys.modules[specification.name] = module
     specification.loader.exec_module(module)
     return module
+
+
+def test_without_tools_bytes_are_counted_over_loopback(tmp_path, monkeypatch, capsys, brief):
+    """It says why in a line; counts are those that `dispatch_rows` and `evaluate` give."""
+    monkeypatch.setitem(sys.modules, "ranks", loaded("ranks"))
+    bench, few = loaded("__main__"), trace_of(random_ids(4400, 2, 2, 8), length=20)
+    monkeypatch.setattr(bench, "bundled", lambda: SimpleNamespace(traffic=few))
+    monkeypatch.setattr(bench.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", COMMAND[1:])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert shutil.which("ip") is None
+    bench.main()
+    printed = capsys.readouterr().out
+    assert "nothing is timed: ip and tc of iproute2 must be installed." in printed
+    for regime in ("dispatch", "follow"):
+        part = printed.split(f"{regime}: MB of a step")[1].split("\n\n")[0]
+        rows = dict(re.findall(r"^(\w+) +([\d.]+)", part, re.MULTILINE))
+        assert set(rows) == {"contiguous", "EPLB", "paper", "joint"}
+        assert float(rows["joint"]) > 0
+    assert not left_of(os.getpid())
 
 
 @pytest.fixture

@@ -103,17 +103,6 @@ def test_the_menu_says_how_a_command_begins(name):
     assert not command.hidden
 
 
-def test_solve_writes_the_placement(solved, recorded):
-    """The file holds what the library would give, and the JSON tells the same figures."""
-    actual, placement = solved("--devices", 4, "--max-imbalance", 2)
-    stats = mt.RoutingStatistics.from_trace(recorded, window=512, sets=True)
-    result = mt.solve(mt.Problem(stats, mt.Topology(4), max_imbalance=2))
-    assert placement == result.placement
-    assert actual["objective"] == result.objective == placement.objective
-    assert (actual["settings"]["max_imbalance"], actual["status"]) == (2, result.status)
-    assert actual["crossing"] == mt.evaluate(placement, recorded).crossing
-
-
 def test_solve_takes_every_term(solved, recorded):
     """Options become the problem's terms, and the objective is told with its unit."""
     terms = (
@@ -229,17 +218,3 @@ def test_long_names_make_no_long_lines(ok, solved, make_trace, tmp_path):
 def test_the_largest_seed_is_one(ok, trace, how):
     """Seeds of further splits go on from 0."""
     ok(*how.split(), trace, "--devices", 2, "--splits", 2, "--seed", 2**63 - 1)
-
-
-@pytest.mark.parametrize("devices", [2, 4])
-def test_evaluate_says_how_many_tokens_stay_on_one_of_two_devices(
-    ok, recorded, trace, tmp_path, devices
-):
-    """What is left of two visits, counted token by token; of more devices nothing is said."""
-    blocks = tmp_path / "blocks.json"
-    mt.Placement(np.tile(np.arange(8).reshape(devices, -1), (3, 1, 1))).save(blocks)
-    device = recorded.expert_ids // (8 // devices)
-    share = 100 * (device == device[..., :1]).all(axis=2).mean()
-    line = f"{share:.1f} of 100 tokens have all their experts of a layer on one device."
-    text = ok("evaluate", blocks, trace)
-    assert (line in text.splitlines()) == ("on one device" in text) == (devices == 2)

@@ -141,7 +141,7 @@ def test_what_a_placement_was_judged_on_is_found_by_its_fingerprint(
 
 
 def test_inspect_reads_what_solve_wrote(as_json, ok, run, trace, tmp_path):
-    """The settings, and moves with their bytes; and a damaged file is one line."""
+    """The settings, and moves with their bytes."""
     a, b = (tmp_path / name for name in ("a.json", "b.json"))
     how = ("solve", trace, "--devices", 4, "--devices-per-node", 2, "--slots-per-device", 5)
     ok(*how, "--for", "vllm", "--method", "eplb", "--holdout", 0.5, "--out", a)
@@ -151,13 +151,6 @@ def test_inspect_reads_what_solve_wrote(as_json, ok, run, trace, tmp_path):
     diff = placed[0].diff(placed[1], topology=mt.Topology(4, 2), expert_bytes=10)
     actual = as_json("inspect", a, b, "--expert-bytes", 10)
     assert {name: actual[name] for name in diff.to_dict()} == diff.to_dict()
-    values = json.loads(a.read_text())
-    values["settings"]["topology"]["devices"] = "four"
-    a.write_text(json.dumps(values))
-    for words in (("inspect", a), ("evaluate", a, trace)):
-        status, out, err = run(*words)
-        assert (status, out) == (2, "")
-        assert re.search(r"a\.json: settings: devices must be an integer, got 'four'$", err)
 
 
 def test_a_number_has_the_same_digits_in_every_command(as_json, ok, trace, tmp_path):

@@ -378,6 +378,16 @@ def marks_of(paper):
     return {"images": paper.count(b"/Subtype /Image"), "lines": lines}
 
 
+@pytest.fixture(scope="module")
+def browser():
+    """Start a browser for all tests of pages, each of which has contexts of its own."""
+    driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with driver.sync_playwright() as playing:
+        browser = playing.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"], timeout=0)
+        yield browser
+        browser.close()
+
+
 def opened(context, file):
     """Open a page, and wait until all of it is drawn; what a page lacks is waited for minutes."""
     context.set_default_timeout(300_000)
@@ -390,41 +400,39 @@ def opened(context, file):
 
 @NEEDS_BROWSER
 @pytest.mark.parametrize(("scheme", "width"), [("light", 390), ("dark", 1280)])
-def test_a_page_is_read_aloud_narrowed_printed_and_copied(made, tmp_path, scheme, width):
+def test_a_page_is_read_aloud_narrowed_printed_and_copied(made, browser, tmp_path, scheme, width):
     """No violation of axe's rules in either scheme; paper holds all charts, whole and light."""
-    driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     rules = pytest.importorskip("axe_playwright_python", reason="axe is not installed").__path__[0]
+    from playwright.sync_api import expect
+
     file, command = tmp_path / "page.html", "moetuner export 'a b.json' --to eplb"
     contents, recipes = {"go_back": "start it without the map"}, (Recipe(command, "why"),)
     page.write_page(file, replace(made, contents=contents, recipes=recipes, reasons=("<b>why",)))
-    with driver.sync_playwright() as playing:
-        browser = playing.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"], timeout=0)
-        how = {"viewport": {"width": width, "height": 900}, "color_scheme": scheme}
-        context = browser.new_context(offline=True, bypass_csp=True, **how)
-        context.grant_permissions(["clipboard-read", "clipboard-write"])
-        tab = opened(context, file)
-        tab.get_by_role("button", name="Copy command 1").click()
-        driver.expect(tab.get_by_role("status")).to_have_text("Copied", timeout=300_000)
-        assert tab.evaluate("navigator.clipboard.readText()") == command
-        images = tab.locator("#chart-links .heatmaplayer image").all()
-        first, second = (image.bounding_box() for image in images)
-        assert (second["y"] >= first["y"] + first["height"]) == (width == 390)
-        tab.evaluate("for (const of of document.querySelectorAll('details')) of.open = true")
-        tab.add_script_tag(path=f"{rules}/axe.min.js")
-        broken = tab.evaluate("axe.run()")["violations"]
-        assert [(each["id"], each["nodes"][0]["html"]) for each in broken] == []
-        # As a browser does, which lays out paper of 703 pixels without a word of its size.
-        tab.evaluate("dispatchEvent(new Event('beforeprint'))")
-        charts = [of.bounding_box() for of in tab.locator(".chart .main-svg:first-child").all()]
-        assert max(of["width"] for of in charts) <= 703
-        tab.emulate_media(media="print", color_scheme=scheme)
-        tab.set_viewport_size({"width": 703, "height": 900})
-        assert tab.evaluate("document.documentElement.scrollWidth") == 703
-        colour = "getComputedStyle(document.querySelector('.ytick text')).fill == 'rgb(28, 32, 38)'"
-        assert tab.evaluate(colour)
-        tab.evaluate("dispatchEvent(new Event('afterprint'))")
-        assert tab.evaluate(colour) == (scheme == "light")
-        browser.close()
+    how = {"viewport": {"width": width, "height": 900}, "color_scheme": scheme}
+    context = browser.new_context(offline=True, bypass_csp=True, **how)
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tab = opened(context, file)
+    tab.get_by_role("button", name="Copy command 1").click()
+    expect(tab.get_by_role("status")).to_have_text("Copied", timeout=300_000)
+    assert tab.evaluate("navigator.clipboard.readText()") == command
+    images = tab.locator("#chart-links .heatmaplayer image").all()
+    first, second = (image.bounding_box() for image in images)
+    assert (second["y"] >= first["y"] + first["height"]) == (width == 390)
+    tab.evaluate("for (const of of document.querySelectorAll('details')) of.open = true")
+    tab.add_script_tag(path=f"{rules}/axe.min.js")
+    broken = tab.evaluate("axe.run()")["violations"]
+    assert [(each["id"], each["nodes"][0]["html"]) for each in broken] == []
+    # As a browser does, which lays out paper of 703 pixels without a word of its size.
+    tab.evaluate("dispatchEvent(new Event('beforeprint'))")
+    charts = [of.bounding_box() for of in tab.locator(".chart .main-svg:first-child").all()]
+    assert max(of["width"] for of in charts) <= 703
+    tab.emulate_media(media="print", color_scheme=scheme)
+    tab.set_viewport_size({"width": 703, "height": 900})
+    assert tab.evaluate("document.documentElement.scrollWidth") == 703
+    colour = "getComputedStyle(document.querySelector('.ytick text')).fill == 'rgb(28, 32, 38)'"
+    assert tab.evaluate(colour)
+    tab.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert tab.evaluate(colour) == (scheme == "light")
 
 
 # How many lines each option of a page stands on.
@@ -469,9 +477,8 @@ CUT_TEXTS = """() => {
 
 @NEEDS_BROWSER
 @pytest.mark.parametrize(("is_large", "widths"), [(False, (320, 700, 1280)), (True, (390,))])
-def test_no_option_is_broken_and_axes_are_whole(made, tmp_path, is_large, widths):
+def test_no_option_is_broken_and_axes_are_whole(made, browser, tmp_path, is_large, widths):
     """Options stand on one line; no label of an axis is cut, of many slots or long names."""
-    driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     file = tmp_path / "page.html"
     options = ["--ep-num-redundant-experts 0", "--extra-slots 64", "--enable-expert-parallel"]
     if is_large:
@@ -485,34 +492,27 @@ def test_no_option_is_broken_and_axes_are_whole(made, tmp_path, is_large, widths
     reasons = tuple(f"{'word ' * at}{' '.join(options)}" for at in range(9))
     contents = {"go_back": f"start it without {options[0]}"}
     page.write_page(file, replace(made, contents=contents, recipes=recipes, reasons=reasons))
-    with driver.sync_playwright() as playing:
-        browser = playing.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"], timeout=0)
-        for width in widths:
-            tab = opened(browser.new_context(viewport={"width": width, "height": 900}), file)
-            lines = tab.evaluate(BROKEN_OPTIONS)
-            assert len(lines) > 9 * 12
-            assert {*lines} == {1}, width
-            assert tab.evaluate("document.documentElement.scrollWidth") == width
-            seen, cut = tab.evaluate(CUT_TEXTS)
-            assert seen > 50
-            assert cut == [], width
-        browser.close()
+    for width in widths:
+        tab = opened(browser.new_context(viewport={"width": width, "height": 900}), file)
+        lines = tab.evaluate(BROKEN_OPTIONS)
+        assert len(lines) > 9 * 12
+        assert {*lines} == {1}, width
+        assert tab.evaluate("document.documentElement.scrollWidth") == width
+        seen, cut = tab.evaluate(CUT_TEXTS)
+        assert seen > 50
+        assert cut == [], width
 
 
 @NEEDS_BROWSER
-def test_printed_at_once_is_printed_later(made, tmp_path):
+def test_printed_at_once_is_printed_later(made, browser, tmp_path):
     """Who prints before anything is drawn gets what they get who wait: every chart."""
-    driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     file = tmp_path / "page.html"
     page.write_page(file, made)
     printed = []
-    with driver.sync_playwright() as playing:
-        browser = playing.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"], timeout=0)
-        tab = browser.new_page()
-        tab.goto(file.as_uri(), wait_until="domcontentloaded", timeout=0)
-        printed.append(tab.pdf())
-        printed.append(opened(browser.new_context(), file).pdf())
-        browser.close()
+    tab = browser.new_page()
+    tab.goto(file.as_uri(), wait_until="domcontentloaded", timeout=0)
+    printed.append(tab.pdf())
+    printed.append(opened(browser.new_context(), file).pdf())
     marks = [marks_of(paper) for paper in printed]
     maps = json.dumps(first_variants(page.render(made))).count('"type": "heatmap"')
     assert marks[1]["images"] >= maps >= 4
@@ -520,67 +520,63 @@ def test_printed_at_once_is_printed_later(made, tmp_path):
 
 
 @NEEDS_BROWSER
-def test_a_reader_sees_what_numpy_says(made, tmp_path):
+def test_a_reader_sees_what_numpy_says(made, browser, tmp_path):
     """Pixels of heat maps are their cells, hovering tells a cell, tables are the JSON's rows."""
-    driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     file = tmp_path / "page.html"
     page.write_page(file, made)
     heard = []
-    with driver.sync_playwright() as playing:
-        browser = playing.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"], timeout=0)
-        context = browser.new_context(offline=True, viewport={"width": 1280, "height": 900})
-        context.on("console", lambda message: heard.append(message.text))
-        context.on("weberror", lambda error: heard.append(str(error.error)))
-        context.on("request", lambda request: heard.append(request.url))
-        tab = opened(context, file)
-        assert heard == [file.as_uri()]
-        charts = sum(len(each.charts) for each in drawing.make_panels(made))
-        assert tab.locator('[data-drawn="yes"]').count() == charts
-        assert "Share chart" not in tab.locator("body").inner_text()
-        sizes = tab.evaluate(
-            """async () => {
-              const found = {};
-              const all = "#chart-experts .heatmaplayer image, #chart-links .heatmaplayer image";
-              for (const image of document.querySelectorAll(all)) {
-                const read = new Image(), key = image.closest("[data-chart]").dataset.chart;
-                read.src = image.href.baseVal;
-                await read.decode();
-                (found[key] ||= []).push([read.naturalWidth, read.naturalHeight]);
-              }
-              return found;
-            }"""
+    context = browser.new_context(offline=True, viewport={"width": 1280, "height": 900})
+    context.on("console", lambda message: heard.append(message.text))
+    context.on("weberror", lambda error: heard.append(str(error.error)))
+    context.on("request", lambda request: heard.append(request.url))
+    tab = opened(context, file)
+    assert heard == [file.as_uri()]
+    charts = sum(len(each.charts) for each in drawing.make_panels(made))
+    assert tab.locator('[data-drawn="yes"]').count() == charts
+    assert "Share chart" not in tab.locator("body").inner_text()
+    sizes = tab.evaluate(
+        """async () => {
+          const found = {};
+          const all = "#chart-experts .heatmaplayer image, #chart-links .heatmaplayer image";
+          for (const image of document.querySelectorAll(all)) {
+            const read = new Image(), key = image.closest("[data-chart]").dataset.chart;
+            read.src = image.href.baseVal;
+            await read.decode();
+            (found[key] ||= []).push([read.naturalWidth, read.naturalHeight]);
+          }
+          return found;
+        }"""
+    )
+    placement = made.placements[1]
+    slots = placement.devices * placement.slots_per_device
+    assert sizes == {"experts": [[slots, placement.layers]], "links": [[8, 8], [8, 8]]}
+    tab.locator("#chart-experts").scroll_into_view_if_needed()
+    box = tab.locator("#chart-experts .heatmaplayer image").first.bounding_box()
+    relative = made.load / made.load.mean(axis=1, keepdims=True)
+    for layer, device in ((0, 0), (1, 3), (3, 7)):
+        # The busiest of a device comes first.
+        own = placement.slots[layer, device]
+        share = {e: relative[layer, e] / placement.replicas[layer, e] for e in own.tolist()}
+        expert = max(own.tolist(), key=share.get)
+        column = device * placement.slots_per_device
+        tab.mouse.move(
+            box["x"] + box["width"] * (column + 0.5) / slots,
+            box["y"] + box["height"] * (layer + 0.5) / placement.layers,
         )
-        placement = made.placements[1]
-        slots = placement.devices * placement.slots_per_device
-        assert sizes == {"experts": [[slots, placement.layers]], "links": [[8, 8], [8, 8]]}
-        tab.locator("#chart-experts").scroll_into_view_if_needed()
-        box = tab.locator("#chart-experts .heatmaplayer image").first.bounding_box()
-        relative = made.load / made.load.mean(axis=1, keepdims=True)
-        for layer, device in ((0, 0), (1, 3), (3, 7)):
-            # The busiest of a device comes first.
-            own = placement.slots[layer, device]
-            share = {e: relative[layer, e] / placement.replicas[layer, e] for e in own.tolist()}
-            expert = max(own.tolist(), key=share.get)
-            column = device * placement.slots_per_device
-            tab.mouse.move(
-                box["x"] + box["width"] * (column + 0.5) / slots,
-                box["y"] + box["height"] * (layer + 0.5) / placement.layers,
-            )
-            wanted = f"layer {layer}, expert {expert}: {digits(share[expert])} x the mean"
-            hover = tab.locator("#chart-experts .hoverlayer text").first
-            while not (hover.count() and wanted in hover.text_content()):
-                tab.wait_for_timeout(20)
-        rows = tab.evaluate(
-            "[...document.querySelectorAll('#layers tbody tr')]"
-            ".map(row => [...row.cells].map(cell => cell.textContent))"
-        )
-        times = data(file.read_text(), "contents")["proposed"]["predicted_us_per_layer"]
-        assert [row[2] for row in rows] == [digits(each) for each in times]
-        plain = browser.new_context(offline=True, java_script_enabled=False).new_page()
-        plain.goto(file.as_uri())
-        seen = plain.locator("body").inner_text()
-        assert all(words in seen for words in (made.sentence, *(of.value for of in made.tiles)))
-        browser.close()
+        wanted = f"layer {layer}, expert {expert}: {digits(share[expert])} x the mean"
+        hover = tab.locator("#chart-experts .hoverlayer text").first
+        while not (hover.count() and wanted in hover.text_content()):
+            tab.wait_for_timeout(20)
+    rows = tab.evaluate(
+        "[...document.querySelectorAll('#layers tbody tr')]"
+        ".map(row => [...row.cells].map(cell => cell.textContent))"
+    )
+    times = data(file.read_text(), "contents")["proposed"]["predicted_us_per_layer"]
+    assert [row[2] for row in rows] == [digits(each) for each in times]
+    plain = browser.new_context(offline=True, java_script_enabled=False).new_page()
+    plain.goto(file.as_uri())
+    seen = plain.locator("body").inner_text()
+    assert all(words in seen for words in (made.sentence, *(of.value for of in made.tiles)))
 
 
 def test_what_losses_do_stands_on_the_first_screen(made):

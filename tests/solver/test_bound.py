@@ -149,7 +149,7 @@ def test_single_cuts_are_true(at, kind, items, choices, multiplier):
 
 def test_bound_of_real_routing(data):
     """On recorded routing the gap is small, and threads change nothing."""
-    trace = mt.RoutingTrace.load(data / "gpt-oss-20b-mini.npz").select(layers=range(4))
+    trace = mt.RoutingTrace.load(data / "gpt-oss-20b-mini.npz").select(layers=range(3))
     statistics = mt.RoutingStatistics.from_trace(trace, coactivation=False)
     problem = mt.Problem(statistics, mt.Topology(4), regime="follow", max_imbalance=1.1)
     results = [mt.solve(problem, threads=threads, iterations=10_000) for threads in (1, 2)]

@@ -21,9 +21,10 @@ MOST_TRIED = 1000
 
 
 @pytest.fixture(autouse=True)
-def _polished_once(monkeypatch):
-    """Polish the best placement alone: a polish judges thousands, and claims need none."""
+def _few_are_polished(monkeypatch):
+    """Polish the best placement of the smallest problems: a polish judges thousands."""
     monkeypatch.setattr(effort, "POLISHED", 1)
+    monkeypatch.setattr(effort, "POLISHED_SLOTS", 8)
 
 
 def random_problem(seed):

@@ -72,9 +72,10 @@ def test_default_effort_is_bounded_work(make_trace, monkeypatch, settings, work)
 @pytest.mark.parametrize("settings", CASES)
 def test_thorough_is_never_behind_default(make_trace, monkeypatch, settings):
     """More of the same search is no worse, and each is one answer on one thread and on two."""
-    monkeypatch.setitem(EFFORTS, "default", replace(EFFORTS["default"], layer_work=1e5))
-    monkeypatch.setitem(EFFORTS, "thorough", replace(EFFORTS["thorough"], layer_work=1e6))
-    monkeypatch.setattr(effort, "CHAIN_LEAST", 20_000)
+    for name, work, trials in (("default", 3e4, 20), ("thorough", 3e5, 200)):
+        short = replace(EFFORTS[name], layer_work=work, chain_trials=trials)
+        monkeypatch.setitem(EFFORTS, name, short)
+    monkeypatch.setattr(effort, "CHAIN_LEAST", 1000)
     problem = problem_of(make_trace, **settings)
     values = []
     for name in ("default", "thorough"):

@@ -12,6 +12,7 @@ from moetuner import statistics as statistics_
 from moetuner.evaluation import copies
 from moetuner.problem import windows as windows_
 from moetuner.problem.windows import MERGED, MOST, choose_windows
+from moetuner.solver import effort
 from moetuner.solver.bounds.loads import least_balance, least_time
 
 MANY = 2 * MOST + 3
@@ -79,6 +80,7 @@ def test_the_objective_is_of_all_windows(goal, regime, split, monkeypatch):
         statistics, topology, objective=goal, regime=regime, split=split, slots_per_device=3
     )
     monkeypatch.setattr("moetuner.evaluation.chunks.CHUNK_BYTES", 8 * 16 * 100)
+    monkeypatch.setattr(effort, "POLISHED_SLOTS", 0)
     result = mt.solve(problem, iterations=100)
     dense = replace(problem.windows, load=statistics.window_load.astype(np.float64))
     expected = problem.objective_in(dense).value(result.placement)

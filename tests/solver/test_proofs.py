@@ -98,6 +98,7 @@ def imbalances(problem: mt.Problem, placement: mt.Placement) -> np.ndarray:
 @settings(max_examples=25)
 @given(seed=st.integers(0, 2**32))
 @example(seed=0)
+@mock.patch.object(effort, "POLISHED_SLOTS", 8)
 @mock.patch.object(effort, "POLISHED", 1)
 def test_no_placement_refutes_a_claim(seed):
     """Every placement, copies included where they are allowed, is held against what is claimed."""

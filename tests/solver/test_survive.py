@@ -1,7 +1,5 @@
 """Placements that survive: no device, or node, holds all copies of an expert."""
 
-import itertools
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -156,72 +154,6 @@ def test_a_running_placement_is_repaired():
     result = mt.solve(problem, initial=running, move_budget=1, expert_bytes=1)
     assert survives(result.placement, topology, "device")
     assert running.diff(result.placement).experts_moved == 1
-
-
-def drawn(random):
-    """Draw a problem on two nodes of two devices with unlike slots, pins and bans.
-
-    And what runs: experts anywhere, some slots of which are empty.
-    """
-    while True:
-        capacity = random.integers(1, 5, 4)
-        rules = [(None, *random.integers(4, size=2).tolist()) for _ in range(random.integers(4))]
-        pins = int(random.integers(len(rules) + 1))
-        slots = np.full((1, 4, 4), -1)
-        for device, size in enumerate(capacity):
-            held = random.permutation(4)[: random.integers(size + 1)]
-            slots[0, device, : len(held)] = held
-        try:
-            problem = mt.Problem(
-                skewed(layers=1, experts=4),
-                mt.Topology(4, 2),
-                slots_per_device=capacity.tolist(),
-                objective="balance",
-                survive=str(random.choice(DOMAINS)),
-                fill_slots=bool(random.integers(2)),
-                pinned=rules[:pins],
-                forbidden=rules[pins:],
-            )
-            return problem, mt.Placement(slots, num_experts=4)
-        except ValueError:
-            continue
-
-
-def fewest_moves(problem, running):
-    """Try all contents of four devices: the fewest moves to some that keep the rules, if any."""
-    subsets = np.array(list(itertools.product([False, True], repeat=4)))
-    choices = []
-    for device, slots in enumerate(problem.capacity[0]):
-        sizes = subsets.sum(axis=1)
-        may = sizes == slots if problem.fill_slots else sizes <= slots
-        for rule, wrong in ((problem.rules.pinned, False), (problem.rules.forbidden, True)):
-            if rule is not None:
-                may &= ~(rule[0, :, device] & (subsets == wrong)).any(axis=1)
-        choices.append(subsets[may])
-    every = np.array(list(itertools.product(*(range(len(choice)) for choice in choices))))
-    holds = np.stack([choice[at] for choice, at in zip(choices, every.T, strict=True)], axis=1)
-    member = number_domains(problem.topology, problem.survive)
-    domains = [holds[:, member == one].any(axis=1) for one in np.unique(member)]
-    kept = (np.sum(domains, axis=0) >= 2).all(axis=1)
-    moves = (holds & ~running.held[0]).sum(axis=(1, 2))[kept]
-    return int(moves.min()) if moves.size else None
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_survival_takes_the_fewest_moves(seed):
-    """No placement that survives is nearer; a smaller budget is refused with that number."""
-    problem, running = drawn(np.random.default_rng([107, seed]))
-    fewest = fewest_moves(problem, running)
-    if fewest is None:
-        with pytest.raises(ValueError, match="no slot is left for expert"):
-            repair(problem, running)
-        return
-    result = mt.solve(problem, initial=running, move_budget=fewest, iterations=20)
-    assert result.violations == ()
-    assert running.diff(result.placement).experts_moved == fewest
-    if fewest:
-        with pytest.raises(ValueError, match=f"to keep all rules takes {fewest} moves"):
-            mt.solve(problem, initial=running, move_budget=fewest - 1)
 
 
 @pytest.mark.parametrize("domain", DOMAINS)

@@ -59,15 +59,6 @@ def test_never_behind_the_packing(windows, layers, experts, devices, more, optio
     assert (behind, answer.objective) <= (ahead * (1 + 1e-9), least)
 
 
-@given(st.integers(2, 24), st.integers(0, 2), st.sampled_from(OPTIONS[:2]), st.integers(0, 99))
-def test_searches_are_never_behind_the_quick_one(windows, more, options, seed):
-    """Where windows are all that counts, joint finds what milliseconds find, or better."""
-    load = domains(windows, 2, 12, seed)
-    given = problem_of(load, 4, slots_per_device=4 + more, **options)
-    quick, joint = (mt.solve(given, method, iterations=99) for method in ("quick", "joint"))
-    assert joint.objective <= quick.objective * (1 + 1e-9)
-
-
 def test_windows_are_seen_one_by_one():
     """Where domains have experts of their own, windows are far better than their sum."""
     load = domains(48, 4, 64)
