@@ -202,8 +202,8 @@ def _of_documents(number: int, questions: int, size: int, before: int = 0) -> Re
 
 
 # Shards of a recording that is counted, sequences of each, and the tokens that counts keep: a
-# quarter of all.
-SHARDS, IN_SHARD, SAMPLE = 8, 180, 1 << 16
+# quarter of all. Fresh shards are so many that what they leave open is small beside an interval.
+SHARDS, IN_SHARD, SAMPLE, FRESH_SHARDS = 8, 180, 1 << 16, 40
 
 
 def _draw_shards(law: Law, rng: Rng, number: int, *, together: bool) -> list[mt.RoutingTrace]:
@@ -222,7 +222,7 @@ def _of_counts(*, together: bool) -> Recorded:
         return total([mt.count(shard, sample=SAMPLE, threads=1) for shard in shards])
 
     def draw_fresh(law: Law, rng: Rng) -> Traffic:
-        return mt.RoutingTrace.concat(_draw_shards(law, rng, 4, together=together))
+        return mt.RoutingTrace.concat(_draw_shards(law, rng, FRESH_SHARDS, together=together))
 
     return Recorded(draw, draw_fresh)
 
