@@ -15,7 +15,7 @@ const MOST: f64 = 1.5e7;
 /// Gains below this, in units of the weights, are rounding.
 const TINY: f64 = 1e-9;
 
-/// The members of a set.
+/// Returns the members of a set.
 pub(super) fn members(set: Set) -> impl Iterator<Item = usize> {
     std::iter::successors(Some(set), |rest| Some(rest & rest.wrapping_sub(1)))
         .take_while(|&rest| rest != 0)

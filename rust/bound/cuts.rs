@@ -90,7 +90,7 @@ pub(super) struct Sum {
 }
 
 impl Cut {
-    /// A cut without choices.
+    /// Builds a cut without choices.
     pub(super) fn plain(kind: Kind, pair: usize, items: [usize; 3]) -> Self {
         Self { kind, pair: pair as u32, items: items.map(|i| i as u32), choice: Box::default() }
     }
@@ -219,7 +219,7 @@ impl Cut {
         }
     }
 
-    /// Weights and (upper, lower, total) of a side; zeros where the side has no limit.
+    /// Returns the weights and (upper, lower, total) of a side; zeros where the side has no limit.
     fn side<'a>(&self, relaxation: &'a Relaxation, side: usize) -> (&'a [f64], (f64, f64, f64)) {
         let layer = self.pair as usize + side;
         let limit = relaxation.limit[layer].map_or((0.0, 0.0, 0.0), |l| (l.upper, l.lower, l.total));

@@ -104,7 +104,7 @@ impl Instance<'_> {
         room_for("pairs of the bound", &[self.layers, full, full, 8 * size_of::<f64>()])
     }
 
-    /// Nothing can cross, or nothing is known to.
+    /// Returns whether nothing can cross, or no transition was counted.
     fn is_trivial(&self) -> bool {
         self.layers < 2 || self.devices < 2 || self.transitions.iter().all(|&t| t == 0)
     }

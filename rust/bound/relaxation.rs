@@ -94,7 +94,7 @@ impl Relaxation {
         this
     }
 
-    /// What a device may hold of layer l.
+    /// Returns the contents of layer l that a device may hold.
     pub(super) fn contents(&self, l: usize) -> Contents {
         let load: Vec<u128> =
             self.load[l * self.experts..][..self.experts].iter().map(|&x| x.into()).collect();
@@ -128,17 +128,17 @@ impl Relaxation {
         }
     }
 
-    /// Pairs of neighbouring layers, M.
+    /// Returns the number of pairs of neighbouring layers, M.
     pub(super) fn pairs(&self) -> usize {
         self.layers - 1
     }
 
-    /// Rows of a pair's matrix, 2E.
+    /// Returns the number of rows of a pair's matrix, 2E.
     pub(super) fn order(&self) -> usize {
         2 * self.experts
     }
 
-    /// Length of a pair's slice.
+    /// Returns the length of a pair's slice.
     pub(super) fn slice(&self) -> usize {
         3 * self.experts * self.experts
     }
@@ -157,7 +157,7 @@ impl Relaxation {
         }
     }
 
-    /// The two items of a variable.
+    /// Returns the two items of a variable.
     pub(super) fn items(&self, variable: usize) -> (usize, usize) {
         let e = self.experts;
         let (row, column) = (variable / e, variable % e);
@@ -174,7 +174,7 @@ impl Relaxation {
         pairs + f64::from(u8::from(mixed))
     }
 
-    /// `w` of one layer.
+    /// Returns `w` of one layer.
     pub(super) fn weights(&self, layer: usize) -> &[f64] {
         &self.weight[layer * self.experts..][..self.experts]
     }

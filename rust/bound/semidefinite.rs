@@ -84,7 +84,7 @@ pub(super) struct Admm<'a> {
 }
 
 impl<'a> Admm<'a> {
-    /// The start: Q = J / G, U = 0.
+    /// Builds the start: Q = J / G, U = 0.
     pub(super) fn new(relaxation: &'a Relaxation) -> Self {
         let n = relaxation.order();
         let pair = Pair {
@@ -108,7 +108,7 @@ impl<'a> Admm<'a> {
         }
     }
 
-    /// The least that an iteration can take: an eigenproblem of the experts of two layers for every pair.
+    /// Returns the least time of an iteration: an eigenproblem of the experts of two layers for every pair.
     fn shortest(&self) -> Duration {
         let order = 2.0 * self.relaxation.experts as f64;
         let work = self.relaxation.pairs() as f64 * order.powi(3) / rayon::current_num_threads() as f64;
@@ -187,7 +187,7 @@ impl<'a> Admm<'a> {
         }
     }
 
-    /// From now on every layer is a mixture of contents too, at first the one nearest to what it is.
+    /// Makes every layer a mixture of contents too, at first the nearest one to its current values.
     fn mix(&mut self) {
         let (relaxation, y) = (self.relaxation, &self.y);
         let square = relaxation.experts * relaxation.experts;
@@ -226,7 +226,7 @@ impl<'a> Admm<'a> {
         }
     }
 
-    /// The point to project: V, in scaled coordinates.
+    /// Computes the point to project: V, in scaled coordinates.
     fn set_target(&mut self) {
         let relaxation = self.relaxation;
         let (e, n) = (relaxation.experts, relaxation.order());
@@ -288,7 +288,7 @@ impl<'a> Admm<'a> {
         separate(relaxation, &self.y, &mut self.pools);
     }
 
-    /// The dual point of the present iterate.
+    /// Returns the dual point of the present iterate.
     fn dual(&mut self) -> Dual {
         let mut cuts = Vec::new();
         for (l, pool) in self.pools.iter().enumerate() {
@@ -309,7 +309,7 @@ impl<'a> Admm<'a> {
 }
 
 impl Pair {
-    /// Q and U of the next iteration.
+    /// Computes Q and U of the next iteration.
     fn step(&mut self, relaxation: &Relaxation, slice: &[f64], scratch: &mut Scratch) {
         let Relaxation { experts: e, devices, slots, .. } = *relaxation;
         let n = 2 * e;

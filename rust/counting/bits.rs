@@ -15,12 +15,12 @@ pub const IDS: usize = 1024;
 /// Of a bit that is no row.
 pub const NONE: usize = usize::MAX;
 
-/// Rows come in eights, so that whole vectors can be loaded.
+/// Returns the rows of a table, a multiple of eight, so that whole vectors can be loaded.
 fn padded(size: usize) -> usize {
     size.next_multiple_of(8)
 }
 
-/// Which bits of a block's word are of the tokens `within`, which counts from the block's first.
+/// Returns which bits of a block's word are of the tokens `within`, which are counted from the block's first.
 #[inline(always)]
 fn bits_of(word: usize, bits: usize, within: Range<usize>) -> u64 {
     let lanes = BLOCK / bits;
@@ -153,7 +153,7 @@ pub(super) fn rows_of_sums<I: ExpertId>(
     }
 }
 
-/// Never inlined, so compiled without vector gathers: one look-up after the other is faster.
+/// Sums the units of every token's ids. It is never inlined, so that it has no vector gathers: single look-ups are faster.
 #[inline(never)]
 fn sums_of<I: ExpertId, N: Number>(ids: &[I], top_k: usize, units: &[N; IDS], sums: &mut [N; BLOCK]) {
     #[inline(always)]
@@ -212,7 +212,7 @@ fn rows_with<I: ExpertId, N: Number>(
     }
 }
 
-/// The rows of every 64 tokens, and which bits are of tokens within `tokens`.
+/// Iterates over the rows of every 64 tokens, with the bits that are of tokens within `tokens`.
 #[inline(always)]
 pub(super) fn words(rows: &[u64], size: usize, tokens: Range<usize>) -> impl Iterator<Item = (&[u64], u64)> {
     let Range { start, end } = tokens;

@@ -34,7 +34,7 @@ const SEGMENT: usize = 64;
 /// Places for the tokens of a chunk: 16 bits number them.
 const PLACES: usize = 1 << 16;
 
-/// Tokens of a chunk: as many as there are places for, whichever ids they have.
+/// Returns the number of tokens of a chunk: as many as have places, whichever ids they have.
 fn chunk_tokens(top_k: usize) -> usize {
     CHUNK.min((PLACES - IDS * SEGMENT) / top_k)
 }
@@ -59,7 +59,7 @@ impl Cuts {
     /// One window.
     pub const NONE: Self = Self { first: usize::MAX, length: usize::MAX };
 
-    /// Those of windows of so many tokens, for a block that begins with token `begin` of the trace.
+    /// Builds the cuts between windows of so many tokens, for a block that begins with token `begin` of the trace.
     #[must_use]
     pub fn new(length: Option<u64>, begin: u64) -> Self {
         length.map_or(Self::NONE, |length| {
@@ -68,7 +68,7 @@ impl Cuts {
         })
     }
 
-    /// In which window's part a token lies, counted from the block's first.
+    /// Returns the number of the window that a token is in, from 0 for the block's first.
     fn part(self, token: usize) -> usize {
         token.checked_sub(self.first).map_or(0, |behind| 1 + behind / self.length)
     }
@@ -152,7 +152,7 @@ impl Lists {
         }
     }
 
-    /// How many planes hold the sums of any column.
+    /// Returns how many planes hold the sums of any column.
     fn planes(&self, size: usize) -> usize {
         let mut tokens = [0usize; IDS];
         for chunk in &self.chunks[..self.used] {
@@ -425,7 +425,7 @@ fn write_columns<const N: usize, const P: usize, const ADD: bool>(planes: &[Set<
     }
 }
 
-/// The sums of all columns that up to eight planes hold.
+/// Returns the sums of all columns that up to eight planes hold.
 #[inline(always)]
 fn columns<const N: usize>(planes: &[Set<N>]) -> [[[u8; 8]; N]; 8] {
     let mut rows = [[0u64; N]; 8];

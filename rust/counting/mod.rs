@@ -58,7 +58,7 @@ pub struct Counted {
 }
 
 impl Counter {
-    /// An empty counter; `window` tokens make a window, the whole trace where there is no number.
+    /// Builds an empty counter; `window` tokens make a window, the whole trace where there is no number.
     ///
     /// Sets are counted of one token in so many as `sets` says, the first of them, which stands for all.
     #[must_use]
@@ -118,7 +118,7 @@ impl Counter {
         Ok(())
     }
 
-    /// Everything that was counted.
+    /// Returns everything that was counted.
     #[must_use]
     pub fn finish(self) -> Counted {
         let Self { windows, mut sets, every, .. } = self;
@@ -131,7 +131,7 @@ impl Counter {
     }
 }
 
-/// A table per layer, each to be taken once.
+/// Splits a table by layer; each part may be taken once.
 fn by_layer<'a>(tables: &'a mut Option<&mut [u64]>, size: usize) -> Vec<Option<&'a mut [u64]>> {
     tables.iter_mut().flat_map(|tables| tables.chunks_exact_mut(size)).map(Some).collect()
 }
@@ -188,7 +188,7 @@ pub(crate) fn by_layers<I: ExpertId, T: Send, S>(
 /// Tokens that stay in the first-level cache while all layers are taken from them.
 const TOKENS: usize = 64;
 
-/// The ids of some layers, each layer's together.
+/// Copies the ids of some layers, so that those of a layer are contiguous.
 fn gather<I: ExpertId>(block: &[I], layers: Range<usize>, routing: Routing, all: &mut [Vec<I>]) {
     /// Copies K ids of every token, inlined for constant K.
     #[inline(always)]

@@ -21,7 +21,7 @@ pub struct Sets {
 }
 
 impl Sets {
-    /// No sets yet, of `top_k` experts each.
+    /// Builds an empty table of sets of `top_k` experts each.
     #[must_use]
     pub fn new(top_k: usize) -> Self {
         Self { top_k, ids: Vec::new(), counts: Vec::new(), table: vec![FREE; 64], row: Vec::new(), last: 0 }
@@ -60,7 +60,7 @@ impl Sets {
         }
     }
 
-    /// Ids `[N, K]` and counts `[N]`, in the order of the ids: however tokens came in, the answer is the same.
+    /// Returns ids `[N, K]` and counts `[N]`, in the order of the ids, which does not depend on the order of tokens.
     #[must_use]
     pub fn finish(self) -> (Vec<u16>, Vec<u64>) {
         let mut order: Vec<usize> = (0..self.counts.len()).collect();
@@ -73,7 +73,7 @@ impl Sets {
         &self.ids[set * self.top_k..][..self.top_k]
     }
 
-    /// Where the search for a set begins in the table.
+    /// Returns where the search for a set begins in the table.
     fn begin(&self, ids: &[u16]) -> usize {
         let mix =
             |hash: u64, &id: &u16| (hash.rotate_left(5) ^ u64::from(id)).wrapping_mul(0x9E37_79B9_7F4A_7C15);

@@ -12,7 +12,7 @@ use super::{Layer, UNIT};
 /// Tokens of a content that a device cannot hold: more than there are.
 const NEVER: i32 = i32::MAX;
 
-/// `C(n, k)`; of numbers of contents that can be held.
+/// Returns `C(n, k)`, for numbers of contents that memory can hold.
 pub(super) fn binomial(n: usize, k: usize) -> usize {
     if k > n {
         return 0;
@@ -20,7 +20,7 @@ pub(super) fn binomial(n: usize, k: usize) -> usize {
     (0..k).fold(1, |all, i| all * (n - i) / (i + 1))
 }
 
-/// `C(n, k)` of any size.
+/// Returns `C(n, k)` of any size.
 pub(super) fn binomial_f64(n: usize, k: usize) -> f64 {
     (0..k.min(n.saturating_sub(k))).map(|i| (n - i) as f64 / (i + 1) as f64).product()
 }
@@ -68,7 +68,7 @@ impl Table {
         (visits != NEVER).then_some(visits as u64)
     }
 
-    /// The least visits less prices of a content, by size, and up to `harvest` contents below 0, the least first.
+    /// Returns the least visits less prices of a content, by size, and up to `harvest` contents below 0, the least first.
     pub(super) fn price(&self, prices: &[f64], harvest: usize) -> (Vec<f64>, Vec<Priced>) {
         let mut harvest = Harvest { size: harvest, limit: 0.0, best: Vec::new() };
         let least = (self.first..)
@@ -111,7 +111,7 @@ impl Table {
 /// Contents that are looked at together.
 const PART: usize = 512;
 
-/// The least of visits less prices.
+/// Returns the least of visits less prices.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+bmi2", "x86_64+avx2+bmi2"))]
 fn lowest(visits: &[i32], prices: &[f64]) -> f64 {
     const LANES: usize = 8;
@@ -157,7 +157,7 @@ impl Harvest {
     }
 }
 
-/// The members of a content, from the largest on.
+/// Returns the members of a content, from the largest on.
 fn members(size: usize, mut number: usize) -> Vec<u16> {
     let mut content = Vec::with_capacity(size);
     for left in (1..=size).rev() {
@@ -171,7 +171,7 @@ fn members(size: usize, mut number: usize) -> Vec<u16> {
     content
 }
 
-/// Tokens that choose all of j experts, for all such, by their number.
+/// Counts the tokens that choose all of j experts, for all sets of j experts, by the number of the set.
 fn count_subsets(layer: &Layer<'_>, size: usize) -> Vec<i32> {
     let mut counts = vec![0; binomial(layer.experts(), size)];
     let at: Vec<Vec<usize>> =
@@ -262,7 +262,7 @@ fn exclude(layer: &Layer<'_>, size: usize, lower: u128, visits: &mut [i32]) {
     }
 }
 
-/// Contents spread over all experts: the first ones, but of each expert no more than `most` for its own sake.
+/// Returns contents that are spread over all experts: the first ones, but at most `times` for the sake of one expert.
 pub(super) fn spread(contents: Vec<Priced>, experts: usize, times: usize) -> Vec<Vec<u16>> {
     let mut taken = vec![0; experts];
     let mut chosen = Vec::new();

@@ -106,7 +106,7 @@ fn shares(layer: &Layer<'_>, start: &[u16]) -> Vec<f64> {
     share
 }
 
-/// The contents of a placement, and those that differ by an exchange of one expert.
+/// Returns the contents of a placement, and those that differ by an exchange of one expert.
 fn neighbours(placed: &[Vec<u16>]) -> Vec<Vec<u16>> {
     let mut all: Vec<Vec<u16>> = placed.to_vec();
     for content in placed {

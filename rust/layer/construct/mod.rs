@@ -35,7 +35,7 @@ pub struct NoSlot(pub usize);
 pub type Placed<T> = std::result::Result<T, NoSlot>;
 
 impl NoSlot {
-    /// The error of a layer.
+    /// Returns the error for a layer.
     #[must_use]
     pub fn of(self, layer: usize) -> Error {
         Error::NoSlot { layer, expert: self.0 }

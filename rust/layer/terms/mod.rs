@@ -210,7 +210,7 @@ impl<'a> Terms<'a> {
         }
     }
 
-    /// Cost of the slots as they stand.
+    /// Returns the cost of the slots as they stand.
     pub(super) fn cost(&self) -> f64 {
         self.all.iter().map(|term| term.cost()).sum()
     }
@@ -220,7 +220,7 @@ impl<'a> Terms<'a> {
         self.all.iter().map(|term| term.slowest()).sum()
     }
 
-    /// The slowest devices of every window, where they alone are what a window costs.
+    /// Returns the slowest devices of every window, where they alone are the cost of a window.
     pub(super) fn peak(&self) -> Option<&Peak> {
         self.all.iter().find_map(|term| term.peak())
     }
