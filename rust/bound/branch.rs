@@ -12,7 +12,7 @@ const HARVEST: usize = 24;
 /// Steps towards the best price of load.
 const PRICE_STEPS: usize = 30;
 
-/// What a search found.
+/// The result of a search.
 #[derive(Debug, Clone)]
 pub(super) struct Harvest {
     /// No feasible content is above this or the floor. Proven, rounding included.
@@ -166,7 +166,7 @@ impl<'a> DepthFirst<'a> {
                 return;
             }
             let hope = self.hopes[depth][a];
-            // With a, the best that is left out is the least.
+            // If a is a member, it takes the place of the least of the best.
             let hope_of_sum = base + if hope < least { sum - least + hope } else { sum };
             let load = load + self.load[a];
             if hope_of_sum > self.floor && load <= self.contents.upper {
@@ -182,7 +182,7 @@ impl<'a> DepthFirst<'a> {
                 self.descend(depth + 1, a + 1, load, value);
             }
             if hope >= least {
-                // From here on a is out.
+                // The next contents leave a out.
                 (sum, least) = self.completion(depth, a + 1);
             }
         }

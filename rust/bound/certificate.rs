@@ -36,13 +36,13 @@ pub(super) struct Dual {
     pub(super) contents: Vec<f64>,
     /// Multipliers of the column sums of z, `[M, E]`; empty for zeros.
     pub(super) columns: Vec<f64>,
-    /// With their multipliers, by pair.
+    /// Cuts with their multipliers, by pair.
     pub(super) cuts: Vec<(Cut, f64)>,
-    /// What it is worth, if the eigenvalues and the contents are right.
+    /// Value of the dual function, if the eigenvalues and the contents are right.
     pub(super) estimate: f64,
 }
 
-/// What the method knows of a dual point it has made, to save the search for it.
+/// Results that the method has computed for a dual point, so that nobody computes them again.
 #[derive(Debug, Clone)]
 pub(super) struct Hints {
     /// Sums of the G - 1 largest eigenvalues, `[M]`.
@@ -139,7 +139,7 @@ impl Certificate {
 
 /// Returns the number of transitions that a dual value proves.
 pub(super) fn crossing(relaxation: &Relaxation, value: f64) -> u64 {
-    // What stays inside devices, at most. The product with a power of two is exact.
+    // An upper bound on the transitions inside devices. The product with a power of two is exact.
     let inside = -value * relaxation.unit;
     if inside.is_nan() || inside >= relaxation.total as f64 {
         return 0;
@@ -150,7 +150,7 @@ pub(super) fn crossing(relaxation: &Relaxation, value: f64) -> u64 {
 
 /// Computes the dual function D, rounded down so far that it is proven; cuts must be valid and sorted by pair.
 ///
-/// With hints it is quick, but no proof.
+/// With hints it takes little time, but proves nothing.
 pub(super) fn dual_value(relaxation: &Relaxation, dual: &Dual, hints: Option<&Hints>) -> f64 {
     let cuts = &dual.cuts;
     let pairs = relaxation.pairs();

@@ -5,7 +5,7 @@
 //! otherwise be bound by memory. Sums run over eight lanes in a fixed order and no multiply-add is fused, so every x86-64
 //! machine gives the same bits.
 //!
-//! Nothing that is proven relies on this file: the certificate bounds the error of what comes out.
+//! No proof relies on this file: the certificate bounds the error of its results.
 
 /// Columns of a panel: two AVX-512 or four AVX2 registers.
 const PANEL: usize = 16;
@@ -20,7 +20,7 @@ const PATIENCE: usize = 60;
 #[derive(Debug, Clone)]
 pub(super) struct Eigen {
     n: usize,
-    /// In no particular order.
+    /// Eigenvalues, not sorted.
     pub(super) values: Vec<f64>,
     /// Row k of the panels is the eigenvector of value k: entry j is at `[j / PANEL * n + k][j % PANEL]`.
     panels: Vec<[f64; PANEL]>,

@@ -11,7 +11,7 @@ use super::Instance;
 use super::contents::{Contents, are_few};
 use super::eigen::power_of_two_near;
 
-/// What the load limit of a layer says, in the layer's unit.
+/// The load limit of a layer, in the layer's unit.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct LoadLimit {
     /// No device carries more, `k_l`.
@@ -163,7 +163,7 @@ impl Relaxation {
         let (row, column) = (variable / e, variable % e);
         match row / e {
             0 => (row, column),
-            // Of z the row is on the left, of the right s both are on the right, e rows further down.
+            // In z the row is on the left. In the right s both items are on the right, e rows further down.
             _ => (row - e, column + e),
         }
     }
@@ -179,8 +179,8 @@ impl Relaxation {
         &self.weight[layer * self.experts..][..self.experts]
     }
 
-    /// Whether no device can hold these experts of a layer together: there are too many, or with the lightest
-    /// others they are over the cap. In whole tokens, so there is no doubt.
+    /// Returns whether no device can hold these experts of a layer together: there are too many, or with the lightest
+    /// others they are over the cap. Loads are whole tokens, so the comparison is exact.
     pub(super) fn is_cover(&self, layer: usize, members: &[usize]) -> bool {
         let Some(others) = self.slots.checked_sub(members.len()) else { return true };
         let Some(limit) = self.limit[layer] else { return false };

@@ -133,7 +133,7 @@ impl<'a> Point<'a> {
                 }
                 if broken.len() > 4 * limit {
                     keep_deepest(&mut broken, limit);
-                    // What is not above the weakest of these cannot be among the deepest.
+                    // A cut that is not above the weakest of these cannot be among the deepest.
                     floor = broken.iter().fold(f64::MAX, |m, f| m.min(f64::from(f.depth))).max(floor);
                 }
             }

@@ -13,7 +13,7 @@ use super::relaxation::Relaxation;
 
 /// Rounds of ascent: the value is flat after a dozen.
 const ROUNDS: usize = 16;
-/// What the proof takes, in evaluations of a pair.
+/// Time of the proof, in evaluations of a pair.
 const PROOF: u32 = 4;
 
 /// Computes column multipliers for the costs of every pair, `[M, E]`; with less ascent where the time is over.

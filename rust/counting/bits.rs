@@ -12,7 +12,7 @@ use crate::trace::ExpertId;
 /// Ids that can have units, at the most.
 pub const IDS: usize = 1024;
 
-/// Of a bit that is no row.
+/// Row of a bit that has no row.
 pub const NONE: usize = usize::MAX;
 
 /// Returns the rows of a table, a multiple of eight, so that whole vectors can be loaded.
@@ -36,7 +36,7 @@ fn bits_of(word: usize, bits: usize, within: Range<usize>) -> u64 {
     all
 }
 
-/// For every 512 tokens the rows of all ids, at most 64, each with a bit per token. `rows` may hold others of this size.
+/// Writes for every 512 tokens the rows of all ids, at most 64, with a bit per token; `rows` may hold others of this size.
 #[multiversion::multiversion(targets(
     "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx512vbmi+avx2+bmi2",
     "x86_64+avx2+bmi2"
@@ -321,11 +321,11 @@ fn shorter<'a>(one: &'a [usize], other: &'a [usize]) -> &'a [usize] {
     if one.len() < other.len() { one } else { other }
 }
 
-/// For every few neighbouring rows the words in which they have a token: the upper bits of counts seldom do.
+/// Words in which any of a few neighbouring rows has a token, by those rows: the upper bits of counts have few.
 #[derive(Default)]
 struct Occupied {
     words: Vec<usize>,
-    /// Where those of some rows end; they begin where those of the rows before end.
+    /// End of the words of every group of rows; they begin at the end of the group before.
     ends: Vec<usize>,
 }
 

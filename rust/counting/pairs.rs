@@ -37,7 +37,7 @@ pub fn block(size: usize, top_k: usize) -> usize {
     }
 }
 
-/// How the pairs of `size` ids, `top_k` of them per token, are counted.
+/// Kernels that count the pairs of `size` ids, `top_k` of them per token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kernel {
     Bits,
@@ -66,7 +66,7 @@ impl Kernel {
 pub struct Side<I> {
     ids: Vec<I>,
     bits: Vec<u64>,
-    /// Whether the rows of bits are those of sums.
+    /// Whether rows are of the bits of sums, not of ids.
     sums: bool,
     lists: Lists,
     workplace: Workplace,

@@ -1,18 +1,18 @@
-//! Which experts tokens chose together: the distinct sets of a layer, and how many tokens chose each.
+//! Sets of experts that tokens chose: the distinct sets of a layer, and the number of tokens of each.
 //!
-//! How many devices a token visits depends on its whole set, not on pairs. Counts of sets add up like all others.
+//! The number of devices that a token visits depends on its whole set, not on pairs. Counts of sets add up like all others.
 
 /// No set, in the table.
 const FREE: u32 = u32::MAX;
 
-/// Distinct sets of `top_k` experts with counts. Memory goes with their number, not with that of tokens.
+/// Distinct sets of `top_k` experts with counts. Memory depends on their number, not on that of tokens.
 #[derive(Debug, Clone)]
 pub struct Sets {
     top_k: usize,
     /// Ids of every set, rising `[N, K]`, in the order in which the sets appeared.
     ids: Vec<u16>,
     counts: Vec<u64>,
-    /// Where a set is, found by its hash and onwards from there; a power of two, at most half of it taken.
+    /// Hash table of sets with linear probing; its length is a power of two, and it is at most half full.
     table: Vec<u32>,
     /// The row at hand.
     row: Vec<u16>,

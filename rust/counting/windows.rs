@@ -90,7 +90,7 @@ impl Narrow {
     }
 }
 
-/// What counts are made of.
+/// A type of counts.
 pub(crate) trait Number: Copy + AddAssign + From<u8> {
     /// Adds a count; the sum is not above what was promised.
     fn add(&mut self, count: u64);
@@ -128,7 +128,7 @@ pub(crate) struct WindowCounts {
     /// Windows that are full `[windows, layers, size]`, and how many there are.
     full: Narrow,
     closed: usize,
-    /// For every layer the windows since `[windows, size]`.
+    /// Later windows of every layer `[windows, size]`.
     pub(crate) counts: Vec<Vec<u64>>,
 }
 

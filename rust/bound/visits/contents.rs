@@ -1,4 +1,4 @@
-//! How many tokens visit a device, for all that it can hold, and the least of that less prices.
+//! Tokens that visit a device, for all contents that it can hold, and the least of these visits less prices.
 //!
 //! Contents of j experts are numbered by their members from the largest on: those whose largest member is x are
 //! `C(x, j)` onwards, and there they stand in the order of what else they hold, j - 1 experts below x. So what is
@@ -34,7 +34,7 @@ pub(super) struct Table {
     experts: usize,
     /// The least size.
     first: usize,
-    /// By size, then by number.
+    /// Visits of contents, by size, then by number.
     visits: Vec<Vec<i32>>,
 }
 
@@ -100,7 +100,7 @@ impl Table {
                 }
             }
         }
-        // What no device can hold is no content: all such is above what any price takes off.
+        // Contents that no device can hold have so many visits that no price lowers them enough.
         if least > f64::from(NEVER) * UNIT / 2.0 && visits.iter().all(|&visits| visits == NEVER) {
             return f64::INFINITY;
         }
@@ -216,7 +216,7 @@ fn cover_into(size: usize, experts: usize, counts: &[&[i32]], out: &mut [i32]) {
     let mut common = vec![0; binomial(experts - 1, size - 1)];
     for x in size - 1..experts {
         let (start, length) = (binomial(x, size), binomial(x, size - 1));
-        // Of tokens that choose x too: a row of each table.
+        // Tokens that choose x as well: a row of each table.
         let with: Counts<'_> = (2..)
             .zip(&counts[1..])
             .map(|(order, table)| &table[binomial(x, order)..][..binomial(x, order - 1)])

@@ -95,7 +95,7 @@ impl Layer<'_> {
         (least..=largest).map(|size| contents::binomial_f64(self.experts(), size)).sum()
     }
 
-    /// Whether all contents can be tried: few, of few tokens.
+    /// Returns whether all contents can be tried: there are few of them, and few tokens.
     fn is_tractable(&self) -> bool {
         let (_, largest) = self.range();
         largest <= MOST_SLOTS && self.contents() <= MOST_CONTENTS && self.tokens() < 1 << 31
@@ -131,13 +131,13 @@ pub struct Limits<'a> {
     pub rounds: usize,
     /// Contents that are looked at in all: every layer has its share, and is looked at once at least.
     pub work: f64,
-    /// Good enough: the visits that a better placement could save, as a share of those of the placement known.
+    /// Gap at which the search ends: the visits that a better placement could save, as a share of the known placement's.
     pub gap: f64,
-    /// With a deadline the result depends on the machine.
+    /// Deadline and cancellation. With a deadline the result depends on the machine.
     pub control: &'a Control,
 }
 
-/// Whether the contents of every layer can be tried.
+/// Returns whether the contents of every layer can be tried.
 #[must_use]
 pub fn is_tractable(layers: &[Layer<'_>]) -> bool {
     layers.iter().all(Layer::is_tractable)
@@ -167,7 +167,7 @@ pub fn bound(
     let mut proven: u64 = layers.iter().map(|layer| layer.least() as u64).sum();
     for (number, wave) in layers.chunks(together).enumerate() {
         let done = number * together;
-        // What is left of the time is shared among the layers that are left.
+        // The remaining time is shared among the remaining layers.
         let begin = Instant::now();
         let share = limits.control.deadline.map(|deadline| {
             deadline

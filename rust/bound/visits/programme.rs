@@ -7,7 +7,7 @@
 
 use super::contents::Table;
 
-/// How much right sides differ.
+/// Perturbation of right sides, so that no two are equal.
 const PERTURBATION: f64 = 1e-5;
 /// Reduced costs above this, as a share of the largest cost, do not count.
 const TOLERANCE: f64 = 1e-9;
@@ -23,11 +23,11 @@ const MOST: usize = 4000;
 pub(super) struct Programme {
     experts: usize,
     devices: f64,
-    /// Members, and cost.
+    /// Members and cost of every content.
     columns: Vec<(Vec<u16>, f64)>,
 }
 
-/// What a basis holds.
+/// A column of a basis.
 #[derive(Clone, Copy)]
 enum Column {
     Content(usize),

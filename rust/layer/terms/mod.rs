@@ -156,7 +156,7 @@ pub(super) trait Term: Debug + Send {
 #[derive(Debug)]
 pub(super) struct Terms<'a> {
     layer: &'a Layer,
-    /// Those that count visits come first: others price rows by what these write.
+    /// Terms that count visits come first: others price rows by the visits that they write.
     all: Vec<Box<dyn Term + 'a>>,
     caps: Option<Caps<'a>>,
     /// Whether some term needs the shares of every candidate, and whether the last term bounds its gain.

@@ -74,7 +74,7 @@ pub(crate) struct Together<'a> {
     pairs_apart: f64,
     /// Pairs that the last candidate brings together.
     pairs_gained: f64,
-    /// What the last candidate adds to devices.
+    /// Pairs that the last candidate adds to devices.
     changes: Vec<(u16, Served)>,
 }
 
