@@ -25,36 +25,15 @@ few = settings(max_examples=max(settings.default.max_examples // 3, 1))
 @few
 @given(
     st.sampled_from(SPLITS),
-    st.integers(1, 3),
-    st.lists(st.integers(0, 2), min_size=1, max_size=4),
-    st.integers(1, 40),
-    st.integers(0, 5),
-)
-def test_placements_are_replayed_as_each_by_itself(split, layers, spare, window, seed):
-    """With one copy, with several, with groups: what is shared by placements changes nothing."""
-    rng = np.random.default_rng(seed)
-    trace = trace_of(
-        random_ids(90, layers, 2, 8, seed=seed), length=7, group=np.arange(90) // 7 % 2
-    )
-    topology = mt.Topology(4, devices_per_node=2)
-    placements = [
-        mt.Placement(random_slots(rng, layers, 4, 8, spare=more), num_experts=8) for more in spare
-    ]
-    how = {"window": window, "split": split, "cost_model": MODEL}
-    [together] = evaluate_each(placements, trace, [mt.Serving(topology, **how)], ReplayOptions())
-    for placement, evaluation in zip(placements, together, strict=True):
-        assert evaluation.to_dict() == mt.evaluate(placement, trace, topology, **how).to_dict()
-
-
-@few
-@given(
-    st.sampled_from(SPLITS),
     st.sampled_from(["bursts", "mixed", 0.3]),
     st.sampled_from([(5, 10), (20, 5), (16, 48, 32), (7, 9), (6, None), (100, 200), (None,)]),
     st.integers(0, 5),
 )
-def test_windows_of_several_sizes_are_as_each_by_itself(split, arrival, windows, seed):
-    """Of several times the shortest or not, longer than the trace; the first ones mixed as well."""
+def test_placements_and_windows_are_replayed_as_each_by_itself(split, arrival, windows, seed):
+    """What is shared by placements, and by windows of any sizes, changes nothing of any group.
+
+    Sizes are several times the shortest or not, or beyond the trace; the first ones are mixed, too.
+    """
     rng = np.random.default_rng(seed)
     trace = trace_of(random_ids(90, 2, 2, 8, seed=seed), length=7, group=np.arange(90) // 7 % 2)
     topology = mt.Topology(4, devices_per_node=2)
@@ -67,8 +46,9 @@ def test_windows_of_several_sizes_are_as_each_by_itself(split, arrival, windows,
     together = evaluate_each(placements, trace, servings, ReplayOptions())
     for serving, evaluations in zip(servings, together, strict=True):
         options = ReplayOptions(mixed=serving is servings[0])
-        [alone] = evaluate_each(placements, trace, [serving], options)
-        assert [each.to_dict() for each in evaluations] == [each.to_dict() for each in alone]
+        for placement, evaluation in zip(placements, evaluations, strict=True):
+            [[alone]] = evaluate_each([placement], trace, [serving], options)
+            assert evaluation.to_dict() == alone.to_dict()
 
 
 def test_progress_is_the_share_of_tokens(make_trace, monkeypatch):

@@ -137,7 +137,7 @@ def test_answers_are_true_of_the_problem(seed):
     problem = random_problem(seed)
     if problem is None:
         return
-    rng, given = np.random.default_rng(seed), {"threads": 1, "iterations": 100}
+    rng, given = np.random.default_rng(seed), {"threads": 1, "iterations": 50}
     answers = {name: mt.solve(problem, name, **given) for name in (*SEARCHES, "quick", "eplb")}
     least = least_value(problem)
     for name, result in answers.items():
@@ -153,7 +153,7 @@ def test_answers_are_true_of_the_problem(seed):
     running = mt.solve(problem, "random", seed=seed).placement
     check_front(problem, running)
     budget, method = int(rng.integers(problem.capacity.sum() + 1)), SEARCHES[seed % 2]
-    moving = {"initial": running, "move_budget": budget, "iterations": 100}
+    moving = {"initial": running, "move_budget": budget, "iterations": 50}
     try:
         result = mt.solve(problem, method, threads=1, **moving)
     except ValueError:  # see test_moves: only where no placement is within the budget

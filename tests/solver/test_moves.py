@@ -196,7 +196,7 @@ def test_a_larger_budget_gives_no_worse_placement(goal):
     problem, initial = problem_of(goal), blocks(3, 16, 4)
     slots = int(problem.capacity.sum())
     before = (np.inf, np.inf)
-    for limit in (0, 1, 5, 13, slots - 1, slots):
+    for limit in (0, 1, 5, slots - 1, slots):
         result = mt.solve(problem, "heuristic", initial=initial, move_budget=limit, iterations=30)
         excess, value = rank(problem, result.placement)
         assert (round(excess, 9), value * (1 - 1e-9)) <= before, limit

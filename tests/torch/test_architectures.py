@@ -79,11 +79,10 @@ def one_by_one(renumber, tensors):
 
 def renumbered_alike(placement, configs, weights, old, new):
     """Hold one tensor after the other against what is made of all, on disk and in memory."""
-    for about in configs:
-        renumber = Renumbering(placement, about)
-        assert same(one_by_one(renumber, old), new)
-        expected = permute_state_dict(weights, placement, config=configs[0])
-        assert same(one_by_one(renumber, weights), expected)
+    stored, of_model = (Renumbering(placement, about) for about in configs)
+    assert same(one_by_one(stored, old), new)
+    expected = permute_state_dict(weights, placement, config=configs[0])
+    assert same(one_by_one(of_model, weights), expected)
     assert same(one_by_one(Renumbering(placement, configs[0], names=old), old), new)
     assert same(one_by_one(Renumbering(placement, configs[0], inverse=True), new), old)
 
