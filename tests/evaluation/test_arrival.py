@@ -1,16 +1,20 @@
 """Mixed arrival: every token once, sequences in their own order, and a full batch."""
 
+import make
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import moetuner as mt
 from moetuner.evaluation.arrival import (
     choose_batch_size,
+    count_together,
     draw_mixed_order,
     find_places,
     mix,
     mix_windows,
+    overlay,
 )
 
 
@@ -83,3 +87,45 @@ def test_places_are_where_rows_are_in_the_order(length, seed, every):
     again = draw_mixed_order(sequence[served], len(rows), seed=seed).tolist()
     mixed = mix(sequence, rows, place, seed=seed)
     assert mixed.tolist() == [again.index(place) for place in place.tolist()]
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=300), st.sets(st.integers(0, 9)))
+def test_what_is_laid_beside_each_other_is_there_once(sequence, kept):
+    """Whatever sequences a part has, its order has each of its tokens once."""
+    whole = np.array(sequence, np.int32)
+    part = whole[np.isin(whole, [*kept])]
+    order = overlay(part, whole)
+    assert order is None or sorted(order.tolist()) == [*range(len(part))]
+
+
+@pytest.mark.parametrize(("share", "times"), [(0.5, 2), (0.25, 4), (0.8, None)])
+def test_held_out_sequences_meet_as_many_others(share, times):
+    """Of sixty that are served at once a share is left, and in a step they are sixty again."""
+    served = [np.tile(np.arange(first, first + 60), 100) for first in range(0, 600, 60)]
+    whole = np.concatenate(served).astype(np.int32)
+    part = whole[whole % 60 < 60 * share]
+    order = overlay(part, whole)
+    assert (order is None) == (times is None)
+    if order is not None:
+        # Some pieces have the end of a batch and the beginning of the next one.
+        before, after, wanted = (
+            count_together(tokens, 512) for tokens in (part, part[order], whole)
+        )
+        assert before < 1.4 * 60 / times
+        assert max(1.5 * before, 0.65 * wanted) < after < 1.2 * wanted
+        # What lies together is of times that follow each other.
+        assert np.abs(np.diff(order)).max() < 0.6 * len(part)
+
+
+@pytest.mark.parametrize("tokens", [None, 40])
+def test_sequences_one_after_the_other_stay_so(tokens):
+    """Held out, they keep their order; so do parts that are too short to tell.
+
+    So do sequences that are all served together throughout.
+    """
+    sequence = np.repeat(np.arange(60), 50)[:tokens]
+    throughout = np.tile(np.arange(60), 50).astype(np.int32)
+    assert overlay(throughout[throughout < 30], throughout) is None
+    trace = make.trace_of(np.zeros((len(sequence), 1, 1), int), 2, sequence=sequence)
+    for part in mt.hold_out(trace, seed=1):
+        assert np.array_equal(part.sequence, np.sort(part.sequence))

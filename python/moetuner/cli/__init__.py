@@ -45,7 +45,7 @@ MENU = {
     "drift": "Check whether traffic has drifted from a placement's profile.",
     "plan": "Plan which copies move when devices are lost, removed or added.",
     "export": "Write a placement as an engine loads it, or check one.",
-    "convert": "Join recordings into one trace.",
+    "convert": "Join recordings into one trace, or count recordings of any size.",
     "fit": "Measure one MoE layer, and write its cost model.",
     "verify": "Recompute the bound that a certificate proves.",
 }

@@ -42,7 +42,7 @@ def command(
     file_hints: options.FileHints,
     output: Output,
 ) -> None:
-    """Join recordings into one trace, or count them if they are too large for that.
+    """Join recordings into one trace, or count recordings of any size.
 
     A source is a file or a folder: moetuner's own, or as an engine recorded it. They are joined one
     after the other. Sequences of different sources stay different; groups of the same name become

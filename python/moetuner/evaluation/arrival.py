@@ -8,6 +8,7 @@ are replayed.
 from __future__ import annotations
 
 import heapq
+import math
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +28,12 @@ FEWEST_AT_ONCE = 8
 
 # Windows that are averaged into one where sequences are unknown.
 WINDOWS_MIXED = 16
+
+# Tokens of the longest pieces in which sequences that run at once are counted; how many pieces are
+# looked at; and how many the shortest recording has.
+PIECE, PIECES, FEWEST_PIECES = 512, 64, 8
+# Tokens that are laid beside others are so many mean durations of a sequence away from them.
+DURATIONS = 2
 
 Order = NDArray[np.signedinteger[Any]]
 Integers = NDArray[np.integer[Any]]
@@ -141,6 +148,42 @@ def _take_steps(tokens: Order, steps: NDArray[np.int64]) -> Order:
             rows = running + np.arange(step, until)[:, None]
             order[done : done + rows.size] = tokens[rows].ravel()
             done, step = done + rows.size, until
+    return order
+
+
+def count_together(sequence: NDArray[np.int32], piece: int) -> float:
+    """Return the mean number of sequences that so many consecutive tokens are of, given [T]."""
+    starts = check.evenly_spaced(max(len(sequence) - piece, 0) + 1, PIECES).tolist()
+    return float(np.mean([len(np.unique(sequence[first : first + piece])) for first in starts]))
+
+
+def overlay(sequence: NDArray[np.int32], whole: NDArray[np.int32]) -> Order | None:
+    """Order the tokens of a part [T] so that as many sequences are together as in the whole.
+
+    Of sequences that were served together some are left. Where these are less than two thirds as
+    many at once, runs of tokens that follow each other are laid beside each other, token by token.
+    A run lasts longer than a sequence, so that different sequences meet, and no longer than needed,
+    as traffic changes. None where the order is to stay.
+    """
+    piece = min(PIECE, len(sequence) // FEWEST_PIECES)
+    if not piece:
+        return None
+    remaining = count_together(sequence, piece)
+    times = round(count_together(whole, piece) / remaining)
+    if times < 2:
+        return None
+    duration = remaining * len(sequence) / len(check.distinct(sequence))
+    # Where all sequences last as long as the recording there are no others to meet.
+    if times * duration > len(sequence):
+        return None
+    length = math.ceil(DURATIONS * duration)
+    kind: type[np.signedinteger[Any]] = np.int32 if len(sequence) < 1 << 31 else np.int64
+    order: Order = np.arange(len(sequence), dtype=kind)
+    remainder = order
+    while length := min(length, len(remainder) // times):
+        runs = len(remainder) // (times * length)
+        laid, remainder = np.split(remainder, [runs * times * length])
+        laid[:] = laid.reshape(runs, times, length).transpose(0, 2, 1).ravel()
     return order
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from moetuner import _checks as check
 from moetuner._checks import ArgumentError, is_number, seed_in, shown
+from moetuner.evaluation.arrival import overlay
 from moetuner.evaluation.kinds import (
     FEW_PER_GROUP,
     Likeness,
@@ -416,10 +417,12 @@ def hold_out(
     Parameters
     ----------
     traffic
-        A trace is split by sequence, or by kind where its sequences are of few kinds. Without
-        sequences, and for a load table, single windows are drawn where neighbours are no more alike
-        than any two. Else runs of windows are held out, and both parts leave out the windows within
-        a correlation length of these.
+        A trace is split by sequence, or by kind where its sequences are of few kinds. Where many
+        run at once, tokens of times that follow each other are laid beside each other, so that
+        consecutive tokens of a part are of as many sequences as before. Without sequences, and for
+        a load table, single windows are drawn where neighbours are no more alike than any two. Else
+        runs of windows are held out, and both parts leave out the windows within a correlation
+        length of these.
     holdout
         Share of the sequences or windows that is held out. 0 holds nothing out: both parts are all
         of the traffic.
@@ -461,7 +464,7 @@ def hold_out(
     label, gap = _label_rows(traffic)
     if label is not None:
         seen = _draw(label, 1 - holdout, rng)
-        return traffic.take(seen), traffic.take(~seen)
+        return _take_together(traffic, seen), _take_together(traffic, ~seen)
     if gap == 1:
         count = min(max(round(holdout * number), 1), number - 1)
         unseen = np.isin(np.arange(number), rng.permutation(number)[:count])
@@ -471,6 +474,15 @@ def hold_out(
         chosen = choose_runs(len(stretch), holdout, gap, seed)
         seen[stretch], unseen[stretch] = chosen
     return traffic.take(seen), traffic.take(unseen)
+
+
+def _take_together(traffic: AnyRecording, rows: NDArray[np.bool_]) -> AnyRecording:
+    """Return marked rows; of tokens, as many sequences are together as are in the traffic."""
+    part, sequence = traffic.take(rows), traffic.sequence
+    if sequence is None or part.sequence is None:
+        return part
+    order = overlay(part.sequence, sequence)
+    return part if order is None else part.take(order)
 
 
 def _label_rows(recording: Recording) -> tuple[Integers | None, int]:
