@@ -240,13 +240,6 @@ def test_figures_are_those_of_evaluate(strong):
     assert strong.moving.steps == np.ceil(strong.moving.seconds * 1e6 / saved)
 
 
-def test_the_answer_does_not_depend_on_threads():
-    """One thread and two give the same."""
-    how = {"copies": (0, 1), "splits": 1, "time_limit": None}
-    one, two = (advise(routed(skewed(2000)), TWO_NODES, **how, threads=n) for n in (1, 2))
-    assert one.to_dict() == two.to_dict()
-
-
 def test_loads_are_split_by_window():
     """Without tokens there is balance, and traffic is an upper bound; pairs are left out."""
     counted = mt.RoutingStatistics.from_trace(routed(skewed()), window=100)
