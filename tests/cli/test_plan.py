@@ -65,9 +65,9 @@ def test_a_file_of_plan_serves_as_what_ran(ok, as_json, files):
 
 def test_the_last_tokens_of_a_trace_are_in_no_figure(make_trace):
     """Those that fill no window count where copies go, as all do, and in no mean of windows."""
-    trace = make_trace(700, experts=8)
+    trace = make_trace(1300, experts=8)
     running = mt.Placement.from_assignment([np.arange(8) // 2] * 3, 4, slots_per_device=3)
-    whole, cut = mt.plan(running, trace, without=[3]), trace.take(np.arange(512))
+    whole, cut = mt.plan(running, trace, without=[3]), trace.take(np.arange(1024))
     counts = mt.RoutingStatistics.from_trace(cut, window=512)
     even = mt.evaluate(whole.placement, counts, mixed=False).imbalance
     assert whole.imbalance_after == pytest.approx(even)
