@@ -459,16 +459,16 @@ def ranks(values: NDArray[Any], labels: NDArray[Any]) -> NDArray[Any]:
 def counts(ranks: NDArray[Any], number: int) -> NDArray[np.int64]:
     """Count how often each rank below ``number`` occurs."""
     total = np.zeros(number, dtype=np.int64)
-    for _, there, _, times in _runs(ranks):
-        total[there] += times
+    for _, present, _, times in _runs(ranks):
+        total[present] += times
     return total
 
 
 def first_of(ranks: NDArray[Any], number: int) -> NDArray[np.int64]:
     """Return the number of the first item of every rank; each rank must occur."""
     first, begin = np.full(number, len(ranks), dtype=np.int64), 0
-    for order, there, start, _ in _runs(ranks):
-        first[there] = np.minimum(first[there], begin + order[start])
+    for order, present, start, _ in _runs(ranks):
+        first[present] = np.minimum(first[present], begin + order[start])
         begin += len(order)
     return first
 
@@ -478,10 +478,10 @@ def sorted_by(ranks: NDArray[Any], number: int) -> NDArray[Any]:
     place = np.empty(len(ranks), dtype=np.int32 if len(ranks) < 1 << 31 else np.int64)
     size, first = counts(ranks, number), 0
     begin = np.cumsum(size) - size
-    for order, there, start, times in _runs(ranks):
+    for order, present, start, times in _runs(ranks):
         within = np.arange(len(order)) - np.repeat(start, times)
-        place[np.repeat(begin[there], times) + within] = first + order
-        begin[there] += times
+        place[np.repeat(begin[present], times) + within] = first + order
+        begin[present] += times
         first += len(order)
     return place
 

@@ -392,10 +392,10 @@ class Placement(Frozen):
         """
         remaining = ~check.chosen("lost", lost, self.devices)
         slots = self.slots[:, remaining]
-        held = find_holders(slots, self.num_experts).any(axis=1)
-        for layer, expert in np.argwhere(~held)[:1]:
+        has_copy = find_holders(slots, self.num_experts).any(axis=1)
+        for layer, expert in np.argwhere(~has_copy)[:1]:
             raise check.ArgumentError(
-                f"lost must leave a copy of every expert: of {(~held).sum():,} there is none, "
+                f"lost must leave a copy of every expert: of {(~has_copy).sum():,} there is none, "
                 f"the first is expert {expert} of layer {layer}; plan says what to bring",
                 "lost",
             )

@@ -159,13 +159,13 @@ def assign_nodes(
     node_of_rank = np.arange(ranks) // (ranks // nodes)
     group_of_slot = np.where(slots >= 0, slots // size, groups)
     cell = (row[:, None, None] * (groups + 1) + group_of_slot) * nodes + node_of_rank[:, None]
-    there = np.bincount(cell.ravel(), minlength=layers * (groups + 1) * nodes)
-    there = there.reshape(layers, groups + 1, nodes)[:, :groups]
+    copies_on_node = np.bincount(cell.ravel(), minlength=layers * (groups + 1) * nodes)
+    copies_on_node = copies_on_node.reshape(layers, groups + 1, nodes)[:, :groups]
     node_of = np.zeros((layers, groups), dtype=np.int64)
     free = np.full((layers, nodes), groups // nodes)
     heavy = np.zeros((layers, nodes))
-    for group in np.lexsort((-group_load, -there.max(axis=2)), axis=1).T:
-        node = np.lexsort((heavy, -there[row, group], free == 0), axis=1)[:, 0]
+    for group in np.lexsort((-group_load, -copies_on_node.max(axis=2)), axis=1).T:
+        node = np.lexsort((heavy, -copies_on_node[row, group], free == 0), axis=1)[:, 0]
         node_of[row, group] = node
         free[row, node] -= 1
         heavy[row, node] += group_load[row, group]
@@ -204,8 +204,8 @@ def _find_best_exchange(
     moved = group_load[:, :, None] - group_load[:, None, :]
     rest = np.maximum(before[:, None, None] - moved, second[:, None, None])
     rest = np.maximum(rest, np.take_along_axis(heavy, node_of, axis=1)[:, None, :] + moved)
-    here = node_of == worst[:, None]
-    rest[~(here[:, :, None] & ~here[:, None, :])] = np.inf
+    is_on_worst = node_of == worst[:, None]
+    rest[~(is_on_worst[:, :, None] & ~is_on_worst[:, None, :])] = np.inf
     best = rest.reshape(layers, -1).argmin(axis=1)
     after = rest.reshape(layers, -1)[row, best]
     chance = deviations * np.sqrt(before + after)

@@ -12,7 +12,7 @@ const HARVEST: usize = 24;
 /// Steps towards the best price of load.
 const PRICE_STEPS: usize = 30;
 
-/// What a search found.
+/// The result of a search.
 #[derive(Debug, Clone)]
 pub(super) struct Harvest {
     /// No feasible content is above this or the floor. Proven, rounding included.
@@ -61,7 +61,7 @@ struct DepthFirst<'a> {
 }
 
 impl<'a> DepthFirst<'a> {
-    /// A search for contents of at least three members with a sum of the symmetric `g` above `floor`.
+    /// Builds a search for contents of at least three members whose sum of the symmetric `g` is above `floor`.
     fn new(contents: &'a Contents, g: &[f64], floor: f64) -> Self {
         let (e, c) = (contents.experts, contents.slots);
         let order = by_promise(g, e, c);
@@ -102,7 +102,7 @@ impl<'a> DepthFirst<'a> {
         Harvest { bound: self.best + error, sets: self.sets }
     }
 
-    /// The price with the least bound at the root, which is convex in it.
+    /// Finds the price with the least bound at the root, which is convex in the price.
     fn find_price(&mut self, limits: [f64; 2]) {
         let widest = self.g.iter().fold(0.0f64, |m, g| m.max(g.abs())) * self.e as f64;
         let (mut low, mut high) = (-widest, widest);
@@ -166,7 +166,7 @@ impl<'a> DepthFirst<'a> {
                 return;
             }
             let hope = self.hopes[depth][a];
-            // With a, the best that is left out is the least.
+            // If a is a member, it takes the place of the least of the best.
             let hope_of_sum = base + if hope < least { sum - least + hope } else { sum };
             let load = load + self.load[a];
             if hope_of_sum > self.floor && load <= self.contents.upper {
@@ -182,7 +182,7 @@ impl<'a> DepthFirst<'a> {
                 self.descend(depth + 1, a + 1, load, value);
             }
             if hope >= least {
-                // From here on a is out.
+                // The next contents leave a out.
                 (sum, least) = self.completion(depth, a + 1);
             }
         }
@@ -237,7 +237,7 @@ impl<'a> DepthFirst<'a> {
     }
 }
 
-/// The largest sum of two entries at one place.
+/// Returns the largest sum of two entries at one index.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+bmi2", "x86_64+avx2+bmi2"))]
 fn largest_sum(a: &[f64], b: &[f64]) -> f64 {
     const LANES: usize = 8;
@@ -254,7 +254,7 @@ fn largest_sum(a: &[f64], b: &[f64]) -> f64 {
     lanes.into_iter().chain(rest).fold(f64::NEG_INFINITY, |m, x| if x > m { x } else { m })
 }
 
-/// Experts from the largest weight on, half of their best C - 1 pairs included.
+/// Returns experts by falling weight, which includes half of their best C - 1 pairs.
 fn by_promise(g: &[f64], e: usize, c: usize) -> Vec<usize> {
     let mut scratch = vec![0.0; e];
     let promise: Vec<f64> = (0..e)
@@ -270,7 +270,7 @@ fn by_promise(g: &[f64], e: usize, c: usize) -> Vec<usize> {
     order
 }
 
-/// See [`DepthFirst::halves`].
+/// Computes [`DepthFirst::halves`].
 fn halves(g: &[f64], e: usize, c: usize) -> Vec<f64> {
     let mut halves = vec![0.0; (e + 1) * e * c];
     let mut tops = vec![f64::NEG_INFINITY; e * c];
@@ -294,7 +294,7 @@ fn halves(g: &[f64], e: usize, c: usize) -> Vec<f64> {
     halves
 }
 
-/// Best first, the best only.
+/// Sorts sets by falling value, and drops all but the best.
 fn sort(sets: &mut Vec<(f64, Set)>) {
     sets.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
     sets.truncate(HARVEST);

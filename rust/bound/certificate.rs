@@ -36,13 +36,13 @@ pub(super) struct Dual {
     pub(super) contents: Vec<f64>,
     /// Multipliers of the column sums of z, `[M, E]`; empty for zeros.
     pub(super) columns: Vec<f64>,
-    /// With their multipliers, by pair.
+    /// Cuts with their multipliers, by pair.
     pub(super) cuts: Vec<(Cut, f64)>,
-    /// What it is worth, if the eigenvalues and the contents are right.
+    /// Value of the dual function, if the eigenvalues and the contents are right.
     pub(super) estimate: f64,
 }
 
-/// What the method knows of a dual point it has made, to save the search for it.
+/// Results that the method has computed for a dual point, so that nobody computes them again.
 #[derive(Debug, Clone)]
 pub(super) struct Hints {
     /// Sums of the G - 1 largest eigenvalues, `[M]`.
@@ -77,7 +77,7 @@ pub fn verify(instance: &Instance<'_>, certificate: &Certificate) -> Result<u64>
 }
 
 impl Certificate {
-    /// Flattens a dual point.
+    /// Writes a dual point as flat arrays.
     pub(super) fn write(dual: Dual) -> Self {
         let Dual { lambda, contents, columns, .. } = dual;
         let mut this = Self { lambda, contents, columns, ..Self::default() };
@@ -90,7 +90,7 @@ impl Certificate {
         this
     }
 
-    /// The dual point, if the arrays fit and the cuts are true.
+    /// Returns the dual point; an error unless the arrays fit and the cuts are valid.
     fn read(&self, relaxation: &Relaxation) -> Result<Dual> {
         let Relaxation { experts, .. } = *relaxation;
         let (pairs, order) = (relaxation.pairs(), relaxation.order());
@@ -137,9 +137,9 @@ impl Certificate {
     }
 }
 
-/// A number of transitions that a dual value proves.
+/// Returns the number of transitions that a dual value proves.
 pub(super) fn crossing(relaxation: &Relaxation, value: f64) -> u64 {
-    // What stays inside devices, at most. The product with a power of two is exact.
+    // An upper bound on the transitions inside devices. The product with a power of two is exact.
     let inside = -value * relaxation.unit;
     if inside.is_nan() || inside >= relaxation.total as f64 {
         return 0;
@@ -148,9 +148,9 @@ pub(super) fn crossing(relaxation: &Relaxation, value: f64) -> u64 {
     u64::try_from(relaxation.total.saturating_sub(inside)).unwrap_or(u64::MAX)
 }
 
-/// The dual function D, rounded down far enough to be proven; the cuts must be valid and sorted by pair.
+/// Computes the dual function D, rounded down so far that it is proven; cuts must be valid and sorted by pair.
 ///
-/// With hints it is quick, but no proof.
+/// With hints it takes little time, but proves nothing.
 pub(super) fn dual_value(relaxation: &Relaxation, dual: &Dual, hints: Option<&Hints>) -> f64 {
     let cuts = &dual.cuts;
     let pairs = relaxation.pairs();
@@ -176,7 +176,7 @@ pub(super) fn dual_value(relaxation: &Relaxation, dual: &Dual, hints: Option<&Hi
     sum.value - roundings * f64::EPSILON * sum.magnitude
 }
 
-/// What pair l adds to D, and its reduced costs.
+/// The addend of pair l in D, and its reduced costs.
 struct PairValue {
     sum: Sum,
     /// `r` of the slice; the z part is spent.
@@ -245,7 +245,7 @@ impl PairValue {
     }
 }
 
-/// The mean of a matrix and its transpose.
+/// Returns the mean of a matrix and its transpose.
 fn symmetric(lambda: &[f64], n: usize) -> Vec<f64> {
     let mut out = vec![0.0; n * n];
     for i in 0..n {
@@ -256,7 +256,7 @@ fn symmetric(lambda: &[f64], n: usize) -> Vec<f64> {
     out
 }
 
-/// A lower bound on `sum r z` over 0/1 matrices z with C ones in each row and column.
+/// Computes a lower bound on `sum r z` over 0/1 matrices z with C ones in each row and column.
 fn transport_value(r: &[f64], e: usize, slots: usize, columns: Option<&[f64]>) -> Sum {
     let mut scratch = vec![0.0; e];
     let mut rows = Sum::default();
@@ -287,7 +287,7 @@ fn transport_value(r: &[f64], e: usize, slots: usize, columns: Option<&[f64]>) -
     if by_column.value > rows.value { by_column } else { rows }
 }
 
-/// A lower bound on `sum r s` over the partitions of layer l: each expert has C - 1 companions.
+/// Computes a lower bound on `sum r s` over the partitions of layer l: each expert has C - 1 companions.
 fn layer_value(
     relaxation: &Relaxation,
     l: usize,
@@ -332,7 +332,7 @@ fn layer_value(
     sum
 }
 
-/// The `count` smallest numbers, in no particular but a fixed order.
+/// Returns the `count` smallest numbers, in a fixed order that is not sorted.
 fn smallest(numbers: &mut [f64], count: usize) -> &[f64] {
     if count == 0 || numbers.is_empty() {
         return &[];

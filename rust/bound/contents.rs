@@ -1,4 +1,4 @@
-//! What a device can hold of one layer, and the best of it.
+//! The contents of one layer that a device can hold, and the best of them.
 //!
 //! The contents of a device are C experts whose loads keep the cap, and which leave the other devices no more than
 //! theirs.
@@ -15,17 +15,17 @@ const MOST: f64 = 1.5e7;
 /// Gains below this, in units of the weights, are rounding.
 const TINY: f64 = 1e-9;
 
-/// The members of a set.
+/// Returns the members of a set.
 pub(super) fn members(set: Set) -> impl Iterator<Item = usize> {
     std::iter::successors(Some(set), |rest| Some(rest & rest.wrapping_sub(1)))
         .take_while(|&rest| rest != 0)
         .map(|rest| rest.trailing_zeros() as usize)
 }
 
-/// Whether all contents of a device can be searched.
+/// Returns whether contents are so few that all of them can be searched.
 pub(super) fn are_few(experts: usize, slots: usize) -> bool {
     let all: f64 = (0..slots).map(|i| (experts - i) as f64 / (i + 1) as f64).product();
-    // Of two experts the pair itself says everything.
+    // With two experts the bound of the pair is already exact.
     slots > 2 && slots < DEEPEST && experts <= Set::BITS as usize && all <= MOST
 }
 
@@ -74,7 +74,7 @@ impl Contents {
         }
     }
 
-    /// Whether a device may carry this.
+    /// Returns whether a device may have this load.
     pub(super) fn keeps_limits(&self, load: u128) -> bool {
         self.lower <= load && load <= self.upper
     }

@@ -7,7 +7,7 @@
 
 use super::relaxation::Relaxation;
 
-/// What an inequality says. The numbers are part of the certificate's format.
+/// The kinds of inequalities. Their numbers are part of the certificate's format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u8)]
 pub enum Kind {
@@ -47,13 +47,13 @@ impl Kind {
         Self::Apart,
     ];
 
-    /// Whether the cut carries one choice for each expert of its side.
+    /// Returns whether the cut has a choice for each expert of its side.
     #[must_use]
     pub fn is_lifted(self) -> bool {
         matches!(self, Self::Gather | Self::Together | Self::Apart)
     }
 
-    /// Whether such cuts are found when they are violated; the others are there from the start.
+    /// Returns whether such cuts are added when they are violated; the others are there from the start.
     pub(super) fn is_separated(self) -> bool {
         self.is_lifted() || matches!(self, Self::Triangle | Self::CoverThree)
     }
@@ -67,7 +67,7 @@ pub(super) mod choice {
     pub(in super::super) const Q: u8 = 1;
     /// The member `r_k`.
     pub(in super::super) const R: u8 = 2;
-    /// For [`super::Kind::Together`]: the max is not zero.
+    /// [`super::Kind::Together`]: the max is not zero.
     pub(in super::super) const USED: u8 = 1;
 }
 
@@ -90,12 +90,12 @@ pub(super) struct Sum {
 }
 
 impl Cut {
-    /// A cut without choices.
+    /// Builds a cut without choices.
     pub(super) fn plain(kind: Kind, pair: usize, items: [usize; 3]) -> Self {
         Self { kind, pair: pair as u32, items: items.map(|i| i as u32), choice: Box::default() }
     }
 
-    /// Whether the cut is well formed and holds for every feasible placement of this instance.
+    /// Returns whether the cut is well formed and holds for every feasible placement of this instance.
     pub(super) fn is_valid(&self, relaxation: &Relaxation) -> bool {
         let e = relaxation.experts;
         let [i, j, k] = self.items.map(|i| i as usize);
@@ -219,7 +219,7 @@ impl Cut {
         }
     }
 
-    /// Weights and (upper, lower, total) of a side; zeros where the side has no limit.
+    /// Returns the weights and (upper, lower, total) of a side; zeros where the side has no limit.
     fn side<'a>(&self, relaxation: &'a Relaxation, side: usize) -> (&'a [f64], (f64, f64, f64)) {
         let layer = self.pair as usize + side;
         let limit = relaxation.limit[layer].map_or((0.0, 0.0, 0.0), |l| (l.upper, l.lower, l.total));

@@ -5,7 +5,7 @@
 //! otherwise be bound by memory. Sums run over eight lanes in a fixed order and no multiply-add is fused, so every x86-64
 //! machine gives the same bits.
 //!
-//! Nothing that is proven relies on this file: the certificate bounds the error of what comes out.
+//! No proof relies on this file: the certificate bounds the error of its results.
 
 /// Columns of a panel: two AVX-512 or four AVX2 registers.
 const PANEL: usize = 16;
@@ -20,7 +20,7 @@ const PATIENCE: usize = 60;
 #[derive(Debug, Clone)]
 pub(super) struct Eigen {
     n: usize,
-    /// In no particular order.
+    /// Eigenvalues, not sorted.
     pub(super) values: Vec<f64>,
     /// Row k of the panels is the eigenvector of value k: entry j is at `[j / PANEL * n + k][j % PANEL]`.
     panels: Vec<[f64; PANEL]>,
@@ -34,7 +34,7 @@ pub(super) struct Eigen {
 }
 
 impl Eigen {
-    /// Memory for matrices of `n` rows.
+    /// Allocates memory for matrices of `n` rows.
     pub(super) fn new(n: usize) -> Self {
         Self {
             n,
@@ -49,7 +49,7 @@ impl Eigen {
         }
     }
 
-    /// Decomposes `a`, `[n, n]`, of which only the lower triangle is read, and destroyed.
+    /// Decomposes `a`, `[n, n]`. Only its lower triangle is read, and it is overwritten.
     pub(super) fn decompose(&mut self, a: &mut [f64]) {
         let n = self.n;
         assert_eq!(a.len(), n * n);
@@ -98,7 +98,7 @@ impl Eigen {
         self.apply();
     }
 
-    /// One implicit QL step on rows l..=m; its rotations are appended from the last pair of rows to the first.
+    /// Makes an implicit QL step on rows l..=m; its rotations are appended from the last pair of rows to the first.
     fn ql_step(&mut self, l: usize, m: usize) {
         let (d, e) = (&mut self.values, &mut self.off_diagonal);
         let half = (d[l + 1] - d[l]) / (2.0 * e[l]);
@@ -146,7 +146,7 @@ impl Eigen {
     }
 }
 
-/// The power of two at or below a positive finite number (subnormals: the smallest normal one).
+/// Returns the power of two at or below a positive finite number (subnormals: the smallest normal one).
 pub(super) fn power_of_two_near(x: f64) -> f64 {
     f64::from_bits((x.to_bits() >> 52).max(1) << 52)
 }
@@ -198,7 +198,7 @@ fn tridiagonalise(
     d[0] = a[0];
 }
 
-/// The inner product, in a fixed order whatever the machine.
+/// Computes the inner product, in an order that is the same on all machines.
 #[inline(always)]
 fn dot(a: &[f64], b: &[f64]) -> f64 {
     const LANES: usize = 8;
@@ -218,7 +218,7 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     sum
 }
 
-/// The product of the reflections, transposed: row k of `z` is column k of the orthogonal factor.
+/// Computes the transposed product of the reflections: row k of `z` is column k of the orthogonal factor.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+bmi2", "x86_64+avx2+bmi2"))]
 fn accumulate(a: &[f64], n: usize, factors: &[f64], z: &mut [f64]) {
     z.fill(0.0);
@@ -266,7 +266,7 @@ fn rotate(panel: &mut [[f64; PANEL]], sweeps: &[(usize, usize)], rotations: &[[f
 /// Rows of the result that share each load of an eigenvector.
 const ROWS: usize = 4;
 
-/// See [`Eigen::add_weighted`].
+/// Does the work of [`Eigen::add_weighted`].
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+bmi2", "x86_64+avx2+bmi2"))]
 fn add_outer(panels: &[[f64; PANEL]], n: usize, used: &[(usize, f64)], out: &mut [f64]) {
     let mut left = vec![[0.0; ROWS]; used.len()];

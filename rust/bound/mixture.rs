@@ -42,7 +42,7 @@ pub(super) struct Mixture {
 }
 
 impl Mixture {
-    /// A mixture near to `s`, `[E, E]` above the diagonal, with a multiplier of zero; `None` if no content is feasible.
+    /// Builds a mixture near `s`, `[E, E]` above the diagonal, with a multiplier of zero; `None` if no content is feasible.
     pub(super) fn new(relaxation: &Relaxation, l: usize, s: &[f64]) -> Option<Self> {
         let contents = relaxation.contents(l);
         let experts = relaxation.experts;
@@ -58,7 +58,7 @@ impl Mixture {
         Some(this)
     }
 
-    /// One iteration: over-relaxes `s`, `[E, E]` above the diagonal, projects, and keeps what is left in u.
+    /// Iterates once: over-relaxes `s`, `[E, E]` above the diagonal, projects, and stores the rest in u.
     pub(super) fn step(&mut self, s: &[f64], alpha: f64) {
         let e = self.experts;
         let mut target = vec![0.0; e * e];
@@ -86,7 +86,7 @@ impl Mixture {
         });
     }
 
-    /// The largest sum of u over a content, proven. The contents found on the way join the mixture.
+    /// Returns the largest sum of u over a content, proven. The contents that the search finds join the mixture.
     pub(super) fn largest(&mut self) -> f64 {
         let floor = self.top();
         let harvest = self.contents.search(&self.u, floor);
@@ -108,7 +108,7 @@ impl Mixture {
         new
     }
 
-    /// `u = target - h`, h made anew, and the values to match.
+    /// Computes `u = target - h` with h made anew, and the values of contents.
     fn subtract(&mut self, target: &[f64]) {
         self.rebuild();
         for (u, (t, h)) in self.u.iter_mut().zip(target.iter().zip(&self.h)) {
@@ -136,7 +136,7 @@ impl Mixture {
         }
     }
 
-    /// Climbs from the contents that are missed most; whether there is something new.
+    /// Climbs from the contents of the largest values; returns whether there is a new content.
     fn climb(&mut self) -> bool {
         self.parts.sort_unstable_by(|a, b| b.value.total_cmp(&a.value).then(a.set.cmp(&b.set)));
         let enough = self.top() + 10.0 * TOLERANCE;
@@ -182,7 +182,7 @@ impl Mixture {
     }
 }
 
-/// The inner product of the `x x'` of two contents, pairs counted once.
+/// Returns the inner product of the `x x'` of two contents, with pairs counted once.
 fn product(a: Set, b: Set) -> f64 {
     let common = f64::from((a & b).count_ones());
     0.5 * common * (common + 1.0)

@@ -37,8 +37,8 @@
 //! besides the diagonal, which gives the selections (a half, as each s lies in two rows; v is added and taken away again). The part in Q is `-<Lambda_l, J> / G - <P Lambda_l P, R>`, and by Ky Fan's theorem the last is at
 //! least minus 2C times the sum of the G - 1 largest eigenvalues, R being what it is.
 //!
-//! Nothing here asks where the multipliers come from. They come from an ADMM that is stopped whenever it suits; stopped
-//! early it proves less, never something false.
+//! The bound holds for any multipliers. They come from an ADMM that may be stopped at any time; stopped early it proves
+//! less, never something false.
 //!
 //! # Rounding
 //!
@@ -104,7 +104,7 @@ impl Instance<'_> {
         room_for("pairs of the bound", &[self.layers, full, full, 8 * size_of::<f64>()])
     }
 
-    /// Nothing can cross, or nothing is known to.
+    /// Returns whether nothing can cross, or no transition was counted.
     fn is_trivial(&self) -> bool {
         self.layers < 2 || self.devices < 2 || self.transitions.iter().all(|&t| t == 0)
     }
@@ -141,7 +141,7 @@ pub struct Bound {
     pub iterations: usize,
     /// Why it ended.
     pub end: &'static str,
-    /// What [`verify`] needs.
+    /// The proof that [`verify`] checks.
     pub certificate: Certificate,
 }
 

@@ -11,7 +11,7 @@ use super::Instance;
 use super::contents::{Contents, are_few};
 use super::eigen::power_of_two_near;
 
-/// What the load limit of a layer says, in the layer's unit.
+/// The load limit of a layer, in the layer's unit.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct LoadLimit {
     /// No device carries more, `k_l`.
@@ -94,7 +94,7 @@ impl Relaxation {
         this
     }
 
-    /// What a device may hold of layer l.
+    /// Returns the contents of layer l that a device may hold.
     pub(super) fn contents(&self, l: usize) -> Contents {
         let load: Vec<u128> =
             self.load[l * self.experts..][..self.experts].iter().map(|&x| x.into()).collect();
@@ -128,17 +128,17 @@ impl Relaxation {
         }
     }
 
-    /// Pairs of neighbouring layers, M.
+    /// Returns the number of pairs of neighbouring layers, M.
     pub(super) fn pairs(&self) -> usize {
         self.layers - 1
     }
 
-    /// Rows of a pair's matrix, 2E.
+    /// Returns the number of rows of a pair's matrix, 2E.
     pub(super) fn order(&self) -> usize {
         2 * self.experts
     }
 
-    /// Length of a pair's slice.
+    /// Returns the length of a pair's slice.
     pub(super) fn slice(&self) -> usize {
         3 * self.experts * self.experts
     }
@@ -157,13 +157,13 @@ impl Relaxation {
         }
     }
 
-    /// The two items of a variable.
+    /// Returns the two items of a variable.
     pub(super) fn items(&self, variable: usize) -> (usize, usize) {
         let e = self.experts;
         let (row, column) = (variable / e, variable % e);
         match row / e {
             0 => (row, column),
-            // Of z the row is on the left, of the right s both are on the right, e rows further down.
+            // In z the row is on the left. In the right s both items are on the right, e rows further down.
             _ => (row - e, column + e),
         }
     }
@@ -174,13 +174,13 @@ impl Relaxation {
         pairs + f64::from(u8::from(mixed))
     }
 
-    /// `w` of one layer.
+    /// Returns `w` of one layer.
     pub(super) fn weights(&self, layer: usize) -> &[f64] {
         &self.weight[layer * self.experts..][..self.experts]
     }
 
-    /// Whether no device can hold these experts of a layer together: there are too many, or with the lightest
-    /// others they are over the cap. In whole tokens, so there is no doubt.
+    /// Returns whether no device can hold these experts of a layer together: there are too many, or with the lightest
+    /// others they are over the cap. Loads are whole tokens, so the comparison is exact.
     pub(super) fn is_cover(&self, layer: usize, members: &[usize]) -> bool {
         let Some(others) = self.slots.checked_sub(members.len()) else { return true };
         let Some(limit) = self.limit[layer] else { return false };

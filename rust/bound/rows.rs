@@ -53,7 +53,7 @@ pub(super) struct Pool {
 }
 
 impl Pool {
-    /// The pool of pair l with the inequalities that are always there, before there are mixtures.
+    /// Builds the pool of pair l with the inequalities that are always there, before there are mixtures.
     pub(super) fn new(relaxation: &Relaxation, l: usize) -> Self {
         let mut this = Self {
             triangles: Vec::new(),
@@ -88,7 +88,7 @@ impl Pool {
         }
     }
 
-    /// Load rows, the spread cut and pairs of experts that never fit together.
+    /// Adds rows of loads, the spread cut, and pairs of experts that never fit together.
     fn add_standing(&mut self, relaxation: &Relaxation, l: usize) {
         let e = relaxation.experts;
         // A layer between two pairs belongs to the pair on its right.
@@ -176,7 +176,7 @@ impl Pool {
         }
     }
 
-    /// One exact step in the multiplier of every inequality in turn.
+    /// Makes an exact step in the multiplier of every inequality in turn.
     fn sweep(&mut self, y: &mut [f64]) {
         for t in &mut self.triangles {
             let [a, b, c] = t.variables.map(|v| v as usize);
@@ -209,7 +209,7 @@ impl Pool {
         self.rows.iter_mut().for_each(|row| row.multiplier *= factor);
     }
 
-    /// Forgets inequalities that have had no multiplier for a while.
+    /// Drops inequalities whose multiplier has been zero for several rounds.
     pub(super) fn drop_idle(&mut self) {
         self.triangles.retain_mut(|t| {
             t.idle = if t.multiplier > 0.0 { 0 } else { t.idle + 1 };
@@ -231,7 +231,7 @@ impl Pool {
         self.row_keys = self.rows.iter().map(|row| row.cut.clone()).collect();
     }
 
-    /// After [`Self::drop_idle`]: the triangles that are left, so that dropped ones may come back.
+    /// Indexes the triangles that [`Self::drop_idle`] leaves, so that dropped ones may come back.
     pub(super) fn index_triangles(&mut self, relaxation: &Relaxation) {
         self.triangle_keys = self.triangles.iter().map(|t| apex_first(relaxation, t)).collect();
     }
@@ -248,7 +248,7 @@ impl Pool {
     }
 }
 
-/// The items of a triangle, that of the two positive variables first.
+/// Returns the items of a triangle, that of the two positive variables first.
 fn apex_first(relaxation: &Relaxation, t: &Triangle) -> [u32; 3] {
     let (a, b) = relaxation.items(t.variables[0] as usize);
     let (c, d) = relaxation.items(t.variables[1] as usize);
@@ -281,7 +281,7 @@ pub(super) fn project(pools: &mut [Pool], square: usize, sweeps: usize, y: &mut 
     enforce_sign(y, sign);
 }
 
-/// The step for `y >= 0`: takes back the multiplier that `sign` holds, and finds the new one.
+/// Makes the step for `y >= 0`: subtracts the multiplier in `sign`, and finds the new one.
 fn enforce_sign(y: &mut [f64], sign: &mut [f64]) {
     const BLOCK: usize = 1 << 13;
     y.par_chunks_mut(BLOCK).zip(sign.par_chunks_mut(BLOCK)).for_each(|(y, sign)| {

@@ -35,9 +35,9 @@ const USUAL_GAP: f64 = 0.02;
 /// Iterations before layers become mixtures of contents: without them an iteration takes a fraction of the time, and for
 /// so long the bound rises as fast.
 const UNMIXED: usize = 20;
-/// They come to be mixtures only if the time left is so many times what is gone: else more iterations prove more.
+/// Layers become mixtures only if the remaining time is so many times the past time: else more iterations prove more.
 const WORTHWHILE: u32 = 5;
-/// With less time than for so many iterations the method proves nothing useful, and is not tried.
+/// Fewest iterations: with less time the method proves nothing useful, and is not tried.
 const FEWEST: u32 = 11;
 /// Seconds of an eigenproblem, as a part of the cube of its order: no processor of today is faster.
 const SHORTEST: f64 = 1e-9;
@@ -84,7 +84,7 @@ pub(super) struct Admm<'a> {
 }
 
 impl<'a> Admm<'a> {
-    /// The start: Q = J / G, U = 0.
+    /// Builds the start: Q = J / G, U = 0.
     pub(super) fn new(relaxation: &'a Relaxation) -> Self {
         let n = relaxation.order();
         let pair = Pair {
@@ -108,7 +108,7 @@ impl<'a> Admm<'a> {
         }
     }
 
-    /// The least that an iteration can take: an eigenproblem of the experts of two layers for every pair.
+    /// Returns the least time of an iteration: an eigenproblem of the experts of two layers for every pair.
     fn shortest(&self) -> Duration {
         let order = 2.0 * self.relaxation.experts as f64;
         let work = self.relaxation.pairs() as f64 * order.powi(3) / rayon::current_num_threads() as f64;
@@ -129,7 +129,7 @@ impl<'a> Admm<'a> {
         let mut best = f64::NEG_INFINITY;
         // Looks in a row without progress, and the bound from which progress counts.
         let (mut stalls, mut mark) = (0, f64::NEG_INFINITY);
-        // What looking at the bound takes: the last look is made before the time is spent.
+        // Time of computing the bound: the last one is computed before the time is over.
         let mut look = Duration::ZERO;
         loop {
             if limits.control.cancelled.load(Ordering::Relaxed) {
@@ -151,7 +151,7 @@ impl<'a> Admm<'a> {
             if self.iterations == UNMIXED && self.relaxation.has_contents && deadline.is_none_or(worthwhile) {
                 self.mix();
             }
-            // What the first one takes is not known yet: none is begun that is out of the question.
+            // The time of an iteration is not known before the first one, which is not begun if its least time is too long.
             if self.iterations == 0 && deadline.is_some_and(|d| Instant::now() + self.shortest() > d) {
                 return "time limit";
             }
@@ -187,7 +187,7 @@ impl<'a> Admm<'a> {
         }
     }
 
-    /// From now on every layer is a mixture of contents too, at first the one nearest to what it is.
+    /// Makes every layer a mixture of contents too, at first the nearest one to its current values.
     fn mix(&mut self) {
         let (relaxation, y) = (self.relaxation, &self.y);
         let square = relaxation.experts * relaxation.experts;
@@ -226,7 +226,7 @@ impl<'a> Admm<'a> {
         }
     }
 
-    /// The point to project: V, in scaled coordinates.
+    /// Computes the point to project: V, in scaled coordinates.
     fn set_target(&mut self) {
         let relaxation = self.relaxation;
         let (e, n) = (relaxation.experts, relaxation.order());
@@ -288,7 +288,7 @@ impl<'a> Admm<'a> {
         separate(relaxation, &self.y, &mut self.pools);
     }
 
-    /// The dual point of the present iterate.
+    /// Returns the dual point of the present iterate.
     fn dual(&mut self) -> Dual {
         let mut cuts = Vec::new();
         for (l, pool) in self.pools.iter().enumerate() {
@@ -309,7 +309,7 @@ impl<'a> Admm<'a> {
 }
 
 impl Pair {
-    /// Q and U of the next iteration.
+    /// Computes Q and U of the next iteration.
     fn step(&mut self, relaxation: &Relaxation, slice: &[f64], scratch: &mut Scratch) {
         let Relaxation { experts: e, devices, slots, .. } = *relaxation;
         let n = 2 * e;

@@ -13,7 +13,7 @@ const ROW: f64 = 0.003;
 /// Triangles taken in one round, per pair of layers on average.
 const TRIANGLES_PER_PAIR: usize = 4000;
 
-/// Other cuts taken in one round, likewise. Each has some 2E coefficients: more would not pay for their sweeps.
+/// Returns how many other cuts are taken in one round, likewise. Each has some 2E coefficients: more take too long.
 fn rows_per_pair(experts: usize) -> usize {
     (20_000 / experts).clamp(50, 600)
 }
@@ -27,7 +27,7 @@ struct Broken {
     items: [u32; 3],
 }
 
-/// Deepest first; equal depths in a fixed order.
+/// Orders cuts by falling depth, and equal depths in a fixed order.
 fn rank(a: &Broken, b: &Broken) -> std::cmp::Ordering {
     b.depth.total_cmp(&a.depth).then_with(|| (a.pair, a.kind, a.items).cmp(&(b.pair, b.kind, b.items)))
 }
@@ -133,7 +133,7 @@ impl<'a> Point<'a> {
                 }
                 if broken.len() > 4 * limit {
                     keep_deepest(&mut broken, limit);
-                    // What is not above the weakest of these cannot be among the deepest.
+                    // A cut that is not above the weakest of these cannot be among the deepest.
                     floor = broken.iter().fold(f64::MAX, |m, f| m.min(f64::from(f.depth))).max(floor);
                 }
             }
@@ -213,7 +213,7 @@ impl<'a> Point<'a> {
         }
     }
 
-    /// The violation over (about) the norm of the coefficients.
+    /// Returns the violation over (about) the norm of the coefficients.
     fn depth(
         &self,
         kind: Kind,
@@ -258,7 +258,7 @@ impl<'a> Point<'a> {
         excess / (norm + on_p * on_p).sqrt().max(1e-9)
     }
 
-    /// The inequality, with its choices made at this point.
+    /// Returns the inequality, with its choices made at this point.
     fn cut(&self, broken: &Broken) -> Cut {
         let mut cut = Cut::plain(broken.kind, self.l, broken.items.map(|i| i as usize));
         if broken.kind.is_lifted() {
@@ -286,7 +286,7 @@ fn smallest_member(p: f64, q: f64, r: f64) -> u8 {
     }
 }
 
-/// The largest difference of two short rows.
+/// Returns the largest difference of two short rows.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+bmi2", "x86_64+avx2+bmi2"))]
 fn excess(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).fold(f64::MIN, |m, (a, b)| if a - b > m { a - b } else { m })
@@ -320,7 +320,7 @@ fn lifted_sums(p: f64, q: &[f64], r: &[f64], w: &[f64]) -> [f64; 4] {
     sums.map(|lanes| lanes.iter().sum())
 }
 
-/// The symmetric matrix B of a slice, with its unit diagonal.
+/// Writes the symmetric matrix B of a slice, with its unit diagonal.
 pub(super) fn fill_matrix(e: usize, slice: &[f64], b: &mut [f64]) {
     let (n, square) = (2 * e, e * e);
     for i in 0..e {

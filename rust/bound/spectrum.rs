@@ -9,7 +9,7 @@
 
 use super::eigen::Eigen;
 
-/// `A = P lambda P`, with P the centring inside each half, and a bound on the rounding error in Frobenius norm.
+/// Computes `A = P lambda P`, with P the centring inside each half, and a bound on its rounding error (Frobenius norm).
 fn centred(lambda: &[f64], n: usize) -> (Vec<f64>, f64) {
     let mut a = lambda.to_vec();
     centre(&mut a, n);
@@ -24,7 +24,7 @@ fn centred(lambda: &[f64], n: usize) -> (Vec<f64>, f64) {
     (a, error)
 }
 
-/// An upper bound on the sum of the `count` largest eigenvalues of `P lambda P`, `[n, n]`.
+/// Computes an upper bound on the sum of the `count` largest eigenvalues of `P lambda P`, `[n, n]`.
 pub(super) fn largest_sum(lambda: &[f64], n: usize, count: usize) -> f64 {
     let (a, mut error) = centred(lambda, n);
     let norm = frobenius(&a);

@@ -13,10 +13,10 @@ use super::relaxation::Relaxation;
 
 /// Rounds of ascent: the value is flat after a dozen.
 const ROUNDS: usize = 16;
-/// What the proof takes, in evaluations of a pair.
+/// Time of the proof, in evaluations of a pair.
 const PROOF: u32 = 4;
 
-/// Column multipliers for the costs of every pair, `[M, E]`; with less ascent where the time is over.
+/// Computes column multipliers for the costs of every pair, `[M, E]`; with less ascent where the time is over.
 pub(super) fn all_columns(relaxation: &Relaxation, deadline: Option<Instant>) -> Vec<f64> {
     let e = relaxation.experts;
     let pairs: Vec<Vec<f64>> =
@@ -24,7 +24,7 @@ pub(super) fn all_columns(relaxation: &Relaxation, deadline: Option<Instant>) ->
     pairs.concat()
 }
 
-/// Column multipliers for the table `r`, `[E, E]`, and `slots` ones in each line.
+/// Computes column multipliers for the table `r`, `[E, E]`, and `slots` ones in each line.
 ///
 /// They are not worse than all zeros, up to rounding.
 fn columns(r: &[f64], e: usize, slots: usize, deadline: Option<Instant>) -> Vec<f64> {
@@ -58,7 +58,7 @@ fn columns(r: &[f64], e: usize, slots: usize, deadline: Option<Instant>) -> Vec<
     best_columns
 }
 
-/// For each line of `r`, the middle between the C-th and the next smallest reduced cost.
+/// Returns for each line of `r` the middle between the C-th and the next smallest reduced cost.
 fn thresholds(r: &[f64], other: &[f64], slots: usize, out: &mut [f64], scratch: &mut [f64]) {
     for (line, out) in r.chunks_exact(other.len()).zip(out) {
         scratch.iter_mut().zip(line).zip(other).for_each(|((x, r), v)| *x = r - v);
@@ -68,7 +68,7 @@ fn thresholds(r: &[f64], other: &[f64], slots: usize, out: &mut [f64], scratch: 
     }
 }
 
-/// The dual value of `v`.
+/// Returns the dual value of `v`.
 fn value(r: &[f64], v: &[f64], slots: usize) -> f64 {
     let mut scratch = vec![0.0; v.len()];
     let mut sum = slots as f64 * v.iter().sum::<f64>();

@@ -12,15 +12,15 @@ use crate::trace::ExpertId;
 /// Ids that can have units, at the most.
 pub const IDS: usize = 1024;
 
-/// Of a bit that is no row.
+/// Row of a bit that has no row.
 pub const NONE: usize = usize::MAX;
 
-/// Rows come in eights, so that whole vectors can be loaded.
+/// Returns the rows of a table, a multiple of eight, so that whole vectors can be loaded.
 fn padded(size: usize) -> usize {
     size.next_multiple_of(8)
 }
 
-/// Which bits of a block's word are of the tokens `within`, which counts from the block's first.
+/// Returns which bits of a block's word are of the tokens `within`, which are counted from the block's first.
 #[inline(always)]
 fn bits_of(word: usize, bits: usize, within: Range<usize>) -> u64 {
     let lanes = BLOCK / bits;
@@ -36,7 +36,7 @@ fn bits_of(word: usize, bits: usize, within: Range<usize>) -> u64 {
     all
 }
 
-/// For every 512 tokens the rows of all ids, at most 64, each with a bit per token. `rows` may hold others of this size.
+/// Writes for every 512 tokens the rows of all ids, at most 64, with a bit per token; `rows` may hold others of this size.
 #[multiversion::multiversion(targets(
     "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx512vbmi+avx2+bmi2",
     "x86_64+avx2+bmi2"
@@ -153,7 +153,7 @@ pub(super) fn rows_of_sums<I: ExpertId>(
     }
 }
 
-/// Never inlined, so compiled without vector gathers: one look-up after the other is faster.
+/// Sums the units of every token's ids. It is never inlined, so that it has no vector gathers: single look-ups are faster.
 #[inline(never)]
 fn sums_of<I: ExpertId, N: Number>(ids: &[I], top_k: usize, units: &[N; IDS], sums: &mut [N; BLOCK]) {
     #[inline(always)]
@@ -212,7 +212,7 @@ fn rows_with<I: ExpertId, N: Number>(
     }
 }
 
-/// The rows of every 64 tokens, and which bits are of tokens within `tokens`.
+/// Iterates over the rows of every 64 tokens, with the bits that are of tokens within `tokens`.
 #[inline(always)]
 pub(super) fn words(rows: &[u64], size: usize, tokens: Range<usize>) -> impl Iterator<Item = (&[u64], u64)> {
     let Range { start, end } = tokens;
@@ -321,11 +321,11 @@ fn shorter<'a>(one: &'a [usize], other: &'a [usize]) -> &'a [usize] {
     if one.len() < other.len() { one } else { other }
 }
 
-/// For every few neighbouring rows the words in which they have a token: the upper bits of counts seldom do.
+/// Words in which any of a few neighbouring rows has a token, by those rows: the upper bits of counts have few.
 #[derive(Default)]
 struct Occupied {
     words: Vec<usize>,
-    /// Where those of some rows end; they begin where those of the rows before end.
+    /// End of the words of every group of rows; they begin at the end of the group before.
     ends: Vec<usize>,
 }
 

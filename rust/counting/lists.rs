@@ -1,6 +1,6 @@
 //! Lists of tokens by id, and sets of ids by token, for tables too wide for rows of bits.
 //!
-//! How often id a on the left meets each id on the right is the sum of the sets of a's tokens, column by column. The
+//! The counts of id a on the left with each id on the right are the sum of the sets of a's tokens, column by column. The
 //! sums of all columns are kept as planes of bits, and 32 sets at a time go through carry-save adders: a handful of
 //! instructions for each set, whatever its columns.
 
@@ -9,7 +9,7 @@ use std::ops::Range;
 use super::transpose::Number;
 use crate::trace::ExpertId;
 
-/// Ids at the most.
+/// Largest number of ids.
 pub(super) const IDS: usize = 512;
 
 /// Words of a set, a bit per id: as many as a vector has, or half of them where ids are few.
@@ -19,7 +19,7 @@ const NARROW: usize = WIDE / 2;
 /// A bit per id.
 type Set<const N: usize> = [u64; N];
 
-/// Tokens whose sets stay near while the lists go by: lists of fewer tokens would be short, and filled up in vain.
+/// Tokens whose sets stay in a cache while lists are read: lists of fewer tokens would be short, and mostly filled up.
 const CHUNK: usize = 4096;
 
 /// Bytes of a cache line.
@@ -34,7 +34,7 @@ const SEGMENT: usize = 64;
 /// Places for the tokens of a chunk: 16 bits number them.
 const PLACES: usize = 1 << 16;
 
-/// Tokens of a chunk: as many as there are places for, whichever ids they have.
+/// Returns the number of tokens of a chunk: as many as have places, whichever ids they have.
 fn chunk_tokens(top_k: usize) -> usize {
     CHUNK.min((PLACES - IDS * SEGMENT) / top_k)
 }
@@ -46,12 +46,12 @@ const FEW_PLANES: usize = 12;
 /// Tokens of a window at the least, for its ids to be counted on the way.
 const SHORT_WINDOW: usize = 64;
 
-/// Where windows begin among the tokens of a block.
+/// Places among the tokens of a block at which windows begin.
 #[derive(Debug, Clone, Copy)]
 pub struct Cuts {
-    /// The first that begins behind the block's first token.
+    /// Place of the first window that begins behind the block's first token.
     first: usize,
-    /// Tokens of each.
+    /// Tokens of a window.
     length: usize,
 }
 
@@ -59,7 +59,7 @@ impl Cuts {
     /// One window.
     pub const NONE: Self = Self { first: usize::MAX, length: usize::MAX };
 
-    /// Those of windows of so many tokens, for a block that begins with token `begin` of the trace.
+    /// Builds the cuts between windows of so many tokens, for a block that begins with token `begin` of the trace.
     #[must_use]
     pub fn new(length: Option<u64>, begin: u64) -> Self {
         length.map_or(Self::NONE, |length| {
@@ -68,7 +68,7 @@ impl Cuts {
         })
     }
 
-    /// In which window's part a token lies, counted from the block's first.
+    /// Returns the number of the window that a token is in, from 0 for the block's first.
     fn part(self, token: usize) -> usize {
         token.checked_sub(self.first).map_or(0, |behind| 1 + behind / self.length)
     }
@@ -99,9 +99,9 @@ pub(super) struct Workplace {
 struct Chunk {
     /// Segments; those of the numbers of ids are the ids' first. Of constant size: 16 bits need no check.
     tokens: Box<[u16; PLACES]>,
-    /// Which segment follows.
+    /// Number of the segment that follows each one.
     follows: [u16; PLACES / SEGMENT],
-    /// How often each id occurs.
+    /// Number of tokens of each id.
     lengths: [u16; IDS],
 }
 
@@ -152,7 +152,7 @@ impl Lists {
         }
     }
 
-    /// How many planes hold the sums of any column.
+    /// Returns how many planes hold the sums of any column.
     fn planes(&self, size: usize) -> usize {
         let mut tokens = [0usize; IDS];
         for chunk in &self.chunks[..self.used] {
@@ -165,10 +165,10 @@ impl Lists {
     }
 }
 
-/// Where the next token of every id goes.
+/// Places of the next token of every id.
 struct Ends {
     next: [u16; IDS],
-    /// What the places of an id's tokens are counted from: `next - base` of them were written.
+    /// Place of an id's first token: `next - base` of its tokens were written.
     base: [u16; IDS],
 }
 
@@ -252,7 +252,7 @@ fn add_tokens<I: ExpertId>(
 
 /// Writes the set of every token.
 ///
-/// Without the widest vectors: for these the compiler gathers a word of many sets, which is slower than set after set.
+/// It is compiled without the widest vectors: for these the compiler gathers a word of many sets, which is slower.
 #[multiversion::multiversion(targets("x86_64+avx2+bmi2"))]
 fn sets_of<I: ExpertId, const N: usize>(ids: &[I], top_k: usize, single: &Single<N>, sets: &mut [Set<N>]) {
     match top_k {
@@ -331,7 +331,7 @@ fn count_with<I: ExpertId, const N: usize>(
     sets[CHUNK] = [0; N];
     let planes: Vec<usize> = left.iter().map(|(lists, _)| lists.planes(size)).collect();
     for (sums, planes) in sums.iter_mut().zip(&planes) {
-        // What is in it is not read.
+        // Its numbers are not read.
         sums.resize(size * planes * N, 0);
     }
     for (number, ids) in right.chunks(chunk_tokens(top_k) * top_k).enumerate() {
@@ -414,7 +414,7 @@ fn write_columns<const N: usize, const P: usize, const ADD: bool>(planes: &[Set<
         *sum = u16::from(low) | u16::from(high) << 8;
     }
     let sums = sums.as_flattened().as_flattened();
-    // From a cache line's begin on: vectors that straddle two take twice as long.
+    // Vectors begin at a cache line: those that straddle two take twice as long.
     let head = counts.as_ptr().align_offset(LINE).min(counts.len());
     let (head, lines) = counts.split_at_mut(head);
     for (count, &sum) in head.iter_mut().zip(sums) {
@@ -425,7 +425,7 @@ fn write_columns<const N: usize, const P: usize, const ADD: bool>(planes: &[Set<
     }
 }
 
-/// The sums of all columns that up to eight planes hold.
+/// Returns the sums of all columns that up to eight planes hold.
 #[inline(always)]
 fn columns<const N: usize>(planes: &[Set<N>]) -> [[[u8; 8]; N]; 8] {
     let mut rows = [[0u64; N]; 8];

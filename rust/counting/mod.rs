@@ -22,8 +22,8 @@ use pairs::{Cuts, SHORT_BLOCK, Side, block};
 use sets::Sets;
 use windows::{Narrow, WindowCounts, by_window};
 
-/// Where pairs are added up, by the caller's leave: the tables are large, and whose memory they are is his choice. What
-/// is in them before a counter's first token is not read.
+/// Tables that pairs are added to. They are large, so the caller allocates them. A counter overwrites them at its first
+/// token.
 #[derive(Debug, Default)]
 pub struct Tables<'a> {
     /// Pairs of experts in neighbouring layers `[layers - 1, experts, experts]`.
@@ -38,13 +38,13 @@ pub struct Tables<'a> {
 pub struct Counter {
     routing: Routing,
     windows: WindowCounts,
-    /// Of every layer; none where they are not wanted.
+    /// Sets of every layer; empty where they are not wanted.
     sets: Vec<Sets>,
     /// One token of so many has its sets counted, for all of them.
     every: u64,
 }
 
-/// What a counter has counted.
+/// The counts of a trace.
 #[derive(Debug)]
 pub struct Counted {
     /// Tokens.
@@ -58,7 +58,7 @@ pub struct Counted {
 }
 
 impl Counter {
-    /// An empty counter; `window` tokens make a window, the whole trace where there is no number.
+    /// Builds an empty counter; `window` tokens make a window, the whole trace where there is no number.
     ///
     /// Sets are counted of one token in so many as `sets` says, the first of them, which stands for all.
     #[must_use]
@@ -106,7 +106,7 @@ impl Counter {
                 let before = before.zip(layer.transitions.as_deref_mut());
                 here.count_pairs(before, layer.coactivation.as_deref_mut(), begin + at == 0);
                 if let Some(sets) = &mut layer.sets {
-                    // Where among the block's tokens the first one is that counts.
+                    // Place of the block's first token whose set is counted.
                     let skip = (*every - (begin + at) % *every) % *every;
                     for ids in here.rows().skip(skip as usize).step_by(*every as usize) {
                         sets.add(ids.iter().map(|id| id.index() as u16), *every);
@@ -118,7 +118,7 @@ impl Counter {
         Ok(())
     }
 
-    /// Everything that was counted.
+    /// Returns everything that was counted.
     #[must_use]
     pub fn finish(self) -> Counted {
         let Self { windows, mut sets, every, .. } = self;
@@ -131,7 +131,7 @@ impl Counter {
     }
 }
 
-/// A table per layer, each to be taken once.
+/// Splits a table by layer; each part may be taken once.
 fn by_layer<'a>(tables: &'a mut Option<&mut [u64]>, size: usize) -> Vec<Option<&'a mut [u64]>> {
     tables.iter_mut().flat_map(|tables| tables.chunks_exact_mut(size)).map(Some).collect()
 }
@@ -188,7 +188,7 @@ pub(crate) fn by_layers<I: ExpertId, T: Send, S>(
 /// Tokens that stay in the first-level cache while all layers are taken from them.
 const TOKENS: usize = 64;
 
-/// The ids of some layers, each layer's together.
+/// Copies the ids of some layers, so that those of a layer are contiguous.
 fn gather<I: ExpertId>(block: &[I], layers: Range<usize>, routing: Routing, all: &mut [Vec<I>]) {
     /// Copies K ids of every token, inlined for constant K.
     #[inline(always)]

@@ -25,8 +25,9 @@ use crate::trace::ExpertId;
 /// Tokens of one block where tables are small: the nearer the cache that a block's ids come from, the better.
 pub const SHORT_BLOCK: usize = 4096;
 
-/// Tokens to count at a time for pairs of `size` ids, a multiple of [`SHORT_BLOCK`]: few enough for the ids of some layers
-/// to stay near, many enough for wide tables, which do not, to be added up seldom. The kernels' sums are of up to 65535.
+/// Returns the tokens to count at a time for pairs of `size` ids, a multiple of [`SHORT_BLOCK`]. They are so few that the
+/// ids of some layers stay in a cache, and so many that wide tables, which do not, are added to seldom. The kernels' sums
+/// are of up to 65535.
 #[must_use]
 pub fn block(size: usize, top_k: usize) -> usize {
     match Kernel::choose(size, top_k) {
@@ -36,7 +37,7 @@ pub fn block(size: usize, top_k: usize) -> usize {
     }
 }
 
-/// How the pairs of `size` ids, `top_k` of them per token, are counted.
+/// Kernels that count the pairs of `size` ids, `top_k` of them per token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kernel {
     Bits,
@@ -65,7 +66,7 @@ impl Kernel {
 pub struct Side<I> {
     ids: Vec<I>,
     bits: Vec<u64>,
-    /// Whether the rows of bits are those of sums.
+    /// Whether rows are of the bits of sums, not of ids.
     sums: bool,
     lists: Lists,
     workplace: Workplace,
@@ -78,7 +79,7 @@ pub struct Side<I> {
 }
 
 impl<I: ExpertId> Side<I> {
-    /// No tokens yet; they will have `top_k` ids each, all below `size`.
+    /// Builds a side without tokens, which will have `top_k` ids each, all below `size`.
     #[must_use]
     pub fn new(top_k: usize, size: usize) -> Self {
         Self::with(Kernel::choose(size, top_k), top_k, size)
@@ -101,7 +102,7 @@ impl<I: ExpertId> Side<I> {
         }
     }
 
-    /// The ids of every token; none, where they were summed.
+    /// Returns the ids of every token; none where they were summed.
     pub(crate) fn rows(&self) -> std::slice::ChunksExact<'_, I> {
         self.ids.chunks_exact(self.top_k)
     }
@@ -114,8 +115,8 @@ impl<I: ExpertId> Side<I> {
         bits::rows_of_sums(ids, self.top_k, self.size, units, &mut self.bits);
     }
 
-    /// For some of the tokens the bits of all ids, one id after the other, 64 tokens at a time, and which of the 64
-    /// are meant; nothing where the kernel needs no bits.
+    /// Iterates over the bits of all ids for 64 tokens at a time, one id after the other, and which of the 64 tokens
+    /// are in `tokens`; nothing where the kernel needs no bits.
     pub fn words(&self, tokens: Range<usize>) -> impl Iterator<Item = (&[u64], u64)> {
         bits::words(&self.bits, self.size, tokens)
     }

@@ -1,4 +1,4 @@
-//! How recently experts were used before: what caches of any size hold that drop the least recently used.
+//! Recency of the experts that tokens choose: hits of caches of any size that drop the least recently used expert.
 
 use rayon::prelude::*;
 

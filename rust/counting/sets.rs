@@ -1,18 +1,18 @@
-//! Which experts tokens chose together: the distinct sets of a layer, and how many tokens chose each.
+//! Sets of experts that tokens chose: the distinct sets of a layer, and the number of tokens of each.
 //!
-//! How many devices a token visits depends on its whole set, not on pairs. Counts of sets add up like all others.
+//! The number of devices that a token visits depends on its whole set, not on pairs. Counts of sets add up like all others.
 
 /// No set, in the table.
 const FREE: u32 = u32::MAX;
 
-/// Distinct sets of `top_k` experts with counts. Memory goes with their number, not with that of tokens.
+/// Distinct sets of `top_k` experts with counts. Memory depends on their number, not on that of tokens.
 #[derive(Debug, Clone)]
 pub struct Sets {
     top_k: usize,
     /// Ids of every set, rising `[N, K]`, in the order in which the sets appeared.
     ids: Vec<u16>,
     counts: Vec<u64>,
-    /// Where a set is, found by its hash and onwards from there; a power of two, at most half of it taken.
+    /// Hash table of sets with linear probing; its length is a power of two, and it is at most half full.
     table: Vec<u32>,
     /// The row at hand.
     row: Vec<u16>,
@@ -21,7 +21,7 @@ pub struct Sets {
 }
 
 impl Sets {
-    /// No sets yet, of `top_k` experts each.
+    /// Builds an empty table of sets of `top_k` experts each.
     #[must_use]
     pub fn new(top_k: usize) -> Self {
         Self { top_k, ids: Vec::new(), counts: Vec::new(), table: vec![FREE; 64], row: Vec::new(), last: 0 }
@@ -60,7 +60,7 @@ impl Sets {
         }
     }
 
-    /// Ids `[N, K]` and counts `[N]`, in the order of the ids: however tokens came in, the answer is the same.
+    /// Returns ids `[N, K]` and counts `[N]`, in the order of the ids, which does not depend on the order of tokens.
     #[must_use]
     pub fn finish(self) -> (Vec<u16>, Vec<u64>) {
         let mut order: Vec<usize> = (0..self.counts.len()).collect();
@@ -73,7 +73,7 @@ impl Sets {
         &self.ids[set * self.top_k..][..self.top_k]
     }
 
-    /// Where the search for a set begins in the table.
+    /// Returns where the search for a set begins in the table.
     fn begin(&self, ids: &[u16]) -> usize {
         let mix =
             |hash: u64, &id: &u16| (hash.rotate_left(5) ^ u64::from(id)).wrapping_mul(0x9E37_79B9_7F4A_7C15);

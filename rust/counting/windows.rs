@@ -34,7 +34,7 @@ macro_rules! of_any_type {
 pub(crate) use of_any_type;
 
 impl Narrow {
-    /// So many zeros, of a type that holds counts up to `most`.
+    /// Builds so many zeros, of a type that holds counts up to `largest`.
     pub(crate) fn zeros(largest: u64, len: usize) -> Self {
         match largest {
             0..=0xFF => Self::U8(vec![0; len]),
@@ -44,12 +44,12 @@ impl Narrow {
         }
     }
 
-    /// So many zeros of the same type.
+    /// Builds so many zeros of the same type.
     pub(crate) fn zeros_like(&self, len: usize) -> Self {
         Self::zeros(u64::MAX >> (64 - 8 * self.width()), len)
     }
 
-    /// Bytes of a count.
+    /// Returns the bytes of a count.
     pub(crate) fn width(&self) -> usize {
         fn width<T>(_: &[T]) -> usize {
             size_of::<T>()
@@ -68,7 +68,7 @@ impl Narrow {
         }
     }
 
-    /// Some columns each of `tables` `[rows, size]` of one type, one of each layer `[rows, layers, columns]`.
+    /// Returns some columns `[rows, layers, columns]` of the `tables` `[rows, size]` of all layers, which have one type.
     pub(crate) fn columns<const N: usize>(
         tables: &[Self],
         rows: usize,
@@ -90,12 +90,12 @@ impl Narrow {
     }
 }
 
-/// What counts are made of.
+/// A type of counts.
 pub(crate) trait Number: Copy + AddAssign + From<u8> {
     /// Adds a count; the sum is not above what was promised.
     fn add(&mut self, count: u64);
 
-    /// The counts of a table of this type.
+    /// Returns the counts of a table of this type.
     fn slice(table: &Narrow) -> &[Self];
 }
 
@@ -128,12 +128,12 @@ pub(crate) struct WindowCounts {
     /// Windows that are full `[windows, layers, size]`, and how many there are.
     full: Narrow,
     closed: usize,
-    /// For every layer the windows since `[windows, size]`.
+    /// Later windows of every layer `[windows, size]`.
     pub(crate) counts: Vec<Vec<u64>>,
 }
 
 impl WindowCounts {
-    /// No tokens yet, each of which will add at most `per_token` to a count.
+    /// Builds windows without tokens, each of which will add at most `per_token` to a count.
     pub(crate) fn new(layers: usize, size: usize, length: Option<u64>, per_token: usize) -> Self {
         let largest = length.map_or(u64::MAX, |length| length.saturating_mul(per_token as u64));
         Self {
@@ -157,12 +157,12 @@ impl WindowCounts {
         room_for("windows", &[added_windows.saturating_add(1), layers, size, 2 * size_of::<u64>()])
     }
 
-    /// Windows, at least one.
+    /// Returns the number of windows, at least one.
     pub(crate) fn number(&self) -> usize {
         self.length.map_or(1, |length| self.tokens.div_ceil(length).max(1)) as usize
     }
 
-    /// Where the next token is, counted from the first one of the windows that are open.
+    /// Returns the position of the next token, counted from the first one of the windows that are open.
     pub(crate) fn begin(&self) -> u64 {
         self.tokens - self.length.map_or(0, |length| self.closed as u64 * length)
     }
@@ -192,7 +192,7 @@ impl WindowCounts {
         self.closed = end;
     }
 
-    /// All counts, `[windows, layers, size]`.
+    /// Returns all counts, `[windows, layers, size]`.
     pub(crate) fn finish(mut self) -> Narrow {
         self.close(self.number());
         self.full

@@ -122,7 +122,7 @@ pub(super) fn search(
     (best.0, Slots::new(&layer.site.capacity, layer.experts, &best.1))
 }
 
-/// An exchange of two random slots or, where there are `kinds` of contents, one time in `put` others of one.
+/// Returns an exchange of two random slots or, where there are `kinds` of contents, one time in `put` others of one.
 #[inline(always)]
 fn proposal(
     layer: &Layer,

@@ -32,7 +32,7 @@ impl<'a> Caps<'a> {
         Some(Self { layer, load })
     }
 
-    /// Loads of the devices that a move touches, before and after it.
+    /// Returns the loads of the devices that a move touches, before and after it.
     fn changes<'b>(&'b self, shares: &'b [Share]) -> impl Iterator<Item = (f64, f64)> + 'b {
         let layer = self.layer;
         let by = |share: &Share| {
@@ -58,12 +58,12 @@ impl<'a> Caps<'a> {
         worst <= self.layer.site.rules.cap * (1.0 + ROUNDING) || worst < before
     }
 
-    /// By what part the worst device exceeds the cap.
+    /// Returns the part by which the worst device exceeds the cap.
     pub(super) fn excess(&self) -> f64 {
         self.load.iter().map(|&load| self.above(load)).fold(0.0, f64::max)
     }
 
-    /// What a move adds to the parts of the cap that devices exceed it by, summed.
+    /// Returns what a move adds to the sum of the parts by which devices exceed the cap.
     pub(super) fn rise(&self, shares: &[Share]) -> f64 {
         self.changes(shares).map(|(load, then)| self.above(then) - self.above(load)).sum()
     }
@@ -77,7 +77,7 @@ impl<'a> Caps<'a> {
         }
     }
 
-    /// By what part a load exceeds the cap, if by more than rounding.
+    /// Returns the part by which a load exceeds the cap; 0 if only by rounding.
     fn above(&self, load: f64) -> f64 {
         let excess = load / self.layer.site.rules.cap.max(f64::MIN_POSITIVE) - 1.0;
         if excess > ROUNDING { excess } else { 0.0 }

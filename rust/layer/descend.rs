@@ -152,8 +152,9 @@ impl<'a> Descent<'a> {
         shares && self.terms.are_of_slowest() && self.terms.excess() == 0.0
     }
 
-    /// The largest gain of a step through the slowest devices: in the windows where a device is the slowest, the largest
-    /// load falls by no more than the load of that device, and in other windows not at all. 0 if it changes none of them.
+    /// Returns an upper bound on a step's gain by the slowest devices. In the windows where a device is the slowest, the
+    /// largest load falls by no more than that device's load; in other windows it does not fall. 0 if the step changes no
+    /// slowest device.
     fn bound_gain(&self, step: Move) -> f64 {
         let mut shares = Vec::with_capacity(4);
         self.slots.shares(&self.layer.site, step, &mut shares, &mut vec![]);
@@ -168,7 +169,7 @@ impl<'a> Descent<'a> {
         if relief == 0.0 { 0.0 } else { relief + 2.0 * self.layer.windows.width as f64 }
     }
 
-    /// The smallest gain in cost that counts.
+    /// Returns the smallest gain in cost that counts.
     fn smallest_gain(&self) -> f64 {
         LEAST_GAIN * self.terms.cost()
     }
@@ -304,7 +305,7 @@ impl<'a> Descent<'a> {
         touched
     }
 
-    /// The slots that a step has written, and their contents after it.
+    /// Returns the slots that a step has written, and their contents after it.
     fn written(&self, step: Move) -> [(usize, u16); 2] {
         let slots = match step {
             Move::Swap(p, q) => [p, q],
@@ -320,7 +321,7 @@ impl<'a> Descent<'a> {
         self.choose(moves_left);
     }
 
-    /// Load above the layer's cap, as a part of it.
+    /// Returns the load above the layer's cap, as a part of the cap.
     fn excess(&self) -> f64 {
         self.terms.excess()
     }

@@ -44,14 +44,14 @@ pub struct Site {
 }
 
 impl Site {
-    /// Devices in one node, without rules.
+    /// Builds a site of devices in one node, without rules.
     #[must_use]
     pub fn plain(capacity: Vec<usize>, time: Vec<f64>) -> Self {
         let node = vec![0; capacity.len()];
         Self { capacity, node, time, split: Split::Even, rules: Rules::default() }
     }
 
-    /// Devices, D.
+    /// Returns the number of devices, D.
     #[must_use]
     pub fn devices(&self) -> usize {
         self.capacity.len()
@@ -113,13 +113,13 @@ impl Layer {
         Self { experts: load.len(), site, windows, load, costs: Costs::default() }
     }
 
-    /// Devices, D.
+    /// Returns the number of devices, D.
     #[must_use]
     pub fn devices(&self) -> usize {
         self.site.devices()
     }
 
-    /// Slots, P.
+    /// Returns the number of slots, P.
     #[must_use]
     pub fn slots(&self) -> usize {
         self.site.capacity.iter().sum()

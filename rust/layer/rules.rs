@@ -24,7 +24,7 @@ pub struct Rules {
 }
 
 impl Default for Rules {
-    /// Every expert is somewhere; else nothing is asked.
+    /// Returns the rule that every expert has a copy, and no other rule.
     fn default() -> Self {
         Self {
             forbidden: vec![],
@@ -37,7 +37,7 @@ impl Default for Rules {
     }
 }
 
-/// The value of a table of experts and devices; false in an empty one.
+/// Returns the value of a table of experts and devices; false if the table is empty.
 #[inline(always)]
 fn at(table: &[bool], expert: u16, [device, devices]: [usize; 2]) -> bool {
     !table.is_empty() && table[usize::from(expert) * devices + device]
@@ -94,7 +94,7 @@ impl Rules {
         at(&self.forbidden, expert, [device, devices])
     }
 
-    /// Where an expert has at most one of the copies that it must have: the failure domain of every device `[D]`.
+    /// Returns the failure domain of every device `[D]`: of the copies that an expert must have, a domain has at most one.
     pub(super) fn apart(&self, devices: usize) -> Vec<usize> {
         match (self.min_copies, self.domain.is_empty()) {
             (_, false) => self.domain.iter().copied().map(usize::from).collect(),
@@ -104,7 +104,7 @@ impl Rules {
         }
     }
 
-    /// Experts and devices where they must be.
+    /// Iterates over pinned experts and the devices where they must be.
     pub(super) fn pins(&self, devices: usize) -> impl Iterator<Item = (u16, usize)> + '_ {
         let pinned = (0..self.pinned.len()).filter(|&at| self.pinned[at]);
         pinned.map(move |at| ((at / devices) as u16, at % devices))
@@ -115,7 +115,7 @@ impl Rules {
         pinned.max(self.min_copies)
     }
 
-    /// How many copies each expert may have, besides those that are pinned, on devices of so many slots `[D]`.
+    /// Returns how many copies each expert may have, besides those that are pinned, on devices of so many slots `[D]`.
     pub(super) fn max_copies_of<'a>(&'a self, capacity: &'a [usize]) -> impl Fn(usize) -> u32 + use<'a> {
         let devices = capacity.len();
         let used = capacity.iter().filter(|&&slots| slots > 0).count() as u32;

@@ -276,7 +276,7 @@ impl Slots {
         self.edits(step).map(|edit| is_new(edit.expert, edit.to) - is_new(edit.expert, edit.from)).sum()
     }
 
-    /// New contents of slots `[P]`, ordered so that what stays on a device keeps the slot that it has here.
+    /// Returns new contents of slots `[P]`, ordered so that what stays on a device keeps the slot that it has here.
     #[must_use]
     pub fn keep_slots(&self, contents: &[u16]) -> Vec<u16> {
         let mut ordered = vec![EMPTY; contents.len()];

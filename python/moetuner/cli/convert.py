@@ -71,10 +71,10 @@ def command(
         hints = replace(hints, running=read_map(running_file, hints).experts)
     reader = None if form == AUTO else form
     unreadable: dict[Path, str] = {}
+    remarks: list[str] = []
     if counts:
-        traffic = _count_sources(
-            sources, hints, reader, sample, unreadable if skip_unreadable else None
-        )
+        skipped = unreadable if skip_unreadable else None
+        traffic = _count_sources(sources, hints, reader, sample, remarks, skipped)
     elif sample is not None or skip_unreadable:
         flag = "--sample" if sample is not None else "--skip-unreadable"
         raise click.UsageError(f"'{flag}' needs '--count'.")
@@ -91,8 +91,8 @@ def command(
             kind = "statistics"
             traffic.save(out_file)
     output.say(f"wrote {recording.describe([out_file], traffic)}")
-    for source, error in unreadable.items():
-        output.say(f"! {name(source.name)} was left out: {error}")
+    for remark in remarks:
+        output.say(f"! {remark}")
     output.finish(
         {
             "sources": [str(source) for source in sources],
@@ -107,11 +107,13 @@ def _count_sources(
     hints: Hints,
     reader: str | None,
     sample: int | None,
+    remarks: list[str],
     unreadable: dict[Path, str] | None,
 ) -> Traffic:
     """Count recordings one by one, and add them up; an interrupt ends with those counted so far.
 
-    Errors of sources that cannot be read go into ``unreadable``; without it they are raised.
+    What is left out of them goes into ``remarks``. Errors of sources that cannot be read go into
+    ``unreadable``; without it they are raised.
     """
     files = _list_recordings(sources)
     counted: Traffic | None = None
@@ -131,7 +133,13 @@ def _count_sources(
                 if unreadable is None:
                     raise
                 unreadable[source] = str(error)
+                remarks.append(f"{name(source.name)} was left out: {error}")
                 continue
+            if traffic.has_pairs:
+                remarks.append(
+                    f"{name(source.name)}: pairs and expert sets were counted over all of its "
+                    "windows, and are left out"
+                )
         with naming(source):
             counted = added if counted is None else total([counted, added])
     if counted is None:

@@ -90,9 +90,12 @@ def _fit(tokens: Floats, experts: Floats, times: Floats, *, exposes: bool) -> Fl
     for cut in np.quantile(density, np.linspace(0, 1, FIRST_GUESSES)):
         on_tokens, weight = density >= cut, 1 / times
         for _ in range(ROUNDS):
-            parts = zip(columns, (~on_tokens, on_tokens), strict=True)
-            (a, b, *more), (c, d) = (_line(x[:, on], times[on], weight[on]) for x, on in parts)
-            exposed = min(sum(more) / d, 1.0) if d else 0.0
+            fitted = (
+                _line(x[:, on], times[on], weight[on])
+                for x, on in zip(columns, (~on_tokens, on_tokens), strict=True)
+            )
+            (a, b, *per_token), (c, d) = fitted
+            exposed = min(sum(per_token) / d, 1.0) if d else 0.0
             lines = np.array([a, b, c, d, exposed])
             error = np.abs(_errors(lines, tokens, experts, times))
             typical = 1.4826 * float(np.median(error)) + 1e-12
@@ -154,13 +157,13 @@ def _check_both_lines(lines: Floats, tokens: Floats, experts: Floats, times: Flo
         raise ValueError(
             f"measurements must show both regimes, got {names[seen]} only: add {missing[1 - seen]}"
         )
-    for name, more, sizes in zip(
+    for name, needed, sizes in zip(
         names, missing, (experts[above < -clear], tokens[above > clear]), strict=True
     ):
         if len(sizes) < FEWEST_OF_LINE or len(np.unique(sizes)) < 2:
             raise ValueError(
                 f"measurements must have at least {FEWEST_OF_LINE} batches of {name}, of two "
-                f"sizes or more, got {len(sizes)}: add {more}"
+                f"sizes or more, got {len(sizes)}: add {needed}"
             )
 
 
@@ -181,10 +184,10 @@ def cross_validate(
     batches = np.unique(np.stack([tokens, experts]), axis=1, return_inverse=True)[1].ravel()
     # Folds are random, since batches are measured along a grid; the answer is always the same.
     fold = np.random.default_rng(seed).permutation(int(batches.max()) + 1)[batches] % folds
-    errors, parts = [], []
+    errors, lines = [], []
     for number in range(folds):
         out = fold == number
-        parts.append(_fit(tokens[~out], experts[~out], times[~out], exposes=exposes))
-        errors.append(_errors(parts[-1], tokens[out], experts[out], times[out]))
-    # The jackknife's: parts share most of what they were fitted to.
-    return errors, np.sqrt(folds - 1) * np.std(parts, axis=0)
+        lines.append(_fit(tokens[~out], experts[~out], times[~out], exposes=exposes))
+        errors.append(_errors(lines[-1], tokens[out], experts[out], times[out]))
+    # The jackknife's: the fits of all folds share most of their batches.
+    return errors, np.sqrt(folds - 1) * np.std(lines, axis=0)

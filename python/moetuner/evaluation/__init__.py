@@ -194,7 +194,9 @@ class Evaluation(Frozen):
             If an evaluation was pickled, or is of a group.
         """
         evaluations = self._name(before).items()
-        return plot(draw_losses({name: each.measure_each_loss() for name, each in evaluations}))
+        return plot(
+            draw_losses({name: evaluation.measure_each_loss() for name, evaluation in evaluations})
+        )
 
     def measure_each_loss(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """Compute what the loss of each device does, by device and layer [D,L].

@@ -138,8 +138,8 @@ def count_pairs(
         return _core.expected_followed((placement.slots, share), transitions)
     tables = transitions.astype(np.float64)
     pairs = np.empty((len(tables), placement.devices, placement.devices))
-    for layer, (here, there) in enumerate(pairwise(split_by_home(placement, topology))):
-        pairs_by_home = np.matmul(np.matmul(here, tables[layer]), there.transpose(0, 2, 1))
+    for layer, (share, next_share) in enumerate(pairwise(split_by_home(placement, topology))):
+        pairs_by_home = np.matmul(np.matmul(share, tables[layer]), next_share.transpose(0, 2, 1))
         pairs[layer] = pairs_by_home.mean(axis=0)
     return pairs
 

@@ -111,9 +111,9 @@ def with_values(
 def finite(value: Any) -> Any:
     """Return contents as JSON takes them: null for infinite numbers and NaN, text for keys."""
     if isinstance(value, dict):
-        return {str(key): finite(each) for key, each in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(each) for each in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -126,8 +126,8 @@ class Ids:
         for part in self.parts:
             # numpy would copy numbers of another type before it looks for one among them.
             begin = bisect_left(places, first)
-            own = slice(begin, bisect_left(places, first + part.shape[0], begin))
-            within = places[own] - first
+            in_part = slice(begin, bisect_left(places, first + part.shape[0], begin))
+            within = places[in_part] - first
             first += part.shape[0]
             if isinstance(part, np.ndarray):
                 pieces = _chosen_of(part, within, max_bytes)

@@ -214,8 +214,8 @@ class Case:
             # The rank holds all experts that it may: it gets one more copy of the expert with the
             # fewest copies there, preferably of one that it did not hold before.
             row = slice(slot // width * width, slot // width * width + width)
-            held = full[layer, row]
-            copies = np.bincount(held[held >= 0], minlength=self.experts)
+            experts_on_rank = full[layer, row]
+            copies = np.bincount(experts_on_rank[experts_on_rank >= 0], minlength=self.experts)
             had = np.isin(np.arange(self.experts), old[layer, row])
             full[layer, slot] = np.lexsort((had, copies, copies == 0))[0]
         return full

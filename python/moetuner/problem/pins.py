@@ -47,20 +47,22 @@ class SlotRules:
         is_pinned_twice = self.pinned is not None and bool((self.pinned.sum(axis=2) > 1).any())
         return is_pinned_twice or self.domain is not None
 
-    def are_broken(self, layer: int, held: NDArray[np.bool_]) -> bool:
+    def are_broken(self, layer: int, holders: NDArray[np.bool_]) -> bool:
         """Return whether the experts that devices hold in a layer [D,E] break a rule."""
-        unpinned = self.pinned is not None and (self.pinned[layer].T & ~held).any()
-        banned = self.forbidden is not None and (self.forbidden[layer].T & held).any()
+        unpinned = self.pinned is not None and (self.pinned[layer].T & ~holders).any()
+        banned = self.forbidden is not None and (self.forbidden[layer].T & holders).any()
         return bool(
             unpinned
             or banned
-            or (self.domain is not None and self._die_with_domain(held[None]).any())
+            or (self.domain is not None and self._die_with_domain(holders[None]).any())
         )
 
-    def _die_with_domain(self, held: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    def _die_with_domain(self, holders: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Return whether all copies of an expert are in one failure domain [L,E]."""
         assert self.domain is not None
-        held_in = [held[:, self.domain == domain].any(axis=1) for domain in np.unique(self.domain)]
+        held_in = [
+            holders[:, self.domain == domain].any(axis=1) for domain in np.unique(self.domain)
+        ]
         dies: NDArray[np.bool_] = np.sum(held_in, axis=0) < 2
         return dies
 

@@ -299,8 +299,8 @@ def informative_part(share: Floats, tokens: Floats) -> Floats:
     # Each of two neighbours has half of the variance; pairs with less chance weigh more.
     variance = ((difference - chance) / chance).sum() / (1 / chance).sum() / (2 * tokens.shape[1])
     worth = 1 / (1 + n * max(float(_rounded(variance)), 0.0))
-    part: Floats = worth / worth.max()
-    return part
+    scaled: Floats = worth / worth.max()
+    return scaled
 
 
 def _make_search(windows: Floats, shape: tuple[int, ...], time: Floats) -> _core.Layers:

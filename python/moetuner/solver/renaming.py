@@ -99,9 +99,9 @@ def _may_take(problem: Problem, holders: NDArray[np.bool_]) -> NDArray[np.bool_]
     speed, rules = problem.topology.speed_of_device, problem.rules
     may: NDArray[np.bool_] = holders.sum(axis=2)[:, :, None] <= problem.capacity[:, None, :]
     may &= speed[:, None] == speed
-    held, lacks = holders.astype(np.float32), (~holders).astype(np.float32)
+    holds, lacks = holders.astype(np.float32), (~holders).astype(np.float32)
     if rules.forbidden is not None:
-        may &= np.matmul(held, rules.forbidden.astype(np.float32)) == 0
+        may &= np.matmul(holds, rules.forbidden.astype(np.float32)) == 0
     if rules.pinned is not None:
         may &= np.matmul(lacks, rules.pinned.astype(np.float32)) == 0
     return may
@@ -124,7 +124,7 @@ def _match(weight: Integers, sizes: list[int]) -> tuple[Integers, Integers]:
         column = _core.match_best(flat).reshape(count, groups, groups, ratio)
         weight = np.take_along_axis(parts, column[..., None], axis=4)[..., 0].sum(axis=3)
         weight = np.maximum(weight, FORBIDDEN)
-        batch, here, there, part = np.indices(column.shape)
-        chosen = names[batch, here * ratio + part, there * ratio + column]
+        batch, group, other, member = np.indices(column.shape)
+        chosen = names[batch, group * ratio + member, other * ratio + column]
         names = chosen.reshape(count, groups, groups, larger)
     return names[:, 0, 0], weight[:, 0, 0]

@@ -1,4 +1,4 @@
-//! How many tokens visit a device, for all that it can hold, and the least of that less prices.
+//! Tokens that visit a device, for all contents that it can hold, and the least of these visits less prices.
 //!
 //! Contents of j experts are numbered by their members from the largest on: those whose largest member is x are
 //! `C(x, j)` onwards, and there they stand in the order of what else they hold, j - 1 experts below x. So what is
@@ -12,7 +12,7 @@ use super::{Layer, UNIT};
 /// Tokens of a content that a device cannot hold: more than there are.
 const NEVER: i32 = i32::MAX;
 
-/// `C(n, k)`; of numbers of contents that can be held.
+/// Returns `C(n, k)`, for numbers of contents that memory can hold.
 pub(super) fn binomial(n: usize, k: usize) -> usize {
     if k > n {
         return 0;
@@ -20,7 +20,7 @@ pub(super) fn binomial(n: usize, k: usize) -> usize {
     (0..k).fold(1, |all, i| all * (n - i) / (i + 1))
 }
 
-/// `C(n, k)` of any size.
+/// Returns `C(n, k)` of any size.
 pub(super) fn binomial_f64(n: usize, k: usize) -> f64 {
     (0..k.min(n.saturating_sub(k))).map(|i| (n - i) as f64 / (i + 1) as f64).product()
 }
@@ -34,7 +34,7 @@ pub(super) struct Table {
     experts: usize,
     /// The least size.
     first: usize,
-    /// By size, then by number.
+    /// Visits of contents, by size, then by number.
     visits: Vec<Vec<i32>>,
 }
 
@@ -68,7 +68,7 @@ impl Table {
         (visits != NEVER).then_some(visits as u64)
     }
 
-    /// The least visits less prices of a content, by size, and up to `harvest` contents below 0, the least first.
+    /// Returns the least visits less prices of a content, by size, and up to `harvest` contents below 0, the least first.
     pub(super) fn price(&self, prices: &[f64], harvest: usize) -> (Vec<f64>, Vec<Priced>) {
         let mut harvest = Harvest { size: harvest, limit: 0.0, best: Vec::new() };
         let least = (self.first..)
@@ -100,7 +100,7 @@ impl Table {
                 }
             }
         }
-        // What no device can hold is no content: all such is above what any price takes off.
+        // Contents that no device can hold have so many visits that no price lowers them enough.
         if least > f64::from(NEVER) * UNIT / 2.0 && visits.iter().all(|&visits| visits == NEVER) {
             return f64::INFINITY;
         }
@@ -111,7 +111,7 @@ impl Table {
 /// Contents that are looked at together.
 const PART: usize = 512;
 
-/// The least of visits less prices.
+/// Returns the least of visits less prices.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+bmi2", "x86_64+avx2+bmi2"))]
 fn lowest(visits: &[i32], prices: &[f64]) -> f64 {
     const LANES: usize = 8;
@@ -157,7 +157,7 @@ impl Harvest {
     }
 }
 
-/// The members of a content, from the largest on.
+/// Returns the members of a content, from the largest on.
 fn members(size: usize, mut number: usize) -> Vec<u16> {
     let mut content = Vec::with_capacity(size);
     for left in (1..=size).rev() {
@@ -171,7 +171,7 @@ fn members(size: usize, mut number: usize) -> Vec<u16> {
     content
 }
 
-/// Tokens that choose all of j experts, for all such, by their number.
+/// Counts the tokens that choose all of j experts, for all sets of j experts, by the number of the set.
 fn count_subsets(layer: &Layer<'_>, size: usize) -> Vec<i32> {
     let mut counts = vec![0; binomial(layer.experts(), size)];
     let at: Vec<Vec<usize>> =
@@ -216,7 +216,7 @@ fn cover_into(size: usize, experts: usize, counts: &[&[i32]], out: &mut [i32]) {
     let mut common = vec![0; binomial(experts - 1, size - 1)];
     for x in size - 1..experts {
         let (start, length) = (binomial(x, size), binomial(x, size - 1));
-        // Of tokens that choose x too: a row of each table.
+        // Tokens that choose x as well: a row of each table.
         let with: Counts<'_> = (2..)
             .zip(&counts[1..])
             .map(|(order, table)| &table[binomial(x, order)..][..binomial(x, order - 1)])
@@ -262,7 +262,7 @@ fn exclude(layer: &Layer<'_>, size: usize, lower: u128, visits: &mut [i32]) {
     }
 }
 
-/// Contents spread over all experts: the first ones, but of each expert no more than `most` for its own sake.
+/// Returns contents that are spread over all experts: the first ones, but at most `times` for the sake of one expert.
 pub(super) fn spread(contents: Vec<Priced>, experts: usize, times: usize) -> Vec<Vec<u16>> {
     let mut taken = vec![0; experts];
     let mut chosen = Vec::new();

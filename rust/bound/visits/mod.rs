@@ -75,27 +75,27 @@ impl Layer<'_> {
         self.counts.iter().map(|&count| u128::from(count)).sum()
     }
 
-    /// The fewest and the most experts of every device, `[D]`.
+    /// Returns the fewest and the most experts of every device, `[D]`.
     fn sizes(&self) -> Vec<(usize, usize)> {
         let all: usize = self.slots.iter().sum();
         let experts = self.experts();
         self.slots.iter().map(|&own| ((own + experts).saturating_sub(all), own.min(experts))).collect()
     }
 
-    /// The fewest and the most experts of any device.
+    /// Returns the fewest and the most experts of any device.
     fn range(&self) -> (usize, usize) {
         let sizes = self.sizes();
         let least = sizes.iter().map(|size| size.0).min().unwrap_or(0);
         (least, sizes.iter().map(|size| size.1).max().unwrap_or(0))
     }
 
-    /// How many contents there are.
+    /// Returns the number of contents.
     fn contents(&self) -> f64 {
         let (least, largest) = self.range();
         (least..=largest).map(|size| contents::binomial_f64(self.experts(), size)).sum()
     }
 
-    /// Whether all contents can be tried: few, of few tokens.
+    /// Returns whether all contents can be tried: there are few of them, and few tokens.
     fn is_tractable(&self) -> bool {
         let (_, largest) = self.range();
         largest <= MOST_SLOTS && self.contents() <= MOST_CONTENTS && self.tokens() < 1 << 31
@@ -107,7 +107,7 @@ impl Layer<'_> {
         self.tokens() * self.top_k.div_ceil(largest.max(1)) as u128
     }
 
-    /// What prices prove, in visits; `least_of` has the least `f(C) - p(C)` by size of C, in units.
+    /// Returns the visits that prices prove; `least_of` has the least `f(C) - p(C)` by size of C, in units.
     fn proven(&self, prices: &[f64], least_of: &[f64]) -> u64 {
         let mut sum: i128 = prices.iter().map(|&price| price as i128).sum();
         let (first, _) = self.range();
@@ -131,19 +131,19 @@ pub struct Limits<'a> {
     pub rounds: usize,
     /// Contents that are looked at in all: every layer has its share, and is looked at once at least.
     pub work: f64,
-    /// Good enough: the visits that a better placement could save, as a share of those of the placement known.
+    /// Gap at which the search ends: the visits that a better placement could save, as a share of the known placement's.
     pub gap: f64,
-    /// With a deadline the result depends on the machine.
+    /// Deadline and cancellation. With a deadline the result depends on the machine.
     pub control: &'a Control,
 }
 
-/// Whether the contents of every layer can be tried.
+/// Returns whether the contents of every layer can be tried.
 #[must_use]
 pub fn is_tractable(layers: &[Layer<'_>]) -> bool {
     layers.iter().all(Layer::is_tractable)
 }
 
-/// Layers that are worked on at once, so that their contents fit into memory.
+/// Returns the number of layers that are worked on at once, so that their contents fit into memory.
 fn at_once(layers: &[Layer<'_>]) -> usize {
     let largest = layers.iter().map(Layer::contents).fold(1.0, f64::max);
     ((MEMORY_CONTENTS / largest) as usize).clamp(1, rayon::current_num_threads())
@@ -167,7 +167,7 @@ pub fn bound(
     let mut proven: u64 = layers.iter().map(|layer| layer.least() as u64).sum();
     for (number, wave) in layers.chunks(together).enumerate() {
         let done = number * together;
-        // What is left of the time is shared among the layers that are left.
+        // The remaining time is shared among the remaining layers.
         let begin = Instant::now();
         let share = limits.control.deadline.map(|deadline| {
             deadline
@@ -217,7 +217,7 @@ pub fn verify(layers: &[Layer<'_>], prices: &[f64]) -> Result<Vec<u64>> {
     Ok(waves.flat_map(wave).collect())
 }
 
-/// A price in units: whole, and near enough to 0.
+/// Returns a price in units: a whole number, and near enough to 0.
 fn rounded(price: f64) -> f64 {
     if price.is_nan() { 0.0 } else { price.clamp(-LARGEST_PRICE * UNIT, LARGEST_PRICE * UNIT).floor() }
 }

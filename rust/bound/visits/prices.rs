@@ -17,12 +17,12 @@ const PER_EXPERT: usize = 25;
 const BOX: f64 = 0.15;
 const GROWTH: f64 = 1.5;
 const SHRINKAGE: f64 = 0.5;
-/// How much wider a box is that was all there was to find.
+/// Factor by which a box grows in which nothing better is left.
 const WIDER: f64 = 8.0;
-/// What the programme hopes for beyond what is proven, as a share, that is not worth another look.
+/// Gap between the programme's value and the proven one, as a share, at which the search ends.
 const ENOUGH: f64 = 1e-4;
 
-/// How long to search.
+/// Limits of a search.
 pub(super) struct Budget<'a> {
     pub(super) rounds: usize,
     pub(super) deadline: Option<Instant>,
@@ -40,7 +40,7 @@ pub(super) fn search(
     let placed: Vec<Vec<u16>> = (0..devices)
         .map(|d| (0..experts as u16).rev().filter(|&e| usize::from(start[usize::from(e)]) == d).collect())
         .collect();
-    // Of a placement that breaks the cap nothing is known.
+    // A placement that breaks the cap has no visits in the table.
     let target: Option<u64> = placed.iter().map(|content| table.visits(content)).sum();
     let good = target.map_or(u64::MAX, |target| (target as f64 * (1.0 - budget.limits.gap)).ceil() as u64);
 
@@ -81,7 +81,8 @@ pub(super) fn search(
             new = more;
             width *= SHRINKAGE;
         }
-        // Nothing better is left in the box, and if it is not for the box, or in a wider one either, anywhere.
+        // Nothing better is left in the box. If its ends do not limit the prices, or a wider box has nothing better either,
+        // nothing better is left at all.
         if stable > 1 || stable == 1 && inside {
             break;
         }
@@ -106,7 +107,7 @@ fn shares(layer: &Layer<'_>, start: &[u16]) -> Vec<f64> {
     share
 }
 
-/// The contents of a placement, and those that differ by an exchange of one expert.
+/// Returns the contents of a placement, and those that differ by an exchange of one expert.
 fn neighbours(placed: &[Vec<u16>]) -> Vec<Vec<u16>> {
     let mut all: Vec<Vec<u16>> = placed.to_vec();
     for content in placed {

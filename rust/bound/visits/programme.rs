@@ -7,7 +7,7 @@
 
 use super::contents::Table;
 
-/// How much right sides differ.
+/// Perturbation of right sides, so that no two are equal.
 const PERTURBATION: f64 = 1e-5;
 /// Reduced costs above this, as a share of the largest cost, do not count.
 const TOLERANCE: f64 = 1e-9;
@@ -23,11 +23,11 @@ const MOST: usize = 4000;
 pub(super) struct Programme {
     experts: usize,
     devices: f64,
-    /// Members, and cost.
+    /// Members and cost of every content.
     columns: Vec<(Vec<u16>, f64)>,
 }
 
-/// What a basis holds.
+/// A column of a basis.
 #[derive(Clone, Copy)]
 enum Column {
     Content(usize),
@@ -49,8 +49,8 @@ impl Programme {
         }
     }
 
-    /// The least cost with prices no further than `width` from the centre, the prices of experts, and whether all are
-    /// nearer.
+    /// Returns the least cost with prices no further than `width` from the centre, the prices of experts, and whether all
+    /// are nearer.
     pub(super) fn solve(&mut self, centre: &[f64], width: f64) -> (f64, Vec<f64>, bool) {
         let rows = self.experts + 1;
         let large: f64 = self.columns.iter().map(|column| column.1).fold(1.0, f64::max);
@@ -109,7 +109,7 @@ impl Programme {
         (least, (0..self.experts).map(price).collect(), inside)
     }
 
-    /// The column that is cheapest for its prices, if any is too cheap.
+    /// Returns the column that is cheapest for its prices, if any is too cheap.
     fn entering(
         &self,
         prices: &[f64],
@@ -134,7 +134,7 @@ impl Programme {
         best.1
     }
 
-    /// A column in terms of the basis.
+    /// Returns a column in terms of the basis.
     fn direction(&self, column: Column, inverse: &[f64], direction: &mut [f64]) {
         for (row, out) in inverse.chunks_exact(direction.len()).zip(direction.iter_mut()) {
             *out = match column {
@@ -155,7 +155,7 @@ impl Programme {
     }
 }
 
-/// What a content covers, at some prices: its experts, and one content.
+/// Returns the prices of what a content covers: its experts, and one content.
 fn worth(content: &[u16], prices: &[f64]) -> f64 {
     content.iter().map(|&e| prices[usize::from(e)]).sum::<f64>() + prices[prices.len() - 1]
 }

@@ -8,7 +8,7 @@ use super::super::{EMPTY, Move};
 use super::loads::{Loads, one_if, power};
 use super::{Best, Steps};
 
-/// What one more copy of an expert, elsewhere, takes from a slow device that holds it.
+/// Load and time that one more copy of an expert, elsewhere, takes from a slow device that holds it.
 struct Relief {
     expert: u16,
     /// Load of each copy then.
@@ -27,7 +27,7 @@ struct Target {
     time_without: f64,
     power_without: f64,
     power: f64,
-    /// What the removal adds to the powers of devices other than the slow one, and to the time of the slow one: other copies
+    /// Powers that the removal adds to devices other than the slow one, and time that it adds to the slow one: other copies
     /// take over the load.
     added_elsewhere: f64,
     added_to_slowest: f64,
@@ -124,14 +124,14 @@ fn consider(
     }
 }
 
-/// What happens to the other copies of an expert when the copy in a slot is removed.
+/// Changes of the other copies of an expert if the copy in a slot is removed.
 pub(super) struct Removal {
     /// Tokens of each of the other copies then `[P]`.
     tokens_left: Vec<f64>,
     /// Load that each of them takes over, with its variance `[P]`.
     added_load: Vec<f64>,
-    /// What that adds to the power of this slot's device if another of the copies is removed `[P]`; sum over all slots of
-    /// an expert `[E]`.
+    /// Power that this adds to a slot's device if another copy of its expert is removed `[P]`; sum over all slots of an
+    /// expert `[E]`.
     added_power: Vec<f64>,
     added_by_expert: Vec<f64>,
 }

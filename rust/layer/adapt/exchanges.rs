@@ -106,7 +106,7 @@ impl Partners {
             forbidden.push(row);
             self.time[row] = f64::INFINITY;
         }
-        // What this slot may not do, the next one may.
+        // The rules may allow these rows to the next slot.
         for row in forbidden {
             self.time[row] = loads.times[slots.device(self.slot[row])];
         }

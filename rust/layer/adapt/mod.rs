@@ -27,10 +27,10 @@ use copies::{Removal, find_copy};
 use exchanges::{Partners, State};
 use loads::{DOUBLINGS, Loads, NORM};
 
-/// How much work adapting takes, and how much may move.
+/// Limits on the work of adapting, and on moves.
 #[derive(Debug, Clone, Copy)]
 pub struct Effort {
-    /// How much may move, and what it must gain.
+    /// Limit of moves, and the gain that they must have.
     pub spending: Spending,
     /// Most steps of a layer, for each of its devices.
     pub steps: usize,
@@ -108,7 +108,7 @@ fn is_idle(load: &[f64]) -> bool {
 
 /// Takes steps from running slots as long as they gain, and adds a packing from scratch as one more choice.
 ///
-/// Where nothing runs yet, the packing is the only choice.
+/// The packing is the only choice where nothing runs yet.
 fn improve<'a>(
     site: &'a Site,
     measured: &'a [f64],

@@ -35,7 +35,7 @@ pub struct NoSlot(pub usize);
 pub type Placed<T> = std::result::Result<T, NoSlot>;
 
 impl NoSlot {
-    /// The error of a layer.
+    /// Returns the error for a layer.
     #[must_use]
     pub fn of(self, layer: usize) -> Error {
         Error::NoSlot { layer, expert: self.0 }
@@ -79,7 +79,7 @@ pub fn on_sum(layer: &Layer) -> Placed<Slots> {
 ///
 /// An expert's weight, which decides how many copies it gets, is its mean square over windows (bench/RESULTS.md).
 pub fn by_windows(layer: &Layer) -> Placed<Slots> {
-    // What has to survive a loss spreads copies over partners, which powers of loads know nothing of.
+    // Layers that have to survive a loss spread copies over partners, which powers of loads do not consider.
     let survives = layer.site.rules.min_copies > 1;
     let weight = &layer.windows.heaviness;
     let mut of_windows = if survives { fill(&layer.site, weight, QUICK)? } else { pack_windows(layer)? };
@@ -200,7 +200,7 @@ impl Item {
 
 /// Returns the load of each of so many copies of an expert, which share its load evenly.
 fn load_per_copy(load: f64, copies: u32) -> f64 {
-    // Of experts without load, too, a second copy weighs less than a first one.
+    // A second copy weighs less than a first one also if its expert has no load.
     load.max(LEAST) / f64::from(copies)
 }
 

@@ -1,6 +1,6 @@
 //! Finds the nearest placement that keeps the rules: the devices of experts for which the fewest copies move.
 //!
-//! That is a flow of least cost: a copy goes from its expert by one of its failure domains, at most once by each, to a
+//! This is a flow of least cost: a copy goes from its expert by one of its failure domains, at most once by each, to a
 //! device with a slot. It costs a move where the device does not hold the expert yet. The flow grows by one copy after the
 //! other, along a shortest path on which copies of others may move on (successive shortest paths: Ford and Fulkerson,
 //! *Flows in Networks*, 1962, III.3).

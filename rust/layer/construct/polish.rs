@@ -4,10 +4,10 @@ use crate::layer::{EMPTY, Move, Site, Slots};
 
 /// The polish ends when the longest time is above the mean by no more than this share of it.
 const CLOSE: f64 = 1.0 / 4096.0;
-/// Where it is still above the mean by more than this share, there are [`RESCUE`] times as many trials: few layers need
-/// them, but those need many.
+/// If the longest time is still above the mean by more than this share, there are [`RESCUE`] times as many trials: few
+/// layers need them, but those need many.
 const FAR: f64 = 1.0 / 64.0;
-/// See [`FAR`].
+/// Factor of the trials beyond [`FAR`].
 const RESCUE: usize = 24;
 /// Smallest gain of a step, as a share of the longest time: sums of floats may be off by as much.
 const GAIN: f64 = 1e-12;
@@ -163,9 +163,9 @@ impl Polish<'_> {
     fn changes(&self, e: u16, (q, g): (usize, usize)) -> impl Iterator<Item = (usize, f64)> + use<'_> {
         let (slots, load, time) = (&*self.slots, self.load, &self.site.time);
         let f = slots.expert_in[q];
-        // What each copy's load grows by when there are `more` copies of its expert.
-        let growth = |expert: u16, more: i64| {
-            let copies = i64::from(slots.copies(expert)) + more;
+        // Load that each copy gains if its expert has so many copies more.
+        let growth = |expert: u16, added: i64| {
+            let copies = i64::from(slots.copies(expert)) + added;
             load[usize::from(expert)] / copies as f64 - slots.part(load, expert)
         };
         let less = growth(e, 1);

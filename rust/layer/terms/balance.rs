@@ -233,7 +233,7 @@ impl Term for Balance<'_> {
     }
 }
 
-/// The two devices and experts of an exchange in which copies keep their shares: most moves are one.
+/// Returns the two devices and experts of an exchange in which copies keep their shares; most moves are such exchanges.
 #[inline(always)]
 pub(super) fn exchange(layer: &Layer, slots: &Slots, step: Move) -> Option<Pair> {
     let Move::Swap(p, q) = step else { return None };

@@ -136,7 +136,7 @@ impl AfterLosses {
     }
 }
 
-/// How uneven a layer is after single losses, by the domain that is lost `[F]`.
+/// Imbalance of a layer after single losses, by the domain that is lost `[F]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SingleLosses {
     /// Time of the busiest device over the mean of those that are left; 1 where nothing is served.

@@ -96,7 +96,8 @@ impl Term for LpSplit {
     }
 }
 
-/// What the slowest devices take, if tokens are divided as is best: over all sets of devices, what is there alone (Hall, 1935).
+/// The least time of the slowest devices over all ways to divide tokens: the largest over all sets of devices of the load
+/// that only the set can serve (Hall, 1935).
 #[cfg(test)]
 pub(in crate::layer) const DEFINITION: super::Definition = super::Definition {
     price: |random, layer, loads| {

@@ -156,7 +156,7 @@ pub(super) trait Term: Debug + Send {
 #[derive(Debug)]
 pub(super) struct Terms<'a> {
     layer: &'a Layer,
-    /// Those that count visits come first: others price rows by what these write.
+    /// Terms that count visits come first: others price rows by the visits that they write.
     all: Vec<Box<dyn Term + 'a>>,
     caps: Option<Caps<'a>>,
     /// Whether some term needs the shares of every candidate, and whether the last term bounds its gain.
@@ -210,7 +210,7 @@ impl<'a> Terms<'a> {
         }
     }
 
-    /// Cost of the slots as they stand.
+    /// Returns the cost of the slots as they stand.
     pub(super) fn cost(&self) -> f64 {
         self.all.iter().map(|term| term.cost()).sum()
     }
@@ -220,7 +220,7 @@ impl<'a> Terms<'a> {
         self.all.iter().map(|term| term.slowest()).sum()
     }
 
-    /// The slowest devices of every window, where they alone are what a window costs.
+    /// Returns the slowest devices of every window, where they alone are the cost of a window.
     pub(super) fn peak(&self) -> Option<&Peak> {
         self.all.iter().find_map(|term| term.peak())
     }

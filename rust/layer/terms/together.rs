@@ -74,7 +74,7 @@ pub(crate) struct Together<'a> {
     pairs_apart: f64,
     /// Pairs that the last candidate brings together.
     pairs_gained: f64,
-    /// What the last candidate adds to devices.
+    /// Pairs that the last candidate adds to devices.
     changes: Vec<(u16, Served)>,
 }
 
@@ -202,7 +202,7 @@ pub(super) const DEFINITION: super::Definition = super::Definition {
     },
 };
 
-/// Pairs of the experts of a traffic's sets.
+/// Builds the pairs of experts in the sets of traffic.
 #[cfg(test)]
 pub(in crate::layer) fn pairs_of(ids: &[u16], counts: &[u64], experts: usize) -> Pairs {
     let k = (ids.len() / counts.len().max(1)).max(1);

@@ -162,19 +162,19 @@ pub(in crate::layer) fn add(to: &mut [f32], load: &[f32], share: f32, sign: f32)
     }
 }
 
-/// Full vectors of a row.
+/// Returns the number of full vectors of a row.
 #[inline(always)]
 pub(super) fn chunks(row: &[f32]) -> usize {
     row.len() / LANES
 }
 
-/// The first `n` vectors of a row: loops over them need no checks, and so become vectors.
+/// Returns the first `n` vectors of a row: loops over them need no checks, so the compiler vectorises them.
 #[inline(always)]
 pub(super) fn lanes(row: &[f32], n: usize) -> &[[f32; LANES]] {
     &row.as_chunks::<LANES>().0[..n]
 }
 
-/// Sum in an order of additions that no instruction set changes.
+/// Sums values in an order of additions that is the same with all instruction sets.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
 pub(in crate::layer) fn sum(values: &[f32]) -> f64 {
     let mut sums = [0.0f64; LANES];
@@ -186,7 +186,7 @@ pub(in crate::layer) fn sum(values: &[f32]) -> f64 {
     total(sums)
 }
 
-/// Sum of lanes, halves added to halves: the processor need not wait for one addition after the other.
+/// Sums lanes, halves added to halves: the processor need not wait for one addition after the other.
 #[inline(always)]
 pub(in crate::layer) fn total<T: Copy + std::ops::Add<Output = T>>(lanes: [T; LANES]) -> T {
     let eight: [T; 8] = std::array::from_fn(|i| lanes[i] + lanes[i + 8]);

@@ -154,10 +154,10 @@ def drift(
     )
     counts = [max(round(rate * size), 1) for size in sizes]
     if math.comb(sum(counts), counts[0]) * SIGNIFICANCE < 1:
-        (fewer, scarce), (more, ample) = sorted(zip(samples, sides, strict=True))
+        (fewest, scarce), (largest, ample) = sorted(zip(samples, sides, strict=True))
         raise ValueError(
-            f"drift needs more sequences or windows: {scarce} has {fewer} independent, "
-            f"{ample} {more}; record {FEWEST_BLOCKS} or more of both"
+            f"drift needs more sequences or windows: {scarce} has {fewest} independent, "
+            f"{ample} {largest}; record {FEWEST_BLOCKS} or more of both"
         )
     seed = seed_in(seed)
     loads = []

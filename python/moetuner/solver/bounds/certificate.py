@@ -147,8 +147,8 @@ class Certificate(Frozen):
             try:
                 return cls._read(path)
             except (KeyError, TypeError, ValueError) as error:
-                what = str(error).removeprefix(f"{path}: ")
-                raise ValueError(f"not a certificate: {what}") from None
+                reason = str(error).removeprefix(f"{path}: ")
+                raise ValueError(f"not a certificate: {reason}") from None
 
     @classmethod
     def _read(cls, path: Path) -> Certificate:

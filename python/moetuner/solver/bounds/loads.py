@@ -201,5 +201,7 @@ LOAD_BOUND = Stage(
     _prove,
     applies=_applies,
     least=lambda _: -1.0,
-    reserve=lambda run, left: pairs.reserve(run.problem, left) * proves_pairs(run.problem),
+    reserve=lambda run, seconds_left: (
+        pairs.reserve(run.problem, seconds_left) * proves_pairs(run.problem)
+    ),
 )

@@ -95,10 +95,10 @@ def _prove(run: Run, budget: Budget) -> None:
         run.prove(proven)
 
 
-def reserve(problem: Problem, left: float) -> float:
+def reserve(problem: Problem, seconds_left: float) -> float:
     """Return the share of the seconds left that a bound of pairs needs; 0 if it cannot end."""
     share = 1 - effort.SEARCH_SHARE
-    return share if share * left >= least_seconds(problem) else 0.0
+    return share if share * seconds_left >= least_seconds(problem) else 0.0
 
 
 def least_seconds(problem: Problem) -> float:
@@ -267,5 +267,5 @@ PAIR_BOUND = Stage(
     _prove,
     applies=is_of_pairs,
     least=lambda run: least_seconds(run.problem),
-    reserve=lambda run, left: reserve(run.problem, left),
+    reserve=lambda run, seconds_left: reserve(run.problem, seconds_left),
 )

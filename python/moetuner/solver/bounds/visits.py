@@ -399,15 +399,15 @@ def _at_most(least: float, value: float) -> float:
     return min(least, value) if least <= value * (1 + ROUNDING) else least
 
 
-def _reserve(run: Run, left: float) -> float:
+def _reserve(run: Run, seconds_left: float) -> float:
     """Return the share of the seconds left that prices or tangents need; 0 if they cannot end."""
     if run.problem.may_copy:
         return 0.0
     least, share = least_seconds(run.problem), 1 - effort.SEARCH_SHARE
-    if left and run.problem.num_experts <= effort.PRICE_EXPERTS:
+    if seconds_left and run.problem.num_experts <= effort.PRICE_EXPERTS:
         # Prices need only so many times the least seconds to become as good as they get.
-        share = min(share, effort.PRICE_TIMES * least / left)
-    return share if share * left >= least else 0.0
+        share = min(share, effort.PRICE_TIMES * least / seconds_left)
+    return share if share * seconds_left >= least else 0.0
 
 
 VISIT_BOUND = Stage(

@@ -76,15 +76,15 @@ class Ilp:
         self.rows += len(low)
 
     def add_deviations(
-        self, part: ArrayLike, column: ArrayLike, value: ArrayLike, mean: float, t: ArrayLike
+        self, row: ArrayLike, column: ArrayLike, value: ArrayLike, mean: float, t: ArrayLike
     ) -> None:
-        """Add ``t >= +-(A x - mean)`` [parts]; A has the given entries, one row for a part."""
+        """Add the rows of ``t >= +-(A x - mean)`` [R]; A has the given entries."""
         t = np.asarray(t)
-        parts = np.r_[np.ravel(part), np.arange(len(t))]
+        rows = np.r_[np.ravel(row), np.arange(len(t))]
         columns = np.r_[np.ravel(column), t]
         for sign in (1.0, -1.0):
             values = np.r_[-sign * np.ravel(value), np.ones(len(t))]
-            self.add_rows(np.full(len(t), -sign * mean), np.inf, parts, columns, values)
+            self.add_rows(np.full(len(t), -sign * mean), np.inf, rows, columns, values)
 
     def arrays(self) -> tuple[Floats, Floats, NDArray[Any], NDArray[Any], Floats]:
         """Return lower and upper bounds of all rows, and row, column and value of all entries."""

@@ -193,8 +193,8 @@ def _combine(run: Run, _: Budget) -> None:
         experts, objective = run.problem.num_experts, run.objective
         placements = [Placement(slots, num_experts=experts) for slots in pool]
         costs = [
-            objective.worth(objective.window_cost(each).T) * objective.layer_factors(each)
-            for each in placements
+            objective.worth(objective.window_cost(placement).T) * objective.layer_factors(placement)
+            for placement in placements
         ]
         layers = np.arange(run.problem.layers)
         slots = np.stack(pool)[np.argmin(costs, axis=0), layers]

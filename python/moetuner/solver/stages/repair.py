@@ -27,7 +27,7 @@ def repair(problem: Problem, initial: Placement) -> Slots:
     """
     running, rules = initial.held, problem.rules
     slots = pad_slots(initial.slots, problem.capacity)
-    broken = [layer for layer, held in enumerate(running) if rules.are_broken(layer, held)]
+    broken = [layer for layer, holders in enumerate(running) if rules.are_broken(layer, holders)]
     if not broken:
         return problem.filled(slots, initial)
     windows = problem.windows.searched
@@ -36,18 +36,19 @@ def repair(problem: Problem, initial: Placement) -> Slots:
     fewest = layers.nearest(np.ascontiguousarray(running), broken, full=problem.fill_slots)
     for layer, holds in zip(broken, fewest, strict=True):
         pinned, banned = _rules_of(problem, layer)
-        for table, held in ((nearest, holds), (start, holds & (running[layer] | pinned))):
-            experts = held.copy()
+        for table, holders in ((nearest, holds), (start, holds & (running[layer] | pinned))):
+            experts = holders.copy()
             if problem.may_copy:
                 _keep_copies(problem, layer, experts, running[layer] & ~banned)
             table[layer] = EMPTY
             for device, ids in enumerate(map(np.flatnonzero, experts)):
                 table[layer, device, : len(ids)] = ids
     balanced = layers.complete(np.ascontiguousarray(start))
-    nearest, balanced = (problem.filled(each, initial) for each in (nearest, balanced))
+    nearest, balanced = (problem.filled(slots, initial) for slots in (nearest, balanced))
     is_as_near = moves_from(running, balanced) <= moves_from(running, nearest)
-    for layer, held in enumerate(find_holders(balanced, problem.num_experts)):
-        is_as_near[layer] &= bool(held.any(axis=0).all()) and not rules.are_broken(layer, held)
+    for layer, holders in enumerate(find_holders(balanced, problem.num_experts)):
+        is_complete = bool(holders.any(axis=0).all())
+        is_as_near[layer] &= is_complete and not rules.are_broken(layer, holders)
     return np.where(is_as_near[:, None, None], balanced, nearest)
 
 

@@ -164,9 +164,11 @@ class ExpertParallelMoE(nn.Module):
         named = (kind(self._name, remove_duplicate=False) for kind in kinds)
         return {id(tensor): name for name, tensor in itertools.chain(*named)}
 
-    def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **more: Any) -> Any:
+    def state_dict(
+        self, *args: Any, prefix: str = "", keep_vars: bool = False, **options: Any
+    ) -> Any:
         """Return the state, with the weights of the experts one by one."""
-        state = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **more)
+        state = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **options)
         names = self._names()
         for weight in self.experts.weights().values():
             for part in (weight, weight._base):
@@ -179,15 +181,15 @@ class ExpertParallelMoE(nn.Module):
         self, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, *reports: list[str]
     ) -> None:
         missing_keys, unexpected_keys, error_msgs = reports
-        own, weights, names = f"{prefix}expert.", self.experts.weights(), self._names()
-        keys = [key for key in state if key.startswith(own)]
-        stored = {key.removeprefix(own): state.pop(key) for key in keys}
+        expert_prefix, weights, names = f"{prefix}expert.", self.experts.weights(), self._names()
+        keys = [key for key in state if key.startswith(expert_prefix)]
+        stored = {key.removeprefix(expert_prefix): state.pop(key) for key in keys}
         old = [key for key in state if key.startswith(f"{prefix}experts.")]
         error_msgs += [f"{key} is of slots, and must be of experts one by one" for key in old[:1]]
         for name, weight in weights.items():
             full, missing, wrong = _states().stack(name, weight, self._slots(), stored)
-            missing_keys += [own + key for key in missing]
-            error_msgs += [own + message for message in wrong]
+            missing_keys += [expert_prefix + key for key in missing]
+            error_msgs += [expert_prefix + message for message in wrong]
             key = names.get(id(weight))
             if key is None:
                 with torch.no_grad():
@@ -200,7 +202,9 @@ class ExpertParallelMoE(nn.Module):
             for expert in range(self.placement.num_experts)
             for weight_name in weights
         }
-        unexpected_keys += [own + key for key in sorted(stored) if strict and key not in every]
+        unexpected_keys += [
+            expert_prefix + key for key in sorted(stored) if strict and key not in every
+        ]
         super()._load_from_state_dict(state, prefix, metadata, strict, *reports)
 
     def forward(
@@ -278,10 +282,10 @@ class ExpertParallelMoE(nn.Module):
             hop = exchange.Hop(target, header, self.group, experts=self.placement.num_experts)
             self.traffic.count(self.rank, hop.splits, dispatch_row=row_bytes, combine_row=row)
             rows, slots, weights = hop.send(rows, slots, weights)
-            here = slots.long() // (width * size) == self.rank // size
-            slots = torch.where(here, slots, -1)
+            is_local = slots.long() // (width * size) == self.rank // size
+            slots = torch.where(is_local, slots, -1)
             hops.append(hop)
-        results = self._compute(rows, slots - self.rank * width, weights, here, hop.visits)
+        results = self._compute(rows, slots - self.rank * width, weights, is_local, hop.visits)
         for hop in reversed(hops):
             results = hop.gather(results)
         return results
@@ -309,11 +313,11 @@ class ExpertParallelMoE(nn.Module):
         return exchange.LEARN if any(tensor.requires_grad for tensor in (*tokens, *weights)) else 0
 
     def _compute(
-        self, rows: Tensor, slots: Tensor, weights: Tensor, here: Tensor, n: int
+        self, rows: Tensor, slots: Tensor, weights: Tensor, is_local: Tensor, n: int
     ) -> Tensor:
-        """Sum the results of a row's slots [R,K] in their order: the ``n`` that are here."""
+        """Sum the results of a row's slots [R,K] in their order: the ``n`` of this rank."""
         width, top_k = self.placement.slots_per_device, slots.shape[1]
-        flat = torch.where(here, slots.long(), width).reshape(-1)
+        flat = torch.where(is_local, slots.long(), width).reshape(-1)
         chosen = flat.argsort(stable=True)[:n]
         # Neither ``bincount`` nor a sum that the host must wait for.
         counts = flat.new_zeros(width + 1).scatter_add_(0, flat, torch.ones_like(flat))[:width]
