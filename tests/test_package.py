@@ -191,12 +191,6 @@ def test_values_are_shown_in_a_few_lines(values):
         assert len(set(rows)) == 1
 
 
-def test_experts_have_the_name_of_their_argument(values):
-    """``num_experts`` everywhere."""
-    statistics, problem = values[0][0], values[0][5]
-    assert statistics.num_experts == problem.num_experts
-
-
 @pytest.mark.parametrize(
     "named", [mt.Problem, mt.Placement, mt.RoutingTrace, mt.Topology, mt.solve]
 )

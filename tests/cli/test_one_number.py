@@ -88,20 +88,6 @@ def test_both_phases_have_the_same_gain_everywhere(as_json, tmp_path, share):
             )
 
 
-def test_one_window_and_a_share_of_prefill_exclude_each_other(run, trace, tmp_path):
-    """A line each: for both options, and for a load table whose windows have no length."""
-    np.savez(tmp_path / "loads.npz", load=np.ones((4, 2, 8), np.int64))
-    for file, more, words in (
-        (trace, ("--window", 512), "Give either '--window' or '--prefill-share', not both."),
-        (tmp_path / "loads.npz", (), "--prefill-share must be of whole windows of the traffic"),
-    ):
-        how = ("solve", file, "--devices", 4, "--prefill-share", 0.5)
-        status, out, err = run(*how, *more, "--out", tmp_path / "p.json")
-        assert (status, out) == (2, "")
-        assert words in err
-        assert len(err.strip().splitlines()) == 1
-
-
 def test_a_scaled_table_is_judged_as_it_was_scaled(as_json, tmp_path):
     """Model and tokens per step of solve are defaults; another model's times are that model's."""
     table, p = tmp_path / "table.npz", tmp_path / "p.json"

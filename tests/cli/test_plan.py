@@ -35,23 +35,6 @@ def test_traffic_is_replayed_on_what_is_left(ok, as_json, files):
         assert answer["settings"]["without"] == [lost]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "line"),
-    [
-        ("plan running.json load.npz --without x", "device numbers and ranges of them"),
-        ("plan running.json load.npz --without 0-2", "at least 2 devices of 6 slots, got 1"),
-        ("plan running.json load.npz --every-loss node --table t.json", "no loss of a node"),
-        ("evaluate running.json load.npz --without 0-3", "--without must leave"),
-    ],
-)
-def test_what_makes_no_plan_is_one_line(run, files, arguments, line):
-    """What was wrong, and what would be right; tests/transcripts/refusals.md has others."""
-    status, _, errors = run(*arguments.split())
-    assert status == 2
-    assert len(errors.splitlines()) == 1
-    assert line in errors
-
-
 def test_bytes_are_of_the_placements_model(as_json, files):
     """Counts of an engine name no model; the placement that runs does, as it says to inspect."""
     running, _ = files
@@ -80,19 +63,11 @@ def test_a_file_of_plan_serves_as_what_ran(ok, as_json, files):
     assert "--for sglang" in again
 
 
-def test_the_figures_of_plan_are_those_of_evaluate(as_json, files):
-    """Busiest device over the mean, in the windows of INPUT."""
-    planned = as_json("plan", "running.json", "load.npz", "--without", 1, "--out", "left.json")
-    assert planned["imbalance_after"] == pytest.approx(
-        as_json("evaluate", "left.json", "load.npz")["imbalance"]
-    )
-
-
 def test_the_last_tokens_of_a_trace_are_in_no_figure(make_trace):
     """Those that fill no window count where copies go, as all do, and in no mean of windows."""
-    trace = make_trace(700, experts=8)
+    trace = make_trace(1300, experts=8)
     running = mt.Placement.from_assignment([np.arange(8) // 2] * 3, 4, slots_per_device=3)
-    whole, cut = mt.plan(running, trace, without=[3]), trace.take(np.arange(512))
+    whole, cut = mt.plan(running, trace, without=[3]), trace.take(np.arange(1024))
     counts = mt.RoutingStatistics.from_trace(cut, window=512)
     even = mt.evaluate(whole.placement, counts, mixed=False).imbalance
     assert whole.imbalance_after == pytest.approx(even)

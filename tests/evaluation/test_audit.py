@@ -33,8 +33,7 @@ COPIES = mt.Placement([[[0, 1, 2], [3, 4, 0], [5, 6, 1], [7, 0, 5]]] * 3, num_ex
     ("placement", "split"), [(TURNS, "even"), (COPIES, "even"), (COPIES, "nearest")]
 )
 @pytest.mark.parametrize("arrival", ["bursts", "mixed", 0.3])
-@pytest.mark.parametrize("labelled", [False, True])
-@pytest.mark.parametrize("devices_per_node", [2, 4])
+@pytest.mark.parametrize(("labelled", "devices_per_node"), [(True, 2), (False, 4)])
 def test_figures_are_those_of_evaluate(placement, split, arrival, labelled, devices_per_node):
     """Every measure of all traffic and of groups, under both placements; so are crossings."""
     trace, topology = two_kinds(), mt.Topology(4, devices_per_node=devices_per_node)

@@ -88,6 +88,7 @@ def test_too_many_windows_are_refused(make_trace, monkeypatch):
         lambda trace, n: mt.evaluate(IN_BLOCKS, trace, window=100, threads=n).to_dict(),
         lambda trace, n: mt.audit(IN_BLOCKS, trace, window=64, threads=n).to_dict(),
         lambda trace, n: mt.structure(trace, 2, threads=n),
+        lambda trace, n: mt.advise(trace, mt.Topology(4), window=100, threads=n).to_dict(),
     ],
 )
 def test_threads_do_not_matter(make_trace, brief, judge):

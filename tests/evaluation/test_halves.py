@@ -166,8 +166,7 @@ def test_figures_that_were_not_asked_for_are_not_computed():
     assert set(halve(trace, how, find_samples(trace))[None]) == set(everything[None])
 
 
-@pytest.mark.parametrize("by_group", [False, True])
-@pytest.mark.parametrize("arrival", ["bursts", "mixed", 0.5])
+@pytest.mark.parametrize(("arrival", "by_group"), [("bursts", True), ("mixed", False), (0.5, True)])
 def test_halves_of_several_windows_are_those_of_each_by_itself(arrival, by_group):
     """Of two placements in windows of three sizes, which are read at once: of groups as well."""
     sizes = np.random.default_rng(1).integers(10, 90, 30)

@@ -68,6 +68,24 @@ def test_a_time_of_expert_sets_asks_for_no_pairs(brief, devices_per_node, copies
     assert (every.objective, every.bound) == (alone.objective, alone.bound)
 
 
+@pytest.mark.parametrize("goal", ["time", "balance", "traffic"])
+@pytest.mark.parametrize("regime", ["dispatch", "follow"])
+def test_what_an_objective_is_made_of_is_counted(regime, goal):
+    """Of the tables that are counted for it, its value is that of all tables."""
+    trace, topology = recorded(700), mt.Topology(4)
+    placement = blocks(2, 8, 4)
+    values = [
+        mt.Problem(
+            mt.RoutingStatistics.from_trace(trace, **tables),
+            topology,
+            objective=goal,
+            regime=regime,
+        ).value(placement)
+        for tables in ({"sets": True}, choose_tables(regime, goal))
+    ]
+    assert values[0] == values[1]
+
+
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_time_is_a_mean_over_steps_that_take_their_shares_of_the_time(share):
     """Of both phases by a plain loop: under experts in blocks each phase takes its share."""

@@ -11,6 +11,12 @@ from moetuner.report.page.structure import draw_structure
 from moetuner.report.structure import _make_independent, structure
 
 
+@pytest.fixture(autouse=True)
+def _short_searches(monkeypatch):
+    """Search for the least crossing as shortly as still finds what was put in."""
+    monkeypatch.setattr("moetuner.report.structure.ITERATIONS", 3000)
+
+
 def routed(tokens, follow, seed=0):
     """Top-1 routing [T,4,16] where a layer follows its neighbour with a probability."""
     rng = np.random.default_rng(seed)
@@ -102,9 +108,8 @@ def claims(traffic):
     return gain is not None and gain[0] > 0
 
 
-def test_independent_layers_seldom_seem_to_have_structure(monkeypatch):
+def test_independent_layers_seldom_seem_to_have_structure():
     """Of twenty small traces without structure at most three are said to have some."""
-    monkeypatch.setattr("moetuner.report.structure.ITERATIONS", 3000)
     assert sum(claims(routed(300, 0.0, seed)) for seed in range(20)) <= 3
 
 

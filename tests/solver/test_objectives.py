@@ -181,7 +181,7 @@ def test_caps_hold_or_are_said_to_be_in_the_way(problem, cap, goal):
     every = list(every_placement(problem))
     mean = problem.load.sum() / problem.topology.speed_of_device.sum()
     peaks = np.array([problem.caps.peaks(placement)[0] / mean for placement in every])
-    result = mt.solve(problem, iterations=300)
+    result = mt.solve(problem, iterations=100)
     mine = problem.caps.peaks(result.placement)[0] / mean
     assert mine <= max(cap, peaks.min()) * NEAR
     within = [of for of, peak in zip(every, peaks, strict=True) if peak <= mine * (1 + 1e-8)]
