@@ -62,6 +62,11 @@ def make_shard(trace: mt.RoutingTrace, tokens: int, seed: int) -> mt.RoutingTrac
     )
 
 
+def write_shard(path: Path, tokens: int, seed: int) -> None:
+    """Write a shard of the law of the bundled trace."""
+    make_shard(mt.RoutingTrace.load(BUNDLED), tokens, seed).save(path)
+
+
 def count(path: Path) -> tuple[mt.RoutingTrace, int]:
     """Return the counts of a shard, and the most memory that this process has taken, in bytes."""
     counted = mt.count(mt.RoutingTrace.load(path), threads=1)
@@ -110,6 +115,7 @@ def print_workers(report: Report, paths: list[Path], workers: list[int], folder:
         "MB of one 10.0f",
         "same bytes 11s",
     )
+    count_all(paths, 2)  # from now on the files are in memory, as far as they fit
     first: tuple[bytes, float] | None = None
     for number in workers:
         counted, seconds, memory = count_all(paths, number)
@@ -211,8 +217,10 @@ def main() -> None:
     ):
         folder, trace = Path(temporary), mt.RoutingTrace.load(BUNDLED)
         paths = [folder / f"shard-{number}.safetensors" for number in range(chosen.shards)]
-        for number, path in enumerate(paths):
-            make_shard(trace, chosen.tokens // chosen.shards, number).save(path)
+        tokens = [chosen.tokens // chosen.shards] * chosen.shards
+        # In a process of its own, as the memory of this one would count as that of its children.
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            list(pool.map(write_shard, paths, tokens, range(chosen.shards)))
         print_workers(report, paths, chosen.workers, folder)
         print_sizes(report, folder)
         recordings: dict[str, Any] = {"bundled": trace}
