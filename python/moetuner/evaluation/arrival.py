@@ -157,8 +157,8 @@ def count_together(sequence: NDArray[np.int32], piece: int) -> float:
     return float(np.mean([len(np.unique(sequence[first : first + piece])) for first in starts]))
 
 
-def overlay(sequence: NDArray[np.int32], whole: NDArray[np.int32]) -> Order | None:
-    """Order the tokens of a part [T] so that as many sequences are together as in the whole.
+def overlay(sequence: NDArray[np.int32], sequence_of_all: NDArray[np.int32]) -> Order | None:
+    """Order the tokens of a part [T] so that as many sequences are together as in all tokens.
 
     Of sequences that were served together some are left. Where these are less than two thirds as
     many at once, runs of tokens that follow each other are laid beside each other, token by token.
@@ -169,7 +169,7 @@ def overlay(sequence: NDArray[np.int32], whole: NDArray[np.int32]) -> Order | No
     if not piece:
         return None
     remaining = count_together(sequence, piece)
-    times = round(count_together(whole, piece) / remaining)
+    times = round(count_together(sequence_of_all, piece) / remaining)
     if times < 2:
         return None
     duration = remaining * len(sequence) / len(check.distinct(sequence))
