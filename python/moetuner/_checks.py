@@ -473,6 +473,16 @@ def first_of(ranks: NDArray[Any], number: int) -> NDArray[np.int64]:
     return first
 
 
+def number_runs(
+    first: NDArray[np.signedinteger[Any]], lengths: NDArray[np.int64]
+) -> NDArray[np.signedinteger[Any]]:
+    """Return the numbers of the items of runs [n], in the type of the first ones."""
+    numbers: NDArray[np.signedinteger[Any]]
+    numbers = np.repeat((first - np.cumsum(lengths) + lengths).astype(first.dtype), lengths)
+    numbers += np.arange(len(numbers), dtype=first.dtype)
+    return numbers
+
+
 def sorted_by(ranks: NDArray[Any], number: int) -> NDArray[Any]:
     """Return the numbers of items [n] in the order of their ranks (a stable sort)."""
     place = np.empty(len(ranks), dtype=np.int32 if len(ranks) < 1 << 31 else np.int64)

@@ -190,6 +190,7 @@ def _count_trace(trace: RoutingTrace, threads: int | None, report: Report) -> tu
     groups = 1 if trace.group is None else len(trace.group_names)
     load = np.zeros((groups, trace.layers, trace.num_experts), dtype=np.uint64)
     rows = np.zeros(groups, dtype=np.uint64)
+    # One pass: ``count_loads``, a pass for every group, takes two to three times as long.
     counters: dict[int, _core.StatisticsCounter] = {}
     done = 0
     for shard in trace.shards(SHARD_BYTES, threads=threads):

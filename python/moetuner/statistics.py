@@ -22,7 +22,7 @@ from moetuner.files.contents import SET_TABLES
 from moetuner.files.ids import LeftOut
 from moetuner.frozen import Frozen
 from moetuner.recording import Recording, compute_once
-from moetuner.recording.population import Population, add_populations
+from moetuner.recording.population import Population, add_populations, check_same
 from moetuner.trace import RoutingTrace, as_trace
 
 Loads = NDArray[np.unsignedinteger[Any]]
@@ -266,10 +266,7 @@ class RoutingStatistics(Recording, Frozen):
         if self.top_k is not None:
             check.whole_number("top_k", self.top_k, highest=experts)
         check.text_or_none("model", self.model)
-        if self.population is not None:
-            check.instance("population", self.population, Population)
-            groups = 1 if self.group is None else len(self.group_names)
-            self.population.check_fits(self.windows, None, (groups, layers, experts))
+        self._check_population()
 
     def _check_sets(self) -> None:
         """Check that every layer has sets, and that their experts exist."""
@@ -614,12 +611,7 @@ class RoutingStatistics(Recording, Frozen):
             )
         if (self.group is None) != (other.group is None):
             raise ValueError("statistics must both have groups, or none, got groups of only one")
-        for name in ("model", "expert_size", "top_k", "window"):
-            both = getattr(self, name), getattr(other, name)
-            # A missing name or size fits any; windows without a length fit no others.
-            if both[0] != both[1] and (name == "window" or None not in both):
-                values = " and ".join(map(check.shown, both))
-                raise ValueError(f"statistics must have the same {name}, got {values}")
+        check_same(self, other, ("model", "expert_size", "top_k", "window"), "statistics")
         group, names = check.join_groups([self, other])
         fields: dict[str, Any] = {"window": self.window, "group": group}
         fields["group_names"] = names if group is not None else ()

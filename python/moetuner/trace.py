@@ -102,11 +102,7 @@ class RoutingTrace(Recording):
         if self.group is not None:
             vars(self)["group"] = check.groups(self.group, tokens, names, np.int16)
         check.text_or_none("model", self.model)
-        if self.population is not None:
-            check.instance("population", self.population, Population)
-            groups = 1 if self.group is None else len(names)
-            load = (groups, self.layers, self.num_experts)
-            self.population.check_fits(tokens, self.sequence, load)
+        self._check_population()
 
     @classmethod
     def from_arrays(

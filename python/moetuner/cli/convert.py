@@ -73,8 +73,9 @@ def command(
     unreadable: dict[Path, str] = {}
     remarks: list[str] = []
     if counts:
-        skipped = unreadable if skip_unreadable else None
-        traffic = _count_sources(sources, hints, reader, sample, remarks, skipped)
+        traffic, unreadable, remarks = _count_sources(
+            sources, hints, reader, sample, skip_unreadable=skip_unreadable
+        )
     elif sample is not None or skip_unreadable:
         flag = "--sample" if sample is not None else "--skip-unreadable"
         raise click.UsageError(f"'{flag}' needs '--count'.")
@@ -107,15 +108,19 @@ def _count_sources(
     hints: Hints,
     reader: str | None,
     sample: int | None,
-    remarks: list[str],
-    unreadable: dict[Path, str] | None,
-) -> Traffic:
+    *,
+    skip_unreadable: bool,
+) -> tuple[Traffic, dict[Path, str], list[str]]:
     """Count recordings one by one, and add them up; an interrupt ends with those counted so far.
 
-    What is left out of them goes into ``remarks``. Errors of sources that cannot be read go into
-    ``unreadable``; without it they are raised.
+    Returns
+    -------
+    tuple
+        The counts, errors by sources that could not be read, and what was left out, in words.
     """
     files = _list_recordings(sources)
+    unreadable: dict[Path, str] = {}
+    remarks: list[str] = []
     counted: Traffic | None = None
     for number, source in enumerate(files, 1):
         with working(f"counting {source.name}, {number} of {len(files)}") as report:
@@ -130,7 +135,7 @@ def _count_sources(
             except ArgumentError:  # of an option, not of the source
                 raise
             except (ValueError, OSError) as error:
-                if unreadable is None:
+                if not skip_unreadable:
                     raise
                 unreadable[source] = str(error)
                 remarks.append(f"{name(source.name)} was left out: {error}")
@@ -143,11 +148,12 @@ def _count_sources(
         with naming(source):
             counted = added if counted is None else total([counted, added])
     if counted is None:
-        first = next(iter((unreadable or {}).values()), "they hold no files")
+        first = next(iter(unreadable.values()), "they hold no files")
         raise click.UsageError(f"no source could be read: {first}")
     assert counted.population is not None
-    failed = counted.population.unreadable + len(unreadable or {})
-    return replace(counted, population=replace(counted.population, unreadable=failed))
+    failed = counted.population.unreadable + len(unreadable)
+    counted = replace(counted, population=replace(counted.population, unreadable=failed))
+    return counted, unreadable, remarks
 
 
 def _list_recordings(sources: Sequence[Path]) -> list[Path]:

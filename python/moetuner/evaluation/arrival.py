@@ -129,9 +129,7 @@ def draw_mixed_order(sequence: NDArray[np.int32] | None, tokens: int, *, seed: i
         heapq.heappush(free, (step + int(lengths[waiting]), place))
     # The tokens that a place serves follow one another, and those of the next place follow them.
     ordered = np.array([number for sequences in served for number in sequences])
-    length = lengths[ordered]
-    tokens_of_places = np.repeat((first[ordered] - np.cumsum(length) + length).astype(kind), length)
-    tokens_of_places += np.arange(tokens, dtype=kind)
+    tokens_of_places = check.number_runs(first[ordered].astype(kind), lengths[ordered])
     if grouped is not None:
         tokens_of_places = check.at(grouped, tokens_of_places)
     steps = np.array([int(lengths[sequences].sum()) for sequences in served])

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, TypeVar, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moetuner import _checks as check
 from moetuner.files.ids import LeftOut
 from moetuner.recording.population import Population
 
@@ -138,6 +139,15 @@ class Recording:
     def take(self: AnyRecording, rows: ArrayLike) -> AnyRecording:
         """Return some rows: of a mask, or by distinct numbers, in their order."""
         raise NotImplementedError
+
+    def _check_population(self) -> None:
+        """Raise unless the population, if there is one, is what these rows were drawn from."""
+        if self.population is None:
+            return
+        check.instance("population", self.population, Population)
+        groups = 1 if self.group is None else len(self.group_names)
+        load = (groups, self.layers, self.num_experts)
+        self.population.check_fits(self.length, self.sequence, load)
 
     def without_pairs(self: AnyRecording) -> AnyRecording:
         """Return the recording without pairs and sets, which belong to all rows together."""

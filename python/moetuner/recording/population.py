@@ -9,6 +9,7 @@ follows from the samples of each, in any order of adding, on any number of machi
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -193,7 +194,7 @@ class Population(Frozen):
             unreadable=self.unreadable + other.unreadable,
             sequences=None if None in sequences else sum(filter(None, sequences)),
         )
-        return total, number_rows(first_row[order], sizes[order])
+        return total, check.number_runs(first_row[order], sizes[order])
 
     def number_sequences(self, labels: Integers) -> tuple[Integers, Population]:
         """Return the sequence of every row of the sample [n], and the population with ``labels``.
@@ -253,14 +254,8 @@ def add_populations(
         raise ValueError(
             "recordings are added where both were counted: add what moetuner.count returns"
         )
-    for name in ("layers", "num_experts", "top_k", "window", "model", "expert_size"):
-        both = getattr(one, name), getattr(other, name)
-        # A missing name or size fits any; windows without a length fit no others.
-        if both[0] != both[1] and (name == "window" or None not in both):
-            raise ValueError(
-                f"counted recordings must have the same {name}, got "
-                f"{' and '.join(map(check.shown, both))}"
-            )
+    names_of_sizes = ("layers", "num_experts", "top_k", "window", "model", "expert_size")
+    check_same(one, other, names_of_sizes, "counted recordings")
     names = [None if side.group is None else side.group_names for side in (one, other)]
     if names[0] != names[1]:
         texts = ["no groups" if value is None else ", ".join(value) for value in names]
@@ -280,6 +275,19 @@ def add_populations(
     for name in ("model", "expert_size"):
         fields[name] = getattr(one, name) and getattr(other, name)
     return rows, fields, sequence
+
+
+def check_same(one: Any, other: Any, names: Iterable[str], noun: str) -> None:
+    """Raise unless two recordings have the same values of these names.
+
+    A missing name or size fits any; windows without a length fit no others.
+    """
+    for name in names:
+        both = getattr(one, name), getattr(other, name)
+        if both[0] != both[1] and (name == "window" or None not in both):
+            raise ValueError(
+                f"{noun} must have the same {name}, got {' and '.join(map(check.shown, both))}"
+            )
 
 
 def find_limit(
@@ -302,13 +310,6 @@ def mark_below(hashes: Table, limit: int) -> NDArray[np.bool_]:
     if limit >= NO_LIMIT:
         return np.ones(len(hashes), dtype=bool)
     return hashes < np.uint64(limit)
-
-
-def number_rows(first: Integers, lengths: Integers) -> Integers:
-    """Return the numbers of the rows [n] of runs, each from its first one on."""
-    ends = np.cumsum(lengths)
-    shift: Integers = np.repeat(first - ends + lengths, lengths)
-    return shift + np.arange(len(shift))
 
 
 def are_numbered_together(labels: Integers, lowest: Integers, highest: Integers) -> bool:
