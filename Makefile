@@ -40,12 +40,13 @@ $(BASE): pyproject.toml
 	$(BIN)/python -m pip install --quiet --group build
 	@touch $@
 
+# Of thousands of modules that come with torch and transformers few are imported: those are compiled then.
 $(TOOLS): $(BASE)
-	$(BIN)/python -m pip install --quiet --group test
+	$(BIN)/python -m pip install --quiet --no-compile --group test
 	@touch $@
 
 $(SPHINX): $(BASE)
-	$(BIN)/python -m pip install --quiet --group docs
+	$(BIN)/python -m pip install --quiet --no-compile --group docs
 	@touch $@
 
 $(CORE): $(BASE) $(RUST)
