@@ -40,7 +40,7 @@ $(BASE): pyproject.toml
 	$(BIN)/python -m pip install --quiet --group build
 	@touch $@
 
-# Of thousands of modules that come with torch and transformers few are imported: those are compiled then.
+# Tests import few of the modules of torch and transformers; Python compiles these when they are imported.
 $(TOOLS): $(BASE)
 	$(BIN)/python -m pip install --quiet --no-compile --group test
 	@touch $@
