@@ -29,9 +29,9 @@ from moetuner.report.outcome import (
     Outcome,
     find_empty_slots,
     find_gain,
+    find_objective,
     find_remarks,
     find_slower,
-    find_worth,
     head,
     judge_outcome,
     judge_outcomes,
@@ -193,7 +193,7 @@ class ReplayedResult:
         warnings = [finding for row in others for finding in find_slower(self.outcome, row)]
         output.tell(
             *find_remarks([self.outcome], problem),
-            *find_worth(self.outcome, held_out=held_out),
+            *find_objective(self.outcome, held_out=held_out),
             *warnings[:1],
             *find_empty_slots(self.outcome),
         )

@@ -28,7 +28,7 @@ from moetuner.solver.rebalancing import (
     DEVIATIONS,
     Pairs,
     Rebalanced,
-    packed_anew,
+    choose_repacked,
     rebalance,
     slowest,
 )
@@ -260,7 +260,7 @@ class Case:
         if idle.all():
             none = np.zeros(layers)
             return Rebalanced(self.slots, none, none, none.astype(np.int64))
-        anew = packed_anew(self.fresh, self.slots, budget)
+        anew = choose_repacked(self.fresh, self.slots, budget)
         homes = np.where(anew[:, None, None], EMPTY, self.slots)
         experts = assign_nodes(
             self.load,

@@ -149,4 +149,4 @@ def solve(
         lambda: balanced(problem) if initial is None else repair(problem, initial),
         lambda: build_result(run, name, searched=searched),
     )
-    return replace(result, history=history.ended(result.objective, result.bound))
+    return replace(result, history=history.finish(result.objective, result.bound))

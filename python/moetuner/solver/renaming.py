@@ -110,8 +110,8 @@ def _may_take(problem: Problem, holders: NDArray[np.bool_]) -> NDArray[np.bool_]
 def _match(weight: Integers, sizes: list[int]) -> tuple[Integers, Integers]:
     """Return names of devices [B,D] of the largest sum of weights [B,D,D], and that sum [B].
 
-    Devices of a group stay in one group, of every size. From the smallest groups on, each pair of
-    groups is matched by itself, and then stands for what it comes to.
+    Devices of a group stay in one group, of every size. The smallest groups come first: each pair
+    of groups is matched by itself, and the sum of that matching is its weight for larger groups.
     """
     count, devices, _ = weight.shape
     # Where the members of a group go [B,G,H,n], if it goes to another one: a device to that device.

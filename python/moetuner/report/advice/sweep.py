@@ -42,6 +42,7 @@ def sweep(request: Request, holdout: Holdout) -> tuple[Copies, ...]:
     values: dict[int, float] = {}
 
     def search(copies: int) -> None:
+        request.progress(f"searching with {counted(copies, 'slot')} for copies")
         problem = build_problem(request, holdout.statistics, copies)
         placements[copies] = search_shortly(request, problem)
         values[copies] = problem.value(placements[copies])
@@ -49,9 +50,12 @@ def sweep(request: Request, holdout: Holdout) -> tuple[Copies, ...]:
     affordable = [copies for copies in counts if copies <= request.running_copies] or [counts[0]]
     larger = counts[len(affordable) :]
     always = {*affordable, *larger[:1], *larger[-1:]}
-    for copies in sorted(counts, key=lambda number: (number not in always, number)):
-        request.progress(f"searching with {counted(copies, 'slot')} for copies")
-        if copies in always or min(values.values()) < values[affordable[-1]] * (1 - LEAST_GAIN):
+    for copies in sorted(always):
+        search(copies)
+    most_affordable = values[affordable[-1]]
+    for copies in counts:
+        # Others are searched only where more copies gain on the seen traffic.
+        if copies not in always and min(values.values()) < most_affordable * (1 - LEAST_GAIN):
             search(copies)
     keys: list[Key] = [RUNNING, *(copies for copies in counts if copies in values)]
     return _compute_gains(request, holdout, {key: placements[key] for key in keys})
