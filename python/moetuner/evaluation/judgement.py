@@ -511,7 +511,7 @@ def audit(
     Parameters
     ----------
     placement
-        What to audit.
+        Placement to audit.
     traffic
         A trace; or a load table, which gives imbalance and time only.
     topology

@@ -137,7 +137,7 @@ class Samples:
     all_alike
         Whether sequences differ by no more than the noise of their tokens.
     likeness
-        What sequences, or windows, of a kind have in common.
+        Similarity of the sequences, or windows, of a kind.
     """
 
     name: Name

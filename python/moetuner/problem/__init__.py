@@ -82,9 +82,9 @@ class Problem(Frozen):
     max_imbalance
         Cap on max / mean device load in every layer, on the sum of all windows.
     objective
-        What to minimise. time: predicted microseconds of a layer, as ``evaluate`` predicts them
-        (the search of a large problem minimises an approximation). balance: max / mean device load,
-        over windows. traffic: share of the traffic that leaves its device, under the cap. By
+        Objective to minimise. time: predicted microseconds of a layer, as ``evaluate`` predicts
+        them (the search of a large problem minimises an approximation). balance: max / mean device
+        load, over windows. traffic: share of the traffic that leaves its device, under the cap. By
         default traffic if there is a cap, else time.
     extra_slots
         Copies beyond one of each expert, over all layers, instead of slots per device. They go to

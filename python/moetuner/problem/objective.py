@@ -167,7 +167,7 @@ class Objective:
     statistics, serving
         Counts of the traffic, and how it is served.
     goal
-        What is minimised.
+        Kind of the objective.
     windows
         Windows of load, with their weights.
     shares
@@ -238,8 +238,8 @@ class Objective:
     def layer_factors(self, placement: Placement) -> Floats:
         """Compute the factor [L] by which the cost of every layer rises besides its windows.
 
-        What the worst loss leaves raises it: 1 where loads stay even, or where nothing has to
-        survive.
+        The load of the busiest device after the worst loss raises it: 1 where loads stay even, or
+        where nothing has to survive.
         """
         if self.is_of_windows:
             return np.ones(placement.layers)

@@ -43,7 +43,7 @@ class Trade(Frozen):
     gain
         How much lower that is than the value of the initial placement.
     experts_moved, bytes_moved
-        What has to move.
+        Experts that have to move, and their bytes.
     caps_raised
         Imbalance of layers that still exceed the load cap.
 

@@ -108,7 +108,7 @@ def rebalance(
         count fully, as many as forecast the next one best, each by its information.
     slots
         Running experts [L,D,S], -1 where a slot is empty. Experts without a slot get one, and empty
-        slots may be filled, even if that gains nothing. What stays on a device keeps its slot.
+        slots may be filled, even if that gains nothing. Copies that stay keep their slots.
     budget
         Most copies that may move. They go where they gain most.
     time
@@ -258,8 +258,8 @@ def weigh_windows(windows: Floats) -> tuple[Floats, bool]:
 
     Windows within the memory that forecasts best count fully, older ones a twentieth. Each memory,
     a number of windows, is tried on the later half of the windows: the mean of so many windows
-    before one forecasts it. Of memories that are nearly as good, the longest is taken. A window is
-    weighed by its information, both in a forecast and as the one that is forecast.
+    before one forecasts it. The longest of the memories that are nearly as good is taken. A window
+    is weighed by its information, both in a forecast and as the one that is forecast.
     """
     count = len(windows)
     if count < 3:

@@ -118,7 +118,7 @@ def _match(weight: Integers, sizes: list[int]) -> tuple[Integers, Integers]:
     names = np.broadcast_to(np.arange(devices)[:, None], (count, devices, devices, 1))
     for size, larger in pairwise([1, *sizes]):
         ratio, groups = larger // size, devices // larger
-        # Of every pair of groups the weights of their parts [B,G,H,n,n].
+        # Weights of the parts of every pair of groups [B,G,H,n,n].
         parts = weight.reshape(count, groups, ratio, groups, ratio).transpose(0, 1, 3, 2, 4)
         flat = np.ascontiguousarray(parts.reshape(-1, ratio, ratio))
         column = _core.match_best(flat).reshape(count, groups, groups, ratio)

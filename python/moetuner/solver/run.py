@@ -76,7 +76,7 @@ class Moves:
 
 
 class Role(Enum):
-    """What an incumbent is to later stages, whatever stage offered it."""
+    """The role of an incumbent for later stages, whatever stage offered it."""
 
     FOUND = "what a search found"
     # Any other incumbent of the same rank is preferred.
@@ -103,7 +103,7 @@ class Incumbent:
     by
         Name of the search that found it.
     role
-        What it is to later stages.
+        Its role for later stages.
     is_start
         Whether a search began with it: the answer is no worse than any of these.
     moves
@@ -136,7 +136,7 @@ class Bound:
     source
         Name of the proof.
     certificate
-        What anybody can recompute the bound from, or None.
+        Numbers from which ``verify`` recomputes the bound, or None.
     levels
         Proof of each level of the topology.
     interrupted
@@ -388,8 +388,8 @@ class Run:
     def answer(self) -> Incumbent:
         """Return the better one of the best incumbent and the best start, by all windows.
 
-        Where a search saw all windows, that is the best incumbent. Of very many windows a sample is
-        taken. Where time is over, the start is the answer.
+        Where a search saw all windows, that is the best incumbent. If there are very many windows,
+        a sample of them judges. Where time is over, the start is the answer.
         """
         best = self.best
         starts = [incumbent for incumbent in self.incumbents if incumbent.is_start]

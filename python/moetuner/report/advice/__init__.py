@@ -109,9 +109,9 @@ def advise(
         many in all layers, and whether a window has tokens of sequences that are served together
         or of one sequence after the other.
     copies
-        Numbers of slots of a device in a layer, beyond one slot for each expert, to try. Of numbers
-        that take more memory than the running placement, the next one and the largest are tried
-        first, and those between only where one of the two gains on the seen traffic.
+        Numbers of slots of a device in a layer, beyond one slot for each expert, to try. Among
+        numbers that take more memory than the running placement, the next one and the largest are
+        tried first, and those between only where one of the two gains on the seen traffic.
     window
         Tokens of a window, whose load is balanced together. By default 512 for decode, and for
         prefill 8192, or 4096 or 2048 where the recording does not fill two windows of that size.

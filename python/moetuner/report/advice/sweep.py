@@ -30,9 +30,9 @@ def sweep(request: Request, holdout: Holdout) -> tuple[Copies, ...]:
     """Return what each number of copies gains on the unseen traffic, and what it costs.
 
     All searches are equally short, so that only the copies differ. A single number is not searched:
-    the caller fills in the gain of the proposed placement. Of numbers that take more memory than
-    the running placement, the next one and the largest are searched first, and those between only
-    where one of the two gains on the seen traffic.
+    the caller fills in the gain of the proposed placement. Among numbers that take more memory
+    than the running placement, the next one and the largest are searched first, and those between
+    only where one of the two gains on the seen traffic.
     """
     placements: dict[Key, Placement] = {RUNNING: find_running_placement(request, holdout)}
     counts = request.tried_copies

@@ -178,7 +178,7 @@ def _least_pairs_us(problem: Problem, budget: Budget) -> tuple[float, str] | Non
         objective="traffic",
         max_imbalance=None,
         **NO_RULES,
-        # What overlaps is taken off the sum of both parts.
+        # Overlap is subtracted from the sum of both parts.
         cost_model=replace(problem.cost_model, overlap=0.0),
     )
     proven = pairs.bound(plain, plain.caps.whole, budget=budget)
