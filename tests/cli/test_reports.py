@@ -64,7 +64,7 @@ def test_python_writes_the_same_pages(tmp_path):
     traffic, page = mt.RoutingStatistics.from_load(load), tmp_path / "page.html"
     advice = mt.advise(traffic, mt.Topology(4), copies=(0,), splits=1, iterations=100)
     both, names = (advice.running, advice.proposed), ("now", "then")
-    gain, less = replace(mt.verdict(*both), names=names), advice.main.gain.much
+    gain, less = replace(mt.verdict(*both), names=names), advice.main.gain.amount
     for results, sentence in ((advice, f"{less} predicted time than"), (both, gain.sentence)):
         mt.write_report(page, results, names=names)
         text = text_of(page.read_text())

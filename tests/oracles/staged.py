@@ -13,5 +13,5 @@ def staged(problem: mt.Problem, *stages: Stage, start: NDArray[np.int32]) -> Run
     """Return a run through stages, from slots [L,D,S] that are offered first."""
     run = Run(problem)
     run.offer(start, "start", is_start=True)
-    run.through(stages)
+    run.run_stages(stages)
     return run

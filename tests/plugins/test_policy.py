@@ -11,7 +11,7 @@ import moetuner as mt
 from moetuner import _core
 from moetuner.plugins import rebalance_experts
 from moetuner.plugins.decision import Case
-from moetuner.solver.rebalancing import OLDER, informative_part, weighted
+from moetuner.solver.rebalancing import OLDER, compute_information, weigh_windows
 
 
 @st.composite
@@ -262,7 +262,7 @@ def test_a_window_tells_less_than_its_tokens_say_where_windows_differ():
     share = random.normal(1, spread, (60, 8, experts)) / experts
     load = random.poisson(tokens[:, None, None] * share).astype(float)
     visits = load.sum(axis=2, keepdims=True)
-    part = informative_part(load / visits, visits)
+    part = compute_information(load / visits, visits)
     as_many = experts / spread**2
     expected = 1 / (1 + tokens / as_many)
     assert part == pytest.approx(expected / expected.max(), rel=0.15)
@@ -357,12 +357,12 @@ def test_of_windows_the_last_ones_count_where_loads_drift():
     """All windows of a steady load count alike, and of one that changed those since count most."""
     random = np.random.default_rng(0)
     steady = random.poisson(100.0, (16, 2, 32)).astype(float)
-    load, lasts = weighted(steady)
+    load, lasts = weigh_windows(steady)
     assert lasts
     assert load == pytest.approx(steady, rel=0.05)
     changed = steady.copy()
     changed[8:] = random.poisson(np.arange(1, 33) * 6.0, (8, 2, 32))
-    load, lasts = weighted(changed)
+    load, lasts = weigh_windows(changed)
     weight = load.sum(axis=(1, 2)) / changed.sum(axis=(1, 2))
     assert not lasts
     assert weight[:8] == pytest.approx(OLDER, rel=0.05)

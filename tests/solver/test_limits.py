@@ -47,14 +47,14 @@ def test_a_clock_says_what_is_left(tick):
     """Shares are of what is left less what is kept back; nothing is ever below 0."""
     time = tick(0.0)
     clock = Budget(10.0)
-    assert (clock.left, clock.within(0.5, keep=2.0).time_limit) == (10.0, 4.0)
+    assert (clock.seconds_left, clock.within(0.5, keep=2.0).time_limit) == (10.0, 4.0)
     time.now += 7.0
-    assert (clock.gone, clock.left, clock.is_over()) == (7.0, 3.0, False)
+    assert (clock.elapsed, clock.seconds_left, clock.is_over()) == (7.0, 3.0, False)
     assert clock.within(keep=4.0).time_limit == 0.0
     time.now += 7.0
-    assert (clock.left, clock.is_over(), clock.within().time_limit) == (0.0, True, 0.0)
+    assert (clock.seconds_left, clock.is_over(), clock.within().time_limit) == (0.0, True, 0.0)
     endless = Budget()
-    assert (endless.left, endless.is_over()) == (None, False)
+    assert (endless.seconds_left, endless.is_over()) == (None, False)
     assert endless.within(0.1, keep=5.0) == Budget()
 
 

@@ -365,7 +365,7 @@ def test_layers_are_chosen_by_all_that_counts(monkeypatch):
     run = Run(problem)
     for slots in mixed:
         run.offer(slots, "start")
-    run.through((COMBINE,), run.budget)
+    run.run_stages((COMBINE,), run.budget)
     assert run.best.slots.tolist() == [good, good]
     run = Run(problem, moves=Moves(mt.Placement([poor, poor])))
     front = Front(run, run.moves)

@@ -25,9 +25,9 @@ import moetuner as mt
 from moetuner import solver
 from moetuner.solver import effort
 from moetuner.solver.bounds import pairs
-from moetuner.solver.bounds.caps import scope
+from moetuner.solver.bounds.caps import describe_scope
 from moetuner.solver.bounds.loads import LOAD_BOUND
-from moetuner.solver.bounds.pairs import padded
+from moetuner.solver.bounds.pairs import pad_layers
 from moetuner.solver.bounds.verification import verify
 from moetuner.solver.budget import Budget
 from moetuner.solver.result import CapsDetails
@@ -134,9 +134,9 @@ def test_caps_of_nodes_are_at_most_the_load():
     topology = mt.Topology(16, devices_per_node=8)
     problem = mt.Problem(mt.RoutingStatistics(load, table), topology, regime="follow")
     for cap in (problem.caps.whole, np.full(2, 2**63, np.uint64), np.full(2, 2**64 - 1, np.uint64)):
-        assert (padded(problem, cap, 2)[2] == problem.load.sum(axis=1)).all()
+        assert (pad_layers(problem, cap, 2)[2] == problem.load.sum(axis=1)).all()
     few = np.full(2, HUGE // 32, np.uint64)
-    assert (padded(problem, few, 2)[2] == HUGE // 4).all()
+    assert (pad_layers(problem, few, 2)[2] == HUGE // 4).all()
 
 
 @given(seed=st.integers(0, 2**32), largest=st.sampled_from([9, 1000, HUGE // 8]))
@@ -203,7 +203,7 @@ def test_false_claims_are_taken_back(monkeypatch, claim):
 def test_raised_caps_are_told_with_the_bound():
     """The scope names the layers whose cap was raised, a few of them."""
     problem = small_problem(1, 2, 4, 2, max_imbalance=1.2)
-    text = scope(problem, CapsDetails(dict.fromkeys(range(5), 1.5)))
+    text = describe_scope(problem, CapsDetails(dict.fromkeys(range(5), 1.5)))
     layers = ", ".join(f"1.5000 in layer {layer}" for layer in range(3))
     assert text.endswith(f"1.2, raised to {layers} and in 2 more")
 

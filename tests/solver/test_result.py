@@ -70,7 +70,7 @@ def test_history_keeps_every_change_once():
     history.add(Progress(0.0, "bound", 4.0, is_step=True))
     history.add(Progress(0.4, "bound", None, 3.0))
     history.add(Progress(0.5, "bound", None, 2.0))
-    lines = history.ended(4.0, 3.5)
+    lines = history.finish(4.0, 3.5)
     assert [(line.objective, line.bound) for line in lines] == [
         (5.0, None),
         (4.0, None),

@@ -215,7 +215,7 @@ def draw_losses(
         By the name of a placement: busiest device over the mean of those that are left, and
         experts without a copy, both by loss and layer [F,L].
     domain
-        What is lost.
+        Failure domain of the losses.
     """
     lost: list[Spec] = []
     busiest: list[Spec] = []

@@ -248,12 +248,11 @@ def _show_figures(output: Output, advice: Advice) -> None:
             figure = FIGURES[measure]
             if figure.regime not in (None, advice.settings["regime"]):
                 continue
-            values = [
-                gain.before,
-                *([] if over_eplb is None else [over_eplb.whole[measure].before]),
-            ]
+            values = [gain.before]
+            if over_eplb is not None:
+                values.append(over_eplb.whole[measure].before)
             texts = map(figure.text, [*values, gain.after])
-            # What a token visits is the same in windows of all sizes.
+            # The visits of a token are the same in windows of all sizes.
             cells = (str(measures.index(measure)), figure.column, *texts, *_cells(gain))
             rows.setdefault(cells, []).append(f"{judged.window:,}" if judged.window else "-")
     running = Running.parse(advice.settings["initial"]).method.replace("_", "-")
@@ -272,7 +271,7 @@ def _show_figures(output: Output, advice: Advice) -> None:
 
 def _name_unseen(advice: Advice) -> str:
     """Write how much unseen traffic the figures are of, and the order of its tokens."""
-    replayed, kind = advice.main.after.replayed, "unseen " * advice.settings["held_out"]
+    replayed, kind = advice.main.after.replayed, "unseen " if advice.settings["held_out"] else ""
     assert replayed is not None
     traffic, units = replayed.traffic, advice.units
     if units.name == "window" and units.kinds is not None:  # steps of the counters' windows

@@ -55,7 +55,7 @@ def command(
         report.show(f"{tokens:,} of {max_tokens:,} tokens", min(tokens / max_tokens, 1.0))
 
     with working(f"running {model}") as report, warnings.catch_warnings():
-        # What was left out, or saved of a recording that was interrupted, is said in a line.
+        # Warnings name what was left out, or saved from a recording that was interrupted.
         warnings.simplefilter("always", RuntimeWarning)
         warnings.showwarning = lambda message, *_, **__: click.echo(
             f"moetuner: warning: {message}", err=True

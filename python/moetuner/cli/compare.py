@@ -34,9 +34,9 @@ from moetuner.report.findings import Finding
 from moetuner.report.outcome import (
     Outcome,
     find_gain,
+    find_objective,
     find_remarks,
     find_slower,
-    find_worth,
     head,
     judge_outcome,
     judge_outcomes,
@@ -186,7 +186,7 @@ def _show(output: Output, rows: list[Outcome], rival: Outcome, *, held_out: bool
     output.tell(*find_remarks(rows, problem))
     solved = [row for row in rows if row.result.method != RUNNING] or rows
     best = min(solved, key=lambda outcome: (outcome.breaks_rules, outcome.result.objective))
-    for finding in find_worth(best, held_out=held_out):
+    for finding in find_objective(best, held_out=held_out):
         output.tell(replace(finding, about=best.result.method))
     for outcome in solved:
         output.tell(*find_slower(outcome, rival, name=True))
@@ -307,7 +307,7 @@ def _judge_methods(
     """Judge all methods of the first split against one, in the objective's figure, by window."""
     outcomes = splits[0]
     first = outcomes.get(baseline)
-    if first is None or getattr(first.evaluation, first.worth.figure) is None:
+    if first is None or getattr(first.evaluation, first.objective.figure) is None:
         return {}
     return {
         name: judge_outcomes(first, outcome, recording)

@@ -35,7 +35,8 @@ from moetuner.trace import RoutingTrace
 # Exit status where the traffic has drifted, or the placement serves it worse than was allowed.
 DRIFTED = 3
 SHOWN = ("imbalance", "predicted_layer_us")
-# Windows of prefill that both sides have, and how many times as long as others they must be.
+# Windows of prefill are compared too if both sides fill so many of them, and if they are so many
+# times as long as the others.
 LEAST_WINDOWS = 4
 
 

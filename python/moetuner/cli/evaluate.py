@@ -21,8 +21,9 @@ from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.arrival import WINDOWS_MIXED, choose_batch_size
+from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES, US, explain
-from moetuner.evaluation.intervals import FEWEST
+from moetuner.evaluation.intervals import FEWEST, Spread
 from moetuner.evaluation.judgement import Judgement
 from moetuner.files.cells import counted, listed, signed, span
 from moetuner.frozen import as_json
@@ -274,16 +275,11 @@ def _all_traffic(judgement: Judgement) -> str:
 def _summary(judgement: Judgement) -> Iterator[str]:
     """Write the groups that got worse or gained less, by measure."""
     worse = judgement.worse()
-    for line, changes in (
-        (
-            "worse in {}, beyond chance",
-            [(row, row.change) for row in worse],
-        ),
-        (
-            "behind the group that gains most in {}",
-            [(row, row.behind) for row in judgement.behind()],
-        ),
-    ):
+    changes_by_line: dict[str, list[tuple[Comparison, Spread | None]]] = {
+        "worse in {}, beyond chance": [(row, row.change) for row in worse],
+        "behind the group that gains most in {}": [(row, row.behind) for row in judgement.behind()],
+    }
+    for line, changes in changes_by_line.items():
         for measure in judgement.whole:
             groups = [
                 f"{_texts.name(row.group)} {signed(None if change is None else change.value)}"

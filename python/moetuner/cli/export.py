@@ -194,10 +194,8 @@ def command(
                     'as engines have none; "moetuner solve --fill-slots" chooses them by their load'
                 )
             write_placement(placement, form, out_file, hints)
-            if WRITERS[form].hints == ("dense_layers",) and (
-                hints.hidden_layers,
-                hints.dense_layers,
-            ) == (None, None):
+            has_no_hints = hints.hidden_layers is None and hints.dense_layers is None
+            if WRITERS[form].hints == ("dense_layers",) and has_no_hints:
                 output.say(
                     "layers are numbered from 0; if the model has dense ones, --dense-layers "
                     "names them"
@@ -210,9 +208,9 @@ def command(
 
 def _how_to_serve(placement: Placement, made: Made, writer: Writer | None) -> Iterator[str]:
     """Write the settings with which the engine of a map serves it."""
-    engine = ENGINES.get((writer and writer.engine) or "")
-    if engine is None:
+    if writer is None or writer.engine is None:
         return
+    engine = ENGINES[writer.engine]
     split = made.serving.get("split", "")
     if placement.has_copies and split in engine.splits_by:
         yield f"The placement is for split {split}: serve it with {engine.splits_by[split]}."

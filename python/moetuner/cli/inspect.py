@@ -78,7 +78,7 @@ The content of INPUT decides what is shown:
                   in any format of "moetuner export"
   two placements  what has to move from the first to the second
 
-Of recordings, --for, --cost-model, --regime, --split or --arrival also predict the time of the
+For recordings, --for, --cost-model, --regime, --split or --arrival also predict the time of the
 contiguous placement, as "moetuner solve" does. Between two placements, a copy comes from the
 nearest device that holds the expert, on the machine of the second if no option gives another.
 """
@@ -190,10 +190,7 @@ def _show_served(
     with working("replaying") as report:
         progress = show_shares(report, "of the tokens", then="figures")
         [[evaluation]] = evaluate_each([placement], traffic, [serving], replayed, progress=progress)
-    output.say(
-        "",
-        *serving.explain(),
-    )
+    output.say("", *serving.explain())
     figures = {"imbalance": evaluation.imbalance, "us": evaluation.predicted_layer_us}
     output.tell(
         Finding("contiguous placement", figures),
@@ -378,11 +375,9 @@ def _show_moves(
         )
     topology = machine.topology(after.devices, _first(origin.machine for origin in made))
     if expert_bytes is None:
-        model, bits = (
-            after.model or before.model,
-            _first(origin.input.weight_bits for origin in made),
-        )
-        expert_bytes = bytes_of_expert(_first(origin.expert_size for origin in made), model, bits)
+        size = _first(origin.expert_size for origin in made)
+        bits = _first(origin.input.weight_bits for origin in made)
+        expert_bytes = bytes_of_expert(size, after.model or before.model, bits)
     diff = before.diff(after, expert_bytes=expert_bytes, topology=topology)
     show_moves(output, diff, topology)
     if expert_bytes is None and diff.experts_moved:

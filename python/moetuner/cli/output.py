@@ -74,7 +74,9 @@ class Output:
 
         Lines that begin with a space are commands to copy, or laid out already: they stay whole.
         """
-        for row in "\n".join(texts).split("\n") if texts and not self.is_json else ():
+        if not texts or self.is_json:
+            return
+        for row in "\n".join(texts).split("\n"):
             self._console.print(self._fitted(row), soft_wrap=True)
 
     def tell(self, *findings: Finding) -> None:

@@ -102,10 +102,9 @@ def command(
     """Plan which copies move when devices are lost, removed or added.
 
     RUNNING is the placement that serves: moetuner's own, or a map in any format of "moetuner
-    export". Copies go where they balance the loads of INPUT best. What is written to --out is a
-    placement on the devices that serve, numbered anew, for "moetuner export"; --steps has the map
-    by the numbers that devices have now, and the steps in an order in which no expert that is
-    served loses its last copy.
+    export". Copies go where they balance the loads of INPUT best. --out gets a placement on the
+    devices that serve, numbered anew, for "moetuner export". --steps gets the map by the numbers
+    that devices have now, and the steps, in an order in which no served expert loses its last copy.
 
     Parameters
     ----------
@@ -146,9 +145,9 @@ def command(
             topology=topology,
             window=source.replayed,
         )
-    gone = sorted({*range(running.devices)} - {*planned.devices.tolist()})
+    not_serving = sorted({*range(running.devices)} - {*planned.devices.tolist()})
     served = replace(
-        made.on(topology.without(gone, change.join)),
+        made.on(topology.without(not_serving, change.join)),
         plan={"running": running_file.name, "change": write_change(**change.numbers)},
     )
     placement = planned.placement.with_names(
@@ -253,11 +252,10 @@ def _plan_losses(
     numbers = {"domain": domain, "planned": len(plans), "number": number, "fatal": fatal}
     output.tell(Finding("planned losses", {"machine": _machine(running), **numbers}))
     output.say("")
-    rows = [
-        (f"{domain} {lost}", f"{planned.lost.sum():,}", f"{len(planned.steps):,}",
-         f"{planned.imbalance_after:.3f}")
-        for lost, planned in worst
-    ]  # fmt: skip
+    rows = []
+    for lost, planned in worst:
+        numbers_of_loss = (f"{planned.lost.sum():,}", f"{len(planned.steps):,}")
+        rows.append((f"{domain} {lost}", *numbers_of_loss, f"{planned.imbalance_after:.3f}"))
     output.table(("the worst", "from disk", "copies moved", "busiest / mean then"), rows)
     table = {str(lost): _without_map(planned) for lost, planned in plans.items()}
     _write(table_file, {"domain": domain, "losses": table})

@@ -123,11 +123,9 @@ def _list_trial(
     baseline, placed = _running_file(advice), _proposed_file(advice)
     if initial not in ("given", "contiguous"):
         slots = count_running_slots(initial, problem.num_experts, problem.devices)
-        method_and_file = {
-            "method": Running.parse(initial).method,
-            "out_file": (baseline := RUNNING_FILE),
-        }
-        commands.append(solve(slots, f"what runs: {name_running(initial)}", **method_and_file))
+        baseline, method = RUNNING_FILE, Running.parse(initial).method
+        running = f"what runs: {name_running(initial)}"
+        commands.append(solve(slots, running, method=method, out_file=baseline))
     if problem.has_slots_for(advice.placements[0]):
         solving["initial_file"] = initial if baseline is None else baseline
     commands.append(solve(problem.slots, why, out_file=placed))
@@ -150,10 +148,8 @@ def _list_trial(
         file = options.choose_file_name(_running_file(advice), "more.json")
         commands.append(solve(slots, "the one with more memory", out_file=file))
     if from_all and "holdout" in solving:
-        for_serving = {"holdout": None, "out_file": placed}
-        commands.append(
-            solve(problem.slots, "the placement to serve: from all of INPUT", **for_serving)
-        )
+        purpose = "the placement to serve: from all of INPUT"
+        commands.append(solve(problem.slots, purpose, holdout=None, out_file=placed))
     return commands
 
 

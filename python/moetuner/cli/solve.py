@@ -29,9 +29,9 @@ from moetuner.report.outcome import (
     Outcome,
     find_empty_slots,
     find_gain,
+    find_objective,
     find_remarks,
     find_slower,
-    find_worth,
     head,
     judge_outcome,
     judge_outcomes,
@@ -128,7 +128,9 @@ def command(
         result.placement.save(out_file)
     moves, trades = moving.show(output, problem, initial, result, threads=threads, **arguments)
     output.say(f"wrote {out_file}{', which is what runs' if keeps_running else ''}")
-    failure = certificate_file and _prove(problem, result, certificate_file, output)
+    failure = None
+    if certificate_file is not None:
+        failure = _prove(problem, result, certificate_file, output)
     settings = settings_for_json(problem) | moving.settings() | arguments
     settings |= {"window": source.counted, "threads": threads, "holdout": holdout}
     contents: dict[str, Any] = {"input": source.facts(), "settings": settings}
@@ -144,8 +146,8 @@ def command(
 
     pages.write(output, page)
     output.finish(contents)
-    if failure:
-        raise click.ClickException(str(failure))
+    if failure is not None:
+        raise click.ClickException(failure)
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ class ReplayedResult:
 
     @property
     def may_be_chance(self) -> bool:
-        """Whether no size of windows has a sure gain; False without judgements."""
+        """Whether the gain is not certain in windows of any size; False without judgements."""
         answers = {judgement.gain.answer for judgement in self.judgements.values()}
         return bool(answers) and answers <= {"no evidence", "worse"}
 
@@ -186,14 +188,14 @@ class ReplayedResult:
         )
 
     def show(self, output: Output, problem: Problem, *, held_out: bool) -> None:
-        """Print the table, the worth of the result, and a warning if another row is faster."""
+        """Print the table, the objective of the result, and a warning if another row is faster."""
         rows = [outcome.row() for outcome in self.outcomes]
         output.table(*with_values(head(problem, held_out=held_out), rows))
         others = (self.before, *self.outcomes[:-1])
         warnings = [finding for row in others for finding in find_slower(self.outcome, row)]
         output.tell(
             *find_remarks([self.outcome], problem),
-            *find_worth(self.outcome, held_out=held_out),
+            *find_objective(self.outcome, held_out=held_out),
             *warnings[:1],
             *find_empty_slots(self.outcome),
         )
@@ -300,8 +302,8 @@ def _prove(problem: Problem, result: Result, path: Path, output: Output) -> str 
             "bound that has one; the placement was written"
         )
     certificate.save(path)
-    worth = problem.objective_function
-    unit = max(worth.tokens, 1) if certificate.method == "visits" else worth.scale
+    objective = problem.objective_function
+    unit = max(objective.tokens, 1) if certificate.method == "visits" else objective.scale
     proven = certificate.cost / unit
     line = f"wrote {path}"
     if result.bound is not None and proven < result.bound:

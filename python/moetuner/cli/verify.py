@@ -62,8 +62,8 @@ def command(
         max_imbalance=max(min(imbalances), 1.0),
     )
     cost = verify(certificate, problem, threads=source.threads)
-    worth = problem.objective_function
-    bound = cost / (worth.tokens if is_about_visits else worth.scale)
+    objective = problem.objective_function
+    bound = cost / (objective.tokens if is_about_visits else objective.scale)
     proof = "prices or tangents of" if is_about_visits else "a"
     output.say(
         f"Proven by {proof} {certificate.method}: of {certificate.scope}, with "
@@ -84,17 +84,17 @@ def _compare(
     path: Path, certificate: Certificate, cost: int, bound: float, problem: Problem, output: Output
 ) -> dict[str, float | None]:
     """Compare a placement with the bound; print and return its objective and gap."""
-    placement, worth = Placement.load(path), problem.objective_function
+    placement, function = Placement.load(path), problem.objective_function
     with naming(path):
         problem.check_shape(placement)
     if placement.has_copies:
         raise click.ClickException(
             f"{path}: must have one copy of each expert, which the bound is about; it has more"
         )
-    objective = worth.traffic(placement)
-    reached: float = worth.cost(placement)
+    objective = function.traffic(placement)
+    reached: float = function.cost(placement)
     if certificate.method == "visits":
-        reached = objective * worth.tokens * (1 + ROUNDING)
+        reached = objective * function.tokens * (1 + ROUNDING)
     line = f"{path}: objective {objective:.6f}"
     overloads = (device_load(placement.slots, problem.load) > certificate.caps[:, None]).any()
     if overloads or (placement.slots >= 0).sum(axis=2).max() > certificate.slots:
@@ -122,14 +122,16 @@ def _imbalances(load: NDArray[np.uint64], devices: int, caps: NDArray[np.uint64]
     totals = load.sum(axis=1, dtype=np.uint64).tolist()
     if len(totals) != len(caps):
         return [1.0]  # of another model, which `verify` says
-    layers = [
-        tuple(Fraction((min(cap, total) + tokens) * devices, total) for tokens in (0, 1))
-        if total
-        else (Fraction(1), Fraction(devices))
-        for cap, total in zip(caps.tolist(), totals, strict=True)
-    ]
-    common = _shortest(max(low for low, _ in layers), min(high for _, high in layers))
-    return [common] if common else [_shortest(*layer) or 1.0 for layer in layers]
+    ranges = []
+    for cap, total in zip(caps.tolist(), totals, strict=True):
+        if not total:
+            ranges.append((Fraction(1), Fraction(devices)))
+            continue
+        tokens = min(cap, total)
+        low, high = (Fraction(number * devices, total) for number in (tokens, tokens + 1))
+        ranges.append((low, high))
+    common = _shortest(max(low for low, _ in ranges), min(high for _, high in ranges))
+    return [common] if common else [_shortest(low, high) or 1.0 for low, high in ranges]
 
 
 def _shortest(low: Fraction, high: Fraction) -> float | None:

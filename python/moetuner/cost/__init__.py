@@ -1,4 +1,4 @@
-"""What a layer takes: the cost model, its fit to measured times, and published sizes."""
+"""The time of a layer: the cost model, its fit to measured times, and published sizes."""
 
 from moetuner.cost.model import CostModel, busiest_ports, compute_move_us, from_keys
 from moetuner.cost.presets import (

@@ -32,7 +32,7 @@ def fit_times(tokens: ArrayLike, experts: ArrayLike, microseconds: ArrayLike) ->
     off, spread = cross_validate(*columns, exposes=False)
     other, other_spread = cross_validate(*columns, exposes=True)
     gain = np.array([np.mean(np.abs(a) - np.abs(b)) for a, b in zip(off, other, strict=True)])
-    # What is simpler unless the other is better by more than a standard error.
+    # The simpler model, unless the other is better by more than a standard error.
     if gain.mean() > gain.std(ddof=1) / np.sqrt(FOLDS):
         lines, off, spread = _fit(*columns, exposes=True), other, other_spread
     by_experts, by_tokens = _times(lines, *columns[:2])

@@ -64,8 +64,8 @@ class CostModel(Frozen):
     overlap
         Share of the shorter of compute and communication that is hidden behind the other, 0 to 1.
     once_per
-        What a token is sent to once in regime dispatch: every ``"device"`` of its experts, or every
-        ``"node"``, where it is fanned out inside (DeepEP's normal kernels).
+        Target to which a token is sent once in regime dispatch: every ``"device"`` of its experts,
+        or every ``"node"``, where it is fanned out inside (DeepEP's normal kernels).
     name
         For people.
     residual

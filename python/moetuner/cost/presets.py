@@ -60,7 +60,7 @@ def type_in_name(model: str | None) -> str | None:
     types = [word for word in _words(name) if word in BITS_IN_NAMES]
     types = [word for word in types if word not in FOUR_BIT_WAYS] or types
     bits = [BITS_IN_NAMES[word] for word in types]
-    # Of two that contradict each other, as bf16 and int4, neither is known.
+    # Where two types contradict each other, as bf16 and int4, the type is unknown.
     return types[0] if types and max(bits) - min(bits) < 1 else None
 
 

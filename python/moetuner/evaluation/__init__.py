@@ -67,8 +67,8 @@ class Evaluation(Frozen):
     imbalance
         Largest / mean device load in a layer and window, averaged over layers and windows; 1 is
         perfect. Where devices differ in speed, the slowest device's time over that of loads in
-        proportion to speeds. Windows are those of the order in which traffic arrives, as are those
-        of predicted times; the tokens that are left over behind whole windows are in none of them.
+        proportion to speeds. Windows of imbalances and predicted times are those of the order of
+        arrival. Tokens behind the last whole window are left out.
     imbalance_mixed
         The same if sequences are served together, as by continuous batching: in windows of the same
         tokens in mixed order, or for counts, in means of 16 windows drawn at random. It depends on
@@ -113,7 +113,7 @@ class Evaluation(Frozen):
     by_group
         The same for every group of the traffic that has tokens or windows.
     replayed
-        What was evaluated; not saved.
+        Traffic and setting of the evaluation; not saved.
 
     Examples
     --------
@@ -193,10 +193,10 @@ class Evaluation(Frozen):
         ValueError
             If an evaluation was pickled, or is of a group.
         """
-        evaluations = self._name(before).items()
-        return plot(
-            draw_losses({name: evaluation.measure_each_loss() for name, evaluation in evaluations})
-        )
+        losses = {}
+        for name, evaluation in self._name_evaluations(before).items():
+            losses[name] = evaluation.measure_each_loss()
+        return plot(draw_losses(losses))
 
     def measure_each_loss(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """Compute what the loss of each device does, by device and layer [D,L].
@@ -235,14 +235,14 @@ class Evaluation(Frozen):
             If there are more than two devices, or visits are not known.
         """
         shares = {}
-        for name, evaluation in self._name(before).items():
+        for name, evaluation in self._name_evaluations(before).items():
             share = evaluation.on_one_device
             if share is None:
                 raise ValueError("plot_visits needs two devices, and traffic with visits")
             shares[name] = share
         return plot(draw_on_one_device(shares))
 
-    def _name(self, before: Evaluation | None) -> dict[str, Evaluation]:
+    def _name_evaluations(self, before: Evaluation | None) -> dict[str, Evaluation]:
         """Return this evaluation with the one before, by name."""
         if before is None:
             return {"placement": self}
@@ -312,7 +312,7 @@ def evaluate(
         Tokens whose load is balanced together; None for the whole trace at once. Statistics bring
         their own windows.
     split
-        Which of an expert's copies serves a token: ``"even"`` by a hash of its position (vLLM),
+        Copy of an expert that serves a token: ``"even"`` by a hash of its position (vLLM),
         ``"nearest"`` the one on its home device, else one of its node, else any (SGLang's static
         dispatch), ``"round_robin"`` in turns (TensorRT-LLM). Statistics split loads in the shares
         that follow; of them ``"lp"`` divides every window's tokens so that the slowest device is
@@ -323,10 +323,10 @@ def evaluate(
         Statistics without expert sets do not know which experts a token met together: each is then
         sent to on its own, which is an upper bound.
     regime
-        What moves in the predicted times: rows from their homes to devices and back in each layer,
-        as in today's engines, or on to the next layer's device.
+        Traffic in the predicted times: rows from their homes to devices and back in each layer
+        (``"dispatch"``), as in today's engines, or on to the next layer's device (``"follow"``).
     arrival
-        Which tokens of a trace share a window, in imbalances and predicted times: those that follow
+        Tokens of a trace that share a window, in imbalances and predicted times: those that follow
         one another (``"bursts"``), those of sequences that are served together (``"mixed"``), or
         both, by the weight of mixed windows from 0 to 1. Statistics keep their windows.
     home
@@ -420,6 +420,7 @@ def _evaluate(
     traffic: Recording,
     progress: Callable[[float], None] | None = None,
 ) -> list[Evaluation]:
+    """Evaluate settings that differ in their placements and windows alone."""
     for setting in settings:
         check_model(setting.placement, traffic, setting.topology)
     common, homes, rows_of_group = settings[0], None, traffic.group_rows()

@@ -29,10 +29,10 @@ FEWEST_AT_ONCE = 8
 # Windows that are averaged into one where sequences are unknown.
 WINDOWS_MIXED = 16
 
-# Tokens of the longest pieces in which sequences that run at once are counted; how many pieces are
-# looked at; and how many the shortest recording has.
+# Sequences that run at once are counted in pieces of a recording: most tokens of a piece, most
+# pieces that are counted, and fewest pieces of a recording.
 PIECE, PIECES, FEWEST_PIECES = 512, 64, 8
-# Tokens that are laid beside others are so many mean durations of a sequence away from them.
+# Runs that ``overlay`` interleaves are so many mean durations of a sequence long.
 DURATIONS = 2
 
 Order = NDArray[np.signedinteger[Any]]
@@ -158,10 +158,10 @@ def count_together(sequence: NDArray[np.int32], piece: int) -> float:
 def overlay(sequence: NDArray[np.int32], sequence_of_all: NDArray[np.int32]) -> Order | None:
     """Order the tokens of a part [T] so that as many sequences are together as in all tokens.
 
-    Of sequences that were served together some are left. Where these are less than two thirds as
-    many at once, runs of tokens that follow each other are laid beside each other, token by token.
-    A run lasts longer than a sequence, so that different sequences meet, and no longer than needed,
-    as traffic changes. None where the order is to stay.
+    A part has only some of the sequences that were served together. Where they are less than two
+    thirds as many at once, consecutive runs of tokens are interleaved, token by token. A run is
+    longer than a sequence, so that different sequences meet, and no longer than needed, as traffic
+    changes. None where the order is to stay.
     """
     piece = min(PIECE, len(sequence) // FEWEST_PIECES)
     if not piece:

@@ -12,8 +12,8 @@ from moetuner.evaluation.intervals import FEWEST, Spread
 from moetuner.files.cells import percent
 from moetuner.frozen import Frozen, html_table
 
-# Gain from which moving weights is worth it. Engines that ask before they rebalance draw
-# the line at about the same place (vLLM on ROCm: 5 %).
+# Smallest gain for which moving weights is worth it. Engines that compare the gain with a threshold
+# before they rebalance have one of the same size (vLLM on ROCm: 5 %).
 PRICE = 0.02
 
 Answer = Literal["worth it", "certain but small", "no evidence", "too few", "worse"]
@@ -30,10 +30,10 @@ class Comparison(Frozen):
     before, after
         The figure under both placements.
     change
-        Relative change: 0.1 is ten percent worse. Its interval is by halves of the traffic, the
-        same for both placements. It has none where the figure was 0 before.
+        Relative change: 0.1 is ten percent worse. Its interval comes from halves of the traffic,
+        the same for both placements. It has no interval where the figure was 0 before.
     price
-        Gain from which a change is worth the trouble.
+        Smallest gain for which a change is worth the trouble.
     splits
         Gain in every split of a recording; empty where it was not split.
     names
@@ -41,13 +41,13 @@ class Comparison(Frozen):
     group
         Group of the traffic.
     behind
-        How much less of an improvement this is than that of the group which gains most surely (by
-        the upper end of its interval): the difference of their changes. None for that group itself,
-        without groups, and where either has too few units.
+        Change of this group less that of the best group, which has the smallest upper end of the
+        interval of its change. None for the best group itself, without groups, and where either has
+        too few units.
     chance, behind_chance
-        How likely a judgement is to name anything at all that got worse, or is behind, as surely as
-        this, if nothing really is: corrected for everything that could have been named. 1 where the
-        change is none, or there are too few units.
+        p-values of the hypotheses that the group did not get worse, and that it is not behind the
+        best one; adjusted for all groups and figures of the judgement (Holm). 1 where the figure
+        did not grow, or there are too few units.
 
     Examples
     --------
@@ -147,12 +147,12 @@ class Comparison(Frozen):
         return self.answer == "worth it"
 
     @property
-    def much(self) -> str:
-        """The change of the figure in percent, in words."""
+    def amount(self) -> str:
+        """The change of the figure, such as "7.2 % less"."""
         return f"{100 * abs(self.gain):.1f} % {'less' if self.gain >= 0 else 'more'}"
 
     @property
-    def sure(self) -> str:
+    def interval_in_words(self) -> str:
         """The interval in words; empty where there are too few units."""
         if self.low is None or self.high is None:
             return ""
@@ -163,14 +163,18 @@ class Comparison(Frozen):
     @property
     def sentence(self) -> str:
         """The change of the figure, its interval and a doubt, in words."""
-        sure = "" if self.is_too_few else f" ({self.sure})"
-        return f"{self.change_in_words}{sure}{self.doubt and f'; {self.doubt}'}."
+        text = self.change_in_words
+        if not self.is_too_few:
+            text += f" ({self.interval_in_words})"
+        if self.doubt:
+            text += f"; {self.doubt}"
+        return f"{text}."
 
     @property
     def change_in_words(self) -> str:
         """The change of the figure from the first placement to the second, in words."""
         before, after = self.names
-        return f"{after} has {self.much} {FIGURES[self.measure].label} than {before}"
+        return f"{after} has {self.amount} {FIGURES[self.measure].label} than {before}"
 
     @property
     def doubt(self) -> str:
@@ -180,8 +184,7 @@ class Comparison(Frozen):
                 f"too few independent sequences or windows for an interval ({self.units}, at least "
                 f"{FEWEST} are needed)"
             )
-        is_unsure = self.answer == "no evidence"
-        return "not surely a difference: that may be chance" if is_unsure else ""
+        return "the difference may be chance" if self.answer == "no evidence" else ""
 
     def __str__(self) -> str:
         return f"{self.answer}: {self.sentence}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -118,7 +117,7 @@ class Figure:
         Computes it by window. A figure that has this function has intervals too, from halves of the
         traffic.
     per
-        What it is a mean over: full windows, which have equal weights, or tokens.
+        Unit of the mean: full windows, which have equal weights, or tokens.
     argument
         Setting of serving or of the replay that is its argument. Without that setting the figure is
         None; with it tables show the figure.
@@ -302,6 +301,16 @@ def get_window_crossings(counts: Counts, setting: Setting) -> Floats | None:
     return None if counts.crossed is None else counts.crossed[:, None]
 
 
+def _make_percentile(percent: int) -> Figure:
+    """Make the figure of the time that so many percent of layers and windows do not exceed."""
+
+    def compute(replay: CountsByOrder) -> float | None:
+        return compute_percentile(replay.times, percent) if replay.times else None
+
+    meaning = f"time that {percent} percent of layers and windows do not exceed"
+    return Figure(f"p{percent}", 1, meaning, compute, unit=US)
+
+
 # Every figure by its field of an evaluation, which is its key in JSON; in the order of tables.
 FIGURES = {
     "tokens": Figure("tokens", 0, "tokens replayed", lambda replay: replay.counts.tokens),
@@ -393,21 +402,9 @@ FIGURES = {
         label="predicted layer time",
         unit=US,
     ),
-    **{
-        f"predicted_layer_us_p{share}": Figure(
-            f"p{share}",
-            1,
-            f"time that {share} percent of layers and windows do not exceed",
-            partial(
-                lambda percent, replay: (
-                    compute_percentile(replay.times, percent) if replay.times else None
-                ),
-                share,
-            ),
-            unit=US,
-        )
-        for share in (50, 95, 99)
-    },
+    "predicted_layer_us_p50": _make_percentile(50),
+    "predicted_layer_us_p95": _make_percentile(95),
+    "predicted_layer_us_p99": _make_percentile(99),
 }
 
 

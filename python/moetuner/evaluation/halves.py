@@ -233,8 +233,9 @@ def _add_windows(
     size = min(sums.window_size for sums in sums_by_setting)
     number = max(-(-len(dealt.items) // size), 1)
     is_counted = np.zeros(number, dtype=bool)
-    for sums in sums_by_setting if dealt.folds.number > 1 else ():
-        is_counted |= sums.is_shared.repeat(-(-sums.window_size // size))[:number]
+    if dealt.folds.number > 1:
+        for sums in sums_by_setting:
+            is_counted |= sums.is_shared.repeat(-(-sums.window_size // size))[:number]
     runs = dealt.count_cells(
         is_counted,
         size,
@@ -279,7 +280,7 @@ class _FigureSums:
         self.is_shared = (np.count_nonzero(self._items_by_fold, axis=1) > 1) | self.has_crossing
         self._pairs = (dealt.traffic.layers - 1) * (dealt.traffic.top_k or 1) ** 2
         if self.has_crossing:
-            # Zeros stand for crossings by window until these are counted.
+            # Crossings by window are counted later; zeros keep their place until then.
             self._counts = replace(counts, crossed=np.zeros(len(self._items_by_fold)))
         self._visits = np.maximum(counts.visits.sum(axis=0, dtype=np.float64), 1e-300)
         replay = CountsByOrder([(1.0, self._counts)], None, setting)
@@ -300,7 +301,7 @@ class _FigureSums:
         """
         if not self._sides:
             return
-        # Short windows of a window, and the run in windows of this setting.
+        # Short windows in a window of this setting, and the run in windows of this setting.
         multiple = -(-self.window_size // size)
         begin, end = run.start // multiple, -(-run.stop // multiple)
         counts_of_window = len(self._sides) * self._counts.load[0].size
@@ -337,9 +338,9 @@ class _FigureSums:
     ) -> Counts:
         """Compute the counts of sides in a run of windows, scaled to all tokens of each window.
 
-        A row of the counts is a window and a set of folds that sides have in it. It has the counts
-        of all traffic in the window; where other folds are in the window too, they are replaced by
-        the sums of the set's cells.
+        Each row of the counts stands for a window and a set of its folds, those that one or more
+        sides have there. A row begins as the counts of all traffic in the window. Where other folds
+        have tokens in the window too, the sums over the cells of the set replace it.
         """
         replayed, crossed = self._counts, None
         row_window, _, window_items, _ = sides.rows()

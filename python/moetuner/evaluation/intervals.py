@@ -64,12 +64,12 @@ class Spread(Frozen):
     @property
     def low(self) -> float | None:
         """Lower end of its interval of 95 %."""
-        return self.interval and self.interval[0]
+        return None if self.interval is None else self.interval[0]
 
     @property
     def high(self) -> float | None:
         """Upper end of its interval of 95 %."""
-        return self.interval and self.interval[1]
+        return None if self.interval is None else self.interval[1]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figure and its interval as JSON values."""
@@ -121,8 +121,8 @@ def compute_change(before: Halved, after: Halved) -> Spread:
 def adjust_by_holm(chances: Sequence[float]) -> list[float]:
     """Adjust p-values for the number of tests (Holm 1979).
 
-    If nothing is true, any of them is below a level with at most the probability of that level,
-    whatever the dependence of the tests.
+    If all null hypotheses are true, the probability that any adjusted p-value is below a level is
+    at most that level, whatever the dependence of the tests.
     """
     order = sorted(range(len(chances)), key=lambda test: chances[test])
     adjusted, largest = [1.0] * len(chances), 0.0

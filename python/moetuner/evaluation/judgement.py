@@ -118,10 +118,10 @@ class Judgement(Frozen):
         return {name: number for name, number in numbers.items() if number < FEWEST}
 
     def worse(self, than: float = 0.0, *, measures: Collection[str] = ()) -> list[Comparison]:
-        """Return groups that got worse by more than a share, beyond chance; the worst first.
+        """Return groups that got worse by more than the share ``than``, the worst first.
 
-        Beyond chance: where no group is worse, and none is behind, nineteen of twenty judgements
-        name no group. Without groups all traffic is one.
+        A group counts if its adjusted p-value is at most 5 %: where no group is worse or behind,
+        nineteen of twenty judgements name none. Without groups, all traffic is one group.
         """
         worse = [
             comparison
@@ -131,7 +131,7 @@ class Judgement(Frozen):
         return sorted(worse, key=lambda comparison: -comparison.change.value)
 
     def behind(self, than: float = 0.0, *, measures: Collection[str] = ()) -> list[Comparison]:
-        """Return groups that gain less than the best served one by more than a share."""
+        """Return groups that gain less than the best group by more than the share ``than``."""
         behind = [
             (comparison.behind.value, comparison)
             for comparison in self._select_comparisons(than, measures)
@@ -511,7 +511,7 @@ def audit(
     Parameters
     ----------
     placement
-        What to audit.
+        Placement to audit.
     traffic
         A trace; or a load table, which gives imbalance and time only.
     topology

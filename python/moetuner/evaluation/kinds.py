@@ -32,20 +32,29 @@ LAYERS = 8
 MOST = 256
 # Standard deviations of its noise by which a sequence may be from the mean of its kind.
 NEAR = 4.0
-# Squared distance that a small change of a prompt may explain, as a share of the lowest decile of
-# distances (most pairs may be of two subjects). How many times further the next kind must be, in
-# squared distance; and the largest number of sequences that are compared pairwise for that.
-CHANGED, LOCAL, SEPARATE, COMPARED = 0.45, 0.1, 5.0, 4096
+# Largest number of sequences that are compared pairwise, to find small changes of a prompt.
+COMPARED = 4096
+# Quantile of the squared distances of all pairs that stands for the distance of two prompts of one
+# subject: most pairs may be of two subjects.
+LOCAL = 0.1
+# A small change of a prompt may explain this share of that distance.
+CHANGED = 0.45
+# The next kind must be so many times as far, in squared distance, as members of a kind are.
+SEPARATE = 5.0
 # Least mean squared distance of kinds, in multiples of that which noise gives two sequences.
 APART = 3.0
 # Least mean number of sequences of a kind.
 EACH = 2
-# Shares of the shorter of two texts that the longer one must have: to share a document with it, and
-# to repeat it. Generations that were cut off, or went on, are repeated text.
-SHARES, REPEATS = 0.4, 0.9
-# Passages by which shared text is found: fewest tokens of each; expected number of pairs in a trace
-# that are the same by chance; and the largest number of passages, of more a sample is compared.
-PASSAGE, BY_CHANCE, PASSAGES = 4, 0.01, 1 << 22
+# Share of the shorter of two texts that the longer one must have, if both share a document.
+SHARES = 0.4
+# The same if one repeats the other, as generations do that were cut off or went on.
+REPEATS = 0.9
+# Passages by which shared text is found: fewest tokens of a passage, and the expected number of
+# pairs in a trace that are the same by chance.
+PASSAGE, BY_CHANCE = 4, 0.01
+# Largest number of passages; of more, a sample is compared.
+PASSAGES = 1 << 22
+# Odd factor of the rolling hash of passages.
 FACTOR = 0x9E3779B97F4A7C15
 # A passage that more than this share of the sequences have is no text of theirs: a system prompt.
 OF_ALL = 0.5
@@ -56,9 +65,10 @@ SHARED = 0.1
 # Standard errors by which the most similar kinds must be nearer in time than any two, to be pieces
 # of a path.
 NEARER = 1.5
-# Two windows are far apart in time beyond a third of all. Kinds recur where pairs of one kind are
-# far apart at least half as often as any two windows are.
-FAR, AGAIN = 3, 0.5
+# Two windows are far apart if more than one third of all windows lie between them.
+FAR = 3
+# Kinds recur if pairs of one kind are far apart at least half as often as any two windows are.
+AGAIN = 0.5
 # Groups of fewer windows on average have no level of their own.
 FEW_PER_GROUP = 4
 

@@ -133,7 +133,8 @@ def bound_worst_loss(load: NDArray[Any], slots: int, devices: int) -> float:
     float
         Busiest device / mean of the remaining ones, in the worst layer. docs/
         mathematics.md derives it: ``(devices - 1) * (1 / devices + sum q^2 / (c (c - 1)))``, where
-        ``q`` is an expert's share of the layer's load and ``c`` its copies, as many as help most.
+        ``q`` is an expert's share of the layer's load, and ``c`` its copies, which are distributed
+        so that the sum is smallest.
     """
     shares = np.asarray(load, dtype=np.float64)
     totals = shares.sum(axis=1, keepdims=True)

@@ -18,6 +18,7 @@ from moetuner.evaluation import copies
 from moetuner.evaluation.arrival import Order, find_places, mix, mix_windows
 from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.reading import Progress, Rows, read
+from moetuner.files.cells import counted
 from moetuner.placement import EMPTY, Placement
 from moetuner.recording import Recording
 from moetuner.serving import Serving
@@ -161,25 +162,20 @@ def check_model(placement: Placement, traffic: Recording, topology: Topology) ->
     """Raise unless placement, traffic and topology are of one model and machine."""
     instance("placement", placement, Placement)
     check_recording(traffic)
-    expected = (traffic.layers, traffic.num_experts, topology.devices)
-    actual = (placement.layers, placement.num_experts, placement.devices)
-    if actual != expected:
-        nouns = ("layer", "expert", "device")
-        differ = [at for at in range(len(nouns)) if actual[at] != expected[at]]
-        texts = [
-            " and ".join(
-                f"{sizes[at]:,} {nouns[at]}{'' if sizes[at] == 1 else 's'}" for at in differ
-            )
-            for sizes in (expected, actual)
-        ]
-        like = (
-            "the topology"
-            if differ == [2]
-            else "the input and topology"
-            if 2 in differ
-            else "the input"
-        )
-        raise ValueError(f"placement must have {texts[0]} like {like}, got {texts[1]}")
+    sizes = {
+        "layer": (traffic.layers, placement.layers),
+        "expert": (traffic.num_experts, placement.num_experts),
+        "device": (topology.devices, placement.devices),
+    }
+    differing = {noun: pair for noun, pair in sizes.items() if pair[0] != pair[1]}
+    if not differing:
+        return
+    expected = " and ".join(counted(size, noun) for noun, (size, _) in differing.items())
+    actual = " and ".join(counted(size, noun) for noun, (_, size) in differing.items())
+    like = "the input and topology" if "device" in differing else "the input"
+    if list(differing) == ["device"]:
+        like = "the topology"
+    raise ValueError(f"placement must have {expected} like {like}, got {actual}")
 
 
 def drop_groups(recording: Recording) -> Recording:

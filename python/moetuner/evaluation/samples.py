@@ -37,32 +37,37 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.integer[Any]]
 Name = Literal["sequence", "kind", "window"]
 
-# Folds that traffic is dealt into, where it has as many samples.
+# Number of folds, where traffic has as many samples.
 FOLDS = 20
-# Samples of a fold where neighbouring windows are alike, as the ends of neighbouring runs are; and
-# the fewest folds in that case, where there are as many samples.
-RUN, FEWEST_RUNS = 3, 3
+# Where neighbouring windows are alike, folds are runs of windows, and the ends of neighbouring runs
+# are alike. A run has at least so many samples, unless that leaves too few runs.
+SAMPLES_PER_RUN = 3
+FEWEST_RUNS = 3
 # Largest number of windows that are compared pairwise; of more, neighbours are merged in pairs.
 WINDOWS = 4096
-# Standard errors from which the autocovariance at a lag is beyond chance: where lags before it are,
-# too, and where it is the only one of many. Weight rises from 0 there to 3/4 at twice that, so no
-# single window decides how many are independent.
-ALIKE, SURE = 2.0, 4.0
+# Standard errors above which the autocovariance at a lag is beyond chance, where those of all
+# shorter lags are. Its weight rises from 0 there to 3/4 at twice as many, so no single window
+# decides how many are independent.
+SCORE_IN_SEQUENCE = 2.0
+# The same for a lag whose shorter lags are not beyond chance: it is one of many that were tried.
+SCORE_ALONE = 4.0
 # The autocorrelation time is at least so many times the mean lag, weighted by correlation. Both are
 # the same for a first-order autoregression that changes slowly.
-LASTING = 4
+TIMES_MEAN_LAG = 4
 # Windows that are alike at a lag of more than one third of all are taken to recur for ever.
 RECURS = 3
 # Largest number of shares [W,L,E] that are compared, and of products of two; of more, evenly spaced
 # layers are compared.
 CELLS, PRODUCTS = 1 << 23, 1 << 34
-# Shares are rounded to one in so many, so that sums of their products are exact in any order.
-PART = 1 << 16
-# Tokens of the shortest piece, and the most pieces, of a trace whose autocorrelation is measured.
+# Shares are rounded to multiples of 1/SHARE_SCALE, so that sums of their products are exact in any
+# order.
+SHARE_SCALE = 1 << 16
+# The autocorrelation of a trace is measured in pieces: fewest tokens of a piece, and most pieces.
 PIECE, PIECES = 16, 2048
 # Gaps between seen and held-out runs may take one fourth of the traffic.
 LOST = 4
-# Runs that consecutive seeds hold out begin at places far from each other.
+# Multiples of the golden ratio, modulo 1, are far from each other: so are the runs that consecutive
+# seeds hold out.
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -82,7 +87,7 @@ class Autocorrelation:
     correlation_length: int = 1
 
     def number(self, windows: int) -> int:
-        """Compute the effective sample size of so many windows."""
+        """Compute the effective sample size of a number of windows."""
         return int(windows / self.correlation_time + 1e-9)
 
 
@@ -132,7 +137,7 @@ class Samples:
     all_alike
         Whether sequences differ by no more than the noise of their tokens.
     likeness
-        What sequences, or windows, of a kind have in common.
+        Similarity of the sequences, or windows, of a kind.
     """
 
     name: Name
@@ -168,32 +173,43 @@ class Samples:
             # Where this traffic is a part of a recording, its windows are of fewer kinds.
             label = find_samples(traffic).kinds
         if label is None:
-            windows = max(len(rows) // traffic.rows_in(window or choose_piece_size(traffic)), 1)
-            samples = self.autocorrelation.number(windows)
-            number = max(min(samples, folds or FOLDS), 1)
-            if self.autocorrelation.correlation_length > 1 and folds is None:
-                number = max(min(samples // RUN, FOLDS), min(samples, FEWEST_RUNS), 1)
-            fold = np.arange(len(rows)) * number // max(len(rows), 1)
-            return Folds(fold.astype(np.min_scalar_type(number)), number, samples)
-        label = check.at(label, rows)
-        labels = check.distinct(label)
-        sample = check.ranks(label, labels)
-        first, sizes = check.first_of(sample, len(labels)), check.counts(sample, len(labels))
-        number = max(min(len(sizes), folds or FOLDS), 1)
-        fold = np.empty(len(sizes), dtype=np.min_scalar_type(number))
-        smallest = [(0, number_of_fold) for number_of_fold in range(number)]
-        # Dealt by length, folds would be more alike than samples are, where lengths tell subjects.
-        order = np.random.default_rng(0).permutation(len(sizes))
-        for place in np.argsort(first)[order].tolist():
-            size, fold[place] = heapq.heappop(smallest)
-            heapq.heappush(smallest, (size + int(sizes[place]), int(fold[place])))
-        return Folds(check.at(fold, sample), number, len(sizes))
+            return self._deal_runs(traffic, len(rows), window, folds)
+        return _deal_samples(check.at(label, rows), folds)
+
+    def _deal_runs(
+        self, traffic: Recording, rows: int, window: int | None, folds: int | None
+    ) -> Folds:
+        """Deal rows of the traffic into folds that are runs of them, of equal length."""
+        windows = max(rows // traffic.rows_in(window or choose_piece_size(traffic)), 1)
+        samples = self.autocorrelation.number(windows)
+        number = max(min(samples, folds or FOLDS), 1)
+        if self.autocorrelation.correlation_length > 1 and folds is None:
+            number = max(min(samples // SAMPLES_PER_RUN, FOLDS), min(samples, FEWEST_RUNS), 1)
+        fold = np.arange(rows) * number // max(rows, 1)
+        return Folds(fold.astype(np.min_scalar_type(number)), number, samples)
 
     def label_tokens(self, sequence: NDArray[np.int32]) -> NDArray[np.int32]:
         """Return the label of the sample that every token is of, given its sequence [t]."""
         if self.sequences is None or self.kinds is None:
             return sequence
         return check.at(self.kinds.astype(np.int32), check.ranks(sequence, self.sequences))
+
+
+def _deal_samples(label: Integers, folds: int | None) -> Folds:
+    """Deal whole samples into folds, given the sample of every row [n]."""
+    labels = check.distinct(label)
+    sample = check.ranks(label, labels)
+    first, sizes = check.first_of(sample, len(labels)), check.counts(sample, len(labels))
+    number = max(min(len(sizes), folds or FOLDS), 1)
+    fold = np.empty(len(sizes), dtype=np.min_scalar_type(number))
+    smallest = [(0, number_of_fold) for number_of_fold in range(number)]
+    # The order is random: dealt from the longest sample to the shortest, folds would be more alike
+    # than samples are wherever subjects differ in length.
+    order = np.random.default_rng(0).permutation(len(sizes))
+    for place in np.argsort(first)[order].tolist():
+        size, fold[place] = heapq.heappop(smallest)
+        heapq.heappush(smallest, (size + int(sizes[place]), int(fold[place])))
+    return Folds(check.at(fold, sample), number, len(sizes))
 
 
 def find_samples(
@@ -220,6 +236,7 @@ def find_samples(
 def _find_samples_anew(
     traffic: Recording, window: int | None, threads: int | None, progress: Progress | None
 ) -> Samples:
+    """Compute what ``find_samples`` returns."""
     if isinstance(traffic, RoutingStatistics):
         return _find_samples_of_windows(traffic)
     if traffic.sequence is not None:
@@ -309,9 +326,10 @@ def measure_autocorrelation(
     # Cut off where the cumulative sum is largest: what follows alternates, or is negative.
     correlation = correlation[: int(np.cumsum(correlation).argmax()) + 1]
     time = 1 + 2 * max(float(correlation.sum()), 0.0)
-    # Where two slow paths take turns, correlations alternate, but each path lasts as long as ever.
-    lasting = float((np.arange(1, len(correlation) + 1) * correlation).sum()) / time
-    time = max(time, LASTING * lasting)
+    # Where two slow processes take turns, correlations alternate and their sum is small, but each
+    # process stays alike as long as ever: the mean lag shows it.
+    mean_lag = float((np.arange(1, len(correlation) + 1) * correlation).sum()) / time
+    time = max(time, TIMES_MEAN_LAG * mean_lag)
     if len(covariance) > len(share) / RECURS:
         # Windows that recur up to the end are worth no more than those of one period.
         time = max(time, float(weight[-1] * len(covariance)))
@@ -339,7 +357,7 @@ def _compute_shares(
     share = subtract_levels(share, group)
     # Windows without tokens must not look alike.
     share[total.sum(axis=(1, 2)) == 0] = 0
-    return np.round(share * PART), float(noise.sum()) / windows * PART**2
+    return np.round(share * SHARE_SCALE), float(noise.sum()) / windows * SHARE_SCALE**2
 
 
 def _measure_lags(share: Floats, label: NDArray[np.int64]) -> tuple[Floats, Floats, float]:
@@ -348,7 +366,7 @@ def _measure_lags(share: Floats, label: NDArray[np.int64]) -> tuple[Floats, Floa
     Lags end where windows are no more alike than any two; there may be none. The weight of a lag is
     from 0 to 1, by how far its autocovariance is beyond chance. The mean over any two windows of a
     group [W] is subtracted: around the mean of their group they are slightly anticorrelated, and
-    windows of different groups are not.
+    windows of different groups are not correlated.
     """
     windows = len(share)
     if windows < 3 or not share.any():
@@ -366,15 +384,15 @@ def _measure_lags(share: Floats, label: NDArray[np.int64]) -> tuple[Floats, Floa
     for first in range(0, furthest, 2):
         pair, second = slice(first, first + 2), slice(first + 1, first + 2)
         pair_score = float(covariances[pair].sum() / np.sqrt((errors[pair] ** 2).sum()))
-        weight[pair] = _weigh_evidence(np.maximum(pair_score, score[pair]), ALIKE)
-        if pair_score <= ALIKE:
-            weight[second] = _weigh_evidence(score[second], ALIKE)
+        weight[pair] = _weigh_evidence(np.maximum(pair_score, score[pair]), SCORE_IN_SEQUENCE)
+        if pair_score <= SCORE_IN_SEQUENCE:
+            weight[second] = _weigh_evidence(score[second], SCORE_IN_SEQUENCE)
         if not weight[first]:
             break
         lags = first + 1 + int((weight[second] > 0).sum())
     weight[lags:] = 0
     # Neighbouring pairs of windows are alike, so they are fewer independent pairs than they seem.
-    single = _weigh_evidence(score, SURE * math.sqrt(1 + lags))
+    single = _weigh_evidence(score, SCORE_ALONE * math.sqrt(1 + lags))
     # Where windows recur at a lag, all shorter lags count as much.
     weight = np.maximum(weight, np.maximum.accumulate(single[::-1])[::-1])
     lags = int(np.flatnonzero(weight).max(initial=-1)) + 1

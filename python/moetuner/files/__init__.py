@@ -35,9 +35,9 @@ LONGEST_STEM = 50
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that replaces it on success, vanishes on failure.
 
-    A link stays, and what it points to is replaced. A file that is there keeps its mode. What is no
-    regular file (a pipe, a device, an open descriptor such as ``/dev/stdout``) gets the bytes
-    written to it in the end. Temporary files that killed processes left behind are deleted.
+    A link stays, and its target is replaced. An existing file keeps its mode. A path that is no
+    regular file (a pipe, a device, an open descriptor such as ``/dev/stdout``) gets the bytes in
+    the end. Temporary files that killed processes left behind are deleted.
     """
     path = Path(path)
     temporary: Path | None = None
@@ -70,7 +70,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
             os.close(lock)
     except OSError as error:
-        # That of another file says so.
+        # An error of another file names that file.
         named = None if error.filename is None else str(error.filename)
         if named not in (None, str(temporary), str(path)) and not named.endswith(TEMPORARY):
             raise
@@ -79,31 +79,31 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def same_file(a: str | Path, b: str | Path) -> bool:
-    """Whether two paths name one regular file, or would if it were there."""
+    """Return whether two paths name one regular file, or would if it existed."""
     try:
-        one, other = Path(a).stat(), Path(b).stat()
+        status, other_status = Path(a).stat(), Path(b).stat()
     except OSError:
         return os.path.realpath(a) == os.path.realpath(b)
-    return stat.S_ISREG(one.st_mode) and os.path.samestat(one, other)
+    return stat.S_ISREG(status.st_mode) and os.path.samestat(status, other_status)
 
 
 def descriptor_of(path: str | Path) -> int | None:
     """Return the open descriptor of this process that a path names, as ``/dev/stdout`` does."""
     descriptors = f"/proc/{os.getpid()}/fd"
-    at = Path.cwd() / path
+    target = Path.cwd() / path
     for _ in range(40):  # as many links as Linux follows
-        folder = Path(os.path.realpath(at.parent))
-        if str(folder) == descriptors and at.name.isdigit():
-            return int(at.name)
-        at = folder / at.name
-        if not at.is_symlink():
+        folder = Path(os.path.realpath(target.parent))
+        if str(folder) == descriptors and target.name.isdigit():
+            return int(target.name)
+        target = folder / target.name
+        if not target.is_symlink():
             return None
-        at = folder / at.readlink()
+        target = folder / target.readlink()
     return None
 
 
 def is_stream(path: Path) -> bool:
-    """Whether a path stands for a pipe, a device or an open descriptor, which have no endings."""
+    """Return whether a path is a pipe, a device or an open descriptor, which need no suffix."""
     if descriptor_of(path) is not None:
         return True
     try:
@@ -125,9 +125,9 @@ def _write_through(source: Path, path: Path) -> None:
 
 
 def _make_beside(target: Path, mode: int) -> tuple[Path, int]:
-    """Make a temporary file and lock it: the lock says that its process lives.
+    """Make a temporary file and lock it: the lock shows that its process lives.
 
-    Before it is locked, another process that writes there may take it for one that was left behind.
+    Before it is locked, another process may take it for one that was left behind, and delete it.
     """
     while True:
         name = f".{target.name[:LONGEST_STEM]}.{secrets.token_hex(4)}{TEMPORARY}"
@@ -149,9 +149,9 @@ def _make_beside(target: Path, mode: int) -> tuple[Path, int]:
 
 
 def delete_left_behind(folder: Path, names: str) -> None:
-    """Delete temporary files whose processes are dead: their locks are free.
+    """Delete temporary files of dead processes, whose locks are free.
 
-    They are those of what has a name like ``names``, a pattern.
+    ``names`` is a pattern for the names of the files that they were to replace.
     """
     with suppress(OSError):
         for path in [*folder.glob(f".{names}.{8 * '[0-9a-f]'}{TEMPORARY}")]:
@@ -178,13 +178,13 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Put the path in front of what is wrong with the file's content, in one line."""
+    """Put the path in front of an error in the file's content, in one line."""
     try:
         yield
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError, EOFError) as error:
         text = str(error).removeprefix(f"{path}: ") or type(error).__name__
         # Some of it may be the content of the file, of any length and with any control character.
-        if isinstance(error, MissingArgumentError):  # all others are of the file's own fields
+        if isinstance(error, MissingArgumentError):  # other errors name fields of the file
             names = error.arguments
             raise MissingArgumentError(printable(text), *names, place=line(str(path))) from None
         raise ValueError(f"{line(str(path))}: {printable(text)}") from None

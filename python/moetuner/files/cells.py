@@ -33,7 +33,10 @@ def digits(value: float | None) -> str:
 
 def unit_of_time(us: float) -> tuple[str, float]:
     """Return the unit in which a time is short, and its microseconds."""
-    return ("us", 1.0) if us < 1e3 else ("ms", 1e3) if us < 1e6 else ("s", 1e6)
+    for unit, size in (("us", 1.0), ("ms", 1e3)):
+        if us < 1e3 * size:
+            return unit, size
+    return "s", 1e6
 
 
 def duration(us: float) -> str:
@@ -67,7 +70,7 @@ def counted(number: int, noun: str) -> str:
 def in_bytes(count: float) -> str:
     """Write a number of bytes."""
     for unit in ("B", "kB", "MB", "GB"):
-        # What three digits round up to 1,000 is one of the next unit.
+        # A number that rounds to 1,000 in three digits is 1 of the next unit.
         if float(f"{count:.3g}") < 1000:
             return f"{count:.3g} {unit}"
         count /= 1000

@@ -1,4 +1,4 @@
-"""What files hold of traces and statistics, and writing them: safetensors, ``.npz``, ``.npy``."""
+"""Read and write traces and statistics: safetensors, ``.npz`` and ``.npy``."""
 
 from __future__ import annotations
 
@@ -19,20 +19,27 @@ from moetuner.files.ids import Ids, in_memory
 
 TRACE_FORMAT, STATISTICS_FORMAT = "moetuner.trace", "moetuner.statistics"
 VERSION = "1"
-# Sets of all layers one after the other: ids [sum N, K], counts [sum N], and how many a layer has
-# [L].
+# Sets of all layers one after the other: ids [sum N, K], counts [sum N], and sets per layer [L].
 SET_TABLES = ("set_ids", "set_counts", "sets_per_layer")
 TABLES = ("load", "transitions", "coactivation", "group", *SET_TABLES)
-# What a counted recording was drawn from: its tables, and its numbers.
+# Tables and numbers of a ``Population``, as a file has them.
 Population = tuple[dict[str, NDArray[Any]], dict[str, int | None]]
 POPULATION = "population."
 POPULATION_TABLES = (
-    *("load", "rows", "labels", "stretch_hash", "stretch_rows", "stretch_recording"),
-    *("stretch_place", "stretch_lowest", "stretch_highest"),
+    "load",
+    "rows",
+    "labels",
+    "stretch_hash",
+    "stretch_rows",
+    "stretch_recording",
+    "stretch_place",
+    "stretch_lowest",
+    "stretch_highest",
 )
 POPULATION_NUMBERS = ("sample", "limit", "recordings", "unreadable", "sequences")
 ARRAYS = ("expert_ids", "load", "sequence", "group")
-# What an archive says about them: numpy's letters of the types, dimensions, and that in words.
+# Further arrays of an archive, which describe these: numpy's letters of the types that they may
+# have, their dimensions, and both in words.
 ABOUT = {
     "group_names": ("U", 1, "texts [n]"),
     "model": ("U", 0, "one text"),
@@ -42,7 +49,7 @@ ABOUT = {
 
 @dataclass(frozen=True)
 class TraceContents:
-    """What a file says or is to say. Read ones: ids in memory are checked, labels are not."""
+    """The contents of a trace's file; of those that were read, labels are not checked yet."""
 
     ids: Ids
     num_experts: int
@@ -55,7 +62,7 @@ class TraceContents:
 
 
 class TraceInParts:
-    """A trace that comes part by part: ids are checked as they come, held in the narrowest type."""
+    """A trace that is added part by part: ids are checked, and stored in the narrowest type."""
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts, self.tokens = num_experts, 0
@@ -63,7 +70,7 @@ class TraceInParts:
         self.labels: dict[str, list[NDArray[Any]]] = {}
 
     def add(self, ids: NDArray[Any], **labels: NDArray[Any]) -> None:
-        """Take in tokens [t,L,K] of the same sizes as those before, and labels of theirs [t]."""
+        """Add tokens [t,L,K] of the same sizes as those before, and their labels [t]."""
         if not self.ids:
             _checks.check_sizes(ids.shape, ids.dtype, self.num_experts)
         part: NDArray[Any] = _checks.valid(ids, self.num_experts, self.tokens)
@@ -72,8 +79,8 @@ class TraceInParts:
         for name, values in labels.items():
             self.labels.setdefault(name, []).append(values)
 
-    def contents(self, **more: Any) -> TraceContents:
-        """Return the trace, and forget its parts, of which there must be one."""
+    def contents(self, **fields: Any) -> TraceContents:
+        """Return the trace with further fields, and drop its parts; there must be one or more."""
         ids: Any = np.empty((self.tokens, *self.ids[0].shape[1:]), self.ids[0].dtype)
         end = self.tokens
         while self.ids:  # memory of a part is free as soon as it is copied
@@ -81,7 +88,7 @@ class TraceInParts:
             ids[end - len(part) : end] = part
             end -= len(part)
         labels = {name: np.concatenate(parts) for name, parts in self.labels.items()}
-        return TraceContents(in_memory(ids), self.num_experts, **{**labels, **more})
+        return TraceContents(in_memory(ids), self.num_experts, **{**labels, **fields})
 
 
 def read_trace(path: Path, kind: Kind, num_experts: int | None) -> TraceContents:
@@ -95,17 +102,18 @@ def read_trace(path: Path, kind: Kind, num_experts: int | None) -> TraceContents
             # Column-major, a token's ids are spread over the whole file.
             values = npz.read_npy(path) if fortran else None
         elif kind == "npz":
-            arrays, metadata = _archive(path, "expert_ids")
+            arrays, metadata = _read_archive(path, "expert_ids")
             values = arrays["expert_ids"]
         else:
             header, values = safetensors.read_header(path), None
-            metadata = _about(
+            # The library of safetensors writes neither format nor version.
+            metadata = _parse_metadata(
                 {"format": TRACE_FORMAT, "version": VERSION, **header.metadata}, TRACE_FORMAT
             )
             place = header.tensor("expert_ids")
-            arrays = _tables(path, header, ("sequence", "group"))
+            arrays = _read_tables(path, header, ("sequence", "group"))
             metadata["population"] = _read_population(path, header)
-        experts = _experts(num_experts, metadata.pop("num_experts", None))
+        experts = _choose_experts(num_experts, metadata.pop("num_experts", None))
         return TraceContents(
             Ids.in_file(path, place, experts) if values is None else Ids.of(values, experts),
             experts,
@@ -134,7 +142,7 @@ def write_trace(contents: TraceContents, path: Path, source: str | None, shard_b
 
 
 def holds_statistics(path: Path) -> bool:
-    """Whether a file says that it holds counts, well or damaged."""
+    """Return whether a file claims to hold counts; it may be damaged."""
     kind = kind_of(path)
     if kind == "safetensors":
         return safetensors.read_header(path).metadata.get("format") == STATISTICS_FORMAT
@@ -146,7 +154,7 @@ def holds_statistics(path: Path) -> bool:
 
 
 def is_own(path: Path) -> bool:
-    """Whether a file says that moetuner wrote it, so that its axes are known."""
+    """Return whether a file claims that moetuner wrote it, so that its axes are known."""
     if kind_of(path) != "safetensors":
         return False
     form = safetensors.read_header(path).metadata.get("format")
@@ -154,11 +162,11 @@ def is_own(path: Path) -> bool:
 
 
 def read_statistics(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Read saved statistics or a load table, unchecked: tables, and what is said about them."""
+    """Read saved statistics or a load table, unchecked: tables, and metadata."""
     kind = kind_of(path)
     with naming(path):
         if kind == "npz":
-            arrays, metadata = _archive(path, "load")
+            arrays, metadata = _read_archive(path, "load")
             if metadata["group_names"] is None and "group" in arrays:
                 metadata["group_names"] = _checks.name_groups(arrays["group"])
             del metadata["num_experts"]
@@ -166,13 +174,13 @@ def read_statistics(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]
         if kind != "safetensors":
             raise ValueError("must be saved statistics (safetensors) or a load table (.npz)")
         header = safetensors.read_header(path)
-        metadata = _about(header.metadata, STATISTICS_FORMAT)
+        metadata = _parse_metadata(header.metadata, STATISTICS_FORMAT)
         header.tensor("load")
         del metadata["num_experts"]
         for name in ("window", "set_tokens", "top_k"):
-            metadata[name] = _integer(name, header.metadata.get(name))
+            metadata[name] = _parse_integer(name, header.metadata.get(name))
         metadata["population"] = _read_population(path, header)
-        return _tables(path, header, TABLES), metadata
+        return _read_tables(path, header, TABLES), metadata
 
 
 def write_statistics(
@@ -198,7 +206,7 @@ def _facts_of(population: Population | None) -> dict[str, str]:
 
 
 def _read_population(path: Path, header: safetensors.Header) -> Population | None:
-    """Read what the rows of a file were drawn from; None where it says nothing."""
+    """Read the population that the rows of a file were drawn from; None where it has none."""
     text = header.metadata.get("population")
     if text is None:
         return None
@@ -208,13 +216,14 @@ def _read_population(path: Path, header: safetensors.Header) -> Population | Non
         raise ValueError(f"population must be JSON: {error}") from None
     if not isinstance(numbers, dict) or set(numbers) != set(POPULATION_NUMBERS):
         raise ValueError(f"population must have {', '.join(POPULATION_NUMBERS)}, got {shown(text)}")
-    return {n: safetensors.read(path, header.tensor(POPULATION + n)) for n in POPULATION_TABLES}, (
-        numbers
-    )
+    tables = {
+        name: safetensors.read(path, header.tensor(POPULATION + name)) for name in POPULATION_TABLES
+    }
+    return tables, numbers
 
 
 def _write(path: Path, tensors: Mapping[str, safetensors.Pieces], metadata: dict[str, Any]) -> None:
-    """Write tensors, and as metadata what is not None."""
+    """Write tensors, and the metadata that are not None."""
     metadata |= {
         "group_names": json.dumps(metadata["group_names"]),
         "expert_size": _checks.format_size(metadata["expert_size"]),
@@ -224,15 +233,15 @@ def _write(path: Path, tensors: Mapping[str, safetensors.Pieces], metadata: dict
         safetensors.write(temporary, tensors, {"version": VERSION, **metadata})
 
 
-def _tables(
+def _read_tables(
     path: Path, header: safetensors.Header, names: Sequence[str]
 ) -> dict[str, NDArray[Any]]:
-    """Read those of some arrays that a file has."""
-    return {n: safetensors.read(path, header.tensor(n)) for n in names if n in header}
+    """Read the arrays of these names that a file has."""
+    return {name: safetensors.read(path, header.tensor(name)) for name in names if name in header}
 
 
-def _about(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
-    """Check what a file says that it is; return what it says about its arrays."""
+def _parse_metadata(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
+    """Check format and version of a file; return the metadata of its arrays."""
     version = metadata.get("format"), metadata.get("version")
     if version != (name, VERSION):
         raise ValueError(
@@ -240,13 +249,13 @@ def _about(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
         )
     return {
         "num_experts": metadata.get("num_experts"),
-        "group_names": _list(metadata.get("group_names", "null")),
+        "group_names": _parse_group_names(metadata.get("group_names", "null")),
         "model": metadata.get("model"),
         "expert_size": _checks.parse_size(metadata.get("expert_size")),
     }
 
 
-def _list(text: str) -> Any:
+def _parse_group_names(text: str) -> Any:
     """Return the names of groups in metadata."""
     try:
         return json.loads(text)
@@ -254,15 +263,15 @@ def _list(text: str) -> Any:
         raise ValueError(f"group_names must be JSON: {error}") from None
 
 
-def _integer(name: str, text: str | None) -> int | None:
+def _parse_integer(name: str, text: str | None) -> int | None:
     """Return an integer of metadata; None where it is not there."""
     if text is not None and not re.fullmatch(r"-?\d{1,18}", text, re.ASCII):
         raise ValueError(f"{name} must be an integer, got {shown(text)}")
     return None if text is None else int(text)
 
 
-def _archive(path: Path, wanted: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Read an archive of a trace or a load table: its arrays, and what it says about them."""
+def _read_archive(path: Path, wanted: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """Read an archive of a trace or a load table: its arrays, and its metadata."""
     arrays = npz.read_npz(path, (*ARRAYS, *ABOUT))
     if wanted not in arrays:
         kinds = {"expert_ids": "a trace", "load": "a load table"}
@@ -271,19 +280,21 @@ def _archive(path: Path, wanted: str) -> tuple[dict[str, NDArray[Any]], dict[str
             loader = "RoutingTrace" if other == "expert_ids" else "RoutingStatistics"
             raise ValueError(f"holds {kinds[other]}, not {kinds[wanted]}; {loader}.load reads it")
         raise ValueError(f"must hold an array '{wanted}' (or '{other}', {kinds[other]})")
-    values = {}
-    for name, (kinds_of, axes, rule) in ABOUT.items():
+    values: dict[str, Any] = {}
+    for name, (letters, dimensions, rule) in ABOUT.items():
         array = arrays.pop(name, None)
-        values[name] = None if array is None else array.tolist()
-        if array is not None and (
-            array.ndim != axes or (array.size and array.dtype.kind not in kinds_of)
-        ):
+        if array is None:
+            values[name] = None
+            continue
+        has_wrong_type = array.size and array.dtype.kind not in letters
+        if array.ndim != dimensions or has_wrong_type:
             raise ValueError(f"{name} must be {rule}, got {shown(array)}")
+        values[name] = array.tolist()
     return arrays, values
 
 
-def _experts(argument: int | None, in_file: int | str | None) -> int:
-    """Return experts per layer: as the caller says, else as the file says."""
+def _choose_experts(argument: int | None, in_file: int | str | None) -> int:
+    """Return experts per layer: the caller's argument, else the number in the file."""
     if argument is not None:
         return experts_in(argument)
     if in_file is None:

@@ -1,7 +1,7 @@
-"""Where expert ids [T,L,K] are: in memory, in a file, or a selection, sequence or order of these.
+"""Expert ids [T,L,K] in memory or in a file; selections, sequences and orders of them.
 
-All give the same two things: valid shards in order, and one array. What lies in a file stays there
-until a shard of it is read, and is validated then.
+Every kind gives valid shards in order, and one array. Ids in a file stay there until a shard of
+them is read, and are validated then.
 """
 
 from __future__ import annotations
@@ -25,16 +25,19 @@ Mask = NDArray[np.bool_] | None
 Numbers = NDArray[np.intp] | None
 LeftOut = tuple[int, tuple[int, ...]]
 
-# Bytes of an array of which a selection is copied at once: it is read faster then.
+# Bytes of an array up to which a selection is copied at once: a copy is read faster.
 COPIED_BYTES = 64 << 20
-# Tokens whose marks are counted together, to find the one of a number among them.
+# Tokens of a block whose marks are counted together, to find a token by its number among the marked
+# ones.
 MARKS = 1 << 12
-# Bytes between two tokens that are read from which the file is read anew behind them: reading and
-# checking as many takes as long as another call.
+# Largest gap between two chosen tokens, in bytes, that is read with them. Reading so many bytes
+# takes as long as another call.
 GAP_BYTES = 1 << 16
-# Bytes of tokens in another order that are gathered at once. Where they lie all over a file, and it
-# is read for each of them several times over, there are no more than so many parts.
-GATHERED_BYTES, MOST_PARTS = 64 << 20, 8
+# Bytes of tokens in another order that are gathered at once.
+GATHERED_BYTES = 64 << 20
+# Where the tokens of an order lie all over a file, every part of the order reads most of the file.
+# Then there are no more parts than this.
+MOST_PARTS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +51,8 @@ class Ids:
     tokens, layers
         Marked tokens and numbered layers of the parts; None selects all.
     left_out
-        How many hidden layers were recorded, and the numbers of those that were left out as dense;
-        None where all have experts, or nothing is known of others.
+        Number of hidden layers that were recorded, and the numbers of the dense ones among them,
+        which were left out; None where all have experts, or dense layers are unknown.
     """
 
     parts: tuple[IdArray | IdsInFile | ReorderedIds | Ids, ...]
@@ -59,13 +62,13 @@ class Ids:
 
     @classmethod
     def of(cls, values: NDArray[np.generic], num_experts: int) -> Ids:
-        """Validate and wrap; uint8 and uint16 are not copied if they are C-contiguous."""
+        """Check ids [T,L,K] and wrap them; uint8 and uint16 are not copied if C-contiguous."""
         check_sizes(values.shape, values.dtype, num_experts)
         return in_memory(valid(values, num_experts))
 
     @classmethod
     def in_file(cls, path: Path, stored: TensorInFile, num_experts: int) -> Ids:
-        """Check sizes and type of an array in a file; the ids themselves are not touched."""
+        """Wrap an array in a file after checking its sizes and type; no id is read."""
         check_sizes(stored.shape, stored.dtype, num_experts)
         size = size_holding(path, stored)
         return cls((IdsInFile(path, stored, num_experts, size, path.stat().st_ino),))
@@ -100,7 +103,7 @@ class Ids:
     def shards(self, max_bytes: int, threads: int | None = None) -> Iterator[IdArray]:
         """Read valid runs of tokens [t,L,K], C-contiguous, in order, none of them empty.
 
-        What is in a file is validated on so many threads, all cores by default.
+        Ids in a file are validated on ``threads`` threads, all cores by default.
         """
         first = 0
         for part in self.parts:
@@ -109,13 +112,13 @@ class Ids:
             else:
                 shards = part.shards(max_bytes, threads)
             for shard in shards:
-                here = None if self.tokens is None else self.tokens[first : first + len(shard)]
+                marks = None if self.tokens is None else self.tokens[first : first + len(shard)]
                 first += len(shard)
-                if here is None or here.any():
-                    selected: Any = _select(shard, here, self.layers)
+                if marks is None or marks.any():
+                    selected: Any = _select(shard, marks, self.layers)
                     yield selected.astype(self.dtype, copy=False)
                     del selected
-                del shard  # else the next one is made while this one is still there
+                del shard  # else memory holds it while the next one is made
 
     def chosen(
         self, items: NDArray[np.integer[Any]], max_bytes: int, threads: int | None = None
@@ -136,11 +139,11 @@ class Ids:
             for piece in pieces:
                 selected: Any = _select(piece, None, self.layers)
                 yield selected.astype(self.dtype, copy=False)
-                del selected, piece  # else the next one is read while this one is still there
+                del selected, piece  # else memory holds them while the next one is read
 
     @cached_property
     def _marked_before(self) -> NDArray[np.int64]:
-        """How many tokens are marked before every block of ``MARKS``."""
+        """Number of marked tokens before every block of ``MARKS`` tokens."""
         assert self.tokens is not None
         starts = np.arange(0, len(self.tokens), MARKS)
         counts = np.add.reduceat(self.tokens, starts, dtype=np.int64) if len(starts) else starts
@@ -148,7 +151,10 @@ class Ids:
         return before
 
     def _places_of(self, items: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
-        """Return which tokens of the parts the marked ones of these rising numbers are."""
+        """Return the places [n] in the parts of marked tokens, given their rising numbers [n].
+
+        Numbers count the marked tokens only.
+        """
         if not len(items):
             return items
         assert self.tokens is not None
@@ -159,7 +165,7 @@ class Ids:
         return places
 
     def array(self) -> IdArray:
-        """Return all ids [T,L,K]; those of a file not yet validated."""
+        """Return all ids [T,L,K]; a single array in a file is mapped, and not validated."""
         if isinstance(self.whole, np.ndarray):
             return self.whole
         if isinstance(self.whole, IdsInFile) and self.whole.stored.dtype == self.dtype:
@@ -180,7 +186,7 @@ class Ids:
     def select(self, tokens: Mask, layers: Numbers) -> Ids:
         """Select the marked tokens and the numbered layers; None selects all.
 
-        Of a large array nothing is copied until it is read, as of a file.
+        A selection of a large array, or of a file, is copied when it is read.
         """
         if isinstance(self.whole, np.ndarray) and self.whole.nbytes <= COPIED_BYTES:
             return in_memory(_select(self.whole, tokens, layers))
@@ -189,7 +195,7 @@ class Ids:
     def reorder(self, order: NDArray[np.integer[Any]]) -> Ids:
         """Return the numbered tokens [n] in this order.
 
-        Of a large array nothing is copied until it is read, as of a file.
+        Tokens of a large array, or of a file, are copied when they are read.
         """
         if isinstance(self.whole, np.ndarray) and self.whole.nbytes <= COPIED_BYTES:
             return in_memory(self.whole[order])
@@ -218,7 +224,7 @@ class IdsInFile:
 
     @property
     def dtype(self) -> IdType:
-        """Type of the shards, which that of the file may not be."""
+        """Type of the shards; the file may have another one."""
         return id_type(self.stored.dtype, self.num_experts)
 
     def shards(self, max_bytes: int, threads: int | None) -> Iterator[IdArray]:
@@ -244,9 +250,9 @@ class IdsInFile:
     def _read_numbered(
         self, file: IO[bytes], items: NDArray[np.integer[Any]], limit: int, threads: int | None
     ) -> IdArray:
-        """Read and validate rising numbered tokens [n], at most so many at once.
+        """Read and validate rising numbered tokens [n], at most ``limit`` in one read.
 
-        What lies between two that are near each other is read, too, and not looked at.
+        Tokens in a small gap between two of them are read, too, and dropped.
         """
         _, layers, top_k = self.shape
         row = layers * top_k * self.stored.dtype.itemsize
@@ -263,7 +269,7 @@ class IdsInFile:
                 read = np.empty((number, layers, top_k), raw.dtype)
                 self._fill(file, read)
                 raw[run] = read[within]
-                del read  # else the next run is read while this one is still there
+                del read  # else memory holds it while the next run is read
         try:
             return valid(raw, self.num_experts, int(items[0]), threads)
         except ValueError:
@@ -272,18 +278,18 @@ class IdsInFile:
             raise
 
     def _read(self, file: IO[bytes], first: int, tokens: int, threads: int | None) -> IdArray:
-        """Read and validate so many tokens from where a file is, the first of this number."""
+        """Read and validate the next tokens of an open file; ``first`` is the first's number."""
         raw = np.empty((tokens, *self.shape[1:]), self.stored.dtype)
         self._fill(file, raw)
         return valid(raw, self.num_experts, first, threads)
 
     def _fill(self, file: IO[bytes], raw: NDArray[np.generic]) -> None:
-        """Read an array from where a file is."""
-        space, done = raw.reshape(-1).view(np.uint8), 0
-        while done < len(space):
-            count = cast(Any, file).readinto(space[done:])
+        """Fill an array with the next bytes of an open file."""
+        buffer, done = raw.reshape(-1).view(np.uint8), 0
+        while done < len(buffer):
+            count = cast(Any, file).readinto(buffer[done:])
             if not count:
-                missing = len(space) - done
+                missing = len(buffer) - done
                 raise ValueError(f"file shrank while it was read: {missing} bytes are missing")
             done += count
 
@@ -307,14 +313,14 @@ class IdsInFile:
 
 @dataclass(frozen=True, eq=False)
 class ReorderedIds:
-    """Numbered tokens of other ids in an order of their own, gathered as they are read.
+    """Tokens of other ids in another order, gathered when they are read.
 
     Parameters
     ----------
     ids
-        The others.
+        The other ids.
     order
-        Their tokens [n], each once at most.
+        Numbers of their tokens [n], each at most once.
     """
 
     ids: Ids
@@ -348,35 +354,35 @@ class ReorderedIds:
     def _gather(
         self, order: NDArray[np.integer[Any]], max_bytes: int, threads: int | None
     ) -> Iterator[IdArray]:
-        """Read tokens of an order in runs of at most so many bytes.
+        """Read tokens of an order in runs of at most ``max_bytes``.
 
-        Those of several runs are read together, in the order in which they lie.
+        The tokens of several runs are read together, in the order of the file.
         """
         _, layers, top_k = self.shape
         step = tokens_per_shard(self.shape, self.dtype, max_bytes)
-        many = max(self._tokens_at_once // step, 1) * step
-        for first in range(0, len(order), many):
-            numbers = order[first : first + many]
+        at_once = max(self._tokens_at_once // step, 1) * step
+        for first in range(0, len(order), at_once):
+            numbers = order[first : first + at_once]
             place = np.argsort(numbers)
             ids: Any = np.empty((len(numbers), layers, top_k), self.dtype)
             done = 0
             for piece in self.ids.chosen(numbers[place], max_bytes, threads):
                 ids[place[done : done + len(piece)]] = piece
                 done += len(piece)
-                del piece  # else the next one is read while this one is still there
+                del piece  # else memory holds it while the next one is read
             last = (len(ids) - 1) // step * step
             for begin in range(0, last, step):
                 yield ids[begin : begin + step]
             end = ids[last:].copy()
-            del ids  # else it is there while the next ones are gathered
+            del ids  # else memory holds it while the next ones are gathered
             yield end
             del end
 
     @cached_property
     def _tokens_at_once(self) -> int:
-        """How many tokens are gathered at once: more where they lie all over the file."""
+        """Number of tokens that are gathered at once: more where they lie all over the file."""
         row = self.shape[1] * self.shape[2] * self.dtype.itemsize
-        # Beside each token's ids its number is held, and where it is put.
+        # Memory also has each token's number and its place, 16 bytes.
         tokens = max(GATHERED_BYTES // (row + 16), 1)
         apart = np.diff(np.sort(self.order[:tokens]))
         read = int(apart[apart <= max(GAP_BYTES // row, 1)].sum())
@@ -384,10 +390,7 @@ class ReorderedIds:
 
 
 def read_ahead(pieces: Iterator[IdArray]) -> Iterator[IdArray]:
-    """Yield pieces of what is in a file, each of which is read while the one before is worked on.
-
-    A thread of its own reads them, for as long as there are some.
-    """
+    """Yield pieces of a file; a thread reads the next one while the caller works on this one."""
     from concurrent.futures import ThreadPoolExecutor  # which imports logging
 
     with ThreadPoolExecutor(1) as reader:
@@ -395,11 +398,11 @@ def read_ahead(pieces: Iterator[IdArray]) -> Iterator[IdArray]:
         while (piece := coming.result()) is not None:
             coming = reader.submit(next, pieces, None)
             yield piece
-            del piece  # else it is held while the next one but one is read
+            del piece  # else memory holds it while the next but one is read
 
 
 def joined(parts: tuple[Ids, ...]) -> Ids:
-    """Join ids one after the other: an array if all are in memory, else left where they are."""
+    """Join ids one after the other; they become one array if all are in memory."""
     together = Ids(parts)
     if all(isinstance(part.whole, np.ndarray) for part in parts):
         return in_memory(together.array())
@@ -414,9 +417,9 @@ def tokens_per_shard(shape: tuple[int, ...], dtype: np.dtype[Any], max_bytes: in
 
 
 def _runs(items: NDArray[np.integer[Any]], gap: int, length: int) -> Iterator[slice]:
-    """Yield runs of rising numbers [n], each of which are in a range of at most such a length.
+    """Yield runs of rising numbers [n], whose range is at most ``length`` long.
 
-    No two neighbours of a run are further apart than the gap.
+    Neighbours in a run are at most ``gap`` apart.
     """
     ends = [*(np.flatnonzero(np.diff(items) > gap) + 1).tolist(), len(items)]
     first = 0
@@ -444,5 +447,5 @@ def _select(ids: IdArray, tokens: Mask, layers: Numbers) -> IdArray:
 
 
 def in_memory(ids: IdArray) -> Ids:
-    """Wrap valid ids."""
+    """Wrap valid ids [T,L,K] that are in memory."""
     return Ids((cast(IdArray, frozen(cast("NDArray[np.generic]", ids))),))

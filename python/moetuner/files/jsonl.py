@@ -17,7 +17,7 @@ or one sequence per line, [T,L,K]::
 sequence without a number gets the number of its line, counted from 0. Other keys are ignored.
 Groups that the header does not name are numbered in the order in which they appear.
 
-Reading goes in batches of lines; memory holds one of them and the compact trace.
+Lines are read in batches; memory holds one batch and the compact trace.
 """
 
 from __future__ import annotations
@@ -49,20 +49,21 @@ def read(path: str | Path, *, num_experts: int | None = None) -> TraceContents:
 
 
 class _Reader:
-    """What the lines so far have said."""
+    """The header and the trace of the lines that were read so far."""
 
     def __init__(self, num_experts: int | None) -> None:
         self.given = self.experts = num_experts
         self.model: str | None = None
         self.expert_size: tuple[int, int] | None = None
         self.groups: dict[str, int] = {}
-        # Of all lines: which array they have, whether a sequence and a group, layers and top-k.
+        # The form of all lines: index of their array, whether they have a sequence and a group,
+        # layers, and top-k.
         self.form: NDArray[np.int64] | None = None
         self.trace: TraceInParts | None = None
         self.lines = 0
 
     def is_header(self, line: dict[str, Any]) -> bool:
-        """Take in the first line, if it is a header."""
+        """Read the first line if it is a header; return whether it is one."""
         if {"experts", "tokens"} & line.keys():
             return False
         if "schema" in line:
@@ -82,7 +83,7 @@ class _Reader:
         return True
 
     def add(self, lines: Lines) -> None:
-        """Take in lines, or none of them."""
+        """Add lines to the trace; add none of them if one is wrong."""
         if self.experts is None:
             raise MissingArgumentError(
                 'num_experts is needed: in a first line {"num_experts": N}, or from you',
@@ -93,10 +94,12 @@ class _Reader:
         forms = np.column_stack([*has, lines.sizes[:, 1:]])
         form = forms[0] if self.form is None else self.form
         if (forms != form).any():
-            before, here = _words(form), _words(forms[0])
-            raise ValueError(f"must have {before} like the lines before, got {here}")
+            expected, actual = _describe_form(form), _describe_form(forms[0])
+            raise ValueError(f"must have {expected} like the lines before, got {actual}")
         if (lines.sizes == 0).any():
-            raise ValueError(f"must have at least one token, layer and expert, got {_words(form)}")
+            raise ValueError(
+                f"must have at least one token, layer and expert, got {_describe_form(form)}"
+            )
         per_token, has_sequence, has_group = form[0] == 0, form[1], form[2]
         if not has_sequence:
             sequence = np.arange(self.lines, self.lines + len(lines))
@@ -106,7 +109,8 @@ class _Reader:
         if len(self.groups.keys() | set(groups)) > GROUP_LIMIT:
             raise ValueError(f"there must be at most {GROUP_LIMIT} groups, got {shown(groups[0])}")
         labels: dict[str, NDArray[Any]] = {}
-        labels |= {"sequence": sequence.astype(np.int32)} if has_sequence or not per_token else {}
+        if has_sequence or not per_token:
+            labels["sequence"] = sequence.astype(np.int32)
         if has_group:
             numbers = np.zeros(len(lines.names), dtype=np.int16)
             for at in np.unique(group):
@@ -120,7 +124,7 @@ class _Reader:
         self.lines += len(lines)
 
     def contents(self) -> TraceContents:
-        """Return what the lines say."""
+        """Return the trace of all lines, with the header's facts."""
         if self.trace is None:
             raise ValueError("must have at least one line with 'experts' or 'tokens', got none")
         return self.trace.contents(
@@ -128,8 +132,8 @@ class _Reader:
         )
 
 
-def _words(form: NDArray[np.int64]) -> str:
-    """Say what lines of a form have."""
+def _describe_form(form: NDArray[np.int64]) -> str:
+    """Write the keys, layers and ids of lines of a form."""
     labels = [name for name, has in zip(("sequence", "group"), form[1:], strict=False) if has]
     keys = ", ".join([KEYS.arrays[form[0]][0], *labels])
     return f"{keys} with {form[3]} layers of {form[4]} ids"

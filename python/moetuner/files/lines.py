@@ -1,7 +1,7 @@
 """JSON lines in batches, read by the core.
 
-A line that the core refuses is looked at once more as Python reads JSON: only what is wanted of it
-goes to the core again, so that NaN and escapes elsewhere do not matter.
+Python's JSON parser reads a line that the core refuses. Its wanted keys alone go to the core again,
+so NaN and escapes under other keys do not matter.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moetuner import _core
 from moetuner.files import naming
 from moetuner.files.text import parse_json
 
-Taken = TypeVar("Taken")
+Result = TypeVar("Result")
 
 LINE_LIMIT = 1 << 29
 BLOCK = 1 << 22
@@ -28,7 +28,10 @@ NO_INTEGER, NO_TEXT = -(1 << 63), -1
 
 
 class Keys(NamedTuple):
-    """What is read of a line: ids with 2 or 3 dimensions, one of them; integers; and texts."""
+    """Keys that are read from a line.
+
+    A line has one of ``arrays``, which are ids with 2 or 3 dimensions; integers; and texts.
+    """
 
     arrays: list[tuple[str, int]]
     integers: list[str]
@@ -37,21 +40,21 @@ class Keys(NamedTuple):
 
 @dataclass
 class Lines:
-    """Lines one after the other.
+    """Consecutive lines of a file, as columns.
 
     Attributes
     ----------
     numbers
         Number of every line [n], from 1.
     ids
-        Ids of all lines.
+        Ids of all lines, flat.
     array
-        Which array every line has [n], an index into ``Keys.arrays``.
+        The array that every line has [n], as an index into ``Keys.arrays``.
     sizes
-        Its sizes [n,3], outermost first; 1 in front of two.
+        Sizes of that array [n,3], outermost first; an array with two dimensions has 1 in front.
     columns
-        Integers of every line by key [n], ``NO_INTEGER`` where it has none; and texts, as indices
-        into ``names``, ``NO_TEXT`` where it has none.
+        By key, the integer of every line [n], or ``NO_INTEGER``; and by key, the text of every line
+        as an index into ``names``, or ``NO_TEXT``.
     names
         The texts that lines have.
     """
@@ -66,66 +69,78 @@ class Lines:
     def __len__(self) -> int:
         return len(self.array)
 
-    def hand_to(self, take: Callable[[Lines], Taken]) -> list[Taken]:
-        """Hand all lines over at once; where that fails, one by one. Returns what is given back."""
+    def hand_to(self, take: Callable[[Lines], Result]) -> list[Result]:
+        """Pass all lines to a function at once or, if that fails, one by one; return its results.
+
+        The error then has the number of the wrong line.
+        """
         try:
             return [take(self)]
         except ValueError as error:
             if len(self) == 1:
                 raise ValueError(f"line {self.numbers[0]}: {error}") from None
-        return [taken for line in self._one_by_one() for taken in line.hand_to(take)]
+        return [result for line in self._one_by_one() for result in line.hand_to(take)]
 
     def _one_by_one(self) -> Iterator[Lines]:
         ends = np.cumsum(self.sizes.prod(axis=1))
-        for at, ids in enumerate(np.split(self.ids, ends[:-1])):
-            one = slice(at, at + 1)
-            columns = {key: column[one] for key, column in self.columns.items()}
-            numbers = self.numbers[one]
-            yield Lines(numbers, ids, self.array[one], self.sizes[one], columns, self.names)
+        for place, ids in enumerate(np.split(self.ids, ends[:-1])):
+            line = slice(place, place + 1)
+            columns = {key: column[line] for key, column in self.columns.items()}
+            yield Lines(
+                self.numbers[line], ids, self.array[line], self.sizes[line], columns, self.names
+            )
 
 
 def batches(
     path: Path, keys: Keys, is_header: Callable[[dict[str, Any]], bool] = lambda _: False
 ) -> Iterator[Lines]:
-    """Read a file; ``is_header`` takes in the first line, if it is no data.
+    """Yield the lines of a file in batches; ``is_header`` may read the first line.
 
-    Memory holds a block of the file, or its longest line.
+    ``is_header`` returns False if the first line is data. Memory holds a block of the file, or its
+    longest line.
     """
-    number = 1
+    number = 1  # of the next line
     for block in _blocks(path):
-        at = 0
-        while at < len(block):
+        begin = 0  # of the next line in the block
+        while begin < len(block):
             if number > 1:
-                begin = at
-                at, ends, lines, _ = _scan(block, at, keys)
-                if ends > len(lines):  # some are blank
-                    texts = block[begin:at].split(b"\n")
+                end, line_ends, lines, _ = _scan(block, begin, keys)
+                if line_ends > len(lines):  # some are blank
+                    texts = block[begin:end].split(b"\n")
                     lines.numbers = [n for n, text in enumerate(texts, number) if text.strip()]
                 else:
                     lines.numbers = range(number, number + len(lines))
-                number += ends
+                begin, number = end, number + line_ends
                 if len(lines):
                     yield lines
-                if at == len(block):
+                if begin == len(block):
                     break
-            end = block.find(b"\n", at) + 1 or len(block)
-            if line := block[at:end].strip():
+            # The first line may be a header, and the core has refused the others that come here.
+            end = block.find(b"\n", begin) + 1 or len(block)
+            if line := block[begin:end].strip():
                 fields = fields_of(line, number)
                 with naming(f"line {number}"):
                     if number > 1 or not is_header(fields):
                         yield _single(fields, keys, number)
-            at, number = end, number + 1
+            begin, number = end, number + 1
 
 
 def _scan(text: bytes, start: int, keys: Keys) -> tuple[int, int, Lines, str | None]:
-    """Read plain lines: gives their end, their number, what they hold, and what ends them."""
-    at, ends, ids, table, names, refused = _core.scan_lines(text, start, *keys)
+    """Read plain lines from a start, up to the first one that the core refuses.
+
+    Returns
+    -------
+    tuple
+        The place behind the lines, the number of their ends, the lines without numbers, and why the
+        next line was refused; None at the end of the text.
+    """
+    end, line_ends, ids, table, names, refused = _core.scan_lines(text, start, *keys)
     columns = dict(zip([*keys.integers, *keys.texts], table.T[4:], strict=True))
-    return at, ends, Lines([], ids, table[:, 0], table[:, 1:4], columns, names), refused
+    return end, line_ends, Lines([], ids, table[:, 0], table[:, 1:4], columns, names), refused
 
 
 def _single(fields: dict[str, Any], keys: Keys, number: int) -> Lines:
-    """Return what an object says, as columns of one row."""
+    """Return the fields of one line as lines of one row."""
     arrays = [key for key, _ in keys.arrays]
     if not any(key in fields for key in arrays):
         raise ValueError(f"must have {' or '.join(map(repr, arrays))}, got keys {list(fields)[:8]}")

@@ -27,8 +27,8 @@ MAGIC = b"\x93NUMPY"
 HEADER_LIMIT = 1 << 16
 HEADERS = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
 
-# An archive that says it holds more than both of these is taken for a decompression bomb. Recorded
-# routing shrinks to about a half.
+# An archive is refused as a decompression bomb if it claims to hold more bytes than this, and more
+# times its own size than the ratio. Recorded routing shrinks to about a half.
 EXPANDED_LIMIT = 1 << 28
 RATIO_LIMIT = 100
 
@@ -70,7 +70,7 @@ def names_in_npz(path: Path) -> set[str]:
 
 
 def read_npz(path: Path, names: Collection[str]) -> dict[str, NDArray[Any]]:
-    """Read those of these arrays that an archive has; others are not looked at."""
+    """Read the arrays of these names that an archive has; others are not read."""
     size = size_of(path)
     with naming(path), open_archive(path) as archive:
         members = {
@@ -89,7 +89,7 @@ def read_npz(path: Path, names: Collection[str]) -> dict[str, NDArray[Any]]:
 
 @contextmanager
 def open_archive(path: Path, what: str = ".npz") -> Iterator[zipfile.ZipFile]:
-    """Open an archive; what zipfile raises of a damaged one becomes a ValueError."""
+    """Open an archive; errors of zipfile for a damaged one become ValueErrors."""
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive

@@ -38,7 +38,7 @@ HEADER_LIMIT = 1 << 24
 
 @dataclass(frozen=True)
 class TensorInFile:
-    """Where an array lies in a file: its type, shape and first byte."""
+    """The place of an array in a file: its type, shape and first byte."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -52,18 +52,17 @@ class TensorInFile:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says about itself."""
+    """The header of a file: metadata, entries of tensors by name, and the first byte after it."""
 
     metadata: dict[str, str]
     entries: dict[str, Any]
     data: int
-    """First byte after the header."""
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
 
     def tensor(self, name: str) -> TensorInFile:
-        """Place of a tensor."""
+        """Return the place of a tensor, checked."""
         if name not in self.entries:
             raise ValueError(f"must hold a tensor {name!r}, got {sorted(self.entries)[:8]}")
         entry = self.entries[name]
@@ -166,5 +165,5 @@ def write(path: Path, tensors: Mapping[str, Pieces], metadata: Mapping[str, str]
 
 
 def is_size(value: object) -> bool:
-    """Whether a value of a file is a whole number that sizes and places may be."""
+    """Return whether a value of a file is a whole number that may be a size or a place."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 48

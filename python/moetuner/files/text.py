@@ -1,4 +1,4 @@
-"""JSON as its standard has it."""
+"""Read JSON as its standard defines it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from moetuner._checks import shown
 
 
 def parse_json(content: bytes | str, *, allow_nan: bool = False) -> dict[str, Any]:
-    """Read an object of JSON as its standard has it: every key once, and no NaN.
+    """Read a JSON object as the standard defines it: every key once, and no NaN.
 
-    Python writes NaN, so what engines write with it may have some in unused fields.
-    Of two values of a key readers would take different ones.
+    Python writes NaN, so files of engines may have it in unused fields: ``allow_nan`` allows it.
+    Repeated keys are refused, as readers would differ in the value that they take.
     """
     try:
         refuse = None if allow_nan else _refuse
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-        fields = json.loads(text, object_pairs_hook=_once, parse_constant=refuse)
+        fields = json.loads(text, object_pairs_hook=_refuse_repeated_keys, parse_constant=refuse)
     except RecursionError:
         raise ValueError("must be JSON: nested too deeply") from None
     except ValueError as error:
@@ -27,7 +27,7 @@ def parse_json(content: bytes | str, *, allow_nan: bool = False) -> dict[str, An
     return fields
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -41,4 +41,4 @@ def _refuse(constant: str) -> None:
 
 
 # Reads a value where others follow it, by the same rules.
-DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_refuse)
+DECODER = json.JSONDecoder(object_pairs_hook=_refuse_repeated_keys, parse_constant=_refuse)

@@ -84,20 +84,23 @@ class Hints:
             )
 
     def check_axes(self, traffic: Traffic) -> None:
-        """Raise if sizes show that axes are in a wrong order."""
+        """Raise if sizes, or repeated experts, show that axes are in a wrong order."""
         layers, order = traffic.layers, "[windows, layers, experts]"
-        got, bound = f"{layers} layers", MOST_LAYERS
+        got, most_layers = f"{layers} layers", MOST_LAYERS
         if isinstance(traffic, RoutingTrace):
             order = "[tokens, layers, top_k]"
-            got, bound = f"{got} of {traffic.tokens} tokens", min(bound, traffic.tokens or bound)
+            got = f"{got} of {traffic.tokens} tokens"
+            most_layers = min(most_layers, traffic.tokens or most_layers)
             try:
                 if traffic.top_k > layers:
                     next(traffic.shards(1), None)
             except ValueError as error:
                 if "appears twice" not in str(error):
                     raise
-                got, bound = f"{layers} layers of top-{traffic.top_k}, whose experts repeat", 0
-        if layers > bound and layers != self.hidden_layers:
+                # The axis of layers was taken for that of top-k, so any number is too many.
+                got = f"{layers} layers of top-{traffic.top_k}, whose experts repeat"
+                most_layers = 0
+        if layers > most_layers and layers != self.hidden_layers:
             raise MissingArgumentError(
                 f"axes must be {order}, got {got}: swap axes, or if it is meant, say hidden_layers "
                 f"{layers}",

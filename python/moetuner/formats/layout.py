@@ -89,14 +89,15 @@ class Layout:
         moe = hints.moe_layers(len(rows)) if self.counts_dense else None
         if moe is None:
             dense = hints.dense_layers or ()
-            moe = [at for at in rows if self.layers is None or self.layers[at] not in dense]
+            moe = [row for row in rows if self.layers is None or self.layers[row] not in dense]
             if self.counts_dense and not same.all():
                 moe = np.flatnonzero(~same).tolist()
-        for at in (at for at in moe if same[at]):
-            raise ValueError(
-                f"{self.where(at)}: expert {self.experts[at, 0]} is in every slot, so nothing is "
-                "placed there"
-            )
+        for row in moe:
+            if same[row]:
+                raise ValueError(
+                    f"{self.where(row)}: expert {self.experts[row, 0]} is in every slot, so "
+                    "nothing is placed there"
+                )
         return moe
 
     def placement(self, hints: Hints) -> Placement:

@@ -47,16 +47,16 @@ class Microbatches:
         trace = TraceInParts(self.experts)
         for sequence, (step, _, rank) in enumerate(keys):
             layers = self.layers.pop(keys[sequence])
-            here = f"{where}: step {step}, rank {rank}"
+            place = f"{where}: step {step}, rank {rank}"
             missing = sorted(set(numbers) - layers.keys())
             if missing:
                 raise ValueError(
-                    f"{here}: must have ids of each of layers {shown(numbers)}, got none of layer "
+                    f"{place}: must have ids of each of layers {shown(numbers)}, got none of layer "
                     f"{missing[0]}: a file is cut off or missing"
                 )
             sizes = {layers[layer].shape for layer in numbers}
             if len(sizes) > 1:
-                raise ValueError(f"{here}: layers must have the same tokens, got {sorted(sizes)}")
+                raise ValueError(f"{place}: layers must have the same tokens, got {sorted(sizes)}")
             ids = np.stack([layers[layer] for layer in numbers], axis=1)
             if trace.ids and trace.ids[0].shape[1:] != ids.shape[1:]:
                 raise ValueError(f"{where}: all ids must have the same top-k, got several")

@@ -228,7 +228,7 @@ class _Memo(list[Any]):
 class _Content(pickle._Unpickler):  # written in Python, so that instructions can be replaced
     """The content of an archive: an unpickler of its description with allowed instructions only."""
 
-    # Of the unpickler: values since the last mark, and those below each mark.
+    # Attributes of the unpickler: values since the last mark, and those below each mark.
     stack: list[Any]
     metastack: list[list[Any]]
 
@@ -293,7 +293,7 @@ class _Content(pickle._Unpickler):  # written in Python, so that instructions ca
 
     def load_reduce(self) -> None:
         """Call the name on the stack with its tuple of arguments."""
-        # Of a text, every character would become an argument.
+        # Every character of a text would become an argument.
         if not isinstance(self.stack[-1], tuple):
             raise TypeError("arguments must be a tuple")
         super().load_reduce()  # type: ignore[misc]

@@ -16,15 +16,14 @@ def list_files(paths: Iterable[Path], pattern: str = "*") -> list[Path]:
 
     Hidden files are left out: files have hidden names while they are written.
     """
-    return [
-        file
-        for path in paths
-        for file in (
-            sorted(f for f in path.glob(pattern) if f.is_file() and not f.name.startswith("."))
-            if path.is_dir()
-            else [path]
-        )
-    ]
+    files: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        matching = (file for file in path.glob(pattern) if file.is_file())
+        files += sorted(file for file in matching if not file.name.startswith("."))
+    return files
 
 
 def first_file(path: Path, pattern: str = "*") -> Path:
@@ -44,13 +43,14 @@ def list_by_rank(paths: Sequence[Path], pattern: str) -> list[Path]:
     """List files, and those of folders that match a pattern, in the order of their ranks."""
     files: list[Path] = []
     for path in paths:
-        found = sorted(
+        files_of_ranks = sorted(
             list_files([path], pattern), key=lambda file: (find_rank(file) or 0, file.name)
         )
         if path.is_dir():
-            if not found:
+            if not files_of_ranks:
                 raise ValueError(f"{path}: folder must hold {pattern}, got none")
-            numbered = [(rank, file) for file in found if (rank := find_rank(file)) is not None]
+            ranks = [(find_rank(file), file) for file in files_of_ranks]
+            numbered = [(rank, file) for rank, file in ranks if rank is not None]
             for (rank, file), (after, other) in pairwise(numbered):
                 if rank == after:
                     raise ValueError(
@@ -63,5 +63,5 @@ def list_by_rank(paths: Sequence[Path], pattern: str) -> list[Path]:
                         f"{path}: must hold files of ranks 0 to {numbered[-1][0]}, "
                         f"got none of rank {expected}"
                     )
-        files += found
+        files += files_of_ranks
     return files

@@ -129,20 +129,26 @@ def judge(posts: Sequence[Post | None], wait: float = WAIT) -> Verdict:
         return Verdict("reload")
     # Files that are not read again differ in every later decision, too.
     differing = "own" if all(post.reloads for post in answers) else "off"
-    files = [post.files for post in answers], [post.unread for post in answers]
-    maps = [post.map for post in answers], [bool(post.error) for post in answers]
-    for do, what, (values, failures) in (
-        (differing, "read other files or variables", files),
-        ("own", "decided another map", maps),
-    ):
-        failed = [rank for rank, failure in enumerate(failures) if failure]
-        different = [rank for rank, value in enumerate(values) if value != values[0]]
-        if failed:
-            where = "" if len(failed) == len(answers) else f"{name_ranks(failed)}: "
-            return Verdict(do, f"{where}{answers[failed[0]].error}")
-        if different:
-            return Verdict(do, f"{name_ranks(different)} {what} than rank 0")
+    unread = [rank for rank, post in enumerate(answers) if post.unread]
+    if unread:
+        return Verdict(differing, _quote_errors(answers, unread))
+    other_files = [rank for rank, post in enumerate(answers) if post.files != first.files]
+    if other_files:
+        ranks = name_ranks(other_files)
+        return Verdict(differing, f"{ranks} read other files or variables than rank 0")
+    failed = [rank for rank, post in enumerate(answers) if post.error]
+    if failed:
+        return Verdict("own", _quote_errors(answers, failed))
+    other_maps = [rank for rank, post in enumerate(answers) if post.map != first.map]
+    if other_maps:
+        return Verdict("own", f"{name_ranks(other_maps)} decided another map than rank 0")
     return Verdict("take", map=first.map)
+
+
+def _quote_errors(posts: Sequence[Post], failed: Sequence[int]) -> str:
+    """Write the error of the first of the ranks that failed; name them unless all did."""
+    ranks = "" if len(failed) == len(posts) else f"{name_ranks(failed)}: "
+    return f"{ranks}{posts[failed[0]].error}"
 
 
 def name_ranks(ranks: Sequence[int]) -> str:

@@ -28,7 +28,7 @@ from moetuner.solver.rebalancing import (
     DEVIATIONS,
     Pairs,
     Rebalanced,
-    packed_anew,
+    choose_repacked,
     rebalance,
     slowest,
 )
@@ -60,12 +60,13 @@ def rebalance_experts(
     """Return the expert of every slot [L,P] for live loads, as engines ask for it.
 
     The answer is a function of the arguments alone, on every rank. No rank gets two copies of an
-    expert, unless it has more slots than there are experts. What stays on a rank keeps its slot.
+    expert, unless it has more slots than there are experts. Copies that stay on a rank keep their
+    slots.
 
     Parameters
     ----------
     weight
-        Tokens per expert [L,E], or in windows [W,L,E], in whatever unit.
+        Tokens per expert [L,E], or in windows [W,L,E], in any unit.
     num_replicas
         Slots of a layer, P: as many on every rank.
     num_groups
@@ -76,22 +77,22 @@ def rebalance_experts(
     num_ranks
         Ranks: slot p is on rank ``p // (P / num_ranks)``.
     old_map
-        Experts in the slots now [L,P]; -1 is an empty slot. Of another width, ranks were added or
-        left at the end. By default nothing is anywhere yet.
+        Experts in the running slots [L,P]; -1 is an empty slot. If it has another width, ranks
+        were added or removed at the end. By default all slots are empty.
     budget
-        Copies that come to a rank at most; by default as many as are worth their gain.
+        Most copies that may move; by default as many as are worth their gain.
     dead_zone
-        A layer stays as it is unless its slowest rank gains more than this share of its time,
+        A layer stays as it is unless its slowest rank gains more than this share of its time.
     deviations
-        and more than chance. Counts differ by chance by so many of their standard deviations; only
-        what ranks differ more is taken to be so on the next loads, too. 0 takes any gain.
+        The gain of a layer must also exceed chance. Counts scatter by so many of their standard
+        deviations; only larger differences between ranks are expected to last. 0 takes any gain.
     profile
-        Statistics with co-activation, of traffic like this: then a token's visits count as well.
+        Statistics with co-activation, of similar traffic: then a token's visits count as well.
     traffic
-        Time of a token's visit of a rank, as a part of what an expert takes for a token.
+        Time of a token's visit of a rank, in units of the time of an expert for a token.
     dead
-        Ranks that are lost: their slots are -1 in the answer, and what they held is brought to the
-        others, whatever the budget is. Nodes and groups do not count then: who is left is uneven.
+        Lost ranks: their slots are -1 in the answer, and their experts go to the others, whatever
+        the budget is. Nodes and groups do not count then, as the remaining ranks are uneven.
 
     Raises
     ------
@@ -260,7 +261,7 @@ class Case:
         if idle.all():
             none = np.zeros(layers)
             return Rebalanced(self.slots, none, none, none.astype(np.int64))
-        anew = packed_anew(self.fresh, self.slots, budget)
+        anew = choose_repacked(self.fresh, self.slots, budget)
         homes = np.where(anew[:, None, None], EMPTY, self.slots)
         experts = assign_nodes(
             self.load,

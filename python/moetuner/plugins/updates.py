@@ -352,16 +352,10 @@ def keep_maps(worker: Any, log: Log) -> None:
         saved = []
         for model in find_models_of_worker(worker):
             maps = {name: getattr(model.state, name, None) for name in MAPS}
-            saved.append(
-                (
-                    model.state,
-                    {
-                        name: tensor.cpu().clone()
-                        for name, tensor in maps.items()
-                        if tensor is not None
-                    },
-                )
-            )
+            copies = {
+                name: tensor.cpu().clone() for name, tensor in maps.items() if tensor is not None
+            }
+            saved.append((model.state, copies))
         vars(worker)[SAVED] = saved
     except Exception as error:
         log.warn(f"a sleep of level 2 loses where experts are: {error!r}", find_process_rank())

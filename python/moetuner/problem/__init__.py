@@ -82,9 +82,9 @@ class Problem(Frozen):
     max_imbalance
         Cap on max / mean device load in every layer, on the sum of all windows.
     objective
-        What to minimise. time: predicted microseconds of a layer, as ``evaluate`` predicts them
-        (the search of a large problem minimises an approximation). balance: max / mean device load,
-        over windows. traffic: share of the traffic that leaves its device, under the cap. By
+        Objective to minimise. time: predicted microseconds of a layer, as ``evaluate`` predicts
+        them (the search of a large problem minimises an approximation). balance: max / mean device
+        load, over windows. traffic: share of the traffic that leaves its device, under the cap. By
         default traffic if there is a cap, else time.
     extra_slots
         Copies beyond one of each expert, over all layers, instead of slots per device. They go to
@@ -161,7 +161,7 @@ class Problem(Frozen):
         None,
         GOAL,
         choices=get_args(Goal),
-        label="Made small",
+        label="Minimised",
         words={
             "time": "predicted time of a layer",
             "balance": "imbalance",
@@ -339,12 +339,11 @@ class Problem(Frozen):
     @cached_property
     def windows(self) -> Windows:
         """Windows of load that count, and their weights."""
-        rules = (self.arrival, self.risk, self.groups)
-        by_size = {
-            tokens: windows
-            for tokens in self.shares
-            if (windows := choose_windows(self.statistics, *rules, tokens)).weight.any()
-        }
+        by_size: dict[int | None, Windows] = {}
+        for tokens in self.shares:
+            windows = choose_windows(self.statistics, self.arrival, self.risk, self.groups, tokens)
+            if windows.weight.any():
+                by_size[tokens] = windows
         if len(by_size) == 1:
             return next(iter(by_size.values()))
         costs = [self._cost_in_blocks(windows) for windows in by_size.values()]
@@ -549,8 +548,8 @@ class Problem(Frozen):
         if not self.may_copy or self.rules.need_copies:
             return None
         arguments = {field.name: getattr(self, field.name) for field in fields(self)}
-        kind = _EvenCopies if even else _SingleCopies
-        return kind(**{**arguments, "fill_slots": False})
+        single = _EvenCopies if even else _SingleCopies
+        return single(**{**arguments, "fill_slots": False})
 
 
 class _SingleCopies(Problem):

@@ -90,19 +90,20 @@ def _spread_slots(load: NDArray[np.uint64], devices: int, extra: int) -> NDArray
     extra_slots = np.zeros(layers, dtype=np.int64)
     weight = load.astype(np.float64)
 
-    def benefit(layer: int) -> tuple[float, int, int]:
+    def find_next_copy(layer: int) -> tuple[float, int, int]:
+        """Return the negative benefit of a layer's next copy, the layer, and the expert."""
         per_copy = np.where(copies[layer] < devices, weight[layer] / copies[layer], -1.0)
-        e = int(per_copy.argmax())
-        gain = weight[layer, e] / (copies[layer, e] * (copies[layer, e] + 1))
-        return (-gain if per_copy[e] >= 0 else 1.0, layer, e)
+        expert = int(per_copy.argmax())
+        benefit = weight[layer, expert] / (copies[layer, expert] * (copies[layer, expert] + 1))
+        return (-benefit if per_copy[expert] >= 0 else 1.0, layer, expert)
 
-    heap = [benefit(layer) for layer in range(layers)]
+    heap = [find_next_copy(layer) for layer in range(layers)]
     heapq.heapify(heap)
     for _ in range(extra):
-        _, layer, e = heap[0]
-        copies[layer, e] += 1
+        _, layer, expert = heap[0]
+        copies[layer, expert] += 1
         extra_slots[layer] += 1
-        heapq.heapreplace(heap, benefit(layer))
+        heapq.heapreplace(heap, find_next_copy(layer))
     # Device after device over all layers, so that memory is even: no device has two slots more.
     slots = experts + extra_slots[:, None]
     before = (np.arange(devices) - (np.cumsum(slots, axis=0) - slots)) % devices
@@ -136,7 +137,9 @@ def pad_slots(slots: NDArray[np.int32], capacity: NDArray[np.int64]) -> NDArray[
 def violations(placement: Placement, capacity: NDArray[np.int64], *, fill_slots: bool) -> list[str]:
     """Return a sentence on devices with more experts than slots, and one on empty slots."""
     lines, count = [], (placement.slots != EMPTY).sum(axis=2)
-    over, short = np.argwhere(count > capacity), np.argwhere((count < capacity) & fill_slots)
+    over, short = np.argwhere(count > capacity), []
+    if fill_slots:
+        short = [*np.argwhere(count < capacity)]
     for at in map(tuple, over[:1]):
         lines.append(
             f"slots: layer {at[0]} has {count[at]} experts on device {at[1]}, which has "

@@ -59,7 +59,7 @@ class Made:
         How the model is served, as far as the file says it: fields of ``Serving``, among them
         ``topology``, ``window`` and ``engine``.
     wanted
-        Further settings of the problem.
+        Settings of the problem that are not fields of ``Serving``: what was wanted of the search.
     version, method, effort
         Version of moetuner, method and effort of the search; None if no search computed it.
     seed
@@ -77,7 +77,7 @@ class Made:
     plan
         For a placement of ``plan``: the file of the running placement, and the change of devices.
     spelled
-        Texts of the options that gave machine and cost model.
+        Options for machine and cost model as they were typed.
     """
 
     serving: Mapping[str, Any] = field(default_factory=dict)
@@ -132,16 +132,16 @@ class Made:
     def for_problem(cls, problem: Problem, **search: Any) -> Made:
         """Return the settings of a placement that a search computed for a problem."""
         statistics, objective = problem.statistics, problem.objective_function
-        names = (*(name for name in SERVING_FIELDS if hasattr(problem, name)), "topology")
+        names = [name for name in SERVING_FIELDS if hasattr(problem, name)] + ["topology"]
         served = {name: getattr(problem.serving, name) for name in names}
         shares = {tokens: share for tokens, share in problem.shares.items() if tokens}
         served |= {"phases": shares or None, "window": statistics.window}
         if problem.serving.engine is not None:
             served["engine"] = problem.serving.engine
+        wanted = {name: getattr(problem, name) for name in PROBLEM_FIELDS}
         return cls(
             serving=served,
-            wanted={name: getattr(problem, name) for name in PROBLEM_FIELDS}
-            | {"objective": problem.goal},
+            wanted=wanted | {"objective": problem.goal},
             figure=objective.figure,
             unit=objective.unit,
             expert_size=statistics.expert_size,

@@ -167,7 +167,7 @@ class Objective:
     statistics, serving
         Counts of the traffic, and how it is served.
     goal
-        What is minimised.
+        Kind of the objective.
     windows
         Windows of load, with their weights.
     shares
@@ -227,7 +227,7 @@ class Objective:
         if self.goal == "traffic":
             value = self.traffic(placement)
         else:
-            value = float(self.worth(self.window_cost(placement).sum(axis=1)))
+            value = float(self.compute_values(self.window_cost(placement).sum(axis=1)))
         return value * float(self.layer_factors(placement).mean())
 
     @property
@@ -238,15 +238,15 @@ class Objective:
     def layer_factors(self, placement: Placement) -> Floats:
         """Compute the factor [L] by which the cost of every layer rises besides its windows.
 
-        What the worst loss leaves raises it: 1 where loads stay even, or where nothing has to
-        survive.
+        The load of the busiest device after the worst loss raises it: 1 where loads stay even, or
+        where nothing has to survive.
         """
         if self.is_of_windows:
             return np.ones(placement.layers)
         return self._loss_factors(placement)
 
     def _loss_factors(self, placement: Placement) -> Floats:
-        """Compute what the busiest device after the worst loss adds to layers [L]: 1 if even."""
+        """Compute the factor [L] that the busiest device after the worst loss gives a layer."""
         assert self.survive is not None
         load, topology = self.statistics.total_load, self.topology
         imbalance, _ = losses.compute_imbalances_after_loss(
@@ -255,7 +255,7 @@ class Objective:
         factor: Floats = 1 + LOSS_SHARE * (imbalance.max(axis=0) - 1)
         return factor
 
-    def worth(self, costs: Floats) -> Floats:
+    def compute_values(self, costs: Floats) -> Floats:
         """Compute values [...], in ``unit``, from costs of windows [...,W]."""
         return self.windows.values(costs, self.reference) * self._mean_reference
 
@@ -275,7 +275,7 @@ class Objective:
         if self.goal == "traffic":
             return self.layers_traffic(placement)[:, None]
         costs = self.window_cost(placement).T
-        return self.worth(costs)[:, None] if self.windows.is_mean else costs
+        return self.compute_values(costs)[:, None] if self.windows.is_mean else costs
 
     @property
     def _words(self) -> tuple[str, str, str]:
@@ -316,7 +316,7 @@ class Objective:
 
     @property
     def is_predicted_time(self) -> bool:
-        """Whether the value is the predicted time of ``evaluate``, as far as counts tell it."""
+        """Whether the value is the predicted time of ``evaluate``, as far as counts give it."""
         is_mean = self.windows.risk == "mean" and not self._by_groups and self.is_of_windows
         return self.goal == "time" and is_mean and len(self.shares) == 1
 

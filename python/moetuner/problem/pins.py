@@ -49,22 +49,20 @@ class SlotRules:
 
     def are_broken(self, layer: int, holders: NDArray[np.bool_]) -> bool:
         """Return whether the experts that devices hold in a layer [D,E] break a rule."""
-        unpinned = self.pinned is not None and (self.pinned[layer].T & ~holders).any()
-        banned = self.forbidden is not None and (self.forbidden[layer].T & holders).any()
-        return bool(
-            unpinned
-            or banned
-            or (self.domain is not None and self._die_with_domain(holders[None]).any())
-        )
+        if self.pinned is not None and (self.pinned[layer].T & ~holders).any():
+            return True
+        if self.forbidden is not None and (self.forbidden[layer].T & holders).any():
+            return True
+        return self.domain is not None and bool(self._are_in_one_domain(holders[None]).any())
 
-    def _die_with_domain(self, holders: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    def _are_in_one_domain(self, holders: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Return whether all copies of an expert are in one failure domain [L,E]."""
         assert self.domain is not None
         held_in = [
             holders[:, self.domain == domain].any(axis=1) for domain in np.unique(self.domain)
         ]
-        dies: NDArray[np.bool_] = np.sum(held_in, axis=0) < 2
-        return dies
+        are_in_one: NDArray[np.bool_] = np.sum(held_in, axis=0) < 2
+        return are_in_one
 
     def violations(self, placement: Placement) -> list[str]:
         """Return a sentence for each kind of rule that a placement breaks."""
@@ -80,11 +78,11 @@ class SlotRules:
                     f"{and_more(len(wrong))}"
                 )
         if self.domain is not None:
-            dying = np.argwhere(self._die_with_domain(placement.held))
-            for layer, expert in dying[:1]:
+            not_spread = np.argwhere(self._are_in_one_domain(placement.held))
+            for layer, expert in not_spread[:1]:
                 lines.append(
                     f"survive: expert {expert} of layer {layer} has no copy outside one failure "
-                    f"domain{and_more(len(dying))}"
+                    f"domain{and_more(len(not_spread))}"
                 )
         return lines
 
@@ -98,17 +96,15 @@ def make_rules(
 ) -> SlotRules:
     """Build and check the rules for a number of experts in slots [L,D]."""
     shape = (len(capacity), experts, capacity.shape[1])
-    must, must_not = (
-        _build_table("pinned", pinned, shape),
-        _build_table("forbidden", forbidden, shape),
-    )
-    if must is not None:
-        _check_pins(must, must_not, capacity)
-    if must_not is not None:
-        _check_bans(must_not, must, capacity)
+    pins = _build_table("pinned", pinned, shape)
+    bans = _build_table("forbidden", forbidden, shape)
+    if pins is not None:
+        _check_pins(pins, bans, capacity)
+    if bans is not None:
+        _check_bans(bans, pins, capacity)
     if domain is not None:
         _check_copies(domain, experts, capacity)
-    return SlotRules(must, must_not, domain)
+    return SlotRules(pins, bans, domain)
 
 
 def _check_copies(domain: NDArray[np.int64], experts: int, capacity: NDArray[np.int64]) -> None:

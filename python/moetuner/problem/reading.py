@@ -75,10 +75,11 @@ class Reading:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields that are not None, as JSON values."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
-            field.name: list(value) if isinstance(value, tuple) else value
-            for field in fields(self)
-            if (value := getattr(self, field.name)) is not None
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if value is not None
         }
 
     def substitute(self, options: Any, recording: Recording) -> dict[str, Any]:
@@ -99,11 +100,11 @@ class Reading:
                 yield field.name, getattr(self, field.name)
 
     def fits(self, recording: Recording) -> bool:
-        """Whether a recording has the size of the one that was read."""
+        """Return whether a recording has the size of the one that was read."""
         return all(getattr(self, name) == size for name, size in recording.size.items())
 
     def contradicts(self, recording: Recording) -> bool:
-        """Whether a recording has another size than the one that was read, where that is known."""
+        """Return whether a recording has another size than the one that was read, if known."""
         return any(getattr(self, name) not in (None, size) for name, size in recording.size.items())
 
     def without_files(self) -> Reading:

@@ -22,24 +22,29 @@ from moetuner.statistics import Loads, RoutingStatistics, narrow
 Floats = NDArray[np.float64]
 Risk = Literal["mean"] | float
 
-# Largest number of windows that a search uses as they are. More are merged into clusters of similar
-# windows: this many, plus at most one per group. They bound the memory of a search ("Long traces"
-# in docs/experiments.md).
-MOST, MERGED = 512, 128
+# Largest number of windows that a search uses as they are ("Long traces" in docs/experiments.md).
+MOST = 512
+# More windows are merged into so many clusters of similar windows, plus at most one per group. That
+# bounds the memory of a search.
+MERGED = 128
 # Evenly spaced windows by which a search ranks its final placements.
 SAMPLED = 2048
-# Tokens of an expert in a window whose standard deviation is a millionth of them, and the seed by
-# which fewer are drawn for windows of mixed arrival.
-CERTAIN, SEED = 1e12, 1
-# Factor by which more windows are mixed into a longer one, and the smallest number of longer ones;
-# the variance that unseen traffic adds to a mean, in variances of a window over the number of
-# windows ("Mixed windows" in docs/experiments.md).
-LONGER, FEWEST, UNSEEN = 4, 8, 3
+# Tokens of an expert in windows of mixed arrival are drawn with this seed.
+SEED = 1
+# So many tokens are not drawn: their standard deviation is a millionth of them.
+CERTAIN = 1e12
+# A longer window of mixed arrival is the mean of so many times as many windows as a short one.
+LONGER = 4
+# Smallest number of longer windows of mixed arrival.
+FEWEST = 8
+# Variance that unseen traffic adds to a mean, in variances of a window over the number of windows
+# ("Mixed windows" in docs/experiments.md).
+UNSEEN = 3
 # Longer windows that a group must fill to be searched on them as recorded; for a group that fills
 # fewer, shorter runs are scaled ("Short recordings" in docs/experiments.md).
 FILLED = 2
-# Features by which windows are clustered, and rounds of the clustering.
-COMPARED, ROUNDS = 64, 5
+# Number of features by which windows are clustered, and rounds of the clustering.
+FEATURES, ROUNDS = 64, 5
 # Largest feature: sums of products of features are exact, so clusters are the same on all machines.
 LARGEST = 1 << 20
 
@@ -253,29 +258,30 @@ def choose_windows(
     return compute_once(
         statistics,
         ("windows", share, risk, weights, tokens),
-        lambda: _find_chosen(statistics, share, risk, groups, tokens),
+        lambda: _compute_windows(statistics, share, risk, groups, tokens),
     )
 
 
-def _find_chosen(
+def _compute_windows(
     statistics: RoutingStatistics,
     share: float,
     risk: Risk,
     groups: Mapping[str, float] | Literal["minimax"] | None,
     tokens: int | None,
 ) -> Windows:
-    """Return what ``choose_windows`` does, computed anew."""
+    """Compute what ``choose_windows`` returns; ``share`` is the weight of mixed windows."""
     by_group = None if groups is None else _weigh_groups(statistics, groups)
-    kind, times = (risk, groups == "minimax"), 1
+    rules = (risk, groups == "minimax")
+    times = 1  # counted windows in one
     load: NDArray[Any] = statistics.window_load
     group, weight = statistics.group, _weigh_windows(statistics, by_group)
     if tokens is not None and statistics.window is not None and tokens != statistics.window:
         times = tokens // statistics.window
         load, group, weight = _join_windows(statistics, tokens, by_group)
-    many = len(load) > MOST
-    load = load if many else load.astype(np.float64)
+    are_many = len(load) > MOST
+    load = load if are_many else load.astype(np.float64)
     if share == 0 or statistics.windows < 2:
-        return Windows(load, weight, group, *kind)
+        return Windows(load, weight, group, *rules)
     mixed = _mix_windows(
         statistics, _weigh_windows(statistics, by_group), min(len(load), MOST), times
     )
@@ -284,12 +290,12 @@ def _find_chosen(
     if group is not None:
         # Mixed windows have no group; where groups compete, they are one more group.
         group = np.concatenate([group, np.full(len(mixed), len(statistics.group_names))])
-    if many and share < 1:
-        return Windows(load, weights, group, *kind, mixed)
+    if are_many and share < 1:
+        return Windows(load, weights, group, *rules, mixed)
     # Windows without weight are left out; at a share of one the recorded ones are not even copied.
     used = weights > 0
     load = mixed if share == 1 else np.concatenate([load, mixed])[used]
-    return Windows(load, weights[used], None if group is None else group[used], *kind)
+    return Windows(load, weights[used], None if group is None else group[used], *rules)
 
 
 def _weigh_windows(statistics: RoutingStatistics, by_group: Floats | None) -> Floats:
@@ -335,11 +341,11 @@ def _join_windows(
 
 
 def _size_of_mean(size: int, windows: int) -> int:
-    """Return how many seen windows to average so that means vary as those of ``size`` unseen.
+    """Return of how many seen windows a mean varies as much as one of ``size`` unseen windows.
 
     Means of unseen windows vary more around the mean of the seen ones than means of seen windows
-    do: by chance by twice a window's variance over the number of windows, and by more because
-    neighbours are similar. Means of fewer seen windows vary as much.
+    do. Chance adds twice a window's variance over the number of windows; similar neighbours add
+    more. Means of fewer seen windows vary as much as those of ``size`` unseen ones.
     """
     return max(int(1 / (1 / size + UNSEEN / windows)), 1)
 
@@ -450,8 +456,8 @@ def _compute_features(load: NDArray[Any]) -> Floats:
     Achlioptas, 2003). Loads are shares of their window's tokens.
     """
     size = load[0].size
-    signs = np.random.default_rng(0).integers(0, 2, (size, COMPARED)) * 2.0 - 1
-    features = np.empty((len(load), COMPARED))
+    signs = np.random.default_rng(0).integers(0, 2, (size, FEATURES)) * 2.0 - 1
+    features = np.empty((len(load), FEATURES))
     for chunk in chunks(len(load), size):
         rows = load[chunk].reshape(-1, size)
         total = rows.sum(axis=1, dtype=np.float64)

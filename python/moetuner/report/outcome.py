@@ -50,7 +50,7 @@ class Outcome:
         return {window: self.evaluation, **self.longer}
 
     @property
-    def worth(self) -> Objective:
+    def objective(self) -> Objective:
         """The objective of the problem."""
         return self.problem.objective_function
 
@@ -62,11 +62,11 @@ class Outcome:
     @property
     def gap(self) -> float | None:
         """Gap of the result; None where the objective is unknown."""
-        return self.result.gap if self.worth.is_known else None
+        return self.result.gap if self.objective.is_known else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return fields of the evaluation and of the result as JSON values."""
-        has_value = self.worth.is_known
+        has_value = self.objective.is_known
         return {
             **self.evaluation.to_dict(),
             "phases": [
@@ -74,7 +74,7 @@ class Outcome:
                 for tokens, evaluation in self.phases.items()
             ],
             "objective": self.result.objective if has_value else None,
-            "unit": self.worth.unit,
+            "unit": self.objective.unit,
             "bound": self.result.bound if has_value else None,
             "bound_source": self.result.bound_source,
             "bound_scope": self.result.bound_scope if has_value else None,
@@ -87,29 +87,25 @@ class Outcome:
 
     def row(self) -> tuple[str, ...]:
         """Return the cells of a row under ``head``."""
-        evaluation, worth = self.evaluation, self.worth
-        value = self.result.objective if worth.is_known else None
-        return (
-            f"{self.result.method} !" if self.breaks_rules else self.result.method,
-            *(
-                FIGURES[name].text(getattr(evaluation, name))
-                for name in _list_figures(self.problem)
-            ),
-            *(() if worth.is_predicted_time else (number(value, worth.decimals),)),
-            percent(self.gap),
-            number(self.result.seconds, 2),
-        )
+        objective, method = self.objective, self.result.method
+        cells = [f"{method} !" if self.breaks_rules else method]
+        for name in _list_figures(self.problem):
+            cells.append(FIGURES[name].text(getattr(self.evaluation, name)))
+        if not objective.is_predicted_time:
+            value = self.result.objective if objective.is_known else None
+            cells.append(number(value, objective.decimals))
+        return (*cells, percent(self.gap), number(self.result.seconds, 2))
 
 
 def head(problem: Problem, *, held_out: bool = False) -> tuple[str, ...]:
     """Return a table's columns, within 80 characters.
 
-    An objective that is a predicted time has no column of its own beside that figure. The objective
-    is of seen traffic, which its column says where the figures are of other traffic.
+    An objective that is a predicted time has no column of its own, as that figure has one. The
+    objective is that of seen traffic; where figures are those of held-out traffic, its column says
+    so.
     """
-    worth = problem.objective_function
     columns = [FIGURES[name].column for name in _list_figures(problem)]
-    if not worth.is_predicted_time:
+    if not problem.objective_function.is_predicted_time:
         columns.append("objective, seen" if held_out else "objective")
     return ("method", *columns, "gap", "seconds")
 
@@ -180,7 +176,7 @@ def judge_outcome(
     return judge(
         before.phases[window],
         after.phases[window],
-        figure=after.worth.figure,
+        figure=after.objective.figure,
         by_group=by_group,
         units=find_samples(recording, window=window),
         names=(before.result.method, after.result.method),
@@ -208,11 +204,11 @@ def judge_outcomes(
     }
 
 
-def find_worth(outcome: Outcome, *, held_out: bool = False) -> list[Finding]:
+def find_objective(outcome: Outcome, *, held_out: bool = False) -> list[Finding]:
     """Return predicted time, objective and bound of an outcome, and how it was searched."""
-    result, worth = outcome.result, outcome.worth
+    result, objective = outcome.result, outcome.objective
     findings: list[Finding] = []
-    if worth.cost_model is not None and outcome.evaluation.predicted_layer_us is not None:
+    if objective.cost_model is not None and outcome.evaluation.predicted_layer_us is not None:
         times = [
             {"window": window_to_name(window, outcome), "us": evaluation.predicted_layer_us}
             for window, evaluation in outcome.phases.items()
@@ -220,11 +216,11 @@ def find_worth(outcome: Outcome, *, held_out: bool = False) -> list[Finding]:
         findings.append(Finding("predicted time", {"times": times}))
     numbers: dict[str, Any] = {
         # A time that is predicted from counts would be a second one beside that of the replay.
-        "reached": None if worth.is_predicted_time else worth.text(result.objective),
+        "reached": None if objective.is_predicted_time else objective.text(result.objective),
         "seen": held_out,
         "bound": _find_bound(outcome),
     }
-    if worth.is_known and (numbers["reached"] or numbers["bound"]):
+    if objective.is_known and (numbers["reached"] or numbers["bound"]):
         findings.append(Finding("objective", numbers))
     evaluation, search = outcome.evaluation, result.details.search
     if evaluation.imbalance_filled is not None:
@@ -248,8 +244,8 @@ def _find_bound(outcome: Outcome) -> dict[str, Any] | None:
     cap = None
     if problem.max_imbalance is not None:
         cap = "raised" if result.details.caps.raised else "kept"
-    is_time = outcome.worth.is_predicted_time
-    bound = None if is_time else outcome.worth.text(result.bound)
+    is_time = outcome.objective.is_predicted_time
+    bound = None if is_time else outcome.objective.text(result.bound)
     return {"bound": bound, "gap": result.gap, "single": problem.stays_single, "cap": cap}
 
 
@@ -279,7 +275,7 @@ def make_running_result(problem: Problem, placement: Placement, name: str = "run
 
 
 def find_empty_slots(outcome: Outcome) -> list[Finding]:
-    """Return the number of empty slots, where experts may have copies; nothing if none is empty."""
+    """Return the finding of empty slots, if there are any and experts may have copies."""
     problem, slots = outcome.problem, outcome.result.placement.slots
     total = int(problem.capacity.sum())
     empty = total - int((slots != EMPTY).sum())
@@ -289,7 +285,7 @@ def find_empty_slots(outcome: Outcome) -> list[Finding]:
 
 
 def find_moves(diff: PlacementDiff, topology: Topology | None = None) -> Finding:
-    """Return how many experts move, their bytes if known, and how many leave their node."""
+    """Return the finding of the experts that move, their bytes, and how many leave their node."""
     numbers = {"experts": diff.experts_moved, "moved_bytes": diff.bytes_moved}
     if topology is not None and topology.nodes > 1:
         node = topology.node_of_device
@@ -298,27 +294,26 @@ def find_moves(diff: PlacementDiff, topology: Topology | None = None) -> Finding
 
 
 def find_slower(outcome: Outcome, before: Outcome, *, name: bool = False) -> list[Finding]:
-    """Return that a placement is predicted to be slower than another that may run, if it is.
+    """Return a warning if an outcome is predicted to be slower than what may run before it.
 
     ``name`` says whether to name the method of the slower one.
     """
-    slower = [
-        (tokens, time, time_before)
-        for tokens, evaluation in outcome.phases.items()
-        if (time := evaluation.predicted_layer_us) is not None
-        and (time_before := before.phases[tokens].predicted_layer_us) is not None
-        and time > time_before
-    ]
+    slower = []
+    for tokens, evaluation in outcome.phases.items():
+        time = evaluation.predicted_layer_us
+        time_before = before.phases[tokens].predicted_layer_us
+        if time is not None and time_before is not None and time > time_before:
+            slower.append((tokens, time, time_before))
     if not slower:
         return []
-    window, time, time_before = slower[0]
+    window, us, us_before = slower[0]
     problem = outcome.problem
     fewest = -(-problem.num_experts // problem.devices)
     numbers = {
         "method": outcome.result.method if name else None,
         "than": before.result.method,
-        "us": time,
-        "us_before": time_before,
+        "us": us,
+        "us_before": us_before,
         "window": window_to_name(window, outcome),
         "fewest_slots": fewest if problem.may_copy and problem.slots > fewest else None,
         "goal": problem.goal,
@@ -328,14 +323,14 @@ def find_slower(outcome: Outcome, before: Outcome, *, name: bool = False) -> lis
 
 
 def find_remarks(outcomes: list[Outcome], problem: Problem) -> list[Finding]:
-    """Return what a reader of a table of outcomes must know: times, caps and broken rules."""
-    findings, worth = [], problem.objective_function
-    if worth.cost_model is not None:
+    """Return the findings below a table of outcomes: on times, load caps and broken rules."""
+    findings, objective = [], problem.objective_function
+    if objective.cost_model is not None:
         replayed = outcomes[0].evaluation.replayed
         traffic = None if replayed is None else replayed.traffic
         findings += find_times_of(problem.serving, traffic)
-    if worth.lacks is not None:
-        findings.append(Finding("lacks of the recording", {"lacks": worth.lacks}))
+    if objective.lacks is not None:
+        findings.append(Finding("lacks of the recording", {"lacks": objective.lacks}))
     for outcome in outcomes:
         result, method = outcome.result, outcome.result.method
         for finding in find_caps(problem, result.details.caps):

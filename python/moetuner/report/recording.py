@@ -22,8 +22,8 @@ from moetuner.trace import as_trace
 SAMPLE_BYTES = 1 << 24
 # Choices per expert and layer below which chance alone changes a count by a third.
 FEWEST_CHOICES = 10
-# Shares of the choices of the median layer beyond which prompts must have been alike: taken by one
-# expert in sixteen, and by as many experts as a token chooses.
+# Prompts must have been alike if the busiest experts take more than these shares of the choices of
+# the median layer: one expert in sixteen, and as many experts as a token chooses.
 SIXTEENTH_TAKES, TOP_K_TAKE = 0.45, 0.9
 PHASES = ("prefill", "decode")
 # Largest share of its tokens that a window sends to other experts than the rest, if windows are
@@ -116,17 +116,17 @@ def describe_steps(recording: Recording, step: int | None, top_k: int | None) ->
 def list_warnings(traffic: Recording) -> list[str]:
     """Return warnings about a recording from which no useful placement can be computed."""
     experts = traffic.num_experts
-    layers: list[NDArray[Any]]
+    ids_or_loads: list[NDArray[Any]]  # of every layer
     if isinstance(traffic, RoutingStatistics):
         load = traffic.total_load.astype(np.int64)
         choices = int(load.sum(axis=1).max())
-        layers = [*traffic.window_load.swapaxes(0, 1)]
+        ids_or_loads = [*traffic.window_load.swapaxes(0, 1)]
         empty = traffic.windows - int(np.count_nonzero(traffic.window_load.any(axis=(1, 2))))
     else:
         trace, empty = as_trace(traffic), 0
         ids = next(trace.shards(SAMPLE_BYTES), np.empty((0, trace.layers, trace.top_k), int))
-        layers = [ids[:, layer].ravel() for layer in range(trace.layers)]
-        load = np.stack([np.bincount(layer, minlength=experts) for layer in layers])
+        ids_or_loads = [ids[:, layer].ravel() for layer in range(trace.layers)]
+        load = np.stack([np.bincount(layer_ids, minlength=experts) for layer_ids in ids_or_loads])
         choices = trace.tokens * trace.top_k
     if not choices:
         return ["Warning: every count is zero, so nothing was recorded: record again under load."]
@@ -135,32 +135,42 @@ def list_warnings(traffic: Recording) -> list[str]:
             f"Warning: {choices / experts:.1f} choices per expert and layer are too few to tell "
             f"busy experts from chance: record at least {FEWEST_CHOICES}, better hundreds."
         ]
-    lines: list[str] = []
-    busiest = -np.sort(-load, axis=1) / np.maximum(load.sum(axis=1, keepdims=True), 1)
-    limits = ((max(1, experts // 16), SIXTEENTH_TAKES), (top_k_of(traffic) or 2, TOP_K_TAKE))
-    for number, limit in limits:
-        share = float(np.median(busiest[:, :number].sum(axis=1)))
-        if share > limit and number < experts and not lines:
-            lines = [
-                f"Warning: {number} of {experts} experts take {share:.0%} of the choices of the "
-                "median layer, as prompts do that are alike: record the prompts of real users."
-            ]
-    contents = [ids_or_loads.tobytes() for ids_or_loads in layers]
-    repeated = [layer for layer, content in enumerate(contents) if contents.index(content) < layer]
-    if repeated:
-        layer, number = repeated[0], len(repeated) - 1
-        others = f", and {number} more repeat others" if number else ""
-        original = contents.index(contents[layer])
-        lines.append(
-            f"Warning: layer {layer} has exactly what layer {original} has{others}: record every "
-            "layer by itself."
-        )
+    lines = _warn_of_alike_prompts(load, top_k_of(traffic) or 2)
+    lines += _warn_of_repeated_layers([layer.tobytes() for layer in ids_or_loads])
     if empty:
         lines.append(
             f"Warning: empty windows, {empty:,} of {traffic.length:,}, count as steps of even "
             "load: leave out windows in which nothing was served."
         )
     return lines
+
+
+def _warn_of_alike_prompts(load: NDArray[np.int64], top_k: int) -> list[str]:
+    """Return a warning if few experts take most of the choices, given loads of experts [L,E]."""
+    experts = load.shape[1]
+    busiest = -np.sort(-load, axis=1) / np.maximum(load.sum(axis=1, keepdims=True), 1)
+    for number, limit in ((max(1, experts // 16), SIXTEENTH_TAKES), (top_k, TOP_K_TAKE)):
+        share = float(np.median(busiest[:, :number].sum(axis=1)))
+        if share > limit and number < experts:
+            return [
+                f"Warning: {number} of {experts} experts take {share:.0%} of the choices of the "
+                "median layer, as prompts do that are alike: record the prompts of real users."
+            ]
+    return []
+
+
+def _warn_of_repeated_layers(contents: list[bytes]) -> list[str]:
+    """Return a warning if layers repeat others, given what was recorded of every layer."""
+    repeated = [layer for layer, content in enumerate(contents) if contents.index(content) < layer]
+    if not repeated:
+        return []
+    layer, number = repeated[0], len(repeated) - 1
+    others = f", and {number} more repeat others" if number else ""
+    original = contents.index(contents[layer])
+    return [
+        f"Warning: layer {layer} has exactly what layer {original} has{others}: record every "
+        "layer by itself."
+    ]
 
 
 def find_one_kind(traffic: Recording, unseen: Recording | None = None) -> str | None:

@@ -50,9 +50,11 @@ ITERATIONS = 200_000
 # cells with a pair and others without, which a search takes for structure.
 COUNTS_PER_CELL = 1 << 16
 
-# Time of all steps in passes over half of a trace: finding samples, counts of both halves, three
-# solves and crossings, halves of one half, and hot experts.
-PASSES_OF_SAMPLES, PASSES_OF_HALVES, PASSES = 4, 3, 16
+# How long steps take, in passes over half of a trace: finding samples, and halving the unseen half.
+PASSES_OF_SAMPLES, PASSES_OF_HALVES = 4, 3
+# The same for all steps: these two, counts of both halves, three solves and crossings, and hot
+# experts.
+PASSES = 16
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -178,10 +180,15 @@ def structure(
         searches = _Searches(topology, max_imbalance, seed, threads, passes)
         crossings = searches.measure(seen, unseen, (traffic, halves[1]) if held_out else None)
     total = load.sum(axis=1, dtype=np.float64)
+    skew = np.where(total > 0, _compute_shares(load).max(axis=1) * load.shape[1], 1.0)
+    if held_out:
+        hot_experts = measure_hot_experts(
+            traffic, seen.total_load, unseen.total_load, halves[1], loads, threads
+        )
+    else:
+        hot_experts = hold_out_hot_experts(traffic, seed=seed, threads=threads)
     return Structure(
-        skew=tuple(
-            np.where(total > 0, _compute_shares(load).max(axis=1) * load.shape[1], 1.0).tolist()
-        ),
+        skew=tuple(skew.tolist()),
         unused=tuple((load == 0).sum(axis=1).tolist()),
         group_share=share,
         group_distance=distance,
@@ -194,13 +201,7 @@ def structure(
         crossing_contiguous=crossings.contiguous,
         crossing_independent=crossings.independent,
         gain=crossings.gain,
-        hot_experts=(
-            measure_hot_experts(
-                traffic, seen.total_load, unseen.total_load, halves[1], loads, threads
-            )
-            if held_out
-            else hold_out_hot_experts(traffic, seed=seed, threads=threads)
-        ),
+        hot_experts=hot_experts,
     )
 
 
@@ -223,7 +224,7 @@ class _Passes:
 
 
 class _Crossings(NamedTuple):
-    """Crossings of the fields of ``Structure``."""
+    """The crossings that a ``Structure`` has."""
 
     contiguous: float | None = None
     searched: float | None = None

@@ -41,10 +41,10 @@ def _check_cost_model(name: str, value: object) -> None:
 
 def _write_arrival(value: Any) -> str:
     """Write the order of traffic, or the weight of mixed windows."""
+    if not isinstance(value, str):
+        return f"{percent(value)} mixed, the rest as recorded"
     words = {"bursts": "as recorded", "mixed": "many sequences at once, mixed by chance"}
-    return (
-        words[value] if isinstance(value, str) else f"{percent(value)} mixed, the rest as recorded"
-    )
+    return words[value]
 
 
 def _write_phases(value: Mapping[Any, float]) -> str:

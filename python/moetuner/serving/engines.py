@@ -42,7 +42,7 @@ class Engine:
     devices
         The only number of devices that it runs on; None for any.
     repeated
-        What it does with two copies on one device; empty if it serves both.
+        Its way with two copies on one device, to follow its name; empty if it serves both.
     has_low_latency
         Whether it may exchange tokens by DeepEP's low-latency kernels, see ``tokens_per_rank``.
     serve

@@ -34,5 +34,5 @@ class Running:
 
     @staticmethod
     def is_name(text: str) -> bool:
-        """Whether a text names a placement that a method of ``STARTS`` computes."""
+        """Return whether a text names a placement that a method of ``STARTS`` computes."""
         return NAME.fullmatch(text) is not None

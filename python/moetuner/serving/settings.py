@@ -67,8 +67,16 @@ def check_setting(declared: Field[Any], value: object) -> None:
 
 # Metadata of a setting that describe its option.
 OPTION_KEYS = (
-    *("group", "choices", "read", "above", "within"),
-    *("usual", "metavar", "flag", "help", "multiple"),
+    "group",
+    "choices",
+    "read",
+    "above",
+    "within",
+    "usual",
+    "metavar",
+    "flag",
+    "help",
+    "multiple",
 )
 
 
@@ -101,8 +109,10 @@ def read_parameters(kind: Any) -> dict[str, str]:
     for line in section.partition("\n\n")[0].splitlines():
         if not line.startswith(" "):
             names = line.split(", ")
+            texts |= dict.fromkeys(names, "")
+            continue
         for name in names:
-            texts[name] = f"{texts[name]} {line.strip()}".strip() if line.startswith(" ") else ""
+            texts[name] = f"{texts[name]} {line.strip()}".strip()
     markup = re.compile(r'``"?|"?``| \[[A-Z](,[A-Z])*\]')
     return {name: markup.sub("", text) for name, text in texts.items()}
 

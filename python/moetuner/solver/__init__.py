@@ -67,7 +67,7 @@ def solve(
     Parameters
     ----------
     problem
-        What to place.
+        The problem to solve.
     method
         ``joint`` (the default), ``paper`` (MoETuner's two stages; ``moetuner`` means it too),
         ``heuristic`` (the search of ``joint`` without proofs), ``quick`` (balance of windows within
@@ -94,12 +94,12 @@ def solve(
         objective and bound so far. ``Result.history`` keeps what changed, listened to or not.
     initial
         The placement that runs, to be improved by few moves; experts that stay keep their slots.
-        Of equally good answers the nearest one is returned: devices that are alike exchange what
+        The nearest one of equally good answers is returned: devices that are alike exchange what
         they hold, and layers that gain nothing stay. With ``joint`` and ``heuristic``.
     move_budget
         Bytes that may move, from device to device; None, or infinity, for any number.
     move_cost
-        What a moved byte costs, in units of the objective.
+        Cost of a moved byte, in units of the objective.
     expert_bytes
         Bytes of one expert of one layer; with 1, budget and cost are of experts.
 
@@ -149,4 +149,4 @@ def solve(
         lambda: balanced(problem) if initial is None else repair(problem, initial),
         lambda: build_result(run, name, searched=searched),
     )
-    return replace(result, history=history.ended(result.objective, result.bound))
+    return replace(result, history=history.finish(result.objective, result.bound))

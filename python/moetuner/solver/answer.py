@@ -12,7 +12,7 @@ from moetuner.placement import Placement, keep_slots
 from moetuner.problem import Problem
 from moetuner.problem.caps import ROUNDING
 from moetuner.problem.made import Made
-from moetuner.solver.bounds.caps import are_least, cap_report, scope
+from moetuner.solver.bounds.caps import are_least, cap_report, describe_scope
 from moetuner.solver.result import Details, Result, Status
 from moetuner.solver.run import Incumbent, Role, Run, judge_bound
 from moetuner.solver.stages.floor import balanced
@@ -25,8 +25,8 @@ def build_result(run: Run, method: str, *, searched: bool) -> Result:
     other methods they say the latter where caps are exceeded no further than balance exceeds them.
     """
     problem, incumbent = run.problem, run.answer()
-    placement = place(run, incumbent)
-    details = _details(run, incumbent, placement, searched=searched)
+    placement = make_placement(run, incumbent)
+    details = _make_details(run, incumbent, placement, searched=searched)
     objective, bound = problem.objective_function.value(placement), run.bound
     verdict = None if bound is None else judge_bound(run, placement.slots, bound)
     if verdict == "refuted":
@@ -34,18 +34,18 @@ def build_result(run: Run, method: str, *, searched: bool) -> Result:
         refuted = replace(details.bound, refuted=bound.source)
         details, bound, verdict = replace(details, bound=refuted), None, None
     value = None if bound is None else bound.value / run.scale
-    subject = None if bound is None else scope(problem, details.caps)
+    subject = None if bound is None else describe_scope(problem, details.caps)
     violations = problem.violations(placement)
     return Result(
-        placement=named(
+        placement=with_origin(
             run, placement, method, objective=objective, bound=value, bound_scope=subject
         ),
         method=method,
-        status=_status(run, placement, details, violations, verdict),
+        status=_choose_status(run, placement, details, violations, verdict),
         objective=objective,
         bound=value,
         bound_source=None if bound is None else bound.source,
-        seconds=run.budget.gone,
+        seconds=run.budget.elapsed,
         details=details,
         certificate=None if bound is None else bound.certificate,
         bound_scope=subject,
@@ -54,7 +54,7 @@ def build_result(run: Run, method: str, *, searched: bool) -> Result:
     )
 
 
-def place(run: Run, incumbent: Incumbent) -> Placement:
+def make_placement(run: Run, incumbent: Incumbent) -> Placement:
     """Return the placement of an incumbent; copies that stay keep the slots that they have."""
     slots = incumbent.slots
     if run.moves is not None:
@@ -62,7 +62,7 @@ def place(run: Run, incumbent: Incumbent) -> Placement:
     return Placement(slots, num_experts=run.problem.num_experts)
 
 
-def named(run: Run, placement: Placement, method: str, **figures: Any) -> Placement:
+def with_origin(run: Run, placement: Placement, method: str, **figures: Any) -> Placement:
     """Return a placement with its origin (input, topology, settings) and its figures."""
     statistics, topology, budget = run.problem.statistics, run.problem.topology, run.budget
     made = Made.for_problem(
@@ -81,17 +81,19 @@ def named(run: Run, placement: Placement, method: str, **figures: Any) -> Placem
     )
 
 
-def _details(run: Run, incumbent: Incumbent, placement: Placement, *, searched: bool) -> Details:
+def _make_details(
+    run: Run, incumbent: Incumbent, placement: Placement, *, searched: bool
+) -> Details:
     details = run.details
     if run.moves is not None:
-        details = details.searched(experts_moved=incumbent.moves)
+        details = details.with_search_facts(experts_moved=incumbent.moves)
     elif searched and run.problem.is_plain and incumbent.role is Role.FLOOR:
-        details = details.searched(found_by="balance")
+        details = details.with_search_facts(found_by="balance")
     if not searched and not _raises_as_balance(run.problem, placement):
         return details
     caps = cap_report(run.problem, placement.slots, threads=run.budget.threads)
     details = replace(details, caps=caps)
-    return details.searched(**sampling_facts(run.problem)) if searched else details
+    return details.with_search_facts(**list_sampling_facts(run.problem)) if searched else details
 
 
 def _raises_as_balance(problem: Problem, placement: Placement) -> bool:
@@ -107,7 +109,7 @@ def _raises_as_balance(problem: Problem, placement: Placement) -> bool:
     return bool((caps.peaks(placement) <= limits * (1 + ROUNDING)).all())
 
 
-def sampling_facts(problem: Problem) -> dict[str, int]:
+def list_sampling_facts(problem: Problem) -> dict[str, int]:
     """Return how many windows and tokens a search has seen, where it has not seen all."""
     facts, windows = {}, problem.windows
     if windows.searched is not windows and problem.goal != "traffic":
@@ -117,7 +119,7 @@ def sampling_facts(problem: Problem) -> dict[str, int]:
     return facts
 
 
-def _status(
+def _choose_status(
     run: Run,
     placement: Placement,
     details: Details,

@@ -24,10 +24,10 @@ def balance(
 ) -> Placement:
     """Balance the load of one moment, and nothing else.
 
-    What engines call an expert-parallel load balancer: as ``solve`` with the method ``eplb``, and
-    better balanced, without a ``Problem``. The answer is a function of the arguments alone, on
-    every machine, so that each rank may compute it for itself. It runs in the calling thread and
-    starts no other.
+    Engines call this an expert-parallel load balancer. It does what ``solve`` does with the method
+    ``eplb``, balances better, and needs no ``Problem``. The answer is a function of the arguments
+    alone, on every machine, so that each rank may compute it for itself. It runs in the calling
+    thread and starts no other.
 
     Parameters
     ----------

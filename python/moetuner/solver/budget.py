@@ -102,22 +102,22 @@ class Budget:
         return replace(EFFORTS["thorough"], layer_work=math.inf)
 
     @property
-    def gone(self) -> float:
+    def elapsed(self) -> float:
         """Seconds since the budget was made."""
         return time.monotonic() - self.begin
 
     @property
-    def left(self) -> float | None:
+    def seconds_left(self) -> float | None:
         """Seconds that are left, at least 0; None without a limit."""
-        return None if self.time_limit is None else max(self.time_limit - self.gone, 0.0)
+        return None if self.time_limit is None else max(self.time_limit - self.elapsed, 0.0)
 
     def is_over(self) -> bool:
         """Return whether no time is left."""
-        return self.left == 0
+        return self.seconds_left == 0
 
     def within(self, share: float = 1.0, *, keep: float = 0.0) -> Budget:
         """Return a budget of a share of the seconds left, less ``keep`` seconds for later steps."""
-        seconds_left = self.left
+        seconds_left = self.seconds_left
         limit = None if seconds_left is None else max(seconds_left - keep, 0.0) * share
         return replace(self, time_limit=limit, begin=time.monotonic())
 
@@ -142,9 +142,9 @@ class Budget:
             return None
 
         def programme(objective: float | None, bound: float) -> None:
-            gap = Progress(self.gone, phase, objective, bound).gap
+            gap = Progress(self.elapsed, phase, objective, bound).gap
             name = phase if gap is None else f"{phase}, {100 * gap:.1f} % from their optimum"
-            report(Progress(self.gone, name))
+            report(Progress(self.elapsed, name))
 
         return programme
 
@@ -168,8 +168,9 @@ class History:
         line, is_new = replace(line, seconds=time.monotonic() - self.begin), True
         if self.lines:
             last = self.lines[-1]
-            objectives = [one.objective for one in (line, last) if one.objective is not None]
-            bounds = [one.bound for one in (line, last) if one.bound is not None]
+            both = (last, line)
+            objectives = [entry.objective for entry in both if entry.objective is not None]
+            bounds = [entry.bound for entry in both if entry.bound is not None]
             line = replace(
                 line, objective=min(objectives, default=None), bound=max(bounds, default=None)
             )
@@ -181,7 +182,7 @@ class History:
         if self.listener is not None and not line.is_step:
             self.listener(line)
 
-    def ended(self, objective: float, bound: float | None) -> tuple[Progress, ...]:
+    def finish(self, objective: float, bound: float | None) -> tuple[Progress, ...]:
         """Return all lines, the answer's as the last."""
         seconds = time.monotonic() - self.begin
         return (*self.lines, Progress(seconds, "answer", objective, bound, is_step=True))

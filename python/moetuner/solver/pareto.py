@@ -12,7 +12,7 @@ from moetuner._checks import instance, one_of, positive, seed_in
 from moetuner.frozen import Frozen
 from moetuner.placement import Placement, find_holders
 from moetuner.problem import Problem
-from moetuner.solver.answer import named, place
+from moetuner.solver.answer import make_placement, with_origin
 from moetuner.solver.bounds.caps import cap_report
 from moetuner.solver.budget import Budget, History, Progress
 from moetuner.solver.methods import METHODS, SEARCHES, Method
@@ -43,7 +43,7 @@ class Trade(Frozen):
     gain
         How much lower that is than the value of the initial placement.
     experts_moved, bytes_moved
-        What has to move.
+        Experts that have to move, and their bytes.
     caps_raised
         Imbalance of layers that still exceed the load cap.
 
@@ -132,15 +132,18 @@ def pareto(
     front = Front(run, require_moves(run))
 
     def at_no_price(run: Run, budget: Budget) -> None:
-        inner = run.inner(from_running(METHODS[method]), budget, moves=Moves(initial))
+        inner = run.run_inner(from_running(METHODS[method]), budget, moves=Moves(initial))
         run.offer(inner.answer().slots, "free", interrupted=inner.interrupted)
 
     # Under a time limit half of it is left for the solve with free moves (not measured).
     few_moves = Stage(lambda _, share: fill(front, share, np.inf), share=lambda _: 0.5)
-    run.through((few_moves, Stage(at_no_price)))
+    run.run_stages((few_moves, Stage(at_no_price)))
     for incumbent in run.incumbents:
         front.add(incumbent)
-    return [_trade(run, initial, point, run.final_rank(point)[1]) for point in _listed(run, front)]
+    return [
+        _make_trade(run, initial, point, run.final_rank(point)[1])
+        for point in _list_points(run, front)
+    ]
 
 
 def find_first(
@@ -160,10 +163,10 @@ def find_first(
     run = Run(problem, budget=budget, moves=Moves(initial))
     offer_running(run)
     point = find_fewest_moves(Front(run, require_moves(run)), budget, most_moves, enough)
-    return None if point is None else place(run, point)
+    return None if point is None else make_placement(run, point)
 
 
-def _listed(run: Run, front: Front) -> list[Incumbent]:
+def _list_points(run: Run, front: Front) -> list[Incumbent]:
     """Return undominated points by all windows, up to about two dozen, fewest moves first."""
     points = front.undominated()
     moves = np.array([point.moves for point in points])
@@ -173,16 +176,16 @@ def _listed(run: Run, front: Front) -> list[Incumbent]:
     return undominated((point, run.final_rank(point)) for point in chosen)
 
 
-def _trade(run: Run, initial: Placement, incumbent: Incumbent, objective: float) -> Trade:
+def _make_trade(run: Run, initial: Placement, incumbent: Incumbent, objective: float) -> Trade:
     """Build the trade of an incumbent; experts that stay keep their slots."""
     problem, placement = run.problem, initial
     if (
         incumbent.moves
         or (find_holders(incumbent.slots, problem.num_experts) != initial.held).any()
     ):
-        placement = place(run, incumbent)
+        placement = make_placement(run, incumbent)
     return Trade(
-        named(run, placement, "pareto", objective=objective),
+        with_origin(run, placement, "pareto", objective=objective),
         objective,
         gain=problem.value(initial) - objective,
         experts_moved=incumbent.moves,

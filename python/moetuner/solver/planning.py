@@ -271,19 +271,22 @@ def _choose_removed(
     chosen: list[int] = []
 
     def cost(devices: list[int]) -> tuple[int, float]:
-        gone = holders[:, devices].sum(axis=1)
-        return int(((gone == copies) & (copies > 0)).sum()), float(tokens[devices].sum())
+        """Return the experts that no other device holds, and the tokens that devices serve."""
+        copies_removed = holders[:, devices].sum(axis=1)
+        must_move = (copies_removed == copies) & (copies > 0)
+        return int(must_move.sum()), float(tokens[devices].sum())
 
     def others() -> list[int]:
-        return [d for d in np.flatnonzero(~lost).tolist() if d not in chosen]
+        """Return the devices that are neither lost nor chosen."""
+        return [device for device in np.flatnonzero(~lost).tolist() if device not in chosen]
 
     for _ in range(number):
         chosen.append(min(others(), key=lambda device: cost([*chosen, device])))
     is_better = number > 1
     while is_better:
         is_better = False
-        for at in range(number):
-            rest = chosen[:at] + chosen[at + 1 :]
+        for place in range(number):
+            rest = chosen[:place] + chosen[place + 1 :]
             options = [[*rest, device] for device in others()]
             best = min(options, key=cost)
             if cost(best) < cost(chosen):
@@ -376,11 +379,11 @@ def _order_steps(before: Slots, after: Slots, topology: Topology | None) -> NDAr
         number = topology.devices
         distance[:number, :number] = topology.tier if topology.link_cost is None else topology.cost
     copies = count_copies(before, experts)
-    is_brought = (after != before) & (after != EMPTY)
+    arrives = (after != before) & (after != EMPTY)
     steps, batch = [], 0
-    for layer in np.flatnonzero(is_brought.any(axis=(1, 2))).tolist():
-        brought = np.argwhere(is_brought[layer])
-        order = _Order(before[layer], after[layer], brought, copies[layer], distance)
+    for layer in np.flatnonzero(arrives.any(axis=(1, 2))).tolist():
+        arriving = np.argwhere(arrives[layer])
+        order = _Order(before[layer], after[layer], arriving, copies[layer], distance)
         for exchange in order.batches():
             steps += [(layer, *step, batch) for step in exchange]
             batch += 1
@@ -392,19 +395,31 @@ Step = tuple[int, int, int, int]
 
 
 class _Order:
-    """The steps of one layer that are still to take, and the slots after those that were taken."""
+    """The steps of one layer that are still to take, and the slots after those that were taken.
+
+    Parameters
+    ----------
+    now, end
+        Expert ids [D,S] of the layer, before and after all steps.
+    arriving
+        Device and slot of every copy that arrives [M,2].
+    copies
+        Copies of every expert that serve before the steps [E].
+    distance
+        Distance from device to device [D,D].
+    """
 
     def __init__(
         self,
         now: Slots,
         end: Slots,
-        brought: NDArray[np.int64],
+        arriving: NDArray[np.int64],
         copies: NDArray[np.int64],
         distance: NDArray[np.float64],
     ) -> None:
         self.now, self.end, self.distance = now.copy(), end, distance
         self.copies = copies.copy()
-        places: list[Place] = [(device, slot) for device, slot in brought.tolist()]
+        places: list[Place] = [(device, slot) for device, slot in arriving.tolist()]
         # Experts that no device serves come first.
         self.remaining = sorted(places, key=lambda place: self.copies[end[place]] > 0)
 
@@ -426,8 +441,8 @@ class _Order:
 
     def _is_spare(self, place: Place) -> bool:
         """Return whether a slot is empty, or its expert has another copy that serves."""
-        gone = self.now[place]
-        return bool(gone == EMPTY or self.copies[gone] > 1)
+        overwritten = self.now[place]
+        return bool(overwritten == EMPTY or self.copies[overwritten] > 1)
 
     def _find_circle(self) -> list[Place]:
         """Return steps each of which overwrites the last copy of what the next one moves."""
@@ -452,9 +467,9 @@ class _Order:
                 source = int(sources[self.distance[sources, device].argmin()])
             steps.append((expert, source, device, slot))
         for place in places:
-            gone, self.now[place] = self.now[place], EMPTY
-            if gone != EMPTY:
-                self.copies[gone] -= 1
+            overwritten, self.now[place] = self.now[place], EMPTY
+            if overwritten != EMPTY:
+                self.copies[overwritten] -= 1
         for place in places:
             self.copies[self.end[place]] += 1
             self.now[place] = self.end[place]

@@ -21,10 +21,11 @@ from moetuner.solver.unseen import NOISE, NORM, SearchSetting
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
 
-# Where arriving copies need memory beside the running ones: largest share of the moves that packing
-# the model from scratch would take, and copies per device that are always allowed, for small
-# models.
-LARGEST_MOVE, FEW = 0.19, 8
+# Where arriving copies need memory beside the running ones, a decision moves at most this share of
+# the copies that packing the model from scratch would move.
+LARGEST_MOVE = 0.19
+# So many copies per device may move in any case: small models would move next to none.
+ALWAYS_ALLOWED = 8
 # Least gain that is worth moving a layer's experts, as a share of its slowest device's time.
 DEAD_ZONE = 0.005
 # Standard deviation of a count by chance, in those of a count of independent tokens.
@@ -32,20 +33,23 @@ DEVIATIONS = 1.0
 # Part of ``deviations`` that windows must gain: half of the differences between devices may be
 # chance, and a quarter of a device's slots change (``Change::raise_threshold`` in the core).
 WARY = 0.5**0.5
-# Layers by which the memory for windows is chosen; part by which a longer memory may forecast
-# worse; weight of older windows, which still show which experts are busy together.
-MEMORY_LAYERS, LONGER, OLDER = 8, 0.25, 0.05
+# Most layers by which the memory for windows is chosen.
+MEMORY_LAYERS = 8
+# A longer memory is taken if its squared error is larger by at most this share.
+LONGER = 0.25
+# Weight of windows older than the memory: they still show which experts are busy together.
+OLDER = 0.05
 # Parts that a pair is cut into: the core counts in whole numbers.
 PARTS = 1024
 
 
-def largest_move(layers: int, slots: int, devices: int) -> int:
+def compute_move_limit(layers: int, slots: int, devices: int) -> int:
     """Return the most copies that one decision may move where memory holds all of them.
 
     Packing a layer from scratch leaves one slot in ``devices`` as it was, by chance.
     """
     moved_from_scratch = layers * slots * (devices - 1) / devices
-    return max(math.ceil(LARGEST_MOVE * moved_from_scratch), FEW * devices)
+    return max(math.ceil(LARGEST_MOVE * moved_from_scratch), ALWAYS_ALLOWED * devices)
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ def rebalance(
         count fully, as many as forecast the next one best, each by its information.
     slots
         Running experts [L,D,S], -1 where a slot is empty. Experts without a slot get one, and empty
-        slots may be filled, even if that gains nothing. What stays on a device keeps its slot.
+        slots may be filled, even if that gains nothing. Copies that stay keep their slots.
     budget
         Most copies that may move. They go where they gain most.
     time
@@ -127,28 +131,30 @@ def rebalance(
     if not slots.size:
         raise ValueError(f"no slots in a layer: {list(slots.shape)}")
     windows = windows[None] if windows.ndim == 2 else windows
-    load, all_forecast = weighted(windows)
+    load, all_forecast = weigh_windows(windows)
     devices, budget = slots.shape[1], min(budget, slots.size)
+    fresh = np.zeros(len(slots), dtype=bool) if fresh is None else fresh
     live = _Live(
         load,
         slots,
-        np.ones(devices) if time is None else time,
-        packed_anew(np.zeros(len(slots), dtype=bool) if fresh is None else fresh, slots, budget),
-        dead_zone,
-        deviations,
+        time=np.ones(devices) if time is None else time,
+        repack=choose_repacked(fresh, slots, budget),
+        dead_zone=dead_zone,
+        deviations=deviations,
     )
     if len(load) == 1 and pairs is None:
         # Every step moves a copy.
         steps = effort.ADAPT_STEPS if budget else 0
-        return live.relieved(budget, steps=steps, full=full, min_gain=min_gain)
+        return live.relieve(budget, steps=steps, full=full, min_gain=min_gain)
     if pairs is not None:
         # Pairs are counted as often as loads are.
         counted = load.sum(axis=(0, 2)) / np.maximum(windows.sum(axis=(0, 2)), 1e-300)
         pairs = Pairs(pairs.counts, pairs.cost * counted)
-    return live.searched(budget, effort.LASTING_PRICE if all_forecast else effort.LIVE_PRICE, pairs)
+    price = effort.LASTING_PRICE if all_forecast else effort.LIVE_PRICE
+    return live.search(budget, price, pairs)
 
 
-def packed_anew(fresh: NDArray[np.bool_], slots: Slots, budget: int) -> NDArray[np.bool_]:
+def choose_repacked(fresh: NDArray[np.bool_], slots: Slots, budget: int) -> NDArray[np.bool_]:
     """Return the layers [L] that a budget packs from scratch, of those that no load has shaped.
 
     They are the first layers whose slots the budget covers, if that is at least three quarters of
@@ -172,7 +178,7 @@ class _Live:
     dead_zone: float
     deviations: float
 
-    def relieved(
+    def relieve(
         self,
         budget: int,
         *,
@@ -196,7 +202,7 @@ class _Live:
         )
         return Rebalanced(slots, np.array(before), np.array(after), np.array(moves, np.int64))
 
-    def searched(self, budget: int, share: float, pairs: Pairs | None) -> Rebalanced:
+    def search(self, budget: int, share: float, pairs: Pairs | None) -> Rebalanced:
         """Return slots searched for all windows; a copy must gain a share of a device's tokens.
 
         Every layer stays, takes steps, or is searched from the better of both. Layers in ``repack``
@@ -213,9 +219,9 @@ class _Live:
         def choose(choices: list[Slots], dead_zone: float, deviations: float) -> Rebalanced:
             """Return the choice of every layer on which the budget gains most."""
             costs = np.stack(
-                [slowest(load, slots, time=self.time, pairs=pairs) for slots in choices]
+                [slowest(load, choice, time=self.time, pairs=pairs) for choice in choices]
             )
-            moves = np.stack([moves_from(running, slots) for slots in choices])
+            moves = np.stack([moves_from(running, choice) for choice in choices])
             best = _core.spend_budget(
                 costs,
                 # Where all copies may move, none has to gain.
@@ -226,11 +232,15 @@ class _Live:
                 devices=slots.shape[1],
                 min_gain=min_gain,
             )
-            choice = np.where(is_new, costs.argmin(axis=0), np.array(best, dtype=np.int64))
-            figures = costs[0], costs[choice, layer], moves[choice, layer]
-            return Rebalanced(np.stack(choices)[choice, layer], *figures)
+            chosen = np.where(is_new, costs.argmin(axis=0), np.array(best, dtype=np.int64))
+            return Rebalanced(
+                np.stack(choices)[chosen, layer],
+                before=costs[0],
+                after=costs[chosen, layer],
+                moves=moves[chosen, layer],
+            )
 
-        choices = [self.relieved(0, steps=0).slots, self.relieved(budget).slots]
+        choices = [self.relieve(0, steps=0).slots, self.relieve(budget).slots]
         start = choose(choices, 0.0, 0.0).slots
         if free.any():
             search = _make_search(load[:, free], slots[free].shape, self.time)
@@ -243,13 +253,13 @@ class _Live:
         return choose(choices, self.dead_zone, self.deviations * WARY)
 
 
-def weighted(windows: Floats) -> tuple[Floats, bool]:
+def weigh_windows(windows: Floats) -> tuple[Floats, bool]:
     """Return weighted windows [W,L,E], and whether all of them forecast the next one best.
 
     Windows within the memory that forecasts best count fully, older ones a twentieth. Each memory,
     a number of windows, is tried on the later half of the windows: the mean of so many windows
-    before one forecasts it. Of memories that are nearly as good, the longest is taken. A window is
-    weighed by its information, both in a forecast and as the one that is forecast.
+    before one forecasts it. The longest of the memories that are nearly as good is taken. A window
+    is weighed by its information, both in a forecast and as the one that is forecast.
     """
     count = len(windows)
     if count < 3:
@@ -257,23 +267,24 @@ def weighted(windows: Floats) -> tuple[Floats, bool]:
     sample = windows[:, :: -(-windows.shape[1] // MEMORY_LAYERS)]
     tokens = sample.sum(axis=2, keepdims=True)
     share = sample / np.maximum(tokens, 1e-300)
-    informative = informative_part(share, tokens)
+    informative = compute_information(share, tokens)
     information = informative * tokens.sum(axis=(1, 2))
     share = share.reshape(count, -1)
     sums = np.concatenate(
         [np.zeros((1, share.shape[1])), (information[:, None] * share).cumsum(axis=0)]
     )
     weight = np.concatenate([[0.0], information.cumsum()])
-    at = np.arange(count // 2 + count % 2, count)
+    forecasted = np.arange(count // 2 + count % 2, count)  # the later half
     memories = [count]
     while memories[-1] > 1:
         memories.append(memories[-1] // 2)
     errors = []
     for memory in memories:
-        first = np.maximum(at - memory, 0)
-        weights = np.maximum(weight[at] - weight[first], 1e-300)
-        forecast = (sums[at] - sums[first]) / weights[:, None]
-        errors.append(float((information[at, None] * (share[at] - forecast) ** 2).sum()))
+        first = np.maximum(forecasted - memory, 0)
+        weights = np.maximum(weight[forecasted] - weight[first], 1e-300)
+        forecast = (sums[forecasted] - sums[first]) / weights[:, None]
+        squares = (share[forecasted] - forecast) ** 2
+        errors.append(float((information[forecasted, None] * squares).sum()))
     good = [error <= min(errors) * (1 + LONGER) for error in errors]
     memory = memories[good.index(True)]
     all_forecast = memory == count
@@ -283,7 +294,7 @@ def weighted(windows: Floats) -> tuple[Floats, bool]:
     return informative[:, None, None] * windows, all_forecast
 
 
-def informative_part(share: Floats, tokens: Floats) -> Floats:
+def compute_information(share: Floats, tokens: Floats) -> Floats:
     """Return the part [W] of each window's tokens that is information about other windows.
 
     Takes shares [W,L,E] of tokens [W,L,1]. An expert's share in a window of n tokens has a variance
@@ -292,13 +303,13 @@ def informative_part(share: Floats, tokens: Floats) -> Floats:
     is. The parts are scaled so that the largest one, of the smallest window, is 1.
     """
     tokens = tokens[:, :, 0]
-    n = tokens.mean(axis=1)
+    mean_tokens = tokens.mean(axis=1)
     chance = (1 / np.maximum(tokens, 1)).sum(axis=1)
     chance = chance[1:] + chance[:-1]
     difference = ((share[1:] - share[:-1]) ** 2).sum(axis=(1, 2))
     # Each of two neighbours has half of the variance; pairs with less chance weigh more.
     variance = ((difference - chance) / chance).sum() / (1 / chance).sum() / (2 * tokens.shape[1])
-    worth = 1 / (1 + n * max(float(_rounded(variance)), 0.0))
+    worth = 1 / (1 + mean_tokens * max(float(_rounded(variance)), 0.0))
     scaled: Floats = worth / worth.max()
     return scaled
 

@@ -110,15 +110,15 @@ def _may_take(problem: Problem, holders: NDArray[np.bool_]) -> NDArray[np.bool_]
 def _match(weight: Integers, sizes: list[int]) -> tuple[Integers, Integers]:
     """Return names of devices [B,D] of the largest sum of weights [B,D,D], and that sum [B].
 
-    Devices of a group stay in one group, of every size. From the smallest groups on, each pair of
-    groups is matched by itself, and then stands for what it comes to.
+    Devices of a group stay in one group, of every size. The smallest groups come first: each pair
+    of groups is matched by itself, and the sum of that matching is its weight for larger groups.
     """
     count, devices, _ = weight.shape
     # Where the members of a group go [B,G,H,n], if it goes to another one: a device to that device.
     names = np.broadcast_to(np.arange(devices)[:, None], (count, devices, devices, 1))
     for size, larger in pairwise([1, *sizes]):
         ratio, groups = larger // size, devices // larger
-        # Of every pair of groups the weights of their parts [B,G,H,n,n].
+        # Weights of the parts of every pair of groups [B,G,H,n,n].
         parts = weight.reshape(count, groups, ratio, groups, ratio).transpose(0, 1, 3, 2, 4)
         flat = np.ascontiguousarray(parts.reshape(-1, ratio, ratio))
         column = _core.match_best(flat).reshape(count, groups, groups, ratio)

@@ -68,8 +68,8 @@ class PlaceStage(_Facts):
 class SearchDetails(_Facts):
     """How the placement was found.
 
-    Of many windows, ``windows``, a search sees means that stand for them, ``windows_searched``. Of
-    many tokens a sample stands for all where expert sets are counted, ``set_tokens``.
+    Where there are many ``windows``, a search sees ``windows_searched`` means that stand for them.
+    Where there are many tokens, expert sets are those of a sample of ``set_tokens``.
     """
 
     trials: int | None = None
@@ -90,9 +90,9 @@ class SearchDetails(_Facts):
 class CapsDetails(_Facts):
     """Load caps that were not kept, as imbalances by layer.
 
-    ``raised`` has what was settled for. ``infeasible``, for layers where it is proven that no
-    placement keeps the cap, has from where to where the smallest one lies that can be kept: twice
-    the same number where that is known.
+    ``raised`` are the caps that the placement keeps instead. ``infeasible`` has the layers of which
+    it is proven that no placement keeps the cap, with a lower and an upper bound of the smallest
+    cap that can be kept; both are the same number where that cap is known.
     """
 
     raised: Mapping[int, float] = field(default_factory=dict)
@@ -151,7 +151,7 @@ class Details(Frozen):
         facts |= {names[name]: value for name, value in self.bound.to_dict().items()}
         return facts if self.unseen is None else {**facts, "unseen": self.unseen.to_dict()}
 
-    def searched(self, **facts: Any) -> Details:
+    def with_search_facts(self, **facts: Any) -> Details:
         """Return these details with facts of the search."""
         return replace(self, search=replace(self.search, **facts))
 
@@ -221,7 +221,7 @@ class Result(Frozen):
     def uninterrupted(self) -> Result:
         """Return this result; raise KeyboardInterrupt if one has ended its search.
 
-        For whoever draws conclusions from several results, which the best so far does not allow.
+        Call it before conclusions are drawn from several results: an interrupted one is not final.
         """
         if self.status == "interrupted":
             raise KeyboardInterrupt

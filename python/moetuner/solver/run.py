@@ -76,7 +76,7 @@ class Moves:
 
 
 class Role(Enum):
-    """What an incumbent is to later stages, whatever stage offered it."""
+    """The role of an incumbent for later stages, whatever stage offered it."""
 
     FOUND = "what a search found"
     # Any other incumbent of the same rank is preferred.
@@ -103,7 +103,7 @@ class Incumbent:
     by
         Name of the search that found it.
     role
-        What it is to later stages.
+        Its role for later stages.
     is_start
         Whether a search began with it: the answer is no worse than any of these.
     moves
@@ -136,7 +136,7 @@ class Bound:
     source
         Name of the proof.
     certificate
-        What anybody can recompute the bound from, or None.
+        Numbers from which ``verify`` recomputes the bound, or None.
     levels
         Proof of each level of the topology.
     interrupted
@@ -229,7 +229,7 @@ class Run:
         try:
             # This takes a while for large tables, so it must not come when the time is over.
             _ = self.problem.statistics.fingerprint
-            self.through(stages)
+            self.run_stages(stages)
             if self.incumbents:
                 return result()
         except KeyboardInterrupt:
@@ -239,7 +239,7 @@ class Run:
             self.offer(floor(), "balance", role=Role.FLOOR, is_start=True)
         return result()
 
-    def through(self, stages: Sequence[Stage], budget: Budget | None = None) -> None:
+    def run_stages(self, stages: Sequence[Stage], budget: Budget | None = None) -> None:
         """Run stages in order until one proves the optimum or the gap, or Ctrl-C.
 
         A stage that does not apply or cannot end in time is skipped, unless nothing is offered yet.
@@ -256,20 +256,20 @@ class Run:
 
     def _begin(self, stage: Stage, later: Sequence[Stage], budget: Budget) -> None:
         """Run a stage within its share of the budget, if that suffices."""
-        seconds_left, reserved = budget.left, 0.0
+        seconds_left, reserved = budget.seconds_left, 0.0
         if seconds_left is not None:
             reserves = [stage.reserve(self, seconds_left) for stage in later if stage.applies(self)]
             reserved = max(reserves, default=0.0)
         # Time to judge what the stage offers, and in the end the best and a start on all windows.
         keep = self.judging + 2 * self.judging_all if self.incumbents else 0.0
         stage_budget = budget.within((1 - reserved) * stage.share(self), keep=keep)
-        seconds = stage_budget.left
+        seconds = stage_budget.seconds_left
         if self.incumbents and seconds is not None and seconds <= stage.least(self):
             self.cut = True
         else:
             stage.run(self, stage_budget)
 
-    def inner(
+    def run_inner(
         self,
         stages: Sequence[Stage],
         budget: Budget,
@@ -282,7 +282,7 @@ class Run:
         inner = Run(problem or self.problem, seed=self.seed, budget=budget, moves=moves)
         if start is not None:
             inner.offer(start, "start", is_start=True)
-        inner.through(stages)
+        inner.run_stages(stages)
         if not inner.incumbents:
             raise KeyboardInterrupt
         return inner
@@ -298,7 +298,7 @@ class Run:
         is_start: bool = False,
     ) -> Incumbent:
         """Return slots [L,D,S] with their rank, after filling them if the problem wants that."""
-        begin = self.budget.gone
+        begin = self.budget.elapsed
         slots = self.problem.filled(slots, None if self.moves is None else self.moves.initial)
         moves = 0 if self.moves is None else self.moves.count(slots)
         key = slots.tobytes() if self.is_tiny else b""
@@ -307,7 +307,7 @@ class Run:
             self._ranks[key] = rank
         excess, value = self._with_moves(rank, moves)
         incumbent = Incumbent(slots, excess, value, by, role, is_start, moves)
-        self.judging = max(self.judging, self.budget.gone - begin)
+        self.judging = max(self.judging, self.budget.elapsed - begin)
         return incumbent
 
     def _rank(self, slots: Slots, moves: int, objective: Objective) -> tuple[float, float]:
@@ -388,8 +388,8 @@ class Run:
     def answer(self) -> Incumbent:
         """Return the better one of the best incumbent and the best start, by all windows.
 
-        Where a search saw all windows, that is the best incumbent. Of very many windows a sample is
-        taken. Where time is over, the start is the answer.
+        Where a search saw all windows, that is the best incumbent. If there are very many windows,
+        a sample of them judges. Where time is over, the start is the answer.
         """
         best = self.best
         starts = [incumbent for incumbent in self.incumbents if incumbent.is_start]
@@ -408,9 +408,9 @@ class Run:
 
     def _estimate_final_rank(self, incumbent: Incumbent) -> tuple[float, float]:
         """Compute the rank of an incumbent by all windows; by a sample of very many."""
-        begin = self.budget.gone
+        begin = self.budget.elapsed
         rank = self._rank(incumbent.slots, incumbent.moves, self.final_objective)
-        self.judging_all = max(self.judging_all, self.budget.gone - begin)
+        self.judging_all = max(self.judging_all, self.budget.elapsed - begin)
         return rank
 
     # Proofs.

@@ -24,13 +24,14 @@ Links = tuple[NDArray[np.uint64], Floats]
 # Tokens of balance that cost as much as a unit of traffic: balance only breaks ties.
 TRAFFIC_FIRST = 1e3
 # Cost of the norm over losses, in mean loads of a device: the norm stands for the worst loss, and
-# rises less than that.
-# On DeepSeek-V3's loads, 72 devices x 8 slots and 36 x 16, the worst of all layers
-# is 1.19 and 1.08 of the mean with a tenth of this, as in the objective, 1.18 and 1.07 with this;
-# twice as much costs intact load. Where a norm stands for windows as well it is a tenth: four
-# profiles at once are then at 1.070 and 1.040 intact instead of 1.113 and 1.070, with worst losses
-# of 1.158 and 1.063 instead of 1.148 and 1.064.
-LOSS, LOSS_IN_WINDOWS = 1.0, 0.1
+# rises less than that. On DeepSeek-V3's loads, 72 devices x 8 slots and 36 x 16, the worst of all
+# layers is 1.18 and 1.07 of the mean with this, and 1.19 and 1.08 with a tenth of it, which the
+# objective has. Twice as much makes the intact machine less balanced.
+LOSS = 1.0
+# The same where a norm stands for windows as well. Four profiles at once are then at 1.070 and
+# 1.040 intact, instead of 1.113 and 1.070 with LOSS; worst losses are 1.158 and 1.063 instead of
+# 1.148 and 1.064.
+LOSS_IN_WINDOWS = 0.1
 # Least time of a token: it is the unit of all other costs, so it must not be 0.
 LEAST_TOKEN_US = 1e-9
 

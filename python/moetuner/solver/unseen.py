@@ -18,9 +18,10 @@ from moetuner.solver.result import UnseenDetails
 
 Floats = NDArray[np.float64]
 
-# Order of the norm that stands for the slowest device, and the part of experts' variance between
-# windows that counts as noise ("Unseen windows").
-NORM, NOISE = 8, 0.25
+# Order of the norm that stands for the slowest device ("Unseen windows").
+NORM = 8
+# Share of experts' variance between windows that counts as noise.
+NOISE = 0.25
 # Fewest windows with which noise can be told from structure.
 FEWEST_WINDOWS = 2
 # Weight of the mean of all windows, as a part of the weight of all windows.

@@ -30,8 +30,8 @@ class Gates:
     fail_if_worse
         Exit with status 3 if a group got worse by more than so many percent, beyond chance.
     fail_if_gain_below
-        Exit with status 3 unless all traffic surely gains so many percent: the lower end of the 95
-        % interval counts, so a gain that may be chance fails.
+        Exit with status 3 unless all traffic gains so many percent for certain: the lower end of
+        the 95 % interval counts, so a gain that may be chance fails.
     """
 
     measures: tuple[str, ...] = option(

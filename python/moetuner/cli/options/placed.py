@@ -12,9 +12,7 @@ import click
 import numpy as np
 
 from moetuner import _texts
-from moetuner._checks import (
-    nth_seed,
-)
+from moetuner._checks import nth_seed
 from moetuner.cli.options import LayerHints, list_spelled_options
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import is_start, load_placement, start_placement
@@ -347,8 +345,8 @@ class Placed:
             numbers = f"{counted(placement.devices, 'device')}, {self.name} {number}"
             raise click.UsageError(
                 f"'--baseline': {_texts.name(path.name)} has {numbers}; both must be of one "
-                'machine. What a placement does on the devices that are left, "moetuner evaluate '
-                'PLACEMENT INPUT --without LIST" shows.'
+                'machine. "moetuner evaluate PLACEMENT INPUT --without LIST" shows what a '
+                "placement does on the remaining devices."
             )
         return placement.without(self.lost), _texts.name(path.name)
 

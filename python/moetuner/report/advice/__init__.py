@@ -50,6 +50,7 @@ from moetuner.statistics import RoutingStatistics, check_recording
 from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
 
+# Splits of the traffic, and numbers of slots for copies to try, unless others are requested.
 SPLITS, COPIES = 3, (0, 1, 2, 4)
 
 
@@ -108,9 +109,9 @@ def advise(
         many in all layers, and whether a window has tokens of sequences that are served together
         or of one sequence after the other.
     copies
-        Numbers of slots of a device in a layer, beyond one slot for each expert, to try. Of numbers
-        that take more memory than the running placement, the next one and the largest are tried
-        first, and those between only where one of the two gains on the seen traffic.
+        Numbers of slots of a device in a layer, beyond one slot for each expert, to try. Among
+        numbers that take more memory than the running placement, the next one and the largest are
+        tried first, and those between only where one of the two gains on the seen traffic.
     window
         Tokens of a window, whose load is balanced together. By default 512 for decode, and for
         prefill 8192, or 4096 or 2048 where the recording does not fill two windows of that size.
@@ -174,19 +175,17 @@ def advise(
     if unseen is not None:
         check_unseen(traffic, unseen)
     _check_groups(traffic, by_group)
-    counts, windows = (
-        _sort_copies(copies),
-        _choose_windows(traffic, unseen, check.window_in(window)),
-    )
+    copies_to_try = _sort_copies(copies)
+    windows = _choose_windows(traffic, unseen, check.window_in(window))
     splits = check.whole_number("splits", splits, highest=100)
     if prefill_share is not None:
         _check_share(prefill_share, windows)
     phases = None if prefill_share is None else make_phases(prefill_share)
+    if traffic.ordered and window is not None:
+        phases = {window: 1.0}
     traffic = traffic.without_pairs()
-    if traffic.ordered:
-        if window is not None:
-            phases = {window: 1.0}
-    else:  # counts have no sequences that could be mixed
+    if not traffic.ordered:
+        # Counts have no sequences that could be mixed.
         arrival = None
         if isinstance(topology, Serving):
             topology = replace(topology, arrival="bursts")
@@ -203,7 +202,7 @@ def advise(
         unseen=unseen,
         serving=serving,
         initial=initial,
-        copies=tuple(counts),
+        copies=tuple(copies_to_try),
         windows=windows,
         objective=objective,
         expert_bytes=expert_bytes,

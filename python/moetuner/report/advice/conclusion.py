@@ -26,9 +26,9 @@ from moetuner.serving.engines import ENGINES, Engine
 from moetuner.serving.phases import WINDOWS, name_phase
 from moetuner.topology import Regime
 
-# Gain in predicted time that fewer copies may have less than the best number, to be chosen.
+# Fewer copies are chosen if their gain in predicted time is at most so much below the best.
 NEAR_BEST = 0.005
-# Multiple of the price below which the upper end of an interval rules out a worthwhile gain.
+# A gain above the price is ruled out if the upper end of its interval is at most so many prices.
 NEAR_PRICE = 2
 # Kinds of sequences below which a warning says how few they are.
 FEW_KINDS = 10
@@ -62,8 +62,8 @@ def find_fewest_copies_near_best(
         for row in rows
         if all(row.mean(window) >= min(0.0, least.mean(window)) - NEAR_BEST for window in row.gains)
     ]
-    best = max(row.best for row in harmless)
-    return min(row.per_device for row in harmless if row.best >= best - NEAR_BEST)
+    best = max(row.best_gain for row in harmless)
+    return min(row.per_device for row in harmless if row.best_gain >= best - NEAR_BEST)
 
 
 def write_judged_on(request: Request, unseen: Recording) -> str:
@@ -99,7 +99,9 @@ def conclude(advice: Advice, notes: Sequence[Finding] = ()) -> Advice:
     if advice.settings["devices"] == 1:
         one_device = [Finding("one device", forces="not now")]
     forcing = [finding for finding in (*changed, *one_device, *one_kind) if finding.forces]
-    headline = (forcing or [_decide_by_gains(advice)])[-1]
+    if not forcing:
+        forcing = [_decide_by_gains(advice)]
+    *overruled, headline = forcing
     answer: Any = headline.forces
     reasons: list[Finding] = []
     if not one_device:
@@ -111,7 +113,7 @@ def conclude(advice: Advice, notes: Sequence[Finding] = ()) -> Advice:
         *(finding for finding in one_kind if finding.role == "warning"),
         *_find_time_source(advice),
     ]
-    findings = (replace(headline, role="headline"), *forcing[-2::-1], *reasons, *warnings)
+    findings = (replace(headline, role="headline"), *reversed(overruled), *reasons, *warnings)
     return replace(advice, answer=answer, findings=findings)
 
 
@@ -163,12 +165,15 @@ def _find_headline(advice: Advice, price: float | None) -> Finding:
     if advice.total is not None:
         share = advice.settings["prefill_share"]
         numbers |= {"gain": advice.total, "prefill_share": share, **running}
-        numbers["gains"] = _gains_by_phase(advice.ordered)
+        numbers["gains"] = _gains_by_phase(advice.judged_by_gain)
         return Finding("gain in total", numbers, forces=answer)
     if len(advice.judged) == 1 and not advice.prefill_lacks:
         numbers |= {"gain": advice.main.gain, **describe_windows(advice.main), **running}
         return Finding("gain of one size of windows", numbers, forces=answer)
-    numbers |= {"gains": _gains_by_phase(advice.ordered), "prefill_lacks": advice.prefill_lacks}
+    numbers |= {
+        "gains": _gains_by_phase(advice.judged_by_gain),
+        "prefill_lacks": advice.prefill_lacks,
+    }
     return Finding("gains of phases", numbers, forces=answer)
 
 
@@ -197,9 +202,10 @@ def _find_too_few(advice: Advice) -> Finding:
 
 def _count_windows(advice: Advice) -> dict[str, int]:
     """Return the number of unseen windows, and how many an interval needs if as alike as these."""
-    main, autocorrelation = advice.main, advice.units.autocorrelation
-    traffic = main.after.replayed.traffic if main.after.replayed is not None else None
-    windows = 0 if traffic is None else traffic.length // (main.window or 1)
+    replayed, autocorrelation = advice.main.after.replayed, advice.units.autocorrelation
+    windows = 0
+    if replayed is not None:
+        windows = replayed.traffic.length // (advice.main.window or 1)
     # Half of them are held out.
     return {"windows": windows, "needed": math.ceil(2 * FEWEST * autocorrelation.correlation_time)}
 
@@ -222,10 +228,8 @@ def find_units(units: Samples, *, held_out: bool) -> list[Finding]:
     elif units.all_alike:
         kind = "sequences all alike"
     elif units.name == "window" and units.autocorrelation.correlation_length > 1:
-        kind, numbers = (
-            "windows in blocks",
-            {"length": units.autocorrelation.correlation_length, "worth": units.number},
-        )
+        kind = "windows in blocks"
+        numbers = {"length": units.autocorrelation.correlation_length, "worth": units.number}
     elif units.name == "window" and units.kinds is not None:
         kind, numbers = "drawn windows", {"windows": units.number}
     elif units.name == "window":
@@ -234,7 +238,7 @@ def find_units(units: Samples, *, held_out: bool) -> list[Finding]:
 
 
 def _find_change(advice: Advice) -> list[Finding]:
-    """Return what follows where the halves of the recording differ beyond chance."""
+    """Return findings if the halves of the recording differ beyond chance; some force an answer."""
     drift = advice.drift
     if drift is None or not drift.is_beyond_chance:
         return []
@@ -245,9 +249,10 @@ def _find_change(advice: Advice) -> list[Finding]:
         return [Finding("drift in any order", change, "warning")]
     if min(advice.carried) > 0 and min(advice.carried) >= CARRIED * advice.main.gain.gain:
         return [Finding("drift that carries", change, "warning")]
-    number = int(advice.carried[1] < advice.carried[0])
-    seen, unseen = ("first", "second")[:: -1 if number else 1]
-    numbers = {**change, "seen": seen, "unseen": unseen, "gain": advice.halves[number]}
+    numbers: dict[str, Any] = {**change, "seen": "first", "unseen": "second"}
+    numbers["gain"] = advice.halves[0]
+    if advice.carried[1] < advice.carried[0]:
+        numbers |= {"seen": "second", "unseen": "first", "gain": advice.halves[1]}
     return [
         Finding("order of the recording", role="warning"),
         Finding("drift", numbers, forces="not enough evidence"),
@@ -304,7 +309,7 @@ def _find_time_source(advice: Advice) -> list[Finding]:
 
 
 def find_notes(request: Request, advice: Advice) -> list[Finding]:
-    """Return costs of one placement for both phases, limits of the engine, and its dispatchers."""
+    """Return findings on one placement for both phases, on the engine, and on waterfill."""
     notes, phases = [], advice.phases
     if phases is not None:
         two_pay = max(phases.costs_of_one.values()) > request.price
@@ -342,7 +347,7 @@ def _find_losses(advice: Advice) -> list[Finding]:
 
 def _find_gains(advice: Advice) -> list[Finding]:
     """Return the gains in windows of each size, over EPLB, by group, and of copies."""
-    ordered = advice.ordered
+    ordered = advice.judged_by_gain
     running = {"running": advice.settings["initial"]}
     reasons = [
         Finding("gain", {"gain": ordered[0].gain, **describe_windows(ordered[0]), **running})
@@ -393,11 +398,10 @@ def _copies_pay(advice: Advice) -> bool:
     """Return whether copies are proposed, or more of them would gain; False for a single number."""
     if len(advice.copies) == 1:
         return False
-    best = max(row.best for row in advice.copies)
+    best = max(row.best_gain for row in advice.copies)
     chosen = next(row for row in advice.copies if row.per_device == advice.chosen_copies)
-    return bool(
-        advice.chosen_copies or advice.larger_copies is not None or best > chosen.best + NEAR_BEST
-    )
+    gains_with_memory = best > chosen.best_gain + NEAR_BEST
+    return bool(advice.chosen_copies or advice.larger_copies is not None or gains_with_memory)
 
 
 def _find_small_gains(advice: Advice) -> list[str]:
@@ -421,11 +425,13 @@ def find_copies(
 ) -> Finding:
     """Return the gains of the chosen slots for copies and of more; ``running`` is how many run."""
     by_slots = {row.per_device: row for row in rows}
-    chosen, least = by_slots[chosen_copies], min(by_slots)
-    best = max(by_slots.values(), key=lambda row: row.best)
-    numbers: dict[str, Any] = {"chosen": _describe_copies(chosen) | {"gain": chosen.best}}
-    numbers["without"] = by_slots[0].best if chosen_copies and least == 0 else None
+    chosen, fewest = by_slots[chosen_copies], min(by_slots)
+    best = max(by_slots.values(), key=lambda row: row.best_gain)
+    numbers: dict[str, Any] = {"chosen": _describe_copies(chosen) | {"gain": chosen.best_gain}}
+    numbers["without"] = by_slots[0].best_gain if chosen_copies and fewest == 0 else None
     numbers["more"] = numbers["larger"] = None
+    # The sentence has the gain without copies already, wherever copies are proposed.
+    is_said = bool(chosen_copies) and best is by_slots[fewest]
     if larger_copies is not None:
         row = by_slots[larger_copies]
         gains = [
@@ -434,11 +440,10 @@ def find_copies(
         ]
         than_now = larger_copies - running
         numbers["more"] = _describe_copies(row) | {"gains": gains, "than_now": than_now}
-    # The gain without copies stands in the sentence already.
-    elif best.best > chosen.best + NEAR_BEST and not (chosen_copies and best is by_slots[least]):
+    elif best.best_gain > chosen.best_gain + NEAR_BEST and not is_said:
         worst = min(best.gains, key=best.mean)
         loses = {"window": worst, "share": -best.mean(worst)} if best.mean(worst) < 0 else None
-        numbers["larger"] = _describe_copies(best) | {"gain": best.best, "loses": loses}
+        numbers["larger"] = _describe_copies(best) | {"gain": best.best_gain, "loses": loses}
     numbers["spare_layers"] = _describe_layers(by_slots[larger_copies or chosen_copies], layers)
     return Finding("copies", numbers)
 

@@ -24,7 +24,7 @@ from moetuner.trace import RoutingTrace, as_trace
 
 # Blocks of a recording, with equal numbers of sequences, that the permutation test permutes.
 BLOCKS = 32
-# Permutations of the test, its level of significance, and how many are computed at once.
+# Permutations of the test, its level of significance, and the permutations computed at once.
 PERMUTATIONS, SIGNIFICANCE, BATCH = 400, 0.01, 16
 # Smallest share of the tokens that go to other experts, beyond chance, that counts as drift.
 LEAST_DRIFT = 0.05
@@ -147,18 +147,7 @@ def drift(
     samples = [
         _count_exchangeable(side, unit) for side, unit in zip(sides.values(), units, strict=True)
     ]
-    # As many blocks per token on both sides, and no more blocks than independent samples.
-    rate = min(
-        MOST_BLOCKS / sum(sizes),
-        *(number / size for number, size in zip(samples, sizes, strict=True)),
-    )
-    counts = [max(round(rate * size), 1) for size in sizes]
-    if math.comb(sum(counts), counts[0]) * SIGNIFICANCE < 1:
-        (fewest, scarce), (largest, ample) = sorted(zip(samples, sides, strict=True))
-        raise ValueError(
-            f"drift needs more sequences or windows: {scarce} has {fewest} independent, "
-            f"{ample} {largest}; record {FEWEST_BLOCKS} or more of both"
-        )
+    counts = _choose_block_counts(dict(zip(sides, samples, strict=True)), sizes)
     seed = seed_in(seed)
     loads = []
     for first, side, count, unit in zip((4, 5), sides.values(), counts, units, strict=True):
@@ -168,8 +157,29 @@ def drift(
     return _compare_blocks(np.concatenate(loads), len(loads[0]), seed)
 
 
+def _choose_block_counts(samples: dict[str, int], sizes: list[int]) -> list[int]:
+    """Return the number of blocks of both sides, given their independent samples and choices.
+
+    Both have as many blocks per token, and no more blocks than samples. Raise ValueError where a
+    permutation test of so few blocks cannot be significant.
+    """
+    rate = MOST_BLOCKS / sum(sizes)
+    for number, size in zip(samples.values(), sizes, strict=True):
+        rate = min(rate, number / size)
+    counts = [max(round(rate * size), 1) for size in sizes]
+    if math.comb(sum(counts), counts[0]) * SIGNIFICANCE < 1:
+        (fewest, scarce), (largest, ample) = sorted(
+            (number, name) for name, number in samples.items()
+        )
+        raise ValueError(
+            f"drift needs more sequences or windows: {scarce} has {fewest} independent, "
+            f"{ample} {largest}; record {FEWEST_BLOCKS} or more of both"
+        )
+    return counts
+
+
 def conclude_drift(drift: Drift, worst: dict[str, Any]) -> Finding:
-    """Return whether a placement still serves traffic, by the figure that got worst.
+    """Return the headline: whether a placement still serves traffic, by the figure that got worst.
 
     ``worst`` has the ``measure``, its ``window`` and its relative ``change``.
     """

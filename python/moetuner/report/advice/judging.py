@@ -134,14 +134,16 @@ def combine_phases(request: Request, judgements: Sequence[Judgement]) -> Compari
 def name_groups(halves: Sequence[Recording]) -> tuple[tuple[str, ...], ...]:
     """Return the groups of both halves; a group in both counts where most of its rows are."""
     sizes = [{name: len(rows) for name, rows in half.group_rows().items()} for half in halves]
-    return tuple(
-        tuple(
-            str(name)
-            for name, size in size_of_group.items()
-            if name is not None and size >= sizes[1 - half].get(name, 0)
+    names = []
+    for size_in_half, size_in_other in zip(sizes, reversed(sizes), strict=True):
+        names.append(
+            tuple(
+                str(name)
+                for name, size in size_in_half.items()
+                if name is not None and size >= size_in_other.get(name, 0)
+            )
         )
-        for half, size_of_group in enumerate(sizes)
-    )
+    return tuple(names)
 
 
 def judge_halves(
@@ -207,7 +209,7 @@ def judge_phases(request: Request, holdout: Holdout, copies: int) -> PhaseTimes 
 def compute_move_cost(request: Request, trial: Trial, saved_us: float) -> Moving:
     """Compute the cost of moving from the running to the proposed placement, and its memory.
 
-    ``saved_us`` is what a step of the model saves then.
+    ``saved_us`` are the microseconds that the proposed placement saves in a step of the model.
     """
     size, topology = request.expert_bytes, request.topology
     running, proposed = trial.placements[RUNNING], trial.placements[PROPOSED]

@@ -41,8 +41,7 @@ def count_running_slots(initial: Placement | str, experts: int, devices: int) ->
     if running.method == "eplb" and slots * devices != experts + running.redundant:
         raise ArgumentError(
             f"initial {initial} must fill all devices evenly: {experts} experts and "
-            f"{running.redundant} "
-            f"redundant ones are no multiple of {devices} devices; "
+            f"{running.redundant} redundant ones are no multiple of {devices} devices; "
             f"eplb:{slots * devices - experts} would do",
             "initial",
         )

@@ -1,4 +1,4 @@
-"""The cheapest useful step: what few moves gain of what the proposed placement does."""
+"""The cheapest useful step: few moves that bring most of the proposed placement's gain."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from moetuner.report.advice.trial import PROPOSED, RUNNING, Trial, evaluate_all
 from moetuner.report.advice.values import Advice, SmallStep
 from moetuner.solver import find_first
 
-# The part of the proposed placement's gain that is enough, and of its moves that are few.
-ENOUGH, FEW_MOVES = 0.75, 0.6
+# Share of the proposed placement's gain that a step has to bring on the seen traffic.
+ENOUGH = 0.75
+# Largest share of the proposed placement's moves that a step may take.
+FEW_MOVES = 0.6
 STEP = "step"
 
 
 def find_step(request: Request, trial: Trial, holdout: Holdout, advice: Advice) -> SmallStep | None:
     """Return the fewest moves that gain most of what the proposed placement gains.
 
-    They are chosen by what was seen and judged on what was not, in the windows where most is
+    Moves are chosen on the seen traffic and judged on the unseen, in the windows where most is
     gained. None where nothing is proposed, or few moves gain little.
     """
     problem, running = trial.problem, trial.placements[RUNNING]

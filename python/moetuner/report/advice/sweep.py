@@ -30,9 +30,9 @@ def sweep(request: Request, holdout: Holdout) -> tuple[Copies, ...]:
     """Return what each number of copies gains on the unseen traffic, and what it costs.
 
     All searches are equally short, so that only the copies differ. A single number is not searched:
-    the caller fills in the gain of the proposed placement. Of numbers that take more memory than
-    the running placement, the next one and the largest are searched first, and those between only
-    where one of the two gains on the seen traffic.
+    the caller fills in the gain of the proposed placement. Among numbers that take more memory
+    than the running placement, the next one and the largest are searched first, and those between
+    only where one of the two gains on the seen traffic.
     """
     placements: dict[Key, Placement] = {RUNNING: find_running_placement(request, holdout)}
     counts = request.tried_copies
@@ -42,6 +42,7 @@ def sweep(request: Request, holdout: Holdout) -> tuple[Copies, ...]:
     values: dict[int, float] = {}
 
     def search(copies: int) -> None:
+        request.progress(f"searching with {counted(copies, 'slot')} for copies")
         problem = build_problem(request, holdout.statistics, copies)
         placements[copies] = search_shortly(request, problem)
         values[copies] = problem.value(placements[copies])
@@ -49,9 +50,12 @@ def sweep(request: Request, holdout: Holdout) -> tuple[Copies, ...]:
     affordable = [copies for copies in counts if copies <= request.running_copies] or [counts[0]]
     larger = counts[len(affordable) :]
     always = {*affordable, *larger[:1], *larger[-1:]}
-    for copies in sorted(counts, key=lambda number: (number not in always, number)):
-        request.progress(f"searching with {counted(copies, 'slot')} for copies")
-        if copies in always or min(values.values()) < values[affordable[-1]] * (1 - LEAST_GAIN):
+    for copies in sorted(always):
+        search(copies)
+    most_affordable = values[affordable[-1]]
+    for copies in counts:
+        # Others are searched only where more copies gain on the seen traffic.
+        if copies not in always and min(values.values()) < most_affordable * (1 - LEAST_GAIN):
             search(copies)
     keys: list[Key] = [RUNNING, *(copies for copies in counts if copies in values)]
     return _compute_gains(request, holdout, {key: placements[key] for key in keys})

@@ -81,7 +81,7 @@ class Copies(Frozen):
         return float(np.mean(self.gains[window]))
 
     @property
-    def best(self) -> float:
+    def best_gain(self) -> float:
         """Mean gain in the windows where it is largest."""
         return max(map(self.mean, self.gains))
 
@@ -334,7 +334,7 @@ class Advice(Frozen):
         return choose_main(self.judged)
 
     @property
-    def ordered(self) -> list[Judgement]:
+    def judged_by_gain(self) -> list[Judgement]:
         """The judgements in windows of all sizes, by falling gain."""
         return sorted(self.judged, key=lambda judgement: -judgement.gain.gain)
 
@@ -351,7 +351,9 @@ class Advice(Frozen):
     @property
     def verdicts(self) -> tuple[Comparison, ...]:
         """The gains that decide the answer: the total if it is known, else those of all windows."""
-        return (self.total,) if self.total else tuple(judgement.gain for judgement in self.judged)
+        if self.total is not None:
+            return (self.total,)
+        return tuple(judgement.gain for judgement in self.judged)
 
     @property
     def carried(self) -> tuple[float, ...]:
@@ -374,7 +376,7 @@ class Advice(Frozen):
         return self.say("warning")
 
     def overruled(self, headline: Finding) -> Advice:
-        """Return the advice with another headline, which forces its answer."""
+        """Return the advice with another headline and the answer that this one forces."""
         answer: Any = headline.forces
         first, *others = self.findings
         findings = (replace(headline, role="headline"), replace(first, role="reason"), *others)

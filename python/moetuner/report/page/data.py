@@ -95,7 +95,8 @@ class PageData:
     title
         Title of the page.
     sentence, todo, reasons, warnings
-        The verdict, which stands alone; the next step; the reasons of the verdict; and its limits.
+        The verdict, in a sentence that stands alone; what to do next; and the reasons and the
+        limits of the verdict.
     answer
         Colour of the verdict: ``"good"``, ``"bad"`` or ``"unsure"``.
     gains, others
@@ -266,17 +267,23 @@ class PageData:
     @property
     def facts(self) -> tuple[tuple[str, str], ...]:
         """Labels and values: the command, the checksum of files, and settings."""
-        digest, settings = hashlib.sha256(), self.contents.get("settings", {})
-        are_files = bool(self.origin.files) and all(path.is_file() for path in self.origin.files)
-        for path in self.origin.files if are_files else ():
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
         return (
             ("Command", self.origin.command),
-            ("SHA-256 of INPUT", digest.hexdigest() if are_files else "not a file"),
-            *write_settings(settings),
+            ("SHA-256 of INPUT", _compute_checksum(self.origin.files)),
+            *write_settings(self.contents.get("settings", {})),
         )
+
+
+def _compute_checksum(paths: Sequence[Path]) -> str:
+    """Compute the SHA-256 of files, one after the other; "not a file" if any of them is none."""
+    if not paths or not all(path.is_file() for path in paths):
+        return "not a file"
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def make_advice_data(
@@ -298,12 +305,13 @@ def make_advice_data(
         eplb = {} if over_eplb is None else {"EPLB": over_eplb.gain.before}
         gains.append(make_gain_tile(replace(judgement.gain, names=names), judgement, eplb))
     if advice.total is not None:
-        gains.append(Tile("Prefill and decode in total", advice.total.much, advice.total.sure))
+        total = advice.total
+        gains.append(Tile("Prefill and decode in total", total.amount, total.interval_in_words))
     if advice.drift is not None and advice.drift.is_of_groups:
         groups = [", ".join(map(_texts.name, names)) for names in advice.groups_of_halves]
         for seen, gain in enumerate(advice.halves):
             label = f"Computed from {groups[seen]}; judged on {groups[1 - seen]}"
-            gains.append(Tile(label, gain.much, gain.sure))
+            gains.append(Tile(label, gain.amount, gain.interval_in_words))
     return PageData(
         title=f"moetuner: {advice.answer}",
         sentence=advice.say_answer(voice),
@@ -371,9 +379,9 @@ def make_outcome_data(
     expert_bytes: float | None = None,
 ) -> PageData:
     """Make the page data of an outcome, judged beside another one."""
-    worth, result, model = outcome.worth, outcome.result, outcome.problem.cost_model
+    objective, result, model = outcome.objective, outcome.result, outcome.problem.cost_model
     distance: tuple[Tile, ...] = ()
-    if worth.is_known and outcome.gap is not None:
+    if objective.is_known and outcome.gap is not None:
         note = f"proven by a lower bound ({result.bound_source})"
         distance = (Tile("Distance to the optimum", f"at most {percent(outcome.gap)}", note),)
     timed = contents["settings"]["time_limit"] is not None
@@ -387,7 +395,7 @@ def make_outcome_data(
         expert_bytes=expert_bytes,
     )
     return replace(
-        data, others=distance, result=result, unit=worth.unit, trades=trades, timed=timed
+        data, others=distance, result=result, unit=objective.unit, trades=trades, timed=timed
     )
 
 
@@ -404,6 +412,9 @@ def make_judgement_data(
     gain, replayed = replace(judgement.gain, splits=()), judgement.after.replayed
     assert replayed is not None
     answer, words, todo = GAINED[gain.answer]
+    verdict = f"{words}: {gain.change_in_words}"
+    if not gain.is_too_few:
+        verdict += f" ({gain.interval_in_words})"
     loads = count_loads(replayed.traffic, threads=replayed.setting.options.threads)
     warnings: tuple[str, ...] = ()
     if gain.measure == "predicted_layer_us":
@@ -424,7 +435,7 @@ def make_judgement_data(
         expert_bytes = bytes_of_expert(recorded.expert_size, recorded.model)
     page = PageData(
         title=f"moetuner: {gain.names[1]} against {gain.names[0]}",
-        sentence=f"{words}: {gain.change_in_words}{'' if gain.is_too_few else f' ({gain.sure})'}.",
+        sentence=f"{verdict}.",
         answer=answer,
         todo=todo,
         gains=(make_gain_tile(gain, judgement),),
@@ -464,7 +475,7 @@ def make_gain_tile(
     values = {gain.names[0]: gain.before, **(others or {}), gain.names[1]: gain.after}
     # As tables of commands have them.
     rows = [(name, figure.text(value) + figure.unit) for name, value in values.items()]
-    note = gain.sure or "too few sequences or windows for an interval"
+    note = gain.interval_in_words or "too few sequences or windows for an interval"
     if is_time:
         layers = judgement.layers
         unit, scale = unit_of_time(max(gain.before * layers, 1e3))
@@ -474,7 +485,7 @@ def make_gain_tile(
         verb, step = "saves" if gain.gain >= 0 else "adds", "step" if window else "window"
         note = f"{verb} {saved} of {step_time} {unit} per {step} of {layers} layers; {note}"
     label = capitalised(f"{figure.label}, {write_windows(window, evaluation)}")
-    return Tile(label, gain.much, note, rows)
+    return Tile(label, gain.amount, note, rows)
 
 
 def write_windows(window: int | None, evaluation: Evaluation) -> str:

@@ -47,7 +47,7 @@ FEWEST_WINDOWS = 5
 MARKS = {
     "": ("circle", PROPOSED),
     "worse": ("x", "var(--bad)"),
-    "few": ("circle-open", "var(--muted)"),
+    "too few": ("circle-open", "var(--muted)"),
 }
 COLOURS, SYMBOLS = (RUNNING, PROPOSED), ("x", "circle")
 
@@ -117,8 +117,8 @@ def _show_layers(page: PageData) -> Panel | None:
     data[1] |= {"mode": "markers+text", "textposition": "top center"}
     data[1]["text"] = [str(layer) if layer in worst else "" for layer in layers]
     rows = [
-        (str(layer), *map(digits, (*(by_layer[layer] for by_layer in values), gain[layer])))
-        for layer in layers
+        (str(layer), *map(digits, (before, after, less)))
+        for layer, before, after, less in zip(layers, *values, gain, strict=True)
     ]
     has_links = page.evaluations[0].traffic.get("dispatch") is not None
     is_linked = len(layers) > 1 and has_links and 1 < _count_sides(page) <= draw.MOST_DEVICES
@@ -225,7 +225,10 @@ def _count_sides(page: PageData) -> int:
 
 
 def _sum_by_node(table: NDArray[Any], page: PageData) -> tuple[NDArray[Any], str]:
-    """Sum devices [..,D,D] to nodes where they are too many to draw; return what rows are, too."""
+    """Sum a table [...,D,D] by node where devices are too many to draw.
+
+    Also return what its rows are: "device" or "node".
+    """
     nodes, size = _count_sides(page), page.topology.node_size
     if nodes == page.topology.devices:
         return table, "device"
@@ -391,8 +394,8 @@ def _write_notes_over_time(page: PageData) -> tuple[str, ...]:
     drift = page.advice.drift if page.advice is not None else None
     if drift is not None:
         notes.append(
-            f"Of the tokens, {percent(drift.distance)} go to other experts in the second half of "
-            f"the recording than in the first; of halves by chance {percent(drift.expected)}."
+            f"{percent(drift.distance)} of the tokens go to other experts in the second half of "
+            f"the recording than in the first; by chance it would be {percent(drift.expected)}."
         )
     return tuple(notes)
 
@@ -414,13 +417,14 @@ def _show_groups(page: PageData) -> Panel | None:
     if len(changes) > GROUPS:
         drawn = [*changes[: GROUPS // 2], *changes[-GROUPS // 2 :]]
     # A change without an interval is drawn as a point.
-    ends = [(change.value, *(change.interval or 2 * (change.value,))) for _, change in drawn]
-    value, low, high = 100 * np.array(ends).reshape(-1, 3).T
+    ends = [change.interval or (change.value, change.value) for _, change in drawn]
+    value = 100 * np.array([change.value for _, change in drawn])
+    low, high = 100 * np.array(ends).reshape(-1, 2).T
     names, places = [name for name, _ in drawn], list(range(len(drawn)))
     labels = [draw.escape_tags(name) + (" (too few)" if name in too_few else "") for name in names]
-    marks = [
-        MARKS["few" if name in too_few else "worse" if name in worse else ""] for name in names
-    ]
+    judged = dict.fromkeys((name for name, _ in changes), "")
+    judged |= dict.fromkeys(worse, "worse") | dict.fromkeys(too_few, "too few")
+    marks = [MARKS[judged[name]] for name in names]
     data = draw.scatter(
         value,
         places,
@@ -441,7 +445,7 @@ def _show_groups(page: PageData) -> Panel | None:
         (
             draw.escape_tags(name),
             *map(signed, (change.value, change.low, change.high)),
-            "too few" if name in too_few else "worse" if name in worse else "",
+            judged[name],
         )
         for name, change in changes[:ROWS]
     ]

@@ -70,7 +70,7 @@ def _gain_of_one_size(voice: Voice, price: float | None, of_groups: bool, **numb
     clause = _gain(voice, **numbers)
     if voice.is_page:
         gain, running = numbers["gain"], numbers["running"]
-        clause = f"{gain.much} predicted time than with {name_running(running)}"
+        clause = f"{gain.amount} predicted time than with {name_running(running)}"
     return f"{clause}{_less_than(price)}{_of_a_mix(of_groups)}"
 
 
@@ -100,7 +100,7 @@ def _gain_in_total(
 ) -> str:
     by_phase = ", ".join(f"{phase} {signed(of_phase.gain)}" for phase, of_phase in gains.items())
     return (
-        f"{gain.much} predicted time than with {name_running(running)} where "
+        f"{gain.amount} predicted time than with {name_running(running)} where "
         f"{100 * prefill_share:g} % of the time is prefill{write_interval(gain)}: "
         f"{by_phase}{_less_than(price)}{_of_a_mix(of_groups)}"
     )

@@ -21,6 +21,11 @@ def name_windows(window: int | None, recorded: int | None = None) -> str:
     return "recorded windows" + (f" of {recorded:,} tokens" if recorded else "")
 
 
+def in_windows(window: int | None) -> str:
+    """Write in which windows a figure is, to follow it; nothing where the size is None."""
+    return "" if window is None else f" in {name_windows(window)}"
+
+
 def name_running(initial: str) -> str:
     """Write the name of the running placement, such as ``"eplb:32"``, or ``"given"`` by a user."""
     running = Running.parse(initial)
@@ -35,7 +40,9 @@ def name_running(initial: str) -> str:
 
 def write_interval(gain: Comparison) -> str:
     """Write the interval of a gain in brackets; nothing if it has none, or nothing differs."""
-    return f" ({gain.sure})" if gain.sure and gain.interval != (0, 0) else ""
+    if not gain.interval_in_words or gain.interval == (0, 0):
+        return ""
+    return f" ({gain.interval_in_words})"
 
 
 def write_gain(gain: Comparison) -> str:
@@ -46,4 +53,4 @@ def write_gain(gain: Comparison) -> str:
 
 def write_amount(gain: Comparison) -> str:
     """Write how much less, or more, the figure is after the change."""
-    return gain.much if abs(gain.gain) >= LEAST_SHOWN else "no less"
+    return gain.amount if abs(gain.gain) >= LEAST_SHOWN else "no less"

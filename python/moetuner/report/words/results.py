@@ -12,7 +12,7 @@ from moetuner.files.cells import (
     percent,
 )
 from moetuner.report.findings import Voice
-from moetuner.report.words.parts import Clause
+from moetuner.report.words.parts import Clause, in_windows
 
 
 def _cost_model(cost_model: str, weight_bits: float | None) -> str:
@@ -38,14 +38,10 @@ def _assumed_experts(voice: Voice, model: str | None, weight_bits: float | None)
 # Outcomes of a method.
 
 
-def _in_windows(window: int | None) -> str:
-    return "" if window is None else f" in windows of {window:,} tokens"
-
-
 def _predicted_time(voice: Voice, times: list[dict[str, Any]]) -> str:
     first, *others = times
-    texts = [f"{number(first['us'], 1)} us per layer{_in_windows(first['window'])}"]
-    texts += [f"{number(time['us'], 1)} us{_in_windows(time['window'])}" for time in others]
+    texts = [f"{number(first['us'], 1)} us per layer{in_windows(first['window'])}"]
+    texts += [f"{number(time['us'], 1)} us{in_windows(time['window'])}" for time in others]
     return f"predicted time: {', '.join(texts)}"
 
 
@@ -90,7 +86,7 @@ def _judged_gain(voice: Voice, gain: Comparison, window: int | None, part: str |
         "unseen": "on unseen traffic ",
         "seen": "on the traffic that it was computed from ",
     }
-    return f"gain{_in_windows(window)}: {where[part]}{gain.sentence}"
+    return f"gain{in_windows(window)}: {where[part]}{gain.sentence}"
 
 
 def _slower_than_running(
@@ -119,12 +115,12 @@ def _slower_than_running(
         of_method = "" if method is None else f" with {method}"
         return (
             f"Warning: surviving the loss of a {survive}{of_method} costs "
-            f"{percent(us / us_before - 1)} more predicted time than {running}{_in_windows(window)}"
+            f"{percent(us / us_before - 1)} more predicted time than {running}{in_windows(window)}"
             f", {times} us per layer; leave out --survive if that is too much"
         )
     return (
         f"Warning: {slower} is predicted to be slower than {running}: "
-        f"{times} us per layer{_in_windows(window)}; {remedy}"
+        f"{times} us per layer{in_windows(window)}; {remedy}"
     )
 
 
@@ -180,7 +176,7 @@ CLAUSES: dict[str, Clause] = {
     ),
     "judged gain": _judged_gain,
     "no smaller objective": lambda voice, window, over: (
-        f"gain{_in_windows(window)}: no method has a smaller objective than {over} on the seen part"
+        f"gain{in_windows(window)}: no method has a smaller objective than {over} on the seen part"
     ),
     "lacks of the recording": "{voice.recording} has {lacks}",
     "cap that nothing keeps": _cap_that_nothing_keeps,

@@ -12,7 +12,7 @@ from moetuner.files.cells import (
     percent,
 )
 from moetuner.report.findings import Voice
-from moetuner.report.words.parts import Clause
+from moetuner.report.words.parts import Clause, in_windows
 
 # Explanation of each answer on hot experts.
 MEANING = {
@@ -25,9 +25,8 @@ MEANING = {
 
 def _change(change: float, label: str, window: int | None) -> str:
     """Write how much a figure changes, and in which windows."""
-    windows = f" in windows of {window:,} tokens" if window else ""
     amount = f"{percent(abs(change))} {'less' if change < 0 else 'more'}"
-    return f"{amount} {label}{windows}"
+    return f"{amount} {label}{in_windows(window)}"
 
 
 def _profile_not_left(
@@ -122,10 +121,8 @@ def _experts_that_move(
 
 
 def _busiest_device(voice: Voice, before: float, after: float, window: int | None) -> str:
-    where = (
-        f"the windows of {voice.recording}" if window is None else f"windows of {window:,} tokens"
-    )
-    return f"busiest device: {before:.3f} x the mean load now, {after:.3f} x then, in {where}"
+    where = f" in the windows of {voice.recording}" if window is None else in_windows(window)
+    return f"busiest device: {before:.3f} x the mean load now, {after:.3f} x then,{where}"
 
 
 CLAUSES: dict[str, Clause] = {

@@ -45,14 +45,12 @@ def cap_report(
         reached = peaks = problem.caps.peaks(placement)[layers]
         least = least_slowest(problem, problem.load.astype(np.float64)[None])[0, layers]
     rows = list(zip(layers.tolist(), mean.tolist(), cap, peaks, reached, least, strict=True))
-    return CapsDetails(
-        {layer: float(peak / scale) for layer, scale, _, peak, _, _ in rows},
-        {
-            layer: (float(low / scale), float(high / scale))
-            for layer, scale, cap, _, high, low in rows
-            if low > cap
-        },
-    )
+    raised, infeasible = {}, {}
+    for layer, scale, cap_of_layer, peak, high, low in rows:
+        raised[layer] = float(peak / scale)
+        if low > cap_of_layer:
+            infeasible[layer] = (float(low / scale), float(high / scale))
+    return CapsDetails(raised, infeasible)
 
 
 def are_least(caps: CapsDetails) -> bool:
@@ -63,7 +61,7 @@ def are_least(caps: CapsDetails) -> bool:
     )
 
 
-def scope(problem: Problem, caps: CapsDetails) -> str:
+def describe_scope(problem: Problem, caps: CapsDetails) -> str:
     """Return in words which placements a bound on a solved problem covers, under such caps."""
     which = "placements" + (" that may have copies" if problem.may_copy else SINGLE)
     if problem.goal != "traffic" and (where := phases.describe(problem.shares)):

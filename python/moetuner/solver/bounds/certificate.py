@@ -55,11 +55,12 @@ class Proof(Frozen):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Visits(Frozen):
-    """What proves visits of ``parts``, devices or nodes: one of two ways, or capacity alone.
+    """A proof of a bound on visits of ``parts``, devices or nodes.
 
-    Prices are of experts [L*E], in tokens, where all contents of a part are tried. Slopes are of
-    the tangent of every distinct set, layer after layer: how many pairs, weighted by them, lie
-    apart is proven by ``pairs``.
+    It has ``prices`` of experts [L*E], in tokens, where all contents of a part are tried; or
+    ``slopes`` of the tangents of all distinct sets, layer after layer, with ``pairs``, which prove
+    how many pairs of experts, weighted by the slopes, lie apart; or neither, where capacity alone
+    proves the bound.
     """
 
     parts: int
@@ -70,17 +71,17 @@ class Visits(Frozen):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Certificate(Frozen):
-    """What proves a bound: of a regime's cost, for ``slots`` per device under ``caps`` [L].
+    """A proof of a bound on a regime's cost, for ``slots`` per device under ``caps`` [L].
 
     Parameters
     ----------
     fingerprint
-        Of the statistics.
+        Fingerprint of the statistics.
     method
-        How it proves; a dual point has ``proofs``, visits have ``visits``, level by level.
+        Kind of proof; a dual point has ``proofs``, visits have ``visits``, level by level.
     cost
-        The bound that it was written for, of ``Objective.cost`` or of visits. Nobody has to believe
-        it.
+        The bound that it was written for, on ``Objective.cost`` or on visits. ``verify`` does not
+        trust it.
 
     Examples
     --------
@@ -112,9 +113,10 @@ class Certificate(Frozen):
         for number, proof in enumerate(self.proofs):
             tensors |= {f"{number}.{name}": getattr(proof, name) for name in ARRAYS}
         for number, level in enumerate(self.visits):
-            of_pairs = () if level.pairs is None else [(level.pairs, name) for name in ARRAYS]
-            for part, name in ((level, "prices"), (level, "slopes"), *of_pairs):
-                tensors[f"visits.{number}.{name}"] = getattr(part, name)
+            prefix = f"visits.{number}"
+            tensors |= {f"{prefix}.prices": level.prices, f"{prefix}.slopes": level.slopes}
+            if level.pairs is not None:
+                tensors |= {f"{prefix}.{name}": getattr(level.pairs, name) for name in ARRAYS}
         # The widest type first: then all tensors are aligned.
         tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))
         metadata = {

@@ -55,7 +55,7 @@ def proves_pairs(problem: Problem) -> bool:
 def least_balance(problem: Problem) -> float:
     """Compute a lower bound on the balance of every placement."""
     least = problem.windows.map(lambda load: least_slowest(problem, load).sum(axis=1))
-    return float(problem.objective_function.worth(least))
+    return float(problem.objective_function.compute_values(least))
 
 
 def least_time(problem: Problem, pairs_us: float = 0.0) -> float:
@@ -71,7 +71,7 @@ def least_time(problem: Problem, pairs_us: float = 0.0) -> float:
     else:
         moved = pairs_us * _least_part(problem) / problem.layers
     times = problem.cost_model.layer_us(compute[:, None], moved)
-    return float(problem.objective_function.worth(times))
+    return float(problem.objective_function.compute_values(times))
 
 
 def least_slowest(problem: Problem, load: Floats) -> Floats:
@@ -170,7 +170,7 @@ def _least_part(problem: Problem) -> Floats:
 def _least_pairs_us(problem: Problem, budget: Budget) -> tuple[float, str] | None:
     """Compute the least microseconds of pairs on links with evenly used ports, and the proof."""
     assert problem.cost_model is not None
-    short = budget.left is not None and budget.left < pairs.least_seconds(problem)
+    short = budget.seconds_left is not None and budget.seconds_left < pairs.least_seconds(problem)
     if not proves_pairs(problem) or short:
         return None
     plain = replace(
@@ -178,7 +178,7 @@ def _least_pairs_us(problem: Problem, budget: Budget) -> tuple[float, str] | Non
         objective="traffic",
         max_imbalance=None,
         **NO_RULES,
-        # What overlaps is taken off the sum of both parts.
+        # Overlap is subtracted from the sum of both parts.
         cost_model=replace(problem.cost_model, overlap=0.0),
     )
     proven = pairs.bound(plain, plain.caps.whole, budget=budget)

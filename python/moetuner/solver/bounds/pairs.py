@@ -3,7 +3,7 @@
 The Rust core bounds the number of transitions between interchangeable devices (a doubly
 non-negative relaxation with load cuts, or the transportation bound per layer pair). This module
 turns costs of links and nodes into such counts, and keeps the proofs. Co-activation becomes
-transitions from a layer to a copy of itself, see `padded`. The bounds cover placements with one
+transitions from a layer to a copy of itself, see `pad_layers`. The bounds cover placements with one
 copy of each expert only: with more copies a placement may cost less.
 """
 
@@ -51,7 +51,7 @@ def bound(
     cost, interrupted = 0, False
     if iterations is None:
         # This may round to none: sums of rows and columns prove more than a single iteration.
-        iterations = int(min(affordable(problem), effort.BOUND_ITERATIONS))
+        iterations = int(min(count_affordable(problem), effort.BOUND_ITERATIONS))
         if budget.time_limit is not None:
             iterations = effort.BOUND_ITERATIONS_TIMED
     sources: list[str] = []
@@ -60,21 +60,21 @@ def bound(
     for name, price, parts in levels:
         level_budget = budget.within(1 / (len(levels) - len(proofs)))
         crossing, source, done, ended, stopped, arrays = _core.bound(
-            (*padded(problem, caps, parts), parts),
+            (*pad_layers(problem, caps, parts), parts),
             iterations=iterations,
             target=goal if len(levels) == 1 and price == 1 else None,
             gap=budget.gap or 0.0,
             time_limit=level_budget.time_limit,
             threads=budget.threads,
-            progress=reporter(budget, _share, problem, price),
+            progress=make_reporter(budget, _share, problem, price),
         )
         cost += price * crossing
         interrupted |= stopped
         sources.append(source if len(levels) == 1 else f"{source} ({name})")
         proven[name] = LevelBound(crossing, done, ended)
         proofs.append(Proof(parts, price, *arrays))
-    cost = _of_count(problem, cost)
-    certificate = certified(problem, caps, "dual point", cost, tuple(proofs))
+    cost = _to_problem_cost(problem, cost)
+    certificate = make_certificate(problem, caps, "dual point", cost, tuple(proofs))
     return Bound(cost, " + ".join(sources), certificate, proven, interrupted)
 
 
@@ -106,7 +106,7 @@ def least_seconds(problem: Problem) -> float:
     return effort.BOUND_SECONDS * problem.layers * (problem.devices * problem.slots) ** 2
 
 
-def certified(
+def make_certificate(
     problem: Problem,
     caps: NDArray[np.uint64],
     method: Method,
@@ -130,7 +130,7 @@ def make_chain(
     return (problem.load, caps, cost, problem.slots, *tables)
 
 
-def complete(
+def solve_completely(
     problem: Problem,
     caps: NDArray[np.uint64],
     *,
@@ -151,7 +151,7 @@ def complete(
     )
 
 
-def verified(
+def recompute(
     problem: Problem,
     caps: NDArray[np.uint64],
     proofs: tuple[Proof, ...],
@@ -167,14 +167,14 @@ def verified(
     total = 0
     for proof in proofs:
         total += proof.price * _core.verify_bound(
-            (*padded(problem, caps, proof.parts), proof.parts),
+            (*pad_layers(problem, caps, proof.parts), proof.parts),
             tuple(getattr(proof, name) for name in ARRAYS),
             threads=threads,
         )
-    return _of_count(problem, total)
+    return _to_problem_cost(problem, total)
 
 
-def padded(
+def pad_layers(
     problem: Problem, caps: NDArray[np.uint64], parts: int
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64]]:
     """Return load [L,P], transitions [L-1,P,P] and caps [L] for placements on equal ``parts``.
@@ -189,7 +189,7 @@ def padded(
     """
     experts, slots = problem.num_experts, problem.devices * problem.slots
     follow = problem.regime == "follow"
-    caps = joined_caps(problem, caps, problem.devices // parts)
+    caps = join_caps(problem, caps, problem.devices // parts)
     if follow and slots == experts:
         return problem.load, problem.statistics.transitions_or_empty, caps
     copies = 1 if follow else 2
@@ -206,21 +206,21 @@ def padded(
     return load, tables, np.repeat(caps, copies)
 
 
-def joined_caps(problem: Problem, caps: NDArray[np.uint64], devices: int) -> NDArray[np.uint64]:
+def join_caps(problem: Problem, caps: NDArray[np.uint64], devices: int) -> NDArray[np.uint64]:
     """Return caps [L] of so many devices together; at most the total load, so that none wraps."""
     total = problem.load.sum(axis=1, dtype=np.uint64).tolist()
     joined = [min(int(cap) * devices, load) for cap, load in zip(caps, total, strict=True)]
     return np.array(joined, dtype=np.uint64)
 
 
-def _of_count(problem: Problem, cost: int) -> int:
-    """Return the problem's cost from that of `padded`, which counts dispatch's pairs twice."""
+def _to_problem_cost(problem: Problem, cost: int) -> int:
+    """Return the problem's cost from that of `pad_layers`, which counts dispatch's pairs twice."""
     return cost if problem.regime == "follow" else -(-cost // 2)
 
 
 def _share(problem: Problem, price: int, crossing: int) -> float:
     """Return a count of pairs at a price as the problem's traffic."""
-    return _of_count(problem, crossing * price) / problem.objective_function.scale
+    return _to_problem_cost(problem, crossing * price) / problem.objective_function.scale
 
 
 def _levels(problem: Problem) -> list[tuple[str, int, int]] | None:
@@ -244,13 +244,13 @@ def _levels(problem: Problem) -> list[tuple[str, int, int]] | None:
     return levels
 
 
-def affordable(problem: Problem) -> float:
+def count_affordable(problem: Problem) -> float:
     """Compute the iterations of a solve without a time limit: one takes L-1 eigenproblems."""
     layers = problem.layers if problem.regime == "follow" else 2 * problem.layers
     return effort.BOUND_WORK / (float(layers - 1) * (2 * problem.devices * problem.slots) ** 3)
 
 
-def reporter(budget: Budget, value: Callable[..., float], *extra: Any) -> Report:
+def make_reporter(budget: Budget, value: Callable[..., float], *extra: Any) -> Report:
     """Return a function that reports the core's bounds by their ``value``, if anybody listens."""
     progress = budget.progress
     if progress is None:

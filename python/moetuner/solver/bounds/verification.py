@@ -14,8 +14,8 @@ from moetuner.solver.bounds.certificate import Certificate
 def verify(certificate: Certificate, problem: Problem, *, threads: int | None = None) -> int:
     """Recompute a bound from a certificate and the statistics alone.
 
-    No placement of the problem is below it. It is of ``Objective.cost``; or of visits, where expert
-    sets are known: of all tokens, in visits of devices.
+    No placement of the problem is below it. It is a bound on ``Objective.cost`` or, where expert
+    sets are known, on the visits of devices by all tokens.
 
     Raises
     ------
@@ -52,8 +52,8 @@ def verify(certificate: Certificate, problem: Problem, *, threads: int | None = 
     if certificate.method == "complete dynamic programme":
         return _complete_again(certificate, problem, threads)
     if certificate.method == "visits":
-        return visits.verified(problem, certificate.caps, certificate.visits, threads=threads)
-    return pairs.verified(problem, certificate.caps, certificate.proofs, threads=threads)
+        return visits.recompute(problem, certificate.caps, certificate.visits, threads=threads)
+    return pairs.recompute(problem, certificate.caps, certificate.proofs, threads=threads)
 
 
 def _refuse_vacuous(certificate: Certificate, problem: Problem, threads: int | None) -> None:
@@ -95,7 +95,7 @@ def _refuse_uncovered(certificate: Certificate, problem: Problem) -> None:
 def _complete_again(certificate: Certificate, problem: Problem, threads: int | None) -> int:
     """Recompute an optimum under a certificate's caps."""
     caps = np.minimum(certificate.caps, problem.load.sum(axis=1, dtype=np.uint64))
-    optimum = pairs.complete(problem, caps, threads=threads)
+    optimum = pairs.solve_completely(problem, caps, threads=threads)
     if optimum is None:
         raise ValueError(
             "certificate says that dynamic programming over all partitions is its proof, which is "

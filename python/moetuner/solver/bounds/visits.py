@@ -68,7 +68,7 @@ class _Level:
         """Least visits by capacity alone."""
         rows = zip(self.sets, self.capacity, strict=True)
         return sum(
-            _tokens(layer_sets) * -(-layer_sets.top_k // int(slots.max()))
+            _count_tokens(layer_sets) * -(-layer_sets.top_k // int(slots.max()))
             for layer_sets, slots in rows
         )
 
@@ -80,9 +80,11 @@ class _Level:
 
     @property
     def corners(self) -> list[tuple[Counts, Counts]]:
-        """Vertices of the `hull` of every layer."""
+        """Vertices of the hull of every layer."""
         rows = zip(self.sets, self.capacity, strict=True)
-        return [hull(layer_sets.top_k, int(slots.max()), self.parts) for layer_sets, slots in rows]
+        return [
+            find_hull(layer_sets.top_k, int(slots.max()), self.parts) for layer_sets, slots in rows
+        ]
 
     @property
     def weighing_seconds(self) -> float:
@@ -93,6 +95,8 @@ class _Level:
 
 @dataclass(frozen=True)
 class _Proven:
+    """A lower bound on visits of all tokens, the name of its proof, and the proof."""
+
     visits: int
     source: str
     proof: Visits
@@ -131,9 +135,10 @@ def bound(
     tokens, levels = max(problem.objective_function.tokens, 1), _levels(problem, caps)
     for number, level in enumerate(levels):
         level_budget = budget.within(1 / (len(levels) - number))
-        report = pairs.reporter(level_budget, _share, level.price / tokens, cost / tokens)
+        report = pairs.make_reporter(level_budget, _share, level.price / tokens, cost / tokens)
         proven = _Proven(level.least, "capacity", Visits(level.parts))
-        for way in (_by_prices, _by_tangents) if level.parts > 1 else ():
+        ways = (_bound_by_prices, _bound_by_tangents) if level.parts > 1 else ()
+        for way in ways:
             # The second way is for levels that the first cannot bound, or not in time.
             if level_budget.is_over() or interrupted or proven.visits > level.least:
                 break
@@ -145,7 +150,7 @@ def bound(
         sources.append(proven.source if len(levels) == 1 else f"{proven.source} ({level.name})")
         proofs.append(proven.proof)
     whole_cost = math.floor(cost)
-    certificate = pairs.certified(problem, caps, "visits", whole_cost, visits=tuple(proofs))
+    certificate = pairs.make_certificate(problem, caps, "visits", whole_cost, visits=tuple(proofs))
     return Bound(whole_cost, " + ".join(sources), certificate, interrupted=interrupted)
 
 
@@ -154,7 +159,7 @@ def _share(price: float, before: float, visits: int) -> float:
     return before + price * visits
 
 
-def verified(
+def recompute(
     problem: Problem,
     caps: NDArray[np.uint64],
     proofs: tuple[Visits, ...],
@@ -174,10 +179,10 @@ def verified(
         if len(proof.prices):
             by_layer = _core.verify_visits(level.seen, proof.prices, threads=threads)
             visits = max(visits, int(by_layer.sum()))
-        weighed = _weighed(level, proof.slopes) if len(proof.slopes) else None
+        weighed = _weigh_pairs(level, proof.slopes) if len(proof.slopes) else None
         if weighed is not None and proof.pairs is not None:
             whole_caps = weighed[0].caps.whole
-            apart = pairs.verified(weighed[0], whole_caps, (proof.pairs,), threads=threads)
+            apart = pairs.recompute(weighed[0], whole_caps, (proof.pairs,), threads=threads)
             visits = max(visits, -(-(weighed[1] + apart) // UNIT))
         cost += level.price * visits
     return math.floor(cost)
@@ -191,19 +196,19 @@ def _levels(problem: Problem, caps: NDArray[np.uint64]) -> list[_Level]:
     if node_cost > 0:
         capacity = np.zeros((problem.layers, problem.topology.nodes), dtype=np.int64)
         np.add.at(capacity.T, node, problem.capacity.T)
-        node_caps = pairs.joined_caps(problem, caps, int(np.bincount(node).max()))
+        node_caps = pairs.join_caps(problem, caps, int(np.bincount(node).max()))
         levels.append(_Level(problem, "nodes", node_cost, node, capacity, node_caps))
     return levels
 
 
-def _tokens(sets: ExpertSets) -> int:
+def _count_tokens(sets: ExpertSets) -> int:
     return int(sets.counts.sum(dtype=np.uint64))
 
 
 # Prices of experts.
 
 
-def _by_prices(
+def _bound_by_prices(
     level: _Level, start: Counts, budget: Budget, report: pairs.Report
 ) -> _Proven | None:
     """Return a bound by prices of experts; None if experts, or contents of a part, are too many."""
@@ -216,7 +221,7 @@ def _by_prices(
         rounds=effort.PRICE_ROUNDS,
         work=work,
         gap=budget.gap or 0.0,
-        time_limit=budget.left,
+        time_limit=budget.seconds_left,
         threads=budget.threads,
         progress=report,
     )
@@ -230,7 +235,7 @@ def _by_prices(
 # Tangents.
 
 
-def hull(top_k: int, capacity: int, parts: int) -> tuple[Counts, Counts]:
+def find_hull(top_k: int, capacity: int, parts: int) -> tuple[Counts, Counts]:
     """Return the vertices of the hull: least co-located pairs, and the parts visited, which fall.
 
     Pairs are least if the experts are spread evenly; no part has more than ``capacity`` of them.
@@ -240,7 +245,7 @@ def hull(top_k: int, capacity: int, parts: int) -> tuple[Counts, Counts]:
     return (larger * (size + 1) * size + (spread - larger) * size * (size - 1)) // 2, spread
 
 
-def touching(slopes: Counts, corners: tuple[Counts, Counts]) -> tuple[Counts, Counts]:
+def find_tangents(slopes: Counts, corners: tuple[Counts, Counts]) -> tuple[Counts, Counts]:
     """Return where tangents with slopes [N] meet the axis, times ``UNIT``, and their vertices."""
     together, spread = corners
     height = UNIT * spread[None] + slopes[:, None] * together[None]
@@ -248,20 +253,17 @@ def touching(slopes: Counts, corners: tuple[Counts, Counts]) -> tuple[Counts, Co
     return height.min(axis=1), vertex
 
 
-def _weighed(level: _Level, slopes: NDArray[Any]) -> tuple[Problem, int] | None:
+def _weigh_pairs(level: _Level, slopes: NDArray[Any]) -> tuple[Problem, int] | None:
     """Return pairs of experts weighted by the slopes of their sets, as a problem, and a constant.
 
     Visits, times ``UNIT``, are at least that constant plus the weighted pairs apart. The slopes are
     those of all layers, one layer after the other. None where sums would be rounded.
     """
-    sets, experts, lengths = (
-        level.sets,
-        level.problem.num_experts,
-        [len(layer_sets) for layer_sets in level.sets],
-    )
+    sets, experts = level.sets, level.problem.num_experts
+    lengths = [len(layer_sets) for layer_sets in sets]
     if len(slopes) != sum(lengths):
         raise ValueError(f"certificate must have {sum(lengths)} slopes, got {len(slopes)}")
-    largest = max(_tokens(layer_sets) * layer_sets.top_k**2 for layer_sets in sets)
+    largest = max(_count_tokens(layer_sets) * layer_sets.top_k**2 for layer_sets in sets)
     if UNIT * largest * len(sets) >= EXACT:
         return None
     tables = np.zeros((len(sets), experts, experts), dtype=np.uint64)
@@ -271,7 +273,7 @@ def _weighed(level: _Level, slopes: NDArray[Any]) -> tuple[Problem, int] | None:
         tables, sets, by_layer, level.corners, strict=True
     ):
         counts, ids = layer_sets.counts.astype(np.int64), layer_sets.ids.astype(np.int64)
-        constant += int(touching(slope, corners)[0] @ counts)
+        constant += int(find_tangents(slope, corners)[0] @ counts)
         weights = (counts * slope).astype(np.float64)
         half = np.zeros(experts * experts)
         for one, other in itertools.combinations(ids.T, 2):
@@ -291,7 +293,7 @@ def _weighed(level: _Level, slopes: NDArray[Any]) -> tuple[Problem, int] | None:
     return weighed, constant
 
 
-def _together(sets: ExpertSets, part_of: Counts) -> Counts:
+def _count_together(sets: ExpertSets, part_of: Counts) -> Counts:
     """Count the pairs of each set [N] that share a part."""
     part_of_expert = part_of[sets.ids]
     together = np.zeros(len(sets), dtype=np.int64)
@@ -300,7 +302,7 @@ def _together(sets: ExpertSets, part_of: Counts) -> Counts:
     return together
 
 
-def _by_tangents(
+def _bound_by_tangents(
     level: _Level, start: Counts, budget: Budget, report: pairs.Report
 ) -> _Proven | None:
     """Return a bound by tangents, which first move towards placements that their pairs prefer."""
@@ -311,11 +313,11 @@ def _by_tangents(
     if budget.time_limit is not None and budget.time_limit < finishing:
         return None
     searching = budget.within(effort.SEARCH_SHARE, keep=finishing)
-    slopes, interrupted = _moved_slopes(level, start, searching)
-    weighed = _weighed(level, slopes)
+    slopes, interrupted = _move_slopes(level, start, searching)
+    weighed = _weigh_pairs(level, slopes)
     if weighed is None:
         return None
-    affordable = int(min(pairs.affordable(weighed[0]), budget.work.tangent_iterations))
+    affordable = int(min(pairs.count_affordable(weighed[0]), budget.work.tangent_iterations))
     if affordable < effort.TANGENT_ITERATIONS:
         affordable = 0  # few iterations prove less than the sums of rows and columns
     proven = pairs.bound(
@@ -328,21 +330,21 @@ def _by_tangents(
         return None
     visits = -(-(weighed[1] + int(proven.value)) // UNIT)
     if report is not None:
-        report(budget.gone, -visits)
+        report(budget.elapsed, -visits)
     (pair_proof,) = proven.certificate.proofs
     proof = Visits(level.parts, slopes=slopes.astype(np.uint8), pairs=pair_proof)
     interrupted |= proven.interrupted
     return _Proven(visits, f"tangents + {proven.source}", proof, interrupted)
 
 
-def _moved_slopes(level: _Level, start: Counts, budget: Budget) -> tuple[Counts, bool]:
+def _move_slopes(level: _Level, start: Counts, budget: Budget) -> tuple[Counts, bool]:
     """Return slopes of all sets after some steps from a placement [L,E], and if interrupted."""
     sets, corners, interrupted = level.sets, level.corners, False
     edges = [-np.diff(spread) / np.diff(together) * UNIT for together, spread in corners]
     slopes: list[Floats] = []
     for layer_sets, parts, (vertices, _), edge in zip(sets, start, corners, edges, strict=True):
         # Tangents touch the hull at the vertex of the placement, between the slopes of its edges.
-        at = _together(layer_sets, parts)
+        at = _count_together(layer_sets, parts)
         right, left = (
             np.searchsorted(vertices, at, side).clip(1, len(edge)) - 1 for side in ("right", "left")
         )
@@ -357,7 +359,7 @@ def _moved_slopes(level: _Level, start: Counts, budget: Budget) -> tuple[Counts,
         count = min(count, int(work))
     for step in range(count):
         step_budget = budget.within(keep=level.weighing_seconds)
-        weighed = None if step_budget.time_limit == 0 else _weighed(level, rounded())
+        weighed = None if step_budget.time_limit == 0 else _weigh_pairs(level, rounded())
         if weighed is None:
             break
         # A good placement for the weighted pairs.
@@ -365,15 +367,15 @@ def _moved_slopes(level: _Level, start: Counts, budget: Budget) -> tuple[Counts,
             pairs.make_chain(weighed[0], weighed[0].caps.whole),
             seed=step,
             trials=effort.TANGENT_TRIALS,
-            time_limit=step_budget.left,
+            time_limit=step_budget.seconds_left,
             threads=step_budget.threads,
         )
         if interrupted or budget.is_over():
             break
         part_of = Placement(slots, num_experts=level.problem.num_experts).device_of
         for layer, (layer_sets, corner, edge) in enumerate(zip(sets, corners, edges, strict=True)):
-            vertex = touching(np.rint(slopes[layer]).astype(np.int64), corner)[1]
-            ahead = corner[0][vertex] - _together(layer_sets, part_of[layer])
+            vertex = find_tangents(np.rint(slopes[layer]).astype(np.int64), corner)[1]
+            ahead = corner[0][vertex] - _count_together(layer_sets, part_of[layer])
             ahead = ahead.clip(-FARTHEST, FARTHEST)
             size = effort.TANGENT_STEP * (edge[0] - edge[-1]) / math.sqrt(step + 1)
             slopes[layer] = (slopes[layer] + size * ahead).clip(edge[-1], edge[0])
@@ -384,17 +386,17 @@ def _prove(run: Run, budget: Budget) -> None:
     """Prove a bound on visits, with a certificate where all devices are equal."""
     problem, slots, value = run.problem, run.best.slots, run.best.value
     if problem.may_copy:
-        run.prove(Bound(_at_most(least_visits(problem), value), "capacity"))
+        run.prove(Bound(_undo_rounding(least_visits(problem), value), "capacity"))
         return
     # Where devices differ, or experts have rules, the bound ignores the caps.
     plain = problem.is_plain
     caps = problem.caps.raised_for(slots) if plain else problem.load.sum(axis=1)
     proven = bound(problem, slots, caps, budget=budget)
-    least = _at_most(proven.value / max(run.objective.tokens, 1), value)
+    least = _undo_rounding(proven.value / max(run.objective.tokens, 1), value)
     run.prove(replace(proven, value=least, certificate=proven.certificate if plain else None))
 
 
-def _at_most(least: float, value: float) -> float:
+def _undo_rounding(least: float, value: float) -> float:
     """Return a bound, lowered to the value if only rounding has lifted it above."""
     return min(least, value) if least <= value * (1 + ROUNDING) else least
 

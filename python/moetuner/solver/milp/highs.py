@@ -31,7 +31,7 @@ class Solution:
     """The best values [columns] of a program and what is proven of them.
 
     The status is ``"optimal"`` only where objective and bound agree, ``"gap_reached"`` where they
-    agree as far as wanted, ``"feasible"`` at the node limit.
+    agree within the requested gap, ``"feasible"`` at the node limit.
     """
 
     values: Floats

@@ -65,7 +65,7 @@ def _single_copies(run: Run, budget: Budget) -> None:
     cache, key = single.statistics.memo, _cache_key(single, run, budget)
     slots, interrupted = cache.get(key), False
     if slots is None:
-        inner = run.inner((FLOOR, PARTITIONS, *SEARCHES), _muted(run, budget), problem=single)
+        inner = run.run_inner((FLOOR, PARTITIONS, *SEARCHES), _muted(run, budget), problem=single)
         slots, interrupted = inner.answer().slots, inner.interrupted
         if key is not None and not interrupted:
             cache[key] = slots
@@ -76,7 +76,7 @@ def _single_of_loads(run: Run, budget: Budget) -> None:
     """Search single copies if their start is not far behind the best; else offer that start."""
     single = _single(run.problem)
     assert single is not None
-    slots = run.inner((FLOOR, CONSTRUCT), _muted(run, budget), problem=single).best.slots
+    slots = run.run_inner((FLOOR, CONSTRUCT), _muted(run, budget), problem=single).best.slots
     start = run.judge(pad_slots(slots, run.problem.capacity))
     if start.excess or start.value <= run.best.value * (1 + SINGLE_BEHIND):
         _single_copies(run, budget)
@@ -163,7 +163,7 @@ def _balance(run: Run, budget: Budget) -> None:
     stages = (*starts, Stage(search), COMBINE, *settle)
     problem = replace(run.problem, objective="balance")
     start = None if is_short else run.best.slots
-    inner = run.inner(stages, budget.muted(), problem=problem, start=start)
+    inner = run.run_inner(stages, budget.muted(), problem=problem, start=start)
     role = Role.FOUND if is_short else Role.BALANCED
     slots, interrupted = inner.answer().slots, inner.interrupted
     run.offer(slots, "balance", role=role, is_start=True, interrupted=interrupted)
@@ -189,15 +189,26 @@ def _anneal(run: Run, budget: Budget) -> None:
 
 BALANCE = Stage(_balance, applies=_may_be_balanced, share=lambda _: effort.BRIEF_SHARE)
 SEARCHES = (
-    *(SINGLE_COPIES, CHAIN, PAIRS, VISITS, CONSTRUCT, SINGLE_OF_LOADS, CHAIN_UNDER_CAPS),
-    *(BALANCE, COMBINE, replace(ANNEAL, run=_anneal), COMBINE, SETTLE, POLISH),
+    SINGLE_COPIES,
+    CHAIN,
+    PAIRS,
+    VISITS,
+    CONSTRUCT,
+    SINGLE_OF_LOADS,
+    CHAIN_UNDER_CAPS,
+    BALANCE,
+    COMBINE,
+    replace(ANNEAL, run=_anneal),
+    COMBINE,
+    SETTLE,
+    POLISH,
 )
 
 
 def _equal(run: Run, budget: Budget) -> None:
     """Offer the answer for equally fast devices as a start, so that no answer is worse."""
     problem = replace(run.problem, topology=replace(run.problem.topology, speed=None))
-    inner = run.inner((FLOOR, PARTITIONS, *SEARCHES), budget.muted(), problem=problem)
+    inner = run.run_inner((FLOOR, PARTITIONS, *SEARCHES), budget.muted(), problem=problem)
     run.offer(inner.answer().slots, "equal", is_start=True, interrupted=inner.interrupted)
 
 
@@ -216,7 +227,9 @@ EQUAL = Stage(_equal, applies=_has_unequal_speeds, share=lambda _: effort.SEARCH
 
 def _even(run: Run, budget: Budget) -> None:
     """Offer the answer for an even split as a start, so that no answer is worse."""
-    inner = run.inner((FLOOR, PARTITIONS, *SEARCHES), budget, problem=_evenly_split(run.problem))
+    inner = run.run_inner(
+        (FLOOR, PARTITIONS, *SEARCHES), budget, problem=_evenly_split(run.problem)
+    )
     run.offer(inner.answer().slots, "even", is_start=True, interrupted=inner.interrupted)
 
 
@@ -238,7 +251,7 @@ LP_SPLIT_SEARCHES = (LP_SPLIT, Stage(_even, applies=_may_be_behind), POLISH)
 def _search(run: Run, budget: Budget) -> None:
     """Search, and cache the answer if it has one copy of each expert."""
     problem, is_lp_split = run.problem, has_lp_split(run)
-    run.through(LP_SPLIT_SEARCHES if is_lp_split else (EQUAL, *SEARCHES), budget)
+    run.run_stages(LP_SPLIT_SEARCHES if is_lp_split else (EQUAL, *SEARCHES), budget)
     is_single = is_searched_anew(run) and not problem.may_copy and not is_lp_split
     key = _cache_key(problem, run, budget) if is_single and not run.interrupted else None
     if key is not None:

@@ -60,7 +60,7 @@ def lpt(run: Run, budget: Budget) -> None:
         problem.load,
         problem.devices,
         (0, problem.slots),
-        time_limit=budget.left,
+        time_limit=budget.seconds_left,
         threads=budget.threads,
     )
     if interrupted:
@@ -107,7 +107,9 @@ def _annealed(problem: Problem, layers: Integers, seed: int, threads: int | None
 def exflow(run: Run, budget: Budget) -> None:
     """Search for the least crossing of single copies, as ExFlow does (Yao et al., 2024)."""
     problem = replace(run.problem, regime="follow", max_imbalance=None, objective="traffic")
-    inner = run.inner((FLOOR, SEARCH), budget.muted(), problem=problem.without_copies() or problem)
+    inner = run.run_inner(
+        (FLOOR, SEARCH), budget.muted(), problem=problem.without_copies() or problem
+    )
     run.details = inner.details
     run.offer(inner.best.slots, "exflow", interrupted=inner.interrupted)
 

@@ -14,7 +14,13 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.problem import Problem
 from moetuner.solver import effort
-from moetuner.solver.bounds.pairs import COMPLETE, certified, complete, is_of_pairs, make_chain
+from moetuner.solver.bounds.pairs import (
+    COMPLETE,
+    is_of_pairs,
+    make_certificate,
+    make_chain,
+    solve_completely,
+)
 from moetuner.solver.budget import Budget, Progress
 from moetuner.solver.run import Bound, Role, Run, Stage
 
@@ -43,13 +49,15 @@ def search_traffic(
         make_chain(problem, problem.caps.whole, cost),
         seed=run.seed,
         trials=_trials(problem, budget),
-        time_limit=budget.left,
+        time_limit=budget.seconds_left,
         threads=budget.threads,
         progress=None if report is None else progress,
     )
     if fit is None:
         rounded = 1 << shift if shift else None
-        run.details = run.details.searched(trials=trials, counts_rounded_to_multiples_of=rounded)
+        run.details = run.details.with_search_facts(
+            trials=trials, counts_rounded_to_multiples_of=rounded
+        )
     run.offer(slots if fit is None else fit(slots), "search", role=Role.SINGLE)
     if interrupted:
         raise KeyboardInterrupt
@@ -58,7 +66,11 @@ def search_traffic(
 def _trials(problem: Problem, budget: Budget) -> int | None:
     """Return the trials of a start; None where the core decides, by time or by work."""
     places = problem.devices * problem.slots
-    if budget.iterations is not None or budget.left is not None or places >= effort.WIDE_SLOTS:
+    if (
+        budget.iterations is not None
+        or budget.seconds_left is not None
+        or places >= effort.WIDE_SLOTS
+    ):
         return budget.iterations
     trials = budget.work.chain_trials * places * problem.layers
     return max(trials, effort.CHAIN_LEAST)
@@ -67,17 +79,21 @@ def _trials(problem: Problem, budget: Budget) -> int | None:
 def _partitions(run: Run, budget: Budget) -> None:
     """Offer the optimum over all partitions, and prove it, if there are few enough."""
     problem, steps = run.problem, effort.PARTITION_STEPS
-    if budget.left is not None:
-        steps = int(min(steps, budget.left * effort.PARTITION_STEPS_PER_SECOND))
-    optimum = complete(
-        problem, problem.caps.whole, steps=steps, time_limit=budget.left, threads=budget.threads
+    if budget.seconds_left is not None:
+        steps = int(min(steps, budget.seconds_left * effort.PARTITION_STEPS_PER_SECOND))
+    optimum = solve_completely(
+        problem,
+        problem.caps.whole,
+        steps=steps,
+        time_limit=budget.seconds_left,
+        threads=budget.threads,
     )
     if optimum is None:
         return
     slots, cost, caps = optimum
-    run.details = run.details.searched(way="dynamic programming over all partitions")
+    run.details = run.details.with_search_facts(way="dynamic programming over all partitions")
     run.offer(slots, "search")
-    run.prove(Bound(cost, COMPLETE, certified(problem, caps, COMPLETE, cost)))
+    run.prove(Bound(cost, COMPLETE, make_certificate(problem, caps, COMPLETE, cost)))
 
 
 PARTITIONS = Stage(_partitions, applies=is_of_pairs)

@@ -16,9 +16,11 @@ from moetuner.solver.stages.layers import LayerModel, has_few_slots, is_searched
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
 
-# Steps end after this part of what they could gain: the last ones fit noise of the windows seen.
-# With fewer windows than this all steps do, so none is taken ("The default and cheaper methods").
-SETTLED, SETTLED_WINDOWS = 0.5, 4
+# Steps end after this share of what they could gain: the last ones fit noise of the windows seen
+# ("The default and cheaper methods").
+SETTLED = 0.5
+# With fewer windows than this all steps fit noise, so none is taken.
+SETTLED_WINDOWS = 4
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def descend(
         pad_slots(running.slots, problem.capacity),
         max_moves=int(most_moves) if most_moves < problem.capacity.sum() else None,
         links=links,
-        time_limit=budget.left,
+        time_limit=budget.seconds_left,
         threads=budget.threads,
     )
     excess = problem.caps.excess(Placement(start, num_experts=problem.num_experts)).sum()

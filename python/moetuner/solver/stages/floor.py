@@ -1,4 +1,4 @@
-"""The floor: balance under the rules, and no answer of a search is worse."""
+"""The floor: load balanced under the rules. No answer of a search is worse than it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def search_quickly(
         empties=False,
         quick=True,
         seed=run.seed,
-        time_limit=budget.left,
+        time_limit=budget.seconds_left,
         threads=budget.threads,
         progress=budget.phase("layers"),
     )

@@ -67,7 +67,7 @@ class Front:
             self._slots.append(point.slots)
             self._moves.append(moves_from(self.moves.running, point.slots))
             costs = objective.window_cost(placement) * objective.layer_factors(placement)
-            self._costs.append(costs * objective.worth(objective.reference))
+            self._costs.append(costs * objective.compute_values(objective.reference))
             self._excess.append(self.run.problem.caps.excess(placement))
 
     def best(self, limit: float) -> Incumbent:

@@ -108,7 +108,7 @@ class LayerModel:
             cool=self.is_large and links is None and run.moves is None,
             links=links,
             seed=self.seed,
-            time_limit=budget.left,
+            time_limit=budget.seconds_left,
             threads=budget.threads,
             progress=budget.phase("layers"),
         )
@@ -193,7 +193,8 @@ def _combine(run: Run, _: Budget) -> None:
         experts, objective = run.problem.num_experts, run.objective
         placements = [Placement(slots, num_experts=experts) for slots in pool]
         costs = [
-            objective.worth(objective.window_cost(placement).T) * objective.layer_factors(placement)
+            objective.compute_values(objective.window_cost(placement).T)
+            * objective.layer_factors(placement)
             for placement in placements
         ]
         layers = np.arange(run.problem.layers)
@@ -271,8 +272,8 @@ def _is_searched_hot(run: Run) -> bool:
     """
     objective, problem = run.objective, run.problem
     pairs = (objective.sets, objective.coactivation, objective.transitions)
-    has_loads_alone = problem.goal != "traffic" and not problem.caps.exist
-    has_loads_alone = has_loads_alone and all(table is None for table in pairs)
+    has_no_pairs = all(table is None for table in pairs)
+    has_loads_alone = problem.goal != "traffic" and not problem.caps.exist and has_no_pairs
     is_spread = problem.survive is not None and is_searched_anew(run) and not has_few_slots(run)
     return is_of_layers(run) and not (is_spread and has_loads_alone)
 

@@ -84,7 +84,7 @@ def _is_running_best(run: Run) -> bool:
 def _continue(run: Run, budget: Budget) -> None:
     """Search all layers from the running placement."""
     stages = (FLOOR, CONSTRUCT, CHAIN_UNDER_CAPS, Stage(anneal), POLISH)
-    _adopt(run, run.inner(stages, budget, start=run.best.slots))
+    _adopt(run, run.run_inner(stages, budget, start=run.best.slots))
 
 
 def fill(front: Front, budget: Budget, limit: float) -> None:
@@ -100,7 +100,7 @@ def fill(front: Front, budget: Budget, limit: float) -> None:
     path = _step_down(front, model, budget, start, limit)
     if has_few_slots(run) and not front.is_exact:
         _use_up_limits(front, model, budget, path, limit)
-    if budget.left is not None and budget.left <= budget.gone:
+    if budget.seconds_left is not None and budget.seconds_left <= budget.elapsed:
         # A search in less time than the steps took adds nothing.
         run.cut = True
         return
@@ -250,7 +250,7 @@ def _search_at_price(
     """Return the answer of a search from slots [L,D,S] at a price of a move."""
     moves = Moves(require_moves(run).initial, cost=price)
     stage = Stage(lambda inner, share: anneal(inner, share, model))
-    return _adopt(run, run.inner((stage,), budget, moves=moves, start=start))
+    return _adopt(run, run.run_inner((stage,), budget, moves=moves, start=start))
 
 
 def _goes_on(run: Run) -> bool:
@@ -291,7 +291,7 @@ def from_running(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     """
 
     def solve(run: Run, budget: Budget) -> None:
-        _adopt(run, run.inner(stages, budget.within(effort.SEARCH_SHARE)))
+        _adopt(run, run.run_inner(stages, budget.within(effort.SEARCH_SHARE)))
 
     from_scratch = Stage(solve, applies=lambda run: not run.is_priced)
     return (REPAIR, from_scratch, CONTINUE, FRONT, POLISH)

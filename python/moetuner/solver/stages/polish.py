@@ -36,7 +36,8 @@ def _polish(run: Run, budget: Budget) -> None:
         return
     starts = sorted(run.incumbents, key=lambda incumbent: incumbent.rank)[: effort.POLISHED]
     on_few = (run.judge(slots) for slots in _on_few_devices(run.problem))
-    for start in (*starts, *(judged for judged in on_few if run.can_afford(judged))):
+    starts += [judged for judged in on_few if run.can_afford(judged)]
+    for start in starts:
         _descend(run, start, contents, budget)
 
 
@@ -102,7 +103,8 @@ def _neighbours(problem: Problem, slots: Slots, contents: Contents) -> Iterator[
     exchange.
     """
     for layer, choices in enumerate(contents):
-        for content in _steps(problem, layer, slots[layer]) if choices is None else choices:
+        changes = _steps(problem, layer, slots[layer]) if choices is None else choices
+        for content in changes:
             changed = slots.copy()
             changed[layer] = content
             yield changed
@@ -113,13 +115,14 @@ def _contents(problem: Problem, layer: int) -> list[Slots] | None:
     choices = [_subsets(problem.num_experts, int(slots)) for slots in problem.capacity[layer]]
     if math.prod(map(len, choices)) > effort.FEW_CHOICES:
         return None
-    padded = (
-        np.array(
-            [[*subset, *[EMPTY] * (problem.slots - len(subset))] for subset in chosen], np.int32
-        )
-        for chosen in itertools.product(*choices)
-    )
-    return [content for content in padded if _is_kept(problem, layer, content)]
+    contents = []
+    for subsets in itertools.product(*choices):
+        content = np.full((problem.devices, problem.slots), EMPTY, np.int32)
+        for device, subset in enumerate(subsets):
+            content[device, : len(subset)] = subset
+        if _is_kept(problem, layer, content):
+            contents.append(content)
+    return contents
 
 
 def _subsets(experts: int, largest: int) -> list[tuple[int, ...]]:
@@ -156,7 +159,8 @@ def _changed(problem: Problem, capacity: NDArray[np.int64], slots: Slots) -> Ite
                 changed[at], changed[other] = slots[other], slots[at]
                 yield changed
         # EMPTY is tried, too: reading a copy that saves nothing takes time.
-        for expert in range(EMPTY, problem.num_experts if problem.may_copy else EMPTY):
+        experts = range(EMPTY, problem.num_experts) if problem.may_copy else ()
+        for expert in experts:
             changed = slots.copy()
             changed[at] = expert
             yield changed

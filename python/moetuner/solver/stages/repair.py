@@ -1,4 +1,4 @@
-"""The nearest placement that keeps the rules: of what runs as much as can be stays."""
+"""The nearest placement that keeps the rules: as many running copies as possible stay."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def _rules_of(problem: Problem, layer: int) -> tuple[Bools, Bools]:
 
 
 def _keep_copies(problem: Problem, layer: int, holds: Bools, stays: Bools) -> None:
-    """Let copies that run on devices [D,E] stay beside others that these hold, if there are slots.
+    """Let running copies [D,E] stay beside the experts that devices hold, if there are slots.
 
-    Those go whose experts' other copies get least by that.
+    Where slots are too few, copies go whose load adds least to each of the expert's other copies.
     """
     copies, load = (holds | stays).sum(axis=0), problem.load[layer].astype(np.float64)
     for device, slots in enumerate(problem.capacity[layer].tolist()):

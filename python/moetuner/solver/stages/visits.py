@@ -53,14 +53,16 @@ def _visits(run: Run, budget: Budget) -> None:
     problem, start = run.problem, _start(run)
     slots_of_layer = problem.devices * problem.slots
     costs = visit_costs(problem)
-    run.details = run.details.searched(device_cost=costs.device_cost, node_cost=costs.node_cost)
+    run.details = run.details.with_search_facts(
+        device_cost=costs.device_cost, node_cost=costs.node_cost
+    )
     if problem.devices < 2:
         return
     trials = budget.iterations
     if trials is None:
         work = budget.work.layer_work / units_of_trial(run)
         trials = int(min(effort.most_trials(slots_of_layer, 1), work))
-    run.details = run.details.searched(trials=trials)
+    run.details = run.details.with_search_facts(trials=trials)
     # The window has weight 0: balance is a cap here, not a cost.
     load = problem.load[None].astype(np.float64)
     caps = problem.caps.raised_for(start).astype(np.float64)
@@ -73,7 +75,7 @@ def _visits(run: Run, budget: Budget) -> None:
         trials=max(trials // restarts, 1),
         restarts=restarts,
         seed=run.seed,
-        time_limit=budget.left,
+        time_limit=budget.seconds_left,
         threads=budget.threads,
         progress=budget.phase("fanout"),
     )

@@ -33,7 +33,7 @@ def two_stage(
     """Return slots [L,D,S] by the paper's two stages, their status, and details of the search.
 
     ``equal_sizes`` says whether clusters hold equally many experts; by default they do where the
-    slots leave no choice. Of the budget, ``time_limit``, ``threads`` and ``progress`` apply. The
+    slots leave no choice. The budget's ``time_limit``, ``threads`` and ``progress`` apply. The
     method bounds its own stages, not the problem.
     """
     budget, devices = budget or Budget(), problem.devices

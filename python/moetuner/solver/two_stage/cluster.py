@@ -52,8 +52,8 @@ def cluster_layers(
     A relative gap on deviations that are nearly zero means nothing, so the gap is measured against
     the mean cluster load. Layers that the core's packing leaves open go to HiGHS.
 
-    Of load [L,E] each cluster gets E / D experts, rounded down or up, or, where sizes are free, at
-    most the ``largest`` number. None is empty unless there are fewer experts than clusters.
+    Each cluster gets E / D of the experts of ``load`` [L,E], rounded down or up; where sizes are
+    free, at most the ``largest`` number. None is empty unless clusters are more than experts.
     """
     load = np.ascontiguousarray(load, dtype=np.uint64)
     budget = budget or Budget()
@@ -62,7 +62,12 @@ def cluster_layers(
     if equal_sizes:
         sizes = experts // clusters, -(-experts // clusters)
     start, balance, interrupted = _core.pack(
-        load, clusters, sizes, tolerance=tolerance, time_limit=budget.left, threads=budget.threads
+        load,
+        clusters,
+        sizes,
+        tolerance=tolerance,
+        time_limit=budget.seconds_left,
+        threads=budget.threads,
     )
     total = [max(sum(map(int, row)), 1) for row in load]
     # Both are `clusters` times a deviation, and the total is `clusters` times the mean.
@@ -138,7 +143,7 @@ def solve_layer(
         seed=seed,
         absolute_gap=tolerance,
         nodes=effort.STAGE_NODES,
-        time_limit=budget.left,
+        time_limit=budget.seconds_left,
         progress=budget.report(f"clusters of layer {layer}"),
     )
     if solution.objective < layers.deviation[layer]:

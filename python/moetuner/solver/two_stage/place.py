@@ -79,14 +79,14 @@ def place_clusters(
     budget = budget or Budget()
     tables = (traffic, cost.astype(np.uint64))
     search = partial(_core.place_clusters, *tables, sizes=counts, threads=budget.threads)
-    placed, way, bound, interrupted = search(time_limit=budget.left)
+    placed, way, bound, interrupted = search(time_limit=budget.seconds_left)
     if counts is not None and not interrupted and not budget.is_over():
         totals = np.bincount(placed.ravel(), counts.ravel().astype(np.float64))
         if totals.max() - totals.min() > (totals.sum() % len(totals) != 0):
             # Exchanges do not even out totals, but keep them even from a start that has them so.
             even_device = _even_totals(counts, placed.astype(np.int64), seed=seed, budget=budget)
             start = even_device.astype(np.uint16)
-            placed, way, bound, interrupted = search(start=start, time_limit=budget.left)
+            placed, way, bound, interrupted = search(start=start, time_limit=budget.seconds_left)
     device = placed.astype(np.int64)
     bottleneck, total = _compute_costs(traffic, cost, device)
     status: Status = "interrupted" if interrupted else "feasible"
@@ -149,7 +149,9 @@ def _even_totals(
     placed = start[:, :, None] == np.arange(n)
     spread = np.abs((placed * count.reshape(y.shape)).sum(axis=(0, 1)) - total / n)
     values = np.r_[placed.ravel(), spread]
-    solution = ilp.solve(values, seed=seed, nodes=effort.STAGE_NODES, time_limit=budget.left)
+    solution = ilp.solve(
+        values, seed=seed, nodes=effort.STAGE_NODES, time_limit=budget.seconds_left
+    )
     device: Devices = solution.values[y].argmax(axis=2)
     return device
 
@@ -212,7 +214,7 @@ def place_by_ilp(
         seed=seed,
         gap=tolerance,
         nodes=effort.PLACE_NODES,
-        time_limit=budget.left,
+        time_limit=budget.seconds_left,
         progress=budget.report("placing clusters"),
     )
     return solution, solution.values[y].argmax(axis=2)

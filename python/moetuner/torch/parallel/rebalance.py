@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _checks as check
 from moetuner.placement import Placement
-from moetuner.solver.rebalancing import largest_move, rebalance
+from moetuner.solver.rebalancing import compute_move_limit, rebalance
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.torch.parallel.agreement import (
@@ -142,7 +142,9 @@ class Rebalancer:
         self.dead_zone = check.not_negative("dead_zone", dead_zone, "number")
         self.hysteresis = check.not_negative("hysteresis", hysteresis, "number")
         if move_budget is None:
-            move_budget = largest_move(placement.layers, placement.slots[0].size, placement.devices)
+            move_budget = compute_move_limit(
+                placement.layers, placement.slots[0].size, placement.devices
+            )
         check.at_least("move_budget", move_budget, 0)
         self.move_budget = min(move_budget, placement.slots.size)
         if not (check.is_number(decay) and 0 <= decay <= 1):
