@@ -479,7 +479,7 @@ def test_more_memory_is_no_gain_of_the_placement(initial):
     before, after = advice.placements
     assert after.slots_per_device <= max(before.slots_per_device, EXPERTS // 4)
     assert advice.chosen_copies <= running
-    plain = {row.per_device: row.best for row in advice.copies}
+    plain = {row.per_device: row.best_gain for row in advice.copies}
     is_more = plain[more] > plain[advice.chosen_copies] + NEAR_BEST
     assert (advice.larger_copies == more) == is_more
     copies = numbers_of(advice, "copies")
@@ -503,7 +503,7 @@ def test_all_rows_of_copies_are_of_searches_as_short():
         time = mt.evaluate(found, unseen, topology, cost_model=model).predicted_layer_us
         gains.append(1 - time / advice.running.predicted_layer_us)
     assert [row.per_device for row in advice.copies] == [0, 1]
-    assert [row.best for row in advice.copies] == pytest.approx(gains)
+    assert [row.best_gain for row in advice.copies] == pytest.approx(gains)
 
 
 def test_drift_is_seldom_told_of_one_kind():
