@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,8 +49,8 @@ def left_of(process: int) -> set[str]:
     return names
 
 
-# Stands for tc, which shapes the links of all ranks once they are there: at those of the second
-# rank it stays until the test is over. What a run tries before has one rank.
+# Stands for tc, which shapes the links of all ranks once they are there. At those of the second
+# rank it waits until the test is over. What a run tries before has one rank.
 TC = """#!/bin/sh
 case "$*" in *gpu1*)
     : > "$0.held"
@@ -62,7 +62,7 @@ exec {tc} "$@"
 
 @pytest.fixture
 def started(tmp_path: Path) -> Iterator[subprocess.Popen]:
-    """Start a run that stays where its ranks are there."""
+    """Start a run that is held once its ranks are there."""
     tc, held = tmp_path / "tc", tmp_path / "tc.held"
     tc.write_text(TC.format(tc=shutil.which("tc")))
     tc.chmod(0o755)
@@ -80,36 +80,7 @@ def started(tmp_path: Path) -> Iterator[subprocess.Popen]:
     os.close(pipe)
 
 
-@shaped
-def test_a_run_prints_all_tables_and_removes_what_a_killed_one_left(started):
-    """The results are those of one process, or a rank fails; then nothing of either run is left."""
-    killed = started
-    killed.kill()
-    killed.communicate()
-    assert any("/run/netns" in name for name in left_of(killed.pid))
-    run = subprocess.Popen(COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    printed, errors = run.communicate()
-    assert run.returncode == 0, errors
-    for regime in ("dispatch", "follow"):
-        assert f"{regime}: % of a step saved, by link" in printed
-        assert f"{regime}, 200 Mbit/s: ms of a layer, and of a step" in printed
-    assert "The paper's table" in printed
-    assert "nan" not in printed
-    assert not left_of(killed.pid) | left_of(run.pid)
-
-
-@shaped
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_in_the_middle_leaves_nothing_behind(started, number):
-    """It ends quietly, with the status that shells give."""
-    run = started
-    run.send_signal(number)
-    assert run.communicate()[1] == ""
-    assert run.returncode == 128 + number
-    assert not left_of(run.pid)
-
-
-def loaded(name: str) -> Any:
+def load(name: str) -> Any:
     """Import a module of the bench; tests have others that are called ranks."""
     specification = importlib.util.spec_from_file_location(f"cluster_{name}", BENCH / f"{name}.py")
     module = importlib.util.module_from_spec(specification)
@@ -118,17 +89,54 @@ def loaded(name: str) -> Any:
     return module
 
 
-def test_without_tools_bytes_are_counted_over_loopback(tmp_path, monkeypatch, capsys, brief):
-    """It says why in a line; counts are those that `dispatch_rows` and `evaluate` give."""
-    monkeypatch.setitem(sys.modules, "ranks", loaded("ranks"))
-    bench, few = loaded("__main__"), trace_of(random_ids(4400, 2, 2, 8), length=20)
-    monkeypatch.setattr(bench, "bundled", lambda: SimpleNamespace(traffic=few))
+@pytest.fixture
+def run_bench(monkeypatch, capsys, brief) -> Callable[[], str]:
+    """Return what runs the bench in this process, on a short trace, and returns what it prints."""
+    monkeypatch.setitem(sys.modules, "ranks", load("ranks"))
+    bench, short = load("__main__"), trace_of(random_ids(4400, 2, 2, 16), 16, length=20)
+    monkeypatch.setattr(bench, "bundled", lambda: SimpleNamespace(traffic=short))
     monkeypatch.setattr(bench.signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", COMMAND[1:])
+
+    def run() -> str:
+        bench.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@shaped
+def test_a_run_prints_all_tables_and_removes_what_a_killed_one_left(started, run_bench):
+    """The results are those of one process, or a rank fails; then nothing of either run is left."""
+    started.kill()
+    started.communicate()
+    assert any("/run/netns" in name for name in left_of(started.pid))
+    printed = run_bench()
+    for regime in ("dispatch", "follow"):
+        assert f"{regime}: % of a step saved, by link" in printed
+        assert f"{regime}, 200 Mbit/s: ms of a layer, and of a step" in printed
+    assert "a row for each device or expert of a token" in printed
+    assert "two nodes of GPUs: all-to-all / processing, by presets" in printed
+    assert "The paper's table" in printed
+    assert "nan" not in printed
+    assert not left_of(started.pid) | left_of(os.getpid())
+
+
+@shaped
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_middle_leaves_nothing_behind(started, number):
+    """It ends quietly, with the status that shells give."""
+    started.send_signal(number)
+    assert started.communicate()[1] == ""
+    assert started.returncode == 128 + number
+    assert not left_of(started.pid)
+
+
+def test_without_tools_bytes_are_counted_over_loopback(tmp_path, monkeypatch, run_bench):
+    """It says why in a line; counts are those that `dispatch_rows` and `evaluate` give."""
     monkeypatch.setenv("PATH", str(tmp_path))
     assert shutil.which("ip") is None
-    bench.main()
-    printed = capsys.readouterr().out
+    printed = run_bench()
     assert "nothing is timed: ip and tc of iproute2 must be installed." in printed
     for regime in ("dispatch", "follow"):
         part = printed.split(f"{regime}: MB of a step")[1].split("\n\n")[0]
@@ -141,7 +149,7 @@ def test_without_tools_bytes_are_counted_over_loopback(tmp_path, monkeypatch, ca
 @pytest.fixture
 def small() -> Iterator[Any]:
     """Give two ranks over loopback, and what replays a step of so many layers on them."""
-    ranks = loaded("ranks")
+    ranks = load("ranks")
 
     def replay(running: Any, regime: str, layers: int, **more: Any) -> list[dict[str, Any]]:
         top_k = 1 if regime == "follow" else 2
@@ -165,7 +173,7 @@ def test_results_of_many_layers_are_those_of_one_process(small):
 
 def test_an_expert_that_is_another_one_is_a_difference():
     """However many layers there are, and also if it is one token's in the last layer alone."""
-    worker, layers = loaded("worker"), 94
+    worker, layers = load("worker"), 94
     numbers = torch.Generator().manual_seed(0)
     sizes = ((24, 64), (4, 16, 64), (4, 64, 8))
     x, up, down = (torch.randn(size, generator=numbers).double() for size in sizes)

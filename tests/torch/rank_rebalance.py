@@ -124,14 +124,19 @@ class Model:
     def shift(self):
         self.favourites = 2 * self.rng.normal(size=(LAYERS, EXPERTS))
 
+    def choose(self, number):
+        """Draw the experts [12,K] of a layer's tokens, and count them."""
+        scores = self.rng.gumbel(size=(12, EXPERTS)) + self.favourites[number]
+        index = np.argsort(-scores, axis=1)[:, :TOP_K].copy()
+        self.load[number] += np.bincount(index.ravel(), minlength=EXPERTS)
+        return torch.from_numpy(index)
+
     def step(self):
-        """Run 12 tokens through every layer; gives the largest difference to one process."""
+        """Run 12 tokens through every layer; return the largest difference to one process."""
         worst = 0.0
         at = slice(self.rank * 12 // self.ranks, (self.rank + 1) * 12 // self.ranks)
         for number, layer in enumerate(self.layers):
-            scores = self.rng.gumbel(size=(12, EXPERTS)) + self.favourites[number]
-            index = torch.from_numpy(np.argsort(-scores, axis=1)[:, :TOP_K].copy())
-            self.load[number] += np.bincount(index.numpy().ravel(), minlength=EXPERTS)
+            index = self.choose(number)
             x = torch.from_numpy(self.rng.integers(-2, 3, (12, HIDDEN))).float()
             w = torch.from_numpy(self.rng.integers(0, 9, (12, TOP_K)) / 8).float()
             up, down = (self.weights[name][number] for name in ("up", "down"))
@@ -140,14 +145,16 @@ class Model:
             worst = max(worst, (out - expected).abs().max().item())
         return worst
 
-    def observe(self):
-        self.rebalancer.observe(self.load, steps=10)
+    def observe(self, steps=10):
+        """Tell the rebalancer what was counted in so many steps."""
+        self.rebalancer.observe(self.load, steps=steps)
         self.load[:] = 0
 
     def unbalance(self):
+        """Shift the traffic, and observe ten steps of it, for which no layer has to run."""
         self.shift()
-        for _ in range(10):
-            self.step()
+        for number in [*range(LAYERS)] * 10:
+            self.choose(number)
         self.observe()
 
     def tables(self):
@@ -169,18 +176,18 @@ class Model:
 @on(4)
 def test_rebalancing_does_not_change_outputs(rank):
     """Under changing traffic equal to one process; tables stay, where CUDA graphs look for them."""
-    for exact, steps in ((True, 100), (False, 40)):
+    for exact, steps in ((True, 40), (False, 20)):
         model = Model(rank, exact=exact, decay=0.3, dead_zone=0.15)
         worst, moved, tables = 0.0, [], model.tables()
         for step in range(steps):
-            if step % 20 == 0:
+            if step % 10 == 0:
                 model.shift()
             worst = max(worst, model.step())
             if step % 5 == 4:
-                model.observe()
+                model.observe(steps=5)
                 moved.append(model.rebalancer.step().moved)
         assert worst < (1e-300 if exact else 1e-5)
-        assert not exact or 4 <= sum(moved) <= 16
+        assert not exact or 2 <= sum(moved) < len(moved)
         assert len(tables) == 3 * LAYERS
         assert model.tables() == tables
         ranks = [None] * model.ranks
@@ -280,7 +287,9 @@ def faulty(rank, faults):
     for name, where in [step for at in faults for step in (at, *[("none", 0)] * 4)]:
         absence.step = len(steps)
         model.shift()
-        right = max(model.step() for _ in range(2)) == 0.0
+        right = model.step() == 0.0
+        for number in range(LAYERS):
+            model.choose(number)
         name = name if where == rank else f"{name} of another"
         load, model.load = model.load, np.zeros_like(model.load)
         with contextlib.suppress(ValueError):

@@ -32,8 +32,7 @@ CONFIGS = {
 TOKENS = torch.arange(2 * 11).reshape(2, 11) * 7 % 64
 
 
-@on(1)
-def test_models_are_written(rank, folder):
+def write_models(rank, folder):
     """Write a small random model of each family, and its logits in one process."""
     for family, (kind, more) in CONFIGS.items():
         torch.manual_seed(0)
@@ -87,7 +86,7 @@ def test_logits_and_traffic_of_one_batch(rank, folder):
         assert np.array_equal(counted, predicted[:, rank])
 
 
-@on(2, 4, 8)
+@on(2, 8)
 def test_batches_of_their_own(rank, folder):
     """Data-parallel ranks with batches of different lengths, through nodes, nearest copies."""
     options = {"devices_per_node": 2, "split": "nearest"}

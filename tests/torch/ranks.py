@@ -81,4 +81,4 @@ def _context() -> Any:
 def _work(store: str, rank: int, ranks: int, work: str, arguments: tuple[Any, ...]) -> Any:
     module, function = work.split(".")
     call = getattr(importlib.import_module(module), function)
-    return importlib.import_module("rank_layer").joined(store, rank, ranks, call, arguments)
+    return importlib.import_module("rank_layer").join(store, rank, ranks, call, arguments)
