@@ -60,14 +60,23 @@ def trace():
     return trace_of(ids, 16, length=20, group=group, group_names=HOSTILE)
 
 
+COMMAND = "moetuner export 'a b.json' --to eplb"
+OPTIONS = ["--ep-num-redundant-experts 0", "--extra-slots 64", "--enable-expert-parallel"]
+
+
 @pytest.fixture(scope="module")
 def made(trace):
-    """Page of a searched placement with copies on two nodes."""
+    """Page of a balanced placement with copies on two nodes, and of commands with long options."""
     topology = mt.Topology(8, devices_per_node=4)
     placement = mt.balance(
         mt.RoutingStatistics.from_trace(trace).total_load, devices=8, slots_per_device=3
     )
-    return shown(trace, placement, topology)
+    made = shown(trace, placement, topology)
+    serve = " ".join(["serve /a/long-path/to/a.json", *OPTIONS * 3])
+    recipes = (Recipe(COMMAND, "why"), *(Recipe(f"{serve} {'x' * size}") for size in range(9)))
+    reasons = ("<b>why", *(f"{'word ' * number}{' '.join(OPTIONS)}" for number in range(9)))
+    contents = {**made.contents, "go_back": f"start it without {OPTIONS[0]}"}
+    return replace(made, contents=contents, recipes=recipes, reasons=reasons)
 
 
 @pytest.fixture(scope="module")
@@ -297,20 +306,42 @@ def test_what_is_missing_is_named(monkeypatch):
 
 @NEEDS_BROWSER
 @pytest.mark.filterwarnings("ignore")
-def test_figures_are_the_charts_of_the_page(made, tmp_path):
-    """One SVG for each chart, heat maps as images in it; the names are those of the page."""
-    pytest.importorskip("kaleido", reason="the extra figures is not installed")
+def test_figures_are_charts_of_the_page(made, tmp_path, monkeypatch):
+    """An SVG, with heat maps as images in it, and a PNG of each chart; nothing is loaded."""
+    generator = pytest.importorskip(
+        "kaleido._page_generator", reason="the extra figures is not installed"
+    ).PageGenerator
+    pages, make_page = [], generator.generate_index
+
+    def keep_page(self, *arguments):
+        pages.append(make_page(self, *arguments))
+        return pages[-1]
+
+    monkeypatch.setattr(generator, "generate_index", keep_page)
     folder = tmp_path / "new" / "figures"
-    few = replace(made, judgement=replace(made.judgement, groups={}))
-    charts = [chart for panel in drawing.make_panels(few) for chart in panel.charts]
-    number = figures.write_figures(folder, charts, ("svg",))
-    keys = {chart.key for chart in charts}
-    assert {file.name for file in folder.iterdir()} == {f"{key}.svg" for key in keys}
-    assert number == len(keys)
+    charts = {chart.key: chart for panel in drawing.make_panels(made) for chart in panel.charts}
+    number = figures.write_figures(folder, [charts["links"], charts["time"]])
+    names = {"links.svg", "links.png", "time.svg", "time.png"}
+    assert {file.name for file in folder.iterdir()} == names
+    assert number == len(names)
     text = (folder / "links.svg").read_text()
     assert text.count("<image") == 2
     assert 'width="1080"' in text
     assert "var(--" not in text
+    assert (folder / "links.png").read_bytes()[16:20] == (2 * 1080).to_bytes(4, "big")
+    assert len(pages) == 1
+    assert "://" in pages[0]
+    assert "http" not in pages[0]
+
+
+@NEEDS_BROWSER
+def test_a_figure_that_is_not_drawn_is_an_error(made, tmp_path, monkeypatch):
+    """Kaleido returns the error and does not raise it."""
+    kaleido = pytest.importorskip("kaleido", reason="the extra figures is not installed")
+    monkeypatch.setattr(kaleido, "write_fig_from_object_sync", lambda *_, **__: (ValueError(),))
+    charts = drawing.make_panels(made)[0].charts[:1]
+    with pytest.raises(OSError, match=rf"did not draw \S+{charts[0].key}\.svg; run"):
+        figures.write_figures(tmp_path, charts, ("svg",))
 
 
 def test_a_search_is_shown_by_its_steps(made):
@@ -388,39 +419,90 @@ def browser():
         browser.close()
 
 
-def opened(context, file):
-    """Open a page, and wait until all of it is drawn; what a page lacks is waited for minutes."""
+def is_drawn(tab):
+    """Return whether all of a page is drawn."""
+    return tab.evaluate("document.documentElement.dataset.ready")
+
+
+def wait_until(tab, condition):
+    """Ask a page again until a condition holds; a page that never does ends with the suite."""
+    while not condition(tab):
+        tab.wait_for_timeout(20)
+
+
+def open_page(context, file):
+    """Open a page, and wait until all of it is drawn."""
     context.set_default_timeout(300_000)
     tab = context.new_page()
     tab.goto(file.as_uri())
-    while not tab.evaluate("document.documentElement.dataset.ready"):
-        tab.wait_for_timeout(20)
+    wait_until(tab, is_drawn)
     return tab
+
+
+# Whether every chart that is seen is as wide as its place.
+CHARTS_FIT = """() => [...document.querySelectorAll(".chart")].every((place) => {
+  const drawing = place.querySelector(".main-svg");
+  return !place.clientWidth || drawing.clientWidth === place.clientWidth;
+})
+"""
+
+
+def set_width(tab, width):
+    """Make the window of a page as wide, and wait until its charts follow."""
+    tab.set_viewport_size({"width": width, "height": 900})
+    wait_until(tab, lambda tab: tab.evaluate(CHARTS_FIT))
+
+
+@pytest.fixture(scope="module")
+def wide_tab(html, browser, tmp_path_factory):
+    """Open the page once for the tests below, and give what it asked for and printed as well."""
+    file = tmp_path_factory.mktemp("page") / "page.html"
+    file.write_text(html)
+    heard = []
+    viewport = {"width": 1280, "height": 900}
+    permissions = ["clipboard-read", "clipboard-write"]
+    context = browser.new_context(offline=True, viewport=viewport, permissions=permissions)
+    context.on("console", lambda message: heard.append(message.text))
+    context.on("weberror", lambda error: heard.append(str(error.error)))
+    context.on("request", lambda request: heard.append(request.url))
+    return open_page(context, file), file, heard
+
+
+@pytest.fixture
+def tab(wide_tab):
+    """Give the open page as it was when it was opened; nothing was asked for since."""
+    tab, file, heard = wide_tab
+    tab.emulate_media(media="null", color_scheme="light")
+    set_width(tab, 1280)
+    tab.evaluate("for (const of of document.querySelectorAll('details')) of.open = false")
+    yield tab
+    assert heard == [file.as_uri()]
+
+
+@NEEDS_BROWSER
+def test_a_command_is_copied(tab):
+    """The button copies the command and says so."""
+    from playwright.sync_api import expect
+
+    tab.evaluate("navigator.clipboard.writeText('')")
+    tab.get_by_role("button", name="Copy command 1").first.click()
+    expect(tab.get_by_role("status")).to_have_text("Copied", timeout=300_000)
+    assert tab.evaluate("navigator.clipboard.readText()") == COMMAND
 
 
 @NEEDS_BROWSER
 @pytest.mark.parametrize(("scheme", "width"), [("light", 390), ("dark", 1280)])
-def test_a_page_is_read_aloud_narrowed_printed_and_copied(made, browser, tmp_path, scheme, width):
+def test_a_page_is_read_aloud_narrowed_and_printed(tab, scheme, width):
     """No violation of axe's rules in either scheme; paper holds all charts, whole and light."""
     rules = pytest.importorskip("axe_playwright_python", reason="axe is not installed").__path__[0]
-    from playwright.sync_api import expect
-
-    file, command = tmp_path / "page.html", "moetuner export 'a b.json' --to eplb"
-    contents, recipes = {"go_back": "start it without the map"}, (Recipe(command, "why"),)
-    page.write_page(file, replace(made, contents=contents, recipes=recipes, reasons=("<b>why",)))
-    how = {"viewport": {"width": width, "height": 900}, "color_scheme": scheme}
-    context = browser.new_context(offline=True, bypass_csp=True, **how)
-    context.grant_permissions(["clipboard-read", "clipboard-write"])
-    tab = opened(context, file)
-    tab.get_by_role("button", name="Copy command 1").click()
-    expect(tab.get_by_role("status")).to_have_text("Copied", timeout=300_000)
-    assert tab.evaluate("navigator.clipboard.readText()") == command
+    tab.emulate_media(color_scheme=scheme)
+    set_width(tab, width)
     images = tab.locator("#chart-links .heatmaplayer image").all()
     first, second = (image.bounding_box() for image in images)
     assert (second["y"] >= first["y"] + first["height"]) == (width == 390)
     tab.evaluate("for (const of of document.querySelectorAll('details')) of.open = true")
-    tab.add_script_tag(path=f"{rules}/axe.min.js")
-    broken = tab.evaluate("axe.run()")["violations"]
+    tab.evaluate(Path(rules, "axe.min.js").read_text())
+    broken = tab.evaluate("axe.run({resultTypes: ['violations']})")["violations"]
     assert [(each["id"], each["nodes"][0]["html"]) for each in broken] == []
     # As a browser does, which lays out paper of 703 pixels without a word of its size.
     tab.evaluate("dispatchEvent(new Event('beforeprint'))")
@@ -476,24 +558,10 @@ CUT_TEXTS = """() => {
 
 
 @NEEDS_BROWSER
-@pytest.mark.parametrize(("is_large", "widths"), [(False, (320, 700, 1280)), (True, (390,))])
-def test_no_option_is_broken_and_axes_are_whole(made, browser, tmp_path, is_large, widths):
-    """Options stand on one line; no label of an axis is cut, of many slots or long names."""
-    file = tmp_path / "page.html"
-    options = ["--ep-num-redundant-experts 0", "--extra-slots 64", "--enable-expert-parallel"]
-    if is_large:
-        load = np.random.default_rng(0).integers(1, 90, (6, 3, 512))
-        placement = mt.Placement.from_assignment([np.arange(512) % 8] * 3, 8)
-        made = shown(mt.RoutingStatistics.from_load(load), placement, mt.Topology(8))
-    recipes = tuple(
-        Recipe(" ".join(["serve /a/long-path/to/a.json", *options * 3, "x" * at]))
-        for at in range(9)
-    )
-    reasons = tuple(f"{'word ' * at}{' '.join(options)}" for at in range(9))
-    contents = {"go_back": f"start it without {options[0]}"}
-    page.write_page(file, replace(made, contents=contents, recipes=recipes, reasons=reasons))
-    for width in widths:
-        tab = opened(browser.new_context(viewport={"width": width, "height": 900}), file)
+def test_no_option_is_broken_and_axes_are_whole(tab):
+    """Options stand on one line, and no label of an axis is cut, on a window of any width."""
+    for width in (320, 700, 1280):
+        set_width(tab, width)
         lines = tab.evaluate(BROKEN_OPTIONS)
         assert len(lines) > 9 * 12
         assert {*lines} == {1}, width
@@ -504,33 +572,38 @@ def test_no_option_is_broken_and_axes_are_whole(made, browser, tmp_path, is_larg
 
 
 @NEEDS_BROWSER
-def test_printed_at_once_is_printed_later(made, browser, tmp_path):
-    """Who prints before anything is drawn gets what they get who wait: every chart."""
+def test_axes_of_many_slots_are_whole(browser, tmp_path):
+    """No label is cut on a phone, where the page is narrow from the first."""
     file = tmp_path / "page.html"
-    page.write_page(file, made)
-    printed = []
-    tab = browser.new_page()
-    tab.goto(file.as_uri(), wait_until="domcontentloaded", timeout=0)
-    printed.append(tab.pdf())
-    printed.append(opened(browser.new_context(), file).pdf())
+    load = np.random.default_rng(0).integers(1, 90, (6, 3, 512))
+    placement = mt.Placement.from_assignment([np.arange(512) % 8] * 3, 8)
+    page.write_page(file, shown(mt.RoutingStatistics.from_load(load), placement, mt.Topology(8)))
+    tab = open_page(browser.new_context(viewport={"width": 390, "height": 900}), file)
+    assert tab.evaluate("document.documentElement.scrollWidth") == 390
+    seen, cut = tab.evaluate(CUT_TEXTS)
+    assert seen > 50
+    assert cut == []
+
+
+@NEEDS_BROWSER
+def test_printed_at_once_is_printed_later(html, tab, browser):
+    """Who prints before anything is drawn gets what they get who wait: every chart."""
+    new = browser.new_page()
+    new.goto(tab.url, wait_until="domcontentloaded", timeout=0)
+    printed = [new.pdf(), tab.pdf()]
+    new.close()
     marks = [marks_of(paper) for paper in printed]
-    maps = json.dumps(first_variants(page.render(made))).count('"type": "heatmap"')
+    maps = json.dumps(first_variants(html)).count('"type": "heatmap"')
     assert marks[1]["images"] >= maps >= 4
     assert marks[0] == marks[1]
 
 
 @NEEDS_BROWSER
-def test_a_reader_sees_what_numpy_says(made, browser, tmp_path):
-    """Pixels of heat maps are their cells, hovering tells a cell, tables are the JSON's rows."""
-    file = tmp_path / "page.html"
-    page.write_page(file, made)
-    heard = []
-    context = browser.new_context(offline=True, viewport={"width": 1280, "height": 900})
-    context.on("console", lambda message: heard.append(message.text))
-    context.on("weberror", lambda error: heard.append(str(error.error)))
-    context.on("request", lambda request: heard.append(request.url))
-    tab = opened(context, file)
-    assert heard == [file.as_uri()]
+def test_a_reader_sees_what_numpy_says(made, html, tab, browser):
+    """Pixels of heat maps are their cells, hovering tells a cell, tables are the JSON's rows.
+
+    The page asks for nothing and prints nothing; its answer can be read without a script.
+    """
     charts = sum(len(each.charts) for each in drawing.make_panels(made))
     assert tab.locator('[data-drawn="yes"]').count() == charts
     assert "Share chart" not in tab.locator("body").inner_text()
@@ -552,6 +625,7 @@ def test_a_reader_sees_what_numpy_says(made, browser, tmp_path):
     assert sizes == {"experts": [[slots, placement.layers]], "links": [[8, 8], [8, 8]]}
     tab.locator("#chart-experts").scroll_into_view_if_needed()
     box = tab.locator("#chart-experts .heatmaplayer image").first.bounding_box()
+    hover = tab.locator("#chart-experts .hoverlayer text")
     relative = made.load / made.load.mean(axis=1, keepdims=True)
     for layer, device in ((0, 0), (1, 3), (3, 7)):
         # The busiest of a device comes first.
@@ -564,17 +638,16 @@ def test_a_reader_sees_what_numpy_says(made, browser, tmp_path):
             box["y"] + box["height"] * (layer + 0.5) / placement.layers,
         )
         wanted = f"layer {layer}, expert {expert}: {digits(share[expert])} x the mean"
-        hover = tab.locator("#chart-experts .hoverlayer text").first
-        while not (hover.count() and wanted in hover.text_content()):
+        while wanted not in "".join(hover.all_text_contents()):
             tab.wait_for_timeout(20)
     rows = tab.evaluate(
         "[...document.querySelectorAll('#layers tbody tr')]"
         ".map(row => [...row.cells].map(cell => cell.textContent))"
     )
-    times = data(file.read_text(), "contents")["proposed"]["predicted_us_per_layer"]
+    times = data(html, "contents")["proposed"]["predicted_us_per_layer"]
     assert [row[2] for row in rows] == [digits(each) for each in times]
     plain = browser.new_context(offline=True, java_script_enabled=False).new_page()
-    plain.goto(file.as_uri())
+    plain.goto(tab.url)
     seen = plain.locator("body").inner_text()
     assert all(words in seen for words in (made.sentence, *(of.value for of in made.tiles)))
 

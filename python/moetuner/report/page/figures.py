@@ -36,20 +36,24 @@ def write_figures(
 ) -> int:
     """Write the first variant of every chart, in light colours; return the number of files.
 
-    Files are named after their charts. Heat maps of an SVG are images in it.
+    Files are named after their charts. Heat maps of an SVG are images in it. Raise OSError if the
+    browser did not draw one of them.
     """
     check_figures()
-    import plotly.io
+    import kaleido
 
     folder.mkdir(parents=True, exist_ok=True)
-    figures, files, heights = [], [], []
+    drawn = []
     for chart in charts:
         figure = make_figure(chart)
         for kind in formats:
-            figures.append(figure)
-            files.append(folder / f"{chart.key}.{kind}")
-            heights.append(chart.height)
-    scale = [1 if file.suffix == ".svg" else SCALE for file in files]
-    width = [WIDTH] * len(files)
-    plotly.io.write_images(figures, files, width=width, height=heights, scale=scale)
-    return len(files)
+            scale = 1 if kind == "svg" else SCALE
+            size = {"width": WIDTH, "height": chart.height, "scale": scale}
+            path = folder / f"{chart.key}.{kind}"
+            drawn.append({"fig": figure, "path": path, "opts": {"format": kind, **size}})
+    # No chart has formulas, and kaleido would load MathJax from the network.
+    kaleido.write_fig_from_object_sync(drawn, kopts={"mathjax": False})
+    # Kaleido returns what went wrong with a figure, and removes its file.
+    if missing := [str(each["path"]) for each in drawn if not each["path"].exists()]:
+        raise OSError(f"Chrome did not draw {', '.join(missing)}; run the command again")
+    return len(drawn)
