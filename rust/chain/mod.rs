@@ -91,7 +91,7 @@ pub fn search(
     };
     loop {
         let mut pool = elite.clone();
-        // Of earlier epochs only the best placement stays: more of them would crowd out the new starts.
+        // Only the best placement of earlier epochs stays: more of them would crowd out the new starts.
         pool.truncate(1);
         let uniform_starts = uniform.as_ref().map_or(0, |_| effort.starts.div_ceil(UNIFORM_STARTS));
         if let Some(uniform) = &uniform {
