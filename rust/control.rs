@@ -6,7 +6,7 @@ use std::time::Instant;
 /// State that a search shares with the thread that watches it.
 #[derive(Debug)]
 pub struct Control {
-    /// Whether the search is to stop; the best placement so far is then its answer.
+    /// True if the search is to stop; the best placement so far is then its answer.
     pub cancelled: AtomicBool,
     /// Trials made.
     pub trials: AtomicU64,

@@ -103,7 +103,7 @@ pub struct Notes {
     /// Time of the slowest device in the division at hand, and the devices that take it.
     time: f64,
     slowest: Vec<u32>,
-    /// Whether a device is in the set at hand, and whether its tokens are fixed `[D]`.
+    /// True if a device is in the set at hand, and true if its tokens are fixed `[D]`.
     is_inside: Vec<bool>,
     is_fixed: Vec<bool>,
     /// Experts and their tokens that have lost their slot.
@@ -139,7 +139,7 @@ impl Division {
         }
         notes.begin(devices);
         division.level(copies, [total / copies.rate.iter().sum::<f64>(), 0.0], notes);
-        division.settle(notes);
+        division.accept(notes);
         division
     }
 
@@ -171,8 +171,8 @@ impl Division {
     /// Divides tokens anew after some slots have changed; returns the time of the slowest device.
     ///
     /// `before` has these slots with the experts that they held. No device serves tokens of experts that have no slot any more.
-    /// The notes record the changes, for [`Self::restore`] or [`Self::settle`].
-    pub fn follow(&mut self, copies: &Copies, before: &[(usize, Option<u32>)], notes: &mut Notes) -> f64 {
+    /// The notes record the changes, for [`Self::restore`] or [`Self::accept`].
+    pub fn update(&mut self, copies: &Copies, before: &[(usize, Option<u32>)], notes: &mut Notes) -> f64 {
         notes.displaced.clear();
         for &(slot, expert) in before {
             if let Some(expert) = expert {
@@ -202,7 +202,7 @@ impl Division {
     }
 
     /// Accepts the changes that the notes record.
-    pub fn settle(&mut self, notes: &mut Notes) {
+    pub fn accept(&mut self, notes: &mut Notes) {
         notes.changed.clear();
         self.time = notes.time;
         std::mem::swap(&mut self.slowest, &mut notes.slowest);

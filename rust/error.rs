@@ -1,4 +1,4 @@
-//! What can be wrong with the input, said once.
+//! Errors of the input.
 
 /// An input that breaks a rule. The message names the argument, the rule and the value found.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -8,9 +8,9 @@ pub enum Error {
     Shape {
         /// The argument.
         what: &'static str,
-        /// What would be right.
+        /// The rule that it breaks.
         rule: String,
-        /// What was found.
+        /// Its value.
         got: String,
     },
     /// An expert id that the model does not have, or that a token has twice in one layer.
@@ -29,9 +29,9 @@ pub enum Error {
     /// More than memory can hold.
     #[error("{what} would need {} MiB, more than memory can hold", bytes >> 20)]
     Memory {
-        /// What is to be held.
+        /// The tables that need it.
         what: &'static str,
-        /// How much that is; [`usize::MAX`] where it cannot be counted.
+        /// Their size; [`usize::MAX`] if it cannot be counted.
         bytes: usize,
     },
 }
@@ -46,13 +46,12 @@ impl Error {
 /// Shorthand for results of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Slots that a layer has at most, all devices as wide as the widest: they are counted in 16 bits.
+/// Largest number of slots of a layer, with all devices as wide as the widest one: 16 bits count them.
 pub const SLOTS: usize = 1 << 16;
 
-/// Refuses what memory cannot hold, `sizes` times each other in bytes, before any of it is asked for.
+/// Refuses tables that memory cannot hold, before any of them is allocated; their bytes are the product of `sizes`.
 ///
-/// An allocation that fails ends the process, whoever else lives in it. So whatever is made of sizes that come from
-/// input asks here first.
+/// An allocation that fails ends the process. So every table whose size depends on input is checked here first.
 pub fn room_for(what: &'static str, sizes: &[usize]) -> Result<()> {
     let bytes = sizes.iter().fold(1usize, |product, &size| product.saturating_mul(size));
     let reserved = Vec::<u8>::new().try_reserve_exact(bytes);

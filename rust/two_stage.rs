@@ -43,7 +43,7 @@ pub struct Chain<'a> {
 pub struct Placed {
     /// The device of every cluster, `[layers, D]`.
     pub device: Vec<u16>,
-    /// Whether the placement is proven optimal; otherwise it is a local optimum.
+    /// True if the placement is proven optimal; otherwise it is a local optimum.
     pub exact: bool,
     /// Proven lower bound on the sum of the boundaries' largest times.
     pub bound: u128,

@@ -92,7 +92,7 @@ impl<'a> DepthFirst<'a> {
         this
     }
 
-    /// Searches; `magnitude` is the sum of the absolute weights.
+    /// Searches; returns the best contents and a proven bound. `magnitude` is the sum of the absolute weights.
     fn run(mut self, magnitude: f64) -> Harvest {
         self.descend(0, 0, 0, 0.0);
         let c = self.contents.slots as f64;
@@ -141,18 +141,14 @@ impl<'a> DepthFirst<'a> {
             *hope = gain + halves;
         }
         for &hope in &self.hopes[depth][start..] {
-            let mut x = hope;
-            if x > top[missing - 1] {
-                for t in top.iter_mut() {
-                    if x > *t {
-                        std::mem::swap(t, &mut x);
-                    }
-                }
+            if hope > top[missing - 1] {
+                insert(top, hope);
             }
         }
         (top.iter().sum(), top[missing - 1])
     }
 
+    /// Searches the contents with the members chosen so far, `depth` of them, and further ones from `start` on.
     fn descend(&mut self, depth: usize, start: usize, load: u128, value: f64) {
         let missing = self.contents.slots - depth;
         if missing == 2 {
@@ -270,6 +266,16 @@ fn by_promise(g: &[f64], e: usize, c: usize) -> Vec<usize> {
     order
 }
 
+/// Inserts a number into a falling list, of which it drops the last one; lower numbers change nothing.
+#[inline(always)]
+fn insert(top: &mut [f64], mut number: f64) {
+    for other in top {
+        if number > *other {
+            std::mem::swap(other, &mut number);
+        }
+    }
+}
+
 /// Computes [`DepthFirst::halves`].
 fn halves(g: &[f64], e: usize, c: usize) -> Vec<f64> {
     let mut halves = vec![0.0; (e + 1) * e * c];
@@ -277,12 +283,7 @@ fn halves(g: &[f64], e: usize, c: usize) -> Vec<f64> {
     for start in (0..e).rev() {
         for (l, top) in tops.chunks_exact_mut(c).enumerate() {
             if l != start {
-                let mut x = 0.5 * g[l * e + start];
-                for t in &mut top[..c - 1] {
-                    if x > *t {
-                        std::mem::swap(t, &mut x);
-                    }
-                }
+                insert(&mut top[..c - 1], 0.5 * g[l * e + start]);
             }
             let mut sum = 0.0;
             for (t, x) in top.iter().enumerate() {

@@ -52,10 +52,13 @@ pub(super) struct Hints {
 }
 
 impl Sum {
+    /// Adds a number.
     fn add(&mut self, x: f64) {
         self.value += x;
         self.magnitude += x.abs();
     }
+
+    /// Adds another sum.
     fn join(&mut self, other: Self) {
         self.value += other.value;
         self.magnitude += other.magnitude;

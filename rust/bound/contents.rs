@@ -91,7 +91,7 @@ mod tests {
     }
 
     proptest! {
-        /// Branch and bound finds what trying all finds, and climbing never leaves what is feasible.
+        /// Branch and bound finds the same contents as enumeration, and climbing keeps contents feasible.
         #[test]
         fn finds_the_best(
             half in prop::collection::vec(-3.0f64..3.0, 100),

@@ -172,6 +172,7 @@ impl Cut {
         }
     }
 
+    /// Expands a lifted cut, as [`Self::expand`] does.
     fn expand_lifted(&self, relaxation: &Relaxation, mut term: impl FnMut(usize, f64)) -> Sum {
         let e = relaxation.experts;
         let [i, j, m] = self.items.map(|i| i as usize);
@@ -227,6 +228,7 @@ impl Cut {
     }
 }
 
+/// Returns the variable of a choice.
 fn member(p: usize, q: usize, r: usize, choice: u8) -> usize {
     match choice {
         choice::Q => q,

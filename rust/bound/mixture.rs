@@ -20,12 +20,14 @@ const TOLERANCE: f64 = 1e-7;
 /// Approaches after which a content without weight is forgotten.
 const PATIENCE: u8 = 10;
 
+/// A content of a mixture.
 #[derive(Debug, Clone, Copy)]
-struct Part {
+struct Component {
     set: Set,
     weight: f64,
-    /// Sum of the residual over the content: how much it is missed.
+    /// Sum of the residual over the content.
     value: f64,
+    /// Approaches since the content had a weight.
     idle: u8,
 }
 
@@ -33,7 +35,7 @@ struct Part {
 #[derive(Debug, Clone)]
 pub(super) struct Mixture {
     contents: Contents,
-    parts: Vec<Part>,
+    components: Vec<Component>,
     experts: usize,
     /// The mixture, `[E, E]`, symmetric, with its diagonal.
     pub(super) h: Vec<f64>,
@@ -48,8 +50,8 @@ impl Mixture {
         let experts = relaxation.experts;
         let zero = vec![0.0; experts * experts];
         let set = contents.search(&zero, f64::NEG_INFINITY).sets.first()?.1;
-        let part = Part { set, weight: relaxation.devices as f64, value: 0.0, idle: 0 };
-        let mut this = Self { contents, parts: vec![part], experts, h: zero.clone(), u: zero };
+        let component = Component { set, weight: relaxation.devices as f64, value: 0.0, idle: 0 };
+        let mut this = Self { contents, components: vec![component], experts, h: zero.clone(), u: zero };
         for _ in 0..APPROACHES {
             this.u.fill(0.0);
             this.step(s, 1.0);
@@ -80,9 +82,9 @@ impl Mixture {
             self.exchange();
         }
         self.subtract(&target);
-        self.parts.retain_mut(|part| {
-            part.idle = if part.weight > 0.0 { 0 } else { part.idle + 1 };
-            part.idle < PATIENCE
+        self.components.retain_mut(|component| {
+            component.idle = if component.weight > 0.0 { 0 } else { component.idle + 1 };
+            component.idle < PATIENCE
         });
     }
 
@@ -96,41 +98,44 @@ impl Mixture {
         harvest.bound.max(floor)
     }
 
+    /// Returns the largest value of a content of the mixture.
     fn top(&self) -> f64 {
-        self.parts.iter().fold(f64::NEG_INFINITY, |m, part| m.max(part.value))
+        self.components.iter().fold(f64::NEG_INFINITY, |m, component| m.max(component.value))
     }
 
+    /// Adds a content without weight unless the mixture has it; returns whether it was added.
     fn join(&mut self, set: Set, value: f64) -> bool {
-        let new = self.parts.iter().all(|part| part.set != set);
-        if new {
-            self.parts.push(Part { set, weight: 0.0, value, idle: 0 });
+        let is_new = self.components.iter().all(|component| component.set != set);
+        if is_new {
+            self.components.push(Component { set, weight: 0.0, value, idle: 0 });
         }
-        new
+        is_new
     }
 
-    /// Computes `u = target - h` with h made anew, and the values of contents.
+    /// Computes `u = target - h` with h computed anew, and the values of contents.
     fn subtract(&mut self, target: &[f64]) {
         self.rebuild();
         for (u, (t, h)) in self.u.iter_mut().zip(target.iter().zip(&self.h)) {
             *u = t - h;
         }
         let e = self.experts;
-        for part in &mut self.parts {
-            let rows = members(part.set).map(|i| {
+        for component in &mut self.components {
+            let rows = members(component.set).map(|i| {
                 let row = &self.u[i * e..][..e];
-                members(part.set).take_while(|&j| j <= i).map(|j| row[j]).sum::<f64>()
+                members(component.set).take_while(|&j| j <= i).map(|j| row[j]).sum::<f64>()
             });
-            part.value = rows.sum();
+            component.value = rows.sum();
         }
     }
 
+    /// Computes h from the weights of contents.
     fn rebuild(&mut self) {
         self.h.fill(0.0);
-        for part in self.parts.iter().filter(|part| part.weight > 0.0) {
-            for i in members(part.set) {
+        for component in self.components.iter().filter(|component| component.weight > 0.0) {
+            for i in members(component.set) {
                 let row = &mut self.h[i * self.experts..][..self.experts];
-                for j in members(part.set) {
-                    row[j] += part.weight;
+                for j in members(component.set) {
+                    row[j] += component.weight;
                 }
             }
         }
@@ -138,14 +143,14 @@ impl Mixture {
 
     /// Climbs from the contents of the largest values; returns whether there is a new content.
     fn climb(&mut self) -> bool {
-        self.parts.sort_unstable_by(|a, b| b.value.total_cmp(&a.value).then(a.set.cmp(&b.set)));
+        self.components.sort_unstable_by(|a, b| b.value.total_cmp(&a.value).then(a.set.cmp(&b.set)));
         let enough = self.top() + 10.0 * TOLERANCE;
         let mut new = false;
-        for n in 0..STARTS.min(self.parts.len()) {
-            let part = self.parts[n];
-            let (gain, set) = self.contents.climb(&self.u, part.set);
-            if part.value + gain > enough {
-                new |= self.join(set, part.value + gain);
+        for n in 0..STARTS.min(self.components.len()) {
+            let component = self.components[n];
+            let (gain, set) = self.contents.climb(&self.u, component.set);
+            if component.value + gain > enough {
+                new |= self.join(set, component.value + gain);
             }
         }
         new
@@ -155,16 +160,18 @@ impl Mixture {
     fn exchange(&mut self) {
         for _ in 0..MOVES {
             let (mut best, mut worst) = (0, None);
-            for (n, part) in self.parts.iter().enumerate() {
-                if part.value > self.parts[best].value {
+            for (n, component) in self.components.iter().enumerate() {
+                if component.value > self.components[best].value {
                     best = n;
                 }
-                if part.weight > 0.0 && worst.is_none_or(|w: usize| part.value < self.parts[w].value) {
+                if component.weight > 0.0
+                    && worst.is_none_or(|w: usize| component.value < self.components[w].value)
+                {
                     worst = Some(n);
                 }
             }
             let Some(worst) = worst else { return };
-            let (to, from) = (self.parts[best], self.parts[worst]);
+            let (to, from) = (self.components[best], self.components[worst]);
             let gain = to.value - from.value;
             if gain < TOLERANCE {
                 return;
@@ -172,11 +179,12 @@ impl Mixture {
             let norm =
                 product(to.set, to.set) + product(from.set, from.set) - 2.0 * product(to.set, from.set);
             let moved = (gain / norm).min(from.weight);
-            self.parts[best].weight += moved;
+            self.components[best].weight += moved;
             // Exactly zero if all of it went.
-            self.parts[worst].weight = from.weight - moved;
-            for part in &mut self.parts {
-                part.value -= moved * (product(part.set, to.set) - product(part.set, from.set));
+            self.components[worst].weight = from.weight - moved;
+            for component in &mut self.components {
+                component.value -=
+                    moved * (product(component.set, to.set) - product(component.set, from.set));
             }
         }
     }

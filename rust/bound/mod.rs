@@ -125,6 +125,7 @@ pub struct Limits<'a> {
 }
 
 impl Limits<'_> {
+    /// Returns whether the gap of a bound is small enough.
     fn is_reached(&self, cost: u64) -> bool {
         self.target.is_some_and(|target| (target as f64) - cost as f64 <= self.gap * target as f64)
     }
@@ -160,9 +161,10 @@ pub fn bound(instance: &Instance<'_>, limits: &Limits<'_>, report: impl FnMut(u6
     Ok(search(&Relaxation::new(instance), limits, report))
 }
 
+/// Bounds the crossing count of a relaxation, as [`bound`] does.
 fn search(relaxation: &Relaxation, limits: &Limits<'_>, report: impl FnMut(u64)) -> Bound {
     let mut best = Best::new(relaxation, limits, report);
-    if best.reached() {
+    if best.is_reached() {
         return best.finish(GAP, 0);
     }
     if relaxation.experts > LARGEST {
@@ -192,7 +194,7 @@ struct Best<'a, F> {
 }
 
 impl<'a, F: FnMut(u64)> Best<'a, F> {
-    /// Starts with the transportation bound.
+    /// Proves the transportation bound, from which the search starts.
     fn new(relaxation: &'a Relaxation, limits: &'a Limits<'a>, report: F) -> Self {
         let proven =
             Dual { columns: transport::all_columns(relaxation, limits.control.deadline), ..Dual::default() };
@@ -203,25 +205,28 @@ impl<'a, F: FnMut(u64)> Best<'a, F> {
         this
     }
 
+    /// Computes the proven bound of a dual point.
     fn prove(&self, dual: &Dual) -> u64 {
         crossing(self.relaxation, dual_value(self.relaxation, dual, None))
     }
 
-    fn reached(&self) -> bool {
+    /// Returns whether the proven bound is good enough.
+    fn is_reached(&self) -> bool {
         self.limits.is_reached(self.cost)
     }
 
-    /// Takes a better point; whether it is good enough to stop.
+    /// Takes a better point; returns whether the bound is good enough to stop.
     fn offer(&mut self, iterations: usize, dual: Dual) -> bool {
-        let promising = self.limits.is_reached(crossing(self.relaxation, dual.estimate));
+        let is_promising = self.limits.is_reached(crossing(self.relaxation, dual.estimate));
         self.waiting = Some(dual);
-        if promising || iterations >= self.next {
+        if is_promising || iterations >= self.next {
             self.prove_waiting();
             self.next = iterations + iterations.div_ceil(5);
         }
-        promising && self.reached()
+        is_promising && self.is_reached()
     }
 
+    /// Proves the point that waits, and takes it if it is better.
     fn prove_waiting(&mut self) {
         let Some(dual) = self.waiting.take() else { return };
         let cost = self.prove(&dual);
@@ -231,6 +236,7 @@ impl<'a, F: FnMut(u64)> Best<'a, F> {
         }
     }
 
+    /// Returns the best bound.
     fn finish(mut self, end: &'static str, iterations: usize) -> Bound {
         self.prove_waiting();
         let certificate = Certificate::write(self.proven);

@@ -47,14 +47,14 @@ pub(super) struct Relaxation {
     pub(super) load: Vec<u64>,
     /// Per layer; `None` where no placement can break the cap.
     pub(super) limit: Vec<Option<LoadLimit>>,
-    /// Whether the contents of devices are few enough to be searched; see [`super::contents`].
+    /// True if the contents of devices are few enough to be searched; see [`super::contents`].
     pub(super) has_contents: bool,
     /// Experts of each layer from light to heavy, `[L, E]`.
     by_load: Vec<u32>,
 }
 
 impl Relaxation {
-    /// Pads and scales a checked instance.
+    /// Builds the relaxation of a checked instance, padded and scaled.
     pub(super) fn new(instance: &Instance<'_>) -> Self {
         let Instance { layers, experts: real, devices, .. } = *instance;
         let slots = real.div_ceil(devices);
@@ -104,6 +104,7 @@ impl Relaxation {
         Contents { experts: self.experts, slots: self.slots, load, lower, upper }
     }
 
+    /// Scales the loads of a layer and its cap.
     fn scale_layer(&mut self, l: usize, cap: u64) {
         let (e, g, c) = (self.experts, self.devices, self.slots);
         let load = &self.load[l * e..][..e];
@@ -143,8 +144,8 @@ impl Relaxation {
         3 * self.experts * self.experts
     }
 
-    /// Place in the slice of a pair of the variable of two different items; items 0..E are the experts of the
-    /// left layer, E..2E those of the right one.
+    /// Returns the place of the variable of two different items in the slice of a pair; items 0..E are the experts of the left
+    /// layer, E..2E those of the right one.
     pub(super) fn variable(&self, a: usize, b: usize) -> usize {
         let e = self.experts;
         let (a, b) = (a.min(b), a.max(b));
@@ -168,7 +169,8 @@ impl Relaxation {
         }
     }
 
-    /// Copies of the variables `s_l`, in pairs and perhaps a mixture: their weight v in the augmented Lagrangian.
+    /// Returns the number of copies of the variables `s_l`, in pairs and, if `mixed`, in a mixture: their weight v in the augmented
+    /// Lagrangian.
     pub(super) fn copies(&self, layer: usize, mixed: bool) -> f64 {
         let pairs = if layer == 0 || layer + 1 == self.layers { 1.0 } else { 2.0 };
         pairs + f64::from(u8::from(mixed))

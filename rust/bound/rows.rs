@@ -138,11 +138,11 @@ impl Pool {
         let right = cut.expand(relaxation, |variable, x| terms.push((variable as u32, x)));
         terms.sort_by_key(|&(variable, _)| variable);
         terms.dedup_by(|(b, y), (a, x)| {
-            let same = a == b;
-            if same {
+            let is_same = a == b;
+            if is_same {
                 *x += *y;
             }
-            same
+            is_same
         });
         if terms.iter().all(|(_, x)| x.abs() < 1e-9) {
             return;
@@ -161,7 +161,7 @@ impl Pool {
         self.rows.push(Row { cut, start, end, right, multiplier: 0.0, scale, idle: 0 });
     }
 
-    /// Subtracts `A' mu` from the slice: where the last step left off.
+    /// Subtracts `A' mu` from the slice, so that the sweeps go on from the multipliers of the last step.
     fn warm_start(&self, y: &mut [f64]) {
         for t in self.triangles.iter().filter(|t| t.multiplier > 0.0) {
             let c = &self.table[usize::from(t.blocks)];
@@ -219,13 +219,13 @@ impl Pool {
         let entries = &self.entries;
         self.rows.retain_mut(|row| {
             row.idle = if row.multiplier > 0.0 || !row.cut.kind.is_separated() { 0 } else { row.idle + 1 };
-            let keep = row.idle < PATIENCE;
-            if keep {
+            let is_active = row.idle < PATIENCE;
+            if is_active {
                 let start = retained.len() as u32;
                 retained.extend_from_slice(&entries[row.start as usize..row.end as usize]);
                 (row.start, row.end) = (start, retained.len() as u32);
             }
-            keep
+            is_active
         });
         self.entries = retained;
         self.row_keys = self.rows.iter().map(|row| row.cut.clone()).collect();
@@ -257,6 +257,7 @@ fn apex_first(relaxation: &Relaxation, t: &Triangle) -> [u32; 3] {
     [apex as u32, i.min(j) as u32, i.max(j) as u32]
 }
 
+/// Computes the product of a row and the slice.
 #[inline(always)]
 fn product(entries: &[(u32, f32)], y: &[f64]) -> f64 {
     let (body, rest) = entries.as_chunks::<4>();

@@ -200,6 +200,7 @@ impl<'a> Admm<'a> {
         self.pools.par_iter_mut().enumerate().for_each(|(l, pool)| pool.weigh(relaxation, l, true));
     }
 
+    /// Makes one iteration of the method.
     fn iterate(&mut self) {
         self.set_target();
         let square = self.relaxation.experts * self.relaxation.experts;
@@ -279,6 +280,7 @@ impl<'a> Admm<'a> {
         self.pools.par_iter_mut().for_each(|pool| pool.rescale(inverse));
     }
 
+    /// Drops inequalities that are idle, and adds those that the point breaks most.
     fn separate(&mut self) {
         let relaxation = self.relaxation;
         self.pools.par_iter_mut().for_each(|pool| {

@@ -77,6 +77,7 @@ pub(super) fn centre(a: &mut [f64], n: usize) {
     }
 }
 
+/// Returns an upper bound on the Frobenius norm.
 fn frobenius(a: &[f64]) -> f64 {
     // The relative error of the sum of squares is far below the factor.
     a.iter().map(|x| x * x).sum::<f64>().sqrt() * (1.0 + 1e-9)

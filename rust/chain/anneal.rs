@@ -13,7 +13,7 @@ pub(crate) struct Schedule {
     pub(crate) length: Length,
     pub(crate) hot: f64,
     pub(crate) cold: f64,
-    /// Whether the search may exceed caps on its way: where hardly any swap keeps them, it cannot reach other placements
+    /// True if the search may exceed caps on its way: where hardly any swap keeps them, it cannot reach other placements
     /// otherwise.
     pub(crate) exceeds_caps: bool,
 }

@@ -8,6 +8,7 @@ pub mod instance;
 pub mod partitions;
 mod state;
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
@@ -64,50 +65,33 @@ pub fn search(
     let balanced: &[u16] = &balance_loads(instance, control)?;
     instance.raise_caps(balanced);
     let instance = &*instance;
-    let rank_placement = |expert_in: Vec<u16>| rank(&State::new(instance, expert_in), control);
-    let mut elite: Vec<Ranked> = vec![rank_placement(balanced.to_vec())];
+    let mut elite: Vec<Ranked> = vec![rank(&State::new(instance, balanced.to_vec()), control)];
     if instance.sizes.devices < 2 || !instance.has_pairs() || control.stopped() {
         return Ok(best(elite));
     }
-    let effort = Effort::new(instance, trials, balanced, control);
+    let search = Search { instance, effort: Effort::new(instance, trials, balanced, control), seed, control };
     // Where links differ, groups of experts are easier to find while it does not matter yet on which node they are.
     let uniform = (!instance.has_uniform_links()).then(|| instance.with_uniform_links());
-    let run = |schedule: Schedule, from: &[u16], stream: u64| {
-        let mut state = State::new(instance, from.to_vec());
-        let schedule = Schedule { exceeds_caps: effort.exceeds_caps(stream), ..schedule };
-        anneal(&mut state, schedule, &mut Random::new(seed, stream), control);
-        // A run that was cut short ends hot: its result is compared like any other, and hardly ever wins.
-        rank(&state, control)
-    };
+    let uniform_starts = uniform.as_ref().map_or(0, |_| search.effort.starts.div_ceil(UNIFORM_STARTS));
     let mut stream = 0;
-    let runs = |pool: &mut Vec<Ranked>, stream: &mut u64, n: u64, schedule: Schedule, from: &[u16]| {
-        pool.par_extend((*stream..*stream + n).into_par_iter().map(|stream| run(schedule, from, stream)));
-        *stream += n;
-        if control.has_time_for(recombination_seconds(instance, pool.len())) {
-            let placements: Vec<Vec<u16>> = pool.iter().map(|(_, placement)| placement.clone()).collect();
-            pool.push(rank_placement(recombine(instance, &placements)));
-        }
-        keep_best(pool, effort.pool);
-    };
     loop {
         let mut pool = elite.clone();
-        // Of earlier epochs only the best placement stays: more of them would crowd out the new starts.
+        // Only the best placement of earlier epochs stays: more of them would crowd out the new starts.
         pool.truncate(1);
-        let uniform_starts = uniform.as_ref().map_or(0, |_| effort.starts.div_ceil(UNIFORM_STARTS));
+        let end = stream + search.effort.starts;
         if let Some(uniform) = &uniform {
-            let streams = stream..stream + uniform_starts;
-            pool.extend(start_uniform(instance, uniform, &effort, seed, streams, balanced, control));
+            pool.extend(search.start_uniform(uniform, stream..stream + uniform_starts, balanced));
         }
-        stream += uniform_starts;
-        let starts = effort.starts - uniform_starts;
-        runs(&mut pool, &mut stream, starts, effort.start, balanced);
-        for _ in 0..effort.rounds {
+        search.add_runs(&mut pool, stream + uniform_starts..end, search.effort.start, balanced);
+        stream = end;
+        for _ in 0..search.effort.rounds {
             // No placement has a lower rank than zero tokens above caps at zero cost.
             if control.stopped() || pool[0].0 == (0, 0) {
                 break;
             }
             let from = pool[0].1.clone();
-            runs(&mut pool, &mut stream, RUNS, effort.polish, &from);
+            search.add_runs(&mut pool, stream..stream + RUNS, search.effort.polish, &from);
+            stream += RUNS;
         }
         elite.append(&mut pool);
         if control.deadline.is_none() || control.stopped() {
@@ -116,38 +100,58 @@ pub fn search(
     }
 }
 
-/// Anneals as if all links were alike, on the instance `uniform`; recombines the results, and polishes them with the real
-/// links.
-fn start_uniform(
-    instance: &Instance,
-    uniform: &Instance,
-    effort: &Effort,
+/// A search under way.
+struct Search<'a> {
+    instance: &'a Instance,
+    effort: Effort,
     seed: u64,
-    streams: std::ops::Range<u64>,
-    balanced: &[u16],
-    control: &Control,
-) -> Vec<Ranked> {
-    let length = effort.start.length.half();
-    let run = |instance, from: &[u16], stream, schedule| {
+    control: &'a Control,
+}
+
+impl Search<'_> {
+    /// Anneals a placement `[L, P]` on an instance, with the random numbers of a stream.
+    fn anneal<'a>(&self, instance: &'a Instance, from: &[u16], stream: u64, schedule: Schedule) -> State<'a> {
         let mut state = State::new(instance, from.to_vec());
-        let schedule = Schedule { length, exceeds_caps: effort.exceeds_caps(stream), ..schedule };
-        anneal(&mut state, schedule, &mut Random::new(seed, stream), control);
+        let schedule = Schedule { exceeds_caps: self.effort.exceeds_caps(stream), ..schedule };
+        anneal(&mut state, schedule, &mut Random::new(self.seed, stream), self.control);
         state
-    };
-    let numbers: Vec<u64> = streams.collect();
-    let start = |&stream: &u64| run(uniform, balanced, stream, effort.start).expert_in;
-    let mut placements: Vec<Vec<u16>> = numbers.par_iter().map(start).collect();
-    if control.has_time_for(recombination_seconds(uniform, placements.len())) {
-        // The recombined placement takes the place of the last one.
-        let recombined = recombine(uniform, &placements);
-        placements.insert(0, recombined);
-        placements.truncate(numbers.len());
     }
-    let polish = |(stream, from): (&u64, &Vec<u16>)| {
-        // The complement is the number of no start's stream.
-        rank(&run(instance, from, !stream, effort.polish), control)
-    };
-    numbers.par_iter().zip(&placements).map(polish).collect()
+
+    /// Adds to a pool the results of runs from a placement `[L, P]`, one for each stream, and then the recombination of the pool;
+    /// keeps the best placements.
+    fn add_runs(&self, pool: &mut Vec<Ranked>, streams: Range<u64>, schedule: Schedule, from: &[u16]) {
+        let Self { instance, control, .. } = *self;
+        // A run that was cut short ends hot: its result is compared like any other, and hardly ever wins.
+        let run = |stream| rank(&self.anneal(instance, from, stream, schedule), control);
+        pool.par_extend(streams.into_par_iter().map(run));
+        if control.has_time_for(recombination_seconds(instance, pool.len())) {
+            let placements: Vec<Vec<u16>> = pool.iter().map(|(_, placement)| placement.clone()).collect();
+            pool.push(rank(&State::new(instance, recombine(instance, &placements)), control));
+        }
+        keep_best(pool, self.effort.pool);
+    }
+
+    /// Anneals as if all links were alike, on the instance `uniform`; recombines the results, and polishes them with the real
+    /// links.
+    fn start_uniform(&self, uniform: &Instance, streams: Range<u64>, balanced: &[u16]) -> Vec<Ranked> {
+        let length = self.effort.start.length.half();
+        let [start, polish] =
+            [self.effort.start, self.effort.polish].map(|schedule| Schedule { length, ..schedule });
+        let streams: Vec<u64> = streams.collect();
+        let anneal = |&stream: &u64| self.anneal(uniform, balanced, stream, start).expert_in;
+        let mut placements: Vec<Vec<u16>> = streams.par_iter().map(anneal).collect();
+        if self.control.has_time_for(recombination_seconds(uniform, placements.len())) {
+            // The recombined placement takes the place of the last one.
+            let recombined = recombine(uniform, &placements);
+            placements.insert(0, recombined);
+            placements.truncate(streams.len());
+        }
+        let polish = |(stream, from): (&u64, &Vec<u16>)| {
+            // The complement is the number of no start's stream.
+            rank(&self.anneal(self.instance, from, !stream, polish), self.control)
+        };
+        streams.par_iter().zip(&placements).map(polish).collect()
+    }
 }
 
 /// Returns the placement `[L, P]` from which the search starts: with loads as balanced as time allows, whatever it costs.

@@ -80,7 +80,7 @@ pub fn recombine(instance: &Instance, pool: &[Vec<u16>]) -> Vec<u16> {
 
 /// Returns the placements `[P]` of layer `l` in a pool that keep its cap, or exceed it least, in order of appearance.
 ///
-/// Of placements with equal partitions only the first is returned, or with equal devices where links differ.
+/// Placements with the same partition are returned once; where links differ, those with the same groups on the same devices.
 fn distinct_layers<'a>(instance: &Instance, pool: &'a [Vec<u16>], l: usize) -> Vec<&'a [u16]> {
     let (p, mut seen) = (instance.sizes.slots(), BTreeSet::new());
     let mut is_new = |slots: &[u16]| {

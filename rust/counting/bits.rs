@@ -1,8 +1,8 @@
 //! Rows of bits: for every id the tokens it occurs in, 64 to a word.
 //!
 //! A token's ids are first a number, a bit per id. The numbers of 512 tokens, side by side in as many vector lanes as
-//! there is room for, are transposed as squares of bits, all lanes at once. Of a block of 512 tokens, then, token t is
-//! bit `t / lanes` of lane `t % lanes`.
+//! there is room for, are transposed as squares of bits, all lanes at once. Token t of a block
+//! of 512 tokens is then bit `t / lanes` of lane `t % lanes`.
 
 use std::ops::Range;
 
@@ -92,7 +92,7 @@ pub struct Units {
     columns: Vec<usize>,
 }
 
-/// A number per id, as wide as the rows need. Of constant size: an index below it needs no check.
+/// A number per id, as wide as the rows need. The size is constant, so that an index below it needs no check.
 #[derive(Debug)]
 enum UnitTable {
     Of8(Box<[u8; IDS]>),

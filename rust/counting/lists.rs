@@ -56,7 +56,7 @@ pub struct Cuts {
 }
 
 impl Cuts {
-    /// One window.
+    /// A single window.
     pub const NONE: Self = Self { first: usize::MAX, length: usize::MAX };
 
     /// Builds the cuts between windows of so many tokens, for a block that begins with token `begin` of the trace.
@@ -69,7 +69,7 @@ impl Cuts {
     }
 
     /// Returns the number of the window that a token is in, from 0 for the block's first.
-    fn part(self, token: usize) -> usize {
+    fn window(self, token: usize) -> usize {
         token.checked_sub(self.first).map_or(0, |behind| 1 + behind / self.length)
     }
 }
@@ -87,7 +87,7 @@ pub(super) struct Lists {
 
 /// Memory for counting, used again and again.
 #[derive(Debug, Default)]
-pub(super) struct Workplace {
+pub(super) struct Scratch {
     /// The set of each token of a chunk, and the empty one; behind what lies before the next cache line.
     sets: Vec<u64>,
     /// Sums of all columns, for every id on the left: of a neighbour, and of the ids themselves.
@@ -97,7 +97,7 @@ pub(super) struct Workplace {
 /// The tokens of each id, counted from the chunk's first, in whole groups: filled up with a token that has no ids.
 #[derive(Debug)]
 struct Chunk {
-    /// Segments; those of the numbers of ids are the ids' first. Of constant size: 16 bits need no check.
+    /// Segments; those of the numbers of ids are the ids' first. Their number is constant, so that indices of 16 bits need no check.
     tokens: Box<[u16; PLACES]>,
     /// Number of the segment that follows each one.
     follows: [u16; PLACES / SEGMENT],
@@ -137,11 +137,11 @@ impl Lists {
         counts: &mut [u64],
     ) {
         if let Some(cuts) = self.cuts {
-            let part = cuts.part(tokens.start);
-            let begins = tokens.start == 0 || cuts.part(tokens.start - 1) < part;
-            let ends = tokens.end == ids.len() / top_k || cuts.part(tokens.end) > part;
-            if begins && ends && !tokens.is_empty() && cuts.part(tokens.end - 1) == part {
-                for (count, &length) in counts.iter_mut().zip(&self.parts[part]) {
+            let window = cuts.window(tokens.start);
+            let begins = tokens.start == 0 || cuts.window(tokens.start - 1) < window;
+            let ends = tokens.end == ids.len() / top_k || cuts.window(tokens.end) > window;
+            if begins && ends && !tokens.is_empty() && cuts.window(tokens.end - 1) == window {
+                for (count, &length) in counts.iter_mut().zip(&self.parts[window]) {
                     *count += u64::from(length);
                 }
                 return;
@@ -191,8 +191,8 @@ fn sort<I: ExpertId>(
     let tokens = ids.len() / top_k;
     let mut from = 0;
     while from < tokens {
-        let part = cuts.part(begin + from);
-        let cut = cuts.first.saturating_add(part.saturating_mul(cuts.length)).saturating_sub(begin);
+        let window = cuts.window(begin + from);
+        let cut = cuts.first.saturating_add(window.saturating_mul(cuts.length)).saturating_sub(begin);
         let to = tokens.min(cut);
         let run = &ids[from * top_k..to * top_k];
         match top_k {
@@ -202,10 +202,10 @@ fn sort<I: ExpertId>(
             10 => add_tokens(run, 10, from, chunk, &mut ends, &mut used),
             _ => add_tokens(run, top_k, from, chunk, &mut ends, &mut used),
         }
-        if parts.len() == part {
+        if parts.len() == window {
             parts.push([0; IDS]);
         }
-        let counts = &mut parts[part];
+        let counts = &mut parts[window];
         for id in 0..IDS {
             let now = ends.next[id].wrapping_sub(ends.base[id]);
             counts[id] += now - last[id];
@@ -220,7 +220,7 @@ fn sort<I: ExpertId>(
     }
 }
 
-/// Inlined for constant `top_k`, so that the loop over a token's ids unrolls.
+/// Adds tokens to the lists of their ids. It is inlined for constant `top_k`, so that the loop over a token's ids unrolls.
 #[inline(always)]
 fn add_tokens<I: ExpertId>(
     ids: &[I],
@@ -264,7 +264,7 @@ fn sets_of<I: ExpertId, const N: usize>(ids: &[I], top_k: usize, single: &Single
     }
 }
 
-/// Inlined for constant `top_k`, so that the loop over a token's ids unrolls.
+/// Writes the set of every token. It is inlined for constant `top_k`, so that the loop over a token's ids unrolls.
 #[inline(always)]
 fn sets_with<I: ExpertId, const N: usize>(ids: &[I], top_k: usize, single: &Single<N>, sets: &mut [Set<N>]) {
     for (set, ids) in sets.iter_mut().zip(ids.chunks_exact(top_k)) {
@@ -283,7 +283,7 @@ fn sets_with<I: ExpertId, const N: usize>(ids: &[I], top_k: usize, single: &Sing
 #[repr(align(64))]
 struct Single<const N: usize>([Set<N>; IDS]);
 
-/// Bits are where the sums of columns need not be moved to lie in the order of ids: see [`columns`].
+/// Returns the set of each id. Bits lie so that the sums of columns come out in the order of ids, see [`columns`].
 const fn single<const N: usize>() -> Single<N> {
     let mut single = [[0; N]; IDS];
     let mut id = 0;
@@ -305,12 +305,12 @@ pub(super) fn count_pairs<I: ExpertId>(
     top_k: usize,
     size: usize,
     new: bool,
-    workplace: &mut Workplace,
+    scratch: &mut Scratch,
 ) {
     if size > 64 * NARROW {
-        count_with(left, right, top_k, size, &OF_WIDE, new, workplace);
+        count_with(left, right, top_k, size, &OF_WIDE, new, scratch);
     } else {
-        count_with(left, right, top_k, size, &OF_NARROW, new, workplace);
+        count_with(left, right, top_k, size, &OF_NARROW, new, scratch);
     }
 }
 
@@ -321,9 +321,9 @@ fn count_with<I: ExpertId, const N: usize>(
     size: usize,
     single: &Single<N>,
     new: bool,
-    workplace: &mut Workplace,
+    scratch: &mut Scratch,
 ) {
-    let Workplace { sets, sums } = workplace;
+    let Scratch { sets, sums } = scratch;
     sets.resize((CHUNK + 1) * N + LINE / 8, 0);
     // A set that straddles two cache lines takes twice as long.
     let before = sets.as_ptr().align_offset(LINE).min(LINE / 8);

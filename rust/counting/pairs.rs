@@ -18,7 +18,7 @@ pub use bits::{IDS as MOST_UNITS, NONE as NO_UNIT, Units};
 use std::ops::Range;
 
 pub use super::lists::Cuts;
-use super::lists::{self, Lists, Workplace};
+use super::lists::{self, Lists, Scratch};
 use super::{bits, rows};
 use crate::trace::ExpertId;
 
@@ -66,10 +66,10 @@ impl Kernel {
 pub struct Side<I> {
     ids: Vec<I>,
     bits: Vec<u64>,
-    /// Whether rows are of the bits of sums, not of ids.
+    /// True if rows are of the bits of sums, not of ids.
     sums: bool,
     lists: Lists,
-    workplace: Workplace,
+    scratch: Scratch,
     /// Number of tokens.
     pub tokens: usize,
     /// Ids per token.
@@ -87,8 +87,8 @@ impl<I: ExpertId> Side<I> {
 
     fn with(kernel: Kernel, top_k: usize, size: usize) -> Self {
         let (ids, bits, lists) = (Vec::new(), Vec::new(), Lists::default());
-        let workplace = Workplace::default();
-        Self { ids, bits, sums: false, lists, workplace, tokens: 0, top_k, size, kernel }
+        let scratch = Scratch::default();
+        Self { ids, bits, sums: false, lists, scratch, tokens: 0, top_k, size, kernel }
     }
 
     /// Takes the ids of a block in place of those it had, which it leaves in the vector; a token's ids must differ.
@@ -152,7 +152,7 @@ impl<I: ExpertId> Side<I> {
             if let Some(counts) = inside {
                 tables.push((&self.lists, counts));
             }
-            lists::count_pairs(&mut tables, &self.ids, top_k, size, new, &mut self.workplace);
+            lists::count_pairs(&mut tables, &self.ids, top_k, size, new, &mut self.scratch);
             return;
         }
         if let Some((left, counts)) = left {

@@ -32,7 +32,7 @@ pub(super) fn count_pairs<I: ExpertId>(
     }
 }
 
-/// Inlined for constant `top_k`, so that the loop over a token's ids unrolls.
+/// Does the work of [`count_pairs`]. It is inlined for constant `top_k`, so that the loop over a token's ids unrolls.
 #[inline(always)]
 fn count_with<I: ExpertId>(left: &[I], right: &[I], top_k: usize, size: usize, counts: &mut [u64]) {
     assert!(left.len() == right.len() && left.len() <= usize::from(u16::MAX) * top_k);

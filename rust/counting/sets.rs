@@ -69,6 +69,7 @@ impl Sets {
         (ids, order.iter().map(|&set| self.counts[set]).collect())
     }
 
+    /// Returns the ids of a set `[K]`.
     fn of(&self, set: usize) -> &[u16] {
         &self.ids[set * self.top_k..][..self.top_k]
     }
@@ -81,6 +82,7 @@ impl Sets {
         (ids.iter().fold(0, mix) >> 32) as usize & (self.table.len() - 1)
     }
 
+    /// Enlarges the table.
     fn grow(&mut self) {
         self.table = vec![FREE; self.table.len() * 4];
         for set in 0..self.counts.len() {

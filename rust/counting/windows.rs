@@ -81,7 +81,7 @@ impl Narrow {
                 all.reserve_exact(rows * tables.len() * columns.len());
                 for row in 0..rows {
                     for table in tables {
-                        all.extend_from_slice(&Number::slice(table)[row * size..][columns.clone()]);
+                        all.extend_from_slice(&Count::slice(table)[row * size..][columns.clone()]);
                     }
                 }
             });
@@ -91,7 +91,7 @@ impl Narrow {
 }
 
 /// A type of counts.
-pub(crate) trait Number: Copy + AddAssign + From<u8> {
+pub(crate) trait Count: Copy + AddAssign + From<u8> {
     /// Adds a count; the sum is not above what was promised.
     fn add(&mut self, count: u64);
 
@@ -99,9 +99,9 @@ pub(crate) trait Number: Copy + AddAssign + From<u8> {
     fn slice(table: &Narrow) -> &[Self];
 }
 
-macro_rules! numbers {
+macro_rules! counts {
     ($($type:ty: $kind:ident),*) => {
-        $(impl Number for $type {
+        $(impl Count for $type {
             #[inline(always)]
             fn add(&mut self, count: u64) {
                 *self += count as $type;
@@ -116,7 +116,7 @@ macro_rules! numbers {
         })*
     };
 }
-numbers!(u8: U8, u16: U16, u32: U32, u64: U64);
+counts!(u8: U8, u16: U16, u32: U32, u64: U64);
 
 /// Counts by window: runs of `length` tokens, or the whole trace.
 #[derive(Debug)]
@@ -167,7 +167,7 @@ impl WindowCounts {
         self.tokens - self.length.map_or(0, |length| self.closed as u64 * length)
     }
 
-    /// Goes on behind tokens that were counted, and closes the windows that they have filled.
+    /// Adds tokens that were counted, and closes the windows that they have filled.
     pub(crate) fn advance(&mut self, tokens: u64) {
         self.tokens += tokens;
         if let Some(length) = self.length {

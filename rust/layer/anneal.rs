@@ -20,7 +20,7 @@ pub(super) struct Schedule {
     sample: usize,
 }
 
-/// What suits layers of 12 slots and of 288, of one window and of 400 (bench/RESULTS.md).
+/// The schedule that suits layers of 12 to 288 slots and of 1 to 400 windows (bench/RESULTS.md).
 pub(super) const WARM: Schedule = Schedule { first: 0.3, last: 0.01, put: 8, sample: 255 };
 /// Hot enough that copies of heavy experts are removed and added again, which layers of few slots may need.
 pub(super) const HOT: Schedule = Schedule { first: 3.0, ..WARM };
@@ -48,18 +48,18 @@ const AIMED: u64 = 1 << 16;
 pub struct Effort {
     /// Trials of every search.
     pub trials: u64,
-    /// Whether a slot that holds an expert may be emptied.
+    /// True if a slot that holds an expert may be emptied.
     pub empties: bool,
     /// Searches from one start, the best of which is the answer.
     pub restarts: u64,
     /// Rounds over all layers, where neighbours count.
     pub rounds: u64,
-    /// Whether starts are so good, and trials so few, that a search is to stay near: its end is then the answer, if by the
+    /// True if starts are so good, and trials so few, that a search is to stay near: its end is then the answer, if by the
     /// slowest devices of the windows it is no worse than the start; else the best on the way is.
     pub quick: bool,
-    /// Whether searches begin at low temperatures: starts are better than what as many trials find from higher ones.
+    /// True if searches begin at low temperatures: starts are better than what as many trials find from higher ones.
     pub cool: bool,
-    /// Whether layers are searched at once, or all in this thread.
+    /// True if layers are searched at once, or all in this thread.
     pub parallel: bool,
 }
 
@@ -83,7 +83,7 @@ pub(super) fn search(
     let mut slots = start.clone();
     let mut terms = Terms::new(layer, &slots);
     let mut best = (if effort.quick { terms.slowest() } else { terms.cost() }, slots.expert_in.clone());
-    // What a slot may hold instead, where slots are to spare: any expert or, as the last of them, nothing.
+    // Contents that a slot may get if there are spare slots: any expert or, as the last of them, nothing.
     let kinds = if layer.has_spare() { layer.experts + usize::from(effort.empties) } else { 0 };
     let takes_long = terms.take_long();
     let has_few_windows = layer.windows.count <= FEW_WINDOWS && terms.peak().is_some();
@@ -134,7 +134,7 @@ fn proposal(
 ) -> Move {
     let (bits, count) = (random.bits(), slots.expert_in.len());
     let (mut p, other) = (scale(bits >> 32, count), random.bits() >> 32);
-    // Where one device is what counts, few others are worth a look.
+    // If the cost depends on one device, few moves of others help.
     if bits & AIMED == AIMED
         && let Some(slots) = terms.costliest(random).map(|device| slots.of(device))
         && !slots.is_empty()

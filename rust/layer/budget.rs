@@ -7,7 +7,7 @@ pub struct Choice {
     pub moves: usize,
     /// Time of the slowest device.
     pub slowest: f64,
-    /// What the search minimises.
+    /// Cost that the search minimises.
     pub cost: f64,
 }
 

@@ -12,7 +12,7 @@ pub(super) struct Caps<'a> {
     load: Vec<f64>,
 }
 
-/// What is over the cap by less than this part of it keeps it.
+/// A load that exceeds the cap by less than this part of it keeps it.
 const ROUNDING: f64 = 1e-9;
 
 impl<'a> Caps<'a> {
@@ -43,13 +43,13 @@ impl<'a> Caps<'a> {
             shares[..i].iter().all(|earlier| earlier.device != share.device).then_some(share.device)
         };
         shares.iter().enumerate().filter_map(first).map(move |device| {
-            let more: f64 = shares.iter().filter(|share| share.device == device).map(by).sum();
+            let added: f64 = shares.iter().filter(|share| share.device == device).map(by).sum();
             let load = self.load[usize::from(device)];
-            (load, load + more)
+            (load, load + added)
         })
     }
 
-    /// Whether every device that a move gives load to stays within the cap, or the worst of them gets less.
+    /// Returns whether every device that a move gives load to stays within the cap, or the worst of them gets less.
     pub(super) fn allows(&self, shares: &[Share]) -> bool {
         let (mut before, mut worst) = (0.0f64, 0.0f64);
         for (load, then) in self.changes(shares) {
@@ -64,11 +64,11 @@ impl<'a> Caps<'a> {
     }
 
     /// Returns what a move adds to the sum of the parts by which devices exceed the cap.
-    pub(super) fn rise(&self, shares: &[Share]) -> f64 {
+    pub(super) fn excess_change(&self, shares: &[Share]) -> f64 {
         self.changes(shares).map(|(load, then)| self.above(then) - self.above(load)).sum()
     }
 
-    /// Follows a move that is about to be made.
+    /// Updates the loads for a move that is about to be made.
     pub(super) fn apply(&mut self, shares: &[Share]) {
         for share in shares {
             let g = usize::from(share.device);

@@ -56,7 +56,7 @@ struct Limits {
     largest: Option<f64>,
     /// Smallest gain in cost that counts.
     smallest: f64,
-    /// Whether no device exceeds its cap.
+    /// True if no device exceeds its cap.
     is_under: bool,
 }
 
@@ -69,7 +69,7 @@ struct Descent<'a> {
     running: &'a Slots,
     /// Best exchange of every two devices, and on the diagonal the best new content of a device's slot `[D, D]`.
     best: Vec<Option<Candidate>>,
-    /// Whether all of them were searched since the last step.
+    /// True if all of them were searched since the last step.
     is_fresh: bool,
     /// The best of these that the budget allows.
     top: Option<Candidate>,
@@ -133,7 +133,7 @@ impl<'a> Descent<'a> {
         now.filter(|&(g, is_costly)| *is_costly && !was(g)).map(|(g, _)| g as u16).collect()
     }
 
-    /// Whether a step may relieve a device that costs most; in large layers the others are many, and gain little.
+    /// Returns whether a step may relieve a device that costs most; in large layers the others are many, and gain little.
     fn may_relieve(&self, step: Move) -> bool {
         let Some(is_costly) = &self.is_costly else { return true };
         match step {
@@ -145,7 +145,7 @@ impl<'a> Descent<'a> {
         }
     }
 
-    /// Whether the slowest devices bound what a step gains: no other cost counts but theirs and separable ones.
+    /// Returns whether the slowest devices bound what a step gains: no other cost counts but theirs and separable ones.
     fn is_bounded(&self) -> bool {
         let layer = self.layer;
         let shares = layer.site.split != Split::Nearest || layer.slots() == layer.experts;
@@ -178,11 +178,11 @@ impl<'a> Descent<'a> {
     /// the evaluation may end as soon as the step surely gains less.
     fn evaluate(&mut self, step: Move, smallest: f64, is_under: bool) -> Option<Candidate> {
         let limit = if is_under { -smallest } else { f64::INFINITY };
-        let (rise, added) = self.terms.rise(&self.slots, step, limit);
-        if rise > LEAST_RELIEF {
+        let (excess_change, added) = self.terms.excess_and_change(&self.slots, step, limit);
+        if excess_change > LEAST_RELIEF {
             return None;
         }
-        let relief = if rise < -LEAST_RELIEF { -rise } else { 0.0 };
+        let relief = if excess_change < -LEAST_RELIEF { -excess_change } else { 0.0 };
         if relief == 0.0 && -added <= smallest {
             return None;
         }
@@ -354,7 +354,7 @@ struct LayerSteps {
 }
 
 /// Returns the steps of all layers in one order: always the one, of those that are next in their layers, that gains most.
-fn join(layers: Vec<LayerSteps>, mut moved: i64) -> Vec<Step> {
+fn merge_steps(layers: Vec<LayerSteps>, mut moved: i64) -> Vec<Step> {
     let mut excess: Vec<f64> = layers.iter().map(|layer| layer.excess).collect();
     let mut next: Vec<_> = layers.into_iter().map(|layer| layer.taken.into_iter().peekable()).collect();
     let (mut steps, mut change) = (Vec::new(), 0.0);
@@ -402,7 +402,7 @@ pub fn descend(
     // If the time is over before all layers were searched, no step is known to be the best.
     let mut all = all.unwrap_or_default();
     if !linked && control.deadline.is_none() && max_moves == UNLIMITED {
-        return join(all.into_par_iter().map(Descent::descend).collect(), moved);
+        return merge_steps(all.into_par_iter().map(Descent::descend).collect(), moved);
     }
     let (mut steps, mut change) = (Vec::new(), 0.0);
     while !control.stopped() {

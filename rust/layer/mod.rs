@@ -28,6 +28,17 @@ use terms::windows::Windows;
 /// Numbers in a vector of single precision.
 pub const LANES: usize = 16;
 
+/// Returns a number to the power 2^`doublings`.
+#[inline(always)]
+fn power(number: f64, doublings: u32) -> f64 {
+    (0..doublings).fold(number, |power, _| power * power)
+}
+
+/// Returns the root of a number of order 2^`doublings`.
+fn root(number: f64, doublings: u32) -> f64 {
+    (0..doublings).fold(number, |root, _| root.sqrt())
+}
+
 /// The devices of a layer, and where experts may go.
 #[derive(Debug, Clone)]
 pub struct Site {
@@ -57,12 +68,12 @@ impl Site {
         self.capacity.len()
     }
 
-    /// Whether all devices take as long for a token.
+    /// Returns whether all devices have the same time per token.
     pub(crate) fn has_equal_speeds(&self) -> bool {
         self.time.iter().all(|time| time.to_bits() == self.time[0].to_bits())
     }
 
-    /// Whether all devices take as long and have as many slots.
+    /// Returns whether all devices have the same time per token and number of slots.
     pub(crate) fn has_equal_devices(&self) -> bool {
         self.has_equal_speeds() && self.capacity.iter().all(|slots| *slots == self.capacity[0])
     }
@@ -81,13 +92,13 @@ impl Site {
         }
         // The devices of a node with copies send to those, the others to all copies.
         let node_of = |device: u16| self.node[usize::from(device)];
-        let here = node_of(device);
-        let size = self.node.iter().filter(|&&node| node == here).count();
-        let beside = devices.iter().filter(|&&copy| node_of(copy) == here).count();
-        let far = |node: u16| devices.iter().all(|&copy| node_of(copy) != node);
-        let unserved = self.node.iter().filter(|&&node| far(node)).count();
+        let node = node_of(device);
+        let size = self.node.iter().filter(|&&other| other == node).count();
+        let copies_here = devices.iter().filter(|&&copy| node_of(copy) == node).count();
+        let has_none = |node: u16| devices.iter().all(|&copy| node_of(copy) != node);
+        let unserved = self.node.iter().filter(|&&node| has_none(node)).count();
         let all = self.node.len() as f64;
-        size as f64 / (all * beside as f64) + unserved as f64 / (all * copies as f64)
+        size as f64 / (all * copies_here as f64) + unserved as f64 / (all * copies as f64)
     }
 }
 
@@ -125,7 +136,7 @@ impl Layer {
         self.site.capacity.iter().sum()
     }
 
-    /// Whether slots to spare may hold other copies.
+    /// Returns whether there are spare slots, which may hold further copies.
     pub(crate) fn has_spare(&self) -> bool {
         self.site.rules.max_copies > 1 && self.slots() > self.experts
     }

@@ -1,7 +1,7 @@
 //! What a placement of a layer keeps, whatever it costs: what a device may hold, what may leave it, how many copies there
 //! must and may be, and the cap on a device's load.
 //!
-//! Searches know no rule: they ask [`super::Slots`], by `may_take`, `may_lose` and `may_move`, which ask [`Rules::allow`].
+//! Searches know no rule: they ask [`super::Slots`], by `may_take`, `may_lose` and `may_move`, which ask [`Rules::allows`].
 
 use super::Site;
 use super::slots::{Edit, Slots};
@@ -44,11 +44,11 @@ fn at(table: &[bool], expert: u16, [device, devices]: [usize; 2]) -> bool {
 }
 
 impl Rules {
-    /// Whether a change of slots keeps the rules of where an expert may be, and of how many copies it has.
+    /// Returns whether a change of slots keeps the rules of where an expert may be, and of how many copies it has.
     ///
-    /// That no device holds an expert twice, and loads under the cap, are seen elsewhere.
+    /// [`Slots`] checks that no device holds an expert twice, [`super::caps`] that loads keep the cap.
     #[inline(always)]
-    pub(super) fn allow(&self, Edit { expert, from, to }: Edit, slots: &Slots, site: &Site) -> bool {
+    pub(super) fn allows(&self, Edit { expert, from, to }: Edit, slots: &Slots, site: &Site) -> bool {
         let (copies, devices) = (slots.copies(expert), site.devices());
         let is_in = |table: &[bool], device: u16| at(table, expert, [usize::from(device), devices]);
         let may_leave = from.is_none_or(|device| !is_in(&self.pinned, device));
@@ -61,7 +61,7 @@ impl Rules {
         may_leave && may_enter && may_count && self.may_spread(Edit { expert, from, to }, slots)
     }
 
-    /// Whether a change of slots leaves an expert's copies in two domains, or brings it nearer to that.
+    /// Returns whether a change of slots leaves an expert's copies in two domains, or brings it nearer to that.
     #[inline(always)]
     fn may_spread(&self, Edit { expert, from, to }: Edit, slots: &Slots) -> bool {
         if self.domain.is_empty() {
@@ -70,32 +70,32 @@ impl Rules {
         let holders = || slots.devices(expert);
         let then = || holders().filter(move |&device| Some(device) != from).chain(to);
         if from.is_none() {
-            // Another copy of what is in one domain belongs elsewhere.
-            return slots.copies(expert) == 0 || self.survives(then());
+            // Further copies of an expert whose copies share a domain belong in other domains.
+            return slots.copies(expert) == 0 || self.span_domains(then());
         }
-        !self.survives(holders()) || self.survives(then())
+        !self.span_domains(holders()) || self.span_domains(then())
     }
 
-    /// Whether devices are of two domains.
-    fn survives(&self, mut devices: impl Iterator<Item = u16>) -> bool {
+    /// Returns whether devices are in at least two failure domains.
+    fn span_domains(&self, mut devices: impl Iterator<Item = u16>) -> bool {
         let domain = |device: u16| self.domain[usize::from(device)];
         devices.next().is_some_and(|first| devices.any(|device| domain(device) != domain(first)))
     }
 
-    /// Whether an expert lacks a copy that it must have.
+    /// Returns whether an expert lacks a copy that it must have.
     #[inline(always)]
-    pub(super) fn lack(&self, expert: u16, slots: &Slots) -> bool {
-        let is_spread = self.domain.is_empty() || self.survives(slots.devices(expert));
+    pub(super) fn lacks_copy(&self, expert: u16, slots: &Slots) -> bool {
+        let is_spread = self.domain.is_empty() || self.span_domains(slots.devices(expert));
         slots.copies(expert) < self.min_copies || !is_spread
     }
 
-    /// Whether an expert must not be on a device.
+    /// Returns whether an expert must not be on a device.
     pub(super) fn forbids(&self, expert: u16, device: usize, devices: usize) -> bool {
         at(&self.forbidden, expert, [device, devices])
     }
 
-    /// Returns the failure domain of every device `[D]`: of the copies that an expert must have, a domain has at most one.
-    pub(super) fn apart(&self, devices: usize) -> Vec<usize> {
+    /// Returns a domain for every device `[D]`, each of which has at most one of the copies that an expert must have.
+    pub(super) fn copy_domains(&self, devices: usize) -> Vec<usize> {
         match (self.min_copies, self.domain.is_empty()) {
             (_, false) => self.domain.iter().copied().map(usize::from).collect(),
             (0..=1, _) => vec![0; devices],
@@ -110,7 +110,7 @@ impl Rules {
         pinned.map(move |at| ((at / devices) as u16, at % devices))
     }
 
-    /// Copies that an expert must have, of which so many are pinned.
+    /// Returns the number of copies that an expert must have, of which so many are pinned.
     pub(super) fn least_copies(&self, pinned: u32) -> u32 {
         pinned.max(self.min_copies)
     }

@@ -104,6 +104,7 @@ impl Slots {
     pub fn devices(&self, expert: u16) -> impl Iterator<Item = u16> + Clone + '_ {
         let words = &self.holds[usize::from(expert) * self.words..][..self.words];
         words.iter().enumerate().flat_map(|(at, &word)| {
+            // Clears the lowest bit.
             let rest = |&word: &u64| Some(word & (word - 1)).filter(|&word| word != 0);
             std::iter::successors(Some(word).filter(|&word| word != 0), rest)
                 .map(move |word| (at * 64) as u16 + word.trailing_zeros() as u16)
@@ -114,7 +115,7 @@ impl Slots {
     #[inline(always)]
     fn may(&self, site: &Site, edit: Edit) -> bool {
         let is_new = edit.to.is_none_or(|device| !self.holds(edit.expert, usize::from(device)));
-        is_new && site.rules.allow(edit, self, site)
+        is_new && site.rules.allows(edit, self, site)
     }
 
     /// Returns whether a device may take one more copy of an expert, if it has a slot for it.
@@ -126,7 +127,7 @@ impl Slots {
     /// Returns whether an expert lacks a copy that it must have.
     #[inline(always)]
     pub(crate) fn is_short(&self, site: &Site, expert: u16) -> bool {
-        site.rules.lack(expert, self)
+        site.rules.lacks_copy(expert, self)
     }
 
     /// Returns whether a slot's content, a copy or nothing, may be removed.
@@ -237,13 +238,13 @@ impl Slots {
     }
 
     /// Returns the load of each copy of an expert under an even split of loads `[E]`; 0 for an empty slot.
-    pub(crate) fn part(&self, load: &[f64], expert: u16) -> f64 {
+    pub(crate) fn load_per_copy(&self, load: &[f64], expert: u16) -> f64 {
         if expert == EMPTY { 0.0 } else { load[usize::from(expert)] / f64::from(self.copies(expert)) }
     }
 
     /// Computes the time of every device `[D]` and the load of every slot `[P]`, from loads `[E]`.
     pub(crate) fn times_and_loads(&self, site: &Site, load: &[f64]) -> (Vec<f64>, Vec<f64>) {
-        let load_in: Vec<f64> = self.expert_in.iter().map(|&e| self.part(load, e)).collect();
+        let load_in: Vec<f64> = self.expert_in.iter().map(|&e| self.load_per_copy(load, e)).collect();
         let time = |g: usize| load_in[self.of(g)].iter().sum::<f64>() * site.time[g];
         ((0..site.devices()).map(time).collect(), load_in)
     }
@@ -264,7 +265,7 @@ impl Slots {
         (0..self.expert_in.len()).filter(|&slot| self.is_moved(slot, running)).count() as i64
     }
 
-    /// Copies that a move brings to devices that do not hold them in `running`, less those that it takes back.
+    /// Counts the copies that a move brings to devices that do not hold them in `running`, less those that it takes back.
     pub(crate) fn brings(&self, running: &Self, step: Move) -> i64 {
         let is_new = |expert: u16, device: Option<u16>| {
             i64::from(device.is_some_and(|device| running.lacks(expert, usize::from(device))))

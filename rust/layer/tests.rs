@@ -1,9 +1,10 @@
-//! What every part promises, on layers of all kinds: terms beside their definitions, searches beside rules and starts.
+//! Properties of all terms and searches on random layers: terms equal their definitions, searches keep rules and improve
+//! starts.
 
 use proptest::prelude::*;
 
-use super::adapt::Change;
-use super::construct::{NoSlot, QUICK, by_windows, fill, nearest, on_sum};
+use super::adapt::LoadChange;
+use super::construct::{NoSlot, QUICK, fill, fill_by_sum, fill_by_windows, nearest};
 use super::terms::balance::Balance;
 use super::terms::fanout;
 use super::terms::losses::{Losses, SingleLosses};
@@ -26,7 +27,7 @@ struct Traffic {
     counts: Vec<u64>,
 }
 
-/// Devices of different sizes and speeds on nodes of two, with or without rules.
+/// Builds devices of different sizes and speeds on nodes of two, with or without rules.
 fn site(random: &mut Random, experts: usize, devices: usize, rules: bool) -> Site {
     let mut capacity = vec![experts.div_ceil(devices); devices];
     for _ in 0..random.below(4) {
@@ -64,7 +65,7 @@ fn layer(site: Site, traffic: &Traffic, experts: usize, measure: Measure) -> Lay
     Layer::plain(site, total, windows)
 }
 
-/// Prices of all kinds on top of what windows cost.
+/// Adds random prices of all kinds to a layer.
 fn priced(random: &mut Random, mut layer: Layer, traffic: &Traffic) -> Layer {
     let (experts, copies) = (layer.experts, layer.slots() > layer.experts);
     let mut sets = fanout::Sets::new(&traffic.ids, &traffic.counts, experts, copies);
@@ -76,14 +77,14 @@ fn priced(random: &mut Random, mut layer: Layer, traffic: &Traffic) -> Layer {
     layer
 }
 
-/// Loads of windows by weight `[W, E]`.
+/// Returns the loads of windows, times their weights `[W, E]`.
 fn weighted(traffic: &Traffic, experts: usize) -> Vec<f64> {
     let rows = traffic.load.chunks(experts).zip(&traffic.weight);
     rows.flat_map(|(row, weight)| row.iter().map(move |load| load * weight)).collect()
 }
 
-/// What windows cost by definition, in weighted tokens.
-fn of_windows(layer: &Layer, slots: &Slots, traffic: &Traffic) -> f64 {
+/// Computes the cost of windows by definition, in weighted tokens.
+fn window_cost(layer: &Layer, slots: &Slots, traffic: &Traffic) -> f64 {
     let (experts, devices) = (layer.experts, layer.devices());
     let weighted = traffic.load.chunks(experts).zip(&traffic.weight);
     let rows: Vec<Vec<f64>> = weighted.map(|(row, w)| row.iter().map(|x| x * w).collect()).collect();
@@ -96,7 +97,7 @@ fn of_windows(layer: &Layer, slots: &Slots, traffic: &Traffic) -> f64 {
     let Measure::Norm { noise, mixed } = layer.windows.measure else {
         return rows.iter().map(|row| times(row).into_iter().fold(0.0, f64::max)).sum();
     };
-    // In means of a device.
+    // Loads are divided by the mean of a device.
     let rate = layer.site.rate();
     let total = |row: &[f64]| row.iter().sum::<f64>();
     let all: f64 = rows.iter().map(|row| total(row)).sum();
@@ -104,14 +105,14 @@ fn of_windows(layer: &Layer, slots: &Slots, traffic: &Traffic) -> f64 {
     let moment = |e: usize, power: i32| -> f64 {
         used.iter().map(|row| total(row) / all * (row[e] * rate / total(row)).powi(power)).sum()
     };
-    // Of what never varies it is a rounding, and may be below nothing.
+    // The variance of a constant load is a rounding error, which may be negative.
     let variance: Vec<f64> = (0..experts).map(|e| (moment(e, 2) - moment(e, 1).powi(2)).max(0.0)).collect();
     let pooled = total(&variance) / experts as f64 * 4.0 / used.len().max(1) as f64;
     let norm_of = |row: &[f64]| -> f64 {
         let mean = total(row) / rate;
         let deviation = |g: usize| {
-            let own = |(part, variance): (&f64, &f64)| part * part * noise * (variance + pooled);
-            parts[g].iter().zip(&variance).map(own).sum::<f64>().sqrt()
+            let noise_of = |(part, variance): (&f64, &f64)| part * part * noise * (variance + pooled);
+            parts[g].iter().zip(&variance).map(noise_of).sum::<f64>().sqrt()
         };
         let power = |(g, time): (usize, f64)| (time / mean + deviation(g)).min(128.0).powi(8);
         if mean > 0.0 {
@@ -128,7 +129,7 @@ fn of_windows(layer: &Layer, slots: &Slots, traffic: &Traffic) -> f64 {
     (bursts + mixed * norm_of(&mean)) / (1.0 + mixed)
 }
 
-/// The largest of some amounts of devices, or the norm of order 8 that stands for it.
+/// Returns the largest of the amounts of devices, or the norm of order 8 that stands for it.
 fn largest(layer: &Layer, amounts: &[f64]) -> f64 {
     match layer.windows.measure {
         Measure::Peak => amounts.iter().copied().fold(0.0, f64::max),
@@ -136,18 +137,22 @@ fn largest(layer: &Layer, amounts: &[f64]) -> f64 {
     }
 }
 
-/// Visits of devices for each token of their load by definition: those of expert sets, or as pairs of these tell.
-fn met(layer: &Layer, slots: &Slots, traffic: &Traffic) -> Vec<f64> {
+/// Computes the visits of devices per token of their load by definition, from expert sets or from pairs.
+fn visits_per_load(layer: &Layer, slots: &Slots, traffic: &Traffic) -> Vec<f64> {
     let k = (traffic.ids.len() / traffic.counts.len().max(1)).max(1);
     let mut visits = vec![0.0; layer.devices()];
-    for_parts(layer, slots, traffic, |met, count| met.iter().for_each(|&g| visits[usize::from(g)] += count));
+    for_parts(layer, slots, traffic, |devices, count| {
+        for &g in devices {
+            visits[usize::from(g)] += count;
+        }
+    });
     let tokens = traffic.counts.iter().sum::<u64>() as f64;
-    let met_at = |(g, &visits): (usize, &f64)| {
-        let part = |&e: &u16| share(layer, slots, usize::from(e), g);
+    let ratio = |(g, &visits): (usize, &f64)| {
+        let share = |&e: &u16| share(layer, slots, usize::from(e), g);
         let (mut served, mut pairs) = (0.0, 0.0);
         for (ids, &count) in traffic.ids.chunks_exact(k).zip(&traffic.counts) {
             let (sum, squares) =
-                (ids.iter().map(part).sum::<f64>(), ids.iter().map(|e| part(e).powi(2)).sum::<f64>());
+                (ids.iter().map(share).sum::<f64>(), ids.iter().map(|e| share(e).powi(2)).sum::<f64>());
             served += count as f64 * sum;
             pairs += count as f64 * (sum * sum - squares);
         }
@@ -160,15 +165,15 @@ fn met(layer: &Layer, slots: &Slots, traffic: &Traffic) -> Vec<f64> {
             0.0
         }
     };
-    visits.iter().enumerate().map(met_at).collect()
+    visits.iter().enumerate().map(ratio).collect()
 }
 
-/// What windows cost by definition where weights are read and rows have a price, without noise, in weighted tokens.
-fn of_times(layer: &Layer, slots: &Slots, traffic: &Traffic, weights: Weights) -> f64 {
+/// Computes the cost of windows by definition, in weighted tokens, if weights are read and rows have a price, without noise.
+fn time_cost(layer: &Layer, slots: &Slots, traffic: &Traffic, weights: Weights) -> f64 {
     let (experts, devices) = (layer.experts, layer.devices());
     let parts: Vec<Vec<f64>> =
         (0..devices).map(|g| (0..experts).map(|e| share(layer, slots, e, g)).collect()).collect();
-    let met = met(layer, slots, traffic);
+    let visits = visits_per_load(layer, slots, traffic);
     let least = layer.site.time.iter().copied().fold(f64::INFINITY, f64::min);
     let mut cost = 0.0;
     for (row, weight) in traffic.load.chunks(experts).zip(&traffic.weight) {
@@ -182,7 +187,7 @@ fn of_times(layer: &Layer, slots: &Slots, traffic: &Traffic, weights: Weights) -
             let read = weights.base + weights.expert * active + weights.exposed * tokens(g);
             tokens(g).max(read) * layer.site.time[g] + weights.start * (layer.site.time[g] - least)
         };
-        let rows = |g: usize| tokens(g) * met[g];
+        let rows = |g: usize| tokens(g) * visits[g];
         let [times, rows]: [Vec<f64>; 2] =
             [(0..devices).map(time).collect(), (0..devices).map(rows).collect()];
         cost += weight * (largest(layer, &times) + layer.costs.row * largest(layer, &rows));
@@ -190,7 +195,7 @@ fn of_times(layer: &Layer, slots: &Slots, traffic: &Traffic, weights: Weights) -
     cost
 }
 
-/// Calls for every part of every set's tokens, with the devices that it visits and its tokens.
+/// Calls `visit` with the devices and the tokens of every part of every set's tokens.
 fn for_parts(
     layer: &Layer,
     slots: &Slots,
@@ -213,8 +218,8 @@ fn for_parts(
     }
 }
 
-/// What visits cost by definition, part by part of every set's tokens.
-fn of_sets(layer: &Layer, slots: &Slots, traffic: &Traffic) -> f64 {
+/// Computes the cost of visits by definition, for every part of every set's tokens.
+fn visit_cost(layer: &Layer, slots: &Slots, traffic: &Traffic) -> f64 {
     let (sets, mut cost) = (layer.costs.sets.as_ref().expect("visits are priced"), 0.0);
     for_parts(layer, slots, traffic, |devices, count| {
         let mut nodes: Vec<u16> = devices.iter().map(|&g| layer.site.node[usize::from(g)]).collect();
@@ -225,16 +230,16 @@ fn of_sets(layer: &Layer, slots: &Slots, traffic: &Traffic) -> f64 {
     cost
 }
 
-/// Every expert has a slot where it may be, and stays where it must; no device has two copies.
+/// Returns whether every expert has a slot where it may be and where it must be, and no device has two copies of it.
 fn keeps_rules(site: &Site, slots: &Slots) -> bool {
     let (experts, devices) = (slots.copies.len(), site.devices());
     let rule =
         |table: &[bool], e: u16, g: usize| table.get(usize::from(e) * devices + g).copied().unwrap_or(false);
     let is_once = |e: u16, g: usize| {
-        let here = slots.expert_in[slots.of(g)].iter().filter(|&&held| held == e).count();
-        here == usize::from(slots.holds(e, g))
-            && (here == 0 || !rule(&site.rules.forbidden, e, g))
-            && (here == 1 || !rule(&site.rules.pinned, e, g))
+        let copies = slots.expert_in[slots.of(g)].iter().filter(|&&other| other == e).count();
+        copies == usize::from(slots.holds(e, g))
+            && (copies == 0 || !rule(&site.rules.forbidden, e, g))
+            && (copies == 1 || !rule(&site.rules.pinned, e, g))
     };
     let domains = |e: u16| {
         let mut domains: Vec<u16> =
@@ -249,8 +254,8 @@ fn keeps_rules(site: &Site, slots: &Slots) -> bool {
     })
 }
 
-/// The slowest device's time of all windows.
-/// The fewest moves of devices `[D]` that hold experts by the rules, of all that there are; gaps `[D]` cost none.
+/// Returns the fewest moves to any placement that keeps the rules, by enumeration; so many moves to every device `[D]` as it has
+/// `gaps` cost nothing.
 fn fewest_moves(site: &Site, running: &[bool], gaps: &[usize]) -> Option<usize> {
     let devices = site.devices();
     let experts = running.len() / devices;
@@ -271,15 +276,15 @@ fn fewest_moves(site: &Site, running: &[bool], gaps: &[usize]) -> Option<usize> 
         };
         let mut then = vec![];
         for copies in (1..1usize << devices).filter(may) {
-            for (left, comes) in &states {
-                let (mut left, mut comes, mut fits) = (left.clone(), comes.clone(), true);
+            for (free_slots, arrivals) in &states {
+                let (mut free_slots, mut arrivals, mut fits) = (free_slots.clone(), arrivals.clone(), true);
                 for g in (0..devices).filter(|&g| copies >> g & 1 == 1) {
-                    fits &= left[g] > 0;
-                    left[g] = left[g].saturating_sub(1);
-                    comes[g] += usize::from(!running[g * experts + e] && !has(&site.rules.pinned, g));
+                    fits &= free_slots[g] > 0;
+                    free_slots[g] = free_slots[g].saturating_sub(1);
+                    arrivals[g] += usize::from(!running[g * experts + e] && !has(&site.rules.pinned, g));
                 }
                 if fits {
-                    then.push((left, comes));
+                    then.push((free_slots, arrivals));
                 }
             }
         }
@@ -288,10 +293,11 @@ fn fewest_moves(site: &Site, running: &[bool], gaps: &[usize]) -> Option<usize> 
         states = then;
     }
     let moves =
-        |comes: &[usize]| comes.iter().zip(gaps).map(|(comes, gaps)| comes.saturating_sub(*gaps)).sum();
-    states.iter().map(|(_, comes)| moves(comes)).min()
+        |arrivals: &[usize]| arrivals.iter().zip(gaps).map(|(count, gaps)| count.saturating_sub(*gaps)).sum();
+    states.iter().map(|(_, arrivals)| moves(arrivals)).min()
 }
 
+/// Returns the time of the slowest device, summed over windows.
 fn slowest(layer: &Layer, slots: &Slots) -> f64 {
     Balance::new(layer, slots, &slots.copies).slowest()
 }
@@ -338,7 +344,7 @@ fn follow(
 }
 
 proptest! {
-    /// What every term says of slots is its definition; and what it says of a move is what a fresh count says; for a
+    /// The cost of every term equals its definition, and its change by a move equals that of a fresh count; for a
     /// norm, no less.
     #[test]
     fn terms_are_as_defined(experts in 1usize..9, devices in 1usize..6, norm: bool, seed: u64) {
@@ -352,15 +358,15 @@ proptest! {
         let mut terms = Terms::new(&layer, &slots);
         follow(&mut random, &layer, &mut slots, &mut terms, if norm { None } else { Some(1e-9) })?;
         let (all, windows) = (terms.cost(), Terms::new(&plain, &slots).cost());
-        let (of_windows, scale) = (of_windows(&plain, &slots, &traffic), plain.windows.scale);
+        let (of_windows, scale) = (window_cost(&plain, &slots, &traffic), plain.windows.scale);
         let exact = if norm { 1e-3 } else { 1e-5 };
         prop_assert!(close(windows / scale, of_windows, exact), "{} {}", windows / scale, of_windows);
         let others = DEFINITIONS.iter().map(|definition| (definition.cost)(&layer, &slots)).sum::<f64>();
-        let rest = of_sets(&layer, &slots, &traffic) + others;
+        let rest = visit_cost(&layer, &slots, &traffic) + others;
         prop_assert!(close(all, windows + rest, 1e-9), "{} {}", all - windows, rest);
     }
 
-    /// What reading weights and the busiest port cost is their definition; and what is said of a move is what a fresh count
+    /// The cost of reading weights and of the busiest port equals its definition, and its change by a move that of a fresh count
     /// says; for a norm, no less.
     #[test]
     fn times_are_as_defined(experts in 1usize..9, devices in 1usize..6, norm: bool, visits in 0usize..3, seed: u64) {
@@ -390,21 +396,22 @@ proptest! {
         follow(&mut random, &layer, &mut slots, &mut terms, if norm { None } else { Some(1e-6) })?;
         if visits > 0 || layer.costs.row == 0.0 {
             let nothing = Weights { base: 0.0, expert: 0.0, exposed: 0.0, start: 0.0 };
-            let defined = of_times(&layer, &slots, &traffic, if is_read { weights } else { nothing });
+            let defined = time_cost(&layer, &slots, &traffic, if is_read { weights } else { nothing });
             let cost = terms.cost() / layer.windows.scale;
             prop_assert!(close(cost, defined, 1e-3), "{cost} {defined}");
         }
-        // Where reading is left out, the slowest device is what it is with it.
+        // Reading is left out where it does not change the slowest device.
         if !is_read && !norm && layer.costs.row == 0.0 {
             let least = layer.site.time.iter().copied().fold(f64::INFINITY, f64::min);
             if least >= 1.0 {
-                let (cost, defined) = (terms.cost() / layer.windows.scale, of_times(&layer, &slots, &traffic, weights));
+                let (cost, defined) = (terms.cost() / layer.windows.scale, time_cost(&layer, &slots, &traffic, weights));
                 prop_assert!(close(cost, defined, 1e-3), "{cost} {defined}");
             }
         }
     }
 
-    /// Where what runs was even, what has changed since is estimated from how devices differ, whatever loads and speeds are.
+    /// If the running slots were balanced, the variance of loads since is estimated from the imbalance of devices, whatever loads
+    /// and speeds are.
     #[test]
     fn the_variance_of_loads_is_seen(experts in 4usize..9, part in 0.0f64..0.5, unit in 1.0f64..1e6, seed: u64) {
         let mut random = Random::new(seed, 0);
@@ -414,14 +421,14 @@ proptest! {
         let site = Site::plain(vec![experts; devices], vec![0.5; devices]);
         let running = Slots::new(&site.capacity, devices * experts, &(0..(devices * experts) as u16).collect::<Vec<_>>());
         let layers = load.chunks_exact(devices * experts).map(|load| ((load, &site), &running));
-        let seen = Change::estimate(layers, 0.0).variance;
+        let seen = LoadChange::estimate_from_imbalance(layers, 0.0).variance;
         let least = 1.0 - 1.0 / devices as f64;
         let expected = part * part / (1.0 + part * part) * least;
         prop_assert!((seen - expected).abs() <= 0.15 * expected + 1e-12, "{seen} {expected}");
     }
 
-    /// Of what devices differ, the part is real that is more than counts scatter: n / (n + m) of n tokens, where loads
-    /// have changed by a part whose square is 1 / m; nothing where they have not.
+    /// The lasting part of the differences between devices is what counts do not explain by chance: n / (n + m) of n tokens, where
+    /// loads have changed by a part whose square is 1 / m; nothing where they have not.
     #[test]
     fn chance_is_no_change(tokens in 50.0f64..1e5, part in 0.0f64..0.3, seed: u64) {
         let mut random = Random::new(seed, 0);
@@ -433,7 +440,7 @@ proptest! {
         let site = Site::plain(vec![experts; devices], vec![0.5; devices]);
         let running = Slots::new(&site.capacity, devices * experts, &(0..(devices * experts) as u16).collect::<Vec<_>>());
         let part_at = |deviations| {
-            Change::estimate(load.chunks_exact(devices * experts).map(|load| ((load, &site), &running)), deviations).lasting_part
+            LoadChange::estimate_from_imbalance(load.chunks_exact(devices * experts).map(|load| ((load, &site), &running)), deviations).lasting_part
         };
         let expected = tokens / (tokens + 1.0 / part.powi(2));
         let seen = part_at(1.0);
@@ -441,8 +448,8 @@ proptest! {
         prop_assert!(part_at(0.0) >= 1.0);
     }
 
-    /// Devices that a dispatcher divides tokens over are joined by copies, if there are enough to join them, and keep the
-    /// rules; a quick search from there does not make the slowest ones slower.
+    /// A start for a dispatcher that divides tokens joins all devices by copies, if there are enough, and keeps the rules; a
+    /// quick search from there does not make the slowest devices slower.
     #[test]
     fn devices_are_joined(experts in 1usize..24, devices in 1usize..7, more in 0usize..4, rules: bool, seed: u64) {
         let mut random = Random::new(seed, 0);
@@ -454,7 +461,7 @@ proptest! {
         let weightless = vec![0.0; traffic.weight.len()];
         layer.windows = Windows::new(&traffic.load, &weightless, experts, &layer.site, Measure::Peak);
         layer.costs.lp_split = Some(lp_split::Loads(weighted(&traffic, experts)));
-        let Ok(start) = on_sum(&layer) else { return Ok(()) };
+        let Ok(start) = fill_by_sum(&layer) else { return Ok(()) };
         prop_assert!(keeps_rules(&layer.site, &start));
         let shared = (0..experts as u16).filter(|&e| start.copies(e) > 1).count();
         if !rules && more > 1 && shared >= devices {
@@ -474,8 +481,8 @@ proptest! {
         prop_assert!(time(&layer, &slots) <= before * (1.0 + 1e-9));
     }
 
-    /// What has to survive a loss begins with copies that are spread: of experts that are alike, a device shares with no
-    /// other one more than two. So does a search from where pairs of devices share all.
+    /// A start that has to survive a loss spreads copies: with equal experts, two devices share at most two of them. So does the
+    /// result of a search from slots in which pairs of devices share all experts.
     #[test]
     fn what_is_lost_goes_to_many_devices(half in 4usize..7, load in 1.0f64..1e6, seed: u64) {
         let (devices, experts) = (2 * half, 4 * half);
@@ -499,12 +506,12 @@ proptest! {
         prop_assert!(worst(&pairs) > limit * (1.0 + 1e-9));
         let effort = Effort { trials: 2_000, empties: false, restarts: 1, rounds: 1, quick: false, cool: false, parallel: false };
         let links = Links { transitions: &[], cost: &[] };
-        let found = place(std::slice::from_mut(&mut layer), vec![pairs], links, effort, seed, &Control::new(None)).remove(0);
-        prop_assert!(worst(&found) <= limit * (1.0 + 1e-9), "{} {limit}", worst(&found));
+        let slots = place(std::slice::from_mut(&mut layer), vec![pairs], links, effort, seed, &Control::new(None)).remove(0);
+        prop_assert!(worst(&slots) <= limit * (1.0 + 1e-9), "{} {limit}", worst(&slots));
     }
 
-    /// What is placed keeps the rules; so does a quick search, which is no worse than its start by the slowest devices, nor
-    /// that than a packing of the sum, prices of copies included.
+    /// Starts keep the rules, and so does a quick search. By the slowest devices and the prices of copies the search is no worse
+    /// than its start, and the start is no worse than a packing of the sum.
     #[test]
     fn starts_and_searches_keep_their_promises(
         experts in 1usize..16, devices in 1usize..6, trials in prop::sample::select(vec![0u64, 300, 3000]),
@@ -520,7 +527,7 @@ proptest! {
         let traffic = traffic(&mut random, experts);
         let mut layer = layer(site.clone(), &traffic, experts, Measure::Norm { noise: 0.25, mixed: 0.0 });
         let packed = fill(&site, &layer.load, random.below(40));
-        let started = by_windows(&layer);
+        let started = fill_by_windows(&layer);
         prop_assert_eq!(started.is_ok(), packed.is_ok());
         let (Ok(packed), Ok(start)) = (packed, started) else { return Ok(()) };
         prop_assert!(keeps_rules(&site, &packed) && keeps_rules(&site, &start));
@@ -541,7 +548,7 @@ proptest! {
         let moved = slots.moved_from(&start) as f64 * price;
         prop_assert!(slowest(&layer, slots) + moved <= slowest(&layer, &start) * (1.0 + 1e-9));
     }
-    /// Holders of experts that keep the rules, nearest to what runs: no others cost fewer moves, and none is missed.
+    /// The nearest placement is found wherever one keeps the rules, and no placement that does costs fewer moves.
     #[test]
     fn the_nearest_holders_cost_the_fewest_moves(
         experts in 1usize..5, devices in 1usize..6, copies in 1u32..3, full: bool, seed: u64,
@@ -566,7 +573,7 @@ proptest! {
         match nearest(&site, &running, full, &Control::new(None)) {
             Err(NoSlot(_)) => prop_assert_eq!(fewest, None),
             Ok(holds) => {
-                // What is held is all that may be held: the fewest moves to it are those that it takes.
+                // Only this placement is allowed, so that its moves are the fewest.
                 let mut fixed = site.clone();
                 fixed.rules.forbidden = (0..experts * devices).map(|at| !holds[at % devices * experts + at / devices]).collect();
                 let cost = fewest_moves(&fixed, &running, &gaps);

@@ -84,8 +84,8 @@ fn turn(
     stream: u64,
     control: &Control,
 ) -> Vec<Slots> {
-    let left = |end: Instant| end.saturating_duration_since(Instant::now());
-    let end = control.deadline.map(|end| Instant::now() + left(end).mul_f64(SAFE / turns as f64));
+    let time_left = |end: Instant| end.saturating_duration_since(Instant::now());
+    let end = control.deadline.map(|end| Instant::now() + time_left(end).mul_f64(SAFE / turns as f64));
     // Every other search of a layer is hot, unless it is to stay near its start.
     let run = |l: usize, restart: u64, time: Option<Duration>| {
         let seed = seed.wrapping_add(restart.wrapping_mul(0x9E37_79B9_7F4A_7C15));
@@ -103,12 +103,12 @@ fn turn(
         let threads = if effort.parallel { rayon::current_num_threads() } else { 1 };
         let waves = waiting.fetch_sub(1, Ordering::Relaxed).div_ceil(threads);
         let begin = Instant::now();
-        let result = run(l, 0, end.map(|end| left(end) / waves as u32));
+        let result = run(l, 0, end.map(|end| time_left(end) / waves as u32));
         (result, begin.elapsed())
     };
     let (mut best, took): (Vec<_>, Vec<_>) = for_all(effort, turn_layers, first).into_iter().unzip();
     let again = |&(i, restart): &(usize, u64)| {
-        let time = end.map(left);
+        let time = end.map(time_left);
         let in_time = time.is_none_or(|time| time >= took[i]) && !control.stopped();
         in_time.then(|| run(turn_layers[i], restart, time))
     };
@@ -163,9 +163,9 @@ pub(super) fn prices(layer: &Layer, neighbours: [Option<&Slots>; 2], links: Link
         for (x, tokens) in tokens.chunks_exact_mut(d).enumerate() {
             for y in 0..e {
                 let count = if after { table[x * e + y] } else { table[y * e + x] };
-                let part = count as f64 / f64::from(slots.copies[y]);
+                let per_copy = count as f64 / f64::from(slots.copies[y]);
                 for device in slots.devices(y as u16).filter(|_| count > 0) {
-                    tokens[usize::from(device)] += part;
+                    tokens[usize::from(device)] += per_copy;
                 }
             }
         }

@@ -43,7 +43,7 @@ impl Tree<'_> {
             return;
         }
         for c in 0..self.sums.len() {
-            // Of clusters with equal load and size only the first is tried.
+            // Only the first of several clusters with equal load and size is tried.
             let (sum, size) = (self.sums[c], self.used[c]);
             let new = sum + self.load[e];
             let is_repeated = (0..c).any(|b| self.sums[b] == sum && self.used[b] == size);

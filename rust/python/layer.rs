@@ -14,7 +14,7 @@ use crate::assignment::assign_max;
 use crate::control::Control;
 use crate::error::{Error, SLOTS, room_for};
 use crate::layer::adapt::{self, adapt_layers, keep_devices};
-use crate::layer::construct::{QUICK, by_windows, complete, fill_layers, nearest, on_sum};
+use crate::layer::construct::{QUICK, complete, fill_by_sum, fill_by_windows, fill_layers, nearest};
 use crate::layer::descend::{UNLIMITED, descend};
 use crate::layer::terms::fanout;
 use crate::layer::terms::losses::{Losses, SingleLosses};
@@ -361,7 +361,7 @@ impl Layers {
         alone: bool,
     ) -> PyResult<Bound<'py, PyArray3<i32>>> {
         let construct = |(l, layer): (usize, &Layer)| {
-            let slots = if windows { by_windows(layer) } else { on_sum(layer) };
+            let slots = if windows { fill_by_windows(layer) } else { fill_by_sum(layer) };
             slots.map_err(|fault| fault.of(l))
         };
         let layers = &self.layers;

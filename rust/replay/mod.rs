@@ -134,69 +134,31 @@ impl Replay {
     /// order in which tokens are pushed.
     pub fn push<I: ExpertId>(&mut self, ids: &[I], labels: Labels<'_>, checked: bool) -> Result<()> {
         let Self { routing, copies, wanted, planes, size, tokens, layers, .. } = self;
-        let (row, top_k, size) = (routing.row(), routing.top_k, *size);
+        let (row, top_k) = (routing.row(), routing.top_k);
         if labels.row.len() != ids.len() / row {
             return Err(Error::shape("rows", format!("{} tokens", ids.len() / row), &labels.row.len()));
         }
         if !checked {
             validate(ids, *routing, *tokens)?;
         }
-        let runs = labels.row.chunk_by(|row, next| row == next).count();
-        let in_runs = planes.as_ref().filter(|_| runs * RUN <= labels.row.len());
-        // If there are bits, pairs are counted by them, however short runs are.
-        let planes = if wanted.pairs { planes.as_ref() } else { in_runs };
-        let pairs_of_slots = wanted.pairs && planes.is_none();
-        let columns = planes.map_or(copies.slots, Planes::columns);
-        let words = tokens::words(copies.devices, labels.row.len(), runs, top_k);
-        let words = if wanted.visits && !wanted.slots { words } else { 0 };
-        let together = if pairs_of_slots { block(copies.slots, top_k) } else { SHORT_BLOCK };
+        let method = Method::choose(planes.as_ref(), copies, *wanted, labels.row, top_k);
+        let columns = method.side_planes.map_or(copies.slots, Planes::columns);
+        let together = if method.pairs_of_slots { block(copies.slots, top_k) } else { SHORT_BLOCK };
         // The copy that has its turn in a block depends on the block before.
         let step = if copies.takes_turns() { together } else { labels.row.len().max(1) };
         for (first, ids) in (0..).step_by(step).zip(ids.chunks(step * row)) {
-            let start = *tokens + first as u64;
+            let number = *tokens + first as u64;
+            let chunk = Chunk { copies, labels, first, number, wanted: *wanted, size: *size, top_k, method };
             by_layers(
                 layers,
                 ids,
                 together,
                 *routing,
                 || (Side::new(top_k, columns), Served::default()),
-                |l, at, ids: &mut Vec<I>, (side, served): &mut (Side<u16>, Served)| {
-                    let (at, single) = (at as usize, copies.is_single(l));
-                    if !single || (in_runs.is_none() && (wanted.slots || pairs_of_slots)) {
-                        let begin = first + at;
-                        let number = |token| start + (at + token) as u64;
-                        let position =
-                            |token| labels.position.map_or(number(token), |all| all[begin + token]);
-                        let positions = (0..ids.len() / top_k).map(position);
-                        served.slots =
-                            copies.route(l, ids, top_k, positions, labels.home.map(|all| &all[begin..]));
-                    }
-                    match in_runs {
-                        Some(_) => {}
-                        None if single => served.find_devices(ids, &copies.device_of_expert[l], top_k, words),
-                        None => served.find_devices_of_slots(copies, top_k, words),
-                    }
-                    match planes {
-                        Some(planes) if single => planes.fill(l, ids, side),
-                        Some(planes) => planes.fill(l, &served.slots, side),
-                        None if pairs_of_slots => side.fill(&mut served.slots.clone(), Cuts::NONE),
-                        None => {}
-                    }
+                |l, at, ids: &mut Vec<I>, here: &mut (Side<u16>, Served)| {
+                    chunk.fill(l, at as usize, ids, here);
                 },
-                |LayerCounts { table, stays, pairs }, at, before, (side, served)| {
-                    if let Some((before, _)) = before.filter(|_| !pairs.is_empty()) {
-                        side.count_pairs(Some((before, pairs)), None, false);
-                    }
-                    let rows = &labels.row[first + at as usize..];
-                    let before = before.filter(|_| !stays.is_empty());
-                    of_any_type!(table, table => if let Some(planes) = in_runs {
-                        let before = before.map(|(side, _)| side);
-                        planes.count(side, before, rows, copies, (&mut **table, size), stays);
-                    } else {
-                        let before = before.map(|(_, served)| served);
-                        served.count(before, rows, copies, (&mut **table, size), stays, words);
-                    });
-                },
+                |layer, at, before, here| chunk.count(layer, at as usize, before, here),
             );
             copies.count_served(ids, *routing);
         }
@@ -230,5 +192,101 @@ impl Replay {
         let tables: Vec<Narrow> = layers.into_iter().map(|layer| layer.table).collect();
         let [load, visits, node_visits, slots] = Narrow::columns(&tables, rows, size, &columns);
         Tally { load, visits, node_visits, slots, traffic, stays }
+    }
+}
+
+/// The way in which the tokens of a push are counted.
+#[derive(Clone, Copy)]
+struct Method<'a> {
+    /// Planes that count rows; None where runs of tokens in one row are short.
+    row_planes: Option<&'a Planes>,
+    /// Planes that fill sides, from which pairs are counted, too.
+    side_planes: Option<&'a Planes>,
+    /// True if pairs are counted from slots, without planes.
+    pairs_of_slots: bool,
+    /// Words in which the numbers of a token's experts are counted; 0 for none.
+    words: usize,
+}
+
+impl<'a> Method<'a> {
+    /// Chooses the fastest way for tokens in these rows `[T]`.
+    fn choose(
+        planes: Option<&'a Planes>,
+        copies: &Copies,
+        wanted: Wanted,
+        rows: &[u32],
+        top_k: usize,
+    ) -> Self {
+        let runs = rows.chunk_by(|row, next| row == next).count();
+        let row_planes = planes.filter(|_| runs * RUN <= rows.len());
+        // If there are planes, pairs are counted by them, however short runs are.
+        let side_planes = if wanted.pairs { planes } else { row_planes };
+        let words = tokens::words(copies.devices, rows.len(), runs, top_k);
+        let words = if wanted.visits && !wanted.slots { words } else { 0 };
+        Self { row_planes, side_planes, pairs_of_slots: wanted.pairs && side_planes.is_none(), words }
+    }
+}
+
+/// Tokens of a push that are counted together.
+struct Chunk<'a> {
+    copies: &'a Copies,
+    /// Labels of all tokens of the push.
+    labels: Labels<'a>,
+    /// Index of the first token in the push, and its number in the trace.
+    first: usize,
+    number: u64,
+    wanted: Wanted,
+    /// Columns of a row.
+    size: usize,
+    top_k: usize,
+    method: Method<'a>,
+}
+
+impl Chunk<'_> {
+    /// Finds the devices or slots that serve the ids of layer `l`, of tokens from `at` on, and fills the side with them.
+    fn fill<I: ExpertId>(&self, l: usize, at: usize, ids: &[I], here: &mut (Side<u16>, Served)) {
+        let Method { row_planes, side_planes, pairs_of_slots, words } = self.method;
+        let (copies, top_k, (side, served)) = (self.copies, self.top_k, here);
+        let is_single = copies.is_single(l);
+        if !is_single || (row_planes.is_none() && (self.wanted.slots || pairs_of_slots)) {
+            let begin = self.first + at;
+            let number = |token| self.number + (at + token) as u64;
+            let position = |token| self.labels.position.map_or(number(token), |all| all[begin + token]);
+            let positions = (0..ids.len() / top_k).map(position);
+            served.slots = copies.route(l, ids, top_k, positions, self.labels.home.map(|all| &all[begin..]));
+        }
+        match row_planes {
+            Some(_) => {}
+            None if is_single => served.find_devices(ids, &copies.device_of_expert[l], top_k, words),
+            None => served.find_devices_of_slots(copies, top_k, words),
+        }
+        match side_planes {
+            Some(planes) if is_single => planes.fill(l, ids, side),
+            Some(planes) => planes.fill(l, &served.slots, side),
+            None if pairs_of_slots => side.fill(&mut served.slots.clone(), Cuts::NONE),
+            None => {}
+        }
+    }
+
+    /// Adds to the counts of a layer the tokens from `at` on that were filled, and their pairs with the layer `before`.
+    fn count(
+        &self,
+        LayerCounts { table, stays, pairs }: &mut LayerCounts,
+        at: usize,
+        before: Option<&(Side<u16>, Served)>,
+        (side, served): &mut (Side<u16>, Served),
+    ) {
+        if let Some((before, _)) = before.filter(|_| !pairs.is_empty()) {
+            side.count_pairs(Some((before, pairs)), None, false);
+        }
+        let rows = &self.labels.row[self.first + at..];
+        let before = before.filter(|_| !stays.is_empty());
+        of_any_type!(table, table => if let Some(planes) = self.method.row_planes {
+            let before = before.map(|(side, _)| side);
+            planes.count(side, before, rows, self.copies, (&mut **table, self.size), stays);
+        } else {
+            let before = before.map(|(_, served)| served);
+            served.count(before, rows, self.copies, (&mut **table, self.size), stays, self.method.words);
+        });
     }
 }

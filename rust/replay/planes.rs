@@ -5,7 +5,7 @@
 
 use super::Copies;
 use crate::counting::pairs::{MOST_UNITS, NO_UNIT, Side, Units};
-use crate::counting::windows::Number;
+use crate::counting::windows::Count;
 use crate::trace::{ExpertId, Routing};
 
 /// Largest number of rows: with more rows, counting pairs of slots is as fast or faster (measured: docs/experiments.md,
@@ -20,7 +20,7 @@ pub(super) struct Planes {
     bits: usize,
     /// Devices whose counts share a word.
     per_word: usize,
-    /// What every expert (or every slot, where experts have copies) adds to the counts `[L]`.
+    /// Units that every expert (or every slot, where experts have copies) adds to the counts `[L]`.
     units: Vec<Units>,
 }
 
@@ -90,7 +90,7 @@ impl Planes {
     /// visits of devices and nodes. Adds pairs on one device with the layer `before` to `stays`.
     ///
     /// `rows` begins with the rows of these tokens and may go on.
-    pub(super) fn count<T: Number>(
+    pub(super) fn count<T: Count>(
         &self,
         side: &Side<u16>,
         before: Option<&Side<u16>>,

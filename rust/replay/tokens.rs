@@ -1,8 +1,7 @@
 //! Counts token by token, for tokens that follow each other in different rows.
 
-use std::ops::AddAssign;
-
 use super::Copies;
+use crate::counting::windows::Count;
 use crate::trace::ExpertId;
 
 /// Devices whose counts share a word, a byte each; and the largest number of words: with more devices single ids are counted.
@@ -70,7 +69,7 @@ impl Served {
     }
 
     /// Adds the tokens to their rows of a table `[rows, size]`, and pairs on one device with the layer `before` to `stays`.
-    pub(super) fn count<T: Copy + AddAssign + From<u8>>(
+    pub(super) fn count<T: Count>(
         &self,
         before: Option<&Self>,
         rows: &[u32],
@@ -95,12 +94,7 @@ impl Served {
 
     /// Adds the load of devices and, where rows have places for them, visits of devices, visits of nodes and load of slots, one
     /// id after the other.
-    fn count_ids<T: Copy + AddAssign + From<u8>>(
-        &self,
-        rows: &[u32],
-        copies: &Copies,
-        (table, size): (&mut [T], usize),
-    ) {
+    fn count_ids<T: Count>(&self, rows: &[u32], copies: &Copies, (table, size): (&mut [T], usize)) {
         let tokens = self.devices.chunks_exact(self.top_k).zip(rows);
         if size == copies.devices {
             for (devices, &row) in tokens {
@@ -138,7 +132,7 @@ impl Served {
     /// Adds the load of devices, visits of devices, visits of nodes, and pairs on one device.
     ///
     /// Tokens that follow each other in one row are added up in words first.
-    fn count_words<T: Copy + AddAssign + From<u8>, const W: usize>(
+    fn count_words<T: Count, const W: usize>(
         &self,
         before: Option<&Self>,
         rows: &[u32],
@@ -224,7 +218,7 @@ fn multiply<const W: usize>(left: &[u64; W], right: &[u64; W], top_k: usize) -> 
 
 /// Adds the bytes of words to counts.
 #[inline(always)]
-fn add<T: Copy + AddAssign + From<u8>>(to: &mut [T], words: &[u64]) {
+fn add<T: Count>(to: &mut [T], words: &[u64]) {
     let add = |(to, byte): (&mut T, u8)| *to += byte.into();
     for (to, word) in to.chunks_mut(BYTES).zip(words) {
         // A loop of a known length is one addition of all bytes.

@@ -42,6 +42,7 @@ pub(super) struct Table {
 pub(super) type Priced = (f64, Vec<u16>);
 
 impl Table {
+    /// Counts the visits of all contents of a layer.
     pub(super) fn new(layer: &Layer<'_>) -> Self {
         let experts = layer.experts();
         let (first, last) = layer.range();
@@ -60,11 +61,11 @@ impl Table {
         Self { experts, first, visits }
     }
 
-    /// Visits of a content, members from the largest on; None where no device can hold it.
+    /// Returns the visits of a content, whose members fall; None if no device can hold it.
     pub(super) fn visits(&self, content: &[u16]) -> Option<u64> {
         let size = content.len();
-        let ways = (1..=size).rev().zip(content).map(|(j, &e)| binomial(usize::from(e), j));
-        let visits = *self.visits.get(size.checked_sub(self.first)?)?.get(ways.sum::<usize>())?;
+        let places = (1..=size).rev().zip(content).map(|(j, &e)| binomial(usize::from(e), j));
+        let visits = *self.visits.get(size.checked_sub(self.first)?)?.get(places.sum::<usize>())?;
         (visits != NEVER).then_some(visits as u64)
     }
 
@@ -78,6 +79,7 @@ impl Table {
         (least, harvest.finish())
     }
 
+    /// Returns the least visits less prices of the contents of one size, and adds the best contents to the harvest.
     fn price_size(&self, size: usize, visits: &[i32], prices: &[f64], harvest: &mut Harvest) -> f64 {
         if size == 0 {
             return if visits[0] == NEVER { f64::INFINITY } else { 0.0 };
@@ -87,14 +89,15 @@ impl Table {
         for x in size - 1..self.experts {
             let (start, length) = (binomial(x, size), binomial(x, size - 1));
             let row = &visits[start..][..length];
-            for (part, (visits, others)) in row.chunks(PART).zip(others[..length].chunks(PART)).enumerate() {
+            let chunks = row.chunks(CHUNK).zip(others[..length].chunks(CHUNK));
+            for (chunk, (visits, others)) in chunks.enumerate() {
                 let lowest = lowest(visits, others) - prices[x];
                 least = least.min(lowest);
                 if lowest < harvest.limit && harvest.size > 0 {
                     for (i, (&visits, &others)) in visits.iter().zip(others).enumerate() {
                         let value = f64::from(visits) * UNIT - others - prices[x];
                         if value < harvest.limit && visits != NEVER {
-                            harvest.take(value, size, start + part * PART + i);
+                            harvest.take(value, size, start + chunk * CHUNK + i);
                         }
                     }
                 }
@@ -108,8 +111,8 @@ impl Table {
     }
 }
 
-/// Contents that are looked at together.
-const PART: usize = 512;
+/// Contents that are evaluated together.
+const CHUNK: usize = 512;
 
 /// Returns the least of visits less prices.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+bmi2", "x86_64+avx2+bmi2"))]
@@ -130,14 +133,17 @@ fn lowest(visits: &[i32], prices: &[f64]) -> f64 {
     least.into_iter().fold(f64::INFINITY, f64::min)
 }
 
-/// The best contents met so far: twice as many as are kept, at the most.
+/// The best contents so far, at most twice as many as are returned.
 struct Harvest {
     size: usize,
+    /// Value below which a content may be among the best.
     limit: f64,
+    /// Value, size and number of contents.
     best: Vec<(f64, usize, usize)>,
 }
 
 impl Harvest {
+    /// Adds a content.
     fn take(&mut self, value: f64, size: usize, number: usize) {
         self.best.push((value, size, number));
         if self.best.len() >= 2 * self.size {
@@ -146,11 +152,13 @@ impl Harvest {
         }
     }
 
+    /// Drops all but the best contents.
     fn cut(&mut self) {
         self.best.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then_with(|| (a.1, a.2).cmp(&(b.1, b.2))));
         self.best.truncate(self.size);
     }
 
+    /// Returns the best contents, the least value first.
     fn finish(mut self) -> Vec<Priced> {
         self.cut();
         self.best.into_iter().map(|(value, size, number)| (value, members(size, number))).collect()
@@ -160,12 +168,12 @@ impl Harvest {
 /// Returns the members of a content, from the largest on.
 fn members(size: usize, mut number: usize) -> Vec<u16> {
     let mut content = Vec::with_capacity(size);
-    for left in (1..=size).rev() {
-        let mut x = left - 1;
-        while binomial(x + 1, left) <= number {
+    for missing in (1..=size).rev() {
+        let mut x = missing - 1;
+        while binomial(x + 1, missing) <= number {
             x += 1;
         }
-        number -= binomial(x, left);
+        number -= binomial(x, missing);
         content.push(x as u16);
     }
     content
@@ -196,13 +204,14 @@ fn count_subsets(layer: &Layer<'_>, size: usize) -> Vec<i32> {
     counts
 }
 
-/// Visits of all contents of so many of the first `experts`, from counts of those that a token must choose.
+/// Counts the visits of all contents of `size` of the first `experts`, from the tokens that choose all of some experts.
 fn cover(size: usize, experts: usize, counts: &[&[i32]]) -> Vec<i32> {
     let mut out = vec![0; binomial(experts, size)];
     cover_into(size, experts, counts, &mut out);
     out
 }
 
+/// Writes the visits as [`cover`] counts them.
 fn cover_into(size: usize, experts: usize, counts: &[&[i32]], out: &mut [i32]) {
     if size == 0 || counts.is_empty() {
         out.fill(0);
@@ -222,14 +231,14 @@ fn cover_into(size: usize, experts: usize, counts: &[&[i32]], out: &mut [i32]) {
             .map(|(order, table)| &table[binomial(x, order)..][..binomial(x, order - 1)])
             .collect();
         cover_into(size - 1, x, &with, &mut common[..length]);
-        let own = counts[0][x];
+        let tokens_of_x = counts[0][x];
         for ((out, smaller), common) in out[start..][..length].iter_mut().zip(&smaller).zip(&common) {
-            *out = smaller + own - common;
+            *out = smaller + tokens_of_x - common;
         }
     }
 }
 
-/// Sums of the numbers of all contents of so many of the first `experts`.
+/// Sums the numbers of members of all contents of `size` of the first `experts`.
 fn sums<T: Copy + Default + Add<Output = T>>(size: usize, experts: usize, numbers: &[T]) -> Vec<T> {
     if size == 0 {
         return vec![T::default()];
@@ -252,10 +261,10 @@ fn exclude(layer: &Layer<'_>, size: usize, lower: u128, visits: &mut [i32]) {
     }
     let load: Vec<u128> = layer.load.iter().map(|&load| load.into()).collect();
     let others = sums(size - 1, layer.experts() - 1, &load);
-    for (x, own) in load.iter().enumerate() {
+    for (x, load_of_x) in load.iter().enumerate() {
         let row = binomial(x, size)..binomial(x + 1, size);
         for (visits, other) in visits[row].iter_mut().zip(&others) {
-            if !(lower..=layer.cap.into()).contains(&(other + own)) {
+            if !(lower..=layer.cap.into()).contains(&(other + load_of_x)) {
                 *visits = NEVER;
             }
         }

@@ -67,10 +67,12 @@ pub struct Layer<'a> {
 }
 
 impl Layer<'_> {
+    /// Returns the number of experts, E.
     fn experts(&self) -> usize {
         self.load.len()
     }
 
+    /// Returns the number of tokens.
     fn tokens(&self) -> u128 {
         self.counts.iter().map(|&count| u128::from(count)).sum()
     }
@@ -79,7 +81,7 @@ impl Layer<'_> {
     fn sizes(&self) -> Vec<(usize, usize)> {
         let all: usize = self.slots.iter().sum();
         let experts = self.experts();
-        self.slots.iter().map(|&own| ((own + experts).saturating_sub(all), own.min(experts))).collect()
+        self.slots.iter().map(|&slots| ((slots + experts).saturating_sub(all), slots.min(experts))).collect()
     }
 
     /// Returns the fewest and the most experts of any device.
@@ -101,7 +103,7 @@ impl Layer<'_> {
         largest <= MOST_SLOTS && self.contents() <= MOST_CONTENTS && self.tokens() < 1 << 31
     }
 
-    /// Visits that capacity alone asks for.
+    /// Returns a lower bound on visits from capacity alone.
     fn least(&self) -> u128 {
         let (_, largest) = self.range();
         self.tokens() * self.top_k.div_ceil(largest.max(1)) as u128
@@ -115,7 +117,7 @@ impl Layer<'_> {
             let best =
                 least_of[least - first..=largest - first].iter().copied().fold(f64::INFINITY, f64::min);
             if best == f64::INFINITY {
-                return self.least() as u64; // nothing keeps the cap: whatever is said is true
+                return self.least() as u64; // no placement keeps the cap, so that any bound holds
             }
             sum += best as i128;
         }
@@ -149,7 +151,8 @@ fn at_once(layers: &[Layer<'_>]) -> usize {
     ((MEMORY_CONTENTS / largest) as usize).clamp(1, rayon::current_num_threads())
 }
 
-/// Bounds the visits of every layer, all in reach, from below; `start` is a placement to begin from, the device of each expert `[L, E]`.
+/// Bounds the visits of every layer from below, all of which are tractable; `start` is a placement to start from, the device of
+/// every expert `[L, E]`.
 ///
 /// Returns the proven visits of every layer `[L]`, and the prices `[L, E]`, in tokens, that prove them: zeros where nothing
 /// is better than capacity. Runs on the ambient rayon pool; without a deadline the result is a function of the arguments
@@ -222,6 +225,7 @@ fn rounded(price: f64) -> f64 {
     if price.is_nan() { 0.0 } else { price.clamp(-LARGEST_PRICE * UNIT, LARGEST_PRICE * UNIT).floor() }
 }
 
+/// Bounds the visits of one of so many layers; returns them with the prices in units that prove them.
 fn bound_layer(
     layer: &Layer<'_>,
     start: &[u16],
@@ -231,9 +235,9 @@ fn bound_layer(
 ) -> (u64, Vec<f64>) {
     let orders = layer.top_k.min(layer.range().1);
     let seconds = TABLE_SECONDS * layer.contents() * orders as f64;
-    let late = deadline
+    let is_late = deadline
         .is_some_and(|deadline| deadline.saturating_duration_since(Instant::now()).as_secs_f64() < seconds);
-    if late || limits.control.cancelled.load(Ordering::Relaxed) || layer.counts.is_empty() {
+    if is_late || limits.control.cancelled.load(Ordering::Relaxed) || layer.counts.is_empty() {
         return (layer.least() as u64, vec![0.0; layer.experts()]);
     }
     let affordable = limits.work / layers.max(1) as f64 / layer.contents().max(1.0);

@@ -29,7 +29,7 @@ pub(super) struct Budget<'a> {
     pub(super) limits: &'a Limits<'a>,
 }
 
-/// Searches prices from a placement on: the visits they prove, and the prices in units.
+/// Searches for prices, starting from a placement; returns the visits that they prove, and the prices in units.
 pub(super) fn search(
     layer: &Layer<'_>,
     table: &Table,
@@ -66,19 +66,19 @@ pub(super) fn search(
         let centre: Vec<f64> = best.iter().map(|price| price / UNIT).collect();
         let (hoped, prices, inside) = programme.solve(&centre, width);
         let prices: Vec<f64> = prices.iter().map(|price| rounded(price * UNIT)).collect();
-        let (least, more) = table.price(&prices, HARVEST);
+        let (least, missing) = table.price(&prices, HARVEST);
         rounds += 1;
         let value = layer.proven(&prices, &least);
-        stable = if hoped - value.max(proven) as f64 <= ENOUGH * hoped || more.is_empty() {
+        stable = if hoped - value.max(proven) as f64 <= ENOUGH * hoped || missing.is_empty() {
             stable + 1
         } else {
             0
         };
         if value > proven {
-            (proven, best, new) = (value, prices, more);
+            (proven, best, new) = (value, prices, missing);
             width *= GROWTH;
         } else {
-            new = more;
+            new = missing;
             width *= SHRINKAGE;
         }
         // Nothing better is left in the box. If its ends do not limit the prices, or a wider box has nothing better either,
@@ -94,7 +94,7 @@ pub(super) fn search(
     (proven, best)
 }
 
-/// Visits of a placement by expert: each is shared among the experts that it is for.
+/// Returns the visits of a placement by expert `[E]`; a visit is shared among the experts that it is for.
 fn shares(layer: &Layer<'_>, start: &[u16]) -> Vec<f64> {
     let mut share = vec![0.0; layer.experts()];
     for (set, &count) in layer.ids.chunks_exact(layer.top_k).zip(layer.counts) {

@@ -36,6 +36,7 @@ enum Column {
 }
 
 impl Programme {
+    /// Builds a programme without contents.
     pub(super) fn new(experts: usize, devices: usize) -> Self {
         Self { experts, devices: devices as f64, columns: Vec::new() }
     }
@@ -109,7 +110,7 @@ impl Programme {
         (least, (0..self.experts).map(price).collect(), inside)
     }
 
-    /// Returns the column that is cheapest for its prices, if any is too cheap.
+    /// Returns the column with the least reduced cost, and its cost; None if no reduced cost is negative.
     fn entering(
         &self,
         prices: &[f64],
@@ -134,7 +135,7 @@ impl Programme {
         best.1
     }
 
-    /// Returns a column in terms of the basis.
+    /// Writes a column in terms of the basis.
     fn direction(&self, column: Column, inverse: &[f64], direction: &mut [f64]) {
         for (row, out) in inverse.chunks_exact(direction.len()).zip(direction.iter_mut()) {
             *out = match column {
@@ -144,7 +145,7 @@ impl Programme {
         }
     }
 
-    /// Drops the contents that are dearest for these prices, where there are too many.
+    /// Drops the contents with the highest reduced costs if there are too many contents.
     fn forget(&mut self, prices: &[f64]) {
         if self.columns.len() <= MOST {
             return;

@@ -1,4 +1,4 @@
-//! How loads have changed since they shaped the running slots, and how much of the difference is chance.
+//! Estimates how loads have changed since they shaped the running slots, and how much of the difference is chance.
 
 use super::super::budget::Spending;
 use super::super::{Site, Slots};
@@ -12,13 +12,13 @@ const LASTING_IF_UNKNOWN: f64 = 0.5;
 /// Part of a device's slots that get another expert when its layer changes.
 const REPLACED: f64 = 0.25;
 
-/// How loads have changed since they shaped the running slots.
+/// An estimate of how loads have changed since they shaped the running slots.
 ///
-/// The running slots were even on the loads that they were chosen for. Devices differ now for two reasons. Each load has
+/// The running slots were balanced on the loads that they were chosen for. Devices differ now for two reasons. Each load has
 /// changed since, by a part of itself: then the variance of a device's time is that part's variance times the sum of the
 /// squares of the loads in its slots. And few tokens are counted, so counts differ by chance.
 #[derive(Debug, Clone, Copy)]
-pub(in crate::layer) struct Change {
+pub(in crate::layer) struct LoadChange {
     /// Variance of an expert's load from window to window, as a part of the load's square.
     pub(in crate::layer) variance: f64,
     /// Part of the differences between devices that is no chance and lasts: about n / (n + m) with n tokens, where chance
@@ -26,10 +26,12 @@ pub(in crate::layer) struct Change {
     pub(in crate::layer) lasting_part: f64,
 }
 
-impl Change {
-    /// Estimates the change from all layers: the loads of their experts `[E]`, their sites, and their running slots.
+impl LoadChange {
+    /// Estimates the change from the imbalance of devices in all layers, given the loads of their experts `[E]`, their sites, and
+    /// their running slots.
+    ///
     /// `deviations` is the standard deviation of a count, over that of a count of independent tokens; 0 if counts are exact.
-    pub(in crate::layer) fn estimate<'a>(
+    pub(in crate::layer) fn estimate_from_imbalance<'a>(
         layers: impl Iterator<Item = ((&'a [f64], &'a Site), &'a Slots)>,
         deviations: f64,
     ) -> Self {

@@ -21,7 +21,7 @@ struct Relief {
 struct Target {
     slot: usize,
     device: usize,
-    /// Whether its content counts as a move, 0 or 1.
+    /// 1 if its content counts as a move, otherwise 0.
     is_moved: f64,
     /// Time of the slot's device without the content, its power, and the power with the content.
     time_without: f64,
@@ -117,7 +117,7 @@ fn consider(
     let gain_per_copy = gain * factor_per_copy(is_move - target.is_moved);
     let fits = || {
         slots.may_take(steps.site, expert, target.device)
-            && slots.part(&steps.expected, expert) >= removal.tokens_left[target.slot]
+            && slots.load_per_copy(&steps.expected, expert) >= removal.tokens_left[target.slot]
     };
     if gain_per_copy > best.gain_per_copy && fits() {
         *best = Best { gain_per_copy, step: Some(Move::Put(target.slot, expert)) };

@@ -10,7 +10,7 @@ pub(super) const NORM: f64 = (1 << DOUBLINGS) as f64;
 /// Returns a time to the power of the norm's order.
 #[inline(always)]
 pub(super) fn power(time: f64) -> f64 {
-    (0..DOUBLINGS).fold(time, |power, _| power * power)
+    super::super::power(time, DOUBLINGS)
 }
 
 /// Times of devices and loads of slots.
@@ -26,7 +26,7 @@ pub(super) struct Loads {
     pub(super) load_in: Vec<f64>,
     /// Load of each copy of an expert if it had one copy more `[E]`.
     pub(super) with_one_more: Vec<f64>,
-    /// Whether a slot's content has moved to its device, 0 or 1 `[P]`.
+    /// 1 if a slot's content has moved to its device, otherwise 0 `[P]`.
     pub(super) is_moved: Vec<f64>,
     /// Weight of the square of a slot's load: it stands for the load's variance in the next window.
     pub(super) square: f64,
@@ -84,7 +84,8 @@ impl Loads {
         self.times[g] -= moved * self.per_token[g];
         self.times[h] += moved * self.per_token[h];
         for (slot, device) in [(p, g), (q, h)] {
-            let load: f64 = slots.of(device).map(|slot| slots.part(measured, slots.expert_in[slot])).sum();
+            let load: f64 =
+                slots.of(device).map(|slot| slots.load_per_copy(measured, slots.expert_in[slot])).sum();
             self.measured_times[device] = load * site.time[device];
             self.is_moved[slot] = one_if(slots.is_moved(slot, running));
         }

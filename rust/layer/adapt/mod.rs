@@ -19,10 +19,10 @@ mod loads;
 
 use super::budget::{Choice, Spending, choose};
 use super::construct::{LEAST, Placed, check, complete, fill};
-use super::{EMPTY, Move, Site, Slots};
+use super::{EMPTY, Move, Site, Slots, root};
 use crate::assignment::assign_max;
 use crate::error::Result;
-pub(super) use change::Change;
+pub(super) use change::LoadChange;
 use copies::{Removal, find_copy};
 use exchanges::{Partners, State};
 use loads::{DOUBLINGS, Loads, NORM};
@@ -36,12 +36,12 @@ pub struct Effort {
     pub steps: usize,
     /// Trials of the polish after packing from scratch.
     pub trials: usize,
-    /// Whether empty slots are filled, even if that gains nothing.
+    /// True if empty slots are filled, even if that gains nothing.
     pub full: bool,
 }
 
-/// A copy goes from one expert to another only if the copies of the other are heavier, by this part, than those that
-/// stay of the first will be.
+/// A copy goes from one expert to another only if the copies of the other are heavier, by this part, than the remaining
+/// copies of the first will be.
 const HEAVIER_BY: f64 = 0.05;
 /// Least relief per moved copy, as a part of the mean device's time: before the heaviest experts get more copies, and
 /// after that.
@@ -81,7 +81,8 @@ pub fn adapt_layers(
         .map(|(slots, repack)| !repack && slots.copies.iter().all(|&copies| copies > 0))
         .collect();
     let shaped = layers().zip(sites).zip(&running).zip(&is_shaped).filter(|(_, shaped)| **shaped);
-    let change = Change::estimate(shaped.map(|(layer, _)| layer), effort.spending.deviations);
+    let change =
+        LoadChange::estimate_from_imbalance(shaped.map(|(layer, _)| layer), effort.spending.deviations);
     let expect = |(layer, shaped): (((&[f64], &Site), &Slots), &bool)| {
         let ((load, site), slots) = layer;
         if *shaped { change.expected_load(load, site, slots) } else { load.to_vec() }
@@ -147,8 +148,9 @@ fn improve<'a>(
     Ok(steps)
 }
 
-/// Renames devices, which are alike, so that the fewest copies move: each packed device becomes one that already holds
-/// much of it.
+/// Returns packed slots with devices renamed so that the fewest copies move; the devices are alike.
+///
+/// Every packed device becomes one that already holds much of its content.
 #[must_use]
 pub fn keep_devices(packed: &Slots, running: &Slots, capacity: &[usize]) -> Slots {
     let devices = capacity.len();
@@ -195,10 +197,7 @@ impl Steps<'_> {
     fn record(&mut self) {
         let slowest = self.loads.measured_times.iter().copied().fold(0.0, f64::max);
         let moves = self.loads.is_moved.iter().sum::<f64>() as usize;
-        let mut norm = self.loads.total() / self.loads.times.len() as f64;
-        for _ in 0..DOUBLINGS {
-            norm = norm.sqrt();
-        }
+        let norm = root(self.loads.total() / self.loads.times.len() as f64, DOUBLINGS);
         self.choices.push(Choice { moves, slowest, cost: norm * self.loads.mean });
         self.contents.push(self.slots.expert_in.clone());
     }
@@ -240,7 +239,7 @@ impl Steps<'_> {
         };
         let load_without: Vec<f64> = expected.iter().zip(&slots.copies).map(load_without).collect();
         let least = load_without.iter().copied().fold(f64::INFINITY, f64::min) * (1.0 + HEAVIER_BY);
-        let load_per_copy = |e: u16| slots.part(expected, e);
+        let load_per_copy = |e: u16| slots.load_per_copy(expected, e);
         let mut heavy: Vec<u16> = (0..expected.len() as u16).filter(|&e| load_per_copy(e) > least).collect();
         heavy.sort_by(|&e, &f| load_per_copy(f).total_cmp(&load_per_copy(e)));
         let best = heavy.into_iter().find_map(|e| {

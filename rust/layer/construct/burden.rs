@@ -16,7 +16,7 @@ fn least<K>(
 }
 
 /// Devices by the time that their copies take, under one load of every expert.
-pub(super) struct ByTime<'a> {
+pub(super) struct TimeBurden<'a> {
     site: &'a Site,
     load: &'a [f64],
     /// Copies that every expert is to have `[E]`.
@@ -28,7 +28,8 @@ pub(super) struct ByTime<'a> {
     skipped: Vec<u64>,
 }
 
-impl<'a> ByTime<'a> {
+impl<'a> TimeBurden<'a> {
+    /// Builds the burden of devices that hold some copies already.
     pub(super) fn new(slots: &Slots, site: &'a Site, load: &'a [f64], copies: &'a [u32]) -> Self {
         Self { site, load, copies, open: open(slots, site, load), chosen: u64::MAX, skipped: Vec::new() }
     }
@@ -45,7 +46,7 @@ fn open(slots: &Slots, site: &Site, load: &[f64]) -> Tournament<u64> {
     Tournament::new((0..site.devices()).map(key), u64::MAX)
 }
 
-impl Burden for ByTime<'_> {
+impl Burden for TimeBurden<'_> {
     #[inline]
     fn lightest(&mut self, _: &Slots, _: u16, may_take: impl Fn(usize) -> bool) -> Option<usize> {
         let device = loop {
@@ -86,7 +87,7 @@ impl Burden for ByTime<'_> {
 /// get copies, equally many on every device, and no two experts have copies on the same two devices as long as there are
 /// other pairs. Partners join all devices: a device with too much load can pass it on to all others, even after loads have
 /// changed. With 288 slots on 32 devices the joined devices form rings.
-pub(super) struct ByPartners<'a> {
+pub(super) struct PartnerBurden<'a> {
     site: &'a Site,
     load: &'a [f64],
     /// Copies that every expert is to have `[E]`.
@@ -100,7 +101,7 @@ pub(super) struct ByPartners<'a> {
     component: Vec<usize>,
 }
 
-impl<'a> ByPartners<'a> {
+impl<'a> PartnerBurden<'a> {
     pub(super) fn new(slots: &Slots, site: &'a Site, load: &'a [f64], copies: &'a [u32]) -> Self {
         let devices = site.devices();
         let (loads, used) = (vec![0.0; devices], vec![0; devices]);
@@ -145,7 +146,7 @@ impl<'a> ByPartners<'a> {
     }
 }
 
-impl Burden for ByPartners<'_> {
+impl Burden for PartnerBurden<'_> {
     fn lightest(&mut self, slots: &Slots, expert: u16, may_take: impl Fn(usize) -> bool) -> Option<usize> {
         let open = (0..self.loads.len()).filter(|&device| may_take(device));
         least(open.map(|device| (self.key(slots, expert, device), device)), |a, b| {
@@ -169,8 +170,8 @@ const WEIGHT: f64 = 2.0;
 
 /// Devices by the time of their load, and of what they get if a domain with another copy of the expert is lost.
 ///
-/// Where copies go by load alone, a device shares all of its experts with few partners, which get all of its load then.
-pub(super) struct ByLosses<'a> {
+/// If copies went by load alone, a device would share all of its experts with few partners, which would get all of its load.
+pub(super) struct LossBurden<'a> {
     site: &'a Site,
     load: &'a [f64],
     /// Copies that every expert is to have `[E]`.
@@ -178,7 +179,7 @@ pub(super) struct ByLosses<'a> {
     after: AfterLosses,
 }
 
-impl<'a> ByLosses<'a> {
+impl<'a> LossBurden<'a> {
     pub(super) fn new(slots: &Slots, site: &'a Site, load: &'a [f64], copies: &'a [u32]) -> Self {
         let devices: Vec<u16> = (0..site.devices() as u16).collect();
         let domain = if site.rules.domain.is_empty() { &devices } else { &site.rules.domain };
@@ -208,7 +209,7 @@ impl<'a> ByLosses<'a> {
     }
 }
 
-impl Burden for ByLosses<'_> {
+impl Burden for LossBurden<'_> {
     fn lightest(&mut self, slots: &Slots, expert: u16, may_take: impl Fn(usize) -> bool) -> Option<usize> {
         let (load, copies) = (self.load[usize::from(expert)], f64::from(self.copies[usize::from(expert)]));
         let shares = (load / copies, if copies > 1.0 { load / (copies * (copies - 1.0)) } else { 0.0 });
@@ -232,7 +233,7 @@ impl Burden for ByLosses<'_> {
 }
 
 /// Devices by the powers of their loads in all windows: a copy goes where the other windows leave capacity for it.
-pub(super) struct ByPowers<'a> {
+pub(super) struct NormBurden<'a> {
     layer: &'a Layer,
     /// Copies that every expert is to have `[E]`.
     copies: &'a [u32],
@@ -241,14 +242,14 @@ pub(super) struct ByPowers<'a> {
     may: Vec<bool>,
 }
 
-impl<'a> ByPowers<'a> {
+impl<'a> NormBurden<'a> {
     pub(super) fn new(slots: &Slots, layer: &'a Layer, copies: &'a [u32]) -> Self {
         let may = vec![false; layer.devices()];
         Self { layer, copies, balance: Balance::new(layer, slots, copies), may }
     }
 }
 
-impl Burden for ByPowers<'_> {
+impl Burden for NormBurden<'_> {
     fn lightest(&mut self, _: &Slots, expert: u16, may_take: impl Fn(usize) -> bool) -> Option<usize> {
         for (device, may) in self.may.iter_mut().enumerate() {
             *may = may_take(device);
@@ -257,7 +258,7 @@ impl Burden for ByPowers<'_> {
     }
 
     fn add_copy(&mut self, _: &Slots, expert: u16, device: usize, _: bool) {
-        self.balance.enter(device, expert);
+        self.balance.add_copy(device, expert);
     }
 
     fn recount(&mut self, slots: &Slots) {

@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::layer::terms::Term;
 use crate::layer::terms::balance::Balance;
 use crate::layer::{EMPTY, Layer, Site, Slots};
-use burden::{ByLosses, ByPartners, ByPowers, ByTime};
+use burden::{LossBurden, NormBurden, PartnerBurden, TimeBurden};
 use longest_first::longest_first;
 pub use nearest::nearest;
 use polish::polish;
@@ -55,20 +55,20 @@ pub fn fill(site: &Site, load: &[f64], trials: usize) -> Placed<Slots> {
     let mut slots = Slots::empty(&site.capacity, load.len());
     pin(&mut slots, site)?;
     if site.rules.min_copies > 1 {
-        by_losses(&mut slots, site, load)?;
+        fill_for_losses(&mut slots, site, load)?;
         return Ok(slots);
     }
     let (order, copies) = count_copies(&slots, site, load, load_per_copy)?;
-    let mut burden = ByTime::new(&slots, site, load, &copies);
+    let mut burden = TimeBurden::new(&slots, site, load, &copies);
     longest_first(&mut slots, site, &order, &copies, &mut burden)?;
     polish(&mut slots, site, load, trials);
     Ok(slots)
 }
 
 /// Constructs slots for the sum of a layer's windows.
-pub fn on_sum(layer: &Layer) -> Placed<Slots> {
+pub fn fill_by_sum(layer: &Layer) -> Placed<Slots> {
     if layer.costs.lp_split.is_some() {
-        let mut slots = by_partners(&layer.site, &layer.load)?;
+        let mut slots = fill_for_lp_split(&layer.site, &layer.load)?;
         complete(&mut slots, &layer.site, &layer.load, layer.has_spare())?;
         return Ok(slots);
     }
@@ -78,7 +78,7 @@ pub fn on_sum(layer: &Layer) -> Placed<Slots> {
 /// Constructs slots for the windows of a layer: no worse than those for their sum, by the slowest devices.
 ///
 /// An expert's weight, which decides how many copies it gets, is its mean square over windows (bench/RESULTS.md).
-pub fn by_windows(layer: &Layer) -> Placed<Slots> {
+pub fn fill_by_windows(layer: &Layer) -> Placed<Slots> {
     // Layers that have to survive a loss spread copies over partners, which powers of loads do not consider.
     let survives = layer.site.rules.min_copies > 1;
     let weight = &layer.windows.heaviness;
@@ -90,12 +90,13 @@ pub fn by_windows(layer: &Layer) -> Placed<Slots> {
     Ok(if slowest(&of_windows) <= slowest(&packed) { of_windows } else { packed })
 }
 
+/// Constructs slots by the norm of all windows alone.
 fn pack_windows(layer: &Layer) -> Placed<Slots> {
     let site = &layer.site;
     let mut slots = Slots::empty(&site.capacity, layer.experts);
     pin(&mut slots, site)?;
     let (order, copies) = count_copies(&slots, site, &layer.windows.heaviness, load_per_copy)?;
-    let mut burden = ByPowers::new(&slots, layer, &copies);
+    let mut burden = NormBurden::new(&slots, layer, &copies);
     longest_first(&mut slots, site, &order, &copies, &mut burden)?;
     Ok(slots)
 }
@@ -107,7 +108,7 @@ fn pack_windows(layer: &Layer) -> Placed<Slots> {
 const WEIGHT_OF_FURTHER: f64 = 0.5;
 
 /// Constructs slots for a dispatcher that divides loads `[E]` over copies by a linear programme.
-fn by_partners(site: &Site, load: &[f64]) -> Placed<Slots> {
+fn fill_for_lp_split(site: &Site, load: &[f64]) -> Placed<Slots> {
     let mut slots = Slots::empty(&site.capacity, load.len());
     pin(&mut slots, site)?;
     let weight =
@@ -117,27 +118,27 @@ fn by_partners(site: &Site, load: &[f64]) -> Placed<Slots> {
         let e = item.expert();
         (copies[e] == 1, Reverse(Item::new(load_per_copy(load[e], 1), e)))
     });
-    let mut burden = ByPartners::new(&slots, site, load, &copies);
+    let mut burden = PartnerBurden::new(&slots, site, load, &copies);
     longest_first(&mut slots, site, &order, &copies, &mut burden)?;
     Ok(slots)
 }
 
 /// Fills slots of a layer that has to survive a loss; some may be filled already.
-fn by_losses(slots: &mut Slots, site: &Site, load: &[f64]) -> Placed<()> {
+fn fill_for_losses(slots: &mut Slots, site: &Site, load: &[f64]) -> Placed<()> {
     let mean = load.iter().sum::<f64>() / site.devices() as f64;
     // A device that holds a copy has the mean, or what the copy serves if that is more, and after a loss its part of the
     // copy that is gone. Copies that follow what they serve leave experts of middle loads with two, and all that is left
     // of one of these goes to one device.
     let weight = |load, copies| {
-        let (part, others) = (load_per_copy(load, copies), f64::from(copies.saturating_sub(1).max(1)));
-        (part - mean).max(0.0) + part / others
+        let (per_copy, others) = (load_per_copy(load, copies), f64::from(copies.saturating_sub(1).max(1)));
+        (per_copy - mean).max(0.0) + per_copy / others
     };
     let (mut order, copies) = count_copies(slots, site, load, weight)?;
     order.sort_by_key(|item| {
         let e = item.expert();
         Reverse(Item::new(load_per_copy(load[e], copies[e]), e))
     });
-    let mut burden = ByLosses::new(slots, site, load, &copies);
+    let mut burden = LossBurden::new(slots, site, load, &copies);
     longest_first(slots, site, &order, &copies, &mut burden)
 }
 
@@ -148,10 +149,10 @@ fn by_losses(slots: &mut Slots, site: &Site, load: &[f64]) -> Placed<()> {
 pub fn fill_layers(load: &[f64], experts: usize, sites: &[Site], trials: usize) -> Result<Vec<Slots>> {
     check(load, experts)?;
     let all = load.chunks_exact(experts).zip(sites).enumerate();
-    let one = |(layer, (load, site)): (usize, (&[f64], &Site))| {
+    let fill_layer = |(layer, (load, site)): (usize, (&[f64], &Site))| {
         fill(site, load, trials).map_err(|fault| fault.of(layer))
     };
-    all.map(one).collect()
+    all.map(fill_layer).collect()
 }
 
 /// Refuses sizes that ids cannot count, and numbers that sums cannot hold.
@@ -262,7 +263,7 @@ pub fn complete(slots: &mut Slots, site: &Site, load: &[f64], full: bool) -> Pla
 
 /// Returns the expert with the heaviest copies of those that a device lacks; of equals the one with the fewest copies.
 fn heaviest_copy(slots: &Slots, site: &Site, load: &[f64], device: usize) -> Option<u16> {
-    let rank = |e: u16| (slots.part(load, e), Reverse(slots.copies(e)));
+    let rank = |e: u16| (slots.load_per_copy(load, e), Reverse(slots.copies(e)));
     let lacking = (0..load.len() as u16).filter(|&e| slots.may_take(site, e, device));
     lacking.reduce(|a, b| if rank(b) > rank(a) { b } else { a })
 }

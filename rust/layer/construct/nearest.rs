@@ -59,7 +59,7 @@ struct Flow {
     /// Failure domain of every place `[G]`, and how many there are.
     domain: Vec<usize>,
     domains: usize,
-    /// Whether an expert has a copy in a failure domain, and needs no other there `[E, F]`.
+    /// True if an expert has a copy in a failure domain, and needs no other there `[E, F]`.
     is_served: Vec<bool>,
     /// Experts of the copies in every place, in ascending order, without pinned ones `[G]`.
     copies: Vec<Vec<usize>>,
@@ -70,7 +70,7 @@ impl Flow {
     fn new(site: &Site, running: &[bool], full: bool) -> Self {
         let (devices, rules) = (site.devices(), &site.rules);
         let experts = running.len() / devices.max(1);
-        let domain = rules.apart(devices).repeat(2);
+        let domain = rules.copy_domains(devices).repeat(2);
         let domains = domain.iter().max().map_or(0, |last| last + 1);
         let mut cost = vec![NEVER; experts * 2 * devices];
         let (mut is_pinned, mut is_served) = (vec![false; experts * devices], vec![false; experts * domains]);

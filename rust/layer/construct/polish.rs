@@ -44,6 +44,7 @@ fn extreme(times: &[f64], beats: impl Fn(f64, f64) -> bool) -> usize {
     (1..times.len()).fold(0, |best, g| if beats(times[g], times[best]) { g } else { best })
 }
 
+/// The state of a polish.
 struct Polish<'a> {
     slots: &'a mut Slots,
     site: &'a Site,
@@ -72,6 +73,8 @@ impl Polish<'_> {
         others.into_iter().any(|g| self.exchange_with(slow, g, goal))
     }
 
+    /// Makes the exchange of two slots of these devices that ends first, if both are done before `goal`; returns whether there
+    /// is one.
     fn exchange_with(&mut self, slow: usize, other: usize, goal: f64) -> bool {
         if self.trials == 0 || slow == other {
             return false;
@@ -107,8 +110,8 @@ impl Polish<'_> {
         (self.times, self.load_in) = self.slots.times_and_loads(self.site, self.load);
     }
 
-    /// Empties a slot on `slow` whose expert's other copies take over its load, if they are done before `goal` then; the best
-    /// such slot.
+    /// Empties the best slot on `slow` whose expert's other copies can take over its load and are then done before `goal`;
+    /// returns whether there is one.
     fn drop(&mut self, slow: usize, goal: f64) -> bool {
         let slots = &*self.slots;
         let mut best = (goal, None);
@@ -131,7 +134,7 @@ impl Polish<'_> {
     }
 
     /// Puts another copy of an expert on `slow` into a slot elsewhere, which is empty or whose expert has other copies, so
-    /// that all devices whose time changes are done before `goal`; the best such step.
+    /// that all devices whose time changes are done before `goal`; takes the best such step, and returns whether there is one.
     fn copy(&mut self, slow: usize, goal: f64) -> bool {
         let slots = &*self.slots;
         let mut best = (goal, None);
@@ -166,16 +169,18 @@ impl Polish<'_> {
         // Load that each copy gains if its expert has so many copies more.
         let growth = |expert: u16, added: i64| {
             let copies = i64::from(slots.copies(expert)) + added;
-            load[usize::from(expert)] / copies as f64 - slots.part(load, expert)
+            load[usize::from(expert)] / copies as f64 - slots.load_per_copy(load, expert)
         };
-        let less = growth(e, 1);
-        let more = if f == EMPTY { 0.0 } else { growth(f, -1) };
+        let growth_of_e = growth(e, 1);
+        let growth_of_f = if f == EMPTY { 0.0 } else { growth(f, -1) };
         let both = move |h: usize| f != EMPTY && slots.holds(f, h);
         let devices = move |expert: u16| slots.devices(expert).map(usize::from);
-        let of_e = devices(e).map(move |h| (h, (less + if both(h) { more } else { 0.0 }) * time[h]));
+        let of_e =
+            devices(e).map(move |h| (h, (growth_of_e + if both(h) { growth_of_f } else { 0.0 }) * time[h]));
         let of_f = (f != EMPTY).then(|| devices(f)).into_iter().flatten();
-        let of_f = of_f.filter(move |&h| h != g && !slots.holds(e, h)).map(move |h| (h, more * time[h]));
-        let change = (slots.part(load, e) + less - slots.part(load, f)) * time[g];
+        let of_f =
+            of_f.filter(move |&h| h != g && !slots.holds(e, h)).map(move |h| (h, growth_of_f * time[h]));
+        let change = (slots.load_per_copy(load, e) + growth_of_e - slots.load_per_copy(load, f)) * time[g];
         of_e.chain(of_f).chain([(g, change)])
     }
 }

@@ -214,23 +214,24 @@ impl<'a> Search<'a> {
     /// least `limit`, a lower bound of it. The other copies of its expert, if there are any, count as before.
     fn added_by_replacing(&self, tokens: f64, slot: usize, limit: f64) -> f64 {
         let (gone, device) = (self.slots.expert_in[slot], self.slots.device(slot));
-        let here = self.added_power(device, tokens - self.load_in(slot));
-        if here >= limit {
-            return here;
+        let added_power = self.added_power(device, tokens - self.load_in(slot));
+        if added_power >= limit {
+            return added_power;
         }
-        let more = self.load_per_copy(gone, self.slots.copies(gone) - 1) - self.load_in(slot);
+        let added_load = self.load_per_copy(gone, self.slots.copies(gone) - 1) - self.load_in(slot);
         let others = self.slots.devices(gone).map(usize::from).filter(|&other| other != device);
-        here + others.map(|other| self.added_power(other, more)).sum::<f64>()
+        added_power + others.map(|other| self.added_power(other, added_load)).sum::<f64>()
     }
 
     /// Returns what an exchange of two slots adds to the powers of times.
     fn added_by_exchange(&self, p: usize, q: usize) -> f64 {
-        let more = self.load_in(q) - self.load_in(p);
-        self.added_power(self.slots.device(p), more) + self.added_power(self.slots.device(q), -more)
+        let added_load = self.load_in(q) - self.load_in(p);
+        self.added_power(self.slots.device(p), added_load)
+            + self.added_power(self.slots.device(q), -added_load)
     }
 }
 
 /// Returns a time to the power of the norm.
 fn power(time: f64) -> f64 {
-    (0..DOUBLINGS).fold(time, |power, _| power * power)
+    crate::layer::power(time, DOUBLINGS)
 }

@@ -5,7 +5,7 @@
 //! whichever is longer ([`Busy`]).
 
 use super::loads::{Loads, Pair};
-use super::norm::{Norm, entered, exchanged};
+use super::norm::{Norm, best_device, exchange_change};
 use super::peak::Peak;
 use super::ports::Ports;
 use super::reading::Busy;
@@ -45,7 +45,7 @@ impl<'a> Balance<'a> {
             rows: vec![0.0; d * width],
             touched: Vec::new(),
         };
-        balance.follow(0..d);
+        balance.refresh(0..d);
         balance
     }
 
@@ -56,7 +56,7 @@ impl<'a> Balance<'a> {
         if let Some(reading) = &layer.costs.reading {
             balance.busy = Some(Busy::new(layer, reading, slots, &balance.loads));
             balance.norm = is_norm.then(|| Norm::new(d, &reading.per_mean));
-            balance.follow(0..d);
+            balance.refresh(0..d);
         }
         if layer.costs.row > 0.0 {
             let visits = visits.unwrap_or_else(|| vec![1.0; d]);
@@ -73,20 +73,20 @@ impl<'a> Balance<'a> {
     /// Returns the device, of those that `may` take a copy of an expert, whose powers then rise least.
     pub(in crate::layer) fn best_device(&self, expert: u16, may: &[bool]) -> Option<usize> {
         let price = &self.layer.windows.price;
-        self.norm.as_ref().and_then(|norm| entered(norm, &self.loads, usize::from(expert), price, may))
+        self.norm.as_ref().and_then(|norm| best_device(norm, &self.loads, usize::from(expert), price, may))
     }
 
     /// Adds a copy of an expert to a device.
-    pub(in crate::layer) fn enter(&mut self, device: usize, expert: u16) {
-        self.loads.enter(device, usize::from(expert));
+    pub(in crate::layer) fn add_copy(&mut self, device: usize, expert: u16) {
+        self.loads.add_copy(device, usize::from(expert));
         if let Some(norm) = &mut self.norm {
             let loads = &self.loads;
-            norm.raise(device, loads.rows(device, 0).0, loads.unit(device, loads.variance[device]));
+            norm.set_load(device, loads.rows(device, 0).0, loads.unit(device, loads.variance[device]));
         }
     }
 
     /// Recomputes the devices that a move has touched, and the cost of the slowest.
-    fn follow(&mut self, touched: impl IntoIterator<Item = usize>) {
+    fn refresh(&mut self, touched: impl IntoIterator<Item = usize>) {
         let (loads, width) = (&self.loads, self.loads.width);
         if let Some(peak) = &mut self.peak {
             match &self.busy {
@@ -97,8 +97,8 @@ impl<'a> Balance<'a> {
         if let Some(norm) = &mut self.norm {
             for g in touched {
                 match &self.busy {
-                    Some(busy) => norm.raise(g, &busy.time[g * width..][..width], (1.0, 0.0)),
-                    None => norm.raise(g, loads.rows(g, 0).0, loads.unit(g, loads.variance[g])),
+                    Some(busy) => norm.set_load(g, &busy.time[g * width..][..width], (1.0, 0.0)),
+                    None => norm.set_load(g, loads.rows(g, 0).0, loads.unit(g, loads.variance[g])),
                 }
             }
             let layer = self.layer;
@@ -123,6 +123,7 @@ impl<'a> Balance<'a> {
         }
     }
 
+    /// Writes into `rows` the loads of the devices whose shares a candidate changes.
     fn stage_loads(&mut self, Candidate { slots, step, shares }: Candidate<'_>) {
         let layer = self.layer;
         self.touched.clear();
@@ -133,9 +134,9 @@ impl<'a> Balance<'a> {
                 (h as u16, loads.variance_after(h, a, b)),
             ]);
             let ((load_g, of_a), (load_h, of_b)) = (loads.rows(g, a), loads.rows(h, b));
-            let (here, there) = self.rows[..2 * width].split_at_mut(width);
-            replace(here, load_g, of_a, of_b);
-            replace(there, load_h, of_b, of_a);
+            let (row_g, row_h) = self.rows[..2 * width].split_at_mut(width);
+            replace(row_g, load_g, of_a, of_b);
+            replace(row_h, load_h, of_b, of_a);
             return;
         }
         for &Share { expert, device, before, after } in shares {
@@ -169,7 +170,7 @@ impl Term for Balance<'_> {
             && let (Some(norm), Some(pair)) =
                 (&self.norm, exchange(self.layer, candidate.slots, candidate.step))
         {
-            return exchanged(norm, &self.loads, pair);
+            return exchange_change(norm, &self.loads, pair);
         }
         self.stage(candidate, visits);
         let (loads, staged) = (&self.loads, (&self.rows[..], &self.touched[..]));
@@ -199,7 +200,7 @@ impl Term for Balance<'_> {
             for edit in slots.edits(step) {
                 let copies = slots.copies(edit.expert);
                 let then = if edit.to.is_some() { copies + 1 } else { copies - 1 };
-                self.loads.serve(self.layer, edit.expert, then);
+                self.loads.set_copies(self.layer, edit.expert, then);
             }
         }
         if let Some(busy) = &mut self.busy {
@@ -209,7 +210,7 @@ impl Term for Balance<'_> {
             ports.apply(self.layer, &self.loads, &self.touched, visits);
         }
         let touched: Vec<usize> = self.touched.iter().map(|&(device, _)| usize::from(device)).collect();
-        self.follow(touched);
+        self.refresh(touched);
     }
 
     fn slowest(&self) -> f64 {

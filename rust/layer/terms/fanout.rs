@@ -12,6 +12,7 @@
 use std::sync::{Arc, LazyLock};
 
 use super::{Candidate, Term, Visits};
+use crate::arrays::count_groups;
 use crate::layer::slots::Share;
 use crate::layer::{EMPTY, Layer, Move, Slots};
 use crate::random::choose_copy;
@@ -94,6 +95,7 @@ impl Sets {
         Arc::new(LazyLock::new(Box::new(make)))
     }
 
+    /// Returns the sets of an expert, a bit each `[words]`; none for an empty slot.
     fn row(&self, expert: u16) -> &[u64] {
         let e = if expert == EMPTY { self.rows.len() / self.words - 1 } else { usize::from(expert) };
         &self.rows[e * self.words..][..self.words]
@@ -145,8 +147,8 @@ fn pattern(copies: usize, copy: usize) -> Vec<u64> {
 pub(crate) struct Fanout<'a> {
     layer: &'a Layer,
     sets: &'a Sets,
-    /// Whether rows have a price, so that this term writes how many tokens visit devices.
-    tells_visits: bool,
+    /// True if rows have a price, so that this term computes visits of devices.
+    computes_visits: bool,
     words: usize,
     /// Contents that a slot may have: an expert, or nothing, E + 1.
     contents: usize,
@@ -176,12 +178,12 @@ impl<'a> Fanout<'a> {
     pub(crate) fn new(layer: &'a Layer, sets: &'a Sets, slots: &Slots) -> Self {
         let (d, words) = (layer.devices(), sets.words);
         let tiers = sets.node_cost != 0.0;
-        let nodes = layer.site.node.iter().map(|&node| usize::from(node) + 1).max().unwrap_or(0);
+        let nodes = count_groups(&layer.site.node);
         let contents = layer.experts + 1;
         let mut fanout = Self {
             layer,
             sets,
-            tells_visits: layer.costs.row > 0.0,
+            computes_visits: layer.costs.row > 0.0,
             words,
             contents,
             visits_if: vec![UNKNOWN; layer.slots() * contents],
@@ -206,8 +208,8 @@ impl<'a> Fanout<'a> {
     }
 
     /// Writes the visits per token of load after the last candidate, given the shares that it changes.
-    fn tell_visits(&self, shares: &[Share], visits: &mut Visits) {
-        let changed = if self.tells_visits { &self.visits_then[..] } else { &[] };
+    fn write_visits(&self, shares: &[Share], visits: &mut Visits) {
+        let changed = if self.computes_visits { &self.visits_then[..] } else { &[] };
         for &(device, visits_then) in changed {
             let at_device = shares.iter().filter(|share| share.device == device);
             let added_load: i64 = at_device.map(|share| self.added_load(share)).sum();
@@ -321,8 +323,8 @@ impl<'a> Fanout<'a> {
     fn exchange(&mut self, slots: &Slots, new: [(usize, u16); 2]) -> f64 {
         let (layer, sets, words) = (self.layer, self.sets, self.words);
         let (mut devices, mut nodes) = (0, 0);
-        let [here, there] = new.map(|(slot, _)| slots.device(slot));
-        let apart = layer.site.node[here] != layer.site.node[there] && !self.node_others.is_empty();
+        let [first, second] = new.map(|(slot, _)| slots.device(slot));
+        let changes_nodes = layer.site.node[first] != layer.site.node[second] && !self.node_others.is_empty();
         self.visits_then.clear();
         for (slot, expert) in new {
             let g = slots.device(slot);
@@ -334,8 +336,8 @@ impl<'a> Fanout<'a> {
             }
             self.visits_then.push((g as u16, *visits_if));
             devices += *visits_if - self.visits[g];
-            // Within a node, an exchange changes nothing for it.
-            if apart {
+            // An exchange within a node does not change the visits of the node.
+            if changes_nodes {
                 let node_others = &self.node_others[g * words..][..words];
                 nodes += sets.tokens([others, row, node_others])
                     - self.node_visits[usize::from(layer.site.node[g])];
@@ -352,15 +354,15 @@ impl Term for Fanout<'_> {
 
     fn change(&mut self, Candidate { slots, step, shares }: Candidate<'_>, visits: &mut Visits) -> f64 {
         let change = self.added(slots, step);
-        self.tell_visits(shares, visits);
+        self.write_visits(shares, visits);
         change
     }
 
     fn apply(&mut self, Candidate { slots, step, shares }: Candidate<'_>, visits: &mut Visits) {
-        if self.tells_visits {
-            // Which visits there are then: what a move adds was asked for some moves ago.
+        if self.computes_visits {
+            // The visits are computed again: other candidates may have been priced since.
             self.added(slots, step);
-            self.tell_visits(shares, visits);
+            self.write_visits(shares, visits);
         }
         for share in shares {
             self.load[usize::from(share.device)] += self.added_load(share);
@@ -368,13 +370,13 @@ impl Term for Fanout<'_> {
         self.touched = touched(slots, step);
     }
 
-    fn settle(&mut self, slots: &Slots) {
+    fn finish_apply(&mut self, slots: &Slots) {
         let touched = std::mem::take(&mut self.touched);
         self.refresh(slots, &touched);
     }
 
     fn needs_shares(&self) -> bool {
-        self.tells_visits
+        self.computes_visits
     }
 
     fn takes_long(&self) -> bool {
@@ -403,10 +405,12 @@ fn ratio(visits: i64, load: i64) -> f32 {
     if load > 0 { (visits as f64 * PER_TOKEN / load as f64) as f32 } else { 0.0 }
 }
 
+/// Returns the cost of so many visits of devices and nodes.
 fn price(sets: &Sets, devices: i64, nodes: i64) -> f64 {
     devices as f64 * sets.device_cost + nodes as f64 * sets.node_cost
 }
 
+/// Adds the bits of a row.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
 fn join(to: &mut [u64], row: &[u64]) {
     for (to, &row) in to.iter_mut().zip(row) {

@@ -31,7 +31,7 @@ impl Loads {
             time: layer.site.time.iter().map(|&time| time as f32).collect(),
         };
         for (e, &copies) in (0..).zip(copies) {
-            loads.serve(layer, e, copies);
+            loads.set_copies(layer, e, copies);
             let devices: Vec<u16> = slots.devices(e).collect();
             for &device in &devices {
                 let nearest = layer.site.split == Split::Nearest;
@@ -46,7 +46,7 @@ impl Loads {
     }
 
     /// Computes the tokens of a copy and their own variance, given how many copies share the expert's tokens.
-    pub(super) fn serve(&mut self, layer: &Layer, expert: u16, copies: u32) {
+    pub(super) fn set_copies(&mut self, layer: &Layer, expert: u16, copies: u32) {
         let (e, share) = (usize::from(expert), 1.0 / f64::from(copies.max(1)));
         let row = &mut self.served[e * self.width..][..self.width];
         row.fill(0.0);
@@ -55,7 +55,7 @@ impl Loads {
     }
 
     /// Adds a copy of an expert to a device.
-    pub(super) fn enter(&mut self, device: usize, expert: usize) {
+    pub(super) fn add_copy(&mut self, device: usize, expert: usize) {
         self.variance[device] += self.served_variance[expert];
         let load = &mut self.load[device * self.width..][..self.width];
         add(load, &self.served[expert * self.width..][..self.width], 1.0, 1.0);
@@ -68,7 +68,7 @@ impl Loads {
     }
 
     /// Returns the row of an empty slot.
-    pub(super) fn nobody(&self) -> usize {
+    pub(super) fn empty_row(&self) -> usize {
         self.served_variance.len() - 1
     }
 

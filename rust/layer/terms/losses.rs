@@ -12,7 +12,7 @@ use super::{Candidate, Term, Visits};
 use crate::arrays::count_groups;
 use crate::division::{Division, Notes};
 use crate::layer::slots::Edit;
-use crate::layer::{Layer, Move, Slots};
+use crate::layer::{Layer, Move, Slots, power, root};
 
 /// The norm is of order two to the power of this.
 const DOUBLINGS: u32 = 4;
@@ -66,7 +66,7 @@ impl AfterLosses {
         Self { loads: vec![0.0; domain.len()], time: time.to_vec(), domain, per_mean, added }
     }
 
-    /// Builds the same where all load is still served after every loss.
+    /// Builds devices that hold nothing yet, with a total load that is still served after every loss.
     pub(in crate::layer) fn all_served(time: &[f64], domain: &[u16], total: f64) -> Self {
         let domains = count_groups(domain);
         Self::new(time, domain, &vec![total; domains])
@@ -112,7 +112,8 @@ impl AfterLosses {
         worst
     }
 
-    /// Returns the same where a dispatcher divides the loads of experts `[E]` over the copies that are left.
+    /// Returns the busiest device's time after the loss of every domain, over the mean of the devices left `[width]`, if a
+    /// dispatcher divides the loads of experts `[E]` over the remaining copies.
     fn divide(&self, slots: &Slots, load: &[f64]) -> Vec<f64> {
         let (mut copies, mut notes) = (copies_of(slots, &self.time), Notes::default());
         let mut division = Division::new(&copies, load, &mut notes);
@@ -126,7 +127,7 @@ impl AfterLosses {
             for &(slot, _) in &gone {
                 copies.put(slot, None);
             }
-            let time = division.follow(&copies, &gone, &mut notes);
+            let time = division.update(&copies, &gone, &mut notes);
             division.restore(&copies, &mut notes);
             for (slot, expert) in gone {
                 copies.put(slot, expert);
@@ -216,6 +217,7 @@ pub(crate) struct LossNorm<'a> {
 }
 
 impl<'a> LossNorm<'a> {
+    /// Builds the term for slots.
     pub(crate) fn new(layer: &'a Layer, losses: &Losses, slots: &Slots) -> Self {
         let mut after = AfterLosses::all_served(&layer.site.time, &losses.domain, layer.load.iter().sum());
         for (expert, &load) in layer.load.iter().enumerate() {
@@ -317,7 +319,7 @@ impl<'a> LossNorm<'a> {
 
 impl Term for LossNorm<'_> {
     fn cost(&self) -> f64 {
-        root(self.total) * self.price
+        root(self.total, DOUBLINGS) * self.price
     }
 
     fn change(&mut self, Candidate { slots, step, .. }: Candidate<'_>, _: &mut Visits) -> f64 {
@@ -326,7 +328,7 @@ impl Term for LossNorm<'_> {
         for &(device, _, powers) in &self.touched {
             self.powers_then[device] = powers;
         }
-        (root(sum(&self.powers_then)) - root(self.total)) * self.price
+        (root(sum(&self.powers_then), DOUBLINGS) - root(self.total, DOUBLINGS)) * self.price
     }
 
     fn apply(&mut self, Candidate { slots, step, .. }: Candidate<'_>, _: &mut Visits) {
@@ -361,7 +363,7 @@ impl Term for LossNorm<'_> {
                 self.powers_then[usize::from(device)] = 0.0;
             }
         }
-        (root(self.total) - root(sum(&self.powers_then))) * self.price
+        (root(self.total, DOUBLINGS) - root(sum(&self.powers_then), DOUBLINGS)) * self.price
     }
 
     fn after_losses(&self) -> Option<(&[f64], usize)> {
@@ -369,7 +371,7 @@ impl Term for LossNorm<'_> {
     }
 }
 
-/// Sums, over losses that add `added`, the powers of a device's load above the mean.
+/// Sums the powers of a device's load above the mean over the losses that add `added` to it.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
 fn powers_of(added: &[f64], (load, time, per_mean): (f64, f64, &[f64])) -> f64 {
     let mut sums = [0.0; WIDTH];
@@ -377,11 +379,7 @@ fn powers_of(added: &[f64], (load, time, per_mean): (f64, f64, &[f64])) -> f64 {
         for k in 0..WIDTH {
             let above = (load + added[k]) * time * per_mean[k] - 1.0;
             // After the loss of its own domain the device has no load.
-            let mut power = if above > 0.0 { above } else { 0.0 };
-            for _ in 0..DOUBLINGS {
-                power *= power;
-            }
-            sums[k] += power;
+            sums[k] += power(if above > 0.0 { above } else { 0.0 }, DOUBLINGS);
         }
     }
     sums.iter().sum()
@@ -397,11 +395,6 @@ fn sum(values: &[f64]) -> f64 {
         }
     }
     sums.iter().sum::<f64>() + rest.iter().sum::<f64>()
-}
-
-/// Returns the norm of a sum of powers.
-fn root(sum: f64) -> f64 {
-    (0..DOUBLINGS).fold(sum, |root, _| root.sqrt())
 }
 
 /// The norm of what devices have after losses above the mean of those that are left.

@@ -1,7 +1,7 @@
 //! The term of split `lp`: the time of the slowest device, summed over windows, if a dispatcher divides every window's
 //! tokens over copies so that this time is least (`crate::division`).
 //!
-//! Which devices share copies matters, not only how many copies an expert has.
+//! So the cost depends on which devices share copies, not only on the number of copies of each expert.
 
 use super::{Candidate, Term, Visits};
 use crate::division::{Copies, Division, Notes};
@@ -37,6 +37,7 @@ pub(super) fn copies_of(slots: &Slots, time: &[f64]) -> Copies {
 }
 
 impl LpSplit {
+    /// Builds the term for slots.
     pub(crate) fn new(layer: &Layer, loads: &Loads, slots: &Slots) -> Self {
         let copies = copies_of(slots, &layer.site.time);
         let mut notes = Notes::default();
@@ -77,7 +78,7 @@ impl Term for LpSplit {
         let before = self.put(slots, step);
         let mut change = 0.0;
         for window in &mut self.windows {
-            change += window.follow(&self.copies, &before, &mut self.notes) - window.time();
+            change += window.update(&self.copies, &before, &mut self.notes) - window.time();
             window.restore(&self.copies, &mut self.notes);
         }
         for (slot, expert) in before {
@@ -90,8 +91,8 @@ impl Term for LpSplit {
         let before = self.put(slots, step);
         self.cost = 0.0;
         for window in &mut self.windows {
-            self.cost += window.follow(&self.copies, &before, &mut self.notes);
-            window.settle(&mut self.notes);
+            self.cost += window.update(&self.copies, &before, &mut self.notes);
+            window.accept(&mut self.notes);
         }
     }
 }

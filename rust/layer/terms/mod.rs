@@ -103,8 +103,8 @@ pub(super) trait Term: Debug + Send {
         0.0
     }
 
-    /// Completes the candidate that was applied, after the slots have changed.
-    fn settle(&mut self, _slots: &Slots) {}
+    /// Updates the term after the slots have changed by the candidate that was applied.
+    fn finish_apply(&mut self, _slots: &Slots) {}
 
     /// Returns the visits of every device per token of its load `[D]`, if this term counts them.
     fn visits_per_load(&self) -> Option<Vec<f32>> {
@@ -159,7 +159,7 @@ pub(super) struct Terms<'a> {
     /// Terms that count visits come first: others price rows by the visits that they write.
     all: Vec<Box<dyn Term + 'a>>,
     caps: Option<Caps<'a>>,
-    /// Whether some term needs the shares of every candidate, and whether the last term bounds its gain.
+    /// True if some term needs the shares of every candidate, and true if the last term bounds its gain.
     needs_shares: bool,
     bounds_gain: bool,
     /// Shares and visits of the last candidate; devices are memory for counting the shares.
@@ -264,29 +264,29 @@ impl<'a> Terms<'a> {
 
     /// Returns the cost that a move adds; nothing if it breaks the cap, or surely adds more than a limit.
     pub(super) fn change(&mut self, slots: &Slots, step: Move, limit: f64) -> Option<f64> {
-        self.look(slots, step);
+        self.update_shares(slots, step);
         let is_allowed = self.caps.as_ref().is_none_or(|caps| caps.allows(&self.shares));
         if is_allowed { self.added(slots, step, limit) } else { None }
     }
 
     /// Returns what a move adds to the excess over the cap, and to the cost: infinity if that is surely above a limit.
-    pub(super) fn rise(&mut self, slots: &Slots, step: Move, limit: f64) -> (f64, f64) {
-        self.look(slots, step);
-        let rise = self.caps.as_ref().map_or(0.0, |caps| caps.rise(&self.shares));
-        (rise, self.added(slots, step, limit).unwrap_or(f64::INFINITY))
+    pub(super) fn excess_and_change(&mut self, slots: &Slots, step: Move, limit: f64) -> (f64, f64) {
+        self.update_shares(slots, step);
+        let excess_change = self.caps.as_ref().map_or(0.0, |caps| caps.excess_change(&self.shares));
+        (excess_change, self.added(slots, step, limit).unwrap_or(f64::INFINITY))
     }
 
     /// Returns what a move adds to the separable terms alone.
     pub(super) fn separable_change(&mut self, slots: &Slots, step: Move) -> f64 {
-        self.look(slots, step);
+        self.update_shares(slots, step);
         let candidate = Candidate { slots, step, shares: &self.shares };
         let separable = self.all.iter_mut().filter(|term| term.is_separable());
         separable.map(|term| term.change(candidate, &mut self.visits)).sum()
     }
 
-    /// Computes which shares a move changes, unless no term needs them.
+    /// Computes the shares that a move changes, unless no term needs them.
     #[inline(always)]
-    fn look(&mut self, slots: &Slots, step: Move) {
+    fn update_shares(&mut self, slots: &Slots, step: Move) {
         if self.needs_shares || balance::exchange(self.layer, slots, step).is_none() {
             slots.shares(&self.layer.site, step, &mut self.shares, &mut self.devices);
         }
@@ -321,7 +321,7 @@ impl<'a> Terms<'a> {
         }
         slots.apply(step);
         for term in &mut self.all {
-            term.settle(slots);
+            term.finish_apply(slots);
         }
     }
 }

@@ -25,7 +25,7 @@ const MOST: f32 = 128.0;
 pub(super) struct Norm {
     /// One over the mean of every window `[width]`.
     per_mean: Vec<f32>,
-    /// `[D, width]`.
+    /// Powers of all devices `[D, width]`.
     power: Vec<f32>,
     /// Slope of the norm in the sum of powers, times its price `[width]`.
     slope: Vec<f32>,
@@ -40,10 +40,12 @@ impl Norm {
         Self { per_mean: per_mean.to_vec(), power, slope: vec![0.0; width], cost: 0.0 }
     }
 
+    /// Returns the sum of norms, each times the price of its window.
     pub(super) fn cost(&self) -> f64 {
         self.cost
     }
 
+    /// Returns the powers of a device `[width]`.
     #[inline(always)]
     fn of(&self, device: usize) -> &[f32] {
         &self.power[device * self.slope.len()..][..self.slope.len()]
@@ -60,15 +62,15 @@ impl Norm {
         let mut sums = [0.0; LANES];
         for (row, &(device, variance)) in rows.chunks_exact(self.slope.len()).zip(touched) {
             let power = self.of(usize::from(device));
-            risen(&mut sums, row, [power, &self.per_mean, &self.slope], unit(device, variance));
+            add_rise(&mut sums, row, [power, &self.per_mean, &self.slope], unit(device, variance));
         }
         f64::from(total(sums))
     }
 
     /// Recomputes a device's powers from its tokens, its time per token and its deviation.
-    pub(super) fn raise(&mut self, device: usize, load: &[f32], unit: (f32, f32)) {
+    pub(super) fn set_load(&mut self, device: usize, load: &[f32], unit: (f32, f32)) {
         let power = &mut self.power[device * load.len()..][..load.len()];
-        raised(power, load, &self.per_mean, unit);
+        compute_powers(power, load, &self.per_mean, unit);
     }
 
     /// Recomputes slopes and cost.
@@ -88,7 +90,7 @@ fn power_of(x: f32) -> f32 {
 
 /// Returns the cost that an exchange of two experts adds, without writing anything.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-pub(super) fn exchanged(norm: &Norm, loads: &Loads, pair: Pair) -> f64 {
+pub(super) fn exchange_change(norm: &Norm, loads: &Loads, pair: Pair) -> f64 {
     let Pair { devices: [g, h], rows: [a, b] } = pair;
     let ((load_g, of_a), (load_h, of_b)) = (loads.rows(g, a), loads.rows(h, b));
     let n = chunks(&norm.slope);
@@ -101,18 +103,18 @@ pub(super) fn exchanged(norm: &Norm, loads: &Loads, pair: Pair) -> f64 {
     for at in 0..n {
         for k in 0..LANES {
             let moved = of_b[at][k] - of_a[at][k];
-            let here = power_of((load_g[at][k] + moved) * per_mean[at][k] * time_g + deviation_g);
-            let there = power_of((load_h[at][k] - moved) * per_mean[at][k] * time_h + deviation_h);
-            sums[k] += ((here + there) - (power_g[at][k] + power_h[at][k])) * slope[at][k];
+            let then_g = power_of((load_g[at][k] + moved) * per_mean[at][k] * time_g + deviation_g);
+            let then_h = power_of((load_h[at][k] - moved) * per_mean[at][k] * time_h + deviation_h);
+            sums[k] += ((then_g + then_h) - (power_g[at][k] + power_h[at][k])) * slope[at][k];
         }
     }
     f64::from(total(sums))
 }
 
-/// Adds to `sums` what the powers of a device's row rise by, times slopes; `rows` are its powers, what is one over the
-/// mean, and slopes.
+/// Adds to `sums` the rise of the powers of a device's row, times slopes; `rows` are its powers, one over the windows' means,
+/// and slopes.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-fn risen(sums: &mut [f32; LANES], load: &[f32], rows: [&[f32]; 3], (time, deviation): (f32, f32)) {
+fn add_rise(sums: &mut [f32; LANES], load: &[f32], rows: [&[f32]; 3], (time, deviation): (f32, f32)) {
     let n = chunks(load);
     let (load, power) = (lanes(load, n), lanes(rows[0], n));
     let (per_mean, slope) = (lanes(rows[1], n), lanes(rows[2], n));
@@ -126,7 +128,7 @@ fn risen(sums: &mut [f32; LANES], load: &[f32], rows: [&[f32]; 3], (time, deviat
 
 /// Returns the device, of those that `may` take a copy of an expert, whose powers times the windows' prices rise least.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-pub(super) fn entered(
+pub(super) fn best_device(
     norm: &Norm,
     loads: &Loads,
     expert: usize,
@@ -135,7 +137,7 @@ pub(super) fn entered(
 ) -> Option<usize> {
     let n = chunks(price);
     let (per_mean, price) = (lanes(&norm.per_mean, n), lanes(price, n));
-    let nobody = loads.nobody();
+    let empty = loads.empty_row();
     let mut best = (f32::INFINITY, None);
     for device in 0..may.len() {
         if !may[device] {
@@ -143,7 +145,7 @@ pub(super) fn entered(
         }
         let (load, served) = loads.rows(device, expert);
         let (load, served, power) = (lanes(load, n), lanes(served, n), lanes(norm.of(device), n));
-        let (time, deviation) = loads.unit(device, loads.variance_after(device, expert, nobody));
+        let (time, deviation) = loads.unit(device, loads.variance_after(device, expert, empty));
         let mut sums = [0.0f32; LANES];
         for at in 0..n {
             for k in 0..LANES {
@@ -159,15 +161,16 @@ pub(super) fn entered(
     best.1
 }
 
+/// Writes the powers of a device's loads over the windows' means.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-fn raised(power: &mut [f32], load: &[f32], per_mean: &[f32], (time, deviation): (f32, f32)) {
+fn compute_powers(power: &mut [f32], load: &[f32], per_mean: &[f32], (time, deviation): (f32, f32)) {
     let (load, per_mean) = (&load[..power.len()], &per_mean[..power.len()]);
     for w in 0..power.len() {
         power[w] = power_of(load[w] * per_mean[w] * time + deviation);
     }
 }
 
-/// Writes every window's slope and gives the sum of norms: with s the sum of powers, `price * s^(1/p)`, whose slope in s
+/// Writes every window's slope and returns the sum of norms: with s the sum of powers, `price * s^(1/p)`, whose slope in s
 /// is `price * s^(1/p) / (p * s)`.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
 fn slopes(slope: &mut [f32], power: &[f32], price: &[f32]) -> f64 {

@@ -25,6 +25,7 @@ impl Peak {
         Self { first, second, third, first_device, second_device, cost: 0.0 }
     }
 
+    /// Returns the sum of the largest times.
     pub(super) fn cost(&self) -> f64 {
         self.cost
     }
@@ -63,8 +64,8 @@ impl Peak {
         };
         match touched.len() {
             // One changed device is passed twice.
-            1 => two_changed(self, time_at(0), time_at(0)),
-            2 => two_changed(self, time_at(0), time_at(1)),
+            1 => cost_of_two(self, time_at(0), time_at(0)),
+            2 => cost_of_two(self, time_at(0), time_at(1)),
             _ => {
                 let mut largest = vec![0.0; width];
                 for (device, (row, &time)) in load.chunks_exact(width).zip(time).enumerate() {
@@ -77,6 +78,7 @@ impl Peak {
     }
 }
 
+/// Raises values to the times of a device where these are larger.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
 fn raise(to: &mut [f32], load: &[f32], time: f32) {
     for (to, &load) in to.iter_mut().zip(load) {
@@ -87,10 +89,10 @@ fn raise(to: &mut [f32], load: &[f32], time: f32) {
 
 /// Returns the cost if two devices have other rows of tokens; each comes with its number and time per token.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-fn two_changed(peak: &Peak, one: (&[f32], f32, f32), other: (&[f32], f32, f32)) -> f64 {
-    let ((here, g, time_g), (there, h, time_h)) = (one, other);
-    let n = chunks(here);
-    let (here, there) = (lanes(here, n), lanes(there, n));
+fn cost_of_two(peak: &Peak, one: (&[f32], f32, f32), other: (&[f32], f32, f32)) -> f64 {
+    let ((load_g, g, time_g), (load_h, h, time_h)) = (one, other);
+    let n = chunks(load_g);
+    let (load_g, load_h) = (lanes(load_g, n), lanes(load_h, n));
     let (first, second, third) = (lanes(&peak.first, n), lanes(&peak.second, n), lanes(&peak.third, n));
     let (first_device, second_device) = (lanes(&peak.first_device, n), lanes(&peak.second_device, n));
     let mut sums = [0.0f64; LANES];
@@ -100,8 +102,8 @@ fn two_changed(peak: &Peak, one: (&[f32], f32, f32), other: (&[f32], f32, f32)) 
             let (f, s) = (first_device[at][k], second_device[at][k]);
             let rest = if s != g && s != h { second[at][k] } else { third[at][k] };
             let rest = if f != g && f != h { first[at][k] } else { rest };
-            let (here, there) = (here[at][k] * time_g, there[at][k] * time_h);
-            let new = if here > there { here } else { there };
+            let (then_g, then_h) = (load_g[at][k] * time_g, load_h[at][k] * time_h);
+            let new = if then_g > then_h { then_g } else { then_h };
             largest[k] = if new > rest { new } else { rest };
         }
         for k in 0..LANES {
@@ -111,6 +113,7 @@ fn two_changed(peak: &Peak, one: (&[f32], f32, f32), other: (&[f32], f32, f32)) 
     total(sums)
 }
 
+/// Writes the three largest times of every window, and the devices of the first two.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
 fn largest_three(peak: &mut Peak, load: &[f32], time: &[f32]) {
     let (width, n) = (peak.first.len(), chunks(&peak.first));

@@ -16,7 +16,7 @@ pub(super) struct Ports {
     row: f64,
     /// Visits per token of load `[D]`.
     visits: Vec<f32>,
-    /// The same after the candidate move.
+    /// Visits per token of load after the candidate move `[D]`.
     visits_then: Vec<f32>,
     peak: Option<Peak>,
     norm: Option<Norm>,
@@ -33,10 +33,11 @@ impl Ports {
             peak: (!is_norm).then(|| Peak::new(windows.width)),
             norm: is_norm.then(|| Norm::new(layer.devices(), &windows.per_mean)),
         };
-        ports.follow(layer, loads, 0..layer.devices());
+        ports.refresh(layer, loads, 0..layer.devices());
         ports
     }
 
+    /// Returns the cost of the rows at the busiest port, summed over windows.
     pub(super) fn cost(&self) -> f64 {
         self.row * (self.peak.as_ref().map_or(0.0, Peak::cost) + self.norm.as_ref().map_or(0.0, Norm::cost))
     }
@@ -81,17 +82,18 @@ impl Ports {
             self.visits[usize::from(device)] = visits;
             self.visits_then[usize::from(device)] = visits;
         }
-        self.follow(layer, loads, touched.iter().map(|&(device, _)| usize::from(device)));
+        self.refresh(layer, loads, touched.iter().map(|&(device, _)| usize::from(device)));
     }
 
-    fn follow(&mut self, layer: &Layer, loads: &Loads, touched: impl IntoIterator<Item = usize>) {
+    /// Recomputes the devices that a move has touched, and the cost of the busiest port.
+    fn refresh(&mut self, layer: &Layer, loads: &Loads, touched: impl IntoIterator<Item = usize>) {
         if let Some(peak) = &mut self.peak {
             peak.refresh(&loads.load, &self.visits);
         }
         if let Some(norm) = &mut self.norm {
             for g in touched {
                 let visits = self.visits[g];
-                norm.raise(g, loads.rows(g, 0).0, (visits, deviation(loads.variance[g]) * visits));
+                norm.set_load(g, loads.rows(g, 0).0, (visits, deviation(loads.variance[g]) * visits));
             }
             norm.refresh(&layer.windows.price);
         }

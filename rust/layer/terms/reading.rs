@@ -94,7 +94,7 @@ pub(super) struct Busy<'a> {
     active: Vec<f32>,
     /// Time `[D, width]`.
     pub(super) time: Vec<f32>,
-    /// The same for the devices that a candidate touches, in their order.
+    /// Active experts and times of the devices that a candidate touches, in their order `[touched, width]`.
     active_then: Vec<f32>,
     pub(super) time_then: Vec<f32>,
     /// Time per unit of `time` `[D]`: times have the speeds of devices in them already.
@@ -125,7 +125,7 @@ impl<'a> Busy<'a> {
         for g in 0..d {
             let (load, _) = loads.rows(g, 0);
             let (active, time) = (&busy.active[g * width..][..width], &mut busy.time[g * width..][..width]);
-            longer(time, load, active, reading, (g, loads.time[g], loads.variance[g]));
+            write_times(time, load, active, reading, (g, loads.time[g], loads.variance[g]));
         }
         busy
     }
@@ -148,7 +148,7 @@ impl<'a> Busy<'a> {
                 self.parts.add(active, &layer.windows, share.expert, share.after, 1.0);
             }
             let (load, time) = (&rows[at * width..][..width], &mut self.time_then[at * width..][..width]);
-            longer(time, load, active, self.reading, (g, loads.time[g], variance));
+            write_times(time, load, active, self.reading, (g, loads.time[g], variance));
         }
     }
 
@@ -188,8 +188,8 @@ impl ActiveParts {
     }
 }
 
-/// Returns how active a copy is in a window with a load, of which it serves a share; `idle` is the logarithm of the chance
-/// that a token goes to another copy.
+/// Returns how active a copy is in a window with a load, of which it serves a share; `idle` is the logarithm of the
+/// probability that a token goes to another copy.
 fn active_part(load: f32, unit: f32, share: f64, idle: f64) -> f32 {
     if load <= 0.0 {
         return 0.0;
@@ -199,6 +199,7 @@ fn active_part(load: f32, unit: f32, share: f64, idle: f64) -> f32 {
     libm::rint(busy * f64::from(ACTIVE)) as f32
 }
 
+/// Adds a row, times a sign.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
 fn add_row(to: &mut [f32], row: &[f32], sign: f32) {
     for (to, &row) in to.iter_mut().zip(row) {
@@ -206,6 +207,7 @@ fn add_row(to: &mut [f32], row: &[f32], sign: f32) {
     }
 }
 
+/// Adds an amount in every window in which an expert has load.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
 fn add_present(to: &mut [f32], load: &[f32], amount: f32) {
     for (to, &load) in to.iter_mut().zip(load) {
@@ -214,7 +216,7 @@ fn add_present(to: &mut [f32], load: &[f32], amount: f32) {
 }
 
 /// Writes the time of a device in every window, its own deviation included: the longer of computing and reading.
-fn longer(
+fn write_times(
     to: &mut [f32],
     load: &[f32],
     active: &[f32],
@@ -222,15 +224,16 @@ fn longer(
     (g, time, variance): (usize, f32, i64),
 ) {
     let Reading { base, expert, unit, mean, .. } = reading;
-    longer_of(
+    write_longer(
         to,
         [load, active, base, expert, unit, mean],
         [time, deviation(variance), reading.exposed, reading.start[g]],
     );
 }
 
+/// Does the work of [`write_times`].
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-fn longer_of(to: &mut [f32], rows: [&[f32]; 6], factors: [f32; 4]) {
+fn write_longer(to: &mut [f32], rows: [&[f32]; 6], factors: [f32; 4]) {
     let width = to.len();
     // No closure: it would be compiled for these instruction sets, and `map` for none, so neither into the other.
     let mut rows = rows;

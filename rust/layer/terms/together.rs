@@ -35,6 +35,7 @@ impl Pairs {
         Self { counts, load, all, top_k, cost }
     }
 
+    /// Returns the pairs of an expert `[E]`.
     fn row(&self, expert: u16) -> &[f32] {
         let n = self.load.len();
         &self.counts[usize::from(expert) * n..][..n]
@@ -49,7 +50,8 @@ struct Served {
 }
 
 impl Served {
-    fn with(self, added: Self) -> Self {
+    /// Returns the sum of two.
+    fn plus(self, added: Self) -> Self {
         Self { load: self.load + added.load, pairs: self.pairs + added.pairs }
     }
 
@@ -64,8 +66,8 @@ impl Served {
 #[derive(Debug, Clone)]
 pub(crate) struct Together<'a> {
     pairs: &'a Pairs,
-    /// Whether this term counts visits of devices: rows have a price, and expert sets are not known.
-    tells_visits: bool,
+    /// True if this term estimates visits of devices: rows have a price, and expert sets are not known.
+    estimates_visits: bool,
     /// Pairs of an expert with the experts of a device `[D, E]`.
     affinity: Vec<f64>,
     /// Pairs that every device serves `[D]`.
@@ -79,11 +81,12 @@ pub(crate) struct Together<'a> {
 }
 
 impl<'a> Together<'a> {
+    /// Builds the term for slots.
     pub(crate) fn new(layer: &Layer, pairs: &'a Pairs, slots: &Slots) -> Self {
         let devices = layer.devices();
         let mut together = Self {
             pairs,
-            tells_visits: layer.costs.row > 0.0 && layer.costs.sets.is_none(),
+            estimates_visits: layer.costs.row > 0.0 && layer.costs.sets.is_none(),
             affinity: vec![0.0; devices * layer.experts],
             served: vec![Served::default(); devices],
             pairs_apart: pairs.all / 2.0,
@@ -98,27 +101,27 @@ impl<'a> Together<'a> {
                 before: 0.0,
                 after: layer.site.share(&devices, device),
             };
-            together.follow(&devices.iter().map(arrival).collect::<Vec<_>>());
+            together.apply_shares(&devices.iter().map(arrival).collect::<Vec<_>>());
         }
         together
     }
 
     /// Writes the visits per token of load after the last candidate.
-    fn tell_visits(&self, visits: &mut Visits) {
-        if self.tells_visits {
+    fn write_visits(&self, visits: &mut Visits) {
+        if self.estimates_visits {
             let then =
-                |device: u16, added: Served| self.served[usize::from(device)].with(added).visits(self.pairs);
+                |device: u16, added: Served| self.served[usize::from(device)].plus(added).visits(self.pairs);
             visits.extend(self.changes.iter().map(|&(device, added)| (device, then(device, added))));
         }
     }
 
     /// Applies changes of shares.
-    fn follow(&mut self, shares: &[Share]) {
-        self.look(shares);
+    fn apply_shares(&mut self, shares: &[Share]) {
+        self.compute_changes(shares);
         self.pairs_apart -= self.pairs_gained;
         for &(device, added) in &self.changes {
             let served = &mut self.served[usize::from(device)];
-            *served = served.with(added);
+            *served = served.plus(added);
         }
         for share in shares {
             let row = self.pairs.row(share.expert);
@@ -129,29 +132,29 @@ impl<'a> Together<'a> {
         }
     }
 
-    /// Computes what devices gain: load, and pairs with the experts that are there or come there.
-    fn look(&mut self, shares: &[Share]) {
+    /// Computes what devices gain by changes of shares: load, and pairs with the experts that are there or come there.
+    fn compute_changes(&mut self, shares: &[Share]) {
         let pairs = self.pairs;
         self.changes.clear();
         self.pairs_gained = 0.0;
         for (n, share) in shares.iter().enumerate() {
             let (row, change) = (pairs.row(share.expert), share.after - share.before);
-            let mut pairs_here =
+            let mut pairs_there =
                 self.affinity[usize::from(share.device) * row.len() + usize::from(share.expert)];
             for other in shares[..n].iter().filter(|other| other.device == share.device) {
-                pairs_here += (other.after - other.before) * f64::from(row[usize::from(other.expert)]);
+                pairs_there += (other.after - other.before) * f64::from(row[usize::from(other.expert)]);
             }
-            self.pairs_gained += change * pairs_here;
+            self.pairs_gained += change * pairs_there;
             let added = Served {
                 load: change * pairs.load[usize::from(share.expert)],
-                pairs: 2.0 * change * pairs_here,
+                pairs: 2.0 * change * pairs_there,
             };
             let at = self.changes.iter().position(|(device, _)| *device == share.device);
             let at = at.unwrap_or_else(|| {
                 self.changes.push((share.device, Served::default()));
                 self.changes.len() - 1
             });
-            self.changes[at].1 = self.changes[at].1.with(added);
+            self.changes[at].1 = self.changes[at].1.plus(added);
         }
     }
 }
@@ -162,17 +165,17 @@ impl Term for Together<'_> {
     }
 
     fn change(&mut self, Candidate { shares, .. }: Candidate<'_>, visits: &mut Visits) -> f64 {
-        self.look(shares);
-        self.tell_visits(visits);
+        self.compute_changes(shares);
+        self.write_visits(visits);
         -self.pairs_gained * self.pairs.cost
     }
 
     fn apply(&mut self, Candidate { shares, .. }: Candidate<'_>, visits: &mut Visits) {
-        if self.tells_visits {
-            self.look(shares);
-            self.tell_visits(visits);
+        if self.estimates_visits {
+            self.compute_changes(shares);
+            self.write_visits(visits);
         }
-        self.follow(shares);
+        self.apply_shares(shares);
     }
 
     fn visits_per_load(&self) -> Option<Vec<f32>> {

@@ -56,7 +56,7 @@ pub struct Windows {
 }
 
 impl Windows {
-    /// Weighs and scales loads `[W, E]`, by the weight of every window `[W]`.
+    /// Builds windows from loads `[W, E]`, weighted by the weight of every window `[W]` and scaled.
     #[must_use]
     pub fn new(load: &[f64], weight: &[f64], experts: usize, site: &Site, measure: Measure) -> Self {
         let count = weight.len();
@@ -84,7 +84,7 @@ impl Windows {
         let mut values = vec![0.0; (experts + 1) * width];
         for (e, values) in values.chunks_exact_mut(width).take(experts).enumerate() {
             for (value, row) in values.iter_mut().zip(rows.chunks_exact(experts)) {
-                // Down, so that the total keeps its bound.
+                // Values are rounded down, so that the total keeps its bound.
                 *value = (row[e] * scale) as u32 as f32;
             }
         }
@@ -147,9 +147,9 @@ fn moments(rows: &[f64], experts: usize, rate: f64, noise: f64) -> (Vec<f64>, Ve
     (own_variance, heaviness)
 }
 
-/// Rounds a number below 2^22 to a whole one: added to 1.5 * 2^23, only that fits the mantissa.
+/// Rounds a number below 2^22 to an integer: added to 1.5 * 2^23, its mantissa holds no fraction.
 #[inline(always)]
-fn whole(x: f32) -> f32 {
+fn round(x: f32) -> f32 {
     const MAGIC: f32 = 12_582_912.0;
     (x + MAGIC) - MAGIC
 }
@@ -158,7 +158,7 @@ fn whole(x: f32) -> f32 {
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
 pub(in crate::layer) fn add(to: &mut [f32], load: &[f32], share: f32, sign: f32) {
     for (to, &load) in to.iter_mut().zip(load) {
-        *to += sign * whole(load * share);
+        *to += sign * round(load * share);
     }
 }
 
