@@ -134,6 +134,7 @@ def find_faults(layout: Layout, engine: str | None, hints: Hints) -> list[str]:
 
 
 def _find_layer_faults(layout: Layout, hints: Hints) -> list[str]:
+    """List the faults in the number of rows and in the numbers of layers."""
     count = len(layout.experts)
     hidden, dense = hints.hidden_layers, hints.dense_layers
     wrong = set(layout.layers or ()) & set(dense or ())
@@ -155,6 +156,7 @@ def _find_layer_faults(layout: Layout, hints: Hints) -> list[str]:
 
 
 def _find_device_faults(layout: Layout, engine: Engine | None, hints: Hints) -> list[str]:
+    """List the faults in the number of devices, in slots per device, and copies on one device."""
     rows, slots = layout.experts.shape
     devices = layout.devices or hints.devices
     if layout.devices and hints.devices and layout.devices != hints.devices:
@@ -181,6 +183,7 @@ def _find_device_faults(layout: Layout, engine: Engine | None, hints: Hints) -> 
 
 
 def _find_expert_faults(layout: Layout, engine: Engine | None, hints: Hints) -> list[str]:
+    """List wrong ids, empty slots, and experts without a slot."""
     table = layout.experts
     experts = hints.num_experts or layout.num_experts or int(table.max(initial=0)) + 1
     if layout.num_experts and layout.num_experts != experts:

@@ -44,8 +44,8 @@ class Settings:
         Whether weights that change follow experts that move (vLLM): ``MOETUNER_UPDATES``, by
         default if any other variable is set.
     rules
-        A variable for each, in capitals: ``MOETUNER_DEAD_ZONE``; the budget is
-        ``MOETUNER_MOVE_BUDGET``.
+        Limits of moves. Each field has a variable of its name in capitals, such as
+        ``MOETUNER_DEAD_ZONE``; that of the budget is ``MOETUNER_MOVE_BUDGET``.
     """
 
     placements: tuple[Path, ...] = ()
