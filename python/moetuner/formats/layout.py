@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import EXPERT_LIMIT, MissingArgumentError, array_in, shown
+from moetuner.files.cells import and_more
 from moetuner.formats.hints import Hints
 from moetuner.placement import EMPTY, Placement
 from moetuner.serving.engines import ENGINES, Engine
@@ -177,7 +178,7 @@ def _find_device_faults(layout: Layout, engine: Engine | None, hints: Hints) -> 
     twice = np.argwhere((experts[:, :, 1:] == experts[:, :, :-1]) & (experts[:, :, 1:] != EMPTY))
     return [
         f"{layout.where(row)}, device {device}: expert {experts[row, device, slot]} is there twice"
-        f"{_write_rest(len(twice))}: {engine.title} {engine.repeated}"
+        f"{and_more(len(twice))}: {engine.title} {engine.repeated}"
         for row, device, slot in twice[:1]
     ]
 
@@ -194,11 +195,11 @@ def _find_expert_faults(layout: Layout, engine: Engine | None, hints: Hints) -> 
         row, slot = wrong[0]
         return [
             f"{layout.where(row, slot)}: expert {table[row, slot]} is not below {experts}"
-            f"{_write_rest(len(wrong))}: of another model, or damaged"
+            f"{and_more(len(wrong))}: of another model, or damaged"
         ]
     empty = np.argwhere(table == EMPTY)
     messages = [
-        f"{layout.where(row, slot)} is empty{_write_rest(len(empty))}: every slot must be full"
+        f"{layout.where(row, slot)} is empty{and_more(len(empty))}: every slot must be full"
         for row, slot in empty[:1]
     ]
     for number, row in enumerate(table):
@@ -206,7 +207,7 @@ def _find_expert_faults(layout: Layout, engine: Engine | None, hints: Hints) -> 
         if len(missing):
             messages.append(
                 f"{layout.where(number)}: expert {missing[0]} has no slot"
-                f"{_write_rest(len(missing))}: every expert must have at least one"
+                f"{and_more(len(missing))}: every expert must have at least one"
             )
             break
     if engine is not None and not engine.may_copy and table.shape[1] > experts:
@@ -214,7 +215,3 @@ def _find_expert_faults(layout: Layout, engine: Engine | None, hints: Hints) -> 
             f"must have {experts} slots, as {engine.title} has no copies, got {table.shape[1]}"
         )
     return messages
-
-
-def _write_rest(count: int) -> str:
-    return f", and {count - 1} more" if count > 1 else ""

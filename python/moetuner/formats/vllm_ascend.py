@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from moetuner._checks import shown
 from moetuner.files import naming, npz, read_whole, replacing
+from moetuner.files.cells import and_more
 from moetuner.files.text import parse_json
 from moetuner.formats import pickled
 from moetuner.formats.arrays import list_names, read_arrays
@@ -167,8 +168,7 @@ def _misplaced(where: str, members: list[Any], key: str) -> list[str]:
     if not wrong:
         return []
     at = wrong[0]
-    further = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
     return [
-        f"{where}: entry {at} has {key} {numbers[at]!r:.40}{further}: vllm-ascend takes entries in "
-        "the order of the file, whatever their numbers"
+        f"{where}: entry {at} has {key} {numbers[at]!r:.40}{and_more(len(wrong))}: vllm-ascend "
+        "takes entries in the order of the file, whatever their numbers"
     ]

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner._checks import ArgumentError, shown, whole_number
+from moetuner.files.cells import and_more
 from moetuner.placement import Placement
-from moetuner.problem.capacity import and_more
 
 # (layer, expert, device); layer None for all.
 Pin = tuple[int | None, int, int]
