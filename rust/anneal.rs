@@ -1,14 +1,14 @@
-//! Simulated annealing: the schedule by which both engines cool, by trials or by the clock.
+//! Simulated annealing: the cooling schedule of both searches, by trials or by the clock.
 //!
-//! What a trial is, and whether it is accepted, is the engine's own. One of the chain takes about ten nanoseconds: a
-//! single draw proposes a swap and chooses its threshold from a table. One of a layer takes ten times as long, and is
-//! judged with more bits and, where it matters, a logarithm.
+//! The search of the chain and that of a layer define their own trials and how these are accepted. A trial of the chain takes
+//! about ten nanoseconds: a single random number proposes a swap and chooses its threshold from a table. A trial of a layer
+//! takes ten times as long. Its acceptance takes more random bits and, where it matters, a logarithm.
 
 use std::time::{Duration, Instant};
 
 use crate::control::Control;
 
-/// How long a run is: so many trials or, if it is over earlier, a time, but then so many trials at the `least`. Only a
+/// Length of a run: a number of trials or, if it is over earlier, a time. A time ends no run before `least` trials. Only a
 /// number of trials gives the same answer on every machine.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Length {
@@ -18,14 +18,17 @@ pub(crate) struct Length {
 }
 
 impl Length {
+    /// Returns the length of a run of so many trials, at least one.
     pub(crate) fn trials(trials: u64) -> Self {
         Self { trials: trials.max(1), least: 0, time: None }
     }
 
+    /// Returns the length of a run that ends by the clock.
     pub(crate) fn time(time: Duration) -> Self {
         Self { trials: u64::MAX, least: 0, time: Some(time) }
     }
 
+    /// Returns half of the length.
     pub(crate) fn half(self) -> Self {
         match self.time {
             Some(time) => Self { time: Some(time / 2), ..self },
@@ -34,14 +37,14 @@ impl Length {
     }
 }
 
-/// Trials at one temperature, and how many times as many there are between two looks at the clock.
+/// Trials at one temperature, and the number of such blocks between two checks of the clock.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Blocks {
     pub(crate) trials: u64,
     pub(crate) check: u64,
 }
 
-/// What changes by equal factors during a run: its first value, and the last as a multiple of it.
+/// A value that changes by equal factors during a run: the first value, and the last one as a multiple of it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Ramp {
     pub(crate) first: f64,
@@ -49,14 +52,16 @@ pub(crate) struct Ramp {
 }
 
 impl Ramp {
+    /// Returns the value after a share of the run.
     fn at(self, done: f64) -> f64 {
         self.first * libm::pow(self.change, done)
     }
 }
 
-/// Makes blocks of trials with the values of the ramps as they are by then; stops early when told to.
+/// Calls `block` with the current values of the ramps until the run is over or `control` is stopped.
 ///
-/// A run that is short of time goes down the ramps by the clock: cut off before it is cold, it would be worth little.
+/// A run that is short of time follows the ramps by the clock. If it were cut off before it is cold, its result would be
+/// poor.
 #[inline]
 pub(crate) fn anneal<const N: usize>(
     length: Length,
@@ -69,7 +74,7 @@ pub(crate) fn anneal<const N: usize>(
     anneal_by(|| begin.elapsed(), length, blocks, ramps, control, block);
 }
 
-/// The same by a clock, which says how long the run has taken.
+/// Anneals as [`anneal`] does; `clock` returns the time since the run began.
 #[inline]
 fn anneal_by<const N: usize>(
     clock: impl Fn() -> Duration,
@@ -112,10 +117,11 @@ mod tests {
 
     use super::*;
 
+    /// A run reaches its last temperature, whether its trials, the least number of them or the clock ends it.
     #[test]
     fn a_run_ends_cold_however_long_it_is() {
         let limit = |millis| Some(Duration::from_millis(millis));
-        // On a clock that goes on by a millisecond with every block.
+        // The clock advances by a millisecond with every block.
         for (trials, least, time, blocks) in [
             (1000, 0, None, 100),
             (1000, 0, limit(600_000), 100),
@@ -124,10 +130,10 @@ mod tests {
             (u64::MAX, 0, limit(200), 200),
         ] {
             let (mut seen, ramp) = (Vec::new(), Ramp { first: 1.0, change: 1e-4 });
-            let (length, each) = (Length { trials, least, time }, Blocks { trials: 10, check: 1 });
+            let (length, tens) = (Length { trials, least, time }, Blocks { trials: 10, check: 1 });
             let now = Cell::new(0);
             let clock = || Duration::from_millis(now.get());
-            anneal_by(clock, length, each, [ramp], &Control::new(None), |[value]| {
+            anneal_by(clock, length, tens, [ramp], &Control::new(None), |[value]| {
                 now.set(now.get() + 1);
                 seen.push(value);
             });

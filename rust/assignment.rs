@@ -1,9 +1,9 @@
 //! The linear assignment problem.
 
-/// Matches rows to columns one to one for the largest sum of `weight`, `[n, n]`.
+/// Returns the column of every row `[n]` in a one-to-one matching with the largest sum of `weight` `[n, n]`.
 ///
-/// Returns the column of every row. Shortest augmenting paths with potentials (Jonker and Volgenant, 1987), O(n^3),
-/// exact in integers; the same input always gives the same matching.
+/// The algorithm finds shortest augmenting paths with potentials (Jonker and Volgenant, 1987) in O(n^3). It is exact in
+/// integers, and the same input always gives the same matching.
 #[must_use]
 pub fn assign_max(weight: &[i64], n: usize) -> Vec<usize> {
     const NONE: usize = usize::MAX;
@@ -13,18 +13,18 @@ pub fn assign_max(weight: &[i64], n: usize) -> Vec<usize> {
     let mut potential_column = vec![0i64; n];
     let mut shortest = vec![0i64; n];
     let mut before = vec![NONE; n];
-    let mut done = vec![false; n];
+    let mut visited = vec![false; n];
     for start in 0..n {
         shortest.fill(i64::MAX);
         before.fill(NONE);
-        done.fill(false);
+        visited.fill(false);
         let mut row = start;
         let mut path = 0;
         let mut via = NONE;
         let end = loop {
             let mut nearest = i64::MAX;
             let mut next = NONE;
-            for column in (0..n).filter(|&c| !done[c]) {
+            for column in (0..n).filter(|&c| !visited[c]) {
                 // Cost is the negated weight.
                 let reduced = -weight[row * n + column] - potential_row[row] - potential_column[column];
                 if path + reduced < shortest[column] {
@@ -37,7 +37,7 @@ pub fn assign_max(weight: &[i64], n: usize) -> Vec<usize> {
                 }
             }
             path = nearest;
-            done[next] = true;
+            visited[next] = true;
             if row_of[next] == NONE {
                 break next;
             }
@@ -45,7 +45,7 @@ pub fn assign_max(weight: &[i64], n: usize) -> Vec<usize> {
             row = row_of[next];
         };
         potential_row[start] += path;
-        for column in (0..n).filter(|&c| done[c] && c != end) {
+        for column in (0..n).filter(|&c| visited[c] && c != end) {
             potential_row[row_of[column]] += path - shortest[column];
             potential_column[column] -= path - shortest[column];
         }

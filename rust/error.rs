@@ -37,7 +37,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// An argument that breaks a rule, with what it is.
+    /// Builds the error of an argument that breaks a rule; `got` is its value.
     pub fn shape(what: &'static str, rule: impl Into<String>, got: &dyn ToString) -> Self {
         Self::Shape { what, rule: rule.into(), got: got.to_string() }
     }

@@ -5,6 +5,7 @@
 //! ([`replay`]) measures an assignment on a trace. Nothing here knows Python except `python`.
 
 mod anneal;
+mod arrays;
 pub mod assignment;
 pub mod bound;
 pub mod chain;

@@ -1,21 +1,22 @@
 //! Lines of JSON with arrays of expert ids.
 //!
 //! A trace as text is millions of objects such as `{"experts": [[3, 17], [8, 1]], "sequence": 0}`. [`scan`] reads runs
-//! of them into columns, without making a value of anything else, up to the first line that breaks a rule, which it
-//! says. That line may still be right in a way that few writers use (an escape in a key, NaN in what nobody reads): the
-//! caller looks at it with a more general parser.
+//! of them into columns, skips all other values, and stops at the first line that breaks a rule, which it reports. That line
+//! may still be valid JSON of a rare kind (an escape in a key, NaN in a value that is skipped): the caller parses it with a
+//! more general parser.
 
 use std::collections::HashMap;
 
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
-/// Stands for an integer that a line does not have.
+/// Marks an integer that a line does not have.
 pub const NO_INTEGER: i64 = i64::MIN;
-/// Stands for a text that a line does not have, for an array, and for a size before it is seen.
+/// Marks a text or an array that a line does not have, and a size that is not known yet.
 pub const NONE: i64 = -1;
 
-/// Columns of [`Scanned::table`] before those of integers and texts: which array, and its sizes, outermost first.
+/// Number of columns of [`Scanned::table`] before those of integers and texts: the array's number, and its sizes, outermost
+/// first.
 pub const SIZES: usize = 4;
 
 /// The keys to read; others are skipped.
@@ -29,10 +30,10 @@ pub struct Keys {
     pub texts: Vec<String>,
 }
 
-/// What a run of lines holds.
+/// The contents of a run of lines.
 #[derive(Debug, Clone, Default)]
 pub struct Scanned {
-    /// First byte after the lines taken.
+    /// First byte after the lines that were read.
     pub end: usize,
     /// Line ends among them, blank lines included.
     pub ends: usize,
@@ -40,14 +41,14 @@ pub struct Scanned {
     pub ids: Vec<u16>,
     /// A row for every line that is not blank: number of the array, its sizes (1 in front of two), integers, texts.
     pub table: Vec<i64>,
-    /// Texts that the table numbers.
+    /// Texts, by their numbers in the table.
     pub texts: Vec<String>,
-    /// Which rule the next line breaks.
+    /// The rule that the next line breaks.
     pub refused: Option<String>,
     numbers: HashMap<String, i64>,
 }
 
-/// Reads lines from byte `start` on, up to the first that breaks a rule. The last one need not have an end.
+/// Reads lines from byte `start` on, up to the first one that breaks a rule. The last line need not have an end.
 #[must_use]
 pub fn scan(text: &[u8], start: usize, keys: &Keys) -> Scanned {
     let mut lines = Scanned { end: start, ..Scanned::default() };
@@ -78,11 +79,11 @@ fn read(line: &[u8], keys: &Keys, lines: &mut Scanned) -> Result<(), String> {
     let (of_integers, of_texts) = columns.split_at_mut(keys.integers.len());
     let json = || "must be a JSON object".to_string();
     std::str::from_utf8(line).map_err(|error| error.to_string())?;
-    let mut left = Cursor { line };
-    left.expect(b'{').ok_or_else(json)?;
+    let mut cursor = Cursor { line };
+    cursor.expect(b'{').ok_or_else(json)?;
     loop {
-        let key: &str = left.value().ok_or_else(json)?;
-        left.expect(b':').ok_or_else(json)?;
+        let key: &str = cursor.value().ok_or_else(json)?;
+        cursor.expect(b':').ok_or_else(json)?;
         let place = |names: &[String]| names.iter().position(|name| name == key);
         let rule = |rule: &str| format!("{key} must be {rule}");
         let once = |is_new: bool| only(is_new).ok_or_else(|| rule("there once"));
@@ -92,21 +93,21 @@ fn read(line: &[u8], keys: &Keys, lines: &mut Scanned) -> Result<(), String> {
             sizes[..SIZES - depth].fill(1);
             sizes[0] = which as i64;
             let deep = || rule(&format!("integers from 0 to 65535, in lists of one length, {depth} deep"));
-            left.list(&mut sizes[SIZES - depth..], ids).ok_or_else(deep)?;
+            cursor.list(&mut sizes[SIZES - depth..], ids).ok_or_else(deep)?;
         } else if let Some(which) = place(&keys.integers) {
             once(of_integers[which] == NO_INTEGER)?;
-            of_integers[which] = left.value().ok_or_else(|| rule("an integer of 64 bits"))?;
+            of_integers[which] = cursor.value().ok_or_else(|| rule("an integer of 64 bits"))?;
         } else if let Some(which) = place(&keys.texts) {
             once(of_texts[which] == NONE)?;
-            let name: String = left.value().ok_or_else(|| rule("a text"))?;
+            let name: String = cursor.value().ok_or_else(|| rule("a text"))?;
             of_texts[which] = *numbers.entry(name).or_insert_with_key(|name| {
                 texts.push(name.clone());
                 texts.len() as i64 - 1
             });
         } else {
-            left.value::<IgnoredAny>().ok_or_else(json)?;
+            cursor.value::<IgnoredAny>().ok_or_else(json)?;
         }
-        match left.mark() {
+        match cursor.mark() {
             Some(b',') => {}
             Some(b'}') => break,
             _ => return Err(json()),
@@ -114,20 +115,20 @@ fn read(line: &[u8], keys: &Keys, lines: &mut Scanned) -> Result<(), String> {
     }
     // An empty list has no lists in it.
     sizes[1..].iter_mut().for_each(|size| *size = (*size).max(0));
-    only(left.line.trim_ascii().is_empty() && sizes[0] != NONE).ok_or_else(json)
+    only(cursor.line.trim_ascii().is_empty() && sizes[0] != NONE).ok_or_else(json)
 }
 
-/// What is left of a line. What it reads is None where the line has something else.
+/// The rest of a line. Its methods return None if the line continues in another way.
 struct Cursor<'a> {
     line: &'a [u8],
 }
 
 impl<'a> Cursor<'a> {
-    /// Reads lists in lists; those of a depth have one length, which is [`NONE`] in `sizes` until it is seen.
+    /// Reads nested lists. Lists of one depth have one length, which is [`NONE`] in `sizes` until it is known.
     fn list(&mut self, sizes: &mut [i64], ids: &mut Vec<u16>) -> Option<()> {
         let [size, inner @ ..] = sizes else { return None };
         self.expect(b'[')?;
-        self.blanks();
+        self.skip_blanks();
         let mut count = 0;
         let mut goes_on = self.line.first() != Some(&b']');
         if !goes_on {
@@ -151,10 +152,10 @@ impl<'a> Cursor<'a> {
         Some(())
     }
 
-    /// Reads a number below 2^16. What may not follow one (a digit after a zero, a point) is no mark.
+    /// Reads a number below 2^16. Characters that may not follow a number (a digit after a zero, a point) are rejected as marks.
     #[inline(always)]
     fn id(&mut self) -> Option<u16> {
-        self.blanks();
+        self.skip_blanks();
         let mut value = u32::from(self.digit()?);
         if value > 0 {
             while let Some(digit) = self.digit() {
@@ -165,6 +166,7 @@ impl<'a> Cursor<'a> {
         Some(value as u16)
     }
 
+    /// Reads a digit.
     #[inline(always)]
     fn digit(&mut self) -> Option<u8> {
         let (first, rest) = self.line.split_first()?;
@@ -174,27 +176,29 @@ impl<'a> Cursor<'a> {
         Some(digit)
     }
 
+    /// Skips blanks.
     #[inline(always)]
-    fn blanks(&mut self) {
+    fn skip_blanks(&mut self) {
         while let [b' ' | b'\t' | b'\r', rest @ ..] = self.line {
             self.line = rest;
         }
     }
 
-    /// Reads the next byte that is no blank.
+    /// Reads the next byte that is not blank.
     #[inline(always)]
     fn mark(&mut self) -> Option<u8> {
-        self.blanks();
+        self.skip_blanks();
         let (first, rest) = self.line.split_first()?;
         self.line = rest;
         Some(*first)
     }
 
+    /// Reads a mark, which must be this one.
     fn expect(&mut self, mark: u8) -> Option<()> {
         only(self.mark()? == mark)
     }
 
-    /// Reads a value of any other kind.
+    /// Reads a JSON value of any type.
     fn value<T: Deserialize<'a>>(&mut self) -> Option<T> {
         let mut values = serde_json::Deserializer::from_slice(self.line).into_iter();
         let value = values.next()?.ok()?;
@@ -203,16 +207,18 @@ impl<'a> Cursor<'a> {
     }
 }
 
+/// Returns None unless a condition holds.
 #[inline(always)]
-fn only(is: bool) -> Option<()> {
-    is.then_some(())
+fn only(condition: bool) -> Option<()> {
+    condition.then_some(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Python reads what is refused here with its own parser, to the same: only this test sees that nothing is.
+    /// Both forms are read, and other keys are skipped, without a line being refused. Python parses refused lines itself, so
+    /// that no other test would notice.
     #[test]
     fn reads_both_forms_and_skips_other_keys() {
         let arrays = vec![("experts".into(), 2), ("tokens".into(), 3)];

@@ -5,7 +5,7 @@
 pub struct Random([u64; 4]);
 
 impl Random {
-    /// The stream number `stream` of `seed`.
+    /// Builds the generator of stream number `stream` of `seed`.
     #[must_use]
     pub fn new(seed: u64, stream: u64) -> Self {
         let mut state = seed ^ stream.wrapping_mul(0xA076_1D64_78BD_642F);
@@ -19,7 +19,7 @@ impl Random {
         }))
     }
 
-    /// 64 random bits.
+    /// Returns 64 random bits.
     #[inline]
     pub fn bits(&mut self) -> u64 {
         let [a, b, c, d] = self.0;
@@ -29,7 +29,7 @@ impl Random {
         result
     }
 
-    /// A number below `n`, which must not be zero; the bias of at most n / 2^32 is of no consequence here.
+    /// Returns a random number below `n`, which must not be zero; the bias of at most n / 2^32 does not matter here.
     #[inline]
     pub fn below(&mut self, n: usize) -> usize {
         scale(self.bits() >> 32, n)
@@ -44,23 +44,23 @@ impl Random {
     }
 }
 
-/// Mixes 32 bits so that every bit of the result depends on all of them, the low ones too: the last step of `MurmurHash3`.
+/// Returns a hash of 32 bits of which every bit depends on all bits of the input: the last step of `MurmurHash3`.
 #[inline]
 #[must_use]
-pub fn mixed(mut bits: u32) -> u32 {
+pub fn hash(mut bits: u32) -> u32 {
     bits = (bits ^ (bits >> 16)).wrapping_mul(0x85EB_CA6B);
     bits = (bits ^ (bits >> 13)).wrapping_mul(0xC2B2_AE35);
     bits ^ (bits >> 16)
 }
 
-/// Which of so many copies of an expert serves a token, by the token's [`mixed`] bits: the same rule for all experts.
+/// Returns which of so many copies of an expert serves a token, by the token's [`hash`]; all experts have the same rule.
 #[inline]
 #[must_use]
-pub fn choose_copy(bits: usize, copies: usize) -> usize {
-    bits % copies
+pub fn choose_copy(hash: usize, copies: usize) -> usize {
+    hash % copies
 }
 
-/// Maps 32 random bits to a number below `n`.
+/// Maps 32 random bits evenly to a number below `n`.
 #[inline]
 #[must_use]
 pub fn scale(bits: u64, n: usize) -> usize {

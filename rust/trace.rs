@@ -8,9 +8,9 @@ use crate::error::{Error, Result};
 pub trait ExpertId: Copy + Eq + Ord + Send + Sync + 'static {
     /// Width of the type.
     const BITS: usize;
-    /// The id as a table index.
+    /// Returns the id as a table index.
     fn index(self) -> usize;
-    /// The ids of a row side by side, the first one lowest; they must fit.
+    /// Packs the ids of a row into a word, the first one lowest; they must fit.
     fn word<const K: usize>(row: &[Self; K]) -> u64;
 }
 
@@ -56,7 +56,7 @@ pub struct Routing {
 }
 
 impl Routing {
-    /// Sizes that a trace can have: at least one layer and one expert, `1 <= K <= E`, ids within 16 bits.
+    /// Checks the sizes of a routing: at least one layer and one expert, `1 <= K <= E`, ids within 16 bits.
     pub fn new(layers: usize, experts: usize, top_k: usize) -> Result<Self> {
         if layers == 0 {
             return Err(Error::shape("expert_ids", "at least one layer", &layers));
@@ -71,14 +71,14 @@ impl Routing {
         Ok(Self { layers, experts, top_k })
     }
 
-    /// Ids per token.
+    /// Returns the number of ids per token.
     #[must_use]
     pub fn row(&self) -> usize {
         self.layers * self.top_k
     }
 }
 
-/// A number for every token: the sum of what a table `[L, E]` has for its experts, all of which are in range.
+/// Returns a number for every token `[T]`: the sum of the entries of a table `[L, E]` for its experts, which are in range.
 pub fn code<I: ExpertId>(ids: &[I], routing: Routing, table: &[u64]) -> Vec<u64> {
     let Routing { experts, top_k, .. } = routing;
     let of_token = |token: &[I]| {
@@ -91,13 +91,13 @@ pub fn code<I: ExpertId>(ids: &[I], routing: Routing, table: &[u64]) -> Vec<u64>
     ids.par_chunks_exact(routing.row()).with_min_len(ROWS_PER_TASK).map(of_token).collect()
 }
 
-/// Rows per task: large enough to hide the scheduling, few enough for the first-level cache, since they are read twice.
+/// Rows per task: enough to hide the scheduling, few enough for the first-level cache, since rows are read twice.
 const ROWS_PER_TASK: usize = 1 << 12;
 
 /// Checks every id of a shard: in range, and no expert twice in one token and layer.
 ///
-/// `first_token` is the shard's position in its trace; it is only used to name a faulty token.
-/// The error is always that of the first faulty token and layer.
+/// The error is that of the first faulty token and layer. `first_token` is the position of the shard in its trace, which the
+/// error needs to name the token.
 pub fn validate<I: ExpertId>(ids: &[I], routing: Routing, first_token: u64) -> Result<()> {
     let k = routing.top_k;
     let faulty = ids
@@ -108,7 +108,7 @@ pub fn validate<I: ExpertId>(ids: &[I], routing: Routing, first_token: u64) -> R
     faulty.map_or(Ok(()), |row| Err(describe(&ids[row * k..][..k], row, routing, first_token)))
 }
 
-/// The first row (token and layer) that breaks a rule.
+/// Returns the first row (token and layer) that breaks a rule.
 fn first_fault<I: ExpertId>(rows: &[I], routing: Routing) -> Option<usize> {
     if is_clean(rows, routing) {
         return None;
@@ -118,8 +118,9 @@ fn first_fault<I: ExpertId>(rows: &[I], routing: Routing) -> Option<usize> {
     })
 }
 
-/// Whether all rows are free of faults. Loops are written out: a closure handed to a library function would be
-/// compiled without the vector instructions.
+/// Returns whether all rows are free of faults.
+///
+/// Loops are written out: a closure that a library function calls would be compiled without the vector instructions.
 #[multiversion::multiversion(targets(
     "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+bmi2",
     "x86_64+avx2+bmi2"
@@ -129,7 +130,7 @@ fn is_clean<I: ExpertId>(rows: &[I], routing: Routing) -> bool {
     for &id in rows {
         largest = if id > largest { id } else { largest };
     }
-    let distinct = match routing.top_k {
+    let are_distinct = match routing.top_k {
         1 => true,
         2 => is_distinct::<I, 2>(rows),
         4 => is_distinct::<I, 4>(rows),
@@ -137,19 +138,19 @@ fn is_clean<I: ExpertId>(rows: &[I], routing: Routing) -> bool {
         8 => is_distinct::<I, 8>(rows),
         k => rows.chunks_exact(k).all(|row| !row.iter().enumerate().any(|(i, id)| row[..i].contains(id))),
     };
-    largest.index() < routing.experts && distinct
+    largest.index() < routing.experts && are_distinct
 }
 
-/// Whether no row of K ids, which fit a word of this type, has two equal ones.
+/// Evaluates to whether the ids of every row of K are distinct; a row must fit a word of this type.
 ///
-/// Two ids are equal where the row and the row rotated by some number of ids have a zero in their exclusive or; a zero
+/// Two ids are equal if the exclusive or of the row and the row rotated by some number of ids has a lane of zero. Such a lane
 /// shows when one is subtracted from every lane (Mycroft's test).
 macro_rules! is_distinct_in {
     ($word:ty, $id:ty, $k:expr, $rows:expr) => {{
         let all = <$word>::MAX >> (<$word>::BITS as usize - $k * <$id>::BITS);
         let lane = |value: $word| (0..$k).fold(0, |lanes, i| lanes | value << (i * <$id>::BITS));
         let (low, high) = (lane(1), lane(1 << (<$id>::BITS - 1)));
-        // A range without its end: an inclusive one unrolls too late for the loop over rows to become vector instructions.
+        // The range is exclusive: an inclusive one unrolls too late for the loop over rows to become vector instructions.
         let end = $k / 2 + 1;
         let mut zero = 0;
         for row in $rows.as_chunks::<$k>().0 {
@@ -164,23 +165,24 @@ macro_rules! is_distinct_in {
     }};
 }
 
-/// Whether no row of K ids has two equal ones.
+/// Returns whether the ids of every row of K are distinct.
 #[inline(always)]
 fn is_distinct<I: ExpertId, const K: usize>(rows: &[I]) -> bool {
     if K * I::BITS > 64 {
-        let mut equal = false;
+        let mut has_equal = false;
         for row in rows.as_chunks::<K>().0 {
             for i in 1..K {
                 for j in 0..i {
-                    equal |= row[i] == row[j];
+                    has_equal |= row[i] == row[j];
                 }
             }
         }
-        return !equal;
+        return !has_equal;
     }
     if K * I::BITS <= 32 { is_distinct_in!(u32, I, K, rows) } else { is_distinct_in!(u64, I, K, rows) }
 }
 
+/// Returns the error of a faulty row.
 fn describe<I: ExpertId>(ids: &[I], row: usize, routing: Routing, first_token: u64) -> Error {
     let token = first_token + (row / routing.layers) as u64;
     let layer = row % routing.layers;

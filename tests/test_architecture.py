@@ -344,7 +344,7 @@ def test_plugins_import_engines_and_torch_inside_functions():
 RUST = PACKAGE.parents[1] / "rust"
 # What a room of the core may import besides itself and the tools that serve all.
 TOOLS = {"error", "random", "control", "anneal", "tournament", "assignment", "division", "trace"}
-TOOLS |= {"urn"}
+TOOLS |= {"arrays", "urn"}
 CORE_MAY_IMPORT = {
     "counting": set(),
     "replay": {"counting"},

@@ -24,12 +24,12 @@ __all__ = [
     "busiest_rows",
     "code_tokens",
     "count_recency",
-    "estimated_met",
+    "estimated_visits",
     "exact_chain",
     "expected_active",
     "expected_apart",
-    "expected_followed",
     "expected_load",
+    "expected_transitions",
     "expected_visits",
     "find_shortage",
     "forget_pools",
@@ -362,7 +362,7 @@ def expected_visits(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return tokens of expert sets that visit every device [L,D], and every node [L,N]."""
 
-def estimated_met(
+def estimated_visits(
     slots: _Slots,
     node_of_device: list[int],
     pairs: NDArray[np.uint64],
@@ -377,7 +377,7 @@ def expected_apart(
 ) -> NDArray[np.float64]:
     """Return pairs of every layer [L] not served by one device, of counts [L,E,E]."""
 
-def expected_followed(
+def expected_transitions(
     slots: _Slots, transitions: NDArray[np.uint64], *, threads: int | None = None
 ) -> NDArray[np.float64]:
     """Return pairs of neighbouring layers by their devices [L-1,D,D], of counts [L-1,E,E]."""

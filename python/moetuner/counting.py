@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _checks as check
-from moetuner import _core
 from moetuner.files.ids import in_memory
 from moetuner.recording import AnyRecording, Recording
 from moetuner.recording.population import (
@@ -24,7 +23,7 @@ from moetuner.recording.population import (
     find_limit,
     mark_below,
 )
-from moetuner.statistics import RoutingStatistics, check_recording
+from moetuner.statistics import RoutingStatistics, check_recording, count_loads
 from moetuner.trace import RoutingTrace, as_trace
 
 Report = Callable[[float], None]
@@ -103,10 +102,7 @@ def count(
     hashes = _hash_stretches(traffic, starts, lengths)
     limit = find_limit(hashes, lengths.astype(np.uint64), size)
     is_kept = mark_below(hashes, limit)
-    if isinstance(traffic, RoutingStatistics):
-        load, rows = _count_table(traffic)
-    else:
-        load, rows = _count_trace(as_trace(traffic), threads, report)
+    load, rows = _count_by_group(traffic, threads, lambda share: report(COUNTED_SHARE * share))
     labels = np.empty(0) if traffic.sequence is None else traffic.sequence
     ends = (
         [int(end) + LABEL_OFFSET for end in (labels.min(), labels.max())] if labels.size else [0, 0]
@@ -175,42 +171,17 @@ def _hash_stretches(
     return np.array(hashes, dtype=np.uint64)
 
 
-def _count_table(table: RoutingStatistics) -> tuple[Table, Table]:
-    """Return the loads of groups [G,L,E], and their windows [G]; a single group without groups."""
-    groups = 1 if table.group is None else len(table.group_names)
-    group = np.zeros(table.windows, np.int64) if table.group is None else table.group
-    load = np.zeros((groups, table.layers, table.num_experts), dtype=np.uint64)
-    for number in np.unique(group).tolist():
-        load[number] = table.window_load[group == number].sum(axis=0, dtype=np.uint64)
+def _count_by_group(
+    recording: Recording, threads: int | None, report: Report
+) -> tuple[Table, Table]:
+    """Return the loads of groups [G,L,E], and their rows [G]; a single group without groups."""
+    groups = 1 if recording.group is None else len(recording.group_names)
+    group = np.zeros(recording.length, np.int64) if recording.group is None else recording.group
+    counts = count_loads(recording, window=None, threads=threads, progress=report)
+    # Windows of a trace are whole groups here; those of a table are as they were recorded.
+    group_of_window = np.zeros(counts.windows, np.int64) if counts.group is None else counts.group
+    load = np.zeros((groups, counts.layers, counts.num_experts), dtype=np.uint64)
+    for number in np.unique(group_of_window).tolist():
+        windows = counts.window_load[group_of_window == number]
+        load[number] = windows.sum(axis=0, dtype=np.uint64)
     return load, np.bincount(group, minlength=groups).astype(np.uint64)
-
-
-def _count_trace(trace: RoutingTrace, threads: int | None, report: Report) -> tuple[Table, Table]:
-    """Return the loads of groups [G,L,E], and their tokens [G]; a single group without groups."""
-    groups = 1 if trace.group is None else len(trace.group_names)
-    load = np.zeros((groups, trace.layers, trace.num_experts), dtype=np.uint64)
-    rows = np.zeros(groups, dtype=np.uint64)
-    # One pass: ``count_loads``, a pass for every group, takes two to three times as long.
-    counters: dict[int, _core.StatisticsCounter] = {}
-    done = 0
-    for shard in trace.shards(SHARD_BYTES, threads=threads):
-        group = None if trace.group is None else trace.group[done : done + len(shard)]
-        for number in [0] if group is None else np.unique(group).tolist():
-            if number not in counters:
-                counters[number] = _core.StatisticsCounter(
-                    trace.layers,
-                    trace.num_experts,
-                    trace.top_k,
-                    transitions=False,
-                    coactivation=False,
-                )
-            of_group = shard if group is None else shard[group == number]
-            counters[number].push(of_group, threads, checked=trace.ids.fresh)
-            rows[number] += len(of_group)
-            del of_group
-        done += len(shard)
-        report(COUNTED_SHARE * done / trace.tokens)
-        del shard  # else memory holds two shards while the next one is read
-    for number, counter in counters.items():
-        load[number] = counter.finish(threads)[1][0]
-    return load, rows

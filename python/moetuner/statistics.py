@@ -342,50 +342,85 @@ class RoutingStatistics(Recording, Frozen):
         every = _choose_stride(trace) if sets else 1
         options: Any = {"window": window, "every": every, "threads": threads, "tables": tables}
         if not by_group:
-            return cls._count(trace, report, **options)
+            return cls._count(trace, None, report, **options)[0]
         if trace.group is None:
             raise check.ArgumentError(
                 "by_group needs a trace with groups; this one has none", "by_group"
             )
-        parts, numbers = [], np.unique(trace.group).tolist()
-        for index, number in enumerate(numbers):
-            group_trace = trace.select(groups=[number])
+        counts_by_group = {}
+        if not any(tables.values()):
+            counts_by_group = cls._count(trace, trace.group, report, **options)
+        else:
+            # Tables of pairs and sets are wide: memory holds those of one group at a time.
+            numbers = np.unique(trace.group).tolist()
+            for index, number in enumerate(numbers):
 
-            def report_part(share: float, index: int = index) -> None:
-                report((index + share) / len(numbers))
+                def report_part(share: float, index: int = index) -> None:
+                    report((index + share) / len(numbers))
 
-            part = cls._count(group_trace, report_part, **options)
-            group = np.full(part.windows, number)
-            parts.append(replace(part, group=group, group_names=trace.group_names))
-        return cls.sum(parts)
+                group_trace = trace.select(groups=[number])
+                counts_by_group[number] = cls._count(group_trace, None, report_part, **options)[0]
+        return cls.sum(
+            replace(counts, group=np.full(counts.windows, number), group_names=trace.group_names)
+            for number, counts in sorted(counts_by_group.items())
+        )
 
     @classmethod
     def _count(
         cls,
         trace: RoutingTrace,
+        group: NDArray[np.integer[Any]] | None,
         report: Callable[[float], None],
         *,
         window: int | None,
         every: int,
         threads: int | None,
         tables: Mapping[str, bool],
-    ) -> RoutingStatistics:
-        """Count a trace, and the sets of one token in ``every``, for checked arguments."""
+    ) -> dict[int, RoutingStatistics]:
+        """Return counts by the group of a token [T], or of all tokens under 0, in one pass.
+
+        Arguments are checked. The sets of one token in ``every`` are counted.
+        """
         sizes = (trace.layers, trace.num_experts, trace.top_k)
-        counter, counted = _core.StatisticsCounter(*sizes, window=window, every=every, **tables), 0
+        numbers = [0] if group is None else np.unique(group).tolist()
+        counters = {
+            number: _core.StatisticsCounter(*sizes, window=window, every=every, **tables)
+            for number in numbers
+        }
+        counted = 0
         for shard in trace.shards(_choose_shard_bytes(trace), threads=threads):
-            counter.push(shard, threads, checked=trace.ids.fresh)
+            group_of_token = None if group is None else group[counted : counted + len(shard)]
+            for number in [0] if group_of_token is None else np.unique(group_of_token).tolist():
+                ids = shard if group_of_token is None else shard[group_of_token == number]
+                counters[number].push(ids, threads, checked=trace.ids.fresh)
+                del ids
             counted += len(shard)
             report(counted / trace.tokens)
             del shard  # else memory holds two shards while the next one is read
-        _, load, *pairs, sets = counter.finish(threads)
+        return {
+            number: cls._finish(trace, counter, every=every, window=window, threads=threads)
+            for number, counter in counters.items()
+        }
+
+    @classmethod
+    def _finish(
+        cls,
+        trace: RoutingTrace,
+        counter: _core.StatisticsCounter,
+        *,
+        every: int,
+        window: int | None,
+        threads: int | None,
+    ) -> RoutingStatistics:
+        """Build statistics of what a counter has counted of a trace."""
+        tokens, load, *pairs, sets = counter.finish(threads)
         statistics = cls(
             load,
             window=window,
             model=trace.model,
             sets=None if sets is None else tuple(ExpertSets(*layer) for layer in sets),
             expert_size=trace.expert_size,
-            set_tokens=None if every == 1 else -(-trace.tokens // every),
+            set_tokens=None if every == 1 else -(-tokens // every),
         )
         # The core's tables need no check, which would take as long as writing them.
         vars(statistics).update(zip(PAIRS, pairs, strict=True))

@@ -13,86 +13,107 @@ pub(crate) struct Schedule {
     pub(crate) length: Length,
     pub(crate) hot: f64,
     pub(crate) cold: f64,
-    /// Whether caps may be crossed on the way: where hardly any swap keeps them, only so can others be reached.
-    pub(crate) crosses: bool,
+    /// Whether the search may exceed caps on its way: where hardly any swap keeps them, it cannot reach other placements
+    /// otherwise.
+    pub(crate) exceeds_caps: bool,
 }
 
-/// Price of a token above its cap, in what a token of its layer costs on average: it rises while a run cools.
-const LENIENT: f64 = 0.5;
-const FIRM: f64 = 16.0;
+/// First and last price of a token above its cap, as a multiple of the mean cost of a token in its layer: the price rises
+/// while a run cools.
+const FIRST_PRICE: f64 = 0.5;
+const LAST_PRICE: f64 = 16.0;
 
-/// Each block also tries one relabelling, without which swaps get stuck.
+/// Every block also tries one relabelling: by swaps alone the search gets stuck.
 const BLOCKS: Blocks = Blocks { trials: 512, check: 64 };
-/// The same where a trial looks at all swaps of an expert; such a block is of one layer, whose tables then are at hand.
+/// Blocks where a trial evaluates all swaps of an expert. Such a block stays in one layer, so that its tables stay in the
+/// cache.
 const WIDE_BLOCKS: Blocks = Blocks { trials: 64, check: 16 };
 
 /// -ln(u) at the middle of 4096 equal parts of (0, 1): the thresholds of the Metropolis rule.
 static THRESHOLDS: LazyLock<Vec<f64>> =
     LazyLock::new(|| (0..4096).map(|i| -libm::log((f64::from(i) + 0.5) / 4096.0)).collect());
 
-/// Gumbel's distribution at the middle of 4096 equal parts of (0, 1). The least of some changes, each less such a number
-/// times the temperature, is chosen as often as heat would choose it (Gumbel, 1954).
+/// Quantiles of Gumbel's distribution at the middle of 4096 equal parts of (0, 1). The smallest of several cost changes, each
+/// reduced by such a number times the temperature, is a sample of their Boltzmann distribution (Gumbel, 1954).
 static GUMBEL: LazyLock<Vec<f32>> = LazyLock::new(|| {
     (0..4096).map(|i| -libm::log(-libm::log((f64::from(i) + 0.5) / 4096.0)) as f32).collect()
 });
-/// A trial's numbers begin anywhere among so many of its run's.
-const NUMBERS: usize = 4096;
-/// Times that all experts are looked at, at the most, when a run is cold.
-const LAST: usize = 8;
+/// Offsets in a run's noise at which the noise of a trial may begin.
+const OFFSETS: usize = 4096;
+/// Largest number of passes over all experts at the end of a run.
+const QUENCH_PASSES: usize = 8;
 
-/// Anneals in place; stops early, somewhere in between, when told to.
+/// Anneals a state in place; stops early if `control` is stopped.
+///
+/// The state may then have any temperature between the first and the last.
 pub(crate) fn anneal(state: &mut State<'_>, schedule: Schedule, random: &mut Random, control: &Control) {
     let instance = state.instance;
     let slots = instance.sizes.slots();
-    // What the pairs of an expert cost on average, by its tokens.
-    let worth =
+    // Mean cost of a token in every layer: that of the pairs of an expert, by the expert's tokens.
+    let token_cost =
         |tokens: u64| instance.unit * slots as f64 * instance.sizes.experts as f64 / tokens.max(1) as f64;
-    let worth: Vec<f64> =
-        instance.load.chunks_exact(slots.max(1)).map(|load| worth(load.iter().sum())).collect();
+    let token_cost: Vec<f64> =
+        instance.load.chunks_exact(slots.max(1)).map(|load| token_cost(load.iter().sum())).collect();
     let ramps = [
-        Ramp { first: schedule.hot * instance.unit, change: schedule.cold * instance.finest / schedule.hot },
-        Ramp { first: LENIENT, change: FIRM / LENIENT },
+        Ramp {
+            first: schedule.hot * instance.unit,
+            change: schedule.cold * instance.cheapest_share / schedule.hot,
+        },
+        Ramp { first: FIRST_PRICE, change: LAST_PRICE / FIRST_PRICE },
     ];
-    let firm = schedule.crosses.then_some(FIRM);
+    let last_price = schedule.exceeds_caps.then_some(LAST_PRICE);
     if instance.sizes.is_wide() {
-        let noise: Vec<f32> = (0..NUMBERS + slots).map(|_| GUMBEL[random.below(GUMBEL.len())]).collect();
+        let noise: Vec<f32> = (0..OFFSETS + slots).map(|_| GUMBEL[random.below(GUMBEL.len())]).collect();
         anneal::anneal(schedule.length, WIDE_BLOCKS, ramps, control, |[temperature, price]| {
-            wide_block(state, temperature, schedule.crosses.then_some(price), &worth, &noise, random);
-            exchange(state, temperature, random);
+            wide_block(
+                state,
+                temperature,
+                schedule.exceeds_caps.then_some(price),
+                &token_cost,
+                &noise,
+                random,
+            );
+            try_relabelling(state, temperature, random);
         });
-        // A run that cools ends where no swap of an expert gains anything.
+        // A run that cools ends in a local optimum of swaps.
         if schedule.cold < schedule.hot {
-            quench(state, firm, &worth, &noise, control);
+            quench(state, last_price, &token_cost, &noise, control);
         }
     } else {
         anneal::anneal(schedule.length, BLOCKS, ramps, control, |[temperature, price]| {
-            block(state, temperature, schedule.crosses.then_some(price), &worth, random);
-            exchange(state, temperature, random);
+            block(state, temperature, schedule.exceeds_caps.then_some(price), &token_cost, random);
+            try_relabelling(state, temperature, random);
         });
     }
-    if schedule.crosses {
-        let price: Vec<f64> = worth.iter().map(|worth| FIRM * worth).collect();
+    if schedule.exceeds_caps {
+        let price: Vec<f64> = token_cost.iter().map(|token_cost| LAST_PRICE * token_cost).collect();
         state.repair_caps(&price);
     }
 }
 
-/// Makes trials at a temperature; with a price of tokens above caps they may be crossed.
-fn block(state: &mut State<'_>, temperature: f64, price: Option<f64>, worth: &[f64], random: &mut Random) {
+/// Makes trials at a temperature, each of a single swap. With a price of tokens above caps, loads may exceed caps.
+fn block(
+    state: &mut State<'_>,
+    temperature: f64,
+    price: Option<f64>,
+    token_cost: &[f64],
+    random: &mut Random,
+) {
     let instance = state.instance;
     let (layers, slots) = (instance.sizes.layers, instance.sizes.slots());
     let thresholds: &[f64; 4096] = THRESHOLDS.as_slice().try_into().expect("4096 thresholds");
     for _ in 0..BLOCKS.trials {
         let bits = random.bits();
-        // Layer and expert from the high half (what the layer leaves over chooses the expert), slot from the low.
+        // The high half chooses the layer and, by what remains after that, the expert; the low half chooses the slot.
         let place = (bits >> 32) * layers as u64;
         let (layer, expert) = ((place >> 32) as usize, scale(place & 0xFFFF_FFFF, slots));
         let slot = scale(bits & 0xFFFF_FFFF, slots);
         let Some(swap) = state.swap_with_slot(layer, expert, slot) else { continue };
-        let change = state.change(swap) as f64;
-        // The low bits hardly matter for the slot: they are free to choose the threshold.
+        let change = state.cost_change(swap) as f64;
+        // The lowest bits hardly matter for the slot, so they choose the threshold.
         let allowed = temperature * thresholds[(bits & 4095) as usize];
         let accepted = if let Some(price) = price {
-            change + price * worth[layer] * state.rise(swap) as f64 <= allowed
+            change + price * token_cost[layer] * state.excess_change(swap) as f64 <= allowed
         } else {
             change <= allowed && state.fits(swap)
         };
@@ -102,56 +123,57 @@ fn block(state: &mut State<'_>, temperature: f64, price: Option<f64>, worth: &[f
     }
 }
 
-/// Makes trials at a temperature, each of which looks at all swaps of an expert and makes the one that heat would. Where
-/// devices are many nearly all swaps are refused, and to try them one by one takes far longer.
+/// Makes trials at a temperature, each of which draws one of all swaps of an expert by its probability at that temperature.
+///
+/// With many devices nearly all single swaps are rejected, so that trying them one by one takes far longer.
 fn wide_block(
     state: &mut State<'_>,
     temperature: f64,
     price: Option<f64>,
-    worth: &[f64],
+    token_cost: &[f64],
     noise: &[f32],
     random: &mut Random,
 ) {
     let slots = state.instance.sizes.slots();
     let layer = random.below(state.instance.sizes.layers);
-    let price = price.map(|price| (price * worth[layer]) as f32);
+    let price = price.map(|price| (price * token_cost[layer]) as f32);
     for _ in 0..WIDE_BLOCKS.trials {
         let bits = random.bits();
-        // The expert from the high half, its numbers from the low.
-        let (expert, at) = (scale(bits >> 32, slots), scale(bits & 0xFFFF_FFFF, NUMBERS));
-        let noise = &noise[at..][..=slots];
+        // The high half chooses the expert, the low half where its noise begins.
+        let (expert, offset) = (scale(bits >> 32, slots), scale(bits & 0xFFFF_FFFF, OFFSETS));
+        let noise = &noise[offset..][..=slots];
         if let Some(swap) = state.choose(layer, expert, temperature as f32, noise, price) {
             state.apply(swap);
         }
     }
 }
 
-/// Makes the best swap of every expert in turn, until none is left.
-fn quench(state: &mut State<'_>, price: Option<f64>, worth: &[f64], noise: &[f32], control: &Control) {
+/// Makes the best swap of every expert in turn, until no swap improves the state.
+fn quench(state: &mut State<'_>, price: Option<f64>, token_cost: &[f64], noise: &[f32], control: &Control) {
     let (layers, slots) = (state.instance.sizes.layers, state.instance.sizes.slots());
-    let mut left = true;
-    for _ in 0..LAST {
-        if !left {
+    let mut improved = true;
+    for _ in 0..QUENCH_PASSES {
+        if !improved {
             break;
         }
-        left = false;
-        for (layer, worth) in (0..layers).zip(worth) {
+        improved = false;
+        for (layer, token_cost) in (0..layers).zip(token_cost) {
             if control.stopped() {
                 return;
             }
-            let price = price.map(|price| (price * worth) as f32);
+            let price = price.map(|price| (price * token_cost) as f32);
             for expert in 0..slots {
                 if let Some(swap) = state.choose(layer, expert, 0.0, &noise[..=slots], price) {
                     state.apply(swap);
-                    left = true;
+                    improved = true;
                 }
             }
         }
     }
 }
 
-/// Tries to exchange labels.
-fn exchange(state: &mut State<'_>, temperature: f64, random: &mut Random) {
+/// Tries one exchange of device labels, in all layers from a random one on.
+fn try_relabelling(state: &mut State<'_>, temperature: f64, random: &mut Random) {
     let (instance, layers) = (state.instance, state.instance.sizes.layers);
     if layers > 1 && !instance.exchanges.is_empty() {
         let l = 1 + random.below(layers - 1);

@@ -16,27 +16,29 @@ pub struct Sizes {
 }
 
 impl Sizes {
-    /// Slots of a layer, D * S. Experts `experts..slots` stand for nothing: an empty slot holds one of them, so that
-    /// moving an expert into an empty slot is a swap like any other.
+    /// Returns the number of slots of a layer, P = D * S.
+    ///
+    /// Ids `experts..slots` are placeholders. An empty slot holds one of them, so that moving an expert into an empty slot
+    /// is a swap like any other.
     #[must_use]
     pub fn slots(&self) -> usize {
         self.devices * self.per_device
     }
 
-    /// Whether there are so many slots that a search looks at all swaps of an expert at once.
+    /// Returns whether there are so many slots that a trial evaluates all swaps of an expert at once.
     pub(crate) fn is_wide(&self) -> bool {
         self.slots() >= WIDE
     }
 
-    /// Slots `[L, D, S]` as they are told: -1 for what stands for nothing.
+    /// Returns slots `[L, D, S]` with -1 in place of placeholders.
     #[must_use]
-    pub fn unfill(&self, filled: &[u16]) -> Vec<i32> {
-        let expert = |&entry: &u16| if usize::from(entry) < self.experts { i32::from(entry) } else { -1 };
+    pub fn without_placeholders(&self, filled: &[u16]) -> Vec<i32> {
+        let expert = |&id: &u16| if usize::from(id) < self.experts { i32::from(id) } else { -1 };
         filled.iter().map(expert).collect()
     }
 }
 
-/// Slots of a layer from which on all swaps of an expert are looked at at once (measured: docs/experiments.md).
+/// Smallest number of slots of a layer for which a trial evaluates all swaps of an expert (measured: docs/experiments.md).
 const WIDE: usize = 100;
 
 /// A placement problem with one copy of each expert.
@@ -44,40 +46,40 @@ const WIDE: usize = 100;
 pub struct Instance {
     /// The sizes.
     pub sizes: Sizes,
-    /// Load `[L, P]`, zero for empty slots.
+    /// Load of every expert `[L, P]`, zero for placeholders.
     pub load: Vec<u64>,
     /// Largest load of a device `[L]`.
     pub cap: Vec<u64>,
     /// Cost of moving between devices `[D, D]`, symmetric, zero diagonal.
     pub cost: Vec<i64>,
-    /// Where costs differ: for devices g, h the devices c and `cost[h,c] - cost[g,c]`, if not zero.
-    changes: Vec<Vec<(u32, i32)>>,
-    /// Cost of the dearest pair of devices.
-    pub dearest: i32,
-    /// Devices that are nearer to each than the dearest, and by how much: itself, and those of its node.
-    pub nearer: Vec<Vec<(u32, i32)>>,
-    /// Exchanges of labels that change no cost: of two devices, and of nodes that are alike, device by device.
+    /// For devices g and h the devices c with `cost[h,c] - cost[g,c]`, where that is not zero `[D * D]`.
+    differences: Differences,
+    /// Cost of the most expensive pair of devices.
+    pub max_cost: i32,
+    /// For every device the devices with a lower cost than `max_cost`, itself included, and how much lower it is `[D]`.
+    pub cheaper: Differences,
+    /// Exchanges of labels that change no cost: pairs of devices, or all pairs of devices of two nodes.
     pub exchanges: Vec<Vec<(u16, u16)>>,
-    /// Transitions `[L - 1, P, P]`, right-shifted by `shift`, and the same with each table transposed.
+    /// Transitions `[L - 1, P, P]`, right-shifted by `shift`; `backward` has the transposed tables.
     forward: Vec<i32>,
     backward: Vec<i32>,
-    /// Co-activation `[L, P, P]`, likewise; empty where it does not count.
-    together: Vec<i32>,
-    /// Bits cut from every count so that sums fit 32 bits; 0 unless counts are huge. The search then works on
-    /// counts that are off by less than `2^shift` each.
+    /// Co-activations `[L, P, P]`, right-shifted by `shift`; empty where they do not count.
+    coactivations: Vec<i32>,
+    /// Lowest bits that are cut from every count so that sums fit 32 bits; 0 unless counts are huge. Every count is then
+    /// off by less than `2^shift`.
     pub shift: u32,
-    /// Mean of all pair costs, the unit of temperature.
+    /// Mean cost of a pair of experts, the unit of temperature.
     pub unit: f64,
-    /// The cheapest link as a share of the mean one: of two tiers, temperatures end where the cheaper one is decided.
-    pub finest: f64,
+    /// Cost of the cheapest link as a share of the mean cost. Temperatures end where the cheapest tier is decided.
+    pub cheapest_share: f64,
 }
 
-/// Largest cost of one expert on one device, twice over: leaves room for the sum of four.
-const LARGEST: u128 = 1 << 28;
+/// Limit on twice the cost of an expert on a device: a sum of four such costs fits 32 bits.
+const MAX_EXPERT_COST: u128 = 1 << 28;
 
 impl Instance {
-    /// Takes counts as they come: `load` `[L, E]`, `transitions` `[L - 1, E, E]` or empty, `coactivation` `[L, E, E]`
-    /// or empty, `cap` `[L]`, `cost` `[D, D]`.
+    /// Builds an instance from `load` `[L, E]`, `transitions` `[L - 1, E, E]` or none, `coactivation` `[L, E, E]` or none,
+    /// `cap` `[L]` and `cost` `[D, D]`.
     pub fn new(
         sizes: Sizes,
         load: &[u64],
@@ -90,10 +92,10 @@ impl Instance {
         let Sizes { layers, experts, devices, .. } = sizes;
         let slots = sizes.slots();
         let table = experts * experts;
-        let dearest = cost.iter().copied().max().unwrap_or(0).max(1) as u128;
-        let heaviest = heaviest(transitions, experts) + heaviest(coactivation, experts);
+        let max_cost = cost.iter().copied().max().unwrap_or(0).max(1) as u128;
+        let max_count = max_count(transitions, experts) + max_count(coactivation, experts);
         let mut shift = 0;
-        while (heaviest * dearest) >> shift > LARGEST {
+        while (max_count * max_cost) >> shift > MAX_EXPERT_COST {
             shift += 1;
         }
         let pad = |counts: &[u64], transpose: bool| {
@@ -113,77 +115,77 @@ impl Instance {
             to[..experts].copy_from_slice(from);
         }
         let forward = pad(transitions, false);
-        let together = pad(coactivation, false);
+        let coactivations = pad(coactivation, false);
         let pairs = (transitions.len() + coactivation.len()).max(1);
-        let sum: f64 = forward.iter().chain(&together).map(|&count| f64::from(count)).sum();
+        let sum: f64 = forward.iter().chain(&coactivations).map(|&count| f64::from(count)).sum();
         let instance = Self {
             sizes,
             load: padded_load,
             cap: cap.to_vec(),
             forward,
             backward: pad(transitions, true),
-            together,
+            coactivations,
             shift,
-            unit: (sum / pairs as f64 * mean(devices, cost).max(1.0)).max(1e-9),
+            unit: (sum / pairs as f64 * mean_cost(devices, cost).max(1.0)).max(1e-9),
             ..Self::default()
         };
         Ok(instance.with_cost(cost.to_vec()))
     }
 
-    /// The same where pairs of devices have this cost `[D, D]`.
+    /// Returns the instance with other costs of links `[D, D]`.
     fn with_cost(self, cost: Vec<i64>) -> Self {
         let devices = self.sizes.devices;
-        let (dearest, nearer, changes) = paths(devices, &cost);
-        let (mean, cheapest) = (mean(devices, &cost), cost.iter().filter(|&&cost| cost > 0).min());
-        let finest = cheapest.map_or(1.0, |&cheapest| (cheapest as f64 / mean).clamp(1e-3, 1.0));
+        let (max_cost, cheaper, differences) = cost_differences(devices, &cost);
+        let (mean, cheapest) = (mean_cost(devices, &cost), cost.iter().filter(|&&cost| cost > 0).min());
+        let cheapest_share = cheapest.map_or(1.0, |&cheapest| (cheapest as f64 / mean).clamp(1e-3, 1.0));
         Self {
-            exchanges: exchanges(devices, &cost, &changes),
+            exchanges: exchanges(devices, &cost, &differences),
             cost,
-            dearest,
-            nearer,
-            changes,
-            finest,
+            max_cost,
+            cheaper,
+            differences,
+            cheapest_share,
             ..self
         }
     }
 
-    /// Raises the caps as far as a placement `[L, P]` needs it.
-    pub fn allow(&mut self, expert_in: &[u16]) {
+    /// Raises the caps to the largest loads of a placement `[L, P]`, where these are higher.
+    pub fn raise_caps(&mut self, expert_in: &[u16]) {
         for (l, layer) in expert_in.chunks_exact(self.sizes.slots().max(1)).enumerate() {
             self.cap[l] = self.cap[l].max(self.peak(l, layer));
         }
     }
 
-    /// The same where all links cost one.
+    /// Returns the instance with a cost of one for all links.
     #[must_use]
-    pub fn flat(&self) -> Self {
+    pub fn with_uniform_links(&self) -> Self {
         let devices = self.sizes.devices;
         let cost: Vec<i64> =
             (0..devices * devices).map(|at| i64::from(at / devices != at % devices)).collect();
-        let unit = self.unit / mean(devices, &self.cost).max(1.0);
+        let unit = self.unit / mean_cost(devices, &self.cost).max(1.0);
         Self { unit, ..self.clone() }.with_cost(cost)
     }
 
-    /// Load of every device of a layer's placement `[P]`.
+    /// Iterates over the loads of devices `[D]` under a layer's placement `[P]`.
     fn loads(&self, l: usize, expert_in: &[u16]) -> impl Iterator<Item = u64> {
         let load = &self.load[l * self.sizes.slots()..];
         let devices = expert_in.chunks_exact(self.sizes.per_device);
         devices.map(|experts| experts.iter().map(|&e| load[usize::from(e)]).sum())
     }
 
-    /// Largest load of a device of a layer's placement `[P]`.
+    /// Returns the largest load of a device under a layer's placement `[P]`.
     #[must_use]
     pub fn peak(&self, l: usize, expert_in: &[u16]) -> u64 {
         self.loads(l, expert_in).max().unwrap_or(0)
     }
 
-    /// Tokens above caps of a layer's placement `[P]`.
+    /// Returns the tokens above the cap under a layer's placement `[P]`, summed over devices.
     #[must_use]
     pub fn excess(&self, l: usize, expert_in: &[u16]) -> u128 {
         self.loads(l, expert_in).map(|load| u128::from(load.saturating_sub(self.cap[l]))).sum()
     }
 
-    /// Transitions of expert `e` in layer `l` to all experts of layer `l + 1`.
+    /// Returns the transitions from expert `e` of layer `l` to all experts of layer `l + 1` `[P]`.
     #[inline]
     #[must_use]
     pub fn to_next(&self, l: usize, e: usize) -> &[i32] {
@@ -191,7 +193,7 @@ impl Instance {
         &self.forward[(l * p + e) * p..][..p]
     }
 
-    /// Transitions from all experts of layer `l - 1` to expert `e` of layer `l`.
+    /// Returns the transitions from all experts of layer `l - 1` `[P]` to expert `e` of layer `l`.
     #[inline]
     #[must_use]
     pub fn from_previous(&self, l: usize, e: usize) -> &[i32] {
@@ -199,78 +201,79 @@ impl Instance {
         &self.backward[((l - 1) * p + e) * p..][..p]
     }
 
-    /// Co-activations of expert `e` in layer `l`, where they count.
+    /// Returns the co-activations of expert `e` of layer `l` with all experts `[P]`; None where they do not count.
     #[inline]
     #[must_use]
-    pub fn with(&self, l: usize, e: usize) -> Option<&[i32]> {
+    pub fn coactivations_of(&self, l: usize, e: usize) -> Option<&[i32]> {
         let p = self.sizes.slots();
-        (!self.together.is_empty()).then(|| &self.together[(l * p + e) * p..][..p])
+        (!self.coactivations.is_empty()).then(|| &self.coactivations[(l * p + e) * p..][..p])
     }
 
-    /// What a layer's placement `[P]` costs on its own: co-activated experts apart.
+    /// Computes the cost of co-activated experts on different devices under a layer's placement `[P]`.
     #[must_use]
-    pub fn apart(&self, l: usize, expert_in: &[u16]) -> i64 {
+    pub fn coactivation_cost(&self, l: usize, expert_in: &[u16]) -> i64 {
         let (d, s) = (self.sizes.devices, self.sizes.per_device);
         let mut cost = 0;
         for (slot, &e) in expert_in.iter().enumerate() {
-            let Some(with) = self.with(l, e.into()) else { return 0 };
+            let Some(coactivations) = self.coactivations_of(l, e.into()) else { return 0 };
             let row = &self.cost[slot / s * d..][..d];
             let later = expert_in.iter().enumerate().skip(slot + 1);
-            cost += later.map(|(at, &f)| i64::from(with[usize::from(f)]) * row[at / s]).sum::<i64>();
+            cost += later.map(|(at, &f)| i64::from(coactivations[usize::from(f)]) * row[at / s]).sum::<i64>();
         }
         cost
     }
 
-    /// Whether anything counts, so that placements differ in what they cost.
+    /// Returns whether transitions or co-activations count; otherwise all placements cost the same.
     #[must_use]
     pub fn has_pairs(&self) -> bool {
-        self.has_transitions() || !self.together.is_empty()
+        self.has_transitions() || !self.coactivations.is_empty()
     }
 
-    /// Whether transitions count.
+    /// Returns whether transitions count.
     #[must_use]
     pub fn has_transitions(&self) -> bool {
         !self.forward.is_empty()
     }
 
-    /// Devices c where being on `h` instead of `g` changes the cost of a pair with a partner on c, and by how much.
+    /// Returns the devices c with `cost[h,c] - cost[g,c]`, where that is not zero: the change of the cost of a pair with a
+    /// partner on c when an expert moves from `g` to `h`.
     #[inline]
     #[must_use]
-    pub fn changes(&self, g: usize, h: usize) -> &[(u32, i32)] {
-        &self.changes[g * self.sizes.devices + h]
+    pub fn differences(&self, g: usize, h: usize) -> &[(u32, i32)] {
+        &self.differences[g * self.sizes.devices + h]
     }
 
-    /// Whether all pairs of different devices cost the same, so that only the partition of a layer matters.
+    /// Returns whether all pairs of different devices cost the same, so that only the partition of a layer matters.
     #[must_use]
-    pub fn uniform(&self) -> bool {
-        self.nearer.iter().all(|nearer| nearer.len() <= 1)
+    pub fn has_uniform_links(&self) -> bool {
+        self.cheaper.iter().all(|cheaper| cheaper.len() <= 1)
     }
 }
 
-/// Lists of devices and what their costs differ by.
+/// Lists of devices with a difference of costs, which is not zero.
 type Differences = Vec<Vec<(u32, i32)>>;
 
-/// Cost of the dearest pair, what is nearer to each device, and where costs to two devices differ.
-fn paths(devices: usize, cost: &[i64]) -> (i32, Differences, Differences) {
-    let dearest = cost.iter().copied().max().unwrap_or(0) as i32;
-    let nearer: Differences = cost
+/// Returns the fields `max_cost`, `cheaper` and `differences` of an [`Instance`] for costs of links `[D, D]`.
+fn cost_differences(devices: usize, cost: &[i64]) -> (i32, Differences, Differences) {
+    let max_cost = cost.iter().copied().max().unwrap_or(0) as i32;
+    let cheaper: Differences = cost
         .chunks_exact(devices.max(1))
         .map(|row| {
-            let nearer = |(c, &cost): (u32, &i64)| (c, dearest - cost as i32);
-            (0..).zip(row).map(nearer).filter(|&(_, by)| by != 0).collect()
+            let saving = |(c, &cost): (u32, &i64)| (c, max_cost - cost as i32);
+            (0..).zip(row).map(saving).filter(|&(_, by)| by != 0).collect()
         })
         .collect();
-    let changes =
-        (0..devices * devices).map(|at| difference(&nearer[at / devices], &nearer[at % devices])).collect();
-    (dearest, nearer, changes)
+    let differences =
+        (0..devices * devices).map(|at| difference(&cheaper[at / devices], &cheaper[at % devices])).collect();
+    (max_cost, cheaper, differences)
 }
 
-/// Mean cost of two different devices.
-fn mean(devices: usize, cost: &[i64]) -> f64 {
+/// Returns the mean cost of two different devices.
+fn mean_cost(devices: usize, cost: &[i64]) -> f64 {
     cost.iter().sum::<i64>() as f64 / (devices * devices).saturating_sub(devices).max(1) as f64
 }
 
-/// Refuses more slots than are counted in 16 bits, fewer than experts, and what would not fit into memory.
+/// Refuses more slots than 16 bits count, fewer slots than experts, and tables that would not fit into memory.
 fn check_sizes(sizes: Sizes, transitions: &[u64], coactivation: &[u64]) -> Result<()> {
     let Sizes { layers, experts, devices, .. } = sizes;
     let slots = sizes.slots();
@@ -279,15 +282,16 @@ fn check_sizes(sizes: Sizes, transitions: &[u64], coactivation: &[u64]) -> Resul
         let rule = format!("slots for all {experts} experts, at most {SLOTS} in a layer");
         return Err(Error::shape("slots", rule, &slots));
     }
-    // Padded pairs, the differences of devices, and the prices of a search.
+    // These tables are the padded pairs, the differences of devices, and the prices of a search.
     let tables = [transitions, coactivation].map(|counts| counts.len() / table.max(1));
     room_for("pairs of slots", &[(tables[0] + tables[1]) * slots, slots, size_of::<i32>()])?;
     room_for("pairs of devices", &[devices, devices, size_of::<Vec<(u32, i32)>>()])?;
     room_for("prices", &[layers, devices, slots, size_of::<i64>()])
 }
 
-/// Largest sum of a row plus a column of any table: no expert can cost more.
-fn heaviest(tables: &[u64], experts: usize) -> u128 {
+/// Returns the largest sum of an expert's row and column in any table, times two for the two neighbours of a layer: no
+/// expert has more pairs.
+fn max_count(tables: &[u64], experts: usize) -> u128 {
     let mut largest = 0;
     for table in tables.chunks_exact((experts * experts).max(1)) {
         let mut sums = vec![0u128; experts];
@@ -299,51 +303,54 @@ fn heaviest(tables: &[u64], experts: usize) -> u128 {
         }
         largest = sums.into_iter().fold(largest, u128::max);
     }
-    // A layer has two neighbours.
     2 * largest
 }
 
-/// Where costs to `h` and to `g` differ and by how much, from what is nearer to each: both in order, and short.
+/// Subtracts the savings `h` from the savings `g`, both sorted by device; leaves out differences of zero.
 fn difference(g: &[(u32, i32)], h: &[(u32, i32)]) -> Vec<(u32, i32)> {
-    let mut both: Vec<(u32, i32)> = g.iter().copied().chain(h.iter().map(|&(c, by)| (c, -by))).collect();
-    both.sort_by_key(|&(c, _)| c);
-    both.dedup_by(|later, first| {
-        let same = later.0 == first.0;
-        first.1 += if same { later.1 } else { 0 };
-        same
+    let mut differences: Vec<(u32, i32)> =
+        g.iter().copied().chain(h.iter().map(|&(c, by)| (c, -by))).collect();
+    differences.sort_by_key(|&(c, _)| c);
+    differences.dedup_by(|later, first| {
+        let is_same = later.0 == first.0;
+        first.1 += if is_same { later.1 } else { 0 };
+        is_same
     });
-    both.retain(|&(_, by)| by != 0);
-    both
+    differences.retain(|&(_, by)| by != 0);
+    differences
 }
 
-/// Pairs of devices that can exchange their labels without changing any cost, and the pairs of all devices of two such
-/// nodes. Nodes are devices that are nearer to each other than to others, at every distance that there is.
-fn exchanges(devices: usize, cost: &[i64], changes: &Differences) -> Vec<Vec<(u16, u16)>> {
+/// Returns the exchanges of labels that change no cost: single pairs of devices, and all pairs of devices of two nodes.
+///
+/// A node is a set of devices whose costs among each other are at most one of the costs that occur, and whose costs to all
+/// other devices are higher.
+fn exchanges(devices: usize, cost: &[i64], differences: &Differences) -> Vec<Vec<(u16, u16)>> {
     let mut exchanges = Vec::new();
     for (g, h) in (0..devices).flat_map(|g| (g + 1..devices).map(move |h| (g, h))) {
-        if changes[g * devices + h].iter().all(|&(c, _)| c as usize == g || c as usize == h) {
+        if differences[g * devices + h].iter().all(|&(c, _)| c as usize == g || c as usize == h) {
             exchanges.push(vec![(g as u16, h as u16)]);
         }
     }
-    let mut distances: Vec<i64> = cost.iter().copied().filter(|&cost| cost > 0).collect();
-    distances.sort_unstable();
-    distances.dedup();
-    // The largest joins all devices to one node.
-    distances.pop();
-    for reach in distances {
+    let mut limits: Vec<i64> = cost.iter().copied().filter(|&cost| cost > 0).collect();
+    limits.sort_unstable();
+    limits.dedup();
+    // The highest cost joins all devices to one node.
+    limits.pop();
+    for limit in limits {
         let members = |g: usize| -> Vec<usize> {
-            (0..devices).filter(|&h| h == g || cost[g * devices + h] <= reach).collect()
+            (0..devices).filter(|&h| h == g || cost[g * devices + h] <= limit).collect()
         };
-        let blocks: Vec<Vec<usize>> = (0..devices).map(members).collect();
-        if blocks.iter().any(|block| block.iter().any(|&g| blocks[g] != *block)) {
+        let node_of: Vec<Vec<usize>> = (0..devices).map(members).collect();
+        if node_of.iter().any(|node| node.iter().any(|&g| node_of[g] != *node)) {
             continue;
         }
-        let heads: Vec<usize> = (0..devices).filter(|&g| blocks[g][0] == g && blocks[g].len() > 1).collect();
-        for (at, &a) in heads.iter().enumerate() {
-            for &b in &heads[at + 1..] {
+        let is_first = |&g: &usize| node_of[g][0] == g && node_of[g].len() > 1;
+        let firsts: Vec<usize> = (0..devices).filter(is_first).collect();
+        for (at, &a) in firsts.iter().enumerate() {
+            for &b in &firsts[at + 1..] {
                 let pairs: Vec<(usize, usize)> =
-                    blocks[a].iter().copied().zip(blocks[b].iter().copied()).collect();
-                if blocks[a].len() == blocks[b].len() && are_alike(devices, cost, &pairs) {
+                    node_of[a].iter().copied().zip(node_of[b].iter().copied()).collect();
+                if node_of[a].len() == node_of[b].len() && are_interchangeable(devices, cost, &pairs) {
                     exchanges.push(pairs.iter().map(|&(g, h)| (g as u16, h as u16)).collect());
                 }
             }
@@ -352,18 +359,19 @@ fn exchanges(devices: usize, cost: &[i64], changes: &Differences) -> Vec<Vec<(u1
     exchanges
 }
 
-/// Whether exchanging the labels of all these pairs of devices changes no cost.
-fn are_alike(devices: usize, cost: &[i64], pairs: &[(usize, usize)]) -> bool {
+/// Returns whether no cost changes when all these pairs of devices exchange their labels.
+fn are_interchangeable(devices: usize, cost: &[i64], pairs: &[(usize, usize)]) -> bool {
     let mut to: Vec<usize> = (0..devices).collect();
     for &(g, h) in pairs {
         to.swap(g, h);
     }
-    let same = |g: usize, h: usize| (0..devices).all(|c| cost[g * devices + c] == cost[h * devices + to[c]]);
-    pairs.iter().all(|&(g, h)| same(g, h) && same(h, g))
+    let is_same =
+        |g: usize, h: usize| (0..devices).all(|c| cost[g * devices + c] == cost[h * devices + to[c]]);
+    pairs.iter().all(|&(g, h)| is_same(g, h) && is_same(h, g))
 }
 
-/// Counts below a number; devices in nodes of a size, with what a pair costs within and between them; caps a fifth above
-/// the mean.
+/// Builds an instance of random counts below a number, on devices in nodes of a size, with the cost of a pair within and
+/// between nodes, and with caps a fifth above the mean load.
 #[cfg(test)]
 pub(crate) fn random(
     sizes: Sizes,

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::{Site, Split};
+use crate::arrays::prefix_sums;
 
 /// Content of an empty slot.
 pub const EMPTY: u16 = u16::MAX;
@@ -53,12 +54,7 @@ impl Slots {
     /// Builds empty slots from the capacity of every device `[D]`.
     #[must_use]
     pub fn empty(capacity: &[usize], experts: usize) -> Self {
-        let mut first = Vec::with_capacity(capacity.len() + 1);
-        first.push(0);
-        first.extend(capacity.iter().scan(0, |slots, &more| {
-            *slots += more;
-            Some(*slots)
-        }));
+        let first = prefix_sums(capacity.iter().copied());
         let slots = first[capacity.len()];
         let mut device_of = Vec::with_capacity(slots);
         for (device, &slots) in (0u16..).zip(capacity) {

@@ -1,44 +1,40 @@
-//! What no packing can be below, by counting: no search.
+//! Lower bounds on peak and deviation of any packing, by counting alone.
 
-use super::Sizes;
+use super::ClusterSizes;
+use crate::arrays::prefix_sums;
 
-/// Lower bounds of one layer.
+/// Lower bounds for one layer.
 pub(super) struct Bounds {
-    /// Of the heaviest cluster's load.
+    /// Bound on the heaviest cluster's load.
     pub(super) peak: u128,
-    /// Of `clusters` times the sum of deviations from the mean.
+    /// Bound on `clusters` times the sum of deviations from the mean.
     pub(super) deviation: u128,
 }
 
-/// Loads from the heaviest on.
-pub(super) fn falling(load: &[u64]) -> Vec<u128> {
+/// Returns loads in falling order.
+pub(super) fn sort_falling(load: &[u64]) -> Vec<u128> {
     let mut sorted: Vec<u128> = load.iter().map(|&load| load.into()).collect();
     sorted.sort_unstable_by(|a, b| b.cmp(a));
     sorted
 }
 
 impl Bounds {
-    pub(super) fn new(load: &[u64], clusters: usize, sizes: Sizes) -> Self {
+    /// Computes the bounds from the loads of experts `[E]`.
+    pub(super) fn new(load: &[u64], clusters: usize, sizes: ClusterSizes) -> Self {
         let experts = load.len();
-        let sorted = falling(load);
-        let sums = |loads: &mut dyn Iterator<Item = &u128>| -> Vec<u128> {
-            let add = |sum: &mut u128, &load: &u128| {
-                *sum += load;
-                Some(*sum)
-            };
-            std::iter::once(0).chain(loads.scan(0, add)).collect()
-        };
-        let heaviest = sums(&mut sorted.iter());
-        let lightest = sums(&mut sorted.iter().rev());
+        let sorted = sort_falling(load);
+        // Loads of the so many heaviest, and of the so many lightest experts.
+        let heaviest = prefix_sums(sorted.iter().copied());
+        let lightest = prefix_sums(sorted.iter().rev().copied());
         let total = heaviest[experts];
         let d = clusters as u128;
         let rest = total % d;
         let mut peak = total.div_ceil(d);
-        // Loads are whole: `rest` clusters one above the floor of the mean is the best there is.
+        // Loads are integers: the least deviation has `rest` clusters one above the floor of the mean.
         let mut deviation = 2 * rest * (d - rest);
         for j in 1..=experts.min(clusters) {
-            // The j heaviest lie in some number a of clusters, which hold more experts where sizes ask for it.
-            // What those clusters carry above the mean, the others lack.
+            // The j heaviest experts lie in some number a of clusters, which hold further experts where sizes require it. The
+            // load of these clusters above the mean is missing in the others.
             let mut least_peak = u128::MAX;
             let mut least_excess = u128::MAX;
             for a in j.div_ceil(sizes.largest)..=j {
@@ -52,7 +48,7 @@ impl Bounds {
             deviation = deviation.max(2 * least_excess);
         }
         for together in 2..=experts.div_ceil(clusters) {
-            // Of the (together - 1) * clusters + 1 heaviest, `together` share a cluster.
+            // At least `together` of the (together - 1) * clusters + 1 heaviest experts share a cluster.
             let last = (together - 1) * clusters + 1;
             if last <= experts {
                 let shared = heaviest[last] - heaviest[last - together];

@@ -1,61 +1,64 @@
-//! Exchanges between pairs of clusters, and kicks where they no longer help.
+//! Exchanges of experts between pairs of clusters, and random kicks when no exchange helps.
 
 use super::bounds::Bounds;
-use super::{Goal, Improve, Sizes};
+use super::{ClusterSizes, Goal, Improve, peak_and_deviation_of};
+use crate::arrays::bits_beyond;
 use crate::random::Random;
 
-/// Descents from a kicked packing, at most, and without gain; the search ends earlier when it is as near to the bound
-/// as asked.
+/// Largest number of kicks. The search ends earlier when its goal is close enough to the bound.
 const KICKS: u64 = 400;
+/// Number of kicks without gain after which the search ends.
 const IDLE: u64 = 80;
 /// Swaps of a kick.
 const SWAPS: usize = 3;
-/// Clusters of more experts than this exchange one expert at a time: that is already a wide choice.
+/// Clusters of more experts than this exchange one expert at a time, which is choice enough.
 const PAIRED: usize = 64;
 
 /// Up to two experts of a cluster, and their load.
 #[derive(Debug, Clone, Copy)]
-struct Few {
+struct Subset {
     load: i64,
     experts: [u16; 2],
 }
 
+/// A cluster under search.
 #[derive(Debug, Clone, Default)]
 struct Cluster {
     experts: Vec<u16>,
     load: i64,
-    /// None, one or two of the experts, by load.
-    small: [Vec<Few>; 3],
+    /// Subsets of no, one and two experts, in rising order of load.
+    subsets: [Vec<Subset>; 3],
 }
 
 /// A packing that is being improved.
 pub(super) struct Exchanges<'a> {
     load: Vec<i64>,
     clusters: Vec<Cluster>,
-    sizes: Sizes,
+    sizes: ClusterSizes,
     improve: Improve<'a>,
-    /// Peak and deviation at which to stop.
-    enough: (i128, i128),
-    /// Clusters whose exchanges have not all been tried since they changed: all other pairs are at rest.
+    /// Peak and deviation at which the search stops.
+    enough: (u128, u128),
+    /// Clusters whose exchanges have not all been tried since they changed. No exchange between other clusters helps.
     open: Vec<usize>,
     /// Clusters that differ from the best packing.
     changed: Vec<usize>,
 }
 
 impl<'a> Exchanges<'a> {
+    /// Builds the search that starts from the cluster of every expert `[E]`.
     pub(super) fn new(
         load: &[u64],
         start: &[u16],
         clusters: usize,
-        sizes: Sizes,
+        sizes: ClusterSizes,
         improve: Improve<'a>,
         bounds: &Bounds,
     ) -> Self {
-        // Sums of huge counts are searched with their lowest bits cut off.
+        // Counts so large that sums could overflow lose their lowest bits.
         let total: u128 = load.iter().map(|&load| u128::from(load)).sum();
-        let shift = (128 - total.leading_zeros()).saturating_sub(62);
+        let shift = bits_beyond(total, 62);
         let slack = improve.goal.slack(total, clusters);
-        let least = |bound: u128, slack: u128| ((bound >> shift) + (slack >> shift)) as i128;
+        let least = |bound: u128, slack: u128| (bound >> shift) + (slack >> shift);
         let mut members = vec![Cluster::default(); clusters];
         for (e, &c) in start.iter().enumerate() {
             members[usize::from(c)].experts.push(e as u16);
@@ -73,11 +76,11 @@ impl<'a> Exchanges<'a> {
         exchanges
     }
 
-    /// The cluster of every expert in the best packing found.
+    /// Searches; returns the cluster of every expert `[E]` in the best packing.
     pub(super) fn run(mut self) -> Vec<u16> {
         self.descend();
         let mut best = self.clusters.clone();
-        let mut value = self.value();
+        let mut value = self.rank();
         self.changed.clear();
         let mut random = Random::new(0, self.load.len() as u64);
         let mut idle = 0;
@@ -87,41 +90,41 @@ impl<'a> Exchanges<'a> {
             }
             self.kick(&mut random);
             self.descend();
-            let new = self.value();
-            let better = new < value;
+            let new = self.rank();
+            let is_better = new < value;
             value = value.min(new);
-            idle = if better { 0 } else { idle + 1 };
+            idle = if is_better { 0 } else { idle + 1 };
             for c in self.changed.drain(..) {
                 let (from, to) =
-                    if better { (&self.clusters, &mut best) } else { (&best, &mut self.clusters) };
+                    if is_better { (&self.clusters, &mut best) } else { (&best, &mut self.clusters) };
                 to[c].clone_from(&from[c]);
             }
             self.open.clear();
         }
         let mut cluster = vec![0; self.load.len()];
-        for (c, half) in best.iter().enumerate() {
-            half.experts.iter().for_each(|&e| cluster[usize::from(e)] = c as u16);
+        for (c, members) in best.iter().enumerate() {
+            members.experts.iter().for_each(|&e| cluster[usize::from(e)] = c as u16);
         }
         cluster
     }
 
-    /// Recomputes what depends on the experts of a cluster.
+    /// Recomputes the load and the subsets of a cluster after its experts have changed.
     fn refresh(&mut self, c: usize) {
         let cluster = &mut self.clusters[c];
         let load = &self.load;
         let load_of = |e: u16| load[usize::from(e)];
         cluster.load = cluster.experts.iter().map(|&e| load_of(e)).sum();
-        let [none, one, two] = &mut cluster.small;
-        *none = vec![Few { load: 0, experts: [0, 0] }];
+        let [none, one, two] = &mut cluster.subsets;
+        *none = vec![Subset { load: 0, experts: [0, 0] }];
         one.clear();
         two.clear();
         for (i, &e) in cluster.experts.iter().enumerate() {
-            one.push(Few { load: load_of(e), experts: [e, 0] });
+            one.push(Subset { load: load_of(e), experts: [e, 0] });
             if cluster.experts.len() <= PAIRED {
                 two.extend(
                     cluster.experts[..i]
                         .iter()
-                        .map(|&f| Few { load: load_of(e) + load_of(f), experts: [e, f] }),
+                        .map(|&f| Subset { load: load_of(e) + load_of(f), experts: [e, f] }),
                 );
             }
         }
@@ -135,28 +138,21 @@ impl<'a> Exchanges<'a> {
         }
     }
 
-    /// Peak and deviation.
-    fn peak_and_deviation(&self) -> (i128, i128) {
-        let d = self.clusters.len() as i128;
-        let loads = || self.clusters.iter().map(|cluster| i128::from(cluster.load));
-        let total: i128 = loads().sum();
-        (loads().max().unwrap_or(0), loads().map(|load| (load * d - total).abs()).sum())
-    }
-
-    /// Whether it is not enough yet, what the goal asks for, then the other.
-    fn value(&self) -> (bool, i128, i128) {
-        let (peak, deviation) = self.peak_and_deviation();
-        let short = peak > self.enough.0 || deviation > self.enough.1;
+    /// Returns the rank of the packing: whether it is not good enough yet, the goal, then the other of the two goals.
+    fn rank(&self) -> (bool, u128, u128) {
+        let loads = self.clusters.iter().map(|cluster| u128::from(cluster.load.unsigned_abs()));
+        let (peak, deviation) = peak_and_deviation_of(loads);
+        let is_insufficient = peak > self.enough.0 || deviation > self.enough.1;
         match self.improve.goal {
-            Goal::Peak => (short, peak, deviation),
-            Goal::Deviation { .. } => (short, deviation, peak),
+            Goal::Peak => (is_insufficient, peak, deviation),
+            Goal::Deviation { .. } => (is_insufficient, deviation, peak),
         }
     }
 
-    /// Exchanges between all pairs of clusters until no exchange brings two loads closer.
+    /// Makes exchanges between all pairs of clusters until none brings two loads closer.
     fn descend(&mut self) {
         while let Some(a) = self.open.pop() {
-            if !self.value().0 || (self.improve.is_over)() {
+            if !self.rank().0 || (self.improve.is_over)() {
                 return;
             }
             for b in 0..self.clusters.len() {
@@ -168,20 +164,20 @@ impl<'a> Exchanges<'a> {
         }
     }
 
-    /// The exchange that brings the loads of two clusters closest, if there is one that brings them closer.
+    /// Makes the exchange that brings the loads of two clusters closest, if there is one that brings them closer.
     fn bring_closer(&mut self, a: usize, b: usize) {
         let (a, b) = if self.clusters[a].load >= self.clusters[b].load { (a, b) } else { (b, a) };
         let (from, to) = (&self.clusters[a], &self.clusters[b]);
-        let apart = from.load - to.load;
-        let mut best = (apart, None);
+        let difference = from.load - to.load;
+        let mut best = (difference, None);
         for i in 0..3 {
             for j in 0..3 {
                 let experts = [from.experts.len() + j, to.experts.len() + i];
-                let allowed = |size: usize, leaving: usize| {
+                let is_allowed = |size: usize, leaving: usize| {
                     size >= leaving && (self.sizes.smallest..=self.sizes.largest).contains(&(size - leaving))
                 };
-                if i + j > 0 && (i == j || (allowed(experts[0], i) && allowed(experts[1], j))) {
-                    nearest(&from.small[i], &to.small[j], apart, (i, j), &mut best);
+                if i + j > 0 && (i == j || (is_allowed(experts[0], i) && is_allowed(experts[1], j))) {
+                    find_closest(&from.subsets[i], &to.subsets[j], difference, (i, j), &mut best);
                 }
             }
         }
@@ -195,7 +191,7 @@ impl<'a> Exchanges<'a> {
         self.refresh(b);
     }
 
-    /// Swaps a few experts at random, so that the next descent ends elsewhere.
+    /// Swaps a few random experts, so that the next descent ends in another local optimum.
     fn kick(&mut self, random: &mut Random) {
         for _ in 0..SWAPS {
             let a = random.below(self.clusters.len());
@@ -214,19 +210,27 @@ impl<'a> Exchanges<'a> {
     }
 }
 
-/// How far apart an exchange leaves two loads, and what is given and taken.
-type Exchange = (i64, Option<((usize, Few), (usize, Few))>);
+/// The difference of two loads after an exchange, and the numbers of experts and subsets that are given and taken.
+type Exchange = (i64, Option<((usize, Subset), (usize, Subset))>);
 
-/// Finds the subsets whose exchange moves a load nearest to half of `apart`: both lists rise, so one sweep does it.
-fn nearest(give: &[Few], take: &[Few], apart: i64, (i, j): (usize, usize), best: &mut Exchange) {
+/// Finds the subsets of `i` and `j` experts whose exchange brings two loads closest, if they are closer than by `best`.
+///
+/// The exchange moves a load near half of the `difference`. Both lists rise in load, so one sweep finds it.
+fn find_closest(
+    give: &[Subset],
+    take: &[Subset],
+    difference: i64,
+    (i, j): (usize, usize),
+    best: &mut Exchange,
+) {
     let (mut g, mut t) = (0, 0);
     while g < give.len() && t < take.len() {
         let moved = give[g].load - take[t].load;
-        let left = apart - 2 * moved;
-        if left.abs() < best.0 {
-            *best = (left.abs(), Some(((i, give[g]), (j, take[t]))));
+        let remaining = difference - 2 * moved;
+        if remaining.abs() < best.0 {
+            *best = (remaining.abs(), Some(((i, give[g]), (j, take[t]))));
         }
-        if left > 0 {
+        if remaining > 0 {
             g += 1;
         } else {
             t += 1;

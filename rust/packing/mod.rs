@@ -1,9 +1,9 @@
-//! Packing the experts of one layer into clusters of even load: longest processing time first, then exchanges.
+//! Packing of the experts of one layer into clusters of balanced load: longest processing time first, then exchanges.
 //!
-//! Two goals share one search. Replacing a few experts of one cluster by a few of another so that the two loads come
-//! closer lowers the sum of squares, and never raises the largest load or the sum of deviations from the mean; so the
-//! search descends on pairs of clusters, and only judges whole packings by the goal. Everything is an integer, ties
-//! go to the lowest index, and the random kicks have a fixed stream: the same loads always give the same packing.
+//! Two goals share one search. An exchange of a few experts of two clusters that brings their loads closer lowers the sum of
+//! squares, and never raises the largest load or the sum of deviations from the mean. So the search descends on pairs of
+//! clusters, and compares only complete packings by the goal. All numbers are integers, ties go to the lowest index, and the
+//! random kicks have a fixed stream: the same loads always give the same packing.
 
 mod bounds;
 mod exact;
@@ -11,37 +11,38 @@ mod exchange;
 
 use rayon::prelude::*;
 
+use crate::arrays::bits_beyond;
 use crate::error::{Error, Result};
 use crate::tournament::Tournament;
-use bounds::{Bounds, falling};
+use bounds::{Bounds, sort_falling};
 use exchange::Exchanges;
 
-/// How many experts a cluster may hold.
+/// Limits on the number of experts in a cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Sizes {
-    /// At least.
+pub struct ClusterSizes {
+    /// Smallest number.
     pub smallest: usize,
-    /// At most.
+    /// Largest number.
     pub largest: usize,
 }
 
-/// What makes one packing better than another; the other of the two decides between equals.
+/// The goal of a packing; between equals the other goal decides.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Goal {
     /// The load of the heaviest cluster.
     Peak,
-    /// The sum over clusters of |load - mean|, to within `tolerance` of the mean.
+    /// The sum over clusters of |load - mean|, until it is small enough.
     Deviation {
-        /// As a share of the mean load.
+        /// Deviation that is small enough, as a share of the mean load.
         tolerance: f64,
     },
 }
 
-/// Packings this close to their bounds, as a share of the mean load, are not searched further.
+/// The search ends when peak and deviation are above their bounds by less than one part in so many of the mean load.
 const CLOSE: u128 = 4096;
 
 impl Goal {
-    /// How far peak and deviation (times `clusters`) may stay above their bounds.
+    /// Returns how far peak and deviation (times `clusters`) may be above their bounds when the search ends.
     fn slack(self, total: u128, clusters: usize) -> (u128, u128) {
         let peak = total / clusters as u128 / CLOSE;
         match self {
@@ -53,12 +54,12 @@ impl Goal {
     }
 }
 
-/// How far to go after longest processing time first.
+/// The goal and the end of a search that starts from longest processing time first.
 #[derive(Clone, Copy)]
 pub struct Improve<'a> {
-    /// What to improve.
+    /// The goal.
     pub goal: Goal,
-    /// Asked often: whether to be content with what is there.
+    /// Returns whether the search is to end; it is called often.
     pub is_over: &'a (dyn Fn() -> bool + Sync),
 }
 
@@ -67,26 +68,26 @@ pub struct Improve<'a> {
 pub struct Packing {
     /// The cluster of every expert.
     pub cluster: Vec<u16>,
-    /// Load of the heaviest cluster, and what no packing can be below.
+    /// Load of the heaviest cluster, and a lower bound for any packing.
     pub peak: (u128, u128),
-    /// `clusters` times the sum of deviations from the mean, and what no packing can be below.
+    /// `clusters` times the sum of deviations from the mean, and a lower bound for any packing.
     pub deviation: (u128, u128),
 }
 
-/// Packs every layer of `load`, `[layers, experts]`: longest processing time first, alone or with an effort to improve.
+/// Packs every layer of `load` `[layers, experts]` by longest processing time first, and improves the packing if asked to.
 pub fn pack(
     load: &[u64],
     experts: usize,
     clusters: usize,
-    sizes: Sizes,
+    sizes: ClusterSizes,
     improve: Option<Improve<'_>>,
 ) -> Result<Vec<Packing>> {
-    let sizes = checked(experts, clusters, sizes)?;
+    let sizes = check_sizes(experts, clusters, sizes)?;
     Ok(load.par_chunks(experts).map(|load| pack_layer(load, clusters, sizes, improve)).collect())
 }
 
-/// The sizes, at most as many as there are experts.
-fn checked(experts: usize, clusters: usize, sizes: Sizes) -> Result<Sizes> {
+/// Checks that clusters hold all experts; returns the sizes, limited to the number of experts.
+fn check_sizes(experts: usize, clusters: usize, sizes: ClusterSizes) -> Result<ClusterSizes> {
     if experts == 0 || experts > 1 << u16::BITS {
         return Err(Error::shape("load", "from 1 to 65536 experts per layer", &experts));
     }
@@ -98,38 +99,41 @@ fn checked(experts: usize, clusters: usize, sizes: Sizes) -> Result<Sizes> {
         let rule = format!("at least {least} slots for {experts} experts on {clusters} devices");
         return Err(Error::shape("slots", rule, &sizes.largest));
     }
-    Ok(Sizes { largest: sizes.largest.min(experts), ..sizes })
+    Ok(ClusterSizes { largest: sizes.largest.min(experts), ..sizes })
 }
 
-fn pack_layer(load: &[u64], clusters: usize, sizes: Sizes, improve: Option<Improve<'_>>) -> Packing {
+/// Packs one layer.
+fn pack_layer(load: &[u64], clusters: usize, sizes: ClusterSizes, improve: Option<Improve<'_>>) -> Packing {
     let mut cluster = longest_first(load, clusters, sizes);
     let bounds = Bounds::new(load, clusters, sizes);
-    if let Some(effort) = improve {
-        cluster = Exchanges::new(load, &cluster, clusters, sizes, effort, &bounds).run();
+    if let Some(improve) = improve {
+        cluster = Exchanges::new(load, &cluster, clusters, sizes, improve, &bounds).run();
     }
     let (peak, deviation) = peak_and_deviation(load, &cluster, clusters);
     Packing { cluster, peak: (peak, bounds.peak), deviation: (deviation, bounds.deviation) }
 }
 
-/// The least load of the heaviest cluster that any packing of a layer has: what is known to be reached, and a proven
-/// bound. Equal where the bound is met or the packings are few; `peak` is what the caller has reached.
+/// Returns the smallest load of the heaviest cluster that was found for a layer, and a proven lower bound on it.
+///
+/// They are equal if the bound is reached or if there are few packings. `peak` is a load that the caller has reached.
 ///
 /// # Errors
-/// When `slots` per cluster do not hold all experts.
+/// If `slots` per cluster do not hold all experts.
 pub fn smallest_peak(load: &[u64], clusters: usize, slots: usize, peak: u128) -> Result<(u128, u128)> {
-    let sizes = Sizes { smallest: 0, largest: slots.min(load.len()) };
+    let sizes = ClusterSizes { smallest: 0, largest: slots.min(load.len()) };
     let reached = pack(load, load.len(), clusters, sizes, None)?[0].peak;
     let peak = peak.min(reached.0);
-    Ok(exact::tighten(&falling(load), clusters, sizes, reached.1, peak))
+    Ok(exact::tighten(&sort_falling(load), clusters, sizes, reached.1, peak))
 }
 
-/// Longest processing time first: the heaviest expert to the least loaded cluster that may still take one; equal experts
-/// by rising index.
-fn longest_first(load: &[u64], clusters: usize, sizes: Sizes) -> Vec<u16> {
-    // A load and the index of an expert or a cluster are one word, which sorts and compares fast: sums of huge counts
-    // lose their lowest bits.
+/// Packs by longest processing time first: the heaviest expert goes to the least loaded cluster that may still take one.
+///
+/// Experts of equal load go in rising order.
+fn longest_first(load: &[u64], clusters: usize, sizes: ClusterSizes) -> Vec<u16> {
+    // A load and the index of an expert or a cluster share a word, which sorts and compares fast. Counts so large that their
+    // sums do not fit lose their lowest bits.
     let total: u128 = load.iter().map(|&load| u128::from(load)).sum();
-    let shift = (u128::BITS - total.leading_zeros()).saturating_sub(u64::BITS - u16::BITS);
+    let shift = bits_beyond(total, u64::BITS - u16::BITS);
     let mut order: Vec<u64> =
         load.iter().zip(0..).map(|(&load, e)| !(load >> shift) << u16::BITS | e).collect();
     order.sort_unstable();
@@ -138,7 +142,7 @@ fn longest_first(load: &[u64], clusters: usize, sizes: Sizes) -> Vec<u16> {
     let mut missing = clusters * sizes.smallest;
     let mut cluster = vec![0; load.len()];
     for (placed, e) in order.iter().map(|&key| usize::from(key as u16)).enumerate() {
-        // The last experts go where the fewest are not reached yet.
+        // The last experts go to clusters that do not have their smallest number yet.
         let limit = if order.len() - placed > missing { sizes.largest } else { sizes.smallest };
         let mut c = open.get() as u16;
         while used[usize::from(c)] >= limit {
@@ -154,14 +158,19 @@ fn longest_first(load: &[u64], clusters: usize, sizes: Sizes) -> Vec<u16> {
     cluster
 }
 
-/// Load of the heaviest cluster, and `clusters` times the sum of deviations from the mean.
+/// Computes the load of the heaviest cluster, and `clusters` times the sum of deviations from the mean.
 #[must_use]
 pub fn peak_and_deviation(load: &[u64], cluster: &[u16], clusters: usize) -> (u128, u128) {
     let mut sums = vec![0u128; clusters];
     for (&load, &c) in load.iter().zip(cluster) {
         sums[usize::from(c)] += u128::from(load);
     }
-    let total: u128 = sums.iter().sum();
-    let deviation = sums.iter().map(|&sum| (sum * clusters as u128).abs_diff(total)).sum();
-    (sums.into_iter().max().unwrap_or(0), deviation)
+    peak_and_deviation_of(sums.iter().copied())
+}
+
+/// Computes the largest of the loads of clusters, and their number times the sum of deviations from the mean.
+fn peak_and_deviation_of(loads: impl ExactSizeIterator<Item = u128> + Clone) -> (u128, u128) {
+    let (clusters, total) = (loads.len() as u128, loads.clone().sum::<u128>());
+    let deviation = loads.clone().map(|load| (load * clusters).abs_diff(total)).sum();
+    (loads.max().unwrap_or(0), deviation)
 }

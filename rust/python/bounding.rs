@@ -1,4 +1,4 @@
-//! Bounds, and the certificates that prove them.
+//! Lower bounds, and the certificates that prove them.
 
 use numpy::{
     IntoPyArray, PyArray1, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3,
@@ -10,7 +10,7 @@ use super::{deadline, detached, sizes, watched};
 use crate::bound::{Certificate, Instance, Limits, visits};
 use crate::control::Control;
 
-/// A certificate's lambda, columns, multipliers of the cuts, cuts, choices, and contents, as flat arrays.
+/// Lambda, columns, multipliers of the cuts, cuts, choices, and contents of a certificate, as flat arrays.
 type CertificateArrays<'py> = (
     Bound<'py, PyArray1<f64>>,
     Bound<'py, PyArray1<f64>>,
@@ -24,13 +24,14 @@ type CertificateArrays<'py> = (
 type Problem<'py> =
     (PyReadonlyArray2<'py, u64>, PyReadonlyArray3<'py, u64>, PyReadonlyArray1<'py, u64>, usize);
 
-fn instance_of<'a>((load, transitions, cap, devices): &'a Problem<'_>) -> PyResult<Instance<'a>> {
+/// Builds the instance of a problem.
+fn build_instance<'a>((load, transitions, cap, devices): &'a Problem<'_>) -> PyResult<Instance<'a>> {
     let ([layers, experts], devices) = (sizes(load.shape()), *devices);
     let (load, transitions, cap) = (load.as_slice()?, transitions.as_slice()?, cap.as_slice()?);
     Ok(Instance { layers, experts, devices, transitions, load, cap })
 }
 
-/// Proven cost, which bound it is, iterations, why it ended, whether it was interrupted, and the proof.
+/// Proven cost, name of the bound, iterations, why it ended, whether it was interrupted, and the certificate.
 type Bounded<'py> = (u64, &'static str, usize, &'static str, bool, CertificateArrays<'py>);
 
 #[pyfunction]
@@ -46,9 +47,9 @@ pub(super) fn bound<'py>(
     threads: Option<usize>,
     progress: Option<Bound<'py, PyAny>>,
 ) -> PyResult<Bounded<'py>> {
-    let (instance, control) = (instance_of(&problem)?, Control::new(deadline(time_limit)));
+    let (instance, control) = (build_instance(&problem)?, Control::new(deadline(time_limit)));
     let limits = Limits { iterations, target, gap, control: &control };
-    let work = || crate::bound::bound(&instance, &limits, |cost| control.proven(cost));
+    let work = || crate::bound::bound(&instance, &limits, |cost| control.offer_bound(cost));
     let (bound, interrupted) = watched(py, threads, &control, progress.as_ref(), work)?;
     let bound = bound?;
     let proof = bound.certificate;
@@ -71,7 +72,7 @@ pub(super) fn verify_bound<'py>(
     certificate: CertificateArrays<'py>,
     threads: Option<usize>,
 ) -> PyResult<u64> {
-    let instance = instance_of(&problem)?;
+    let instance = build_instance(&problem)?;
     let (lambda, columns, multipliers, cuts, choices, contents) = certificate;
     let certificate = Certificate {
         lambda: lambda.to_vec()?,
@@ -84,15 +85,16 @@ pub(super) fn verify_bound<'py>(
     Ok(detached(py, threads, || crate::bound::verify(&instance, &certificate))??)
 }
 
-/// Every layer's expert sets (ids [N,K] and counts [N]), load [L,E], caps [L], and slots of every device [L,D].
-type Visited<'py> = (
+/// Expert sets of every layer (ids [N,K] and counts [N]), load [L,E], caps [L], and slots of every device [L,D].
+type VisitsProblem<'py> = (
     Vec<(PyReadonlyArray2<'py, u16>, PyReadonlyArray1<'py, u64>)>,
     PyReadonlyArray2<'py, u64>,
     PyReadonlyArray1<'py, u64>,
     PyReadonlyArray2<'py, usize>,
 );
 
-fn layers_of<'a>((sets, load, cap, slots): &'a Visited<'_>) -> PyResult<Vec<visits::Layer<'a>>> {
+/// Builds the layers of a problem of visits.
+fn build_layers<'a>((sets, load, cap, slots): &'a VisitsProblem<'_>) -> PyResult<Vec<visits::Layer<'a>>> {
     let (experts, devices, cap) = (load.shape()[1], slots.shape()[1], cap.as_slice()?);
     let (load, slots) = (load.as_slice()?, slots.as_slice()?);
     let mut layers = Vec::with_capacity(sets.len());
@@ -116,7 +118,7 @@ type BoundedVisits<'py> = (Bound<'py, PyArray1<u64>>, Bound<'py, PyArray1<f64>>,
 #[pyo3(signature = (problem, start, *, rounds, work, gap = 0.0, time_limit = None, threads = None, progress = None))]
 pub(super) fn bound_visits<'py>(
     py: Python<'py>,
-    problem: Visited<'py>,
+    problem: VisitsProblem<'py>,
     start: PyReadonlyArray2<'py, u16>,
     rounds: usize,
     work: f64,
@@ -125,13 +127,13 @@ pub(super) fn bound_visits<'py>(
     threads: Option<usize>,
     progress: Option<Bound<'py, PyAny>>,
 ) -> PyResult<Option<BoundedVisits<'py>>> {
-    let (layers, start) = (layers_of(&problem)?, start.as_slice()?);
+    let (layers, start) = (build_layers(&problem)?, start.as_slice()?);
     let control = Control::new(deadline(time_limit));
     let limits = visits::Limits { rounds, work, gap, control: &control };
     if !visits::is_tractable(&layers) {
         return Ok(None);
     }
-    let work = || visits::bound(&layers, start, &limits, |visits| control.proven(visits));
+    let work = || visits::bound(&layers, start, &limits, |visits| control.offer_bound(visits));
     let ((visits, prices), interrupted) = watched(py, threads, &control, progress.as_ref(), work)?;
     Ok(Some((visits.into_pyarray(py), prices.into_pyarray(py), interrupted)))
 }
@@ -140,10 +142,10 @@ pub(super) fn bound_visits<'py>(
 #[pyo3(signature = (problem, prices, *, threads = None))]
 pub(super) fn verify_visits<'py>(
     py: Python<'py>,
-    problem: Visited<'py>,
+    problem: VisitsProblem<'py>,
     prices: PyReadonlyArray1<'py, f64>,
     threads: Option<usize>,
 ) -> PyResult<Bound<'py, PyArray1<u64>>> {
-    let (layers, prices) = (layers_of(&problem)?, prices.as_slice()?);
+    let (layers, prices) = (build_layers(&problem)?, prices.as_slice()?);
     Ok(detached(py, threads, || visits::verify(&layers, prices))??.into_pyarray(py))
 }

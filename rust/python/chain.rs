@@ -1,4 +1,4 @@
-//! Placements of the chain of layers, searched or proven optimal.
+//! Searches for placements of the chain of layers, and proven optima.
 
 use std::sync::atomic::Ordering;
 
@@ -14,7 +14,7 @@ use crate::chain::instance::{Instance, Sizes};
 use crate::chain::partitions::{MOST_EXPERTS, optimum};
 use crate::control::Control;
 
-/// Load [L,E], caps [L], cost [D,D], slots of a device, transitions [L-1,E,E] and co-activation [L,E,E].
+/// Load [L,E], caps [L], cost of links [D,D], slots of a device, transitions [L-1,E,E] and co-activation [L,E,E].
 type Problem<'py> = (
     PyReadonlyArray2<'py, u64>,
     PyReadonlyArray1<'py, u64>,
@@ -24,7 +24,8 @@ type Problem<'py> = (
     Option<PyReadonlyArray3<'py, u64>>,
 );
 
-fn instance_of(problem: &Problem<'_>) -> PyResult<Instance> {
+/// Builds the instance of a problem.
+fn build_instance(problem: &Problem<'_>) -> PyResult<Instance> {
     let (load, cap, cost, per_device, transitions, coactivation) = problem;
     let ([layers, experts], devices) = (sizes(load.shape()), cost.shape()[0]);
     let sizes = Sizes { layers, experts, devices, per_device: *per_device };
@@ -33,11 +34,12 @@ fn instance_of(problem: &Problem<'_>) -> PyResult<Instance> {
     Ok(caught(|| Instance::new(sizes, load, transitions, coactivation, cap, cost))??)
 }
 
-fn slots_of<'py>(py: Python<'py>, sizes: Sizes, placed: &[u16]) -> PyResult<Bound<'py, PyArray3<i32>>> {
-    array3(py, (sizes.layers, sizes.devices, sizes.per_device), sizes.unfill(placed))
+/// Returns slots [L,D,S] with -1 in empty ones, from the expert or placeholder in every slot [L,P].
+fn slots_array<'py>(py: Python<'py>, sizes: Sizes, placed: &[u16]) -> PyResult<Bound<'py, PyArray3<i32>>> {
+    array3(py, (sizes.layers, sizes.devices, sizes.per_device), sizes.without_placeholders(placed))
 }
 
-/// Slots [L,D,S], trials made, whether it was interrupted, bits cut from the counts.
+/// Slots [L,D,S], number of trials, whether it was interrupted, and bits cut from every count.
 type Searched<'py> = (Bound<'py, PyArray3<i32>>, u64, bool, u32);
 
 #[pyfunction]
@@ -51,15 +53,15 @@ pub(super) fn search<'py>(
     threads: Option<usize>,
     progress: Option<Bound<'py, PyAny>>,
 ) -> PyResult<Searched<'py>> {
-    let mut instance = instance_of(&problem)?;
+    let mut instance = build_instance(&problem)?;
     let control = Control::new(deadline(time_limit));
     let work = || crate::chain::search(&mut instance, seed, trials, &control);
     let (placed, interrupted) = watched(py, threads, &control, progress.as_ref(), work)?;
     let trials = control.trials.load(Ordering::Relaxed);
-    Ok((slots_of(py, instance.sizes, &placed?)?, trials, interrupted, instance.shift))
+    Ok((slots_array(py, instance.sizes, &placed?)?, trials, interrupted, instance.shift))
 }
 
-/// Slots [L,D,S], cost, the caps kept [L].
+/// Slots [L,D,S], cost, and the caps that they keep [L].
 type Optimal<'py> = (Bound<'py, PyArray3<i32>>, i64, Bound<'py, PyArray1<u64>>);
 
 #[pyfunction]
@@ -74,7 +76,7 @@ pub(super) fn exact_chain<'py>(
     if problem.0.shape()[1] > MOST_EXPERTS {
         return Ok(None);
     }
-    let instance = instance_of(&problem)?;
+    let instance = build_instance(&problem)?;
     let control = Control::new(deadline(time_limit));
     let search = || optimum(&instance, work, &control);
     let (placed, interrupted) = watched(py, threads, &control, None, search)?;
@@ -82,6 +84,6 @@ pub(super) fn exact_chain<'py>(
         return Err(PyKeyboardInterrupt::new_err(()));
     }
     let Some(placed) = placed else { return Ok(None) };
-    let slots = slots_of(py, instance.sizes, &placed.expert_in)?;
+    let slots = slots_array(py, instance.sizes, &placed.expert_in)?;
     Ok(Some((slots, placed.cost, placed.cap.into_pyarray(py))))
 }

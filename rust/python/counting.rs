@@ -1,4 +1,4 @@
-//! Traces: checked, counted, replayed.
+//! Checks, counts and replays of traces.
 
 use std::num::NonZeroU64;
 
@@ -20,7 +20,7 @@ use crate::replay::sides::Cells;
 use crate::replay::{Copies, Labels, Split, Wanted};
 use crate::trace::Routing;
 
-/// Expert ids as numpy hands them over.
+/// Expert ids as numpy passes them.
 #[derive(FromPyObject)]
 pub(super) enum Ids<'py> {
     U8(PyReadonlyArray3<'py, u8>),
@@ -28,6 +28,7 @@ pub(super) enum Ids<'py> {
 }
 
 impl Ids<'_> {
+    /// Returns the shape of the ids.
     fn shape(&self) -> &[usize] {
         match self {
             Ids::U8(array) => array.shape(),
@@ -35,7 +36,7 @@ impl Ids<'_> {
         }
     }
 
-    /// A shard of another model must not pass for one of this.
+    /// Refuses a shard whose shape is that of another model.
     fn check(&self, routing: Routing) -> Result<(), Error> {
         let Routing { layers, top_k, .. } = routing;
         let rule = || format!("shape [tokens, {layers}, {top_k}]");
@@ -90,7 +91,7 @@ pub(super) fn code_tokens<'py>(
     Ok(codes.into_pyarray(py))
 }
 
-/// What follows a shard: experts by their last use, and how often each place was used [L,E].
+/// Experts by their last use after a shard, and the number of uses of every place [L,E].
 type Recency<'py> = (Bound<'py, PyArray2<u16>>, Bound<'py, PyArray2<u64>>);
 
 #[pyfunction]
@@ -116,7 +117,7 @@ pub(super) fn count_recency<'py>(
 pub(super) struct StatisticsCounter {
     routing: Routing,
     counter: Option<Counter>,
-    // numpy's memory: it asks for huge pages, which halves the time of wide tables.
+    // numpy allocates the tables: it asks for huge pages, which halves the time of wide tables.
     transitions: Option<Py<PyArray3<u64>>>,
     coactivation: Option<Py<PyArray3<u64>>>,
 }
@@ -124,7 +125,7 @@ pub(super) struct StatisticsCounter {
 /// Distinct expert sets [N,K] and their counts [N].
 type SetArrays<'py> = (Bound<'py, PyArray2<u16>>, Bound<'py, PyArray1<u64>>);
 
-/// tokens, load [W,L,E], transitions [L-1,E,E], coactivation [L,E,E], sets of every layer
+/// Tokens, load [W,L,E], transitions [L-1,E,E], coactivation [L,E,E], sets of every layer.
 type Counts<'py> = (
     u64,
     Bound<'py, PyAny>,
@@ -133,11 +134,12 @@ type Counts<'py> = (
     Option<Vec<SetArrays<'py>>>,
 );
 
-/// Counts as numpy has them, in their own type.
-fn narrow3(py: Python<'_>, shape: (usize, usize, usize), counts: Narrow) -> PyResult<Bound<'_, PyAny>> {
+/// Returns counts as an array of their own type.
+fn narrow_array3(py: Python<'_>, shape: (usize, usize, usize), counts: Narrow) -> PyResult<Bound<'_, PyAny>> {
     of_any_type!(counts, counts => Ok(array3(py, shape, counts)?.into_any()))
 }
 
+/// Returns distinct sets and their counts as arrays.
 fn set_arrays(py: Python<'_>, top_k: usize, sets: (Vec<u16>, Vec<u64>)) -> PyResult<SetArrays<'_>> {
     let (ids, counts) = sets;
     Ok((array2(py, (counts.len(), top_k), ids)?, counts.into_pyarray(py)))
@@ -182,7 +184,7 @@ impl StatisticsCounter {
                 return Ok(None);
             }
             room_for("tables", &[n, num_experts, num_experts, size_of::<u64>()])?;
-            // What is in it is written before it is read: zeros would be written in vain.
+            // The counter writes the table before it reads it, so that zeros are not needed.
             let table = py.import("numpy")?.call_method1("empty", ((n, num_experts, num_experts), "u8"))?;
             Ok(Some(table.cast_into::<PyArray3<u64>>()?.unbind()))
         };
@@ -232,20 +234,20 @@ impl StatisticsCounter {
         if let Some(coactivation) = &self.coactivation {
             let mut tables = coactivation.bind(py).readwrite();
             for table in tables.as_slice_mut()?.chunks_exact_mut(experts * experts) {
-                // Meeting oneself is load, not co-activation.
+                // The diagonal counts load, not co-activation.
                 for count in table.iter_mut().step_by(experts + 1) {
                     *count = 0;
                 }
             }
         }
-        let load = narrow3(py, (counted.windows, layers, experts), counted.load)?;
+        let load = narrow_array3(py, (counted.windows, layers, experts), counted.load)?;
         let sets = (!sets.is_empty()).then_some(sets);
         Ok((counted.tokens, load, self.transitions.take(), self.coactivation.take(), sets))
     }
 }
 
-/// Takes slots [L,D,S] of experts, the node of every device [D], and which copy serves.
-fn copies_of(
+/// Builds the routing and the copies of slots [L,D,S], with the node of every device [D] and the name of a split.
+fn build_copies(
     slots: &PyReadonlyArray3<'_, i32>,
     num_experts: usize,
     top_k: usize,
@@ -267,7 +269,7 @@ fn copies_of(
     Ok((routing, caught(|| Copies::new(slots, routing, per_device, node_of_device, split))??))
 }
 
-/// Replays tokens under a placement, each counted in a row of its own choice, shard by shard.
+/// Replays tokens under a placement, shard by shard; every token has a label with the row that it counts in.
 #[pyclass(module = "moetuner._core")]
 pub(super) struct Replay {
     routing: Routing,
@@ -276,7 +278,7 @@ pub(super) struct Replay {
     replay: Option<crate::replay::Replay>,
 }
 
-/// load [R,L,D], visits [R,L,D], node visits [R,L,N], load of slots [R,L,P], traffic [L-1,D,D], pairs that stay [R]
+/// Load [R,L,D], visits [R,L,D], node visits [R,L,N], load of slots [R,L,P], traffic [L-1,D,D], pairs on one device [R].
 type Tallied<'py> = (
     Bound<'py, PyAny>,
     Bound<'py, PyAny>,
@@ -305,7 +307,7 @@ impl Replay {
         stays: bool,
         of_slots: bool,
     ) -> PyResult<Self> {
-        let (routing, copies) = copies_of(&slots, num_experts, top_k, &node_of_device, split)?;
+        let (routing, copies) = build_copies(&slots, num_experts, top_k, &node_of_device, split)?;
         let wanted = Wanted { visits: visits || of_slots, pairs, stays, slots: of_slots };
         let (devices, nodes) = if wanted.visits { (copies.devices, copies.nodes()) } else { (0, 0) };
         let slots = if of_slots { slots.as_slice()?.len() / routing.layers } else { 0 };
@@ -338,7 +340,7 @@ impl Replay {
         let replay = self.replay.take().ok_or_else(finished)?;
         let tally = alone(py, || replay.finish())?;
         let (layers, [devices, visited, nodes, slots]) = (self.routing.layers, self.sizes);
-        let table = |counts, size| narrow3(py, (self.rows, layers, size), counts);
+        let table = |counts, size| narrow_array3(py, (self.rows, layers, size), counts);
         let between = if tally.traffic.is_empty() { 0 } else { layers - 1 };
         Ok((
             table(tally.load, devices)?,
@@ -351,14 +353,14 @@ impl Replay {
     }
 }
 
-/// What sides of folds have of windows, added up from what each fold has of them.
+/// Counts of windows for sides, which are unions of folds, added up from the counts of their folds.
 #[pyclass(module = "moetuner._core")]
 pub(super) struct Sides {
     sides: crate::replay::sides::Sides,
     shape: (usize, usize),
 }
 
-/// window [R], tokens [R], length [R], row of every window and side [W,S]
+/// Window [R], tokens [R] and length [R] of every row; row of every window and side [W,S].
 type SideRows<'py> = (
     Bound<'py, PyArray1<u32>>,
     Bound<'py, PyArray1<u64>>,
@@ -366,7 +368,7 @@ type SideRows<'py> = (
     Bound<'py, PyArray2<u32>>,
 );
 
-/// Counts as numpy hands them over.
+/// Counts as numpy passes them.
 #[derive(FromPyObject)]
 enum CellCounts<'py> {
     U8(PyReadonlyArray3<'py, u8>),
@@ -429,6 +431,7 @@ impl Sides {
     }
 }
 
+/// Returns the error of a counter that is used after it has finished.
 fn finished() -> PyErr {
     PyValueError::new_err("the counter is finished; make a new one")
 }

@@ -1,4 +1,4 @@
-//! What is expected of a placement, and what its pairs cost.
+//! Expected figures of a placement, and the cost of its pairs.
 
 use numpy::{
     IntoPyArray, PyArray1, PyArray2, PyArray3, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3,
@@ -7,17 +7,18 @@ use numpy::{
 use pyo3::prelude::*;
 
 use super::{alone, array2, array3, detached, shaped, sizes};
-use crate::division::serve;
-use crate::replay::expected::{Sets, Shared, busiest, cost};
+use crate::arrays::count_groups;
+use crate::division::divide;
+use crate::replay::expected::{self, Expectation, Sets};
 
-/// Slots [L,D,S] and the shares that they serve of their experts' tokens.
+/// Slots [L,D,S], and the share of its expert's tokens that every slot serves.
 type Slots<'py> = (PyReadonlyArray3<'py, i32>, PyReadonlyArray3<'py, f64>);
 
-/// Steps from which threads are worth waking.
+/// Least number of steps for which threads are worth waking.
 const LARGE: usize = 1 << 18;
 
-/// Makes `work` of so many steps, on other threads where they are many and more than one may be used.
-fn made<T: Send>(
+/// Runs `work` of so many steps: on other threads if there are many steps and more than one thread, otherwise in this one.
+fn run<T: Send>(
     py: Python<'_>,
     steps: usize,
     threads: Option<usize>,
@@ -26,28 +27,30 @@ fn made<T: Send>(
     if steps < LARGE || threads == Some(1) { alone(py, work) } else { detached(py, threads, work) }
 }
 
-/// Makes `work` of what the slots share.
-fn shared<T: Send>(
+/// Runs `work` on the copies in the slots, as [`run`] does.
+fn run_expected<T: Send>(
     py: Python<'_>,
     (slots, share): &Slots<'_>,
     experts: usize,
     (steps, threads): (usize, Option<usize>),
-    work: impl FnOnce(&Shared) -> T + Send,
+    work: impl FnOnce(&Expectation) -> T + Send,
 ) -> PyResult<T> {
     let (sizes, slots, share) = (sizes(slots.shape()), slots.as_slice()?, share.as_slice()?);
-    Ok(made(py, steps, threads, || Shared::new(slots, share, sizes, experts).map(|shared| work(&shared)))??)
+    let expectation = || Expectation::new(slots, share, sizes, experts);
+    Ok(run(py, steps, threads, || expectation().map(|expectation| work(&expectation)))??)
 }
 
-/// Makes figures of devices [W,L,D] of loads of experts [W,L,E].
-fn of_devices<'py>(
+/// Computes figures of devices [W,L,D] from loads of experts [W,L,E].
+fn device_figures<'py>(
     py: Python<'py>,
     slots: &Slots<'_>,
     load: &PyReadonlyArray3<'_, f64>,
     threads: Option<usize>,
-    work: fn(&Shared, &[f64]) -> Vec<f64>,
+    work: fn(&Expectation, &[f64]) -> Vec<f64>,
 ) -> PyResult<Bound<'py, PyArray3<f64>>> {
     let ([windows, layers, experts], load) = (sizes(load.shape()), load.as_slice()?);
-    let figures = shared(py, slots, experts, (load.len(), threads), |shared| work(shared, load))?;
+    let work = |expectation: &Expectation| work(expectation, load);
+    let figures = run_expected(py, slots, experts, (load.len(), threads), work)?;
     array3(py, (windows, layers, slots.0.shape()[1]), figures)
 }
 
@@ -59,7 +62,7 @@ pub(super) fn expected_load<'py>(
     load: PyReadonlyArray3<'py, f64>,
     threads: Option<usize>,
 ) -> PyResult<Bound<'py, PyArray3<f64>>> {
-    of_devices(py, &slots, &load, threads, Shared::load)
+    device_figures(py, &slots, &load, threads, Expectation::load)
 }
 
 #[pyfunction]
@@ -72,12 +75,12 @@ pub(super) fn balanced_load<'py>(
     threads: Option<usize>,
 ) -> PyResult<Bound<'py, PyArray3<f64>>> {
     let ([windows, layers, experts], load) = (sizes(load.shape()), load.as_slice()?);
-    let (places, rate) = (sizes(slots.shape()), rate.as_slice()?);
-    shaped("rate", &[rate.len()], &[places[1]])?;
-    shaped("slots", &[places[0]], &[layers])?;
+    let (shape, rate): ([usize; 3], _) = (sizes(slots.shape()), rate.as_slice()?);
+    shaped("rate", &[rate.len()], &[shape[1]])?;
+    shaped("slots", &[shape[0]], &[layers])?;
     let slots = slots.as_slice()?;
-    let tokens = detached(py, threads, || serve(slots, places, load, experts, rate))?;
-    array3(py, (windows, layers, places[1]), tokens)
+    let tokens = detached(py, threads, || divide(slots, shape, load, experts, rate))?;
+    array3(py, (windows, layers, shape[1]), tokens)
 }
 
 #[pyfunction]
@@ -88,7 +91,7 @@ pub(super) fn expected_active<'py>(
     load: PyReadonlyArray3<'py, f64>,
     threads: Option<usize>,
 ) -> PyResult<Bound<'py, PyArray3<f64>>> {
-    of_devices(py, &slots, &load, threads, Shared::active)
+    device_figures(py, &slots, &load, threads, Expectation::active)
 }
 
 /// Tokens that visit devices [L,D] and nodes [L,N].
@@ -105,20 +108,20 @@ pub(super) fn expected_visits<'py>(
     hashed: bool,
     threads: Option<usize>,
 ) -> PyResult<Visits<'py>> {
-    let nodes = node_of_device.iter().max().map_or(0, |&node| usize::from(node) + 1);
+    let nodes = count_groups(&node_of_device);
     let slices =
         sets.iter().map(|(ids, counts)| Ok(Sets { ids: ids.as_slice()?, counts: counts.as_slice()? }));
     let slices = slices.collect::<PyResult<Vec<_>>>()?;
     let steps = slices.iter().map(|slice| slice.ids.len()).sum();
-    let work = |shared: &Shared| shared.visits(&node_of_device, &slices, hashed);
-    let (of_devices, of_nodes) = shared(py, &slots, num_experts, (steps, threads), work)?;
+    let work = |expectation: &Expectation| expectation.visits(&node_of_device, &slices, hashed);
+    let (of_devices, of_nodes) = run_expected(py, &slots, num_experts, (steps, threads), work)?;
     let [layers, devices, _] = sizes(slots.0.shape());
     Ok((array2(py, (layers, devices), of_devices)?, array2(py, (layers, nodes), of_nodes)?))
 }
 
 #[pyfunction]
 #[pyo3(signature = (slots, node_of_device, pairs, top_k, *, threads = None))]
-pub(super) fn estimated_met<'py>(
+pub(super) fn estimated_visits<'py>(
     py: Python<'py>,
     slots: Slots<'py>,
     node_of_device: Vec<u16>,
@@ -126,14 +129,14 @@ pub(super) fn estimated_met<'py>(
     top_k: Vec<u32>,
     threads: Option<usize>,
 ) -> PyResult<Visits<'py>> {
-    let nodes = node_of_device.iter().max().map_or(0, |&node| usize::from(node) + 1);
+    let nodes = count_groups(&node_of_device);
     let [layers, devices, _] = sizes(slots.0.shape());
     let experts = pairs.shape()[2];
     shaped("pairs", pairs.shape(), &[layers, experts, experts])?;
     shaped("top_k", &[top_k.len()], &[layers])?;
     let pairs = pairs.as_slice()?;
-    let work = |shared: &Shared| shared.met(&node_of_device, pairs, &top_k);
-    let (of_devices, of_nodes) = shared(py, &slots, experts, (pairs.len(), threads), work)?;
+    let work = |expectation: &Expectation| expectation.visits_of_pairs(&node_of_device, pairs, &top_k);
+    let (of_devices, of_nodes) = run_expected(py, &slots, experts, (pairs.len(), threads), work)?;
     Ok((array2(py, (layers, devices), of_devices)?, array2(py, (layers, nodes), of_nodes)?))
 }
 
@@ -146,21 +149,23 @@ pub(super) fn expected_apart<'py>(
     threads: Option<usize>,
 ) -> PyResult<Bound<'py, PyArray1<f64>>> {
     let (experts, pairs) = (pairs.shape()[2], pairs.as_slice()?);
-    Ok(shared(py, &slots, experts, (pairs.len(), threads), |shared| shared.apart(pairs))?.into_pyarray(py))
+    let work = |expectation: &Expectation| expectation.apart(pairs);
+    Ok(run_expected(py, &slots, experts, (pairs.len(), threads), work)?.into_pyarray(py))
 }
 
 #[pyfunction]
 #[pyo3(signature = (slots, transitions, *, threads = None))]
-pub(super) fn expected_followed<'py>(
+pub(super) fn expected_transitions<'py>(
     py: Python<'py>,
     slots: Slots<'py>,
     transitions: PyReadonlyArray3<'py, u64>,
     threads: Option<usize>,
 ) -> PyResult<Bound<'py, PyArray3<f64>>> {
     let ([boundaries, experts, _], devices) = (sizes(transitions.shape()), slots.0.shape()[1]);
-    let pairs = transitions.as_slice()?;
-    let followed = shared(py, &slots, experts, (pairs.len(), threads), |shared| shared.followed(pairs))?;
-    array3(py, (boundaries, devices, devices), followed)
+    let counts = transitions.as_slice()?;
+    let work = |expectation: &Expectation| expectation.transitions(counts);
+    let pairs = run_expected(py, &slots, experts, (counts.len(), threads), work)?;
+    array3(py, (boundaries, devices, devices), pairs)
 }
 
 #[pyfunction]
@@ -175,7 +180,7 @@ pub(super) fn pair_cost(
 ) -> PyResult<u128> {
     let (experts, pairs, price) = (pairs.shape()[2], pairs.as_slice()?, link_cost.as_slice()?);
     let (here, there) = (here.as_slice()?, there.as_slice()?);
-    made(py, pairs.len(), threads, || cost(here, there, pairs, price, experts))
+    run(py, pairs.len(), threads, || expected::pair_cost(here, there, pairs, price, experts))
 }
 
 #[pyfunction]
@@ -191,6 +196,6 @@ pub(super) fn busiest_rows<'py>(
     let [windows, layers, devices] = sizes(visits.shape());
     let (visits, share, tier) = (visits.as_slice()?, share.as_slice()?, tier.as_slice()?);
     let steps = visits.len().saturating_mul(devices * tiers);
-    let rows = made(py, steps, threads, || busiest(visits, share, tier, tiers))?;
+    let rows = run(py, steps, threads, || expected::busiest_rows(visits, share, tier, tiers))?;
     array3(py, (windows, layers, tiers), rows)
 }

@@ -8,7 +8,8 @@ use pyo3::prelude::*;
 use rayon::prelude::*;
 
 use super::rules::LayerRules;
-use super::{alone, array2, array3, caught, contiguous, deadline, detached, shaped, slice, watched};
+use super::{alone, array2, array3, caught, deadline, detached, shaped, sizes, slice, watched};
+use crate::arrays::count_groups;
 use crate::assignment::assign_max;
 use crate::control::Control;
 use crate::error::{Error, SLOTS, room_for};
@@ -24,20 +25,20 @@ use crate::layer::terms::windows::{Measure, Windows};
 use crate::layer::turns::{Effort, Links, place};
 use crate::layer::{Choice, EMPTY, LANES, Layer, Site, Slots, Spending, Split, choose};
 
-/// The id of a slot's content, -1 for none.
+/// Returns the id of a slot's content, -1 for an empty slot.
 fn expert_id(expert: u16) -> i32 {
     if expert == EMPTY { -1 } else { i32::from(expert) }
 }
 
-/// Contents of one layer's slots, from rows of all devices with as many [D,S], -1 for an empty one.
-fn contents_of(rows: &[i32], per_device: usize, capacity: &[usize]) -> Vec<u16> {
+/// Returns the contents of a layer's slots, from ids [D,S] with -1 in empty slots; devices use the first slots of their rows.
+fn read_contents(rows: &[i32], per_device: usize, capacity: &[usize]) -> Vec<u16> {
     let rows = rows.chunks_exact(per_device.max(1)).zip(capacity);
     let expert = |&e: &i32| u16::try_from(e).unwrap_or(EMPTY);
     rows.flat_map(|(row, &slots)| row[..slots].iter().map(expert)).collect()
 }
 
-/// Slots [L,D,S] with -1 for an empty one, of the contents of every layer and its devices.
-fn slots_of<'py, 'a>(
+/// Returns slots [L,D,S] with -1 in empty ones, from the contents and devices of every layer.
+fn slots_array<'py, 'a>(
     py: Python<'py>,
     layers: impl ExactSizeIterator<Item = (&'a [u16], &'a Site)>,
     [devices, per_device]: [usize; 2],
@@ -54,24 +55,25 @@ fn slots_of<'py, 'a>(
     array3(py, (l, devices, per_device), slots)
 }
 
-/// Transitions [L-1,E,E] and the cost of one between devices [D,D].
-type Joined<'py> = (PyReadonlyArray3<'py, u64>, PyReadonlyArray2<'py, f64>);
+/// Transitions [L-1,E,E], and the cost of a transition between devices [D,D].
+type LinkArrays<'py> = (PyReadonlyArray3<'py, u64>, PyReadonlyArray2<'py, f64>);
 
-/// What joins layers; nothing, where none is given.
-fn links_of<'a>(joined: Option<&'a Joined<'_>>) -> PyResult<Links<'a>> {
-    let Some((transitions, cost)) = joined else { return Ok(Links { transitions: &[], cost: &[] }) };
-    Ok(Links { transitions: slice(Some(transitions))?, cost: contiguous(cost.as_slice().ok())? })
+/// Returns the links between layers; none if no arrays are given.
+fn read_links<'a>(arrays: Option<&'a LinkArrays<'_>>) -> PyResult<Links<'a>> {
+    let Some((transitions, cost)) = arrays else { return Ok(Links { transitions: &[], cost: &[] }) };
+    Ok(Links { transitions: slice(Some(transitions))?, cost: cost.as_slice()? })
 }
 
-/// Layers with copies: their windows and devices; all else that counts has a method of its own.
+/// Layers with copies: their windows and devices. Methods add the other prices.
 #[pyclass(module = "moetuner._core")]
 pub(super) struct Layers {
     layers: Vec<Layer>,
     per_device: usize,
 }
 
-/// Sites of layers with slots [L,D], of devices in one node, and the widest device.
-fn sites_of(
+/// Builds the sites of layers with slots [L,D], all devices in one node; returns them with the largest number of slots of a
+/// device.
+fn build_sites(
     capacity: &PyReadonlyArray2<'_, i64>,
     time: &[f64],
     rules: &LayerRules,
@@ -85,13 +87,13 @@ fn sites_of(
     };
     let sites: Vec<Site> = (0..l).map(site).collect();
     let widest = sites.iter().flat_map(|site| &site.capacity).copied().max().unwrap_or(0);
-    fits("capacity", d, widest)?;
+    check_slots("capacity", d, widest)?;
     room_for("slots", &[l, d, widest, size_of::<i32>()])?;
     Ok((sites, widest))
 }
 
-/// Refuses layers of more slots than are counted, before anything of the size is asked for.
-fn fits(what: &'static str, devices: usize, widest: usize) -> PyResult<()> {
+/// Refuses layers with more slots than 16 bits count, before memory for them is allocated.
+fn check_slots(what: &'static str, devices: usize, widest: usize) -> PyResult<()> {
     if devices.saturating_mul(widest) <= SLOTS {
         return Ok(());
     }
@@ -100,36 +102,36 @@ fn fits(what: &'static str, devices: usize, widest: usize) -> PyResult<()> {
 }
 
 impl Layers {
-    /// Layers, experts and devices.
+    /// Returns the numbers of layers, experts and devices.
     fn sizes(&self) -> [usize; 3] {
         let first = self.layers.first();
         [self.layers.len(), first.map_or(0, |layer| layer.experts), first.map_or(0, Layer::devices)]
     }
 
-    /// Every layer with its part of a table whose first axis is layers.
-    fn with<'a, T>(&'a mut self, table: &'a [T]) -> impl Iterator<Item = (&'a mut Layer, &'a [T])> {
+    /// Iterates over the layers, each with its part of a table whose first axis is layers.
+    fn with_rows<'a, T>(&'a mut self, table: &'a [T]) -> impl Iterator<Item = (&'a mut Layer, &'a [T])> {
         let size = (table.len() / self.layers.len().max(1)).max(1);
         self.layers.iter_mut().zip(table.chunks_exact(size))
     }
 
-    /// Placements of slots [L,D,S].
-    fn begin(&mut self, start: &PyReadonlyArray3<'_, i32>) -> PyResult<Vec<Slots>> {
+    /// Builds the slots of every layer from ids [L,D,S].
+    fn read_slots(&mut self, start: &PyReadonlyArray3<'_, i32>) -> PyResult<Vec<Slots>> {
         let [l, e, d] = self.sizes();
         let per_device = self.per_device;
         shaped("start", start.shape(), &[l, d, per_device])?;
-        let start = contiguous(start.as_slice().ok())?;
-        let slots_of = |(layer, rows): (&mut Layer, &[i32])| {
+        let start = start.as_slice()?;
+        let slots = |(layer, rows): (&mut Layer, &[i32])| {
             let capacity = &layer.site.capacity;
-            Slots::new(capacity, e, &contents_of(rows, per_device, capacity))
+            Slots::new(capacity, e, &read_contents(rows, per_device, capacity))
         };
-        caught(|| self.with(start).map(slots_of).collect())
+        caught(|| self.with_rows(start).map(slots).collect())
     }
 
-    /// Slots [L,D,S] of placements.
-    fn end<'py>(&self, py: Python<'py>, placements: &[Slots]) -> PyResult<Bound<'py, PyArray3<i32>>> {
+    /// Returns ids [L,D,S] from the slots of every layer.
+    fn write_slots<'py>(&self, py: Python<'py>, placements: &[Slots]) -> PyResult<Bound<'py, PyArray3<i32>>> {
         let all = placements.iter().zip(&self.layers);
         let all = all.map(|(slots, layer)| (&slots.expert_in[..], &layer.site));
-        slots_of(py, all, [self.sizes()[2], self.per_device])
+        slots_array(py, all, [self.sizes()[2], self.per_device])
     }
 }
 
@@ -149,12 +151,12 @@ impl Layers {
         mixed: f64,
         rules: Option<PyRef<'_, LayerRules>>,
     ) -> PyResult<Self> {
-        let free = LayerRules::default();
-        let rules = rules.as_deref().unwrap_or(&free);
-        let &[w, layers, e] = load.shape() else { unreachable!("the array has three dimensions") };
-        let (load, weight, d) = (contiguous(load.as_slice().ok())?, weight.as_array().to_vec(), node.len());
-        let (sites, per_device) = sites_of(&capacity, &time, rules, [layers, e])?;
-        // Copied tables, and windows in the form of the search, of experts and of devices.
+        let no_rules = LayerRules::default();
+        let rules = rules.as_deref().unwrap_or(&no_rules);
+        let [w, layers, e] = sizes(load.shape());
+        let (load, weight, d) = (load.as_slice()?, weight.as_array().to_vec(), node.len());
+        let (sites, per_device) = build_sites(&capacity, &time, rules, [layers, e])?;
+        // These tables are copies of the loads, and the windows of experts and of devices in the form of the search.
         room_for("windows", &[layers, w.next_multiple_of(LANES) + LANES, e + d, 4 * size_of::<f64>()])?;
         let measure = if norm == 0 { Measure::Peak } else { Measure::Norm { noise, mixed } };
         let split = if nearest { Split::Nearest } else { Split::Even };
@@ -173,10 +175,10 @@ impl Layers {
         Ok(Self { layers, per_device })
     }
 
-    /// Prices copies [L,E,D].
+    /// Prices copies of experts on devices [L,E,D].
     fn price_copies(&mut self, cost: PyReadonlyArray3<'_, f64>) -> PyResult<()> {
         room_for("copy costs", &[cost.len(), size_of::<f64>()])?;
-        for (layer, cost) in self.with(contiguous(cost.as_slice().ok())?) {
+        for (layer, cost) in self.with_rows(cost.as_slice()?) {
             layer.costs.copy_cost = cost.iter().map(|cost| cost * layer.windows.scale).collect();
         }
         Ok(())
@@ -192,7 +194,7 @@ impl Layers {
     ) -> PyResult<()> {
         for (layer, (ids, counts)) in self.layers.iter_mut().zip(&sets) {
             let (e, copies) = (layer.experts, layer.slots() > layer.experts);
-            let (ids, counts) = (contiguous(ids.as_slice().ok())?, contiguous(counts.as_slice().ok())?);
+            let (ids, counts) = (ids.as_slice()?, counts.as_slice()?);
             let (ids, counts, scale) = (ids.to_vec(), counts.to_vec(), layer.windows.scale);
             layer.costs.sets = Some(fanout::Sets::later(move || {
                 let mut sets = fanout::Sets::new(&ids, &counts, e, copies);
@@ -204,7 +206,7 @@ impl Layers {
         Ok(())
     }
 
-    /// Prices weights and rows at the busiest port, in tokens; where visits are `counted`, they are the rows.
+    /// Prices the reading of weights and the rows at the busiest port, in tokens; rows are visits where these are `counted`.
     #[pyo3(signature = (*, base, expert, exposed, start, row, counted))]
     fn price_time(&mut self, base: f64, expert: f64, exposed: f64, start: f64, row: f64, counted: bool) {
         let weights = Weights { base, expert, exposed, start };
@@ -213,19 +215,19 @@ impl Layers {
             if counted || layer.costs.reading.is_some() || !layer.site.has_equal_speeds() {
                 layer.costs.row = row;
             } else {
-                // The slowest device has the busiest port, too: a token costs its row as well.
+                // The slowest device also has the busiest port, so that a token costs a row, too.
                 layer.windows.scale /= 1.0 + row;
             }
         }
     }
 
-    /// Whether a trial looks at tokens of devices alone: no weights are read for longer, and no rows count apart.
+    /// Returns whether cost depends on the tokens of devices alone: neither reading weights nor rows have a price of their own.
     #[getter]
     fn has_tokens_alone(&self) -> bool {
         self.layers.iter().all(|layer| layer.costs.reading.is_none() && layer.costs.row == 0.0)
     }
 
-    /// Prices pairs [L,E,E] that are apart; of tokens with so many experts in every layer [L] they tell visits, too.
+    /// Prices pairs [L,E,E] on different devices; with the experts of a token `top_k` [L] they also estimate visits.
     #[pyo3(signature = (pairs, pair_cost, *, top_k = None))]
     fn price_pairs(
         &mut self,
@@ -235,14 +237,14 @@ impl Layers {
     ) -> PyResult<()> {
         let top_k = top_k.unwrap_or_else(|| vec![1; self.layers.len()]);
         shaped("top_k", &[top_k.len()], &[self.layers.len()])?;
-        for ((layer, pairs), top_k) in self.with(contiguous(pairs.as_slice().ok())?).zip(top_k) {
+        for ((layer, pairs), top_k) in self.with_rows(pairs.as_slice()?).zip(top_k) {
             let counts = pairs.iter().map(|&count| count as f32).collect();
             layer.costs.pairs = Some(Pairs::new(counts, top_k, pair_cost * layer.windows.scale));
         }
         Ok(())
     }
 
-    /// Prices what devices of a domain [D], if they are lost, leave to one of the others, in its mean loads.
+    /// Prices what the loss of a domain of devices [D] adds to another device, in mean loads of devices.
     fn price_losses(&mut self, domain: Vec<u16>, loss_cost: f64) -> PyResult<()> {
         shaped("domain", &[domain.len()], &[self.sizes()[2]])?;
         for layer in &mut self.layers {
@@ -252,7 +254,7 @@ impl Layers {
         Ok(())
     }
 
-    /// Prices windows of load [W,L,E], of weights [W], whose tokens are divided over copies as is best.
+    /// Prices windows of load [W,L,E] with weights [W] whose tokens a dispatcher divides over copies by a linear programme.
     fn price_lp_split(
         &mut self,
         load: PyReadonlyArray3<'_, f64>,
@@ -263,7 +265,7 @@ impl Layers {
         shaped("load", load.shape(), &[windows, layers, experts])?;
         let slots = self.per_device.saturating_mul(devices);
         room_for("divided windows", &[layers, windows, experts + slots + devices, size_of::<f64>()])?;
-        let (load, weight) = (contiguous(load.as_slice().ok())?, weight.as_array());
+        let (load, weight) = (load.as_slice()?, weight.as_array());
         for (l, layer) in self.layers.iter_mut().enumerate() {
             let used =
                 load.chunks_exact(experts).skip(l).step_by(layers).zip(&weight).filter(|row| *row.1 > 0.0);
@@ -274,7 +276,7 @@ impl Layers {
         Ok(())
     }
 
-    /// Improves slots [L,D,S].
+    /// Searches from slots [L,D,S]; returns better ones, and whether the search was interrupted.
     #[allow(clippy::fn_params_excessive_bools)]
     #[pyo3(signature = (start, *, trials, empties = true, restarts = 1, rounds = 1, quick = false, cool = false, links = None, seed = 0, time_limit = None, threads = None, alone = false, progress = None))]
     fn place<'py>(
@@ -287,31 +289,31 @@ impl Layers {
         rounds: u64,
         quick: bool,
         cool: bool,
-        links: Option<Joined<'py>>,
+        links: Option<LinkArrays<'py>>,
         seed: u64,
         time_limit: Option<f64>,
         threads: Option<usize>,
         alone: bool,
         progress: Option<Bound<'py, PyAny>>,
     ) -> PyResult<(Bound<'py, PyArray3<i32>>, bool)> {
-        let begin = self.begin(&start)?;
-        let links = links_of(links.as_ref())?;
+        let slots = self.read_slots(&start)?;
+        let links = read_links(links.as_ref())?;
         let control = Control::new(deadline(time_limit));
         let effort = Effort { trials, empties, restarts, rounds, quick, cool, parallel: !alone };
         let layers = &mut self.layers;
-        let work = || place(layers, begin, links, effort, seed, &control);
+        let work = || place(layers, slots, links, effort, seed, &control);
         let (placements, interrupted) = if alone {
             (super::alone(py, work)?, false)
         } else {
             watched(py, threads, &control, progress.as_ref(), work)?
         };
-        Ok((self.end(py, &placements)?, interrupted))
+        Ok((self.write_slots(py, &placements)?, interrupted))
     }
 
-    /// Steps from slots [L,D,S] down, the one that gains most for a copy that is brought first.
+    /// Descends from slots [L,D,S], always by the step that gains most per moved copy.
     ///
-    /// What each writes, twice: where in the flat slots and which expert [N,2]; copies brought, excess and change of the cost after
-    /// it [N,3]; and whether it was interrupted.
+    /// Returns the two places in the flat slots that every step writes [N,2], and the experts that it writes there [N,2]; the
+    /// moved copies, the excess and the change of cost after every step [N,3]; and whether the descent was interrupted.
     #[pyo3(signature = (start, running, *, max_moves = None, links = None, time_limit = None, threads = None))]
     fn descend<'py>(
         &mut self,
@@ -319,23 +321,23 @@ impl Layers {
         start: PyReadonlyArray3<'py, i32>,
         running: PyReadonlyArray3<'py, i32>,
         max_moves: Option<u32>,
-        links: Option<Joined<'py>>,
+        links: Option<LinkArrays<'py>>,
         time_limit: Option<f64>,
         threads: Option<usize>,
     ) -> PyResult<Descent<'py>> {
-        let begin = self.begin(&start)?;
-        let running = self.begin(&running)?;
-        let links = links_of(links.as_ref())?;
+        let start = self.read_slots(&start)?;
+        let running = self.read_slots(&running)?;
+        let links = read_links(links.as_ref())?;
         let max_moves = max_moves.map_or(UNLIMITED, i64::from);
         let control = Control::new(deadline(time_limit));
         let layers = &self.layers;
         let (steps, interrupted) = watched(py, threads, &control, None, || {
-            descend(layers, begin.clone(), &running, links, max_moves, &control)
+            descend(layers, start.clone(), &running, links, max_moves, &control)
         })?;
         let (mut places, mut experts, mut figures) = (Vec::new(), Vec::new(), Vec::new());
         for step in &steps {
             for (slot, expert) in step.written {
-                let slots = &begin[step.layer];
+                let slots = &start[step.layer];
                 let device = slots.device(slot);
                 let place =
                     (step.layer * self.sizes()[2] + device) * self.per_device + slot - slots.of(device).start;
@@ -349,7 +351,7 @@ impl Layers {
         Ok((places, experts, array2(py, (n, 3), figures)?, interrupted))
     }
 
-    /// Slots [L,D,S] to begin with: balanced on the sum of windows, or on every one; joined where tokens are divided.
+    /// Constructs slots [L,D,S] to start a search from, balanced on the sum of windows or, with `windows`, on every window.
     #[pyo3(signature = (*, windows = false, threads = None, alone = false))]
     fn construct<'py>(
         &mut self,
@@ -368,12 +370,12 @@ impl Layers {
         } else {
             detached(py, threads, || layers.par_iter().enumerate().map(construct).collect())?
         };
-        self.end(py, &placements?)
+        self.write_slots(py, &placements?)
     }
 
-    /// Slots [L,D,S] in which experts that lack copies have them, in empty slots or in place of copies to spare.
+    /// Gives copies to experts that lack them, in empty slots or in place of spare copies; returns slots [L,D,S].
     ///
-    /// A layer stays as it is in which an expert finds no slot.
+    /// A layer in which an expert finds no slot stays as it is.
     #[pyo3(signature = (start, *, threads = None))]
     fn complete<'py>(
         &mut self,
@@ -381,21 +383,21 @@ impl Layers {
         start: PyReadonlyArray3<'py, i32>,
         threads: Option<usize>,
     ) -> PyResult<Bound<'py, PyArray3<i32>>> {
-        let begin = self.begin(&start)?;
+        let slots = self.read_slots(&start)?;
         let layers = &self.layers;
         let work = || {
-            let one = |(start, layer): (Slots, &Layer)| {
+            let complete_layer = |(start, layer): (Slots, &Layer)| {
                 let mut slots = start.clone();
                 let is_complete = complete(&mut slots, &layer.site, &layer.load, false).is_ok();
                 if is_complete { slots } else { start }
             };
-            begin.into_par_iter().zip(layers).map(one).collect()
+            slots.into_par_iter().zip(layers).map(complete_layer).collect()
         };
         let placements: Vec<Slots> = detached(py, threads, work)?;
-        self.end(py, &placements)
+        self.write_slots(py, &placements)
     }
 
-    /// Whether devices are to hold experts [N,D,E] of some layers [N], by the fewest moves from running ones [L,D,E].
+    /// Returns whether devices are to hold experts [N,D,E] of some layers [N], by the fewest moves from `running` [L,D,E].
     #[pyo3(signature = (running, layers, *, full, threads = None))]
     fn nearest<'py>(
         &self,
@@ -410,27 +412,27 @@ impl Layers {
         if let Some(layer) = layers.iter().find(|&&layer| layer >= l) {
             return Err(Error::shape("layers", format!("layers below {l}"), layer).into());
         }
-        let running = contiguous(running.as_slice().ok())?;
+        let running = running.as_slice()?;
         let control = Control::new(None);
-        let one = |&layer: &usize| {
+        let find_nearest = |&layer: &usize| {
             let running = &running[layer * d * e..][..d * e];
             nearest(&self.layers[layer].site, running, full, &control).map_err(|fault| fault.of(layer))
         };
-        let work = || layers.par_iter().map(one).collect::<Vec<_>>();
+        let work = || layers.par_iter().map(find_nearest).collect::<Vec<_>>();
         let (placed, interrupted) = watched(py, threads, &control, None, work)?;
         if interrupted {
             return Err(PyKeyboardInterrupt::new_err(()));
         }
-        // The first layer without a slot is named, whichever thread ends first.
+        // The error names the first layer without a slot, whichever thread ends first.
         let holds: Result<Vec<_>, Error> = placed.into_iter().collect();
         array3(py, (layers.len(), d, e), holds?.concat())
     }
 }
 
-/// The busiest device over the mean of those that are left after every loss, and experts that are lost then [F,L].
+/// The largest over the mean load of the remaining devices, and the number of experts lost, after the loss of every domain [F,L].
 type Measured<'py> = (Bound<'py, PyArray2<f64>>, Bound<'py, PyArray2<i64>>);
 
-/// Measures single losses of slots [L,D,S] and loads [L,E], by the domain and time per token of every device [D].
+/// Measures slots [L,D,S] after every loss of one domain, from loads [L,E], and domain and time per token of every device [D].
 #[pyfunction]
 #[pyo3(signature = (slots, load, domain, time, *, divided = false, threads = None))]
 pub(super) fn measure_losses<'py>(
@@ -442,27 +444,27 @@ pub(super) fn measure_losses<'py>(
     divided: bool,
     threads: Option<usize>,
 ) -> PyResult<Measured<'py>> {
-    let &[l, e] = load.shape() else { unreachable!("the array has two dimensions") };
+    let [l, e] = sizes(load.shape());
     let (d, per_device) = (domain.len(), slots.shape()[2]);
     shaped("slots", slots.shape(), &[l, d, per_device])?;
     shaped("time", &[time.len()], &[d])?;
-    fits("slots", d, per_device)?;
-    let (load, slots) = (contiguous(load.as_slice().ok())?, contiguous(slots.as_slice().ok())?);
+    check_slots("slots", d, per_device)?;
+    let (load, slots) = (load.as_slice()?, slots.as_slice()?);
     let capacity = vec![per_device; d];
     let measure = |layer: usize| {
         let rows = &slots[layer * d * per_device..][..d * per_device];
-        let slots = Slots::new(&capacity, e, &contents_of(rows, per_device, &capacity));
+        let slots = Slots::new(&capacity, e, &read_contents(rows, per_device, &capacity));
         SingleLosses::new(&slots, &load[layer * e..][..e], &domain, &time, divided)
     };
     let all: Vec<SingleLosses> = detached(py, threads, || (0..l).into_par_iter().map(measure).collect())?;
-    let domains = domain.iter().max().map_or(0, |&last| usize::from(last) + 1);
+    let domains = count_groups(&domain);
     let by_loss = || (0..domains).flat_map(|lost| all.iter().map(move |losses| (losses, lost)));
     let imbalance = by_loss().map(|(losses, lost)| losses.imbalance[lost]).collect();
     let experts_lost = by_loss().map(|(losses, lost)| losses.experts_lost[lost]).collect();
     Ok((array2(py, (domains, l), imbalance)?, array2(py, (domains, l), experts_lost)?))
 }
 
-/// What the steps of a descent write, what is so after each, and whether it was interrupted.
+/// The places and experts that the steps of a descent write, figures after every step, and whether it was interrupted.
 type Descent<'py> = (Bound<'py, PyArray2<i64>>, Bound<'py, PyArray2<i32>>, Bound<'py, PyArray2<f64>>, bool);
 
 #[pyfunction]
@@ -475,19 +477,19 @@ pub(super) fn replicate_experts<'py>(
     trials: usize,
     rules: Option<PyRef<'py, LayerRules>>,
 ) -> PyResult<Bound<'py, PyArray3<i32>>> {
-    let &[l, e] = load.shape() else { unreachable!("the array has two dimensions") };
-    let (load, time) = (contiguous(load.as_slice().ok())?, contiguous(time.as_slice().ok())?);
+    let [l, e] = sizes(load.shape());
+    let (load, time) = (load.as_slice()?, time.as_slice()?);
     let widest = capacity.as_array().iter().copied().max().unwrap_or(0).max(0) as usize;
     room_for("slots and devices of layers", &[l, time.len(), widest + 4, size_of::<u64>()])?;
-    let free = LayerRules::default();
-    let rules = rules.as_deref().unwrap_or(&free);
-    let (sites, per_device) = sites_of(&capacity, time, rules, [l, e])?;
+    let no_rules = LayerRules::default();
+    let rules = rules.as_deref().unwrap_or(&no_rules);
+    let (sites, per_device) = build_sites(&capacity, time, rules, [l, e])?;
     let placements = alone(py, || fill_layers(load, e, &sites, trials))??;
     let all = placements.iter().zip(&sites).map(|(slots, site)| (&slots.expert_in[..], site));
-    slots_of(py, all, [time.len(), per_device])
+    slots_array(py, all, [time.len(), per_device])
 }
 
-/// Slots, and of every layer the time of the slowest device before and after, and copies brought.
+/// Slots [L,D,S]; times of the slowest device before and after, and moved copies, of every layer [L].
 type Adapted<'py> = (Bound<'py, PyArray3<i32>>, Vec<f64>, Vec<f64>, Vec<usize>);
 
 #[pyfunction]
@@ -506,22 +508,22 @@ pub(super) fn adapt_slots<'py>(
     full: bool,
     min_gain: f64,
 ) -> PyResult<Adapted<'py>> {
-    let &[l, e] = load.shape() else { unreachable!("the array has two dimensions") };
+    let [l, e] = sizes(load.shape());
     let (d, per_device) = (time.shape()[0], slots.shape()[2]);
     shaped("slots", slots.shape(), &[l, d, per_device])?;
     shaped("fresh", fresh.shape(), &[l])?;
-    fits("slots", d, per_device)?;
-    let (load, time) = (contiguous(load.as_slice().ok())?, contiguous(time.as_slice().ok())?);
-    let fresh = contiguous(fresh.as_slice().ok())?;
+    check_slots("slots", d, per_device)?;
+    let (load, time) = (load.as_slice()?, time.as_slice()?);
+    let fresh = fresh.as_slice()?;
     let capacity = vec![per_device; d];
     let sites = vec![Site::plain(capacity.clone(), time.to_vec()); l];
-    let rows = contiguous(slots.as_slice().ok())?.chunks_exact((d * per_device).max(1));
-    let running: Vec<Vec<u16>> = rows.map(|rows| contents_of(rows, per_device, &capacity)).collect();
+    let rows = slots.as_slice()?.chunks_exact((d * per_device).max(1));
+    let running: Vec<Vec<u16>> = rows.map(|rows| read_contents(rows, per_device, &capacity)).collect();
     let spending = Spending { max_moves, min_gain, dead_zone, deviations, devices: d };
     let effort = adapt::Effort { spending, steps, trials, full };
     let all = alone(py, || adapt_layers(load, e, &sites, &running, fresh, effort))??;
     let contents = all.iter().zip(&sites).map(|((contents, _), site)| (&contents[..], site));
-    let slots = slots_of(py, contents, [d, per_device])?;
+    let slots = slots_array(py, contents, [d, per_device])?;
     let (before, after) = all.iter().map(|(_, [before, after])| (before.slowest, after.slowest)).unzip();
     Ok((slots, before, after, all.iter().map(|(_, [_, after])| after.moves).collect()))
 }
@@ -533,17 +535,17 @@ pub(super) fn match_devices<'py>(
     running: PyReadonlyArray3<'py, i32>,
     experts: usize,
 ) -> PyResult<Bound<'py, PyArray3<i32>>> {
-    let &[_, d, per_device] = packed.shape() else { unreachable!("the array has three dimensions") };
+    let [_, d, per_device] = sizes(packed.shape());
     shaped("running", running.shape(), packed.shape())?;
-    fits("packed", d, per_device)?;
+    check_slots("packed", d, per_device)?;
     let site = Site::plain(vec![per_device; d], vec![1.0; d]);
-    let (packed, running) = (contiguous(packed.as_slice().ok())?, contiguous(running.as_slice().ok())?);
-    let slots = |rows| Slots::new(&site.capacity, experts, &contents_of(rows, per_device, &site.capacity));
+    let (packed, running) = (packed.as_slice()?, running.as_slice()?);
+    let slots = |rows| Slots::new(&site.capacity, experts, &read_contents(rows, per_device, &site.capacity));
     let size = (d * per_device).max(1);
     let layers = packed.chunks_exact(size).zip(running.chunks_exact(size));
     let matched = |(packed, running)| keep_devices(&slots(packed), &slots(running), &site.capacity);
     let all = alone(py, || layers.map(matched).collect::<Vec<_>>())?;
-    slots_of(py, all.iter().map(|slots| (&slots.expert_in[..], &site)), [d, per_device])
+    slots_array(py, all.iter().map(|slots| (&slots.expert_in[..], &site)), [d, per_device])
 }
 
 #[pyfunction]
@@ -551,9 +553,9 @@ pub(super) fn match_best<'py>(
     py: Python<'py>,
     weight: PyReadonlyArray3<'py, i64>,
 ) -> PyResult<Bound<'py, PyArray2<i64>>> {
-    let &[count, n, _] = weight.shape() else { unreachable!("the array has three dimensions") };
+    let [count, n, _] = sizes(weight.shape());
     shaped("weight", weight.shape(), &[count, n, n])?;
-    let weight = contiguous(weight.as_slice().ok())?;
+    let weight = weight.as_slice()?;
     let columns: Vec<i64> = alone(py, || {
         let matched = weight.chunks_exact((n * n).max(1)).flat_map(|weight| assign_max(weight, n));
         matched.map(|column: usize| i64::try_from(column).unwrap_or(i64::MAX)).collect()
@@ -568,19 +570,19 @@ pub(super) fn keep_slots<'py>(
     slots: PyReadonlyArray3<'py, i32>,
     experts: usize,
 ) -> PyResult<Bound<'py, PyArray3<i32>>> {
-    let &[_, d, per_device] = slots.shape() else { unreachable!("the array has three dimensions") };
+    let [_, d, per_device] = sizes(slots.shape());
     shaped("running", running.shape(), slots.shape())?;
-    fits("slots", d, per_device)?;
+    check_slots("slots", d, per_device)?;
     let site = Site::plain(vec![per_device; d], vec![1.0; d]);
-    let (running, slots) = (contiguous(running.as_slice().ok())?, contiguous(slots.as_slice().ok())?);
-    let contents = |rows| contents_of(rows, per_device, &site.capacity);
+    let (running, slots) = (running.as_slice()?, slots.as_slice()?);
+    let contents = |rows| read_contents(rows, per_device, &site.capacity);
     let size = (d * per_device).max(1);
     let layers = running.chunks_exact(size).zip(slots.chunks_exact(size));
     let keep = |(running, slots)| {
         Slots::new(&site.capacity, experts, &contents(running)).keep_slots(&contents(slots))
     };
     let all = alone(py, || layers.map(keep).collect::<Vec<_>>())?;
-    slots_of(py, all.iter().map(|contents| (&contents[..], &site)), [d, per_device])
+    slots_array(py, all.iter().map(|contents| (&contents[..], &site)), [d, per_device])
 }
 
 #[pyfunction]

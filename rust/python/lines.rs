@@ -8,7 +8,7 @@ use pyo3::types::PyBytes;
 use super::{alone, array2};
 use crate::lines::{Keys, SIZES, scan};
 
-/// end, line ends, ids, table [lines, columns], texts, the rule that the next line breaks
+/// End, line ends, ids, table [lines, columns], texts, and the rule that the next line breaks.
 type Lines<'py> =
     (usize, usize, Bound<'py, PyArray1<u16>>, Bound<'py, PyArray2<i64>>, Vec<String>, Option<String>);
 

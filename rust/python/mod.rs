@@ -1,6 +1,6 @@
 //! The Python module `moetuner._core`: views in, one call, arrays out. Only this folder knows pyo3.
 
-// Extracted arguments arrive by value; field names of classes are seen by nobody.
+// Extracted arguments arrive by value; nobody sees the field names of classes.
 #![allow(clippy::needless_pass_by_value, clippy::struct_field_names)]
 
 mod bounding;
@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use numpy::ndarray::{Array2, Array3};
 use numpy::{IntoPyArray, PyArray2, PyArray3, PyReadonlyArray3};
-use pyo3::exceptions::{PyKeyboardInterrupt, PyMemoryError, PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyKeyboardInterrupt, PyMemoryError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::control::Control;
@@ -38,11 +38,7 @@ impl From<Error> for PyErr {
     }
 }
 
-fn contiguous<T>(slice: Option<&[T]>) -> PyResult<&[T]> {
-    slice.ok_or_else(|| PyTypeError::new_err("array must be C-contiguous"))
-}
-
-/// Checks the shape of an argument.
+/// Refuses an argument unless it has the expected shape.
 fn shaped(what: &'static str, shape: &[usize], expected: &[usize]) -> PyResult<()> {
     let rule = || format!("shape {expected:?}");
     (shape == expected)
@@ -50,24 +46,24 @@ fn shaped(what: &'static str, shape: &[usize], expected: &[usize]) -> PyResult<(
         .ok_or_else(|| Error::Shape { what, rule: rule(), got: format!("{shape:?}") }.into())
 }
 
-/// Where the last panic was; its message travels by itself.
+/// Place of the last panic; the panic itself carries its message.
 static PANIC: Mutex<String> = Mutex::new(String::new());
 
-/// Keeps panics from standard error, where nobody asked for them: they become errors of Python, see [`caught`].
+/// Keeps panics from standard error: they become errors of Python, see [`caught`].
 fn quiet_panics() {
     let loud = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         if let (Some(place), Ok(mut last)) = (panic.location(), PANIC.try_lock()) {
             *last = place.to_string();
         }
-        // Whoever looks for a bug sees the trace.
+        // With `RUST_BACKTRACE` the panic and its trace are printed, too.
         if std::env::var_os("RUST_BACKTRACE").is_some_and(|value| value != "0") {
             loud(panic);
         }
     }));
 }
 
-/// Runs `work`; a panic becomes a `RuntimeError` that says what and where.
+/// Runs `work`; a panic becomes a `RuntimeError` with its place and message.
 fn caught<T>(work: impl FnOnce() -> T) -> PyResult<T> {
     catch_unwind(AssertUnwindSafe(work)).map_err(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str);
@@ -87,7 +83,7 @@ fn detached<T: Send>(py: Python<'_>, threads: Option<usize>, work: impl FnOnce()
     with_pool(py, threads, |pool| caught(|| py.detach(|| pool.install(work))))
 }
 
-/// When a time limit is over; never where it is longer than clocks count.
+/// Returns the end of a time limit in seconds from now; None without a limit, or if it is longer than clocks count.
 fn deadline(time_limit: Option<f64>) -> Option<Instant> {
     let limit = Duration::try_from_secs_f64(time_limit?.max(0.0)).ok()?;
     Instant::now().checked_add(limit)
@@ -95,10 +91,10 @@ fn deadline(time_limit: Option<f64>) -> Option<Instant> {
 
 /// Runs long `work` on other threads while this one looks for signals and reports progress.
 ///
-/// Progress is reported at once, so that whoever listens hears of all work, and then now and then.
+/// Progress is reported at once, so that listeners hear of short work, too, and then every 200 ms.
 ///
-/// An interrupt (Ctrl-C) sets `control.cancelled`; the work then ends soon with the best it has, and the second value is
-/// true. Any other error, of `progress` or of a signal's handler (a timer's, say), stops the work and is raised.
+/// An interrupt (Ctrl-C) sets `control.cancelled`. The work then ends soon with the best answer so far, and the second value
+/// is true. Any other error, of `progress` or of a signal handler (a timer's, say), stops the work and is raised.
 fn watched<T: Send>(
     py: Python<'_>,
     threads: Option<usize>,
@@ -115,7 +111,7 @@ fn watched<T: Send>(
         pool.in_place_scope(|scope| {
             let (send, receive) = channel::<()>();
             scope.spawn(move |_| {
-                // Dropped at the end of the work, also when it panics.
+                // The sender is dropped at the end of the work, also when it panics.
                 let _done = send;
                 *place = Some(work());
             });
@@ -127,7 +123,7 @@ fn watched<T: Send>(
             };
             let mut end = |error: PyErr| {
                 control.cancelled.store(true, Ordering::Relaxed);
-                // Ctrl-C may well come while a report is being written. What else a handler raises is not for us.
+                // Ctrl-C may come while progress is reported. All other errors are raised.
                 if error.is_instance_of::<PyKeyboardInterrupt>(py) {
                     interrupted = true;
                 } else {
@@ -139,7 +135,7 @@ fn watched<T: Send>(
                     end(error);
                 }
                 let now = begin.elapsed();
-                // Who has raised is not called again, however long the work takes to stop.
+                // A callback that has raised is not called again, however long the work takes to stop.
                 let is_due = now >= due && !control.cancelled.load(Ordering::Relaxed);
                 if let (Some(progress), true) = (progress, is_due) {
                     due = now + Duration::from_millis(200);
@@ -163,16 +159,17 @@ fn watched<T: Send>(
     }
 }
 
-/// The sizes of an array with so many dimensions.
+/// Returns the sizes of an array with N dimensions.
 fn sizes<const N: usize>(shape: &[usize]) -> [usize; N] {
     shape.try_into().expect("the array's type says how many dimensions it has")
 }
 
-/// A table as a slice, an empty one where there is none.
+/// Returns a table as a slice; an empty slice if there is none.
 fn slice<'a, T: numpy::Element>(array: Option<&'a PyReadonlyArray3<'_, T>>) -> PyResult<&'a [T]> {
-    array.map_or(Ok(&[]), |array| contiguous(array.as_slice().ok()))
+    array.map_or(Ok(&[]), |array| Ok(array.as_slice()?))
 }
 
+/// Returns an array of three dimensions with its numbers in C order.
 fn array3<T: numpy::Element>(
     py: Python<'_>,
     shape: (usize, usize, usize),
@@ -182,6 +179,7 @@ fn array3<T: numpy::Element>(
     Ok(array.into_pyarray(py))
 }
 
+/// Returns an array of two dimensions with its numbers in C order.
 fn array2<T: numpy::Element>(
     py: Python<'_>,
     shape: (usize, usize),
@@ -207,8 +205,8 @@ mod _core {
     };
     #[pymodule_export]
     use super::expected::{
-        balanced_load, busiest_rows, estimated_met, expected_active, expected_apart, expected_followed,
-        expected_load, expected_visits, pair_cost,
+        balanced_load, busiest_rows, estimated_visits, expected_active, expected_apart, expected_load,
+        expected_transitions, expected_visits, pair_cost,
     };
     #[pymodule_export]
     use super::layer::{
@@ -233,7 +231,7 @@ mod _core {
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         super::quiet_panics();
-        // Keyword only, and not on every system.
+        // The hook takes keywords only, and not every system has it.
         let hooks = PyDict::new(module.py());
         hooks.set_item("after_in_child", module.getattr("forget_pools")?)?;
         let os = module.py().import("os")?;

@@ -1,4 +1,4 @@
-//! Loads packed into clusters, and clusters put on devices.
+//! Packing of loads into clusters, and placement of clusters on devices.
 
 use numpy::{PyArray2, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3, PyUntypedArrayMethods};
 use pyo3::prelude::*;
@@ -7,10 +7,10 @@ use rayon::prelude::*;
 use super::{array2, deadline, detached, watched};
 use crate::control::Control;
 use crate::error::Error;
-use crate::packing::{self, Goal, Improve, Sizes, smallest_peak};
+use crate::packing::{self, ClusterSizes, Goal, Improve, smallest_peak};
 use crate::two_stage::Chain;
 
-/// Cluster of every expert [L,E]; of every layer peak and its bound, deviation times clusters and its bound; whether it
+/// Cluster of every expert [L,E]; peak and its bound, deviation times clusters and its bound, of every layer [L]; whether it
 /// was interrupted.
 type Packed<'py> = (Bound<'py, PyArray2<u16>>, Vec<(u128, u128, u128, u128)>, bool);
 
@@ -26,7 +26,7 @@ pub(super) fn pack<'py>(
     threads: Option<usize>,
 ) -> PyResult<Packed<'py>> {
     let ([layers, experts], load) = (super::sizes(load.shape()), load.as_slice()?);
-    let sizes = Sizes { smallest: sizes.0, largest: sizes.1 };
+    let sizes = ClusterSizes { smallest: sizes.0, largest: sizes.1 };
     let goal = tolerance.map_or(Goal::Peak, |tolerance| Goal::Deviation { tolerance });
     let control = Control::new(deadline(time_limit));
     let improve = Improve { goal, is_over: &|| control.stopped() };
@@ -53,7 +53,7 @@ pub(super) fn smallest_peaks(
     Ok(detached(py, threads, || layers.map(peak).collect::<Result<_, Error>>())??)
 }
 
-/// The device of every cluster [L,D], how it was found, a lower bound of the bottleneck, whether it was interrupted.
+/// Device of every cluster [L,D], the method, a lower bound on the bottleneck, and whether it was interrupted.
 type Placed<'py> = (Bound<'py, PyArray2<u16>>, &'static str, u128, bool);
 
 #[pyfunction]
@@ -74,6 +74,6 @@ pub(super) fn place_clusters<'py>(
     let chain = Chain { traffic, cost, sizes, start, layers, devices };
     let control = Control::new(deadline(time_limit));
     let (placed, interrupted) = watched(py, threads, &control, None, || chain.place(&control))?;
-    let way = if placed.exact { "exact: uniform links" } else { "heuristic: local search" };
-    Ok((array2(py, (layers, devices), placed.device)?, way, placed.bound, interrupted))
+    let method = if placed.exact { "exact: uniform links" } else { "heuristic: local search" };
+    Ok((array2(py, (layers, devices), placed.device)?, method, placed.bound, interrupted))
 }

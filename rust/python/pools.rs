@@ -1,4 +1,4 @@
-//! Threads for every call: never rayon's global pool, never a parent process's, never another call's.
+//! Pools of threads for calls: never rayon's global pool, that of a parent process, or that of another call at work.
 
 use std::mem;
 use std::num::NonZero;
@@ -8,12 +8,12 @@ use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-/// Pools kept for the next call.
+/// Largest number of idle pools.
 const IDLE_POOLS: usize = 4;
-/// Threads of a pool for every core, at most: more would only take memory.
+/// Largest number of threads of a pool per core: more would only take memory.
 const PER_CORE: usize = 4;
 
-/// The pools of one process that nobody uses now, by the number of threads that was asked for; 0 for all cores.
+/// The idle pools of a process, by the number of threads that was asked for; 0 for all cores.
 struct Idle {
     process: u32,
     pools: Vec<(usize, ThreadPool)>,
@@ -21,13 +21,13 @@ struct Idle {
 
 static IDLE: Mutex<Idle> = Mutex::new(Idle { process: 0, pools: Vec::new() });
 
-/// The idle pools of this process.
+/// Locks and returns the idle pools of this process.
 ///
-/// A child that was forked has its parent's memory but not its threads: work given to the parent's pools would wait
-/// forever. The lock is only ever held by a thread that is attached to the interpreter; a fork from Python is alone in
-/// being so, by the interpreter's lock, or as a free-threaded one stops all others first. So no child begins with a
-/// locked one.
-fn idle(_: Python<'_>) -> MutexGuard<'static, Idle> {
+/// A child that was forked has its parent's memory but not its threads: work that is given to the parent's pools would wait
+/// forever. Only threads that are attached to the interpreter hold this lock. A thread that forks from Python is the only
+/// attached one, by the interpreter's lock, or because a free-threaded interpreter stops all others first. So no child starts
+/// with a locked mutex.
+fn lock_idle(_: Python<'_>) -> MutexGuard<'static, Idle> {
     let mut idle = IDLE.lock().unwrap_or_else(PoisonError::into_inner);
     if idle.process != std::process::id() {
         forget(&mut idle);
@@ -36,10 +36,10 @@ fn idle(_: Python<'_>) -> MutexGuard<'static, Idle> {
     idle
 }
 
-/// Runs `work` with a pool of so many threads that is its own meanwhile; one for every core where no number is given.
-/// No pool has more than [`PER_CORE`] of them for every core, whatever is asked for: answers do not depend on it.
+/// Runs `work` with a pool of so many threads that no other call uses; without a number it has one thread per core.
 ///
-/// Two calls at once would wait for each other's work in one pool, beyond their time limits.
+/// No pool has more than [`PER_CORE`] threads per core, whatever number is asked for: answers do not depend on it. Two calls
+/// that shared a pool would wait for each other's work, beyond their time limits.
 pub(super) fn with_pool<T>(
     py: Python<'_>,
     threads: Option<usize>,
@@ -49,7 +49,7 @@ pub(super) fn with_pool<T>(
     let wanted = threads.map_or(0, |threads| threads.clamp(1, largest()));
     let process = std::process::id();
     let idle_pool = {
-        let mut idle = idle(py);
+        let mut idle = lock_idle(py);
         let place = idle.pools.iter().position(|(threads, _)| *threads == wanted);
         place.map(|place| idle.pools.remove(place).1)
     };
@@ -62,11 +62,11 @@ pub(super) fn with_pool<T>(
     };
     let result = work(&pool);
     if process != std::process::id() {
-        // What was called back has forked, and this is the child.
+        // A callback has forked, and this is the child.
         mem::forget(pool);
         return result;
     }
-    let mut idle = idle(py);
+    let mut idle = lock_idle(py);
     if idle.pools.len() == IDLE_POOLS {
         idle.pools.remove(0);
     }
@@ -74,13 +74,15 @@ pub(super) fn with_pool<T>(
     result
 }
 
-/// Called in a child that was just forked; its number alone may be that of a process which ended long ago.
+/// Forgets the parent's pools in a child that was just forked.
+///
+/// The child's process id alone does not suffice: it may be that of a process which ended long ago.
 #[pyfunction]
 pub(super) fn forget_pools() {
     forget(&mut IDLE.lock().unwrap_or_else(PoisonError::into_inner));
 }
 
-/// Leaks the pools: to end them would be to wait for threads that are not there.
+/// Leaks the pools: dropping them would wait for threads that do not exist.
 fn forget(idle: &mut Idle) {
     mem::forget(mem::take(&mut idle.pools));
 }

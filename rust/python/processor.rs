@@ -1,9 +1,8 @@
-//! What the processor can do, of what the core is compiled for.
+//! Instruction sets of the processor that the core is compiled for.
 
 use pyo3::pyfunction;
 
-/// Names of the instruction sets beyond the oldest of which some function of the core has its own copy, if they are
-/// there.
+/// Returns the names of the instruction sets that the processor has and that a function of the core has a version for.
 #[pyfunction]
 pub(super) fn instruction_sets() -> Vec<&'static str> {
     #[cfg(target_arch = "x86_64")]

@@ -1,13 +1,13 @@
-//! What placements of layers keep, as Python hands it over: one object for all layers.
+//! Rules of placements as Python passes them: one object for all layers.
 
 use numpy::{PyReadonlyArray2, PyReadonlyArray3, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 
-use super::{contiguous, shaped, slice};
+use super::{shaped, sizes, slice};
 use crate::layer::construct;
 use crate::layer::{Rules, Site};
 
-/// The rules of all layers; what a placement may be, whatever it costs.
+/// The rules that placements of all layers keep, whatever they cost.
 #[pyclass(module = "moetuner._core", name = "Rules", frozen)]
 #[derive(Default)]
 pub(super) struct LayerRules {
@@ -15,7 +15,7 @@ pub(super) struct LayerRules {
     forbidden: Vec<bool>,
     pinned: Vec<bool>,
     is_single: bool,
-    /// Copies that every expert must have, and the failure domain of every device [D] if they must be in two.
+    /// Copies that every expert must have, and the failure domain of every device [D]; with domains, copies must be in two.
     min_copies: u32,
     domain: Vec<u16>,
     /// Largest load of a device in every layer [L], of the loads [L,E] that count for it.
@@ -38,11 +38,11 @@ impl LayerRules {
     ) -> PyResult<Self> {
         let mut shape = None;
         for (what, table) in [("forbidden", &forbidden), ("pinned", &pinned)] {
-            let Some(&[l, e, d]) = table.as_ref().map(|table| table.shape()) else { continue };
-            shaped(what, &[l, e, d], shape.get_or_insert([l, e, d]))?;
+            let Some(table) = table else { continue };
+            shaped(what, table.shape(), shape.get_or_insert(sizes(table.shape())))?;
         }
         let caps = caps.unwrap_or_default();
-        let load = load.as_ref().map_or(Ok(&[][..]), |load| contiguous(load.as_slice().ok()))?.to_vec();
+        let load = load.as_ref().map_or(Ok(&[][..]), |load| load.as_slice())?.to_vec();
         Ok(Self {
             shape,
             forbidden: slice(forbidden.as_ref())?.to_vec(),
@@ -61,23 +61,23 @@ pub(super) fn find_shortage(
     forbidden: PyReadonlyArray2<'_, bool>,
     capacity: Vec<usize>,
 ) -> PyResult<Option<(usize, Vec<usize>)>> {
-    let &[experts, devices] = forbidden.shape() else { unreachable!("the array has two dimensions") };
+    let [experts, devices] = sizes(forbidden.shape());
     shaped("forbidden", &[experts, devices], &[experts, capacity.len()])?;
-    let table = contiguous(forbidden.as_slice().ok())?.to_vec();
+    let table = forbidden.as_slice()?.to_vec();
     let rules = Rules { forbidden: table, ..Rules::default() };
     let site = Site { rules, ..Site::plain(capacity, vec![1.0; devices]) };
     Ok(construct::find_shortage(&site, experts))
 }
 
 impl LayerRules {
-    /// Refuses layers, experts and devices that the tables are not of.
+    /// Refuses tables that do not have so many layers, experts and devices.
     pub(super) fn check(&self, sizes: [usize; 3]) -> PyResult<()> {
         self.shape.map_or(Ok(()), |shape| shaped("rules", &shape, &sizes))?;
         let capped = sizes[0] * usize::from(!self.caps.is_empty());
         shaped("caps", &[self.caps.len(), self.load.len()], &[capped, capped * sizes[1]])
     }
 
-    /// The rules of a layer.
+    /// Returns the rules of a layer.
     pub(super) fn of_layer(&self, layer: usize, [experts, devices]: [usize; 2]) -> Rules {
         let size = experts * devices;
         let table =
@@ -93,7 +93,7 @@ impl LayerRules {
         }
     }
 
-    /// Loads of a layer `[E]` that count for its cap, if it has one.
+    /// Returns the loads of a layer `[E]` that count for its cap, if it has one.
     pub(super) fn capped_load(&self, layer: usize, experts: usize) -> Option<&[f64]> {
         self.load.get(layer * experts..(layer + 1) * experts)
     }

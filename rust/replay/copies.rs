@@ -1,51 +1,55 @@
-//! Which slot serves an expert of a token, where experts have copies.
+//! The choice of the copy of an expert that serves a token.
 
 use rayon::prelude::*;
 
+use crate::arrays::{count_groups, prefix_sums};
 use crate::error::{Error, Result, SLOTS};
-use crate::random::{choose_copy, mixed, scale};
+use crate::random::{choose_copy, hash, scale};
 use crate::trace::{ExpertId, Routing};
 
-/// Which copy of an expert serves a token.
+/// The rule by which a copy of an expert is chosen for a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Split {
-    /// By a hash of the token's position ([`mixed`]), the same in all layers.
+    /// The copy is chosen by a hash of the token's position ([`hash`]), the same in all layers.
     Even,
-    /// The one on the token's home device; else by hash among those of the home's node; else by hash among all. The
-    /// home is the hash's leading bits, which spreads homes evenly.
+    /// The copy on the token's home device; else one on the home's node, by hash; else any one, by hash. By default the home
+    /// is chosen by the leading bits of the hash, so that homes are spread evenly.
     Nearest,
-    /// An expert's copies take turns.
+    /// The copies of an expert take turns.
     RoundRobin,
 }
 
 /// A placement as the replay needs it: copies of every expert, layer by layer.
 #[derive(Debug, Clone)]
 pub struct Copies {
-    /// Devices.
+    /// Number of devices.
     pub devices: usize,
+    /// Number of slots of a layer, P.
     pub(super) slots: usize,
+    /// Node of every device `[D]`, and devices of every node `[N]`.
     pub(super) node_of_device: Vec<u16>,
     pub(super) devices_of_node: Vec<Vec<u16>>,
+    /// Device of every slot `[P]`.
     pub(super) device_of_slot: Vec<u16>,
-    /// The device of every expert; its first copy's where it has several `[L, E]`.
+    /// Device of every expert, that of its first copy if it has several `[L, E]`.
     pub(super) device_of_expert: Vec<Vec<u16>>,
-    /// Slots of every expert, one after the other `[L, filled slots]`.
+    /// Slots of every expert, expert by expert `[L, filled slots]`.
     pub(super) slots_of: Vec<Vec<u16>>,
-    /// Where an expert's slots begin in `slots_of` `[L, E + 1]`.
+    /// Index of an expert's first slot in `slots_of` `[L, E + 1]`.
     begin: Vec<Vec<u32>>,
     split: Split,
-    /// Tokens of every expert before the block at hand `[L, E]`; counted where copies take turns.
+    /// Tokens of every expert before the block at hand `[L, E]`; empty unless copies take turns.
     served: Vec<Vec<u64>>,
 }
 
 impl Copies {
-    /// Nodes, numbered from 0.
+    /// Returns the number of nodes.
     #[must_use]
     pub fn nodes(&self) -> usize {
         self.devices_of_node.len()
     }
 
-    /// Takes slots `[L, D, S]` (expert ids, -1 for empty) and the node of every device `[D]`.
+    /// Builds the copies of slots `[L, D, S]` (expert ids, -1 for empty), with the node of every device `[D]`.
     pub fn new(
         slots: &[i32],
         routing: Routing,
@@ -62,7 +66,7 @@ impl Copies {
         let mut copies = Vec::with_capacity(layers);
         let mut begin = Vec::with_capacity(layers);
         for layer in slots.chunks_exact(p) {
-            let (starts, slots_of) = by_expert(layer, experts)?;
+            let (starts, slots_of) = slots_by_expert(layer, experts)?;
             if let Some(e) = starts.windows(2).position(|ends| ends[0] == ends[1]) {
                 return Err(Error::shape(
                     "slots",
@@ -79,8 +83,7 @@ impl Copies {
             first.map(|slot| device_of_slot[usize::from(slot)]).collect()
         };
         let device_of_expert = copies.iter().zip(&begin).map(first_device).collect();
-        let nodes = node_of_device.iter().max().map_or(0, |&last| usize::from(last) + 1);
-        let mut devices_of_node = vec![Vec::new(); nodes];
+        let mut devices_of_node = vec![Vec::new(); count_groups(node_of_device)];
         for (device, &node) in (0..).zip(node_of_device) {
             devices_of_node[usize::from(node)].push(device);
         }
@@ -98,7 +101,9 @@ impl Copies {
         })
     }
 
-    /// The slots that serve the ids of a layer, of tokens at these positions and homes, which are the hashes' by default.
+    /// Returns the slots that serve the ids of a layer `[T, K]`.
+    ///
+    /// Tokens have positions and, if given, homes `[T]`; by default the hash of the position chooses the home.
     pub(super) fn route<I: ExpertId>(
         &self,
         l: usize,
@@ -111,35 +116,35 @@ impl Copies {
         if self.is_single(l) {
             return ids.iter().map(|id| copies[id.index()]).collect();
         }
-        let devices_of = |id: &I| &copies[begin[id.index()] as usize..begin[id.index() + 1] as usize];
+        let slots_of = |id: &I| &copies[begin[id.index()] as usize..begin[id.index() + 1] as usize];
         if self.split == Split::RoundRobin {
             let mut served = self.served[l].clone();
             let turn = |id: &I| {
                 let turn = served[id.index()];
                 served[id.index()] += 1;
-                devices_of(id)[(turn % devices_of(id).len() as u64) as usize]
+                slots_of(id)[(turn % slots_of(id).len() as u64) as usize]
             };
             return ids.iter().map(turn).collect();
         }
         let mut slots = Vec::with_capacity(ids.len());
         for (token, (position, ids)) in positions.zip(ids.chunks_exact(top_k)).enumerate() {
-            let hash = mixed(position as u32) as usize;
+            let hash = hash(position as u32) as usize;
             if self.split == Split::Even {
-                slots.extend(ids.iter().map(|id| devices_of(id)[choose_copy(hash, devices_of(id).len())]));
+                slots.extend(ids.iter().map(|id| slots_of(id)[choose_copy(hash, slots_of(id).len())]));
             } else {
                 let home =
                     homes.map_or_else(|| scale(hash as u64, self.devices), |homes| homes[token].into());
-                slots.extend(ids.iter().map(|id| self.nearest(devices_of(id), home, hash)));
+                slots.extend(ids.iter().map(|id| self.nearest(slots_of(id), home, hash)));
             }
         }
         slots
     }
 
-    /// The copy that serves a token of this home.
+    /// Returns the slot that serves a token of this home, of the `slots` of an expert.
     fn nearest(&self, slots: &[u16], home: usize, hash: usize) -> u16 {
         let device = |slot: u16| usize::from(self.device_of_slot[usize::from(slot)]);
-        if let Some(&own) = slots.iter().find(|&&slot| device(slot) == home) {
-            return own;
+        if let Some(&slot) = slots.iter().find(|&&slot| device(slot) == home) {
+            return slot;
         }
         let node = self.node_of_device[home];
         let is_near = |slot: &&u16| self.node_of_device[device(**slot)] == node;
@@ -153,12 +158,12 @@ impl Copies {
         }
     }
 
-    /// Whether the copy that serves a token depends on the tokens before.
+    /// Returns whether the copy that serves a token depends on earlier tokens.
     pub(super) fn takes_turns(&self) -> bool {
         self.split == Split::RoundRobin && (0..self.slots_of.len()).any(|l| !self.is_single(l))
     }
 
-    /// Counts a block's tokens, for whose turn it is in the next one.
+    /// Counts the tokens of every expert in a block, on which turns in the next block depend.
     pub(super) fn count_served<I: ExpertId>(&mut self, block: &[I], routing: Routing) {
         let top_k = routing.top_k;
         self.served.par_iter_mut().enumerate().for_each(|(l, served)| {
@@ -170,24 +175,24 @@ impl Copies {
         });
     }
 
-    /// Whether every expert of a layer has one slot.
+    /// Returns whether every expert of a layer has a single slot.
     pub(super) fn is_single(&self, l: usize) -> bool {
         self.slots_of[l].len() + 1 == self.begin[l].len()
     }
 }
 
-/// Where the slots of every expert begin `[E + 1]`, and the slots of a layer, expert by expert.
-pub(super) fn by_expert(slots: &[i32], experts: usize) -> Result<(Vec<u32>, Vec<u16>)> {
+/// Sorts the filled slots of a layer by expert; returns the index of every expert's first slot `[E + 1]`, and the slots.
+pub(super) fn slots_by_expert(slots: &[i32], experts: usize) -> Result<(Vec<u32>, Vec<u16>)> {
     let filled =
         || (0..).zip(slots).filter_map(|(slot, &expert)| Some((slot, usize::try_from(expert).ok()?)));
-    let mut begin = vec![0; experts + 1];
+    let mut counts = vec![0; experts];
     for (_, expert) in filled() {
-        let Some(count) = begin.get_mut(expert + 1) else {
+        let Some(count) = counts.get_mut(expert) else {
             return Err(Error::shape("slots", format!("expert ids below {experts}"), &expert));
         };
         *count += 1;
     }
-    (0..experts).for_each(|e| begin[e + 1] += begin[e]);
+    let begin: Vec<u32> = prefix_sums(counts.into_iter());
     let (mut next, mut slots_of) = (begin.clone(), vec![0; begin[experts] as usize]);
     for (slot, expert) in filled() {
         slots_of[next[expert] as usize] = slot;

@@ -1,45 +1,50 @@
-//! What a placement is expected to make of counts, without a token being replayed: loads, visits, pairs.
+//! Expected loads, visits and pairs of a placement, computed from counts without replaying tokens.
 //!
-//! Copies share the tokens of an expert. They are chosen independently of each other; visits also as by one hash of the
-//! token, of which every expert takes the remainder by its number of copies ([`missed_by_hash`]). Sums run over experts, or sets,
-//! in their order, so that they are the same on any number of threads; with one copy of each expert they are sums of
-//! whole numbers, and exact.
+//! The copies of an expert share its tokens. Experts of a token choose their copies independently or, for visits, by one hash of
+//! the token, of which every expert takes the remainder by its number of copies ([`missed_by_hash`]). Sums run over experts
+//! or sets in a fixed order, so that they are the same on any number of threads. With one copy of each expert they are sums
+//! of integers, and exact.
 
 use rayon::prelude::*;
 
-use super::copies::by_expert;
+use super::copies::slots_by_expert;
+use crate::arrays::count_groups;
 use crate::error::Result;
 use crate::random::choose_copy;
 use crate::urn::visits_of_load;
 
-/// Makes something of every number from 0: by threads within a pool, else in the calling one.
-fn made_of<T: Send>(count: usize, make: impl Fn(usize) -> T + Sync + Send) -> Vec<T> {
+/// Returns the results of `make` for all numbers below `count`: computed by threads inside a pool, otherwise in the calling
+/// thread.
+fn map_numbers<T: Send>(count: usize, make: impl Fn(usize) -> T + Sync + Send) -> Vec<T> {
     let is_alone = rayon::current_thread_index().is_none();
     if is_alone { (0..count).map(make).collect() } else { (0..count).into_par_iter().map(make).collect() }
 }
 
-/// Remainders that are tried one by one; numbers of copies with longer periods are taken to be independent.
+/// Longest period whose hashes are tried one by one; numbers of copies with a longer common period are treated as independent.
 const PERIOD: u32 = 1 << 12;
-/// The longest period of which all hashes are known of every part: that of up to eight copies, 840, is shorter.
-const LONGEST: u32 = 1 << 10;
+/// Longest period for which [`Hits`] tabulates all hashes; that of up to eight copies, 840, is shorter.
+const TABULATED_PERIOD: u32 = 1 << 10;
 /// Bits in a word.
 const WORD: usize = 64;
 
-/// Where the experts of a layer are: units (devices or nodes) of every expert, in their order, and its share of them.
+/// The copies of a layer's experts: the unit (device or node) of every copy, and its share of the expert's tokens.
 #[derive(Debug)]
 struct Holders {
+    /// Index of every expert's first copy `[E + 1]`.
     first: Vec<u32>,
+    /// Unit and share of every copy, expert by expert.
     unit: Vec<u32>,
     share: Vec<f64>,
 }
 
 impl Holders {
+    /// Iterates over the units of an expert's copies, and their shares.
     fn of(&self, expert: usize) -> impl Iterator<Item = (usize, f64)> + Clone + '_ {
         let range = self.first[expert] as usize..self.first[expert + 1] as usize;
         self.unit[range.clone()].iter().map(|&unit| unit as usize).zip(self.share[range].iter().copied())
     }
 
-    /// The unit of every expert, where each has one that takes all of it.
+    /// Returns the unit of every expert `[E]` if each has a single copy that serves all of its tokens.
     fn single(&self) -> Option<&[u32]> {
         let alone =
             self.unit.len() + 1 == self.first.len() && self.first.windows(2).all(|w| w[1] == w[0] + 1);
@@ -47,7 +52,7 @@ impl Holders {
         (alone && self.share.iter().all(|&share| share == 1.0)).then_some(&self.unit[..])
     }
 
-    /// The copies of an expert, with their units.
+    /// Iterates over the units of an expert's copies, and the copies.
     fn copies(&self, expert: usize) -> impl Iterator<Item = (usize, Holder)> + '_ {
         let copies = self.first[expert + 1] - self.first[expert];
         (0..)
@@ -55,7 +60,7 @@ impl Holders {
             .map(move |(number, (unit, share))| (unit, Holder { copies, number, share }))
     }
 
-    /// Tokens that visit every device and every node `[D, N]`, of sets; `node` of every device is one of `nodes`.
+    /// Computes the tokens of sets that visit every device `[D]` and every node `[N]`; `node` has the node of every device `[D]`.
     fn visits(&self, node: &[u16], nodes: usize, sets: Sets<'_>, hashed: bool) -> (Vec<f64>, Vec<f64>) {
         if let Some(device) = self.single() {
             return visits_of_single(device, node, nodes, sets);
@@ -71,7 +76,7 @@ impl Holders {
     }
 }
 
-/// A copy of an expert: which it is of how many, and its share of the expert's tokens.
+/// A copy of an expert: its number among the expert's copies, and its share of the expert's tokens.
 #[derive(Debug, Clone, Copy)]
 struct Holder {
     copies: u32,
@@ -79,8 +84,9 @@ struct Holder {
     share: f64,
 }
 
-/// Tokens that visit every unit, of sets of experts with several copies: the `copies` of an expert by unit, chosen by one
-/// hash of a token or independently.
+/// Computes the tokens that visit every unit, for sets of experts with several copies.
+///
+/// `copies` iterates over the units and copies of an expert. A token's experts choose copies by one hash, or independently.
 fn visits_of_copies<Copies: Iterator<Item = (usize, Holder)>>(
     experts: usize,
     units: usize,
@@ -89,10 +95,11 @@ fn visits_of_copies<Copies: Iterator<Item = (usize, Holder)>>(
     hashed: bool,
 ) -> Vec<f64> {
     let mut parts = Parts::new(experts, copies, hashed);
-    let nowhere = Visited { tokens: 0.0, set: u32::MAX, perhaps: u32::MAX, part: 0 };
-    let mut units = vec![nowhere; units];
-    // Of a set: parts of experts that are in several units, units of which it may be in one, and further parts there.
-    let (mut shared, mut met, mut further, mut both) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let unvisited = Visited { tokens: 0.0, certain_set: u32::MAX, possible_set: u32::MAX, part: 0 };
+    let mut units = vec![unvisited; units];
+    // For the set at hand: parts of experts in several units, units that it may visit, and further parts there.
+    let (mut shared, mut possible, mut further, mut parts_there) =
+        (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for (set, (ids, count)) in (0..).zip(sets.iter()) {
         let count = count as f64;
         for &e in ids {
@@ -101,85 +108,89 @@ fn visits_of_copies<Copies: Iterator<Item = (usize, Holder)>>(
                 shared.push(range);
                 continue;
             }
-            let here = &mut units[parts.unit[range.start] as usize];
-            if here.set != set {
-                here.set = set;
-                here.tokens += count;
+            let visited = &mut units[parts.unit[range.start] as usize];
+            if visited.certain_set != set {
+                visited.certain_set = set;
+                visited.tokens += count;
             }
         }
         for part in shared.drain(..).flatten() {
             let unit = parts.unit[part];
-            let here = &mut units[unit as usize];
-            if here.set == set {
+            let visited = &mut units[unit as usize];
+            if visited.certain_set == set {
                 continue;
             }
-            if here.perhaps == set {
+            if visited.possible_set == set {
                 further.push((unit, part as u32));
             } else {
-                (here.perhaps, here.part) = (set, part as u32);
-                met.push(unit);
+                (visited.possible_set, visited.part) = (set, part as u32);
+                possible.push(unit);
             }
         }
-        for unit in met.drain(..) {
-            let here = &mut units[unit as usize];
-            let mut missed = parts.missed[here.part as usize];
+        for unit in possible.drain(..) {
+            let visited = &mut units[unit as usize];
+            let mut missed = parts.missed[visited.part as usize];
             if further.iter().any(|&(there, _)| there == unit) {
-                both.clear();
-                both.push(here.part);
-                both.extend(further.iter().filter(|&&(there, _)| there == unit).map(|&(_, part)| part));
-                missed = parts.missed(&both);
+                parts_there.clear();
+                parts_there.push(visited.part);
+                let others = further.iter().filter(|&&(there, _)| there == unit);
+                parts_there.extend(others.map(|&(_, part)| part));
+                missed = parts.missed(&parts_there);
             }
-            here.tokens += count * (1.0 - missed);
+            visited.tokens += count * (1.0 - missed);
         }
         further.clear();
     }
     units.into_iter().map(|unit| unit.tokens).collect()
 }
 
-/// A unit, and how a set visits it.
+/// The visits of a unit.
 #[derive(Clone)]
 struct Visited {
     tokens: f64,
-    /// The last set that was there for certain, and the last that may have been there.
-    set: u32,
-    perhaps: u32,
-    /// The first part that may have served that one there.
+    /// The last set that visits the unit for certain, and the last one that may visit it.
+    certain_set: u32,
+    possible_set: u32,
+    /// The first part in the unit that may serve the latter.
     part: u32,
 }
 
-/// The copies of every expert of a layer by unit: all those of an expert in one unit are a part of it.
+/// The copies of every expert of a layer by unit. All copies of an expert in one unit are a part of the expert.
 struct Parts {
-    /// Where the parts of every expert begin `[E + 1]`.
+    /// Index of every expert's first part `[E + 1]`.
     first: Vec<usize>,
     /// Unit of every part.
     unit: Vec<u32>,
     /// Copies of every part.
     copies: Vec<Vec<Holder>>,
-    /// Share of an expert's tokens that every part has none of.
+    /// Share of the expert's tokens that a part does not serve.
     missed: Vec<f64>,
-    chosen: Chosen,
+    choice: CopyChoice,
 }
 
-/// How the experts of a token choose among their copies.
-enum Chosen {
-    Independently,
-    /// By the remainders of one hash: which of a period of hashes, bits of words, every part serves.
-    ByHash(Hits),
-    /// The same, where the numbers of copies have a longer period.
-    ByLongHash,
+/// The way in which the experts of a token choose among their copies.
+enum CopyChoice {
+    /// Every expert chooses independently.
+    Independent,
+    /// All experts choose by the remainders of one hash, which are tabulated.
+    Hash(Hits),
+    /// All experts choose by the remainders of one hash, whose period is too long to be tabulated.
+    LongHash,
 }
 
 /// The hashes of a period that every part serves, a bit each.
 struct Hits {
     period: u32,
-    /// Words of every part.
+    /// Number of words of a part.
     words: usize,
+    /// Bits of all parts.
     bits: Vec<u64>,
-    /// Those that some parts serve together.
+    /// Scratch memory: hashes that several parts serve together.
     served: Vec<u64>,
 }
 
 impl Hits {
+    /// Tabulates the hashes of a period that the copies of every part serve.
     fn new(period: u32, copies: &[Vec<Holder>]) -> Self {
         let words = (period as usize).div_ceil(WORD);
         let mut bits = vec![0; words * copies.len()];
@@ -192,7 +203,7 @@ impl Hits {
         Self { period, words, bits, served: vec![0; words] }
     }
 
-    /// The share of the period that none of some parts serves.
+    /// Returns the share of the period's hashes that none of some parts serves.
     fn missed(&mut self, parts: &[u32]) -> f64 {
         let words = self.words;
         self.served.fill(0);
@@ -206,20 +217,21 @@ impl Hits {
 }
 
 impl Parts {
+    /// Groups the copies of experts by unit; with `hashed` one hash of a token chooses the copies of all experts.
     fn new<Copies: Iterator<Item = (usize, Holder)>>(
         experts: usize,
         copies: impl Fn(usize) -> Copies,
         hashed: bool,
     ) -> Self {
-        let (mut first, mut unit, mut held) = (vec![0], Vec::new(), Vec::<Vec<Holder>>::new());
+        let (mut first, mut unit, mut members) = (vec![0], Vec::new(), Vec::<Vec<Holder>>::new());
         for expert in 0..experts {
             let begin = unit.len();
             for (there, copy) in copies(expert) {
                 if let Some(part) = unit[begin..].iter().position(|&unit| unit == there as u32) {
-                    held[begin + part].push(copy);
+                    members[begin + part].push(copy);
                 } else {
                     unit.push(there as u32);
-                    held.push(vec![copy]);
+                    members.push(vec![copy]);
                 }
             }
             first.push(unit.len());
@@ -227,34 +239,33 @@ impl Parts {
         let alone = |copies: &Vec<Holder>| {
             if hashed { missed_by_hash(&mut copies.clone()) } else { missed_independently(copies) }
         };
-        let missed = held.iter().map(alone).collect();
-        let all = || held.iter().flatten();
-        let period = all().try_fold(1u32, |period, copy| {
-            let both = period / gcd(period, copy.copies) * copy.copies;
-            (both <= LONGEST).then_some(both)
+        let missed = members.iter().map(alone).collect();
+        let period = members.iter().flatten().try_fold(1u32, |period, copy| {
+            let longer = common_period(period, copy.copies);
+            (longer <= TABULATED_PERIOD).then_some(longer)
         });
-        let chosen = match period {
-            _ if !hashed => Chosen::Independently,
-            None => Chosen::ByLongHash,
-            Some(period) => Chosen::ByHash(Hits::new(period, &held)),
+        let choice = match period {
+            _ if !hashed => CopyChoice::Independent,
+            None => CopyChoice::LongHash,
+            Some(period) => CopyChoice::Hash(Hits::new(period, &members)),
         };
-        Self { first, unit, copies: held, missed, chosen }
+        Self { first, unit, copies: members, missed, choice }
     }
 
-    /// The parts of an expert.
+    /// Returns the indices of an expert's parts.
     fn range(&self, expert: usize) -> std::ops::Range<usize> {
         self.first[expert]..self.first[expert + 1]
     }
 
-    /// The share of tokens that none of some parts in a unit serves, each of another expert.
+    /// Returns the share of tokens that none of some parts in a unit serves; the parts are of different experts.
     fn missed(&mut self, parts: &[u32]) -> f64 {
         if let [part] = parts {
             return self.missed[*part as usize];
         }
-        match &mut self.chosen {
-            Chosen::Independently => parts.iter().map(|&part| self.missed[part as usize]).product(),
-            Chosen::ByHash(hits) => hits.missed(parts),
-            Chosen::ByLongHash => {
+        match &mut self.choice {
+            CopyChoice::Independent => parts.iter().map(|&part| self.missed[part as usize]).product(),
+            CopyChoice::Hash(hits) => hits.missed(parts),
+            CopyChoice::LongHash => {
                 let copies = parts.iter().flat_map(|&part| self.copies[part as usize].iter().copied());
                 missed_by_hash(&mut copies.collect())
             }
@@ -262,25 +273,24 @@ impl Parts {
     }
 }
 
-/// The share of an expert's tokens that none of its copies in a unit serves, where it chooses independently.
+/// Returns the share of an expert's tokens that none of its copies in a unit serves, if copies are chosen by their shares.
 fn missed_independently(copies: &[Holder]) -> f64 {
     1.0 - copies.iter().map(|copy| copy.share).sum::<f64>()
 }
 
-/// The share of tokens that none of some copies serves, where one hash of the token chooses for all experts, each by its
-/// remainder; copies are taken away.
+/// Returns the share of tokens that none of some copies serves, if experts choose by the remainders of one hash of the token;
+/// empties the list of copies.
 fn missed_by_hash(copies: &mut Vec<Holder>) -> f64 {
     copies.sort_unstable_by_key(|copy| (copy.copies, copy.number));
     copies.dedup_by_key(|copy| (copy.copies, copy.number));
     let mut missed = 1.0;
     while let Some(&Holder { copies: first, .. }) = copies.first() {
-        // Divisors without a common factor are independent; those with one are tried together, up to their period.
+        // Remainders by divisors without a common factor are independent. Others are tried together, up to a common period.
         let mut period = first;
         loop {
             let longer = copies.iter().fold(period, |period, copy| {
-                let common = gcd(period, copy.copies);
-                let both = period / common * copy.copies;
-                if common > 1 && both <= PERIOD { both } else { period }
+                let longer = common_period(period, copy.copies);
+                if gcd(period, copy.copies) > 1 && longer <= PERIOD { longer } else { period }
             });
             if longer == period {
                 break;
@@ -297,27 +307,33 @@ fn missed_by_hash(copies: &mut Vec<Holder>) -> f64 {
     missed
 }
 
+/// Returns the greatest common divisor.
 fn gcd(a: u32, b: u32) -> u32 {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// Tokens that visit every device and every node, of experts that are on one device each.
+/// Returns the least common multiple.
+fn common_period(a: u32, b: u32) -> u32 {
+    a / gcd(a, b) * b
+}
+
+/// Computes the tokens of sets that visit every device `[D]` and every node `[N]`, for experts with a single copy.
 fn visits_of_single(device: &[u32], node: &[u16], nodes: usize, sets: Sets<'_>) -> (Vec<f64>, Vec<f64>) {
-    // The last set that was there, and the tokens so far.
+    // The last set that visited a device or node, and its tokens so far.
     let mut devices = vec![(u32::MAX, 0u64); node.len()];
     let mut of_nodes = vec![(u32::MAX, 0u64); nodes];
     for (set, (ids, count)) in (0..).zip(sets.iter()) {
         for &e in ids {
             let device = device[usize::from(e)] as usize;
-            let here = &mut devices[device];
-            if here.0 != set {
-                *here = (set, here.1 + count);
-                let here = &mut of_nodes[usize::from(node[device])];
-                *here = (set, here.1 + if here.0 == set { 0 } else { count });
+            let visited = &mut devices[device];
+            if visited.0 != set {
+                *visited = (set, visited.1 + count);
+                let visited = &mut of_nodes[usize::from(node[device])];
+                *visited = (set, visited.1 + if visited.0 == set { 0 } else { count });
             }
         }
     }
-    let tokens = |parts: Vec<(u32, u64)>| parts.into_iter().map(|(_, tokens)| tokens as f64).collect();
+    let tokens = |units: Vec<(u32, u64)>| units.into_iter().map(|(_, tokens)| tokens as f64).collect();
     (tokens(devices), tokens(of_nodes))
 }
 
@@ -330,23 +346,25 @@ pub struct Sets<'a> {
     pub counts: &'a [u64],
 }
 
-/// Where experts are, and their tokens: for what is expected of a placement.
+/// The copies of all layers, from which the figures of a placement are expected.
 #[derive(Debug)]
-pub struct Shared {
+pub struct Expectation {
     devices: usize,
     experts: usize,
     layers: Vec<Holders>,
 }
 
 impl<'a> Sets<'a> {
+    /// Iterates over the experts of sets, and their tokens.
     fn iter(self) -> impl Iterator<Item = (&'a [u16], u64)> {
         let k = (self.ids.len() / self.counts.len().max(1)).max(1);
         self.ids.chunks_exact(k).zip(self.counts.iter().copied())
     }
 }
 
-impl Shared {
-    /// Takes slots `[L, D, S]` (expert ids, -1 for empty) and the share of its expert's tokens that each serves.
+impl Expectation {
+    /// Builds the copies of slots `[L, D, S]` (expert ids, -1 for empty), with the share of its expert's tokens that each slot
+    /// serves.
     pub fn new(
         slots: &[i32],
         share: &[f64],
@@ -355,7 +373,7 @@ impl Shared {
     ) -> Result<Self> {
         let size = devices * per_device;
         let layer = |l: usize| {
-            let (first, slots) = by_expert(&slots[l * size..][..size], experts)?;
+            let (first, slots) = slots_by_expert(&slots[l * size..][..size], experts)?;
             let unit = slots.iter().map(|&slot| u32::from(slot) / per_device as u32).collect();
             let share = slots.iter().map(|&slot| share[l * size + usize::from(slot)]).collect();
             Ok(Holders { first, unit, share })
@@ -363,7 +381,7 @@ impl Shared {
         Ok(Self { devices, experts, layers: (0..layers).map(layer).collect::<Result<_>>()? })
     }
 
-    /// Tokens of every device in every window `[W, L, D]`, of those of experts `[W, L, E]`.
+    /// Computes the tokens of every device in every window `[W, L, D]` from those of experts `[W, L, E]`.
     #[must_use]
     pub fn load(&self, load: &[f64]) -> Vec<f64> {
         let single: Vec<_> = self.layers.iter().map(Holders::single).collect();
@@ -380,8 +398,8 @@ impl Shared {
         })
     }
 
-    /// Copies of every device that are expected to have a token in every window `[W, L, D]`, of tokens of experts
-    /// `[W, L, E]`: one with a share of them is idle if all go to others.
+    /// Computes the expected number of copies on every device that serve a token in every window `[W, L, D]`, from the tokens of
+    /// experts `[W, L, E]`.
     #[must_use]
     pub fn active(&self, load: &[f64]) -> Vec<f64> {
         let idle: Vec<Idle> = self.layers.iter().map(|holders| Idle::new(&holders.share)).collect();
@@ -389,13 +407,13 @@ impl Shared {
             let holders = &self.layers[l];
             for (expert, &tokens) in load.iter().enumerate().filter(|&(_, &tokens)| tokens > 0.0) {
                 for copy in holders.first[expert] as usize..holders.first[expert + 1] as usize {
-                    active[holders.unit[copy] as usize] += 1.0 - idle[l].chance(copy, tokens);
+                    active[holders.unit[copy] as usize] += 1.0 - idle[l].probability(copy, tokens);
                 }
             }
         })
     }
 
-    /// What a layer of a window adds to its devices, of its tokens of experts: of all windows `[W, L, D]`.
+    /// Returns a table of devices `[W, L, D]`, whose rows `add` computes from the rows of `load` `[W, L, E]`.
     fn by_device(&self, load: &[f64], add: impl Fn(usize, &[f64], &mut [f64]) + Sync) -> Vec<f64> {
         let (layers, e, d) = (self.layers.len(), self.experts, self.devices);
         let mut table = vec![0.0; load.len() / e.max(1) * d];
@@ -413,70 +431,78 @@ impl Shared {
         table
     }
 
-    /// Tokens that visit every device `[L, D]` and every node `[L, N]`, of sets of every layer and the node of every
-    /// device `[D]`; `hashed` says whether one hash of a token chooses the copies of all its experts.
+    /// Computes the tokens that visit every device `[L, D]` and every node `[L, N]`, from the sets of every layer `[L]`.
+    ///
+    /// `node` has the node of every device `[D]`; with `hashed` one hash of a token chooses the copies of all its experts.
     #[must_use]
     pub fn visits(&self, node: &[u16], sets: &[Sets<'_>], hashed: bool) -> (Vec<f64>, Vec<f64>) {
-        let nodes = node.iter().max().map_or(0, |&node| usize::from(node) + 1);
+        let nodes = count_groups(node);
         let layer = |l: usize| self.layers[l].visits(node, nodes, sets[l], hashed);
-        let (devices, nodes): (Vec<_>, Vec<_>) = made_of(sets.len(), layer).into_iter().unzip();
+        let (devices, nodes): (Vec<_>, Vec<_>) = map_numbers(sets.len(), layer).into_iter().unzip();
         (devices.concat(), nodes.concat())
     }
 
-    /// Pairs of every layer `[L]` whose experts are not served by one device, of counts `[L, E, E]` with both orders.
+    /// Computes the pairs of every layer `[L]` whose experts are served on different devices, from symmetric counts `[L, E, E]`.
     #[must_use]
     pub fn apart(&self, pairs: &[u64]) -> Vec<f64> {
         let (e, d) = (self.experts, self.devices);
         let layer = |l: usize| {
             let (holders, pairs) = (&self.layers[l], &pairs[l * e * e..][..e * e]);
             if let Some(device) = holders.single() {
-                let row = |(row, &here): (&[u64], &u32)| -> u128 {
-                    let apart =
-                        row.iter().zip(device).map(|(&count, &there)| if there == here { 0 } else { count });
+                let row = |(row, &first): (&[u64], &u32)| -> u128 {
+                    let apart = row
+                        .iter()
+                        .zip(device)
+                        .map(|(&count, &second)| if second == first { 0 } else { count });
                     apart.map(u128::from).sum()
                 };
                 return pairs.chunks_exact(e).zip(device).map(row).sum::<u128>() as f64 / 2.0;
             }
-            let mut part = vec![0.0; d];
+            // Share of the first expert's tokens that every device serves.
+            let mut share_on = vec![0.0; d];
             let mut sum = 0.0;
-            for (here, row) in pairs.chunks_exact(e).enumerate() {
-                holders.of(here).for_each(|(device, share)| part[device] = share);
-                for (there, &count) in row.iter().enumerate() {
-                    let together: f64 = holders.of(there).map(|(device, share)| part[device] * share).sum();
+            for (first, row) in pairs.chunks_exact(e).enumerate() {
+                holders.of(first).for_each(|(device, share)| share_on[device] = share);
+                for (second, &count) in row.iter().enumerate() {
+                    let together: f64 =
+                        holders.of(second).map(|(device, share)| share_on[device] * share).sum();
                     sum += count as f64 * (1.0 - together);
                 }
-                holders.of(here).for_each(|(device, _)| part[device] = 0.0);
+                holders.of(first).for_each(|(device, _)| share_on[device] = 0.0);
             }
             sum / 2.0
         };
-        made_of(self.layers.len(), layer)
+        map_numbers(self.layers.len(), layer)
     }
 
-    /// Visits for each token of load of every device `[L, D]` and every node `[L, N]`, as pairs tell: of counts
-    /// `[L, E, E]` with both orders, the node of every device `[D]`, and the experts of a token `[L]`.
+    /// Estimates the visits per token of load of every device `[L, D]` and every node `[L, N]` from pairs.
+    ///
+    /// `pairs` has symmetric counts `[L, E, E]`, `node` the node of every device `[D]`, `top_k` the experts of a token `[L]`.
     #[must_use]
-    pub fn met(&self, node: &[u16], pairs: &[u64], top_k: &[u32]) -> (Vec<f64>, Vec<f64>) {
+    pub fn visits_of_pairs(&self, node: &[u16], pairs: &[u64], top_k: &[u32]) -> (Vec<f64>, Vec<f64>) {
         let e = self.experts;
-        let nodes = node.iter().max().map_or(0, |&node| usize::from(node) + 1);
+        let nodes = count_groups(node);
         let layer = |l: usize| {
             let (holders, pairs) = (&self.layers[l], &pairs[l * e * e..][..e * e]);
             let in_nodes = |e: usize| holders.of(e).map(|(device, share)| (usize::from(node[device]), share));
-            let devices = met_by_pairs(node.len(), pairs, e, |e| holders.of(e), top_k[l]);
-            (devices, met_by_pairs(nodes, pairs, e, in_nodes, top_k[l]))
+            let devices = estimate_visits(node.len(), pairs, e, |e| holders.of(e), top_k[l]);
+            (devices, estimate_visits(nodes, pairs, e, in_nodes, top_k[l]))
         };
-        let (devices, nodes): (Vec<_>, Vec<_>) = made_of(self.layers.len(), layer).into_iter().unzip();
+        let (devices, nodes): (Vec<_>, Vec<_>) = map_numbers(self.layers.len(), layer).into_iter().unzip();
         (devices.concat(), nodes.concat())
     }
 
-    /// Pairs of neighbouring layers' experts by their devices `[L - 1, D, D]`, of counts `[L - 1, E, E]`.
+    /// Computes the pairs of neighbouring layers' experts by their devices `[L - 1, D, D]`, from counts `[L - 1, E, E]`.
     #[must_use]
-    pub fn followed(&self, transitions: &[u64]) -> Vec<f64> {
+    pub fn transitions(&self, counts: &[u64]) -> Vec<f64> {
         let (e, d) = (self.experts, self.devices);
         let boundary = |l: usize| {
-            let (two, table) = (&self.layers[l..l + 2], &transitions[l * e * e..][..e * e]);
+            let (left, right) = (&self.layers[l], &self.layers[l + 1]);
+            let table = &counts[l * e * e..][..e * e];
+            // Transitions from every device to every expert of the next layer.
             let mut from = vec![0.0; d * e];
             for (expert, row) in table.chunks_exact(e).enumerate() {
-                for (device, share) in two[0].of(expert) {
+                for (device, share) in left.of(expert) {
                     let to = from[device * e..][..e].iter_mut();
                     to.zip(row).for_each(|(to, &count)| *to += share * count as f64);
                 }
@@ -484,30 +510,30 @@ impl Shared {
             let mut pairs = vec![0.0; d * d];
             for (pairs, from) in pairs.chunks_exact_mut(d).zip(from.chunks_exact(e)) {
                 for (expert, &tokens) in from.iter().enumerate() {
-                    two[1].of(expert).for_each(|(device, share)| pairs[device] += tokens * share);
+                    right.of(expert).for_each(|(device, share)| pairs[device] += tokens * share);
                 }
             }
             pairs
         };
-        made_of(self.layers.len().saturating_sub(1), boundary).concat()
+        map_numbers(self.layers.len().saturating_sub(1), boundary).concat()
     }
 }
 
-/// Visits of every unit for each token of its load, as pairs `[E, E]` tell, of experts in units by shares.
-fn met_by_pairs<Copies: Iterator<Item = (usize, f64)>>(
+/// Estimates the visits of every unit per token of its load, from pairs `[E, E]` and the units and shares of experts' copies.
+fn estimate_visits<Copies: Iterator<Item = (usize, f64)>>(
     units: usize,
     pairs: &[u64],
     experts: usize,
     copies: impl Fn(usize) -> Copies,
     top_k: u32,
 ) -> Vec<f64> {
-    let mut held: Vec<Vec<(usize, f64)>> = vec![Vec::new(); units];
+    let mut experts_in: Vec<Vec<(usize, f64)>> = vec![Vec::new(); units];
     for expert in 0..experts {
         for (unit, share) in copies(expert) {
-            match held[unit].last_mut() {
-                // Of a node several devices have a copy.
+            match experts_in[unit].last_mut() {
+                // Several devices of a node may have copies.
                 Some(last) if last.0 == expert => last.1 += share,
-                _ => held[unit].push((expert, share)),
+                _ => experts_in[unit].push((expert, share)),
             }
         }
     }
@@ -515,83 +541,86 @@ fn met_by_pairs<Copies: Iterator<Item = (usize, f64)>>(
     let sum = |expert| row(expert).iter().map(|&count| count as f64).sum::<f64>();
     let load: Vec<f64> = (0..experts).map(sum).collect();
     let all = load.iter().sum::<f64>().max(1.0);
-    let met = |held: &Vec<(usize, f64)>| {
+    let visits = |members: &Vec<(usize, f64)>| {
         let (mut served, mut together) = (0.0, 0.0);
-        for &(here, share) in held {
-            served += share * load[here];
-            let beside = held.iter().map(|&(there, other)| row(here)[there] as f64 * other);
-            together += share * beside.sum::<f64>();
+        for &(first, share) in members {
+            served += share * load[first];
+            let pairs_of_first = members.iter().map(|&(second, other)| row(first)[second] as f64 * other);
+            together += share * pairs_of_first.sum::<f64>();
         }
         visits_of_load(served / all, together / all, top_k)
     };
-    held.iter().map(met).collect()
+    experts_in.iter().map(visits).collect()
 }
 
-/// Tokens of which the chance is looked up: beyond, with copies as few as are usual, a copy has one for certain.
-const LOOKED_UP: usize = 1 << 10;
+/// Numbers of tokens for which probabilities are tabulated. With more tokens, a copy of the usual shares is hardly ever idle.
+const TABULATED: usize = 1 << 10;
 
-/// How likely copies of a layer are to have none of some tokens.
+/// Probabilities that the copies of a layer serve none of some tokens.
 #[derive(Debug)]
 struct Idle {
-    /// Logarithm of the share of others, by copy.
-    others: Vec<f64>,
-    /// Where a copy's chances begin in `chances`: copies of one share have the same.
+    /// Logarithm of the share of other copies, by copy.
+    log_others: Vec<f64>,
+    /// Index of a copy's first probability in `probabilities`, which copies of one share have in common.
     begin: Vec<usize>,
-    /// For each share the chance of 0 tokens, 1 and so on, `LOOKED_UP` of them.
-    chances: Vec<f64>,
+    /// Probabilities for 0, 1, ... tokens, [`TABULATED`] of them for each share.
+    probabilities: Vec<f64>,
 }
 
 impl Idle {
+    /// Tabulates the probabilities of copies with these shares.
     fn new(shares: &[f64]) -> Self {
-        let others: Vec<f64> = shares.iter().map(|share| (-share).ln_1p()).collect();
-        let mut different: Vec<f64> = others.clone();
-        different.sort_unstable_by(f64::total_cmp);
-        different.dedup();
-        let place = |other: &f64| different.partition_point(|one| one.total_cmp(other).is_lt());
-        let begin = others.iter().map(|other| LOOKED_UP * place(other)).collect();
-        let chances = different.iter().flat_map(|other| {
-            (0..LOOKED_UP).map(move |tokens| if tokens == 0 { 1.0 } else { (tokens as f64 * other).exp() })
+        let log_others: Vec<f64> = shares.iter().map(|share| (-share).ln_1p()).collect();
+        let mut distinct: Vec<f64> = log_others.clone();
+        distinct.sort_unstable_by(f64::total_cmp);
+        distinct.dedup();
+        let place = |log: &f64| distinct.partition_point(|other| other.total_cmp(log).is_lt());
+        let begin = log_others.iter().map(|log| TABULATED * place(log)).collect();
+        let probabilities = distinct.iter().flat_map(|log| {
+            (0..TABULATED).map(move |tokens| if tokens == 0 { 1.0 } else { (tokens as f64 * log).exp() })
         });
-        let chances = chances.collect();
-        Self { others, begin, chances }
+        let probabilities = probabilities.collect();
+        Self { log_others, begin, probabilities }
     }
 
-    /// The chance that a copy has none of so many tokens, which in means of windows are no whole number.
-    fn chance(&self, copy: usize, tokens: f64) -> f64 {
+    /// Returns the probability that a copy serves none of so many tokens, which may be fractional in means of windows.
+    fn probability(&self, copy: usize, tokens: f64) -> f64 {
         let number = tokens as usize;
-        #[allow(clippy::float_cmp)] // a whole number is one
-        if number < LOOKED_UP && number as f64 == tokens {
-            return self.chances[self.begin[copy] + number];
+        #[allow(clippy::float_cmp)] // integers compare exactly
+        if number < TABULATED && number as f64 == tokens {
+            return self.probabilities[self.begin[copy] + number];
         }
-        (tokens * self.others[copy]).exp()
+        (tokens * self.log_others[copy]).exp()
     }
 }
 
-/// What counted pairs cost, with experts on devices `[N, E]`: `here` for the first of a pair and `there` for the other, of
-/// counts `[N, E, E]` and costs `[D, D]`.
+/// Computes the cost of counted pairs `[N, E, E]` with costs of links `[D, D]`.
+///
+/// The first expert of a pair is on the device that `first` `[N, E]` has for it, the second one on that of `second`.
 #[must_use]
-pub fn cost(here: &[u16], there: &[u16], pairs: &[u64], cost: &[u64], experts: usize) -> u128 {
+pub fn pair_cost(first: &[u16], second: &[u16], pairs: &[u64], cost: &[u64], experts: usize) -> u128 {
     let devices = cost.len().isqrt();
     let table = |l: usize| -> u128 {
-        let [here, there] = [here, there].map(|all| &all[l * experts..][..experts]);
-        let row = |(row, &here): (&[u64], &u16)| -> u128 {
-            let cost = &cost[usize::from(here) * devices..][..devices];
-            let product =
-                |(&count, &there): (&u64, &u16)| u128::from(count) * u128::from(cost[usize::from(there)]);
-            row.iter().zip(there).map(product).sum()
+        let [first, second] = [first, second].map(|devices| &devices[l * experts..][..experts]);
+        let row = |(row, &from): (&[u64], &u16)| -> u128 {
+            let cost = &cost[usize::from(from) * devices..][..devices];
+            let product = |(&count, &to): (&u64, &u16)| u128::from(count) * u128::from(cost[usize::from(to)]);
+            row.iter().zip(second).map(product).sum()
         };
-        pairs[l * experts * experts..][..experts * experts].chunks_exact(experts).zip(here).map(row).sum()
+        pairs[l * experts * experts..][..experts * experts].chunks_exact(experts).zip(first).map(row).sum()
     };
-    made_of(here.len() / experts.max(1), table).into_iter().sum()
+    map_numbers(first.len() / experts.max(1), table).into_iter().sum()
 }
 
-/// Rows at the busiest port of every tier `[W, L, T]`, of visits `[W, L, D]`: a device is visited from every home by a
-/// share of its tokens `[L, D, D]`, home first, over the links of their tier `[D, D]`, of which 0 is no link.
+/// Computes the rows at the busiest port of every tier `[W, L, T]` from visits `[W, L, D]`.
+///
+/// `share` `[L, D, D]` has the share of a device's visits that come from every home, home first. `tier` `[D, D]` has the tier of
+/// every link, 0 for none.
 #[must_use]
-pub fn busiest(visits: &[f64], share: &[f64], tier: &[u16], tiers: usize) -> Vec<f64> {
+pub fn busiest_rows(visits: &[f64], share: &[f64], tier: &[u16], tiers: usize) -> Vec<f64> {
     let d = tier.len().isqrt();
     let layers = share.len() / (d * d);
-    // What a visit of a device makes homes send `[L, T, D, D]`, device first, and what in all `[L, T, D]`.
+    // Rows that homes send for a visit of a device `[L, T, D, D]`, device first, and their sum over homes `[L, T, D]`.
     let mut sent = vec![0.0; layers * tiers * d * d];
     let mut sum = vec![0.0; layers * tiers * d];
     for (l, share) in share.chunks_exact(d * d).enumerate() {
@@ -614,5 +643,5 @@ pub fn busiest(visits: &[f64], share: &[f64], tier: &[u16], tiers: usize) -> Vec
         }
         rows
     };
-    made_of(visits.len() / (layers * d), window).concat()
+    map_numbers(visits.len() / (layers * d), window).concat()
 }

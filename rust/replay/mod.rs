@@ -1,10 +1,10 @@
-//! Replays a trace under a placement, token by token: who works, what moves, how far it fans out.
+//! Replays a trace under a placement, token by token: load of devices, traffic between them, and fanout.
 //!
-//! Every token says which row it counts in: a window of whatever order tokens arrive in, a part of one, its home. Counts
-//! add up, so a trace is read in its own order, and once.
+//! Every token has a label with the row that it counts in, for example its window in some order of arrival, or its home.
+//! Counts add up, so a trace is read once and in its own order.
 //!
-//! Nothing asks which of its experts a token met on a device, only how many. So these counts are counted, as bits
-//! ([`planes`]) where tokens of one row follow each other, else token by token ([`tokens`]).
+//! Results depend on how many of its experts a token has on a device, not on which. These numbers are counted as bits
+//! ([`planes`]) where tokens of one row follow each other, otherwise token by token ([`tokens`]).
 
 pub mod copies;
 pub mod expected;
@@ -23,29 +23,29 @@ use crate::counting::windows::{Narrow, of_any_type};
 use crate::error::{Error, Result, room_for};
 use crate::trace::{ExpertId, Routing, validate};
 
-/// What is counted beside the load of devices.
-// Each is wanted for itself.
+/// Counts that are wanted beside the load of devices.
+// Each of them may be wanted alone.
 #[allow(clippy::struct_excessive_bools)]
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Wanted {
     /// Visits of devices and of nodes.
     pub visits: bool,
-    /// Pairs of neighbouring layers' experts by their devices, of all rows together.
+    /// Pairs of neighbouring layers' experts by their devices, summed over rows.
     pub pairs: bool,
-    /// Those of a row that one device serves both.
+    /// Pairs of neighbouring layers' experts on one device, by row.
     pub stays: bool,
-    /// Load of slots; visits are counted, too.
+    /// Load of slots; it includes visits.
     pub slots: bool,
 }
 
-/// What some tokens are labelled with.
+/// Labels of tokens.
 #[derive(Debug, Clone, Copy)]
 pub struct Labels<'a> {
-    /// The row that each counts in.
+    /// Row that every token counts in `[T]`.
     pub row: &'a [u32],
-    /// The position whose hash chooses between copies; by default its number in the trace.
+    /// Position of every token `[T]`, whose hash chooses between copies; by default the token's number in the trace.
     pub position: Option<&'a [u64]>,
-    /// Its home, which the nearest copy is near to; by default the hash's.
+    /// Home of every token `[T]`, from which the nearest copy is chosen; by default a device that the hash chooses.
     pub home: Option<&'a [u16]>,
 }
 
@@ -55,7 +55,7 @@ pub struct Replay {
     routing: Routing,
     copies: Copies,
     wanted: Wanted,
-    /// None where there are too many devices, or nothing that they count is wanted.
+    /// None if there are too many devices, or if no wanted count is faster by bits.
     planes: Option<Planes>,
     /// Columns of a row: load of devices and, where wanted, visits of devices, visits of nodes and load of slots.
     size: usize,
@@ -64,21 +64,22 @@ pub struct Replay {
     layers: Vec<LayerCounts>,
 }
 
-/// What is counted in a layer; what is not wanted is empty.
+/// Counts of a layer; those that are not wanted are empty.
 #[derive(Debug)]
 struct LayerCounts {
-    /// `[rows, size]`.
+    /// Load and, where wanted, visits of devices, visits of nodes and load of slots `[rows, size]`.
     table: Narrow,
-    /// Pairs of an expert of the layer before and one of this that one device serves both `[rows]`.
+    /// Pairs of an expert of the layer before and one of this layer on one device `[rows]`.
     stays: Vec<u64>,
-    /// Pairs of columns, bits of the planes or slots, of the layer before and of this one; empty in the first layer.
+    /// Pairs of columns of the layer before and of this one, where columns are bits of the planes or slots; empty in the first
+    /// layer.
     pairs: Vec<u64>,
 }
 
-/// What a placement does to a trace; what was not wanted is empty.
+/// Counts of a trace under a placement; those that are not wanted are empty.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tally {
-    /// Tokens arriving at every device, once per expert `[R, L, D]`.
+    /// Tokens that arrive at every device, once per expert `[R, L, D]`.
     pub load: Narrow,
     /// Tokens with at least one expert on the device `[R, L, D]`. Their sum is the fanout of all tokens.
     pub visits: Narrow,
@@ -88,21 +89,21 @@ pub struct Tally {
     pub slots: Narrow,
     /// Pairs of neighbouring layers' experts by their devices `[L - 1, D, D]`.
     pub traffic: Vec<u64>,
-    /// Pairs of neighbouring layers' experts that one device serves both `[R]`.
+    /// Pairs of neighbouring layers' experts on one device `[R]`.
     pub stays: Vec<u64>,
 }
 
-/// Tokens of a run in one row, on average, from which bits are counted faster than single tokens (measured:
+/// Least mean length of a run of tokens in one row for which bits are faster than single tokens (measured:
 /// docs/experiments.md, Counting and replay).
 const RUN: usize = 512;
 
-/// Devices at the most whose load alone is counted by bits: of more, single ids are counted as fast.
-const FEW: usize = 64;
+/// Largest number of devices for which load alone is counted by bits: with more devices single ids are as fast.
+const FEW_DEVICES: usize = 64;
 
 impl Replay {
-    /// Nothing replayed yet in so many `rows`, none of which gets more than `largest` tokens.
+    /// Builds a replay without tokens, with so many `rows`, none of which gets more than `largest` tokens.
     pub fn new(routing: Routing, copies: Copies, rows: usize, largest: u64, wanted: Wanted) -> Result<Self> {
-        let is_counted = wanted.visits || wanted.pairs || wanted.stays || copies.devices <= FEW;
+        let is_counted = wanted.visits || wanted.pairs || wanted.stays || copies.devices <= FEW_DEVICES;
         let is_counted = is_counted && !wanted.slots;
         let planes = if is_counted { Planes::new(&copies, routing) } else { None };
         let mut size = copies.devices;
@@ -117,7 +118,7 @@ impl Replay {
         let devices = if wanted.pairs { copies.devices * copies.devices } else { 0 };
         room_for("traffic", &[routing.layers - 1, table.saturating_add(devices), 8])?;
         let count = Narrow::zeros(largest.saturating_mul(routing.top_k as u64), 1);
-        // In the end they are put together.
+        // At the end the tables of all layers are copied into one.
         room_for("rows", &[rows, routing.layers, size, 2 * count.width()])?;
         let layers = (0..routing.layers).map(|l| LayerCounts {
             table: count.zeros_like(rows * size),
@@ -127,8 +128,10 @@ impl Replay {
         Ok(Self { layers: layers.collect(), routing, copies, wanted, planes, size, rows, tokens: 0 })
     }
 
-    /// Replays the next tokens `[tokens, layers, top_k]`, each by its labels. Those that are `checked` have passed
-    /// [`validate`] since nobody could change them. Copies that take turns do so in the order in which tokens are pushed.
+    /// Replays the next tokens `[tokens, layers, top_k]` with their labels.
+    ///
+    /// Tokens that are `checked` have passed [`validate`] and cannot have changed since. Copies that take turns do so in the
+    /// order in which tokens are pushed.
     pub fn push<I: ExpertId>(&mut self, ids: &[I], labels: Labels<'_>, checked: bool) -> Result<()> {
         let Self { routing, copies, wanted, planes, size, tokens, layers, .. } = self;
         let (row, top_k, size) = (routing.row(), routing.top_k, *size);
@@ -140,14 +143,14 @@ impl Replay {
         }
         let runs = labels.row.chunk_by(|row, next| row == next).count();
         let in_runs = planes.as_ref().filter(|_| runs * RUN <= labels.row.len());
-        // Pairs are counted by bits in any case, if there are some.
+        // If there are bits, pairs are counted by them, however short runs are.
         let planes = if wanted.pairs { planes.as_ref() } else { in_runs };
         let pairs_of_slots = wanted.pairs && planes.is_none();
         let columns = planes.map_or(copies.slots, Planes::columns);
         let words = tokens::words(copies.devices, labels.row.len(), runs, top_k);
         let words = if wanted.visits && !wanted.slots { words } else { 0 };
         let together = if pairs_of_slots { block(copies.slots, top_k) } else { SHORT_BLOCK };
-        // Whose turn it is in a block depends on the one before.
+        // The copy that has its turn in a block depends on the block before.
         let step = if copies.takes_turns() { together } else { labels.row.len().max(1) };
         for (first, ids) in (0..).step_by(step).zip(ids.chunks(step * row)) {
             let start = *tokens + first as u64;
@@ -201,13 +204,13 @@ impl Replay {
         Ok(())
     }
 
-    /// What was counted.
+    /// Returns the counts of all tokens.
     #[must_use]
     pub fn finish(self) -> Tally {
         let Self { routing, copies, wanted, planes, size, rows, layers, .. } = self;
         let d = copies.devices;
         let of_slot = || copies.device_of_slot.iter().map(|&device| (usize::from(device), 1)).collect();
-        // The device of every column, and how much one in it counts.
+        // The device of every column, and the weight of a count in it.
         let columns: Vec<(usize, u64)> = planes.map_or_else(of_slot, |planes| planes.weights());
         let mut traffic = vec![0; if wanted.pairs { (routing.layers - 1) * d * d } else { 0 }];
         for (traffic, LayerCounts { pairs, .. }) in traffic.chunks_exact_mut(d * d).zip(&layers[1..]) {

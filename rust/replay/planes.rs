@@ -1,6 +1,6 @@
-//! How many of a token's experts are on each device, as bits.
+//! The numbers of a token's experts on every device, as bits.
 //!
-//! The counts of all devices lie side by side in a few words, so one addition per expert counts a token. The bits of
+//! The numbers of all devices lie side by side in a few words, so that one addition per expert counts a token. The bits of
 //! 64 tokens, transposed, are rows like those of ids: load, traffic and visits are numbers of ones.
 
 use super::Copies;
@@ -8,10 +8,11 @@ use crate::counting::pairs::{MOST_UNITS, NO_UNIT, Side, Units};
 use crate::counting::windows::Number;
 use crate::trace::{ExpertId, Routing};
 
-/// Rows at the most: for more, counting pairs of slots is as fast or faster (measured: docs/experiments.md, Counting and replay).
+/// Largest number of rows: with more rows, counting pairs of slots is as fast or faster (measured: docs/experiments.md,
+/// Counting and replay).
 const ROWS: usize = 256;
 
-/// Where the counts are.
+/// The places of the counts of devices in words.
 #[derive(Debug)]
 pub(super) struct Planes {
     devices: usize,
@@ -19,12 +20,12 @@ pub(super) struct Planes {
     bits: usize,
     /// Devices whose counts share a word.
     per_word: usize,
-    /// For every layer what an expert (or, where experts have copies, a slot) adds to the counts.
+    /// What every expert (or every slot, where experts have copies) adds to the counts `[L]`.
     units: Vec<Units>,
 }
 
 impl Planes {
-    /// None where there would be too many rows or ids.
+    /// Builds the planes; returns None if there would be too many rows or ids.
     pub(super) fn new(copies: &Copies, routing: Routing) -> Option<Self> {
         let largest = routing.top_k.min(copies.slots / copies.devices);
         let bits = (usize::BITS - largest.leading_zeros()) as usize;
@@ -46,22 +47,22 @@ impl Planes {
         Some(planes)
     }
 
-    /// The lowest bit of a device's count, 64 to a word.
+    /// Returns the lowest bit of a device's count; a word has 64 bits.
     fn bit(&self, device: usize) -> usize {
         device / self.per_word * 64 + device % self.per_word * self.bits
     }
 
-    /// Columns: the lowest bits of all devices' counts, then the next ones.
+    /// Returns the number of columns: first those of the lowest bits of all devices' counts, then those of the next bits.
     pub(super) fn columns(&self) -> usize {
         self.devices * self.bits
     }
 
-    /// The device of every column, and how much its bit is worth.
+    /// Returns the device of every column, and the value of its bit.
     pub(super) fn weights(&self) -> Vec<(usize, u64)> {
         (0..self.columns()).map(|column| (column % self.devices, 1 << (column / self.devices))).collect()
     }
 
-    /// The column of every bit.
+    /// Returns the column of every bit; [`NO_UNIT`] for bits that are not used.
     fn columns_of_bits(&self) -> Vec<usize> {
         let mut columns = vec![NO_UNIT; self.bit(self.devices - 1) + self.bits];
         for column in 0..self.columns() {
@@ -70,7 +71,7 @@ impl Planes {
         columns
     }
 
-    /// Takes the device of every id.
+    /// Returns what every id adds to the counts, from its device.
     fn units_of(&self, device_of: &[usize]) -> Units {
         let mut units = vec![0; self.devices.div_ceil(self.per_word) * device_of.len()];
         for (id, &device) in device_of.iter().enumerate() {
@@ -85,9 +86,10 @@ impl Planes {
         side.fill_sums(ids, &self.units[l]);
     }
 
-    /// Adds what tokens do to their rows of a table `[rows, size]`: load of devices and, where a row has places for them,
-    /// visits of devices and nodes; and pairs that stay with those of the layer before. `rows` are of these tokens and of
-    /// those after them.
+    /// Adds the tokens of `side` to their rows of a table `[rows, size]`: load of devices and, where rows have places for them,
+    /// visits of devices and nodes. Adds pairs on one device with the layer `before` to `stays`.
+    ///
+    /// `rows` begins with the rows of these tokens and may go on.
     pub(super) fn count<T: Number>(
         &self,
         side: &Side<u16>,
@@ -103,7 +105,7 @@ impl Planes {
             let (row, tokens) = (run[0] as usize, from..from + run.len());
             sums.fill(0);
             let (ones, visits) = sums.split_at_mut(self.columns());
-            count(side.words(tokens.clone()), &copies.devices_of_node, ones, visits);
+            count_visits(side.words(tokens.clone()), &copies.devices_of_node, ones, visits);
             let (load, places) = table[row * size..][..size].split_at_mut(self.devices);
             for (bit, ones) in ones.chunks_exact(self.devices).enumerate() {
                 load.iter_mut().zip(ones).for_each(|(load, ones)| load.add(ones << bit));
@@ -118,7 +120,7 @@ impl Planes {
     }
 }
 
-/// Counts pairs of a one on the left and one on the right of the same device, each by what its bit is worth.
+/// Counts pairs of experts on one device, from the columns of two layers: every pair of ones counts the values of its bits.
 #[multiversion::multiversion(targets(
     "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx512vpopcntdq+avx2+bmi2+popcnt",
     "x86_64+avx2+bmi2+popcnt"
@@ -143,13 +145,14 @@ fn count_same<'a>(
     all
 }
 
-/// Adds the ones of every column, and visits of devices and nodes. `rows` are the columns of 64 tokens at a time, and
-/// which of the 64 are meant.
+/// Adds the ones of every column to `ones`, and the visits of devices and nodes to `visits`.
+///
+/// `rows` has the columns of 64 tokens at a time, and a bit for each of these tokens that counts.
 #[multiversion::multiversion(targets(
     "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx512vpopcntdq+avx2+bmi2+popcnt",
     "x86_64+avx2+bmi2+popcnt"
 ))]
-fn count<'a>(
+fn count_visits<'a>(
     rows: impl Iterator<Item = (&'a [u64], u64)>,
     devices_of_node: &[Vec<u16>],
     ones: &mut [u64],
@@ -157,7 +160,7 @@ fn count<'a>(
 ) {
     let (visits, node_visits) = visits.split_at_mut(visits.len() - devices_of_node.len());
     let devices = visits.len();
-    // Which tokens visit a device.
+    // A bit for every token that visits a device.
     let mut visitors = vec![0u64; devices];
     for (rows, within) in rows {
         visitors.fill(0);

@@ -1,8 +1,8 @@
-//! What sides of folds have of windows, added up from what each fold has of them.
+//! Counts of windows for sides: unions of folds, added up from the counts of their folds.
 
 use rayon::prelude::*;
 
-/// Windows, and what sides have of each: where several sides have the same, it is one row.
+/// The parts of windows that sides have. Sides with the same part of a window share a row.
 #[derive(Debug)]
 pub struct Sides {
     /// Rows, in the order of their windows.
@@ -11,30 +11,30 @@ pub struct Sides {
     pub of_side: Vec<u32>,
 }
 
-/// What a side has of a window.
+/// The part of a window that a side has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Row {
     /// The window.
     pub window: u32,
-    /// Which folds it has, a bit each.
+    /// Folds of the part, a bit each.
     pub folds: u32,
-    /// Its tokens.
+    /// Tokens of the part.
     pub tokens: u64,
     /// Tokens of the window.
     pub length: u64,
 }
 
-/// Which cell is of which window, rising, and of which fold.
+/// Window and fold of every cell, in rising order of windows.
 #[derive(Debug, Clone, Copy)]
 pub struct Cells<'a> {
-    /// The window of every cell.
+    /// Window of every cell.
     pub window: &'a [u32],
-    /// Its fold.
+    /// Fold of every cell.
     pub fold: &'a [u8],
 }
 
 impl Sides {
-    /// Takes tokens by window and fold `[W, F]`, and the folds of every side, a bit each.
+    /// Builds the sides from tokens by window and fold `[W, F]`, and the folds of every side `[S]`, a bit each.
     #[must_use]
     pub fn new(tokens: &[u64], folds: usize, sides: &[u32]) -> Self {
         let mut rows: Vec<Row> = Vec::new();
@@ -47,8 +47,8 @@ impl Sides {
                 let folds = present & side;
                 let place = rows[first..].iter().position(|row| row.folds == folds);
                 let place = place.unwrap_or_else(|| {
-                    let own = (0..tokens.len()).filter(|fold| folds >> fold & 1 == 1);
-                    rows.push(Row { window, folds, tokens: own.map(|fold| tokens[fold]).sum(), length });
+                    let members = (0..tokens.len()).filter(|fold| folds >> fold & 1 == 1);
+                    rows.push(Row { window, folds, tokens: members.map(|fold| tokens[fold]).sum(), length });
                     rows.len() - 1 - first
                 });
                 of_side.push((first + place) as u32);
@@ -57,8 +57,9 @@ impl Sides {
         Self { rows, of_side }
     }
 
-    /// Writes a table `[R, size]` of rows that have a part of their window, by what `counts` `[C, size]` of cells say, as
-    /// if the part were the whole window. Other rows stay as they are.
+    /// Sums the counts of cells `[C, size]` into a table `[R, size]`, scaled from the part of a row to its window.
+    ///
+    /// Rows without tokens, and rows that have their window in full, stay as they are.
     pub fn add_up<T: Copy + Into<u64> + Sync>(
         &self,
         cells: Cells<'_>,
@@ -72,10 +73,9 @@ impl Sides {
             }
             table.fill(0.0);
             let first = cells.window.partition_point(|&window| window < row.window);
-            let own = cells.window[first..].iter().take_while(|&&window| window == row.window).count();
-            for (fold, counts) in
-                cells.fold[first..][..own].iter().zip(counts[first * size..].chunks_exact(size))
-            {
+            let count = cells.window[first..].iter().take_while(|&&window| window == row.window).count();
+            let folds = cells.fold[first..][..count].iter();
+            for (fold, counts) in folds.zip(counts[first * size..].chunks_exact(size)) {
                 if row.folds >> fold & 1 == 1 {
                     table.iter_mut().zip(counts).for_each(|(sum, &count)| *sum += count.into() as f64);
                 }

@@ -1,40 +1,39 @@
-//! Counts token by token, each in its row, where tokens that follow each other are of different ones.
+//! Counts token by token, for tokens that follow each other in different rows.
 
 use std::ops::AddAssign;
 
 use super::Copies;
 use crate::trace::ExpertId;
 
-/// Devices whose counts share a word, a byte each, and words at the most: of more devices a token's counts are not added
-/// as words.
+/// Devices whose counts share a word, a byte each; and the largest number of words: with more devices single ids are counted.
 const BYTES: usize = 8;
 const WORDS: usize = 8;
-/// Tokens of a run in one row, on average, from which it pays to add them up in several words.
+/// Least mean length of a run of tokens in one row for which several words are faster than single ids.
 const RUN: usize = 4;
-/// Ids of a token at the most that bytes may count: a byte's highest bit says that it is not zero.
+/// Largest number of ids of a token that bytes may count: [`are_not_zero`] needs the highest bit of a byte.
 const IDS: usize = 1 << 7;
 
-/// Words that hold a token's counts of all devices, a byte each; 0 where single ids are added faster.
+/// Returns the number of words that hold a token's counts of all devices, a byte each; 0 if single ids are faster.
 pub(super) fn words(devices: usize, tokens: usize, runs: usize, top_k: usize) -> usize {
     let words = devices.div_ceil(BYTES).next_power_of_two();
     let pays = words == 1 || (words <= WORDS && runs * RUN <= tokens);
     if top_k <= IDS && pays { words } else { 0 }
 }
 
-/// Where the ids of a layer are served, of a block of tokens.
+/// The devices or slots that serve the ids of a layer, for a block of tokens.
 #[derive(Debug, Default)]
 pub(super) struct Served {
-    /// The slot of every id; only where experts have copies, or slots are counted.
+    /// Slot of every id; empty unless experts have copies or slots are counted.
     pub(super) slots: Vec<u16>,
-    /// The device of every id; none where the counts say enough.
+    /// Device of every id; empty where counts are used.
     devices: Vec<u16>,
-    /// How many of a token's experts are on every device, a byte for each `[tokens, words]`.
+    /// Number of a token's experts on every device, a byte each `[tokens, words]`.
     counts: Vec<u64>,
     top_k: usize,
 }
 
 impl Served {
-    /// Finds the devices of ids, experts or slots, and counts them in so many words of a token, if any.
+    /// Finds the devices of ids, which are experts or slots; counts them in so many words per token if there are any.
     pub(super) fn find_devices<I: ExpertId>(
         &mut self,
         ids: &[I],
@@ -63,14 +62,14 @@ impl Served {
         }
     }
 
-    /// Takes the slots of this layer as their devices.
+    /// Finds the devices of the slots that serve this layer.
     pub(super) fn find_devices_of_slots(&mut self, copies: &Copies, top_k: usize, words: usize) {
         let slots = std::mem::take(&mut self.slots);
         self.find_devices(&slots, &copies.device_of_slot, top_k, words);
         self.slots = slots;
     }
 
-    /// Adds what tokens do to their rows of a table `[rows, size]`, and pairs that stay with those of the layer before.
+    /// Adds the tokens to their rows of a table `[rows, size]`, and pairs on one device with the layer `before` to `stays`.
     pub(super) fn count<T: Copy + AddAssign + From<u8>>(
         &self,
         before: Option<&Self>,
@@ -94,8 +93,8 @@ impl Served {
         }
     }
 
-    /// Adds load of devices and, where a row has places for them, visits of devices, visits of nodes and load of slots,
-    /// one id after the other.
+    /// Adds the load of devices and, where rows have places for them, visits of devices, visits of nodes and load of slots, one
+    /// id after the other.
     fn count_ids<T: Copy + AddAssign + From<u8>>(
         &self,
         rows: &[u32],
@@ -112,7 +111,7 @@ impl Served {
             }
             return;
         }
-        // Which token visited a device or, behind them, a node last; tokens are numbered from 1.
+        // The last token that visited a device and, after the devices, a node; tokens are numbered from 1.
         let places = copies.devices + copies.nodes();
         let mut last = vec![0; places];
         for (token, (devices, &row)) in (1..).zip(tokens) {
@@ -136,9 +135,9 @@ impl Served {
         }
     }
 
-    /// Adds load of devices, visits of devices and visits of nodes, and pairs that stay.
+    /// Adds the load of devices, visits of devices, visits of nodes, and pairs on one device.
     ///
-    /// Tokens that follow each other in one row are added up in words before.
+    /// Tokens that follow each other in one row are added up in words first.
     fn count_words<T: Copy + AddAssign + From<u8>, const W: usize>(
         &self,
         before: Option<&Self>,
@@ -188,7 +187,7 @@ impl Served {
         }
     }
 
-    /// Adds pairs that stay, where no counts of a token are known.
+    /// Adds pairs on one device, from the devices of single ids.
     fn count_stays(&self, before: &Self, rows: &[u32], stays: &mut [u64]) {
         let pairs = before.devices.chunks_exact(self.top_k).zip(self.devices.chunks_exact(self.top_k));
         for (&row, (before, here)) in rows.iter().zip(pairs) {
@@ -198,20 +197,20 @@ impl Served {
     }
 }
 
-/// A word whose bytes are 1 where the bytes of `word`, [`IDS`] at the most, are not 0.
+/// Returns a word whose bytes are 1 where the bytes of `word`, at most [`IDS`], are not 0.
 #[inline(always)]
 fn are_not_zero(word: u64) -> u64 {
     const HIGH: u64 = 0x8080_8080_8080_8080;
     ((word + (HIGH - (HIGH >> 7))) & HIGH) >> 7
 }
 
-/// The first bits of a word's bytes, which have no others, side by side.
+/// Packs the first bits of a word's bytes side by side; other bits must be 0.
 #[inline(always)]
 fn first_bits(word: u64) -> u64 {
     word.wrapping_mul(0x0102_0408_1020_4080) >> 56
 }
 
-/// The sum of products of the bytes of words, whose bytes add up to `top_k` each time.
+/// Computes the sum of products of the bytes of two rows of words; the bytes of either row add up to `top_k`.
 #[inline(always)]
 fn multiply<const W: usize>(left: &[u64; W], right: &[u64; W], top_k: usize) -> u64 {
     let words = left.iter().zip(right);
@@ -223,7 +222,7 @@ fn multiply<const W: usize>(left: &[u64; W], right: &[u64; W], top_k: usize) -> 
     bytes.map(|(left, right)| u64::from(left) * u64::from(right)).sum()
 }
 
-/// Adds the bytes of words.
+/// Adds the bytes of words to counts.
 #[inline(always)]
 fn add<T: Copy + AddAssign + From<u8>>(to: &mut [T], words: &[u64]) {
     let add = |(to, byte): (&mut T, u8)| *to += byte.into();

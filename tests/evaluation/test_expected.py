@@ -60,7 +60,7 @@ def test_loads_and_pairs_are_plain_sums(case, kind):
     pairs = rng.integers(0, 1000, (layers, experts, experts)).astype(np.uint64)
     slots = placement.slots, each
     close(_core.expected_apart(slots, pairs), oracle.apart(share, pairs.astype(float)))
-    actual = _core.expected_followed(slots, pairs[1:])
+    actual = _core.expected_transitions(slots, pairs[1:])
     close(actual, oracle.followed(share, pairs[1:].astype(float)))
 
 

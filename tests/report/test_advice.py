@@ -396,8 +396,8 @@ def test_layers_that_need_no_copies_are_found(needed, spare):
         Copies(2, {None: (0.3,)}, 2e9, None, needed),
     )
     wanted = None if spare is None else {"number": spare, "layers": 4, "bytes_per_device": 1.5e9}
-    for knee, more in ((2, None), (0, 2)):
-        assert find_copies(swept, knee, more, 4).numbers["spare_layers"] == wanted
+    for chosen, larger in ((2, None), (0, 2)):
+        assert find_copies(swept, chosen, larger, 4).numbers["spare_layers"] == wanted
 
 
 @pytest.mark.usefixtures("brief")
@@ -430,10 +430,10 @@ def test_dispatch_by_a_linear_programme_is_judged_where_the_engine_has_it():
         mt.evaluate(advice.placements[1], unseen, split=split).imbalance for split in ("lp", "even")
     )
     assert divided < even
-    assert advice.division == pytest.approx((divided, even))
-    assert (none.division, other.division) == (None, None)
+    assert advice.lp_split == pytest.approx((divided, even))
+    assert (none.lp_split, other.lp_split) == (None, None)
     said = numbers_of(advice, "tokens divided")
-    assert said == {"engine": "sglang", **advice.division._asdict()}
+    assert said == {"engine": "sglang", **advice.lp_split._asdict()}
 
 
 def heavy():
@@ -478,10 +478,10 @@ def test_more_memory_is_no_gain_of_the_placement(initial):
     advice = advise(heavy(), topology, initial=initial, **how)
     before, after = advice.placements
     assert after.slots_per_device <= max(before.slots_per_device, EXPERTS // 4)
-    assert advice.knee <= running
-    plain = {row.per_device: row.best for row in advice.copies}
-    is_more = plain[more] > plain[advice.knee] + NEAR_BEST
-    assert (advice.more == more) == is_more
+    assert advice.chosen_copies <= running
+    plain = {row.per_device: row.best_gain for row in advice.copies}
+    is_more = plain[more] > plain[advice.chosen_copies] + NEAR_BEST
+    assert (advice.larger_copies == more) == is_more
     copies = numbers_of(advice, "copies")
     assert (copies is not None and copies["more"] is not None) == is_more
     if initial == "contiguous":
@@ -503,7 +503,7 @@ def test_all_rows_of_copies_are_of_searches_as_short():
         time = mt.evaluate(found, unseen, topology, cost_model=model).predicted_layer_us
         gains.append(1 - time / advice.running.predicted_layer_us)
     assert [row.per_device for row in advice.copies] == [0, 1]
-    assert [row.best for row in advice.copies] == pytest.approx(gains)
+    assert [row.best_gain for row in advice.copies] == pytest.approx(gains)
 
 
 def test_drift_is_seldom_told_of_one_kind():

@@ -210,7 +210,7 @@ def _show(output: Output, advice: Advice, voice: Voice) -> None:
         ]
         output.say("")
         output.table(*with_values(head, rows))
-    if len(advice.copies) > 1 and (advice.knee or advice.more is not None):
+    if len(advice.copies) > 1 and (advice.chosen_copies or advice.larger_copies is not None):
         output.say("")
         _show_copies(output, advice)
 
@@ -220,7 +220,7 @@ def _show_copies(output: Output, advice: Advice) -> None:
     names = [f"windows of {tokens:,}" if tokens else "gain" for tokens in advice.copies[0].gains]
     # Buffers of low-latency kernels grow with the slots.
     head = ["slots for copies", *names, "per device", "DeepEP tokens", ""]
-    notes = {advice.knee: " <- proposed", advice.more: " <- with more memory"}
+    notes = {advice.chosen_copies: " <- proposed", advice.larger_copies: " <- with more memory"}
     rows = [
         (
             str(row.per_device),

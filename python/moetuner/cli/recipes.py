@@ -143,8 +143,8 @@ def _list_trial(
     values |= {"window": None if main.window == window else main.window}
     values |= {"report_file": "report.html"}
     commands.append(recipe("evaluate", [placed, *(unseen or source.input_files)], values))
-    if advice.more is not None:
-        slots = problem.slots + advice.more - advice.knee
+    if advice.larger_copies is not None:
+        slots = problem.slots + advice.larger_copies - advice.chosen_copies
         file = options.choose_file_name(_running_file(advice), "more.json")
         commands.append(solve(slots, "the one with more memory", out_file=file))
     if from_all and "holdout" in solving:

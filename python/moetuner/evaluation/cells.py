@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _checks as check
-from moetuner.evaluation.reading import Integers, Rows, read
+from moetuner.evaluation.reading import Integers, Rows, find_windows, read
 from moetuner.evaluation.replay import Setting
 from moetuner.evaluation.samples import Folds
 from moetuner.recording import Recording
@@ -64,11 +64,6 @@ class Dealt:
     place: Integers | None
     folds: Folds
 
-    def find_windows(self, run: slice, size: int) -> Integers:
-        """Return the window of every item of a run, in windows of ``size`` items."""
-        place = np.arange(run.start, run.stop) if self.place is None else self.place[run]
-        return place.astype(np.int64) // size
-
     def list_runs(self, windows: slice, size: int) -> list[slice]:
         """Return runs of items that hold all items of a run of windows, and maybe others."""
         begin, end = windows.start * size, min(windows.stop * size, len(self.items))
@@ -83,7 +78,7 @@ class Dealt:
         number, folds = max(-(-len(self.items) // size), 1), self.folds.number
         counts = np.zeros(number * folds, dtype=np.uint64)
         for run in self.list_runs(slice(0, number), size):
-            cell = self.find_windows(run, size) * folds + self.folds.fold[run]
+            cell = find_windows(run, self.place, size) * folds + self.folds.fold[run]
             first = int(cell.min())
             counts_of_run = np.bincount(cell - first).astype(np.uint64)
             counts[first : first + len(counts_of_run)] += counts_of_run
@@ -136,7 +131,7 @@ class Dealt:
         cell_number[cell_window - first_window, cell_fold] = np.arange(len(cell_window))
         chosen_items, cells_of_items = [], []
         for run in self.list_runs(slice(int(first_window), int(windows[-1]) + 1), size):
-            window = self.find_windows(run, size) - first_window
+            window = find_windows(run, self.place, size) - first_window
             inside = np.flatnonzero((window >= 0) & (window < len(cell_number)))
             cell = cell_number[window[inside], self.folds.fold[run][inside]]
             chosen_items.append(run.start + inside[cell >= 0])

@@ -184,7 +184,8 @@ class Comparison(Frozen):
                 f"too few independent sequences or windows for an interval ({self.units}, at least "
                 f"{FEWEST} are needed)"
             )
-        return "the difference may be chance" if self.answer == "no evidence" else ""
+        # Programs outside the package search for "not surely".
+        return "not surely a difference: it may be chance" if self.answer == "no evidence" else ""
 
     def __str__(self) -> str:
         return f"{self.answer}: {self.sentence}"

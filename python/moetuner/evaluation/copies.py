@@ -122,7 +122,7 @@ def estimate_visits_per_load(
     """
     slots = (placement.slots, compute_slot_shares(placement, topology, split))
     nodes = topology.node_of_device.tolist()
-    return _core.estimated_met(slots, nodes, pairs, top_k, threads=threads)
+    return _core.estimated_visits(slots, nodes, pairs, top_k, threads=threads)
 
 
 def count_pairs(
@@ -135,7 +135,7 @@ def count_pairs(
     """
     if not RULES[split].by_home or not placement.has_copies:
         share = compute_slot_shares(placement, topology, split)
-        return _core.expected_followed((placement.slots, share), transitions)
+        return _core.expected_transitions((placement.slots, share), transitions)
     tables = transitions.astype(np.float64)
     pairs = np.empty((len(tables), placement.devices, placement.devices))
     for layer, (share, next_share) in enumerate(pairwise(split_by_home(placement, topology))):

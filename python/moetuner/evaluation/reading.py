@@ -35,6 +35,15 @@ def scale_progress(progress: Progress | None, begin: float, end: float) -> Progr
     return progress and (lambda share: progress(begin + (end - begin) * share))
 
 
+def find_windows(run: slice, place: Integers | None, size: int) -> NDArray[np.int64]:
+    """Return the window of every item of a run [n], in windows of ``size`` items.
+
+    ``place`` is the position of every item in the order in which they arrive; None as recorded.
+    """
+    position = np.arange(run.start, run.stop) if place is None else place[run]
+    return position.astype(np.int64) // size
+
+
 class Rows:
     """Tokens of a trace, the row of each, and the replays that count them.
 
@@ -76,12 +85,15 @@ class Rows:
         cls, trace: RoutingTrace, tokens: Integers, window: int, place: Integers | None = None
     ) -> Rows:
         """Build rows that are windows of ``window`` tokens, in the order in which these arrive."""
-
-        def row_of(run: slice) -> Integers:
-            return (np.arange(run.start, run.stop) if place is None else place[run]) // window
-
         number = max(-(-len(tokens) // window), 1)
-        return cls(trace, tokens, row_of, number, min(window, len(tokens)), place=place)
+        return cls(
+            trace,
+            tokens,
+            lambda run: find_windows(run, place, window),
+            number,
+            min(window, len(tokens)),
+            place=place,
+        )
 
     def replay(
         self, slots: NDArray[np.int32], node_of_device: list[int], **options: Any

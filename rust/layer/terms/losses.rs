@@ -9,6 +9,7 @@
 
 use super::lp_split::copies_of;
 use super::{Candidate, Term, Visits};
+use crate::arrays::count_groups;
 use crate::division::{Division, Notes};
 use crate::layer::slots::Edit;
 use crate::layer::{Layer, Move, Slots};
@@ -67,7 +68,7 @@ impl AfterLosses {
 
     /// Builds the same where all load is still served after every loss.
     pub(in crate::layer) fn all_served(time: &[f64], domain: &[u16], total: f64) -> Self {
-        let domains = domain.iter().max().map_or(0, |&last| usize::from(last) + 1);
+        let domains = count_groups(domain);
         Self::new(time, domain, &vec![total; domains])
     }
 
@@ -151,15 +152,15 @@ impl SingleLosses {
     /// Copies share evenly, or a dispatcher divides all tokens anew.
     #[must_use]
     pub fn new(slots: &Slots, load: &[f64], domain: &[u16], time: &[f64], is_divided: bool) -> Self {
-        let domains = domain.iter().max().map_or(0, |&last| usize::from(last) + 1);
-        let held: Vec<Vec<usize>> =
+        let domains = count_groups(domain);
+        let holders: Vec<Vec<usize>> =
             (0..load.len()).map(|e| slots.devices(e as u16).map(usize::from).collect()).collect();
-        let all: f64 =
-            load.iter().zip(&held).filter(|(_, held)| !held.is_empty()).map(|(load, _)| load).sum();
+        let placed = load.iter().zip(&holders).filter(|(_, devices)| !devices.is_empty());
+        let all: f64 = placed.map(|(load, _)| load).sum();
         let (mut served, mut experts_lost) = (vec![all; domains], vec![0; domains]);
-        for (load, held) in load.iter().zip(&held) {
-            if let Some((&first, powers_then)) = held.split_first()
-                && powers_then.iter().all(|&device| domain[device] == domain[first])
+        for (load, devices) in load.iter().zip(&holders) {
+            if let Some((&first, others)) = devices.split_first()
+                && others.iter().all(|&device| domain[device] == domain[first])
             {
                 served[usize::from(domain[first])] -= load;
                 experts_lost[usize::from(domain[first])] += 1;
@@ -169,8 +170,8 @@ impl SingleLosses {
         let mut imbalance: Vec<f64> = if is_divided {
             after.divide(slots, load)
         } else {
-            for (load, held) in load.iter().zip(&held) {
-                after.count(*load, held.len(), held, 1.0);
+            for (load, devices) in load.iter().zip(&holders) {
+                after.count(*load, devices.len(), devices, 1.0);
             }
             after.worst()
         };

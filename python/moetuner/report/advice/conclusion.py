@@ -329,13 +329,13 @@ def _find_engine(request: Request, engine: Engine, name: str, advice: Advice) ->
     notes = []
     if not engine.may_copy and max(request.copies):
         notes.append(Finding("no copies", {"engine": name}))
-    tokens = compute_token_limit(request, advice.knee)
+    tokens = compute_token_limit(request, advice.chosen_copies)
     if tokens is not None and tokens < WINDOWS[-1]:
-        without_copies = compute_token_limit(request, 0) if advice.knee else None
+        without_copies = compute_token_limit(request, 0) if advice.chosen_copies else None
         limits = {"tokens": tokens, "without_copies": without_copies}
         notes.append(Finding("low-latency kernels", {"engine": name, **limits}))
-    if advice.division is not None and engine.window_split is not None:
-        notes.append(Finding("tokens divided", {"engine": name, **advice.division._asdict()}))
+    if advice.lp_split is not None and engine.window_split is not None:
+        notes.append(Finding("tokens divided", {"engine": name, **advice.lp_split._asdict()}))
     return notes
 
 
@@ -376,7 +376,11 @@ def _find_gains(advice: Advice) -> list[Finding]:
         problem = advice.problem
         single = -(-problem.num_experts // problem.devices)
         running_slots = max(advice.placements[0].slots_per_device - single, 0)
-        reasons.append(find_copies(advice.copies, advice.knee, advice.more, layers, running_slots))
+        reasons.append(
+            find_copies(
+                advice.copies, advice.chosen_copies, advice.larger_copies, layers, running_slots
+            )
+        )
     return reasons
 
 
@@ -395,8 +399,9 @@ def _copies_pay(advice: Advice) -> bool:
     if len(advice.copies) == 1:
         return False
     best = max(row.best_gain for row in advice.copies)
-    chosen = next(row for row in advice.copies if row.per_device == advice.knee)
-    return bool(advice.knee or advice.more is not None or best > chosen.best_gain + NEAR_BEST)
+    chosen = next(row for row in advice.copies if row.per_device == advice.chosen_copies)
+    gains_with_memory = best > chosen.best_gain + NEAR_BEST
+    return bool(advice.chosen_copies or advice.larger_copies is not None or gains_with_memory)
 
 
 def _find_small_gains(advice: Advice) -> list[str]:

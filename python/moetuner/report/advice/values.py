@@ -219,10 +219,10 @@ class Advice(Frozen):
         if EPLB's placement runs.
     copies
         Gain and cost of each number of slots for copies that was tried, by equally short searches.
-    knee
+    chosen_copies
         Slots for copies of a device and layer in the proposed placement: of the numbers that take
         no more memory than the running placement, the fewest whose gain is nearly the best.
-    more
+    larger_copies
         The fewest slots for copies whose gain is nearly the best of all numbers, where they take
         more memory than the running placement; None otherwise.
     moving
@@ -231,7 +231,7 @@ class Advice(Frozen):
         The cheapest useful step: few moves that gain most of it; None where there is none.
     phases
         Placements for prefill and decode apart; None where the traffic does not have both.
-    division
+    lp_split
         Imbalance of the proposed placement if a linear programme splits tokens over copies; None
         where the engine has no such dispatch, or no expert has copies.
     drift
@@ -277,8 +277,8 @@ class Advice(Frozen):
     judged: tuple[Judgement, ...]
     over_eplb: dict[int | None, Judgement] = field(repr=False)
     copies: tuple[Copies, ...]
-    knee: int
-    more: int | None
+    chosen_copies: int
+    larger_copies: int | None
     moving: Moving
     phases: PhaseTimes | None
     drift: Drift | None
@@ -293,7 +293,7 @@ class Advice(Frozen):
     prefill_lacks: int = 0
     total: Comparison | None = None
     step: SmallStep | None = None
-    division: LpSplit | None = None
+    lp_split: LpSplit | None = None
     by_group: dict[str, dict[int | None, Comparison]] = field(default_factory=dict, repr=False)
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
 

@@ -541,7 +541,7 @@ def _show_price(page: PageData) -> Panel | None:
                 str(copies.per_device),
                 *(signed(copies.mean(window)) for window in windows),
                 "-" if copies.bytes_per_device is None else in_bytes(copies.bytes_per_device),
-                "knee" if copies.per_device == page.advice.knee else "",
+                "proposed" if copies.per_device == page.advice.chosen_copies else "",
             )
             for copies in page.advice.copies
         ]
@@ -570,8 +570,8 @@ def _draw_copies(advice: Advice) -> Chart:
     slots = [copies.per_device for copies in advice.copies]
     gigabytes = [(copies.bytes_per_device or 0) / 1e9 for copies in advice.copies]
     # The chosen number has a larger mark with a border.
-    widths = [3 if number == advice.knee else 0 for number in slots]
-    sizes = [14 if number == advice.knee else 8 for number in slots]
+    widths = [3 if number == advice.chosen_copies else 0 for number in slots]
+    sizes = [14 if number == advice.chosen_copies else 8 for number in slots]
     border = {"color": "var(--text)", "width": widths}
     data = []
     for number, window in enumerate(advice.copies[0].gains):

@@ -46,9 +46,9 @@ def repair(problem: Problem, initial: Placement) -> Slots:
     balanced = layers.complete(np.ascontiguousarray(start))
     nearest, balanced = (problem.filled(slots, initial) for slots in (nearest, balanced))
     is_as_near = moves_from(running, balanced) <= moves_from(running, nearest)
+    # Balancing finds a slot for every expert, but not always for the copy that survives a loss.
     for layer, holders in enumerate(find_holders(balanced, problem.num_experts)):
-        is_complete = bool(holders.any(axis=0).all())
-        is_as_near[layer] &= is_complete and not rules.are_broken(layer, holders)
+        is_as_near[layer] &= not rules.are_broken(layer, holders)
     return np.where(is_as_near[:, None, None], balanced, nearest)
 
 
