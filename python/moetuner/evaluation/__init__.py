@@ -333,7 +333,7 @@ def evaluate(
         Device that each token of a trace comes from [T], or ``"blocks"`` (see ``dispatch_rows``):
         then ``traffic["dispatch"]`` counts its rows exactly. None spreads homes evenly.
     mixed
-        Whether to replay a trace once more in mixed order; where not, ``imbalance_mixed`` is None.
+        If True, replay a trace once more in mixed order; else ``imbalance_mixed`` is None.
     mixed_seed
         Seed of the mixed order: it decides which sequences, or windows of statistics, meet.
     threads

@@ -33,7 +33,7 @@ class Layout:
     layers
         Numbers of the rows among all hidden layers, if the format has them.
     counts_dense
-        Whether the format has a row for every hidden layer, dense ones too.
+        True if the format has a row for every hidden layer, dense ones too.
     remarks
         Faults of other fields of the file, which contradict the map.
     """

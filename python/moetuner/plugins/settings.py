@@ -33,7 +33,7 @@ class Settings:
     placements
         Files of placements to serve, one for each model of the engine: ``MOETUNER_PLACEMENT``.
     rebalance
-        Whether to follow live loads: ``MOETUNER_REBALANCE``.
+        If True, follow live loads: ``MOETUNER_REBALANCE``.
     profile
         File of a trace, or of statistics with co-activation: ``MOETUNER_PROFILE``.
     record
@@ -41,7 +41,7 @@ class Settings:
     reload
         File whose change has all others read again: ``MOETUNER_RELOAD``.
     updates
-        Whether weights that change follow experts that move (vLLM): ``MOETUNER_UPDATES``, by
+        If True, weights that change follow experts that move (vLLM): ``MOETUNER_UPDATES``, by
         default if any other variable is set.
     rules
         Limits of moves. Each field has a variable of its name in capitals, such as
@@ -92,7 +92,7 @@ class Settings:
 
     @property
     def decides(self) -> bool:
-        """Whether settings ask for maps, not only for records."""
+        """True if settings ask for maps, not only for records."""
         return bool(self.placements) or self.rebalance
 
 

@@ -50,7 +50,7 @@ class HotExperts(Frozen):
     sizes
         Sizes of the sets, as shares of all experts of all layers.
     is_unseen
-        Whether the picks are of other traffic than the sets were chosen by.
+        True if the picks are of other traffic than the sets were chosen by.
     static
         Share of the picks that a fixed set of the most used experts takes, by size.
     chance
@@ -80,7 +80,7 @@ class HotExperts(Frozen):
 
     @property
     def answer(self) -> Answer:
-        """Whether a fixed set of half of the experts, a cache or neither is worth it."""
+        """Name what is worth it: a fixed set of half of the experts, a cache or neither."""
         if not self.is_unseen:
             return "nothing is held out"
         half = self.sizes.index(HALF)
