@@ -76,7 +76,7 @@ def proven_by(problem, slots, caps, *, by_tangents: bool = False, steps: int = 3
         patch.setattr(effort, "TANGENT_STEPS", steps)
         patch.setattr(effort, "TANGENT_TRIALS", 500)
         if by_tangents:
-            patch.setattr(visits, "_by_prices", lambda *_: None)
+            patch.setattr(visits, "_bound_by_prices", lambda *_: None)
         return visits.bound(problem, slots, caps, budget=Budget())
 
 
@@ -114,7 +114,7 @@ def test_hull_is_below_every_partition(top_k, capacity, parts):
     """No way to lie on parts has fewer pairs for its parts, and each tangent touches one."""
     if capacity * parts < top_k:
         return
-    together, spread = visits.hull(top_k, capacity, parts)
+    together, spread = visits.find_hull(top_k, capacity, parts)
     least = dict(zip(spread.tolist(), together.tolist(), strict=True))
     seen: dict[int, int] = {}
 

@@ -127,13 +127,13 @@ def command(
     if initial_file is not None:
         initial = load_placement(initial_file, source, machine.topology())
 
-    def split(number: int) -> Split:
+    def split(number: int) -> TrafficSplit:
         seed = nth_seed(search.seed, number)
         seen, unseen = hold_out(source.traffic, holdout, seed=seed)
         problem = wanted.problem(source, machine.topology(), seen)
         unseen = source.as_divided(unseen, problem.serving)
         serving = replace(problem.serving, window=source.replayed)
-        return Split(number, problem, unseen, replace(search, seed=seed), initial, serving)
+        return TrafficSplit(number, problem, unseen, replace(search, seed=seed), initial, serving)
 
     first = split(0)
     problem = first.problem
@@ -219,7 +219,7 @@ def _choose_baseline(
 
 
 @dataclass(frozen=True)
-class Split:
+class TrafficSplit:
     """One split: the problem of its seen part, its unseen traffic, and the running placement."""
 
     number: int

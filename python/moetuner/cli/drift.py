@@ -63,8 +63,8 @@ def command(
     Parameters
     ----------
     profile_files
-        What PLACEMENT was computed from: a trace, statistics or a load table; may be repeated.
-        [default: the files in its settings]
+        Traffic that PLACEMENT was computed from: a trace, statistics or a load table; may be
+        repeated. [default: the files in its settings]
     fail_if_drift
         Exit with status 3 if the traffic has drifted from the profile.
     fail_if_worse
@@ -73,15 +73,7 @@ def command(
     """
     source = source.with_hints(read_hints(placement_file))
     placed = Placed.read(placement_file, source, machine, serving)
-    files = profile_files or _find_profile(placed.made, placement_file, *source.input_files)
-    # The profile has the groups of the placement; --only chooses among those of INPUT.
-    only = placed.made.input.only or ()
-    if profile_files and not source.only:  # a file of these groups alone, perhaps
-        only = ()
-    # --group-by names groups of INPUT; the placement remembers those of the profile.
-    names = FILES if source.group_by == FILES else None
-    profile = replace(placed.source, input_files=files, only=only, group_by=names)
-    profile = profile.as_placed(placed.made, placement_file)
+    profile = _make_profile(placed, source, placement_file, profile_files)
     on_profile = replace(placed, source=profile)
     if fail_if_drift or fail_if_worse is not None:
         on_profile.check_gate()
@@ -123,6 +115,21 @@ def command(
     contents |= {"answer": answer, "drift": drifted.to_dict(), "figures": rows}
     output.finish(contents | {"command": again, "failed": failed})
     return DRIFTED if failed else 0
+
+
+def _make_profile(
+    placed: Placed, source: Source, placement_file: Path, files: tuple[Path, ...]
+) -> Source:
+    """Return the traffic that the placement was computed from, of ``files`` if there are some."""
+    # The profile has the groups of the placement; --only chooses among those of INPUT.
+    only = placed.made.input.only or ()
+    if files and not source.only:  # a file of these groups alone, perhaps
+        only = ()
+    # --group-by names groups of INPUT; the placement remembers those of the profile.
+    names = FILES if source.group_by == FILES else None
+    files = files or _find_profile(placed.made, placement_file, *source.input_files)
+    profile = replace(placed.source, input_files=files, only=only, group_by=names)
+    return profile.as_placed(placed.made, placement_file)
 
 
 def _show(

@@ -168,9 +168,9 @@ def write_time_left(seconds: float, share: float | None, at: float, what: str) -
     """
     if not share:
         return f"{seconds:.0f} s"
-    return (
-        f"{100 * share:.0f} %{what and f' {what}'}, about {max(at / share - seconds, 0):.0f} s left"
-    )
+    percentage = f"{100 * share:.0f} %"
+    work_done = f"{percentage} {what}" if what else percentage
+    return f"{work_done}, about {max(at / share - seconds, 0):.0f} s left"
 
 
 class Report:

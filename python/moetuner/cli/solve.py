@@ -175,7 +175,7 @@ class ReplayedResult:
 
     @property
     def may_be_chance(self) -> bool:
-        """Whether the gain is not certain in windows of any size; False without judgements."""
+        """True if the gain is not certain in windows of any size; False without judgements."""
         answers = {judgement.gain.answer for judgement in self.judgements.values()}
         return bool(answers) and answers <= {"no evidence", "worse"}
 
@@ -244,8 +244,8 @@ def _write_judged(source: Source, problem: Problem, judged_on: Recording, holdou
 
 def _describe_part(judged_on: Recording, holdout: float) -> dict[str, Any]:
     """Return the part of INPUT that the result is judged on, for JSON."""
-    part = {"part": "unseen" if holdout else "all", "is_seen": not holdout}
-    return part | judged_on.size
+    description = {"part": "unseen" if holdout else "all", "is_seen": not holdout}
+    return description | judged_on.size
 
 
 def _keep_running(

@@ -333,7 +333,7 @@ def evaluate(
         Device that each token of a trace comes from [T], or ``"blocks"`` (see ``dispatch_rows``):
         then ``traffic["dispatch"]`` counts its rows exactly. None spreads homes evenly.
     mixed
-        Whether to replay a trace once more in mixed order; where not, ``imbalance_mixed`` is None.
+        If True, replay a trace once more in mixed order; else ``imbalance_mixed`` is None.
     mixed_seed
         Seed of the mixed order: it decides which sequences, or windows of statistics, meet.
     threads
@@ -423,16 +423,8 @@ def _evaluate(
     """Evaluate settings that differ in their placements and windows alone."""
     for setting in settings:
         check_model(setting.placement, traffic, setting.topology)
-    common, homes, rows_of_group = settings[0], None, traffic.group_rows()
-    serving, home = common.serving, common.options.home
-    if home is not None:
-        if not traffic.ordered:
-            raise ValueError("home needs a trace: statistics have no tokens")
-        if not (serving.rule.is_hashed and serving.rule.is_even):
-            raise ValueError(
-                f"home needs split 'even', got {serving.split!r}: others know homes only spread"
-            )
-        homes = assign_homes(home, traffic.length, common.placement.devices)
+    common, rows_of_group = settings[0], traffic.group_rows()
+    serving, homes = common.serving, _assign_homes(traffic, common)
     orders = list_orders(traffic, serving.arrival, seed=common.options.mixed_seed)
     # Where tokens arrive in mixed order anyway, mixed windows are not counted once more; except by
     # group, whose sequences are mixed with each other, and not with those of other groups.
@@ -466,6 +458,20 @@ def _evaluate(
         evaluation = by_group.pop(None)
         evaluated.append(replace(evaluation, by_group=by_group))
     return evaluated
+
+
+def _assign_homes(traffic: Recording, setting: Setting) -> NDArray[np.int64] | None:
+    """Return the home of every token [T]; None where homes are spread evenly."""
+    home, serving = setting.options.home, setting.serving
+    if home is None:
+        return None
+    if not traffic.ordered:
+        raise ValueError("home needs a trace: statistics have no tokens")
+    if not (serving.rule.is_hashed and serving.rule.is_even):
+        raise ValueError(
+            f"home needs split 'even', got {serving.split!r}: others know homes only spread"
+        )
+    return assign_homes(home, traffic.length, setting.placement.devices)
 
 
 def _compute_figures(counted: CountsByOrder, traffic: Recording, group: str | None) -> Evaluation:

@@ -121,7 +121,7 @@ class Comparison(Frozen):
 
     @property
     def is_too_few(self) -> bool:
-        """Whether there are too few units for a conclusion."""
+        """True if there are too few units for a conclusion."""
         return not self.change.is_enough
 
     @property
@@ -143,7 +143,7 @@ class Comparison(Frozen):
 
     @property
     def is_worth_it(self) -> bool:
-        """Whether the gain is certain, and larger than its price."""
+        """True if the gain is certain, and larger than its price."""
         return self.answer == "worth it"
 
     @property

@@ -261,7 +261,7 @@ class _FigureSums:
     dealt
         The tokens or windows that were dealt into folds.
     setting
-        How they were replayed.
+        Settings of the replay.
     counts
         Counts of all of them, in the windows of the setting.
     names

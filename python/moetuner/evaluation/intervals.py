@@ -50,7 +50,7 @@ class Spread(Frozen):
 
     @property
     def is_enough(self) -> bool:
-        """Whether there are enough units for a conclusion."""
+        """True if there are enough units for a conclusion."""
         return self.units >= FEWEST and self.error is not None
 
     @property

@@ -236,7 +236,7 @@ def judge(
     measures
         Names of figures to compare, besides that one; by default all that have intervals.
     by_group
-        Whether to compare the groups of the traffic, too.
+        If True, compare the groups of the traffic, too.
     units
         Independent samples of the whole recording; by default those of the traffic itself.
     price
@@ -257,7 +257,7 @@ def judge(
     >>> import numpy as np
     >>> traffic = mt.RoutingStatistics.from_load(np.tile([[8000, 4000, 2000, 2000]], (10, 1, 1)))
     >>> blocks, better = mt.Placement([[[0, 1], [2, 3]]]), mt.Placement([[[0, 2], [1, 3]]])
-    >>> before, after = (mt.evaluate(each, traffic) for each in (blocks, better))
+    >>> before, after = (mt.evaluate(placement, traffic) for placement in (blocks, better))
     >>> judgement = mt.judge(before, after, names=("blocks", "better"))
     >>> judgement.gain.sentence
     'better has 16.5 % less predicted layer time than blocks (95 % interval 16.5 to 16.5 %).'
@@ -477,7 +477,7 @@ def verdict(before: Evaluation, after: Evaluation, *, price: float = PRICE) -> C
     >>> import numpy as np
     >>> traffic = mt.RoutingStatistics.from_load(np.tile([[8000, 4000, 2000, 2000]], (10, 1, 1)))
     >>> blocks, better = mt.Placement([[[0, 1], [2, 3]]]), mt.Placement([[[0, 2], [1, 3]]])
-    >>> before, after = (mt.evaluate(each, traffic) for each in (blocks, better))
+    >>> before, after = (mt.evaluate(placement, traffic) for placement in (blocks, better))
     >>> mt.verdict(before, after).answer
     'worth it'
     """

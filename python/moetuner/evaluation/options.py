@@ -14,7 +14,7 @@ from moetuner.serving.settings import OTHER, check_settings, setting
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ReplayOptions(Frozen):
-    """How traffic is replayed and figures are computed, however the model is served.
+    """Settings of a replay and of the figures computed, however the model is served.
 
     A figure with an argument has it here, declared as a setting: that gives its check, the option
     of ``moetuner evaluate`` with its help, and its key in JSON.
@@ -25,7 +25,7 @@ class ReplayOptions(Frozen):
         Device that each token of a trace comes from [T], or ``"blocks"``; None spreads homes
         evenly.
     mixed
-        Whether loads in windows of mixed arrival are counted, too.
+        If True, count loads in windows of mixed arrival, too.
     mixed_seed
         Seed of the order in which sequences, or windows of statistics, are mixed.
     threads

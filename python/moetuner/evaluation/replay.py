@@ -55,7 +55,7 @@ class Counts:
     active
         Experts of a device that have a token [W,L,D]; None where these are not counted.
     is_full_window
-        Whether a window has all of its tokens [W], as ``RoutingStatistics`` has it: means over
+        True where a window has all of its tokens [W], as ``RoutingStatistics`` has it: means over
         windows are those of full ones.
     crossed
         For every token the share of its pairs of neighbouring layers' experts that are on different
@@ -104,7 +104,7 @@ class Setting:
     placement, serving
         The placement, and how the model is served.
     options
-        How the replay is done.
+        Settings of the replay.
     """
 
     placement: Placement
@@ -127,23 +127,23 @@ class Setting:
 
     @property
     def with_active(self) -> bool:
-        """Whether times depend on how many experts have tokens."""
+        """True if times depend on how many experts have tokens."""
         model = self.serving.cost_model
         return model is not None and model.expert_us > 0
 
     @property
     def counts_slots(self) -> bool:
-        """Whether a replay counts the tokens of every slot, which gives the active copies."""
+        """True if a replay counts the tokens of every slot, which gives the active copies."""
         return self.with_active and self.placement.has_copies
 
     @property
     def takes_turns(self) -> bool:
-        """Whether the copy that serves a token depends on the tokens before."""
+        """True if the copy that serves a token depends on the tokens before."""
         return self.serving.rule.in_turns and self.placement.has_copies
 
     @property
     def divides(self) -> bool:
-        """Whether a dispatcher splits all tokens of a window at once, by a linear programme."""
+        """True if a dispatcher splits all tokens of a window at once, by a linear programme."""
         return self.serving.rule.needs_windows and self.placement.has_copies
 
     @property
@@ -490,7 +490,7 @@ class Expected:
 
     @property
     def _divides(self) -> bool:
-        """Whether a programme splits tokens over copies; else shares are alike in all windows."""
+        """True if a programme splits tokens over copies; else shares are alike in all windows."""
         return self._setting.divides
 
     def _serve(self, load: Numbers) -> Floats:

@@ -135,7 +135,7 @@ class Samples:
         windows, ``kinds`` is the kind of each, or the window of counters that a step was drawn
         from.
     all_alike
-        Whether sequences differ by no more than the noise of their tokens.
+        True if sequences differ by no more than the noise of their tokens.
     likeness
         Similarity of the sequences, or windows, of a kind.
     """

@@ -88,6 +88,11 @@ def sentence(clause: str) -> str:
     return f"{capitalised(clause).rstrip('.')}{end}"
 
 
+def and_more(count: int) -> str:
+    """Write how many cases there are besides the one that was named."""
+    return f", and {count - 1} more" if count > 1 else ""
+
+
 def listed(names: list[str], limit: int) -> str:
     """Write the first of several names, and how many more there are."""
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""

@@ -84,9 +84,9 @@ class TraceInParts:
         ids: Any = np.empty((self.tokens, *self.ids[0].shape[1:]), self.ids[0].dtype)
         end = self.tokens
         while self.ids:  # memory of a part is free as soon as it is copied
-            part = self.ids.pop()
-            ids[end - len(part) : end] = part
-            end -= len(part)
+            last_ids = self.ids.pop()
+            ids[end - len(last_ids) : end] = last_ids
+            end -= len(last_ids)
         labels = {name: np.concatenate(parts) for name, parts in self.labels.items()}
         return TraceContents(in_memory(ids), self.num_experts, **{**labels, **fields})
 

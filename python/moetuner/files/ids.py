@@ -91,7 +91,7 @@ class Ids:
 
     @property
     def fresh(self) -> bool:
-        """Whether shards are validated when they are read, so that they cannot have changed."""
+        """True if shards are validated when they are read, so that they cannot have changed."""
         return all(not isinstance(part, np.ndarray) and part.fresh for part in self.parts)
 
     @property
@@ -338,7 +338,7 @@ class ReorderedIds:
 
     @property
     def fresh(self) -> bool:
-        """Whether shards are validated when they are read."""
+        """True if shards are validated when they are read."""
         return self.ids.fresh
 
     def shards(self, max_bytes: int, threads: int | None) -> Iterator[IdArray]:

@@ -352,7 +352,7 @@ def write_placement(
     Parameters
     ----------
     placement
-        What to write.
+        The placement to write.
     to
         Name in ``WRITERS``, such as ``sglang``, ``tensorrt-llm`` or ``eplb``.
     path

@@ -195,9 +195,9 @@ def _values(name: str, column: Any) -> Any:
         column = values
     if column.null_count:
         raise ValueError(f"{name} must have no empty values")
-    if not str(column.type).startswith(
-        ("int", "uint") if sizes[1:] else ("int", "uint", "float", "double")
-    ):
+    # Ids are integers; numbers may be written as floats.
+    types = ("int", "uint") if sizes[1:] else ("int", "uint", "float", "double")
+    if not str(column.type).startswith(types):
         raise ValueError(f"{name} must be integers, got {column.type}")
     array: NDArray[Any] = column.to_numpy(zero_copy_only=False).reshape(sizes)
     return array

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import EXPERT_LIMIT, MissingArgumentError, array_in, shown
+from moetuner.files.cells import and_more
 from moetuner.formats.hints import Hints
 from moetuner.placement import EMPTY, Placement
 from moetuner.serving.engines import ENGINES, Engine
@@ -32,7 +33,7 @@ class Layout:
     layers
         Numbers of the rows among all hidden layers, if the format has them.
     counts_dense
-        Whether the format has a row for every hidden layer, dense ones too.
+        True if the format has a row for every hidden layer, dense ones too.
     remarks
         Faults of other fields of the file, which contradict the map.
     """
@@ -134,6 +135,7 @@ def find_faults(layout: Layout, engine: str | None, hints: Hints) -> list[str]:
 
 
 def _find_layer_faults(layout: Layout, hints: Hints) -> list[str]:
+    """List the faults in the number of rows and in the numbers of layers."""
     count = len(layout.experts)
     hidden, dense = hints.hidden_layers, hints.dense_layers
     wrong = set(layout.layers or ()) & set(dense or ())
@@ -155,6 +157,7 @@ def _find_layer_faults(layout: Layout, hints: Hints) -> list[str]:
 
 
 def _find_device_faults(layout: Layout, engine: Engine | None, hints: Hints) -> list[str]:
+    """List the faults in the number of devices, in slots per device, and copies on one device."""
     rows, slots = layout.experts.shape
     devices = layout.devices or hints.devices
     if layout.devices and hints.devices and layout.devices != hints.devices:
@@ -175,12 +178,13 @@ def _find_device_faults(layout: Layout, engine: Engine | None, hints: Hints) -> 
     twice = np.argwhere((experts[:, :, 1:] == experts[:, :, :-1]) & (experts[:, :, 1:] != EMPTY))
     return [
         f"{layout.where(row)}, device {device}: expert {experts[row, device, slot]} is there twice"
-        f"{_write_rest(len(twice))}: {engine.title} {engine.repeated}"
+        f"{and_more(len(twice))}: {engine.title} {engine.repeated}"
         for row, device, slot in twice[:1]
     ]
 
 
 def _find_expert_faults(layout: Layout, engine: Engine | None, hints: Hints) -> list[str]:
+    """List wrong ids, empty slots, and experts without a slot."""
     table = layout.experts
     experts = hints.num_experts or layout.num_experts or int(table.max(initial=0)) + 1
     if layout.num_experts and layout.num_experts != experts:
@@ -191,11 +195,11 @@ def _find_expert_faults(layout: Layout, engine: Engine | None, hints: Hints) -> 
         row, slot = wrong[0]
         return [
             f"{layout.where(row, slot)}: expert {table[row, slot]} is not below {experts}"
-            f"{_write_rest(len(wrong))}: of another model, or damaged"
+            f"{and_more(len(wrong))}: of another model, or damaged"
         ]
     empty = np.argwhere(table == EMPTY)
     messages = [
-        f"{layout.where(row, slot)} is empty{_write_rest(len(empty))}: every slot must be full"
+        f"{layout.where(row, slot)} is empty{and_more(len(empty))}: every slot must be full"
         for row, slot in empty[:1]
     ]
     for number, row in enumerate(table):
@@ -203,7 +207,7 @@ def _find_expert_faults(layout: Layout, engine: Engine | None, hints: Hints) -> 
         if len(missing):
             messages.append(
                 f"{layout.where(number)}: expert {missing[0]} has no slot"
-                f"{_write_rest(len(missing))}: every expert must have at least one"
+                f"{and_more(len(missing))}: every expert must have at least one"
             )
             break
     if engine is not None and not engine.may_copy and table.shape[1] > experts:
@@ -211,7 +215,3 @@ def _find_expert_faults(layout: Layout, engine: Engine | None, hints: Hints) -> 
             f"must have {experts} slots, as {engine.title} has no copies, got {table.shape[1]}"
         )
     return messages
-
-
-def _write_rest(count: int) -> str:
-    return f", and {count - 1} more" if count > 1 else ""

@@ -6,8 +6,8 @@ have positions below zero, and traces are joined one after the other. Forks of l
 request 28544 have columns ``phase,token,layer,rank,expert``, BigMoeOnEdge ``# route_trace v1``, a
 preamble and columns ``turn,phase,step,layer,slot,expert,...``: a row for every choice.
 
-llama.cpp computes its last layer for tokens that are asked for their logits alone: of a prompt for
-the last one. Tokens that do not have their experts in all layers are left out.
+llama.cpp computes its last layer only for tokens whose logits are needed, which is the last one of
+a prompt. Tokens without experts in all layers are left out.
 """
 
 from __future__ import annotations

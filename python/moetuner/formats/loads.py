@@ -33,8 +33,10 @@ from moetuner.statistics import RoutingStatistics
 
 # No model chooses more experts per token: longer rows with a repeated number are counts.
 MOST_CHOSEN = 32
-# Windows that are looked at to distinguish ids from counts, and largest ratio of sums of layers.
-FIRST, ALIKE = 64, 1.1
+# Windows that are read to distinguish ids from counts.
+FIRST = 64
+# Layers have about the same sum of counts if the ratio of any two sums is at most this.
+ALIKE = 1.1
 
 RECORD = '"eplb_load_stats"'
 LOG = re.compile(r"EPLB step: \d|\[Expert Balancedness\]|balancedness=\d")
@@ -43,9 +45,8 @@ LABEL = re.compile(r'(\w+)="([^"]*)"')
 EXPERT = re.compile(r"(?:logical_|log_)?expert(?:_?(?:id|idx|index))?")
 KINDS = {
     "window": re.compile(r"window|step|iteration|pass|time"),
-    "layer": re.compile(
-        r"(?:(?:moe_)?layer(?:_?(?:id|idx|index))?)?"
-    ),  # pandas gives the first no name
+    # pandas writes the first column, its index, without a name.
+    "layer": re.compile(r"(?:(?:moe_)?layer(?:_?(?:id|idx|index))?)?"),
 }
 NUMBER = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?", re.ASCII)
 LAST = re.compile(r"(?<!\d)\d{1,9}$", re.ASCII)
@@ -81,6 +82,7 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
 
 
 def _find_reader(path: Path) -> Callable[..., NDArray[Any]] | None:
+    """Return the function that reads a file, by its content; None for other files."""
     start = head(path)
     if start.startswith(npz.MAGIC):
         return _array if _holds_counts(path) else None
@@ -116,7 +118,7 @@ def _holds_counts(path: Path) -> bool:
         rows = npz.read_npy(path)[:FIRST] if fortran else safetensors.read(path, begin)
         first = counts_in("load", rows)
     except ValueError as error:
-        # Else the reader of moetuner's own says what is wrong.
+        # Other errors are those of the reader of moetuner's own files.
         return "whole numbers" in str(error)
     if first.max() >= 1 << 16:
         return True
@@ -171,6 +173,7 @@ def _records(path: Path, _: Hints) -> LoadCounts:
 
 
 def _log(*_: Any) -> LoadCounts:
+    """Raise for a log of balancedness, which has no loads of experts."""
     raise ValueError(f"this log says how balanced GPUs are, not experts' loads: {RECORD_EXPERTS}")
 
 
@@ -246,18 +249,27 @@ def _label(name: str, text: str) -> int:
 
 
 def _cells(line: str) -> tuple[str, list[str]]:
+    """Return the separator of a line of a table, and its cells in small letters."""
     separator = max(",;\t", key=line.count)
     return separator, [cell.strip().strip('"').lower() for cell in line.split(separator)]
 
 
 class _Header(NamedTuple):
-    """The columns of a load table; ``names`` is empty if the table has no header."""
+    """The columns of a load table.
+
+    Parameters
+    ----------
+    names
+        Names of all columns; empty if the table has no header.
+    columns
+        Columns of window and layer, by these words.
+    experts
+        Numbers of experts, and their columns.
+    """
 
     names: list[str]
     columns: dict[str, int]
-    """Columns of window and layer."""
     experts: list[tuple[int, int]]
-    """Numbers of experts, and their columns."""
 
 
 def _header(text: str) -> _Header | None:
@@ -275,7 +287,7 @@ def _header(text: str) -> _Header | None:
                 columns.setdefault(kind, []).append(at)
     if not experts or sum(map(len, columns.values())) + len(experts) != len(names):
         return None
-    # Without a column of layers or windows, its rows have to show that it is such a table.
+    # Without a column of layers or windows, the next row has to show that it is such a table.
     if not columns and not (len(names) == len(row) and all(map(NUMBER.fullmatch, row))):
         return None
     for kind, places in columns.items():
@@ -300,21 +312,19 @@ def _csv(path: Path, hints: Hints) -> NDArray[Any]:
     if not filled:
         raise ValueError("must have rows of counts, got none")
     table = _numbers(lines, filled, header)
-    window, layer = (
-        table[:, header.columns[kind]].tolist() if kind in header.columns else [] for kind in KINDS
-    )
+    values = {kind: table[:, column].tolist() for kind, column in header.columns.items()}
+    window, layer = values.get("window", []), values.get("layer", [])
     if not header.columns:
         window = (np.array(filled) - np.arange(len(filled))).tolist()
         if len(filled) > 2 and (np.diff(table[:, 0]) == 1).all():
             raise ValueError("the first column counts rows: name the columns, as in layer,0,1,2")
     labels = (window or _count_earlier(layer), layer or _count_earlier(window))
-    (windows, at), (layers, at_layer) = (
-        np.unique(column, return_inverse=True) for column in labels
-    )
-    cells, rows = np.unique(at * len(layers) + at_layer, return_index=True)
+    windows, window_of_row = np.unique(labels[0], return_inverse=True)
+    layers, layer_of_row = np.unique(labels[1], return_inverse=True)
+    cells, rows = np.unique(window_of_row * len(layers) + layer_of_row, return_index=True)
     if len(rows) < len(filled):
         again = min({*range(len(filled))} - {*rows.tolist()})
-        window_of, layer_of = windows[at[again]], layers[at_layer[again]]
+        window_of, layer_of = windows[window_of_row[again]], layers[layer_of_row[again]]
         raise ValueError(
             f"line {filled[again] + 1}: window {window_of:g} must have layer {layer_of:g} once, "
             "got it twice"
@@ -328,9 +338,9 @@ def _csv(path: Path, hints: Hints) -> NDArray[Any]:
         )
     check_filled(len(rows) * len(header.experts), (len(windows), len(layers), width))
     load = np.zeros((len(windows), len(layers), width))
-    load[at[:, None], at_layer[:, None], [number - first for number, _ in header.experts]] = table[
-        :, [column for _, column in header.experts]
-    ]
+    experts = [number - first for number, _ in header.experts]
+    columns = [column for _, column in header.experts]
+    load[window_of_row[:, None], layer_of_row[:, None], experts] = table[:, columns]
     return load
 
 

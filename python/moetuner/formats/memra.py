@@ -43,10 +43,12 @@ CHARACTERS = re.compile(r"[0-9 ,:.eE+\-\r\n]*")
 WEIGHT = re.compile(r":[^,\s]*", re.ASCII)
 BLOCK = 1 << 20
 DRAFT_HEAD = (1 << 16) - 1
-# Records that are looked at to recognise a dump, which has no magic number; limits of a record.
-FIRST, MOST_CHOSEN, LARGEST_WEIGHT = 64, 64, 1e4
+# A dump has no magic number: so many of its first records are read to recognise it.
+FIRST = 64
+# Largest number of experts in a record, and largest weight.
+MOST_CHOSEN, LARGEST_WEIGHT = 64, 1e4
 CAUTION = (
-    "memra's trace names no requests, so tokens of all of them follow one another: what differs "
+    "memra's trace names no requests, so tokens of all of them follow one another: differences "
     "between requests cannot be told from chance."
 )
 # Layer of every token's row, and its experts [N,K].

@@ -29,9 +29,12 @@ from moetuner.formats.records import head
 
 # Most bytes of an archive's description; dumps per token list their tokens there.
 LONGEST_PICKLE = 1 << 27
-# Bytes of memory that are always allowed, and that are allowed per byte of the description: in a
-# list an integer of three bytes takes 48, and a container of five or more takes 72.
-FREE_BYTES, BYTES_PER_BYTE = 1 << 22, 17
+# Bytes of memory that a description may always take.
+FREE_BYTES = 1 << 22
+# Further bytes that it may take for each of its own: in a list an integer of three bytes takes 48,
+# and a container of five or more takes 72.
+BYTES_PER_BYTE = 17
+# Bytes of memory of a pointer, of a small object, and of a container.
 POINTER, OBJECT, CONTAINER = 8, 40, 80
 # Most values per byte of a description that names the same part several times.
 EXPANSION = 16

@@ -179,6 +179,7 @@ class Choices(TokenRows):
         return build(columns, layers)
 
     def _trace(self, columns: dict[str, NDArray[Any]], layers: NDArray[Any]) -> RoutingTrace:
+        """Build the trace of choices, whose layers have these numbers."""
         first, token = _tokens(columns["token"], columns.get("sequence"))
         cells, rows = len(first) * len(layers), len(token)
         if cells > max(rows, FREE_CELLS):
@@ -209,6 +210,7 @@ class Choices(TokenRows):
         )
 
     def _counts(self, columns: dict[str, NDArray[Any]], layers: NDArray[Any]) -> RoutingStatistics:
+        """Build the counts of choices, whose layers have these numbers."""
         expert = columns["expert"].astype(np.int64)
         experts, rows = self.hints.num_experts or int(expert.max()) + 1, len(expert)
         if expert.max() >= experts:

@@ -2,9 +2,9 @@
 
 A policy gets ``expert_workload`` [L,D,S] (FlashLB: [W,L,D,S]), tokens by slot, and
 ``current_expert_table`` [L,D,S], the expert in each of them
-(``eplb/core/policy/policy_abstract.py`` of 0.26.0rc1). Read are an ``.npz`` or ``.pt`` with both
-by these names, or a workload (``.npy``, ``.pt``) of slots together with the expert map, or one of
-experts [L,E], as ``examples/eplb/eplb_strategy.py`` takes it.
+(``eplb/core/policy/policy_abstract.py`` of 0.26.0rc1). This module reads an ``.npz`` or ``.pt``
+with both by these names; a workload (``.npy``, ``.pt``) of slots together with the expert map; or a
+workload of experts [L,E], as ``examples/eplb/eplb_strategy.py`` takes it.
 
 ``expert_map_path`` names a JSON file of MoE layers only, every device's experts in slot order.
 """
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from moetuner._checks import shown
 from moetuner.files import naming, npz, read_whole, replacing
+from moetuner.files.cells import and_more
 from moetuner.files.text import parse_json
 from moetuner.formats import pickled
 from moetuner.formats.arrays import list_names, read_arrays
@@ -47,10 +48,8 @@ def recognises(path: Path) -> bool:
 def _names(path: Path) -> tuple[str | None, str | None]:
     """Return the names of workload and table in a file; a bare array has the name ""."""
     names = list_names(path)
-    load, table = (
-        next((name for name in choices if name in names), None)
-        for choices in ((*LOADS, ""), TABLES)
-    )
+    load = next((name for name in (*LOADS, "") if name in names), None)
+    table = next((name for name in TABLES if name in names), None)
     return load, table
 
 
@@ -169,8 +168,7 @@ def _misplaced(where: str, members: list[Any], key: str) -> list[str]:
     if not wrong:
         return []
     at = wrong[0]
-    further = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
     return [
-        f"{where}: entry {at} has {key} {numbers[at]!r:.40}{further}: vllm-ascend takes entries in "
-        "the order of the file, whatever their numbers"
+        f"{where}: entry {at} has {key} {numbers[at]!r:.40}{and_more(len(wrong))}: vllm-ascend "
+        "takes entries in the order of the file, whatever their numbers"
     ]

@@ -67,11 +67,11 @@ class Post:
     error
         Reason for having no map.
     unread
-        Whether the error is in the files, so that the next decision has it, too.
+        True if the error is in the files, so that the next decision has it, too.
     pending
         Checksum of files that were read again; "" if none were.
     reloads
-        Whether files may be read again.
+        True if files may be read again.
     version
         Version of the agreement, 0 where a post does not say it.
     """

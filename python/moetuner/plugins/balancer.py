@@ -40,7 +40,7 @@ class Balancer:
     log
         Where lines are logged.
     agreement
-        How ranks agree; by default with the usual patience.
+        Agreement of ranks; by default with the usual patience.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class Balancer:
         wait
             Seconds that ranks wait for each other, if not the default.
         quiet
-            Whether not to log, as the engine asks for the same decision again.
+            If True, do not log: the engine asks for the same decision again.
         sparse
             Layers with experts of an engine that counts others too, empty where only their load
             tells; None for an engine that does not count others.

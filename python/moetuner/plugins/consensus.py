@@ -129,7 +129,7 @@ def agree(
 
 
 def _until(is_so: Callable[[], bool], seconds: float) -> bool:
-    """Poll until a condition holds, or the time is over; return whether it holds.
+    """Wait until a condition holds, or the time is over; return whether it holds.
 
     Questions are short: a wait inside the store would block other threads of the process.
     """

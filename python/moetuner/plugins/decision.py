@@ -282,8 +282,8 @@ class Case:
         local[number, experts] = np.arange(experts.shape[1])
         slots = self.slots.reshape(layers * nodes, ranks // nodes, width)
         if pairs is not None:
-            two = row[:, None, None], experts[:, :, None], experts[:, None, :]
-            pairs = Pairs(pairs.counts[two], pairs.cost[row])
+            pairs_on_nodes = row[:, None, None], experts[:, :, None], experts[:, None, :]
+            pairs = Pairs(pairs.counts[pairs_on_nodes], pairs.cost[row])
         balanced = rebalance(
             np.ascontiguousarray(self.windows[:, row[:, None], experts]),
             local[number[:, :, None], slots[busy]],
@@ -293,8 +293,10 @@ class Case:
             fresh=anew[row],
             pairs=pairs,
         )
-        slots, there = slots.copy(), experts[number[:, :, None], balanced.slots]
-        slots[busy] = np.where(balanced.slots == EMPTY, EMPTY, there)
+        # Back from numbers within a node to numbers of experts.
+        global_ids = experts[number[:, :, None], balanced.slots]
+        slots = slots.copy()
+        slots[busy] = np.where(balanced.slots == EMPTY, EMPTY, global_ids)
         figures = np.zeros((3, layers * nodes))
         figures[:, busy] = balanced.before, balanced.after, balanced.moves
         before, after, moves = figures.reshape(3, layers, nodes)
@@ -315,16 +317,14 @@ class Case:
                 f"{self.experts}"
             )
         layers, ranks, _ = self.slots.shape
-        counts, cost = (
-            np.zeros((layers, self.experts, self.experts), dtype=np.uint64),
-            np.zeros(layers),
-        )
+        counts = np.zeros((layers, self.experts, self.experts), dtype=np.uint64)
+        cost = np.zeros(layers)
         if not self.load.any():
             return Pairs(counts, cost)
         rows = self.find_rows(profile.layers, "the profile")
         load, pairs = profile.total_load.sum(axis=1, dtype=np.float64), profile.coactivation
         twice = pairs.sum(axis=(1, 2), dtype=np.float64)
-        # Of K experts on one rank instead of K, K (K - 1) / 2 pairs save K - 1 visits.
+        # If K experts are on one rank instead of K ranks, K (K - 1) / 2 pairs save K - 1 visits.
         saved = load / np.maximum(load + twice, 1.0)
         live = self.load.sum(axis=1)[rows]
         cost[rows] = traffic * 2 * saved / ranks * live / np.maximum(load, 1.0)
@@ -332,7 +332,10 @@ class Case:
         return Pairs(counts, cost)
 
     def find_rows(self, layers: int, what: str) -> NDArray[np.intp]:
-        """Return the engine's layers that have experts, which may be fewer than it counts."""
+        """Return the numbers of the engine's layers with experts; it may count dense ones too.
+
+        ``what`` names what has ``layers`` layers, for errors.
+        """
         counted = len(self.slots)
         if layers == counted:
             return np.arange(counted)
@@ -371,14 +374,14 @@ def join_windows(weight: NDArray[np.generic]) -> NDArray[np.generic]:
 def _read_running(
     old_map: ArrayLike | None, shape: tuple[int, int, int], experts: int
 ) -> tuple[Slots, NDArray[np.bool_]]:
-    """Return the running slots [L,D,S] on the ranks of now, and which layers [L] are fresh."""
+    """Return the running slots [L,D,S] on the current ranks, and which layers [L] are fresh."""
     layers, slots = shape[0], np.full((shape[0], shape[1] * shape[2]), EMPTY, dtype=np.int32)
     old = slots if old_map is None else np.asarray(old_map)
     if old.ndim != 2 or len(old) != layers or old.dtype.kind not in "iu":
         raise ValueError(
             f"old_map must be integers [{layers}, slots], got {old.dtype} {list(old.shape)}"
         )
-    # Ranks come and leave at the end, so the other slots keep their numbers.
+    # Ranks are added and removed at the end, so the other slots keep their numbers.
     same = min(old.shape[1], slots.shape[1])
     slots[:, :same] = np.where((old >= 0) & (old < experts), old, EMPTY)[:, :same]
     in_order = np.all(slots == np.arange(slots.shape[1]) % experts, axis=1)

@@ -70,7 +70,7 @@ class Rounds:
             self.verdict = store.get(last).decode() if store.check([last]) else None
 
     def open(self, store: Any) -> None:
-        """Ask the others to take part in the next round, though they have stopped asking."""
+        """Mark the next round as open, so that others take part who have stopped asking."""
         store.set(self._opened, "")
 
     def is_open(self, store: Any) -> bool:
@@ -87,5 +87,6 @@ class Rounds:
         with suppress(Exception):
             store.compare_set(self._next, str(number), str(number + 1))
             # All have read the verdict before this one. Keys that remain do no harm.
-            for old in list_keys(f"{self.name}/{number - 1}", size) if complete and number else ():
-                store.delete_key(old)
+            if complete and number:
+                for old in list_keys(f"{self.name}/{number - 1}", size):
+                    store.delete_key(old)

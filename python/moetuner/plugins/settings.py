@@ -33,7 +33,7 @@ class Settings:
     placements
         Files of placements to serve, one for each model of the engine: ``MOETUNER_PLACEMENT``.
     rebalance
-        Whether to follow live loads: ``MOETUNER_REBALANCE``.
+        If True, follow live loads: ``MOETUNER_REBALANCE``.
     profile
         File of a trace, or of statistics with co-activation: ``MOETUNER_PROFILE``.
     record
@@ -41,11 +41,11 @@ class Settings:
     reload
         File whose change has all others read again: ``MOETUNER_RELOAD``.
     updates
-        Whether weights that change follow experts that move (vLLM): ``MOETUNER_UPDATES``, by
+        If True, weights that change follow experts that move (vLLM): ``MOETUNER_UPDATES``, by
         default if any other variable is set.
     rules
-        A variable for each, in capitals: ``MOETUNER_DEAD_ZONE``; the budget is
-        ``MOETUNER_MOVE_BUDGET``.
+        Limits of moves. Each field has a variable of its name in capitals, such as
+        ``MOETUNER_DEAD_ZONE``; that of the budget is ``MOETUNER_MOVE_BUDGET``.
     """
 
     placements: tuple[Path, ...] = ()
@@ -92,7 +92,7 @@ class Settings:
 
     @property
     def decides(self) -> bool:
-        """Whether settings ask for maps, not only for records."""
+        """True if settings ask for maps, not only for records."""
         return bool(self.placements) or self.rebalance
 
 

@@ -183,9 +183,9 @@ class Hooks:
             form=lambda slots: make_eplb_tensors(slots, ranks, experts),
             sparse=self._sparse.get(layers, []),
         )
-        return (
-            None if maps is None else tuple(tensor.to(tokens_per_expert.device) for tensor in maps)
-        )
+        if maps is None:
+            return None
+        return tuple(tensor.to(tokens_per_expert.device) for tensor in maps)
 
 
 def list_sparse_layers(model_config: Any, layers: int) -> list[int]:
@@ -194,10 +194,8 @@ def list_sparse_layers(model_config: Any, layers: int) -> list[int]:
     config = config or getattr(model_config, "hf_config", None)
     first = getattr(config, "first_k_dense_replace", None)
     frequency = getattr(config, "moe_layer_freq", None)
-    dense, step = (
-        getattr(config, "mlp_only_layers", None),
-        getattr(config, "decoder_sparse_step", 1),
-    )
+    dense = getattr(config, "mlp_only_layers", None)
+    step = getattr(config, "decoder_sparse_step", 1)
     kinds = getattr(config, "mlp_layer_types", None)
     if isinstance(kinds, list):
         return [layer for layer, kind in enumerate(kinds[:layers]) if kind == "sparse"]
@@ -206,7 +204,7 @@ def list_sparse_layers(model_config: Any, layers: int) -> list[int]:
     if isinstance(first, int) and frequency in (None, 1):
         return list(range(first, layers))
     if isinstance(dense, list) and isinstance(step, int) and step > 0:
-        return [at for at in range(layers) if at not in dense and (at + 1) % step == 0]
+        return [n for n in range(layers) if n not in dense and (n + 1) % step == 0]
     return []
 
 

@@ -95,7 +95,7 @@ class PlacedModel:
 
     @property
     def moved(self) -> bool:
-        """Whether experts are in other slots than those into which vLLM loads them."""
+        """True if experts are in other slots than those into which vLLM loads them."""
         self._read()
         return self._moved
 

@@ -27,7 +27,7 @@ def register() -> None:
     try:
         settings = Settings.from_environment()
     except ValueError:
-        return  # vLLM's entry point has said it
+        return  # vLLM's entry point has warned of it
     try:
         if settings is not None and importlib.util.find_spec("vllm_ascend") is not None:
             replace_policies(settings)

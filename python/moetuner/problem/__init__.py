@@ -90,7 +90,7 @@ class Problem(Frozen):
         Copies beyond one of each expert, over all layers, instead of slots per device. They go to
         the layers where they help most. Every device gets as many over all layers, or one more.
     regime, split, arrival, cost_model
-        How the traffic is served, as for ``Serving``.
+        Settings of serving, as for ``Serving``.
     risk
         Minimise the mean over windows, or over the worst of them: 0.9 for the worst tenth (the
         conditional value at risk).
@@ -363,7 +363,7 @@ class Problem(Frozen):
 
     @property
     def is_plain(self) -> bool:
-        """Whether only traffic counts, with single copies, on equal devices, without rules."""
+        """True if only traffic counts, with single copies, on equal devices, without rules."""
         return (
             self.goal == "traffic"
             and not (self.fill_slots and self.may_copy)
@@ -374,7 +374,7 @@ class Problem(Frozen):
 
     @property
     def may_copy(self) -> bool:
-        """Whether slots beyond one for each expert hold copies.
+        """True if slots beyond one for each expert hold copies.
 
         They do where the number of slots was given. Slots that are spare only because devices do
         not divide the experts stay empty, unless ``fill_slots`` or a rule asks for copies.
@@ -389,12 +389,12 @@ class Problem(Frozen):
 
     @property
     def _has_spare_slots(self) -> bool:
-        """Whether a layer has more slots than experts."""
+        """True if a layer has more slots than experts."""
         return bool((self.capacity.sum(axis=1) > self.num_experts).any())
 
     @property
     def stays_single(self) -> bool:
-        """Whether there are spare slots that hold no copies: see ``may_copy``.
+        """True if there are spare slots that hold no copies: see ``may_copy``.
 
         Bounds of such a problem hold for placements with one copy of each expert.
         """

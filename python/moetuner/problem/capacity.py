@@ -17,6 +17,7 @@ from moetuner._checks import (
     per_device,
     whole_number,
 )
+from moetuner.files.cells import and_more
 from moetuner.placement import EMPTY, Placement
 from moetuner.topology import Topology
 
@@ -164,8 +165,3 @@ def check_filling(
             f"layer {layer}: of {experts} experts {may_be[layer, device]} may be there, each once",
             "fill_slots",
         )
-
-
-def and_more(count: int) -> str:
-    """Write how many cases there are besides the one that was named."""
-    return f", and {count - 1} more" if count > 1 else ""

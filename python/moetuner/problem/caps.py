@@ -42,7 +42,7 @@ class Caps:
 
     @property
     def exist(self) -> bool:
-        """Whether there is a finite cap."""
+        """True if there is a finite cap."""
         return self.max_imbalance is not None and not math.isinf(self.max_imbalance)
 
     @cached_property

@@ -71,9 +71,9 @@ class Made:
     holdout
         Share of the recording that was held out.
     counted
-        Whether each table was counted from it, by name.
+        True for each table that was counted from it, by name.
     input
-        How the recording was read.
+        Settings with which the recording was read.
     plan
         For a placement of ``plan``: the file of the running placement, and the change of devices.
     spelled
@@ -210,7 +210,7 @@ class Made:
 
     @property
     def is_counted(self) -> bool:
-        """Whether the recording was counts, which have windows of their own."""
+        """True if the recording was counts, which have windows of their own."""
         return self.input.windows is not None
 
     def on(self, machine: topology.Topology) -> Made:

@@ -173,7 +173,7 @@ class Objective:
     shares
         Shares of the serving time, by tokens of a window.
     by_groups
-        Whether groups of the traffic have weights.
+        True if groups of the traffic have weights.
     survive
         Failure domain whose loss counts; None for none.
 
@@ -232,7 +232,7 @@ class Objective:
 
     @property
     def is_of_windows(self) -> bool:
-        """Whether costs of windows are all that counts: ``layer_factors`` are 1."""
+        """True if costs of windows are all that counts: ``layer_factors`` are 1."""
         return self.survive is None
 
     def layer_factors(self, placement: Placement) -> Floats:
@@ -261,12 +261,12 @@ class Objective:
 
     @property
     def is_known(self) -> bool:
-        """Whether the statistics have the tables that the objective needs."""
+        """True if the statistics have the tables that the objective needs."""
         return self.goal != "traffic" or self.has_traffic
 
     @property
     def is_sum_of_layers(self) -> bool:
-        """Whether the objective is a sum over layers, so that each may be placed by itself."""
+        """True if the objective is a sum over layers, so that each may be placed by itself."""
         joins = self.goal != "balance" and self.regime == "follow" and self.statistics.layers > 1
         return self.is_known and not joins and self.is_of_windows
 
@@ -316,7 +316,7 @@ class Objective:
 
     @property
     def is_predicted_time(self) -> bool:
-        """Whether the value is the predicted time of ``evaluate``, as far as counts give it."""
+        """True if the value is the predicted time of ``evaluate``, as far as counts give it."""
         is_mean = self.windows.risk == "mean" and not self._by_groups and self.is_of_windows
         return self.goal == "time" and is_mean and len(self.shares) == 1
 
@@ -453,12 +453,12 @@ class Objective:
 
     @property
     def counts_visits(self) -> bool:
-        """Whether expert sets were counted, so that traffic is the devices that tokens visit."""
+        """True if expert sets were counted, so that traffic is the devices that tokens visit."""
         return self.regime == "dispatch" and self.statistics.sets is not None
 
     @property
     def knows_visits(self) -> bool:
-        """Whether expert sets or pairs tell which devices tokens visit.
+        """True if expert sets or pairs tell which devices tokens visit.
 
         If not, times count one device for each expert of a token.
         """
@@ -466,7 +466,7 @@ class Objective:
 
     @property
     def counts_pairs(self) -> bool:
-        """Whether the goal is traffic of pairs: its bounds are integer costs."""
+        """True if the goal is traffic of pairs: its bounds are integer costs."""
         return self.goal == "traffic" and not self.counts_visits
 
     @property
@@ -477,7 +477,7 @@ class Objective:
 
     @property
     def has_traffic(self) -> bool:
-        """Whether the tables of the regime's traffic were counted: expert sets or pairs."""
+        """True if the tables of the regime's traffic were counted: expert sets or pairs."""
         return self.counts_visits or self.pairs is not None
 
     @_recall

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner._checks import ArgumentError, shown, whole_number
+from moetuner.files.cells import and_more
 from moetuner.placement import Placement
-from moetuner.problem.capacity import and_more
 
 # (layer, expert, device); layer None for all.
 Pin = tuple[int | None, int, int]
@@ -38,12 +38,12 @@ class SlotRules:
 
     @property
     def exist(self) -> bool:
-        """Whether there is a rule."""
+        """True if there is a rule."""
         return any(rule is not None for rule in (self.pinned, self.forbidden, self.domain))
 
     @property
     def need_copies(self) -> bool:
-        """Whether an expert must have several copies in a layer."""
+        """True if an expert must have several copies in a layer."""
         is_pinned_twice = self.pinned is not None and bool((self.pinned.sum(axis=2) > 1).any())
         return is_pinned_twice or self.domain is not None
 

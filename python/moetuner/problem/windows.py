@@ -64,7 +64,7 @@ class Windows:
     risk
         ``"mean"``, or the level of the conditional value at risk.
     minimax
-        Whether the worst group counts.
+        True if the worst group counts.
     extra
         Further windows, behind those of ``load`` [M,L,E]: of mixed arrival, or longer ones.
     reference
@@ -183,7 +183,7 @@ class Windows:
 
     @property
     def is_mean(self) -> bool:
-        """Whether the value is a weighted mean over windows."""
+        """True if the value is a weighted mean over windows."""
         return self.risk == "mean" and not self.minimax
 
     def value(self, cost: Floats, reference: Floats) -> float:

@@ -29,7 +29,7 @@ class Recording:
     Attributes
     ----------
     ordered
-        Whether rows are single tokens, in the order in which they were served. If not, the
+        True if rows are single tokens, in the order in which they were served. If not, the
         recording is counts, which have windows of their own.
     unit
         Name of a row.
@@ -42,7 +42,7 @@ class Recording:
     group_names, model, expert_size
         Names of the groups, name of the model, hidden and intermediate size of an expert.
     population
-        What the rows were drawn from, if ``moetuner.count`` drew them; else None.
+        Population that the rows were drawn from, if ``moetuner.count`` drew them; else None.
     """
 
     ordered: ClassVar[bool]
@@ -92,12 +92,12 @@ class Recording:
 
     @property
     def has_pairs(self) -> bool:
-        """Whether pairs were counted, over all rows together: selected rows have none."""
+        """True if pairs were counted, over all rows together: selected rows have none."""
         return False
 
     @property
     def is_empty(self) -> bool:
-        """Whether no expert was ever chosen."""
+        """True if no expert was ever chosen."""
         raise NotImplementedError
 
     @property

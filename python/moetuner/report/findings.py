@@ -58,7 +58,7 @@ class Voice(NamedTuple):
     audit
         The command that shows which groups are served worse; None for the call of Python.
     is_page
-        Whether the headline stands above tiles, which show its times and intervals.
+        True if the headline stands above tiles, which show its times and intervals.
     """
 
     recording: str

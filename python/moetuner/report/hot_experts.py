@@ -26,7 +26,7 @@ from moetuner.report.words import say
 from moetuner.statistics import choose_hottest, count_loads
 from moetuner.trace import RoutingTrace
 
-Counts = NDArray[np.uint64]
+Loads = NDArray[np.uint64]
 # Sizes of sets, as shares of all experts.
 SIZES = (0.25, 0.5, 0.75)
 # Size of the set that decides, and whose figures are given by group and by layer.
@@ -50,7 +50,7 @@ class HotExperts(Frozen):
     sizes
         Sizes of the sets, as shares of all experts of all layers.
     is_unseen
-        Whether the picks are of other traffic than the sets were chosen by.
+        True if the picks are of other traffic than the sets were chosen by.
     static
         Share of the picks that a fixed set of the most used experts takes, by size.
     chance
@@ -80,7 +80,7 @@ class HotExperts(Frozen):
 
     @property
     def answer(self) -> Answer:
-        """Whether a fixed set of half of the experts, a cache or neither is worth it."""
+        """Name what is worth it: a fixed set of half of the experts, a cache or neither."""
         if not self.is_unseen:
             return "nothing is held out"
         half = self.sizes.index(HALF)
@@ -109,7 +109,7 @@ class HotExperts(Frozen):
         return Finding("hot experts", numbers)
 
 
-def count_loads_by_group(traffic: Recording, threads: int | None = None) -> dict[str, Counts]:
+def count_loads_by_group(traffic: Recording, threads: int | None = None) -> dict[str, Loads]:
     """Count the load [L,E] of every group that has tokens."""
     if traffic.group is None or not traffic.group.size:
         return {}
@@ -141,10 +141,10 @@ def hold_out_hot_experts(
 
 def measure_hot_experts(
     traffic: Recording,
-    seen_load: Counts,
-    unseen_load: Counts,
+    seen_load: Loads,
+    unseen_load: Loads,
     unseen: Recording,
-    loads: dict[str, Counts],
+    loads: dict[str, Loads],
     threads: int | None = None,
 ) -> HotExperts:
     """Compute the shares of picks that sets of experts take.
@@ -178,17 +178,17 @@ def measure_hot_experts(
     )
 
 
-def _choose_hottest(load: Counts, size: float) -> NDArray[np.bool_]:
+def _choose_hottest(load: Loads, size: float) -> NDArray[np.bool_]:
     """Return which experts of all layers [L,E] are this share of them, the most used ones."""
     return choose_hottest(load, round(size * load.size))
 
 
-def _compute_share(load: Counts, is_chosen: NDArray[np.bool_]) -> float:
+def _compute_share(load: Loads, is_chosen: NDArray[np.bool_]) -> float:
     """Compute the share of the picks [L,E] that the chosen experts take."""
     return float(load[is_chosen].sum(dtype=np.float64) / max(load.sum(dtype=np.float64), 1.0))
 
 
-def _draw_shares(load: Counts) -> tuple[float, ...]:
+def _draw_shares(load: Loads) -> tuple[float, ...]:
     """Compute the shares that the busiest experts take of as many random picks as load [L,E]."""
     rng, experts = np.random.default_rng(0), load.shape[1]
     even = np.full(experts, 1 / experts)
@@ -214,7 +214,7 @@ def _simulate_cache(trace: RoutingTrace, threads: int | None) -> tuple[float, ..
     return tuple(float(counts[:, :number].sum(dtype=np.float64) / total) for number in cached)
 
 
-def _measure_groups(loads: dict[str, Counts]) -> dict[str, float]:
+def _measure_groups(loads: dict[str, Loads]) -> dict[str, float]:
     """Compute the share of each group's picks of half of the experts, chosen by other groups."""
     if len(loads) < 2:
         return {}

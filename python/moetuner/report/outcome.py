@@ -56,7 +56,7 @@ class Outcome:
 
     @property
     def breaks_rules(self) -> bool:
-        """Whether the placement breaks rules, apart from load caps that had to be raised."""
+        """True if the placement breaks rules, apart from load caps that had to be raised."""
         return self.result.status == "violates rules"
 
     @property

@@ -81,7 +81,7 @@ class Structure(Frozen):
     devices, max_imbalance
         Devices and load cap of the placements whose crossings are measured.
     held_out
-        Whether there is traffic that the searches have not seen. On seen traffic noise looks like
+        True if there is traffic that the searches have not seen. On seen traffic noise looks like
         structure, so without unseen traffic nothing is searched.
     crossing
         Crossing of the searched placement; None if nothing is held out or there are no transitions

@@ -68,11 +68,11 @@ class Serving(Frozen):
     engine
         The engine that serves the model, of ``ENGINES``; None if unknown.
     regime
-        What tokens do after a layer. dispatch: they return to their home device, as in today's
+        Path of tokens after a layer. dispatch: they return to their home device, as in today's
         engines, so co-activation saves traffic. follow: they move on to the next expert, as in the
         paper, so transitions cost.
     split
-        How tokens are split over an expert's copies: a row of ``moetuner.serving.splits.RULES``.
+        Rule that splits tokens over an expert's copies: a row of ``moetuner.serving.splits.RULES``.
     arrival
         Order in which traffic arrives: windows as recorded (bursts), windows of many sequences at
         once (mixed), or both: a number from 0 to 1 is the weight of mixed windows.
@@ -90,7 +90,7 @@ class Serving(Frozen):
     top_k
         Routed experts of a token, which ``waterfill`` needs; None if unknown.
     is_ordered
-        Whether the traffic has an order of arrival: counts have none.
+        True if the traffic has an order of arrival: counts have none.
     origin
         Where the value of each setting comes from, by name; defaults are left out.
 

@@ -29,22 +29,22 @@ class Engine:
     title
         Its name, for people.
     split
-        How it splits tokens over an expert's copies.
+        Rule by which it splits tokens over an expert's copies.
     how_split
         The split in words; empty if it has no copies.
     arrival
         Order of its traffic: mixed for engines that serve requests, bursts for training.
     may_copy
-        Whether an expert may have several slots in a layer.
+        True if an expert may have several slots in a layer.
     renumbers
-        Whether a placement renumbers the experts of the checkpoint, because the engine reads no
+        True if a placement renumbers the experts of the checkpoint, because the engine reads no
         placement. The router's groups must then stay whole.
     devices
         The only number of devices that it runs on; None for any.
     repeated
         Its way with two copies on one device, to follow its name; empty if it serves both.
     has_low_latency
-        Whether it may exchange tokens by DeepEP's low-latency kernels, see ``tokens_per_rank``.
+        True if it may exchange tokens by DeepEP's low-latency kernels, see ``tokens_per_rank``.
     serve
         The command that serves ``placement.json``, or its map ``experts.json``, on ``devices``
         devices with ``redundant`` redundant slots; empty if only the engine's page has it.
@@ -56,7 +56,7 @@ class Engine:
     splits_by
         Its options for splits that are not its default, if experts have copies.
     go_back
-        How to remove the placement again.
+        Steps that remove the placement again.
     records_by
         Its option that records the experts of every token; empty if it has none.
     record

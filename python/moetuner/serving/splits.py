@@ -38,11 +38,11 @@ class Rule:
     token_rule
         The core's name of the rule by which it serves single tokens.
     by_home
-        Whether a token's copy depends on the token's home device: the nearest copy serves it.
+        True if a token's copy depends on the token's home device: the nearest copy serves it.
     in_turns
-        Whether a token's copy depends on the tokens before: copies take turns.
+        True if a token's copy depends on the tokens before: copies take turns.
     is_hashed
-        Whether one hash of the token chooses the copies of all its experts, so that two experts
+        True if one hash of the token chooses the copies of all its experts, so that two experts
         with equally many copies take the same one.
     divide
         Function that divides the tokens of a whole window over copies; None if each token is
@@ -62,12 +62,12 @@ class Rule:
 
     @property
     def needs_windows(self) -> bool:
-        """Whether tokens are divided window by window, so that windows must be counted."""
+        """True if tokens are divided window by window, so that windows must be counted."""
         return self.divide is not None
 
     @property
     def is_even(self) -> bool:
-        """Whether the copies of an expert serve equally many tokens in every window."""
+        """True if the copies of an expert serve equally many tokens in every window."""
         return not self.by_home and self.divide is None
 
 

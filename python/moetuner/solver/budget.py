@@ -69,7 +69,7 @@ class Budget:
     progress
         Called now and then, from the calling thread.
     effort
-        How much to search without a time limit: ``brief``, ``default`` or ``thorough``.
+        Amount of search without a time limit: ``brief``, ``default`` or ``thorough``.
     """
 
     time_limit: float | None = None

@@ -36,7 +36,7 @@ class Effort:
         Most searches of a layer of few slots; the second where a trial counts the expert sets of
         single copies. Each search is as long as if there were ``RESTARTS`` of them.
     settles_balance
-        Whether the search for balance, with which a search for time begins, ends with steps down.
+        True if the search for balance, with which a search for time begins, ends with steps down.
     """
 
     layer_work: float

@@ -41,7 +41,7 @@ class Trade(Frozen):
     objective
         Its ``Objective.value``.
     gain
-        How much lower that is than the value of the initial placement.
+        Reduction of that value from the one of the initial placement.
     experts_moved, bytes_moved
         Experts that have to move, and their bytes.
     caps_raised

@@ -124,7 +124,7 @@ def rebalance(
     pairs
         Pairs that count besides load.
     full
-        Whether empty slots are filled; they may stay empty only with one window of load.
+        True if empty slots are filled; they may stay empty only with one window of load.
     min_gain
         Least gain of a moved copy, in tokens, with one window of load.
     """

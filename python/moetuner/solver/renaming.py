@@ -61,7 +61,7 @@ def rename_devices(problem: Problem, running: NDArray[np.bool_], slots: Slots) -
     problem
         The problem that the slots solve.
     running
-        Whether a device of the running placement holds an expert [L,D,E].
+        True where a device of the running placement holds an expert [L,D,E].
     slots
         Expert ids [L,D,S], experts first, as ``pad_slots`` has them.
     """

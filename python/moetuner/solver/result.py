@@ -196,7 +196,7 @@ class Result(Frozen):
 
     @property
     def bound_is_of_loads(self) -> bool:
-        """Whether the bound knows loads alone, so that the gap to it says little.
+        """True if the bound knows loads alone, so that the gap to it says little.
 
         It takes every window's best placement, though there is one for all; and of time no traffic,
         or next to none.

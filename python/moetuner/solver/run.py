@@ -62,7 +62,7 @@ class Moves:
 
     @cached_property
     def running(self) -> NDArray[np.bool_]:
-        """Whether a device of the running placement holds an expert [L,D,E]; computed once."""
+        """True where a device of the running placement holds an expert [L,D,E]; computed once."""
         return self.initial.held
 
     @property
@@ -105,7 +105,7 @@ class Incumbent:
     role
         Its role for later stages.
     is_start
-        Whether a search began with it: the answer is no worse than any of these.
+        True if a search began with it: the answer is no worse than any of these.
     moves
         Copies that have to move.
     """
@@ -140,7 +140,7 @@ class Bound:
     levels
         Proof of each level of the topology.
     interrupted
-        Whether Ctrl-C ended the proof.
+        True if Ctrl-C ended the proof.
     """
 
     value: float
@@ -160,7 +160,7 @@ class Stage:
         Takes the run and a budget, offers placements and proves bounds. It raises
         KeyboardInterrupt if the core or HiGHS reports an interrupt.
     applies
-        Whether it can improve or prove anything for the run's problem.
+        True if it can improve or prove anything for the run's problem.
     least
         Least seconds with which it is worth beginning.
     share
@@ -209,7 +209,7 @@ class Run:
 
     @cached_property
     def is_tiny(self) -> bool:
-        """Whether slots are so few that changes are tried on the objective itself."""
+        """True if slots are so few that changes are tried on the objective itself."""
         return bool(self.problem.capacity.sum() <= effort.POLISHED_SLOTS)
 
     @property
@@ -369,7 +369,7 @@ class Run:
 
     @property
     def is_priced(self) -> bool:
-        """Whether moves have a price, or a budget that may be too small."""
+        """True if moves have a price, or a budget that may be too small."""
         moves = self.moves
         return moves is not None and bool(moves.price or moves.most < self.problem.capacity.sum())
 
@@ -432,7 +432,7 @@ class Run:
 
     @property
     def is_proven(self) -> bool:
-        """Whether the bound proves that the best placement is the optimum, or within the gap."""
+        """True if the bound proves that the best placement is the optimum, or within the gap."""
         bound = self.bound
         return bound is not None and judge_bound(self, self.best.slots, bound) is not None
 

@@ -47,7 +47,7 @@ class Site:
     node, time
         Node of every device [D], and its time per token as a share of the slowest one's [D].
     nearest
-        Whether the nearest copy serves.
+        True if the nearest copy serves.
     rules
         Rules of every placement; None where every expert must be somewhere, and no more.
     """

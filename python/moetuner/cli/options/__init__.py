@@ -434,7 +434,7 @@ class OutFile(click.Path):
     suffix
         Ending that the name must have.
     standard_output
-        Whether "-" stands for standard output.
+        True if "-" stands for standard output.
     """
 
     def __init__(self, suffix: str = "", *, standard_output: bool = False) -> None:

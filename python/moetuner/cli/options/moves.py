@@ -187,16 +187,16 @@ class MoveOptions:
             return contents, ()
         with working("weighing moves"):
             trades = pareto(problem, initial, expert_bytes=self.unit_bytes, **arguments)
-        before, worth = trades[0].objective, problem.objective_function
+        before, objective = trades[0].objective, problem.objective_function
         columns = {
             "experts moved": [str(trade.experts_moved) for trade in trades],
             "bytes": [
                 "-" if size is None else in_bytes(trade.experts_moved * size) for trade in trades
             ],
-            "objective": [worth.text(trade.objective) for trade in trades],
+            "objective": [objective.text(trade.objective) for trade in trades],
             "gain, seen": [percent(trade.gain / before if before else 0.0) for trade in trades],
         }
-        if worth.is_predicted_time:
+        if objective.is_predicted_time:
             # Times by counts differ from replayed ones, so the table has gains only.
             del columns["objective"]
         output.say("Gains of more and fewer moves, on the traffic that they were computed from:")

@@ -58,7 +58,7 @@ class Pages:
 
     @property
     def wanted(self) -> bool:
-        """Whether options ask for a page or its charts."""
+        """True if options ask for a page or its charts."""
         return self.report_file is not None or self.figures is not None
 
     def write(self, output: Output, make: Callable[[], PageData]) -> None:

@@ -115,7 +115,7 @@ class Placed:
     placement, name
         The placement, and its name in sentences.
     made
-        How it was made, according to its file.
+        Facts of its computation, from its file.
     source, serving
         INPUT in the placement's windows, and how it is served.
     lost

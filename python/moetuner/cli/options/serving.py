@@ -105,7 +105,7 @@ class ServingOptions:
 
     @property
     def is_given(self) -> bool:
-        """Whether any option says how traffic is served."""
+        """True if any option says how traffic is served."""
         return self.engine is not None or bool(self.given)
 
     def resolve(

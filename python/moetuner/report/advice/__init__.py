@@ -128,7 +128,7 @@ def advise(
         As for ``evaluate``. The advice then says what the proposed placement gains where the
         dispatcher gives the shared expert's work to devices that wait.
     by_group
-        Whether to judge, on each group, a placement that was computed from all other groups.
+        If True, judge, on each group, a placement that was computed from all other groups.
     objective
         As for ``Problem``; time by default.
     expert_bytes
@@ -136,7 +136,7 @@ def advise(
     cost_model, regime, split, arrival
         As for ``Problem``; split and arrival by default the engine's, else even and in bursts.
     in_order
-        Whether traffic was recorded in the order of serving. If not, a difference between the
+        True if traffic was recorded in the order of serving. If not, a difference between the
         halves of the recording does not count against a gain.
     iterations
         Search steps of each start. By default short searches choose the number of copies, and the

@@ -56,7 +56,7 @@ class Drift(Frozen):
     chance
         Share of the random choices whose parts differ as much: the p-value of the distance.
     is_of_groups
-        Whether the halves differ because they hold different groups, each of which stays as it is.
+        True if the halves differ because they hold different groups, each of which stays as it is.
     worst_layer, worst_distance
         Layer that differs most, and its distance.
 
@@ -65,7 +65,7 @@ class Drift(Frozen):
     >>> import moetuner as mt
     >>> import numpy as np
     >>> load = np.random.default_rng(0).poisson([900, 100, 100, 100], (40, 1, 4))
-    >>> table, reverse = (mt.RoutingStatistics.from_load(each) for each in (load, load[..., ::-1]))
+    >>> table, reverse = (mt.RoutingStatistics.from_load(one) for one in (load, load[..., ::-1]))
     >>> drift = mt.drift(table, reverse)
     >>> drift.is_beyond_chance, round(drift.distance, 2)
     (True, 0.67)
@@ -82,7 +82,7 @@ class Drift(Frozen):
 
     @property
     def is_beyond_chance(self) -> bool:
-        """Whether the parts differ beyond chance, and by enough to matter."""
+        """True if the parts differ beyond chance, and by enough to matter."""
         is_significant = self.chance <= SIGNIFICANCE
         return is_significant and self.distance - self.expected >= LEAST_DRIFT
 
@@ -122,7 +122,7 @@ def drift(
     >>> import moetuner as mt
     >>> import numpy as np
     >>> load = np.random.default_rng(0).poisson(100, (80, 1, 4))
-    >>> seen, later = (mt.RoutingStatistics.from_load(each) for each in (load[:40], load[40:]))
+    >>> seen, later = (mt.RoutingStatistics.from_load(one) for one in (load[:40], load[40:]))
     >>> mt.drift(seen, later).is_beyond_chance
     False
     """

@@ -106,7 +106,7 @@ class Request:
 
     @property
     def is_held_out(self) -> bool:
-        """Whether placements are judged on traffic that they were not computed from.
+        """True if placements are judged on traffic that they were not computed from.
 
         A recording of one window cannot be halved.
         """

@@ -78,7 +78,7 @@ def write_report(
     >>> from pathlib import Path
     >>> traffic = mt.RoutingStatistics.from_load(np.tile([[8000, 4000, 2000, 2000]], (10, 1, 1)))
     >>> placements = mt.Placement([[[0, 1], [2, 3]]]), mt.Placement([[[0, 2], [1, 3]]])
-    >>> before, after = (mt.evaluate(each, traffic) for each in placements)
+    >>> before, after = (mt.evaluate(placement, traffic) for placement in placements)
     >>> mt.write_report("page.html", (before, after), names=("blocks", "better"))
     >>> "better has 16.5 % less predicted layer time" in Path("page.html").read_text()
     True

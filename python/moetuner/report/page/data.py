@@ -121,7 +121,7 @@ class PageData:
     unit
         Unit of the objective of the result and of its bound.
     timed
-        Whether the search had a time limit, so that its answer depends on the clock anyway.
+        True if the search had a time limit, so that its answer depends on the clock anyway.
     """
 
     title: str

@@ -33,7 +33,7 @@ from moetuner.solver.run import ROUNDING, Bound, Run, Stage
 from moetuner.statistics import ExpertSets, RoutingStatistics
 from moetuner.topology import Topology
 
-Counts = NDArray[np.int64]
+Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 # Slopes are whole multiples of one over this, as 1 / 2, 1 / 3, 1 / 4, 1 / 5 and 1 / 16 are.
@@ -51,8 +51,8 @@ class _Level:
     problem: Problem
     name: str
     price: float
-    part_of: Counts
-    capacity: Counts
+    part_of: Integers
+    capacity: Integers
     caps: NDArray[np.uint64]
 
     @property
@@ -79,7 +79,7 @@ class _Level:
         return sets, self.problem.load, self.caps, self.capacity.astype(np.uintp)
 
     @property
-    def corners(self) -> list[tuple[Counts, Counts]]:
+    def corners(self) -> list[tuple[Integers, Integers]]:
         """Vertices of the hull of every layer."""
         rows = zip(self.sets, self.capacity, strict=True)
         return [
@@ -209,7 +209,7 @@ def _count_tokens(sets: ExpertSets) -> int:
 
 
 def _bound_by_prices(
-    level: _Level, start: Counts, budget: Budget, report: pairs.Report
+    level: _Level, start: Integers, budget: Budget, report: pairs.Report
 ) -> _Proven | None:
     """Return a bound by prices of experts; None if experts, or contents of a part, are too many."""
     if level.problem.num_experts > effort.PRICE_EXPERTS:
@@ -235,7 +235,7 @@ def _bound_by_prices(
 # Tangents.
 
 
-def find_hull(top_k: int, capacity: int, parts: int) -> tuple[Counts, Counts]:
+def find_hull(top_k: int, capacity: int, parts: int) -> tuple[Integers, Integers]:
     """Return the vertices of the hull: least co-located pairs, and the parts visited, which fall.
 
     Pairs are least if the experts are spread evenly; no part has more than ``capacity`` of them.
@@ -245,11 +245,13 @@ def find_hull(top_k: int, capacity: int, parts: int) -> tuple[Counts, Counts]:
     return (larger * (size + 1) * size + (spread - larger) * size * (size - 1)) // 2, spread
 
 
-def find_tangents(slopes: Counts, corners: tuple[Counts, Counts]) -> tuple[Counts, Counts]:
+def find_tangents(
+    slopes: Integers, corners: tuple[Integers, Integers]
+) -> tuple[Integers, Integers]:
     """Return where tangents with slopes [N] meet the axis, times ``UNIT``, and their vertices."""
     together, spread = corners
     height = UNIT * spread[None] + slopes[:, None] * together[None]
-    vertex: Counts = height.argmin(axis=1)
+    vertex: Integers = height.argmin(axis=1)
     return height.min(axis=1), vertex
 
 
@@ -293,7 +295,7 @@ def _weigh_pairs(level: _Level, slopes: NDArray[Any]) -> tuple[Problem, int] | N
     return weighed, constant
 
 
-def _count_together(sets: ExpertSets, part_of: Counts) -> Counts:
+def _count_together(sets: ExpertSets, part_of: Integers) -> Integers:
     """Count the pairs of each set [N] that share a part."""
     part_of_expert = part_of[sets.ids]
     together = np.zeros(len(sets), dtype=np.int64)
@@ -303,7 +305,7 @@ def _count_together(sets: ExpertSets, part_of: Counts) -> Counts:
 
 
 def _bound_by_tangents(
-    level: _Level, start: Counts, budget: Budget, report: pairs.Report
+    level: _Level, start: Integers, budget: Budget, report: pairs.Report
 ) -> _Proven | None:
     """Return a bound by tangents, which first move towards placements that their pairs prefer."""
     timed = budget.time_limit is not None
@@ -337,7 +339,7 @@ def _bound_by_tangents(
     return _Proven(visits, f"tangents + {proven.source}", proof, interrupted)
 
 
-def _move_slopes(level: _Level, start: Counts, budget: Budget) -> tuple[Counts, bool]:
+def _move_slopes(level: _Level, start: Integers, budget: Budget) -> tuple[Integers, bool]:
     """Return slopes of all sets after some steps from a placement [L,E], and if interrupted."""
     sets, corners, interrupted = level.sets, level.corners, False
     edges = [-np.diff(spread) / np.diff(together) * UNIT for together, spread in corners]
@@ -350,7 +352,7 @@ def _move_slopes(level: _Level, start: Counts, budget: Budget) -> tuple[Counts, 
         )
         slopes.append(np.sqrt(edge[left] * edge[right]))
 
-    def rounded() -> Counts:
+    def rounded() -> Integers:
         return np.rint(np.concatenate(slopes)).astype(np.int64)
 
     count = effort.TANGENT_STEPS
