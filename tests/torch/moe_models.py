@@ -44,7 +44,7 @@ _SIZES = {
     1: "moe_num_shared_experts n_shared_experts num_shared_experts num_shared_expert "
     "first_k_dense_replace num_dense_layers mamba_n_groups n_groups eos_token_id",
     4: "num_hidden_layers num_attention_heads qk_rope_head_dim linear_num_value_heads "
-    "mamba_dt_rank mamba_d_conv",
+    "mamba_dt_rank mamba_d_conv linear_num_heads",
     0: "hidden_size_per_layer_input num_kv_shared_layers pad_token_id",
     32: "hidden_size ffn_hidden_size sliding_window router_hidden_size",
     48: "intermediate_size intermediate_size_mlp",
