@@ -4,13 +4,47 @@ from types import SimpleNamespace
 
 import pytest
 
-torch = pytest.importorskip("torch")
-
 WIDTH = 2  # numbers of an expert
 
 
+def model(layers=(), *, modules=None, experts=5, slots=6, ranks=2):
+    """Make a model of so many experts in so many slots; its modules are its layers if not given."""
+    return SimpleNamespace(
+        moe_layers=layers,
+        modules=lambda: layers if modules is None else modules,
+        num_logical_experts=experts,
+        num_physical_experts=slots,
+        num_local_physical_experts=slots // ranks,
+        num_expert_groups=1,
+    )
+
+
+def policy():
+    """Make a class of vLLM's policies, which counts how often it is asked."""
+    torch = pytest.importorskip("torch")
+
+    class Policy:
+        calls = 0
+
+        @classmethod
+        def rebalance_experts(
+            cls, weight, replicas, groups, nodes, ranks, old=None
+        ) -> "torch.Tensor":
+            """Answer with experts in turn."""
+            cls.calls += 1
+            assert replicas % ranks == 0
+            return torch.arange(replicas).repeat(len(weight), 1) % weight.shape[1]
+
+        @classmethod
+        def preserve_intragpu_slots(cls):
+            """Be kept."""
+
+    return Policy
+
+
 def engine():
-    """Make vLLM's classes, as far as updates touch them."""
+    """Make vLLM's classes, as far as plugins touch them."""
+    torch = pytest.importorskip("torch")
 
     class RoutedExperts:
         """One layer on one rank: slots of so many experts, and what loads them."""
@@ -39,21 +73,25 @@ def engine():
             return here if return_success else None
 
     class EplbState:
-        """Models by their hash, and what was drained before which step."""
+        """Models by their hash, what was drained before which step, and how weights moved."""
 
-        def __init__(self, rank=0, workers=1):
-            self.model_states, self.is_async, self.done = {}, False, []
+        def __init__(self, rank=0, workers=1, *, elastic=False, backend="naive"):
+            self.model_states, self.is_async = {}, False
+            self.done, self.rearranged = [], []
             self.parallel_config = SimpleNamespace(
-                world_size=workers, rank=rank, enable_elastic_ep=False
+                world_size=workers, rank=rank, enable_elastic_ep=elastic, all2all_backend=backend
             )
 
-        def add_model(self, model, model_config, model_name=None):
+        def add_model(self, model, model_config, model_name="tiny"):
             """Take a model, its experts in order; tests take away what models may not have."""
             experts = getattr(model, "num_logical_experts", 5)
             slots = torch.arange(getattr(model, "num_physical_experts", 6)) % experts
             running = slots.repeat(len(getattr(model, "moe_layers", ())) or 3, 1)
             self.model_states[id(model)] = SimpleNamespace(
-                model=model, model_name="tiny", physical_to_logical_map=running, rebalanced=False
+                model=model,
+                model_name=model_name,
+                physical_to_logical_map=running,
+                rebalanced=False,
             )
 
         def step(self, is_dummy=False):
@@ -65,7 +103,8 @@ def engine():
             self.done.append("drain")
 
         def rearrange(self):
-            """Be there."""
+            """Note that weights move, and whether beside the steps."""
+            self.rearranged.append(self.is_async)
 
     class Worker:
         """Loads weights, sleeps and wakes up."""
@@ -100,23 +139,16 @@ def modules():
     """Make vLLM's modules by their names."""
     classes = engine()
 
-    class Policy:
-        @classmethod
-        def rebalance_experts(
-            cls, weight, replicas, groups, nodes, ranks, old=None
-        ) -> "torch.Tensor":
-            return torch.arange(replicas).repeat(len(weight), 1) % weight.shape[1]
-
     class VllmConfig:
-        def __init__(self):
-            self.parallel_config = SimpleNamespace(enable_eplb=True)
+        def __init__(self, is_balanced=True):
+            self.parallel_config = SimpleNamespace(enable_eplb=is_balanced)
             getattr(self, "__post_init__", lambda: None)()
 
         def __post_init__(self):
             """Be wrapped."""
 
     return {
-        "vllm.distributed.eplb.policy": {"EPLB_POLICIES": {"default": Policy}},
+        "vllm.distributed.eplb.policy": {"EPLB_POLICIES": {"default": policy()}},
         "vllm.distributed.eplb.eplb_state": {"EplbState": classes.EplbState},
         "vllm.model_executor.layers.fused_moe.routed_experts": {
             "RoutedExperts": classes.RoutedExperts

@@ -395,6 +395,15 @@ def test_the_verdict_is_the_same_for_all_who_give_up():
         assert MapAgreement(0.0).verdict(lambda group=group: group, Post("a", "b")).do == "own"
 
 
+def test_a_rank_that_gave_up_takes_the_first_one_for_silent():
+    """Whatever that one posts meanwhile: it may have read another verdict."""
+    store = distributed.HashStore()
+    store.set(consensus.list_keys("question", 2)[0], "late")
+    how = {"post": "in time", "judge": json.dumps, "wait": 0.0}
+    verdict, _ = consensus.agree(store, "question", 1, 2, **how)
+    assert json.loads(verdict) == [None, "in time"]
+
+
 @pytest.mark.parametrize(
     ("posts", "do", "words"),
     [

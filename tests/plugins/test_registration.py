@@ -101,17 +101,10 @@ def use(modules, absent=""):
     state.is_async = True
     if experts := content.get("RoutedExperts"):
         layers = [experts() for _ in range(3)]
-    model = SimpleNamespace(
-        moe_layers=layers,
-        modules=lambda: layers,
-        num_logical_experts=5,
-        num_physical_experts=6,
-        num_local_physical_experts=3,
-        num_expert_groups=1,
-    )
+    model = stand_in_vllm.model(layers)
     for value in (state, state.parallel_config, model):
         vars(value).pop(absent, None)
-    state.add_model(model, None, model_name="tiny")
+    state.add_model(model, None)
     for layer in layers:
         if hasattr(layer, "weight_loader"):
             tensor = torch.zeros(3, 2), torch.zeros(2), "w1_weight", "w1"

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import stand_in_vllm
 from make import trace_of
 
 import moetuner as mt
@@ -115,18 +116,10 @@ def test_one_line_says_what_is_in_use(stored, caplog):
     """With the file, its checksum and sizes; or that an option of the engine is missing."""
     caplog.set_level(logging.INFO, LOG.name)
     serve = balancer(PLACEMENT=stored[0])
-
-    class Configuration:
-        def __init__(self, on):
-            self.parallel_config = SimpleNamespace(enable_eplb=on)
-            self.__post_init__()
-
-        def __post_init__(self):
-            """Be wrapped."""
-
-    vllm.announce(Configuration, serve)
-    for on in (True, True, False):
-        Configuration(on)
+    configuration = stand_in_vllm.modules()["vllm.config"]["VllmConfig"]
+    vllm.announce(configuration, serve)
+    for is_balanced in (True, True, False):
+        configuration(is_balanced)
     line, other = caplog.messages
     assert line.startswith(f"moetuner: in use: serves {stored[0]} (")
     assert serve.files.placements[0].checksum in line
@@ -447,44 +440,25 @@ def test_what_cannot_be_recorded_is_one_warning(wrong, tmp_path, caplog):
     assert wrong is None or not folder.exists()
 
 
-class Theirs:
-    """An engine's policy of one tensor, as far as ours sees it."""
-
-    calls = 0
-
-    @classmethod
-    def rebalance_experts(cls, weight, replicas, groups, nodes, ranks, old=None) -> "torch.Tensor":  # noqa: F821
-        """Answer with experts in turn."""
-        torch = pytest.importorskip("torch")
-        cls.calls += 1
-        assert replicas % ranks == 0
-        return torch.arange(replicas).repeat(len(weight), 1) % weight.shape[1]
-
-    @classmethod
-    def preserve_intragpu_slots(cls):
-        """Be kept."""
-
-
-class TheirsOfThree(Theirs):
-    """The same, of three tensors."""
-
-    @classmethod
-    def rebalance_experts(cls, *arguments) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":  # noqa: F821
-        """Never be asked."""
-        raise AssertionError
-
-
 def test_vllm_gets_one_tensor_or_three():
     """On the CPU, int64; as the class in force says."""
     torch = pytest.importorskip("torch")
     load = torch.tensor([[90, 132, 40, 61], [20, 107, 104, 64]])
     decide = balancer(REBALANCE=1)
-    one = vllm.make_policy_class(Theirs, decide)
-    assert issubclass(one, Theirs)
+    theirs = stand_in_vllm.policy()
+
+    class OfThree(theirs):
+        @classmethod
+        def rebalance_experts(cls, *arguments) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
+            """Never be asked."""
+            raise AssertionError
+
+    one = vllm.make_policy_class(theirs, decide)
+    assert issubclass(one, theirs)
     assert one.preserve_intragpu_slots is not None
     actual = one.rebalance_experts(load, 6, 1, 1, 2)
     assert (actual.dtype, actual.device.type, tuple(actual.shape)) == (torch.int64, "cpu", (2, 6))
-    slots, places, copies = vllm.make_policy_class(TheirsOfThree, decide).rebalance_experts(
+    slots, places, copies = vllm.make_policy_class(OfThree, decide).rebalance_experts(
         load, 6, 1, 1, 2, actual
     )
     assert torch.equal(slots, actual)
@@ -502,7 +476,7 @@ def test_loads_of_any_type(kind):
     torch = pytest.importorskip("torch")
     load = torch.tensor([[90, 132, 40, 61], [20, 107, 104, 64]])
     given = load.to(getattr(torch, kind))
-    ours = vllm.make_policy_class(type("Own", (Theirs,), {}), balancer(REBALANCE=1))
+    ours = vllm.make_policy_class(stand_in_vllm.policy(), balancer(REBALANCE=1))
     expected = rebalance_experts(load.numpy(), 6, 1, 1, 2)
     assert ours.rebalance_experts(given, 6, 1, 1, 2).tolist() == expected.tolist()
     hooks = sglang.Hooks(balancer(REBALANCE=1))
@@ -520,7 +494,7 @@ def test_loads_of_any_type(kind):
 def test_vllm_falls_back_with_one_warning(tmp_path, caplog):
     """A placement that is not there, or sizes that do not divide: vLLM's policy decides."""
     torch = pytest.importorskip("torch")
-    theirs = type("Own", (Theirs,), {})
+    theirs = stand_in_vllm.policy()
     ours = vllm.make_policy_class(theirs, balancer(PLACEMENT=tmp_path / "none.json"))
     load = torch.ones((2, 4), dtype=torch.int64)
     for _ in range(3):
@@ -588,36 +562,6 @@ def test_vllm_ascend_takes_loads_of_slots(windows):
     assert ours.rebalance_experts(placed, of_slots * 0)[0] == 0
 
 
-class States:
-    """vLLM's `EplbState` as far as a placement at the load touches it."""
-
-    def __init__(self, elastic=False, backend="naive"):
-        self.model_states, self.is_async, self.rearranged = {}, True, []
-        self.parallel_config = SimpleNamespace(enable_elastic_ep=elastic, all2all_backend=backend)
-
-    def add_model(self, model, config, model_name=None):
-        """Take a model with the experts in order."""
-        torch = pytest.importorskip("torch")
-        running = torch.arange(6).repeat(3, 1) % 5
-        self.model_states[model] = SimpleNamespace(
-            physical_to_logical_map=running, model_name=model_name
-        )
-
-    def rearrange(self):
-        """Note that weights move, and how."""
-        self.rearranged.append(self.is_async)
-
-
-class Model:
-    """A model of 5 experts in 6 slots on 2 ranks, perhaps with an adapter."""
-
-    num_logical_experts, num_physical_experts, num_local_physical_experts = 5, 6, 3
-    num_expert_groups = 1
-
-    def __init__(self, *modules):
-        self.modules = lambda: modules
-
-
 def test_vllm_places_experts_at_the_load(stored):
     """By its synchronous way, once; not where ranks may come alone, nor where nothing is stored."""
     for environment, elastic, expected in (
@@ -626,20 +570,21 @@ def test_vllm_places_experts_at_the_load(stored):
         ({"PLACEMENT": stored[0].parent / "none"}, False, []),
         ({"REBALANCE": 1}, False, []),
     ):
-        states = type("States", (States,), {})
+        states = stand_in_vllm.engine().EplbState
         vllm.place_at_load(states, balancer(**environment))
-        state = states(elastic)
-        state.add_model(Model(), None, model_name="tiny")
+        state = states(elastic=elastic)
+        state.is_async = True
+        state.add_model(stand_in_vllm.model(), None)
         assert state.rearranged == expected
         assert state.is_async
 
 
 def test_vllm_warns_of_its_traps(stored, caplog):
     """Adapters of experts, and a low-latency buffer that copies take from."""
-    states = type("States", (States,), {})
+    states = stand_in_vllm.engine().EplbState
     vllm.place_at_load(states, balancer(PLACEMENT=stored[0]))
     adapter = type("FusedMoEWithLoRA", (), {})()
     config = SimpleNamespace(quantization=None, get_hidden_size=lambda: 5120)
-    states(backend="deepep_low_latency").add_model(Model(adapter), config)
+    states(backend="deepep_low_latency").add_model(stand_in_vllm.model(modules=[adapter]), config)
     assert "pull request 40867" in caplog.text
     assert "with 6 slots its buffer of 32 GiB takes" in caplog.text

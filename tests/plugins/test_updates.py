@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from stand_in_vllm import WIDTH, engine
+from stand_in_vllm import WIDTH, engine, model
 
 from moetuner.plugins.log import Log
 from moetuner.plugins.updates import bring_maps, follow_updates, keep_maps
@@ -40,12 +40,7 @@ class Served:
         self.states = [self.classes.EplbState(rank, ranks) for rank in range(ranks)]
         self.load(range(experts), 0, is_fused)
         for moe_layers, states in zip(self.layers, self.states, strict=True):
-            states.add_model(
-                SimpleNamespace(
-                    moe_layers=moe_layers, num_logical_experts=experts, num_physical_experts=slots
-                ),
-                None,
-            )
+            states.add_model(model(moe_layers, experts=experts, slots=slots, ranks=ranks), None)
         self.workers = [
             self.classes.Worker(states, rank) for rank, states in enumerate(self.states)
         ]

@@ -33,18 +33,20 @@ _SIZES = {
     8: "num_experts n_routed_experts num_local_experts moe_num_experts num_key_heads head_dim "
     "kv_lora_rank q_lora_rank qk_nope_head_dim v_head_dim linear_key_head_dim index_head_dim "
     "linear_value_head_dim mamba_d_state mamba_n_heads mamba_d_head global_head_dim "
+    "linear_head_dim swa_head_dim "
     "mamba_num_heads mamba_head_dim ssm_state_size",
     16: "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size "
     "expert_ffn_hidden_size expert_hidden_size moe_latent_size "
-    "moe_shared_expert_intermediate_size moe_shared_intermediate_size moe_hidden_size",
+    "moe_shared_expert_intermediate_size moe_shared_intermediate_size moe_hidden_size "
+    "share_expert_dim rel_extent o_lora_rank mamba_chunk_size",
     2: "num_experts_per_tok num_experts_per_token moe_num_experts_per_tok moe_k moe_topk "
     "top_k_experts num_key_value_heads linear_num_key_heads mamba_expand index_n_heads",
     1: "moe_num_shared_experts n_shared_experts num_shared_experts num_shared_expert "
     "first_k_dense_replace num_dense_layers mamba_n_groups n_groups eos_token_id",
     4: "num_hidden_layers num_attention_heads qk_rope_head_dim linear_num_value_heads "
-    "mamba_dt_rank mamba_d_conv",
+    "mamba_dt_rank mamba_d_conv linear_num_heads",
     0: "hidden_size_per_layer_input num_kv_shared_layers pad_token_id",
-    32: "hidden_size ffn_hidden_size sliding_window",
+    32: "hidden_size ffn_hidden_size sliding_window router_hidden_size",
     48: "intermediate_size intermediate_size_mlp",
     64: "vocab_size vocab_size_per_layer_input attention_chunk_size index_topk unpadded_vocab_size",
     128: "max_position_embeddings",

@@ -31,14 +31,16 @@ def quiet():
     logging.set_verbosity(before)
 
 
-def reaching_experts(model, layers, tokens):
-    """Ids [T,K] as they reach the experts, by layer, where they can be seen."""
+@contextlib.contextmanager
+def reaching_experts(layers):
+    """Collect ids [T,K] as they reach the experts in one pass, by layer, where they can be seen."""
     seen = {}
 
     def listen(number, _, args, named):
         ids = [t for t in (*args, *named.values()) if isinstance(t, torch.Tensor)]
         ids = [t for t in ids if not t.is_floating_point() and t.dim() == 2]
-        seen.setdefault(number, ids[0].clone() if ids else None)
+        if ids:
+            seen.setdefault(number, ids[0].clone().numpy())
 
     with contextlib.ExitStack() as handles:
         for number, layer in enumerate(layers):
@@ -46,8 +48,7 @@ def reaching_experts(model, layers, tokens):
                 hook = partial(listen, number)
                 handle = layer.experts.register_forward_pre_hook(hook, with_kwargs=True)
                 handles.callback(handle.remove)
-        outputs(model, tokens)
-    return {number: ids.numpy() for number, ids in seen.items() if ids is not None}
+        yield seen
 
 
 @contextlib.contextmanager
@@ -99,11 +100,12 @@ def test_right_or_refused(kind, tmp_path):
     old, new, saved, back = (tmp_path / name for name in ("old", "new", "saved", "back"))
     with contextlib.suppress(NotImplementedError, RuntimeError):  # some cannot be saved at all
         model.save_pretrained(old)
-    recorder, why = tried(recorded, model, {"input_ids": tokens})
+    with reaching_experts(layers) as seen:
+        recorder, why = tried(recorded, model, {"input_ids": tokens})
     refused = [why]
     if recorder is not None:
         ids = np.sort(recorder.trace().expert_ids, axis=2)
-        for number, own in reaching_experts(model, layers, tokens).items():
+        for number, own in seen.items():
             assert np.array_equal(np.sort(own, axis=1), ids[:, number]), number
     weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     _, why = tried(apply_placement, model, placement)
