@@ -94,11 +94,11 @@ def held(work=""):
     return (sys.executable, "-c", HELD.replace("WORK", repr(work)))
 
 
-# The command line, whose log gets a line every second.
+# The command line, whose log gets a line at once for all progress.
 CHATTY = """
 import sys
 from moetuner.cli import main, output
-output.INTERVAL_S = 1.0
+output.INTERVAL_S = 0.0
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -426,9 +426,9 @@ INPUTS: dict[str, Callable[[Path], object]] = {
     "no-balance.json": lambda path: path.write_text(
         json.dumps({"physical_to_logical_map": [[0] * 16] * LAYERS})
     ),
-    "routed.jsonl": lambda path: given.responses(path, given.trace(48, 128, 256)),
-    "answers.jsonl": lambda path: given.answers(path, given.trace(58, 256, 64)),
-    "dumps": lambda path: given.recorder(path, given.trace(58, 256, 64), dense=3),
+    "routed.jsonl": lambda path: given.responses(path, given.trace(4, 128, 256)),
+    "answers.jsonl": lambda path: given.answers(path, given.trace(4, 256, 64)),
+    "dumps": lambda path: given.recorder(path, given.trace(4, 256, 64), dense=3),
     "traces": copy_all("megatron/router_trace_rank*.jsonl"),
     "island.json": lambda path: path.write_text(json.dumps({"devices": 2, "devices_per_node": 2})),
     "expert_statistic": of_tensorrt_llm(loads(6, experts=16)),
