@@ -67,6 +67,21 @@ def trace(
     return trace_of(ids, experts, length=length if sequences else None, **labels)
 
 
+def skewed_loads(
+    layers: int, experts: int, *, windows: int = 1, seed: int = 0, spread: float = 0.8
+) -> np.ndarray:
+    """Return loads [W,L,E] of experts that are busy in different degrees.
+
+    Several windows differ by up to a half. ``spread`` is the standard deviation of the logarithm
+    of an expert's load.
+    """
+    rng = np.random.default_rng(seed)
+    load = 1e4 * rng.lognormal(0, spread, (1, layers, experts))
+    if windows > 1:
+        load = load * rng.uniform(0.5, 1.5, (windows, layers, experts))
+    return np.floor(load).astype(np.uint64)
+
+
 def in_turns(layers: int, experts: int, devices: int) -> mt.Placement:
     """Return a placement of the experts on the devices in turns, one copy each."""
     return mt.Placement.from_assignment(np.tile(np.arange(experts) % devices, (layers, 1)), devices)

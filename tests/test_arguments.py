@@ -287,7 +287,7 @@ WRONG |= {"router_groups.merge.groups": (*COUNT, 3), "router_groups.forbid.group
 CALLS = {name: call for name, call in calls() if name not in INNER}
 MOVING = {"initial": PLACEMENT}
 # Slow ones get some of the values, drawn anew for each parameter.
-SOME = 12
+SOME = 6
 # None means something else than their defaults.
 MAY_BE_NONE = ("group_names", "iterations", "window", "cost_model")
 

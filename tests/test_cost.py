@@ -74,19 +74,16 @@ def test_no_placement_computes_faster_than_the_least(seed, devices, exposed, are
     assert least <= model.compute_us(tokens, active, speed).max() * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_fit_recovers_the_share_that_is_exposed(seed):
-    """Of times with a share it is found; of times without one it stays at nothing."""
-    batches = grid()
-    actual = fitted(*batches, seed=seed, of=replace(MODEL, exposed=0.5))
+def test_fit_recovers_the_share_that_is_exposed():
+    """Of times with a share it is found; of times without one it stays at nothing, see below."""
+    actual = fitted(*grid(), of=replace(MODEL, exposed=0.5))
     assert actual.exposed == pytest.approx(0.5, abs=0.1)
     assert actual.token_us == pytest.approx(MODEL.token_us, rel=0.05)
-    assert fitted(*batches, seed=seed).exposed == 0
 
 
-@pytest.mark.parametrize(("seed", "outliers"), [(0, 0.0), (1, 0.0), (2, 0.05)])
+@pytest.mark.parametrize(("seed", "outliers"), [(0, 0.0), (2, 0.05)])
 def test_fit_recovers_what_made_the_measurements(seed, outliers):
-    """With noise of 3 %, and some wild ones, times are predicted within 5 %."""
+    """With noise of 3 %, and some wild ones, times are predicted within 5 %; none is exposed."""
     tokens, experts = grid()
     actual = fitted(tokens, experts, seed=seed, outliers=outliers)
     wanted = MODEL.compute_us(tokens, experts)
@@ -94,6 +91,7 @@ def test_fit_recovers_what_made_the_measurements(seed, outliers):
     assert actual.token_us == pytest.approx(MODEL.token_us, rel=0.04)
     assert actual.expert_us == pytest.approx(MODEL.expert_us, rel=0.1)
     if not outliers:
+        assert actual.exposed == 0
         assert actual.residual == pytest.approx(0.03, rel=0.35)
 
 
@@ -112,8 +110,8 @@ def test_fit_without_noise_is_exact(tmp_path):
         assert mt.CostModel.load(tmp_path / "model.json") == model
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.03, 0.1])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(
     ("regime", "tokens"), [("reading weights", (1, 100)), ("computing", (5000, 50_000))]
 )

@@ -93,7 +93,7 @@ def shards(draw):
     return recordings + recordings[:1] * draw(st.booleans())
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(shards(), st.integers(1, 60), st.randoms(use_true_random=False))
 def test_sums_are_the_same_in_any_order(tmp_path_factory, shards, sample, random):
     """Bit by bit, whatever is added first; loads are exact, and the sample is that of all."""
@@ -127,7 +127,7 @@ def test_sums_are_the_same_in_any_order(tmp_path_factory, shards, sample, random
         assert sorted(rows_of(of_shard)) == choose_rows([shard], sample)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.data())
 def test_pieces_of_a_recording_add_up_to_it(data):
     """Wherever it is cut, also inside a sequence: rows, labels and groups are those it had.

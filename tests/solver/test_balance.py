@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from make import skewed_loads
 
 import moetuner as mt
 
@@ -42,10 +43,6 @@ def device_load(load, placement):
     return np.einsum("ldE,lE->ld", placement.held, load / placement.replicas)
 
 
-def skewed(layers, experts, seed, spread=0.8):
-    return np.floor(1e4 * np.random.default_rng(seed).lognormal(0, spread, (layers, experts)))
-
-
 @pytest.mark.parametrize("seed", range(30))
 def test_never_worse_than_deepseek(seed):
     """Neither than the global nor than the hierarchical policy."""
@@ -56,7 +53,7 @@ def test_never_worse_than_deepseek(seed):
         (64, 16, 5, 8, 4),
         (128, 16, 9, 8, 2),
     ][seed % 5]
-    load = skewed(4, experts, seed, 0.4 + 0.3 * (seed % 4))
+    load = skewed_loads(4, experts, seed=seed, spread=0.4 + 0.3 * (seed % 4))[0].astype(float)
     answer = device_load(load, mt.balance(load, devices=devices, slots_per_device=slots))
     for kind in ({}, {"groups": groups, "nodes": nodes}):
         theirs = np.array([deepseek(row, devices, slots, **kind).max() for row in load])
@@ -65,7 +62,7 @@ def test_never_worse_than_deepseek(seed):
 
 def test_eplb_is_deepseeks_where_that_has_no_second_copies():
     """The baseline is the published policy, load by load."""
-    load = skewed(3, 64, 1, 0.3).astype(np.uint64)
+    load = skewed_loads(3, 64, seed=1, spread=0.3)[0]
     problem = mt.Problem(mt.RoutingStatistics.from_load(load), mt.Topology(8), slots_per_device=9)
     placement = mt.solve(problem, "eplb").placement
     for row, answer in zip(load, device_load(load, placement), strict=True):
@@ -80,7 +77,7 @@ ODD = [(256, 72, 4), (256, 48, 6), (256, 144, 2), (512, 320, 2), (60, 7, 9), (16
 @pytest.mark.parametrize(("experts", "devices", "slots"), ODD)
 def test_eplb_is_never_behind_deepseeks_own_code(experts, devices, slots):
     """Also where spare slots are fewer than devices, which may copy twice onto a device."""
-    load = skewed(3, experts, experts + devices).astype(np.uint64)
+    load = skewed_loads(3, experts, seed=experts + devices)[0]
     problem = mt.Problem(
         mt.RoutingStatistics.from_load(load), mt.Topology(devices), slots_per_device=slots
     )
@@ -102,7 +99,7 @@ def test_spare_slots_of_few_layers_get_copies():
 
 @pytest.mark.parametrize("method", ["heuristic", "joint"])
 @pytest.mark.parametrize("objective", ["time", "balance", "traffic"])
-@pytest.mark.parametrize("limit", [{"time_limit": 0}, {"time_limit": 0.02}, {"iterations": 0}])
+@pytest.mark.parametrize("limit", [{"time_limit": 0}, {"iterations": 0}])
 def test_searches_are_never_behind_balance(method, objective, limit):
     """With the same slots, in windows, by the problem's own objective, however little time."""
     random = np.random.default_rng(2)
@@ -137,7 +134,7 @@ def test_slots_are_filled_by_the_rules(data):
 
 def test_faster_devices_do_more():
     """Times, not loads, are balanced."""
-    load, speed = skewed(4, 64, 3), np.array([4, 4, 1, 1])
+    load, speed = skewed_loads(4, 64, seed=3)[0], np.array([4, 4, 1, 1])
     placement = mt.balance(load, devices=4, slots_per_device=[40, 40, 12, 12], speed=speed)
     times = device_load(load, placement) / speed
     assert (times.max(axis=1) < 1.02 * load.sum(axis=1) / speed.sum()).all()
@@ -150,6 +147,6 @@ def test_no_load_of_either_sign_is_none():
 
 def test_windows_are_summed():
     """Windows [W,L,E] count as their sum."""
-    load = skewed(6, 16, 0).reshape(2, 3, 16)
+    load = skewed_loads(3, 16, windows=2)
     kinds = {"devices": 4, "slots_per_device": 5}
     assert mt.balance(load, **kinds) == mt.balance(load.sum(axis=0), **kinds)

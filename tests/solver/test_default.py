@@ -48,7 +48,7 @@ def plugin_slots(problem):
 )
 def test_no_other_method_is_better_by_the_goal_of_the_default(monkeypatch, machine, slots, windows):
     """What cheaper methods, the other goal and the plugins find is never better than the answer."""
-    shorten(monkeypatch, 4)
+    shorten(monkeypatch, 20)
     statistics = mt.RoutingStatistics.from_load(drawn_loads(windows, seed=windows + slots))
     problems = {
         goal: mt.Problem(statistics, machine, slots_per_device=slots, objective=goal)

@@ -7,18 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from make import skewed_loads
 
 import moetuner as mt
 from moetuner.formats import list_serving_recipes
 from moetuner.placement import Placement
 from moetuner.solver.terms import Terms, core_layers, make_site
-
-
-def skewed(seed, layers=3, experts=64, windows=1):
-    """Return windows of loads [W,L,E] that few experts have most of."""
-    rng = np.random.default_rng(seed)
-    load = 1e5 / (1 + rng.permuted(np.tile(np.arange(experts), (layers, 1)), axis=1))
-    return np.rint(load * rng.uniform(0.5, 1.5, (windows, layers, experts))).astype(np.uint64)
 
 
 def problem_of(load, devices=8, slots=10, **more):
@@ -72,7 +66,7 @@ def test_it_is_never_behind_the_best_of_even_parts(objective, part, windows):
 
     Of few tokens copies take longer to read than they save: then even parts find the best answer.
     """
-    load = skewed(windows, layers=1, windows=windows) // part
+    load = skewed_loads(1, 64, windows=windows, seed=windows) // part
     problem = problem_of(load, objective=objective)
     even = mt.solve(problem_of(load, objective=objective, split="even"), effort="brief")
     assert mt.solve(problem, effort="brief").objective <= problem.value(even.placement) * (1 + 1e-9)
@@ -80,14 +74,14 @@ def test_it_is_never_behind_the_best_of_even_parts(objective, part, windows):
 
 def test_even_windows_are_proven():
     """Where every device has the mean in every window, nothing is better: the gap is closed."""
-    result = mt.solve(problem_of(skewed(1)))
+    result = mt.solve(problem_of(skewed_loads(3, 64, seed=1)))
     assert result.status == "optimal"
     assert result.objective == pytest.approx(1.0)
 
 
 def test_other_traffic_is_divided_better():
     """Loads that have moved cost less than with the copies that even parts ask for."""
-    load = skewed(2, layers=12)
+    load = skewed_loads(4, 64, seed=2)
     moved = load * np.random.default_rng(3).lognormal(0, 0.4, load.shape)
     counts = mt.RoutingStatistics(np.rint(moved).astype(np.uint64))
     lp, even = (
@@ -101,7 +95,7 @@ def test_other_traffic_is_divided_better():
 
 def test_devices_share_copies_evenly():
     """Devices have as many shared experts, no two of them two, and all are joined."""
-    problem = problem_of(skewed(4), devices=16, slots=5)
+    problem = problem_of(skewed_loads(3, 64, seed=4), devices=16, slots=5)
     load = problem.windows.load
     layers = core_layers(load, np.ones(1), make_site(problem), terms=Terms(lp_split=True))
     for slots in layers.construct():
@@ -118,7 +112,7 @@ def test_devices_share_copies_evenly():
 @given(st.integers(0, 2**32), st.sampled_from([1, 3, 40]), st.sampled_from([None, "device"]))
 def test_rules_are_kept(seed, windows, survive):
     """Pins, bans and survival are, whatever the windows."""
-    load = skewed(seed, layers=2, experts=12, windows=windows)
+    load = skewed_loads(2, 12, windows=windows, seed=seed)
     rules = {"pinned": [(None, 3, 1)], "forbidden": [(0, 5, 2)], "survive": survive}
     problem = problem_of(load, devices=4, slots=7, **rules)
     result = mt.solve(problem, iterations=50)
@@ -127,16 +121,16 @@ def test_rules_are_kept(seed, windows, survive):
 
 def test_threads_change_nothing():
     """The answer is a function of the problem and the seed."""
-    problem = problem_of(skewed(5, windows=3))
+    problem = problem_of(skewed_loads(3, 64, windows=3, seed=5))
     one, two = (mt.solve(problem, threads=threads).placement for threads in (1, 2))
     assert np.array_equal(one.slots, two.slots)
 
 
 def test_moves_from_a_running_placement_are_judged_by_it():
     """No answer within a budget of moves is behind what runs."""
-    load = skewed(6)
+    load = skewed_loads(3, 64, seed=6)
     running = mt.solve(problem_of(load, split="even"), method="eplb").placement
-    problem = problem_of(skewed(7))
+    problem = problem_of(skewed_loads(3, 64, seed=7))
     result = mt.solve(problem, initial=running, move_budget=6, iterations=200)
     assert result.objective <= problem.value(running)
 

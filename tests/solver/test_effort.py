@@ -64,7 +64,9 @@ def test_default_effort_is_bounded_work(make_trace, monkeypatch, settings, work)
     for stage in (layers, visits):
         monkeypatch.setattr(stage, "make_site", note_problem)
         monkeypatch.setattr(stage, "core_layers", count)
-    monkeypatch.setitem(EFFORTS, "default", replace(EFFORTS["default"], layer_work=work))
+    monkeypatch.setattr(effort, "CHAIN_LEAST", 1000)
+    short = replace(EFFORTS["default"], layer_work=work, chain_trials=20)
+    monkeypatch.setitem(EFFORTS, "default", short)
     mt.solve(problem_of(make_trace, **settings), "heuristic")
     assert 0 < sum(works) <= 2.5 * work
 

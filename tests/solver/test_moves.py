@@ -214,20 +214,21 @@ def test_an_expert_goes_where_it_balances_beside_a_pin(lightest):
 
 
 @pytest.mark.parametrize("goal", GOALS)
-@pytest.mark.parametrize("limit", [0, 0.05])
+@pytest.mark.parametrize("limit", [{"time_limit": 0}, {"iterations": 10}])
 def test_nothing_ends_worse_than_staying(goal, limit):
-    """In any time, with moves at their price, what comes out is worth what it takes."""
+    """However short the search, what comes out is worth the moves that it takes at their price."""
     problem = problem_of(goal)
-    initial = mt.solve(problem, "heuristic", iterations=2000).placement
+    initial = mt.solve(problem, "heuristic", iterations=200).placement
     before = rank(problem, initial)
     for cost in (0.0, before[1] / 1000):
-        result = mt.solve(problem, initial=initial, move_cost=cost, time_limit=limit)
+        result = mt.solve(problem, initial=initial, move_cost=cost, **limit)
         moved = initial.diff(result.placement).experts_moved
         excess, value = rank(problem, result.placement)
         assert (excess, value + cost * moved) <= before
 
 
-@pytest.mark.parametrize("goal", GOALS)
+# With copies, under caps, and where layers add up, or do not.
+@pytest.mark.parametrize("goal", [GOALS[number] for number in (1, 2, 4, 5, 6)])
 def test_a_larger_budget_gives_no_worse_placement(goal):
     """As budgets rise, up to all slots, neither the load above caps does nor the value."""
     problem, initial = problem_of(goal), blocks(3, 16, 4)
@@ -298,7 +299,7 @@ def every_step(problem, slots):
 
 
 @pytest.mark.parametrize("copies", [0, 1])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_step_gains_most_for_a_move(seed, copies):
     """Of all exchanges and new contents of slots none gains more; the answer is not behind it."""
     counts, slots = statistics(seed, 5, 2, 8), {"slots_per_device": 2 + copies}
@@ -396,7 +397,7 @@ def test_a_front_has_all_points_of_one_to_fewer_moves(goal):
     """Whatever the budget the search meets the same placements, and ends earlier for a smaller."""
     problem, initial = problem_of(goal), blocks(3, 16, 4)
     smaller: set[bytes] = set()
-    for limit in (3, 11, 24):
+    for limit in (2, 5, 12):
         run = Run(problem, budget=Budget(iterations=30), moves=Moves(initial))
         moves.offer_running(run)
         front = Front(run, run.moves)

@@ -95,7 +95,7 @@ def imbalances(problem: mt.Problem, placement: mt.Placement) -> np.ndarray:
     return on.max(axis=1) / np.maximum(on.mean(axis=1), 1e-300)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 2**32))
 @example(seed=0)
 @mock.patch.object(effort, "POLISHED_SLOTS", 8)

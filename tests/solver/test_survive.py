@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from make import skewed_loads
 
 import moetuner as mt
 from moetuner.evaluation.losses import DOMAINS, measure_losses, number_domains
@@ -21,11 +22,9 @@ def survives(placement, topology, domain):
     )
 
 
-def skewed(layers=3, experts=16, windows=4, seed=0):
-    """Load tables of experts that are busy in different degrees."""
-    rng = np.random.default_rng(seed)
-    load = rng.poisson(rng.gamma(1.0, 200.0, (1, layers, experts)), (windows, layers, experts))
-    return mt.RoutingStatistics.from_load(load + 1)
+def statistics_of(layers=3, experts=16, **drawn):
+    """Return skewed loads as statistics."""
+    return mt.RoutingStatistics.from_load(skewed_loads(layers, experts, **drawn))
 
 
 @given(
@@ -40,7 +39,7 @@ def test_every_answer_survives(domain, method, goal, fill, spare, seed):
     """Searches and the packing keep the rule, with slots to spare and without, full or not."""
     topology = mt.Topology(4, 2)
     problem = mt.Problem(
-        skewed(seed=seed, layers=2, experts=8),
+        statistics_of(2, 8, windows=4, seed=seed),
         topology,
         slots_per_device=4 + spare,
         objective=goal,
@@ -57,7 +56,7 @@ def test_every_answer_survives(domain, method, goal, fill, spare, seed):
 
 def test_partners_are_spread():
     """After a loss the busiest device has less to do than if copies balance loads alone."""
-    statistics, topology = skewed(layers=2, experts=32, windows=1), mt.Topology(8)
+    statistics, topology = statistics_of(2, 32, spread=1.2), mt.Topology(8)
     kept = {
         name: mt.solve(
             mt.Problem(
@@ -126,7 +125,7 @@ def test_the_worst_loss_is_near_what_one_copy_leaves(method):
 
 def test_the_objective_weighs_losses():
     """The worst load after a loss, averaged over layers, makes a tenth of the value."""
-    statistics, topology = skewed(windows=1), mt.Topology(4)
+    statistics, topology = statistics_of(), mt.Topology(4)
     options = {"slots_per_device": 8, "objective": "balance"}
     plain = mt.Problem(statistics, topology, **options)
     problem = mt.Problem(statistics, topology, survive="device", **options)
@@ -145,7 +144,7 @@ def test_the_objective_weighs_losses():
 
 def test_a_running_placement_is_repaired():
     """What runs and dies with a device survives after few moves."""
-    statistics, topology = skewed(layers=1, experts=8), mt.Topology(4)
+    statistics, topology = statistics_of(1, 8, windows=4), mt.Topology(4)
     slots = [[[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3], [4, 5, 6, -1]]]
     running = mt.Placement(slots, num_experts=8)
     problem = mt.Problem(
@@ -159,7 +158,7 @@ def test_a_running_placement_is_repaired():
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_a_large_layer_is_repaired_by_a_copy_of_each_expert_that_would_die(domain):
     """Where others have copies to spare, nothing else moves, and the load stays even."""
-    statistics, topology = skewed(layers=2, experts=128, windows=1), mt.Topology(18, 3)
+    statistics, topology = statistics_of(2, 128), mt.Topology(18, 3)
     arguments = {"slots_per_device": 16, "objective": "balance"}
     running = mt.solve(mt.Problem(statistics, topology, **arguments), "eplb").placement
     problem = mt.Problem(statistics, topology, survive=domain, **arguments)

@@ -106,7 +106,7 @@ def test_stage_1_searches_where_it_must_alone() -> None:
     assert few.gap.max() <= 0.01 + 2e-6
 
 
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=5)
 @given(seed=st.integers(0, 10**6), devices=st.integers(2, 4), per_node=st.sampled_from([1, 2, 4]))
 def test_stage_2_and_the_program_enclose_the_optimum(seed, devices, per_node):
     """Assignment is optimal where links are alike; search, program and brute force agree."""
@@ -153,7 +153,7 @@ def test_free_sizes_level_the_totals(seed: int, devices: int, layers: int) -> No
 @pytest.mark.parametrize("equal", [True, False])
 @pytest.mark.parametrize(
     ("layers", "experts", "devices", "slots"),
-    [(3, 8, 4, 4), (2, 9, 4, 3), (4, 12, 3, 6), (1, 8, 4, None), (3, 8, 1, None), (3, 3, 5, None)],
+    [(3, 6, 3, 3), (2, 7, 3, 3), (4, 12, 3, 6), (1, 8, 4, None), (3, 8, 1, None), (3, 3, 5, None)],
 )
 def test_solves_whole_problems(layers, experts, devices, slots, equal) -> None:
     """Slots hold every expert once; details tell both stages; threads change nothing."""

@@ -80,7 +80,7 @@ def proven_by(problem, slots, caps, *, by_tangents: bool = False, steps: int = 3
         return visits.bound(problem, slots, caps, budget=Budget())
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     layers=st.integers(1, 2),
