@@ -36,8 +36,8 @@ impl<'a> Caps<'a> {
     fn changes<'b>(&'b self, shares: &'b [Share]) -> impl Iterator<Item = (f64, f64)> + 'b {
         let layer = self.layer;
         let by = |share: &Share| {
-            let part = (share.after - share.before) * layer.site.time[usize::from(share.device)];
-            layer.load[usize::from(share.expert)] * part
+            let change = (share.after - share.before) * layer.site.time[usize::from(share.device)];
+            layer.load[usize::from(share.expert)] * change
         };
         let first = |(i, share): (usize, &'b Share)| {
             shares[..i].iter().all(|earlier| earlier.device != share.device).then_some(share.device)
