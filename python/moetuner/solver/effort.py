@@ -11,9 +11,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-# Slots of a layer up to which it is searched several times, and how often: small layers have local
-# optima that one descent does not leave, and more searches take longer ("Schedule", "Constants").
-FEW_SLOTS, RESTARTS = 64, 8
+# Slots of a layer up to which it is searched several times: small layers have local optima that one
+# descent does not leave ("Schedule", "Constants").
+FEW_SLOTS = 64
+# Searches of such a layer: more take longer (the same sections).
+RESTARTS = 8
 
 
 @dataclass(frozen=True)
