@@ -145,7 +145,7 @@ def test_each_step_of_advice_has_its_weight(copies):
     told = dict(zip(said, weights, strict=False))
     solving = [told[f"split {number} of 2: solving and judging"] for number in (1, 2)]
     others = [weight for text, weight in told.items() if text.startswith(("search", "count"))]
-    replaying = told.get("replaying them on what is unseen", 0.0)
+    replaying = told.get("replaying them on unseen traffic", 0.0)
     assert solving[0] == solving[1] > max(*others, replaying)
 
 

@@ -153,8 +153,9 @@ def _warn_of_alike_prompts(load: NDArray[np.int64], top_k: int) -> list[str]:
         share = float(np.median(busiest[:, :number].sum(axis=1)))
         if share > limit and number < experts:
             return [
-                f"Warning: {number} of {experts} experts take {share:.0%} of the choices of the "
-                "median layer, as prompts do that are alike: record the prompts of real users."
+                f"Warning: {number} of {experts} experts take {100 * share:.0f} % of the choices "
+                "of the median layer, as prompts do that are alike: record the prompts of real "
+                "users."
             ]
     return []
 

@@ -185,7 +185,7 @@ class MoveOptions:
         contents: dict[str, Any] = {"moves": diff.to_dict()}
         if not self.pareto or result.status == "interrupted":
             return contents, ()
-        with working("weighing moves"):
+        with working("searching for fewer moves"):
             trades = pareto(problem, initial, expert_bytes=self.unit_bytes, **arguments)
         before, objective = trades[0].objective, problem.objective_function
         columns = {

@@ -185,7 +185,7 @@ class Placed:
         traffic = source.traffic
         share, is_other = made.holdout or 0.0, made.input.contradicts(traffic)
         seen, unseen = traffic, traffic
-        with working("looking for what was held out"):
+        with working("finding the traffic that was held out"):
             if share and not is_other:
                 try:
                     seen, unseen = hold_out(traffic, share, seed=nth_seed(made.seed, 0))

@@ -227,7 +227,7 @@ class ProblemOptions(ServingOptions):
             no_visits = statistics.sets is None and statistics.coactivation is None
             if no_visits and statistics.transitions is not None:
                 rules["regime"] = "follow"
-        with working("weighing windows"):
+        with working("grouping windows"):
             return Problem.served(statistics, serving, **rules)
 
     def _by_engine(self, statistics: RoutingStatistics, topology: Topology) -> dict[str, Any]:

@@ -241,7 +241,7 @@ def _advise(request: Request, splits: int) -> Advice:
     """Split the traffic, sweep numbers of copies, judge on every split, and conclude."""
     # Other splits would be the same where nothing is held out, and where unseen traffic was given.
     splits = splits if request.is_held_out and request.unseen is None else 1
-    request.progress("counting what is seen")
+    request.progress("counting the seen traffic")
     holdout = split_traffic(request, check.nth_seed(request.seed, 0))
     copies = sweep(request, holdout)
     chosen_copies, larger_copies = _choose_copies(request, copies)
@@ -266,7 +266,7 @@ def _advise(request: Request, splits: int) -> Advice:
     has_drifted = request.in_order and drift is not None and drift.is_beyond_chance
     halves = cut_in_half(request.traffic) if has_drifted else ()
     gains_of_halves = judge_halves(request, halves, chosen_copies, main.window) if halves else ()
-    request.progress("weighing what moves, and phases")
+    request.progress("comparing moves and phases")
     advice = Advice(
         answer="not enough evidence",
         findings=(),
@@ -295,7 +295,7 @@ def _advise(request: Request, splits: int) -> Advice:
     advice = conclude(advice, find_notes(request, advice))
     if advice.answer == "not now":
         advice = replace(advice, moving=advice.moving.stay())
-    request.progress("weighing fewer moves")
+    request.progress("comparing fewer moves")
     advice = replace(advice, step=find_step(request, first, holdout, advice))
     return replace(advice, findings=(*advice.findings, *find_costs(advice)))
 

@@ -65,7 +65,7 @@ def _compute_gains(
     request: Request, holdout: Holdout, placements: dict[Key, Placement]
 ) -> tuple[Copies, ...]:
     """Compute gains of placements with copies over the running one, and the memory of copies."""
-    request.progress("replaying them on what is unseen")
+    request.progress("replaying them on unseen traffic")
     evaluations = evaluate_all(request, placements, holdout.unseen, request.windows)
     # Layers are ordered by what their copies gain on the seen traffic.
     with_copies = {key: placement for key, placement in placements.items() if key != RUNNING}
