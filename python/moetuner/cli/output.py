@@ -145,9 +145,12 @@ def is_quiet() -> bool:
     return context is not None and bool(context.params.get("quiet"))
 
 
-# Seconds after which work is shown as a bar on a terminal, seconds between two lines of a log, and
-# seconds between two looks at the clock.
-FIRST_S, INTERVAL_S, BEAT_S = 1.0, 10.0, 0.5
+# Seconds after which work is shown as a bar on a terminal.
+FIRST_S = 1.0
+# Seconds between two lines of a log.
+INTERVAL_S = 10.0
+# Seconds between two looks at the clock.
+BEAT_S = 0.5
 
 
 class TimeLeft(ProgressColumn):

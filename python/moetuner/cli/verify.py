@@ -25,8 +25,10 @@ from moetuner.solver import Certificate, verify
 
 # Largest relative error of a sum of visits.
 ROUNDING = 1e-12
-# Decimals of an imbalance, and most imbalances that a sentence names.
-DECIMALS, MOST_NAMED = 4, 6
+# Decimals of an imbalance.
+DECIMALS = 4
+# Most imbalances that a sentence names.
+MOST_NAMED = 6
 
 
 @options.command("verify", example="proof.json trace.safetensors --devices 8")

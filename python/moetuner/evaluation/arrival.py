@@ -29,9 +29,12 @@ FEWEST_AT_ONCE = 8
 # Windows that are averaged into one where sequences are unknown.
 WINDOWS_MIXED = 16
 
-# Sequences that run at once are counted in pieces of a recording: most tokens of a piece, most
-# pieces that are counted, and fewest pieces of a recording.
-PIECE, PIECES, FEWEST_PIECES = 512, 64, 8
+# Sequences that run at once are counted in pieces of a recording. Most tokens of a piece.
+PIECE = 512
+# Most pieces that are counted.
+PIECES = 64
+# Fewest pieces of a recording in which they can be counted.
+FEWEST_PIECES = 8
 # Runs that ``overlay`` interleaves are so many mean durations of a sequence long.
 DURATIONS = 2
 

@@ -49,9 +49,10 @@ EACH = 2
 SHARES = 0.4
 # The same if one repeats the other, as generations do that were cut off or went on.
 REPEATS = 0.9
-# Passages by which shared text is found: fewest tokens of a passage, and the expected number of
-# pairs in a trace that are the same by chance.
-PASSAGE, BY_CHANCE = 4, 0.01
+# Fewest tokens of a passage by which shared text is found.
+PASSAGE = 4
+# Expected number of pairs of passages in a trace that are the same by chance.
+BY_CHANCE = 0.01
 # Largest number of passages; of more, a sample is compared.
 PASSAGES = 1 << 22
 # Odd factor of the rolling hash of passages.

@@ -56,14 +56,17 @@ SCORE_ALONE = 4.0
 TIMES_MEAN_LAG = 4
 # Windows that are alike at a lag of more than one third of all are taken to recur for ever.
 RECURS = 3
-# Largest number of shares [W,L,E] that are compared, and of products of two; of more, evenly spaced
-# layers are compared.
-CELLS, PRODUCTS = 1 << 23, 1 << 34
+# Largest number of shares [W,L,E] that are compared; of more, evenly spaced layers are compared.
+CELLS = 1 << 23
+# Largest number of products of two shares, in the same way.
+PRODUCTS = 1 << 34
 # Shares are rounded to multiples of 1/SHARE_SCALE, so that sums of their products are exact in any
 # order.
 SHARE_SCALE = 1 << 16
-# The autocorrelation of a trace is measured in pieces: fewest tokens of a piece, and most pieces.
-PIECE, PIECES = 16, 2048
+# The autocorrelation of a trace is measured in pieces. Fewest tokens of a piece.
+PIECE = 16
+# Most pieces of a trace.
+PIECES = 2048
 # Gaps between seen and held-out runs may take one fourth of the traffic.
 LOST = 4
 # Multiples of the golden ratio, modulo 1, are far from each other: so are the runs that consecutive

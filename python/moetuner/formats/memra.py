@@ -45,8 +45,10 @@ BLOCK = 1 << 20
 DRAFT_HEAD = (1 << 16) - 1
 # A dump has no magic number: so many of its first records are read to recognise it.
 FIRST = 64
-# Largest number of experts in a record, and largest weight.
-MOST_CHOSEN, LARGEST_WEIGHT = 64, 1e4
+# Largest number of experts in a record.
+MOST_CHOSEN = 64
+# Largest weight of an expert in a record.
+LARGEST_WEIGHT = 1e4
 CAUTION = (
     "memra's trace names no requests, so tokens of all of them follow one another: differences "
     "between requests cannot be told from chance."

@@ -43,8 +43,10 @@ UNSEEN = 3
 # Longer windows that a group must fill to be searched on them as recorded; for a group that fills
 # fewer, shorter runs are scaled ("Short recordings" in docs/experiments.md).
 FILLED = 2
-# Number of features by which windows are clustered, and rounds of the clustering.
-FEATURES, ROUNDS = 64, 5
+# Number of features by which windows are clustered.
+FEATURES = 64
+# Rounds of the clustering.
+ROUNDS = 5
 # Largest feature: sums of products of features are exact, so clusters are the same on all machines.
 LARGEST = 1 << 20
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-# Slots of a layer up to which it is searched several times, and how often: small layers have local
-# optima that one descent does not leave, and more searches take longer ("Schedule", "Constants").
-FEW_SLOTS, RESTARTS = 64, 8
+# Slots of a layer up to which it is searched several times: small layers have local optima that one
+# descent does not leave ("Schedule", "Constants").
+FEW_SLOTS = 64
+# Searches of such a layer: more take longer (the same sections).
+RESTARTS = 8
 
 
 @dataclass(frozen=True)
@@ -117,16 +119,20 @@ SINGLE_LEAST = 20
 # ("The default and cheaper methods", "Constants").
 BALANCE_PART = 2
 
-# Dynamic programming over all partitions takes about a nanosecond a step. The most steps of a solve
-# or of the check of its certificate, and steps of a second on a slow core: more steps prove the
-# optimum of larger layers ("The co-location programme").
-PARTITION_STEPS, PARTITION_STEPS_PER_SECOND = 4_000_000_000, 500_000_000
+# Most steps of dynamic programming over all partitions, in a solve or in the check of its
+# certificate; a step takes about a nanosecond. More prove the optimum of larger layers ("The
+# co-location programme").
+PARTITION_STEPS = 4_000_000_000
+# Steps of a second on a slow core (the same section).
+PARTITION_STEPS_PER_SECOND = 500_000_000
 
 # Search layer by layer.
-# Most trials of a search for a slot, whatever the effort, divided by windows, which are computed
-# LANES at a time. They end searches of tiny layers, and those under a time limit, where more trials
-# hardly help ("Time of a whole solve").
-SLOT_WORK, LANES = 160_000, 16
+# Windows that the core computes at a time.
+LANES = 16
+# Most trials of a search for a slot, whatever the effort, times windows, rounded up to whole LANES.
+# It ends searches of tiny layers, and those under a time limit, where more trials hardly help
+# ("Time of a whole solve").
+SLOT_WORK = 160_000
 # Work of a trial for time, in trials for balance: it counts active experts and ports, too. A larger
 # number means fewer trials ("The default and cheaper methods", "Constants").
 TIME_UNITS = 2
@@ -135,10 +141,11 @@ CHAIN_LEAST = 100_000
 # Rounds over all layers where neighbouring layers count: more rounds of fewer trials each let
 # layers follow each other ("Constants").
 ROUNDS = 3
-# Slots of all layers up to which a placement is polished by the objective itself, and the best
-# placements that polishing starts from: more of each take longer, and find better answers to small
-# problems ("Constants").
-POLISHED_SLOTS, POLISHED = 18, 4
+# Slots of all layers up to which a placement is polished by the objective itself: more take longer,
+# and find better answers to small problems ("Constants").
+POLISHED_SLOTS = 18
+# Best placements that polishing starts from, with the same trade.
+POLISHED = 4
 # Most contents of a layer, and most placements, that are enumerated: more take longer, and make
 # the answer to larger problems exact ("Constants").
 FEW_CHOICES = 1000
@@ -147,40 +154,56 @@ FEW_CHOICES = 1000
 REWEIGHTINGS = 4
 
 # Fewest visits.
-# Trials of each start on pairs; slots of a layer from which it is wide, so that a trial tries all
-# swaps of an expert; and trials there. The search on expert sets follows, and more trials of pairs
-# give it a better start ("Fewest devices per token", "Constants", "The joint method").
-PAIR_TRIALS, WIDE_SLOTS, WIDE_PAIR_TRIALS = 200_000, 100, 20_000
+# Trials of each start on pairs. The search on expert sets follows, and more trials of pairs give it
+# a better start ("Fewest devices per token", "Constants", "The joint method").
+PAIR_TRIALS = 200_000
+# Slots of a layer from which it is wide: a trial of pairs then tries all swaps of an expert.
+WIDE_SLOTS = 100
+# Trials of each start on pairs in wide layers.
+WIDE_PAIR_TRIALS = 20_000
 # Work of a trial besides its expert sets, where 64 sets are a unit: a larger number means fewer
 # trials ("Constants").
 UNITS_PER_TRIAL = 100
-# Where experts have copies: parts that the core cuts the tokens of a set into, and the work of a
-# trial in trials of single copies. Larger numbers mean fewer trials ("Constants"; no case changed
-# with the second).
-SET_PARTS, COPY_UNITS = 12, 6
+# Parts that the core cuts the tokens of a set into, where experts have copies: a larger number
+# means fewer trials ("Constants").
+SET_PARTS = 12
+# Work of a trial where experts have copies, in trials of single copies: a larger number means fewer
+# trials ("Constants"; no case changed).
+COPY_UNITS = 6
 
 # Bounds of pairs.
-# Floating-point work of the iterations without a time limit, most iterations, and most of them with
-# a time limit: more close the gap further ("The joint method", "Constants").
-BOUND_WORK, BOUND_ITERATIONS, BOUND_ITERATIONS_TIMED = 3e9, 150, 10_000
+# Floating-point work of the iterations without a time limit: more closes the gap further ("The
+# joint method", "Constants").
+BOUND_WORK = 3e9
+# Most iterations without a time limit, and with one (the same sections).
+BOUND_ITERATIONS, BOUND_ITERATIONS_TIMED = 150, 10_000
 # Seconds for an entry of the tables of pairs: the least time limit that a bound needs ("Limits").
 BOUND_SECONDS = 3e-7
 
 # Bounds of visits: more of each closes the gap further and takes longer ("Bounds of visits",
 # "Constants").
-# Most rounds over all contents of a device, and the contents of all rounds without a time limit.
-PRICE_ROUNDS, PRICE_WORK = 60, 3e9
+# Most rounds over all contents of a device.
+PRICE_ROUNDS = 60
+# Most contents of all rounds together, without a time limit.
+PRICE_WORK = 3e9
 # Experts of a layer up to which a linear programme is solved between two rounds, in milliseconds.
 PRICE_EXPERTS = 128
-# Contents of a device up to which all are tried, as the core has it; seconds for each of them and
-# each expert of a token; and in how many times what all of them take prices are good.
-PRICE_CONTENTS, PRICE_SECONDS, PRICE_TIMES = 25_000_000, 2.5e-9, 20
-# Steps of tangents; trials of the placement towards which a step goes; size of a step, as a share
-# of the range of slopes.
-TANGENT_STEPS, TANGENT_TRIALS, TANGENT_STEP = 16, 10_000, 0.15
-# Without a time limit: steps times layers times squared experts, and the least iterations of the
-# bound of pairs that prove more than none.
-TANGENT_WORK, TANGENT_ITERATIONS = 1e6, 20
+# Contents of a device up to which all are tried, as the core has it.
+PRICE_CONTENTS = 25_000_000
+# Seconds for each of these contents and each expert of a token.
+PRICE_SECONDS = 2.5e-9
+# Factor from the least seconds of the bound to the seconds after which prices are good.
+PRICE_TIMES = 20
+# Most steps of tangents.
+TANGENT_STEPS = 16
+# Trials of the placement towards which a step goes.
+TANGENT_TRIALS = 10_000
+# Size of a step, as a share of the range of slopes.
+TANGENT_STEP = 0.15
+# Most steps times layers times squared experts, without a time limit.
+TANGENT_WORK = 1e6
+# Least iterations of the bound of pairs that prove more than none, without a time limit.
+TANGENT_ITERATIONS = 20
 # Seconds to weigh a pair of experts of a set: part of the least time limit ("Limits").
 TANGENT_SECONDS = 3e-8
 
@@ -193,24 +216,29 @@ STAGE_NODES, PLACE_NODES = 200, 20
 MOST_PRODUCTS = 4096
 
 # Few moves.
-# How prices of a move fall, where layers are mixed and where they are joined: more prices take
+# Falling prices of a move, where layers are mixed and where they are joined: more prices take
 # longer, and come nearer to a budget ("Budgets that rise", at half and at twice, too).
 MIXED_PRICES, JOINED_PRICES = Prices(7, 1 / 4, 1 / 3), Prices(24, 4.0, 0.7)
 # Least gain of the first move that the first price is made of, as a part of the objective: at less,
-# searches end before the budget is spent. Moves beyond twice those of a search's answer up to which
-# steps go on from it: they find what searches miss, with few moves above all (the same).
-DEAREST, MORE_MOVES = 1e-3, 8
+# searches end before the budget is spent (the same).
+DEAREST = 1e-3
+# Moves beyond twice those of a search's answer up to which steps go on from it: they find what
+# searches miss, with few moves above all (the same).
+MORE_MOVES = 8
 
-# The fewest moves that gain enough: moves up to which steps go at first, and how many times as many
-# come next. All steps take three to six times as long. The answer does not depend on them; at half
-# and at twice their values the time is the same within what it varies ("Advice on a real model").
-FIRST_REACH, REACH_TIMES = 64, 4
+# The fewest moves that gain enough. The answer does not depend on these two. At half and at twice
+# their values the time is the same within its noise ("Advice on a real model").
+# Moves up to which steps go at first: all steps would take three to six times as long.
+FIRST_REACH = 64
+# Factor from these to the moves up to which steps go next.
+REACH_TIMES = 4
 
 # Balancing with copies.
-# Pairs of devices that are tried for exchanges. The first number is what a millisecond allows.
-# Devices that differ need the second: placing the heaviest copies first leaves more to mend there
+# Pairs of devices that are tried for exchanges, in the millisecond that this number allows
 # ("Balancing with copies", which has 8 beside 14).
-QUICK, PATIENT = 14, 10_000
+QUICK = 14
+# The same where devices differ: placing the heaviest copies first leaves more to mend there.
+PATIENT = 10_000
 # From running slots: most steps of a layer, for each device; more take longer, and gain where loads
 # have drifted far ("The plugins' policy", "Constants").
 ADAPT_STEPS = 8
@@ -221,16 +249,24 @@ LASTING_PRICE, LIVE_PRICE = 2e-3, 5e-5
 # Trials for a slot where pairs count: more take longer in every live decision (the same section;
 # the case of "Constants" did not change).
 LIVE_TRIALS = 35
-# The quick search in windows: trials for a slot, least trials of a layer, and most for a slot times
-# LANES windows. More trials gain about as their logarithm ("Balance in windows within
+# The quick search in windows. More trials gain about as their logarithm ("Balance in windows within
 # milliseconds", "Constants").
-BALANCING_TRIALS, LEAST_BALANCING, BALANCING_WORK = 10, 2500, 400
+# Trials for a slot.
+BALANCING_TRIALS = 10
+# Least trials of a layer.
+LEAST_BALANCING = 2500
+# Most trials for a slot times LANES windows.
+BALANCING_WORK = 400
 # Split lp: trials for a slot times windows ("Constants": the case did not change).
 LP_SPLIT_WORK = 32
-# The whole search in windows: trials for a slot times LANES windows, and the fewest windows for
-# which it is used; and trials of a start, from which all terms are searched: more fit the windows
-# seen, and not the unseen ones ("Constants", "Balance in windows within milliseconds").
-BALANCING_FULL, MANY_WINDOWS, BALANCING_START = 4000, 17, 400
+# The whole search in windows: more trials fit the windows seen, and not the unseen ones
+# ("Constants", "Balance in windows within milliseconds").
+# Trials for a slot times LANES windows.
+BALANCING_FULL = 4000
+# Fewest windows for which the whole search is used.
+MANY_WINDOWS = 17
+# Trials of a start, from which all terms are searched, for a slot times LANES windows.
+BALANCING_START = 400
 # Where experts survive losses: trials for a slot times LANES windows ("Lost devices").
 SPREAD_TRIALS = 50
 # Trials for a layer that DeepSeek's own code balances better: more match it in more layers
@@ -238,20 +274,24 @@ SPREAD_TRIALS = 50
 CATCH_UP = 20_000
 
 
+def count_batches(windows: int) -> int:
+    """Return the number of batches of LANES windows that the core computes."""
+    return -(-windows // LANES)
+
+
 def most_trials(slots: int, windows: int) -> int:
     """Return the most trials of a search of a layer, whatever the effort."""
-    lanes = -(-windows // LANES) * LANES
-    return SLOT_WORK // lanes * slots
+    return SLOT_WORK // (count_batches(windows) * LANES) * slots
 
 
 def start_trials(slots: int, windows: int) -> int:
     """Return the trials that give a search of a layer its start."""
-    return max(BALANCING_START * slots // -(-windows // LANES), LEAST_BALANCING)
+    return max(BALANCING_START * slots // count_batches(windows), LEAST_BALANCING)
 
 
 def spread_trials(slots: int, windows: int) -> int:
     """Return the trials of a layer whose experts survive losses."""
-    return max(SPREAD_TRIALS * slots // -(-windows // LANES), LEAST_BALANCING)
+    return max(SPREAD_TRIALS * slots // count_batches(windows), LEAST_BALANCING)
 
 
 def lp_split_trials(slots: int, windows: int) -> int:
@@ -262,4 +302,4 @@ def lp_split_trials(slots: int, windows: int) -> int:
 def quick_trials(slots: int, windows: int) -> int:
     """Return the trials of the quick search of a layer in windows, which takes milliseconds."""
     trials = max(BALANCING_TRIALS * slots, LEAST_BALANCING)
-    return min(trials, BALANCING_WORK * slots // -(-windows // LANES))
+    return min(trials, BALANCING_WORK * slots // count_batches(windows))

@@ -50,8 +50,10 @@ from moetuner.statistics import RoutingStatistics, check_recording
 from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
 
-# Splits of the traffic, and numbers of slots for copies to try, unless others are requested.
-SPLITS, COPIES = 3, (0, 1, 2, 4)
+# Splits of the traffic, unless another number is requested.
+SPLITS = 3
+# Numbers of slots for copies to try, unless others are requested.
+COPIES = (0, 1, 2, 4)
 
 
 def advise(

@@ -24,8 +24,12 @@ from moetuner.trace import RoutingTrace, as_trace
 
 # Blocks of a recording, with equal numbers of sequences, that the permutation test permutes.
 BLOCKS = 32
-# Permutations of the test, its level of significance, and the permutations computed at once.
-PERMUTATIONS, SIGNIFICANCE, BATCH = 400, 0.01, 16
+# Permutations of the test.
+PERMUTATIONS = 400
+# Level of significance of the test.
+SIGNIFICANCE = 0.01
+# Permutations that are computed at once.
+BATCH = 16
 # Smallest share of the tokens that go to other experts, beyond chance, that counts as drift.
 LEAST_DRIFT = 0.05
 # Fewest blocks with more different halves than the test has permutations.

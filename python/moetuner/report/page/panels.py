@@ -39,8 +39,10 @@ from moetuner.report.page.data import PageData
 from moetuner.report.page.structure import draw_hot_experts, list_curves
 from moetuner.report.words import say
 
-# Most groups of a chart, and rows of a table.
-GROUPS, ROWS = 60, 200
+# Most groups of a chart.
+GROUPS = 60
+# Most rows of a table.
+ROWS = 200
 # Fewest windows that a chart is drawn of; fewer are listed in a table.
 FEWEST_WINDOWS = 5
 # Symbol and colour of a group by how it is judged.

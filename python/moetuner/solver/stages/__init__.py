@@ -237,7 +237,7 @@ def _evenly_split(problem: Problem) -> Problem:
     return replace(problem, split=EVEN)
 
 
-def _may_be_behind(run: Run) -> bool:
+def _may_improve(run: Run) -> bool:
     """Return whether another placement may be better: balance is not what it is at best."""
     best, objective = run.best, run.objective
     is_best = objective.goal == "balance" and objective.is_of_windows and not best.excess
@@ -245,7 +245,7 @@ def _may_be_behind(run: Run) -> bool:
 
 
 # Among equals the first is the answer: devices that copies join are safer on other traffic.
-LP_SPLIT_SEARCHES = (LP_SPLIT, Stage(_even, applies=_may_be_behind), POLISH)
+LP_SPLIT_SEARCHES = (LP_SPLIT, Stage(_even, applies=_may_improve), POLISH)
 
 
 def _search(run: Run, budget: Budget) -> None:

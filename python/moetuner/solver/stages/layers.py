@@ -93,8 +93,8 @@ class LayerModel:
             # By the windows and by their mean, which stands for traffic of all kinds at once.
             trials = budget.iterations
             if trials is None:
-                lanes = -(-(len(self.windows) + 1) // effort.LANES)
-                trials = effort.BALANCING_FULL * self.slots_of_layer // lanes
+                batches = effort.count_batches(len(self.windows) + 1)
+                trials = effort.BALANCING_FULL * self.slots_of_layer // batches
             return balance_windows(run, budget, self.weight, trials, mixed=MIXED)
         problem = self.problem
         layers, links = self.core(run.moves)
