@@ -85,7 +85,7 @@ VALUES = {"PlacementDiff", "Evaluation", "Judgement", "Comparison", "Result", "P
 # Methods of problems and objectives that only the solver calls.
 INNER = {
     f"Objective.{of}"
-    for of in ("window_cost", "imbalances", "layers_traffic", "layer_costs", "worth")
+    for of in ("window_cost", "imbalances", "layers_traffic", "layer_costs", "compute_values")
 }
 INNER |= {
     "Problem.core_rules",

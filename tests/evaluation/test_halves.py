@@ -15,7 +15,7 @@ from moetuner.evaluation.halves import choose_halvings, halve, halve_each
 from moetuner.evaluation.intervals import QUANTILES, estimate_spread
 from moetuner.evaluation.judgement import MEASURES
 from moetuner.evaluation.options import ReplayOptions
-from moetuner.evaluation.reading import Rows
+from moetuner.evaluation.reading import RowReader
 from moetuner.evaluation.replay import Setting
 from moetuner.evaluation.samples import Folds, Samples, find_samples
 from moetuner.placement import blocks
@@ -56,7 +56,7 @@ def test_any_two_folds_are_parted_about_as_often_as_not(folds):
 @pytest.mark.parametrize("arrival", ["bursts", "mixed", 0.5])
 def test_progress_of_a_comparison_rises_to_one(arrival, monkeypatch):
     """Windows are counted, then halves of a few at a time, in one order of arrival or in two."""
-    monkeypatch.setattr(cells, "COUNTS_AT_ONCE", 500)
+    monkeypatch.setattr(cells, "CELL_COUNTS_AT_ONCE", 500)
     trace, shares = traffic([100] * 12), []
     placements = [IN_BLOCKS, COPIES]
     serving = setting(arrival=arrival).serving
@@ -123,15 +123,19 @@ def test_sides_add_up_to_the_figure_of_all(together):
         assert (weights * figure.sides).sum(axis=0) == pytest.approx(figure.value)
 
 
-@pytest.mark.parametrize("module", [halves, cells], ids=["halves", "cells"])
+@pytest.mark.parametrize(
+    ("module", "limit"),
+    [(halves, "SIDE_COUNTS_AT_ONCE"), (cells, "CELL_COUNTS_AT_ONCE")],
+    ids=["halves", "cells"],
+)
 @pytest.mark.parametrize("arrival", ["bursts", "mixed", 0.5])
-def test_runs_of_windows_change_no_half(monkeypatch, arrival, module):
+def test_runs_of_windows_change_no_half(monkeypatch, arrival, module, limit):
     """However few windows of two sizes are read, or looked at, in one go."""
     sizes = np.random.default_rng(1).integers(10, 90, 30)
     settings = [setting(COPIES, window, arrival=arrival) for window in (64, 128)]
     trace = traffic(sizes)
     wanted = halve_each(trace, settings, find_samples(trace))
-    monkeypatch.setattr(module, "COUNTS_AT_ONCE", 1)
+    monkeypatch.setattr(module, limit, 1)
     trace = traffic(sizes)
     actual = halve_each(trace, settings, find_samples(trace))
     for one, other in zip(actual, wanted, strict=True):
@@ -148,8 +152,8 @@ def test_windows_of_one_fold_are_not_read_again(monkeypatch):
             asked.extend(numbers.tolist())
         return count(rows, ids, numbers, *options, **how)
 
-    count = Rows.push
-    monkeypatch.setattr(Rows, "push", push)
+    count = RowReader.push
+    monkeypatch.setattr(RowReader, "push", push)
     trace = traffic([64] * 10 + [32] * 2)
     halve(trace, setting(), find_samples(trace), names=["imbalance", "fanout"])
     assert asked == [*range(640, 704)]

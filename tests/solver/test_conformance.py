@@ -95,7 +95,7 @@ def check_claims(problem, result, least):
     """Hold bound, status and certificate of an answer against the least value of any placement."""
     if result.certificate is not None:
         objective = problem.objective_function
-        scale = objective.tokens if objective.counts_visits else objective.scale
+        scale = objective.tokens if objective.has_expert_sets else objective.scale
         assert mt.verify(result.certificate, problem) <= least * scale * (1 + ROUNDING)
     if np.isfinite(least):
         assert not result.details.caps.infeasible

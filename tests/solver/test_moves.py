@@ -12,7 +12,7 @@ import moetuner as mt
 from moetuner.evaluation.losses import DOMAINS, number_domains
 from moetuner.placement import blocks
 from moetuner.problem.capacity import pad_slots
-from moetuner.solver import budget, find_first
+from moetuner.solver import budget, search_fewest_moves
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Moves, Run
 from moetuner.solver.stages import moves
@@ -64,7 +64,7 @@ def test_few_moves_are_the_first_steps_that_gain_enough(goal, share):
     ends = [mt.Placement(path.after(step), num_experts=16) for step in range(len(path.moves))]
     values = [problem.value(end) for end in ends]
     wanted = values[0] - share * (values[0] - values[-1])
-    found = find_first(problem, initial, wanted, most_moves=int(path.moves[-1]))
+    found = search_fewest_moves(problem, initial, wanted, most_moves=int(path.moves[-1]))
     taken = next(step for step, end in enumerate(ends) if (end.held == found.held).all())
     assert values[taken] <= wanted
     within_caps = int(path.excess.argmin())
@@ -82,7 +82,10 @@ def test_no_few_moves_where_steps_end_before():
     """Steps that cannot gain so much are not taken."""
     problem, initial = problem_of(GOALS[0]), blocks(3, 16, 4)
     better = problem.value(mt.solve(problem, "heuristic").placement)
-    assert find_first(problem, initial, 2 * better - problem.value(initial), most_moves=48) is None
+    assert (
+        search_fewest_moves(problem, initial, 2 * better - problem.value(initial), most_moves=48)
+        is None
+    )
 
 
 @pytest.mark.parametrize("goal", GOALS)

@@ -123,7 +123,7 @@ def test_no_placement_refutes_a_claim(seed):
         assert least[layer] > cap[layer]
     if result.certificate is not None:
         objective = problem.objective_function
-        scale = objective.tokens if objective.counts_visits else objective.scale
+        scale = objective.tokens if objective.has_expert_sets else objective.scale
         assert verify(result.certificate, problem) / scale == pytest.approx(result.bound, rel=1e-12)
 
 

@@ -70,7 +70,7 @@ def command(
     """Advise whether a better placement is worth a trial.
 
     A placement is computed from half of INPUT and judged on the other half, in windows of 512
-    tokens (decode) and 8,192 (prefill; fewer of a short INPUT) unless --window chooses; other
+    tokens (decode) and 8,192 (prefill; 4,096 or 2,048 if INPUT is short), or of --window. Other
     splits show how far the gain varies. The answer is "worth a trial", "not now" or "not enough
     evidence", with reasons, what copies of experts would gain, what moving costs, and the next
     commands.

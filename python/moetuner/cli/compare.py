@@ -131,8 +131,8 @@ def command(
         seed = nth_seed(search.seed, number)
         seen, unseen = hold_out(source.traffic, holdout, seed=seed)
         problem = wanted.problem(source, machine.topology(), seen)
-        unseen = source.as_divided(unseen, problem.serving)
-        serving = replace(problem.serving, window=source.replayed)
+        unseen = source.count_for_lp_split(unseen, problem.serving)
+        serving = replace(problem.serving, window=source.replay_window)
         return TrafficSplit(number, problem, unseen, replace(search, seed=seed), initial, serving)
 
     first = split(0)
@@ -156,7 +156,7 @@ def command(
         _show_gains(output, gains, baseline, best, tokens, held_out=holdout > 0)
     settings = settings_for_json(problem) | {
         **asdict(search),
-        "window": source.counted,
+        "window": source.counting_window,
         "threads": source.threads,
         "holdout": holdout,
         "splits": len(outcomes_by_split),
@@ -169,7 +169,7 @@ def command(
 
     def page() -> PageData:
         judgement = judge_outcome(
-            compared_with, best, source.traffic, source.replayed, by_group=True
+            compared_with, best, source.traffic, source.replay_window, by_group=True
         )
         traffic = UNSEEN if holdout else SEEN
         return make_outcome_data(judgement, best, make_origin(source), contents, traffic=traffic)

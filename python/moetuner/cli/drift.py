@@ -163,7 +163,7 @@ def _replay(
     """Return a placement's figures on two recordings, and their change, by size of window."""
     recordings = (before[1], after[1])
     tokens = [traffic.tokens for traffic in recordings if isinstance(traffic, RoutingTrace)]
-    first, windows = after[0].replayed, list[int | None]([None])
+    first, windows = after[0].replay_window, list[int | None]([None])
     if len(tokens) == 2 and first is not None:
         # Both sides have windows of one size: a short recording is one window.
         windows = [min(first, *tokens)]
@@ -172,13 +172,13 @@ def _replay(
         if window is None and longer >= LEAST_WINDOWS * first:
             windows.append(longer)
     # Recorded windows of different sizes have different times, so only their imbalance is compared.
-    have_one_size = before[0].counted == after[0].counted is not None
+    have_one_size = before[0].counting_window == after[0].counting_window is not None
     measure = "predicted_layer_us" if have_one_size else "imbalance"
     rows, done, passes = [], 0, 2 * len(windows)
     for window in windows:
         row: dict[str, Any] = {"window": window, "measure": measure}
         for name, (source, traffic) in (("profile", before), ("now", after)):
-            replayed = window if window is not None else source.replayed
+            replayed = window if window is not None else source.replay_window
             served = replace(serving, window=replayed)
             options = ReplayOptions(threads=source.threads)
             report = scale_progress(progress, done / passes, (done + 1) / passes)

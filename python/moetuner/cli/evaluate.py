@@ -182,7 +182,7 @@ def _make_page(
 
 def _heading(placed: Placed) -> str:
     """Write the placement's sizes, the lost devices and the size of windows."""
-    placement, window = placed.placement, placed.source.counted
+    placement, window = placed.placement, placed.source.counting_window
     windows = f", windows of {window:,} tokens" if window else ""
     missing = f" (without {', '.join(map(str, placed.lost))})" if placed.lost else ""
     return (

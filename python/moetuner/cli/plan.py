@@ -102,9 +102,10 @@ def command(
     """Plan which copies move when devices are lost, removed or added.
 
     RUNNING is the placement that serves: moetuner's own, or a map in any format of "moetuner
-    export". Copies go where they balance the loads of INPUT best. --out gets a placement on the
-    devices that serve, numbered anew, for "moetuner export". --steps gets the map by the numbers
-    that devices have now, and the steps, in an order in which no served expert loses its last copy.
+    export". Copies go where they balance the loads of INPUT best. The file of --out has
+    a placement on the devices that serve, numbered anew, for "moetuner export". The file of --steps
+    has the map by the numbers that devices have now, and the steps, in an order in which no served
+    expert loses its last copy.
 
     Parameters
     ----------
@@ -130,7 +131,7 @@ def command(
     contents |= {"expert_bytes": expert_bytes, "topology": topology.to_dict()}
     traffic = _count_loads(source, made)
     if table_file is not None:
-        window = source.replayed
+        window = source.replay_window
         contents |= _plan_losses(output, running, traffic, window, topology, change, table_file)
         output.finish(contents)
         return
@@ -143,7 +144,7 @@ def command(
             join=change.join,
             more_copies=more_copies,
             topology=topology,
-            window=source.replayed,
+            window=source.replay_window,
         )
     not_serving = sorted({*range(running.devices)} - {*planned.devices.tolist()})
     served = replace(
@@ -154,7 +155,7 @@ def command(
         model=running.model, topology=topology.name, settings=served.to_settings()
     )
     placement.save(out_file)
-    _show(output, planned, running, change, expert_bytes, source.replayed)
+    _show(output, planned, running, change, expert_bytes, source.replay_window)
     output.say(f"wrote {out_file}")
     contents |= {"out": str(out_file), "without": list(change.without)} | planned.to_dict()
     if steps_file is not None:
@@ -189,7 +190,7 @@ def _count_loads(source: Source, made: Made) -> RoutingStatistics:
     if order is not None:
         traffic = traffic.take(order)
     # Windows of all tokens, whatever their groups, as they are evaluated.
-    return count(traffic, count_loads, window=source.replayed, by_group=False)
+    return count(traffic, count_loads, window=source.replay_window, by_group=False)
 
 
 def _show(

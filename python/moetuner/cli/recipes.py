@@ -231,7 +231,7 @@ def _choose_windows(placed: Placed, worse: int | None) -> dict[str, Any]:
     sizes = placed.made.phases
     if set(sizes) <= set(WINDOWS) and len(sizes) > 1 and placed.source.window == WINDOWS[0]:
         return {"window": None, "phases": sizes[WINDOWS[1]]}
-    return {"window": placed.source.replayed and (worse or placed.source.replayed)}
+    return {"window": placed.source.replay_window and (worse or placed.source.replay_window)}
 
 
 def make_recipe_to_solve(

@@ -75,8 +75,9 @@ def command(
     """Compute a placement and write it.
 
     The placement is computed from all of INPUT. With --holdout it is computed from a part of INPUT
-    and judged on the other part, here and by "moetuner evaluate"; with --initial, too, what runs is
-    kept where the gain on that part may be chance. Ctrl-C writes the best placement so far.
+    and judged on the other part, here and by "moetuner evaluate". With --holdout and --initial, the
+    running placement is kept where the gain on that part may be chance. Ctrl-C writes the best
+    placement so far.
 
     Parameters
     ----------
@@ -94,7 +95,7 @@ def command(
     seen, judged_on = hold_out(source.traffic, holdout, seed=seed)
     # The default method counts only the tables that its objective needs.
     problem = wanted.problem(source, topology, seen, pairs=method != "joint")
-    judged_on = source.as_divided(judged_on, problem.serving)
+    judged_on = source.count_for_lp_split(judged_on, problem.serving)
     initial = moving.initial(source, problem, seed)
     size = wanted.expert_bytes(source, moving.expert_bytes)
     if initial is not None:
@@ -132,7 +133,7 @@ def command(
     if certificate_file is not None:
         failure = _prove(problem, result, certificate_file, output)
     settings = settings_for_json(problem) | moving.settings() | arguments
-    settings |= {"window": source.counted, "threads": threads, "holdout": holdout}
+    settings |= {"window": source.counting_window, "threads": threads, "holdout": holdout}
     contents: dict[str, Any] = {"input": source.facts(), "settings": settings}
     contents["placement"] = str(out_file)
     contents |= {"method": method, **outcome.to_dict(), **moves, "kept": keeps_running}
@@ -184,7 +185,7 @@ class ReplayedResult:
         for judgement in self.judgements.values():
             return judgement
         return judge_outcome(
-            self.before, self.outcome, source.traffic, source.replayed, by_group=True
+            self.before, self.outcome, source.traffic, source.replay_window, by_group=True
         )
 
     def show(self, output: Output, problem: Problem, *, held_out: bool) -> None:
@@ -226,7 +227,7 @@ def _replay(
     before = [blocks]
     if initial is not None and initial != blocks.placement:
         before.append(make_running_result(problem, initial))
-    serving = replace(problem.serving, window=source.replayed)
+    serving = replace(problem.serving, window=source.replay_window)
     outcomes = work.replay(
         [*before, result], problem, serving, judged_on, by_group=by_group, threads=source.threads
     )
@@ -238,7 +239,9 @@ def _write_judged(source: Source, problem: Problem, judged_on: Recording, holdou
     """Write on which traffic the result is judged, and in which windows."""
     sentence = FLATTERED
     if holdout:
-        sentence = write_held_out(judged_on, source.as_divided(source.traffic, problem.serving))
+        sentence = write_held_out(
+            judged_on, source.count_for_lp_split(source.traffic, problem.serving)
+        )
     return add_windows(sentence, source, judged_on)
 
 

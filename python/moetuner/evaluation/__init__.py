@@ -72,10 +72,10 @@ class Evaluation(Frozen):
     imbalance_mixed
         The same if sequences are served together, as by continuous batching: in windows of the same
         tokens in mixed order, or for counts, in means of 16 windows drawn at random. It depends on
-        the traffic's size, not on the placement alone: of up to 32 sequences eight run at once, of
-        more a quarter, up to 256; the more, the more even a window is. So figures compare only on
-        the same traffic, and those of groups not with that of all. Which run together is by chance:
-        another ``mixed_seed`` says how much that matters.
+        the traffic's size as well: the more sequences run at once, the more even a window is. Eight
+        run at once of up to 32 sequences, and a quarter, at most 256, of more. So compare it only
+        on the same traffic, and not between a group and all traffic. ``mixed_seed`` chooses which
+        sequences run together: other seeds show how much that matters.
     imbalance_total
         The same on the sum of all windows, averaged over layers.
     imbalance_worst
@@ -86,7 +86,7 @@ class Evaluation(Frozen):
     imbalance_per_layer
         Averaged over windows [L].
     imbalance_per_window
-        Averaged over layers [W]; where windows as recorded and mixed ones are weighed, as recorded.
+        Averaged over layers [W]; of the recorded order, where arrival weighs both orders.
     crossing
         Share of transitions whose two experts are on different devices.
     fanout, node_fanout
@@ -469,7 +469,8 @@ def _assign_homes(traffic: Recording, setting: Setting) -> NDArray[np.int64] | N
         raise ValueError("home needs a trace: statistics have no tokens")
     if not (serving.rule.is_hashed and serving.rule.is_even):
         raise ValueError(
-            f"home needs split 'even', got {serving.split!r}: others know homes only spread"
+            f"home needs split 'even', got {serving.split!r}: other splits assume homes spread "
+            "evenly"
         )
     return assign_homes(home, traffic.length, setting.placement.devices)
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _checks as check
-from moetuner.evaluation.reading import Integers, Rows, find_windows, read
+from moetuner.evaluation.reading import Integers, RowReader, find_windows, read
 from moetuner.evaluation.replay import Setting
 from moetuner.evaluation.samples import Folds
 from moetuner.recording import Recording
@@ -21,7 +21,7 @@ from moetuner.serving.splits import EVEN
 from moetuner.trace import as_trace
 
 # Counts of cells that are in memory at once.
-COUNTS_AT_ONCE = 1 << 25
+CELL_COUNTS_AT_ONCE = 1 << 25
 
 
 class Cells(NamedTuple):
@@ -106,7 +106,7 @@ class Dealt:
         )
         cells = int(np.count_nonzero(items[is_counted]))
         counts_of_window = max(cells * counts_of_cell // len(items), 1)
-        step = max(COUNTS_AT_ONCE // counts_of_window // multiple, 1) * multiple
+        step = max(CELL_COUNTS_AT_ONCE // counts_of_window // multiple, 1) * multiple
         for first in range(0, len(items), step):
             run = slice(first, min(first + step, len(items)))
             windows = run.start + np.flatnonzero(is_counted[run])
@@ -137,7 +137,7 @@ class Dealt:
             chosen_items.append(run.start + inside[cell >= 0])
             cells_of_items.append(cell[cell >= 0].astype(np.uint32))
         item, row = np.concatenate(chosen_items), np.concatenate(cells_of_items)
-        reader = Rows(
+        reader = RowReader(
             as_trace(self.traffic),
             self.items[item],
             lambda run: row[run],

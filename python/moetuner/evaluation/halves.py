@@ -37,7 +37,7 @@ CACHED_SETTINGS = 16
 # Primes that are 3 modulo 4. Each can halve up to one fold more.
 PRIMES = (3, 7, 11, 19)
 # Counts of halves of windows that are in memory at once.
-COUNTS_AT_ONCE = 1 << 20
+SIDE_COUNTS_AT_ONCE = 1 << 20
 # Share of the time that counting all of the traffic takes, before its halves.
 COUNTING_SHARE = 0.3
 
@@ -235,7 +235,7 @@ def _add_windows(
     is_counted = np.zeros(number, dtype=bool)
     if dealt.folds.number > 1:
         for sums in sums_by_setting:
-            is_counted |= sums.is_shared.repeat(-(-sums.window_size // size))[:number]
+            is_counted |= sums.needs_cells.repeat(-(-sums.window_size // size))[:number]
     runs = dealt.count_cells(
         is_counted,
         size,
@@ -277,7 +277,7 @@ class _FigureSums:
         self._items_by_fold = dealt.count_items(self.window_size)
         # A replay gives crossings of all windows together, so folds are counted in each window.
         self.has_crossing = "crossing" in names and has_tokens and dealt.traffic.layers > 1
-        self.is_shared = (np.count_nonzero(self._items_by_fold, axis=1) > 1) | self.has_crossing
+        self.needs_cells = (np.count_nonzero(self._items_by_fold, axis=1) > 1) | self.has_crossing
         self._pairs = (dealt.traffic.layers - 1) * (dealt.traffic.top_k or 1) ** 2
         if self.has_crossing:
             # Crossings by window are counted later; zeros keep their place until then.
@@ -289,9 +289,9 @@ class _FigureSums:
         is_first = choose_halvings(dealt.folds.number)
         # A side is the set of its folds, one bit each; all first sides, then all second ones [2*H].
         bits = 1 << np.arange(dealt.folds.number)
-        self._sides: list[int] = (np.concatenate([is_first, ~is_first]) @ bits).tolist()
+        self._side_bits: list[int] = (np.concatenate([is_first, ~is_first]) @ bits).tolist()
         # For each figure the sums of weight * value over windows, and of weights, by side [2,2*H].
-        self._sums = {name: np.zeros((2, len(self._sides))) for name in self._figures}
+        self._sums = {name: np.zeros((2, len(self._side_bits))) for name in self._figures}
 
     def add(self, run: slice, size: int, cells: Cells | None) -> None:
         """Add a run of short windows, of ``size`` items each, with the counts of their cells.
@@ -299,17 +299,17 @@ class _FigureSums:
         Short windows are as long as those of the setting with the shortest ones. One or several of
         them make a window of this setting. Without ``cells`` no folds share a window of the run.
         """
-        if not self._sides:
+        if not self._side_bits:
             return
         # Short windows in a window of this setting, and the run in windows of this setting.
         multiple = -(-self.window_size // size)
         begin, end = run.start // multiple, -(-run.stop // multiple)
-        counts_of_window = len(self._sides) * self._counts.load[0].size
-        step = max(COUNTS_AT_ONCE // max(counts_of_window, 1), 1)
+        counts_of_window = len(self._side_bits) * self._counts.load[0].size
+        step = max(SIDE_COUNTS_AT_ONCE // max(counts_of_window, 1), 1)
         for first in range(begin, end, step):
             windows = slice(first, min(first + step, end))
             # Sides that have the same folds in a window share a row of counts.
-            sides = _core.Sides(self._items_by_fold[windows], self._sides)
+            sides = _core.Sides(self._items_by_fold[windows], self._side_bits)
             _, side_items, window_items, row_of_side = sides.rows()
             counts = self._count_sides(sides, windows, multiple, cells)
             for name, figure in self._figures.items():

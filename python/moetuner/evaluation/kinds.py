@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moetuner import _checks as check
 from moetuner import _core
-from moetuner.evaluation.reading import Progress, Rows, read, scale_progress
+from moetuner.evaluation.reading import Progress, RowReader, read, scale_progress
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
@@ -425,7 +425,7 @@ def count_loads_by_label(
     layers = trace.layers if layers is None else layers
     chosen = check.evenly_spaced(trace.layers, layers)
     tokens, largest = np.arange(trace.tokens), int(check.counts(label, number).max(initial=1))
-    rows = Rows(trace, tokens, lambda run: label[run], number, largest)
+    rows = RowReader(trace, tokens, lambda run: label[run], number, largest)
     replay = rows.count_experts(len(chosen))
     read([rows], layers=chosen, progress=progress)
     load: Floats = replay.finish()[0].astype(np.float64)

@@ -44,8 +44,8 @@ def find_windows(run: slice, place: Integers | None, size: int) -> NDArray[np.in
     return position.astype(np.int64) // size
 
 
-class Rows:
-    """Tokens of a trace, the row of each, and the replays that count them.
+class RowReader:
+    """Reads tokens of a trace into rows of counts, under any number of placements.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ class Rows:
     @classmethod
     def by_window(
         cls, trace: RoutingTrace, tokens: Integers, window: int, place: Integers | None = None
-    ) -> Rows:
+    ) -> RowReader:
         """Build rows that are windows of ``window`` tokens, in the order in which these arrive."""
         number = max(-(-len(tokens) // window), 1)
         return cls(
@@ -131,7 +131,7 @@ class Rows:
 
 
 def read(
-    readers: Sequence[Rows],
+    readers: Sequence[RowReader],
     *,
     layers: Integers | None = None,
     threads: int | None = None,

@@ -17,7 +17,7 @@ from moetuner._checks import ArgumentError, instance
 from moetuner.evaluation import copies
 from moetuner.evaluation.arrival import Order, find_places, mix, mix_windows
 from moetuner.evaluation.options import ReplayOptions
-from moetuner.evaluation.reading import Progress, Rows, read
+from moetuner.evaluation.reading import Progress, RowReader, read
 from moetuner.files.cells import counted
 from moetuner.placement import EMPTY, Placement
 from moetuner.recording import Recording
@@ -60,7 +60,7 @@ class Counts:
     crossed
         For every token the share of its pairs of neighbouring layers' experts that are on different
         devices, summed over the tokens of a window [W]; None where these are not counted.
-    divided_load
+    lp_split_load
         Tokens of every device [L,D] if a linear programme splits those of all windows at once; None
         where that is the sum of ``load``.
     """
@@ -75,12 +75,12 @@ class Counts:
     active: Numbers | None
     is_full_window: NDArray[np.bool_]
     crossed: Floats | None = None
-    divided_load: Floats | None = None
+    lp_split_load: Floats | None = None
 
     @property
     def total_load(self) -> Numbers:
         """Tokens of every device, summed over windows [L,D]."""
-        return self.load.sum(axis=0) if self.divided_load is None else self.divided_load
+        return self.load.sum(axis=0) if self.lp_split_load is None else self.lp_split_load
 
     def select(self, windows: slice) -> Counts:
         """Return the counts of a run of windows; counts that have no windows stay as they are."""
@@ -126,7 +126,7 @@ class Setting:
         return replace(self, options=replace(self.options, **options))
 
     @property
-    def with_active(self) -> bool:
+    def needs_active_experts(self) -> bool:
         """True if times depend on how many experts have tokens."""
         model = self.serving.cost_model
         return model is not None and model.expert_us > 0
@@ -134,7 +134,7 @@ class Setting:
     @property
     def counts_slots(self) -> bool:
         """True if a replay counts the tokens of every slot, which gives the active copies."""
-        return self.with_active and self.placement.has_copies
+        return self.needs_active_experts and self.placement.has_copies
 
     @property
     def takes_turns(self) -> bool:
@@ -142,7 +142,7 @@ class Setting:
         return self.serving.rule.in_turns and self.placement.has_copies
 
     @property
-    def divides(self) -> bool:
+    def has_lp_split(self) -> bool:
         """True if a dispatcher splits all tokens of a window at once, by a linear programme."""
         return self.serving.rule.needs_windows and self.placement.has_copies
 
@@ -151,7 +151,7 @@ class Setting:
         """The share of its expert's tokens that every slot serves [L,D,S]."""
         return copies.compute_slot_shares(self.placement, self.topology, self.serving.split)
 
-    def begin_replay(self, rows: Rows, **options: Any) -> _core.Replay:
+    def begin_replay(self, rows: RowReader, **options: Any) -> _core.Replay:
         """Begin a replay of rows of tokens; ``options`` are the core's."""
         split = self.serving.rule.token_rule
         nodes = self.topology.node_of_device.tolist()
@@ -203,9 +203,9 @@ def count_each(
     if isinstance(traffic, RoutingStatistics):
         yield from _expected_counts(traffic, settings)
         return
-    if any(setting.divides for setting in settings):
+    if any(setting.has_lp_split for setting in settings):
         raise ArgumentError(
-            f"traffic must be counts for split {settings[0].serving.split!r}, which divides "
+            f"traffic must be counts for split {settings[0].serving.split!r}, which has_lp_split "
             "windows and no single tokens: RoutingStatistics.from_trace(trace, window=512)",
             "traffic",
         )
@@ -218,7 +218,7 @@ def count_each(
         group: _GroupReplay(trace, settings, rows, order)
         for group, rows in trace.group_rows().items()
     }
-    readers = [rows for replay in replays.values() for rows in replay.readers]
+    readers = [reader for replay in replays.values() for reader in replay.readers]
     read(readers, threads=settings[0].options.threads, progress=progress)
     # Numbers and places of tokens take more memory than all counts, and are not read again.
     del readers
@@ -237,7 +237,7 @@ def _expected_counts(
         by_group = {
             group: replace(
                 expected.counts(load[rows], is_full_window=is_full_window[rows]),
-                divided_load=expected.divide_all(load[rows]),
+                lp_split_load=expected.count_lp_split_of_all(load[rows]),
             )
             for group, rows in statistics.group_rows().items()
         }
@@ -263,28 +263,28 @@ class _GroupReplay:
         shortest = min(settings, key=lambda setting: setting.window or 0)
         self._window = shortest.window or max(len(tokens), 1)
         place = find_places(order, tokens)
-        rows = Rows.by_window(trace, tokens, self._window, place)
-        self.readers = [rows]
+        reader = RowReader.by_window(trace, tokens, self._window, place)
+        self.readers = [reader]
         # Each placement is replayed once, under the number of its first setting.
         self._first = [_find_first(setting.placement, settings) for setting in settings]
         self._replays = {
             first: settings[first].begin_replay(
-                rows, pairs=True, of_slots=settings[first].counts_slots
+                reader, pairs=True, of_slots=settings[first].counts_slots
             )
             for first in dict.fromkeys(self._first)
         }
         self._tallies: dict[int, tuple[Numbers, ...]] = {}
         all_count_slots = all(setting.counts_slots for setting in settings)
-        needs_active = shortest.with_active and not all_count_slots
+        needs_active = shortest.needs_active_experts and not all_count_slots
         has_experts = needs_active or shortest.serving.rule.by_home
-        self._experts = rows.count_experts() if has_experts else None
+        self._experts = reader.count_experts() if has_experts else None
         self._expert_load: Numbers | None = None
         self._mixed: dict[int, _core.Replay] = {}
         self._mixed_loads: dict[int, Numbers] = {}
         is_mixed = any(setting.options.mixed for setting in settings)
         if is_mixed and len(tokens) > self._window:  # one window is the same in any order
             mixed_place = mix(trace.sequence, tokens, place, seed=shortest.options.mixed_seed)
-            mixed = Rows.by_window(trace, tokens, self._window, mixed_place)
+            mixed = RowReader.by_window(trace, tokens, self._window, mixed_place)
             self.readers.append(mixed)
             for first in self._replays:
                 # Where copies take turns, loads of devices follow from those of experts.
@@ -386,7 +386,7 @@ def _count_by_experts(
     rows = copies.count_rows(placement, topology, split, visits.sum(axis=0), total_load)
     if slot_load is not None and setting.counts_slots:
         return rows, copies.count_busy_slots(placement, slot_load)
-    if not setting.with_active or load is None:
+    if not setting.needs_active_experts or load is None:
         return rows, None
     return rows, copies.count_active_experts(placement, share, load)
 
@@ -449,14 +449,14 @@ class Expected:
         )
         mixed = None
         if setting.options.mixed:
-            windows = window_load if self._divides else load
+            windows = window_load if self._has_lp_split else load
             full_windows = windows if is_full_window.all() else windows[is_full_window]
             mixed = np.empty((len(full_windows), *load.shape[1:]))
             for place, drawn in mix_windows(full_windows, seed=setting.options.mixed_seed):
-                mixed[place] = self._serve(drawn) if self._divides else drawn
+                mixed[place] = self._serve(drawn) if self._has_lp_split else drawn
         # A programme says how many tokens go where, not which: visits and rows assume even shares.
         even_load = load
-        if self._divides:
+        if self._has_lp_split:
             even_load = copies.serve(setting.placement, self._share, window_load)
         visits, node_visits = even_load, None
         if self._visits_per_load is not None:
@@ -478,20 +478,20 @@ class Expected:
             is_full_window=is_full_window,
         )
 
-    def divide_all(self, window_load: Numbers) -> Floats | None:
+    def count_lp_split_of_all(self, window_load: Numbers) -> Floats | None:
         """Compute tokens of devices [L,D] if a programme splits all windows [W,L,E] as one.
 
         None for other splits.
         """
-        if not self._divides:
+        if not self._has_lp_split:
             return None
         total: Floats = self._serve(window_load.sum(axis=0, keepdims=True))[0]
         return total
 
     @property
-    def _divides(self) -> bool:
+    def _has_lp_split(self) -> bool:
         """True if a programme splits tokens over copies; else shares are alike in all windows."""
-        return self._setting.divides
+        return self._setting.has_lp_split
 
     def _serve(self, load: Numbers) -> Floats:
         """Compute tokens that devices serve [W,L,D] from those of experts [W,L,E]."""

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner._checks import ArgumentError, array_in, instance, one_of, shown, whole_number
-from moetuner.evaluation.reading import Rows, read
+from moetuner.evaluation.reading import RowReader, read
 from moetuner.placement import Placement
 from moetuner.trace import RoutingTrace
 
@@ -79,7 +79,7 @@ def dispatch_rows(
         np.arange(trace.tokens) if position is None else _check_positions(position, trace.tokens)
     )
     device = np.arange(placement.devices)
-    rows = Rows(
+    rows = RowReader(
         trace,
         np.arange(trace.tokens),
         lambda run: homes[run],

@@ -54,8 +54,8 @@ SCORE_ALONE = 4.0
 # The autocorrelation time is at least so many times the mean lag, weighted by correlation. Both are
 # the same for a first-order autoregression that changes slowly.
 TIMES_MEAN_LAG = 4
-# Windows that are alike at a lag of more than one third of all are taken to recur for ever.
-RECURS = 3
+# Windows that are alike at a lag beyond 1 / 3 of all recur for the whole recording.
+RECURRING_PART = 3
 # Largest number of shares [W,L,E] that are compared; of more, evenly spaced layers are compared.
 CELLS = 1 << 23
 # Largest number of products of two shares, in the same way.
@@ -67,8 +67,8 @@ SHARE_SCALE = 1 << 16
 PIECE = 16
 # Most pieces of a trace.
 PIECES = 2048
-# Gaps between seen and held-out runs may take one fourth of the traffic.
-LOST = 4
+# Gaps between seen and held-out runs take at most 1 / 4 of the traffic.
+GAPS_PER_TRAFFIC = 4
 # Multiples of the golden ratio, modulo 1, are far from each other: so are the runs that consecutive
 # seeds hold out.
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -302,11 +302,10 @@ def measure_autocorrelation(
     """Compute the autocorrelation of windows from their loads [W,L,E], each group around its mean.
 
     The autocovariance of expert shares, summed over experts and layers, is compared with that of
-    any two windows. Lags are taken in neighbouring pairs (Geyer 1992), as windows that take turns
-    are alike at every second lag only. They count up to the first pair that is not beyond chance,
-    and up to the furthest single lag that clearly is, for windows that take longer turns. The
-    integrated autocorrelation time is their sum over the variance without the noise of tokens,
-    which no two windows share.
+    any two windows. Lags are taken in pairs (Geyer 1992), because windows that alternate are alike
+    at every second lag only. Lags count up to the first pair that is not beyond chance; for longer
+    periods, up to the last single lag that is clearly beyond it. The integrated autocorrelation
+    time is the sum of these autocovariances over the variance without the noise of tokens.
     """
     share, noise = _compute_shares(load, group)
     merged = 1  # windows in one
@@ -333,7 +332,7 @@ def measure_autocorrelation(
     # process stays alike as long as ever: the mean lag shows it.
     mean_lag = float((np.arange(1, len(correlation) + 1) * correlation).sum()) / time
     time = max(time, TIMES_MEAN_LAG * mean_lag)
-    if len(covariance) > len(share) / RECURS:
+    if len(covariance) > len(share) / RECURRING_PART:
         # Windows that recur up to the end are worth no more than those of one period.
         time = max(time, float(weight[-1] * len(covariance)))
     last_lag = int(np.flatnonzero(weight >= 1 / 2).max(initial=-1)) + 1
@@ -439,8 +438,8 @@ def hold_out(
     ----------
     traffic
         A trace is split by sequence, or by kind where its sequences are of few kinds. Where many
-        run at once, tokens of times that follow each other are laid beside each other, so that
-        consecutive tokens of a part are of as many sequences as before. Without sequences, and for
+        sequences run at once, runs of a part's tokens are interleaved, so that a window of the part
+        has tokens of about as many sequences as a window of the whole. Without sequences, and for
         a load table, single windows are drawn where neighbours are no more alike than any two. Else
         runs of windows are held out, and both parts leave out the windows within a correlation
         length of these.
@@ -491,9 +490,9 @@ def hold_out(
         unseen = np.isin(np.arange(number), rng.permutation(number)[:count])
         return traffic.take(~unseen), traffic.take(unseen)
     seen, unseen = np.zeros((2, number), dtype=bool)
-    for stretch in split_into_stretches(traffic.group, number):
-        chosen = choose_runs(len(stretch), holdout, gap, seed)
-        seen[stretch], unseen[stretch] = chosen
+    for section in split_into_sections(traffic.group, number):
+        chosen = choose_runs(len(section), holdout, gap, seed)
+        seen[section], unseen[section] = chosen
     return traffic.take(seen), traffic.take(unseen)
 
 
@@ -543,12 +542,12 @@ def choose_piece_size(trace: Recording) -> int:
     return max(PIECE, -(-trace.length // PIECES))
 
 
-def split_into_stretches(group: NDArray[np.integer[Any]] | None, number: int) -> list[Integers]:
-    """Split items [n] into stretches of time, so that no group is in two of them.
+def split_into_sections(group: NDArray[np.integer[Any]] | None, number: int) -> list[Integers]:
+    """Split items [n] into sections of time, so that no group is in two of them.
 
-    Some of each stretch is held out, so that both parts have the same mix of groups. Groups that
-    take turns are in one stretch, as they may be alike at one time. Groups of few items have no
-    stretch of their own.
+    Some of each section is held out, so that both parts have the same mix of groups. Groups that
+    take turns are in one section, as they may be alike at one time. Groups of few items have no
+    section of their own.
     """
     if group is None:
         return [np.arange(number)]
@@ -571,11 +570,11 @@ def choose_runs(
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Return which windows or tokens [n] are seen, and which runs of them are held out.
 
-    A gap lies between seen and held-out ones. There are as many runs as lose at most a quarter of
-    all to gaps, and at least one. Where there are two items or more, both parts have some. A run
+    A gap lies between seen and held-out ones. As many runs are held out as keep the gaps within a
+    quarter of all, and at least one. Where there are two items or more, both parts have some. A run
     has the items of all groups at a time, as two groups may be alike at one time.
     """
-    periods = max(number // (2 * LOST * gap), 1)
+    periods = max(number // (2 * GAPS_PER_TRAFFIC * gap), 1)
     length = number / periods
     gap = min(gap, max(int(length - 2) // 2, 0))
     longest = max(int(length) - 2 * gap - 1, 1)

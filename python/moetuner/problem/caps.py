@@ -86,7 +86,7 @@ class Caps:
     def peaks(self, placement: Placement) -> Floats:
         """Compute the largest load over speed of a device in every layer [L]."""
         total = self.load[None].astype(np.float64)
-        return np.asarray(slowest(placement, total, self.topology, self.split)[0])
+        return np.asarray(compute_slowest_load(placement, total, self.topology, self.split)[0])
 
     def excess(self, placement: Placement) -> Floats:
         """Compute the relative excess of a placement over the cap [L]; 0 where it keeps the cap."""
@@ -107,7 +107,9 @@ class Caps:
         ]
 
 
-def slowest(placement: Placement, load: Floats, topology: Topology, split: Split) -> Floats:
+def compute_slowest_load(
+    placement: Placement, load: Floats, topology: Topology, split: Split
+) -> Floats:
     """Compute the largest load over speed of a device [W,L], from the load of experts [W,L,E]."""
     served = copies.count_loads(placement, topology, split, load)
     slowest: Floats = (served / topology.speed_of_device).max(axis=2)

@@ -1,4 +1,4 @@
-"""Objective: the value of a placement to a problem. No other module compares goals and regimes."""
+"""Objective: the value of a placement to a problem, for every goal and regime."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moetuner.evaluation import copies, figures, losses, replay
 from moetuner.evaluation.losses import Domain
 from moetuner.evaluation.options import ReplayOptions
 from moetuner.placement import Placement, blocks
-from moetuner.problem.caps import slowest
+from moetuner.problem.caps import compute_slowest_load
 from moetuner.problem.windows import Windows
 from moetuner.serving import Serving, phases
 from moetuner.statistics import ExpertSets, RoutingStatistics
@@ -280,7 +280,7 @@ class Objective:
     @property
     def _words(self) -> tuple[str, str, str]:
         """Unit, text of a value, and nearest figure."""
-        if self.goal == "traffic" and self.counts_visits:
+        if self.goal == "traffic" and self.has_expert_sets:
             return WORDS["visits"]
         return WORDS[self.regime if self.goal == "traffic" else self.goal]
 
@@ -364,13 +364,13 @@ class Objective:
     @property
     def sets(self) -> tuple[ExpertSets, ...] | None:
         """Expert sets whose visits the objective counts; None if it counts none."""
-        is_counted = self.counts_visits and self.goal != "balance"
+        is_counted = self.has_expert_sets and self.goal != "balance"
         return self.statistics.sets if is_counted else None
 
     @property
     def coactivation(self) -> NDArray[np.uint64] | None:
         """Co-activation [L,E,E] in place of expert sets that were not counted; None otherwise."""
-        lacks_sets = self.regime == "dispatch" and not self.counts_visits
+        lacks_sets = self.regime == "dispatch" and not self.has_expert_sets
         return self._counted_pairs if lacks_sets else None
 
     @property
@@ -432,7 +432,7 @@ class Objective:
 
     def _slowest(self, placement: Placement) -> Callable[[Floats], Floats]:
         """Return a function from loads [W,L,E] to the slowest device's load over speed [W,L]."""
-        return lambda load: slowest(placement, load, self.topology, self.serving.split)
+        return lambda load: compute_slowest_load(placement, load, self.topology, self.serving.split)
 
     def _layer_times(self, placement: Placement) -> Callable[[Floats], Floats]:
         """Return a function from loads [W,L,E] to predicted microseconds over L [W,L]."""
@@ -441,7 +441,7 @@ class Objective:
         follows = self.regime == "follow"
         expected = replay.Expected(self.statistics, setting, follows=follows, visits=visits)
         # Home devices follow from the load of all windows, which may come in several chunks.
-        total = None if self.windows.load.dtype == np.float64 else self.windows.total[None]
+        total = None if self.windows.are_few else self.windows.total[None]
 
         def times(load: Floats) -> Floats:
             counts = expected.counts(load, total)
@@ -452,7 +452,7 @@ class Objective:
     # Traffic, for every goal.
 
     @property
-    def counts_visits(self) -> bool:
+    def has_expert_sets(self) -> bool:
         """True if expert sets were counted, so that traffic is the devices that tokens visit."""
         return self.regime == "dispatch" and self.statistics.sets is not None
 
@@ -467,7 +467,7 @@ class Objective:
     @property
     def counts_pairs(self) -> bool:
         """True if the goal is traffic of pairs: its bounds are integer costs."""
-        return self.goal == "traffic" and not self.counts_visits
+        return self.goal == "traffic" and not self.has_expert_sets
 
     @property
     def pairs(self) -> NDArray[np.uint64] | None:
@@ -478,7 +478,7 @@ class Objective:
     @property
     def has_traffic(self) -> bool:
         """True if the tables of the regime's traffic were counted: expert sets or pairs."""
-        return self.counts_visits or self.pairs is not None
+        return self.has_expert_sets or self.pairs is not None
 
     @_recall
     def traffic(self, placement: Placement) -> float:
@@ -486,7 +486,7 @@ class Objective:
 
         With one copy of each expert it is ``cost`` over ``scale``; with copies, its expectation.
         """
-        if self.counts_visits:
+        if self.has_expert_sets:
             return float(self._visits(placement).sum())
         if not placement.has_copies:
             return self.cost(placement) / self.scale
@@ -500,7 +500,7 @@ class Objective:
 
     def layers_traffic(self, placement: Placement) -> Floats:
         """Compute the contribution of every layer [L] to the traffic of dispatch; 0 for follow."""
-        if self.counts_visits:
+        if self.has_expert_sets:
             return self._visits(placement)
         has_pairs = self.regime == "dispatch" and self.has_traffic
         return self._compute_apart(placement) if has_pairs else np.zeros(self.statistics.layers)

@@ -95,7 +95,7 @@ class Windows:
 
     def chunks(self) -> Iterator[Floats]:
         """Yield the loads of all windows in double precision, in chunks [w,L,E]."""
-        if self.load.dtype == np.float64:
+        if self.are_few:
             yield self.load
         else:
             for chunk in chunks(len(self.load), self.load[0].size):
@@ -124,7 +124,7 @@ class Windows:
     @cached_property
     def searched(self) -> Windows:
         """Windows for searches: these, or if they are many, the means of clusters."""
-        if self.load.dtype == np.float64:
+        if self.are_few:
             return self
         if self.by_size:
             return _concatenate([windows.searched for windows in self.by_size])
@@ -138,7 +138,7 @@ class Windows:
             is_same = all(map(operator.is_, samples, self.by_size))
             return self if is_same else _concatenate(samples)
         used = np.flatnonzero(self.weight[: len(self.load)] > 0)
-        if self.load.dtype == np.float64 or len(used) <= SAMPLED:
+        if self.are_few or len(used) <= SAMPLED:
             return self
         chosen = used[evenly_spaced(len(used), SAMPLED)]
         # Windows of mixed arrival stay as they are.
@@ -173,15 +173,20 @@ class Windows:
                 clusters.append((label, members, total / len(members)))
         return clusters
 
-    def reweighed(self, factor: float, reference: float) -> Windows:
+    def scale_weights(self, factor: float, reference: float) -> Windows:
         """Return these windows with their weights multiplied by a factor, and with a reference."""
         changed = replace(
             self, weight=factor * self.weight, reference=np.full(len(self), reference)
         )
-        if factor > 0 and self.load.dtype != np.float64:
+        if factor > 0 and not self.are_few:
             # Tokens and clusters do not depend on weights.
             vars(changed).update({name: getattr(self, name) for name in ("tokens", "clusters")})
         return changed
+
+    @property
+    def are_few(self) -> bool:
+        """True if searches use these windows as they are: then loads are in double precision."""
+        return self.load.dtype == np.float64
 
     @property
     def is_mean(self) -> bool:
@@ -198,7 +203,7 @@ class Windows:
         worst: Floats = np.max(values, axis=0)
         return worst
 
-    def reweight(self, cost: Floats, reference: Floats) -> Floats:
+    def find_deciding_weights(self, cost: Floats, reference: Floats) -> Floats:
         """Return weights [W] under which the mean over windows has the value of these costs."""
         worst = max(
             self._find_competing(), key=lambda counted: float(self._value(cost, reference, counted))
@@ -325,7 +330,7 @@ def _join_windows(
         scale = np.ones(len(runs))
         if len(runs) < FILLED:
             steps = int((statistics.is_full_window & (label == number)).sum())
-            count = steps // _size_of_mean(times, steps)
+            count = steps // choose_mean_size(times, steps)
             runs = np.array_split(np.flatnonzero(label == number), count)
             totals = np.array([tokens[run].sum() for run in runs])
             scale = times * max(tokens.max(), 1) / np.maximum(totals, 1)
@@ -342,12 +347,12 @@ def _join_windows(
     return narrow(np.stack(loads)[order]), None if statistics.group is None else group, weight
 
 
-def _size_of_mean(size: int, windows: int) -> int:
-    """Return of how many seen windows a mean varies as much as one of ``size`` unseen windows.
+def choose_mean_size(size: int, windows: int) -> int:
+    """Return how many seen windows to average, so that means vary like those of unseen windows.
 
-    Means of unseen windows vary more around the mean of the seen ones than means of seen windows
-    do. Chance adds twice a window's variance over the number of windows; similar neighbours add
-    more. Means of fewer seen windows vary as much as those of ``size`` unseen ones.
+    Means of ``size`` unseen windows vary more around the mean of the seen ones than means of seen
+    windows do. Chance adds twice a window's variance over the number of windows; similar neighbours
+    add more. So fewer seen windows are averaged.
     """
     return max(int(1 / (1 / size + UNSEEN / windows)), 1)
 
@@ -356,14 +361,14 @@ def _mix_windows(statistics: RoutingStatistics, weight: Floats, count: int, time
     """Return windows of mixed arrival [M,L,E], each as long as ``times`` counted ones.
 
     A longer step has tokens of more sequences. Each window is a mean of few counted ones
-    (``_size_of_mean``), so that a search separates experts whose loads rise together from prompt to
-    prompt.
+    (``choose_mean_size``), so that a search separates experts whose loads rise together from
+    prompt to prompt.
     """
     steps = slice(None) if statistics.is_full_window.all() else statistics.is_full_window
     load, weight, size = statistics.window_load[steps], weight[steps], WINDOWS_MIXED
     if times > 1:
         count, size = max(count, FEWEST), LONGER * WINDOWS_MIXED
-    drawn = mix_windows(load, weight, count, size=_size_of_mean(size, len(load)))
+    drawn = mix_windows(load, weight, count, size=choose_mean_size(size, len(load)))
     mean = np.concatenate([load for _, load in drawn]) * times
     return _draw_tokens(mean, float(weight.mean()))
 
@@ -421,7 +426,7 @@ def join_sizes(
     )
     return _concatenate(
         [
-            windows.reweighed(scale * unit, cost)
+            windows.scale_weights(scale * unit, cost)
             for windows, scale, cost in zip(by_size, scales, costs, strict=True)
         ]
     )
@@ -435,7 +440,7 @@ def _concatenate(by_size: Sequence[Windows]) -> Windows:
         [*extra_chunks, *(chunk for windows in others for chunk in windows.chunks())]
     )
     load = first.load
-    if load.dtype == np.float64:
+    if first.are_few:
         load, extra = np.concatenate([load, extra]), None
     groups = [windows.group for windows in by_size if windows.group is not None]
     references = [windows.reference for windows in by_size if windows.reference is not None]

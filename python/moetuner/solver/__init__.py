@@ -16,8 +16,8 @@ from moetuner.solver.bounds.certificate import Certificate
 from moetuner.solver.bounds.verification import verify
 from moetuner.solver.budget import Budget, History, Progress
 from moetuner.solver.effort import EFFORTS
-from moetuner.solver.methods import ALIASES, METHODS, SEARCHES, Method
-from moetuner.solver.pareto import Trade, find_first, pareto
+from moetuner.solver.methods import ALIASES, METHODS, METHODS_WITH_INITIAL, Method
+from moetuner.solver.pareto import Trade, pareto, search_fewest_moves
 from moetuner.solver.planning import Plan, plan, plan_losses
 from moetuner.solver.result import Details, Result
 from moetuner.solver.run import Moves, Run
@@ -37,10 +37,10 @@ __all__ = [
     "Result",
     "Trade",
     "balance",
-    "find_first",
     "pareto",
     "plan",
     "plan_losses",
+    "search_fewest_moves",
     "solve",
     "verify",
 ]
@@ -127,7 +127,7 @@ def solve(
     one_of("method", name, METHODS)
     seed = seed_in(seed)
     budget = Budget(time_limit, iterations, gap, threads, progress, effort)
-    stages, searched, moves = METHODS[name], name in SEARCHES, None
+    stages, searched, moves = METHODS[name], name in METHODS_WITH_INITIAL, None
     not_negative("expert_bytes", expert_bytes, "number of bytes")
     if initial is None:
         if move_cost or (move_budget is not None and move_budget < np.inf):

@@ -114,7 +114,7 @@ def list_sampling_facts(problem: Problem) -> dict[str, int]:
     facts, windows = {}, problem.windows
     if windows.searched is not windows and problem.goal != "traffic":
         facts = {"windows": len(windows), "windows_searched": len(windows.searched)}
-    if problem.objective_function.counts_visits and problem.statistics.set_tokens is not None:
+    if problem.objective_function.has_expert_sets and problem.statistics.set_tokens is not None:
         facts["set_tokens"] = problem.statistics.set_tokens
     return facts
 

@@ -27,7 +27,7 @@ Method = Literal[
 ]
 
 METHODS: dict[str, tuple[Stage, ...]] = {
-    # Everything else can only add to what the search finds.
+    # It has the stages of heuristic, and proofs.
     "joint": (FLOOR, PARTITIONS, SEARCH, PAIR_BOUND, VISIT_BOUND, LOAD_BOUND),
     "paper": (PAPER,),
     "heuristic": (FLOOR, SEARCH),
@@ -40,6 +40,6 @@ METHODS: dict[str, tuple[Stage, ...]] = {
     "exflow": (Stage(baselines.exflow),),
 }
 # Methods that can begin from a placement that runs.
-SEARCHES = ("joint", "heuristic")
+METHODS_WITH_INITIAL = ("joint", "heuristic")
 # The paper calls its method MoETuner, and so did this package.
 ALIASES = {"moetuner": "paper"}

@@ -15,7 +15,7 @@ from moetuner.problem import Problem
 from moetuner.solver.answer import make_placement, with_origin
 from moetuner.solver.bounds.caps import cap_report
 from moetuner.solver.budget import Budget, History, Progress
-from moetuner.solver.methods import METHODS, SEARCHES, Method
+from moetuner.solver.methods import METHODS, METHODS_WITH_INITIAL, Method
 from moetuner.solver.run import Incumbent, Moves, Run, Stage
 from moetuner.solver.stages.front import Front, undominated
 from moetuner.solver.stages.moves import (
@@ -121,7 +121,7 @@ def pareto(
     """
     instance("problem", problem, Problem, hint=", such as Problem(statistics, topology)")
     positive("expert_bytes", expert_bytes, "number of bytes")
-    one_of("method", method, SEARCHES)
+    one_of("method", method, METHODS_WITH_INITIAL)
     seed = seed_in(seed)
     problem.check_running(initial)
     budget = Budget(time_limit, iterations, None, threads, progress, effort)
@@ -146,7 +146,7 @@ def pareto(
     ]
 
 
-def find_first(
+def search_fewest_moves(
     problem: Problem,
     initial: Placement,
     enough: float,

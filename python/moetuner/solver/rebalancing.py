@@ -28,11 +28,12 @@ LARGEST_MOVE = 0.19
 ALWAYS_ALLOWED = 8
 # Least gain that is worth moving a layer's experts, as a share of its slowest device's time.
 DEAD_ZONE = 0.005
-# Standard deviation of a count by chance, in those of a count of independent tokens.
+# Standard deviation of a count, over that of a count of independent tokens.
 DEVIATIONS = 1.0
-# Part of ``deviations`` that windows must gain: half of the differences between devices may be
-# chance, and a quarter of a device's slots change (``Change::raise_threshold`` in the core).
-WARY = 0.5**0.5
+# Factor on ``deviations`` for windows: sqrt(f (1 - p)) / p, where a part p = 1/2 of the differences
+# between devices lasts, and a part f = 1/4 of a device's slots changes
+# (``LoadChange::require_gain_beyond_chance`` in the core).
+CHANCE_FACTOR = 0.5**0.5
 # Most layers by which the memory for windows is chosen.
 MEMORY_LAYERS = 8
 # A longer memory is taken if its squared error is larger by at most this share.
@@ -250,7 +251,7 @@ class _Live:
         copy_costs = _copy_costs(slots, load, self.time, np.where(free, 0.0, share))
         end = _place(load, start, copy_costs, self.time, pairs)
         choices.append(keep_slots(slots, end, np.full(slots.shape[:2], slots.shape[2])))
-        return choose(choices, self.dead_zone, self.deviations * WARY)
+        return choose(choices, self.dead_zone, self.deviations * CHANCE_FACTOR)
 
 
 def weigh_windows(windows: Floats) -> tuple[Floats, bool]:

@@ -2,8 +2,8 @@
 
 A method is a list of stages. A stage says whether it applies and how much time it needs. It takes
 the problem and the best placement from the run, and offers placements. The run fills the slots of
-an offered placement, judges it and ranks it: by slots, pins and bans first, then by load above the
-caps, then by the objective with moves at their price.
+an offered placement, judges it and ranks it: by slots, pinned and forbidden experts first, then by
+load above the caps, then by the objective with moves at their price.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ class Incumbent:
     slots
         Expert ids [L,D,S].
     excess
-        Part by which load exceeds the caps, summed over layers; infinite where slots, pins or bans
-        are broken, which a stage may ignore.
+        Part by which load exceeds the caps, summed over layers; infinite where rules of slots,
+        pinned or forbidden experts are broken, which a stage may ignore.
     value
         The objective in the windows that a search sees, plus the price of moves.
     by
@@ -193,7 +193,7 @@ class Run:
         # all.
         self.sees_all = problem.windows.searched is problem.windows
         self.objective = problem.objective_function
-        # Where there are even more, a sample ranks the few placements that are compared in the end.
+        # Where there are very many, the answer is chosen by a sample of them.
         self.final_objective = problem.objective_function
         if not self.sees_all:
             self.objective = problem.objective_searched
@@ -205,7 +205,7 @@ class Run:
         self.details = Details()
         self.interrupted = self.cut = False
         # Seconds that it takes to judge a placement, by the windows searched and by all windows.
-        self.judging = self.judging_all = 0.0
+        self.judge_seconds = self.final_judge_seconds = 0.0
 
     @cached_property
     def is_tiny(self) -> bool:
@@ -261,7 +261,7 @@ class Run:
             reserves = [stage.reserve(self, seconds_left) for stage in later if stage.applies(self)]
             reserved = max(reserves, default=0.0)
         # Time to judge what the stage offers, and in the end the best and a start on all windows.
-        keep = self.judging + 2 * self.judging_all if self.incumbents else 0.0
+        keep = self.judge_seconds + 2 * self.final_judge_seconds if self.incumbents else 0.0
         stage_budget = budget.within((1 - reserved) * stage.share(self), keep=keep)
         seconds = stage_budget.seconds_left
         if self.incumbents and seconds is not None and seconds <= stage.least(self):
@@ -307,7 +307,7 @@ class Run:
             self._ranks[key] = rank
         excess, value = self._with_moves(rank, moves)
         incumbent = Incumbent(slots, excess, value, by, role, is_start, moves)
-        self.judging = max(self.judging, self.budget.elapsed - begin)
+        self.judge_seconds = max(self.judge_seconds, self.budget.elapsed - begin)
         return incumbent
 
     def _rank(self, slots: Slots, moves: int, objective: Objective) -> tuple[float, float]:
@@ -352,7 +352,7 @@ class Run:
             is_objective = self.sees_all and (self.moves is None or not self.moves.price)
             if report is not None and is_objective and not best.excess:
                 report(Progress(0.0, by, best.value, is_step=True))
-        if is_start and not (self.sees_all or self.judging_all or self.budget.is_over()):
+        if is_start and not (self.sees_all or self.final_judge_seconds or self.budget.is_over()):
             self._estimate_final_rank(incumbent)
         if interrupted:
             raise KeyboardInterrupt
@@ -410,7 +410,7 @@ class Run:
         """Compute the rank of an incumbent by all windows; by a sample of very many."""
         begin = self.budget.elapsed
         rank = self._rank(incumbent.slots, incumbent.moves, self.final_objective)
-        self.judging_all = max(self.judging_all, self.budget.elapsed - begin)
+        self.final_judge_seconds = max(self.final_judge_seconds, self.budget.elapsed - begin)
         return rank
 
     # Proofs.

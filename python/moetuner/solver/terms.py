@@ -75,7 +75,12 @@ def make_site(problem: Problem, *, caps: Floats | None = None, nearest: bool | N
 
 @dataclass(frozen=True)
 class TimeCosts:
-    """Times of weights and rows, in tokens: arguments of ``Layers.price_time``."""
+    """Times of weights and rows, in tokens: arguments of ``Layers.price_time``.
+
+    A device takes the longer of ``base + expert * active experts + exposed * tokens`` and its
+    tokens, and ``start`` to begin. A row at the busiest port costs ``row``. ``counted`` is True if
+    rows are the visits of expert sets or pairs, else they are tokens.
+    """
 
     base: float
     expert: float
@@ -149,7 +154,7 @@ def core_layers(
         nearest=site.nearest,
         norm=setting.norm,
         noise=setting.noise,
-        mixed=setting.mixed,
+        mixed=setting.mean_weight,
         rules=site.rules,
     )
     # Time comes first: it may change the cost of a token.

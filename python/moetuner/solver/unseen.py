@@ -25,28 +25,29 @@ NOISE = 0.25
 # Fewest windows with which noise can be told from structure.
 FEWEST_WINDOWS = 2
 # Weight of the mean of all windows, as a part of the weight of all windows.
-MIXED = 1.0
+MEAN_WEIGHT = 1.0
 
 
 @dataclass(frozen=True)
 class SearchSetting:
-    """The order of the norm that stands for the largest device load of a window; 0 for the maximum.
+    """How a search stands in for unseen windows.
 
-    ``noise`` is the part of experts' variance between windows that counts as noise, and ``mixed``
-    the weight of the mean of all windows. Details are None before windows are seen.
+    ``norm`` is the order of the norm that stands for the largest device load of a window; 0 for the
+    maximum. ``noise`` is the part of experts' variance between windows that counts as noise, and
+    ``mean_weight`` the weight of the mean of all windows. Details are None before windows are seen.
     """
 
     norm: int = 0
     noise: float = 0.0
-    mixed: float = 0.0
+    mean_weight: float = 0.0
     details: UnseenDetails | None = None
 
 
-def setting_for(load: Floats, weight: Floats, *, large: bool) -> SearchSetting:
+def choose_search_setting(load: Floats, weight: Floats, *, large: bool) -> SearchSetting:
     """Return how to search on windows [W,L,E] of weights [W], of ``large`` layers or not."""
     used = np.count_nonzero((weight > 0) & load.any(axis=(1, 2)))
     if used < FEWEST_WINDOWS:
         return SearchSetting(details=UnseenDetails("maximum", "too few windows"))
     chosen = f"norm {NORM}, noise" + (", mixed" if large else "")
-    mixed = MIXED if large else 0.0
-    return SearchSetting(NORM, NOISE, mixed, UnseenDetails(chosen, f"for {used} windows"))
+    mean_weight = MEAN_WEIGHT if large else 0.0
+    return SearchSetting(NORM, NOISE, mean_weight, UnseenDetails(chosen, f"for {used} windows"))

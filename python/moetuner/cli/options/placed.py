@@ -57,10 +57,10 @@ def read_made(path: Path, placement: Placement) -> Made:
 
 def add_windows(sentence: str, source: Source, judged_on: Recording, groups: str = "") -> str:
     """Add to a sentence the size of windows, the traffic that is in none, and ``groups``."""
-    if not source.counted:
+    if not source.counting_window:
         return sentence
-    rest = write_left_out(judged_on, source.replayed)
-    windows = [f"Windows have {source.counted:,} tokens", rest, groups]
+    rest = write_left_out(judged_on, source.replay_window)
+    windows = [f"Windows have {source.counting_window:,} tokens", rest, groups]
     return f"{sentence} {'; '.join(filter(None, windows))}."
 
 
@@ -204,10 +204,10 @@ class Placed:
                 )
         facts: dict[str, Any] = {"part": "all", "is_seen": is_seen}
         if is_seen and share:
-            unseen = source.as_divided(unseen, self.serving)
+            unseen = source.count_for_lp_split(unseen, self.serving)
             judged_on, sentence = unseen, write_held_out(unseen, judged_on)
             facts = {"part": "unseen", "is_seen": False, "holdout": share}
-        groups = name_short_groups(judged_on, self.source.counted)
+        groups = name_short_groups(judged_on, self.source.counting_window)
         return seen, judged_on, add_windows(sentence, self.source, judged_on, groups), facts
 
     def _fingerprint(self, traffic: Recording) -> str | None:
@@ -257,7 +257,7 @@ class Placed:
                 figure=figure or self.made.figure,
                 measures=self._choose_measures(measures),
                 by_group=by_group,
-                units=find_samples(self.source.traffic, window=self.source.replayed),
+                units=find_samples(self.source.traffic, window=self.source.replay_window),
                 names=names,
                 progress=show_shares(report, "", then="intervals"),
             )
@@ -304,7 +304,7 @@ class Placed:
     def differences(self) -> Iterator[str]:
         """Write how traffic is served, and differences between options and settings."""
         yield from self.serving.explain()
-        made, now = self.made, self.source.counted
+        made, now = self.made, self.source.counting_window
         sizes = made.phases
         if now is not None and sizes and now not in sizes:
             where = phases.describe(sizes) or f"windows of {next(iter(sizes)):,} tokens"
@@ -352,7 +352,7 @@ class Placed:
 
     def contents(self, **settings: Any) -> dict[str, Any]:
         """Return INPUT, settings with further ones, and the traffic judged on, for JSON."""
-        current = self.serving.facts() | {"window": self.source.counted}
+        current = self.serving.facts() | {"window": self.source.counting_window}
         return {
             "input": self.source.facts(),
             "settings": current | settings,

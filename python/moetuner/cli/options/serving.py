@@ -143,7 +143,7 @@ class ServingOptions:
             engine=self.engine,
             recorded=recorded,
             weight_bits=source.weight_bits,
-            window=source.replayed,
+            window=source.replay_window,
             top_k=source.top_k,
             waterfill=self.given.get("waterfill"),
         )

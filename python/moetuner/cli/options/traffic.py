@@ -168,12 +168,12 @@ class Source(FileHints):
         return traffic.per_step(self.tokens_per_step, top_k=top_k)
 
     @property
-    def counted(self) -> int | None:
+    def counting_window(self) -> int | None:
         """Tokens per window, counted or to be counted; None if unknown."""
-        return self.replayed or self.traffic.window
+        return self.replay_window or self.traffic.window
 
     @property
-    def replayed(self) -> int | None:
+    def replay_window(self) -> int | None:
         """Tokens per window of a replay; None if windows are counted already."""
         return (self.window or WINDOW) if self.traffic.ordered else None
 
@@ -190,7 +190,7 @@ class Source(FileHints):
         """Count INPUT, or a part of it, with expert sets and groups."""
         return self.count(traffic, sets=True, by_group=traffic.group is not None)
 
-    def as_divided(self, traffic: Traffic, serving: Serving) -> Traffic:
+    def count_for_lp_split(self, traffic: Traffic, serving: Serving) -> Traffic:
         """Return INPUT, or a part of it, counted if the split divides whole windows together."""
         return self.count_all(traffic) if serving.rule.needs_windows else traffic
 

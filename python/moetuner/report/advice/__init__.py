@@ -35,7 +35,7 @@ from moetuner.report.advice.judging import (
     judge_trials,
     name_groups,
 )
-from moetuner.report.advice.request import Holdout, Request, count_running_slots, split_traffic
+from moetuner.report.advice.request import Holdout, Request, count_running_slots, make_holdout
 from moetuner.report.advice.step import find_step
 from moetuner.report.advice.sweep import sweep
 from moetuner.report.advice.trial import PROPOSED, RUNNING, Trial, try_out
@@ -242,7 +242,7 @@ def _advise(request: Request, splits: int) -> Advice:
     # Other splits would be the same where nothing is held out, and where unseen traffic was given.
     splits = splits if request.is_held_out and request.unseen is None else 1
     request.progress("counting the seen traffic")
-    holdout = split_traffic(request, check.nth_seed(request.seed, 0))
+    holdout = make_holdout(request, check.nth_seed(request.seed, 0))
     copies = sweep(request, holdout)
     chosen_copies, larger_copies = _choose_copies(request, copies)
     trials = _try_splits(request, holdout, chosen_copies, splits)
@@ -314,7 +314,7 @@ def _try_splits(request: Request, holdout: Holdout, copies: int, splits: int) ->
     trials: list[Trial] = []
     for number in range(splits):
         request.progress(f"split {number + 1} of {splits}: solving and judging")
-        split = split_traffic(request, check.nth_seed(request.seed, number)) if number else holdout
+        split = make_holdout(request, check.nth_seed(request.seed, number)) if number else holdout
         effort = "brief" if number else "default"
         trial = try_out(request, split, copies, by_group=not number, effort=effort)
         # Only the first problem is read later: without theirs the others' counts can be freed.
@@ -382,7 +382,7 @@ def _choose_windows(
 
 def _count_missing_tokens(request: Request) -> int:
     """Return by how many tokens the recording is too short to judge prefill; 0 if it is not."""
-    tokens, fewest = request.judged_on.length, 2 * PREFILL_WINDOWS[-1]
+    tokens, fewest = request.judged_recording.length, 2 * PREFILL_WINDOWS[-1]
     is_judged = len(request.windows) > 1 or request.serving.phases is not None
     if is_judged or request.windows[0] is None:
         return 0

@@ -25,7 +25,7 @@ from moetuner.report.advice.request import (
     build_problem,
     count_traffic,
     search_shortly,
-    split_recording,
+    split_seen_unseen,
 )
 from moetuner.report.advice.trial import (
     EPLB,
@@ -184,7 +184,7 @@ def judge_phases(request: Request, holdout: Holdout, copies: int) -> PhaseTimes 
 
     None where the traffic has not both phases, seen and unseen.
     """
-    seen, unseen = split_recording(request, request.seed)
+    seen, unseen = split_seen_unseen(request, request.seed)
     rows, unseen_rows = seen.group_rows(), unseen.group_rows()
     has_phases = set(PHASES) <= rows.keys() & unseen_rows.keys()
     if not (seen.ordered and has_phases):

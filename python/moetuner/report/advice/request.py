@@ -113,14 +113,14 @@ class Request:
         return self.traffic.length > 1 or self.unseen is not None
 
     @property
-    def judged_on(self) -> Recording:
+    def judged_recording(self) -> Recording:
         """The recording that has the unseen traffic: given apart, or half of ``traffic``."""
         return self.traffic if self.unseen is None else self.unseen
 
     @cached_property
     def units(self) -> dict[Window, Samples]:
         """The independent samples of ``judged_on``, by size of windows."""
-        return {window: self.find_samples(self.judged_on, window) for window in self.windows}
+        return {window: self.find_samples(self.judged_recording, window) for window in self.windows}
 
     def find_samples(self, traffic: Recording, window: Window) -> Samples:
         """Return the independent samples of traffic in windows of a size."""
@@ -136,13 +136,13 @@ class Holdout:
     unseen: Recording
 
 
-def split_traffic(request: Request, seed: int) -> Holdout:
+def make_holdout(request: Request, seed: int) -> Holdout:
     """Return the counts of the seen part and the unseen part, chosen with a seed."""
-    seen, unseen = split_recording(request, seed)
+    seen, unseen = split_seen_unseen(request, seed)
     return Holdout(seed, count_traffic(request, seen), unseen)
 
 
-def split_recording(request: Request, seed: int) -> tuple[Recording, Recording]:
+def split_seen_unseen(request: Request, seed: int) -> tuple[Recording, Recording]:
     """Return the seen and the unseen part of the traffic, as given apart or chosen with a seed."""
     if request.unseen is not None:
         return request.traffic, request.unseen

@@ -7,10 +7,10 @@ from moetuner.placement import Placement
 from moetuner.report.advice.request import Holdout, Request
 from moetuner.report.advice.trial import PROPOSED, RUNNING, Trial, evaluate_all
 from moetuner.report.advice.values import Advice, SmallStep
-from moetuner.solver import find_first
+from moetuner.solver import search_fewest_moves
 
 # Share of the proposed placement's gain that a step has to bring on the seen traffic.
-ENOUGH = 0.75
+STEP_SHARE = 0.75
 # Largest share of the proposed placement's moves that a step may take.
 FEW_MOVES = 0.6
 STEP = "step"
@@ -26,10 +26,10 @@ def find_step(request: Request, trial: Trial, holdout: Holdout, advice: Advice) 
     if advice.answer != "worth a trial" or not problem.has_slots_for(running):
         return None
     value, highest = problem.value(running), int(FEW_MOVES * advice.moving.experts)
-    placement = find_first(
+    placement = search_fewest_moves(
         problem,
         running,
-        value - ENOUGH * (value - problem.value(trial.placements[PROPOSED])),
+        value - STEP_SHARE * (value - problem.value(trial.placements[PROPOSED])),
         most_moves=highest,
         time_limit=request.time_limit,
         threads=request.threads,

@@ -19,7 +19,7 @@ from moetuner.report.advice.values import Copies
 from moetuner.serving.engines import tokens_per_rank
 
 # Share of the gain of copies in all layers that copies in the fewest layers must bring.
-ENOUGH = 0.9
+LAYERS_SHARE = 0.9
 # Smallest gain of the next or the largest number of copies with which numbers between are tried.
 LEAST_GAIN = 0.005
 # The placement without slots for copies.
@@ -96,7 +96,7 @@ def _compute_gains(
 def _count_layers(
     seen: tuple[Evaluation, Evaluation], unseen: tuple[Evaluation, Evaluation]
 ) -> int | None:
-    """Return the fewest layers whose copies bring ``ENOUGH`` of the gain of all on unseen traffic.
+    """Return the fewest layers whose copies bring ``LAYERS_SHARE`` of all the unseen gain.
 
     ``seen`` and ``unseen`` are evaluations of the placements without and with copies. Layers count
     in the order of what they gain on the seen traffic. None if copies gain nothing, or there are no
@@ -111,7 +111,7 @@ def _count_layers(
     total = gains[1].sum()
     if not total > 0:
         return None
-    return int(np.argmax(np.cumsum(gains[1][order]) >= ENOUGH * total)) + 1
+    return int(np.argmax(np.cumsum(gains[1][order]) >= LAYERS_SHARE * total)) + 1
 
 
 def compute_token_limit(request: Request, copies: int) -> int | None:

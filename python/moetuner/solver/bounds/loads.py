@@ -193,7 +193,7 @@ def _least_pairs_us(problem: Problem, budget: Budget) -> tuple[float, str] | Non
 
 
 def _applies(run: Run) -> bool:
-    is_proven = run.objective.counts_visits or pairs.is_of_pairs(run)
+    is_proven = run.objective.has_expert_sets or pairs.is_of_pairs(run)
     return run.problem.goal != "traffic" or not is_proven
 
 

@@ -81,7 +81,7 @@ def bound(
 def is_of_pairs(run: Run) -> bool:
     """Return whether only pairs of single copies count, so that a placement is a partition."""
     single = run.problem.is_plain and not run.problem.may_copy
-    return single and not run.objective.counts_visits
+    return single and not run.objective.has_expert_sets
 
 
 def _prove(run: Run, budget: Budget) -> None:

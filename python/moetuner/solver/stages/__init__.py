@@ -27,11 +27,11 @@ from moetuner.solver.stages.layers import (
     CONSTRUCT,
     LayerModel,
     Slots,
+    adds_up_over_layers,
     anneal,
     has_few_slots,
     is_large,
     is_searched_anew,
-    mixes,
 )
 from moetuner.solver.stages.lp_split import LP_SPLIT, has_lp_split
 from moetuner.solver.stages.polish import POLISH
@@ -138,7 +138,7 @@ def _single_share(run: Run) -> float:
 SINGLE_COPIES = Stage(
     _single_copies,
     applies=lambda run: _has_spare_slots(run) and not _is_of_loads(run),
-    least=lambda run: effort.SINGLE_LEAST * _single_share(run) * run.judging,
+    least=lambda run: effort.SINGLE_LEAST * _single_share(run) * run.judge_seconds,
     share=_single_share,
 )
 # This comes after the start with copies, which decides whether the search is worth its time.
@@ -176,7 +176,7 @@ def _may_be_balanced(run: Run) -> bool:
     copies are the best so far. Then balance by copies does not pay, as the slowest device's load is
     not what takes time.
     """
-    if run.problem.goal != "time" or not is_searched_anew(run) or not mixes(run):
+    if run.problem.goal != "time" or not is_searched_anew(run) or not adds_up_over_layers(run):
         return False
     return has_few_slots(run) or (is_large(run) and run.best.role is not Role.SINGLE)
 

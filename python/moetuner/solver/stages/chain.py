@@ -43,7 +43,7 @@ def search_traffic(
             report(Progress(seconds, "search", None if cost is None else cost / objective.scale))
 
     # Pairs that stand for visits cost more between nodes.
-    cost = problem.topology.cost if objective.counts_visits else None
+    cost = problem.topology.cost if objective.has_expert_sets else None
     # Without pairs all placements cost nothing: the balanced one that it starts from is the answer.
     slots, trials, interrupted, shift = _core.search(
         make_chain(problem, problem.caps.whole, cost),

@@ -11,7 +11,7 @@ from moetuner.solver import effort
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Moves, Role, Run, Stage
 from moetuner.solver.terms import Terms, core_layers, loss_costs, make_site
-from moetuner.solver.unseen import NOISE, NORM, SearchSetting, setting_for
+from moetuner.solver.unseen import NOISE, NORM, SearchSetting, choose_search_setting
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
@@ -29,14 +29,14 @@ def balanced(problem: Problem, *, trials: int = effort.PATIENT) -> Slots:
 
 
 def balance_windows(
-    run: Run, budget: Budget, weight: Floats, trials: int, *, mixed: float = 0.0
+    run: Run, budget: Budget, weight: Floats, trials: int, *, mean_weight: float = 0.0
 ) -> tuple[Slots, bool]:
     """Return slots [L,D,S] that balance windows of weights [W], and if interrupted."""
     problem, load = run.problem, run.objective.windows.load
-    setting = SearchSetting(NORM, NOISE, mixed)
+    setting = SearchSetting(NORM, NOISE, mean_weight)
     if problem.survive is not None:
         # The norm over losses suffices: in one window the slowest device itself is minimised.
-        setting = setting_for(load, weight, large=mixed > 0)
+        setting = choose_search_setting(load, weight, large=mean_weight > 0)
     terms, site = Terms(losses=loss_costs(problem)), make_site(problem, nearest=False)
     layers = core_layers(load, weight, site, setting=setting, terms=terms)
     start = layers.construct(windows=True, threads=budget.threads)

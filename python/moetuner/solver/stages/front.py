@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from moetuner.placement import Placement, moves_from
 from moetuner.solver.run import Incumbent, Moves, Run
-from moetuner.solver.stages.layers import are_joined, mixes
+from moetuner.solver.stages.layers import adds_up_over_layers, are_joined
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -38,11 +38,11 @@ class Front:
     """
 
     def __init__(self, run: Run, moves: Moves) -> None:
-        self.run, self.moves, self.mixes = run, moves, not are_joined(run)
+        self.run, self.moves, self.can_mix = run, moves, not are_joined(run)
         # The sum over layers is the objective: of mixtures the best one is known.
-        self.is_exact = mixes(run) and run.objective.is_of_windows
+        self.is_exact = adds_up_over_layers(run) and run.objective.is_of_windows
         self.points: dict[bytes, Incumbent] = {}
-        # The row below of each placement that a search may begin with.
+        # The number, in the lists below, of each placement that a search may begin with.
         self._starts: dict[bytes, int] = {}
         # One row for each placement to mix: slots [L,D,S], moves [L], costs [W,L], and excess [L].
         self._slots: list[Slots] = []
@@ -62,7 +62,7 @@ class Front:
         self.points[key] = point
         if is_start:
             self._starts[key] = len(self._slots)
-        if self.mixes:
+        if self.can_mix:
             placement = Placement(point.slots, num_experts=self.run.problem.num_experts)
             self._slots.append(point.slots)
             self._moves.append(moves_from(self.moves.running, point.slots))
@@ -88,7 +88,7 @@ class Front:
     def undominated(self) -> list[Incumbent]:
         """Return the placements that are better than all with fewer moves, fewest moves first."""
         moves = [point.moves for point in self.points.values()]
-        self._mix_exactly(rising_limits(min(moves), max(moves)))
+        self._mix_exactly(list_move_limits(min(moves), max(moves)))
         return undominated((point, point.rank) for point in self.points.values())
 
     def _mix_exactly(self, limits: Sequence[float]) -> None:
@@ -100,7 +100,7 @@ class Front:
 
     def best_start(self, price: float, weight: Floats) -> Slots:
         """Return the best slots [L,D,S] at a price of a move, by weights of windows [W]."""
-        if self.mixes:
+        if self.can_mix:
             rows = np.array(list(self._starts.values()))
             costs = self._weighted_costs(weight) + price * np.stack(self._moves)
             return self._mixture(rows[costs[rows].argmin(axis=0)])
@@ -117,7 +117,7 @@ class Front:
         Where such a sum over layers is not the objective, a mixture of more rows may be worse. So a
         limit mixes only rows that are there for every budget of at least as many moves.
         """
-        if not self.mixes:
+        if not self.can_mix:
             return
         moves = np.stack(self._moves)
         costs = self._weighted_costs(weight) + self.moves.price * moves
@@ -131,7 +131,7 @@ class Front:
 
     def _mix(self, limits: Sequence[int], moves: Ints, costs: Floats, row_numbers: Ints) -> None:
         """Add the best mixtures of some rows [P], given moves and costs [P,L]."""
-        chosen = choose(moves, costs, max(limits))
+        chosen = solve_knapsack(moves, costs, max(limits))
         layers = len(chosen)
         for limit in limits:
             rows, moves_left = np.zeros(layers, dtype=np.int64), limit
@@ -166,14 +166,14 @@ def undominated(
     return front
 
 
-def rising_limits(least: int, limit: int) -> list[int]:
+def list_move_limits(least: int, limit: int) -> list[int]:
     """Return numbers of moves from the least to a limit, 3 % apart, the same for every limit."""
     powers = np.arange(int(np.log(limit - least + 1) / np.log(APART)) + 2)
     rising = set((APART**powers).astype(int).tolist())
     return [least, *(least + added for added in sorted(rising) if least + added <= limit)]
 
 
-def choose(moves: Ints, costs: Floats, limit: int) -> Ints:
+def solve_knapsack(moves: Ints, costs: Floats, limit: int) -> Ints:
     """Return the row that each column takes at every budget of moves up to a limit [L,M+1].
 
     The multiple-choice knapsack, exactly, by dynamic programming over columns: of moves and costs

@@ -1,7 +1,7 @@
-"""Balance and time, with windows, copies, devices that differ, and links: one search of layers.
+"""Search layers for balance and time: windows, copies, unequal devices and links.
 
-Every layer is annealed on its part of the objective. Where transitions join the layers, they take
-turns: each layer is annealed while its neighbours stand, from the answer of a search for traffic.
+Every layer is annealed on its part of the objective. Where transitions join the layers, they are
+annealed in turns from the answer of a search for traffic: one changes while its neighbours stay.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from moetuner.solver.terms import (
     make_terms,
     tokens_per_unit,
 )
-from moetuner.solver.unseen import MIXED, SearchSetting, setting_for
+from moetuner.solver.unseen import MEAN_WEIGHT, SearchSetting, choose_search_setting
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
@@ -68,8 +68,8 @@ class LayerModel:
         )
         return layers, make_links(problem, self.unit)
 
-    def is_of_windows(self, moves: Moves | None) -> bool:
-        """Return whether the quick search of windows is best: many windows are all that counts.
+    def balances_windows(self, moves: Moves | None) -> bool:
+        """Return whether to balance windows alone: many windows are all that counts.
 
         With few slots or windows the search of all terms finds more.
         """
@@ -84,18 +84,18 @@ class LayerModel:
             return
         placement = Placement(slots, num_experts=self.problem.num_experts)
         cost = self.objective.window_cost(placement).sum(axis=1)
-        self.weights.append(windows.reweight(cost, self.objective.reference))
+        self.weights.append(windows.find_deciding_weights(cost, self.objective.reference))
         self.weight = windows.weight * np.mean(self.weights, axis=0)
 
     def improve(self, run: Run, slots: Slots, budget: Budget, turns: int) -> tuple[Slots, bool]:
         """Return slots [L,D,S] after one of the ``turns`` of annealing, and if interrupted."""
-        if self.is_of_windows(run.moves):
+        if self.balances_windows(run.moves):
             # By the windows and by their mean, which stands for traffic of all kinds at once.
             trials = budget.iterations
             if trials is None:
                 batches = effort.count_batches(len(self.windows) + 1)
                 trials = effort.BALANCING_FULL * self.slots_of_layer // batches
-            return balance_windows(run, budget, self.weight, trials, mixed=MIXED)
+            return balance_windows(run, budget, self.weight, trials, mean_weight=MEAN_WEIGHT)
         problem = self.problem
         layers, links = self.core(run.moves)
         restarts = effort.RESTARTS if self.slots_of_layer <= effort.FEW_SLOTS else 1
@@ -175,13 +175,16 @@ def _construct(run: Run, budget: Budget) -> None:
 
 
 def are_joined(run: Run) -> bool:
-    """Return whether the cost of a layer depends on the contents of other layers."""
+    """Return whether layers cannot be mixed one by one.
+
+    Transitions join them, or the goal is traffic, which has no costs by window and layer.
+    """
     problem = run.problem
     follows = problem.regime == "follow" and problem.goal == "time" and problem.layers > 1
     return problem.goal == "traffic" or follows
 
 
-def mixes(run: Run) -> bool:
+def adds_up_over_layers(run: Run) -> bool:
     """Return whether layers of several placements can be combined: the objective is their sum."""
     return run.problem.windows.is_mean and not are_joined(run)
 
@@ -202,7 +205,8 @@ def _combine(run: Run, _: Budget) -> None:
         run.offer(slots, "combined", is_start=True)
 
 
-def _joins_layers(run: Run) -> bool:
+def _has_transitions(run: Run) -> bool:
+    """Return whether no placement runs, and the objective counts transitions."""
     return is_searched_anew(run) and run.objective.transitions is not None
 
 
@@ -212,7 +216,7 @@ def _chain_under_caps(run: Run, budget: Budget) -> None:
     caps = sorted({min(cap, problem.max_imbalance or cap) for cap in budget.work.traffic_caps})
     for number, cap in enumerate(caps):
         caps_left = len(caps) - number
-        cap_budget = budget.within(1 / caps_left, keep=caps_left * run.judging).muted()
+        cap_budget = budget.within(1 / caps_left, keep=caps_left * run.judge_seconds).muted()
         if cap_budget.time_limit == 0:
             return
         traffic = _traffic_problem(problem, cap)
@@ -244,12 +248,12 @@ def anneal(run: Run, budget: Budget, model: LayerModel | None = None) -> None:
     if not model.weights:
         windows = model.windows
         model.weights = [np.ones(len(windows))]
-        large = model.is_of_windows(run.moves)
-        model.setting = setting_for(windows.load, windows.weight, large=large)
+        large = model.balances_windows(run.moves)
+        model.setting = choose_search_setting(windows.load, windows.weight, large=large)
     run.details = replace(run.details, unseen=model.setting.details)
     for turn in range(turns):
         turns_left = turns - turn
-        turn_budget = budget.within(1 / turns_left, keep=turns_left * run.judging)
+        turn_budget = budget.within(1 / turns_left, keep=turns_left * run.judge_seconds)
         if turn_budget.time_limit == 0:
             run.cut = run.cut or not turn
             return
@@ -260,7 +264,7 @@ def anneal(run: Run, budget: Budget, model: LayerModel | None = None) -> None:
 
 CONSTRUCT = Stage(_construct, applies=is_searched_anew)
 CHAIN_UNDER_CAPS = Stage(
-    _chain_under_caps, applies=_joins_layers, share=lambda _: effort.SEARCH_SHARE
+    _chain_under_caps, applies=_has_transitions, share=lambda _: effort.SEARCH_SHARE
 )
 
 
@@ -279,4 +283,4 @@ def _is_searched_hot(run: Run) -> bool:
 
 
 ANNEAL = Stage(anneal, applies=_is_searched_hot)
-COMBINE = Stage(_combine, applies=lambda run: is_searched_anew(run) and mixes(run))
+COMBINE = Stage(_combine, applies=lambda run: is_searched_anew(run) and adds_up_over_layers(run))

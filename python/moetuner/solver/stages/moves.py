@@ -23,7 +23,7 @@ from moetuner.solver.result import Details
 from moetuner.solver.run import Incumbent, Moves, Role, Run, Stage
 from moetuner.solver.stages.descent import Path, descend
 from moetuner.solver.stages.floor import FLOOR
-from moetuner.solver.stages.front import Front, rising_limits
+from moetuner.solver.stages.front import Front, list_move_limits
 from moetuner.solver.stages.layers import (
     CHAIN_UNDER_CAPS,
     CONSTRUCT,
@@ -94,7 +94,7 @@ def fill(front: Front, budget: Budget, limit: float) -> None:
     """
     run, start = front.run, front.run.incumbents[0]
     limit = int(min(limit, run.problem.capacity.sum()))
-    prices = effort.MIXED_PRICES if front.mixes else effort.JOINED_PRICES
+    prices = effort.MIXED_PRICES if front.can_mix else effort.JOINED_PRICES
     model = LayerModel(run, prices.number)
     front.add(start)
     path = _step_down(front, model, budget, start, limit)
@@ -132,7 +132,7 @@ def find_fewest_moves(
     if has_few_slots(run):
         _bisect_steps(front, budget, limit, is_enough)
     else:
-        limits = rising_limits(start.moves, max(limit, start.moves))
+        limits = list_move_limits(start.moves, max(limit, start.moves))
         bisect_left(limits, True, key=lambda moves: is_enough(_rebalance(front, moves)))
     return front.fewest_moves(enough)
 
@@ -194,7 +194,7 @@ def _step_down(
     run, initial = front.run, front.moves.initial
     # A limit changes only the last two moves before it, so with two more all steps are the same.
     path, interrupted = descend(run, model, start.slots, initial, limit + 2, budget.within())
-    limits = rising_limits(run.incumbents[0].moves, min(limit, int(path.moves.max())))
+    limits = list_move_limits(run.incumbents[0].moves, min(limit, int(path.moves.max())))
     for steps in sorted({path.before(moves) for moves in limits if moves >= start.moves}):
         front.add(run.judge(path.after(steps), "moves"), is_start=is_start)
     if interrupted:
@@ -209,7 +209,7 @@ def _use_up_limits(front: Front, model: LayerModel, budget: Budget, path: Path, 
     best mixtures of layers are known, they use up every limit already.
     """
     run, initial = front.run, front.moves.initial
-    for moves in rising_limits(int(path.moves[0]), limit):
+    for moves in list_move_limits(int(path.moves[0]), limit):
         steps = path.before(moves)
         if path.moves[steps] < moves and not budget.is_over():
             start = path.after(steps)
@@ -225,7 +225,7 @@ def _search_at_prices(
 ) -> None:
     """Add the answers of searches at falling prices of a move, until more move than a limit."""
     run = front.run
-    limits = rising_limits(run.incumbents[0].moves, limit)
+    limits = list_move_limits(run.incumbents[0].moves, limit)
     for number, price in enumerate(falling_prices):
         share = budget.within(1 / (len(falling_prices) - number))
         start = front.best_start(price, model.weight)
@@ -236,7 +236,7 @@ def _search_at_prices(
         # A smaller budget ends here; a larger one has mixed the same rows by now.
         if answer.moves > limit or budget.is_over():
             return
-        if _goes_on(run):
+        if _steps_after_searches(run):
             best = run.judge(front.best_start(price, model.weight), "moves")
             farthest = 2 * best.moves + effort.MORE_MOVES
             _step_down(front, model, budget, best, farthest, is_start=True)
@@ -253,7 +253,7 @@ def _search_at_price(
     return _adopt(run, run.run_inner((stage,), budget, moves=moves, start=start))
 
 
-def _goes_on(run: Run) -> bool:
+def _steps_after_searches(run: Run) -> bool:
     """Return whether steps go on from what searches found: not of large layers that survive losses.
 
     There every device counts, so that steps are many and gain little (36 devices x 16 slots: three

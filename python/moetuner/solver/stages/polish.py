@@ -120,7 +120,7 @@ def _contents(problem: Problem, layer: int) -> list[Slots] | None:
         content = np.full((problem.devices, problem.slots), EMPTY, np.int32)
         for device, subset in enumerate(subsets):
             content[device, : len(subset)] = subset
-        if _is_kept(problem, layer, content):
+        if _keeps_rules(problem, layer, content):
             contents.append(content)
     return contents
 
@@ -131,7 +131,7 @@ def _subsets(experts: int, largest: int) -> list[tuple[int, ...]]:
     return list(itertools.chain.from_iterable(sizes))
 
 
-def _is_kept(problem: Problem, layer: int, slots: Slots) -> bool:
+def _keeps_rules(problem: Problem, layer: int, slots: Slots) -> bool:
     """Return whether slots [D,S] of a layer have every expert, keep rules, and repeat none."""
     holders = find_holders(slots[None], problem.num_experts)[0]
     # Two copies on one device count as one holder.
@@ -145,7 +145,7 @@ def _is_kept(problem: Problem, layer: int, slots: Slots) -> bool:
 def _steps(problem: Problem, layer: int, slots: Slots) -> Iterator[Slots]:
     """Iterate over slots [D,S] of a layer with one changed or two exchanged, within the rules."""
     for changed in _changed(problem, problem.capacity[layer], slots):
-        if _is_kept(problem, layer, changed):
+        if _keeps_rules(problem, layer, changed):
             yield changed
 
 
@@ -166,7 +166,7 @@ def _changed(problem: Problem, capacity: NDArray[np.int64], slots: Slots) -> Ite
             yield changed
 
 
-def _is_polished(run: Run) -> bool:
+def _may_polish(run: Run) -> bool:
     """Return whether slots are few enough to try changes on the objective itself.
 
     Answers under a budget of moves are polished, too: greedy steps need not be the best. Where
@@ -175,4 +175,4 @@ def _is_polished(run: Run) -> bool:
     return run.is_tiny and (run.is_priced or run.moves is None)
 
 
-POLISH = Stage(_polish, applies=_is_polished)
+POLISH = Stage(_polish, applies=_may_polish)

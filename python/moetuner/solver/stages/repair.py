@@ -32,14 +32,16 @@ def repair(problem: Problem, initial: Placement) -> Slots:
         return problem.filled(slots, initial)
     windows = problem.windows.searched
     layers = core_layers(windows.load, windows.weight, make_site(problem))
+    # ``nearest`` is the core's answer with the fewest moves. ``start`` has of it only what runs or
+    # is pinned, and the core completes it so that loads are balanced.
     nearest, start = slots.copy(), slots
     fewest = layers.nearest(np.ascontiguousarray(running), broken, full=problem.fill_slots)
     for layer, holds in zip(broken, fewest, strict=True):
-        pinned, banned = _rules_of(problem, layer)
+        pinned, forbidden = _rules_of(problem, layer)
         for table, holders in ((nearest, holds), (start, holds & (running[layer] | pinned))):
             experts = holders.copy()
             if problem.may_copy:
-                _keep_copies(problem, layer, experts, running[layer] & ~banned)
+                _keep_copies(problem, layer, experts, running[layer] & ~forbidden)
             table[layer] = EMPTY
             for device, ids in enumerate(map(np.flatnonzero, experts)):
                 table[layer, device, : len(ids)] = ids
@@ -49,6 +51,7 @@ def repair(problem: Problem, initial: Placement) -> Slots:
     # Balancing finds a slot for every expert, but not always for the copy that survives a loss.
     for layer, holders in enumerate(find_holders(balanced, problem.num_experts)):
         is_as_near[layer] &= not rules.are_broken(layer, holders)
+    # A layer is the balanced one where that moves no more copies.
     return np.where(is_as_near[:, None, None], balanced, nearest)
 
 
@@ -56,8 +59,8 @@ def _rules_of(problem: Problem, layer: int) -> tuple[Bools, Bools]:
     """Return where experts of a layer are pinned, and where they are forbidden [D,E]."""
     shape = (problem.devices, problem.num_experts)
     rules = (problem.rules.pinned, problem.rules.forbidden)
-    pinned, banned = (np.zeros(shape, bool) if rule is None else rule[layer].T for rule in rules)
-    return pinned, banned
+    pinned, forbidden = (np.zeros(shape, bool) if rule is None else rule[layer].T for rule in rules)
+    return pinned, forbidden
 
 
 def _keep_copies(problem: Problem, layer: int, holds: Bools, stays: Bools) -> None:

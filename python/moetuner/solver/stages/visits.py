@@ -35,7 +35,7 @@ def units_of_trial(run: Run, *, has_tokens_alone: bool = False) -> float:
 
 def is_of_visits(run: Run) -> bool:
     """Return whether a problem is about visits alone, on equal devices without rules."""
-    return run.problem.is_plain and run.objective.counts_visits
+    return run.problem.is_plain and run.objective.has_expert_sets
 
 
 def _pairs(run: Run, budget: Budget) -> None:
