@@ -146,8 +146,8 @@ def judged_of(**values):
 def test_the_best_group_was_picked_and_that_counts():
     """How far groups are behind the best is as likely as the best of all others being so far."""
     judged, spread = judged_of(a=(-0.2, 0.1), b=(0.1, 0.1), c=(0.1, 0.1), d=(0.0, 0.1))
-    chances = [of.chance for of in spread.values()]
-    chances += [min(3 * (spread[name] - spread["a"]).chance, 1) for name in "bcd"]
+    chances = [of.p_value for of in spread.values()]
+    chances += [min(3 * (spread[name] - spread["a"]).p_value, 1) for name in "bcd"]
     wanted = adjust_by_holm(chances)
     assert [judged[name].chance for name in "abcd"] == wanted[:4]
     assert [judged[name].behind_chance for name in "bcd"] == wanted[4:]

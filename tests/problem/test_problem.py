@@ -93,7 +93,7 @@ def test_the_objective_says_what_it_counts(make_trace, line):
     objective = problem.objective_function
     assert repr(objective) == f"Objective({goal!r}, regime={regime!r})"
     assert (objective.unit, objective.text(1.23456), objective.figure) == (unit, text, figure)
-    assert objective.is_known
+    assert objective.has_needed_tables
     assert lacks in objective.lacks if lacks else objective.lacks is None
     # A search makes a term of each.
     terms = (objective.transitions, objective.sets, objective.coactivation)
@@ -109,7 +109,7 @@ def test_the_objective_says_what_statistics_lack():
         for regime, pairs in (("follow", "transitions"), ("dispatch", "co-activation")):
             problem = mt.Problem(table, mt.Topology(2), regime=regime, objective=goal)
             objective = problem.objective_function
-            assert objective.is_known == has_value
+            assert objective.has_needed_tables == has_value
             said = objective.lacks
             assert said is None if goal == "balance" else said.startswith(f"no {pairs}: methods")
             assert objective.traffic(mt.Placement([[[0, 1], [2, 3]]] * 2)) == 0

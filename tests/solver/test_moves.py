@@ -17,7 +17,7 @@ from moetuner.solver.budget import Budget
 from moetuner.solver.run import Moves, Run
 from moetuner.solver.stages import moves
 from moetuner.solver.stages.descent import descend
-from moetuner.solver.stages.front import Front, choose
+from moetuner.solver.stages.front import Front, solve_knapsack
 from moetuner.solver.stages.layers import LayerModel
 from moetuner.solver.stages.repair import repair
 
@@ -252,7 +252,7 @@ def test_layers_are_put_together_at_the_least_sum(seed):
     # What runs takes no move.
     moves[0] = 0
     columns, limit = np.arange(3), 12
-    chosen = choose(moves, worth, limit)
+    chosen = solve_knapsack(moves, worth, limit)
     for budget_of_moves in range(limit + 1):
         left, rows = budget_of_moves, [0, 0, 0]
         for column in reversed(columns):

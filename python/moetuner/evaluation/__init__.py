@@ -24,7 +24,7 @@ from moetuner.evaluation.losses import (
     measure_losses,
 )
 from moetuner.evaluation.options import ReplayOptions
-from moetuner.evaluation.reading import scale_progress
+from moetuner.evaluation.reading import split_progress
 from moetuner.evaluation.replay import Setting, check_model
 from moetuner.evaluation.rows import assign_homes, dispatch_rows
 from moetuner.frozen import Frozen, as_json, html_table
@@ -436,7 +436,7 @@ def _evaluate(
 
     runs = []
     for number, (_, order) in enumerate(orders):
-        report = scale_progress(progress, number / len(orders), (number + 1) / len(orders))
+        report = split_progress(progress, number, len(orders))
         runs.append(replay.count_each(traffic, counted_settings, report, order))
     evaluated = []
     for setting, *counted in zip(settings, *runs, strict=True):

@@ -25,7 +25,7 @@ from moetuner import _core
 from moetuner.evaluation.arrival import find_places, list_orders
 from moetuner.evaluation.cells import Cells, Dealt
 from moetuner.evaluation.figures import FIGURES, CountsByOrder, Figure
-from moetuner.evaluation.reading import Progress, scale_progress
+from moetuner.evaluation.reading import Progress, scale_progress, split_progress
 from moetuner.evaluation.replay import Counts, Setting, count_each, drop_groups
 from moetuner.evaluation.samples import Folds, Samples
 from moetuner.recording import Recording, compute_once
@@ -173,7 +173,7 @@ def _compute_halves(
     orders = list_orders(traffic, common.serving.arrival, seed=common.options.mixed_seed)
     figures_by_order: list[list[ByGroup]] = []
     for number, (_, order) in enumerate(orders):
-        report = scale_progress(progress, number / len(orders), (number + 1) / len(orders))
+        report = split_progress(progress, number, len(orders))
         counting = scale_progress(report, 0, COUNTING_SHARE)
         counts_by_setting = [*count_each(traffic, settings, counting, order)]
         figures_by_setting: list[ByGroup] = [{} for _ in settings]

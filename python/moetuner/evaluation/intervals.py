@@ -76,7 +76,7 @@ class Spread(Frozen):
         return {"value": self.value, "low": self.low, "high": self.high}
 
     @property
-    def chance(self) -> float:
+    def p_value(self) -> float:
         """One-sided p-value of the hypothesis that the true value is 0; 1 with too few units."""
         if not self.is_enough or self.value <= 0 or self.error is None:
             return 1.0

@@ -390,7 +390,7 @@ def _measure_changes(
     if machines[0] != machines[1]:
         raise ValueError("before and after must be of one machine: give evaluate() its topology")
     sizes = [f"{replayed.traffic.length} {replayed.traffic.unit}s" for replayed in (before, after)]
-    # Halves of a group are those that are computed with all traffic.
+    # A group's halves are computed together with those of all traffic.
     by_group = by_group or None not in (before.group, after.group)
     with_old_placement = replace(after.setting, placement=before.setting.placement)
     if before.traffic is after.traffic and before.setting == with_old_placement:
@@ -439,12 +439,12 @@ def _judge_groups(groups: dict[str, Comparisons]) -> dict[str, Comparisons]:
         # The best group has the best upper bound: a small group may seem to gain most by chance.
         best = min(enough, key=lambda group: enough[group].high or 0.0, default="")
         for group, change in enough.items():
-            changed.append((group, measure, change.chance))
+            changed.append((group, measure, change.p_value))
             if group != best:
                 lag = change - enough[best]
                 judged[group][measure] = replace(judged[group][measure], behind=lag)
                 # The best was selected among all others (Bonferroni).
-                chance = min((len(enough) - 1) * lag.chance, 1.0)
+                chance = min((len(enough) - 1) * lag.p_value, 1.0)
                 behind.append((group, measure, chance))
     chances = adjust_by_holm([chance for _, _, chance in (*changed, *behind)])
     for (group, measure, _), chance in zip(changed, chances[: len(changed)], strict=True):

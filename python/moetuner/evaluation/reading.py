@@ -35,6 +35,11 @@ def scale_progress(progress: Progress | None, begin: float, end: float) -> Progr
     return progress and (lambda share: progress(begin + (end - begin) * share))
 
 
+def split_progress(progress: Progress | None, number: int, parts: int) -> Progress | None:
+    """Return a callback for one of several equal parts of the work."""
+    return scale_progress(progress, number / parts, (number + 1) / parts)
+
+
 def find_windows(run: slice, place: Integers | None, size: int) -> NDArray[np.int64]:
     """Return the window of every item of a run [n], in windows of ``size`` items.
 

@@ -305,18 +305,18 @@ class _GroupReplay:
             self._experts = None
         if first in self._mixed:
             self._mixed_loads[first] = self._mixed.pop(first).finish()[0]
-        times = (setting.window or self._window) // self._window
-        experts = None if self._expert_load is None else _sum_windows(self._expert_load, times)
+        multiple = (setting.window or self._window) // self._window
+        experts = None if self._expert_load is None else _sum_windows(self._expert_load, multiple)
         load, visits, node_visits, slot_load = (
-            _sum_windows(table, times) for table in (load, visits, node_visits, slot_load)
+            _sum_windows(table, multiple) for table in (load, visits, node_visits, slot_load)
         )
         mixed = load if setting.options.mixed else None
         if setting.options.mixed and first in self._mixed_loads:
-            mixed = _sum_windows(self._mixed_loads[first], times)
+            mixed = _sum_windows(self._mixed_loads[first], multiple)
             mixed = _split_in_turns(setting.placement, mixed) if setting.takes_turns else mixed
         if first not in self._first[number + 1 :]:
             del self._tallies[first]
-        full_windows = max(self._tokens // (times * self._window), 1)
+        full_windows = max(self._tokens // (multiple * self._window), 1)
         dispatch, active = _count_by_experts(
             setting, setting.slot_shares, visits, experts, slot_load=slot_load
         )
@@ -338,12 +338,12 @@ def _find_first(placement: Placement, settings: Sequence[Setting]) -> int:
     return next(number for number, setting in enumerate(settings) if setting.placement is placement)
 
 
-def _sum_windows(table: Numbers, times: int) -> Numbers:
-    """Sum counts [W,...] over runs of ``times`` windows; the last run may have fewer."""
-    if times == 1:
+def _sum_windows(table: Numbers, multiple: int) -> Numbers:
+    """Sum counts [W,...] over runs of ``multiple`` windows; the last run may have fewer."""
+    if multiple == 1:
         return table
-    kind = np.min_scalar_type(int(table.max(initial=0)) * times)
-    sums: Numbers = np.add.reduceat(table, np.arange(0, len(table), times), 0, kind)
+    kind = np.min_scalar_type(int(table.max(initial=0)) * multiple)
+    sums: Numbers = np.add.reduceat(table, np.arange(0, len(table), multiple), 0, kind)
     return sums
 
 

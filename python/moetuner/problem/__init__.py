@@ -411,6 +411,11 @@ class Problem(Frozen):
         return self.statistics.num_experts
 
     @property
+    def single_slots(self) -> int:
+        """Slots of a device that hold each expert once."""
+        return -(-self.num_experts // self.devices)
+
+    @property
     def devices(self) -> int:
         """Number of devices, D."""
         return self.topology.devices

@@ -260,7 +260,7 @@ class Objective:
         return self.windows.values(costs, self.reference) * self._mean_reference
 
     @property
-    def is_known(self) -> bool:
+    def has_needed_tables(self) -> bool:
         """True if the statistics have the tables that the objective needs."""
         return self.goal != "traffic" or self.has_traffic
 
@@ -268,7 +268,7 @@ class Objective:
     def is_sum_of_layers(self) -> bool:
         """True if the objective is a sum over layers, so that each may be placed by itself."""
         joins = self.goal != "balance" and self.regime == "follow" and self.statistics.layers > 1
-        return self.is_known and not joins and self.is_of_windows
+        return self.has_needed_tables and not joins and self.is_of_windows
 
     def layer_costs(self, placement: Placement) -> Floats:
         """Compute the cost of layers [L,1], or of layers and windows [L,W] under a risk."""

@@ -62,11 +62,11 @@ class Outcome:
     @property
     def gap(self) -> float | None:
         """Gap of the result; None where the objective is unknown."""
-        return self.result.gap if self.objective.is_known else None
+        return self.result.gap if self.objective.has_needed_tables else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return fields of the evaluation and of the result as JSON values."""
-        has_value = self.objective.is_known
+        has_value = self.objective.has_needed_tables
         return {
             **self.evaluation.to_dict(),
             "phases": [
@@ -92,7 +92,7 @@ class Outcome:
         for name in _list_figures(self.problem):
             cells.append(FIGURES[name].text(getattr(self.evaluation, name)))
         if not objective.is_predicted_time:
-            value = self.result.objective if objective.is_known else None
+            value = self.result.objective if objective.has_needed_tables else None
             cells.append(number(value, objective.decimals))
         return (*cells, percent(self.gap), number(self.result.seconds, 2))
 
@@ -220,7 +220,7 @@ def find_objective(outcome: Outcome, *, held_out: bool = False) -> list[Finding]
         "seen": held_out,
         "bound": _find_bound(outcome),
     }
-    if objective.is_known and (numbers["reached"] or numbers["bound"]):
+    if objective.has_needed_tables and (numbers["reached"] or numbers["bound"]):
         findings.append(Finding("objective", numbers))
     evaluation, search = outcome.evaluation, result.details.search
     if evaluation.imbalance_filled is not None:
@@ -308,7 +308,7 @@ def find_slower(outcome: Outcome, before: Outcome, *, name: bool = False) -> lis
         return []
     window, us, us_before = slower[0]
     problem = outcome.problem
-    fewest = -(-problem.num_experts // problem.devices)
+    fewest = problem.single_slots
     numbers = {
         "method": outcome.result.method if name else None,
         "than": before.result.method,

@@ -143,19 +143,20 @@ def _decide_by_gains(advice: Advice) -> Finding:
     if answers == {"too few"}:
         return _find_too_few(advice)
     if "worth it" in answers:
-        return _find_headline(advice, None)
+        return _find_headline(advice, "worth a trial")
     if all(is_ruled_out(gain) for gain in advice.verdicts):
         if not advice.prefill_lacks:
-            return _find_headline(advice, price)
+            return _find_headline(advice, "not now")
         numbers = {"gain": advice.judged[0].gain, "tokens": advice.prefill_lacks}
         return Finding("prefill not judged", numbers, forces=unsure)
     main = max(advice.verdicts, key=lambda gain: gain.gain)
     return Finding("uncertain gain", {"gain": main}, forces=unsure)
 
 
-def _find_headline(advice: Advice, price: float | None) -> Finding:
-    """Return the headline of gains that are worth a trial, or are below ``price``."""
-    answer: Answer = "worth a trial" if price is None else "not now"
+def _find_headline(advice: Advice, answer: Answer) -> Finding:
+    """Return the headline of gains that are worth a trial, or not above the price."""
+    price = None if answer == "worth a trial" else advice.settings["price"]
+    # True if the gain does not carry from one half's groups to the other's.
     of_groups = False
     if price is None and advice.halves and advice.drift is not None and advice.drift.is_of_groups:
         worst = min(gain.gain for gain in advice.halves)
@@ -373,9 +374,8 @@ def _find_gains(advice: Advice) -> list[Finding]:
         reasons.append(Finding("groups apart", {"gains": by_group, **describe_windows(main)}))
     if _copies_pay(advice):
         layers = advice.problem.statistics.layers
-        problem = advice.problem
-        single = -(-problem.num_experts // problem.devices)
-        running_slots = max(advice.placements[0].slots_per_device - single, 0)
+        single_slots = advice.problem.single_slots
+        running_slots = max(advice.placements[0].slots_per_device - single_slots, 0)
         reasons.append(
             find_copies(
                 advice.copies, advice.chosen_copies, advice.larger_copies, layers, running_slots

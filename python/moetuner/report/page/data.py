@@ -381,7 +381,7 @@ def make_outcome_data(
     """Make the page data of an outcome, judged beside another one."""
     objective, result, model = outcome.objective, outcome.result, outcome.problem.cost_model
     distance: tuple[Tile, ...] = ()
-    if objective.is_known and outcome.gap is not None:
+    if objective.has_needed_tables and outcome.gap is not None:
         note = f"proven by a lower bound ({result.bound_source})"
         distance = (Tile("Distance to the optimum", f"at most {percent(outcome.gap)}", note),)
     timed = contents["settings"]["time_limit"] is not None

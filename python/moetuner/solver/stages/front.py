@@ -98,6 +98,11 @@ class Front:
             useful = sorted({int(min(limit, most_moves)) for limit in limits})
             self.mix(useful, self.run.objective.windows.weight)
 
+    @property
+    def running(self) -> Incumbent:
+        """The running placement, or the nearest that keeps the rules: what was offered first."""
+        return self.run.incumbents[0]
+
     def best_start(self, price: float, weight: Floats) -> Slots:
         """Return the best slots [L,D,S] at a price of a move, by weights of windows [W]."""
         if self.can_mix:

@@ -228,7 +228,7 @@ def _traffic_problem(problem: Problem, cap: float) -> Problem:
     return replace(
         problem,
         topology=replace(problem.topology, speed=None, slots_per_device=None),
-        slots_per_device=-(-problem.num_experts // problem.devices),
+        slots_per_device=problem.single_slots,
         extra_slots=None,
         max_imbalance=cap,
         objective="traffic",

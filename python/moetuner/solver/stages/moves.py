@@ -92,7 +92,7 @@ def fill(front: Front, budget: Budget, limit: float) -> None:
 
     First steps down from the running placement, then searches at prices of a move.
     """
-    run, start = front.run, front.run.incumbents[0]
+    run, start = front.run, front.running
     limit = int(min(limit, run.problem.capacity.sum()))
     prices = effort.MIXED_PRICES if front.can_mix else effort.JOINED_PRICES
     model = LayerModel(run, prices.number)
@@ -122,7 +122,7 @@ def find_fewest_moves(
     placement are tried, or live rebalancing in layers of many slots. More moves gain more, so
     bisection finds the fewest; the front gets all placements that are tried.
     """
-    run, start = front.run, front.run.incumbents[0]
+    run, start = front.run, front.running
     limit = int(min(limit, run.problem.capacity.sum()))
 
     def is_enough(point: Incumbent) -> bool:
@@ -145,20 +145,22 @@ def _bisect_steps(
     Paths are searched up to a growing number of moves, until the end of one is enough, or none is
     within the limit.
     """
-    run, start = front.run, front.run.incumbents[0]
-    model, reach, is_farthest = LayerModel(run), start.moves + effort.FIRST_REACH, False
+    run, start = front.run, front.running
+    model, most_moves, is_farthest = LayerModel(run), start.moves + effort.FIRST_REACH, False
     while not is_farthest:
-        reach, initial = min(reach, limit), front.moves.initial
-        path, interrupted = descend(run, model, start.slots, initial, reach + 2, budget.within())
+        most_moves, initial = min(most_moves, limit), front.moves.initial
+        path, interrupted = descend(
+            run, model, start.slots, initial, most_moves + 2, budget.within()
+        )
         if interrupted:
             raise KeyboardInterrupt
         # Excess over the caps comes before the objective, so no path ends before its least excess.
-        lengths = range(int(path.excess.argmin()), path.before(reach) + 1)
+        lengths = range(int(path.excess.argmin()), path.before(most_moves) + 1)
         if lengths and is_enough(run.judge(path.after(lengths[-1]))):
             bisect_left(lengths, True, key=lambda steps: is_enough(run.judge(path.after(steps))))
             return
-        is_farthest = reach == limit or path.moves[-1] <= reach
-        reach *= effort.REACH_TIMES
+        is_farthest = most_moves == limit or path.moves[-1] <= most_moves
+        most_moves *= effort.REACH_TIMES
 
 
 def _rebalance(front: Front, moves: int) -> Incumbent:
@@ -168,7 +170,7 @@ def _rebalance(front: Front, moves: int) -> Incumbent:
     of a second, and gains nearly as much (75 layers of 256 experts on 32 devices: 1,024 moves gain
     16.9 us of 240 in 0.1 s, steps 17.4 in 7 s).
     """
-    run, start = front.run, front.run.incumbents[0]
+    run, start = front.run, front.running
     problem, windows = run.problem, run.objective.windows
     weight = windows.weight / max(float(windows.weight.mean()), 1e-300)
     load = np.ascontiguousarray(windows.load * weight[:, None, None], dtype=np.float64)
@@ -194,7 +196,7 @@ def _step_down(
     run, initial = front.run, front.moves.initial
     # A limit changes only the last two moves before it, so with two more all steps are the same.
     path, interrupted = descend(run, model, start.slots, initial, limit + 2, budget.within())
-    limits = list_move_limits(run.incumbents[0].moves, min(limit, int(path.moves.max())))
+    limits = list_move_limits(front.running.moves, min(limit, int(path.moves.max())))
     for steps in sorted({path.before(moves) for moves in limits if moves >= start.moves}):
         front.add(run.judge(path.after(steps), "moves"), is_start=is_start)
     if interrupted:
@@ -225,7 +227,7 @@ def _search_at_prices(
 ) -> None:
     """Add the answers of searches at falling prices of a move, until more move than a limit."""
     run = front.run
-    limits = list_move_limits(run.incumbents[0].moves, limit)
+    limits = list_move_limits(front.running.moves, limit)
     for number, price in enumerate(falling_prices):
         share = budget.within(1 / (len(falling_prices) - number))
         start = front.best_start(price, model.weight)

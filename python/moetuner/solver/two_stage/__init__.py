@@ -38,7 +38,7 @@ def two_stage(
     """
     budget, devices = budget or Budget(), problem.devices
     if equal_sizes is None:
-        equal_sizes = problem.slots == -(-problem.num_experts // devices)
+        equal_sizes = problem.slots == problem.single_slots
     clusters = cluster_layers(
         problem.load,
         devices,
