@@ -9,7 +9,7 @@ from typing import Any, Literal
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import FEWEST, Spread
-from moetuner.files.cells import percent
+from moetuner.files.cells import percent, span
 from moetuner.frozen import Frozen, html_table
 
 # Smallest gain for which moving weights is worth it. Engines that compare the gain with a threshold
@@ -157,8 +157,7 @@ class Comparison(Frozen):
         if self.low is None or self.high is None:
             return ""
         ends = (self.low, self.high) if self.gain >= 0 else (-self.high, -self.low)
-        low, high = (round(100 * end, 1) + 0.0 for end in ends)
-        return f"95 % interval {low:.1f} to {high:.1f} %"
+        return f"95 % interval {span(*ends, with_signs=False)}"
 
     @property
     def sentence(self) -> str:

@@ -55,11 +55,12 @@ def signed(value: float | None) -> str:
     return "-" if value is None else f"{round(100 * value, 1) + 0.0:+.1f} %"
 
 
-def span(low: float | None, high: float | None) -> str:
+def span(low: float | None, high: float | None, *, with_signs: bool = True) -> str:
     """Write an interval of shares; a dash where an end is not known."""
     if low is None or high is None:
         return "-"
-    return f"{signed(low).removesuffix(' %')} to {signed(high)}"
+    write = signed if with_signs else percent
+    return f"{write(low).removesuffix(' %')} to {write(high)}"
 
 
 def counted(number: int, noun: str) -> str:

@@ -10,6 +10,7 @@ from moetuner.files.cells import (
     in_bytes,
     number,
     percent,
+    span,
 )
 from moetuner.report.findings import Voice
 from moetuner.report.words.parts import Clause, in_windows
@@ -74,7 +75,7 @@ def _half_of_experts(
 
 
 def _interval(low: float, high: float) -> str:
-    return f"95 % interval {100 * low:.1f} to {percent(high)}"
+    return f"95 % interval {span(low, high, with_signs=False)}"
 
 
 def _machine(layers: int, devices: int, slots: int) -> str:
