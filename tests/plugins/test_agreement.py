@@ -399,8 +399,8 @@ def test_a_rank_that_gave_up_takes_the_first_one_for_silent():
     """Whatever that one posts meanwhile: it may have read another verdict."""
     store = distributed.HashStore()
     store.set(consensus.list_keys("question", 2)[0], "late")
-    how = {"post": "in time", "judge": json.dumps, "wait": 0.0}
-    verdict, _ = consensus.agree(store, "question", 1, 2, **how)
+    options = {"post": "in time", "judge": json.dumps, "wait": 0.0}
+    verdict, _ = consensus.agree(store, "question", 1, 2, **options)
     assert json.loads(verdict) == [None, "in time"]
 
 

@@ -43,8 +43,9 @@ def run_checks(rank, modules, folder):
     """
     checks = [import_module(name).CHECKS[dist.get_world_size()] for name in modules]
     for check in itertools.chain.from_iterable(checks):
+        arguments = (rank, folder)[: check.__code__.co_argcount]
         try:
-            check(*(rank, folder)[: check.__code__.co_argcount])
+            check(*arguments)
         except Exception:
             raise AssertionError(f"{check.__name__}: {traceback.format_exc()}") from None
         dist.barrier()
