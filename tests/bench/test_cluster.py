@@ -81,7 +81,7 @@ def started(tmp_path: Path) -> Iterator[subprocess.Popen]:
 
 
 def load(name: str) -> Any:
-    """Import a module of the bench; tests have others that are called ranks."""
+    """Import a module of the bench by another name, as tests have a module ``ranks`` too."""
     specification = importlib.util.spec_from_file_location(f"cluster_{name}", BENCH / f"{name}.py")
     module = importlib.util.module_from_spec(specification)
     sys.modules[specification.name] = module
@@ -148,7 +148,7 @@ def test_without_tools_bytes_are_counted_over_loopback(tmp_path, monkeypatch, ru
 
 @pytest.fixture
 def small() -> Iterator[Any]:
-    """Give two ranks over loopback, and what replays a step of so many layers on them."""
+    """Start two ranks over loopback; yield them and a function that replays a step on them."""
     ranks = load("ranks")
 
     def replay(running: Any, regime: str, layers: int, **more: Any) -> list[dict[str, Any]]:

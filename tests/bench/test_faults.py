@@ -22,7 +22,7 @@ def test_crashes_and_hangs_are_findings(monkeypatch):
 
 @pytest.fixture
 def few(monkeypatch):
-    """Take two commands, no function, and no file system of its own."""
+    """Limit the bench to two commands, without functions and a file system of its own."""
     commands = faults.commands
     monkeypatch.setattr(faults, "functions", lambda inputs: [])
     monkeypatch.setattr(

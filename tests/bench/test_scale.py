@@ -25,7 +25,7 @@ def test_axes_have_slopes(monkeypatch, brief):
     small = scale.Point(2, 16, 4, 2, 400, 2)
     monkeypatch.setattr(scale, "BASE", small)
     # In this process, where searches are brief; `test_a_limit_is_kept` solves in another one.
-    monkeypatch.setattr(scale, "alone", lambda work, *given: scale._measured(work, given))
+    monkeypatch.setattr(scale, "alone", lambda work, *arguments: scale._measured(work, arguments))
     monkeypatch.setattr(scale, "AXES", {"layers": [2, 4], "experts": [16, 32]})
     report = Report()
     scale.axes(report, SimpleNamespace(doublings=1, goals=["crossing"], repeat=1))

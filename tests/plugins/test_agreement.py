@@ -45,7 +45,7 @@ class Lines:
 
 
 def work(rank, port, tasks):
-    """Be one rank: run what comes, each with keys of its own in the store."""
+    """Run tasks as one rank, each with keys of its own in the store."""
     # A process that comes back asks before the others hear of it, and is told to ask again.
     agreement.WAIT_TO_REOPEN = 0.2
     store = distributed.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
@@ -59,7 +59,7 @@ def work(rank, port, tasks):
 
 
 class World:
-    """Processes, one a rank, that live as long as the tests of this file, and their store."""
+    """Processes of ranks that live as long as the tests of this file, and their store."""
 
     def __init__(self, size):
         self.store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -131,7 +131,7 @@ KEPT = {}
 
 @contextmanager
 def speaking(how):
-    """Speak, or judge, as another version might, or one that is broken."""
+    """Let this process write or judge as another version, or a broken one."""
     inner = agreement.to_json
 
     def written(said):
@@ -149,10 +149,10 @@ def speaking(how):
 
 
 class Clock:
-    """Time that is over once all ranks that are there have posted, for the first of them alone.
+    """A clock that stands still until all ranks that are there have posted.
 
-    Until then it stands still. So nobody gives up on a rank that is only slow, and nobody waits for
-    a rank that is not there.
+    Then the time is over for the first of them, which judges. So nobody gives up on a rank that is
+    only slow, and nobody waits for a rank that is not there.
     """
 
     def __init__(self, ranks):
@@ -160,7 +160,7 @@ class Clock:
 
     @contextmanager
     def watched(self):
-        """Let this process wait by this time."""
+        """Let this process wait by this clock."""
 
         def agree(store, key, rank, size, **more):
             keys = [consensus.list_keys(key, size)[number] for number in self.ranks]
@@ -399,8 +399,8 @@ def test_a_rank_that_gave_up_takes_the_first_one_for_silent():
     """Whatever that one posts meanwhile: it may have read another verdict."""
     store = distributed.HashStore()
     store.set(consensus.list_keys("question", 2)[0], "late")
-    how = {"post": "in time", "judge": json.dumps, "wait": 0.0}
-    verdict, _ = consensus.agree(store, "question", 1, 2, **how)
+    options = {"post": "in time", "judge": json.dumps, "wait": 0.0}
+    verdict, _ = consensus.agree(store, "question", 1, 2, **options)
     assert json.loads(verdict) == [None, "in time"]
 
 
@@ -427,7 +427,7 @@ def test_a_killed_rank_is_not_waited_for_for_ever(world, files):
 
 
 def keep_store(pipe):
-    """Be the process of a store: say its port, and stay."""
+    """Serve a store in this process, and send its port."""
     store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipe.send(store.port)
     pipe.recv()

@@ -36,14 +36,14 @@ def copies_on(slots, ranks, experts):
 
 
 def slowest(load, slots, ranks):
-    """Tokens of the busiest rank [L], copies sharing evenly."""
+    """Compute tokens of the busiest rank [L], where copies share evenly."""
     copies = copies_on(slots, ranks, load.shape[1])
     share = load / copies.sum(axis=1)
     return (copies * share[:, None]).sum(axis=2).max(axis=1)
 
 
 def running(random, shape, experts):
-    """Slots that some other policy left behind, every expert in one of them."""
+    """Draw slots as another policy may leave them, every expert in one of them."""
     layers, slots = shape
     return random.permuted(np.tile(np.arange(slots) % experts, (layers, 1)), axis=1)
 

@@ -71,7 +71,7 @@ def remove(modules, missing):
 
 
 def install(modules, monkeypatch):
-    """Have a process find the modules, and those that they are in."""
+    """Let this process import the modules and their packages."""
     for name, content in modules.items():
         parts = name.split(".")
         for length in range(1, len(parts)):
@@ -88,7 +88,7 @@ def install(modules, monkeypatch):
 
 
 def use(modules, absent=""):
-    """Do what an engine does with the names that are there, so that what was put there runs.
+    """Call what plugins put around an engine's names, as far as they are there.
 
     ``absent`` is what its values do not have.
     """

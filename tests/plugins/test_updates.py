@@ -46,7 +46,7 @@ class Served:
         ]
 
     def place(self, running):
-        """Have the experts of slots [L,P] there, with their weights."""
+        """Put experts into slots [L,P], with their weights."""
         for rank, states in enumerate(self.states):
             (state,) = states.model_states.values()
             state.physical_to_logical_map.copy_(torch.from_numpy(running))

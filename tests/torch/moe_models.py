@@ -85,7 +85,7 @@ SPECIAL = {
 
 @cache
 def kinds():
-    """Model types whose source speaks of experts; one of those with the same language model."""
+    """Return model types whose source names experts, one for each language model."""
     models = Path(transformers.__file__).parent / "models"
     speaks, kind_of = {}, {}
     for kind in auto.CONFIG_MAPPING_NAMES:
@@ -99,7 +99,7 @@ def kinds():
 
 
 def config_of(kind, changes):
-    """Tiny configuration of the language model of a type."""
+    """Return a tiny configuration of the language model of a type."""
     base = auto.CONFIG_MAPPING[kind]().get_text_config()
     special = SPECIAL.get(base.model_type.removesuffix("_text"), {})
     given = dict(special)
@@ -125,7 +125,7 @@ def config_of(kind, changes):
 
 
 def setting(config, name):
-    """Give a setting of a configuration; ... if it has none, "several" if layers differ."""
+    """Return a setting of a configuration; ... if it has none, "several" if layers differ."""
     try:
         return getattr(config, name, ...)
     except Exception:
@@ -175,7 +175,7 @@ def build_kind(kind, **changes):
 
 
 def class_of(config):
-    """Give the model class for a configuration, with a head if there is one."""
+    """Return the model class for a configuration, with a head if there is one."""
     module = importlib.import_module(type(config).__module__.replace("configuration_", "modeling_"))
     models = {
         name: model
@@ -189,13 +189,13 @@ def class_of(config):
 
 
 def prompts(rows=3, length=7, *, seed=1):
-    """Token ids [rows,length] without special ones."""
+    """Draw token ids [rows,length] without special ones."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2, 64, (rows, length), generator=generator)
 
 
 def outputs(model, tokens=None):
-    """Logits of a model, or what it has instead."""
+    """Return the logits of a model, or its last hidden state."""
     with torch.no_grad():
         out = model(input_ids=prompts(8, 16) if tokens is None else tokens)
     logits = getattr(out, "logits", None)
@@ -203,7 +203,7 @@ def outputs(model, tokens=None):
 
 
 def placement_for(model):
-    """Random placement on two devices that the model's routers allow: groups stay whole."""
+    """Draw a placement on two devices that the model's routers allow: groups stay whole."""
     layers, rng = moe_layers(model), np.random.default_rng(0)
     runs = np.arange(layers[0].num_experts).reshape(layers[0].expert_groups, -1)
     slots = [[rng.permutation(run) for run in rng.permutation(runs)] for _ in layers]
@@ -211,12 +211,12 @@ def placement_for(model):
 
 
 def tensors_of(folder):
-    """All tensors of a checkpoint."""
+    """Read all tensors of a checkpoint."""
     return {k: t for path in folder.glob("*.safetensors") for k, t in load_file(path).items()}
 
 
 def choices(model, tokens, mask=None):
-    """Expert ids [B,S,L,K] by hooks of the tests' own, the obvious way."""
+    """Return expert ids [B,S,L,K] by hooks of the tests' own, the obvious way."""
     chosen = []
 
     def listen(_module, _given, output):
@@ -232,7 +232,7 @@ def choices(model, tokens, mask=None):
 
 
 def recorded(model, *passes, observe=capture, **options):
-    """Watch passes, given as arguments or as calls, by default one of the prompts."""
+    """Record passes, given as arguments or as calls, by default one pass of the prompts."""
     with torch.no_grad(), observe(model, **options) as watcher:
         for given in passes or ({"input_ids": prompts()},):
             given() if callable(given) else model(**given)
@@ -240,7 +240,7 @@ def recorded(model, *passes, observe=capture, **options):
 
 
 class Gate(torch.nn.Module):
-    """Router of a model with its own code: ids before weights, and nothing else."""
+    """A router of a model with its own code, which returns ids before weights."""
 
     top_k = 2
 
@@ -254,7 +254,7 @@ class Gate(torch.nn.Module):
 
 
 class Block(torch.nn.Module):
-    """MoE block of four experts in a list."""
+    """An MoE block of four experts in a list."""
 
     def __init__(self):
         super().__init__()
@@ -285,6 +285,6 @@ def refused(text, call, *arguments, **named):
 
 
 def same(a, b):
-    """Whether two sets of tensors are equal bit by bit."""
+    """Return whether two sets of tensors are equal bit by bit."""
     pairs = [(a[key], b[key]) for key in a if key in b]
     return a.keys() == b.keys() and all(x.dtype == y.dtype and x.equal(y) for x, y in pairs)

@@ -37,17 +37,18 @@ def join(store, rank, ranks, work, arguments):
 
 
 def run_checks(rank, modules, folder):
-    """Run all checks of modules for so many ranks; return the errors by check."""
-    wrong = {}
+    """Run all checks of modules for so many ranks; raise the first error, with its check's name.
+
+    The other ranks are ended then: they may wait for this one.
+    """
     checks = [import_module(name).CHECKS[dist.get_world_size()] for name in modules]
     for check in itertools.chain.from_iterable(checks):
         arguments = (rank, folder)[: check.__code__.co_argcount]
         try:
             check(*arguments)
         except Exception:
-            wrong[check.__name__] = traceback.format_exc()
+            raise AssertionError(f"{check.__name__}: {traceback.format_exc()}") from None
         dist.barrier()
-    return wrong
 
 
 def on(*ranks):
@@ -72,14 +73,15 @@ def message(kind, call, *arguments, **named):
 
 
 def in_slots(weights, slots):
-    """Weights of the experts in slots [S]; nonsense in empty slots, which nobody may read."""
+    """Return the weights of the experts in slots [S]; NaN in empty slots, which nobody may read."""
     which = torch.tensor(slots)
     out = weights[which.clamp(min=0)].clone()
     out[which < 0] = float("nan")
     return out
 
 
-def single(hidden, index, weights, up, down, activation):
+def run_alone(hidden, index, weights, up, down, activation):
+    """Compute a layer in one process, expert by expert."""
     out = torch.zeros_like(hidden)
     for expert in range(len(up)):
         token, k = (index == expert).nonzero(as_tuple=True)
@@ -119,41 +121,45 @@ class Case:
         self.down = draw(self.experts, self.hidden, inner)
 
     def expected(self):
-        return single(self.x, self.index, self.w, self.up, self.down, self.activation)
+        """Compute the output of one process."""
+        return run_alone(self.x, self.index, self.w, self.up, self.down, self.activation)
 
     def distributed(self, rank):
+        """Make the layer of a rank."""
         slots = self.placement.slots[self.layer, rank]
         weights = (in_slots(of, slots) for of in (self.up, self.down))
         experts = GroupedExperts(*weights, self.activation).requires_grad_(False)
         options = {"devices_per_node": self.node, "split": self.split}
         return ExpertParallelMoE(experts, self.placement, self.layer, **options)
 
-    def mine(self, rank):
+    def tokens_of(self, rank):
+        """Return the tokens at home on a rank."""
         return torch.from_numpy(np.flatnonzero(self.home == rank))
 
     def run(self, layer, rank, **options):
-        at = self.mine(rank)
+        """Run the tokens of a rank through its layer."""
+        at = self.tokens_of(rank)
         return layer(self.x[at], self.index[at], self.w[at], **({"first_token": at} | options))
 
     def is_right(self, layer, rank):
-        """Whether a pass in exact arithmetic is that of one process."""
-        return torch.equal(self.run(layer, rank), self.expected()[self.mine(rank)])
+        """Return whether a pass in exact arithmetic is that of one process."""
+        return torch.equal(self.run(layer, rank), self.expected()[self.tokens_of(rank)])
 
     def rows(self):
-        """Rows that the evaluation predicts [D,D]."""
+        """Return the rows that the evaluation predicts [D,D]."""
         ids = self.index.numpy()[:, None].repeat(2, axis=1)
         trace = mt.RoutingTrace.from_arrays(ids, num_experts=self.experts)
         options = {"devices_per_node": self.node, "split": self.split}
         return mt.dispatch_rows(self.placement, trace, self.home, **options)[self.layer]
 
 
-def compared(rank, case, tolerance):
+def check_case(rank, case, tolerance):
     """Compare a case with one process, with a second run, and with the predicted traffic."""
     layer = case.distributed(rank)
     once, twice = case.run(layer, rank), case.run(layer, rank)
     assert torch.equal(once, twice)
     if len(once):
-        assert (once - case.expected()[case.mine(rank)]).abs().max() < tolerance
+        assert (once - case.expected()[case.tokens_of(rank)]).abs().max() < tolerance
     rows, traffic, row = 2 * case.rows(), layer.traffic, case.hidden * 4
     counts = {"rows": 1, "dispatch_bytes": row + 8 * case.top_k}
     for name, size in counts.items():
@@ -167,19 +173,23 @@ def compared(rank, case, tolerance):
 def test_exact_arithmetic_is_exact(rank):
     """Random placements, batches, nodes and rules: every index is right, and every byte counted."""
     for seed in range(20 if dist.get_world_size() == 4 else 8):
-        compared(rank, Case(seed), 1e-9)
+        check_case(rank, Case(seed), 1e-9)
 
 
 @on(4)
 def test_ordinary_arithmetic_differs_by_rounding(rank):
     """Within 1e-6 of one process in float32, the same bits in two runs; bfloat16 as it allows."""
     for seed in range(1000, 1012):
-        compared(rank, Case(seed, exact=False), 1e-6)
+        check_case(rank, Case(seed, exact=False), 1e-6)
     case, half = Case(11, exact=False), Case(11, exact=False)
     for name in ("x", "up", "down"):
         setattr(half, name, getattr(case, name).bfloat16())
         setattr(case, name, getattr(half, name).float())
-    out, expected, at = half.run(half.distributed(rank), rank), case.expected(), case.mine(rank)
+    out, expected, at = (
+        half.run(half.distributed(rank), rank),
+        case.expected(),
+        case.tokens_of(rank),
+    )
     assert out.dtype == torch.bfloat16
     assert not len(at) or (out - expected[at]).abs().max() < 0.02 * expected.abs().max()
 
@@ -194,11 +204,11 @@ def test_gradients_reach_every_rank(rank):
         if learns != "all":  # one expert without copies has all tokens
             chosen = np.flatnonzero(case.placement.replicas[case.layer] == 1)[0]
             case.index, case.w = torch.full_like(case.index[:, :1], int(chosen)), case.w[:, :1]
-        layer, at = case.distributed(rank), case.mine(rank)
+        layer, at = case.distributed(rank), case.tokens_of(rank)
         layer.requires_grad_(learns in ("all", "experts") or (learns == "last" and rank == last))
         tensors = (case.x, case.w, case.up, case.down)
         x, w, up, down = (tensor.clone().requires_grad_(True) for tensor in tensors)
-        single(x, case.index, w, up, down, swiglu).square().sum().backward()
+        run_alone(x, case.index, w, up, down, swiglu).square().sum().backward()
         need = learns == "all" or (learns == "tokens" and rank == 0)
         own = [of.detach()[at].requires_grad_(need) for of in (x, w)]
         layer(own[0], case.index[at], own[1], first_token=at).square().sum().backward()
@@ -228,7 +238,7 @@ def test_recomputation_finds_the_same_copies(rank):
     case = Case(3, exact=False)
     gradients = []
     for again in (False, True):
-        layer, at = case.distributed(rank).requires_grad_(True), case.mine(rank)
+        layer, at = case.distributed(rank).requires_grad_(True), case.tokens_of(rank)
         with torch.no_grad():  # what is served in between moves positions on
             case.run(layer, rank, first_token=None)
         x = case.x[at].requires_grad_(True)
@@ -287,7 +297,7 @@ def test_bytes_under_autocast_are_those_of_the_wire(rank):
     """Results go back in the type of the tokens, on every rank, and are counted so."""
     case = Case(7)
     with torch.autocast("cpu", torch.bfloat16):
-        compared(rank, case, 0.02 * case.expected().abs().max())
+        check_case(rank, case, 0.02 * case.expected().abs().max())
         assert case.run(case.distributed(rank), rank).dtype == case.x.dtype
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from placements import random_slots
-from rank_layer import in_slots, message, on, single
+from rank_layer import in_slots, message, on, run_alone
 
 import moetuner as mt
 from moetuner.plugins import consensus
@@ -27,7 +27,7 @@ SHORT = 0.5
 
 
 class Absence:
-    """Which ranks are away in which step, and time for those that wait for them.
+    """A record of which ranks are away in which step, and the clock of those that wait for them.
 
     Time stands still until somebody is away and all others have posted: then it is over. So nobody
     gives up on a rank that is only slow, as on a busy machine, and nobody waits in vain.
@@ -40,7 +40,7 @@ class Absence:
 
     @contextlib.contextmanager
     def watched(self):
-        """Let ranks wait by this time."""
+        """Let this rank wait by this clock."""
 
         def agree(store, key, rank, size, **more):
             self.is_over = False
@@ -70,11 +70,11 @@ class Absence:
             self.is_over = self.asked(others)
 
     def begin(self, step):
-        """Be away in this step."""
+        """Note that this rank is away in a step."""
         self.store.set(f"away/{step}/{self.rank}", "")
 
     def end(self):
-        """Be back, once all others have given up in this step."""
+        """Wait until all others have given up in this step."""
         others = [of for of in range(self.ranks) if of != self.rank]
         while not all(self._is(f"gave up/{self.step}/{of}") for of in others):
             time.sleep(0.01)
@@ -116,12 +116,14 @@ class Model:
         self.load = np.zeros((LAYERS, EXPERTS), dtype=np.int64)
 
     def layer(self, number):
+        """Make a layer as it is at the start."""
         slots = self.start.slots[number, self.rank]
         up, down = (in_slots(self.weights[name][number], slots) for name in ("up", "down"))
         experts = GroupedExperts(up, down, self.activation).requires_grad_(False)
         return ExpertParallelMoE(experts, self.start, number)
 
     def shift(self):
+        """Let the traffic have other favourites."""
         self.favourites = 2 * self.rng.normal(size=(LAYERS, EXPERTS))
 
     def choose(self, number):
@@ -140,7 +142,7 @@ class Model:
             x = torch.from_numpy(self.rng.integers(-2, 3, (12, HIDDEN))).float()
             w = torch.from_numpy(self.rng.integers(0, 9, (12, TOP_K)) / 8).float()
             up, down = (self.weights[name][number] for name in ("up", "down"))
-            expected = single(x, index, w, up, down, self.activation)[at]
+            expected = run_alone(x, index, w, up, down, self.activation)[at]
             out = layer(x[at], index[at], w[at], first_token=at.start)
             worst = max(worst, (out - expected).abs().max().item())
         return worst
@@ -158,12 +160,12 @@ class Model:
         self.observe()
 
     def tables(self):
-        """Where the tables of all layers are in memory."""
+        """Return the addresses of the tables of all layers."""
         values = [value for layer in self.layers for value in vars(layer).values()]
         return [value.data_ptr() for value in values if isinstance(value, torch.Tensor)]
 
     def unchanged(self):
-        """Whether placement and weights are those of the start."""
+        """Return whether placement and weights are those of the start."""
         return all(
             layer.placement == self.start and torch.equal(mine.nan_to_num(7), other.nan_to_num(7))
             for number, layer in enumerate(self.layers)
@@ -196,7 +198,7 @@ def test_rebalancing_does_not_change_outputs(rank):
 
 
 def lost_rank(rank, how):
-    """Rank 2 is killed, or hangs, in the middle of a move."""
+    """Kill rank 2, or let it hang, in the middle of a move; return the error of another rank."""
     model, absence = Model(rank), Absence(rank)
     model.unbalance()
     fill, calls = Spares.fill, []
@@ -281,7 +283,7 @@ def test_a_rank_that_fails_or_differs(rank):
 
 
 def faulty(rank, faults):
-    """Take steps with faults (name, rank), four without after each: what became of them."""
+    """Take steps with faults (name, rank), four without after each; return the outcomes."""
     model, absence = Model(rank), Absence(rank)
     steps = []
     for name, where in [step for at in faults for step in (at, *[("none", 0)] * 4)]:
@@ -316,19 +318,24 @@ def faulty(rank, faults):
 
 
 def slow(self, about, value, *arguments, exchange=Agreement.exchange):
-    """Post for rank 1 that it took long to decide."""
+    """Exchange values, where rank 1 says that it took long to decide."""
     if about == "what a move brings" and dist.get_rank() == 1:
         value[3] = 1e18
     return exchange(self, about, value, *arguments)
 
 
 def unpriced(*arguments, min_gain, **more):
-    """Stand for a solver that does not know the price."""
+    """Rebalance as a solver that does not know the price of a move."""
     return rebalance(*arguments, min_gain=0.0, **more)
 
 
+def eager(*arguments, dead_zone, **more):
+    """Rebalance as a solver that does not know the dead zone."""
+    return rebalance(*arguments, dead_zone=0.0, **more)
+
+
 def by_rank(name, *values):
-    """Let a function return another value on every rank."""
+    """Return a patch that makes a function return another value on every rank."""
     where = f"moetuner.torch.parallel.{name}"
     return lambda: mock.patch(where, return_value=values[dist.get_rank()])
 
@@ -341,7 +348,12 @@ LIMITS = {
     "pays": ({}, None, "the move pays"),
     "unpriced": (CHEAP, lambda: mock.patch(REBALANCE, unpriced), "longer than it brings in"),
     "priced": (CHEAP, None, "balanced"),
-    "small": ({"dead_zone": 0.9}, None, "dead zone"),
+    "small": ({"dead_zone": 0.9}, None, "balanced: no placement gains more than the dead zone"),
+    "eager": (
+        {"dead_zone": 0.9},
+        lambda: mock.patch(REBALANCE, eager),
+        "the gain is within the dead zone",
+    ),
     "budget": ({"move_budget": 2}, None, ""),
     "none": ({"move_budget": 0}, None, "balanced"),
     "slow": (

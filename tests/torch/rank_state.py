@@ -21,7 +21,7 @@ THERE = np.array([[[3, -1, 0], [1, 3, 2]]])
 
 
 def numbers(seed, *size):
-    """Give the same numbers on all ranks."""
+    """Draw the same numbers on all ranks."""
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
@@ -34,14 +34,14 @@ def layer_of(slots, rank, *, factor=1.0, device="cpu"):
 
 
 def experts_of(layer):
-    """Give the experts that a layer's weights are of, by slot."""
+    """Return the experts whose weights a layer has, by slot."""
     ups, downs = (w.detach()[:, 0, 0].round().int() - 1 for w in layer.experts.weights().values())
     assert ups.equal(downs)
     return ups.tolist()
 
 
 class Routed(torch.nn.Module):
-    """A layer whose tokens choose by themselves, between other modules."""
+    """A model with a router and a layer."""
 
     def __init__(self, layer):
         super().__init__()

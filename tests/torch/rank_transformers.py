@@ -44,7 +44,7 @@ def write_models(rank, folder):
             np.save(f"{folder}/{family}.npy", model(TOKENS).logits.numpy())
 
 
-def loaded(folder, family, *, layers=3, spare=1, tp=True, seed=1, **options):
+def load(folder, family, *, layers=3, spare=1, tp=True, seed=1, **options):
     """Load a model whose experts a random placement has: the model, that, and its layers."""
     ranks = dist.get_world_size()
     slots = random_slots(np.random.default_rng(seed), layers, ranks, 8, spare)
@@ -60,7 +60,7 @@ def loaded(folder, family, *, layers=3, spare=1, tp=True, seed=1, **options):
 
 
 def is_right(folder, family, logits, tokens=slice(None), tolerance=1e-5):
-    """Whether logits are those of one process."""
+    """Return whether logits are those of one process."""
     logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
     expected = np.load(f"{folder}/{family}.npy")[:, tokens]
     return np.abs(logits.detach().float().numpy() - expected).max() < tolerance
@@ -71,7 +71,7 @@ def test_logits_and_traffic_of_one_batch(rank, folder):
     """Logits are those of one process, and every row is predicted by the router's ids."""
     other = {2: ("gpt_oss", 3), 4: ("qwen3_moe", 2)}[dist.get_world_size()]
     for family, layers in (("mixtral", 3), other):
-        model, placement, placed = loaded(folder, family, layers=layers)
+        model, placement, placed = load(folder, family, layers=layers)
         chosen = []
         for name, module in model.named_modules():
             if name.endswith((".gate", ".router")):
@@ -90,7 +90,7 @@ def test_logits_and_traffic_of_one_batch(rank, folder):
 def test_batches_of_their_own(rank, folder):
     """Data-parallel ranks with batches of different lengths, through nodes, nearest copies."""
     options = {"devices_per_node": 2, "split": "nearest"}
-    model, *_ = loaded(folder, "mixtral", tp=False, seed=2, **options)
+    model, *_ = load(folder, "mixtral", tp=False, seed=2, **options)
     own = slice(5 + rank)
     with torch.no_grad():
         assert is_right(folder, "mixtral", model(TOKENS[:, own]).logits, own)
@@ -99,7 +99,7 @@ def test_batches_of_their_own(rank, folder):
 @on(4)
 def test_a_model_is_rebalanced(rank, folder):
     """Its experts move while it serves, and its logits stay."""
-    model, placement, placed = loaded(folder, "gpt_oss")
+    model, placement, placed = load(folder, "gpt_oss")
     cost = mt.CostModel(base_us=5, expert_us=5, start_us=5, token_us=10, token_bytes=64)
     with torch.no_grad(), RoutingCounters.attach(model) as counters:
         assert is_right(folder, "gpt_oss", model(TOKENS).logits)
@@ -116,7 +116,7 @@ def test_a_model_is_rebalanced(rank, folder):
 @on(2)
 def test_a_placement_of_another_model_is_refused(rank, folder):
     """On every rank an error comes before the first step."""
-    model, *_ = loaded(folder, "mixtral", layers=2)
+    model, *_ = load(folder, "mixtral", layers=2)
     error = message(ValueError, model, TOKENS)
     assert "placement must have 3 layers like the model, got 2" in error
 
@@ -125,7 +125,7 @@ def test_a_placement_of_another_model_is_refused(rank, folder):
 def test_weights_outside_the_parameters_are_refused(rank, folder):
     """Quantisers keep them there, nobody could send them: an error on every rank names them."""
     for outside in (lambda weight: weight, lambda weight: {"scales": [weight]}):
-        model, *_ = loaded(folder, "gpt_oss")
+        model, *_ = load(folder, "gpt_oss")
         for module in model.modules():
             if type(module).__name__ == "GptOssExperts":
                 weight = module._parameters.pop("down_proj").detach()
@@ -138,7 +138,7 @@ def test_weights_outside_the_parameters_are_refused(rank, folder):
 @on(2)
 def test_a_placed_model_is_not_saved_but_changes_its_type(rank, folder):
     """Saving and loading are refused on every rank, no weights are written; experts move along."""
-    model, *_ = loaded(folder, "mixtral", spare=0)
+    model, *_ = load(folder, "mixtral", spare=0)
     with torch.no_grad():
         model(TOKENS)
         for use, given in (

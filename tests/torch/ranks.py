@@ -1,4 +1,4 @@
-"""Run a function on several processes joined by gloo, and give what each of them answered.
+"""Run a function on several processes joined by gloo, and return what each of them answers.
 
 The functions are in modules that import no test tools, and a fork server has imported those
 already, so that a process costs milliseconds.
@@ -24,7 +24,7 @@ IMPORTED += filter(None, [os.environ.get("PYTHONPATH")])
 
 
 def answers(ranks: int, work: str, *arguments: Any) -> list[Any]:
-    """Call ``module.function(rank, *arguments)``: by rank what it gave, or the error, or a kill.
+    """Call ``module.function(rank, *arguments)``; return by rank its result and its error.
 
     Once one has raised, the others, which may wait for it, are ended.
     """
@@ -61,7 +61,7 @@ def _wait(jobs: list[Future[Any]]) -> None:
 
 
 def values(ranks: int, work: str, *arguments: Any) -> list[Any]:
-    """Give what every rank returned; fails with the errors of all that raised."""
+    """Return the result of every rank; fail with the errors of all that raised."""
     results = answers(ranks, work, *arguments)
     errors = {rank: error for rank, (_, error) in enumerate(results) if error is not None}
     assert not errors, errors

@@ -21,7 +21,7 @@ def test_positions_are_the_placements():
 
 
 def in_order(layers, experts):
-    """Give the placement that every model has: the first half of the experts on one device."""
+    """Return the placement that every model has: the first half of the experts on one device."""
     return mt.Placement(np.arange(experts).reshape(1, 2, -1).repeat(layers, 0))
 
 
@@ -34,16 +34,19 @@ def unchanged(model, placement, text):
 
 
 def alike(model):
+    """Make two router rows equal."""
     weight = moe_layers(model)[1].router.weight
     with torch.no_grad():
         weight[6] = weight[2]
 
 
 def packed(model):
+    """Give experts a weight that has no row for each of them."""
     moe_layers(model)[2].experts.down_proj = torch.nn.Parameter(torch.zeros(64, 32))
 
 
 def strange(model):
+    """Give a router a table of an unknown kind."""
     moe_layers(model)[0].router.register_buffer("table", torch.zeros(5, 8))
 
 
@@ -131,7 +134,7 @@ def test_lists_and_blocks():
 
 
 class Held:
-    """What holds a tensor, as those of Triton do."""
+    """A holder of a tensor, as Triton has."""
 
     __slots__ = ("data",)
 

@@ -58,34 +58,34 @@ def skipped_if_unbuildable(kind):
     try:
         yield
     except Exception as error:
-        why = f"cannot be tried: {type(error).__name__}: {error}".splitlines()[0]
+        why = f"cannot be attempt: {type(error).__name__}: {error}".splitlines()[0]
     if why is not None:
         assert kind not in RIGHT, why
         pytest.skip(why)
 
 
-def tried(call, *arguments):
-    """Give what a call returns, and why it refuses."""
+def attempt(call, *arguments):
+    """Return the result of a call, and why it refuses."""
     try:
         return call(*arguments), None
     except REFUSED as error:
         return None, f"{call.__name__}: {error}"
 
 
-def one_by_one(renumber, tensors):
-    """Renumber tensors in an order of their own, each alone."""
+def renumber_singly(renumber, tensors):
+    """Renumber tensors one by one, in another order."""
     names = sorted(tensors, key=lambda name: name[::-1])
     return dict(renumber(name, tensors[name]) for name in names)
 
 
-def renumbered_alike(placement, configs, weights, old, new):
-    """Hold one tensor after the other against what is made of all, on disk and in memory."""
+def check_renumbering(placement, configs, weights, old, new):
+    """Check that single tensors become what all tensors together do, on disk and in memory."""
     stored, of_model = (Renumbering(placement, about) for about in configs)
-    assert same(one_by_one(stored, old), new)
+    assert same(renumber_singly(stored, old), new)
     expected = permute_state_dict(weights, placement, config=configs[0])
-    assert same(one_by_one(of_model, weights), expected)
-    assert same(one_by_one(Renumbering(placement, configs[0], names=old), old), new)
-    assert same(one_by_one(Renumbering(placement, configs[0], inverse=True), new), old)
+    assert same(renumber_singly(of_model, weights), expected)
+    assert same(renumber_singly(Renumbering(placement, configs[0], names=old), old), new)
+    assert same(renumber_singly(Renumbering(placement, configs[0], inverse=True), new), old)
 
 
 @pytest.mark.parametrize("kind", kinds())
@@ -101,25 +101,25 @@ def test_right_or_refused(kind, tmp_path):
     with contextlib.suppress(NotImplementedError, RuntimeError):  # some cannot be saved at all
         model.save_pretrained(old)
     with reaching_experts(layers) as seen:
-        recorder, why = tried(recorded, model, {"input_ids": tokens})
+        recorder, why = attempt(recorded, model, {"input_ids": tokens})
     refused = [why]
     if recorder is not None:
         ids = np.sort(recorder.trace().expert_ids, axis=2)
         for number, own in seen.items():
             assert np.array_equal(np.sort(own, axis=1), ids[:, number]), number
     weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    _, why = tried(apply_placement, model, placement)
+    _, why = attempt(apply_placement, model, placement)
     refused.append(why)
     assert float((outputs(model, tokens) - before).abs().max()) < 1e-4
     on_disk = any(old.glob("*.safetensors")) if old.exists() else False
     if on_disk:
-        out, why_not = tried(permute_state_dict, old, placement, new)
+        out, why_not = attempt(permute_state_dict, old, placement, new)
         refused.append(why_not)
         config = json.loads((old / "config.json").read_text())
         if out is None:
             assert not new.exists()
             with pytest.raises(REFUSED):
-                one_by_one(Renumbering(placement, config), tensors_of(old))
+                renumber_singly(Renumbering(placement, config), tensors_of(old))
         else:
             assert why is None, "what the model refuses is done to its files"
             model.save_pretrained(saved)
@@ -127,7 +127,7 @@ def test_right_or_refused(kind, tmp_path):
             assert not same(tensors_of(new), tensors_of(old))
             permute_state_dict(new, placement, back, inverse=True)
             assert same(tensors_of(back), tensors_of(old))
-            renumbered_alike(
+            check_renumbering(
                 placement, (config, model.config), weights, *map(tensors_of, (old, new))
             )
     reasons = [reason for reason in refused if reason]

@@ -51,7 +51,7 @@ def test_padding_is_left_out(where):
 
 
 class Wrapper(torch.nn.Module):
-    """What has a model in it, beside a module of its own, and calls it in some way."""
+    """A module with a model in it, beside a module of its own."""
 
     def __init__(self, model):
         super().__init__()
@@ -66,7 +66,7 @@ class Passes(Wrapper):
 
 
 class Renames(Wrapper):
-    """Has names of its own, in an order of its own."""
+    """Has arguments of other names, in another order."""
 
     def forward(self, padding, input_ids):
         return self.model(input_ids, padding)

@@ -37,7 +37,7 @@ def test_a_folder_of_many_files(tmp_path):
 
 
 def checkpoint(layers=(0, 1, 2), experts=4, prefix="model.layers"):
-    """Small checkpoint with one tensor per expert, each of its own value."""
+    """Make a small checkpoint with one tensor per expert, each of its own value."""
     tensors = {"model.embed.weight": torch.zeros(3, experts)}
     for layer in layers:
         block = f"{prefix}.{layer}.mlp"
@@ -49,11 +49,12 @@ def checkpoint(layers=(0, 1, 2), experts=4, prefix="model.layers"):
 
 
 def expert_in(tensors, layer, position=0, prefix="model.layers"):
-    """Give the value of the expert at a position."""
+    """Return the value of the expert at a position."""
     return tensors[f"{prefix}.{layer}.mlp.experts.{position}.w"][0, 0]
 
 
 def saved(folder, **files):
+    """Save tensors in a folder, and return it."""
     folder.mkdir(exist_ok=True)
     for name, tensors in files.items():
         save_file(tensors, folder / f"{name}.safetensors")
@@ -147,7 +148,7 @@ def test_numbers_with_leading_zeros_keep_them(digits):
 
 
 def changed(**tensors):
-    """Give a checkpoint with other tensors in its layers, or without those that are None."""
+    """Make a checkpoint with other tensors in its layers, or without those that are None."""
     tensors = checkpoint() | {f"model.layers.{name}": of for name, of in tensors.items()}
     return {key: tensor for key, tensor in tensors.items() if tensor is not None}
 

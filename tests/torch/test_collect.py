@@ -17,7 +17,7 @@ TEXTS = ["one two three", "four", "one one one one one two", "three three"]
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    """Folder of a tiny model with a tokenizer of one token per word."""
+    """Save a tiny model with a tokenizer of one token per word; return its folder."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder = tmp_path_factory.mktemp("models") / "tiny-moe"
@@ -32,7 +32,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture
 def lines(tmp_path):
-    """File of texts, one per line."""
+    """Write a file of texts, one per line."""
     path = tmp_path / "texts.txt"
     path.write_text("\n\n".join(TEXTS) + "\n")
     return path

@@ -35,7 +35,7 @@ OLD = [1, 3, 4, 6, 0, 2, 5, 7]
 
 
 def known(config=None, names=NAMES, placement=ORDER, **options):
-    """Renumber by names, without a model."""
+    """Make a renumbering by names, without a model."""
     config = {"num_hidden_layers": 2, "n_group": 1} if config is None else config
     return Renumbering(placement, config, names=names, **options)
 

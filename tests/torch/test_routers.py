@@ -47,7 +47,7 @@ def test_zero_computation_experts():
 
 
 class Fixed(torch.nn.Module):
-    """Router that gives the ids that it is given."""
+    """A router that returns its input as ids."""
 
     top_k, num_experts = 2, 250
 

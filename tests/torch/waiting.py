@@ -12,7 +12,7 @@ OPERATORS = "nonzero bincount masked_select _local_scalar_dense unique_dim _uniq
 
 @contextmanager
 def waiting():
-    """Names of the calls, and of operators whose sizes depend on values, wherever they are."""
+    """Collect names of these calls, and of operators whose sizes depend on values."""
     names = []
 
     class Functions(TorchFunctionMode):
