@@ -5,6 +5,7 @@ import math
 import os
 import signal
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import make
@@ -78,9 +79,8 @@ def run(capsys, monkeypatch):
     return run
 
 
-@pytest.fixture
-def brief(monkeypatch):
-    """Search as shortly as searches can, without a clock."""
+def shorten_searches(monkeypatch):
+    """Let searches be as short as they can, without a clock."""
     monkeypatch.setitem(effort.EFFORTS, "brief", effort.Effort(5e4, 1, (math.inf,), 2, 1, 1))
     monkeypatch.setitem(effort.EFFORTS, "default", effort.Effort(1e5, 2, (math.inf,), 4, 8, 1))
     monkeypatch.setitem(effort.EFFORTS, "thorough", effort.Effort(2e5, 4, (1.1, math.inf), 4, 8, 1))
@@ -94,6 +94,25 @@ def brief(monkeypatch):
     few |= {"POLISHED_SLOTS": 0}
     for name, value in few.items():
         monkeypatch.setattr(effort, name, value)
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    """Search as shortly as searches can."""
+    shorten_searches(monkeypatch)
+
+
+@pytest.fixture
+def briefly():
+    """Return a context in which searches are as short as they can be."""
+
+    @contextmanager
+    def briefly():
+        with pytest.MonkeyPatch.context() as patch:
+            shorten_searches(patch)
+            yield
+
+    return briefly
 
 
 @pytest.fixture(scope="session")

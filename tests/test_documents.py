@@ -44,7 +44,7 @@ INLINE = re.compile(r"`(moetuner [a-z]+(?: [^`]*)?)`")
 LINK = re.compile(r"\]\((?!http)([^)#]+)[^)]*\)")
 # Neither run nor printed by anything.
 TEXT = {"text", "yaml"}
-# Searches whose answers no document shows are cut short.
+# Searches whose answers no document shows are cut short, those of models of many layers by a clock.
 SEARCHES, SHORT = {"solve", "compare", "advise"}, ["--time-limit", "0.1"]
 
 
@@ -52,11 +52,12 @@ class Reader:
     """Runs what a document shows, in order.
 
     ``run`` runs moetuner's command line and gives what it printed, ``printed`` what Python has.
+    What a document does not show is searched ``briefly``.
     """
 
-    def __init__(self, run, printed, names):
+    def __init__(self, run, printed, briefly, names):
         self.run, self.printed = run, printed
-        self.names = names
+        self.briefly, self.names = briefly, names
         self.said = None  # by the last fence that was run
         self.unneeded, self.needed = {}, set()  # programs that are not to be run
         self.values = {}  # of the shell's variables
@@ -122,8 +123,10 @@ class Reader:
 
     def command(self, words, shown):
         """Run one; it must succeed in silence."""
-        is_long = words[0] in SEARCHES and not shown
-        return self.run(*words, *(SHORT if is_long else ()))
+        if shown:
+            return self.run(*words)
+        with self.briefly():
+            return self.run(*words, *(SHORT if words[0] in SEARCHES else ()))
 
     def output(self, example: Example) -> str | None:
         """Compare with what was printed; every line but its trailing spaces."""
@@ -150,21 +153,26 @@ class Reader:
         return f"unknown: {unknown}" if unknown else None
 
 
-def read(page, run, capsys, names):
-    """Read a document to its end."""
-    reader = Reader(run, lambda: capsys.readouterr().out, names)
-    for example in Sybil([reader]).parse(page):
-        example.evaluate()
-    assert not reader.unneeded
+@pytest.fixture
+def read(ok, capsys, briefly):
+    """Return a function that reads a document to its end."""
+
+    def read(page, names):
+        reader = Reader(ok, lambda: capsys.readouterr().out, briefly, names)
+        for example in Sybil([reader]).parse(page):
+            example.evaluate()
+        assert not reader.unneeded
+
+    return read
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_what_is_shown_is_so(page, ok, capsys, tmp_path, monkeypatch):
+def test_what_is_shown_is_so(page, read, capsys, tmp_path, monkeypatch):
     """Blocks and commands run, in order, and print what stands below them."""
     monkeypatch.chdir(tmp_path)
     names = GIVEN[page](tmp_path) if page in GIVEN else {}
     capsys.readouterr()
-    read(ROOT / page, ok, capsys, names)
+    read(ROOT / page, names)
 
 
 FAULTS = {
@@ -186,13 +194,13 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_found(fault, ok, capsys, tmp_path, monkeypatch):
+def test_faults_are_found(fault, read, tmp_path, monkeypatch):
     """A document that is wrong does not pass."""
     monkeypatch.chdir(tmp_path)
     page = tmp_path / "page.md"
     page.write_text(FAULTS[fault])
     with pytest.raises((AssertionError, KeyError, NameError, SybilFailure)):
-        read(page, ok, capsys, {})
+        read(page, {})
 
 
 @pytest.mark.parametrize("name", MODULES)
