@@ -55,7 +55,7 @@ def advise(traffic, topology, **options):
     is_short = isinstance(traffic, mt.RoutingTrace) and traffic.tokens < 4 * 2048
     if is_short and "prefill_share" not in options:
         options = {"window": 512, **options}
-    return mt.advise(traffic, topology, **{"iterations": 50, **options})
+    return mt.advise(traffic, topology, **{"iterations": 200, **options})
 
 
 def numbers_of(advice, kind):

@@ -278,6 +278,7 @@ def test_exposed_computing_is_bound(load, exposed, speed, slots):
     assert speed is not None or least == pytest.approx(best)
 
 
+@few
 @given(loads(2, 6, 3), st.integers(2, 4), st.integers(0, 12))
 def test_extra_slots_are_even(load, devices, extra):
     """As many slots as asked for; no device has two more than another over all layers."""
