@@ -101,11 +101,13 @@ test-rust:  ## tests of the core alone
 	@if cargo nextest --version > /dev/null 2>&1; then cargo nextest run; else cargo test --lib --tests; fi
 	cargo test --quiet --doc
 
-# Tests run side by side, one a core: threads of numpy's and torch's own would only wait for each other.
+# Tests run side by side, one more than cores, as some wait. Threads of their own would only wait for each other.
 test-python: export OPENBLAS_NUM_THREADS := 1
 test-python: export OMP_NUM_THREADS := 1
+test-python: export RAYON_NUM_THREADS := 1
 test-python: $(CORE) $(TOOLS)  ## tests of the package
-	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
+	workers=$$(($$(getconf _NPROCESSORS_ONLN) + 1)); \
+		$(BIN)/python -m pytest -q --numprocesses $$workers --maxprocesses 4 --dist worksteal
 
 # Every page is read again: what the build before has read says nothing of a link that is dead by now.
 docs: $(CORE) $(SPHINX)  ## build docs/_build/html, and stop at dead links and unknown names
