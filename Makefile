@@ -24,7 +24,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo docs pictures test lint lint-rust lint-python fix types test-rust test-python test-wheel engines bench bench-peers scorecard wheel wheels sdist \
+.PHONY: help setup demo docs pictures test lint fix types test-rust test-python test-wheel engines bench bench-peers scorecard wheel wheels sdist \
 	image test-root test-sdist test-masked test-oldest test-threads check-wheels check-files check-rust deny audit release-check clean
 
 help:  ## show this menu
@@ -66,23 +66,13 @@ demo: $(CORE)  ## run the whole flow on the bundled trace
 	@$(BIN)/moetuner demo
 	@echo; echo 'moetuner is in $(BIN): ". $(BIN)/activate" puts it on the path of this shell.'
 
-# Compilers and readers take one core each, so two run at a time; the package's tests take all cores.
-# Two pips never run at once: the core installs itself at its end, so tools come after it.
-test:  ## everything that must be green
-	@$(MAKE) --jobs=2 $(CORE) test-rust lint-rust
-	@$(MAKE) $(TOOLS) $(SPHINX)
-	@$(MAKE) --jobs=2 lint-python types docs
-	@$(MAKE) test-python test-wheel
+test: lint types docs test-rust test-python test-wheel  ## everything that must be green
 
-lint: lint-rust lint-python  ## rustfmt, clippy, ruff; public names against those of the last tag
-
-lint-rust: $(BASE)
-	cargo fmt --check
-	cargo clippy --quiet --all-targets --features python -- -D warnings
-
-lint-python: $(TOOLS)
+lint: $(TOOLS)  ## ruff, rustfmt, clippy; public names against those of the last tag
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	cargo fmt --check
+	cargo clippy --quiet --all-targets --features python -- -D warnings
 	@if tag=$$(git describe --tags --abbrev=0 2> /dev/null); then \
 		echo "griffe check: public names against $$tag"; \
 		$(BIN)/python -m griffe check moetuner --search python --against "$$tag"; \

@@ -58,7 +58,7 @@ def skipped_if_unbuildable(kind):
     try:
         yield
     except Exception as error:
-        why = f"cannot be attempt: {type(error).__name__}: {error}".splitlines()[0]
+        why = f"cannot be tried: {type(error).__name__}: {error}".splitlines()[0]
     if why is not None:
         assert kind not in RIGHT, why
         pytest.skip(why)
