@@ -430,6 +430,26 @@ def test_a_front_has_what_a_budget_finds(goal):
         assert (excess - 1e-9, value * (1 - 1e-9)) <= found
 
 
+@pytest.mark.parametrize("goal", GOALS)
+def test_no_point_within_the_budget_is_better_than_the_answer(monkeypatch, goal):
+    """Neither of the best of a front, nor of the answer, which polishing may improve."""
+    problem, initial, fronts = problem_of(goal), blocks(3, 16, 4), []
+
+    def fill(front, *arguments):
+        fronts.append(front)
+        fill_front(front, *arguments)
+
+    fill_front = moves.fill
+    monkeypatch.setattr(moves, "fill", fill)
+    for limit in (2, 5, 12):
+        options = {"initial": initial, "move_budget": limit, "iterations": 30}
+        result = mt.solve(problem, "heuristic", **options)
+        front = fronts.pop()
+        best = min(point.rank for point in front.points.values() if point.moves <= limit)
+        assert front.best(limit).rank == best
+        assert rank(problem, result.placement) <= (best[0] + 1e-9, best[1] * (1 + 1e-9))
+
+
 @pytest.mark.parametrize("settings", [{}, {"objective": "balance"}, {"slots_per_device": 9}])
 def test_layers_go_down_by_themselves_as_all_at_once(settings):
     """Where no number of moves joins the layers, their steps are those of one way down all."""
