@@ -1,6 +1,7 @@
 """Findings: every kind has a sentence, answers are decided on findings, and voices differ."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,24 +12,29 @@ from moetuner.report import words
 from moetuner.report.findings import PYTHON, TERMINAL, Finding
 
 PACKAGE = Path(mt.__file__).parent
-NODES = [
-    node
-    for folder in ("report", "cli", "evaluation")
-    for path in sorted((PACKAGE / folder).rglob("*.py"))
-    for node in ast.walk(ast.parse(path.read_text()))
-]
+
+
+@cache
+def list_nodes():
+    """Return the syntax of all code that may find something."""
+    return [
+        node
+        for folder in ("report", "cli", "evaluation")
+        for path in sorted((PACKAGE / folder).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+    ]
 
 
 def test_every_kind_has_one_sentence_and_is_found_somewhere():
     """The table has no row that nothing says, and no code finds what has no row."""
     texts = {
         node.value
-        for node in NODES
+        for node in list_nodes()
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
     kinds = {
         node.args[0].value
-        for node in NODES
+        for node in list_nodes()
         if isinstance(node, ast.Call)
         and ast.unparse(node.func) == "Finding"
         and node.args
@@ -45,7 +51,7 @@ def test_no_sentence_is_taken_apart():
     """First letters are raised in one place, and no part of a sentence is replaced."""
     raised = [
         ast.unparse(node)
-        for node in NODES
+        for node in list_nodes()
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
         and node.func.attr in ("upper", "lower", "capitalize")
