@@ -72,6 +72,7 @@ TWELVE = mt.RoutingStatistics.from_load(np.ones((2, 3, 12)))
 
 SIXTEEN = load(np.ones((2, 3, 16)))
 IN_BLOCKS = blocks(3, 8, 4)
+ON_ALL_DEVICES = mt.Placement([[[*range(8)]] * 2] * 3)
 
 
 def phased(phases):
@@ -244,7 +245,7 @@ mt.dispatch_rows(IN_BLOCKS, trace(num_experts=9)) | 3 layers and 9 experts
 mt.evaluate(IN_BLOCKS, COUNTED, home="blocks") | home needs a trace
 mt.evaluate(IN_BLOCKS, SEQUENCES, mt.Topology(2)) | must have 2 devices like the topology, got 4
 mt.evaluate(IN_BLOCKS, trace(num_experts=9)) | must have 9 experts like the input, got 8
-mt.evaluate(mt.Placement([[[*range(8)]] * 2] * 3), SEQUENCES, split="lp") | counts for split 'lp'
+mt.evaluate(ON_ALL_DEVICES, SEQUENCES, split="lp") | counts for split 'lp', which divides windows
 mt.audit(IN_BLOCKS, SEQUENCES, baseline=blocks(3, 9, 4)) | 8 experts like the input, got 9
 mt.audit(IN_BLOCKS, SEQUENCES, window=0) | window must be at least 1
 mt.audit(IN_BLOCKS, trace(IDS[:0])) | traffic must have tokens to audit, got a trace of 0

@@ -205,7 +205,7 @@ def count_each(
         return
     if any(setting.has_lp_split for setting in settings):
         raise ArgumentError(
-            f"traffic must be counts for split {settings[0].serving.split!r}, which has_lp_split "
+            f"traffic must be counts for split {settings[0].serving.split!r}, which divides "
             "windows and no single tokens: RoutingStatistics.from_trace(trace, window=512)",
             "traffic",
         )
