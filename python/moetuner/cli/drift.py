@@ -21,7 +21,7 @@ from moetuner.cli.recipes import make_recipe_to_solve
 from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.options import ReplayOptions
-from moetuner.evaluation.reading import Progress, scale_progress
+from moetuner.evaluation.reading import Progress, split_progress
 from moetuner.placement import Placement
 from moetuner.problem.made import Made
 from moetuner.recording import Recording
@@ -181,7 +181,7 @@ def _replay(
             replayed = window if window is not None else source.replay_window
             served = replace(serving, window=replayed)
             options = ReplayOptions(threads=source.threads)
-            report = scale_progress(progress, done / passes, (done + 1) / passes)
+            report = split_progress(progress, done, passes)
             [[figures]] = evaluate_each([placement], traffic, [served], options, progress=report)
             done += 1
             row[name] = {shown: getattr(figures, shown) for shown in SHOWN}

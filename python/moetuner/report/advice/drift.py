@@ -14,7 +14,7 @@ from moetuner._checks import callable_or_none, instance, seed_in
 from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.kinds import count_loads_by_label
-from moetuner.evaluation.reading import Progress, scale_progress
+from moetuner.evaluation.reading import Progress, scale_progress, split_progress
 from moetuner.evaluation.samples import Samples, find_samples, measure_autocorrelation
 from moetuner.frozen import Frozen
 from moetuner.recording import AnyRecording, Recording
@@ -156,7 +156,7 @@ def drift(
     loads = []
     for first, side, count, unit in zip((4, 5), sides.values(), counts, units, strict=True):
         folds = unit.deal(side, np.arange(side.length), WINDOW, folds=count)
-        report = scale_progress(progress, first / PASSES, (first + 1) / PASSES)
+        report = split_progress(progress, first, PASSES)
         loads.append(_count_block_loads(side, folds.fold, folds.number, report))
     return _compare_blocks(np.concatenate(loads), len(loads[0]), seed)
 
