@@ -6,7 +6,7 @@ and results.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from moetuner.charts.placements import (
 )
 from moetuner.evaluation.copies import compute_slot_shares
 from moetuner.evaluation.figures import FIGURES
+from moetuner.evaluation.intervals import Spread
 from moetuner.files.cells import (
     counted,
     digits,
@@ -418,15 +419,39 @@ def _show_groups(page: PageData) -> Panel | None:
     drawn = changes
     if len(changes) > GROUPS:
         drawn = [*changes[: GROUPS // 2], *changes[-GROUPS // 2 :]]
-    # A change without an interval is drawn as a point.
-    ends = [change.interval or (change.value, change.value) for _, change in drawn]
-    value = 100 * np.array([change.value for _, change in drawn])
-    low, high = 100 * np.array(ends).reshape(-1, 2).T
-    names, places = [name for name, _ in drawn], list(range(len(drawn)))
-    labels = [draw.escape_tags(name) + (" (too few)" if name in too_few else "") for name in names]
     judged = dict.fromkeys((name for name, _ in changes), "")
     judged |= dict.fromkeys(worse, "worse") | dict.fromkeys(too_few, "too few")
-    marks = [MARKS[judged[name]] for name in names]
+    rows = [
+        (
+            draw.escape_tags(name),
+            *map(signed, (change.value, change.low, change.high)),
+            judged[name],
+        )
+        for name, change in changes[:ROWS]
+    ]
+    notes = [f"Change of {FIGURES[measure].label}."]
+    if len(too_few) < len(changes):
+        groups = counted(len(changes) - len(too_few), "group")
+        notes[0] += f" Worse beyond chance: {len(worse)} of {groups}."
+    if too_few:
+        groups = counted(len(too_few), "group")
+        notes.append(f"Too few {judgement.units.name}s to judge: {groups}, in grey.")
+    return Panel(
+        (_draw_groups(drawn, judged),),
+        (Table("Groups", ("group", "change", "from", "to", "judged"), rows, len(changes)),),
+        tuple(notes),
+    )
+
+
+def _draw_groups(changes: Sequence[tuple[str, Spread]], judged: Mapping[str, str]) -> Chart:
+    """Draw changes of groups; one without an interval is a point."""
+    ends = [change.interval or (change.value, change.value) for _, change in changes]
+    value = 100 * np.array([change.value for _, change in changes])
+    low, high = 100 * np.array(ends).reshape(-1, 2).T
+    places, labels = list(range(len(changes))), []
+    for name, _ in changes:
+        labels.append(draw.escape_tags(name) + (" (too few)" if judged[name] == "too few" else ""))
+    marks = [MARKS[judged[name]] for name, _ in changes]
     data = draw.scatter(
         value,
         places,
@@ -443,27 +468,8 @@ def _show_groups(page: PageData) -> Panel | None:
     spec = draw.layout("change, %")
     spec["yaxis"] |= {"tickvals": places, "ticktext": labels, "zeroline": False}
     spec["xaxis"] |= {**draw.ZERO, "rangemode": "tozero"}
-    rows = [
-        (
-            draw.escape_tags(name),
-            *map(signed, (change.value, change.low, change.high)),
-            judged[name],
-        )
-        for name, change in changes[:ROWS]
-    ]
-    notes = [f"Change of {FIGURES[measure].label}."]
-    if len(too_few) < len(changes):
-        groups = counted(len(changes) - len(too_few), "group")
-        notes[0] += f" Worse beyond chance: {len(worse)} of {groups}."
-    if too_few:
-        groups = counted(len(too_few), "group")
-        notes.append(f"Too few {judgement.units.name}s to judge: {groups}, in grey.")
-    label, height = "change of every group with its interval", 130 + 24 * len(drawn)
-    return Panel(
-        (Chart("groups", label, draw.variant([data], spec), height),),
-        (Table("Groups", ("group", "change", "from", "to", "judged"), rows, len(changes)),),
-        tuple(notes),
-    )
+    label, height = "change of every group with its interval", 130 + 24 * len(changes)
+    return Chart("groups", label, draw.variant([data], spec), height)
 
 
 def _show_search(page: PageData) -> Panel | None:
