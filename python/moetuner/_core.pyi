@@ -179,7 +179,8 @@ class Layers:
         restarts: int = 1,
         rounds: int = 1,
         quick: bool = False,
-        cool: bool = False,
+        heat: str | None = None,
+        chosen: list[int] | None = None,
         links: tuple[NDArray[np.uint64], NDArray[np.float64]] | None = None,
         seed: int = 0,
         time_limit: float | None = None,
@@ -191,7 +192,9 @@ class Layers:
 
         With ``links``, transitions [L-1,E,E] and the cost of one between devices [D,D], layers are
         placed in turns, ``rounds`` times, given their neighbours. Without ``empties`` no
-        slot that holds an expert is emptied. Searches that begin ``cool`` stay near their starts.
+        slot that holds an expert is emptied. Searches begin ``warm``, ``hot`` or ``cool``, where
+        they stay near their starts; by default warm and hot in turn. Without links, only the
+        ``chosen`` layers change, if some are.
         A ``quick`` search stays near a good start, and ends no worse than that by the slowest
         devices of the windows. ``alone`` does all work in the calling thread, uninterrupted.
         """

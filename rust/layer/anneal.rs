@@ -16,16 +16,18 @@ pub(super) struct Schedule {
     last: f64,
     /// One proposal in so many changes copies, where slots are to spare; the others exchange two slots.
     put: u64,
+    /// The same where copies cost: which of them pay may decide more than where they are.
+    put_charged: u64,
     /// Proposals that are priced to find the typical change.
     sample: usize,
 }
 
 /// The schedule that suits layers of 12 to 288 slots and of 1 to 400 windows (bench/RESULTS.md).
-pub(super) const WARM: Schedule = Schedule { first: 0.3, last: 0.01, put: 8, sample: 255 };
+pub(super) const WARM: Schedule = Schedule { first: 0.3, last: 0.01, put: 8, put_charged: 8, sample: 255 };
 /// Hot enough that copies of heavy experts are removed and added again, which layers of few slots may need.
-pub(super) const HOT: Schedule = Schedule { first: 3.0, ..WARM };
+pub(super) const HOT: Schedule = Schedule { first: 3.0, put_charged: 2, ..WARM };
 /// Cool enough that few trials in many windows do not lose a good start.
-pub(super) const COOL: Schedule = Schedule { first: 0.03, last: 0.01, put: 16, sample: 64 };
+pub(super) const COOL: Schedule = Schedule { first: 0.03, last: 0.01, put: 16, put_charged: 2, sample: 64 };
 
 const BLOCKS: Blocks = Blocks { trials: 256, check: 1 };
 /// Last temperature with few windows: devices become nearly even, so that the last gains are small.
@@ -33,6 +35,8 @@ const COLDEST: f64 = 1e-4;
 const FEW_WINDOWS: usize = 3;
 /// Part of its trials that a layer gets however short the time: a start that was not annealed is of no use.
 const LEAST: u64 = 50;
+/// A typical change below this part of the cost is rounding.
+const FLAT: f64 = 1e-7;
 /// Trials between two looks at the clock where a trial counts thousands of expert sets.
 const BETWEEN: u64 = 16;
 
@@ -41,6 +45,17 @@ const OUT_OF_QUESTION: f64 = 18.0;
 
 /// Bits of proposals that begin with the device that costs most, where losses count.
 const AIMED: u64 = 1 << 16;
+
+/// The temperatures that searches begin at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Heat {
+    /// Warm and hot, in turn.
+    InTurn,
+    Warm,
+    Hot,
+    /// So low that searches stay near their starts, which are better than what as many trials find from higher ones.
+    Cool,
+}
 
 /// How much to search.
 #[allow(clippy::struct_excessive_bools)]
@@ -57,8 +72,8 @@ pub struct Effort {
     /// True if starts are so good, and trials so few, that a search is to stay near: its end is then the answer, if by the
     /// slowest devices of the windows it is no worse than the start; else the best on the way is.
     pub quick: bool,
-    /// True if searches begin at low temperatures: starts are better than what as many trials find from higher ones.
-    pub cool: bool,
+    /// The temperatures that searches begin at.
+    pub heat: Heat,
     /// True if layers are searched at once, or all in this thread.
     pub parallel: bool,
 }
@@ -83,21 +98,24 @@ pub(super) fn search(
     let mut slots = start.clone();
     let mut terms = Terms::new(layer, &slots);
     let mut best = (if effort.quick { terms.slowest() } else { terms.cost() }, slots.expert_in.clone());
-    // Contents that a slot may get if there are spare slots: any expert or, as the last of them, nothing.
-    let kinds = if layer.has_spare() { layer.experts + usize::from(effort.empties) } else { 0 };
+    let contents = Contents::new(layer, effort.empties);
+    let put = if layer.charges_copies() { schedule.put_charged } else { schedule.put };
     let takes_long = terms.take_long();
     let has_few_windows = layer.windows.count <= FEW_WINDOWS && terms.peak().is_some();
     let last = if has_few_windows { COLDEST } else { schedule.last };
-    let typical = typical_change(layer, &mut terms, &slots, kinds, schedule, random, control);
+    let typical = typical_change(layer, &mut terms, &slots, contents, (schedule.sample, put), random, control);
     let time = time.map(|time| time.saturating_sub(begin.elapsed()));
-    let length = Length { trials: effort.trials, least: effort.trials / LEAST, time };
+    // Where no proposal changes the cost by more than rounding, hardly any will.
+    let is_flat = typical <= FLAT * terms.cost();
+    let trials = if is_flat { effort.trials / LEAST } else { effort.trials };
+    let length = Length { trials, least: effort.trials / LEAST, time };
     let ramp = Ramp { first: schedule.first * typical, change: last / schedule.first };
     anneal::anneal(length, BLOCKS, [ramp], control, |[temperature]| {
         for trial in 0..BLOCKS.trials {
             if trial % BETWEEN == BETWEEN - 1 && takes_long && control.stopped() {
                 break;
             }
-            let step = proposal(layer, &slots, &terms, kinds, schedule.put, random);
+            let step = proposal(&slots, &terms, contents, put, random);
             if !slots.allows(&layer.site, step) {
                 continue;
             }
@@ -122,13 +140,38 @@ pub(super) fn search(
     (best.0, Slots::new(&layer.site.capacity, layer.experts, &best.1))
 }
 
-/// Returns an exchange of two random slots or, where there are `kinds` of contents, one time in `put` others of one.
+/// The contents that a slot may get where there are spare slots.
+#[derive(Debug, Clone, Copy)]
+struct Contents {
+    /// Experts; 0 where all slots are needed.
+    experts: usize,
+    /// How often nothing is proposed, where an expert is proposed once.
+    empties: usize,
+}
+
+impl Contents {
+    /// Returns the contents of a layer whose slots may be emptied or not. Where a copy costs, copies are dropped as often
+    /// as they are added: else a search fills its slots, and hardly ever finds out which copies do not pay.
+    fn new(layer: &Layer, may_empty: bool) -> Self {
+        let experts = if layer.has_spare() { layer.experts } else { 0 };
+        let often = if layer.charges_copies() { experts } else { 1 };
+        Self { experts, empties: if may_empty { often } else { 0 } }
+    }
+
+    /// Returns one of them.
+    #[inline(always)]
+    fn choose(self, bits: u64) -> u16 {
+        let content = scale(bits, self.experts + self.empties);
+        if content >= self.experts { EMPTY } else { content as u16 }
+    }
+}
+
+/// Returns an exchange of two random slots or, where there are spare slots, one time in `put` another content of one.
 #[inline(always)]
 fn proposal(
-    layer: &Layer,
     slots: &Slots,
     terms: &Terms<'_>,
-    kinds: usize,
+    contents: Contents,
     put: u64,
     random: &mut Random,
 ) -> Move {
@@ -141,9 +184,8 @@ fn proposal(
     {
         p = slots.start + scale(bits >> 32, slots.len());
     }
-    if kinds > 0 && bits.is_multiple_of(put) {
-        let e = scale(other, kinds);
-        Move::Put(p, if e == layer.experts { EMPTY } else { e as u16 })
+    if contents.experts > 0 && bits.is_multiple_of(put) {
+        Move::Put(p, contents.choose(other))
     } else {
         Move::Swap(p, scale(other, count))
     }
@@ -154,15 +196,15 @@ fn typical_change(
     layer: &Layer,
     terms: &mut Terms<'_>,
     slots: &Slots,
-    kinds: usize,
-    schedule: Schedule,
+    contents: Contents,
+    (sample, put): (usize, u64),
     random: &mut Random,
     control: &Control,
 ) -> f64 {
-    let mut changes: Vec<f64> = (0..schedule.sample)
+    let mut changes: Vec<f64> = (0..sample)
         .take_while(|_| !control.stopped())
         .filter_map(|_| {
-            let step = proposal(layer, slots, terms, kinds, schedule.put, random);
+            let step = proposal(slots, terms, contents, put, random);
             let change =
                 slots.allows(&layer.site, step).then(|| terms.change(slots, step, f64::INFINITY))??;
             (change != 0.0).then_some(change.abs())

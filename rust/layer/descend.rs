@@ -6,7 +6,7 @@
 use rayon::prelude::*;
 
 use super::budget::factor_per_copy;
-use super::slots::Share;
+use super::slots::{EMPTY, Share};
 use super::terms::Terms;
 use super::turns::{Links, neighbours, prices};
 use super::{Layer, Move, Slots, Split};
@@ -140,7 +140,7 @@ impl<'a> Descent<'a> {
             Move::Swap(p, q) => is_costly[self.slots.device(p)] || is_costly[self.slots.device(q)],
             Move::Put(p, e) => {
                 let relieves = |device: u16| is_costly[usize::from(device)];
-                is_costly[self.slots.device(p)] || self.slots.devices(e).any(relieves)
+                is_costly[self.slots.device(p)] || e != EMPTY && self.slots.devices(e).any(relieves)
             }
         }
     }
@@ -238,6 +238,9 @@ impl<'a> Descent<'a> {
                     for e in 0..self.layer.experts as u16 {
                         self.try_step(Move::Put(p, e), limits, &mut best);
                     }
+                    if self.layer.charges_copies() {
+                        self.try_step(Move::Put(p, EMPTY), limits, &mut best);
+                    }
                 }
             }
         }
@@ -327,12 +330,19 @@ impl<'a> Descent<'a> {
     }
 
     /// Takes all steps of the layer, where other layers do not change what they gain.
+    ///
+    /// Where copies cost, only the devices whose slots a step changes are searched again after it: the tokens of an expert
+    /// with many copies change on most devices. All are searched when no step is left.
     fn descend(mut self) -> LayerSteps {
         let (excess, mut taken) = (self.excess(), Vec::new());
+        let is_lazy = self.layer.charges_copies() && self.layer.has_spare();
         while let Some(choice) = self.top.filter(|_| !self.control.stopped()) {
             self.control.count(1);
-            let touched = self.take(choice.step);
+            let mut touched = self.take(choice.step);
             let written = self.written(choice.step);
+            if is_lazy {
+                touched = written.map(|(slot, _)| self.slots.device(slot) as u16).to_vec();
+            }
             self.choose_next(&touched, UNLIMITED);
             taken.push(Taken { choice, written, excess: self.excess() });
         }

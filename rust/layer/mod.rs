@@ -140,4 +140,10 @@ impl Layer {
     pub(crate) fn has_spare(&self) -> bool {
         self.site.rules.max_copies > 1 && self.slots() > self.experts
     }
+
+    /// Returns whether a copy costs something, whatever it serves: its weights are read, or tokens visit one device more.
+    pub(crate) fn charges_copies(&self) -> bool {
+        let Costs { reading, sets, pairs, .. } = &self.costs;
+        reading.is_some() || sets.is_some() || pairs.is_some()
+    }
 }

@@ -13,7 +13,7 @@ use super::terms::reading::{Reading, Weights};
 use super::terms::together::pairs_of;
 use super::terms::windows::{Measure, Windows};
 use super::terms::{DEFINITIONS, Term, Terms, share};
-use super::turns::{Effort, Links, place};
+use super::turns::{Effort, Heat, Links, place};
 use super::{EMPTY, Layer, Move, Rules, Site, Slots, Split};
 use crate::control::Control;
 use crate::random::Random;
@@ -472,11 +472,11 @@ proptest! {
             }
             prop_assert_eq!(joined.len(), devices);
         }
-        let effort = Effort { trials: 300, empties: false, restarts: 1, rounds: 1, quick: true, cool: false, parallel: false };
+        let effort = Effort { trials: 300, empties: false, restarts: 1, rounds: 1, quick: true, heat: Heat::InTurn, parallel: false };
         let links = Links { transitions: &[], cost: &[] };
         let time = |layer: &Layer, slots: &Slots| (lp_split::DEFINITION.cost)(layer, slots);
         let before = time(&layer, &start);
-        let slots = place(std::slice::from_mut(&mut layer), vec![start], links, effort, seed, &Control::new(None)).remove(0);
+        let slots = place(std::slice::from_mut(&mut layer), vec![start], links, effort, None, seed, &Control::new(None)).remove(0);
         prop_assert!(keeps_rules(&layer.site, &slots));
         prop_assert!(time(&layer, &slots) <= before * (1.0 + 1e-9));
     }
@@ -504,9 +504,9 @@ proptest! {
         let pairs: Vec<u16> = (0..devices).flat_map(|g| (0..4).map(move |slot| (g / 2 * 4 + slot) as u16)).collect();
         let pairs = Slots::new(&site.capacity, experts, &pairs);
         prop_assert!(worst(&pairs) > limit * (1.0 + 1e-9));
-        let effort = Effort { trials: 2_000, empties: false, restarts: 1, rounds: 1, quick: false, cool: false, parallel: false };
+        let effort = Effort { trials: 2_000, empties: false, restarts: 1, rounds: 1, quick: false, heat: Heat::InTurn, parallel: false };
         let links = Links { transitions: &[], cost: &[] };
-        let slots = place(std::slice::from_mut(&mut layer), vec![pairs], links, effort, seed, &Control::new(None)).remove(0);
+        let slots = place(std::slice::from_mut(&mut layer), vec![pairs], links, effort, None, seed, &Control::new(None)).remove(0);
         prop_assert!(worst(&slots) <= limit * (1.0 + 1e-9), "{} {limit}", worst(&slots));
     }
 
@@ -540,10 +540,10 @@ proptest! {
         let price = 0.01 * layer.load.iter().sum::<f64>() * layer.windows.scale;
         let cells = (0..experts as u16).flat_map(|e| (0..devices).map(move |g| (e, g)));
         layer.costs.copy_cost = cells.map(|(e, g)| if start.holds(e, g) { 0.0 } else { price }).collect();
-        let effort = Effort { trials, empties: false, restarts: 1, rounds: 1, quick: true, cool: false, parallel: false };
+        let effort = Effort { trials, empties: false, restarts: 1, rounds: 1, quick: true, heat: Heat::InTurn, parallel: false };
         let links = Links { transitions: &[], cost: &[] };
         let layers = std::slice::from_mut(&mut layer);
-        let slots = &place(layers, vec![start.clone()], links, effort, seed, &Control::new(None))[0];
+        let slots = &place(layers, vec![start.clone()], links, effort, None, seed, &Control::new(None))[0];
         prop_assert!(keeps_rules(&site, slots));
         let moved = slots.moved_from(&start) as f64 * price;
         prop_assert!(slowest(&layer, slots) + moved <= slowest(&layer, &start) * (1.0 + 1e-9));

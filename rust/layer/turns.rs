@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 
-pub use super::anneal::Effort;
+pub use super::anneal::{Effort, Heat};
 use super::anneal::{COOL, HOT, WARM, search};
 use super::{Layer, Slots};
 use crate::control::Control;
@@ -28,6 +28,7 @@ pub struct Links<'a> {
 }
 
 /// Returns the slots of every layer, annealed from its start; with links in rounds, each layer while its neighbours stay.
+/// Without links, only the `chosen` layers change, if some are.
 ///
 /// One seed gives one answer on any number of threads: every layer has its own random stream, and layers that are
 /// searched at once are no neighbours.
@@ -37,14 +38,19 @@ pub fn place(
     start: Vec<Slots>,
     links: Links<'_>,
     effort: Effort,
+    chosen: Option<&[usize]>,
     seed: u64,
     control: &Control,
 ) -> Vec<Slots> {
+    let mut now = start;
     if links.transitions.is_empty() {
         let all: Vec<usize> = (0..layers.len()).collect();
-        return turn(layers, &all, &start, effort, 1, seed, 0, control);
+        let chosen = chosen.unwrap_or(&all);
+        for (&l, slots) in chosen.iter().zip(turn(layers, chosen, &now, effort, 1, seed, 0, control)) {
+            now[l] = slots;
+        }
+        return now;
     }
-    let mut now = start;
     for round in 0..2 * effort.rounds {
         if control.stopped() {
             break;
@@ -86,13 +92,15 @@ fn turn(
 ) -> Vec<Slots> {
     let time_left = |end: Instant| end.saturating_duration_since(Instant::now());
     let end = control.deadline.map(|end| Instant::now() + time_left(end).mul_f64(SAFE / turns as f64));
-    // Every other search of a layer is hot, unless it is to stay near its start.
+    // By default every other search of a layer is hot.
     let run = |l: usize, restart: u64, time: Option<Duration>| {
         let seed = seed.wrapping_add(restart.wrapping_mul(0x9E37_79B9_7F4A_7C15));
-        let schedule = match (effort.quick || effort.cool, restart.is_multiple_of(2)) {
-            (true, _) => COOL,
-            (false, true) => WARM,
-            (false, false) => HOT,
+        let schedule = match effort.heat {
+            _ if effort.quick => COOL,
+            Heat::InTurn if restart.is_multiple_of(2) => WARM,
+            Heat::Warm => WARM,
+            Heat::InTurn | Heat::Hot => HOT,
+            Heat::Cool => COOL,
         };
         let mut random = Random::new(seed, stream + l as u64);
         search(&layers[l], &now[l], effort, schedule, time, &mut random, control)

@@ -22,7 +22,7 @@ use crate::layer::terms::lp_split;
 use crate::layer::terms::reading::{Reading, Weights};
 use crate::layer::terms::together::Pairs;
 use crate::layer::terms::windows::{Measure, Windows};
-use crate::layer::turns::{Effort, Links, place};
+use crate::layer::turns::{Effort, Heat, Links, place};
 use crate::layer::{Choice, EMPTY, LANES, Layer, Site, Slots, Spending, Split, choose};
 
 /// Returns the id of a slot's content, -1 for an empty slot.
@@ -278,7 +278,7 @@ impl Layers {
 
     /// Searches from slots [L,D,S]; returns better ones, and whether the search was interrupted.
     #[allow(clippy::fn_params_excessive_bools)]
-    #[pyo3(signature = (start, *, trials, empties = true, restarts = 1, rounds = 1, quick = false, cool = false, links = None, seed = 0, time_limit = None, threads = None, alone = false, progress = None))]
+    #[pyo3(signature = (start, *, trials, empties = true, restarts = 1, rounds = 1, quick = false, heat = None, chosen = None, links = None, seed = 0, time_limit = None, threads = None, alone = false, progress = None))]
     fn place<'py>(
         &mut self,
         py: Python<'py>,
@@ -288,7 +288,8 @@ impl Layers {
         restarts: u64,
         rounds: u64,
         quick: bool,
-        cool: bool,
+        heat: Option<&str>,
+        chosen: Option<Vec<usize>>,
         links: Option<LinkArrays<'py>>,
         seed: u64,
         time_limit: Option<f64>,
@@ -299,9 +300,19 @@ impl Layers {
         let slots = self.read_slots(&start)?;
         let links = read_links(links.as_ref())?;
         let control = Control::new(deadline(time_limit));
-        let effort = Effort { trials, empties, restarts, rounds, quick, cool, parallel: !alone };
+        let heat = match heat {
+            None => Heat::InTurn,
+            Some("warm") => Heat::Warm,
+            Some("hot") => Heat::Hot,
+            Some("cool") => Heat::Cool,
+            Some(other) => return Err(Error::shape("heat", "warm, hot or cool", &other).into()),
+        };
+        if let Some(layer) = chosen.iter().flatten().find(|&&layer| layer >= self.layers.len()) {
+            return Err(Error::shape("chosen", format!("layers below {}", self.layers.len()), &layer).into());
+        }
+        let effort = Effort { trials, empties, restarts, rounds, quick, heat, parallel: !alone };
         let layers = &mut self.layers;
-        let work = || place(layers, slots, links, effort, seed, &control);
+        let work = || place(layers, slots, links, effort, chosen.as_deref(), seed, &control);
         let (placements, interrupted) = if alone {
             (super::alone(py, work)?, false)
         } else {

@@ -552,9 +552,21 @@ class Problem(Frozen):
         """
         if not self.may_copy or self.rules.need_copies:
             return None
-        arguments = {field.name: getattr(self, field.name) for field in fields(self)}
-        single = _EvenCopies if even else _SingleCopies
-        return single(**{**arguments, "fill_slots": False})
+        return self._reduced(_EvenCopies if even else _SingleCopies)
+
+    def with_fewer_slots(self) -> Problem | None:
+        """Return the problem with one slot less on every device that has spare ones.
+
+        Its placements are placements of this problem. Return None where one slot less leaves no
+        room for copies.
+        """
+        spare = int((self.capacity - capacity.even_slots(self.capacity, self.num_experts)).max())
+        return self._reduced(_FewerSlots, spare=spare - 1) if spare > 1 else None
+
+    def _reduced(self, kind: type[Problem], **more: Any) -> Problem:
+        """Return this problem with fewer slots or copies; their spare slots stay empty."""
+        arguments = {field.name: getattr(self, field.name) for field in fields(Problem)}
+        return kind(**{**arguments, "fill_slots": False, **more})
 
 
 class _SingleCopies(Problem):
@@ -570,3 +582,19 @@ class _EvenCopies(_SingleCopies):
     def capacity(self) -> NDArray[np.int64]:
         """Slots of every device [L,D]: no more than experts need."""
         return capacity.even_slots(super().capacity, self.num_experts)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _FewerSlots(Problem):
+    """A problem whose devices have at most ``spare`` slots beyond what single copies take."""
+
+    spare: int = 0
+
+    @cached_property
+    def capacity(self) -> NDArray[np.int64]:
+        """Slots of every device [L,D]: no more than single copies need and the spare ones."""
+        own = super().capacity
+        limited: NDArray[np.int64] = np.minimum(
+            own, capacity.even_slots(own, self.num_experts) + self.spare
+        )
+        return limited

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 # Slots of a layer up to which it is searched several times: small layers have local optima that one
 # descent does not leave ("Schedule", "Constants").
 FEW_SLOTS = 64
-# Searches of such a layer: more take longer (the same sections).
+# Slots of a layer up to which steps down follow a search where copies cost: more take longer.
+STEP_SLOTS = 128
+# Searches of a layer of few slots: more take longer (the same sections).
 RESTARTS = 8
 
 
@@ -69,6 +71,25 @@ class Prices:
     ratio: float
 
 
+@dataclass(frozen=True)
+class CopySearch:
+    """One of the searches of layers whose copies cost.
+
+    Parameters
+    ----------
+    heat
+        The temperatures that it begins at.
+    from_full
+        True if it begins with full slots, else with the best placement.
+    of_slowest
+        True if it minimises the slowest devices themselves, else the norm that stands for them.
+    """
+
+    heat: str
+    from_full: bool = False
+    of_slowest: bool = False
+
+
 # Each level of effort trades the objective for time ("Effort" and "Constants"; "Schedule" for
 # restarts, "Bounds of visits" for tangents). Under a time limit the time decides.
 EFFORTS = {
@@ -118,6 +139,19 @@ SINGLE_LEAST = 20
 # a whole one, whose trials take a fifth of those for time, and the search for time has this part
 # ("The default and cheaper methods", "Constants").
 BALANCE_PART = 2
+
+# The searches of layers whose copies cost, one after the other; they share the work of one.
+COPY_SEARCHES = (
+    CopySearch("warm"),
+    CopySearch("hot", from_full=True),
+    CopySearch("warm", from_full=True),
+    CopySearch("cool", from_full=True, of_slowest=True),
+    CopySearch("cool"),
+    CopySearch("warm", of_slowest=True),
+)
+
+# Part that the first two of them must gain over the answer for fewer slots, for the others to follow.
+COPY_GAIN = 3e-4
 
 # Most steps of dynamic programming over all partitions, in a solve or in the check of its
 # certificate; a step takes about a nanosecond. More prove the optimum of larger layers ("The
@@ -169,7 +203,7 @@ UNITS_PER_TRIAL = 100
 SET_PARTS = 12
 # Work of a trial where experts have copies, in trials of single copies: a larger number means fewer
 # trials ("Constants"; no case changed).
-COPY_UNITS = 6
+COPY_UNITS = 3
 
 # Bounds of pairs.
 # Floating-point work of the iterations without a time limit: more closes the gap further ("The

@@ -82,6 +82,8 @@ class Role(Enum):
     # Any other incumbent of the same rank is preferred.
     FLOOR = "the load balanced, and nothing else"
     BALANCED = "large layers balanced by a whole search for that, after which others are shorter"
+    # Where copies cost, another search begins with the last of these.
+    FULL = "windows balanced by copies in all slots"
     # A placement with copies must be better than this.
     SINGLE = "the best with one copy of each expert"
     RUNNING = "what runs, or the nearest that keeps the rules"

@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, replace
 
+import numpy as np
+
+from moetuner.placement import EMPTY
 from moetuner.problem import Problem
 from moetuner.problem.capacity import pad_slots
 from moetuner.serving.splits import EVEN
@@ -29,6 +32,7 @@ from moetuner.solver.stages.layers import (
     Slots,
     adds_up_over_layers,
     anneal,
+    charges_copies,
     has_few_slots,
     is_large,
     is_searched_anew,
@@ -36,6 +40,7 @@ from moetuner.solver.stages.layers import (
 from moetuner.solver.stages.lp_split import LP_SPLIT, has_lp_split
 from moetuner.solver.stages.polish import POLISH
 from moetuner.solver.stages.visits import PAIRS, VISITS
+from moetuner.solver.unseen import SearchSetting
 
 __all__ = ["PARTITIONS", "SEARCH", "SEARCHES"]
 
@@ -57,19 +62,32 @@ def _single(problem: Problem) -> Problem | None:
     return problem.without_copies(even=problem.goal == "time" and alike)
 
 
-def _single_copies(run: Run, budget: Budget) -> None:
-    """Search the problem with one copy of each expert, and offer that as a start."""
-    single = _single(run.problem)
-    assert single is not None
+def _smaller(run: Run) -> Problem | None:
+    """Return a problem whose answer is a start of this one; None where it has no spare slots.
+
+    Where copies cost, that is the problem with one slot less on every device, so that no number of
+    slots is worse than a smaller one. Else it is the one with one copy of each expert.
+    """
+    problem = run.problem
+    may_be_empty = not problem.fill_slots and not problem.rules.exist
+    if problem.goal == "time" and may_be_empty and charges_copies(run):
+        return problem.with_fewer_slots() or _single(problem)
+    return _single(problem)
+
+
+def _fewer_slots(run: Run, budget: Budget) -> None:
+    """Search the problem with fewer slots, and offer its answer as a start."""
+    problem = _smaller(run)
+    assert problem is not None
     # Not by ``compute_once``: an answer that was interrupted, or may depend on time, is no result.
-    cache, key = single.statistics.memo, _cache_key(single, run, budget)
+    cache, key = problem.statistics.memo, _cache_key(problem, run, budget)
     slots, interrupted = cache.get(key), False
     if slots is None:
-        inner = run.run_inner((FLOOR, PARTITIONS, *SEARCHES), _muted(run, budget), problem=single)
+        inner = run.run_inner((FLOOR, PARTITIONS, *SEARCHES), _muted(run, budget), problem=problem)
         slots, interrupted = inner.answer().slots, inner.interrupted
         if key is not None and not interrupted:
             cache[key] = slots
-    _offer_single(run, slots, interrupted=interrupted)
+    _offer_smaller(run, slots, interrupted=interrupted)
 
 
 def _single_of_loads(run: Run, budget: Budget) -> None:
@@ -79,9 +97,9 @@ def _single_of_loads(run: Run, budget: Budget) -> None:
     slots = run.run_inner((FLOOR, CONSTRUCT), _muted(run, budget), problem=single).best.slots
     start = run.judge(pad_slots(slots, run.problem.capacity))
     if start.excess or start.value <= run.best.value * (1 + SINGLE_BEHIND):
-        _single_copies(run, budget)
+        _fewer_slots(run, budget)
     else:
-        _offer_single(run, slots)
+        _offer_smaller(run, slots)
 
 
 def _muted(run: Run, budget: Budget) -> Budget:
@@ -89,8 +107,8 @@ def _muted(run: Run, budget: Budget) -> Budget:
     return budget.muted() if run.problem.fill_slots else budget
 
 
-def _offer_single(run: Run, slots: Slots, *, interrupted: bool = False) -> None:
-    """Offer slots with one copy of each expert."""
+def _offer_smaller(run: Run, slots: Slots, *, interrupted: bool = False) -> None:
+    """Offer slots that leave some empty."""
     padded = pad_slots(slots, run.problem.capacity)
     run.offer(padded, "single", role=Role.SINGLE, is_start=True, interrupted=interrupted)
 
@@ -115,7 +133,7 @@ def _cache_key(single: Problem, run: Run, budget: Budget) -> tuple[object, ...] 
     names = (setting.name for setting in fields(single))
     values = [getattr(single, name) for name in names if name not in left_out]
     limits = (run.seed, budget.iterations, budget.effort)
-    return ("single", _frozen(values), single.capacity.tobytes(), *limits)
+    return ("smaller", _frozen(values), single.may_copy, single.capacity.tobytes(), *limits)
 
 
 def _frozen(value: object) -> object:
@@ -135,15 +153,15 @@ def _single_share(run: Run) -> float:
     return effort.BRIEF_SHARE if is_balance else effort.SEARCH_SHARE
 
 
-SINGLE_COPIES = Stage(
-    _single_copies,
+FEWER_SLOTS = Stage(
+    _fewer_slots,
     applies=lambda run: _has_spare_slots(run) and not _is_of_loads(run),
     least=lambda run: effort.SINGLE_LEAST * _single_share(run) * run.judge_seconds,
     share=_single_share,
 )
 # This comes after the start with copies, which decides whether the search is worth its time.
 SINGLE_OF_LOADS = replace(
-    SINGLE_COPIES,
+    FEWER_SLOTS,
     run=_single_of_loads,
     applies=lambda run: _has_spare_slots(run) and _is_of_loads(run),
 )
@@ -178,6 +196,8 @@ def _may_be_balanced(run: Run) -> bool:
     """
     if run.problem.goal != "time" or not is_searched_anew(run) or not adds_up_over_layers(run):
         return False
+    if _has_costly_copies(run):
+        return False
     return has_few_slots(run) or (is_large(run) and run.best.role is not Role.SINGLE)
 
 
@@ -187,9 +207,59 @@ def _anneal(run: Run, budget: Budget) -> None:
     anneal(run, budget, LayerModel(run, effort.BALANCE_PART if is_balanced else 1))
 
 
+def _has_costly_copies(run: Run) -> bool:
+    """Return whether copies cost in layers that can be mixed."""
+    may_copy = run.problem.may_copy and not run.problem.fill_slots
+    return may_copy and charges_copies(run) and is_searched_anew(run) and adds_up_over_layers(run)
+
+
+def _anneal_copies(run: Run, budget: Budget) -> None:
+    """Anneal layers whose copies cost, from near the best placement and from full slots.
+
+    Copies pay together or not at all: one more is read at once, and pays when the slowest device of
+    many windows has lost load. So a search that begins without them seldom finds where many pay,
+    and one that begins with full slots seldom finds where few do. Each layer goes on with the best.
+    """
+    full = [start.slots for start in run.incumbents if start.role is Role.FULL][-1]
+    open_layers = _find_open_layers(run)
+    if not open_layers:
+        return
+    fewer, value = run.problem.with_fewer_slots() is not None, run.best.value
+    for number, way in enumerate(effort.COPY_SEARCHES):
+        left = len(effort.COPY_SEARCHES) - number
+        part = budget.within(1 / left, keep=left * run.judge_seconds)
+        # The answer for fewer slots has been searched in all ways.
+        is_done = fewer and number == 2 and run.best.value >= value * (1 - effort.COPY_GAIN)
+        if part.time_limit == 0 or is_done:
+            return
+        model = LayerModel(run, len(effort.COPY_SEARCHES), heat=way.heat)
+        model.chosen = open_layers
+        if way.of_slowest:
+            # The norm over devices that stands for the slowest one counts all others, too: by it a
+            # copy on each of them costs, though none of them is slower than the slowest.
+            model.weights, model.setting = [np.ones(len(model.windows))], SearchSetting()
+        anneal(run, part, model, start=full if way.from_full else None)
+        COMBINE.run(run, part)
+
+
+def _find_open_layers(run: Run) -> list[int]:
+    """Return the layers in which one more slot on every device may help.
+
+    Where the answer for fewer slots leaves all devices of a layer a slot, one more is not needed.
+    """
+    smaller = run.problem.with_fewer_slots()
+    starts = [start.slots for start in run.incumbents if start.role is Role.SINGLE]
+    if smaller is None or not starts:
+        return list(range(run.problem.layers))
+    used = (starts[0] != EMPTY).sum(axis=2)
+    open_layers: list[int] = np.flatnonzero((used >= smaller.capacity).any(axis=1)).tolist()
+    return open_layers
+
+
 BALANCE = Stage(_balance, applies=_may_be_balanced, share=lambda _: effort.BRIEF_SHARE)
+ANNEAL_COPIES = Stage(_anneal_copies, applies=_has_costly_copies)
 SEARCHES = (
-    SINGLE_COPIES,
+    FEWER_SLOTS,
     CHAIN,
     PAIRS,
     VISITS,
@@ -198,7 +268,10 @@ SEARCHES = (
     CHAIN_UNDER_CAPS,
     BALANCE,
     COMBINE,
-    replace(ANNEAL, run=_anneal),
+    replace(
+        ANNEAL, run=_anneal, applies=lambda run: ANNEAL.applies(run) and not _has_costly_copies(run)
+    ),
+    ANNEAL_COPIES,
     COMBINE,
     SETTLE,
     POLISH,

@@ -9,9 +9,15 @@ from numpy.typing import NDArray
 
 from moetuner.placement import Placement, moves_from
 from moetuner.problem.capacity import pad_slots
+from moetuner.solver import effort
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Run, Stage
-from moetuner.solver.stages.layers import LayerModel, has_few_slots, is_searched_anew
+from moetuner.solver.stages.layers import (
+    LayerModel,
+    charges_copies,
+    has_few_slots,
+    is_searched_anew,
+)
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
@@ -98,28 +104,30 @@ def descend(
 
 
 def _settle(run: Run, budget: Budget) -> None:
-    """Offer the best placement after the first half of the gain of all steps down from it.
+    """Offer the best placement after steps down from it: for balance, half of their gain.
 
-    A search that generalises ends a little behind one that fits the windows seen. The first steps
-    lose nothing on other traffic, but the last ones do.
+    A search that generalises ends a little behind one that fits the windows seen. For balance, the
+    first steps lose nothing on other traffic, but the last ones do; for time none does.
     """
     start = run.best.slots
     running = Placement(start, num_experts=run.problem.num_experts)
     path, interrupted = descend(run, LayerModel(run), start, running, np.inf, budget.within())
     if len(path.value) > 1:
-        enough = np.flatnonzero(path.value <= SETTLED * path.value[-1])[0]
+        share = 1.0 if run.problem.goal == "time" else SETTLED
+        enough = np.flatnonzero(path.value <= share * path.value[-1])[0]
         run.offer(path.after(int(enough)), "layers", is_start=True)
     if interrupted:
         raise KeyboardInterrupt
 
 
 def _may_settle(run: Run) -> bool:
-    """Return whether steps down are worth their time: with few slots, and with some windows.
+    """Return whether steps down are worth their time: in small layers, and with some windows.
 
     In large layers all exchanges take longer than the search (24 s after 8 s for 58 x 256).
     """
     used = int(np.count_nonzero(run.objective.windows.weight))
-    return is_searched_anew(run) and has_few_slots(run) and used >= SETTLED_WINDOWS
+    is_small = has_few_slots(run) or (charges_copies(run) and run.slots_of_layer <= effort.STEP_SLOTS)
+    return is_searched_anew(run) and is_small and used >= SETTLED_WINDOWS
 
 
 SETTLE = Stage(_settle, applies=_may_settle)

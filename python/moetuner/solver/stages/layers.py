@@ -19,7 +19,7 @@ from moetuner.problem.pins import NO_RULES
 from moetuner.solver import effort
 from moetuner.solver.bounds.pairs import is_of_pairs
 from moetuner.solver.budget import Budget
-from moetuner.solver.run import Moves, Run, Stage
+from moetuner.solver.run import Moves, Role, Run, Stage
 from moetuner.solver.stages.chain import search_traffic
 from moetuner.solver.stages.floor import balance_windows, quick_trials, windows_alone
 from moetuner.solver.stages.visits import is_of_visits, units_of_trial
@@ -40,11 +40,13 @@ Slots = NDArray[np.int32]
 class LayerModel:
     """The layers of a problem as the core's search sees them, with weights of windows.
 
-    ``parts`` is the number of searches that share the work of one.
+    ``parts`` is the number of searches that share the work of one. They begin at a ``heat``, or by
+    default as suits the layers. Without links, only ``chosen`` layers are searched, if not None.
     """
 
-    def __init__(self, run: Run, parts: int = 1) -> None:
-        self.parts, self.slots_of_layer = parts, run.slots_of_layer
+    def __init__(self, run: Run, parts: int = 1, *, heat: str | None = None) -> None:
+        self.parts, self.heat, self.slots_of_layer = parts, heat, run.slots_of_layer
+        self.chosen: list[int] | None = None
         self.is_large = is_large(run)
         self.problem, self.seed, self.objective = run.problem, run.seed, run.objective
         self.windows = run.objective.windows
@@ -98,14 +100,19 @@ class LayerModel:
             return balance_windows(run, budget, self.weight, trials, mean_weight=MEAN_WEIGHT)
         problem = self.problem
         layers, links = self.core(run.moves)
-        restarts = effort.RESTARTS if self.slots_of_layer <= effort.FEW_SLOTS else 1
+        restarts, heat = effort.RESTARTS if self.slots_of_layer <= effort.FEW_SLOTS else 1, self.heat
+        if heat is not None:
+            restarts = 1
+        elif self.is_large and links is None and run.moves is None:
+            heat = "cool"
         return layers.place(
             np.ascontiguousarray(slots),
             trials=self._trials(run, budget, turns * restarts, layers.has_tokens_alone),
             restarts=self._fewer(restarts, budget),
             empties=not problem.fill_slots,
             rounds=effort.ROUNDS,
-            cool=self.is_large and links is None and run.moves is None,
+            heat=heat,
+            chosen=self.chosen,
             links=links,
             seed=self.seed,
             time_limit=budget.seconds_left,
@@ -129,6 +136,9 @@ class LayerModel:
         searches *= self.parts * (2 * effort.ROUNDS if linked else 1)
         work = searches * units_of_trial(run, has_tokens_alone=has_tokens_alone)
         trials = effort.most_trials(self.slots_of_layer, len(self.windows))
+        if self.heat is not None:
+            # One of several searches that go on from each other.
+            trials = max(trials // 2, 1)
         return int(min(trials, budget.work.layer_work / work))
 
 
@@ -151,6 +161,18 @@ def is_large(run: Run) -> bool:
     return bool(slots > effort.FEW_SLOTS and len(run.objective.windows) >= effort.MANY_WINDOWS)
 
 
+def charges_copies(run: Run) -> bool:
+    """Return whether a copy costs something, whatever it serves.
+
+    Its weights are read, and tokens visit more devices. Where loads are all that is known of tokens,
+    large layers are searched by loads alone.
+    """
+    objective = run.objective
+    tables = (objective.sets, objective.coactivation)
+    knows_visits = any(table is not None for table in tables)
+    return run.problem.goal == "time" and (knows_visits or has_few_slots(run))
+
+
 def is_searched_anew(run: Run) -> bool:
     """Return whether layers are searched from any start: no placement runs."""
     return is_of_layers(run) and run.moves is None
@@ -171,7 +193,8 @@ def _construct(run: Run, budget: Budget) -> None:
     for trials in lengths:
         if not budget.is_over():
             slots, interrupted = balance_windows(run, budget, windows.weight, trials)
-            run.offer(slots, "windows", is_start=True, interrupted=interrupted)
+            role = Role.FULL if run.problem.may_copy else Role.FOUND
+            run.offer(slots, "windows", role=role, is_start=True, interrupted=interrupted)
 
 
 def are_joined(run: Run) -> bool:
@@ -237,10 +260,13 @@ def _traffic_problem(problem: Problem, cap: float) -> Problem:
     )
 
 
-def anneal(run: Run, budget: Budget, model: LayerModel | None = None) -> None:
-    """Anneal all layers from the best placement, in turns that weigh the windows again.
+def anneal(
+    run: Run, budget: Budget, model: LayerModel | None = None, *, start: Slots | None = None
+) -> None:
+    """Anneal all layers, in turns that weigh the windows again.
 
-    A model that has weights of windows already keeps them.
+    Every turn begins with the best placement, or with ``start`` [L,D,S]. A model that has weights
+    of windows already keeps them.
     """
     model, turns = LayerModel(run) if model is None else model, 1
     if not run.problem.windows.is_mean:
@@ -257,7 +283,7 @@ def anneal(run: Run, budget: Budget, model: LayerModel | None = None) -> None:
         if turn_budget.time_limit == 0:
             run.cut = run.cut or not turn
             return
-        slots, interrupted = model.improve(run, run.best.slots, turn_budget, turns)
+        slots, interrupted = model.improve(run, run.best.slots if start is None else start, turn_budget, turns)
         model.reweight(slots)
         run.offer(slots, "layers", interrupted=interrupted)
 
