@@ -142,14 +142,11 @@ BALANCE_PART = 2
 
 # The searches of layers whose copies cost, one after the other; they share the work of one.
 COPY_SEARCHES = (
-    CopySearch("warm"),
     CopySearch("hot", from_full=True),
     CopySearch("warm", from_full=True),
-    CopySearch("cool", from_full=True, of_slowest=True),
-    CopySearch("cool"),
-    CopySearch("warm", of_slowest=True),
+    CopySearch("warm"),
+    CopySearch("cool", of_slowest=True),
 )
-
 # Part that the first two of them must gain over the answer for fewer slots, for the others to follow.
 COPY_GAIN = 3e-4
 

@@ -221,9 +221,6 @@ def _anneal_copies(run: Run, budget: Budget) -> None:
     and one that begins with full slots seldom finds where few do. Each layer goes on with the best.
     """
     full = [start.slots for start in run.incumbents if start.role is Role.FULL][-1]
-    open_layers = _find_open_layers(run)
-    if not open_layers:
-        return
     fewer, value = run.problem.with_fewer_slots() is not None, run.best.value
     for number, way in enumerate(effort.COPY_SEARCHES):
         left = len(effort.COPY_SEARCHES) - number
@@ -233,7 +230,7 @@ def _anneal_copies(run: Run, budget: Budget) -> None:
         if part.time_limit == 0 or is_done:
             return
         model = LayerModel(run, len(effort.COPY_SEARCHES), heat=way.heat)
-        model.chosen = open_layers
+        model.chosen = _find_open_layers(run)
         if way.of_slowest:
             # The norm over devices that stands for the slowest one counts all others, too: by it a
             # copy on each of them costs, though none of them is slower than the slowest.
@@ -247,9 +244,9 @@ def _find_open_layers(run: Run) -> list[int]:
 
     Where the answer for fewer slots leaves all devices of a layer a slot, one more is not needed.
     """
-    smaller = run.problem.with_fewer_slots()
+    smaller = _smaller(run)
     starts = [start.slots for start in run.incumbents if start.role is Role.SINGLE]
-    if smaller is None or not starts:
+    if smaller is None or not smaller.may_copy or not starts:
         return list(range(run.problem.layers))
     used = (starts[0] != EMPTY).sum(axis=2)
     open_layers: list[int] = np.flatnonzero((used >= smaller.capacity).any(axis=1)).tolist()
@@ -258,8 +255,7 @@ def _find_open_layers(run: Run) -> list[int]:
 
 BALANCE = Stage(_balance, applies=_may_be_balanced, share=lambda _: effort.BRIEF_SHARE)
 ANNEAL_COPIES = Stage(_anneal_copies, applies=_has_costly_copies)
-SEARCHES = (
-    FEWER_SLOTS,
+LAYER_SEARCHES = (
     CHAIN,
     PAIRS,
     VISITS,
@@ -275,6 +271,14 @@ SEARCHES = (
     COMBINE,
     SETTLE,
     POLISH,
+)
+# Where one more slot on every device does not help, the answer for fewer slots is the answer.
+SEARCHES = (
+    FEWER_SLOTS,
+    Stage(
+        lambda run, budget: run.run_stages(LAYER_SEARCHES, budget),
+        applies=lambda run: bool(_find_open_layers(run)),
+    ),
 )
 
 
