@@ -253,15 +253,20 @@ class Problem(Frozen):
             capacity.check_filling(self.capacity, self.rules.forbidden, self.num_experts)
 
     def _count(self, trace: RoutingTrace) -> RoutingStatistics:
-        """Count a trace: the tables that the objective needs, in windows that divide all phases."""
+        """Count a trace: the tables that the objective needs, in windows that divide all phases.
+
+        They are those of decode where these divide the others: mixed windows of prefill are made of
+        shorter ones, of which a recording has more.
+        """
         if self.groups is not None and trace.group is None:
             raise check.ArgumentError(
                 "groups needs a trace with groups; this one has none", "groups"
             )
         lengths = [tokens for tokens, share in (self.phases or {}).items() if share]
+        window = math.gcd(*lengths) or WINDOW
         return RoutingStatistics.from_trace(
             trace,
-            window=math.gcd(*lengths) or WINDOW,
+            window=window if window % WINDOW else WINDOW,
             sets=choose_tables(self.regime, self.goal)["sets"],
             by_group=self.groups is not None,
         )
