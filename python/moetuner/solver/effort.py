@@ -39,6 +39,8 @@ class Effort:
     restarts, single_restarts
         Most searches of a layer of few slots; the second where a trial counts the expert sets of
         single copies. Each search is as long as if there were ``RESTARTS`` of them.
+    copy_searches
+        How many of ``COPY_SEARCHES`` are made.
     settles_balance
         True if the search for balance, with which a search for time begins, ends with steps down.
     """
@@ -49,6 +51,7 @@ class Effort:
     tangent_iterations: int
     restarts: int
     single_restarts: int
+    copy_searches: int
     settles_balance: bool = True
 
 
@@ -100,6 +103,7 @@ EFFORTS = {
         tangent_iterations=24,
         restarts=2,
         single_restarts=1,
+        copy_searches=3,
         settles_balance=False,
     ),
     "default": Effort(
@@ -109,6 +113,7 @@ EFFORTS = {
         tangent_iterations=24,
         restarts=RESTARTS,
         single_restarts=2,
+        copy_searches=4,
     ),
     "thorough": Effort(
         layer_work=3e10,
@@ -117,6 +122,7 @@ EFFORTS = {
         tangent_iterations=150,
         restarts=RESTARTS,
         single_restarts=RESTARTS,
+        copy_searches=4,
     ),
 }
 
@@ -149,6 +155,9 @@ COPY_SEARCHES = (
 )
 # Part that the first two of them must gain over the answer for fewer slots, for the others to follow.
 COPY_GAIN = 3e-4
+
+# Part that the last slot of every device must gain, for both phases' regrets to be balanced.
+WALK_GAIN = 5e-3
 
 # Most steps of dynamic programming over all partitions, in a solve or in the check of its
 # certificate; a step takes about a nanosecond. More prove the optimum of larger layers ("The

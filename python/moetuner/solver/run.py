@@ -84,6 +84,8 @@ class Role(Enum):
     BALANCED = "large layers balanced by a whole search for that, after which others are shorter"
     # Where copies cost, another search begins with the last of these.
     FULL = "windows balanced by copies in all slots"
+    # This is the answer, though others may have a better value.
+    ANSWER = "what neither phase regrets"
     # A placement with copies must be better than this.
     SINGLE = "the best with one copy of each expert"
     RUNNING = "what runs, or the nearest that keeps the rules"
@@ -390,9 +392,14 @@ class Run:
     def answer(self) -> Incumbent:
         """Return the better one of the best incumbent and the best start, by all windows.
 
+        An incumbent that is the answer by its role comes before both.
+
         Where a search saw all windows, that is the best incumbent. If there are very many windows,
         a sample of them judges. Where time is over, the start is the answer.
         """
+        chosen = [incumbent for incumbent in self.incumbents if incumbent.role is Role.ANSWER]
+        if chosen:
+            return chosen[-1]
         best = self.best
         starts = [incumbent for incumbent in self.incumbents if incumbent.is_start]
         if self.sees_all or not starts:

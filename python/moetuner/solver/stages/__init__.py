@@ -38,6 +38,7 @@ from moetuner.solver.stages.layers import (
     is_searched_anew,
 )
 from moetuner.solver.stages.lp_split import LP_SPLIT, has_lp_split
+from moetuner.solver.stages.phases import balance_regret
 from moetuner.solver.stages.polish import POLISH
 from moetuner.solver.stages.visits import PAIRS, VISITS
 from moetuner.solver.unseen import SearchSetting
@@ -76,18 +77,25 @@ def _smaller(run: Run) -> Problem | None:
 
 
 def _fewer_slots(run: Run, budget: Budget) -> None:
-    """Search the problem with fewer slots, and offer its answer as a start."""
+    """Search the problem with fewer slots, and offer its answer and its starts as starts."""
     problem = _smaller(run)
     assert problem is not None
     # Not by ``compute_once``: an answer that was interrupted, or may depend on time, is no result.
     cache, key = problem.statistics.memo, _cache_key(problem, run, budget)
-    slots, interrupted = cache.get(key), False
-    if slots is None:
+    answers, interrupted = cache.get(key), False
+    if answers is None:
         inner = run.run_inner((FLOOR, PARTITIONS, *SEARCHES), _muted(run, budget), problem=problem)
-        slots, interrupted = inner.answer().slots, inner.interrupted
+        answers, interrupted = _answers(inner), inner.interrupted
         if key is not None and not interrupted:
-            cache[key] = slots
-    _offer_smaller(run, slots, interrupted=interrupted)
+            cache[key] = answers
+    for slots in answers:
+        _offer_smaller(run, slots, interrupted=interrupted and slots is answers[-1])
+
+
+def _answers(run: Run) -> tuple[Slots, ...]:
+    """Return the answers for fewer slots that a run began with, the fewest first, and its own."""
+    starts = [start.slots for start in run.incumbents if start.role is Role.SINGLE]
+    return (*starts, run.answer().slots)
 
 
 def _single_of_loads(run: Run, budget: Budget) -> None:
@@ -222,8 +230,9 @@ def _anneal_copies(run: Run, budget: Budget) -> None:
     """
     full = [start.slots for start in run.incumbents if start.role is Role.FULL][-1]
     fewer, value = run.problem.with_fewer_slots() is not None, run.best.value
-    for number, way in enumerate(effort.COPY_SEARCHES):
-        left = len(effort.COPY_SEARCHES) - number
+    searches = effort.COPY_SEARCHES[: budget.work.copy_searches]
+    for number, way in enumerate(searches):
+        left = len(searches) - number
         part = budget.within(1 / left, keep=left * run.judge_seconds)
         # The answer for fewer slots has been searched in all ways.
         is_done = fewer and number == 2 and run.best.value >= value * (1 - effort.COPY_GAIN)
@@ -248,7 +257,7 @@ def _find_open_layers(run: Run) -> list[int]:
     starts = [start.slots for start in run.incumbents if start.role is Role.SINGLE]
     if smaller is None or not smaller.may_copy or not starts:
         return list(range(run.problem.layers))
-    used = (starts[0] != EMPTY).sum(axis=2)
+    used = (starts[-1] != EMPTY).sum(axis=2)
     open_layers: list[int] = np.flatnonzero((used >= smaller.capacity).any(axis=1)).tolist()
     return open_layers
 
@@ -329,10 +338,24 @@ def _search(run: Run, budget: Budget) -> None:
     """Search, and cache the answer if it has one copy of each expert."""
     problem, is_lp_split = run.problem, has_lp_split(run)
     run.run_stages(LP_SPLIT_SEARCHES if is_lp_split else (EQUAL, *SEARCHES), budget)
-    is_single = is_searched_anew(run) and not problem.may_copy and not is_lp_split
-    key = _cache_key(problem, run, budget) if is_single and not run.interrupted else None
+    is_smaller = is_searched_anew(run) and not is_lp_split and not _has_unequal_speeds(run)
+    is_smaller = is_smaller and not problem.fill_slots
+    key = _cache_key(problem, run, budget) if is_smaller and not run.interrupted else None
     if key is not None:
-        problem.statistics.memo[key] = run.answer().slots
+        problem.statistics.memo[key] = _answers(run)
+    if _may_regret(run):
+        balance_regret(run, budget, (CONSTRUCT, ANNEAL_COPIES, COMBINE))
+
+
+def _may_regret(run: Run) -> bool:
+    """Return whether copies let one phase gain by what the other loses, and no share was given."""
+    has_default_phases = run.problem.phases is None and len(run.problem.shares) > 1
+    is_whole = run.budget.effort != "brief" and run.budget.iterations is None
+    if run.interrupted or not (has_default_phases and is_whole and _has_costly_copies(run)):
+        return False
+    # One slot more must not be worse by the default share, so with little gain there is no choice.
+    fewer = [start.value for start in run.incumbents if start.role is Role.SINGLE]
+    return not fewer or run.best.value < min(fewer) * (1 - effort.WALK_GAIN)
 
 
 SEARCH = Stage(_search)
