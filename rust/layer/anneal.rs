@@ -51,7 +51,9 @@ const AIMED: u64 = 1 << 16;
 pub enum Heat {
     /// Warm and hot, in turn.
     InTurn,
+    /// A typical change of the cost is often accepted.
     Warm,
+    /// Changes of several times that are accepted, too.
     Hot,
     /// So low that searches stay near their starts, which are better than what as many trials find from higher ones.
     Cool,
@@ -103,7 +105,8 @@ pub(super) fn search(
     let takes_long = terms.take_long();
     let has_few_windows = layer.windows.count <= FEW_WINDOWS && terms.peak().is_some();
     let last = if has_few_windows { COLDEST } else { schedule.last };
-    let typical = typical_change(layer, &mut terms, &slots, contents, (schedule.sample, put), random, control);
+    let typical =
+        typical_change(layer, &mut terms, &slots, contents, (schedule.sample, put), random, control);
     let time = time.map(|time| time.saturating_sub(begin.elapsed()));
     // Where no proposal changes the cost by more than rounding, hardly any will.
     let is_flat = typical <= FLAT * terms.cost();
@@ -168,13 +171,7 @@ impl Contents {
 
 /// Returns an exchange of two random slots or, where there are spare slots, one time in `put` another content of one.
 #[inline(always)]
-fn proposal(
-    slots: &Slots,
-    terms: &Terms<'_>,
-    contents: Contents,
-    put: u64,
-    random: &mut Random,
-) -> Move {
+fn proposal(slots: &Slots, terms: &Terms<'_>, contents: Contents, put: u64, random: &mut Random) -> Move {
     let (bits, count) = (random.bits(), slots.expert_in.len());
     let (mut p, other) = (scale(bits >> 32, count), random.bits() >> 32);
     // If the cost depends on one device, few moves of others help.

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 
-pub use super::anneal::{Effort, Heat};
 use super::anneal::{COOL, HOT, WARM, search};
+pub use super::anneal::{Effort, Heat};
 use super::{Layer, Slots};
 use crate::control::Control;
 use crate::random::Random;

@@ -35,15 +35,15 @@ SEED = 1
 CERTAIN = 1e12
 # A longer window of mixed arrival is the mean of so many times as many windows as a short one.
 LONGER = 4
-# Smallest number of longer windows of mixed arrival. On unseen halves of gpt-oss-20b's prompts (8, 16
-# and 32 devices, three splits) 8 of them leave the goal of the answer 0.6 to 3.5 % below what is
+# Smallest number of longer windows of mixed arrival. On halves of gpt-oss-20b's prompts (8, 16 and
+# 32 devices, three splits) 8 of them leave the goal of the answer 0.6 to 3.5 % below what is
 # evaluated on the same traffic, and 32 leave it within 1.6 %; unseen prefill takes 0.2 to 1 % less.
 FEWEST = 32
 # Variance that unseen traffic adds to a mean, in variances of a window over the number of windows
 # ("Mixed windows" in docs/experiments.md).
 UNSEEN = 3
-# The same for counted windows that are longer than those of decode: a sequence is in few of them, so
-# that less of their variance is that of single sequences.
+# The same for counted windows that are longer than those of decode: a sequence is in few of them,
+# so that less of their variance is that of single sequences.
 UNSEEN_LONGER = 1
 # Longer windows that a group must fill to be searched on them as recorded; for a group that fills
 # fewer, shorter runs are scaled ("Short recordings" in docs/experiments.md).

@@ -19,11 +19,12 @@ Phases = Mapping[int, float]
 WINDOWS = (WINDOW, 8192)
 # Windows in which prefill is judged, the preferred first: a recording must fill two of them.
 PREFILL_WINDOWS = (WINDOWS[1], 4096, 2048)
-# Share of the time that is prefill, where nobody says it. The mix is not known, so neither phase should
-# lose much. Shares are of the time that blocks take, and prefill gains more than decode, so a share
-# of 0.6 weighs both about equally in the end. Without copies each phase is then within 0.6 % of what
-# a search for that phase alone finds (gpt-oss-20b on 8 and 16 devices), as from 0.35 to 0.8. With
-# copies the walk begins here that balances what the phases regret (``solver/stages/phases.py``).
+# Share of the time that is prefill, where nobody says it. The mix is not known, so neither phase
+# should lose much. Shares are of the time that blocks take, and prefill gains more than decode, so
+# a share of 0.6 weighs both about equally in the end. Without copies each phase is then within
+# 0.6 % of what a search for that phase alone finds (gpt-oss-20b on 8 and 16 devices), as from 0.35
+# to 0.8. With copies, the walk that balances the phases' regrets begins here
+# (``solver/stages/phases.py``).
 PREFILL_SHARE = 0.6
 
 

@@ -153,7 +153,8 @@ COPY_SEARCHES = (
     CopySearch("warm"),
     CopySearch("cool", of_slowest=True),
 )
-# Part that the first two of them must gain over the answer for fewer slots, for the others to follow.
+# Part that the first two of them must gain over the answer for fewer slots, for the others to
+# follow.
 COPY_GAIN = 3e-4
 
 # Part that the last slot of every device must gain, for both phases' regrets to be balanced.

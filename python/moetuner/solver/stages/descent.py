@@ -126,7 +126,9 @@ def _may_settle(run: Run) -> bool:
     In large layers all exchanges take longer than the search (24 s after 8 s for 58 x 256).
     """
     used = int(np.count_nonzero(run.objective.windows.weight))
-    is_small = has_few_slots(run) or (charges_copies(run) and run.slots_of_layer <= effort.STEP_SLOTS)
+    is_small = has_few_slots(run) or (
+        charges_copies(run) and run.slots_of_layer <= effort.STEP_SLOTS
+    )
     return is_searched_anew(run) and is_small and used >= SETTLED_WINDOWS
 
 

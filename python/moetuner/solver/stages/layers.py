@@ -100,7 +100,10 @@ class LayerModel:
             return balance_windows(run, budget, self.weight, trials, mean_weight=MEAN_WEIGHT)
         problem = self.problem
         layers, links = self.core(run.moves)
-        restarts, heat = effort.RESTARTS if self.slots_of_layer <= effort.FEW_SLOTS else 1, self.heat
+        restarts, heat = (
+            effort.RESTARTS if self.slots_of_layer <= effort.FEW_SLOTS else 1,
+            self.heat,
+        )
         if heat is not None:
             restarts = 1
         elif self.is_large and links is None and run.moves is None:
@@ -164,8 +167,8 @@ def is_large(run: Run) -> bool:
 def charges_copies(run: Run) -> bool:
     """Return whether a copy costs something, whatever it serves.
 
-    Its weights are read, and tokens visit more devices. Where loads are all that is known of tokens,
-    large layers are searched by loads alone.
+    Its weights are read, and tokens visit more devices. Where loads are all that is known of
+    tokens, large layers are searched by loads alone.
     """
     objective = run.objective
     tables = (objective.sets, objective.coactivation)
@@ -283,7 +286,9 @@ def anneal(
         if turn_budget.time_limit == 0:
             run.cut = run.cut or not turn
             return
-        slots, interrupted = model.improve(run, run.best.slots if start is None else start, turn_budget, turns)
+        slots, interrupted = model.improve(
+            run, run.best.slots if start is None else start, turn_budget, turns
+        )
         model.reweight(slots)
         run.offer(slots, "layers", interrupted=interrupted)
 

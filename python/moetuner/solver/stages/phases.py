@@ -106,7 +106,9 @@ def _limit_of_fewer_slots(run: Run, pool: _Pool) -> Limit:
     (_, decode), (_, prefill) = sorted(run.problem.shares.items(), key=lambda item: item[0] or 0)
     blocks_of_phase = [phase.cost_in_blocks for phase in pool.phases]
     weight = np.array([decode, prefill]) / blocks_of_phase
-    fewer = min((float(pool.measure(slots).sum(axis=0) @ weight) for slots in starts), default=np.inf)
+    fewer = min(
+        (float(pool.measure(slots).sum(axis=0) @ weight) for slots in starts), default=np.inf
+    )
     return Limit(weight, fewer)
 
 
@@ -127,7 +129,8 @@ def balance_regret(run: Run, budget: Budget, searches: Sequence[Stage]) -> None:
     pool.add(run)
     eplb = pool.measure(balanced(run.problem, trials=0)).sum(axis=0)
     limit = _limit_of_fewer_slots(run, pool)
-    tried = [share for size, share in run.problem.shares.items() if size == max(run.problem.shares)]
+    shares = run.problem.shares
+    tried = [shares[max(shares, key=lambda size: size or 0)]]
     # Both ends say what a phase alone can have; then the walk goes to where the regrets meet.
     for share in (0.0, 1.0, None):
         if share is None:
@@ -137,9 +140,7 @@ def balance_regret(run: Run, budget: Budget, searches: Sequence[Stage]) -> None:
         else:
             start = run.best.slots
         part = replace(budget.within(0.5).muted(), effort="brief")
-        inner = run.run_inner(
-            searches, part, problem=problem_at(run.problem, share), start=start
-        )
+        inner = run.run_inner(searches, part, problem=problem_at(run.problem, share), start=start)
         pool.add(inner)
         if inner.interrupted:
             raise KeyboardInterrupt
