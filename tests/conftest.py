@@ -81,7 +81,9 @@ def run(capsys, monkeypatch):
 
 def shorten_searches(monkeypatch):
     """Let searches be as short as they can, without a clock."""
-    monkeypatch.setitem(effort.EFFORTS, "brief", effort.Effort(5e4, 1, (math.inf,), 2, 1, 1))
+    monkeypatch.setitem(
+        effort.EFFORTS, "brief", effort.Effort(5e4, 1, (math.inf,), 2, 1, 1, copy_searches=2)
+    )
     monkeypatch.setitem(effort.EFFORTS, "default", effort.Effort(1e5, 2, (math.inf,), 4, 8, 1))
     monkeypatch.setitem(effort.EFFORTS, "thorough", effort.Effort(2e5, 4, (1.1, math.inf), 4, 8, 1))
     monkeypatch.setattr(structure, "ITERATIONS", 50)

@@ -101,9 +101,9 @@ class Problem(Frozen):
         Shares of the serving time, by tokens of a window: ``{512: 0.8, 8192: 0.2}`` for a fifth of
         prefill. Longer windows are sums of the statistics' own, and where these fill none or one,
         sums of fewer, scaled. The objective is a mean over steps that take such shares of the time,
-        if experts are placed in blocks. By default four fifths of 512 tokens (decode) and one of
-        8192 (prefill) for statistics of a trace, counted in windows of 512; else the statistics'
-        windows alone.
+        if experts are placed in blocks. By default, for statistics of a trace in windows of 512,
+        0.4 of 512 tokens (decode) and 0.6 of 8192 (prefill), and with copies ``solve`` returns the
+        placement that neither phase regrets; else the statistics' windows alone.
     pinned
         Put a copy of the expert on the device: (layer, expert, device), with None or * for all
         layers.

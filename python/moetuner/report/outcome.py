@@ -281,7 +281,9 @@ def find_empty_slots(outcome: Outcome) -> list[Finding]:
     empty = total - int((slots != EMPTY).sum())
     if not empty or not problem.may_copy:
         return []
-    return [Finding("empty slots", {"empty": empty, "slots": total}, "warning")]
+    used = int((slots != EMPTY).sum(axis=2).max())
+    numbers = {"empty": empty, "slots": total, "used": used, "per_device": problem.slots}
+    return [Finding("empty slots", numbers, "warning")]
 
 
 def find_moves(diff: PlacementDiff, topology: Topology | None = None) -> Finding:

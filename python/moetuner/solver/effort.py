@@ -51,7 +51,7 @@ class Effort:
     tangent_iterations: int
     restarts: int
     single_restarts: int
-    copy_searches: int
+    copy_searches: int = 4
     settles_balance: bool = True
 
 
@@ -113,7 +113,6 @@ EFFORTS = {
         tangent_iterations=24,
         restarts=RESTARTS,
         single_restarts=2,
-        copy_searches=4,
     ),
     "thorough": Effort(
         layer_work=3e10,
@@ -122,7 +121,6 @@ EFFORTS = {
         tangent_iterations=150,
         restarts=RESTARTS,
         single_restarts=RESTARTS,
-        copy_searches=4,
     ),
 }
 

@@ -125,7 +125,7 @@ def advise(
     prefill_share
         Share of the serving time that is prefill. Placements are computed for it, and the answer is
         on the gain of prefill and decode together, instead of on the better one of the two. By
-        default the search takes a fifth of the time to be prefill.
+        default neither phase is to lose much, as ``Problem`` says of ``phases``.
     waterfill
         As for ``evaluate``. The advice then says what the proposed placement gains where the
         dispatcher gives the shared expert's work to devices that wait.

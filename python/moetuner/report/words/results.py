@@ -45,6 +45,18 @@ def _predicted_time(voice: Voice, times: list[dict[str, Any]]) -> str:
     return f"predicted time: {', '.join(texts)}"
 
 
+def _empty_slots(voice: Voice, empty: int, slots: int, used: int, per_device: int) -> str:
+    enough = (
+        f"no device uses more than {used:,} of its {per_device:,}, so {used:,} are enough"
+        if used < per_device
+        else "no copy that was tried there helps"
+    )
+    return (
+        f"{empty:,} of {slots:,} slots are empty: {enough}. Engines with redundant experts need "
+        "full slots: pass --fill-slots, or --for ENGINE"
+    )
+
+
 def _single(single: bool) -> str:
     return " with one copy of each expert" if single else ""
 
@@ -165,10 +177,7 @@ CLAUSES: dict[str, Clause] = {
         "searched on {searched:,} representative windows, evaluated on all {windows:,}"
     ),
     "sample of tokens": "expert sets were counted on a sample of {tokens:,} tokens",
-    "empty slots": (
-        "{empty:,} of {slots:,} slots are empty, as no copy that was tried there helps. Engines "
-        "with redundant experts need full slots: pass --fill-slots, or --for ENGINE"
-    ),
+    "empty slots": _empty_slots,
     "slower than what runs": _slower_than_running,
     "running kept": lambda voice, experts: (
         f"what runs stays: the gain of moving {counted(experts, 'expert')} may be chance. To move "
