@@ -9,6 +9,7 @@ from make import random_ids, trace_of
 
 import moetuner as mt
 from moetuner.serving.engines import ENGINES
+from moetuner.serving.phases import PREFILL_SHARE
 
 # What is left to a command line, by engine: those that --for decides, and an option against it.
 HOW = {
@@ -78,7 +79,8 @@ def test_both_phases_have_the_same_gain_everywhere(as_json, tmp_path, share):
     trace_of(ids, sequence=sequence).save(trace)
     how = ("--devices", 4, *(("--prefill-share", share) if share else ()))
     solved = as_json("solve", trace, *how, "--method", "lpt", "--holdout", 0.5, "--out", p)
-    weighed = {"512": 1 - (share or 0.2), "8192": share or 0.2}
+    prefill = share or PREFILL_SHARE
+    weighed = {"512": 1 - prefill, "8192": prefill}
     assert solved["settings"]["phases"] == mt.Placement.load(p).settings["phases"] == weighed
     methods = ("--methods", "contiguous,lpt", "--splits", 1)
     compared = as_json("compare", trace, *how, *methods)["methods"]["lpt"]

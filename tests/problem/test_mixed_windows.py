@@ -7,7 +7,7 @@ from make import random_ids, trace_of
 import moetuner as mt
 from moetuner.evaluation.arrival import mix_windows
 from moetuner.placement import blocks
-from moetuner.problem.windows import CERTAIN, choose_windows
+from moetuner.problem.windows import CERTAIN, FEWEST, choose_windows
 
 DEVICES, EXPERTS = 4, 16
 
@@ -65,7 +65,7 @@ def test_longer_windows_differ_from_each_other(windows):
     statistics = mt.RoutingStatistics.from_load(load, window=100)
     longer = choose_windows(statistics, arrival="mixed", risk="mean", groups=None, tokens=400)
     drawn, total = longer.load, load.sum(axis=0) / windows
-    assert len(drawn) == max(windows, 8)
+    assert len(drawn) == max(windows, FEWEST)
     assert longer.weight.sum() == pytest.approx(windows)
     apart = np.abs(drawn / total - 1).mean(axis=0)
     assert (apart > 0.03).all()

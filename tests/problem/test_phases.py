@@ -10,7 +10,7 @@ import moetuner as mt
 from moetuner.placement import blocks
 from moetuner.problem.objective import choose_tables
 from moetuner.problem.windows import MOST
-from moetuner.serving.phases import WINDOWS
+from moetuner.serving.phases import PREFILL_SHARE, WINDOWS
 
 
 def recorded(tokens, seed=0, *, experts=8, layers=2, groups=None):
@@ -120,7 +120,7 @@ def test_imbalance_is_the_mean_of_both_phases_by_their_shares(share):
 
 def test_a_trace_has_both_phases_however_short_it_is():
     """Loads alone, and other windows than those of decode, are in one phase, as counted."""
-    both = dict(zip(WINDOWS, (0.8, 0.2), strict=True))
+    both = dict(zip(WINDOWS, (1 - PREFILL_SHARE, PREFILL_SHARE), strict=True))
     alone = {"transitions": False, "coactivation": False}
     tokens = 2 * WINDOWS[1]
     cases = [

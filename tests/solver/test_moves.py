@@ -450,7 +450,9 @@ def test_no_point_within_the_budget_is_better_than_the_answer(monkeypatch, goal)
         assert rank(problem, result.placement) <= (best[0] + 1e-9, best[1] * (1 + 1e-9))
 
 
-@pytest.mark.parametrize("settings", [{}, {"objective": "balance"}, {"slots_per_device": 9}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"objective": "balance"}, {"objective": "balance", "slots_per_device": 9}]
+)
 def test_layers_go_down_by_themselves_as_all_at_once(settings):
     """Where no number of moves joins the layers, their steps are those of one way down all."""
     trace = trace_of(random_ids(400, 3, 2, 32), 32)

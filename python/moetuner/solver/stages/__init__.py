@@ -70,7 +70,8 @@ def _smaller(run: Run) -> Problem | None:
     slots is worse than a smaller one. Else it is the one with one copy of each expert.
     """
     problem = run.problem
-    may_be_empty = not problem.fill_slots and not problem.rules.exist
+    rules = problem.rules
+    may_be_empty = not (problem.fill_slots or rules.exist or rules.need_copies)
     if problem.goal == "time" and may_be_empty and charges_copies(run):
         return problem.with_fewer_slots() or _single(problem)
     return _single(problem)
@@ -229,7 +230,8 @@ def _anneal_copies(run: Run, budget: Budget) -> None:
     and one that begins with full slots seldom finds where few do. Each layer goes on with the best.
     """
     full = [start.slots for start in run.incumbents if start.role is Role.FULL][-1]
-    fewer, value = run.problem.with_fewer_slots() is not None, run.best.value
+    smaller, value = _smaller(run), run.best.value
+    fewer = smaller is not None and smaller.may_copy
     searches = effort.COPY_SEARCHES[: budget.work.copy_searches]
     for number, way in enumerate(searches):
         left = len(searches) - number

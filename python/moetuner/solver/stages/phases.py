@@ -95,8 +95,8 @@ class _Pool:
         regret = (times / least - 1).max(axis=1)
         ahead = (times <= peer).all(axis=1)
         kept = np.where(limit.keeps(times), regret, np.inf)
-        near = ahead & (kept <= kept.min() + AHEAD)
-        best = int(np.where(near if near.any() else True, kept, np.inf).argmin())
+        is_ahead = ahead & (kept <= kept.min() + AHEAD)
+        best = int(np.where(is_ahead if is_ahead.any() else True, kept, np.inf).argmin())
         return float(SHARES[best]), np.stack(self.slots)[numbers[best], layers]
 
 
