@@ -218,7 +218,18 @@ def test_advice_takes_26_lines_of_100_columns(monkeypatch, capsys):
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     trace = Path(moetuner.__file__).parent / "data" / "small-moe.safetensors"
-    words = ["advise", str(trace), "--devices", "8", "--devices-per-node", "4", "--splits", "1"]
+    words = [
+        "advise",
+        str(trace),
+        "--devices",
+        "8",
+        "--devices-per-node",
+        "4",
+        "--splits",
+        "1",
+        "--copies",
+        "0",
+    ]
     cli.moetuner.main(words, standalone_mode=False)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 26
