@@ -168,7 +168,8 @@ def test_what_is_said_of_pictures_is_what_they_show():
     assert len(ratios) == 2
     assert all(f"{ratio} times the mean" in index for ratio in ratios)
     lost, kept, *_ = (bars["y"] for bars in figures["losses"]["data"])
-    assert min(lost) >= 1
+    assert min(lost) > 0
+    assert round(sum(lost) / len(lost)) == 1
     assert set(kept) == {0}
     before, after = (f"{value:.0f}" for value in figures["cards"]["data"][0]["x"][::-1])
     assert (
