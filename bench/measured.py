@@ -159,10 +159,34 @@ def profiles() -> list[Figure]:
     return [several.numbers("mix", name)[0] for name in ("joint", "EPLB")]
 
 
-# What a row of the table begins with, and what gives its figures.
+def headline() -> list[Figure]:
+    """Return the figures of README's first lines."""
+    ((*gains,),) = said(
+        "phases",
+        r"gains ([\d.]+) % of MoE layer time in decode and ([\d.]+) % in prefill on 8 H100, "
+        r"([\d.]+) % and ([\d.]+) % on 32",
+    )
+    return [*gains[:2], "8", *gains[2:], "32"]
+
+
+def phases() -> list[Figure]:
+    """Return how often EPLB is ahead with the default answer, and by how much."""
+    ((cases, *of_decode, many, most, regret),) = said(
+        "phases",
+        r"Of (\d+) machines.* in decode (\d+) times, by ([\d.]+) % at most, in prefill "
+        r"(\d+) times, by ([\d.]+) % at most; the largest regret of a phase is ([\d.]+) %",
+    )
+    return [cases, *of_decode, many, most, regret]
+
+
+# The line of README that has figures before any table, by how it begins.
+HEADLINE = "gpt-oss-20b gains "
+# What that line, or a row of the table, begins with, and what gives its figures.
 ROWS: dict[str, Callable[[], list[Figure]]] = {
+    HEADLINE: headline,
     "is moetuner ahead of its peers": placements,
     "is its live policy ahead": live_policy,
+    "does either phase pay": phases,
     "do real exchanges over links": exchanges,
     "do independent simulators agree": simulators,
     "do predicted times agree": gpus,
@@ -171,10 +195,11 @@ ROWS: dict[str, Callable[[], list[Figure]]] = {
 
 
 def rows_of(readme: str) -> dict[str, str]:
-    """Return the answers of the table by what their question begins with."""
+    """Return the answers of the table by what their question begins with, and the headline."""
     section = readme.partition("## What was measured")[2].partition("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
-    answers = {}
+    (first,) = re.findall(rf"^{HEADLINE}[^:]*:", readme, re.MULTILINE)
+    answers = {HEADLINE: first}
     for line in rows:
         question, answer = (cell.strip() for cell in line.strip("|").split(" | "))
         (name,) = (name for name in ROWS if question.startswith(name))

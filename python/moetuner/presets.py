@@ -19,34 +19,36 @@ NETWORK_LATENCY = 5.0e-6
 
 
 class MachinePreset(NamedTuple):
-    """One kind of node, and what connects several of them."""
+    """One kind of node, what connects several of them, and a device's bytes of memory if known."""
 
     devices_per_node: int
     intra_node_bandwidth: float
     inter_node_bandwidth: float
     intra_node_latency: float = NVLINK_LATENCY
     inter_node_latency: float = NETWORK_LATENCY
+    memory: float | None = None
 
 
+# Memory is of the data sheets, too: of a DGX B200, a DGX B300 and the NVL72 a share of the whole.
 MACHINES = {
     # DGX A100 data sheet: NVLink 3, 600 GB/s both ways; one 200 Gbit/s ConnectX-6 per GPU.
-    "a100-nvl8-ib200": MachinePreset(8, 300e9, 25e9),
+    "a100-nvl8-ib200": MachinePreset(8, 300e9, 25e9, memory=80e9),
     # H800: NVLink cut to 400 GB/s both ways, 400 Gbit/s per GPU (DeepSeek-V3 report, section 3.1).
-    "h800-nvl8-ib400": MachinePreset(8, 200e9, 50e9),
+    "h800-nvl8-ib400": MachinePreset(8, 200e9, 50e9, memory=80e9),
     # DGX H100 and H200 data sheets: NVLink 4, 900 GB/s both ways; one 400 Gbit/s ConnectX-7 per
     # GPU. H200 differs in memory only.
-    "h100-nvl8-ib400": MachinePreset(8, 450e9, 50e9),
-    "h200-nvl8-ib400": MachinePreset(8, 450e9, 50e9),
+    "h100-nvl8-ib400": MachinePreset(8, 450e9, 50e9, memory=80e9),
+    "h200-nvl8-ib400": MachinePreset(8, 450e9, 50e9, memory=141e9),
     # DGX B200 data sheet: NVLink 5, 1.8 TB/s both ways; one 400 Gbit/s ConnectX-7 per GPU.
-    "b200-nvl8-ib400": MachinePreset(8, 900e9, 50e9),
+    "b200-nvl8-ib400": MachinePreset(8, 900e9, 50e9, memory=180e9),
     # DGX B300 data sheet: as B200 with one 800 Gbit/s ConnectX-8 per GPU.
-    "b300-nvl8-ib800": MachinePreset(8, 900e9, 100e9),
+    "b300-nvl8-ib800": MachinePreset(8, 900e9, 100e9, memory=288e9),
     # NVL72 data sheets: 72 GPUs on one NVLink 5 switch fabric; ConnectX-7 (GB200) or -8 (GB300).
-    "gb200-nvl72": MachinePreset(72, 900e9, 50e9),
-    "gb300-nvl72": MachinePreset(72, 900e9, 100e9),
+    "gb200-nvl72": MachinePreset(72, 900e9, 50e9, memory=186e9),
+    "gb300-nvl72": MachinePreset(72, 900e9, 100e9, memory=279e9),
     # MI300X data sheet: seven Infinity Fabric links of 128 GB/s both ways make a full mesh of
     # eight, so 448 GB/s leave a GPU if all peers are talked to; one 400 Gbit/s port per GPU.
-    "mi300x-if8-roce400": MachinePreset(8, 448e9, 50e9),
+    "mi300x-if8-roce400": MachinePreset(8, 448e9, 50e9, memory=192e9),
     # Boxes without NVLink: x16 slots after line coding, 31.5 (PCIe 4) and 63 GB/s (PCIe 5) per
     # direction. Four GPUs and 100 Gbit/s Ethernet for each two, eight GPUs and 400 Gbit/s each.
     "pcie4-box4-eth100": MachinePreset(4, 31.5e9, 6.25e9, PCIE_LATENCY),
@@ -69,23 +71,24 @@ MACHINES = {
 
 
 class Gpu(NamedTuple):
-    """Peak numbers of one device: dense operations and bytes per second."""
+    """Peak numbers of one device: dense operations and bytes per second; bytes of memory."""
 
     flops_16bit: float
     flops_8bit: float
     memory_bandwidth: float
+    memory: float
 
 
 # Vendors' data sheets of the SXM (OAM) modules, dense: half of what is quoted with sparsity. A100
 # has no 8-bit floats, so it computes at its 16-bit rate.
 GPUS = {
-    "a100": Gpu(312e12, 312e12, 2.039e12),
-    "h20": Gpu(148e12, 296e12, 4.0e12),
-    "h100": Gpu(989e12, 1979e12, 3.35e12),
-    "h200": Gpu(989e12, 1979e12, 4.8e12),
-    "b200": Gpu(2250e12, 4500e12, 8.0e12),
-    "gb200": Gpu(2500e12, 5000e12, 8.0e12),
-    "mi300x": Gpu(1307e12, 2615e12, 5.3e12),
+    "a100": Gpu(312e12, 312e12, 2.039e12, 80e9),
+    "h20": Gpu(148e12, 296e12, 4.0e12, 96e9),
+    "h100": Gpu(989e12, 1979e12, 3.35e12, 80e9),
+    "h200": Gpu(989e12, 1979e12, 4.8e12, 141e9),
+    "b200": Gpu(2250e12, 4500e12, 8.0e12, 180e9),
+    "gb200": Gpu(2500e12, 5000e12, 8.0e12, 186e9),
+    "mi300x": Gpu(1307e12, 2615e12, 5.3e12, 192e9),
 }
 
 
@@ -101,6 +104,7 @@ class Measured(NamedTuple):
     measured: tuple[int, int]
     hidden: int
     intermediate: int
+    memory: float
 
 
 # Qwen3-30B-A3B's experts in bfloat16, timed by others, in files under the MIT licence; what
@@ -109,11 +113,13 @@ MEASURED = {
     # casys-kaist/LLMServingSim at 5daddb2, profiler/perf/RTXPRO6000: 50 batches; on average off by
     # 6.4 % on batches left out.
     "rtx-pro-6000-measured": Measured(
-        4.92, 6.704, 54.56, 0.03289, 0.503, 0.093, (39, 11), 2048, 768
+        4.92, 6.704, 54.56, 0.03289, 0.503, 0.093, (39, 11), 2048, 768, 96e9
     ),
     # NetX-lab/Frontier at a4b22df, data/profiling/compute/a800: 2472 batches of tensor-parallel
     # size 1, 32 to 128 experts on the device (vLLM's fused kernel); off by 4.4 %.
-    "a800-measured": Measured(83.3, 7.465, 192.5, 0.07697, 0.548, 0.092, (2013, 459), 2048, 768),
+    "a800-measured": Measured(
+        83.3, 7.465, 192.5, 0.07697, 0.548, 0.092, (2013, 459), 2048, 768, 80e9
+    ),
 }
 
 
@@ -198,6 +204,66 @@ MODELS = {
     name: Model(*size, _BITS.get(name, 16.0), _EXPERTS[name])
     for size, names in SIZES.items()
     for name in names.split()
+}
+
+
+class Beside(NamedTuple):
+    """What a model has beside its routed experts.
+
+    Parameters
+    ----------
+    kv_values
+        Numbers that a token keeps in the KV cache, of all layers: twice the KV heads times their
+        size for a layer with attention, or with MLA the rank and the part that is rotated.
+    parameters
+        Parameters outside the routed experts, which every device holds where attention is data
+        parallel.
+    """
+
+    kv_values: int
+    parameters: float
+
+
+# `num_hidden_layers`, `num_key_value_heads` and `head_dim` (with MLA `kv_lora_rank` plus
+# `qk_rope_head_dim`) of the config.json that models were published with; layers with linear
+# attention keep nothing per token, and windows of attention are taken as long as the context.
+# Parameters are the published total less the routed experts, rounded.
+BESIDE_EXPERTS = {
+    "dbrx": Beside(40 * 2 * 8 * 128, 4.8e9),
+    **dict.fromkeys(["deepseek-coder-v2", "deepseek-v2"], Beside(60 * 576, 13e9)),
+    **dict.fromkeys(["deepseek-coder-v2-lite", "deepseek-v2-lite"], Beside(27 * 576, 1.3e9)),
+    "deepseek-moe-16b": Beside(28 * 2 * 16 * 128, 1.4e9),
+    "moonlight-16b-a3b": Beside(27 * 576, 1.6e9),
+    **dict.fromkeys(["deepseek-r1", "deepseek-v3"], Beside(61 * 576, 17e9)),
+    **dict.fromkeys(
+        ["kimi-k2", "kimi-k2-thinking", "kimi-k2.5", "kimi-k2.6"], Beside(61 * 576, 11.6e9)
+    ),
+    "dots.llm1": Beside(62 * 2 * 32 * 128, 7.7e9),
+    "ernie-4.5-21b-a3b": Beside(28 * 2 * 4 * 128, 1.5e9),
+    "ernie-4.5-300b-a47b": Beside(54 * 2 * 8 * 128, 12e9),
+    **dict.fromkeys(["glm-4.5", "glm-4.6"], Beside(92 * 2 * 8 * 128, 17e9)),
+    "glm-4.5-air": Beside(46 * 2 * 8 * 128, 7e9),
+    "gpt-oss-120b": Beside(36 * 2 * 8 * 64, 2.1e9),
+    "gpt-oss-20b": Beside(24 * 2 * 8 * 64, 1.8e9),
+    "grok-1": Beside(64 * 2 * 8 * 128, 4.9e9),
+    "llama-4-maverick": Beside(48 * 2 * 8 * 128, 14.2e9),
+    "llama-4-scout": Beside(48 * 2 * 8 * 128, 12e9),
+    "minimax-m2": Beside(62 * 2 * 8 * 128, 4e9),
+    "minimax-text-01": Beside(10 * 2 * 8 * 128, 21e9),
+    "mixtral-8x22b": Beside(56 * 2 * 8 * 128, 5.3e9),
+    "mixtral-8x7b": Beside(32 * 2 * 8 * 128, 1.6e9),
+    "olmoe-1b-7b": Beside(16 * 2 * 16 * 128, 0.5e9),
+    "phi-3.5-moe": Beside(32 * 2 * 8 * 128, 1.6e9),
+    "qwen1.5-moe-a2.7b": Beside(24 * 2 * 16 * 128, 1.9e9),
+    "qwen2-57b-a14b": Beside(28 * 2 * 4 * 128, 8.1e9),
+    **dict.fromkeys(["qwen3-235b-a22b", "qwen3-vl-235b-a22b"], Beside(94 * 2 * 4 * 128, 8e9)),
+    **dict.fromkeys(
+        ["qwen3-30b-a3b", "qwen3-coder-30b-a3b", "qwen3-vl-30b-a3b"],
+        Beside(48 * 2 * 4 * 128, 1.5e9),
+    ),
+    "qwen3-coder-480b-a35b": Beside(62 * 2 * 8 * 128, 12.1e9),
+    "qwen3-next-80b-a3b": Beside(12 * 2 * 2 * 256, 2.4e9),
+    "snowflake-arctic": Beside(35 * 2 * 8 * 128, 11e9),
 }
 
 # Words that follow the name of a model in that of another one: small models that were taught by

@@ -331,6 +331,7 @@ class Topology(Frozen):
             "devices": numbers.devices_per_node * nodes,
             **numbers._asdict(),
         }
+        del arguments["memory"]
         arguments["name"] = machine if nodes == 1 else f"{machine}:{nodes}"
         return cls(**(arguments | others))
 

@@ -115,6 +115,8 @@ OPTIONS = f"""
 --steps steps.json --expert-bytes 10
 --from auto
 --placement COPIES
+--kv-bytes 1e5 --device-memory 80e9 --expert-bytes 1e6
+--step-ms 2,9
 """
 # Options that no line above has, nor a transcript of their command.
 ELSEWHERE = {"--quiet": "test_output", "--figures": "needs a browser", "--json": "transcripts"}

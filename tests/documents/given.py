@@ -238,6 +238,7 @@ def transformers(folder: Path) -> dict[str, object]:
 GIVEN = {
     "README.md": readme,
     "docs/api.md": readme,
+    "docs/step.md": readme,
     "docs/quickstart.md": quickstart,
     "docs/few-cards.md": survive,
     "docs/large.md": large,

@@ -8,16 +8,13 @@ from make import random_ids, trace_of
 
 import moetuner as mt
 from moetuner import _checks as check
+from moetuner.cost.memory import compute_memory
 from moetuner.evaluation.samples import Samples, hold_out
 from moetuner.report import recording
 from moetuner.report.advice import drift
-from moetuner.report.advice.conclusion import (
-    NEAR_BEST,
-    find_copies,
-    find_fewest_copies_near_best,
-)
-from moetuner.report.advice.request import ITERATIONS
+from moetuner.report.advice.copies import NEAR_BEST, Choice, choose_copies, find_copies
 from moetuner.report.advice.values import Copies, compute_saved_us
+from moetuner.report.words import write
 from moetuner.serving.engines import tokens_per_rank
 
 LAYERS, EXPERTS, TOP_K, LENGTH = 3, 8, 2, 50
@@ -348,44 +345,80 @@ def test_low_latency_buffers_limit_tokens():
     assert all(each.tokens_per_rank is None for each in other.copies)
 
 
-def test_the_knee_harms_no_window():
-    """Copies that pay in large windows only are not proposed; nor more than are needed."""
+def in_phases(slots, decode, prefill, share=0.0, **others):
+    """Return the gains of a number of slots in both phases, and its share of the KV cache."""
+    gains = {512: (decode,), 8192: (prefill,)}
+    return Copies(slots, gains, slots * 1e9, cache_share=share, **others)
 
-    def copies(number, small, large):
-        return Copies(number, {512: (small,), 8192: (large,)}, None)
 
-    assert find_fewest_copies_near_best((copies(0, 0.0, 0.1), copies(1, -0.2, 0.3))) == 0
-    assert (
-        find_fewest_copies_near_best(
-            (copies(0, 0.0, 0.1), copies(1, 0.0, 0.3), copies(2, 0.0, 0.302))
-        )
-        == 1
-    )
-    costly = copies(0, 0.0, 0.1), copies(1, -0.2, 0.4)
-    assert [find_fewest_copies_near_best(costly, share) for share in (0.3, 0.5, 1.0)] == [0, 1, 1]
+@pytest.mark.parametrize(
+    ("rows", "wanted"),
+    [
+        # Half a per cent of the cache for 38 and 58 per cent; a second slot gives decode away.
+        ([(0, 0.0, 0.0, 0.0), (1, 0.38, 0.58, 0.005), (2, 0.2, 0.6, 0.01)], (1, 0, None)),
+        # One phase pays for the other: the user chooses.
+        ([(0, 0.067, 0.17, 0.0), (1, 0.025, 0.41, 0.005)], (0, None, 1)),
+        # The first slot is most of the gain, but takes more of the cache than it gains.
+        ([(0, 0.2, 0.2, 0.0), (1, 0.3, 0.3, 0.13), (2, 0.31, 0.31, 0.26)], (0, None, 1)),
+        # Two slots pay where one does not.
+        ([(0, 0.0, 0.0, 0.0), (1, 0.0, 0.0, 0.01), (2, 0.2, 0.2, 0.02)], (2, 0, None)),
+        # What does not fit is neither proposed nor offered.
+        ([(0, 0.0, 0.0, 0.0), (1, 0.1, 0.1, 0.02), (2, 0.9, 0.9, 1.0)], (1, 0, None)),
+        # Memory of unknown worth must bring the price; noise is no gain.
+        ([(0, 0.0, 0.0, None), (1, 0.02, 0.3, None)], (0, None, 1)),
+        ([(0, 0.0, 0.0, None), (1, 0.03, 0.3, None), (2, 0.034, 0.304, None)], (1, 0, None)),
+    ],
+)
+def test_copies_are_proposed_where_they_pay(rows, wanted):
+    """The phase that gains least must gain more than the share of the cache that slots take."""
+    rows = [in_phases(*row) for row in rows]
+    assert choose_copies(rows, 0, price=0.02) == wanted
+    assert choose_copies(rows[::-1], 0, price=0.02) == wanted
+
+
+def test_the_share_of_prefill_and_a_number_asked_for_decide():
+    """With a share both phases count together; a single number is proposed whatever it costs."""
+    rows = [in_phases(0, 0.0, 0.1), in_phases(1, -0.2, 0.4, 0.01)]
+    chosen = [choose_copies(rows, 0, price=0.02, prefill_share=share) for share in (0.3, 0.5, 1.0)]
+    assert [choice.chosen for choice in chosen] == [0, 1, 1]
+    assert choose_copies(rows, 0, price=0.02, requested=1) == (1, 0, None)
+    # Layers that are a tenth of a step gain a tenth of it.
+    rows = [in_phases(0, 0.0, 0.0), in_phases(1, 0.1, 0.1, 0.02)]
+    parts = [None, {512: 0.1, 8192: 0.1}]
+    assert [choose_copies(rows, 0, price=0.02, parts=each).chosen for each in parts] == [1, 0]
+
+
+def test_memory_that_runs_costs_nothing():
+    """Slots for copies that run already are used as far as they gain."""
+    rows = [in_phases(0, 0.0, 0.0), in_phases(1, 0.1, 0.1), in_phases(2, 0.102, 0.1)]
+    assert choose_copies(rows, 2, price=0.02) == (1, None, None)
+    assert choose_copies([*rows, in_phases(4, 0.3, 0.3, 0.01)], 2, price=0.02) == (4, 1, None)
 
 
 def test_what_copies_gain_stands_beside_what_they_cost():
-    """Slots of the chosen number, of more than run, and of a larger one that harms a window."""
-
-    def row(count, *gains, windows=(None,)):
-        of = {window: (gain,) for window, gain in zip(windows, gains, strict=True)}
-        return Copies(count, of, count * 1e9)
-
-    swept = (row(0, 0.2), row(2, 0.3), row(4, 0.1))
-    pays = find_copies(swept, 2, None, 4).numbers
-    assert pays["chosen"] == {"slots": 2, "bytes_per_device": 2e9, "gain": 0.3}
-    assert (pays["without"], pays["more"]) == (0.2, None)
-    would = find_copies(swept, 0, 2, 4).numbers["more"]
-    assert (would["slots"], would["than_now"]) == (2, 2)
-    assert would["gains"] == [{"window": None, "gain": 0.3}]
-    sizes = {"windows": (512, 8192)}
-    both = (row(0, 0.1, 0.1, **sizes), row(2, 0.12, 0.3, **sizes))
-    gains = find_copies(both, 0, 2, 4).numbers["more"]["gains"]
-    assert [of["window"] for of in gains] == [8192, 512]
-    lossy = (row(0, 0.1, 0.1, **sizes), row(2, 0.3, -0.05, **sizes))
-    larger = find_copies(lossy, 0, None, 4).numbers["larger"]
-    assert (larger["gain"], larger["loses"]) == (0.3, {"window": 8192, "share": 0.05})
+    """Slots of the chosen number, of fewer without more memory, and of those left to the user."""
+    rows = [
+        in_phases(0, 0.1, 0.2),
+        in_phases(2, 0.3, 0.4, 0.01, cache_tokens=700),
+        in_phases(4, 0.2, 0.6, 1.0),
+    ]
+    memory = compute_memory(
+        None, layers=4, slots=1, expert_bytes=1e6, device_bytes=8e10, kv_bytes=1e4
+    )
+    finding = find_copies(rows, Choice(2, 0, None), 4, running=1, memory=memory)
+    chosen = finding.numbers["chosen"]
+    assert (chosen["slots"], chosen["more"], chosen["more_bytes"]) == (2, 1, 1e9)
+    assert (finding.numbers["too_large"], finding.numbers["device_bytes"]) == (4, 8e10)
+    assert write(finding) == (
+        "copies, by short searches: 1 more slot per device and layer (1 GB per device) gains "
+        "+30.0 % in decode and +40.0 % in prefill, for the room of 700 tokens of KV cache, 1.0 % "
+        "of what is left beside the weights of 80 GB; without more memory +10.0 % in decode and "
+        "+20.0 % in prefill. 4 slots and more do not fit beside the weights"
+    )
+    offered = write(find_copies(rows[:2], Choice(0, None, 2), 4))
+    assert "without +10.0 % in decode and +20.0 % in prefill. A choice: 2 more slots" in offered
+    unknown = [replace(row, cache_share=None, cache_tokens=None) for row in rows]
+    assert "memory costs is not known" in write(find_copies(unknown, Choice(2, 0), 4))
 
 
 @pytest.mark.parametrize(("needed", "spare"), [(1, 3), (4, None), (None, None)])
@@ -396,8 +429,8 @@ def test_layers_that_need_no_copies_are_found(needed, spare):
         Copies(2, {None: (0.3,)}, 2e9, None, needed),
     )
     wanted = None if spare is None else {"number": spare, "layers": 4, "bytes_per_device": 1.5e9}
-    for chosen, larger in ((2, None), (0, 2)):
-        assert find_copies(swept, chosen, larger, 4).numbers["spare_layers"] == wanted
+    for choice in (Choice(2), Choice(0, None, 2)):
+        assert find_copies(swept, choice, 4).numbers["spare_layers"] == wanted
 
 
 @pytest.mark.usefixtures("brief")
@@ -421,8 +454,8 @@ def test_dispatch_by_a_linear_programme_is_judged_where_the_engine_has_it():
     traffic, topology = heavy(), mt.Topology(4)
     options = {"splits": 1, "iterations": 50}
     advice, none, other = (
-        mt.advise(traffic, topology, copies=[0], initial=initial, engine=engine, **options)
-        for initial, engine in (("eplb:4", "sglang"), ("contiguous", "sglang"), ("eplb:4", "vllm"))
+        mt.advise(traffic, topology, copies=[copies], engine=engine, **options)
+        for copies, engine in ((1, "sglang"), (0, "sglang"), (1, "vllm"))
     )
     assert [numbers_of(each, "tokens divided") for each in (none, other)] == [None, None]
     _, unseen = mt.hold_out(traffic)
@@ -451,14 +484,14 @@ def even_load():
 @pytest.mark.parametrize(
     ("table", "initial", "tried"),
     [
-        (heavy, "contiguous", [0, 1, 2, 3, 4]),
+        (heavy, "contiguous", [0, 1, 2, 3]),
         (even_load, "contiguous", [0, 1, 4]),
         (even_load, f"eplb:{EXPERTS}", [0, 1, 2, 3, 4]),
     ],
 )
 @pytest.mark.usefixtures("brief")
 def test_numbers_of_copies_are_tried_where_they_may_gain(table, initial, tried):
-    """Where neither the next number nor the largest gains, those between are left out.
+    """As long as each gains; where neither the next nor the largest does, none between is tried.
 
     As many as run are tried always.
     """
@@ -469,23 +502,53 @@ def test_numbers_of_copies_are_tried_where_they_may_gain(table, initial, tried):
 
 @pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("initial", ["contiguous", f"eplb:{EXPERTS // 2}"])
-def test_more_memory_is_no_gain_of_the_placement(initial):
-    """What is proposed takes no more slots than what runs; what more would gain stands apart."""
+@pytest.mark.parametrize("memory", [80e9, 6e6])
+def test_copies_that_pay_are_proposed_if_memory_has_room(initial, memory):
+    """The headline, the placement and the table are of one number; what does not fit is not it."""
     topology = mt.Topology(4)
     running = EXPERTS // 8 if initial != "contiguous" else 0
     more = running + 2
     how = {"copies": (0, more), "splits": 1, "time_limit": None, "expert_bytes": 1e6}
-    advice = advise(heavy(), topology, initial=initial, **how)
-    before, after = advice.placements
-    assert after.slots_per_device <= max(before.slots_per_device, EXPERTS // 4)
-    assert advice.chosen_copies <= running
-    plain = {row.per_device: row.best_gain for row in advice.copies}
-    is_more = plain[more] > plain[advice.chosen_copies] + NEAR_BEST
-    assert (advice.larger_copies == more) == is_more
-    copies = numbers_of(advice, "copies")
-    assert (copies is not None and copies["more"] is not None) == is_more
-    if initial == "contiguous":
-        assert is_more
+    advice = advise(heavy(), topology, initial=initial, device_memory=memory, **how)
+    _, after = advice.placements
+    by_slots = {row.per_device: row for row in advice.copies}
+    gained = by_slots[more].best_gain - by_slots[running].best_gain
+    pays = gained > by_slots[more].cache_share + NEAR_BEST
+    assert pays == (memory == 80e9)
+    assert (advice.chosen_copies == more) == pays
+    assert (advice.fewer_copies is not None) == pays
+    assert after.slots_per_device == EXPERTS // 4 + advice.chosen_copies
+    assert ("2 more slots per device and layer" in advice.sentence) == pays
+    # Of what is left: nine tenths of the memory, less the weights that run.
+    left = 0.9 * memory - (EXPERTS // 4 + running) * 2 * 1e6
+    assert by_slots[more].cache_share == pytest.approx(
+        min(2 * 2 * 1e6 / left, 1) if left > 0 else 1
+    )
+
+
+@pytest.mark.usefixtures("brief")
+def test_a_gain_of_a_step_is_a_part_of_the_layers():
+    """The answer, its price and the text are of a step where its time is known."""
+    how = {"copies": (2,), "splits": 1, "time_limit": None}
+    plain = advise(heavy(), mt.Topology(4), **how)
+    gain, saved = plain.main.gain, plain.to_dict()["judged"][0]["saved_us_per_step"]
+    assert "an MoE layer takes" in plain.sentence
+    takes = 2 * gain.before / 1e3
+    for factor, answer in ((2, "worth a trial"), (1e3 * gain.gain, "not now")):
+        advice = advise(heavy(), mt.Topology(4), step_ms=factor * takes, **how)
+        assert advice.answer == answer
+        of_step = advice.of_step[None]
+        assert of_step.gain == pytest.approx(gain.gain / factor)
+        assert (of_step.low, of_step.high) == pytest.approx((gain.low / factor, gain.high / factor))
+        assert 1e3 * factor * takes * of_step.gain == pytest.approx(saved)
+        assert f"a step takes {100 * of_step.gain:.1f} % less" in advice.sentence
+        assert advice.to_dict()["judged"][0]["of_step"]["gain"] == of_step.gain
+    # Layers cannot take more than all of a step.
+    whole = advise(heavy(), mt.Topology(4), step_ms=takes / 2, **how)
+    assert whole.of_step[None].gain == pytest.approx(gain.gain)
+    for wrong in (0, -1.0, [1, 2, 3], [], float("nan")):
+        with pytest.raises(ValueError, match="step_ms"):
+            advise(heavy(), mt.Topology(4), step_ms=wrong, **how)
 
 
 @pytest.mark.usefixtures("brief")
@@ -499,7 +562,7 @@ def test_all_rows_of_copies_are_of_searches_as_short():
     gains = []
     for slots in (EXPERTS // 4, EXPERTS // 4 + 1):
         problem = mt.Problem(seen, topology, slots_per_device=slots, cost_model=model)
-        found = mt.solve(problem, "heuristic", iterations=ITERATIONS).placement
+        found = mt.solve(problem, "heuristic", effort="brief").placement
         time = mt.evaluate(found, unseen, topology, cost_model=model).predicted_layer_us
         gains.append(1 - time / advice.running.predicted_layer_us)
     assert [row.per_device for row in advice.copies] == [0, 1]
@@ -561,13 +624,16 @@ def test_a_proposal_leaves_as_much_as_can_be_where_it_is():
     assert advice.moving.experts < running.diff(anew).experts_moved
 
 
-def test_numbers_of_copies_between_are_tried_for_two_per_cent():
-    """One expert is a seventh heavier: its device, which holds as many as others, is 3 % slower."""
+def test_a_further_number_of_copies_is_tried_for_two_per_cent():
+    """One expert is a seventh heavier: its device, which holds as many as others, is 3 % slower.
+
+    One slot more gains that, a second one no more, so four are not tried.
+    """
     load = np.full((40, 2, 16), 100_000)
     load[..., 0] = 115_000
     counts = mt.RoutingStatistics.from_load(load + np.arange(40)[:, None, None])
     tried = advise(counts, mt.Topology(4), copies=(0, 1, 2, 4), splits=1).copies
-    assert [row.per_device for row in tried] == [0, 1, 2, 4]
+    assert [row.per_device for row in tried] == [0, 1, 2]
 
 
 def test_few_moves_gain_most_of_it():

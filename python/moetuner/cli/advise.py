@@ -20,7 +20,7 @@ from moetuner.cli.output import Output, show_steps, working
 from moetuner.cli.recipes import FEW_MOVES_FILE
 from moetuner.evaluation.comparison import PRICE, Comparison
 from moetuner.evaluation.figures import FIGURES
-from moetuner.files.cells import counted, in_bytes, signed, span, with_values
+from moetuner.files.cells import counted, in_bytes, percent, signed, span, with_values
 from moetuner.problem.objective import Goal
 from moetuner.recording import Recording
 from moetuner.report import advice as advising
@@ -36,6 +36,10 @@ from moetuner.serving.settings import read_count
 COPIES = options.Text(
     lambda text: tuple(read_count(number.strip()) for number in text.split(",")),
     "numbers as in 0,1,2,4",
+)
+STEP_MS = options.Text(
+    lambda text: tuple(float(number) for number in text.split(",")),
+    "milliseconds as in 30 or 30,400",
 )
 DEFAULT_COPIES = ",".join(map(str, advising.COPIES))
 
@@ -53,6 +57,9 @@ def command(
     copies: tuple[int, ...] = option(COPIES, "N,N,...", DEFAULT_COPIES, group=RUNNING),
     initial: str = initial_option(default="contiguous"),
     expert_bytes: float | None = options.expert_bytes_option(),
+    kv_bytes: float | None = options.expert_bytes_option(),
+    device_memory: float | None = options.expert_bytes_option(),
+    step_ms: tuple[float, ...] | None = option(STEP_MS, "DECODE[,PREFILL]", group=JUDGING),
     price: float = option(options.Number(0, 1), "SHARE", PRICE, group=JUDGING),
     prefill_share: float | None = option(options.Number(0, 1), "SHARE", group=JUDGING),
     splits: int = option(click.IntRange(1, 100), "N", advising.SPLITS, group=JUDGING),
@@ -82,15 +89,23 @@ def command(
     initial
         The placement that runs; eplb:32 is EPLB's with 32 redundant experts over all devices.
     copies
-        Extra slots per device and layer to try; those between the next and the largest only where
-        one of these gains.
+        Extra slots per device and layer to try, as long as each gains. The number that pays for its
+        memory is proposed; a single one always is.
     expert_bytes
         Bytes of one expert of one layer. [default: of INPUT's model, if known]
+    kv_bytes
+        Bytes of KV cache of a token. [default: of INPUT's model in 16 bits, if known]
+    device_memory
+        Bytes of memory of a device. [default: of the machine, else of the cost model's GPU]
+    step_ms
+        Milliseconds of a step of your engine, in decode and in prefill, as its log or benchmark
+        has them: the gain is then of a step.
     price
-        Smallest gain, as a share of the predicted time, that is worth a change.
+        Smallest gain that is worth a change, as a share of a step's time if --step-ms says it,
+        else of the MoE layers'.
     prefill_share
         Share of the serving time that is prefill: placements are computed for it, and the gain is
-        one figure for both. [default: 0.2, and a gain for each]
+        one figure for both. [default: neither phase is to lose much, and a gain for each]
     splits
         Number of splits of INPUT into a seen and an unseen half.
     by_group
@@ -118,6 +133,9 @@ def command(
             initial=running,
             copies=copies,
             window=source.window,
+            kv_bytes=kv_bytes,
+            device_memory=device_memory,
+            step_ms=step_ms,
             price=price,
             prefill_share=prefill_share,
             splits=splits,
@@ -219,13 +237,18 @@ def _show_copies(output: Output, advice: Advice) -> None:
     """Print the gain of each number of slots for copies."""
     names = [f"windows of {tokens:,}" if tokens else "gain" for tokens in advice.copies[0].gains]
     # Buffers of low-latency kernels grow with the slots.
-    head = ["slots for copies", *names, "per device", "DeepEP tokens", ""]
-    notes = {advice.chosen_copies: " <- proposed", advice.larger_copies: " <- with more memory"}
+    head = ["slots for copies", *names, "per device", "of KV cache", "DeepEP tokens", ""]
+    notes = {
+        advice.fewer_copies: " <- without more memory",
+        advice.larger_copies: " <- your choice",
+        advice.chosen_copies: " <- proposed",
+    }
     rows = [
         (
             str(row.per_device),
             *(signed(row.mean(window)) for window in row.gains),
             "-" if row.bytes_per_device is None else in_bytes(row.bytes_per_device),
+            "-" if row.cache_share is None else percent(row.cache_share),
             "-" if row.tokens_per_rank is None else f"{row.tokens_per_rank:,}",
             notes.get(row.per_device, ""),
         )

@@ -191,7 +191,8 @@ def command(
                 contents["filled_slots"] = empty
                 output.say(
                     f"filled {empty} empty slots of {placement.slots.size} with further copies, "
-                    'as engines have none; "moetuner solve --fill-slots" chooses them by their load'
+                    "as engines have none: what was predicted is not of these. "
+                    '"moetuner solve --fill-slots" chooses them by their load, and predicts them'
                 )
             write_placement(placement, form, out_file, hints)
             has_no_hints = hints.hidden_layers is None and hints.dense_layers is None

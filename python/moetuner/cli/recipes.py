@@ -55,15 +55,36 @@ def list_recipes_after(
     if advice.answer != "worth a trial":
         return _record_more(source, advice, typed)
     trying = _list_trial(source, advice, typed, unseen, from_all=from_all)
-    serving = list_recipes_to_serve(
-        source,
-        advice.placements[1],
-        _proposed_file(advice),
-        engine=advice.settings["engine"],
-        split=advice.problem.split,
-        nodes=advice.problem.topology.nodes,
-    )
+    files = {_proposed_file(advice): ""}
+    files |= {file: phase for phase, _, file in _list_phases_apart(advice)}
+    serving = []
+    for file, phase in files.items():
+        for line in list_recipes_to_serve(
+            source,
+            advice.placements[1],
+            file,
+            engine=advice.settings["engine"],
+            split=advice.problem.split,
+            nodes=advice.problem.topology.nodes,
+        ):
+            note = "; ".join(filter(None, (f"the engine for {phase}" if phase else "", line.why)))
+            serving.append(Recipe(line.command, note))
     return [*trying, *serving]
+
+
+def _list_phases_apart(advice: Advice) -> list[tuple[str, str, str]]:
+    """Return phase, share of prefill and file of placements for two engines, where two pay."""
+    is_apart = any(
+        finding.kind == "phases apart" and finding.numbers["two_pay"] for finding in advice.findings
+    )
+    if not is_apart or len(advice.judged) < 2:
+        return []
+    names = {"decode": "0", "prefill": "1"}
+    taken = _running_file(advice)
+    return [
+        (phase, share, options.choose_file_name(taken, f"{phase}.json"))
+        for phase, share in names.items()
+    ]
 
 
 def _record_more(source: Source, advice: Advice, typed: dict[str, Any]) -> list[Recipe]:
@@ -117,6 +138,9 @@ def _list_trial(
         is_default = slots * problem.devices == problem.num_experts
         is_default &= problem.topology.slots_per_device is None
         solving["slots_per_device"] = None if is_default else slots
+        # An engine has full slots in any case; so has the map for no engine in particular.
+        fills = advice.settings["engine"] is None and slots > problem.single_slots
+        solving["fill_slots"] = fills or None
         return recipe("solve", source.input_files, {**solving, **others}, why)
 
     commands = []
@@ -143,10 +167,17 @@ def _list_trial(
     values |= {"window": None if main.window == window else main.window}
     values |= {"report_file": "report.html"}
     commands.append(recipe("evaluate", [placed, *(unseen or source.input_files)], values))
-    if advice.larger_copies is not None:
-        slots = problem.slots + advice.larger_copies - advice.chosen_copies
-        file = options.choose_file_name(_running_file(advice), "more.json")
-        commands.append(solve(slots, "the one with more memory", out_file=file))
+    for copies, name, why in (
+        (advice.fewer_copies, "no-more-memory.json", "or without more memory than now"),
+        (advice.larger_copies, "more.json", "or with more memory: your choice"),
+    ):
+        if copies is not None:
+            slots = problem.slots + copies - advice.chosen_copies
+            file = options.choose_file_name(_running_file(advice), name)
+            commands.append(solve(slots, why, out_file=file))
+    for phase, share, file in _list_phases_apart(advice):
+        why = f"or an engine for each phase: the one for {phase}"
+        commands.append(solve(problem.slots, why, out_file=file, phases=share))
     if from_all and "holdout" in solving:
         purpose = "the placement to serve: from all of INPUT"
         commands.append(solve(problem.slots, purpose, holdout=None, out_file=placed))

@@ -59,7 +59,7 @@ class Comparison(Frozen):
     >>> gain.answer
     'worth it'
     >>> gain.sentence
-    'after has 16.5 % less predicted layer time than before (95 % interval 16.5 to 16.5 %).'
+    'after has 16.5 % less predicted MoE layer time than before (95 % interval 16.5 to 16.5 %).'
     """
 
     measure: str

@@ -399,7 +399,7 @@ FIGURES = {
         1,
         "predicted layer time",
         windows=compute_window_us,
-        label="predicted layer time",
+        label="predicted MoE layer time",
         unit=US,
     ),
     "predicted_layer_us_p50": _make_percentile(50),

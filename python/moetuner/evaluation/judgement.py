@@ -260,7 +260,7 @@ def judge(
     >>> before, after = (mt.evaluate(placement, traffic) for placement in (blocks, better))
     >>> judgement = mt.judge(before, after, names=("blocks", "better"))
     >>> judgement.gain.sentence
-    'better has 16.5 % less predicted layer time than blocks (95 % interval 16.5 to 16.5 %).'
+    'better has 16.5 % less predicted MoE layer time than blocks (95 % interval 16.5 to 16.5 %).'
     """
     for side, evaluation in (("before", before), ("after", after)):
         check.instance(side, evaluation, Evaluation, hint=", such as evaluate(placement, trace)")

@@ -11,17 +11,19 @@ from typing import Any, get_args
 
 from moetuner import _checks as check
 from moetuner.cost import CostModel, bytes_of_expert
+from moetuner.cost.memory import Memory, compute_memory, memory_of
 from moetuner.evaluation.comparison import PRICE
+from moetuner.files.cells import counted
 from moetuner.placement import Placement
 from moetuner.problem.objective import Goal
 from moetuner.recording import Recording
 from moetuner.report.advice.conclusion import (
     conclude,
     find_costs,
-    find_fewest_copies_near_best,
     find_notes,
     write_judged_on,
 )
+from moetuner.report.advice.copies import choose_copies
 from moetuner.report.advice.drift import cut_in_half, measure_drift
 from moetuner.report.advice.judging import (
     combine_phases,
@@ -39,7 +41,12 @@ from moetuner.report.advice.request import Holdout, Request, count_running_slots
 from moetuner.report.advice.step import find_step
 from moetuner.report.advice.sweep import sweep
 from moetuner.report.advice.trial import PROPOSED, RUNNING, Trial, try_out
-from moetuner.report.advice.values import Advice, Copies, choose_main, compute_saved_us
+from moetuner.report.advice.values import (
+    Advice,
+    choose_main,
+    compute_saved_us,
+    share_of_step,
+)
 from moetuner.report.recording import find_one_kind
 from moetuner.serving import Serving, refuse_keywords
 from moetuner.serving.arrival import Arrival
@@ -72,6 +79,9 @@ def advise(
     by_group: bool = False,
     objective: Goal | None = None,
     expert_bytes: float | None = None,
+    kv_bytes: float | None = None,
+    device_memory: float | None = None,
+    step_ms: float | Sequence[float] | None = None,
     cost_model: CostModel | None = None,
     regime: Regime = "dispatch",
     split: Split | None = None,
@@ -111,9 +121,12 @@ def advise(
         many in all layers, and whether a window has tokens of sequences that are served together
         or of one sequence after the other.
     copies
-        Numbers of slots of a device in a layer, beyond one slot for each expert, to try. Among
-        numbers that take more memory than the running placement, the next one and the largest are
-        tried first, and those between only where one of the two gains on the seen traffic.
+        Numbers of slots of a device in a layer, beyond one slot for each expert, to try. Numbers
+        that take more memory than the running placement are tried as long as each gains on the seen
+        traffic; the largest is tried where the first one does not. Of
+        several numbers the one is proposed that pays: what its slots gain in the phase that gains
+        least is more than the share of the KV cache that they take. A single one is proposed
+        whatever it costs.
     window
         Tokens of a window, whose load is balanced together. By default 512 for decode, and for
         prefill 8192, or 4096 or 2048 where the recording does not fill two windows of that size.
@@ -135,6 +148,14 @@ def advise(
         As for ``Problem``; time by default.
     expert_bytes
         Bytes of one expert of one layer; by default that of the model's experts, where known.
+    kv_bytes
+        Bytes of KV cache of a token; by default the model's in 16 bits, where its attention is
+        known.
+    device_memory
+        Bytes of memory of a device; by default the machine's, else the cost model's GPU's.
+    step_ms
+        Milliseconds that a step of the engine takes, in decode, or in decode and in prefill. The
+        answer is then on gains of a step, instead of the MoE layers'.
     cost_model, regime, split, arrival
         As for ``Problem``; split and arrival by default the engine's, else even and in bursts.
     in_order
@@ -199,6 +220,7 @@ def advise(
         expert_bytes = bytes_of_expert(traffic.expert_size, traffic.model)
     else:
         check.positive("expert_bytes", expert_bytes, "number of bytes")
+    memory = _find_memory(traffic, serving, expert_bytes, kv_bytes, device_memory, initial)
     request = Request(
         traffic=traffic,
         unseen=unseen,
@@ -208,6 +230,8 @@ def advise(
         windows=windows,
         objective=objective,
         expert_bytes=expert_bytes,
+        memory=memory,
+        step_ms=_read_step_ms(step_ms, windows),
         price=price,
         prefill_share=prefill_share,
         by_group=by_group,
@@ -243,8 +267,17 @@ def _advise(request: Request, splits: int) -> Advice:
     splits = splits if request.is_held_out and request.unseen is None else 1
     request.progress("counting the seen traffic")
     holdout = make_holdout(request, check.nth_seed(request.seed, 0))
-    copies = sweep(request, holdout)
-    chosen_copies, larger_copies = _choose_copies(request, copies)
+    swept = sweep(request, holdout)
+    copies = swept.rows
+    choice = choose_copies(
+        copies,
+        request.running_copies,
+        price=request.price,
+        prefill_share=request.prefill_share,
+        parts=swept.parts,
+        requested=request.copies[0] if len(request.copies) == 1 else None,
+    )
+    chosen_copies = choice.chosen
     trials = _try_splits(request, holdout, chosen_copies, splits)
     request.progress("judging")
     first = trials[0]
@@ -266,6 +299,13 @@ def _advise(request: Request, splits: int) -> Advice:
     has_drifted = request.in_order and drift is not None and drift.is_beyond_chance
     halves = cut_in_half(request.traffic) if has_drifted else ()
     gains_of_halves = judge_halves(request, halves, chosen_copies, main.window) if halves else ()
+    of_step = {
+        judgement.window: share_of_step(
+            judgement.gain, judgement.layers, request.step_ms[judgement.window]
+        )
+        for judgement in judgements
+        if judgement.window in request.step_ms
+    }
     request.progress("comparing moves and phases")
     advice = Advice(
         answer="not enough evidence",
@@ -274,9 +314,10 @@ def _advise(request: Request, splits: int) -> Advice:
         over_eplb=judge_over_eplb(request, trials),
         copies=copies,
         chosen_copies=chosen_copies,
-        larger_copies=larger_copies,
+        fewer_copies=choice.fewer,
+        larger_copies=choice.larger,
         moving=compute_move_cost(request, first, compute_saved_us(main)),
-        phases=judge_phases(request, holdout, chosen_copies),
+        phases=judge_phases(request, holdout, chosen_copies, swept.placements.get(chosen_copies)),
         lp_split=judge_lp_split(request, holdout, first.placements[PROPOSED], main.window),
         drift=drift,
         halves=gains_of_halves,
@@ -288,8 +329,10 @@ def _advise(request: Request, splits: int) -> Advice:
         judged_on=write_judged_on(request, holdout.unseen),
         one_kind=find_one_kind(request.traffic, request.unseen),
         prefill_lacks=_count_missing_tokens(request),
-        total=combine_phases(request, judgements),
+        total=combine_phases(request, judgements, of_step),
         by_group=judge_groups(request, chosen_copies) if request.by_group else {},
+        of_step=of_step,
+        memory=request.memory,
         settings=_list_settings(request, splits, first.problem.shares),
     )
     advice = conclude(advice, find_notes(request, advice))
@@ -298,15 +341,6 @@ def _advise(request: Request, splits: int) -> Advice:
     request.progress("comparing fewer moves")
     advice = replace(advice, step=find_step(request, first, holdout, advice))
     return replace(advice, findings=(*advice.findings, *find_costs(advice)))
-
-
-def _choose_copies(request: Request, rows: tuple[Copies, ...]) -> tuple[int, int | None]:
-    """Return the slots for copies to propose, and a larger number that gains more, if any does."""
-    # More memory is no merit of a placement: the proposal takes no more than the running one.
-    affordable = tuple(row for row in rows if row.per_device <= request.running_copies)
-    chosen = find_fewest_copies_near_best(affordable or rows, request.prefill_share)
-    larger = find_fewest_copies_near_best(rows, request.prefill_share)
-    return chosen, larger if larger > chosen else None
 
 
 def _try_splits(request: Request, holdout: Holdout, copies: int, splits: int) -> list[Trial]:
@@ -332,6 +366,9 @@ def _list_settings(
         "price": request.price,
         "waterfill": request.serving.waterfill,
         "expert_bytes": request.expert_bytes,
+        "kv_bytes": None if request.memory is None else request.memory.token,
+        "device_memory": None if request.memory is None else request.memory.device,
+        "step_ms": [request.step_ms.get(window) for window in request.windows],
         "in_order": request.in_order,
         "seed": request.seed,
         "time_limit": request.time_limit,
@@ -351,6 +388,55 @@ def _list_settings(
         "held_out": request.is_held_out,
         "cost_model": request.serving.cost_model and request.serving.cost_model.name,
     }
+
+
+def _find_memory(
+    traffic: Recording,
+    serving: Serving,
+    expert_bytes: float | None,
+    kv_bytes: float | None,
+    device_memory: float | None,
+    initial: Placement | str,
+) -> Memory | None:
+    """Return the memory of a device; None where it, or the bytes of an expert, are unknown."""
+    topology = serving.topology
+    if kv_bytes is not None:
+        check.positive("kv_bytes", kv_bytes, "number of bytes")
+    if device_memory is None:
+        model = serving.cost_model
+        device_memory = memory_of(topology.name, None if model is None else model.preset_text)
+    else:
+        check.positive("device_memory", device_memory, "number of bytes")
+    if device_memory is None or expert_bytes is None:
+        return None
+    return compute_memory(
+        traffic.model,
+        layers=traffic.layers,
+        slots=count_running_slots(initial, traffic.num_experts, topology.devices),
+        expert_bytes=expert_bytes,
+        device_bytes=device_memory,
+        kv_bytes=kv_bytes,
+    )
+
+
+def _read_step_ms(
+    step_ms: float | Sequence[float] | None, windows: tuple[int | None, ...]
+) -> dict[int | None, float]:
+    """Return the milliseconds of a step by window; empty where they are unknown.
+
+    Those of prefill are left out where it is not judged.
+    """
+    if step_ms is None:
+        return {}
+    of_phases = [step_ms] if isinstance(step_ms, int | float) else [*step_ms]
+    if len(of_phases) not in (1, 2):
+        raise check.ArgumentError(
+            "step_ms must be milliseconds of a step in decode, or in decode and in prefill, got "
+            f"{counted(len(of_phases), 'number')}",
+            "step_ms",
+        )
+    times = [check.positive("step_ms", each, "number of milliseconds") for each in of_phases]
+    return dict(zip(windows, times, strict=False))
 
 
 def _check_groups(traffic: Recording, by_group: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +14,15 @@ from moetuner.evaluation.judgement import Judgement
 from moetuner.evaluation.samples import Samples
 from moetuner.files.cells import counted
 from moetuner.recording import Recording
+from moetuner.report.advice.copies import (
+    Choice,
+    copies_matter,
+    count_running_copies,
+    find_copies,
+)
 from moetuner.report.advice.request import Request
 from moetuner.report.advice.sweep import compute_token_limit
-from moetuner.report.advice.values import Advice, Answer, Copies, describe_windows
+from moetuner.report.advice.values import Advice, Answer, compute_saved_us, describe_windows
 from moetuner.report.findings import Finding
 from moetuner.report.outcome import find_times, write_left_out
 from moetuner.report.recording import PHASES
@@ -26,44 +32,12 @@ from moetuner.serving.engines import ENGINES, Engine
 from moetuner.serving.phases import WINDOWS, name_phase
 from moetuner.topology import Regime
 
-# Fewer copies are chosen if their gain in predicted time is at most so much below the best.
-NEAR_BEST = 0.005
 # A gain above the price is ruled out if the upper end of its interval is at most so many prices.
 NEAR_PRICE = 2
 # Kinds of sequences below which a warning says how few they are.
 FEW_KINDS = 10
 # Share of the gain that a placement of one half must keep on the other, where halves differ.
 CARRIED = 0.5
-# Share of layers that need copies above which layers without need are not mentioned.
-MOST_LAYERS = 0.75
-
-
-def find_fewest_copies_near_best(
-    rows: tuple[Copies, ...], prefill_share: float | None = None
-) -> int:
-    """Return the fewest slots for copies whose gain is nearly the best and harms no window.
-
-    Where the share of prefill is known, the gain of decode and prefill together counts. Several
-    devices read the weights of an expert with copies: in windows of few tokens that may cost more
-    time than balance saves.
-    """
-    if prefill_share is not None:
-        shares = dict(zip(rows[0].gains, (1 - prefill_share, prefill_share), strict=True))
-        totals = {
-            row.per_device: sum(share * row.mean(window) for window, share in shares.items())
-            for row in rows
-        }
-        return min(
-            slots for slots, gain in totals.items() if gain >= max(totals.values()) - NEAR_BEST
-        )
-    least = min(rows, key=lambda row: row.per_device)
-    harmless = [
-        row
-        for row in rows
-        if all(row.mean(window) >= min(0.0, least.mean(window)) - NEAR_BEST for window in row.gains)
-    ]
-    best = max(row.best_gain for row in harmless)
-    return min(row.per_device for row in harmless if row.best_gain >= best - NEAR_BEST)
 
 
 def write_judged_on(request: Request, unseen: Recording) -> str:
@@ -117,10 +91,18 @@ def conclude(advice: Advice, notes: Sequence[Finding] = ()) -> Advice:
     return replace(advice, answer=answer, findings=findings)
 
 
-def _gains_by_phase(judgements: Iterable[Judgement]) -> dict[str, Comparison]:
-    """Return gains by the phase that has windows of their size, else by the windows."""
+def _gains_by_phase(
+    judgements: Iterable[Judgement], of_step: Mapping[int | None, Comparison] | None = None
+) -> dict[str, Comparison]:
+    """Return gains by the phase that has windows of their size, else by the windows.
+
+    They are gains of a step where ``of_step`` has them.
+    """
+    of_step = of_step or {}
     return {
-        name_phase(judgement.window) or name_windows(judgement.window): judgement.gain
+        name_phase(judgement.window) or name_windows(judgement.window): of_step.get(
+            judgement.window, judgement.gain
+        )
         for judgement in judgements
     }
 
@@ -161,18 +143,21 @@ def _find_headline(advice: Advice, answer: Answer) -> Finding:
     if price is None and advice.halves and advice.drift is not None and advice.drift.is_of_groups:
         worst = min(gain.gain for gain in advice.halves)
         of_groups = worst < CARRIED * advice.main.gain.gain
-    numbers: dict[str, Any] = {"price": price, "of_groups": of_groups}
+    slots = max(advice.chosen_copies - count_running_copies(advice), 0)
+    numbers: dict[str, Any] = {"price": price, "of_groups": of_groups, "slots": slots}
+    numbers["is_of_step"] = len(advice.of_step) == len(advice.judged)
     running = {"running": advice.settings["initial"]}
     if advice.total is not None:
         share = advice.settings["prefill_share"]
         numbers |= {"gain": advice.total, "prefill_share": share, **running}
-        numbers["gains"] = _gains_by_phase(advice.judged_by_gain)
+        numbers["gains"] = _gains_by_phase(advice.judged_by_gain, advice.of_step)
         return Finding("gain in total", numbers, forces=answer)
     if len(advice.judged) == 1 and not advice.prefill_lacks:
-        numbers |= {"gain": advice.main.gain, **describe_windows(advice.main), **running}
+        numbers |= {**_describe_gain(advice.main), **running}
+        numbers["of_step"] = advice.of_step.get(advice.main.window)
         return Finding("gain of one size of windows", numbers, forces=answer)
     numbers |= {
-        "gains": _gains_by_phase(advice.judged_by_gain),
+        "gains": _gains_by_phase(advice.judged_by_gain, advice.of_step),
         "prefill_lacks": advice.prefill_lacks,
     }
     return Finding("gains of phases", numbers, forces=answer)
@@ -313,9 +298,11 @@ def find_notes(request: Request, advice: Advice) -> list[Finding]:
     """Return findings on one placement for both phases, on the engine, and on waterfill."""
     notes, phases = [], advice.phases
     if phases is not None:
-        two_pay = max(phases.costs_of_one.values()) > request.price
+        two_pay = phases.gain_of_two > request.price
         costs = {"costs_of_one": phases.costs_of_one, "costs": phases.costs}
-        notes.append(Finding("phases apart", {**costs, "two_pay": two_pay}))
+        # Only recordings with labels say that they hold both phases.
+        if two_pay or set(PHASES) <= advice.main.groups.keys():
+            notes.append(Finding("phases apart", {**costs, "two_pay": two_pay}))
     if request.engine is not None and request.serving.engine is not None:
         notes += _find_engine(request, request.engine, request.serving.engine, advice)
     if request.serving.waterfill is not None:
@@ -350,21 +337,18 @@ def _find_gains(advice: Advice) -> list[Finding]:
     """Return the gains in windows of each size, over EPLB, by group, and of copies."""
     ordered = advice.judged_by_gain
     running = {"running": advice.settings["initial"]}
-    reasons = [
-        Finding("gain", {"gain": ordered[0].gain, **describe_windows(ordered[0]), **running})
-    ]
+
+    reasons = [Finding("gain", {**_describe_gain(ordered[0]), **running})]
     if len(ordered) > 1:
-        reasons = [
-            Finding("gain of a phase", {"gain": judgement.gain, **describe_windows(judgement)})
-            for judgement in ordered
-        ]
+        reasons = [Finding("gain of a phase", _describe_gain(judgement)) for judgement in ordered]
+    reasons.append(_find_saved(ordered))
     if advice.over_eplb:
         gains = _gains_by_phase(advice.over_eplb[judgement.window] for judgement in ordered)
         reasons.append(Finding("gain over EPLB", {"gains": gains}))
     reasons += _find_on_one(advice)
     aspects = _find_small_gains(advice)
     slots = None
-    if len(advice.copies) > 1 and not _copies_pay(advice):
+    if len(advice.copies) > 1 and not copies_matter(advice):
         slots = max(row.per_device for row in advice.copies)
     if aspects or slots is not None:
         reasons.append(Finding("little to gain", {"aspects": aspects, "slots": slots}))
@@ -372,16 +356,34 @@ def _find_gains(advice: Advice) -> list[Finding]:
         main = advice.main
         by_group = {group: gains[main.window] for group, gains in advice.by_group.items()}
         reasons.append(Finding("groups apart", {"gains": by_group, **describe_windows(main)}))
-    if _copies_pay(advice):
-        layers = advice.problem.statistics.layers
-        single_slots = advice.problem.single_slots
-        running_slots = max(advice.placements[0].slots_per_device - single_slots, 0)
+    if copies_matter(advice):
         reasons.append(
             find_copies(
-                advice.copies, advice.chosen_copies, advice.larger_copies, layers, running_slots
+                advice.copies,
+                Choice(advice.chosen_copies, advice.fewer_copies, advice.larger_copies),
+                advice.problem.statistics.layers,
+                running=count_running_copies(advice),
+                memory=advice.memory,
             )
         )
     return reasons
+
+
+def _describe_gain(judgement: Judgement) -> dict[str, Any]:
+    return {"gain": judgement.gain, **describe_windows(judgement)}
+
+
+def _find_saved(judged: Sequence[Judgement]) -> Finding:
+    """Return what a step of all layers saves, and what it takes now, in microseconds by phase."""
+    saved = {
+        name_phase(judgement.window) or name_windows(judgement.window): (
+            compute_saved_us(judgement),
+            judgement.layers * judgement.gain.before,
+        )
+        for judgement in judged
+    }
+    step = "step" if judged[0].window else "window"
+    return Finding("saved per step", {"saved": saved, "layers": judged[0].layers, "step": step})
 
 
 def _find_on_one(advice: Advice) -> list[Finding]:
@@ -394,16 +396,6 @@ def _find_on_one(advice: Advice) -> list[Finding]:
     return [Finding("tokens on one device", numbers)]
 
 
-def _copies_pay(advice: Advice) -> bool:
-    """Return whether copies are proposed, or more of them would gain; False for a single number."""
-    if len(advice.copies) == 1:
-        return False
-    best = max(row.best_gain for row in advice.copies)
-    chosen = next(row for row in advice.copies if row.per_device == advice.chosen_copies)
-    gains_with_memory = best > chosen.best_gain + NEAR_BEST
-    return bool(advice.chosen_copies or advice.larger_copies is not None or gains_with_memory)
-
-
 def _find_small_gains(advice: Advice) -> list[str]:
     """Return the aspects, such as balance, whose figures change by less than the price."""
     price: float = advice.settings["price"]
@@ -414,52 +406,6 @@ def _find_small_gains(advice: Advice) -> list[str]:
         if gain is not None and figure.title and figure.regime in (None, regime):
             gains.setdefault(figure.aspect, []).append(gain.gain)
     return [aspect for aspect, values in gains.items() if max(map(abs, values)) < price]
-
-
-def find_copies(
-    rows: tuple[Copies, ...],
-    chosen_copies: int,
-    larger_copies: int | None,
-    layers: int,
-    running: int = 0,
-) -> Finding:
-    """Return the gains of the chosen slots for copies and of more; ``running`` is how many run."""
-    by_slots = {row.per_device: row for row in rows}
-    chosen, fewest = by_slots[chosen_copies], min(by_slots)
-    best = max(by_slots.values(), key=lambda row: row.best_gain)
-    numbers: dict[str, Any] = {"chosen": _describe_copies(chosen) | {"gain": chosen.best_gain}}
-    numbers["without"] = by_slots[0].best_gain if chosen_copies and fewest == 0 else None
-    numbers["more"] = numbers["larger"] = None
-    # The sentence has the gain without copies already, wherever copies are proposed.
-    is_said = bool(chosen_copies) and best is by_slots[fewest]
-    if larger_copies is not None:
-        row = by_slots[larger_copies]
-        gains = [
-            {"window": window, "gain": row.mean(window)}
-            for window in sorted(row.gains, key=row.mean, reverse=True)
-        ]
-        than_now = larger_copies - running
-        numbers["more"] = _describe_copies(row) | {"gains": gains, "than_now": than_now}
-    elif best.best_gain > chosen.best_gain + NEAR_BEST and not is_said:
-        worst = min(best.gains, key=best.mean)
-        loses = {"window": worst, "share": -best.mean(worst)} if best.mean(worst) < 0 else None
-        numbers["larger"] = _describe_copies(best) | {"gain": best.best_gain, "loses": loses}
-    numbers["spare_layers"] = _describe_layers(by_slots[larger_copies or chosen_copies], layers)
-    return Finding("copies", numbers)
-
-
-def _describe_copies(copies: Copies) -> dict[str, Any]:
-    return {"slots": copies.per_device, "bytes_per_device": copies.bytes_per_device}
-
-
-def _describe_layers(copies: Copies, layers: int) -> dict[str, Any] | None:
-    """Return how many layers need no copies, and their memory; None where these are few."""
-    if copies.layers is None or not copies.per_device or copies.layers > MOST_LAYERS * layers:
-        return None
-    saved = copies.bytes_per_device
-    if saved is not None:
-        saved *= 1 - copies.layers / layers
-    return {"number": layers - copies.layers, "layers": layers, "bytes_per_device": saved}
 
 
 def find_costs(advice: Advice) -> list[Finding]:

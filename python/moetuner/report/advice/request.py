@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from moetuner._checks import ArgumentError
+from moetuner.cost.memory import Memory
 from moetuner.evaluation.samples import Samples, find_samples, hold_out
 from moetuner.placement import Placement
 from moetuner.problem import TRAFFIC_CAP, Problem
@@ -23,10 +24,6 @@ from moetuner.statistics import RoutingStatistics, as_counts
 from moetuner.topology import Topology
 
 Window = int | None
-
-# Steps of a short search from each start: enough to see what there is to win, in a second for a
-# common model.
-ITERATIONS = 500
 
 
 def count_running_slots(initial: Placement | str, experts: int, devices: int) -> int:
@@ -64,6 +61,8 @@ class Request:
     windows: tuple[Window, ...]
     objective: Goal | None
     expert_bytes: float | None
+    memory: Memory | None
+    step_ms: Mapping[Window, float]
     price: float
     prefill_share: float | None
     by_group: bool
@@ -169,7 +168,8 @@ def build_problem(
 
     ``phases`` replace those of the request.
     """
-    slots, fill_slots = request.single_slots + copies, False
+    # The map that is written for no engine in particular has no empty slots either.
+    slots, fill_slots = request.single_slots + copies, copies > 0
     if request.serving.engine is not None:
         settings = engine_settings(
             request.serving.engine, statistics, request.topology, slots_per_device=slots
@@ -211,8 +211,8 @@ def search(
 
 
 def search_shortly(request: Request, problem: Problem) -> Placement:
-    """Return the placement of a brief search: of the request's steps, else of ``ITERATIONS``."""
-    steps = ITERATIONS if request.iterations is None else request.iterations
+    """Return the placement of a brief search, of the request's steps if it says how many."""
+    steps = request.iterations
     return search(
         request, problem, "heuristic", request.seed, iterations=steps, effort="brief"
     ).placement

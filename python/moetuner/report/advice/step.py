@@ -20,10 +20,12 @@ def find_step(request: Request, trial: Trial, holdout: Holdout, advice: Advice) 
     """Return the fewest moves that gain most of what the proposed placement gains.
 
     Moves are chosen on the seen traffic and judged on the unseen, in the windows where most is
-    gained. None where nothing is proposed, or few moves gain little.
+    gained. None where nothing is proposed, where few moves gain little, and where slots that do not
+    run yet have to be filled, which moves many.
     """
     problem, running = trial.problem, trial.placements[RUNNING]
-    if advice.answer != "worth a trial" or not problem.has_slots_for(running):
+    takes_more = advice.fewer_copies is not None
+    if advice.answer != "worth a trial" or takes_more or not problem.has_slots_for(running):
         return None
     value, highest = problem.value(running), int(FEW_MOVES * advice.moving.experts)
     placement = search_fewest_moves(

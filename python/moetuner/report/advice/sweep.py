@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import numpy as np
 
 from moetuner.cost import size_of_expert
@@ -20,55 +23,86 @@ from moetuner.serving.engines import tokens_per_rank
 
 # Share of the gain of copies in all layers that copies in the fewest layers must bring.
 LAYERS_SHARE = 0.9
-# Smallest gain of the next or the largest number of copies with which numbers between are tried.
+# Smallest gain of a number of copies, on the seen traffic, with which further numbers are tried.
 LEAST_GAIN = 0.005
 # The placement without slots for copies.
 NONE: Key = 0
 
 
-def sweep(request: Request, holdout: Holdout) -> tuple[Copies, ...]:
+class Sweep(NamedTuple):
+    """Numbers of slots for copies, and the placements that were searched for them.
+
+    Parameters
+    ----------
+    rows
+        What each number gains on the unseen traffic, and what it costs.
+    parts
+        Share of a step that the layers take with the running placement, by window, where the time
+        of a step is known.
+    placements
+        The placement of each number that was searched.
+    """
+
+    rows: tuple[Copies, ...]
+    parts: dict[Window, float]
+    placements: dict[Key, Placement]
+
+
+def sweep(request: Request, holdout: Holdout) -> Sweep:
     """Return what each number of copies gains on the unseen traffic, and what it costs.
 
     All searches are equally short, so that only the copies differ. A single number is not searched:
-    the caller fills in the gain of the proposed placement. Among numbers that take more memory
-    than the running placement, the next one and the largest are searched first, and those between
-    only where one of the two gains on the seen traffic.
+    the caller fills in the gain of the proposed placement. Numbers that take more memory than the
+    running placement are searched upwards as long as each gains on the seen traffic. Where the
+    first one does not, the largest is tried, and those between if it gains: copies may pay only
+    together.
     """
-    placements: dict[Key, Placement] = {RUNNING: find_running_placement(request, holdout)}
+    running = find_running_placement(request, holdout)
+    placements: dict[Key, Placement] = {}
     counts = request.tried_copies
     if len(counts) == 1:
-        placements[counts[0]] = placements[RUNNING]
-        return _compute_gains(request, holdout, placements)
+        alone = _compute_gains(request, holdout, running, {counts[0]: running})
+        return alone._replace(placements={})
     values: dict[int, float] = {}
 
-    def search(copies: int) -> None:
+    def gains_with(copies: int) -> bool:
         request.progress(f"searching with {counted(copies, 'slot')} for copies")
         problem = build_problem(request, holdout.statistics, copies)
         placements[copies] = search_shortly(request, problem)
+        least = min(values.values(), default=math.inf)
         values[copies] = problem.value(placements[copies])
+        return values[copies] < least * (1 - LEAST_GAIN)
 
     affordable = [copies for copies in counts if copies <= request.running_copies] or [counts[0]]
+    for copies in affordable:
+        gains_with(copies)
     larger = counts[len(affordable) :]
-    always = {*affordable, *larger[:1], *larger[-1:]}
-    for copies in sorted(always):
-        search(copies)
-    most_affordable = values[affordable[-1]]
-    for copies in counts:
-        # Others are searched only where more copies gain on the seen traffic.
-        if copies not in always and min(values.values()) < most_affordable * (1 - LEAST_GAIN):
-            search(copies)
-    keys: list[Key] = [RUNNING, *(copies for copies in counts if copies in values)]
-    return _compute_gains(request, holdout, {key: placements[key] for key in keys})
+    if larger:
+        following, *others = larger
+        if gains_with(following):
+            for copies in others:
+                if not gains_with(copies):
+                    break
+        elif others and gains_with(others.pop()):
+            for copies in others:
+                gains_with(copies)
+    ordered: dict[Key, Placement] = {
+        copies: placements[copies] for copies in counts if copies in values
+    }
+    return _compute_gains(request, holdout, running, ordered)
 
 
 def _compute_gains(
-    request: Request, holdout: Holdout, placements: dict[Key, Placement]
-) -> tuple[Copies, ...]:
+    request: Request,
+    holdout: Holdout,
+    running: Placement,
+    with_copies: dict[Key, Placement],
+) -> Sweep:
     """Compute gains of placements with copies over the running one, and the memory of copies."""
     request.progress("replaying them on unseen traffic")
+    placements = {RUNNING: running, **with_copies}
     evaluations = evaluate_all(request, placements, holdout.unseen, request.windows)
     # Layers are ordered by what their copies gain on the seen traffic.
-    with_copies = {key: placement for key, placement in placements.items() if key != RUNNING}
     seen = {}
     if len(with_copies) > 1 and NONE in with_copies and request.serving.regime == "dispatch":
         counts = holdout.statistics
@@ -89,8 +123,22 @@ def _compute_gains(
         if request.expert_bytes is not None:
             memory = copies * request.traffic.layers * request.expert_bytes
         tokens = compute_token_limit(request, copies)
-        rows.append(Copies(copies, gains, memory, tokens, layers))
-    return tuple(rows)
+        cache_tokens = cache_share = None
+        if request.memory is not None:
+            more = max(copies - request.running_copies, 0)
+            cache_tokens = request.memory.cache_tokens(more)
+            cache_share = request.memory.cache_share(more)
+        rows.append(Copies(copies, gains, memory, tokens, layers, cache_tokens, cache_share))
+    parts = {
+        window: min(
+            request.traffic.layers
+            * (evaluations[window][RUNNING].predicted_layer_us or 0.0)
+            / (1e3 * step_ms),
+            1.0,
+        )
+        for window, step_ms in request.step_ms.items()
+    }
+    return Sweep(tuple(rows), parts, with_copies)
 
 
 def _count_layers(

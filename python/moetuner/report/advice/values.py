@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from moetuner.cost.memory import Memory
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.judgement import Judgement
@@ -42,6 +43,24 @@ def compute_saved_us(judgement: Judgement) -> float:
     return judgement.layers * (judgement.gain.before - judgement.gain.after)
 
 
+def share_of_step(gain: Comparison, layers: int, step_ms: float) -> Comparison:
+    """Return the gain of a whole step, of which the layers with experts are a part.
+
+    They are at most all of it, however long they are predicted to take.
+    """
+    part = min(layers * gain.before / 1e3 / step_ms, 1.0)
+    change = gain.change
+    error = None if change.error is None else part * change.error
+    value = part * change.value
+    return replace(
+        gain,
+        before=1e3 * step_ms,
+        after=1e3 * step_ms * (1 + value),
+        change=replace(change, value=value, error=error),
+        splits=tuple(part * split for split in gain.splits),
+    )
+
+
 def choose_main(judgements: tuple[Judgement, ...]) -> Judgement:
     """Return the judgement with the largest gain, among those that are worth it if any is."""
     return max(judgements, key=lambda judgement: (judgement.gain.is_worth_it, judgement.gain.gain))
@@ -68,6 +87,10 @@ class Copies(Frozen):
         Fewest layers whose copies bring nine tenths of the gain of copies in all layers on unseen
         traffic, if layers get copies in the order of their gain on seen traffic; None where
         placements without copies were not tried, or are as good.
+    cache_tokens, cache_share
+        Tokens of KV cache whose memory the copies take beyond those that run already, and their
+        share of the KV cache that fits beside the weights; 1 where they do not fit. None where
+        memory, KV cache or the bytes of an expert are unknown.
     """
 
     per_device: int
@@ -75,6 +98,8 @@ class Copies(Frozen):
     bytes_per_device: float | None
     tokens_per_rank: int | None = None
     layers: int | None = None
+    cache_tokens: int | None = None
+    cache_share: float | None = None
 
     def mean(self, window: int | None) -> float:
         """Return the mean gain in windows of a size."""
@@ -179,6 +204,11 @@ class PhaseTimes(NamedTuple):
     microseconds: dict[str, dict[str, float]]
 
     @property
+    def gain_of_two(self) -> float:
+        """Largest share of time that a phase saves under its own placement over one for both."""
+        return max(1 - 1 / (1 + cost) for cost in self.costs_of_one.values())
+
+    @property
     def costs(self) -> dict[str, float]:
         """Share of time that each phase takes longer under the other's placement than its own."""
         pairs = zip(PHASES, PHASES[::-1], strict=True)
@@ -220,11 +250,14 @@ class Advice(Frozen):
     copies
         Gain and cost of each number of slots for copies that was tried, by equally short searches.
     chosen_copies
-        Slots for copies of a device and layer in the proposed placement: of the numbers that take
-        no more memory than the running placement, the fewest whose gain is nearly the best.
+        Slots for copies of a device and layer in the proposed placement: those that pay for their
+        memory in all phases, or the number that was asked for.
+    fewer_copies
+        Slots for copies of the best placement that takes no more memory than the running one; None
+        where that one is proposed.
     larger_copies
-        The fewest slots for copies whose gain is nearly the best of all numbers, where they take
-        more memory than the running placement; None otherwise.
+        More slots for copies that gain more, but not in all phases or not what their memory is
+        worth; None where none do.
     moving
         Cost of moving from the running placement to the proposed one.
     step
@@ -260,6 +293,10 @@ class Advice(Frozen):
         window; empty unless requested.
     units
         Independent samples of the traffic, in the window where most is gained.
+    of_step
+        Gain of a whole step, by window, where ``step_ms`` says what a step takes; empty otherwise.
+    memory
+        Memory of a device and what is left of it for KV cache; None if unknown.
     settings
         Settings of the advice, with defaults resolved.
 
@@ -278,6 +315,7 @@ class Advice(Frozen):
     over_eplb: dict[int | None, Judgement] = field(repr=False)
     copies: tuple[Copies, ...]
     chosen_copies: int
+    fewer_copies: int | None
     larger_copies: int | None
     moving: Moving
     phases: PhaseTimes | None
@@ -295,6 +333,8 @@ class Advice(Frozen):
     step: SmallStep | None = None
     lp_split: LpSplit | None = None
     by_group: dict[str, dict[int | None, Comparison]] = field(default_factory=dict, repr=False)
+    of_step: dict[int | None, Comparison] = field(default_factory=dict)
+    memory: Memory | None = None
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
 
     _also_shown = ("sentence", "reasons", "warnings")
@@ -350,10 +390,17 @@ class Advice(Frozen):
 
     @property
     def verdicts(self) -> tuple[Comparison, ...]:
-        """The gains that decide the answer: the total if it is known, else those of all windows."""
+        """The gains that decide the answer: the total if it is known, else those of all windows.
+
+        They are of a whole step where its time is known.
+        """
         if self.total is not None:
             return (self.total,)
-        return tuple(judgement.gain for judgement in self.judged)
+        return tuple(map(self.decisive_gain, self.judged))
+
+    def decisive_gain(self, judgement: Judgement) -> Comparison:
+        """Return the gain of a step if its time is known, else of the layers with experts."""
+        return self.of_step.get(judgement.window, judgement.gain)
 
     @property
     def carried(self) -> tuple[float, ...]:
@@ -394,6 +441,7 @@ class Advice(Frozen):
         """Return fields as JSON values, without placements, the search and its problem."""
         left_out = {"placements", "result", "problem", "groups_of_halves"}
         left_out |= {"by_group", "judged", "over_eplb", "halves", "step", "answer", "findings"}
+        left_out |= {"of_step", "memory"}
         fields: dict[str, Any] = {
             "answer": self.answer,
             "reasons": list(self.say("headline", "reason", voice=voice)),
@@ -420,6 +468,7 @@ class Advice(Frozen):
             "halves": halves,
             "carried": list(self.carried),
             "step": None if self.step is None else self.step.to_dict(),
+            "memory": None if self.memory is None else self.memory._asdict(),
             "by_group": by_group,
             "findings": [finding.to_dict() for finding in self.findings],
         }
@@ -427,10 +476,12 @@ class Advice(Frozen):
     def _describe(self, judgement: Judgement) -> dict[str, Any]:
         """Return a judgement, the one beside EPLB, and the time saved per step, as JSON values."""
         over_eplb, saved = self.over_eplb.get(judgement.window), compute_saved_us(judgement)
+        of_step = self.of_step.get(judgement.window)
         return {
             **judgement.to_dict(),
             "over_eplb": None if over_eplb is None else over_eplb.to_dict(),
             "layers": judgement.layers,
             "saved_us_per_layer": saved / judgement.layers,
             "saved_us_per_step": saved,
+            "of_step": None if of_step is None else of_step.to_dict(),
         }

@@ -80,7 +80,7 @@ def write_report(
     >>> placements = mt.Placement([[[0, 1], [2, 3]]]), mt.Placement([[[0, 2], [1, 3]]])
     >>> before, after = (mt.evaluate(placement, traffic) for placement in placements)
     >>> mt.write_report("page.html", (before, after), names=("blocks", "better"))
-    >>> "better has 16.5 % less predicted layer time" in Path("page.html").read_text()
+    >>> "better has 16.5 % less predicted MoE layer time" in Path("page.html").read_text()
     True
     """
     write_page(path_in(path), make_results_data(results, names))

@@ -549,11 +549,14 @@ def _show_price(page: PageData) -> Panel | None:
                 str(copies.per_device),
                 *(signed(copies.mean(window)) for window in windows),
                 "-" if copies.bytes_per_device is None else in_bytes(copies.bytes_per_device),
+                "-" if copies.cache_share is None else percent(copies.cache_share),
                 "proposed" if copies.per_device == page.advice.chosen_copies else "",
             )
             for copies in page.advice.copies
         ]
-        tables.append(Table("Slots for copies", ("slots", *head, "per device", "chosen"), rows))
+        tables.append(
+            Table("Slots for copies", ("slots", *head, "per device", "of KV cache", "chosen"), rows)
+        )
     if page.trades:
         unit = "experts moved" if page.expert_bytes is None else "bytes moved"
         data = draw.scatter(

@@ -78,6 +78,12 @@ SETTINGS: dict[str, tuple[str, Write]] = {
     "baseline": ("Compared with", _initial),
     "placement": ("Proposed placement", _text),
     "expert_bytes": ("Size of an expert", in_bytes),
+    "kv_bytes": ("KV cache of a token", in_bytes),
+    "device_memory": ("Memory of a device", in_bytes),
+    "step_ms": (
+        "A step takes",
+        lambda value: ", ".join("unknown" if ms is None else f"{ms:g} ms" for ms in value),
+    ),
     "window": ("Window", _counted("token")),
     "windows": (
         "Windows",

@@ -9,12 +9,14 @@ from moetuner._texts import name
 from moetuner.evaluation.comparison import Comparison
 from moetuner.files.cells import (
     counted,
+    digits,
     duration,
     in_bytes,
     listed,
     percent,
     signed,
     span,
+    unit_of_time,
 )
 from moetuner.report.findings import Voice
 from moetuner.report.words.parts import (
@@ -52,26 +54,61 @@ def _less_than(price: float | None) -> str:
     return f"; less than the {100 * price:g} % that a change should gain"
 
 
+def _with_slots(slots: int) -> str:
+    return f", with {counted(slots, 'more slot')} per device and layer" if slots else ""
+
+
+def _name_time(is_of_step: bool) -> str:
+    return "time of a step" if is_of_step else "MoE layer time"
+
+
+def _saved_per_step(
+    voice: Voice, saved: Mapping[str, tuple[float, float]], layers: int, step: str
+) -> str:
+    """Write what a step of all layers saves, and what it takes, in each phase."""
+    texts = []
+    for phase, (saved_us, takes_us) in saved.items():
+        unit, scale = unit_of_time(max(takes_us, 1e3))
+        less, takes = (digits(us / scale) for us in (saved_us, takes_us))
+        text = f"{less} of {takes} {unit}"
+        texts.append(f"{text} in {phase}" if len(saved) > 1 else text)
+    return f"a {step} of {counted(layers, 'layer')} saves {', '.join(texts)}"
+
+
 def _of_a_mix(groups: bool) -> str:
     return ", if you serve a mix of the groups" if groups else ""
 
 
 def _gain(
-    voice: Voice, gain: Comparison, window: int | None, recorded: int | None, running: str
+    voice: Voice,
+    gain: Comparison,
+    window: int | None,
+    recorded: int | None,
+    running: str,
 ) -> str:
     return (
-        f"in {name_windows(window, recorded)} a layer takes {write_amount(gain)} predicted time "
-        f"than with {name_running(running)}, "
+        f"in {name_windows(window, recorded)} an MoE layer takes {write_amount(gain)} predicted "
+        f"time than with {name_running(running)}, "
         f"{gain.before:,.1f} to {gain.after:,.1f} us{write_interval(gain)}"
     )
 
 
-def _gain_of_one_size(voice: Voice, price: float | None, of_groups: bool, **numbers: Any) -> str:
+def _gain_of_one_size(
+    voice: Voice,
+    price: float | None,
+    of_groups: bool,
+    slots: int,
+    is_of_step: bool,
+    of_step: Comparison | None,
+    **numbers: Any,
+) -> str:
+    gain, running = numbers["gain"], numbers["running"]
     clause = _gain(voice, **numbers)
     if voice.is_page:
-        gain, running = numbers["gain"], numbers["running"]
-        clause = f"{gain.amount} predicted time than with {name_running(running)}"
-    return f"{clause}{_less_than(price)}{_of_a_mix(of_groups)}"
+        clause = f"{gain.amount} predicted MoE layer time than with {name_running(running)}"
+    if of_step is not None:
+        clause = f"a step takes {write_amount(of_step)} time{write_interval(of_step)}: {clause}"
+    return f"{clause}{_with_slots(slots)}{_less_than(price)}{_of_a_mix(of_groups)}"
 
 
 def _gains_of_phases(
@@ -80,13 +117,18 @@ def _gains_of_phases(
     prefill_lacks: int,
     price: float | None,
     of_groups: bool,
+    slots: int,
+    is_of_step: bool,
 ) -> str:
     by_word: dict[str, list[str]] = {word: [] for word in ANSWER_WORDS.values()}
     for phase, gain in gains.items():
         by_word[ANSWER_WORDS[gain.answer]].append(f"{phase} ({signed(gain.gain)})")
     texts = [f"{word} for {' and '.join(names)}" for word, names in by_word.items() if names]
-    lacks = _prefill_lacks(prefill_lacks)
-    return f"{', '.join(texts)}{_less_than(price)}{lacks}{_of_a_mix(of_groups)}"
+    lacks, time = _prefill_lacks(prefill_lacks), _name_time(is_of_step)
+    return (
+        f"{', '.join(texts)} in {time}{_with_slots(slots)}{_less_than(price)}{lacks}"
+        f"{_of_a_mix(of_groups)}"
+    )
 
 
 def _gain_in_total(
@@ -97,12 +139,14 @@ def _gain_in_total(
     running: str,
     price: float | None,
     of_groups: bool,
+    slots: int,
+    is_of_step: bool,
 ) -> str:
     by_phase = ", ".join(f"{phase} {signed(of_phase.gain)}" for phase, of_phase in gains.items())
     return (
-        f"{gain.amount} predicted time than with {name_running(running)} where "
+        f"{gain.amount} {_name_time(is_of_step)} than with {name_running(running)} where "
         f"{100 * prefill_share:g} % of the time is prefill{write_interval(gain)}: "
-        f"{by_phase}{_less_than(price)}{_of_a_mix(of_groups)}"
+        f"{by_phase}{_with_slots(slots)}{_less_than(price)}{_of_a_mix(of_groups)}"
     )
 
 
@@ -177,7 +221,7 @@ def _record_requests(voice: Voice, engine: str | None, may_name_kinds: bool) -> 
 
 def _gain_of_phase(voice: Voice, gain: Comparison, window: int | None, recorded: int | None) -> str:
     windows = f"{name_phase(window)}, {name_windows(window, recorded)}"
-    return f"{windows}: {write_amount(gain)} predicted time{write_interval(gain)}"
+    return f"{windows}: {write_amount(gain)} MoE layer time{write_interval(gain)}"
 
 
 def _gain_over_eplb(voice: Voice, gains: Mapping[str, Comparison]) -> str:
@@ -243,47 +287,59 @@ def _halves_of_groups(
     )
 
 
-def _slots(slots: int, bytes_per_device: float | None) -> str:
-    text = f"{counted(slots, 'more slot')} per device and layer"
-    if bytes_per_device is not None:
-        text += f" ({in_bytes(bytes_per_device)} per device)"
+def _slots_more(more: int, more_bytes: float | None) -> str:
+    text = f"{counted(more, 'more slot')} per device and layer"
+    if more_bytes is not None:
+        text += f" ({in_bytes(more_bytes)} per device)"
     return text
+
+
+def _room(cache_tokens: int | None, cache_share: float | None) -> str:
+    """Write what memory is worth as KV cache; nothing where that is unknown."""
+    texts = []
+    if cache_tokens is not None:
+        texts.append(f"the room of {cache_tokens:,} tokens of KV cache")
+    if cache_share is not None:
+        texts.append(f"{percent(cache_share)} of what is left beside the weights")
+    return ", ".join(texts)
+
+
+def _gains_by_window(gains: list[dict[str, Any]]) -> str:
+    return " and ".join(
+        signed(gain["gain"])
+        + (f" in {name_phase(gain['window']) or name_windows(gain['window'])}" if rest else "")
+        for rest, gain in ((len(gains) > 1, gain) for gain in gains)
+    )
 
 
 def _copies(
     voice: Voice,
     chosen: dict[str, Any],
-    without: float | None,
-    more: dict[str, Any] | None,
+    fewer: dict[str, Any] | None,
     larger: dict[str, Any] | None,
+    device_bytes: float | None,
+    too_large: int | None,
     spare_layers: dict[str, Any] | None,
 ) -> str:
     text = "copies, by short searches: "
-    if chosen["slots"]:
-        slots = _slots(chosen["slots"], chosen["bytes_per_device"])
-        verb = "gains" if chosen["slots"] == 1 else "gain"
-        text += f"{slots} {verb} {percent(chosen['gain'])}"
-    elif more is None:
+    if chosen["more"]:
+        text += f"{_slots_more(chosen['more'], chosen['more_bytes'])} gain"
+        text += "s" if chosen["more"] == 1 else ""
+        text += f" {_gains_by_window(chosen['gains'])}"
+        text += _price_of(chosen, device_bytes)
+    elif chosen["slots"]:
+        text += f"those that run already gain {_gains_by_window(chosen['gains'])}"
+    elif larger is None:
         text += "none pay"
-    if without is not None:
-        text += f", none {percent(without)}"
-    if more is not None:
-        gains = [
-            percent(gain["gain"])
-            + (f" in {name_windows(gain['window'])}" if len(more["gains"]) > 1 else "")
-            for gain in more["gains"]
-        ]
-        text += ". " if chosen["slots"] else ""
-        text += f"{counted(more['than_now'], 'more slot')} per device and layer than now"
-        if more["bytes_per_device"] is not None:
-            text += f" ({in_bytes(more['bytes_per_device'])} of copies per device)"
-        text += f" would gain {', '.join(gains)}"
-    elif larger is not None:
-        slots = _slots(larger["slots"], larger["bytes_per_device"])
-        text += f"; {slots} would gain {percent(larger['gain'])}"
-        if larger["loses"] is not None:
-            share, window = percent(larger["loses"]["share"]), larger["loses"]["window"]
-            text += f", but {name_windows(window)} would take {share} longer"
+    else:
+        text += f"without {_gains_by_window(chosen['gains'])}"
+    if fewer is not None:
+        text += f"; without more memory {_gains_by_window(fewer['gains'])}"
+    if larger is not None:
+        text += f". A choice: {_slots_more(larger['more'], larger['more_bytes'])} would gain "
+        text += f"{_gains_by_window(larger['gains'])}{_price_of(larger, device_bytes)}"
+    if too_large is not None:
+        text += f". {counted(too_large, 'slot')} and more do not fit beside the weights"
     if spare_layers is None:
         return text
     text += f". {spare_layers['number']} of {spare_layers['layers']} layers need no copies: without"
@@ -291,6 +347,15 @@ def _copies(
     if spare_layers["bytes_per_device"] is not None:
         text += f", and {in_bytes(spare_layers['bytes_per_device'])} per device are free"
     return f"{text}, where layers may differ in slots"
+
+
+def _price_of(copies: dict[str, Any], device_bytes: float | None) -> str:
+    """Write what the memory of copies costs; that it is unknown where it is."""
+    room = _room(copies["cache_tokens"], copies["cache_share"])
+    if not room:
+        return "; what their memory costs is not known (bytes of an expert, or of a device)"
+    of_device = "" if device_bytes is None else f" of {in_bytes(device_bytes)}"
+    return f", for {room}{of_device}"
 
 
 def _phases_apart(
@@ -303,7 +368,7 @@ def _phases_apart(
     answer = "two placements pay" if two_pay else "one placement does for both"
     return (
         f"prefill and decode: {answer}. Over a placement of its own, one computed from both costs "
-        f"{of_one} predicted time, and one computed from the other phase {of_other}"
+        f"{of_one} MoE layer time, and one computed from the other phase {of_other}"
     )
 
 
@@ -482,6 +547,7 @@ CLAUSES: dict[str, Clause] = {
     "groups apart": _groups_apart,
     "halves of other groups": _halves_of_groups,
     "copies": _copies,
+    "saved per step": _saved_per_step,
     "phases apart": _phases_apart,
     "no copies": _no_copies,
     "low-latency kernels": _low_latency,
@@ -491,8 +557,7 @@ CLAUSES: dict[str, Clause] = {
     # Costs.
     "moving": _moving,
     "moving, size unknown": (
-        "to move: {experts:,} of {of_experts:,} experts. Pass {voice.expert_size} to see bytes "
-        "and seconds"
+        "to move: {experts:,} of {of_experts:,} experts; {voice.expert_size} says bytes"
     ),
     "few moves": _few_moves,
     # Warnings.

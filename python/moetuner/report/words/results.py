@@ -53,7 +53,7 @@ def _empty_slots(voice: Voice, empty: int, slots: int, used: int, per_device: in
     )
     return (
         f"{empty:,} of {slots:,} slots are empty: {enough}. Engines with redundant experts need "
-        "full slots: pass --fill-slots, or --for ENGINE"
+        "full slots, and what is predicted here is not of those: pass --fill-slots, or --for ENGINE"
     )
 
 
