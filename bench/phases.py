@@ -43,16 +43,16 @@ def judge(trace: mt.RoutingTrace, report: Report, name: str) -> list[Any]:
     sizes = choose_judged_windows(min(seen.length, unseen.length))
     table = report.table(
         f"{name}: {seen.layers} x {seen.num_experts}",
-        "devices >7",
-        "a node >6",
-        "more slots >10",
+        "devices 7d",
+        "a node 6d",
+        "more slots 10d",
         "decode over EPLB 16.1%",
         "prefill over EPLB 17.1%",
         "decode over blocks 18.1%",
         "prefill over blocks 19.1%",
         "regret of decode 16.1%",
         "regret of prefill 17.1%",
-        "seconds 7.1",
+        "seconds 7.1f",
     )
     rows = []
     for devices, per_node in MACHINES:
@@ -95,7 +95,7 @@ def judge(trace: mt.RoutingTrace, report: Report, name: str) -> list[Any]:
                 for placement in (answer, mt.solve(problem, "eplb").placement)
             )
             over_eplb, over_blocks = 1 - ours / eplb, 1 - ours / measure(plain, unseen)
-            names = (str(devices), str(per_node), str(spare))
+            names = (devices, per_node, spare)
             table(*names, *over_eplb, *over_blocks, *alone, seconds)
             rows.append([*over_eplb, *alone])
     return rows
