@@ -50,7 +50,7 @@ HEADLINES: dict[str, dict[str, str]] = {
     },
     "gpu-times": {"Mean error": "", "Preset": ""},
     "judge_traffic": {"32 devices, 8192 tokens, RDMA": "", "RDMA:": "", "default:": ""},
-    "phases": {"gpt-oss-20b on 8 H100": "", "machines and numbers of slots": ""},
+    "phases": {"gpt-oss-20b gains": "", "machines and numbers of slots": ""},
     "scale": {
         "Transitions": "",
         "Text of": "",
