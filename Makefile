@@ -9,6 +9,8 @@ SPHINX := $(VENV)/docs.stamp
 # Tools of a release are an environment of their own: they want other versions of what others want.
 UPLOAD := $(VENV)/release
 CORE   := python/moetuner/_core.abi3.so
+# What the package index shows: README with absolute addresses.
+INDEX  := python/README.md
 RUST   := Cargo.toml Cargo.lock $(shell find rust -name '*.rs')
 # What bench-peers compares with; one that is not to be had is left out.
 PEERS  := mtkahypar numba scipy
@@ -107,14 +109,17 @@ docs: $(CORE) $(SPHINX)  ## build docs/_build/html, and stop at dead links and u
 pictures: $(CORE) $(TOOLS)  ## draw the documents' pictures from the bundled trace (Chrome or Chromium)
 	$(BIN)/python docs/_extensions/pictures.py
 
-wheel: $(BASE)  ## build dist/*.whl
+$(INDEX): README.md pyproject.toml .ci/package-readme.py
+	$(PYTHON) .ci/package-readme.py
+
+wheel: $(BASE) $(INDEX)  ## build dist/*.whl
 	rm -rf dist
 	$(BIN)/maturin build --release --quiet --out dist
 
-wheels: $(UPLOAD)/stamp  ## build dist/*.whl for old glibc and musl, x86-64 and aarch64, as far as rustc has them
+wheels: $(UPLOAD)/stamp $(INDEX)  ## build dist/*.whl for old glibc and musl, x86-64 and aarch64, as far as rustc has them
 	.ci/wheels.sh $(UPLOAD)/bin dist
 
-sdist: $(BASE)  ## build dist/*.tar.gz
+sdist: $(BASE) $(INDEX)  ## build dist/*.tar.gz
 	$(BIN)/maturin sdist --out dist
 
 check-wheels: $(UPLOAD)/stamp  ## names, texts, C library and stable interface of what is in dist

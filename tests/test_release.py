@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,40 @@ def test_an_empty_root_that_cannot_be_had_is_left_out_with_a_reason(tmp_path):
     )
     expected = "not used in an empty root: no debootstrap here (apt-get install debootstrap)\n"
     assert done.stdout == expected
+
+
+def test_the_package_index_shows_addresses_that_lead_somewhere():
+    """Its README is the README with absolute addresses; `make wheel` writes it."""
+    spec = spec_from_file_location("package_readme", ROOT / ".ci" / "package-readme.py")
+    script = module_from_spec(spec)
+    spec.loader.exec_module(script)
+    readme, packaged = (ROOT / "README.md").read_text(), script.PACKAGED.read_text()
+    project = (ROOT / "pyproject.toml").read_text()
+    repository = re.search(r'^Repository = "(.*)"$', project, re.MULTILINE)[1]
+    assert packaged == script.with_absolute_addresses(readme, repository)
+    addresses = re.findall(r'\]\(([^)\s]+)\)|(?:src|srcset|href)="([^"]+)"', packaged)
+    assert len(addresses) > 30
+    assert all(re.match("https?://|#|mailto:", "".join(address)) for address in addresses)
+    # The path behind each is in the repository.
+    inside = re.findall(rf"{repository}/blob/main/([^)#\s]+)", packaged)
+    inside += re.findall(r"raw.githubusercontent.com/moetuner/moetuner/main/([^\"]+)", packaged)
+    assert len(inside) > 20
+    assert [path for path in inside if not (ROOT / path).exists()] == []
+
+
+def test_both_commands_for_a_fresh_machine_are_named():
+    """README names what sets up and runs everything, which is what CI runs."""
+    readme = (ROOT / "README.md").read_text()
+    assert "`make demo`" in readme
+    assert "`make test`" in readme
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_a_step_fails_where_a_part_of_its_pipe_does():
+    """GitHub's default shell has no pipefail; bash that is named has."""
+    for path in WORKFLOWS:
+        text = path.read_text()
+        assert re.search(r"^[^#\n]*\S \| \S", text, re.MULTILINE) is None or "shell: bash" in text
 
 
 def test_the_readme_is_short():
