@@ -153,7 +153,8 @@ def test_pictures_are_not_older_than_what_they_show():
         assert_alike(pictures.describe(figure), stored, name)
     files = {path.name for path in pictures.FOLDER.glob("*.svg")}
     assert files == {f"{name}-{scheme}.svg" for name in figures for scheme in ("light", "dark")}
-    shown = re.findall(r"pictures/([a-z]+-[a-z]+\.svg)", "".join(map(Path.read_text, sources())))
+    pages = [DOCS.parent / "README.md", *sources()]
+    shown = re.findall(r"pictures/([a-z]+-[a-z]+\.svg)", "".join(map(Path.read_text, pages)))
     assert files == set(shown)
 
 
@@ -171,6 +172,11 @@ def test_what_is_said_of_pictures_is_what_they_show():
     assert min(lost) > 0
     assert round(sum(lost) / len(lost)) == 1
     assert set(kept) == {0}
+    wait = json.loads((DOCS / "pictures" / "wait.json").read_text())["layout"]["annotations"]
+    readme = " ".join((DOCS.parent / "README.md").read_text().split())
+    for text in wait:
+        name, us = re.fullmatch(r"(\w+): all wait (\d+) us", text["text"]).groups()
+        assert re.search(rf"{name},( all wait)? {us} us", readme)
     before, after = (f"{value:.0f}" for value in figures["cards"]["data"][0]["x"][::-1])
     assert (
         f"{before} stay on one card before, and {after} after"
