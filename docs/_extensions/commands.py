@@ -143,7 +143,13 @@ def options_of(command):
 
 def find_explanation(name, flag):
     """Return the section that explains an option of a command."""
-    return EXPLAINED.get(f"{name} {flag}") or EXPLAINED[flag]
+    section = EXPLAINED.get(f"{name} {flag}") or EXPLAINED.get(flag)
+    if section is None:
+        raise ValueError(
+            f"{name} {flag}: no page explains this option; docs/_extensions/commands.py, "
+            "EXPLAINED, has the section for each"
+        )
+    return section
 
 
 def mark_up(text):
