@@ -33,6 +33,11 @@ const BLOCKS: Blocks = Blocks { trials: 256, check: 1 };
 /// Last temperature with few windows: devices become nearly even, so that the last gains are small.
 const COLDEST: f64 = 1e-4;
 const FEW_WINDOWS: usize = 3;
+/// Last temperature where devices hold many slots in few windows: they become nearly even, too. With fewer slots, or more
+/// windows, the last gains would be of the windows that were seen alone.
+const COLD: f64 = 1e-3;
+const COLD_WINDOWS: usize = 8;
+const COLD_SLOTS: usize = 16;
 /// Part of its trials that a layer gets however short the time: a start that was not annealed is of no use.
 const LEAST: u64 = 50;
 /// A typical change below this part of the cost is rounding.
@@ -104,7 +109,12 @@ pub(super) fn search(
     let put = if layer.charges_copies() { schedule.put_charged } else { schedule.put };
     let takes_long = terms.take_long();
     let has_few_windows = layer.windows.count <= FEW_WINDOWS && terms.peak().is_some();
-    let last = if has_few_windows { COLDEST } else { schedule.last };
+    let holds_many = slots.expert_in.len() >= COLD_SLOTS * layer.site.devices();
+    let last = match layer.windows.count {
+        _ if has_few_windows => COLDEST,
+        ..=COLD_WINDOWS if holds_many => COLD,
+        _ => schedule.last,
+    };
     let typical =
         typical_change(layer, &mut terms, &slots, contents, (schedule.sample, put), random, control);
     let time = time.map(|time| time.saturating_sub(begin.elapsed()));

@@ -150,3 +150,16 @@ def test_windows_are_summed():
     load = skewed_loads(3, 16, windows=2)
     kinds = {"devices": 4, "slots_per_device": 5}
     assert mt.balance(load, **kinds) == mt.balance(load.sum(axis=0), **kinds)
+
+
+def test_devices_of_many_slots_become_even_in_few_windows():
+    """The last gains are small; a search that ends warm leaves a quarter of what is to be had.
+
+    Loads have no expert that a device alone cannot hold. An annealing that ended at a hundredth of
+    the typical change had 1.0223 and 1.0248.
+    """
+    for seed, highest in ((0, 1.0195), (2, 1.0215)):
+        load = (1e4 * np.random.default_rng(seed).lognormal(0, 1, (2, 4, 256))).astype(int)
+        counts = mt.RoutingStatistics.from_load(load)
+        found = mt.solve(mt.Problem(counts, mt.Topology(16), objective="balance"))
+        assert mt.evaluate(found.placement, counts).imbalance < highest
