@@ -2,7 +2,8 @@
 
 Enters: recordings, for instance one per rank and day, in any format that moetuner reads. Leaves:
 one counted recording, the INPUT of every command. It is the same bit by bit on any number of
-workers, in whatever order they end, also where some of them die.
+workers, in whatever order they end, also where some of them die. Name the recordings in the order
+of time: Dask adds them in this order.
 
     pip install moetuner "dask[distributed]"
     python examples/count_with_dask.py rank*.safetensors --out counts.safetensors

@@ -2,7 +2,8 @@
 
 Enters: recordings, for instance one per rank and day, in any format that moetuner reads. Leaves:
 one counted recording, the INPUT of every command. It is the same bit by bit on any number of
-workers, in whatever order they end, also where some of them die.
+workers, in whatever order they end, also where some of them die. Name the recordings in the order
+of time.
 
     pip install moetuner "ray[data]"
     python examples/count_with_ray.py rank*.safetensors --out counts.safetensors
@@ -14,6 +15,7 @@ which must see the files under the same names.
 import argparse
 import pickle
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.data.aggregate import AggregateFn
@@ -21,9 +23,13 @@ from ray.data.aggregate import AggregateFn
 import moetuner as mt
 
 
-def count(row: dict[str, str]) -> dict[str, bytes]:
-    """Return the counts of one recording; only they travel, never the recording."""
-    return {"counts": pickle.dumps(mt.count(mt.open_input(row["path"]), threads=1))}
+def count(row: dict[str, Any]) -> dict[str, bytes]:
+    """Return the counts of one recording; only they travel, never the recording.
+
+    Its number is its time: sums are in that order, whoever is done first.
+    """
+    counted = mt.count(mt.open_input(row["path"]), time=row["number"], threads=1)
+    return {"counts": pickle.dumps(counted)}
 
 
 def add(one: bytes, other: bytes) -> bytes:
@@ -43,8 +49,11 @@ def main() -> None:
     options = parser.parse_args()
     local = {"num_cpus": options.workers, "include_dashboard": False}
     ray.init(options.cluster, **({} if options.cluster else local))
-    paths = [{"path": str(path.resolve())} for path in options.recordings]
-    recordings = ray.data.from_items(paths, override_num_blocks=len(paths))
+    rows = [
+        {"path": str(path.resolve()), "number": number}
+        for number, path in enumerate(options.recordings)
+    ]
+    recordings = ray.data.from_items(rows, override_num_blocks=len(rows))
     total = AggregateFn(
         init=lambda _: b"",
         accumulate_row=lambda counts, row: add(counts, row["counts"]),

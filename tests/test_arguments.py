@@ -162,7 +162,7 @@ WRONG = {
     **dict.fromkeys(("latency", "intra_node_latency", "inter_node_latency", "base_us", "expert_us",
                      "start_us", "token_us", "token_bytes", "combine_bytes", "residual",
                      "launch_us", "gap", "move_cost"), AMOUNT),
-    "price": SHARE, "sample": COUNT, "population": others(),
+    "price": SHARE, "sample": COUNT, "time": INDEX, "population": others(),
     **dict.fromkeys(("time_limit", "move_budget"), AT_LEAST_0),
     **dict.fromkeys(("regime", "split", "method", "once_per", "per", "engine"), CHOICE),
     **dict.fromkeys(("transitions", "coactivation", "sets", "by_group", "mixed", "fill_slots",

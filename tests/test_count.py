@@ -1,4 +1,4 @@
-"""Counted recordings add up in any order, and are as good as what they were counted from."""
+"""Counted recordings add up, and are as good as what they were counted from."""
 
 from dataclasses import replace
 from functools import reduce
@@ -52,10 +52,13 @@ def rows_of(recording):
 
 def choose_rows(shards, sample):
     """Oracle: the stretches of all recordings by their hash, as many whole ones as fit, sorted."""
-    rows_of_hash = {}
+    rows_of_hash, seen = {}, set()
     for shard in shards:
         everything = mt.count(shard, sample=1 << 20)
         about, rows = everything.population, rows_of(everything)
+        if about.recording_hashes[0] in seen:
+            continue
+        seen.add(about.recording_hashes[0])
         for number, size in zip(about.stretch_hash, about.stretch_rows.astype(int), strict=True):
             rows_of_hash.setdefault(int(number), []).extend(rows[:size])
             del rows[:size]
@@ -93,24 +96,39 @@ def shards(draw):
     return recordings + recordings[:1] * draw(st.booleans())
 
 
+@pytest.mark.filterwarnings("ignore:recording .* is in both counts")
 @settings(max_examples=30)
-@given(shards(), st.integers(1, 60), st.randoms(use_true_random=False))
-def test_sums_are_the_same_in_any_order(tmp_path_factory, shards, sample, random):
-    """Bit by bit, whatever is added first; loads are exact, and the sample is that of all."""
+@given(
+    shards(),
+    st.integers(1, 60),
+    st.sampled_from(["times", "equal times", "none"]),
+    st.randoms(use_true_random=False),
+)
+def test_sums_are_the_same_in_any_order(tmp_path_factory, shards, sample, times, random):
+    """Bit by bit, whatever is added first; loads are exact, and the sample is that of all.
+
+    Recordings without a time are in the order of adding, whatever the grouping.
+    """
     path = tmp_path_factory.mktemp("counts") / "counts.safetensors"
-    counted = [mt.count(shard, sample=sample) for shard in shards]
+    time = {"times": lambda n: n // 2, "equal times": lambda _: 7, "none": lambda _: None}[times]
+    counted = [
+        mt.count(shard, sample=sample, time=time(number)) for number, shard in enumerate(shards)
+    ]
     expected = reduce(add, counted)
     for _ in range(4):
-        left = random.sample(counted, len(counted))
+        left = counted if times == "none" else random.sample(counted, len(counted))
         while len(left) > 1:
-            one, other = (
-                left.pop(random.randrange(len(left))),
-                left.pop(random.randrange(len(left))),
-            )
-            left.append(one + other)
+            first = random.randrange(len(left) - 1)
+            left = [*left[:first], left[first] + left[first + 1], *left[first + 2 :]]
         assert written(left[0], path) == written(expected, path)
     about = expected.population
     assert about.recordings == len(shards)
+    if times != "equal times":
+        numbers = {mt.count(shard).population.recording_hashes[0]: 0 for shard in shards}
+        place = {number: position for position, number in enumerate(numbers)}
+        # Within a time, recordings are in no order of ours.
+        places = [place[number] // (1 + (times == "times")) for number in about.stretch_recording]
+        assert places == sorted(places)
     loads = np.zeros(about.load.shape, np.int64)
     for shard in shards:
         for row in range(shard.length):
@@ -132,7 +150,7 @@ def test_sums_are_the_same_in_any_order(tmp_path_factory, shards, sample, random
 def test_pieces_of_a_recording_add_up_to_it(data):
     """Wherever it is cut, also inside a sequence: rows, labels and groups are those it had.
 
-    But for two pieces that have tokens of one and the same sequence alone, which nothing orders.
+    But for two pieces that have tokens of one and the same sequence alone.
     """
     lengths = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=8))
     sequence = np.repeat(range(len(lengths)), lengths)
@@ -144,7 +162,8 @@ def test_pieces_of_a_recording_add_up_to_it(data):
     pieces = in_pieces(whole, cuts)
     alone = [piece.sequence[0] for piece in pieces if piece.sequences == 1]
     assume(len(alone) == len(set(alone)))
-    counted = total(data.draw(st.permutations([mt.count(piece) for piece in pieces])))
+    counts = [mt.count(piece, time=number) for number, piece in enumerate(pieces)]
+    counted = total(data.draw(st.permutations(counts)))
     assert np.array_equal(counted.expert_ids, whole.expert_ids)
     assert np.array_equal(counted.group, whole.group)
     assert np.array_equal(counted.sequence, whole.sequence)
@@ -173,7 +192,38 @@ def test_sequences_of_different_recordings_are_different():
     unlabelled = mt.count(one) + mt.count(replace(other, sequence=None))
     assert unlabelled.sequences is unlabelled.population.sequences is None
     # Added twice, a recording is no other one.
-    assert (mt.count(one) + mt.count(one)).sequences == 4
+    with pytest.warns(UserWarning, match="is in both counts"):
+        assert (mt.count(one) + mt.count(one)).sequences == 4
+
+
+def test_a_recording_that_is_added_twice_is_named(ok, tmp_path):
+    """By its hash, and by its file; its tokens count twice, and are in the sample once."""
+    for number in range(2):
+        make.trace(80, seed=number).save(tmp_path / f"{number}.safetensors")
+    one, other = (mt.count(make.trace(80, seed=number), sample=48) for number in range(2))
+    name = f"{int(one.population.recording_hashes[0]):016x}"
+    with pytest.warns(UserWarning, match=f"recording {name} is in both counts") as warned:
+        counted = reduce(add, [one, other, one, one])
+    assert len(warned) == 2
+    assert warned[0].filename == __file__
+    assert counted.population.repeated == {name: 3}
+    assert counted.tokens <= 48
+    assert rows_of(counted) == rows_of(one + other)
+    assert (counted.population.load == 3 * one.population.load + other.population.load).all()
+    # Recordings without rows are no recording that is there twice.
+    empty = mt.count(make.trace(80, seed=0).take(np.arange(0)), sample=48)
+    assert (empty + empty).population.repeated == {}
+    files = [tmp_path / name for name in ("0.safetensors", "1.safetensors", "counts.safetensors")]
+    ok("convert", files[0], "--count", "--out", files[2])
+    twice = tmp_path / "twice.safetensors"
+    said = ok("convert", files[2], files[1], files[0], "--count", "--out", twice)
+    (name,) = mt.RoutingTrace.load(twice).population.repeated
+    assert f"! 0.safetensors: recording {name} is in both counts" in said
+    assert f"counted more than once: {name} (2 times)" in ok("inspect", twice)
+    # Files that are added as they are read: a line of INPUT says it.
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(files[2].read_bytes())
+    assert f"counted more than once: {name} (2 times)" in ok("inspect", files[2], copy)
 
 
 def test_sample_is_of_all_recordings_and_times():
@@ -226,8 +276,8 @@ def test_files_keep_everything(tmp_path, is_trace):
     (one + other).save(path)
     read = type(one).load(path)
     assert read.population == (one + other).population
-    assert (third + read).population.unreadable == 3
-    assert written(third + read, path) == written(one + other + third, path)
+    assert (read + third).population.unreadable == 3
+    assert written(read + third, path) == written(one + other + third, path)
 
 
 def test_answers_are_those_of_the_trace(brief, tmp_path):
@@ -257,7 +307,7 @@ def test_commands_write_what_python_does(ok, tmp_path):
     before.save(tmp_path / "before.safetensors")
     files = [tmp_path / name for name in ("shards", "before.safetensors", "counts.safetensors")]
     ok("convert", *files[:2], "--count", "--out", files[2])
-    expected = total([before, *map(mt.count, traces[:3])])
+    expected = total([*map(mt.count, traces[:3]), before])
     assert files[2].read_bytes() == written(expected, tmp_path / "expected.safetensors")
     assert expected.population.unreadable == 2
 

@@ -276,6 +276,8 @@ count() + count(model="other", sample=60) | must have samples of the same size, 
 count(model="one") + count(model="two") | must have the same model, got 'one' and 'two'
 count() + count(group_names=["b", "a"]) | the same groups in the same order, got a, b; and b, a
 count() + count(group=None, group_names=None) | groups in the same order, got a, b; and no groups
+mt.count(SEQUENCES, time=-1) | time must be from 0
+mt.count(count(), time=1) | time must be None, as this recording was counted before, got 1
 count() + count(ids=IDS[:, :2]) | must have the same layers, got 3 and 2
 count() + count(ids=IDS[..., :1]) | must have the same top_k, got 2 and 1
 count_table(window=2) + count_table(window=4) | must have the same window, got 2 and 4
@@ -397,7 +399,7 @@ def placed(**fields):
     return json.dumps(good | fields).encode()
 
 
-COUNTED_TRACE = count() + count()
+COUNTED_TRACE = count() + count(ids=IDS[::-1])
 COACTIVATION = np.zeros((3, 8, 8), np.uint64)
 COACTIVATION[1, 0, 2] = 1
 BAD_ID = put(40, 1, 9)
@@ -459,12 +461,14 @@ counts | statistics(set_ids=SET_IDS * 1.0) | ids of expert sets must be
 counts | statistics(sets_per_layer=np.array([len(SET_IDS)])) | sets must be those of 3 layers, got 1
 counts | lambda path: SEQUENCES.save(path) | format must be moetuner.statistics version 1, got
 trace | counted("{") | population must be JSON
-trace | counted("[]") | population must have sample, limit, recordings, unreadable, sequences, got
-trace | counted({"more": 1}) | population must have sample, limit, recordings, unreadable, sequences
+trace | counted("[]") | population must have sample, limit, unreadable, sequences, got
+trace | counted({"more": 1}) | population must have sample, limit, unreadable, sequences
 trace | counted({"sample": 0}) | sample must be
 trace | counted({"limit": 1}) | stretches of a population must have hashes below 1
 trace | counted({"sequences": -1}) | sequences must be
-trace | counted({"recordings": "2"}) | recordings must be an integer, got '2'
+trace | counted({"unreadable": "2"}) | unreadable must be an integer, got '2'
+trace | counted(recording_hashes=np.array([2, 1])) | recording_hashes of a population must rise
+trace | counted(recording_hashes=np.array([1, 2])) | and have the recording of every stretch
 trace | counted(load=None) | must hold a tensor 'population.load'
 trace | counted(load=-np.ones((2, 3, 8))) | load of a population must be counts of 3 dimensions
 trace | counted(load=np.ones((1, 3, 8), int)) | tables of a population must fit

@@ -17,6 +17,7 @@ from moetuner.recording.population import (
     LABEL_OFFSET,
     SAMPLE,
     STRETCH,
+    TIME_LIMIT,
     Population,
     Table,
     compute_hash,
@@ -36,14 +37,16 @@ def count(
     traffic: AnyRecording,
     *,
     sample: int | None = None,
+    time: int | None = None,
     threads: int | None = None,
     progress: Report | None = None,
 ) -> AnyRecording:
     """Count a recording: exact loads of all of it, and a sample of its rows, in memory.
 
     What is returned is a recording itself, for all that takes one, and of a size that does not grow
-    with the recording. Counted recordings add up: ``count(one) + count(other)`` is the same in any
-    order, bit by bit, and the same sample as if both had been drawn from together.
+    with the recording. Counted recordings add up: ``count(one) + count(other)`` has the sample that
+    both would have together, one after the other. With ``time`` the sum is the same in any order of
+    adding, bit by bit; without it, in any grouping.
 
     Rows are tokens of a trace, or windows of load tables. The sample is stretches of consecutive
     rows, 16,384 tokens or 32 windows, drawn by a hash of what is in them; all of them where there
@@ -56,6 +59,10 @@ def count(
         left out. What was counted already is returned as it is.
     sample
         Most tokens, or windows, to keep; by default 1,048,576 tokens, or 2,048 windows.
+    time
+        When it was recorded: a whole number from 0 that rises with time, such as seconds since 1970
+        or the number of the shard. Sums are in this order. Recordings without a time come first, in
+        the order in which they are added.
     threads
         Threads to use, all cores by default. The result does not depend on it.
     progress
@@ -70,7 +77,7 @@ def count(
     ------
     ValueError
         If an argument is wrong, an id in the trace's file is, or what was counted already has a
-        sample of another size.
+        sample of another size, or is given a time.
 
     Examples
     --------
@@ -86,6 +93,8 @@ def count(
     size = SAMPLE[traffic.unit]
     if sample is not None:
         size = check.whole_number("sample", sample, highest=1 << 40)
+    if time is not None:
+        time = check.whole_number("time", time, lowest=0, highest=TIME_LIMIT - 1)
     threads = check.threads_in(threads)
     check.callable_or_none("progress", progress)
     if traffic.population is not None:
@@ -94,6 +103,10 @@ def count(
                 f"sample must be {traffic.population.sample:,}, with which this recording was "
                 f"counted, got {size:,}",
                 "sample",
+            )
+        if time is not None:
+            raise check.ArgumentError(
+                f"time must be None, as this recording was counted before, got {time}", "time"
             )
         return traffic
     report = progress or (lambda _: None)
@@ -107,16 +120,19 @@ def count(
     ends = (
         [int(end) + LABEL_OFFSET for end in (labels.min(), labels.max())] if labels.size else [0, 0]
     )
+    own_hash = 0  # of a recording without rows
+    if traffic.length:
+        own_hash = compute_hash(hashes.astype("<u8").tobytes(), load.astype("<u8").tobytes())
     population = Population(
         load,
         rows,
         np.empty(0, np.uint64),
+        np.array([own_hash], np.uint64),
         stretch_hash=hashes[is_kept],
         stretch_rows=lengths[is_kept].astype(np.uint64),
-        stretch_recording=_repeat(
-            compute_hash(hashes.astype("<u8").tobytes(), load.astype("<u8").tobytes()), is_kept
-        ),
+        stretch_recording=_repeat(own_hash, is_kept),
         stretch_place=np.flatnonzero(is_kept).astype(np.uint64),
+        stretch_time=_repeat(0 if time is None else 1 + time, is_kept),
         stretch_lowest=_repeat(ends[0], is_kept),
         stretch_highest=_repeat(ends[1], is_kept),
         sample=size,

@@ -624,8 +624,8 @@ class RoutingStatistics(Recording, Frozen):
         """Add the statistics of two traces: windows one after the other, pairs summed.
 
         Pairs, sets, the model's name and its sizes are dropped if only one side has them. Groups
-        are the same if they have the same name. The order of counted recordings, as
-        ``moetuner.count`` returns them, does not matter.
+        are the same if they have the same name. Counted recordings, as ``moetuner.count`` returns
+        them, are in the order of their times, and keep a name or a size that one side has.
 
         Raises
         ------

@@ -432,9 +432,11 @@ class RoutingTrace(Recording):
         return RoutingTrace(ids, traces[0].num_experts, **labels)
 
     def __add__(self, other: RoutingTrace) -> RoutingTrace:
-        """Add two counted recordings, as ``moetuner.count`` returns them; the order is the same.
+        """Add two counted recordings, as ``moetuner.count`` returns them.
 
-        Sequences of different recordings are different, and numbered anew, from 0.
+        Recordings are in the order of their times, and where they have none one after the other.
+        Sequences of different recordings are different, and numbered anew, from 0. A name or a size
+        that one side has is that of the sum.
 
         Raises
         ------

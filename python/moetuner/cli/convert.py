@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +51,7 @@ def command(
 
     With --count every source is a recording of its own, and read by itself. The result has exact
     loads of all of them, and a sample of their tokens; it is as good an INPUT as a trace. Sources
-    may have been counted already, on other machines.
+    may have been counted already, on other machines. Name them in the order of time.
 
     Parameters
     ----------
@@ -85,7 +86,7 @@ def command(
     with working(f"writing {out_file}"):
         if isinstance(traffic, RoutingTrace):
             kind = "trace"
-            # Counts are the same bytes wherever, and in whatever order, they were made.
+            # Counts are the same bytes wherever they were made.
             names = None if counts else ", ".join(source.name for source in sources)
             traffic.save(out_file, source=names)
         else:
@@ -145,8 +146,10 @@ def _count_sources(
                     f"{name(source.name)}: pairs and expert sets were counted over all of its "
                     "windows, and are left out"
                 )
-        with naming(source):
+        with naming(source), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
             counted = added if counted is None else total([counted, added])
+        remarks += [f"{name(source.name)}: {warning.message}" for warning in caught]
     if counted is None:
         first = next(iter(unreadable.values()), "they hold no files")
         raise click.UsageError(f"no source could be read: {first}")

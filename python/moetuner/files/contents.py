@@ -29,14 +29,16 @@ POPULATION_TABLES = (
     "load",
     "rows",
     "labels",
+    "recording_hashes",
     "stretch_hash",
     "stretch_rows",
     "stretch_recording",
     "stretch_place",
+    "stretch_time",
     "stretch_lowest",
     "stretch_highest",
 )
-POPULATION_NUMBERS = ("sample", "limit", "recordings", "unreadable", "sequences")
+POPULATION_NUMBERS = ("sample", "limit", "unreadable", "sequences")
 ARRAYS = ("expert_ids", "load", "sequence", "group")
 # Further arrays of an archive, which describe these: numpy's letters of the types that they may
 # have, their dimensions, and both in words.

@@ -3,12 +3,14 @@
 A counted recording has exact loads of everything that was recorded, and a sample of its rows:
 stretches of consecutive ones, drawn by a hash of what is in them. The stretches with the smallest
 hashes are kept (bottom-k sampling: Cohen and Kaplan, 2007). So the sample of several recordings
-follows from the samples of each, in any order of adding, on any number of machines.
+follows from the samples of each, in any order of adding, on any number of machines. Recordings are
+in the order of their times; those without a time are in the order in which they were added.
 """
 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -37,11 +39,15 @@ NO_LIMIT = 1 << 64
 # Added to labels of sequences, which have 32 bits and a sign, where they are held without one; and
 # bits of such a label.
 LABEL_OFFSET, LABEL_BITS = 1 << 31, 32
-# Tables of stretches, and those by which stretches are in order.
+# Tables of stretches.
 OF_STRETCHES = tuple(name for name in TABLES if name.startswith("stretch_"))
-ORDER = (
-    *("stretch_lowest", "stretch_highest", "stretch_recording", "stretch_place", "stretch_hash"),
-)
+# Limit of sums, excluded, as in statistics: two of them still fit 64 bits, and then are refused.
+SUM_LIMIT = 1 << 63
+# Times of recordings are below this.
+TIME_LIMIT = 1 << 62
+# Tables whose sums have that limit, and limits of the numbers of others.
+SUMS = ("load", "rows", "stretch_rows")
+LIMITS = dict.fromkeys(("labels", "stretch_lowest", "stretch_highest"), 1 << LABEL_BITS)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -57,19 +63,23 @@ class Population(Frozen):
     labels
         Label that every sequence had in its recording [n], plus ``LABEL_OFFSET``, by its number in
         the sample; empty where sequences have the labels that they had.
+    recording_hashes
+        Hash of every recording that was counted [R], rising; 0 of one without rows.
     stretch_hash, stretch_rows
         Hash and rows of every stretch that is kept [N], in the order of their rows.
     stretch_recording, stretch_place
         Hash of the recording that every stretch is of, and its number there [N].
+    stretch_time
+        Time of that recording plus 1 [N], by which recordings are in order; 0 without a time.
     stretch_lowest, stretch_highest
         Lowest and highest label of all sequences of that recording [N], plus ``LABEL_OFFSET``; 0
-        without labels. Recordings are in their order, which is that of pieces of one recording.
+        without labels.
     sample
         Most rows that are kept, where they are of several stretches.
     limit
         Stretches are kept whose hash is below this; ``NO_LIMIT`` where all are.
-    recordings, unreadable
-        Number of recordings that were counted, and of those that could not be read.
+    unreadable
+        Number of recordings that could not be read.
     sequences
         Number of sequences; None where they are not labelled. Each counts once in every recording
         that has tokens of it.
@@ -78,15 +88,16 @@ class Population(Frozen):
     load: Table
     rows: Table
     labels: Table
+    recording_hashes: Table
     stretch_hash: Table
     stretch_rows: Table
     stretch_recording: Table
     stretch_place: Table
+    stretch_time: Table
     stretch_lowest: Table
     stretch_highest: Table
     sample: int
     limit: int = NO_LIMIT
-    recordings: int = 1
     unreadable: int = 0
     sequences: int | None = None
 
@@ -113,6 +124,29 @@ class Population(Frozen):
             )
         if not mark_below(self.stretch_hash, self.limit).all():
             raise ValueError(f"stretches of a population must have hashes below {self.limit}")
+        hashes = self.recording_hashes
+        if (hashes[1:] < hashes[:-1]).any() or not np.isin(self.stretch_recording, hashes).all():
+            raise ValueError(
+                "recording_hashes of a population must rise, and have the recording of every "
+                "stretch"
+            )
+
+    @property
+    def recordings(self) -> int:
+        """Number of recordings that were counted."""
+        return len(self.recording_hashes)
+
+    @property
+    def repeated(self) -> dict[str, int]:
+        """How often recordings were counted that were counted more than once, by their hash."""
+        hashes, times = np.unique(
+            self.recording_hashes[self.recording_hashes > 0], return_counts=True
+        )
+        return {
+            show_hash(number): count
+            for number, count in zip(hashes.tolist(), times.tolist(), strict=True)
+            if count > 1
+        }
 
     @property
     def size(self) -> int:
@@ -179,18 +213,18 @@ class Population(Frozen):
         }
         hashes, sizes = stretches["stretch_hash"], stretches["stretch_rows"].astype(np.int64)
         first_row = np.cumsum(sizes) - sizes
-        limit = find_limit(hashes, sizes, self.sample, min(self.limit, other.limit))
-        order = np.lexsort([stretches[name] for name in reversed(ORDER)])
+        order = order_stretches(stretches)
+        limit = find_limit(hashes[order], sizes[order], self.sample, min(self.limit, other.limit))
         order = order[mark_below(hashes[order], limit)]
         sequences = (self.sequences, other.sequences)
         total = Population(
             self.load + other.load,
             self.rows + other.rows,
             np.empty(0, np.uint64),
+            np.sort(np.concatenate([self.recording_hashes, other.recording_hashes])),
             **cast(Any, {name: table[order] for name, table in stretches.items()}),
             sample=self.sample,
             limit=limit,
-            recordings=self.recordings + other.recordings,
             unreadable=self.unreadable + other.unreadable,
             sequences=None if None in sequences else sum(filter(None, sequences)),
         )
@@ -249,6 +283,11 @@ def add_populations(
     ------
     ValueError
         If one of them was not counted, or they differ in what must be the same.
+
+    Warns
+    -----
+    UserWarning
+        If a recording was counted in both.
     """
     if one.population is None or other.population is None:
         raise ValueError(
@@ -264,6 +303,7 @@ def add_populations(
             f"{texts[0]}; and {texts[1]}"
         )
     population, rows = one.population.add(other.population)
+    _warn_of_repeated(one.population, other.population)
     sequence = None
     if one.sequence is not None and other.sequence is not None:
         labels = [side.population.find_labels(side.sequence) for side in (one, other)]
@@ -277,6 +317,20 @@ def add_populations(
     return rows, fields, sequence
 
 
+def _warn_of_repeated(one: Population, other: Population) -> None:
+    """Warn if a recording with rows was counted in both."""
+    both = np.intersect1d(one.recording_hashes, other.recording_hashes)
+    repeated = both[both > 0].tolist()
+    for number in repeated[:1]:
+        more = "" if len(repeated) == 1 else f" and {len(repeated) - 1} more"
+        warnings.warn(
+            f"recording {show_hash(number)}{more} is in both counts, so its tokens count twice: "
+            "add the counts of every recording once",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
 def check_same(one: Any, other: Any, names: Iterable[str], noun: str) -> None:
     """Raise unless two recordings have the same values of these names.
 
@@ -288,6 +342,22 @@ def check_same(one: Any, other: Any, names: Iterable[str], noun: str) -> None:
             raise ValueError(
                 f"{noun} must have the same {name}, got {' and '.join(map(check.shown, both))}"
             )
+
+
+def order_stretches(stretches: dict[str, Table]) -> Integers:
+    """Return the numbers of distinct stretches, in the order of the sum that they are of [N].
+
+    ``stretches`` are the tables of one recording after the other, by name. The order of adding is
+    that of recordings without a time; it does not matter to those that have one. What is there
+    twice, because its recording was added twice, is kept once.
+    """
+    time, recording = stretches["stretch_time"], stretches["stretch_recording"]
+    # Sorting is stable, so stretches of one recording stay in their order.
+    order = np.lexsort([np.where(time > 0, recording, np.uint64(0)), time])
+    identity = np.stack([recording, stretches["stretch_place"]], axis=1)[order]
+    first = np.unique(identity, axis=0, return_index=True)[1]
+    distinct: Integers = order[np.sort(first)]
+    return distinct
 
 
 def find_limit(
@@ -331,6 +401,11 @@ def are_numbered_together(labels: Integers, lowest: Integers, highest: Integers)
     )
     is_cut = (lasts <= 1) & (firsts <= 1) & (lasts + firsts > 0) & (insides == 0)
     return bool(is_cut[times > 1].all())
+
+
+def show_hash(number: int) -> str:
+    """Write a hash of 64 bits as people read it."""
+    return f"{number:016x}"
 
 
 def compute_hash(*contents: bytes) -> int:

@@ -30,6 +30,8 @@ PHASES = ("prefill", "decode")
 # alike. In docs/mixing.md prompts of other lengths differ by 5 to 17 %. Chance is not subtracted:
 # windows that are too small to compare are never called alike.
 ALIKE = 0.05
+# Most recordings that a warning names, which were counted several times.
+SHOWN_REPEATED = 3
 # Most windows that are compared, evenly spaced.
 COMPARED = 256
 
@@ -135,7 +137,8 @@ def list_warnings(traffic: Recording) -> list[str]:
             f"Warning: {choices / experts:.1f} choices per expert and layer are too few to tell "
             f"busy experts from chance: record at least {FEWEST_CHOICES}, better hundreds."
         ]
-    lines = _warn_of_alike_prompts(load, top_k_of(traffic) or 2)
+    lines = [] if traffic.population is None else _warn_of_repeated(traffic.population)
+    lines += _warn_of_alike_prompts(load, top_k_of(traffic) or 2)
     lines += _warn_of_repeated_layers([layer.tobytes() for layer in ids_or_loads])
     if empty:
         lines.append(
@@ -143,6 +146,19 @@ def list_warnings(traffic: Recording) -> list[str]:
             "load: leave out windows in which nothing was served."
         )
     return lines
+
+
+def _warn_of_repeated(population: Population) -> list[str]:
+    """Return a warning if recordings were counted several times."""
+    repeated = population.repeated
+    if not repeated:
+        return []
+    shown = [f"{number} ({times} times)" for number, times in repeated.items()]
+    more = f" and {len(shown) - SHOWN_REPEATED} more" if len(shown) > SHOWN_REPEATED else ""
+    return [
+        f"Warning: recordings were counted more than once: {', '.join(shown[:SHOWN_REPEATED])}"
+        f"{more}. Their tokens count as often: add the counts of every recording once."
+    ]
 
 
 def _warn_of_alike_prompts(load: NDArray[np.int64], top_k: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -138,9 +139,12 @@ class Source(FileHints):
         def read(paths: Sequence[Path], groups: Mapping[str, str] | None) -> Traffic:
             return open_input(paths, window=self.window, groups=groups, **self.hints)
 
-        if self.group_by is None:
-            return read(self.input_files, None)
-        return group_input(self.group_by, self.input_files, read, self.window or WINDOW)
+        with warnings.catch_warnings():
+            # What was counted in several files is a warning of INPUT's description.
+            warnings.simplefilter("ignore", UserWarning)
+            if self.group_by is None:
+                return read(self.input_files, None)
+            return group_input(self.group_by, self.input_files, read, self.window or WINDOW)
 
     def _check_model(self, traffic: Traffic) -> None:
         """Raise if --model has another number of experts."""
