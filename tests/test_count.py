@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from functools import reduce
-from itertools import pairwise
+from itertools import pairwise, permutations
 from operator import add
 
 import make
@@ -224,6 +224,20 @@ def test_a_recording_that_is_added_twice_is_named(ok, tmp_path):
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(files[2].read_bytes())
     assert f"counted more than once: {name} (2 times)" in ok("inspect", files[2], copy)
+
+
+def test_names_of_all_recordings_are_remembered():
+    """A recording without a name between two models does not let them add up, in any order."""
+    recordings = {
+        name: mt.count(make.trace(40, seed=seed, model=name))
+        for seed, name in enumerate(["a", None, "b"])
+    }
+    assert (recordings["a"] + recordings[None]).model == "a"
+    for order in permutations(recordings):
+        with pytest.raises(ValueError, match=r"must have the same model, got '[ab]'"):
+            total(recordings[name] for name in order)
+    sized = replace(recordings[None], expert_size=(8, 8))
+    assert (recordings["a"] + sized).expert_size == (8, 8)
 
 
 def test_sample_is_of_all_recordings_and_times():

@@ -636,7 +636,7 @@ class RoutingStatistics(Recording, Frozen):
             return NotImplemented
         if self.population is not None or other.population is not None:
             rows, labels, _ = add_populations(self, other)
-            labels |= {"window": self.window, "top_k": self.top_k and other.top_k}
+            labels |= {"window": self.window, "top_k": self.top_k or other.top_k}
             load = np.concatenate([self.window_load, other.window_load])[rows]
             return RoutingStatistics(load, **labels)
         if self.window_load.shape[1:] != other.window_load.shape[1:]:

@@ -313,7 +313,8 @@ def add_populations(
     if names[0] is not None:
         fields["group"] = np.concatenate([one.group, other.group])[rows]
     for name in ("model", "expert_size"):
-        fields[name] = getattr(one, name) and getattr(other, name)
+        # What one of them does not say is what the other says, so that a third must say it too.
+        fields[name] = getattr(one, name) or getattr(other, name)
     return rows, fields, sequence
 
 
