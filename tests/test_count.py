@@ -240,6 +240,47 @@ def test_names_of_all_recordings_are_remembered():
     assert (recordings["a"] + sized).expert_size == (8, 8)
 
 
+@pytest.mark.parametrize("is_trace", [True, False])
+def test_counts_that_contradict_themselves_are_refused(is_trace):
+    """Loads and rows are at least those of the sample, and as many where it has all."""
+    recording = make.trace(80)
+    if not is_trace:
+        recording = mt.RoutingStatistics.from_trace(recording, window=4, by_group=True)
+    for sample in (40 if is_trace else 4, 4000):
+        counted = mt.count(recording, sample=sample)
+        about = counted.population
+        few, more = {}, {}
+        for name in ("load", "rows"):
+            table = getattr(about, name)
+            few[name], more[name] = 0 * table, 3 * table
+            with pytest.raises(ValueError, match=r"(rows|load) of a population must be"):
+                replace(counted, population=replace(about, **{name: few[name]}))
+        if about.is_whole:
+            for name, table in more.items():
+                with pytest.raises(ValueError, match="population must"):
+                    replace(counted, population=replace(about, **{name: table}))
+        else:  # a sample may be of more
+            replace(counted, population=replace(about, **more))
+    if is_trace:
+        # Tokens have as many experts each in every layer.
+        load = about.load.copy()
+        load[0, 1, 0] += 1
+        with pytest.raises(ValueError, match=r"got 81 at \[0, 1\]"):
+            replace(counted, population=replace(about, load=load))
+
+
+def test_sums_that_would_wrap_are_refused():
+    """Loads of two recordings that do not fit 63 bits together are not added."""
+    load = np.full((1, 1, 2), 1 << 61)
+    parts = [mt.count(mt.RoutingStatistics.from_load(load + number)) for number in range(2)]
+    with pytest.raises(ValueError, match="must add up to less than"):
+        parts[0] + parts[1]
+    for name in ("load", "rows", "stretch_rows"):
+        table = getattr(parts[0].population, name)
+        with pytest.raises(ValueError, match=f"{name} of a population must add up to less than"):
+            replace(parts[0].population, **{name: table * 0 + (1 << 63)})
+
+
 def test_sample_is_of_all_recordings_and_times():
     """Where stretches begin alike, as with a prompt that all share, some of each are drawn."""
     rng = np.random.default_rng(0)

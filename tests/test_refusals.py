@@ -469,6 +469,11 @@ trace | counted({"sequences": -1}) | sequences must be
 trace | counted({"unreadable": "2"}) | unreadable must be an integer, got '2'
 trace | counted(recording_hashes=np.array([2, 1])) | recording_hashes of a population must rise
 trace | counted(recording_hashes=np.array([1, 2])) | and have the recording of every stretch
+trace | counted(rows=np.array([1, 1])) | rows of a population must be those of its stretches
+trace | counted(load=np.zeros((2, 3, 8), int)) | 2 of each of 50 tokens, got 0 at [0, 0]
+trace | counted(load=np.full((2, 3, 8), 1 << 60)) | load of a population must add up to less
+trace | counted(stretch_rows=np.array([1 << 63, 100 + (1 << 63)], "u8")) | must add up to less than
+trace | counted(stretch_highest=np.array([1, 1 << 32])) | must be below 4294967296, got 4294967296
 trace | counted(load=None) | must hold a tensor 'population.load'
 trace | counted(load=-np.ones((2, 3, 8))) | load of a population must be counts of 3 dimensions
 trace | counted(load=np.ones((1, 3, 8), int)) | tables of a population must fit

@@ -24,7 +24,7 @@ from moetuner.recording.population import (
     find_limit,
     mark_below,
 )
-from moetuner.statistics import RoutingStatistics, check_recording, count_loads
+from moetuner.statistics import RoutingStatistics, check_recording, count_loads, sum_by_group
 from moetuner.trace import RoutingTrace, as_trace
 
 Report = Callable[[float], None]
@@ -193,11 +193,9 @@ def _count_by_group(
     """Return the loads of groups [G,L,E], and their rows [G]; a single group without groups."""
     groups = 1 if recording.group is None else len(recording.group_names)
     group = np.zeros(recording.length, np.int64) if recording.group is None else recording.group
-    counts = count_loads(recording, window=None, threads=threads, progress=report)
     # Windows of a trace are whole groups here; those of a table are as they were recorded.
-    group_of_window = np.zeros(counts.windows, np.int64) if counts.group is None else counts.group
+    counts = count_loads(recording, window=None, threads=threads, progress=report)
     load = np.zeros((groups, counts.layers, counts.num_experts), dtype=np.uint64)
-    for number in np.unique(group_of_window).tolist():
-        windows = counts.window_load[group_of_window == number]
-        load[number] = windows.sum(axis=0, dtype=np.uint64)
+    load_of_groups = sum_by_group(counts)
+    load[: len(load_of_groups)] = load_of_groups
     return load, np.bincount(group, minlength=groups).astype(np.uint64)

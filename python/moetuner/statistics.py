@@ -267,6 +267,8 @@ class RoutingStatistics(Recording, Frozen):
             check.whole_number("top_k", self.top_k, highest=experts)
         check.text_or_none("model", self.model)
         self._check_population()
+        if self.population is not None:
+            self.population.check_drawn("load", sum_by_group(self))
 
     def _check_sets(self) -> None:
         """Check that every layer has sets, and that their experts exist."""
@@ -845,6 +847,16 @@ def count_loads(
         threads=threads,
         progress=progress,
     )
+
+
+def sum_by_group(counts: RoutingStatistics) -> NDArray[np.uint64]:
+    """Compute the loads of groups [G,L,E]; a single group without groups."""
+    if counts.group is None:
+        return counts.total_load[None]
+    load = np.zeros((len(counts.group_names), counts.layers, counts.num_experts), dtype=np.uint64)
+    for number in np.unique(counts.group).tolist():
+        load[number] = counts.window_load[counts.group == number].sum(axis=0, dtype=np.uint64)
+    return load
 
 
 def choose_hottest(

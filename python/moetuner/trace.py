@@ -103,6 +103,8 @@ class RoutingTrace(Recording):
             vars(self)["group"] = check.groups(self.group, tokens, names, np.int16)
         check.text_or_none("model", self.model)
         self._check_population()
+        if self.population is not None:
+            self.population.check_choices(self.top_k)
 
     @classmethod
     def from_arrays(

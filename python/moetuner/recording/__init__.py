@@ -145,9 +145,10 @@ class Recording:
         if self.population is None:
             return
         check.instance("population", self.population, Population)
+        group = np.zeros(self.length, np.int64) if self.group is None else self.group
         groups = 1 if self.group is None else len(self.group_names)
-        load = (groups, self.layers, self.num_experts)
-        self.population.check_fits(self.length, self.sequence, load)
+        rows = np.bincount(group, minlength=groups)
+        self.population.check_fits(self.sequence, rows, self.layers, self.num_experts)
 
     def without_pairs(self: AnyRecording) -> AnyRecording:
         """Return the recording without pairs and sets, which belong to all rows together."""

@@ -110,7 +110,18 @@ class Population(Frozen):
                     f"{name} of a population must be counts of {dimensions} dimensions, got "
                     f"{check.shown(table)}"
                 )
-            vars(self)[name] = check.frozen(table.astype(np.uint64))
+            table = check.frozen(table.astype(np.uint64))
+            vars(self)[name] = table
+            limit = LIMITS.get(name)
+            if limit is not None and int(table.max(initial=0)) >= limit:
+                raise ValueError(
+                    f"{name} of a population must be below {limit}, got {int(table.max())}"
+                )
+            if name in SUMS and not float(table.sum(dtype=np.float64)) < SUM_LIMIT:
+                raise ValueError(
+                    f"{name} of a population must add up to less than 2**63, got a count of "
+                    f"{int(table.max())}"
+                )
         for name in NUMBERS:
             value = getattr(self, name)
             if not (name == "sequences" and value is None):
@@ -168,15 +179,26 @@ class Population(Frozen):
         }
 
     def check_fits(
-        self, rows: int, sequence: NDArray[np.integer[Any]] | None, load: tuple[int, int, int]
+        self,
+        sequence: NDArray[np.integer[Any]] | None,
+        rows: NDArray[np.integer[Any]],
+        layers: int,
+        experts: int,
     ) -> None:
-        """Raise unless it is that of a sample of so many rows, sequences [n], and size of loads."""
+        """Raise unless a sample of these sequences [n] and rows of groups [G] may be of it."""
+        load, number = (len(rows), layers, experts), int(rows.sum())
         stretches = int(self.stretch_rows.sum())
-        if self.load.shape != load or stretches != rows:
+        if self.load.shape != load or stretches != number:
             raise ValueError(
-                f"population must have load {list(load)} and {rows} rows in its stretches, got "
+                f"population must have load {list(load)} and {number} rows in its stretches, got "
                 f"{list(self.load.shape)} and {stretches}"
             )
+        if self.limit == NO_LIMIT and not self.is_whole and not self.repeated:
+            raise ValueError(
+                "rows of a population must be those of its stretches, as all stretches are kept, "
+                f"got {self.size} and {stretches}"
+            )
+        self.check_drawn("rows", rows)
         if len(self.labels) and (
             sequence is None
             or int(sequence.min(initial=0)) < 0
@@ -185,6 +207,30 @@ class Population(Frozen):
             raise ValueError(
                 f"population must have a label for every sequence, got {len(self.labels)}"
             )
+
+    def check_drawn(self, name: Literal["rows", "load"], drawn: NDArray[np.integer[Any]]) -> None:
+        """Raise unless a table has what was drawn, and no more where all rows are in the sample."""
+        table = getattr(self, name)
+        wrong = table != drawn if self.is_whole else table < drawn
+        for place in map(tuple, np.argwhere(wrong)[:1].tolist()):
+            rule = "what its sample has, as all rows are in it"
+            if not self.is_whole:
+                rule = "at least what its sample has"
+            raise ValueError(
+                f"{name} of a population must be {rule}, {drawn[place]} at {[*map(int, place)]}, "
+                f"got {table[place]}"
+            )
+
+    def check_choices(self, top_k: int) -> None:
+        """Raise unless in every layer all rows, which are tokens, chose so many experts each."""
+        choices = self.load.sum(axis=2)
+        for group, rows in enumerate(self.rows.tolist()):
+            wrong = np.flatnonzero(choices[group] != rows * top_k)
+            for layer in wrong[:1].tolist():
+                raise ValueError(
+                    f"load of a population must be {rows * top_k} choices in every layer, {top_k} "
+                    f"of each of {rows} tokens, got {choices[group, layer]} at {[group, layer]}"
+                )
 
     def find_labels(self, sequence: NDArray[np.integer[Any]]) -> Integers:
         """Return the labels that sequences [n] had in their recordings."""
