@@ -305,6 +305,98 @@ def test_prompts_with_small_changes_are_kinds(seed):
     assert 35 <= units.number <= 60
 
 
+def draw_laws(rng, number, evenness=2.0):
+    """Draw the shares [n,L,E] of requests that each like experts of their own."""
+    share = rng.standard_gamma(np.full((number, 2, 16), evenness)) + 1e-6
+    return share / share.sum(axis=2, keepdims=True)
+
+
+def draw_requests(rng, laws, **labels):
+    """Make a trace of one request of each law [n,L,E], in their order."""
+    lengths = np.clip(rng.lognormal(5, 0.7, len(laws)), 20, 3000).astype(int)
+    ids = [
+        np.argpartition(-(np.log(law) + rng.gumbel(size=(size, *law.shape))), 2, axis=2)[..., :2]
+        for law, size in zip(laws, lengths, strict=True)
+    ]
+    labels = {name: np.repeat(values, lengths) for name, values in labels.items()}
+    sequence = np.repeat(np.arange(len(laws)), lengths)
+    return np.concatenate(ids), {"sequence": sequence, **labels}
+
+
+@pytest.mark.parametrize(
+    ("number", "burst", "like"),
+    [(100, 25, 25), (100, 8, 8), (100, 3, 1), (1600, 200, 200), (30, 20, 20)],
+)
+@pytest.mark.parametrize("seed", range(2))
+def test_a_burst_of_one_law_is_one_unit(number, burst, like, seed):
+    """Requests that route alike in a row are one sample, among many that do not.
+
+    Fewer than a fold's are no matter. ``like`` are merged, give or take where neighbours were
+    added up.
+    """
+    rng = np.random.default_rng([number, burst, seed])
+    laws = draw_laws(rng, number)
+    first = 4 * number // 11
+    laws = np.insert(laws, [first] * burst, draw_laws(rng, 1)[0], axis=0)
+    ids, labels = draw_requests(rng, laws)
+    # Labels of sequences say nothing of their order.
+    labels["sequence"] = rng.permutation(len(laws))[labels["sequence"]]
+    units = find_samples(trace_of(ids, 16, **labels))
+    close = 4 * (number > 1000)
+    assert units.number == pytest.approx(number + burst - like + 1, abs=close)
+    if like == 1:
+        assert units.name == "sequence"
+        return
+    assert (units.name, units.likeness) == ("kind", "in a row")
+    in_burst = np.zeros(len(laws), dtype=bool)
+    in_burst[first : first + burst] = True
+    order = np.unique(labels["sequence"], return_index=True)[1].argsort()
+    kinds = units.kinds[order]
+    assert len(np.unique(kinds[in_burst])) <= 1 + close
+    assert not np.isin(kinds[~in_burst], kinds[in_burst]).sum() > close
+
+
+def test_every_burst_is_a_unit():
+    """Two tenants that come one after the other, and two later ones, are four units."""
+    rng = np.random.default_rng(11)
+    laws = draw_laws(rng, 100)
+    runs = ((80, 15), (40, 30), (20, 15), (20, 15))  # the longest one is in the middle
+    for (first, length), law in zip(runs, draw_laws(rng, len(runs)), strict=True):
+        laws = np.insert(laws, [first] * length, law, axis=0)
+    ids, labels = draw_requests(rng, laws)
+    assert find_samples(trace_of(ids, 16, **labels)).number == 104
+
+
+def test_a_burst_in_two_groups_is_two_units():
+    """Two groups share no unit, though one law goes on from one into the other."""
+    rng = np.random.default_rng(8)
+    laws = np.insert(draw_laws(rng, 100), [50] * 30, draw_laws(rng, 1)[0], axis=0)
+    group = (np.arange(130) >= 65).astype(int)
+    ids, labels = draw_requests(rng, laws, group=group)
+    units = find_samples(trace_of(ids, 16, group_names=["a", "b"], **labels))
+    assert units.number == 102
+
+
+@pytest.mark.parametrize("common", [0.5, 0.8])
+def test_subjects_that_follow_one_another_are_no_bursts(common):
+    """Requests of a subject have half of what sets them apart in common, and are units."""
+    rng = np.random.default_rng(9)
+    own, shared = (np.log(draw_laws(rng, number, 8.0)) for number in (120, 6))
+    mixed = np.sqrt(1 - common) * own + np.sqrt(common) * shared.repeat(20, axis=0)
+    laws = np.exp(mixed) / np.exp(mixed).sum(axis=2, keepdims=True)
+    ids, labels = draw_requests(rng, laws)
+    units = find_samples(trace_of(ids, 16, **labels))
+    assert (units.name == "kind") == (common > 0.7)
+
+
+def test_stretches_of_requests_by_chance_are_rare():
+    """Of 40 recordings of requests that differ little, no stretch is taken for a burst."""
+    for seed in range(40):
+        rng = np.random.default_rng([10, seed])
+        ids, labels = draw_requests(rng, draw_laws(rng, 60, 200.0))
+        assert find_samples(trace_of(ids, 16, **labels)).number == 60
+
+
 @pytest.mark.parametrize("grouped", [False, True])
 def test_subjects_of_real_prompts_are_no_kinds(data, grouped):
     """Sequences of a real model are alike within subjects, and each is a unit all the same."""

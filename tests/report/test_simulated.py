@@ -62,6 +62,22 @@ def test_what_is_too_little_without_labels_is_told():
     )
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_burst_of_one_tenant_is_no_gain(seed):
+    """Requests of one law in a row, once, gain nothing elsewhere: they are one sample, and told."""
+    rng, law = np.random.default_rng([74, seed]), simulated.Law()
+    single = law.trace(rng, simulated.prompts(rng, 100))
+    trace = mt.RoutingTrace.concat([single, law.trace(rng, simulated.prompts(rng, 25), kinds=1)])
+    advice = simulated.advised(trace, 0, splits=1)
+    assert advice.units.number == 101
+    assert advice.answer != "worth a trial"
+    (told,) = (each for each in advice.findings if each.kind == "kinds of traffic")
+    assert told.numbers["likeness"] == "in a row"
+    assert any(
+        "125 requests are 101 samples: those of a stretch" in line for line in advice.warnings
+    )
+
+
 def test_few_kinds_are_told():
     """Five kinds of prompts, six by their tokens, are too few."""
     rng = np.random.default_rng(0)

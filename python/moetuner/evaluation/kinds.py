@@ -22,7 +22,7 @@ from moetuner.trace import RoutingTrace
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
-Likeness = Literal["text", "part of the text", "experts"]
+Likeness = Literal["text", "part of the text", "experts", "in a row"]
 
 # Largest number of counts [S,L,E] in memory, and of layers that are compared; of many sequences
 # fewer layers are compared, or none.
@@ -49,6 +49,18 @@ EACH = 2
 SHARES = 0.4
 # The same if one repeats the other, as generations do that were cut off or went on.
 REPEATS = 0.9
+# Largest number of sequences that are compared pairwise in the order of time; of more, neighbours
+# are added up.
+IN_ORDER = 1024
+# Least share of the sequences in a stretch of time that is looked for: a shorter one is less than a
+# fold, and decides nothing.
+STRETCH = 1 / 20
+# Least share of what sets sequences of a stretch apart from the others that they have in common.
+# Subjects that follow one another have up to a half, one law has all of it.
+COMMON = 0.7
+# Standard errors of the likeness of any two sequences by which those of a stretch are more alike.
+# As many stretches are tried as there are pairs.
+SCORE = 6.0
 # Fewest tokens of a passage by which shared text is found.
 PASSAGE = 4
 # Expected number of pairs of passages in a trace that are the same by chance.
@@ -79,8 +91,9 @@ def find_sequence_kinds(
 ) -> tuple[Integers | None, Likeness, bool]:
     """Return the kind [S] of the sequences in ``labels`` [S]; None where each is a kind of its own.
 
-    Sequences that share a document are of one kind, and so are those that route alike. Two groups
-    share no kind. Also return what sequences of a kind have in common, and whether in every group
+    Sequences that share a document are of one kind, and so are those that route alike. Where kinds
+    are not few, those of a stretch of time that route alike are of one kind. Two groups share no
+    kind. Also return what sequences of a kind have in common, and whether in every group
     sequences differ by no more than the noise of their tokens. ``progress`` gets the share of two
     readings of the trace.
     """
@@ -97,11 +110,13 @@ def find_sequence_kinds(
     report = scale_progress(progress, 1 / 2, 1)
     count = count_loads_by_label(trace, label, number, layers, report)[first]
     kind, all_alike = _find_kinds_by_group(count, group[first])
+    like_kinds: Likeness = "experts"
     if EACH * (int(kind.max(initial=-1)) + 1) > len(texts):
-        kind = np.arange(len(texts))
+        time = check.first_of(label, number)[first]
+        kind, like_kinds = find_stretches(count, group[first], time), "in a row"
     kinds = int(kind.max(initial=-1)) + 1
     if kinds < len(texts):
-        likeness = "experts"
+        likeness = like_kinds
     return (kind[text] if kinds < number else None), likeness, all_alike
 
 
@@ -284,6 +299,63 @@ def _find_few_kinds(
     if kind is None or not _are_apart(distance, kind) or (are_windows and _is_path(share, kind)):
         return None
     return kind
+
+
+def find_stretches(count: Floats, group: Integers, time: NDArray[np.integer[Any]]) -> Integers:
+    """Return the stretch of time that every sequence of counts [S,L,E] is of, or its own number.
+
+    Sequences of a stretch are next to each other by ``time`` [S], and have in common most of what
+    sets them apart from all others: the burst of one tenant is one sample, however long it is.
+    """
+    number, order = len(count), np.argsort(time, kind="stable")
+    if number < 2 / STRETCH:
+        return np.arange(number)
+    # Of many sequences, neighbours are added up.
+    step = np.arange(number) * min(number, IN_ORDER) // number
+    starts = np.flatnonzero(np.diff(step, prepend=-1))
+    summed = np.add.reduceat(count[order], starts, axis=0)
+    score = _score_stretches(summed, group[order][starts])
+    stretch = np.arange(number)
+    ranges = [(0, len(starts))]
+    while ranges:
+        begin, end = ranges.pop()
+        scores = score[begin : end + 1, begin : end + 1]
+        first, last = (begin + place for place in divmod(int(scores.argmax()), len(scores)))
+        if score[first, last] < SCORE:
+            continue
+        stretch[order[(first <= step) & (step < last)]] = number + first
+        ranges += [(begin, first), (last, end)]
+    pairs = np.stack([stretch, group], axis=1)
+    kind: Integers = np.unique(pairs, axis=0, return_inverse=True)[1].ravel().astype(np.int64)
+    return kind
+
+
+def _score_stretches(count: Floats, group: Integers) -> Floats:
+    """Compute by how many standard errors stretches of counts [S,L,E] are alike [S+1,S+1].
+
+    Rows are the first sequences of stretches, columns those behind their last. The score is 0 of
+    what is too short, or has too little in common.
+    """
+    number, tokens = len(count), count[:, 0].sum(axis=1)
+    share = (count / np.maximum(count.sum(axis=2, keepdims=True), 1)).reshape(number, -1)
+    noise, _ = _measure_noise(share, tokens, count.shape, are_windows=False)
+    share = subtract_levels(share, group)
+    products = share @ share.T
+    # Squares of shares, without the noise of their tokens, which products of two do not have.
+    squares = np.append(0, np.cumsum(products.diagonal() - noise))
+    np.fill_diagonal(products, 0)
+    error = float(products[~np.eye(number, dtype=bool)].std())
+    sums = np.zeros((number + 1, number + 1))
+    sums[1:, 1:] = products.cumsum(axis=0).cumsum(axis=1)
+    corner = sums.diagonal()
+    inside = corner[None, :] + corner[:, None] - sums - sums.T
+    length = np.subtract.outer(np.arange(number + 1), np.arange(number + 1)).T
+    is_long = length >= max(STRETCH * number, 2)
+    pairs = np.where(is_long, length * (length - 1.0), 1.0)
+    common = inside / pairs
+    own = np.subtract.outer(squares, squares).T / np.where(is_long, length, 1)
+    score: Floats = common / max(error, 1e-300) * np.sqrt(pairs / 2)
+    return np.where(is_long & (common >= COMMON * own), score, 0.0)
 
 
 def _measure_noise(

@@ -169,6 +169,12 @@ def _kinds(
         return f"{texts} repeat {counted(number, 'prompt')}{only}", "prompts"
     if likeness == "part of the text":
         return f"{texts} share long parts, such as a document, of {number} texts{only}", "texts"
+    if likeness == "in a row":
+        return (
+            f"{texts} are {number} samples{only}: those of a stretch of time that route alike, as "
+            "the burst of one tenant does, count as one",
+            "requests",
+        )
     return f"{texts} route alike in {number} kinds{only}, as those of one template do", "kinds"
 
 
