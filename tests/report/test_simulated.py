@@ -13,6 +13,7 @@ import chance
 import simulated
 
 import moetuner as mt
+from moetuner.counting import total
 
 RUNS = 2
 
@@ -76,6 +77,58 @@ def test_a_burst_of_one_tenant_is_no_gain(seed):
     assert any(
         "125 requests are 101 samples: those of a stretch" in line for line in advice.warnings
     )
+
+
+def draw_requests(rng, likings):
+    """Draw a request of each of some likings [n,L,E], relative to each other."""
+    ids = []
+    for liking in likings:
+        share = liking / liking.sum(axis=1, keepdims=True)
+        size = int(np.clip(rng.lognormal(5, 0.7), 20, 3000))
+        scores = np.log(share) + rng.gumbel(size=(size, *share.shape))
+        ids.append(np.argpartition(-scores, simulated.TOP_K, axis=2)[..., : simulated.TOP_K])
+    return mt.RoutingTrace.from_arrays(
+        np.concatenate(ids),
+        num_experts=simulated.EXPERTS,
+        sequence=np.repeat(np.arange(len(ids)), [*map(len, ids)]),
+    )
+
+
+def draw_slow_shards(seed):
+    """Draw ten shards of requests, whose likings walk slowly between -1.2 and 1.2."""
+    rng, shape = np.random.default_rng([131, seed]), (simulated.LAYERS, simulated.EXPERTS)
+    liking, likings = rng.uniform(-1.2, 1.2, shape), []
+    for _ in range(150):
+        liking = liking + rng.normal(0, 0.1, shape)
+        liking = np.where(abs(liking) > 1.2, 2.4 * np.sign(liking) - liking, liking)
+        likings.append(liking)
+    likings = np.exp(likings + rng.normal(0, 0.5, (150, *shape)))
+    return [draw_requests(rng, part) for part in np.split(likings, 10)]
+
+
+@pytest.mark.parametrize("seed", [0, 2, 12])
+def test_slow_change_that_carries_by_chance_is_no_gain(seed):
+    """Two halves of a path may suit one placement; counts of its shards say the same."""
+    shards = draw_slow_shards(seed)
+    advice = simulated.advised(mt.RoutingTrace.concat(shards), seed, splits=1)
+    assert min(advice.carried) >= 0.5 * advice.main.gain.gain > 0
+    assert advice.answer == "not enough evidence"
+    assert advice.findings[0].kind == "drift that may carry"
+    assert advice.findings[0].numbers["independent"] == advice.drift.independent < 10
+    assert advice.drift.blocks == 32
+    counted = total(mt.count(shard) for shard in shards)
+    assert simulated.advised(counted, seed, splits=1).to_dict() == advice.to_dict()
+
+
+def test_a_gain_of_all_text_carries_though_traffic_changes():
+    """A skew that all text has gains on both halves, whatever else changes slowly."""
+    rng, shape = np.random.default_rng(5), (simulated.LAYERS, simulated.EXPERTS)
+    trend = np.linspace(-0.4, 0.4, 300)[:, None, None] * rng.choice([-1, 1], shape)
+    liking = np.linspace(2, 0, simulated.EXPERTS) + trend + rng.normal(0, 0.8, (300, *shape))
+    advice = simulated.advised(draw_requests(rng, np.exp(liking)), 0, splits=1)
+    assert advice.drift.independent < 10
+    assert advice.answer == "worth a trial"
+    assert "drift that carries" in [each.kind for each in advice.findings]
 
 
 def test_few_kinds_are_told():

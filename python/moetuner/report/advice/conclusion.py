@@ -20,6 +20,7 @@ from moetuner.report.advice.copies import (
     count_running_copies,
     find_copies,
 )
+from moetuner.report.advice.drift import Drift
 from moetuner.report.advice.request import Request
 from moetuner.report.advice.sweep import compute_token_limit
 from moetuner.report.advice.values import Advice, Answer, compute_saved_us, describe_windows
@@ -38,6 +39,8 @@ NEAR_PRICE = 2
 FEW_KINDS = 10
 # Share of the gain that a placement of one half must keep on the other, where halves differ.
 CARRIED = 0.5
+# Fewest degrees of freedom of a half in time: with one, no gain of less than 13 errors would carry.
+FEWEST_FREEDOM = 2
 
 
 def write_judged_on(request: Request, unseen: Recording) -> str:
@@ -230,19 +233,41 @@ def _find_change(advice: Advice) -> list[Finding]:
         return []
     if advice.halves and drift.is_of_groups:
         return []  # _find_groups has the reason
-    change = {"distance": drift.distance, "expected": drift.expected}
+    change: dict[str, Any] = {"distance": drift.distance, "expected": drift.expected}
     if not advice.halves:
         return [Finding("drift in any order", change, "warning")]
     if min(advice.carried) > 0 and min(advice.carried) >= CARRIED * advice.main.gain.gain:
+        if not all(_carries_in_time(gain, drift) for gain in advice.halves):
+            return [
+                Finding("order of the recording", role="warning"),
+                Finding(
+                    "drift that may carry",
+                    change | {"independent": drift.independent},
+                    forces="not enough evidence",
+                ),
+            ]
         return [Finding("drift that carries", change, "warning")]
-    numbers: dict[str, Any] = {**change, "seen": "first", "unseen": "second"}
-    numbers["gain"] = advice.halves[0]
+    numbers = {**change, "seen": "first", "unseen": "second", "gain": advice.halves[0]}
     if advice.carried[1] < advice.carried[0]:
         numbers |= {"seen": "second", "unseen": "first", "gain": advice.halves[1]}
     return [
         Finding("order of the recording", role="warning"),
         Finding("drift", numbers, forces="not enough evidence"),
     ]
+
+
+def _carries_in_time(gain: Comparison, drift: Drift) -> bool:
+    """Return whether a gain on one half is above 0, where the half is few blocks of time.
+
+    The blocks of a path are alike, so its halves suit one placement by chance more often than an
+    interval of independent sequences says.
+    """
+    spread = -gain.change
+    if spread.error is None or drift.blocks is None or drift.independent is None:
+        return False
+    error = spread.error * math.sqrt(drift.blocks / drift.independent)
+    low = replace(spread, error=error, freedom=max(drift.independent // 2 - 1, FEWEST_FREEDOM)).low
+    return low is not None and low > 0
 
 
 def _find_groups(advice: Advice) -> list[Finding]:

@@ -63,6 +63,9 @@ class Drift(Frozen):
         True if the halves differ because they hold different groups, each of which stays as it is.
     worst_layer, worst_distance
         Layer that differs most, and its distance.
+    blocks, independent
+        Number of blocks of a recording in the order of time, and of independent ones that they are
+        worth by their autocorrelation; None between two recordings.
 
     Examples
     --------
@@ -81,6 +84,8 @@ class Drift(Frozen):
     is_of_groups: bool = False
     worst_layer: int = 0
     worst_distance: float = 0.0
+    blocks: int | None = None
+    independent: int | None = None
 
     _also_shown = ("is_beyond_chance",)
 
@@ -231,7 +236,9 @@ def measure_drift(traffic: Recording, units: Samples, *, seed: int = 0) -> Drift
         loads = _count_block_loads(traffic, block_of_item[item], blocks)
         if len(loads) < FEWEST_BLOCKS or not loads.sum():
             return None
-        return _compare_blocks(loads, len(loads) // 2, seed)
+        drift, number = _compare_blocks(loads, len(loads) // 2, seed), len(loads)
+        independent = measure_autocorrelation(loads.astype(np.uint64)).number(number)
+        return replace(drift, blocks=number, independent=max(independent, 1))
 
     as_recorded = compare_halves(by_group=False)
     if as_recorded is None or not as_recorded.is_beyond_chance or traffic.group is None:

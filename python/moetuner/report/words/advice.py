@@ -488,6 +488,14 @@ def _drift_that_carries(voice: Voice, **change: float) -> str:
     return f"{_change_of_halves(**change)}; a placement of either half gains on the other"
 
 
+def _drift_that_may_carry(voice: Voice, distance: float, expected: float, independent: int) -> str:
+    return (
+        f"{_change_of_halves(distance, expected)}; a placement of either half gains on the other, "
+        f"but traffic changes so slowly that this may be chance: {voice.recording} is worth "
+        f"{counted(independent, 'independent block')} of time; record longer"
+    )
+
+
 def _slower_groups(
     voice: Voice,
     groups: Mapping[str, float],
@@ -544,6 +552,7 @@ CLAUSES: dict[str, Clause] = {
     "one device": "there is one device, so all placements are alike",
     "one kind of traffic": f"{{shows}}, so the figures hold for such traffic only; {MIX}",
     "drift": _drift,
+    "drift that may carry": _drift_that_may_carry,
     # Reasons.
     "gain": _gain,
     "gain of a phase": _gain_of_phase,
