@@ -121,6 +121,15 @@ def test_files_of_one_name_are_groups_of_their_own(as_json, load, tmp_path):
     assert named["input"]["group_names"] == [str(path) for path in files]
 
 
+def test_a_window_that_is_not_full_has_a_name(as_json, tmp_path):
+    """Of a trace without sequences every window is named, with the last tokens, which fill none."""
+    trace, names = tmp_path / "trace.safetensors", tmp_path / "names.txt"
+    trace_of(np.random.default_rng(0).random((1200, 2, 8)).argsort(axis=2)[..., :2]).save(trace)
+    names.write_text("code\nchat\ncode\n")
+    shares = as_json("inspect", trace, "--devices", 4, "--group-by", names)["group_share"]
+    assert shares == pytest.approx({"code": (1200 - 512) / 1200, "chat": 512 / 1200})
+
+
 def test_shares_of_groups_add_up(as_json, tmp_path):
     """Also where halves of a trace without sequences leave out what is between them."""
     ids = np.random.default_rng(0).random((3000, 2, 8)).argsort(axis=2)[..., :2]

@@ -138,6 +138,19 @@ def test_the_bound_has_the_best_numbers_of_copies(experts, devices, spare, seed)
     assert bound_worst_loss(load[None], slots, devices) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("split", ["even", "lp"])
+def test_where_nothing_is_left_to_serve_nobody_waits(split):
+    """The imbalance is 1 where all tokens went to the experts of a lost device, or there are none.
+
+    Of a layer whose only busy expert is on the first of four devices, the other losses leave all
+    tokens on it: three times the mean of the three that are left.
+    """
+    placement = mt.Placement.from_assignment([[0, 1, 2, 3]] * 2, 4)
+    load = np.array([[5, 0, 0, 0], [0, 0, 0, 0]], np.uint64)
+    after, _ = compute_imbalances_after_loss(placement, load, mt.Topology(4), "device", split=split)
+    assert after.tolist() == [[1, 1], [3, 1], [3, 1], [3, 1]]
+
+
 @pytest.mark.parametrize(
     ("topology", "split"),
     [(mt.Topology(4, speed=(1.0, 1.0, 1.0, 2.0)), "even"), (mt.Topology(4), "lp")],

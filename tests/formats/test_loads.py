@@ -54,6 +54,9 @@ WHOLE = {
     "layers": csv(head=f"layer,{NAMES}\n", about=lambda _, layer: (layer + 3,)),
     "pandas": csv(head=f",{NAMES}\n", about=lambda _, layer: (layer,)),
     "long": "window,layer,expert,count\n" + "".join(f"{','.join(map(str, r))}\n" for r in ROWS),
+    # Spreadsheets begin a CSV with a byte order mark.
+    "marked rows": b"\xef\xbb\xbf" + csv().encode(),
+    "marked names": f"\ufeffstep,layer,{NAMES}\n" + csv(about=lambda *at: at),
     "json": json.dumps(LOAD.tolist()),
     "sglang": json.dumps({"logical_count": DENSE.tolist()}),
     "vllm": "".join(map(record, LOAD)),
@@ -159,6 +162,11 @@ def test_steps_are_drawn_by_chance(tokens, windows):
     assert off.std() == pytest.approx(1, abs=0.15)
     assert steps == table.per_step(tokens, top_k=4, seed=0)
     assert steps != table.per_step(tokens, top_k=4, seed=1)
+    # Another recording has other steps, though its shares are next to the same.
+    more = load.copy()
+    more[0, 0, 0] += 1 << 20
+    other = mt.RoutingStatistics.from_load(more).per_step(tokens, top_k=4)
+    assert not np.array_equal(steps.window_load[0], other.window_load[0])
     # Counters of as many more steps are of the same steps; the next window's differ by chance.
     assert steps == mt.RoutingStatistics.from_load(load * 4).per_step(tokens, top_k=4)
     again = mt.RoutingStatistics.from_load(load[[0, *range(windows)]]).per_step(tokens, top_k=4)

@@ -184,6 +184,15 @@ def test_prices_prove_what_trying_every_content_proves(seed, size, top_k, cap, s
     assert proven[0] == (max(least, prices.sum() + total) if np.isfinite(total) else least)
 
 
+@pytest.mark.parametrize("more", [-1, 1, 6])
+def test_prices_are_one_for_each_expert(more):
+    """Fewer or more of them prove nothing."""
+    problem = problem_of(5, 1, (6, 3, None), 2)
+    (level,) = visits._levels(problem, problem.caps.whole)
+    with pytest.raises(ValueError, match=f"must have 6 prices, got {6 + more}"):
+        visits._core.verify_visits(level.seen, np.ones(6 + more))
+
+
 def test_copies_leave_capacity():
     """Where slots may hold copies, a token visits as many devices as its experts need at least."""
     problem = problem_of(5, 1, (14, 4, None), 6, slots=5)
