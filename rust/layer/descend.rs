@@ -449,3 +449,59 @@ fn update_prices(all: &mut [Descent<'_>], links: Links<'_>, l: usize) {
     let descent = &mut all[l];
     descent.terms = Terms::with_serving(descent.layer, &descent.slots, serve_cost.into());
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::terms::losses::Losses;
+    use super::super::terms::windows::{Measure, Windows};
+    use super::super::{Rules, Site};
+    use super::*;
+    use crate::random::Random;
+
+    proptest! {
+        /// Above the caps the best exchange of two devices relieves most and, of those that relieve as much, costs least.
+        #[test]
+        fn exchanges_above_the_caps_are_the_best(seed: u64) {
+            let mut random = Random::new(seed, 0);
+            let (experts, devices) = (8, 4);
+            let load: Vec<f64> = (0..experts).map(|_| (2 + random.below(2)) as f64).collect();
+            let rules = Rules { cap: load.iter().sum::<f64>() / devices as f64, ..Rules::default() };
+            let site = Site { rules, ..Site::plain(vec![4; devices], vec![1.0; devices]) };
+            let domain = (0..devices as u16).collect();
+            // The window has other loads than the sum, so what relieves caps may cost.
+            let of_window: Vec<f64> = load.iter().map(|_| random.below(100) as f64).collect();
+            let windows = Windows::new(&of_window, &[1.0], experts, &site, Measure::Peak);
+            let mut layer = Layer::plain(site, load, windows);
+            layer.costs.losses = Some(Losses { domain, cost: layer.windows.scale });
+            // Two devices hold each expert once, and so do the two others.
+            let halves = [0u16; 2].map(|_| {
+                let mut half: Vec<u16> = (0..experts as u16).collect();
+                random.shuffle(&mut half);
+                half
+            });
+            let slots = Slots::new(&layer.site.capacity, experts, &halves.concat());
+            let control = Control::new(None);
+            let mut descent = Descent::new(&layer, slots.clone(), &slots, None, &control);
+            prop_assume!(descent.excess() > 0.0);
+            descent.search_pairs(|_| true);
+            let smallest = descent.smallest_gain();
+            for (g, h) in (0..devices).flat_map(|g| (g + 1..devices).map(move |h| (g, h))) {
+                let found = descent.best[g * devices + h].map(|best| best.per_copy);
+                let mut best: Option<(f64, f64)> = None;
+                for (p, q) in slots.of(g).flat_map(|p| slots.of(h).map(move |q| (p, q))) {
+                    let step = Move::Swap(p, q);
+                    if descent.may_relieve(step)
+                        && slots.allows(&layer.site, step)
+                        && let Some(choice) = descent.evaluate(step, smallest, false)
+                        && best.is_none_or(|best| choice.per_copy > best)
+                    {
+                        best = Some(choice.per_copy);
+                    }
+                }
+                prop_assert_eq!(found, best);
+            }
+        }
+    }
+}
