@@ -359,6 +359,44 @@ def test_says_one_line_when_something_changes(caplog, monkeypatch, tmp_path):
     assert "moetuner_balancedness_after" in text
 
 
+def test_a_decision_that_falls_back_is_seen(caplog, monkeypatch, tmp_path):
+    """Counted by result, a gauge says whose map is in force; logged again after a success."""
+    client = importlib.import_module("prometheus_client")
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    before = {
+        result: client.REGISTRY.get_sample_value("moetuner_decisions_total", {"result": result})
+        or 0
+        for result in ("taken", "own map")
+    }
+    load = np.random.default_rng(0).lognormal(5, 1, (4, 16))
+    wrong = np.full((4, 16), np.nan)
+    decide = balancer(REBALANCE=1)
+
+    def seen():
+        values = [
+            client.REGISTRY.get_sample_value("moetuner_decisions_total", {"result": result}) or 0
+            for result in before
+        ]
+        counts = [value - was for value, was in zip(values, before.values(), strict=True)]
+        return counts, client.REGISTRY.get_sample_value("moetuner_map_in_force")
+
+    def count_warnings():
+        return sum(record.levelno == logging.WARNING for record in caplog.records)
+
+    for is_good, results, in_force, warnings in (
+        (True, [1, 0], 1, 0),
+        (False, [1, 1], 0, 1),
+        (False, [1, 2], 0, 1),
+        (True, [2, 2], 1, 1),
+        (False, [2, 3], 0, 2),
+    ):
+        decide.decide(load if is_good else wrong, 20, 1, 1, 4)
+        assert seen() == (results, in_force)
+        assert count_warnings() == warnings
+    decide.decide(load, 20, 1, 1, 4, rank=1)
+    assert seen() == ([2, 3], 0)
+
+
 def test_rules_come_from_the_environment():
     """Their names are those of the arguments."""
     names = {"REBALANCE": "1", "MOVE_BUDGET": "7", "DEAD_ZONE": "0.5"}

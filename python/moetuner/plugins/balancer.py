@@ -52,7 +52,7 @@ class Balancer:
             Files(error=settings) if isinstance(settings, str) else Files.read(self.settings)
         )
         self._agreement = agreement or MapAgreement()
-        self._off = False
+        self._off = self._falls_back = False
         self._pending: Files | None = None
         self._seen = _signature(self.settings.reload)
         self._looks = False
@@ -178,7 +178,16 @@ class Balancer:
             until = " from now on" if self._off else ""
             text = f"all ranks take the engine's own map{until}: {verdict.reason}"
             self.log.warn(text, int(not verdict.speaks))
+            self._falls_back = True
+            if rank == 0:
+                self.log.count_result("off" if self._off else "own map", is_ours=False)
             return None
+        if self._falls_back:
+            # What was wrong has ended: if it comes again, it is said again.
+            self._falls_back = False
+            self.log.forget()
+        if rank == 0:
+            self.log.count_result("taken", is_ours=True)
         answer, case, slots, source = decided
         if not quiet:
             # A copy, as an engine goes on with its arrays, and may reset them.
