@@ -97,3 +97,39 @@ def test_the_same_tokens_once_and_more_often_are_told_alike(as_json, folder, opt
         )
         changes.append(max((row["change"] for row in rows["figures"]), key=abs))
     assert np.abs(changes).max() < 0.04
+
+
+def test_the_gate_never_compares_with_traffic_that_the_placement_was_computed_from(
+    run, ok, as_json, brief, folder
+):
+    """It refuses such a profile; with a part held out it compares with that part."""
+    solving = ("solve", "profile.npz", "--devices", 2, "--objective", "balance")
+    ok(*solving, "--out", "all.json")
+    ok(*solving, "--holdout", 0.5, "--out", "half.json")
+    gated = ("not-left.npz", "--profile", "profile.npz", "--fail-if-worse", 2)
+    status, out, err = run("drift", "all.json", *gated)
+    assert (status, out) == (2, "")
+    assert "--fail-if-worse" in err
+    assert "--holdout" in err
+    assert run("drift", "all.json", *gated[:3], "--fail-if-drift")[0] == 0
+    assert run("drift", "half.json", *gated)[0] == 0
+    # Traffic that it was not computed from is a fair profile, too.
+    assert run("drift", "all.json", "not-left.npz", "--profile", "served.npz", *gated[3:])[0] == 0
+    assert as_json("drift", "all.json", *gated[:3])["answer"] == "not left"
+
+
+@pytest.mark.parametrize("limit", [2, 5, 900])
+def test_the_answer_and_the_status_are_one_decision(run, as_json, folder, limit):
+    """The limit decides, with drift and without: a status of 3 never comes with "keep"."""
+    rng = np.random.default_rng(1)
+    of_first = 1 + rng.permutation(np.linspace(-0.7, 0.7, 80))
+    apart = np.repeat(np.stack([of_first, 2 - of_first], axis=1), 4, axis=1)[:, None]
+    np.savez("apart.npz", load=rng.poisson(PROFILE * apart, (80, 2, 8)))
+    for name in ("apart", "worse", "not-left", "served"):
+        drift = ("drift", "p.json", f"{name}.npz", "--profile", "profile.npz")
+        gated = (*drift, "--fail-if-worse", limit)
+        status, text, _ = run(*gated)
+        change = max(row["change"] for row in as_json(*drift)["figures"])
+        failed = 100 * change > limit
+        assert (status, "keep the placement" in text and failed) == (3 if failed else 0, False)
+        assert ("Solve again" in text) == failed

@@ -38,6 +38,11 @@ SHOWN = ("imbalance", "predicted_layer_us")
 # Windows of prefill are compared too if both sides fill so many of them, and if they are so many
 # times as long as the others.
 LEAST_WINDOWS = 4
+FLATTERED = (
+    "'--fail-if-worse': the placement was computed from all of its profile, where it is better "
+    "than on any other traffic of that kind; name traffic that it was not computed from with "
+    '--profile, solve with "--holdout 0.5", or use --fail-if-drift.'
+)
 
 
 @options.command("drift", example="placement.json newer.safetensors")
@@ -69,7 +74,7 @@ def command(
         Exit with status 3 if the traffic has drifted from the profile.
     fail_if_worse
         Exit with status 3 if the placement serves INPUT worse than the profile by more than so many
-        percent, drifted or not.
+        percent, drifted or not. It has to have a part of the profile that it was not computed from.
     """
     source = source.with_hints(read_hints(placement_file))
     placed = Placed.read(placement_file, source, machine, serving)
@@ -77,14 +82,16 @@ def command(
     on_profile = replace(placed, source=profile)
     if fail_if_drift or fail_if_worse is not None:
         on_profile.check_gate()
+    # The part that was held out does not flatter the placement, as the rest of its profile does.
+    unseen, _, part_facts = on_profile.judged
+    if part_facts["is_seen"] and fail_if_worse is not None:
+        raise click.UsageError(FLATTERED)
     with working("comparing the expert shares") as report:
         # Counts as recorded: fewer of them would be less evidence.
         recorded = (profile.recorded, source.recorded)
         drifted = measuring.drift(
             *recorded, seed=seed, progress=show_shares(report, "", then="shares")
         )
-    # The part that was held out does not flatter the placement, as the rest of its profile does.
-    unseen, _, part_facts = on_profile.judged
     placement = placed.placement
     with working("replaying") as report:
         now = placed.source, placed.source.traffic
@@ -98,17 +105,22 @@ def command(
         output.say(f"Warning: {on_profile.names_warning}")
     if part_facts["is_seen"] is False and "holdout" not in part_facts:
         output.tell(Finding("another profile", role="warning"))
+    if part_facts["is_seen"]:
+        output.tell(Finding("seen profile"))
     _show(output, placement_file, drifted, rows)
     output.tell(*find_times_of(placed.serving, source.traffic))
     output.say("")
-    headline = measuring.conclude_drift(drifted, worst)
+    limit = None if fail_if_worse is None else fail_if_worse / 100
+    headline = measuring.conclude_drift(
+        drifted, worst, limit=limit, is_seen=part_facts["is_seen"] is True
+    )
     answer = headline.forces
     output.verdict(headline)
     again = make_recipe_to_solve(placement_file, placed, machine, worst["window"]).command
     if answer == "worse":
         output.say(f"  {again}")
-    is_worse = fail_if_worse is not None and 100 * worst["change"] > fail_if_worse
-    failed = is_worse or (fail_if_drift and answer != "not left")
+    is_worse = limit is not None and answer == "worse"
+    failed = is_worse or (fail_if_drift and drifted.is_beyond_chance)
     contents: dict[str, Any] = {"input": source.facts(), "profile": profile.facts()}
     served = placed.serving.facts()
     contents |= {"placement": str(placement_file), "settings": served}

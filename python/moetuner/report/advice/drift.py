@@ -187,16 +187,23 @@ def _choose_block_counts(samples: dict[str, int], sizes: list[int]) -> list[int]
     return counts
 
 
-def conclude_drift(drift: Drift, worst: dict[str, Any]) -> Finding:
+def conclude_drift(
+    drift: Drift, worst: dict[str, Any], *, limit: float | None = None, is_seen: bool = False
+) -> Finding:
     """Return the headline: whether a placement still serves traffic, by the figure that got worst.
 
-    ``worst`` has the ``measure``, its ``window`` and its relative ``change``.
+    ``worst`` has the ``measure``, its ``window`` and its relative ``change``. A change above
+    ``limit`` asks for another placement, drifted or not; without a limit only drift does. On a
+    profile that ``is_seen`` a placement is better than on any other traffic, so that a change
+    without drift says nothing.
     """
     numbers = {"change": worst["change"], "window": worst["window"]}
     numbers["label"] = FIGURES[worst["measure"]].label
-    is_worse = worst["change"] > PRICE
+    is_worse = worst["change"] > (PRICE if limit is None else limit)
     if not drift.is_beyond_chance:
-        numbers["is_worse"] = is_worse
+        if is_worse and limit is not None:
+            return Finding("profile not left, placement serves worse", numbers, "headline", "worse")
+        numbers["is_worse"] = is_worse and not is_seen
         return Finding("profile not left", numbers, "headline", "not left")
     if is_worse:
         return Finding("profile left, placement serves worse", numbers, "headline", "worse")

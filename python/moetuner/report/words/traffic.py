@@ -141,6 +141,13 @@ CLAUSES: dict[str, Clause] = {
         f"the traffic has left the profile, and the placement serves it worse: "
         f"{_change(**change)}. Solve again:"
     ),
+    "profile not left, placement serves worse": lambda voice, **change: (
+        f"experts have the profile's shares, but the placement serves the windows worse: "
+        f"{_change(**change)}. Solve again:"
+    ),
+    "seen profile": (
+        "The placement was computed from all of this profile, which flatters its figures there"
+    ),
     "another profile": "Warning: the placement was not computed from this profile",
     # Structure.
     "no groups": "{voice.recording} has no groups to compare",
