@@ -56,7 +56,14 @@ MAY_IMPORT = {
     "solver.terms": ("solver.unseen", *SOLVER),
     "solver.bounds": ("solver.run", "solver.result", *EFFORT, *SOLVER),
     "solver.milp": ("solver.result", *EFFORT, *SOLVER),
-    "solver.two_stage": ("solver.milp", "solver.run", "solver.result", *EFFORT, *SOLVER),
+    "solver.two_stage": (
+        "solver.milp",
+        "solver.run",
+        "solver.result",
+        "solver.terms",
+        *EFFORT,
+        *SOLVER,
+    ),
     "solver.balancing": ("solver.effort", "problem.capacity", "placement", "topology"),
     "solver.rebalancing": ("solver.effort", "solver.unseen", "solver.terms", "placement"),
     # No stage knows a method.

@@ -247,3 +247,17 @@ def test_totals_are_equal_where_devices_do_not_divide_experts(experts, devices, 
     placement = mt.solve(problem(layers, experts, devices), "paper").placement
     carried = (placement.slots >= 0).sum(axis=(0, 2))
     assert carried.min() == carried.max()
+
+
+@pytest.mark.parametrize("fill_slots", [False, True])
+@pytest.mark.parametrize(
+    "slots", [{"extra_slots": 0}, {"extra_slots": 7}, {"slots_per_device": (1, 3, 5, 6)}]
+)
+def test_no_device_gets_more_experts_than_it_has_slots(slots, fill_slots):
+    """Slots may differ by device and by layer, which the stages do not know."""
+    load = np.random.default_rng(5).integers(1, 1000, (40, 3, 9))
+    statistics = RoutingStatistics.from_load(load)
+    instance = Problem(statistics, Topology(4), fill_slots=fill_slots, **slots)
+    placement = mt.solve(instance, "paper").placement
+    assert not instance.violations(placement)
+    assert (placement.held.sum(axis=1) >= 1).all()

@@ -12,11 +12,13 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.placement import Placement
+from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
+from moetuner.problem.capacity import pad_slots
 from moetuner.solver.budget import Budget
 from moetuner.solver.result import ClusterStage, PlaceStage, SearchDetails, Status
 from moetuner.solver.run import Run, Stage
+from moetuner.solver.terms import core_layers, make_site
 from moetuner.solver.two_stage.cluster import TOLERANCE, Clusters, cluster_layers
 from moetuner.solver.two_stage.place import PlacedClusters, cluster_traffic, place_clusters
 
@@ -33,8 +35,10 @@ def two_stage(
     """Return slots [L,D,S] by the paper's two stages, their status, and details of the search.
 
     ``equal_sizes`` says whether clusters hold equally many experts; by default they do where the
-    slots leave no choice. The budget's ``time_limit``, ``threads`` and ``progress`` apply. The
-    method bounds its own stages, not the problem.
+    slots leave no choice. The stages know one number of slots for all devices: where a device has
+    fewer, experts that are beyond them go to other devices in the end. The budget's
+    ``time_limit``, ``threads`` and ``progress`` apply. The method bounds its own stages, not the
+    problem.
     """
     budget, devices = budget or Budget(), problem.devices
     if equal_sizes is None:
@@ -75,7 +79,7 @@ def two_stage(
         stage_1=_describe_clusters(problem, clusters, equal_sizes=equal_sizes),
         stage_2=_describe_placing(placed, totals),
     )
-    return placement.slots, status, search
+    return _keep_capacity(problem, placement.slots), status, search
 
 
 def _solve(run: Run, budget: Budget) -> None:
@@ -85,6 +89,24 @@ def _solve(run: Run, budget: Budget) -> None:
 
 
 PAPER = Stage(_solve)
+
+
+def _keep_capacity(problem: Problem, slots: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Return slots [L,D,S] without the lightest experts that are beyond the slots of a device.
+
+    They go to devices with free slots, so that loads are balanced.
+    """
+    kept = slots.copy()
+    excess = (kept != EMPTY).sum(axis=2) - problem.capacity
+    for layer, device in np.argwhere(excess > 0):
+        experts = kept[layer, device]
+        load = np.where(experts == EMPTY, np.inf, problem.load[layer][experts])
+        experts[np.argsort(load, kind="stable")[: excess[layer, device]]] = EMPTY
+    if (excess <= 0).all():
+        return kept
+    windows = problem.windows.searched
+    layers = core_layers(windows.load, windows.weight, make_site(problem))
+    return layers.complete(pad_slots(kept, problem.capacity))
 
 
 def _describe_clusters(problem: Problem, clusters: Clusters, *, equal_sizes: bool) -> ClusterStage:
