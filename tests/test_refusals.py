@@ -153,6 +153,8 @@ mt.ExpertSets([[0, 1]], [1, 2]) | counts of expert sets must be whole numbers [1
 mt.ExpertSets([[0, 0]], [1]) | ids of an expert set must differ
 SETS + mt.ExpertSets([[1]], [1]) | same number of experts, got 2 and 1
 mt.Topology(6, 4) | devices_per_node must divide devices (6), got 4
+mt.Topology(6, [4, 3]) | devices_per_node must add up to devices (6), got [4, 3]
+mt.Topology(6, [6, 0]) | devices_per_node of node 1 must be from 1 to 8192, got 0
 mt.Topology(6, tiers=TIERS) | each size a multiple of the one before and the last all 6 devices
 mt.Topology(4, 2, tiers=TIERS[:1]) | devices_per_node must be left out where tiers are given, got 2
 mt.Topology(2, link_cost=[[0, NAN], [1, 0]]) | link_cost must be finite, got nan from device 0 to 1

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import moetuner as mt
 from moetuner.presets import MACHINES
+from moetuner.topology import sum_by_node
 
 TWO = mt.Topology(4, 2, intra_node_bandwidth=450e9, inter_node_bandwidth=50e9)
 
@@ -21,13 +22,31 @@ TWO = mt.Topology(4, 2, intra_node_bandwidth=450e9, inter_node_bandwidth=50e9)
         (mt.Topology(4), [0, 1, 1, 1], [0, 1, 1, 1]),
         (mt.Topology(3, 1), [0, 1, 1], [0, 2, 2]),
         (TWO, [0, 1, 9, 9], [0, 1, 2, 2]),
+        (mt.Topology(5, [3, 2]), [0, 1, 1, 9, 9], [0, 1, 1, 2, 2]),
     ],
 )
 def test_cost_is_proportional_to_time(topology, row, tier):
     """A link nine times as slow costs nine times as much; where all are equal, each costs 1."""
     assert (topology.cost[0].tolist(), topology.tier[0].tolist()) == (row, tier)
     assert (topology.cost == topology.cost.T).all()
-    assert (topology.node_of_device == np.arange(topology.devices) // topology.node_size).all()
+    starts = np.cumsum(topology.node_sizes)
+    assert (
+        topology.node_of_device == np.searchsorted(starts, range(topology.devices), "right")
+    ).all()
+
+
+def test_nodes_may_differ_in_size(tmp_path):
+    """Equal sizes are one number; others are kept, by files and by a change of another field."""
+    assert mt.Topology(8, [4, 4]) == mt.Topology(8, 4)
+    assert mt.Topology(7, [7]) == mt.Topology(7)
+    topology = mt.Topology(7, np.array([4, 3]), name="seven")
+    assert (topology.devices_per_node, topology.nodes, topology.node_size) == ((4, 3), 2, 4)
+    assert hash(topology) == hash(dataclasses.replace(topology, name="seven"))
+    path = tmp_path / "seven.json"
+    path.write_text(json.dumps(topology.to_dict()))
+    assert mt.Topology.load(path) == topology
+    table = np.arange(21).reshape(3, 7)
+    assert sum_by_node(table, topology).tolist() == [[6, 15], [34, 36], [62, 57]]
 
 
 def test_tiers_nest():

@@ -69,14 +69,15 @@ def _set_link(link: Any, bandwidth: str, latency: str) -> None:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Topology(Frozen):
-    """Devices in nodes of equal size, and links of two tiers or more.
+    """Devices in nodes, and links of two tiers or more.
 
     Parameters
     ----------
     devices
-        Number of devices (expert-parallel ranks), D. Device d is in node ``d // devices_per_node``.
+        Number of devices (expert-parallel ranks), D. The first node has the first devices.
     devices_per_node
-        Devices that share a fast link; all of them by default.
+        Devices that share a fast link: a number for all nodes, or one for each node; by default
+        all devices are in one node.
     intra_node_bandwidth, inter_node_bandwidth
         Bytes per second and direction between two devices of one node, and of different nodes.
     name
@@ -104,12 +105,14 @@ class Topology(Frozen):
     >>> import moetuner as mt
     >>> mt.Topology(16, devices_per_node=8).nodes
     2
+    >>> mt.Topology(7, devices_per_node=[4, 3]).node_of_device.tolist()
+    [0, 0, 0, 0, 1, 1, 1]
     >>> mt.Topology.preset("h100-nvl8-ib400", nodes=2).devices
     16
     """
 
     devices: int
-    devices_per_node: int | None = None
+    devices_per_node: int | Sequence[int] | None = None
     _: KW_ONLY
     intra_node_bandwidth: float = INTRA_NODE_BANDWIDTH
     inter_node_bandwidth: float = INTER_NODE_BANDWIDTH
@@ -127,15 +130,7 @@ class Topology(Frozen):
         vars(self)["tiers"] = tuple(check.listed("tiers", self.tiers, "Tier values"))
         if self.tiers:
             self._set_from_tiers()
-        if self.devices_per_node is None:
-            vars(self)["devices_per_node"] = self.devices
-        check.whole_number("devices_per_node", self.devices_per_node, highest=check.DEVICE_LIMIT)
-        if self.devices % self.node_size:
-            raise check.ArgumentError(
-                f"devices_per_node must divide devices ({self.devices}), "
-                f"got {self.devices_per_node}",
-                "devices_per_node",
-            )
+        self._set_nodes()
         for end in ("intra_node", "inter_node"):
             _set_link(self, f"{end}_bandwidth", f"{end}_latency")
         # Tables are tuples, so that topologies can be compared and hashed, and not changed.
@@ -158,6 +153,32 @@ class Topology(Frozen):
                 )
                 for d, value in slots
             )
+
+    def _set_nodes(self) -> None:
+        """Check the devices of nodes; nodes of one size have a number, others a tuple."""
+        sizes: Any = self.devices if self.devices_per_node is None else self.devices_per_node
+        if isinstance(sizes, list | tuple) or (isinstance(sizes, np.ndarray) and sizes.ndim):
+            sizes = tuple(
+                check.whole_number(
+                    f"devices_per_node of node {node}", size, highest=check.DEVICE_LIMIT
+                )
+                for node, size in enumerate(sizes)
+            )
+            if sum(sizes) != self.devices:
+                raise check.ArgumentError(
+                    f"devices_per_node must add up to devices ({self.devices}), "
+                    f"got {check.shown([*sizes])}",
+                    "devices_per_node",
+                )
+            vars(self)["devices_per_node"] = sizes if len({*sizes}) > 1 else sizes[0]
+            return
+        size = check.whole_number("devices_per_node", sizes, highest=check.DEVICE_LIMIT)
+        if self.devices % size:
+            raise check.ArgumentError(
+                f"devices_per_node must divide devices ({self.devices}), got {size}",
+                "devices_per_node",
+            )
+        vars(self)["devices_per_node"] = size
 
     def _set_from_tiers(self) -> None:
         """Check tiers, and set the fields of nodes and their links from the first two."""
@@ -182,15 +203,33 @@ class Topology(Frozen):
             vars(self)[name] = value
 
     @property
+    def node_sizes(self) -> tuple[int, ...]:
+        """Devices of every node."""
+        sizes = self.devices_per_node
+        if isinstance(sizes, tuple):
+            return sizes
+        assert isinstance(sizes, int)
+        return (sizes,) * (self.devices // sizes)
+
+    @property
     def node_size(self) -> int:
-        """Devices per node."""
-        assert self.devices_per_node is not None
-        return self.devices_per_node
+        """Devices of the largest node."""
+        return max(self.node_sizes)
 
     @property
     def nodes(self) -> int:
         """Number of nodes."""
-        return self.devices // self.node_size
+        return len(self.node_sizes)
+
+    @property
+    def has_equal_nodes(self) -> bool:
+        """Whether all nodes have equally many devices."""
+        return not isinstance(self.devices_per_node, tuple)
+
+    @property
+    def has_nested_nodes(self) -> bool:
+        """Whether nodes are in larger groups, of which not all devices are."""
+        return len(self.levels) > 2
 
     @cached_property
     def levels(self) -> tuple[Tier, ...]:
@@ -205,14 +244,14 @@ class Topology(Frozen):
     @property
     def node_of_device(self) -> NDArray[np.int64]:
         """Node of every device [D]."""
-        return np.arange(self.devices) // self.node_size
+        return np.repeat(np.arange(self.nodes), self.node_sizes)
 
     @property
     def tier(self) -> NDArray[np.int64]:
         """Tier of the link between devices [D,D]: 0 for a device itself, 1 in a node, else 2 up."""
-        group = np.arange(self.devices) // np.array(
-            [1, *(level.devices for level in self.levels[:-1])]
-        ).reshape(-1, 1)
+        device = np.arange(self.devices)
+        larger = [device // level.devices for level in self.levels[1:-1]]
+        group = np.stack([device, self.node_of_device, *larger][: len(self.levels)])
         tier: NDArray[np.int64] = (group[:, :, None] != group[:, None, :]).sum(axis=0)
         return tier
 
@@ -261,12 +300,12 @@ class Topology(Frozen):
     def without(self, lost: Collection[int], join: int = 0) -> Topology:
         """Return the machine without the lost devices, the others numbered anew.
 
-        Nodes are kept if whole nodes are lost, of a machine with two tiers at most. Otherwise nodes
-        would differ in size, which no topology can have: so there is one node, and all links are as
-        slow as the slowest.
+        Nodes keep what is left of them, of a machine with two tiers at most. Tiers of more than
+        nodes are of equal groups, so there is one node then, and all links are as slow as the
+        slowest.
 
-        Devices that ``join`` come last, with speed 1 and links as slow as the slowest. Nodes are
-        kept if all devices then fill nodes of the same size.
+        Devices that ``join`` come last, with speed 1. They fill the last node, if it has lost a
+        device, and then nodes of their own. A single node takes all of them in.
         """
         check.whole_number("join", join, lowest=0, highest=check.DEVICE_LIMIT - self.devices)
         is_lost = check.chosen("lost", lost, self.devices)
@@ -276,13 +315,16 @@ class Topology(Frozen):
             return self
         remaining = np.flatnonzero(~is_lost).tolist()
         inner, *_, outer = (*self.levels, *self.levels)
-        by_node = is_lost.reshape(-1, self.node_size)
-        are_whole = bool((by_node.all(axis=1) == by_node.any(axis=1)).all())
-        if join:
-            are_whole = self.nodes > 1 and (len(remaining) + join) % self.node_size == 0
-        is_even = len(self.levels) <= 2 and are_whole
-        if not is_even:
+        sizes = None
+        if self.has_nested_nodes:
             inner = outer
+        elif self.nodes > 1:
+            left = sum_by_node((~is_lost).astype(np.int64), self).tolist()
+            replaced = min(join, self.node_size - left[-1]) if left[-1] else 0
+            left[-1] += replaced
+            new_nodes, others = divmod(join - replaced, self.node_size)
+            left += [self.node_size] * new_nodes + [others]
+            sizes = [size for size in left if size]
         links = None
         if self.link_cost is not None:
             links = np.full((len(remaining) + join,) * 2, np.max(self.link_cost))
@@ -295,7 +337,7 @@ class Topology(Frozen):
             slots = (*(slots[d] for d in remaining), *([max(slots)] * join))
         return Topology(
             len(remaining) + join,
-            self.node_size if is_even else None,
+            sizes,
             intra_node_bandwidth=inner.bandwidth,
             inter_node_bandwidth=outer.bandwidth,
             name=self.name,
@@ -363,6 +405,15 @@ class Topology(Frozen):
             and not (self.tiers and parameter.name.startswith(LINKS))
         }
         return changed
+
+
+def sum_by_node(table: NDArray[Any], topology: Topology) -> NDArray[Any]:
+    """Sum numbers of devices [...,D] by node [...,N]."""
+    if topology.has_equal_nodes:
+        by_node = table.reshape(*table.shape[:-1], topology.nodes, topology.node_size)
+        return np.asarray(by_node.sum(axis=-1))
+    first = np.cumsum((0, *topology.node_sizes[:-1]))
+    return np.asarray(np.add.reduceat(table, first, axis=-1))
 
 
 def from_keys(values: Mapping[str, Any]) -> Topology:

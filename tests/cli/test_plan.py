@@ -1,5 +1,8 @@
 """``moetuner plan`` and ``evaluate --without``: what a stranger sees when a device is lost."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -19,6 +22,8 @@ def files(tmp_path, monkeypatch):
     slots = rebalance_experts(load.sum(axis=0), DEVICES * WIDTH, None, 1, DEVICES)
     running = mt.Placement(slots.reshape(LAYERS, DEVICES, WIDTH))
     running.save("running.json")
+    tiers = [{"devices": n, "bandwidth": 9e9 / n} for n in (1, 2, 4)]
+    Path("nested.json").write_text(json.dumps({"devices": 4, "tiers": tiers}))
     return running, load.sum(axis=0)
 
 
@@ -90,3 +95,27 @@ def test_a_baseline_may_be_what_engines_begin_with(as_json, files, start):
         for more in ((), ("--by-group",))
     ]
     assert gains[0] == pytest.approx(gains[1])
+
+
+def test_later_commands_know_what_is_left_of_nodes(ok, as_json, files):
+    """The file of a plan has the sizes of nodes; what is printed names them as an option."""
+    ok("solve", "load.npz", "--devices", 4, "--devices-per-node", 2, "--slots-per-device", 6,
+       "--method", "eplb", "--out", "solved.json")  # fmt: skip
+    ok("plan", "solved.json", "load.npz", "--without", 1, "--out", "left.json")
+    evaluated = as_json("evaluate", "left.json", "load.npz")
+    assert evaluated["settings"]["devices_per_node"] == [1, 2]
+    without = as_json("evaluate", "solved.json", "load.npz", "--without", 1)
+    assert without["settings"]["devices_per_node"] == [1, 2]
+    again = as_json("drift", "left.json", "load.npz", "--profile", "load.npz")["command"]
+    assert "--devices-per-node 1,2" in again
+    ok("solve", "load.npz", "--devices", 3, "--devices-per-node", "1,2", "--method", "eplb")
+
+
+def test_fast_links_that_are_lost_are_said_to_be(ok, files):
+    """Nodes of a machine of three tiers are of equal size, so a loss leaves the slow links."""
+    ok("solve", "load.npz", "--topology", "nested.json", "--slots-per-device", 6,
+       "--method", "eplb", "--out", "solved.json")  # fmt: skip
+    lost = ("load.npz", "--without", 1)
+    assert "slow links" in ok("plan", "solved.json", *lost)
+    assert "slow links" in ok("evaluate", "solved.json", *lost)
+    assert "slow links" not in ok("evaluate", "solved.json", "load.npz")

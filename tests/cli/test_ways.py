@@ -57,6 +57,7 @@ OPTIONS = f"""
 --num-experts 8
 --hidden-layers 2 --dense-layers none
 --devices 4 --devices-per-node 2
+--devices 4 --devices-per-node 3,1
 --topology MACHINE
 --prefill-share 0.3
 --seed 3

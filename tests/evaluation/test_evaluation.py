@@ -45,7 +45,7 @@ def test_replay_is_the_plain_loop(case, split, cut):
     """Counts of every window, wherever the trace is cut into shards, and what follows of them."""
     slots, ids, experts, window = case
     devices = slots.shape[1]
-    topology = mt.Topology(devices, 2 if devices % 2 == 0 else None)
+    topology = mt.Topology(devices, [2] * (devices // 2) + [1] * (devices % 2))
     nodes = topology.node_of_device.tolist()
     load, follow, visits, node_visits = wanted = replayed(slots, ids, nodes, window, split)
     row = (np.arange(len(ids)) // (window or max(len(ids), 1))).astype(np.uint32)
@@ -245,24 +245,31 @@ def test_times_are_of_assumed_experts_where_no_model_is_known(model):
     assert (without.predicted_layer_us, without.predicted_with) == (None, None)
 
 
-def test_a_node_is_sent_to_once(make_trace):
-    """Rows from every home are counted one by one: across once per node, then on to each device."""
+@pytest.mark.parametrize("sizes", [[2, 2], [3, 1]])
+def test_a_node_is_sent_to_once(make_trace, sizes):
+    """Rows from every home are counted one by one: across once per node, then on to each device.
+
+    Every device of a node receives and forwards as many of them.
+    """
     trace, topology = (
         make_trace(240, top_k=3),
-        mt.Topology(4, 2, intra_node_bandwidth=1e9, inter_node_bandwidth=1e8),
+        mt.Topology(4, sizes, intra_node_bandwidth=1e9, inter_node_bandwidth=1e8),
     )
+    node_of = topology.node_of_device.tolist()
     model = mt.CostModel(0, 0, 0, 0, token_bytes=1000, combine_bytes=0, once_per="node")
     times = []
     for layer in range(3):
         near, far = np.zeros((2, 4, 4))
         for token in trace.expert_ids[:, layer].tolist():
             to = {expert // 2 for expert in token}
-            for home in range(4):
-                for node in {device // 2 for device in to}:
-                    relay = node * 2 + home % 2
-                    far[home, relay] += (node != home // 2) / 4
-                    for device in to:
-                        near[relay, device] += (device // 2 == node and device != relay) / 4
+            for home, relay in np.ndindex(4, 4):
+                node = node_of[relay]
+                if node not in {node_of[device] for device in to}:
+                    continue
+                rows = 1 / 4 / sizes[node]
+                far[home, relay] += (node != node_of[home]) * rows
+                for device in to:
+                    near[relay, device] += (node_of[device] == node and device != relay) * rows
         times.append(model.ports_us(busiest_ports(near + far, topology), topology))
     evaluation = mt.evaluate(IN_BLOCKS, trace, topology, cost_model=model)
     assert evaluation.predicted_layer_us == pytest.approx(np.mean(times))

@@ -24,7 +24,7 @@ def close(actual, wanted):
 def cases(draw):
     """Draw a placement with copies, topology, split, its shares in two forms, and a generator."""
     layers = draw(st.integers(1, 3))
-    devices, node = draw(st.sampled_from([(1, 1), (2, 1), (4, 2), (6, 3), (8, 8)]))
+    devices, node = draw(st.sampled_from([(1, 1), (2, 1), (4, 2), (6, 3), (8, 8), (5, (3, 2))]))
     experts, rng = draw(st.integers(1, 9)), np.random.default_rng(draw(st.integers(0, 2**32)))
     slots = random_slots(rng, layers, devices, experts, draw(st.integers(0, 2)))
     placement = mt.Placement(slots, num_experts=experts)

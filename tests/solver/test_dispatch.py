@@ -18,7 +18,9 @@ from moetuner.solver import effort
 @example(seed=0, per_node=2, cap=1.2)
 @example(seed=3, per_node=None, cap=1.2)
 @given(
-    seed=st.integers(0, 1000), per_node=st.sampled_from([None, 2]), cap=st.sampled_from([None, 1.2])
+    seed=st.integers(0, 1000),
+    per_node=st.sampled_from([None, 2, (3, 1)]),
+    cap=st.sampled_from([None, 1.2]),
 )
 @mock.patch.object(effort, "POLISHED_SLOTS", 0)
 def test_reaches_the_optimum(seed, per_node, cap):

@@ -161,16 +161,27 @@ def test_copies_come_from_the_nearest_device():
 
 @given(st.integers(1, 4), st.integers(1, 3), st.data())
 def test_a_machine_without_devices_keeps_what_is_left(nodes, size, data):
-    """Nodes where whole ones are lost; else one, whose links are as slow as the slowest."""
+    """Nodes keep what is left of them, and devices that join are in nodes of their own."""
     speed = tuple(range(1, nodes * size + 1))
     machine = mt.Topology(nodes * size, size, inter_node_bandwidth=1e9, speed=speed)
     lost = data.draw(st.sets(st.integers(0, nodes * size - 1), max_size=nodes * size - 1))
-    left = machine.without(lost)
+    join = data.draw(st.integers(0, 5))
+    left = machine.without(lost, join)
     kept = [d for d in range(nodes * size) if d not in lost]
-    assert left.speed == tuple(float(speed[d]) for d in kept)
-    counts = [sum(d // size == node for d in kept) for node in range(nodes)]
-    if set(counts) <= {0, size}:
-        assert left.node_size == size
-    else:
-        assert left.nodes == 1
-        assert left.intra_node_bandwidth == machine.levels[-1].bandwidth
+    assert left.speed == (*(float(speed[d]) for d in kept), *[1.0] * join)
+    tier, still = left.tier, len(kept)
+    assert (tier[:still, :still] == machine.tier[np.ix_(kept, kept)]).all()
+    assert (left.bandwidth[:still, :still] == machine.bandwidth[np.ix_(kept, kept)]).all()
+    assert nodes == 1 or max(left.node_sizes) <= size
+    # Only the last node takes in devices, in place of those that it has lost.
+    last = [d // size == nodes - 1 for d in kept]
+    is_beside = (tier[:still, still:] == 1) & ~np.array(last)[:, None]
+    assert nodes == 1 or not is_beside.any()
+
+
+def test_a_machine_of_three_tiers_loses_its_fast_links():
+    """Its groups are of equal size, so all links are as slow as the slowest then."""
+    machine = mt.Topology(8, tiers=(mt.Tier(2, 9e9), mt.Tier(4, 3e9), mt.Tier(8, 1e9)))
+    assert machine.has_nested_nodes
+    assert set(machine.without([3]).bandwidth[0, 1:]) == {1e9}
+    assert not mt.Topology(8, 4).has_nested_nodes

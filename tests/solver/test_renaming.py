@@ -14,6 +14,7 @@ from moetuner.solver.renaming import keep_running, rename_devices
 TOPOLOGIES = {
     "one node": {"devices": 4},
     "two nodes": {"devices": 4, "devices_per_node": 2},
+    "unequal nodes": {"devices": 5, "devices_per_node": (3, 2)},
     "three tiers": {"devices": 8, "tiers": (mt.Tier(2, 9e9), mt.Tier(4, 3e9), mt.Tier(8, 1e9))},
     "two speeds": {"devices": 4, "speed": [1.0, 2.0, 1.0, 2.0]},
     "slots that differ": {"devices": 4, "slots_per_device": [3, 2, 3, 2]},

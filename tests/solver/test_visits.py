@@ -17,7 +17,9 @@ from moetuner.solver.bounds import visits
 from moetuner.solver.bounds.loads import least_balance, least_shared
 from moetuner.solver.budget import Budget
 
-SIZES = st.sampled_from([(6, 3, None), (6, 2, None), (5, 2, None), (7, 3, None), (6, 4, 2)])
+SIZES = st.sampled_from(
+    [(6, 3, None), (6, 2, None), (5, 2, None), (7, 3, None), (6, 4, 2), (6, 3, (1, 2))]
+)
 
 
 def problem_of(seed, layers, size, top_k, cap=None, slots=None) -> mt.Problem:

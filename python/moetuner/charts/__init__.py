@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -165,9 +166,16 @@ def stack(parts: int) -> Spec:
 
 
 def matrices(
-    tables: Sequence[NDArray[Any]], names: Sequence[str], what: str, unit: str, node: int = 0
+    tables: Sequence[NDArray[Any]],
+    names: Sequence[str],
+    what: str,
+    unit: str,
+    nodes: Sequence[int] = (),
 ) -> Spec:
-    """Draw square matrices side by side on one scale of colours, with boxes around nodes."""
+    """Draw square matrices side by side on one scale of colours, with boxes around nodes.
+
+    ``nodes`` are the devices of every node.
+    """
     highest = max(float(table.max(initial=0)) for table in tables) or 1.0
     spec = layout(f"to {what}", f"from {what}", margin={"l": 56, "r": 16, "t": 40, "b": 44})
     axes = spec.pop("xaxis"), spec.pop("yaxis")
@@ -192,8 +200,8 @@ def matrices(
         spec["annotations"].append(
             {"text": escape_tags(name), **at, "showarrow": False, "yanchor": "bottom"}
         )
-        if 1 < node < side:
-            ends = [(n - 0.5, n + node - 0.5) for n in range(0, side, node)]
+        if 1 < max(nodes, default=0) < side:
+            ends = pairwise(np.cumsum([0, *nodes]) - 0.5)
             boxes = "".join(f"M{low},{low}H{high}V{high}H{low}Z" for low, high in ends)
             spec["shapes"].append(outline(boxes, xref=x, yref=y))
         hover = f"{what} %{{y}} to %{{x}}: %{{z:,.3r}} {unit}<extra></extra>"

@@ -110,6 +110,8 @@ def command(
     )
     judgement = gates.with_measure(judgement)
     output.say(*placed.lines())
+    if placed.loses_links:
+        output.tell(Finding("slow links"))
     if sections == ALL:
         output.say(_heading(placed))
     if sections != GROUPS:

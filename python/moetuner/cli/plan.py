@@ -155,6 +155,8 @@ def command(
         model=running.model, topology=topology.name, settings=served.to_settings()
     )
     placement.save(out_file)
+    if topology.has_nested_nodes and (not_serving or change.join):
+        output.tell(Finding("slow links"))
     _show(output, planned, running, change, expert_bytes, source.replay_window)
     output.say(f"wrote {out_file}")
     contents |= {"out": str(out_file), "without": list(change.without)} | planned.to_dict()

@@ -10,7 +10,12 @@ from typing import Any
 from moetuner.cli import options
 from moetuner.cli.options import recipe
 from moetuner.cli.options.groups import FILES
-from moetuner.cli.options.machine import Machine, cost_model_for, find_preset_name
+from moetuner.cli.options.machine import (
+    Machine,
+    cost_model_for,
+    find_preset_name,
+    write_node_sizes,
+)
 from moetuner.cli.options.placed import Placed
 from moetuner.cli.options.traffic import Source
 from moetuner.files.cells import layer_list
@@ -281,7 +286,7 @@ def make_recipe_to_solve(
         values |= {"machine": name, "devices": None}
     elif machine.machine is None:
         values["devices"] = placement.devices
-        values["devices_per_node"] = topology.devices_per_node if topology.nodes > 1 else None
+        values["devices_per_node"] = write_node_sizes(topology)
     values |= {name: placed.serving.chosen(name) for name in ENGINE_SETTINGS}
     goal, cap = made.wanted.get("objective"), made.wanted.get("max_imbalance")
     values |= {

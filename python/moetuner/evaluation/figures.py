@@ -13,7 +13,7 @@ from moetuner import _core
 from moetuner.cost import CostModel, busiest_ports
 from moetuner.evaluation.chunks import by_chunk, chunks
 from moetuner.evaluation.replay import Counts, Setting
-from moetuner.topology import Regime, Topology
+from moetuner.topology import Regime, Topology, sum_by_node
 
 Floats = NDArray[np.float64]
 US = " us"
@@ -236,14 +236,15 @@ def _count_rows_by_node(counts: Counts, node_visits: NDArray[Any], topology: Top
     It arrives at the device with its home's number in the node, which forwards it. So every device
     of a node receives and forwards an equal share of the node's rows.
     """
-    nodes, size, devices = topology.nodes, topology.node_size, topology.devices
-    elsewhere = node_visits * ((devices - size) / devices)
-    into_node = elsewhere.max(axis=-1) / size
+    devices, size_of_node = topology.devices, np.array(topology.node_sizes)
+    elsewhere = node_visits * ((devices - size_of_node) / devices)
+    into_node = (elsewhere / size_of_node).max(axis=-1)
     out_of_node = (node_visits.sum(axis=-1, keepdims=True) - node_visits).max(axis=-1) / devices
-    by_node = counts.visits.reshape(*counts.visits.shape[:2], nodes, size).astype(np.float64)
-    into = by_node.max(axis=(-2, -1)) * (1 - 1 / size)
+    visits, node = counts.visits.astype(np.float64), topology.node_of_device
+    size = size_of_node[node]
+    into = (visits * (1 - 1 / size)).max(axis=-1)
     # A device forwards its share of the rows of its node, less those for itself.
-    out = (by_node.sum(axis=-1, keepdims=True) - by_node).max(axis=(-2, -1)) / size
+    out = ((sum_by_node(visits, topology)[..., node] - visits) / size).max(axis=-1)
     return np.stack([np.maximum(into, out), np.maximum(into_node, out_of_node)], axis=-1)
 
 

@@ -23,7 +23,7 @@ from moetuner.placement import EMPTY, Placement
 from moetuner.recording import Recording
 from moetuner.serving import Serving
 from moetuner.statistics import TABLE_LIMIT, RoutingStatistics, check_recording
-from moetuner.topology import Topology
+from moetuner.topology import Topology, sum_by_node
 from moetuner.trace import RoutingTrace, as_trace
 
 Numbers = NDArray[Any]
@@ -421,7 +421,7 @@ class Expected:
                 placement, topology, split, statistics.sets, setting.options.threads
             )
             load = copies.serve(placement, self._share, statistics.set_load[None])[0]
-            by_node = _sum_by_node(load, topology)
+            by_node = sum_by_node(load, topology)
             self._visits_per_load = (
                 _divide_or_zero(device_visits, load),
                 _divide_or_zero(node_visits, by_node),
@@ -463,7 +463,7 @@ class Expected:
             per_device, per_node = self._visits_per_load
             visits, node_visits = (
                 even_load * per_device,
-                _sum_by_node(even_load, topology) * per_node,
+                sum_by_node(even_load, topology) * per_node,
             )
         dispatch, active = _count_by_experts(setting, self._share, visits, window_load, total)
         return Counts(
@@ -499,13 +499,6 @@ class Expected:
         return copies.count_loads(
             setting.placement, setting.topology, setting.serving.split, load, self._share
         )
-
-
-def _sum_by_node(load: Floats, topology: Topology) -> Floats:
-    """Sum the load of devices [...,D] by node [...,N]."""
-    by_device = load.reshape(*load.shape[:-1], topology.nodes, topology.node_size)
-    by_node: Floats = by_device.sum(axis=-1)
-    return by_node
 
 
 def _divide_or_zero(part: Floats, total: Floats) -> Floats:

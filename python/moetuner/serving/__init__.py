@@ -368,6 +368,8 @@ def describe_machine(machine: Topology) -> str:
     """Write the size of a machine, and its name."""
     name = f" ({machine.name})" if machine.name else ""
     devices = counted(machine.node_size, "device")
+    if not machine.has_equal_nodes:
+        devices = f"{min(machine.node_sizes)} to {devices}"
     return f"{counted(machine.nodes, 'node')} of {devices}{name}"
 
 

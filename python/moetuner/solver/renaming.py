@@ -76,7 +76,11 @@ def rename_devices(problem: Problem, running: NDArray[np.bool_], slots: Slots) -
         weight = np.maximum(weight.sum(axis=0, keepdims=True), FORBIDDEN)
     # Among renamings that keep equally many copies, the one that renames the fewest devices.
     weight = weight + np.eye(devices, dtype=np.int64)
-    names, total = _match(weight, [level.devices for level in problem.topology.levels])
+    topology, sizes = problem.topology, [level.devices for level in problem.topology.levels]
+    if not topology.has_equal_nodes:  # these do not change places
+        node, sizes = topology.node_of_device, [devices]
+        weight[:, node[:, None] != node] = FORBIDDEN
+    names, total = _match(weight, sizes)
     names = np.broadcast_to(names, (layers, devices)).copy()
     names[np.broadcast_to(total < 0, layers)] = np.arange(devices)
     renamed = np.empty_like(slots)

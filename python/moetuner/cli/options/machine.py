@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from moetuner._checks import DEVICE_LIMIT
-from moetuner.cli.options import FileText, option
+from moetuner.cli.options import FileText, Text, option
 from moetuner.cost import DEFAULT_GPU, CostModel, bytes_of_expert, cost_model_of
 from moetuner.presets import GPUS, MACHINES, MEASURED
 from moetuner.recording import Recording
@@ -18,6 +18,18 @@ from moetuner.serving.settings import MACHINE
 from moetuner.topology import Topology
 
 DEVICES = click.IntRange(1, DEVICE_LIMIT)
+
+
+def read_node_sizes(text: str) -> int | tuple[int, ...]:
+    """Read the devices of a node, or of each node with commas between them."""
+    sizes = tuple(map(DEVICES, text.split(",")))
+    return sizes if len(sizes) > 1 else sizes[0]
+
+
+def write_node_sizes(topology: Topology) -> str | None:
+    """Write the devices of nodes as --devices-per-node takes them; None of one node."""
+    sizes = [topology.node_size] if topology.has_equal_nodes else topology.node_sizes
+    return ",".join(map(str, sizes)) if topology.nodes > 1 else None
 
 
 def _preset(text: str, presets: Iterable[str]) -> tuple[str, str]:
@@ -90,6 +102,7 @@ def bytes_in_cost_model(
     return bytes_of_expert((hidden, intermediate), None, weight_bits)
 
 
+NODES = Text(read_node_sizes)
 TOPOLOGY = FileText(read_machine, words=MACHINES)
 COST_MODEL = FileText(read_cost_model, words=(*GPUS, *MEASURED))
 
@@ -114,14 +127,14 @@ class Machine:
     devices
         Number of devices. [required, unless --topology or a placement gives it]
     devices_per_node
-        Devices per node.
+        Devices per node, or of each node, such as 4,3.
     machine
         Devices and links: a JSON or TOML file, or a common machine and its number of nodes, such as
         h100-nvl8-ib400:2.
     """
 
     devices: int | None = option(DEVICES, "N", group=MACHINE)
-    devices_per_node: int | None = option(DEVICES, "M", group=MACHINE)
+    devices_per_node: int | tuple[int, ...] | None = option(NODES, "M", group=MACHINE)
     machine: tuple[str, Topology] | None = option(
         TOPOLOGY, "FILE|NAME", group=MACHINE, flag="--topology"
     )

@@ -120,6 +120,8 @@ class Placed:
         INPUT in the placement's windows, and how it is served.
     lost
         Lost devices; placement and topology are without them.
+    loses_links
+        Whether links are taken for slower ones than they are, without the lost devices.
     """
 
     placement: Placement
@@ -128,6 +130,7 @@ class Placed:
     source: Source
     serving: Serving
     lost: tuple[int, ...] = ()
+    loses_links: bool = False
 
     def without(self, devices: tuple[int, ...]) -> Placed:
         """Return the placement without some devices; the others are renumbered."""
@@ -135,7 +138,11 @@ class Placed:
             return self
         serving = replace(self.serving, topology=self.topology.without(devices))
         return replace(
-            self, placement=self.placement.without(devices), serving=serving, lost=devices
+            self,
+            placement=self.placement.without(devices),
+            serving=serving,
+            lost=devices,
+            loses_links=self.topology.has_nested_nodes,
         )
 
     @property

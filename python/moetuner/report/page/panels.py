@@ -39,6 +39,7 @@ from moetuner.report.outcome import find_moves, write_left_out
 from moetuner.report.page.data import PageData
 from moetuner.report.page.structure import draw_hot_experts, list_curves
 from moetuner.report.words import say
+from moetuner.topology import sum_by_node
 
 # Most groups of a chart.
 GROUPS = 60
@@ -232,11 +233,11 @@ def _sum_by_node(table: NDArray[Any], page: PageData) -> tuple[NDArray[Any], str
 
     Also return what its rows are: "device" or "node".
     """
-    nodes, size = _count_sides(page), page.topology.node_size
-    if nodes == page.topology.devices:
+    topology = page.topology
+    if _count_sides(page) == topology.devices:
         return table, "device"
-    summed = table.reshape(*table.shape[:-2], nodes, size, nodes, size).sum(axis=(-3, -1))
-    return summed, "node"
+    to_nodes = sum_by_node(table, topology)
+    return sum_by_node(to_nodes.swapaxes(-2, -1), topology).swapaxes(-2, -1), "node"
 
 
 def _list_traffic(page: PageData, regime: str) -> list[NDArray[Any]]:
@@ -260,7 +261,7 @@ def _show_links(page: PageData) -> Panel | None:
         units[", in us of their link"] = ("us", times)
     variants = {
         f"mean of all layers{name}": draw.matrices(
-            tables, page.names, "device", f"{unit} of 1,000 tokens", page.topology.node_size
+            tables, page.names, "device", f"{unit} of 1,000 tokens", page.topology.node_sizes
         )
         for name, (unit, tables) in units.items()
     }

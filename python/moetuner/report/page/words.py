@@ -41,6 +41,10 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else digits(value)
 
 
+def _node_sizes(value: Any) -> str:
+    return _number(value) if isinstance(value, int) else ", ".join(map(_number, value))
+
+
 def _initial(value: Any) -> str:
     """Write the method that computed the running placement, or that it was given."""
     words = {
@@ -71,7 +75,7 @@ def _list_declared(*kinds: Any) -> dict[str, tuple[str, Write]]:
 SETTINGS: dict[str, tuple[str, Write]] = {
     "engine": ("Engine", lambda value: ENGINES[value].title if value in ENGINES else str(value)),
     "devices": ("Devices", _number),
-    "devices_per_node": ("Devices of a node", _number),
+    "devices_per_node": ("Devices of a node", _node_sizes),
     "topology": ("Machine", _text),
     **_list_declared(Serving, Problem),
     "initial": ("Running placement", _initial),

@@ -179,6 +179,10 @@ CLAUSES: dict[str, Clause] = {
     "hot experts": _hot_experts,
     "half of the experts": _half_of_experts,
     # Devices that are lost, leave or join.
+    "slow links": (
+        "all links are taken for the slow links between the largest groups, as groups of a machine "
+        "of three tiers or more have equally many devices"
+    ),
     "devices that serve": _devices_that_serve,
     "devices that leave": lambda voice, devices: (
         f"{_named_devices(devices)} {'leaves' if len(devices) == 1 else 'leave'}"

@@ -237,7 +237,8 @@ def _levels(problem: Problem) -> list[tuple[str, int, int]] | None:
         return None
     levels = [("devices", cheapest, topology.devices)]
     between_nodes = topology.node_of_device[:, None] != topology.node_of_device[None, :]
-    if topology.nodes > 1 and topology.nodes < topology.devices:
+    # The parts of a level have equally many slots.
+    if topology.has_equal_nodes and 1 < topology.nodes < topology.devices:
         extra = int(cost[between_nodes].min()) - cheapest
         if extra > 0:
             levels.append(("nodes", extra, topology.nodes))
