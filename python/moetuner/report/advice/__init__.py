@@ -335,7 +335,7 @@ def _advise(request: Request, splits: int) -> Advice:
         memory=request.memory,
         settings=_list_settings(request, splits, first.problem.shares),
     )
-    advice = conclude(advice, find_notes(request, advice))
+    advice = conclude(advice, find_notes(request, advice), request.judged_recording.length)
     if advice.answer == "not now":
         advice = replace(advice, moving=advice.moving.stay())
     request.progress("comparing fewer moves")

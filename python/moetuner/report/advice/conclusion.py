@@ -65,8 +65,10 @@ def write_order(arrival: Arrival, engine: str | None) -> str:
     return f", sequences mixed{by_engine}"
 
 
-def conclude(advice: Advice, notes: Sequence[Finding] = ()) -> Advice:
+def conclude(advice: Advice, notes: Sequence[Finding] = (), length: int = 0) -> Advice:
     """Return advice with its answer and its findings, ``notes`` among them.
+
+    ``length`` is the number of tokens, or of windows, of the recording that is judged on.
 
     The last finding that forces an answer decides, and is the headline. Others that force one come
     before all other reasons.
@@ -77,7 +79,7 @@ def conclude(advice: Advice, notes: Sequence[Finding] = ()) -> Advice:
         one_device = [Finding("one device", forces="not now")]
     forcing = [finding for finding in (*changed, *one_device, *one_kind) if finding.forces]
     if not forcing:
-        forcing = [_decide_by_gains(advice)]
+        forcing = [_decide_by_gains(advice, length)]
     *overruled, headline = forcing
     answer: Any = headline.forces
     reasons: list[Finding] = []
@@ -110,7 +112,7 @@ def _gains_by_phase(
     }
 
 
-def _decide_by_gains(advice: Advice) -> Finding:
+def _decide_by_gains(advice: Advice, length: int) -> Finding:
     """Return the headline that the gains alone give."""
     price: float = advice.settings["price"]
     answers = {gain.answer for gain in advice.verdicts}
@@ -126,7 +128,7 @@ def _decide_by_gains(advice: Advice) -> Finding:
     if not advice.settings["held_out"]:
         return Finding("one window", forces=unsure)
     if answers == {"too few"}:
-        return _find_too_few(advice)
+        return _find_too_few(advice, length)
     if "worth it" in answers:
         return _find_headline(advice, "worth a trial")
     if all(is_ruled_out(gain) for gain in advice.verdicts):
@@ -166,7 +168,7 @@ def _find_headline(advice: Advice, answer: Answer) -> Finding:
     return Finding("gains of phases", numbers, forces=answer)
 
 
-def _find_too_few(advice: Advice) -> Finding:
+def _find_too_few(advice: Advice, length: int) -> Finding:
     """Return the headline for too few independent samples, by what the samples are."""
     units = advice.units
     numbers: dict[str, Any] = {"unseen": advice.judged[0].gain.units, "least": FEWEST}
@@ -181,7 +183,7 @@ def _find_too_few(advice: Advice) -> Finding:
         kind = "neighbouring windows are alike"
         engine, replayed = advice.settings["engine"], advice.main.after.replayed
         has_groups = replayed is None or replayed.traffic.group is not None
-        numbers |= _count_windows(advice)
+        numbers |= _count_windows(advice, length)
         numbers |= {"engine": engine if engine in ENGINES else None}
         numbers["may_name_kinds"] = not has_groups
     else:
@@ -189,14 +191,19 @@ def _find_too_few(advice: Advice) -> Finding:
     return Finding(kind, numbers, forces="not enough evidence")
 
 
-def _count_windows(advice: Advice) -> dict[str, int]:
-    """Return the number of unseen windows, and how many an interval needs if as alike as these."""
+def _count_windows(advice: Advice, length: int) -> dict[str, int]:
+    """Return the number of unseen windows, and how many an interval needs if as alike as these.
+
+    The share of the recording that is left unseen, where neighbours are alike, is taken as it is.
+    """
     replayed, autocorrelation = advice.main.after.replayed, advice.units.autocorrelation
-    windows = 0
+    windows, size = 0, advice.main.window or 1
     if replayed is not None:
-        windows = replayed.traffic.length // (advice.main.window or 1)
-    # Half of them are held out.
-    return {"windows": windows, "needed": math.ceil(2 * FEWEST * autocorrelation.correlation_time)}
+        windows = replayed.traffic.length // size
+    # Half of them are held out, or fewer: as many samples as came out, or fewer, are in so many.
+    samples = max(advice.judged[0].gain.units, 1)
+    needed = max(2 * FEWEST * autocorrelation.correlation_time, length // size * FEWEST / samples)
+    return {"windows": windows, "needed": math.ceil(needed)}
 
 
 def _describe_kinds(units: Samples) -> dict[str, Any]:
