@@ -4,8 +4,10 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -44,11 +46,20 @@ class Lines:
             self.lines.append(text % arguments)
 
 
-def work(rank, port, tasks):
+def open_store(address):
+    """Open a store by its port, or by its file."""
+    if isinstance(address, str):
+        store = distributed.FileStore(address)
+        store.set("used", "by the engine")
+        return store
+    return distributed.TCPStore("127.0.0.1", address, is_master=False, wait_for_workers=False)
+
+
+def work(rank, address, tasks):
     """Run tasks as one rank, each with keys of its own in the store."""
     # A process that comes back asks before the others hear of it, and is told to ask again.
     agreement.WAIT_TO_REOPEN = 0.2
-    store = distributed.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    store = open_store(address)
     while True:
         number, size, what = tasks.recv()
         group = Group(distributed.PrefixStore(str(number), store), tuple(range(size)), rank)
@@ -59,10 +70,18 @@ def work(rank, port, tasks):
 
 
 class World:
-    """Processes of ranks that live as long as the tests of this file, and their store."""
+    """Processes of ranks that live as long as the tests of this file, and their store.
 
-    def __init__(self, size):
-        self.store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    The store is a process, or a file where there is a path.
+    """
+
+    def __init__(self, size, path=None):
+        self.address = path
+        if path is None:
+            self.store = distributed.TCPStore(
+                "127.0.0.1", 0, is_master=True, wait_for_workers=False
+            )
+            self.address = self.store.port
         self.tasks, self.processes = {}, {}
         for rank in range(size):
             self.start(rank)
@@ -73,7 +92,7 @@ class World:
         if rank in self.processes:
             self.processes[rank].kill()
         self.tasks[rank], theirs = FORKED.Pipe()
-        arguments = rank, self.store.port, theirs
+        arguments = rank, self.address, theirs
         self.processes[rank] = FORKED.Process(target=work, args=arguments, daemon=True)
         self.processes[rank].start()
 
@@ -117,10 +136,11 @@ def own_server():
     forkserver._forkserver._stop()
 
 
-@pytest.fixture(scope="module")
-def world():
-    """Start three ranks."""
-    processes = World(3)
+@pytest.fixture(scope="module", params=["TCPStore", "FileStore"])
+def world(request, tmp_path_factory):
+    """Start three ranks, with each of the stores that engines have."""
+    is_file = request.param == "FileStore"
+    processes = World(3, str(tmp_path_factory.mktemp("store") / "store") if is_file else None)
     yield processes
     processes.kill()
 
@@ -466,3 +486,80 @@ def test_a_store_that_stands_still_ends_every_round(kept_store, files, rank):
     other = Group(store, (0, 1), 1 - rank)
     verdict = MapAgreement(WAIT).verdict(lambda: other, Post("a", "b"))
     assert "the store did not answer" in verdict.reason
+
+
+@pytest.fixture
+def file_stores(tmp_path):
+    """Return the file of a store, which an engine has used, and two clients."""
+    path = tmp_path / "store"
+    clients = [distributed.FileStore(str(path), 2) for _ in range(2)]
+    for client in clients:
+        client.set("used", "by the engine")
+    yield path, clients
+    # torch's clients end by reading their file; of another file they would never end.
+    path.unlink(missing_ok=True)
+
+
+def remove(path):
+    """Remove a file, as a cleaner of temporary files does."""
+    path.unlink()
+
+
+def replace(path):
+    """Remove a file, and let another client begin a new one."""
+    path.unlink()
+    path.touch()
+
+
+LOST = {
+    "removed": (remove, "was removed"),
+    "replaced": (replace, "was replaced"),
+    "disk full": (lambda path: None, "is full"),
+}
+
+
+@pytest.mark.parametrize("how", LOST)
+def test_a_store_whose_file_is_lost_ends_a_round_at_once(how, files, file_stores):
+    """Each rank sees it by itself and names the file; nobody waits, and no thread goes on."""
+    path, clients = file_stores
+    lose, words = LOST[how]
+    lines = [Lines() for _ in clients]
+    balancers = [Balancer(Settings((files[0],)), Log(own), MapAgreement(WAIT)) for own in lines]
+
+    def decide(rank):
+        group = Group(distributed.PrefixStore("default", clients[rank]), (0, 1), rank)
+        decided = balancers[rank].decide(LOAD, 6, 1, 1, 2, group=lambda: group)
+        return None if decided is None else decided.tolist()
+
+    with ThreadPoolExecutor(2) as ranks:
+        assert list(ranks.map(decide, range(2))) == [FIRST] * 2
+    size = path.stat().st_size
+    lose(path)
+    full = SimpleNamespace(f_bavail=0, f_frsize=1)
+    disk = patch.object(consensus.os, "statvfs", return_value=full)
+    with disk if how == "disk full" else nullcontext():
+        assert [[decide(rank) for _ in range(3)] for rank in (0, 1)] == [[None] * 3] * 2
+    assert path.exists() == (how != "removed")
+    assert how != "disk full" or path.stat().st_size == size
+    for balancer, written in zip(balancers, lines, strict=True):
+        balancer.flush()
+        warnings = [line for line in written.lines if "own map" in line]
+        assert [words in line and str(path) in line for line in warnings] == [True] * 2
+        assert "from now on" in warnings[-1]
+    for thread in threading.enumerate():
+        if thread.name == "moetuner-store":
+            thread.join()
+
+
+def test_a_verdict_that_is_not_in_the_store_is_of_no_rank(file_stores):
+    """A file that is replaced after all have posted: the rank that judges does not go on alone."""
+    path, clients = file_stores
+    clients[1].set(consensus.list_keys("question", 2)[1], "there")
+
+    def judge_late(posts):
+        replace(path)
+        return json.dumps(posts)
+
+    options = {"post": "here", "judge": judge_late, "wait": WAIT}
+    with pytest.raises(RuntimeError, match="lost what this rank wrote"):
+        consensus.agree(clients[0], "question", 0, 2, **options)

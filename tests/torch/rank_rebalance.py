@@ -2,6 +2,9 @@
 
 import contextlib
 import os
+import signal
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 from unittest import mock
@@ -24,6 +27,8 @@ LAYERS, EXPERTS, HIDDEN, INNER, TOP_K = 3, 8, 6, 5, 2
 PATIENCE = 3600.0
 # Not so for weights of a rank that is away, which do not come.
 SHORT = 0.5
+# Nor for a store that stands still.
+SOON = 0.2
 
 
 class Absence:
@@ -278,6 +283,68 @@ def test_a_rank_that_fails_or_differs(rank):
         if how == "counts":
             assert not model.rebalancer.load.any()
             model.unbalance()
+        assert model.rebalancer.step().moved
+        assert model.step() == 0.0
+
+
+SERVE = """
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+input()
+"""
+
+
+@contextlib.contextmanager
+def served_store(rank):
+    """Serve a store in a process of rank 0; return a client, and a function that signals it."""
+    server, ports = None, [None]
+    if rank == 0:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        server = subprocess.Popen([sys.executable, "-c", SERVE], **pipes)
+        ports = [int(server.stdout.readline())]
+    dist.broadcast_object_list(ports)
+
+    def send(number):
+        dist.barrier()
+        if server is not None:
+            server.send_signal(number)
+        dist.barrier()
+
+    yield dist.TCPStore("127.0.0.1", ports[0], is_master=False, wait_for_workers=False), send
+    dist.barrier()
+    if server is not None:
+        server.kill()
+        server.wait()
+
+
+@on(2)
+def test_a_store_that_stands_still_ends_a_step(rank):
+    """At its beginning and at an exchange; once the store goes on, so do moves."""
+    model = Model(rank)
+    model.unbalance()
+    agreement = model.rebalancer._agreement
+    with served_store(rank) as (store, send):
+        agreement._store, agreement.answer = store, PATIENCE
+        begin = agreement.begin
+
+        def stop_and_begin():
+            send(signal.SIGSTOP)
+            agreement.answer = SOON
+            begin()
+
+        def begin_and_stop():
+            begin()
+            send(signal.SIGSTOP)
+            agreement.answer = SOON
+
+        for phase in ("begin", "exchange"):
+            agreement.begin = stop_and_begin if phase == "begin" else begin_and_stop
+            error = message(MoveError, model.rebalancer.step)
+            assert f"the store did not answer within {SOON} s; the old placement stays" in error
+            assert model.unchanged()
+            send(signal.SIGCONT)
+            agreement.begin, agreement.answer = begin, PATIENCE
         assert model.rebalancer.step().moved
         assert model.step() == 0.0
 

@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
-from moetuner.plugins.consensus import TimedStore, agree, verdict_key
+from moetuner.plugins.consensus import ANSWER, TimedStore, agree, verdict_key
 from moetuner.plugins.rounds import Rounds
 
 Message = TypeVar("Message", "Post", "Verdict")
@@ -23,8 +23,6 @@ Message = TypeVar("Message", "Post", "Verdict")
 VERSION = 1
 # Seconds that a rank waits for the others. A rank without the plugin never answers.
 WAIT = 30.0
-# Seconds that the store may take for an answer. It never answers if its process stands still.
-ANSWER = 5.0
 # Consecutive rounds that may fail before ranks stop asking.
 PATIENCE = 2
 # Seconds that a process in the place of another one waits for ranks that have stopped asking.

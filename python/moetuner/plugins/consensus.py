@@ -7,14 +7,21 @@ gave up waiting and for those that did not.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
 Judge = Callable[[Sequence[str | None]], str]
+
+# Seconds that a store may take for an answer. It never answers if its process stands still.
+ANSWER = 5.0
+# Bytes that must be free where a store is a file: more than all ranks write in a round.
+RESERVE = 1 << 20
 
 
 class TimedStore:
@@ -24,6 +31,10 @@ class TimedStore:
     thread asks, one question after another. If no answer comes, the thread is abandoned; it ends
     with an answer or with the process.
 
+    A ``FileStore`` is asked nothing without its file, and while its disk is full. It would make a
+    new file, or write half of a value, and whoever then reads that computes for ever: torch's
+    client seeks what is missing, also when a process ends.
+
     Parameters
     ----------
     store
@@ -32,8 +43,10 @@ class TimedStore:
         Time for an answer. A store that runs takes less than a millisecond.
     """
 
-    def __init__(self, store: Any, seconds: float) -> None:
+    def __init__(self, store: Any, seconds: float = ANSWER) -> None:
         self._store, self._seconds = store, seconds
+        # The file of a store that is one.
+        self.file = find_file(store)
         self._questions: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         threading.Thread(target=self._ask, name="moetuner-store", daemon=True).start()
 
@@ -46,7 +59,7 @@ class TimedStore:
 
     def put_later(self, key: str, value: str) -> None:
         """Write a value if there is none yet, as soon as the store answers again."""
-        self._questions.put(lambda: self._store.compare_set(key, "", value))
+        self._questions.put(lambda: self._call("compare_set", (key, "", value)))
 
     def _ask(self) -> None:
         while (question := self._questions.get()) is not None:
@@ -59,7 +72,7 @@ class TimedStore:
 
         def question() -> None:
             try:
-                answers.put((getattr(self._store, name)(*arguments), None))
+                answers.put((self._call(name, arguments), None))
             except Exception as error:
                 answers.put((None, error))
 
@@ -71,6 +84,23 @@ class TimedStore:
         if error is not None:
             raise error
         return answer
+
+    def _call(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        if self.file is not None:
+            if not self.file.exists():
+                raise RuntimeError(f"the store's file {self.file} was removed")
+            disk = os.statvfs(self.file.parent)
+            if disk.f_bavail * disk.f_frsize < RESERVE:
+                raise RuntimeError(f"the disk of the store's file {self.file} is full")
+        return getattr(self._store, name)(*arguments)
+
+
+def find_file(store: Any) -> Path | None:
+    """Return the file of a ``FileStore``, also of one behind prefixes; None for other stores."""
+    while (inner := getattr(store, "underlying_store", None)) is not None:
+        store = inner
+    path = getattr(store, "path", None)
+    return Path(path) if isinstance(path, str) else None
 
 
 def list_keys(key: str, size: int) -> list[str]:
@@ -104,9 +134,15 @@ def agree(
 
     Returns the verdict, and whether this rank has seen all posts. If so, all ranks have read the
     verdicts on earlier questions.
+
+    Raises
+    ------
+    TimeoutError, RuntimeError
+        If the store does not answer, fails, or has lost what this rank wrote.
     """
     *posts, verdict = list_keys(key, size)
     store.set(posts[rank], post)
+    _require(store, posts[rank])
     complete, trusted = False, posts
     if not rank:
         _until(lambda: store.check(posts) or store.check([verdict]), wait)
@@ -125,7 +161,17 @@ def agree(
         for name in posts
     ]
     # A verdict that is there already holds.
-    return store.compare_set(verdict, "", judge(messages)).decode(), complete
+    message = store.compare_set(verdict, "", judge(messages)).decode()
+    _require(store, verdict)
+    return message, complete
+
+
+def _require(store: Any, key: str) -> None:
+    """Raise if the store has lost what was just written: then no rank reads it."""
+    if not store.check([key]):
+        file = getattr(store, "file", None)
+        why = "" if file is None else f": its file {file} was replaced"
+        raise RuntimeError(f"the store has lost what this rank wrote{why}")
 
 
 def _until(is_so: Callable[[], bool], seconds: float) -> bool:

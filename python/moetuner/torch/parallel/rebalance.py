@@ -103,7 +103,8 @@ class Rebalancer:
     seed
         Of how tokens are dealt to those held out.
     timeout
-        Seconds to wait for a rank before a move is given up.
+        Seconds to wait for a rank before a move is given up. A store of ``torch.distributed`` that
+        does not answer within 5 seconds ends it, too.
 
     Raises
     ------
@@ -208,8 +209,9 @@ class Rebalancer:
         Raises
         ------
         MoveError
-            On every rank, if one fails, is lost or late, or has observed something else. The old
-            placement is in force on all of them. Counts that differ are forgotten on all ranks, so
+            On every rank, if one fails, is lost or late, or has observed something else, or if the
+            store of ``torch.distributed`` stands still. The old placement is in force on all of
+            them. Counts that differ are forgotten on all ranks, so
             the next steps work again.
         """
         agreement, current = self._agreement, self.placement
