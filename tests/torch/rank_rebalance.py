@@ -203,7 +203,7 @@ def test_rebalancing_does_not_change_outputs(rank):
 
 
 def lost_rank(rank, how):
-    """Kill rank 2, or let it hang, in the middle of a move; return the error of another rank."""
+    """Kill rank 2, or let it hang or raise, in the middle of a move; return a rank's error."""
     model, absence = Model(rank), Absence(rank)
     model.unbalance()
     fill, calls = Spares.fill, []
@@ -211,6 +211,8 @@ def lost_rank(rank, how):
     def broken(self, group, timeout):
         calls.append(self)
         if rank == 2 and len(calls) == 2:
+            if how == "raises":
+                raise ValueError("broken")
             absence.begin(0)
             if how == "killed":
                 os._exit(3)
@@ -278,6 +280,7 @@ def test_a_rank_that_fails_or_differs(rank):
             error = message(MoveError, model.rebalancer.step)
         assert text in error
         assert "the old placement stays in force" in error
+        assert "unusable" not in error
         assert model.unchanged()
         assert model.step() == 0.0
         if how == "counts":

@@ -24,11 +24,22 @@ from torch import Tensor
 
 from moetuner.placement import EMPTY, Placement, compare_holders, find_holders
 from moetuner.topology import Topology
-from moetuner.torch.parallel.agreement import Agreement, NoMemoryError, attempt, fingerprint
+from moetuner.torch.parallel.agreement import (
+    Agreement,
+    MoveError,
+    NoMemoryError,
+    attempt,
+    fingerprint,
+)
 from moetuner.torch.parallel.layer import ExpertParallelMoE
 
 # Share of the free memory that buffers may take; the rest is for the model itself.
 SHARE = 0.5
+# What follows if the exchange of weights does not end on a rank: its part would pair with the next.
+UNUSABLE = (
+    "the exchange of weights did not end on every rank, so the process group may be unusable: the "
+    "next forward pass can end the process; start the ranks again"
+)
 
 
 class Move(NamedTuple):
@@ -78,6 +89,8 @@ class Spares:
         rows = len(self._arriving)
         self.buffers = {name: w.new_empty(rows, *w.shape[1:]) for name, w in self.weights.items()}
         self._exchanged: list[tuple[Tensor, Tensor]] = []
+        # Whether this rank has sent and received all, so that nothing of it is left in the group.
+        self.filled = False
 
     def fill(self, group: dist.ProcessGroup | None, timeout: float) -> None:
         """Send and receive weights; every rank takes part, also without moves or after a failure.
@@ -114,6 +127,7 @@ class Spares:
                     raise RuntimeError("no answer within the timeout")
                 time.sleep(0.0005)
             work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+        self.filled = True
         for failure in filter(None, failures):
             raise failure
 
@@ -159,7 +173,7 @@ def migrate(layers: Sequence[ExpertParallelMoE], target: Placement, agreement: A
     If a rank fails, differs or is lost, all others raise a ``MoveError`` and keep the old
     placement. It is a ``NoMemoryError`` if the weights that arrive on a rank take more than half of
     its free memory, so that a smaller move may fit. The group can be used afterwards, unless a rank
-    was lost in the middle of an exchange.
+    was lost or failed in the middle of an exchange of weights; the error then says so.
     """
     plan = fingerprint(layers[0].placement.slots.tobytes(), target.slots.tobytes())
     # The others must not wait for the weights of a rank that has no memory.
@@ -170,8 +184,14 @@ def migrate(layers: Sequence[ExpertParallelMoE], target: Placement, agreement: A
         raise NoMemoryError(f"{'; '.join(short)}; the old placement stays in force")
     for number, spare in enumerate(spares):
         if spare.plan:
-            lost = attempt(spare.fill, layers[0].group, agreement.timeout)[1]
-            agreement.reach(f"the weights of layer {number}", plan, lost)
+            try:
+                agreement.reach(
+                    f"the weights of layer {number}", plan, _fill(spare, agreement, layers)
+                )
+            except MoveError as error:
+                if spare.filled or UNUSABLE in str(error):
+                    raise
+                raise MoveError(f"{error}; {UNUSABLE}") from error
 
     def put() -> None:
         for layer, spare in zip(layers, spares, strict=True):
@@ -185,6 +205,16 @@ def migrate(layers: Sequence[ExpertParallelMoE], target: Placement, agreement: A
         raise
     for layer in layers:
         layer.switch(target)
+
+
+def _fill(
+    spare: Spares, agreement: Agreement, layers: Sequence[ExpertParallelMoE]
+) -> Exception | None:
+    """Fill buffers; return the error, which says what is left in the group."""
+    failure = attempt(spare.fill, layers[0].group, agreement.timeout)[1]
+    if failure is None or spare.filled:
+        return failure
+    return RuntimeError(f"{failure}; {UNUSABLE}")
 
 
 def _make_buffers(layers: Sequence[ExpertParallelMoE], target: Placement) -> list[Spares]:
