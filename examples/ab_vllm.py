@@ -358,6 +358,8 @@ def read_options() -> argparse.Namespace:
 def main() -> None:
     """Start the server, measure both arms in turns, and print the sentence."""
     options = read_options()
+    # Who ends this process ends the server with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     runs = []
     try:
         ours = mt.Placement.load(options.placement).filled()

