@@ -169,3 +169,35 @@ def test_the_difference_of_independent_figures_is_as_uncertain_as_both():
     assert (actual.value, actual.units) == (1.0, 5)
     assert actual.error == pytest.approx(5)
     assert actual.freedom == int(25**2 / (9**2 / 9 + 16**2 / 4))
+
+
+def test_what_grows_from_nothing_is_worse(tmp_path, run):
+    """A figure that is 0 before changes by a difference, with an interval; any gate sees it."""
+    expert = np.random.default_rng(0).integers(0, 8, 2000)
+    group = np.arange(2000) // 50 % 2
+    trace = trace_of(np.stack([expert, expert], axis=1)[:, :, None], length=50, group=group,
+                     group_names=["first", "second"])  # fmt: skip
+    staying = mt.Placement.from_assignment([np.arange(8) // 2] * 2, 4)
+    moved = mt.Placement.from_assignment([np.arange(8) // 2, [1, 0, 0, 1, 2, 2, 3, 3]], 4)
+    audited = mt.audit(moved, trace, baseline=staying, measures=["crossing"])
+    whole = audited.whole["crossing"]
+    crosses = np.isin(expert, [0, 2])
+    assert (whole.before, whole.after) == (0, pytest.approx(crosses.mean()))
+    assert whole.change.value == pytest.approx(whole.after)
+    assert 0 < whole.change.low < whole.after < whole.change.high
+    assert (whole.answer, "crossing" in whole.sentence) == ("worse", True)
+    # No share of 0 is as much, and no group is compared with another one by differences.
+    assert {row.group for row in audited.worse(9.0)} == {"first", "second"}
+    assert audited.behind() == []
+    back = mt.audit(staying, trace, baseline=staying, measures=["crossing"])
+    assert (back.worse(), back.whole["crossing"].answer) == ([], "no evidence")
+    paths = [tmp_path / name for name in ("trace.safetensors", "staying.json", "moved.json")]
+    for value, path in zip((trace, staying, moved), paths, strict=True):
+        value.save(path)
+    gate = ("evaluate", paths[2], paths[0], "--baseline", paths[1], "--measure", "crossing")
+    for limit in (("--fail-if-worse", 900), ("--fail-if-gain-below", -90)):
+        status, text, _ = run(*gate, *limit, "--by-group")
+        assert status == 3
+        assert "failed: " in text
+    same = ("evaluate", paths[1], paths[0], "--baseline", paths[1], "--measure", "crossing")
+    assert run(*same, "--fail-if-worse", 0, "--fail-if-gain-below", 0)[0] == 0

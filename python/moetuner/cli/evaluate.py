@@ -23,7 +23,7 @@ from moetuner.evaluation import Evaluation
 from moetuner.evaluation.arrival import WINDOWS_MIXED, choose_batch_size
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES, US, explain
-from moetuner.evaluation.intervals import FEWEST, Spread
+from moetuner.evaluation.intervals import FEWEST
 from moetuner.evaluation.judgement import Judgement
 from moetuner.files.cells import counted, listed, signed, span
 from moetuner.frozen import as_json
@@ -257,9 +257,9 @@ def _show_groups(output: Output, judgement: Judgement) -> None:
         rows = []
         for group, changes in (("all", judgement.whole), *judgement.groups.items()):
             row, change = changes[measure], changes[measure].change
-            ends = ("-", "-")
-            if row.before:
-                ends = (signed(change.value), span(change.low, change.high))
+            ends = (signed(change.value), span(change.low, change.high))
+            if not row.before:
+                ends = (row.amount, row.interval_in_words.removeprefix("95 % interval ") or "-")
             rows.append((group, *map(FIGURES[measure].text, (row.before, row.after)), *ends))
         output.say("")
         output.table((FIGURES[measure].column, "baseline", "placement", "change", "interval"), rows)
@@ -268,23 +268,25 @@ def _show_groups(output: Output, judgement: Judgement) -> None:
 
 def _all_traffic(judgement: Judgement) -> str:
     """Write the gain of all traffic."""
-    if judgement.gain.before:
-        return f"All traffic: {judgement.gain.sentence}"
-    label = FIGURES[judgement.measure].label
-    return f"All traffic: {label} is 0 under {judgement.gain.names[0]}."
+    return f"All traffic: {judgement.gain.sentence}"
 
 
 def _summary(judgement: Judgement) -> Iterator[str]:
     """Write the groups that got worse or gained less, by measure."""
     worse = judgement.worse()
-    changes_by_line: dict[str, list[tuple[Comparison, Spread | None]]] = {
-        "worse in {}, beyond chance": [(row, row.change) for row in worse],
-        "behind the group that gains most in {}": [(row, row.behind) for row in judgement.behind()],
+    changes_by_line: dict[str, list[tuple[Comparison, str]]] = {
+        "worse in {}, beyond chance": [
+            (row, signed(row.change.value) if row.before else row.amount) for row in worse
+        ],
+        "behind the group that gains most in {}": [
+            (row, signed(None if row.behind is None else row.behind.value))
+            for row in judgement.behind()
+        ],
     }
     for line, changes in changes_by_line.items():
         for measure in judgement.whole:
             groups = [
-                f"{_texts.name(row.group)} {signed(None if change is None else change.value)}"
+                f"{_texts.name(row.group)} {change}"
                 for row, change in changes
                 if row.measure == measure
             ]

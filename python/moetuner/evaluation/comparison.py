@@ -30,8 +30,8 @@ class Comparison(Frozen):
     before, after
         The figure under both placements.
     change
-        Relative change: 0.1 is ten percent worse. Its interval comes from halves of the traffic,
-        the same for both placements. It has no interval where the figure was 0 before.
+        Relative change: 0.1 is ten percent worse; a difference where the figure was 0 before. Its
+        interval comes from halves of the traffic, the same for both placements.
     price
         Smallest gain for which a change is worth the trouble.
     splits
@@ -148,7 +148,9 @@ class Comparison(Frozen):
 
     @property
     def amount(self) -> str:
-        """The change of the figure, such as "7.2 % less"."""
+        """The change of the figure, such as "7.2 % less"; of one that was 0 the difference."""
+        if not self.before:
+            return f"{FIGURES[self.measure].text(self.change.value)} more"
         return f"{100 * abs(self.gain):.1f} % {'less' if self.gain >= 0 else 'more'}"
 
     @property
@@ -157,6 +159,8 @@ class Comparison(Frozen):
         if self.low is None or self.high is None:
             return ""
         ends = (self.low, self.high) if self.gain >= 0 else (-self.high, -self.low)
+        if not self.before:
+            return f"95 % interval {' to '.join(map(FIGURES[self.measure].text, ends))}"
         return f"95 % interval {span(*ends, with_signs=False)}"
 
     @property

@@ -109,10 +109,10 @@ def estimate_spread(value: float, sides: NDArray[np.float64], folds: Folds) -> S
 def compute_change(before: Halved, after: Halved) -> Spread:
     """Compute the relative change of a figure and its standard error, by the same halves.
 
-    The change of a figure that was 0 is 0, without a standard error.
+    The change of a figure that was 0 is a difference, as there is no share of it.
     """
     if before.value <= 0:
-        return Spread(0.0, None, 1, after.folds.units)
+        return estimate_spread(after.value - before.value, after.sides - before.sides, after.folds)
     with np.errstate(divide="ignore", invalid="ignore"):
         sides = after.sides / before.sides - 1
     return estimate_spread(after.value / before.value - 1, sides, after.folds)

@@ -126,7 +126,9 @@ class Judgement(Frozen):
         worse = [
             comparison
             for comparison in self._select_comparisons(than, measures)
-            if comparison.chance <= 1 - CONFIDENCE and _is_above(comparison.change, than)
+            if comparison.chance <= 1 - CONFIDENCE
+            # Anything is more than any share of 0.
+            and _is_above(comparison.change, than if comparison.before else 0.0)
         ]
         return sorted(worse, key=lambda comparison: -comparison.change.value)
 
@@ -356,7 +358,7 @@ def _compare(
 ) -> Comparison:
     """Compare two evaluations in a figure, given its change and interval from halves."""
     old, new = getattr(before, measure), getattr(after, measure)
-    value = new / old - 1 if old else 0.0
+    value = new / old - 1 if old else new - old
     if change is None:
         change = Spread(value, None, 1, 0 if units is None else units.number)
     return Comparison(
@@ -436,15 +438,17 @@ def _judge_groups(groups: dict[str, Comparisons]) -> dict[str, Comparisons]:
             for group, comparisons in groups.items()
             if not comparisons[measure].is_too_few
         }
+        # Differences from 0 and shares do not compare.
+        shares = {group: enough[group] for group in enough if groups[group][measure].before}
         # The best group has the best upper bound: a small group may seem to gain most by chance.
-        best = min(enough, key=lambda group: enough[group].high or 0.0, default="")
+        best = min(shares, key=lambda group: shares[group].high or 0.0, default="")
         for group, change in enough.items():
             changed.append((group, measure, change.p_value))
-            if group != best:
+            if group in shares and group != best:
                 lag = change - enough[best]
                 judged[group][measure] = replace(judged[group][measure], behind=lag)
                 # The best was selected among all others (Bonferroni).
-                chance = min((len(enough) - 1) * lag.p_value, 1.0)
+                chance = min((len(shares) - 1) * lag.p_value, 1.0)
                 behind.append((group, measure, chance))
     chances = adjust_by_holm([chance for _, _, chance in (*changed, *behind)])
     for (group, measure, _), chance in zip(changed, chances[: len(changed)], strict=True):

@@ -71,12 +71,15 @@ class Gates:
         worse = [] if limit is None else judgement.worse(limit / 100, measures=self.judged)
         for worst in worse[:1]:
             yield (
-                f"failed: {_texts.name(worst.group)} has {percent(worst.change.value)} more "
+                f"failed: {_texts.name(worst.group)} has {worst.amount} "
                 f"{FIGURES[worst.measure].label}; the gate allows {limit:g} %"
             )
         for measure in () if least is None else self.judged:
             gain, label = judgement.whole[measure], FIGURES[measure].label
-            if gain.low is None:
+            if least is not None and not gain.before and (gain.after or least > 0):
+                after = FIGURES[measure].text(gain.after)
+                yield f"failed: {label} is 0 under {gain.names[0]} and {after} then: no gain"
+            elif gain.low is None:
                 doubt = f": {gain.doubt}" if gain.is_too_few else ""
                 yield f"failed: no gain in {label} is certain{doubt}"
             elif least is not None and 100 * gain.low < least:
