@@ -57,7 +57,6 @@ OPTIONS = f"""
 --num-experts 8
 --hidden-layers 2 --dense-layers none
 --devices 4 --devices-per-node 2
---devices 4 --devices-per-node 3,1
 --topology MACHINE
 --prefill-share 0.3
 --seed 3
@@ -118,6 +117,7 @@ OPTIONS = f"""
 --placement COPIES
 --kv-bytes 1e5 --device-memory 80e9 --expert-bytes 1e6
 --step-ms 2,9
+--devices 4 --devices-per-node 3,1
 """
 # Options that no line above has, nor a transcript of their command.
 ELSEWHERE = {"--quiet": "test_output", "--figures": "needs a browser", "--json": "transcripts"}
