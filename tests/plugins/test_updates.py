@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from stand_in_vllm import WIDTH, engine, model
 
 from moetuner.plugins.log import Log
-from moetuner.plugins.updates import bring_maps, follow_updates, keep_maps
+from moetuner.plugins.updates import bring_maps, find_models, follow_updates, keep_maps
 
 torch = pytest.importorskip("torch")
 
@@ -99,6 +99,15 @@ def test_an_update_goes_to_the_slots_that_hold_the_expert(case):
         expected = np.where(np.isin(running, some), running + 100 * step, running)
         assert np.array_equal(served.held(), expected)
         running = random.permuted(running, axis=1)
+
+
+def test_an_empty_slot_is_no_move():
+    """Experts have moved where one is in another slot, not where a slot of a copy is empty."""
+    served = Served(3, 4)
+    for running, moved in (([0, 1, 2, -1], False), ([0, 1, -1, 2], True), ([0, 1, 2, 0], False)):
+        served.place(np.array([running] * 2))
+        models = [placed for states in served.states for placed in find_models(states)]
+        assert [placed.moved for placed in models] == [moved] * 2
 
 
 def test_without_moves_all_is_loaded_as_ever():
