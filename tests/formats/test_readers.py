@@ -6,12 +6,15 @@ Its rows of bad files are asked for in ``test_bad_files.py``.
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from engines_files import GOLDEN
 from targets import ARCHIVES, BYTES, DUMPS, GGUF, TABLES, TORCH, WRITTEN, write
 
+import moetuner as mt
 from moetuner.formats import READERS, find_reader
 from moetuner.formats.native import KINDS
+from moetuner.formats.sources import list_equal
 
 DOCS = Path(__file__).parents[2] / "docs"
 # No engine writes these; TensorRT-LLM has run on no machine of this project, as it wants a GPU.
@@ -54,3 +57,21 @@ def test_every_reader_has_a_page(name):
     del pages["architecture"]  # its example is no page
     spelled = re.compile(r"[-_ .]?".join(module.split("_")))
     assert module in pages or any(spelled.search(text) for text in pages.values())
+
+
+def test_recordings_of_ranks_that_are_equal_count_once(tmp_path):
+    """Those of the plugins' recorder alone, by their content; a line says so of a folder."""
+    random = np.random.default_rng(5)
+    load, other = random.integers(1, 99, (2, 6, 3, 8))
+    names = {"load-11-3x8": load, "load-12-3x8": load, "load-13-3x8-2": load, "load-14-3x8": other}
+    for name, table in names.items():
+        np.savez(tmp_path / f"{name}.npz", load=table)
+    read = mt.open_input(tmp_path)
+    assert np.array_equal(read.window_load, np.concatenate([load, other]))
+    assert list_equal([tmp_path]) == [
+        f"{tmp_path.name}: of 3 equal files, as ranks of one engine record them, 1 counts."
+    ]
+    for path in tmp_path.iterdir():
+        path.rename(path.with_name(path.name.replace("load", "day")))
+    assert mt.open_input(tmp_path).windows == 4 * 6
+    assert list_equal([tmp_path]) == []

@@ -600,6 +600,30 @@ def test_vllm_ascend_takes_loads_of_slots(windows):
     assert ours.rebalance_experts(placed, of_slots * 0)[0] == 0
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_of_vllm_ascend_records_and_logs(rank, tmp_path, caplog, monkeypatch):
+    """Its number is that of the process that makes the policy; the one that runs it has none."""
+    pytest.importorskip("torch")
+    from torch import distributed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    caplog.set_level(logging.INFO, LOG.name)
+    factory = type("PolicyFactory", (), {"generate_policy": staticmethod(lambda _: None)})
+    name = "vllm_ascend.eplb.core.policy.policy_factory"
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(PolicyFactory=factory))
+    distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
+    try:
+        vllm_ascend.replace_policies(Settings(rebalance=True, record=tmp_path / "loads"))
+        policy = factory.generate_policy(0)
+    finally:
+        distributed.destroy_process_group()
+    policy = pickle.loads(pickle.dumps(policy))
+    of_slots = np.array([[[9000, 8000, 1], [10, 9, 1]]] * 2)
+    policy.rebalance_experts(np.array([[[0, 1, 2], [3, 4, 5]]] * 2), of_slots)
+    policy.balancer.flush()
+    assert len([*tmp_path.rglob("*.npz")]) == len(caplog.messages) == (rank == 0)
+
+
 def test_vllm_places_experts_at_the_load(stored):
     """By its synchronous way, once; not where ranks may come alone, nor where nothing is stored."""
     for environment, elastic, expected in (

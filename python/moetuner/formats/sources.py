@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import filecmp
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
+# A file of the plugins' recorder: process, layers and experts, and a number that may follow.
+RECORDER = re.compile(r"load-\d+-(\d+x\d+)(-\d+)?\.npz", re.ASCII)
 # "rank3" anywhere in a name, else a number at the end, as in "counts-3".
 NUMBERS = (re.compile(r"rank[_-]?(\d{1,6})", re.ASCII), re.compile(r"[_-](\d{1,6})$", re.ASCII))
 
@@ -14,7 +18,8 @@ NUMBERS = (re.compile(r"rank[_-]?(\d{1,6})", re.ASCII), re.compile(r"[_-](\d{1,6
 def list_files(paths: Iterable[Path], pattern: str = "*") -> list[Path]:
     """List files, and those of folders that match a pattern.
 
-    Hidden files are left out: files have hidden names while they are written.
+    Hidden files are left out: files have hidden names while they are written. So are those of a
+    plugin's recorder that equal another one, as ``find_equal`` lists them.
     """
     files: list[Path] = []
     for path in paths:
@@ -22,8 +27,45 @@ def list_files(paths: Iterable[Path], pattern: str = "*") -> list[Path]:
             files.append(path)
             continue
         matching = (file for file in path.glob(pattern) if file.is_file())
-        files += sorted(file for file in matching if not file.name.startswith("."))
+        shown = sorted(file for file in matching if not file.name.startswith("."))
+        equal = find_equal(shown)
+        files += [file for file in shown if file not in equal]
     return files
+
+
+def find_equal(files: Iterable[Path]) -> dict[Path, Path]:
+    """Find files of a plugin's recorder that equal an earlier one; return that one by the file.
+
+    Where every rank of an engine decides by itself, each may have recorded the same loads.
+    """
+    equal: dict[Path, Path] = {}
+    first: list[tuple[str, Path]] = []
+    for file in files:
+        if (name := RECORDER.fullmatch(file.name)) is None:
+            continue
+        with suppress(OSError):
+            others = (other for sizes, other in first if sizes == name[1])
+            same = next(
+                (other for other in others if filecmp.cmp(file, other, shallow=False)), None
+            )
+            if same is None:
+                first.append((name[1], file))
+            else:
+                equal[file] = same
+    return equal
+
+
+def list_equal(paths: Iterable[Path]) -> list[str]:
+    """Return a line for each folder with files that are taken once, as they are equal."""
+    lines = []
+    for path in paths:
+        equal = find_equal(sorted(path.glob("*"))) if path.is_dir() else {}
+        if equal:
+            lines.append(
+                f"{path.name}: of {len(equal) + len({*equal.values()})} equal files, as ranks of "
+                f"one engine record them, {len({*equal.values()})} counts."
+            )
+    return lines
 
 
 def first_file(path: Path, pattern: str = "*") -> Path:

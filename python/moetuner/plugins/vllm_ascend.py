@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from moetuner.plugins.balancer import Balancer
 from moetuner.plugins.log import Log
 from moetuner.plugins.settings import Settings
-from moetuner.plugins.tensors import read_array
+from moetuner.plugins.tensors import find_process_rank, read_array
 from moetuner.solver.rebalancing import slowest
 
 LOG = Log(logging.getLogger("vllm.moetuner"))
@@ -46,7 +46,7 @@ def replace_policies(settings: Settings) -> None:
     balancer = Balancer(settings, LOG)
 
     def generate_policy(*arguments: Any, **named: Any) -> AscendPolicy:
-        return AscendPolicy(theirs(*arguments, **named), balancer)
+        return AscendPolicy(theirs(*arguments, **named), balancer, find_process_rank())
 
     generate_policy.moetuner = True  # type: ignore[attr-defined]
     PolicyFactory.generate_policy = staticmethod(generate_policy)
@@ -55,11 +55,13 @@ def replace_policies(settings: Settings) -> None:
 class AscendPolicy:
     """A policy of vllm-ascend that decides by ours, and by ``theirs`` if ours fails.
 
-    It can be pickled, as it may run in another process than the one that makes it.
+    It can be pickled, as it may run in another process than the one that makes it. Every rank calls
+    it there, with the same loads, in a process without a rank; so ``rank`` is that of the process
+    that makes it, and rank 0 alone records, and logs at INFO.
     """
 
-    def __init__(self, theirs: Any, balancer: Balancer) -> None:
-        self.theirs, self.balancer = theirs, balancer
+    def __init__(self, theirs: Any, balancer: Balancer, rank: int = 0) -> None:
+        self.theirs, self.balancer, self.rank = theirs, balancer, rank
 
     def rebalance_experts(self, current_expert_table: Any, expert_workload: Any) -> Any:
         """Return whether the table changes, layers by falling gain, and the table [L,D,S].
@@ -72,12 +74,19 @@ class AscendPolicy:
         except Exception as error:
             self.balancer.failed("vllm-ascend's own policy decides", error)
             return self.theirs.rebalance_experts(current_expert_table, expert_workload)
-        self.balancer.record(windows)
+        self.balancer.record(windows, self.rank)
         layers, ranks, width = slots.shape
         # This runs in a process beside each rank, which is in no group of torch's: ranks are given
         # the same loads and decide alike, but cannot compare what they read.
         full = self.balancer.decide(
-            windows, ranks * width, None, 1, ranks, slots.reshape(layers, -1), sparse=None
+            windows,
+            ranks * width,
+            None,
+            1,
+            ranks,
+            slots.reshape(layers, -1),
+            rank=self.rank,
+            sparse=None,
         )
         if full is None:
             return self.theirs.rebalance_experts(current_expert_table, expert_workload)

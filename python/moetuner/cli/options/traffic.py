@@ -31,6 +31,7 @@ from moetuner.cost import public_name, top_k_of, type_in_name
 from moetuner.files import same_file
 from moetuner.formats import find_readers, list_cautions, open_input
 from moetuner.formats.hints import Traffic as Traffic
+from moetuner.formats.sources import list_equal
 from moetuner.presets import MODELS
 from moetuner.problem.made import Made
 from moetuner.problem.reading import Reading
@@ -260,4 +261,4 @@ class Source(FileHints):
     @cached_property
     def warnings(self) -> list[str]:
         """Warnings about INPUT that is of little or no use."""
-        return recording.list_warnings(self.traffic)
+        return [*list_equal(self.input_files), *recording.list_warnings(self.traffic)]
