@@ -432,3 +432,10 @@ def test_copies_are_read_where_the_replay_has_a_token(split, window):
         placement, trace, mt.Topology(4, 2), window=window, split=split, cost_model=model
     )
     assert actual.predicted_layer_us == pytest.approx(np.mean(times))
+
+
+def test_the_name_of_a_file_is_no_traffic():
+    """It is refused by its type, whatever else is given."""
+    for model in ("model", None):
+        with pytest.raises(TypeError, match="traffic must be a RoutingTrace"):
+            mt.evaluate(IN_BLOCKS, "t.safetensors", cost_model=model)

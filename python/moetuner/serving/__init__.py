@@ -427,12 +427,11 @@ def make_serving(
         refuse_keywords(cost_model=None if cost_model == "model" else cost_model, **settings)
         return machine
     topology = machine if placement is None else find_machine(placement, machine)
+    check_recording(traffic)
     if isinstance(cost_model, str) and cost_model == "model":
-        check_recording(traffic)
         cost_model = cost_model_of(traffic)
     if settings.get("waterfill") is not None:
         positive("waterfill", settings["waterfill"])
-        check_recording(traffic)
         settings.setdefault("top_k", find_top_k(traffic))
     return Serving(
         topology,  # type: ignore[arg-type]  # Serving checks it
