@@ -76,6 +76,15 @@ def test_a_full_disk_is_said_once(files):
     assert said == ["moetuner: error: standard output: No space left on device"]
 
 
+def test_a_demo_without_room_leaves_no_trace(tmp_path):
+    """Its file appears whole or not at all, and is the one that the message names."""
+    line = f"ulimit -f 8; {sys.executable} -m moetuner demo --out there"
+    done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "moetuner: error: there/trace.safetensors: File too large\n"
+    assert not list((tmp_path / "there").iterdir())
+
+
 # The command line, which stays where it shows the first progress of some work until a signal comes.
 # It shows progress later, too, where a search was interrupted and its best answer is judged.
 HELD = """

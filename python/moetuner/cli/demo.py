@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from importlib import resources
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from moetuner.cli.options import option
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
 from moetuner.evaluation.samples import hold_out
-from moetuner.files import same_file
+from moetuner.files import replacing, same_file
 from moetuner.files.cells import percent
 from moetuner.formats import eplb
 from moetuner.formats.hints import Hints
@@ -51,8 +50,9 @@ def command(
                 f"must be another file than the demo's {path.name}.", param_hint="'--json'"
             )
     directory.mkdir(parents=True, exist_ok=True)
-    with resources.as_file(resources.files("moetuner") / "data" / SAMPLE) as bundled:
-        shutil.copyfile(bundled, files[0])
+    bundled = (resources.files("moetuner") / "data" / SAMPLE).read_bytes()
+    with replacing(files[0]) as temporary:
+        temporary.write_bytes(bundled)
     source = Source(input_files=(files[0],), threads=threads)
     trace = RoutingTrace.load(files[0])
     with working("looking for structure"):
