@@ -294,7 +294,15 @@ sys.meta_path.insert(0, Sender())
 """
 
 
-IMPORTS = ("moetuner._core", "numpy.lib", "moetuner.trace", "click", "moetuner.cli.inspect")
+IMPORTS = (
+    "moetuner._core",
+    "typing",
+    "re",
+    "numpy.lib",
+    "moetuner.trace",
+    "click",
+    "moetuner.cli.inspect",
+)
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,11 @@ Data flows one way: a recorded ``RoutingTrace`` is counted into ``RoutingStatist
 ``evaluate`` replays the placement on a trace it has not seen.
 """
 
-import importlib
-import typing
+# Type checkers know this name. Importing typing would take longer than the rest, and in that time
+# the command line could not handle Ctrl-C yet.
+TYPE_CHECKING = False
 
-if typing.TYPE_CHECKING:
+if TYPE_CHECKING:
     from moetuner._core import __version__
     from moetuner.cost import CostModel
     from moetuner.counting import count
@@ -145,10 +146,12 @@ _MODULES = (
 )
 
 
-if not typing.TYPE_CHECKING:  # where any name would be one of the package
+if not TYPE_CHECKING:  # where any name would be one of the package
 
     def __getattr__(name: str) -> object:
         """Return a name of the package, or a module of it, which is loaded now."""
+        import importlib
+
         if name in _MODULES:
             return importlib.import_module(f"moetuner.{name}")
         if name not in _HOMES:
@@ -156,6 +159,9 @@ if not typing.TYPE_CHECKING:  # where any name would be one of the package
         value = getattr(importlib.import_module(f"moetuner.{_HOMES[name]}"), name)
         globals()[name] = value
         return value
+
+
+del TYPE_CHECKING  # it is no name of the package
 
 
 def __dir__() -> list[str]:
