@@ -49,6 +49,9 @@ MENU = {
     "fit": "Measure one MoE layer, and write its cost model.",
     "verify": "Recompute the bound that a certificate proves.",
 }
+# Options for numbers of slots, and what a command says that has --copies in place of them.
+SLOTS = ("--slots-per-device", "--extra-slots")
+COPIES_INSTEAD = "'--copies 0,1,2' lists slots for copies, of a device and layer, to try."
 # Earlier names of commands, which module ``former`` defines.
 FORMER = ("audit", "report", "show", "diff")
 
@@ -211,6 +214,10 @@ def _run(arguments: Sequence[str]) -> int:
     except click.NoSuchOption as error:
         # Dashes, which all options have, bring none of them nearer.
         flags = {flag.lstrip("-"): flag for flag in error.possibilities or ()}
+        context = error.ctx
+        names = {parameter.name for parameter in context.command.params} if context else set()
+        if error.option_name in SLOTS and "copies" in names:
+            return _failed(f"No such option '{error.option_name}'. {COPIES_INSTEAD}")
         similar = difflib.get_close_matches(error.option_name.lstrip("-"), flags)
         nearest = click.NoSuchOption(
             error.option_name, error.message, [flags[name] for name in similar], error.ctx
