@@ -150,6 +150,25 @@ def test_only_the_engine_that_can_is_told(engine, split, is_told):
     assert (" --ep-dispatch-algorithm lp" in line) is is_told
 
 
+@pytest.mark.parametrize(
+    ("engine", "heads_are_divided"),
+    [("vllm", "--tensor-parallel-size 4"), ("sglang", "--model MODEL --tp-size 4 --ep-size 4")],
+)
+def test_devices_that_divide_no_heads_are_data_parallel(engine, heads_are_divided):
+    """With 7 ranks of tensor parallelism a model of 64 heads would not start."""
+
+    def line(devices):
+        placement = Placement.from_assignment([np.arange(28) % devices], devices)
+        return list_serving_recipes(engine, placement)[-1].command
+
+    assert heads_are_divided in line(4)
+    is_vllm = engine == "vllm"
+    assert ("--data-parallel-size 7 " if is_vllm else "--dp-size 7 --enable-dp-attention") in line(
+        7
+    )
+    assert "tensor-parallel" not in line(7)
+
+
 @pytest.mark.parametrize("split", ["even", "nearest", "lp"])
 @pytest.mark.parametrize("redundant", [0, 4])
 def test_sglang_has_a_back_end_where_copies_are_not_shared_evenly(split, redundant):

@@ -147,8 +147,9 @@ def command(
             window=source.replay_window,
         )
     not_serving = sorted({*range(running.devices)} - {*planned.devices.tolist()})
+    left = topology.without(not_serving, change.join)
     served = replace(
-        made.on(topology.without(not_serving, change.join)),
+        made.on(left),
         plan={"running": running_file.name, "change": write_change(**change.numbers)},
     )
     placement = planned.placement.with_names(
@@ -169,7 +170,7 @@ def command(
         out_file,
         engine=made.serving.get("engine"),
         split=made.serving.get("split"),
-        nodes=topology.nodes,
+        nodes=left.nodes,
     )
     output.say("")
     output.next_commands(following)

@@ -194,7 +194,7 @@ def list_serving_recipes(
     if capabilities.serve:
         slots = placement.devices * placement.slots_per_device
         redundant = slots - placement.num_experts
-        line = capabilities.serve.format(devices=placement.devices, redundant=redundant)
+        line = capabilities.write_serve(placement.devices, redundant)
         if model is not None:
             line = re.sub(r"\bMODEL\b", shlex.quote(model), line)
         if redundant:

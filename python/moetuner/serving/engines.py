@@ -48,6 +48,9 @@ class Engine:
     serve
         The command that serves ``placement.json``, or its map ``experts.json``, on ``devices``
         devices with ``redundant`` redundant slots; empty if only the engine's page has it.
+    tensor_ranks, data_ranks
+        What its command has in place of ``{ranks}``: options by which ranks divide the heads of
+        attention, and by which each has all heads.
     on_nodes
         Its options to serve on ``nodes`` nodes, by the same command on each; empty if another
         program starts the nodes.
@@ -73,6 +76,8 @@ class Engine:
     repeated: str = ""
     has_low_latency: bool = False
     serve: str = ""
+    tensor_ranks: str = "--tensor-parallel-size {devices}"
+    data_ranks: str = "--data-parallel-size {devices}"
     on_nodes: str = ""
     serve_note: str = ""
     splits_by: Mapping[Split, str] = field(default_factory=dict)
@@ -85,6 +90,16 @@ class Engine:
         """The engine's split of whole windows, and its options; None if it has no such split."""
         pairs = self.splits_by.items()
         return next((pair for pair in pairs if RULES[pair[0]].needs_windows), None)
+
+    def write_serve(self, devices: int, redundant: int) -> str:
+        """Write the command that serves a placement on devices with redundant slots."""
+        # Tensor parallelism needs a number of devices that divides the heads of attention. They are
+        # not known here, but powers of two divide those of nearly all models, and 7 or 9 do not.
+        is_power_of_two = devices & (devices - 1) == 0
+        ranks = self.tensor_ranks if is_power_of_two else self.data_ranks
+        return self.serve.format(
+            ranks=ranks.format(devices=devices), devices=devices, redundant=redundant
+        )
 
 
 # Programs that do not place whole experts on devices, and why there is nothing to place.
@@ -102,7 +117,7 @@ ENGINES: dict[str, Engine] = {
         "even",
         "by a hash of the token",
         has_low_latency=True,
-        serve="MOETUNER_PLACEMENT=placement.json vllm serve MODEL --tensor-parallel-size {devices} "
+        serve="MOETUNER_PLACEMENT=placement.json vllm serve MODEL {ranks} "
         "--enable-expert-parallel --enable-eplb "
         """--eplb-config '{{"num_redundant_experts": {redundant}}}'""",
         go_back="start vLLM without MOETUNER_PLACEMENT",
@@ -116,8 +131,10 @@ ENGINES: dict[str, Engine] = {
         "the nearest, as static dispatch with --moe-a2a-backend does",
         repeated="loads one of them and sends tokens to both",
         has_low_latency=True,
-        serve="python -m sglang.launch_server --model MODEL --tp-size {devices} --ep-size "
-        "{devices} --init-expert-location experts.json --ep-num-redundant-experts {redundant}",
+        serve="python -m sglang.launch_server --model MODEL {ranks} --ep-size {devices} "
+        "--init-expert-location experts.json --ep-num-redundant-experts {redundant}",
+        tensor_ranks="--tp-size {devices}",
+        data_ranks="--tp-size {devices} --dp-size {devices} --enable-dp-attention",
         on_nodes="--nnodes {nodes} --node-rank 0 --dist-init-addr HOST:PORT",
         serve_note="leave out --enable-eplb, which would replace the map",
         # Without a back end every rank has all tokens, and SGLang takes an expert's copies in turns
@@ -149,7 +166,7 @@ ENGINES: dict[str, Engine] = {
         "even",
         "one for each device, in turns over devices",
         repeated="refuses it",
-        serve="vllm serve MODEL --tensor-parallel-size {devices} --enable-expert-parallel "
+        serve="vllm serve MODEL {ranks} --enable-expert-parallel "
         """--additional-config '{{"eplb_config": {{"expert_map_path": "experts.json"}}}}'""",
         go_back="start vLLM without expert_map_path",
     ),
