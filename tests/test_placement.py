@@ -1,5 +1,7 @@
 """Placement: its invariants, its files, and what changes between two of them."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import example, given
@@ -120,6 +122,20 @@ def test_what_stays_keeps_its_slot(pair, data):
             assert slots[place] == a.slots[place]
     moves = moves_from(a.held, slots)
     assert moves.tolist() == a.diff(b).experts_moved_per_layer.tolist()
+
+
+@given(placements(), st.data())
+def test_a_checksum_is_of_experts_on_devices(placement, data):
+    """It does not depend on the order of a device's slots; another device's expert changes it."""
+    random = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    shuffled = random.permuted(placement.slots, axis=2)
+    experts = placement.num_experts
+    assert mt.Placement(shuffled, num_experts=experts).checksum == placement.checksum
+    assert re.fullmatch("[0-9a-f]{8}", placement.checksum)
+    turned = np.roll(placement.slots, 1, axis=1)
+    differs = not np.array_equal(np.sort(turned, axis=2), np.sort(placement.slots, axis=2))
+    other = mt.Placement(turned, num_experts=experts)
+    assert (other.checksum != placement.checksum) == differs
 
 
 def test_slots_are_a_frozen_copy():

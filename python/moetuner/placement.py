@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Collection, Mapping
 from copy import copy
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -91,6 +92,12 @@ def compare_holders(
         moves=np.stack([layer, expert, source, target], axis=1),
         pairs=pairs.reshape(devices, devices),
     )
+
+
+def compute_checksum(slots: NDArray[np.integer[Any]]) -> str:
+    """Return eight hexadecimal digits of slots [L,D,S], the same in any order within a device."""
+    in_order = np.sort(slots, axis=2).astype("<i4")
+    return f"{zlib.crc32(in_order.tobytes(), zlib.crc32(repr(slots.shape).encode())):08x}"
 
 
 def find_holders(slots: NDArray[np.int32], experts: int) -> NDArray[np.bool_]:
@@ -335,6 +342,14 @@ class Placement(Frozen):
     def held(self) -> NDArray[np.bool_]:
         """Whether a device holds an expert [L,D,E]."""
         return find_holders(self.slots, self.num_experts)
+
+    @property
+    def checksum(self) -> str:
+        """Eight hexadecimal digits of the slots, by which plugins of engines name a placement.
+
+        They do not depend on the order of slots within a device, which engines choose.
+        """
+        return compute_checksum(self.slots)
 
     @property
     def device_of(self) -> NDArray[np.int64]:

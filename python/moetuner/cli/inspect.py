@@ -297,11 +297,13 @@ def _show_placement(output: Output, placement_file: Path, placement: Placement) 
         f"{_texts.name(placement_file.name)}: {counted(placement.layers, 'layer')}, "
         f"{counted(placement.num_experts, 'expert')}, {counted(placement.devices, 'device')} x "
         f"{counted(placement.slots_per_device, 'slot')}; {sizes['copies']:,} copies beyond one of "
-        f"each expert, {counted(sizes['empty_slots'], 'empty slot')}",
+        f"each expert, {counted(sizes['empty_slots'], 'empty slot')}; checksum "
+        f"{placement.checksum}",
         *_origins(placement, made, moment),
     )
     names = ("model", "topology", "fingerprint", "objective", "bound", "bound_scope")
     contents: dict[str, Any] = {"placement": str(placement_file), "file_date": date.isoformat()}
+    contents["checksum"] = placement.checksum
     contents |= sizes | {name: getattr(placement, name) for name in names}
     output.finish(contents | {"settings": placement.settings})
 
