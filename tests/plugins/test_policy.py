@@ -371,7 +371,7 @@ def test_of_windows_the_last_ones_count_where_loads_drift():
 
 @given(cases())
 def test_what_is_said_of_a_map(case):
-    """Balancedness and copies moved, against a count rank by rank."""
+    """Balancedness, imbalance of layers and copies moved, against a count rank by rank."""
     load, (slots, groups, nodes, ranks), random = case
     layers, experts = load.shape[1:]
     old, new = (running(random, (layers, slots), experts) for _ in range(2))
@@ -383,6 +383,9 @@ def test_what_is_said_of_a_map(case):
     if load.any():
         expected = load.sum() / (ranks * slowest(load, new, ranks).sum())
     assert engine.balancedness(mapped) == pytest.approx(expected)
+    used = load.any(axis=1)
+    busiest = slowest(load, new, ranks)[used] * ranks / load[used].sum(axis=1)
+    assert engine.imbalance(mapped) == pytest.approx(busiest)
 
 
 @given(

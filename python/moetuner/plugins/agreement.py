@@ -31,6 +31,11 @@ WAIT_TO_REOPEN = 1.0
 LONGEST = 400
 # Most ranks that a line names.
 MOST_NAMED = 8
+# Kinds of reasons for which all ranks take the engine's own map.
+SILENT, UNREAD, OTHER_FILES = "rank silent", "files unreadable", "files differ"
+FAILED, OTHER_MAPS, LATE = "rank failed", "maps differ", "rank late"
+NO_STORE, NO_ROUND = "store failed", "round failed"
+CAUSES = (SILENT, UNREAD, OTHER_FILES, FAILED, OTHER_MAPS, LATE, NO_STORE, NO_ROUND)
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,8 @@ class Verdict:
 
     ``off`` means the engine's own map from now on. ``silent`` says that a rank did not answer;
     ``speaker`` is the first rank that did, and ``speaks`` whether this is it. ``map`` is the
-    checksum of the taken map, and ``failures`` the number of consecutive rounds that failed.
+    checksum of the taken map, ``failures`` the number of consecutive rounds that failed, and
+    ``cause`` the kind of ``reason``, one of ``CAUSES``.
     """
 
     do: str = "own"
@@ -99,6 +105,7 @@ class Verdict:
     speaks: bool = True
     map: str = ""
     failures: int = 0
+    cause: str = ""
 
 
 def judge(posts: Sequence[Post | None], wait: float = WAIT) -> Verdict:
@@ -120,6 +127,7 @@ def judge(posts: Sequence[Post | None], wait: float = WAIT) -> Verdict:
             "there, with the same MOETUNER_ variables?",
             silent=True,
             speaker=speaker,
+            cause=SILENT,
         )
     answers = [post for post in posts if post is not None]
     first = answers[0]
@@ -129,17 +137,19 @@ def judge(posts: Sequence[Post | None], wait: float = WAIT) -> Verdict:
     differing = "own" if all(post.reloads for post in answers) else "off"
     unread = [rank for rank, post in enumerate(answers) if post.unread]
     if unread:
-        return Verdict(differing, _quote_errors(answers, unread))
+        return Verdict(differing, _quote_errors(answers, unread), cause=UNREAD)
     other_files = [rank for rank, post in enumerate(answers) if post.files != first.files]
     if other_files:
         ranks = name_ranks(other_files)
-        return Verdict(differing, f"{ranks} read other files or variables than rank 0")
+        reason = f"{ranks} read other files or variables than rank 0"
+        return Verdict(differing, reason, cause=OTHER_FILES)
     failed = [rank for rank, post in enumerate(answers) if post.error]
     if failed:
-        return Verdict("own", _quote_errors(answers, failed))
+        return Verdict("own", _quote_errors(answers, failed), cause=FAILED)
     other_maps = [rank for rank, post in enumerate(answers) if post.map != first.map]
     if other_maps:
-        return Verdict("own", f"{name_ranks(other_maps)} decided another map than rank 0")
+        reason = f"{name_ranks(other_maps)} decided another map than rank 0"
+        return Verdict("own", reason, cause=OTHER_MAPS)
     return Verdict("take", map=first.map)
 
 
@@ -195,7 +205,7 @@ class MapAgreement:
         except Exception as error:
             self._failures += 1
             do = "off" if self._failures >= PATIENCE else "own"
-            return Verdict(do, _cannot_compare(error))
+            return Verdict(do, _cannot_compare(error), cause=NO_STORE)
         self._failures = 0
         return replace(verdict, speaks=verdict.speaker == ranks.rank)
 
@@ -241,7 +251,7 @@ class MapAgreement:
                     (rank for rank, message in enumerate(posts) if message is not None), 0
                 )
                 reason = (str(error) or repr(error))[:LONGEST]
-                verdict = Verdict(reason=reason, speaker=speaker, failures=1)
+                verdict = Verdict(reason=reason, speaker=speaker, failures=1, cause=NO_ROUND)
             if verdict.silent or verdict.failures:
                 failures = 1 if last.do == "off" else last.failures + 1
                 do = "off" if failures >= PATIENCE else verdict.do
@@ -262,14 +272,15 @@ class MapAgreement:
         except TimeoutError as error:
             # Others may read this rank's post when the store answers again. Then they find this
             # verdict, and do not judge the post.
-            lost = Verdict(reason=_cannot_compare(error), speaker=group.rank, failures=1)
+            reason = _cannot_compare(error)
+            lost = Verdict(reason=reason, speaker=group.rank, failures=1, cause=NO_STORE)
             store.put_later(verdict_key(rounds.key), to_json(lost))
             raise
         rounds.close(store, message, complete=complete)
         verdict = read_verdict(message)
         if verdict.do == "take" and verdict.map != post.map:
             # The verdict is on the post of another process that had this rank.
-            return Verdict(reason="this rank came too late with another map")
+            return Verdict(reason="this rank came too late with another map", cause=LATE)
         return verdict
 
 
@@ -303,7 +314,7 @@ def read_verdict(message: str | None) -> Verdict:
         reason = f"{verdict.do!r} is not a verdict"
     except Exception as error:
         reason = f"the verdict cannot be read: {error!r}"
-    return Verdict(reason=reason, failures=1)
+    return Verdict(reason=reason, failures=1, cause=NO_ROUND)
 
 
 def _read_post(rank: int, message: str | None) -> Post | None:

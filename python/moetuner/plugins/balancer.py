@@ -15,15 +15,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner.plugins.agreement import Group, MapAgreement, Post
+from moetuner._core import __version__
+from moetuner.placement import compute_checksum as checksum_placement
+from moetuner.plugins.agreement import CAUSES, Group, MapAgreement, Post
 from moetuner.plugins.decision import Case, Slots
-from moetuner.plugins.files import Files, compute_checksum
+from moetuner.plugins.files import Files, Stored, compute_checksum
 from moetuner.plugins.log import Log, quote_error
+from moetuner.plugins.metrics import (
+    NOT_IN_FORCE,
+    OFF,
+    OWN,
+    QUANTILES,
+    TAKEN,
+    Figures,
+    find_metrics,
+)
 from moetuner.plugins.recorder import LoadRecorder
 from moetuner.plugins.settings import Settings, find_idle_variables
 
 # Seconds between two looks at the file of MOETUNER_RELOAD.
 LOOK_SECONDS = 0.5
+# A model's name and the shape [L,P] of its map.
+ModelKey = tuple[str | None, tuple[int, ...]]
 # Only one thread reads files again at a time; a second caller then finds that they are read.
 READING = threading.Lock()
 
@@ -52,7 +65,7 @@ class Balancer:
             Files(error=settings) if isinstance(settings, str) else Files.read(self.settings)
         )
         self._agreement = agreement or MapAgreement()
-        self._off = self._falls_back = False
+        self._off = False
         self._pending: Files | None = None
         self._seen = _signature(self.settings.reload)
         self._looks = False
@@ -63,6 +76,17 @@ class Balancer:
         self._models: dict[int, set[str]] = {}
         # The last case of every model, by its layers, experts and name.
         self._cases: dict[tuple[int, int, str | None], Case] = {}
+        # Checksum of the map that a model took last, by its name and the shape of its map, and the
+        # models that did not run what they took.
+        self._taken: dict[ModelKey, str] = {}
+        self._skips: set[ModelKey] = set()
+        # Lines on the engine's own map since ranks took one of ours, and the cause of the last.
+        self._fallbacks: set[str] = set()
+        self._cause = ""
+        # Unix time of the last live decision that changed a map.
+        self._made = time.time()
+        # Bytes of an expert of a layer, by the number of layers of its model.
+        self._expert_bytes: dict[int, int] = {}
         self._rank = 0
 
     @classmethod
@@ -103,10 +127,12 @@ class Balancer:
             parts.append(f"reads its files again when {settings.reload} changes")
         if not parts:
             parts.append("has weights that change follow the engine's own moves of experts")
-        return "; ".join(parts) + f"; checksum {files.checksum}"
+        return "; ".join(parts) + f"; checksum {files.checksum}; moetuner {__version__}"
 
-    def take_model(self, layers: int, name: str | None) -> None:
-        """Remember the name of a model of the engine, by its number of layers."""
+    def take_model(self, layers: int, name: str | None, expert_bytes: int = 0) -> None:
+        """Remember a model of the engine by its number of layers; 0 bytes are not known."""
+        if expert_bytes:
+            self._expert_bytes[layers] = expert_bytes
         self._models.setdefault(layers, set()).update([name] if name else [])
 
     def name_model(self, layers: int) -> str | None:
@@ -155,17 +181,22 @@ class Balancer:
             Layers with experts of an engine that counts others too, empty where only their load
             tells; None for an engine that does not count others.
         """
-        if not self.settings.decides or (self._off and self._agreement.is_off(group)):
+        if not self.settings.decides:
+            return None
+        self._rank = rank
+        self._compare_running(old_map, num_ranks, model)
+        if self._off and self._agreement.is_off(group):
+            self._count(OFF, self._cause, rank)
             return None
         if self.settings.reload is not None and not self._looks:
             # Started once, in the process that decides.
             self._looks = True
             threading.Thread(target=self._watch, name="moetuner-reload", daemon=True).start()
-        self._rank = rank
         arguments = (weight, num_replicas, num_groups, num_nodes, num_ranks, old_map, sparse)
         while True:
             begin, pending = time.perf_counter(), self._pending
             decided, post = self._decide_alone(arguments, model, form, pending)
+            agreeing = time.perf_counter()
             verdict = self._agreement.verdict(group, post, wait)
             if verdict.do != "reload" or pending is None:
                 break
@@ -178,23 +209,49 @@ class Balancer:
             until = " from now on" if self._off else ""
             text = f"all ranks take the engine's own map{until}: {verdict.reason}"
             self.log.warn(text, int(not verdict.speaks))
-            self._falls_back = True
-            if rank == 0:
-                self.log.count_result("off" if self._off else "own map", is_ours=False)
+            self._fallbacks.add(text)
+            self._cause = verdict.cause if verdict.cause in CAUSES else "other"
+            self._count(OFF if self._off else OWN, self._cause, rank)
             return None
-        if self._falls_back:
-            # What was wrong has ended: if it comes again, it is said again.
-            self._falls_back = False
-            self.log.forget()
-        if rank == 0:
-            self.log.count_result("taken", is_ours=True)
-        answer, case, slots, source = decided
+        for text in self._fallbacks:
+            self.log.forget(text)
+        self._fallbacks.clear()
+        answer, case, slots, stored = decided
         if not quiet:
+            key = model, (len(slots), slots[0].size)
+            if model is not None or len(self._models.get(len(slots), ())) < 2:
+                self._taken[key] = checksum_placement(slots)
+            ours = key not in self._skips or np.array_equal(slots, case.slots)
             # A copy, as an engine goes on with its arrays, and may reset them.
-            case, took = replace(case, windows=case.load[None]), time.perf_counter() - begin
-            details = case, slots, source, rank, took
+            case = replace(case, windows=case.load[None])
+            took = agreeing - begin, time.perf_counter() - agreeing
+            details = case, slots, stored, rank, ours, took
             self._run_in_background("a decision is not described", self._describe, *details)
         return answer
+
+    def _compare_running(self, old_map: ArrayLike | None, ranks: int, model: str | None) -> None:
+        """Count a map that ranks took and that the engine does not run."""
+        with suppress(Exception):
+            running = np.asarray(old_map)
+            checksum = checksum_placement(running.reshape(len(running), ranks, -1))
+            key = model, running.shape
+            taken = self._taken.pop(key, checksum)
+            if taken != checksum:
+                self._skips.add(key)
+                self._count(NOT_IN_FORCE, "engine runs another", self._rank)
+            else:
+                self._skips.discard(key)
+
+    def _count(self, result: str, reason: str, rank: int) -> None:
+        """Count a decision after which the engine does not serve our map."""
+
+        def count() -> None:
+            if (metrics := find_metrics()) is not None:
+                metrics.count(result, reason)
+                metrics.show(Figures(), ours=False)
+
+        if rank == 0:
+            self._run_in_background("a decision is not counted", count)
 
     def _decide_alone(
         self,
@@ -202,12 +259,12 @@ class Balancer:
         model: str | None,
         form: Callable[[NDArray[np.int64]], Any],
         pending: Files | None,
-    ) -> tuple[tuple[Any, Case, Slots, str] | None, Post]:
-        """Decide by the files of this rank; return answer, case, slots and source, and the post."""
+    ) -> tuple[tuple[Any, Case, Slots, Stored | None] | None, Post]:
+        """Decide by the files of this rank; return answer, case, slots and file, and the post."""
         files = self.files
         post = Post(files.checksum, reloads=self.settings.reload is not None)
         try:
-            case, source = Case.from_arguments(*arguments), "live loads"
+            case, stored = Case.from_arguments(*arguments), None
             if pending is not None and self._serves(pending, case, model, form):
                 post = replace(post, pending=pending.checksum)
             if files.error:
@@ -216,7 +273,6 @@ class Balancer:
             self._cases[sizes] = replace(case, windows=case.load[None])
             if files.placements:
                 stored, slots = files.slots(case, model)
-                source = f"{stored.path} ({stored.checksum})"
                 if text := stored.warning(model):
                     self.log.warn(text, self._rank)
             else:
@@ -226,7 +282,7 @@ class Balancer:
         except Exception as error:
             return None, replace(post, error=quote_error(error))
         slots = full.astype(np.int32).reshape(case.slots.shape)
-        return (answer, case, slots, source), replace(post, map=compute_checksum(slots.tobytes()))
+        return (answer, case, slots, stored), replace(post, map=compute_checksum(slots.tobytes()))
 
     def _serves(
         self,
@@ -256,8 +312,16 @@ class Balancer:
     def _warn_not_taken(self, why: str) -> None:
         self.log.warn(f"read again, not taken: {why}", self._rank)
 
-    def _describe(self, case: Case, slots: Slots, source: str, rank: int, seconds: float) -> None:
-        """Log what a map changes; at DEBUG if it changes nothing."""
+    def _describe(
+        self,
+        case: Case,
+        slots: Slots,
+        stored: Stored | None,
+        rank: int,
+        ours: bool,
+        took: tuple[float, float],
+    ) -> None:
+        """Log what a map changes, at DEBUG if it changes nothing; pass its figures to metrics."""
         layers, ranks, width = slots.shape
         changed = int((slots != case.slots).any(axis=(1, 2)).sum())
         before, after = case.balancedness(case.slots), case.balancedness(slots)
@@ -266,14 +330,30 @@ class Balancer:
         if after is not None:
             was = "" if before is None else f"{before:.3f} -> "
             gain = f"balancedness {was}{after:.3f}"
+        source = "live loads" if stored is None else f"{stored.path} ({stored.checksum})"
+        decided, agreed = (1e3 * seconds for seconds in took)
         self.log.say(
             f"{source}: {gain}, {changed} layers change, {moved} copies move; map "
-            f"{compute_checksum(slots.tobytes())} of {layers} layers x {ranks * width} slots on "
-            f"{ranks} ranks, {1e3 * seconds:.1f} ms",
+            f"{checksum_placement(slots)} of {layers} layers x {ranks * width} slots on "
+            f"{ranks} ranks, decided in {decided:.1f} ms, agreed in {agreed:.1f} ms",
             rank if changed else 1,
         )
-        if rank == 0 and after is not None:
-            self.log.count(before or 0.0, after, moved, seconds)
+        if changed:
+            self._made = time.time()
+        metrics = find_metrics() if rank == 0 else None
+        if metrics is not None:
+            size = self._expert_bytes.get(layers)
+            figures = Figures(
+                _find_quantiles(case.imbalance(case.slots)),
+                _find_quantiles(case.imbalance(slots)),
+                1 - before / after if before and after else float("nan"),
+                moved,
+                None if size is None else size * moved,
+                self._made if stored is None else stored.made,
+            )
+            metrics.count(TAKEN, "live loads" if stored is None else "stored placement")
+            metrics.time(*took)
+            metrics.show(figures, ours=ours)
 
     def failed(self, what: str, error: BaseException) -> None:
         """Warn of an error, once per text."""
@@ -321,6 +401,13 @@ class Balancer:
             if files.error:
                 self._warn_not_taken(files.error)
             self._pending = files
+
+
+def _find_quantiles(values: NDArray[np.float64]) -> dict[float, float]:
+    """Return quantiles of values; none of no values."""
+    if not values.size:
+        return {}
+    return dict(zip(QUANTILES, np.quantile(values, QUANTILES).tolist(), strict=True))
 
 
 def _signature(path: Path | None) -> tuple[int, ...] | None:

@@ -228,6 +228,15 @@ class Case:
             return None
         return float(self.load.sum() / (slots.shape[1] * busiest))
 
+    def imbalance(self, slots: Slots) -> NDArray[np.float64]:
+        """Return slowest rank / mean of the loads, of each layer with load; empty without any."""
+        used = self.load.any(axis=1)
+        if not used.any() or not find_holders(slots, self.experts).any(axis=1).all():
+            return np.empty(0)
+        mean = self.load[used].sum(axis=1) / slots.shape[1]
+        busiest: NDArray[np.float64] = slowest(self.load[None], slots)[used] / mean
+        return busiest
+
     def copies_moved(self, slots: Slots) -> int:
         """Count the experts that come to a rank which does not hold them yet."""
         before, after = (find_holders(table, self.experts) for table in (self.slots, slots))

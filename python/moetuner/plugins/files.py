@@ -24,15 +24,16 @@ def compute_checksum(content: bytes) -> str:
 
 @dataclass(frozen=True)
 class Stored:
-    """A placement that was read from a file, with all slots full."""
+    """A placement that was read from a file, with all slots full.
+
+    ``checksum`` is that of the placement in the file, which ``moetuner inspect`` shows, and
+    ``made`` the file's Unix time.
+    """
 
     path: Path
     placement: Placement
-
-    @property
-    def checksum(self) -> str:
-        """Eight hexadecimal digits of the slots."""
-        return compute_checksum(self.placement.slots.tobytes())
+    checksum: str
+    made: float
 
     def warning(self, model: str | None) -> str:
         """Return a warning if this was made for another model than the engine's; "" if not.
@@ -81,8 +82,10 @@ class Files:
         try:
             placements, profile = [], None
             for path in settings.placements:
+                made = path.stat().st_mtime
                 placements += [
-                    Stored(path, placement.filled()) for placement in Placement.load_all(path)
+                    Stored(path, placement.filled(), placement.checksum, made)
+                    for placement in Placement.load_all(path)
                 ]
             if settings.profile is not None and settings.rebalance and not placements:
                 path = settings.profile
@@ -94,7 +97,10 @@ class Files:
                 text = f"{error.filename}: {error.strerror}"
             return cls(error=text if str(path) in text else f"{path}: {text}")
         content = [settings.rebalance, settings.rules, settings.reload is not None]
-        content += [(stored.checksum, stored.placement.num_experts) for stored in placements]
+        content += [
+            (stored.placement.slots.tobytes(), stored.placement.num_experts)
+            for stored in placements
+        ]
         content += [None if profile is None else profile.fingerprint]
         return cls(tuple(placements), profile, compute_checksum(repr(content).encode()))
 

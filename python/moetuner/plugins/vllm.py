@@ -217,7 +217,7 @@ def place(states: Any, model: Any, balancer: Balancer) -> None:
         # Another version, on all ranks alike.
         LOG.warn(f"{LATE}: {error!r}")
         return
-    balancer.take_model(len(running), name)
+    balancer.take_model(len(running), name, weigh_expert(model))
     # Ranks that follow live loads take part as well, as here all ranks compare their files.
     maps = balancer.decide(
         load,
@@ -238,6 +238,14 @@ def place(states: Any, model: Any, balancer: Balancer) -> None:
         rearrange()
     finally:
         states.is_async = asynchronous
+
+
+def weigh_expert(model: Any) -> int:
+    """Return the bytes of an expert of a layer; 0 if this version does not say."""
+    with contextlib.suppress(Exception):
+        first = [weight[0] for weight in model.expert_weights[0]]
+        return sum(weight.numel() * weight.element_size() for weight in first)
+    return 0
 
 
 def warn_of_traps(model: Any, model_config: Any, parallel_config: Any) -> None:

@@ -1,0 +1,124 @@
+"""Metrics of the plugins' decisions for Prometheus, of rank 0 alone."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from moetuner._core import __version__
+
+# Quantiles over the layers: the median, the 95th percentile and the maximum.
+QUANTILES = (0.5, 0.95, 1.0)
+NAN = float("nan")
+# Results of decisions: the map was taken, the engine's own map holds for this decision or from now
+# on, or the engine runs another map than the one that it took.
+TAKEN, OWN, OFF, NOT_IN_FORCE = "taken", "own map", "off", "not in force"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a map that was taken brings.
+
+    Parameters
+    ----------
+    before, after
+        Slowest rank / mean of ranks as the engine ran and with the map, by quantile over layers.
+    gain
+        Share of the slowest ranks' tokens that the map saves, summed over layers.
+    moved
+        Copies of experts that move to other ranks.
+    bytes
+        Bytes of these copies; None if the engine does not say the size of an expert.
+    made
+        Unix time at which the placement was made.
+    """
+
+    before: Mapping[float, float] = field(default_factory=dict)
+    after: Mapping[float, float] = field(default_factory=dict)
+    gain: float = NAN
+    moved: int = 0
+    bytes: int | None = None
+    made: float = NAN
+
+
+class Metrics:
+    """The series of a process, some twenty in all, none of them per expert."""
+
+    def __init__(self, client: Any) -> None:
+        mode = {"multiprocess_mode": "mostrecent"}
+        self._client = client
+        self._decisions = client.Counter(
+            "moetuner_decisions", "Decisions by their result and its reason", ["result", "reason"]
+        )
+        self._in_force = client.Gauge(
+            "moetuner_map_in_force", "1 if the engine serves moetuner's map, 0 if its own", **mode
+        )
+        self._imbalance = client.Gauge(
+            "moetuner_imbalance",
+            "Slowest rank / mean of ranks on the last live loads, quantiles over layers",
+            ["map", "quantile"],
+            **mode,
+        )
+        self._gain = client.Gauge(
+            "moetuner_predicted_gain",
+            "Share of the slowest ranks' tokens that the last map saves, summed over layers",
+            **mode,
+        )
+        self._made = client.Gauge(
+            "moetuner_placement_timestamp_seconds",
+            "Unix time at which the placement in force was made",
+            **mode,
+        )
+        self._moved = client.Counter(
+            "moetuner_copies_moved", "Copies of experts moved to other ranks"
+        )
+        self._bytes: Any = None
+        self._seconds = client.Summary(
+            "moetuner_decision_seconds", "Seconds of decisions by their part", ["part"]
+        )
+        build = client.Gauge("moetuner_build_info", "Version of moetuner", ["version"], **mode)
+        build.labels(__version__).set(1)
+
+    def count(self, result: str, reason: str) -> None:
+        """Count a decision."""
+        self._decisions.labels(result, reason).inc()
+
+    def time(self, computed: float, waited: float) -> None:
+        """Add the seconds in which a rank decided, and those in which ranks agreed."""
+        self._seconds.labels("decide").observe(computed)
+        self._seconds.labels("agree").observe(waited)
+
+    def show(self, figures: Figures, *, ours: bool) -> None:
+        """Set all gauges; those of a map are no number while the engine serves its own."""
+        self._in_force.set(ours)
+        for name, values in (("before", figures.before), ("after", figures.after)):
+            for quantile in QUANTILES:
+                value = values.get(quantile, NAN)
+                self._imbalance.labels(name, f"{quantile:g}").set(value)
+        self._gain.set(figures.gain)
+        self._made.set(figures.made)
+        self._moved.inc(figures.moved)
+        if figures.bytes is not None:
+            if self._bytes is None:
+                text = "Bytes of the copies of experts moved to other ranks"
+                self._bytes = self._client.Counter("moetuner_moved_bytes", text)
+            self._bytes.inc(figures.bytes)
+
+
+def find_metrics() -> Metrics | None:
+    """Return the metrics of this process; None if no process collects those of others."""
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return None
+    try:
+        return _make_metrics()
+    except Exception:
+        return None
+
+
+@cache
+def _make_metrics() -> Metrics:
+    return Metrics(importlib.import_module("prometheus_client"))
