@@ -3,12 +3,15 @@
 import importlib
 import logging
 import re
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import stand_in_vllm
 
 import moetuner as mt
+from moetuner.plugins import balancer as module
 from moetuner.plugins import vllm
 from moetuner.plugins.balancer import Balancer
 from moetuner.plugins.decision import Case
@@ -151,10 +154,14 @@ def test_a_stored_placement_has_the_date_of_its_file_and_bytes(read, tmp_path):
     assert series["moved_bytes_total",] == 2 * size
 
 
-def test_a_line_names_the_placement_of_the_file(tmp_path, caplog):
-    """By one checksum, in whatever order the engine runs the slots of a rank."""
+@pytest.mark.parametrize("last", [0, -1])
+def test_a_line_names_the_placement_of_the_file(last, tmp_path, caplog):
+    """By one checksum, in whatever order the engine runs the slots of a rank.
+
+    The map that fills an empty slot has another one.
+    """
     caplog.set_level(logging.INFO, LOGGER.name)
-    placement = mt.Placement([[[0, 1, 2], [3, 4, 0]]] * 2)
+    placement = mt.Placement([[[0, 1, 2], [3, 4, last]]] * 2)
     placement.save(tmp_path / "placement.json")
     balancer = make(placements=(tmp_path / "placement.json",))
     maps = set()
@@ -164,4 +171,17 @@ def test_a_line_names_the_placement_of_the_file(tmp_path, caplog):
     assert len(maps) == len(caplog.messages) == 3
     for line in caplog.messages:
         assert f"({placement.checksum})" in line
-        assert f"map {placement.checksum} of 2 layers" in line
+        assert f"map {placement.filled().checksum} of 2 layers" in line
+
+
+def test_waiting_for_ranks_is_apart(read, caplog):
+    """In the line and in the series, by a clock that each look takes further."""
+    caplog.set_level(logging.INFO, LOGGER.name)
+    balancer = make()
+    clock = SimpleNamespace(perf_counter=iter([1.0, 1.5, 4.5]).__next__, time=lambda: 0.0)
+    with patch.object(module, "time", clock):
+        balancer.decide(LOAD, 20, 1, 1, 4, START)
+        series = read(balancer)
+    assert "decided in 500.0 ms, agreed in 3000.0 ms" in caplog.messages[0]
+    assert series["decision_seconds_sum", "decide"] == pytest.approx(0.5)
+    assert series["decision_seconds_sum", "agree"] == pytest.approx(3)

@@ -97,10 +97,7 @@ class Files:
                 text = f"{error.filename}: {error.strerror}"
             return cls(error=text if str(path) in text else f"{path}: {text}")
         content = [settings.rebalance, settings.rules, settings.reload is not None]
-        content += [
-            (stored.placement.slots.tobytes(), stored.placement.num_experts)
-            for stored in placements
-        ]
+        content += [(stored.checksum, stored.placement.num_experts) for stored in placements]
         content += [None if profile is None else profile.fingerprint]
         return cls(tuple(placements), profile, compute_checksum(repr(content).encode()))
 
