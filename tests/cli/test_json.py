@@ -75,19 +75,17 @@ def check_keys(value, section, where, seen):
 def test_json_is_as_its_page_says(as_json, brief, tmp_path):
     """Every key that a command writes is on the page with its type, and every key there comes.
 
-    Commands are those of the transcripts, and the demo, whose answers HiGHS decides; names of
-    commands until 0.2 write what they wrote.
+    Commands are those of the transcripts, and the demo, whose answers HiGHS decides.
     """
     seen = {}
     demo = as_json("demo", "--out", tmp_path / "demo")
     for section, line, actual in [*shown(), ("demo", "demo", demo)]:
         command = section.split()[0]
         assert next(iter(actual.items())) == ("schema", f"moetuner.{command}/1")
-        if not moetuner.commands[command].hidden:
-            check_keys(actual, section, line, seen)
+        check_keys(actual, section, line, seen)
     for section, keys in seen.items():
         assert keys_of(section).keys() == keys, section
-    commands = {name for name, command in moetuner.commands.items() if not command.hidden}
+    commands = {*moetuner.commands}
     assert {section.split()[0] for section in seen if not section.startswith("type ")} == commands
     inner = {name for name in TYPES if "*" in TYPES[name]}
     assert TYPES.keys() - seen.keys() <= {"Types", *inner}

@@ -52,8 +52,6 @@ MENU = {
 # Options for numbers of slots, and what a command says that has --copies in place of them.
 SLOTS = ("--slots-per-device", "--extra-slots")
 COPIES_INSTEAD = "'--copies 0,1,2' lists slots for copies, of a device and layer, to try."
-# Earlier names of commands, which module ``former`` defines.
-FORMER = ("audit", "report", "show", "diff")
 
 
 class Commands(Mapping[str, click.Command]):
@@ -61,10 +59,6 @@ class Commands(Mapping[str, click.Command]):
 
     def __getitem__(self, name: str) -> click.Command:
         """Return a command; KeyError if there is none."""
-        if name in FORMER:
-            from moetuner.cli import former
-
-            return former.FORMER[name]
         if name not in MENU:
             raise KeyError(name)
         command: click.Command = importlib.import_module(f"moetuner.cli.{name}").command
@@ -72,11 +66,11 @@ class Commands(Mapping[str, click.Command]):
 
     def __iter__(self) -> Iterator[str]:
         """Yield names in the order of the flow, not of the alphabet."""
-        return iter((*MENU, *FORMER))
+        return iter(MENU)
 
     def __len__(self) -> int:
         """Return the number of commands."""
-        return len(MENU) + len(FORMER)
+        return len(MENU)
 
 
 class Menu(click.Group):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from moetuner import _checks, _texts
 from moetuner.cli import options
 from moetuner.cli.options import JUDGING, argument, option
 from moetuner.cli.options.figures import FigureOptions
-from moetuner.cli.options.gates import TIME, Gates
+from moetuner.cli.options.gates import Gates
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import baseline_option, is_start
 from moetuner.cli.options.pages import Pages, make_origin
@@ -36,8 +35,6 @@ from moetuner.report.page.data import PageData, make_judgement_data
 FAILED = 3
 # Most groups that a line names; the tables have all.
 NAMED = 8
-# Sections that are printed and in JSON: all, or those of a former command.
-ALL, GROUPS, PAGE = "all", "groups", "page"
 # Times have a table of their own.
 TIMES = [name for name, figure in FIGURES.items() if figure.unit == US]
 OTHERS = [name for name in FIGURES if name not in TIMES]
@@ -74,7 +71,6 @@ def command(
     pages: Pages,
     expert_bytes: float | None = options.expert_bytes_option(),
     output: Output,
-    sections: str = ALL,
 ) -> int:
     """Replay a placement and its baseline, and show figures, gains, groups and a page.
 
@@ -98,13 +94,10 @@ def command(
         names = "running" if is_file else against, _texts.name(placement_file.stem)
     has_groups = pages.wanted and traffic.group is not None
     replayed = replaying.replay_options(source)
-    if sections != ALL:
-        replayed = replace(replayed, mixed=False)
     judgement = placed.judge(
         running,
         names,
         replayed,
-        figure=TIME if sections == GROUPS else None,
         measures=gates.measures,
         by_group=by_group or has_groups or gates.fail_if_worse is not None,
     )
@@ -112,66 +105,37 @@ def command(
     output.say(*placed.lines())
     if placed.loses_links:
         output.tell(Finding("slow links"))
-    if sections == ALL:
-        output.say(_heading(placed))
-    if sections != GROUPS:
-        output.tell(*(find_gain(gain) for gain in placed.gains(judgement)))
-    if sections == ALL:
-        output.say("")
-        _show_figures(output, placed, judgement.after, replayed.mixed_seed)
+    output.say(_heading(placed))
+    output.tell(*(find_gain(gain) for gain in placed.gains(judgement)))
+    output.say("")
+    _show_figures(output, placed, judgement.after, replayed.mixed_seed)
     if by_group:
-        if sections == ALL:
-            output.say("")
+        output.say("")
         _show_groups(output, judgement)
-        if sections == GROUPS:
-            output.tell(*find_times_of(placed.serving, traffic))
-            output.say(_all_traffic(judgement))
         output.say(*_summary(judgement), *_advice(judgement, gates.judged))
     failures = [*gates.failures(judgement)]
     output.say(*failures)
     files = {"placement": str(placement_file), "baseline": baseline}
-    page_contents = _page_contents(placed, judgement, files) if pages.wanted else {}
-    pages.write(output, lambda: _make_page(placed, judgement, page_contents, expert_bytes))
-    if sections == PAGE:
-        contents = page_contents
-    elif sections == GROUPS:
-        contents = _groups_contents(placed, judgement, files, gates) | {"failed": bool(failures)}
-    else:
-        settings = {"without": list(lost), "waterfill": placed.serving.waterfill, **gates.facts()}
-        contents = placed.contents(**replayed.facts(), **settings)
-        contents |= files | judgement.after.to_dict() | {"gain": judgement.gain.to_dict()}
-        if by_group or pages.wanted:
-            contents |= as_json({"running": judgement.before, "judgement": judgement})
-        contents |= {"failed": bool(failures), "failures": failures}
+    pages.write(output, lambda: _make_page(placed, judgement, files, expert_bytes))
+    settings = {"without": list(lost), "waterfill": placed.serving.waterfill, **gates.facts()}
+    contents = placed.contents(**replayed.facts(), **settings)
+    contents |= files | judgement.after.to_dict() | {"gain": judgement.gain.to_dict()}
+    if by_group or pages.wanted:
+        contents |= as_json({"running": judgement.before, "judgement": judgement})
+    contents |= {"failed": bool(failures), "failures": failures}
     output.finish(contents)
     return FAILED if failures else 0
 
 
-def _groups_contents(
-    placed: Placed, judgement: Judgement, files: dict[str, Any], gates: Gates
-) -> dict[str, Any]:
-    """Return the changes of all traffic and of groups, as JSON."""
-    settings = gates.facts()
-    del settings["fail_if_gain_below"]
-    contents = placed.contents(**settings, waterfill=placed.serving.waterfill)
-    gain = judgement.gain.to_dict() if judgement.gain.before else None
-    return contents | files | {"gain": gain} | judgement.to_dict()
-
-
-def _page_contents(placed: Placed, judgement: Judgement, files: dict[str, Any]) -> dict[str, Any]:
-    """Return the JSON of a page: the evaluations of both placements, and their judgement."""
+def _make_page(
+    placed: Placed, judgement: Judgement, files: dict[str, Any], expert_bytes: float | None
+) -> PageData:
+    """Return the data of the page: both placements' evaluations, and their judgement."""
     assert placed.serving.cost_model is not None
     contents = placed.contents(**files, cost_model=placed.serving.cost_model.name)
     contents |= as_json({"running": judgement.before, "proposed": judgement.after})
-    groups = judgement.to_dict() if judgement.groups else None
-    return contents | {"audit": groups, "gain": judgement.gain.to_dict()}
-
-
-def _make_page(
-    placed: Placed, judgement: Judgement, contents: dict[str, Any], expert_bytes: float | None
-) -> PageData:
-    """Return the data of the page."""
-    assert placed.serving.cost_model is not None
+    contents["audit"] = judgement.to_dict() if judgement.groups else None
+    contents["gain"] = judgement.gain.to_dict()
     return make_judgement_data(
         judgement,
         make_origin(placed.source),
@@ -264,11 +228,6 @@ def _show_groups(output: Output, judgement: Judgement) -> None:
         output.say("")
         output.table((FIGURES[measure].column, "baseline", "placement", "change", "interval"), rows)
     output.say("")
-
-
-def _all_traffic(judgement: Judgement) -> str:
-    """Write the gain of all traffic."""
-    return f"All traffic: {judgement.gain.sentence}"
 
 
 def _summary(judgement: Judgement) -> Iterator[str]:

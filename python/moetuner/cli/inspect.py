@@ -95,7 +95,6 @@ def command(
     expert_bytes: float | None = options.expert_bytes_option(),
     figures: Path | None = figures_option(),
     output: Output,
-    is_placement: bool | None = None,
 ) -> None:
     """Show a recording, a placement, or what has to move between two placements.
 
@@ -110,9 +109,7 @@ def command(
         Write charts of hot experts and of skew as SVG and PNG; needs Chrome or Chromium.
     """
     files = source.input_files
-    if is_placement is None:
-        is_placement = all(map(is_map, files))
-    if not is_placement:
+    if not all(map(is_map, files)):
         _check_options({*options.list_flags()} - {"expert_bytes"}, "two placements")
         _show_recording(
             output,

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -213,56 +213,6 @@ class Command(click.Command):
             if records:
                 with formatter.section(title):
                     formatter.write_dl(records)
-
-
-class FormerCommand(Command):
-    """A former name of a command, until 0.2: it runs the command, and names it on standard error.
-
-    Parameters
-    ----------
-    name, now
-        Former name, and the command and options in its place.
-    command
-        The command that runs.
-    names
-        Names of the command's options and arguments that the former name has.
-    params
-        Options and arguments in place of the command's of the same name.
-    values
-        Values of the command's parameters that the former name cannot set.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        now: str,
-        command: Command,
-        *,
-        names: Collection[str],
-        params: Sequence[click.Parameter] = (),
-        **values: Any,
-    ) -> None:
-        notice = f'"moetuner {name}" is "moetuner {now}" now; the old name goes with 0.2'
-        defaults = {str(parameter.name): parameter.default for parameter in command.params}
-        replacing = {str(parameter.name): parameter for parameter in params}
-
-        def run(**typed: Any) -> Any:
-            assert command.callback is not None
-            status = command.callback(**defaults | values | typed)
-            # Not after an error, which is a single line.
-            if not typed["quiet"]:
-                click.echo(f"moetuner: {notice}", err=True)
-            return status
-
-        chosen = [
-            replacing.get(str(parameter.name), parameter)
-            for parameter in command.params
-            if parameter.name in names or parameter.name in replacing
-        ]
-        click.Command.__init__(
-            self, name, callback=run, params=chosen, help=f"{notice}.", hidden=True
-        )
-        self.begin_with = command.begin_with
 
 
 def command(name: str, **others: Any) -> Callable[[Callable[..., Any]], Command]:

@@ -35,7 +35,6 @@ def needs_report(
     return value
 
 
-page_option = partial(option, OutFile(".html"), "FILE.html", callback=needs_report)
 figures_option = partial(
     option, click.Path(file_okay=False, writable=True, path_type=Path), "DIR", callback=needs_report
 )
@@ -53,7 +52,7 @@ class Pages:
         Write the charts of the page as SVG and PNG; needs Chrome or Chromium.
     """
 
-    report_file: Path | None = page_option()
+    report_file: Path | None = option(OutFile(".html"), "FILE.html", callback=needs_report)
     figures: Path | None = figures_option()
 
     @property

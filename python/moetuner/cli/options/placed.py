@@ -241,13 +241,12 @@ class Placed:
         names: tuple[str, str],
         options: ReplayOptions,
         *,
-        figure: str | None = None,
         measures: Iterable[str] = (),
         by_group: bool = False,
     ) -> Judgement:
         """Replay the running placement and this one, and judge the change.
 
-        The verdict is on ``figure``, by default the one that the placement was computed for.
+        The verdict is on the figure that the placement was computed for.
         """
         with working("replaying") as report:
             [(before, after)] = evaluate_each(
@@ -261,7 +260,7 @@ class Placed:
             return judge(
                 before,
                 after,
-                figure=figure or self.made.figure,
+                figure=self.made.figure,
                 measures=self._choose_measures(measures),
                 by_group=by_group,
                 units=find_samples(self.source.traffic, window=self.source.replay_window),
