@@ -382,16 +382,18 @@ class Placement(Frozen):
     def filled(self, load: ArrayLike | None = None) -> Placement:
         """Return a placement without empty slots, as engines need it.
 
-        Copies fill them: of the experts whose copies have the fewest tokens if loads [L,E] are
-        given, else of those with the fewest copies. No device gets two copies of one expert.
+        Copies fill them: of the experts whose copies have the fewest tokens, by ``load`` [L,E] or
+        by the ``load`` of the settings, which ``solve`` writes where it leaves slots empty; without
+        any, of those with the fewest copies. No device gets two copies of one expert.
 
         Raises
         ------
         ValueError
-            If a device has more slots than there are experts.
+            If a device has more slots than there are experts, or loads have another shape.
         """
         if (self.slots != EMPTY).all():
             return self
+        load = self.settings.get("load") if load is None else load
         tokens = None if load is None else self._check_load(load)
         slots = fill(self.slots, self.num_experts, load=tokens)
         # The solver's objective and bound hold for other copies.

@@ -1,6 +1,7 @@
 """What engines do, as settings of a problem: they can load what comes out, with full slots."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -82,6 +83,32 @@ def test_experts_without_tokens_come_first():
     """Their copies change nothing."""
     placement = mt.Placement([[[0, 1, -1], [2, 3, -1]]])
     assert placement.filled([[5, 0, 7, 0]]).slots.tolist() == [[[0, 1, 3], [2, 3, 1]]]
+
+
+def test_a_map_is_filled_by_the_loads_that_solve_knew(tmp_path):
+    """What fills a map of an engine costs little, though nobody passes loads to the export."""
+    random = np.random.default_rng(3)
+    load = random.poisson(random.lognormal(4, 1.2, (2, 32)), (8, 2, 32))
+    problem = mt.Problem(
+        mt.RoutingStatistics.from_load(load),
+        mt.Topology(4),
+        slots_per_device=11,
+        cost_model=mt.CostModel.preset("h100"),
+        objective="time",
+    )
+    found = mt.solve(problem, effort="brief").placement
+    assert (found.slots < 0).any()
+    found.save(tmp_path / "placement.json")
+    stored = mt.Placement.load(tmp_path / "placement.json")
+    assert stored.filled() == found.filled(load.sum(axis=0))
+    write_placement(stored, "eplb", tmp_path / "map.npz")
+    assert mt.read_placement(tmp_path / "map.npz", devices=4) == stored.filled()
+    without = mt.Placement(found.slots).filled()
+    empty, full, blind = (problem.value(each) for each in (found, stored.filled(), without))
+    assert empty < full < 0.95 * blind
+    assert (
+        "load" not in mt.solve(replace(problem, fill_slots=True), effort="brief").placement.settings
+    )
 
 
 def test_a_running_placement_fills_slots_without_moves():

@@ -189,10 +189,12 @@ def command(
             empty = int((placement.slots == EMPTY).sum())
             if form == "eplb" and empty:
                 contents["filled_slots"] = empty
+                fewest = "tokens" if "load" in placement.settings else "copies"
                 output.say(
-                    f"filled {empty} empty slots of {placement.slots.size} with further copies, "
-                    "as engines have none: what was predicted is not of these. "
-                    '"moetuner solve --fill-slots" chooses them by their load, and predicts them'
+                    f"filled {empty} empty slots of {placement.slots.size} with further copies of "
+                    f"experts with the fewest {fewest}, "
+                    "as engines have none; what was predicted is of empty ones. "
+                    '"moetuner solve --fill-slots" searches full slots'
                 )
             write_placement(placement, form, out_file, hints)
             has_no_hints = hints.hidden_layers is None and hints.dense_layers is None

@@ -282,7 +282,12 @@ def find_empty_slots(outcome: Outcome) -> list[Finding]:
     if not empty or not problem.may_copy:
         return []
     used = int((slots != EMPTY).sum(axis=2).max())
-    numbers = {"empty": empty, "slots": total, "used": used, "per_device": problem.slots}
+    numbers: dict[str, Any] = {"empty": empty, "slots": total, "used": used}
+    numbers |= {"per_device": problem.slots, "over": None}
+    # An engine has as many slots on every device, and no two copies of an expert on one.
+    if total == slots.size and problem.slots <= problem.num_experts:
+        filled, reached = problem.value(outcome.result.placement.filled()), outcome.result.objective
+        numbers["over"] = filled / reached - 1 if reached else None
     return [Finding("empty slots", numbers, "warning")]
 
 

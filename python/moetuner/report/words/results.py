@@ -45,15 +45,19 @@ def _predicted_time(voice: Voice, times: list[dict[str, Any]]) -> str:
     return f"predicted time: {', '.join(texts)}"
 
 
-def _empty_slots(voice: Voice, empty: int, slots: int, used: int, per_device: int) -> str:
+def _empty_slots(
+    voice: Voice, empty: int, slots: int, used: int, per_device: int, over: float | None
+) -> str:
     enough = (
         f"no device uses more than {used:,} of its {per_device:,}, so {used:,} are enough"
         if used < per_device
         else "no copy that was tried there helps"
     )
+    change = "" if over is None else f", and the objective is {100 * over:.1f} % higher then"
     return (
-        f"{empty:,} of {slots:,} slots are empty: {enough}. Engines with redundant experts need "
-        "full slots, and what is predicted here is not of those: pass --fill-slots, or --for ENGINE"
+        f"{empty:,} of {slots:,} slots are empty: {enough}. Engines with redundant experts have no "
+        f"empty slots: copies that take the fewest tokens fill their maps{change}. --fill-slots, "
+        "or --for ENGINE, searches full slots"
     )
 
 
