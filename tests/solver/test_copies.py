@@ -4,6 +4,7 @@ Machines, slots, phases, models and recordings are drawn: constants were chosen 
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -187,3 +188,17 @@ def test_without_a_share_the_larger_regret_is_small(traces, name, machine, spare
     fewer = make_problem(trace, topology, spare - 1, "small", PREFILL_SHARE)
     limit = fewer.value(mt.solve(fewer).placement)
     assert at_share.value(default) <= limit * (1 + SLOT)
+
+
+@pytest.mark.parametrize("spare", [1, 2, 3])
+@pytest.mark.parametrize("model", MODELS)
+def test_full_slots_are_no_worse_than_filled_ones(model, spare):
+    """What may stay empty, and is filled with what costs least, is an answer of full slots."""
+    drawn = routing(2, 32, 4, tokens=20_000, types=6, skew=1.2, seed=3)
+    trace = mt.RoutingTrace.from_arrays(drawn.expert_ids, num_experts=32)
+    machine = mt.Topology(16, devices_per_node=8)
+    empty = make_problem(trace, machine, spare, model)
+    problem = replace(empty, fill_slots=True)
+    answer, filled = mt.solve(problem).placement, mt.solve(empty).placement.filled()
+    assert (answer.slots != EMPTY).all()
+    assert problem.value(answer) <= problem.value(filled) * (1 + SLOT)

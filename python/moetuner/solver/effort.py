@@ -144,6 +144,11 @@ SINGLE_LEAST = 20
 # ("The default and cheaper methods", "Constants").
 BALANCE_PART = 2
 
+# Parts of the work of a search where all slots must be full: with which full slots are searched,
+# and once more from the answer that may leave some empty ("Full slots").
+FULL_PART = 2
+FILLED_PART = 32
+
 # The searches of layers whose copies cost, one after the other; they share the work of one.
 COPY_SEARCHES = (
     CopySearch("hot", from_full=True),

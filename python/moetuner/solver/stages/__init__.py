@@ -67,9 +67,12 @@ def _smaller(run: Run) -> Problem | None:
     """Return a problem whose answer is a start of this one; None where it has no spare slots.
 
     Where copies cost, that is the problem with one slot less on every device, so that no number of
-    slots is worse than a smaller one. Else it is the one with one copy of each expert.
+    slots is worse than a smaller one; if all slots must be full, the one in which they need not be.
+    Else it is the one with one copy of each expert.
     """
     problem = run.problem
+    if _has_costly_fillers(run):
+        return replace(problem, fill_slots=False)
     rules = problem.rules
     may_be_empty = not (problem.fill_slots or rules.exist or rules.need_copies)
     if problem.goal == "time" and may_be_empty and charges_copies(run):
@@ -85,7 +88,9 @@ def _fewer_slots(run: Run, budget: Budget) -> None:
     cache, key = problem.statistics.memo, _cache_key(problem, run, budget)
     answers, interrupted = cache.get(key), False
     if answers is None:
-        inner = run.run_inner((FLOOR, PARTITIONS, *SEARCHES), _muted(run, budget), problem=problem)
+        # What may stay empty is searched whole, with the regret of phases.
+        searches = (SEARCH,) if _has_costly_fillers(run) else SEARCHES
+        inner = run.run_inner((FLOOR, PARTITIONS, *searches), _muted(run, budget), problem=problem)
         answers, interrupted = _answers(inner), inner.interrupted
         if key is not None and not interrupted:
             cache[key] = answers
@@ -213,7 +218,10 @@ def _may_be_balanced(run: Run) -> bool:
 def _anneal(run: Run, budget: Budget) -> None:
     """Anneal all layers by the whole objective; half as long if large layers were balanced."""
     is_balanced = any(start.role is Role.BALANCED for start in run.incumbents)
-    anneal(run, budget, LayerModel(run, effort.BALANCE_PART if is_balanced else 1))
+    parts = effort.BALANCE_PART if is_balanced else 1
+    if _has_costly_fillers(run):
+        parts *= effort.FULL_PART
+    anneal(run, budget, LayerModel(run, parts))
 
 
 def _has_costly_copies(run: Run) -> bool:
@@ -248,6 +256,25 @@ def _anneal_copies(run: Run, budget: Budget) -> None:
             model.weights, model.setting = [np.ones(len(model.windows))], SearchSetting()
         anneal(run, part, model, start=full if way.from_full else None)
         COMBINE.run(run, part)
+
+
+def _has_costly_fillers(run: Run) -> bool:
+    """Return whether slots must be full though copies cost, in layers that can be mixed."""
+    problem = run.problem
+    fills = problem.may_copy and problem.fill_slots
+    has_answer = fills and not (problem.rules.exist or problem.rules.need_copies)
+    costs = problem.goal == "time" and charges_copies(run)
+    return has_answer and costs and is_searched_anew(run) and adds_up_over_layers(run)
+
+
+def _anneal_filled(run: Run, budget: Budget) -> None:
+    """Anneal full slots for a while, near the best, which may be what was filled.
+
+    Copies of the expert with the fewest tokens fill what may stay empty, often one on every device,
+    which is nearly as good as none. A search of full slots seldom finds that, and a trial that
+    changes so many copies takes long.
+    """
+    anneal(run, budget, LayerModel(run, effort.FILLED_PART, heat="cool"))
 
 
 def _find_open_layers(run: Run) -> list[int]:
@@ -285,11 +312,18 @@ LAYER_SEARCHES = (
 )
 # Where one more slot on every device does not help, the answer for fewer slots is the answer.
 SEARCHES = (
-    FEWER_SLOTS,
+    replace(
+        FEWER_SLOTS,
+        applies=lambda run: FEWER_SLOTS.applies(run) and not _has_costly_fillers(run),
+    ),
     Stage(
         lambda run, budget: run.run_stages(LAYER_SEARCHES, budget),
         applies=lambda run: bool(_find_open_layers(run)),
     ),
+    # After full slots, as steps from so many copies of one expert take long.
+    replace(FEWER_SLOTS, applies=_has_costly_fillers),
+    Stage(_anneal_filled, applies=_has_costly_fillers),
+    replace(COMBINE, applies=_has_costly_fillers),
 )
 
 
