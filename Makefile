@@ -13,8 +13,10 @@ CORE   := python/moetuner/_core.abi3.so
 INDEX  := python/README.md
 RUST   := Cargo.toml Cargo.lock $(shell find rust -name '*.rs')
 # What bench-peers compares with; one that is not to be had is left out.
-PEERS  := mtkahypar numba scipy
+PEERS  := mtkahypar numba scipy ortools setuptools setuptools-scm
 WHEELS := vllm==0.33.0 sglang==0.5.23 vllm-ascend==0.26.0rc1
+# STAIR is in no wheel for x86-64. pip asks the archive for its name and version, which needs the three variables.
+STAIR  := 0.30.0rc2
 DATA   ?= ../shared/data
 DENY   ?= check
 DOCKER ?= docker
@@ -183,11 +185,14 @@ bench: $(CORE) $(TOOLS)  ## one file per question, each prints its answer (quick
 	$(BIN)/python bench/versus.py --quick
 	$(BIN)/python bench/cluster --quick
 
-bench-peers: $(CORE) $(TOOLS)  ## ours beside peers' released code (15 minutes); DATA=FOLDER has recorded traffic
+bench-peers: $(CORE) $(TOOLS)  ## ours beside peers' released code (45 minutes); DATA=FOLDER has recorded traffic
 	-@for package in $(PEERS); do $(BIN)/python -m pip install --quiet $$package; done
 	-@for wheel in $(WHEELS); do \
 		$(BIN)/python -m pip download --quiet --no-deps --dest build/wheels $$wheel; done
+	-@SETUPTOOLS_SCM_PRETEND_VERSION=$(STAIR) COMPILE_CUSTOM_KERNELS=0 SOC_VERSION=ascend910b1 $(BIN)/python -m pip \
+		download --quiet --no-deps --no-build-isolation --dest build/wheels vllm-ascend==$(STAIR)
 	$(BIN)/python bench/versus.py --data $(DATA)
+	$(BIN)/python bench/balance.py --data $(DATA)
 
 scorecard: $(CORE) $(TOOLS)  ## some ninety answers beside those stored: what a change of the code changes
 	$(BIN)/python bench/scorecard.py

@@ -29,7 +29,9 @@ T = TypeVar("T")
 HERE = Path(__file__).parent
 RECORDS, RESULTS = HERE / "results", HERE / "RESULTS.md"
 # Packages whose version a figure may depend on.
-PACKAGES = ("numpy", "torch", "highspy", "simgrid", "mtkahypar", "vllm", "sglang")
+PACKAGES = (
+    *("numpy", "torch", "highspy", "simgrid", "mtkahypar", "numba", "ortools", "vllm", "sglang"),
+)
 
 # What RESULTS.md shows of a record: words of a table's title or of a sentence, and a cell that a
 # table's rows must have, or none. A record that is not named here is shown whole.
@@ -66,6 +68,7 @@ HEADLINES: dict[str, dict[str, str]] = {
         "Deciding": "",
         "Proven": "",
     },
+    "versus-few": {"Sequences of few layers": "STAIR", "Of few layers": ""},
 }
 
 
@@ -331,18 +334,24 @@ def skewed_loads(layers: int, experts: int, seed: int) -> NDArray[np.float64]:
     return np.floor(1e6 * popularity / popularity.sum(axis=1, keepdims=True))
 
 
-def imbalance(load: NDArray[Any], slots: NDArray[Any]) -> NDArray[np.float64]:
-    """Return max / mean load of devices [W,L], of windows [W,L,E] and slots [L,D,S]; -1 is empty.
+def device_loads(load: NDArray[Any], slots: NDArray[Any]) -> NDArray[np.float64]:
+    """Return loads of devices [W,L,D], of windows [W,L,E] and slots [L,D,S]; -1 is empty.
 
     Copies take equal parts, also several on a device, as some peers place them.
     """
-    ratios = []
+    devices = []
     for layer, rows in enumerate(slots):
         copies = np.stack([np.bincount(row[row >= 0], minlength=load.shape[2]) for row in rows])
         assert copies.sum(axis=0).min() > 0
-        device = load[:, layer] @ (copies / copies.sum(axis=0)).T
-        ratios.append(device.max(axis=1) / device.mean(axis=1))
-    return np.stack(ratios, axis=1)
+        devices.append(load[:, layer] @ (copies / copies.sum(axis=0)).T)
+    return np.stack(devices, axis=1)
+
+
+def imbalance(load: NDArray[Any], slots: NDArray[Any]) -> NDArray[np.float64]:
+    """Return max / mean load of devices [W,L], of windows [W,L,E] and slots [L,D,S]."""
+    device = device_loads(load, slots)
+    ratios: NDArray[np.float64] = device.max(axis=2) / device.mean(axis=2)
+    return ratios
 
 
 if __name__ == "__main__":

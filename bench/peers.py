@@ -1,13 +1,11 @@
-"""What others place with: policies of engines out of their released wheels, and Mt-KaHyPar.
+"""What others place with: policies of engines out of what they released, and Mt-KaHyPar.
 
 memra's greedy is written anew here, as its tool describes it: the tool is no package.
 
-    pip download --no-deps --dest build/wheels vllm==0.33.0 sglang==0.5.23 vllm-ascend==0.26.0rc1
-    pip install torch numba scipy mtkahypar
-
-No engine is installed. A policy takes windows of load and the running map, and returns the next
-one. vLLM's wheel for CPUs has the same files. What cannot be loaded is the reason instead, in
-words.
+``make bench-peers`` downloads wheels of engines, and the source archive of vllm-ascend 0.30, which
+has no wheel for this processor, into build/wheels. No engine is installed. A policy takes windows
+of load and the running map, and returns the next one. vLLM's wheel for CPUs has the same files.
+What cannot be loaded is the reason instead, in words.
 """
 
 from __future__ import annotations
@@ -16,12 +14,14 @@ import ast
 import importlib
 import logging
 import sys
+import tarfile
 import types
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -207,6 +207,74 @@ def flashlb(wheels: Path, size: Size) -> Policy | str:
         stages = (load / copies)[:, layer, table]
         _, _, placed = flash.FlashLB().rebalance_experts(table, stages)
         return np.asarray(placed, np.int64).reshape(size.layers, size.slots)
+
+    return place
+
+
+@cache
+def stair_policy(archive: Path) -> tuple[Any, Any]:
+    """Return the class of STAIR's policy and its default settings, from the source archive.
+
+    The policy's file runs as it is, less its imports of the engine: what it takes from there serves
+    a running engine alone. Of the file of settings, its own class runs, less pydantic's checks.
+    """
+    folder = f"{archive.name.removesuffix('.tar.gz')}/vllm_ascend"
+    trees = []
+    with tarfile.open(archive) as files:
+        for name in ("distributed/eplb/policy/stair.py", "ascend_config.py"):
+            member = files.extractfile(f"{folder}/{name}")
+            assert member is not None
+            trees.append(ast.parse(member.read()))
+    policy, settings = trees
+    config = next(
+        node
+        for node in settings.body
+        if isinstance(node, ast.ClassDef) and node.name == "StairConfig"
+    )
+    config.decorator_list = []
+    config.body = [
+        node
+        for node in config.body
+        if isinstance(node, ast.AnnAssign)
+        or (isinstance(node, ast.FunctionDef) and node.name == "z_score")
+    ]
+    policy.body = [
+        node
+        for node in policy.body
+        if not (isinstance(node, ast.ImportFrom) and str(node.module).startswith("vllm"))
+    ]
+    module = types.ModuleType("stair")
+    vars(module).update(NormalDist=NormalDist, AbstractEplbPolicy=object, PreparedLoadStats=object)
+    sys.modules[module.__name__] = module
+    for tree in (ast.Module([config], []), policy):
+        exec(compile(tree, str(archive), "exec"), vars(module))
+    return module.StairEplbPolicy, module.StairConfig()
+
+
+def stair(wheels: Path, size: Size) -> Policy | str:
+    """Return STAIR of vllm-ascend, which sees every window.
+
+    It leaves a layer as it is while this is about as balanced as the last plan for it predicted:
+    as an engine does, the policy keeps what it predicted, for as long as its map is in force.
+    """
+    archive = next(iter(sorted(wheels.glob("vllm_ascend-*.tar.gz"))), None)
+    if archive is None:
+        return f"no source archive of vllm-ascend in {wheels}"
+    torch_module()
+    peer, settings = stair_policy(archive)
+    node = np.arange(size.ranks) // (size.ranks // size.nodes)
+    predicted, map_of_plan = np.full(size.layers, np.nan), size.initial()
+
+    def place(load: Floats, old: Map) -> Map:
+        nonlocal predicted, map_of_plan
+        if not np.array_equal(old, map_of_plan):
+            predicted = np.full(size.layers, np.nan)
+        shape = size.layers, size.ranks, size.width
+        plan = peer.plan_rebalance(load, old.reshape(shape), predicted, node, settings)
+        planned = plan.predicted_mean_ratios
+        predicted = np.where(np.isnan(planned), predicted, planned)
+        map_of_plan = np.asarray(plan.rank_expert_ids, np.int64).reshape(size.layers, size.slots)
+        return map_of_plan
 
     return place
 

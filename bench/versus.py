@@ -2,11 +2,12 @@
 
     make bench-peers
     python bench/versus.py [--data FOLDER] [--wheels build/wheels] [--quick]
-    python bench/versus.py --tables static --seeds 10
+    python bench/versus.py static --seeds 10
 
 What others place with is their released code: EPLB as DeepSeek published it and SGLang's
 ``deepseek_vec`` out of SGLang's wheel, vLLM's policy out of its, FlashLB and SwiftBalancer out of
-vllm-ascend's, Mt-KaHyPar and HiGHS from PyPI (`bench/peers.py` says how they are called). memra's
+vllm-ascend's, STAIR out of its source archive, Mt-KaHyPar and HiGHS from PyPI (`bench/peers.py`
+says how they are called). memra's
 greedy, for two cards without NVLink, is written anew there as its tool describes it. ExFlow's
 objective and the paper's two stages are this package's methods ``exflow`` and ``paper``. What is
 not there is left out, with a line that says so.
@@ -40,6 +41,9 @@ in any case. *Balanced* is mean / max rank load; *moves* are copies that come to
 have them, a decision; *ahead* is a mean of decisions with its standard error. Wanted: never less
 balanced at no more moves, so beside the best of the others in every sequence. The row *by itself*
 gets every window.
+
+*Few*: the same sequences of the first two layers alone, with STAIR, which takes a second and more
+to plan a layer of 288 slots.
 
 *Proven*: what ``joint`` finds on all traffic at default effort, what no placement is below, and
 seconds of the processor, also of checking the proof; of the paper's stage 1, clusters within its
@@ -78,6 +82,7 @@ from peers import (
     mt_kahypar,
     sglang,
     sglang_windows,
+    stair,
     swift_balancer,
     vllm,
 )
@@ -96,18 +101,22 @@ Peer = Callable[[Path, Size], Policy | str]
 # Counts of what is seen, the instance and a seed in; slots [L,D,S] out.
 Method = Callable[[Counts, Instance, int], Slots]
 
-TABLES = ["static", "seconds", "rebalances", "proven"]
+PARTS = ["static", "seconds", "rebalances", "few", "proven"]
 POLICIES: dict[str, Peer] = {
     "EPLB": sglang,
     "vLLM": vllm,
     "deepseek_vec": sglang_windows,
     "FlashLB": flashlb,
     "SwiftBalancer": swift_balancer,
+    "STAIR": stair,
 }
+# Those that take seconds for a layer, and decide on few layers alone.
+SLOW = ("STAIR",)
+FEW_LAYERS = 2
 # How windows differ that have 200 to 20,000 tokens (`instances.window_tokens`).
 UNLIKE = ("scattered", "alternating", "one in ten", "day")
 # Those that look at every window; the others get the sum.
-SEE_WINDOWS = ("deepseek_vec", "FlashLB")
+SEE_WINDOWS = ("deepseek_vec", "FlashLB", "STAIR")
 # Those that keep groups of experts whole on a node.
 KNOW_GROUPS = ("EPLB", "vLLM", "deepseek_vec")
 CAP, LOOSE_CAP = {"max_imbalance": 1.05}, {"max_imbalance": 1.4}
@@ -558,10 +567,21 @@ class Contest:
         return max(self.runs, key=lambda name: self.runs[name][0].means[0])
 
 
-def rebalances(report: Report, policies: dict[str, Peer], real: list[Instance], asked: Any) -> None:
+def of_few_layers(
+    drawn: Iterator[tuple[str, Size, Floats, int]],
+) -> Iterator[tuple[str, Size, Floats, int]]:
+    """Give the first layers of sequences."""
+    for name, size, load, every in drawn:
+        yield name, replace(size, layers=FEW_LAYERS), load[:, :FEW_LAYERS], every
+
+
+def rebalances(
+    report: Report, policies: dict[str, Peer], real: list[Instance], asked: Any, *, few: bool
+) -> None:
     """Print a row per sequence and peer, ours beside it at no more moves."""
+    kind = "few layers" if few else "rebalances"
     table = report.table(
-        "Sequences of rebalances: balanced, moves a decision, milliseconds",
+        f"Sequences of {kind}: balanced, moves a decision, milliseconds",
         "sequence <32",
         "peer <14",
         "balanced 8.4f",
@@ -577,7 +597,8 @@ def rebalances(report: Report, policies: dict[str, Peer], real: list[Instance], 
     )
     contests: dict[str, Contest] = {}
     for seed in range(asked.seeds):
-        for name, size, load, every in cases(asked, real, seed):
+        drawn = cases(asked, real, seed)
+        for name, size, load, every in of_few_layers(drawn) if few else drawn:
             if name not in contests:
                 contests[name] = Contest(size, policies, asked.wheels)
             contests[name].play(load, every)
@@ -589,7 +610,7 @@ def rebalances(report: Report, policies: dict[str, Peer], real: list[Instance], 
         table(name, "by itself", "", "", "", *contest.alone.means, "", "", "", "")
     if policies:
         for line in summed(contests):
-            report.say(line)
+            report.say(f"Of few layers: {line}" if few else line)
 
 
 def summed(contests: dict[str, Contest]) -> list[str]:
@@ -650,7 +671,7 @@ def main() -> None:
     """Print the tables that are asked for."""
     with benchmark(
         __doc__,
-        tables=TABLES,
+        {"parts": PARTS},
         data=Path("../shared/data"),
         wheels=WHEELS,
         seeds=3,
@@ -662,6 +683,7 @@ def main() -> None:
             asked.seeds, asked.decisions = 1, 3
             asked.budgets = [budget for budget in asked.budgets if budget <= 1]
         policies, kahypar = there(asked.wheels, report)
+        quick = {name: peer for name, peer in policies.items() if name not in SLOW}
         traces = [bundled()]
         loads = [in_domains(6, 20) if asked.quick else in_domains()]
         real = [] if asked.quick else list(recorded(asked.data))
@@ -670,20 +692,22 @@ def main() -> None:
                 report.say(f"{file} is left out: it is not in the folder of --data.")
         for instance in real:
             (traces if has_tokens(instance) else loads).append(instance)
-        for instance in traces + loads if "static" in asked.tables else ():
-            methods = others(instance, policies, kahypar, asked.wheels)
+        for instance in traces + loads if "static" in asked.parts else ():
+            methods = others(instance, quick, kahypar, asked.wheels)
             static(report, instance, methods, asked)
         flat = [instance for instance in traces if instance.topology.nodes == 1]
-        if "seconds" in asked.tables:
+        if "seconds" in asked.parts:
             for instance, goal in (
                 (flat[-1], "follow"),
                 (flat[-1], "dispatch"),
                 (loads[0], "balance"),
             ):
-                equal_seconds(report, instance, goal, policies, kahypar, asked)
-        if "rebalances" in asked.tables:
-            rebalances(report, policies, real, asked)
-        if "proven" in asked.tables:
+                equal_seconds(report, instance, goal, quick, kahypar, asked)
+        if "rebalances" in asked.parts:
+            rebalances(report, quick, real, asked, few=False)
+        if "few" in asked.parts:
+            rebalances(report, policies, real, asked, few=True)
+        if "proven" in asked.parts:
             proven(report, flat[-2:], GENERATED[:1] if asked.quick else GENERATED)
 
 
