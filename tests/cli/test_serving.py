@@ -70,3 +70,30 @@ def test_what_was_held_out_is_found_where_windows_are_divided(as_json, trace, tm
     judged = as_json("evaluate", tmp_path / "p.json", trace)
     assert judged["judged_on"]["part"] == "unseen"
     assert judged["imbalance"] == pytest.approx(solved["imbalance"])
+
+
+def test_solve_takes_machine_and_engine_of_the_running_placement(ok, run, tmp_path, monkeypatch):
+    """Options go before the file of --initial; slots are those of its engine."""
+    monkeypatch.chdir(tmp_path)
+    np.savez("loads.npz", load=np.random.default_rng(0).poisson(50, (20, 2, 8)))
+    machine = ("--devices", 4, "--devices-per-node", 2)
+    ok("solve", "loads.npz", *machine, "--for", "vllm", "--slots-per-device", 3, "--out", "a.json")
+    made = {}
+    for name, options in {
+        "same": (),
+        "engine": ("--for", "sglang"),
+        "nodes": ("--devices", 4, "--devices-per-node", 4),
+        "slots": ("--slots-per-device", 4),
+    }.items():
+        ok("solve", "loads.npz", "--initial", "a.json", *options, "--out", f"{name}.json")
+        placement = mt.Placement.load(f"{name}.json")
+        per_node = placement.settings["topology"]["devices_per_node"]
+        made[name] = (placement.settings["engine"], per_node, placement.slots_per_device)
+        assert (placement.slots >= 0).all()
+    assert made == {
+        "same": ("vllm", 2, 3),
+        "engine": ("sglang", 2, 3),
+        "nodes": ("vllm", 4, 3),
+        "slots": ("vllm", 2, 4),
+    }
+    assert "devices" in run("solve", "loads.npz", "--initial", "a.json", "--devices", 2)[2]

@@ -14,7 +14,7 @@ from moetuner.cli.options import JUDGING, SEARCH, SearchOptions, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import MoveOptions
 from moetuner.cli.options.pages import Pages, make_origin
-from moetuner.cli.options.placed import add_windows, with_input, write_held_out
+from moetuner.cli.options.placed import add_windows, read_made, with_input, write_held_out
 from moetuner.cli.options.serving import ProblemOptions, settings_for_json
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output
@@ -40,6 +40,7 @@ from moetuner.report.outcome import (
 )
 from moetuner.report.page.data import PageData, make_outcome_data
 from moetuner.solver import METHODS, Result
+from moetuner.topology import Topology
 
 FLATTERED = (
     "Judged on the traffic that the placement was computed from, which flatters it: --holdout 0.5 "
@@ -76,8 +77,9 @@ def command(
 
     The placement is computed from all of INPUT. With --holdout it is computed from a part of INPUT
     and judged on the other part, here and by "moetuner evaluate". With --holdout and --initial, the
-    running placement is kept where the gain on that part may be chance. Ctrl-C writes the best
-    placement so far.
+    running placement is kept where the gain on that part may be chance. Where no option gives a
+    machine or an engine, they are those of the file of --initial. Ctrl-C writes the best placement
+    so far.
 
     Parameters
     ----------
@@ -89,7 +91,14 @@ def command(
     certificate_file
         Write the proof of the bound, for "moetuner verify"; fails if the bound has no proof.
     """
-    topology, seed, threads = machine.topology(), nth_seed(search.seed, 0), source.threads
+    seed, threads, placed = nth_seed(search.seed, 0), source.threads, None
+    running = moving.running(source, machine.given)
+    if running is not None:
+        made = read_made(Path(str(moving.initial_file)), running)
+        placed = made.machine or Topology(running.devices)
+        if machine.given in (None, running.devices):
+            wanted = wanted.as_running(made, running)
+    topology = machine.topology(None, placed)
     if not holdout:
         source, _ = wanted.resolve(source, topology)
     seen, judged_on = hold_out(source.traffic, holdout, seed=seed)

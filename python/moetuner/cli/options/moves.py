@@ -125,6 +125,12 @@ class MoveOptions:
             flag = "--" + typed[0].replace("_", "-")
             raise click.UsageError(f"'{flag}' needs '--initial', the placement to move from.")
 
+    def running(self, source: Source, devices: int | None) -> Placement | None:
+        """Return the placement in the file that --initial names; None if it names no file."""
+        if self.initial_file is None or is_start(self.initial_file):
+            return None
+        return load_placement(Path(self.initial_file), source, devices=devices)
+
     def initial(self, source: Source, problem: Problem, seed: int) -> Placement | None:
         """Return the running placement: that of a file, or a start placement of engines."""
         initial, topology = self.initial_file, problem.topology

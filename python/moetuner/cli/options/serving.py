@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import working
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation.options import ReplayOptions
+from moetuner.placement import Placement
 from moetuner.problem import TRAFFIC_CAP, Problem
 from moetuner.problem.made import Made
 from moetuner.problem.objective import choose_goal, choose_tables
@@ -248,6 +250,17 @@ class ProblemOptions(ServingOptions):
             raise click.UsageError(
                 f"'--for {self.engine}': {error.renamed(list_flags())}."
             ) from None
+
+    def as_running(self, made: Made, running: Placement) -> ProblemOptions:
+        """Return options with the engine of the placement that runs, and its slots, if none say."""
+        engine = self.engine or made.serving.get("engine")
+        if engine not in ENGINES:
+            return self
+        options = copy(self)
+        options.engine, options.given = engine, dict(self.given)
+        if ENGINES[engine].may_copy and not self.given.keys() & {"slots_per_device", "extra_slots"}:
+            options.given["slots_per_device"] = running.slots_per_device
+        return options
 
     def explain_problem(self, problem: Problem) -> list[str]:
         """Write a line with the settings that --for decided on; none without an engine."""
