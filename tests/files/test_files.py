@@ -225,8 +225,8 @@ solve TRACE --devices 2 --initial saved.json --out saved.json
 inspect TRACE --json TRACE
 compare TRACE --devices 2 --json TRACE
 evaluate saved.json TRACE --json saved.json
-audit saved.json TRACE --json TRACE
-audit p.json TRACE --baseline saved.json --json saved.json
+evaluate saved.json TRACE --json TRACE
+evaluate p.json TRACE --baseline saved.json --json saved.json
 convert TRACE --out TRACE
 convert TRACE --out new.safetensors --json TRACE
 export saved.json --to json --out saved.json
