@@ -412,6 +412,17 @@ def test_a_recording_is_bounded_and_keeps_those_of_others(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_recording_that_was_moved_away_is_followed_by_a_new_one(tmp_path):
+    """The file that was moved and the new one have every window once."""
+    recorder = LoadRecorder(tmp_path)
+    load = np.random.default_rng(2).integers(1, 9, (5, 2, 3))
+    for night in (load[:2], load[2:3], load[3:]):
+        for window in night:
+            path = recorder.add(window)
+        moved = path.rename(tmp_path / "moved.npz")
+        assert np.array_equal(mt.RoutingStatistics.load(moved).window_load, night)
+
+
 def test_what_a_killed_recorder_left_is_deleted(tmp_path):
     """By the next one, whose file has another name: that of its own process."""
     left = tmp_path / f".load-{os.getpid() + 1}-2x3.npz.0123abcd.moetuner"

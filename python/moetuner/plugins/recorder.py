@@ -25,7 +25,8 @@ class LoadRecorder:
     If there is a file of that name already, a number follows.
 
     A file is a load table, ``load`` [W,L,E], as ``moetuner solve`` and ``RoutingStatistics.load``
-    read it. It is replaced as a whole whenever windows come.
+    read it. It is replaced as a whole whenever windows come. If it was moved away or deleted, a new
+    recording begins with the windows that come next.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -50,7 +51,7 @@ class LoadRecorder:
         if not len(windows):
             return None
         recording = self._recordings.get(windows.shape[1:])
-        if recording is None:
+        if recording is None or (recording.is_written and not recording.path.exists()):
             name = f"load-{os.getpid()}-{windows.shape[1]}x{windows.shape[2]}"
             # A file may be another process's: containers give the same PID.
             names = chain([name], (f"{name}-{number}" for number in count(2)))
@@ -65,6 +66,7 @@ class LoadRecorder:
         with replacing(recording.path) as temporary, temporary.open("wb") as file:
             load = np.stack(recording.windows)
             np.savez(file, load=load.astype(np.min_scalar_type(load.max())))
+        recording.is_written = True
         return recording.path
 
 
@@ -76,6 +78,7 @@ class LoadFile:
     windows: list[NDArray[np.uint64]] = field(default_factory=list)
     size: int = 1
     last: int = 1
+    is_written: bool = False
 
     def add(self, window: NDArray[np.uint64]) -> None:
         """Add a window; if there are too many, join neighbours."""
