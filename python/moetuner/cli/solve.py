@@ -91,21 +91,16 @@ def command(
     certificate_file
         Write the proof of the bound, for "moetuner verify"; fails if the bound has no proof.
     """
-    seed, threads, placed = nth_seed(search.seed, 0), source.threads, None
+    seed, threads = nth_seed(search.seed, 0), source.threads
     running = moving.running(source, machine.given)
-    if running is not None:
-        made = read_made(Path(str(moving.initial_file)), running)
-        placed = made.machine or Topology(running.devices)
-        if machine.given in (None, running.devices):
-            wanted = wanted.as_running(made, running)
-    topology = machine.topology(None, placed)
+    topology, wanted = _serve_as(running, moving, machine, wanted)
     if not holdout:
         source, _ = wanted.resolve(source, topology)
     seen, judged_on = hold_out(source.traffic, holdout, seed=seed)
     # The default method counts only the tables that its objective needs.
     problem = wanted.problem(source, topology, seen, pairs=method != "joint")
     judged_on = source.count_for_lp_split(judged_on, problem.serving)
-    initial = moving.initial(source, problem, seed)
+    initial = moving.initial(source, problem, running, seed)
     size = wanted.expert_bytes(source, moving.expert_bytes)
     if initial is not None:
         moving = replace(moving, expert_bytes=size)
@@ -282,6 +277,20 @@ def _keep_running(
     placement = replace(result.placement, slots=initial.slots, objective=objective)
     outcome = replace(before, result=replace(before.result, placement=placement))
     return replace(result, placement=placement), outcome, True
+
+
+def _serve_as(
+    running: Placement | None, moving: MoveOptions, machine: Machine, wanted: ProblemOptions
+) -> tuple[Topology, ProblemOptions]:
+    """Return machine and options; what no option says is that of the file of --initial."""
+    if running is None:
+        return machine.topology(), wanted
+    made = read_made(Path(str(moving.initial_file)), running)
+    devices = running.devices if machine.given is None else None
+    topology = machine.topology(devices, made.machine)
+    if topology.devices == running.devices:
+        wanted = wanted.as_running(made, running)
+    return topology, wanted
 
 
 def _refuse_unprovable(problem: Problem, method: str, *, moving: bool) -> None:

@@ -156,8 +156,6 @@ class Machine:
             )
         if self.machine is None:
             devices = devices if self.devices is None else self.devices
-            if devices is None and placed is not None:
-                devices = placed.devices
             if devices is None:
                 raise click.UsageError("Missing option '--devices' (or '--topology').")
             if placed is not None and self.devices_per_node is None and devices == placed.devices:

@@ -131,16 +131,20 @@ class MoveOptions:
             return None
         return load_placement(Path(self.initial_file), source, devices=devices)
 
-    def initial(self, source: Source, problem: Problem, seed: int) -> Placement | None:
-        """Return the running placement: that of a file, or a start placement of engines."""
+    def initial(
+        self, source: Source, problem: Problem, running: Placement | None, seed: int
+    ) -> Placement | None:
+        """Return the running placement: that of the file, checked, or a start of engines."""
         initial, topology = self.initial_file, problem.topology
         if initial is None:
             return None
-        if not is_start(initial):
-            return load_placement(Path(initial), source, topology)
-        return start_placement(
-            initial, problem.statistics, topology, seed=seed, threads=source.threads
-        )
+        if running is None:
+            return start_placement(
+                initial, problem.statistics, topology, seed=seed, threads=source.threads
+            )
+        with naming(Path(initial)):
+            check_model(running, source.traffic, topology)
+        return running
 
     @property
     def unit_bytes(self) -> float:
