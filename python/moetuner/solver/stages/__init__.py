@@ -225,9 +225,8 @@ def _anneal(run: Run, budget: Budget) -> None:
 
 
 def _has_costly_copies(run: Run) -> bool:
-    """Return whether copies cost in layers that can be mixed."""
-    may_copy = run.problem.may_copy and not run.problem.fill_slots
-    return may_copy and charges_copies(run) and is_searched_anew(run) and adds_up_over_layers(run)
+    """Return whether copies cost, and may be left out, in layers that can be mixed."""
+    return not run.problem.fill_slots and _charges_copies_by_layer(run)
 
 
 def _anneal_copies(run: Run, budget: Budget) -> None:
@@ -261,10 +260,14 @@ def _anneal_copies(run: Run, budget: Budget) -> None:
 def _has_costly_fillers(run: Run) -> bool:
     """Return whether slots must be full though copies cost, in layers that can be mixed."""
     problem = run.problem
-    fills = problem.may_copy and problem.fill_slots
-    has_answer = fills and not (problem.rules.exist or problem.rules.need_copies)
-    costs = problem.goal == "time" and charges_copies(run)
-    return has_answer and costs and is_searched_anew(run) and adds_up_over_layers(run)
+    has_rules = problem.rules.exist or problem.rules.need_copies
+    return problem.fill_slots and not has_rules and _charges_copies_by_layer(run)
+
+
+def _charges_copies_by_layer(run: Run) -> bool:
+    """Return whether experts may have copies, which cost, in layers that can be mixed."""
+    may_copy = run.problem.may_copy
+    return may_copy and charges_copies(run) and is_searched_anew(run) and adds_up_over_layers(run)
 
 
 def _anneal_filled(run: Run, budget: Budget) -> None:
