@@ -26,11 +26,16 @@ def list_files(paths: Iterable[Path], pattern: str = "*") -> list[Path]:
         if not path.is_dir():
             files.append(path)
             continue
-        matching = (file for file in path.glob(pattern) if file.is_file())
-        shown = sorted(file for file in matching if not file.name.startswith("."))
+        shown = _list_shown(path, pattern)
         equal = find_equal(shown)
         files += [file for file in shown if file not in equal]
     return files
+
+
+def _list_shown(folder: Path, pattern: str) -> list[Path]:
+    """List files of a folder that match a pattern, by name, without those that are hidden."""
+    matching = (file for file in folder.glob(pattern) if file.is_file())
+    return sorted(file for file in matching if not file.name.startswith("."))
 
 
 def find_equal(files: Iterable[Path]) -> dict[Path, Path]:
@@ -61,16 +66,20 @@ def list_equal(paths: Iterable[Path]) -> list[str]:
     for path in paths:
         equal = find_equal(sorted(path.glob("*"))) if path.is_dir() else {}
         if equal:
+            first = {*equal.values()}
             lines.append(
-                f"{path.name}: of {len(equal) + len({*equal.values()})} equal files, as ranks of "
-                f"one engine record them, {len({*equal.values()})} counts."
+                f"{path.name}: of {len(equal) + len(first)} equal files, as ranks of one engine "
+                f"record them, {len(first)} counts."
             )
     return lines
 
 
 def first_file(path: Path, pattern: str = "*") -> Path:
     """Return a file itself, or the first file of a folder that matches; else the folder."""
-    return next(iter(list_files([path], pattern)), path)
+    if not path.is_dir():
+        return path
+    # The first is no file that equals an earlier one, so none need be compared.
+    return next(iter(_list_shown(path, pattern)), path)
 
 
 def find_rank(path: Path) -> int | None:
