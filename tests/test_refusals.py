@@ -231,8 +231,11 @@ surviving([20, 2, 2, 2]) | 32 in all, got 22 in layer 0
 surviving(8, "node") | survive node needs devices_per_node: there is one node
 surviving(8, "rack") | survive must be one of device, node, got 'rack'
 plan(without=3) | without must be a list of devices, got 3
-plan(without=[0, 1, 2]) | at least 2 devices of 2 slots, got 1
-plan(retire=4) | retire must be from 0 to 3, got 4
+plan(without=[0, 1, 2]) | at least 2 devices of 2 slots, or slots_per_device=4, got 1
+plan(fewer=4) | fewer must be from 0 to 3, got 4
+plan(retire=1) | retire must be a list of devices, got 1
+plan(without=[1], retire=[1]) | retire must name devices that are not lost, got 1
+plan(slots_per_device=1) | slots_per_device must be from 2 to 4, got 1
 plan(join=-1) | join must be from 0 to
 plan(more_copies=-1) | more_copies must be
 plan(topology=mt.Topology(3)) | topology must have 4 devices like running, got 3

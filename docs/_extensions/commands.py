@@ -88,6 +88,7 @@ EXPLAINED = {
     "--regime": "choosing.md#regime",
     "--report": "report.md",
     "--retire": "survive.md#a-plan-for-a-loss",
+    "--fewer": "survive.md#a-plan-for-a-loss",
     "--risk": "choosing.md#objective",
     "--router-groups": "choosing.md#rules",
     "--running": "engines/tensorrt_llm.md#record",

@@ -49,7 +49,7 @@ inspect TRACE --expert-bytes 9 | '--expert-bytes' is for two placements
 inspect p.json other.json x-map.yaml | must be one placement, or two to compare, got 3 files
 export p.json --to eblp --out x.npz | Did you mean eplb?
 plan p.json LOAD --without x | device numbers and ranges of them
-plan p.json LOAD --without 0-2 | at least 4 devices of 2 slots, got 1
+plan p.json LOAD --without 0-2 | at least 4 devices of 2 slots, or --slots-per-device=8, got 1
 plan p.json LOAD --every-loss node --table t.json | no loss of a node
 evaluate p.json LOAD --without 0-3 | --without must leave
 """

@@ -110,12 +110,13 @@ OPTIONS = f"""
 --fail-if-drift
 --profile LOADS
 --profile STATISTICS
---retire 1
+--fewer 1
 --without 0 --more-copies 2
 --steps steps.json --expert-bytes 10
 --from auto
 --placement COPIES
 --kv-bytes 1e5 --device-memory 80e9 --expert-bytes 1e6
+--retire 0
 --step-ms 2,9
 --devices 4 --devices-per-node 3,1
 """

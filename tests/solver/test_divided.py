@@ -169,6 +169,41 @@ def test_devices_that_divide_no_heads_are_data_parallel(engine, heads_are_divide
     assert "tensor-parallel" not in line(7)
 
 
+@pytest.mark.parametrize(
+    ("engine", "nodes", "options", "remark"),
+    [
+        ("vllm", 1, [], ""),
+        ("vllm", 2, ["--nnodes", "2", "--node-rank", "--master-addr"], "--headless"),
+        ("sglang", 2, ["--nnodes", "2", "--node-rank", "--dist-init-addr"], "its own rank"),
+        ("tensorrt-llm", 2, [], ""),
+    ],
+)
+def test_two_nodes_are_told_of_each_other(engine, nodes, options, remark):
+    """The line of one node does not serve on two, unless another program starts them."""
+    recipe = list_serving_recipes(engine, placed(redundant=4), nodes=nodes)[-1]
+    words = shlex.split(recipe.command)
+    assert [word for word in options if word not in words] == []
+    assert ("--nnodes" in words) is bool(options)
+    assert remark in recipe.why
+    assert ("on every node" in recipe.why) is bool(options)
+
+
+@pytest.mark.parametrize(
+    ("model", "engine", "is_trap"),
+    [
+        ("openai/gpt-oss-20b", "vllm", True),
+        ("unsloth/gpt-oss-20b-BF16", "vllm", False),
+        ("openai/gpt-oss-20b", "sglang", False),
+        ("Qwen/Qwen3-30B-A3B", "vllm", False),
+        (None, "vllm", False),
+    ],
+)
+def test_weights_that_do_not_start_are_named(model, engine, is_trap):
+    """The line does not start as it stands with weights in MXFP4, and says so."""
+    recipe = list_serving_recipes(engine, placed(redundant=4), model=model)[-1]
+    assert ("MXFP4" in recipe.why) is is_trap
+
+
 @pytest.mark.parametrize("split", ["even", "nearest", "lp"])
 @pytest.mark.parametrize("redundant", [0, 4])
 def test_sglang_has_a_back_end_where_copies_are_not_shared_evenly(split, redundant):

@@ -49,12 +49,15 @@ def test_no_step_takes_the_last_copy(case, data):
     before, traffic, _ = case
     devices, width, experts = before.devices, before.slots_per_device, before.num_experts
     spare = devices - -(-experts // width)
-    lost = data.draw(st.sets(st.integers(0, devices - 1), max_size=spare))
-    retire = data.draw(st.integers(0, max(spare - len(lost), 0)))
+    gone = data.draw(st.sets(st.integers(0, devices - 1), max_size=spare))
+    lost = {device for device in gone if data.draw(st.booleans())}
+    retire = gone - lost
+    fewer = data.draw(st.integers(0, spare - len(gone)))
     join, more = data.draw(st.integers(0, 2)), data.draw(st.sampled_from([None, 0, 3, 10**6]))
-    plan = mt.plan(before, traffic, without=lost, retire=retire, join=join, more_copies=more)
-    assert len(plan.devices) == devices - len(lost) - retire + join
-    assert not lost & {*plan.devices.tolist()}
+    change = {"without": lost, "retire": retire, "fewer": fewer, "join": join}
+    plan = mt.plan(before, traffic, **change, more_copies=more)
+    assert len(plan.devices) == devices - len(gone) - fewer + join
+    assert not gone & {*plan.devices.tolist()}
     slots = carry_out(plan, before, sorted(lost))
     assert np.array_equal(slots[:, plan.devices], plan.slots[:, plan.devices])
     assert plan.placement.devices == len(plan.devices)
@@ -86,7 +89,7 @@ def test_devices_leave_that_few_copies_are_brought_for(case, number):
     before, traffic, _ = case
     if (before.devices - number) * before.slots_per_device < before.num_experts:
         return
-    plan = mt.plan(before, traffic, retire=number)
+    plan = mt.plan(before, traffic, fewer=number)
     leaving = sorted({*range(before.devices)} - {*plan.devices.tolist()})
 
     def copies(devices):
@@ -99,6 +102,41 @@ def test_devices_leave_that_few_copies_are_brought_for(case, number):
     for out, into in itertools.product(leaving, plan.devices.tolist()):
         other = [d for d in leaving if d != out] + [into]
         assert copies(other) >= copies(leaving)
+
+
+@given(running(), st.data())
+def test_more_slots_take_what_a_loss_leaves_without_a_slot(case, data):
+    """Where the devices that are left have too few slots, the refusal names how many will do."""
+    before, traffic, _ = case
+    devices, width, experts = before.devices, before.slots_per_device, before.num_experts
+    gone = data.draw(st.sets(st.integers(0, devices - 1), min_size=1, max_size=devices - 1))
+    lost = {device for device in gone if data.draw(st.booleans())}
+    change = {"without": lost, "retire": gone - lost}
+    enough = max(-(-experts // (devices - len(gone))), width)
+    if enough > width:
+        with pytest.raises(ValueError, match=f"or slots_per_device={enough}, got"):
+            mt.plan(before, traffic, **change)
+        with pytest.raises(ValueError, match=f"or slots_per_device={enough}, got"):
+            mt.plan(before, traffic, **change, slots_per_device=enough - 1)
+    plan = mt.plan(before, traffic, **change, slots_per_device=enough)
+    assert plan.placement.slots_per_device == enough
+    held = np.delete(before.held, sorted(gone), axis=1).any(axis=1)
+    assert len(plan.steps) == (~held).sum()
+    added = np.full((2, devices, enough - width), -1)
+    wider = mt.Placement(np.concatenate([before.slots, added], axis=2), num_experts=experts)
+    slots = carry_out(plan, wider, sorted(lost))
+    assert np.array_equal(slots[:, plan.devices], plan.slots[:, plan.devices])
+
+
+def test_fewer_counts_what_named_devices_take_with_them():
+    """Device 1 has the only other copies of what device 0 takes; 2 has none that nobody else has."""
+    before = mt.Placement([[[0, 1], [0, 1], [2, 3], [2, 3]]])
+    traffic = mt.RoutingStatistics([[[1, 1, 9, 9]]])
+    alone = mt.plan(before, traffic, fewer=1)
+    assert len(alone.steps) == 0
+    both = mt.plan(before, traffic, retire=[0], fewer=1)
+    assert both.devices.tolist() in ([1, 2], [1, 3])
+    assert len(both.steps) == 0
 
 
 def test_devices_that_come_are_filled_and_relieve_others():
@@ -152,7 +190,7 @@ def test_copies_come_from_the_nearest_device():
     """Of two devices that hold an expert, the one in the node of where it goes."""
     before = mt.Placement([[[0, 1], [2, 3], [0, 1], [2, 3]]])
     traffic = mt.RoutingStatistics([[[9, 1, 1, 1]]])
-    plan = mt.plan(before, traffic, join=0, retire=0, without=[], more_copies=0)
+    plan = mt.plan(before, traffic, join=0, retire=[], without=[], more_copies=0)
     assert not len(plan.steps)
     machine = mt.Topology(4, devices_per_node=2)
     for step in mt.plan(before, traffic, more_copies=4, topology=machine).steps.tolist():

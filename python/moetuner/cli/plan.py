@@ -24,7 +24,7 @@ from moetuner.evaluation.arrival import list_orders
 from moetuner.evaluation.losses import DOMAINS, Domain
 from moetuner.files import replacing
 from moetuner.formats.hints import Traffic
-from moetuner.placement import Placement
+from moetuner.placement import EMPTY, Placement
 from moetuner.problem.made import Made
 from moetuner.report.findings import TERMINAL, Finding
 from moetuner.report.words import write
@@ -46,31 +46,38 @@ class Change:
     without
         Devices that are lost, such as 3,17: nothing can be read from them any more.
     retire
+        Devices to remove, such as 28-31: copies are read from them before.
+    fewer
         Number of devices to remove; those whose removal moves the fewest copies are chosen.
     join
         Number of devices to add.
+    slots_per_device
+        Slots of a device in a layer from now on, where those that are left have too few for all
+        experts. [default: as many as now]
     every_loss
         Plan the loss of every device, or node, instead, and write all plans to --table.
     """
 
     without: tuple[int, ...] = option(options.DEVICE_LIST, "LIST", (), group=options.BEGIN)
-    retire: int = option(click.IntRange(0, DEVICE_LIMIT), "N", 0, group=options.BEGIN)
+    retire: tuple[int, ...] = option(options.DEVICE_LIST, "LIST", (), group=options.BEGIN)
+    fewer: int = option(click.IntRange(0, DEVICE_LIMIT), "N", 0, group=options.BEGIN)
     join: int = option(click.IntRange(0, DEVICE_LIMIT), "N", 0, group=options.BEGIN, flag="--with")
+    slots_per_device: int | None = option(click.IntRange(1), "N", group=options.BEGIN)
     every_loss: Domain | None = option(
         click.Choice(DOMAINS), group=options.BEGIN, flag="--every-loss"
     )
 
     def check(self, table_file: Path | None) -> None:
         """Raise if options are missing, or exclude each other."""
-        changes = bool(self.without or self.retire or self.join)
+        changes = bool(self.without or self.retire or self.fewer or self.join)
         if self.every_loss is None and not changes:
             raise click.UsageError(
-                "Missing option '--without' (or '--retire', '--with', '--every-loss')."
+                "Missing option '--without' (or '--retire', '--fewer', '--with', '--every-loss')."
             )
-        if self.every_loss is not None and changes:
+        if self.every_loss is not None and (changes or self.slots_per_device is not None):
             raise click.UsageError(
-                "'--every-loss' plans each loss by itself: leave out '--without', '--retire' and "
-                "'--with'."
+                "'--every-loss' plans each loss by itself: leave out '--without', '--retire', "
+                "'--fewer', '--with' and '--slots-per-device'."
             )
         if (self.every_loss is None) != (table_file is None):
             raise click.UsageError("Give '--every-loss' and '--table' together.")
@@ -78,13 +85,15 @@ class Change:
     @property
     def numbers(self) -> dict[str, Any]:
         """The change, as numbers of a finding."""
-        return {"lost": list(self.without), "retire": self.retire, "join": self.join}
+        named = {"lost": list(self.without), "retire": list(self.retire)}
+        return {**named, "fewer": self.fewer, "join": self.join, "slots": self.slots_per_device}
 
 
 @options.command(
     "plan",
     example="placement.json trace.safetensors --with 2 --out more.json --steps steps.json",
-    begin_with="--without --retire --with --every-loss --out --steps --table",
+    begin_with="--without --retire --fewer --with --every-loss --slots-per-device --out --steps "
+    "--table",
 )
 def command(
     *,
@@ -141,7 +150,9 @@ def command(
             traffic,
             without=change.without,
             retire=change.retire,
+            fewer=change.fewer,
             join=change.join,
+            slots_per_device=change.slots_per_device,
             more_copies=more_copies,
             topology=topology,
             window=source.replay_window,
@@ -152,9 +163,11 @@ def command(
         made.on(left),
         plan={"running": running_file.name, "change": write_change(**change.numbers)},
     )
-    placement = planned.placement.with_names(
-        model=running.model, topology=topology.name, settings=served.to_settings()
-    )
+    placement, settings = planned.placement, served.to_settings()
+    if (placement.slots == EMPTY).any():
+        # By it the map of an engine, which has no empty slots, is filled.
+        settings["load"] = traffic.window_load.sum(axis=0).tolist()
+    placement = placement.with_names(model=running.model, topology=topology.name, settings=settings)
     placement.save(out_file)
     if topology.has_nested_nodes and (not_serving or change.join):
         output.tell(Finding("slow links"))
@@ -208,8 +221,9 @@ def _show(
     machine = _machine(running)
     served = {"machine": machine, "change": change.numbers, "serving": len(planned.devices)}
     output.tell(Finding("devices that serve", served))
-    if change.retire:
+    if change.fewer:
         retired = {*range(running.devices)} - {*planned.devices.tolist()} - {*change.without}
+        retired -= {*change.retire}
         output.tell(Finding("devices that leave", {"devices": sorted(retired)}))
     copies = len(planned.steps)
     moved = {

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moetuner._checks import ArgumentError, instance, listed, one_of, path_in, window_in
+from moetuner.cost import weight_bits_of
 from moetuner.files import is_stream, kind_of, naming, size_of
 from moetuner.formats import (
     arrow,
@@ -200,11 +201,13 @@ def list_serving_recipes(
         if redundant:
             options = (text for name, text in capabilities.splits_by.items() if name == split)
             line += "".join(f" {option}" for option in options)
-        remarks = [capabilities.serve_note] if capabilities.serve_note else []
+        bits = weight_bits_of(model or placement.model)
+        remarks = [capabilities.serve_note, capabilities.bits_notes.get(bits, "")]
         if nodes > 1 and capabilities.on_nodes:
             line += f" {capabilities.on_nodes.format(nodes=nodes)}"
-            remarks.append("on every node, each with its own rank")
-        commands.append(Recipe(line.replace("placement.json", path), "; ".join(remarks)))
+            remarks.append(capabilities.nodes_note)
+        why = "; ".join(remark for remark in remarks if remark)
+        commands.append(Recipe(line.replace("placement.json", path), why))
     if capabilities.renumbers:
         commands.append(Recipe(f"{export} {engine} --checkpoint MODEL --out MODEL-placed"))
     return commands

@@ -54,8 +54,12 @@ class Engine:
     on_nodes
         Its options to serve on ``nodes`` nodes, by the same command on each; empty if another
         program starts the nodes.
+    nodes_note
+        A remark on what every node needs of its own.
     serve_note
         A remark on what else that command needs; empty if nothing.
+    bits_notes
+        Remarks on weights of so many bits.
     splits_by
         Its options for splits that are not its default, if experts have copies.
     go_back
@@ -79,7 +83,9 @@ class Engine:
     tensor_ranks: str = "--tensor-parallel-size {devices}"
     data_ranks: str = "--data-parallel-size {devices}"
     on_nodes: str = ""
+    nodes_note: str = "on every node, each with its own rank"
     serve_note: str = ""
+    bits_notes: Mapping[float, str] = field(default_factory=dict)
     splits_by: Mapping[Split, str] = field(default_factory=dict)
     go_back: str = "serve MODEL, whose files stay as they were"
     records_by: str = ""
@@ -120,6 +126,10 @@ ENGINES: dict[str, Engine] = {
         serve="MOETUNER_PLACEMENT=placement.json vllm serve MODEL {ranks} "
         "--enable-expert-parallel --enable-eplb "
         """--eplb-config '{{"num_redundant_experts": {redundant}}}'""",
+        on_nodes="--nnodes {nodes} --node-rank 0 --master-addr HOST",
+        nodes_note="on every node, each with its own rank, and with --headless on all but the "
+        "first",
+        bits_notes={4.25: "MXFP4 by Marlin does not start with --enable-eplb, vLLM issue 51567"},
         go_back="start vLLM without MOETUNER_PLACEMENT",
         records_by="--enable-return-routed-experts",
         record="vllm serve MODEL --tensor-parallel-size {devices} --enable-expert-parallel "

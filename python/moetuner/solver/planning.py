@@ -128,8 +128,10 @@ def plan(
     traffic: RoutingTrace | RoutingStatistics,
     *,
     without: Collection[int] = (),
-    retire: int = 0,
+    retire: Collection[int] = (),
+    fewer: int = 0,
     join: int = 0,
+    slots_per_device: int | None = None,
     more_copies: int | None = None,
     topology: Topology | None = None,
     window: int | None = WINDOW,
@@ -148,10 +150,15 @@ def plan(
     without
         Devices that are lost: no copy can be read from them.
     retire
-        Number of devices to remove: those whose removal moves the fewest copies, then those with
-        the least load. They serve, and copies are read from them, until the steps are done.
+        Devices to remove. They serve, and copies are read from them, until the steps are done.
+    fewer
+        Number of further devices to remove, likewise: those whose removal moves the fewest copies,
+        then those with the least load.
     join
-        Number of devices to add, with as many slots as a device has now.
+        Number of devices to add, with as many slots as the others.
+    slots_per_device
+        Slots of a device in a layer from now on, where the devices that serve have too few for all
+        experts. By default as many as now.
     more_copies
         Most copies to move beyond those that must move. By default none if devices are lost or
         removed, and as many as gain something if devices are added.
@@ -176,8 +183,16 @@ def plan(
     """
     check.instance("running", running, Placement)
     windows = _read_load(running, traffic, check.window_in(window))
+    if slots_per_device is not None:
+        running = _widen(running, slots_per_device)
     lost = check.chosen("without", without, running.devices)
-    removed = _choose_removed(running, windows.sum(axis=0), lost, retire)
+    named = check.chosen("retire", retire, running.devices)
+    if (lost & named).any():
+        raise check.ArgumentError(
+            f"retire must name devices that are not lost, got {np.flatnonzero(lost & named)[0]}",
+            "retire",
+        )
+    removed = _choose_removed(running, windows.sum(axis=0), lost, named, fewer)
     check.whole_number("join", join, lowest=0, highest=check.DEVICE_LIMIT - running.devices)
     if more_copies is not None:
         check.whole_number("more_copies", more_copies, lowest=0)
@@ -256,29 +271,48 @@ def _read_load(
     return load
 
 
+def _widen(running: Placement, slots_per_device: int) -> Placement:
+    """Return a placement with more slots on every device; those that are new are empty."""
+    fewest = running.slots_per_device
+    most = max(fewest, running.num_experts)
+    check.whole_number("slots_per_device", slots_per_device, lowest=fewest, highest=most)
+    added = ((0, 0), (0, 0), (0, slots_per_device - fewest))
+    slots = np.pad(running.slots, added, constant_values=EMPTY)
+    return Placement(slots, num_experts=running.num_experts)
+
+
 def _choose_removed(
-    running: Placement, load: NDArray[np.float64], lost: NDArray[np.bool_], number: int
+    running: Placement,
+    load: NDArray[np.float64],
+    lost: NDArray[np.bool_],
+    named: NDArray[np.bool_],
+    number: int,
 ) -> NDArray[np.bool_]:
-    """Return which devices are removed [D], of those that are not lost.
+    """Return which devices are removed [D]: those that are named, and a number of others.
 
     Greedily, the device is chosen next that holds the fewest experts which no other one holds. Then
     chosen devices are exchanged for others as long as fewer copies have to move.
     """
-    check.whole_number("retire", number, lowest=0, highest=int((~lost).sum()) - 1)
+    stays = ~(lost | named)
+    check.whole_number("fewer", number, lowest=0, highest=max(int(stays.sum()) - 1, 0))
     holders = running.held & ~lost[:, None]
     copies = holders.sum(axis=1)
     tokens = (holders * (load / np.maximum(copies, 1))[:, None]).sum(axis=(0, 2))
+    known: list[int] = np.flatnonzero(named).tolist()
     chosen: list[int] = []
 
     def cost(devices: list[int]) -> tuple[int, float]:
-        """Return the experts that no other device holds, and the tokens that devices serve."""
-        copies_removed = holders[:, devices].sum(axis=1)
+        """Return the experts that no other device holds, and the tokens that devices serve.
+
+        Devices that are named leave, too.
+        """
+        copies_removed = holders[:, [*known, *devices]].sum(axis=1)
         must_move = (copies_removed == copies) & (copies > 0)
         return int(must_move.sum()), float(tokens[devices].sum())
 
     def others() -> list[int]:
-        """Return the devices that are neither lost nor chosen."""
-        return [device for device in np.flatnonzero(~lost).tolist() if device not in chosen]
+        """Return the devices that stay and are not chosen."""
+        return [device for device in np.flatnonzero(stays).tolist() if device not in chosen]
 
     for _ in range(number):
         chosen.append(min(others(), key=lambda device: cost([*chosen, device])))
@@ -291,7 +325,7 @@ def _choose_removed(
             best = min(options, key=cost)
             if cost(best) < cost(chosen):
                 chosen, is_better = best, True
-    removed = np.zeros(running.devices, dtype=bool)
+    removed = named.copy()
     removed[chosen] = True
     return removed
 
@@ -311,9 +345,12 @@ def _plan(
     before[:, np.flatnonzero(lost)] = EMPTY
     serves = np.concatenate([~(lost | removed), np.ones(join, dtype=bool)])
     if serves.sum() * width < experts:
-        raise ValueError(
+        serving = int(serves.sum())
+        wider = f", or slots_per_device={-(-experts // serving)}" if serving else ""
+        raise check.ArgumentError(
             f"devices must have a slot for each of {experts} experts: at least "
-            f"{-(-experts // width)} devices of {width} slots, got {serves.sum()}"
+            f"{-(-experts // width)} devices of {width} slots{wider}, got {serving}",
+            "slots_per_device",
         )
     start = np.ascontiguousarray(before[:, serves])
     speed = np.concatenate([service.speed, np.ones(join)])

@@ -82,15 +82,21 @@ def _machine(layers: int, devices: int, slots: int) -> str:
     return f"{counted(layers, 'layer')}, {counted(devices, 'device')} x {counted(slots, 'slot')}"
 
 
-def write_change(lost: list[int], retire: int, join: int) -> str:
-    """Write which devices are lost, leave and join."""
+def write_change(
+    lost: list[int], retire: list[int], fewer: int, join: int, slots: int | None
+) -> str:
+    """Write which devices are lost, leave and join, and how many slots each has from now on."""
     texts = []
     if lost:
         texts.append(f"{_named_devices(lost)} lost")
     if retire:
-        texts.append(f"{counted(retire, 'device')} to leave")
+        texts.append(f"{_named_devices(retire)} to leave")
+    if fewer:
+        texts.append(f"{counted(fewer, 'device')} fewer")
     if join:
         texts.append(f"{counted(join, 'device')} more")
+    if slots is not None:
+        texts.append(f"{counted(slots, 'slot')} on each from now on")
     return ", ".join(texts)
 
 
