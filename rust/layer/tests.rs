@@ -493,7 +493,7 @@ proptest! {
         // A device has four halves of a load, and after a loss at most two more.
         let limit = 3.0 * (devices - 1) as f64 / experts as f64;
         let worst = |slots: &Slots| {
-            let losses = SingleLosses::new(slots, &load, &domain, &site.time, false);
+            let losses = SingleLosses::new(slots, &load, &domain, &site.time);
             losses.imbalance.into_iter().fold(0.0, f64::max)
         };
         let start = fill(&site, &load, QUICK).expect("slots suffice");

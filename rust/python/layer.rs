@@ -445,14 +445,13 @@ type Measured<'py> = (Bound<'py, PyArray2<f64>>, Bound<'py, PyArray2<i64>>);
 
 /// Measures slots [L,D,S] after every loss of one domain, from loads [L,E], and domain and time per token of every device [D].
 #[pyfunction]
-#[pyo3(signature = (slots, load, domain, time, *, divided = false, threads = None))]
+#[pyo3(signature = (slots, load, domain, time, *, threads = None))]
 pub(super) fn measure_losses<'py>(
     py: Python<'py>,
     slots: PyReadonlyArray3<'py, i32>,
     load: PyReadonlyArray2<'py, f64>,
     domain: Vec<u16>,
     time: Vec<f64>,
-    divided: bool,
     threads: Option<usize>,
 ) -> PyResult<Measured<'py>> {
     let [l, e] = sizes(load.shape());
@@ -465,7 +464,7 @@ pub(super) fn measure_losses<'py>(
     let measure = |layer: usize| {
         let rows = &slots[layer * d * per_device..][..d * per_device];
         let slots = Slots::new(&capacity, e, &read_contents(rows, per_device, &capacity));
-        SingleLosses::new(&slots, &load[layer * e..][..e], &domain, &time, divided)
+        SingleLosses::new(&slots, &load[layer * e..][..e], &domain, &time)
     };
     let all: Vec<SingleLosses> = detached(py, threads, || (0..l).into_par_iter().map(measure).collect())?;
     let domains = count_groups(&domain);

@@ -17,6 +17,7 @@ from moetuner.evaluation.losses import (
     measure_losses,
     number_domains,
 )
+from moetuner.serving.splits import RULES, Rule
 
 
 def lose(placement, load, topology, domain, lost):
@@ -181,3 +182,23 @@ def test_a_dispatcher_divides_tokens_anew_after_a_loss(nodes, spare, domain, see
         even = np.where(total > 0, total, 1) / speed.sum()
         expected = np.where(total > 0, (served / speed).max(axis=1) / even, 1)
         assert imbalance[lost] == pytest.approx(expected, rel=1e-7)
+
+
+def test_a_loss_is_divided_as_the_row_of_its_split_says(monkeypatch):
+    """A dispatcher that divides windows in its own way is not taken for a linear programme."""
+
+    def to_the_last(slots, load, speed):
+        """Give all tokens of an expert to the last device that holds it."""
+        served = np.zeros((*load.shape[:2], slots.shape[1]))
+        for layer, expert in np.ndindex(load.shape[1:]):
+            holders = np.flatnonzero((slots[layer] == expert).any(axis=1))
+            if holders.size:
+                served[:, layer, holders[-1]] += load[:, layer, expert]
+        return served
+
+    monkeypatch.setitem(RULES, "last", Rule("is the last", "to the last", divide=to_the_last))
+    load = np.array([[4, 4, 4, 4]], np.uint64)
+    after, _ = compute_imbalances_after_loss(TWICE, load, mt.Topology(4), "device", split="last")
+    # One of two pairs of devices stays whole, and its last device serves two experts of four; so
+    # does the one that is left of the other pair.
+    assert after.ravel().tolist() == [1.5] * 4

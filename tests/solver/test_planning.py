@@ -129,7 +129,7 @@ def test_more_slots_take_what_a_loss_leaves_without_a_slot(case, data):
 
 
 def test_fewer_counts_what_named_devices_take_with_them():
-    """Device 1 has the only other copies of what device 0 takes; 2 has none that nobody else has."""
+    """Device 1 has the only other copies of what device 0 takes, so that 2 or 3 leaves."""
     before = mt.Placement([[[0, 1], [0, 1], [2, 3], [2, 3]]])
     traffic = mt.RoutingStatistics([[[1, 1, 9, 9]]])
     alone = mt.plan(before, traffic, fewer=1)

@@ -1,8 +1,9 @@
 """Compute lost experts and loads of a placement after the loss of a device, or a node.
 
 Take an expert of load ``w`` and ``c`` copies, ``k`` of which are lost. With even shares each of the
-other copies gets ``w (1 / (c - k) - 1 / c)`` more; split ``lp`` splits all tokens anew. An expert
-whose copies are all lost has to be read from disk; until then no device serves its tokens.
+other copies gets ``w (1 / (c - k) - 1 / c)`` more; a split that divides windows divides all tokens
+anew. An expert whose copies are all lost has to be read from disk; until then no device serves its
+tokens.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner.placement import Placement
-from moetuner.serving.splits import RULES, Split
+from moetuner.placement import EMPTY, Placement, count_copies
+from moetuner.serving.splits import RULES, Divide, Split
 from moetuner.topology import Topology
 
 Floats = NDArray[np.float64]
@@ -174,11 +175,33 @@ def compute_imbalances_after_loss(
 
     The imbalance is the busiest device / mean; it is 1 where nothing is served.
     """
-    return _core.measure_losses(
-        np.ascontiguousarray(placement.slots, dtype=np.int32),
-        np.ascontiguousarray(load, dtype=np.float64),
-        number_domains(topology, domain).tolist(),
-        topology.time_of_device.tolist(),
-        divided=RULES[split].needs_windows,
-        threads=threads,
+    member = number_domains(topology, domain)
+    slots = np.ascontiguousarray(placement.slots, dtype=np.int32)
+    tokens = np.ascontiguousarray(load, dtype=np.float64)
+    divide = RULES[split].divide
+    imbalance, lost = _core.measure_losses(
+        slots, tokens, member.tolist(), topology.time_of_device.tolist(), threads=threads
     )
+    if divide is not None:
+        for number in range(len(lost)):
+            is_gone = member == number
+            imbalance[number] = _divide_after_loss(slots, tokens, topology, is_gone, divide)
+    return imbalance, lost
+
+
+def _divide_after_loss(
+    slots: NDArray[np.int32],
+    load: Floats,
+    topology: Topology,
+    is_gone: NDArray[np.bool_],
+    divide: Divide,
+) -> Floats:
+    """Compute the imbalance [L] of the devices that are left if a dispatcher divides all tokens."""
+    left = np.where(is_gone[:, None], EMPTY, slots)
+    served = np.where(count_copies(left, load.shape[1]) > 0, load, 0.0)
+    speed = topology.speed_of_device
+    times = divide(left, served[None], speed)[0] / speed
+    mean = served.sum(axis=1) / speed[~is_gone].sum()
+    imbalance = np.ones(len(load))
+    np.divide(times.max(axis=1), mean, out=imbalance, where=mean > 0)
+    return imbalance

@@ -47,6 +47,9 @@ class Rule:
     divide
         Function that divides the tokens of a whole window over copies; None if each token is
         served by itself. With it, windows must be counted, and their tokens have no order.
+    is_linear_programme
+        True if that function returns the optimum of the linear programme, which the core searches
+        placements for.
     dispatch_us
         Time of the dispatcher in every layer, in microseconds, which no cost model contains.
     """
@@ -58,6 +61,7 @@ class Rule:
     in_turns: bool = False
     is_hashed: bool = False
     divide: Divide | None = None
+    is_linear_programme: bool = False
     dispatch_us: float = 0.0
 
     @property
@@ -92,6 +96,7 @@ RULES: dict[str, Rule] = {
         "so that the slowest device of every window is fastest (lp, SGLang; for counts only)",
         is_hashed=True,
         divide=lambda slots, load, speed: _core.balanced_load(slots, load, speed),
+        is_linear_programme=True,
         # LPLB's authors: 100 us and more.
         dispatch_us=100.0,
     ),

@@ -274,8 +274,8 @@ def _read_load(
 def _widen(running: Placement, slots_per_device: int) -> Placement:
     """Return a placement with more slots on every device; those that are new are empty."""
     fewest = running.slots_per_device
-    most = max(fewest, running.num_experts)
-    check.whole_number("slots_per_device", slots_per_device, lowest=fewest, highest=most)
+    limit = max(fewest, running.num_experts)
+    check.whole_number("slots_per_device", slots_per_device, lowest=fewest, highest=limit)
     added = ((0, 0), (0, 0), (0, slots_per_device - fewest))
     slots = np.pad(running.slots, added, constant_values=EMPTY)
     return Placement(slots, num_experts=running.num_experts)
@@ -344,12 +344,12 @@ def _plan(
     before = np.concatenate([running.slots, added], axis=1)
     before[:, np.flatnonzero(lost)] = EMPTY
     serves = np.concatenate([~(lost | removed), np.ones(join, dtype=bool)])
-    if serves.sum() * width < experts:
-        serving = int(serves.sum())
-        wider = f", or slots_per_device={-(-experts // serving)}" if serving else ""
+    number = int(serves.sum())
+    if number * width < experts:
+        wider = f", or slots_per_device={-(-experts // number)}" if number else ""
         raise check.ArgumentError(
             f"devices must have a slot for each of {experts} experts: at least "
-            f"{-(-experts // width)} devices of {width} slots{wider}, got {serving}",
+            f"{-(-experts // width)} devices of {width} slots{wider}, got {number}",
             "slots_per_device",
         )
     start = np.ascontiguousarray(before[:, serves])

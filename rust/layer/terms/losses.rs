@@ -7,10 +7,8 @@
 //!
 //! An expert whose copies are all lost adds nothing to other devices; a rule forbids that (`super::super::rules`).
 
-use super::lp_split::copies_of;
 use super::{Candidate, Term, Visits};
 use crate::arrays::count_groups;
-use crate::division::{Division, Notes};
 use crate::layer::slots::Edit;
 use crate::layer::{Layer, Move, Slots, power, root};
 
@@ -111,31 +109,6 @@ impl AfterLosses {
         }
         worst
     }
-
-    /// Returns the busiest device's time after the loss of every domain, over the mean of the devices left `[width]`, if a
-    /// dispatcher divides the loads of experts `[E]` over the remaining copies.
-    fn divide(&self, slots: &Slots, load: &[f64]) -> Vec<f64> {
-        let (mut copies, mut notes) = (copies_of(slots, &self.time), Notes::default());
-        let mut division = Division::new(&copies, load, &mut notes);
-        let worst = |(lost, &per_mean): (usize, &f64)| {
-            if per_mean == 0.0 {
-                return 0.0;
-            }
-            let devices = (0..self.domain.len()).filter(|&device| self.domain[device] == lost);
-            let gone: Vec<_> =
-                devices.flat_map(|device| slots.of(device)).map(|slot| (slot, copies.expert(slot))).collect();
-            for &(slot, _) in &gone {
-                copies.put(slot, None);
-            }
-            let time = division.update(&copies, &gone, &mut notes);
-            division.restore(&copies, &mut notes);
-            for (slot, expert) in gone {
-                copies.put(slot, expert);
-            }
-            time * per_mean
-        };
-        self.per_mean.iter().enumerate().map(worst).collect()
-    }
 }
 
 /// Imbalance of a layer after single losses, by the domain that is lost `[F]`.
@@ -150,9 +123,9 @@ pub struct SingleLosses {
 impl SingleLosses {
     /// Measures losses under loads `[E]`, by the domains of devices `[D]` and their times per token `[D]`.
     ///
-    /// Copies share evenly, or a dispatcher divides all tokens anew.
+    /// Copies share evenly.
     #[must_use]
-    pub fn new(slots: &Slots, load: &[f64], domain: &[u16], time: &[f64], is_divided: bool) -> Self {
+    pub fn new(slots: &Slots, load: &[f64], domain: &[u16], time: &[f64]) -> Self {
         let domains = count_groups(domain);
         let holders: Vec<Vec<usize>> =
             (0..load.len()).map(|e| slots.devices(e as u16).map(usize::from).collect()).collect();
@@ -168,14 +141,10 @@ impl SingleLosses {
             }
         }
         let mut after = AfterLosses::new(time, domain, &served);
-        let mut imbalance: Vec<f64> = if is_divided {
-            after.divide(slots, load)
-        } else {
-            for (load, devices) in load.iter().zip(&holders) {
-                after.count(*load, devices.len(), devices, 1.0);
-            }
-            after.worst()
-        };
+        for (load, devices) in load.iter().zip(&holders) {
+            after.count(*load, devices.len(), devices, 1.0);
+        }
+        let mut imbalance = after.worst();
         imbalance.truncate(domains);
         for (imbalance, _) in imbalance.iter_mut().zip(&served).filter(|(_, served)| **served <= 0.0) {
             *imbalance = 1.0;

@@ -26,7 +26,7 @@ MOST_WINDOWS = 32
 
 def has_lp_split(run: Run) -> bool:
     """Return whether a dispatcher divides tokens by split lp, and there may be copies."""
-    return run.problem.serving.rule.needs_windows and run.problem.may_copy
+    return run.problem.serving.rule.is_linear_programme and run.problem.may_copy
 
 
 def _search(run: Run, budget: Budget) -> None:
