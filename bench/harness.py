@@ -53,7 +53,7 @@ HEADLINES: dict[str, dict[str, str]] = {
     "gpu-times": {"Mean error": "", "Preset": ""},
     "judge_traffic": {"32 devices, 8192 tokens, RDMA": "", "RDMA:": "", "default:": ""},
     "phases": {"gpt-oss-20b gains": "", "machines and numbers of slots": ""},
-    "scale": {
+    "scale-transitions-text-replay-axes-limits": {
         "Transitions": "",
         "Text of": "",
         "Replay of a placement": "1",
@@ -354,5 +354,26 @@ def imbalance(load: NDArray[Any], slots: NDArray[Any]) -> NDArray[np.float64]:
     return ratios
 
 
+def list_old_commands() -> list[str]:
+    """List the commands whose records are older than the last change of what they measure.
+
+    That is the core, the package, and the benchmark itself.
+    """
+    git, commands = ["git", "-C", str(HERE.parent)], []
+    for path in sorted(RECORDS.glob("*.json")):
+        record = json.loads(path.read_text())
+        script = record["command"].split()[1]
+        measured = ("rust", "python/moetuner", script)
+        changes = subprocess.run(
+            [*git, "diff", "--quiet", record["commit"], "--", *measured], capture_output=True
+        )
+        if changes.returncode:
+            commands.append(f"{record['command']} --record")
+    return commands
+
+
 if __name__ == "__main__":
     RESULTS.write_text(written())
+    old = list_old_commands()
+    print(f"{len(old)} records are older than the last change of what they measure:")
+    print("\n".join(old))
