@@ -713,3 +713,19 @@ def test_what_is_proposed_is_what_one_would_buy(data, devices, per_node, slots):
     assert ("1 more slot" in advice.sentence) == (slots == 1)
     over_eplb = [judgement.gain.gain for judgement in advice.over_eplb.values()]
     assert min(over_eplb) > 0
+
+
+@pytest.mark.parametrize(("windows", "stay", "seed"), [(40, 0.7, 0), (40, 0.9, 1), (80, 0.95, 0)])
+def test_more_windows_are_asked_for_than_there_are(windows, stay, seed):
+    """As many times more as an interval needs more samples than came out."""
+    rng, level, loads = np.random.default_rng(seed), np.zeros((2, 16)), []
+    for _ in range(windows):
+        level = stay * level + (1 - stay**2) ** 0.5 * rng.normal(0, 0.7, level.shape)
+        share = np.exp(level) / np.exp(level).sum(axis=1, keepdims=True)
+        loads.append(rng.poisson(2000 * share))
+    advice = advise(mt.RoutingStatistics.from_load(loads), mt.Topology(4), copies=(0,))
+    assert advice.answer == "not enough evidence"
+    kind, numbers = advice.findings[0].kind, advice.findings[0].numbers
+    assert kind == "neighbouring windows are alike"
+    assert numbers["windows"] == windows
+    assert numbers["needed"] >= windows * numbers["least"] / numbers["unseen"] > windows
