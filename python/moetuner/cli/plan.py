@@ -24,7 +24,7 @@ from moetuner.evaluation.arrival import list_orders
 from moetuner.evaluation.losses import DOMAINS, Domain
 from moetuner.files import replacing
 from moetuner.formats.hints import Traffic
-from moetuner.placement import EMPTY, Placement
+from moetuner.placement import Placement
 from moetuner.problem.made import Made
 from moetuner.report.findings import TERMINAL, Finding
 from moetuner.report.words import write
@@ -163,11 +163,9 @@ def command(
         made.on(left),
         plan={"running": running_file.name, "change": write_change(**change.numbers)},
     )
-    placement, settings = planned.placement, served.to_settings()
-    if (placement.slots == EMPTY).any():
-        # By it the map of an engine, which has no empty slots, is filled.
-        settings["load"] = traffic.window_load.sum(axis=0).tolist()
-    placement = placement.with_names(model=running.model, topology=topology.name, settings=settings)
+    placement = planned.placement.with_names(
+        model=running.model, topology=topology.name, settings=served.to_settings()
+    ).with_load(traffic.total_load)
     placement.save(out_file)
     if topology.has_nested_nodes and (not_serving or change.join):
         output.tell(Finding("slow links"))
@@ -222,9 +220,10 @@ def _show(
     served = {"machine": machine, "change": change.numbers, "serving": len(planned.devices)}
     output.tell(Finding("devices that serve", served))
     if change.fewer:
-        retired = {*range(running.devices)} - {*planned.devices.tolist()} - {*change.without}
-        retired -= {*change.retire}
-        output.tell(Finding("devices that leave", {"devices": sorted(retired)}))
+        known = {*planned.devices.tolist(), *change.without, *change.retire}
+        output.tell(
+            Finding("devices that leave", {"devices": sorted({*range(running.devices)} - known)})
+        )
     copies = len(planned.steps)
     moved = {
         "experts": copies,

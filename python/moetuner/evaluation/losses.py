@@ -182,7 +182,8 @@ def compute_imbalances_after_loss(
     imbalance, lost = _core.measure_losses(
         slots, tokens, member.tolist(), topology.time_of_device.tolist(), threads=threads
     )
-    if divide is not None:
+    # Without copies there is nothing to divide.
+    if divide is not None and placement.has_copies:
         for number in range(len(lost)):
             is_gone = member == number
             imbalance[number] = _divide_after_loss(slots, tokens, topology, is_gone, divide)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from moetuner._core import __version__
-from moetuner.placement import EMPTY, Placement, keep_slots
+from moetuner.placement import Placement, keep_slots
 from moetuner.problem import Problem
 from moetuner.problem.caps import ROUNDING
 from moetuner.problem.made import Made
@@ -69,20 +69,18 @@ def with_origin(run: Run, placement: Placement, method: str, **figures: Any) -> 
         run.problem, version=__version__, method=method, seed=run.seed, effort=budget.effort
     )
     limits = {name: getattr(budget, name) for name in ("time_limit", "iterations", "gap")}
-    # By it the map of an engine, which has no empty slots, is filled with copies that change least.
-    is_full = (placement.slots != EMPTY).all() or not run.problem.may_copy
-    load = None if is_full else run.problem.load.tolist()
-    return placement.with_names(
+    named = placement.with_names(
         model=statistics.model,
         topology=topology.name,
         fingerprint=statistics.fingerprint,
         settings={
             **made.to_settings(),
             **{name: limit for name, limit in limits.items() if limit is not None},
-            **({} if load is None else {"load": load}),
         },
         **figures,
     )
+    # By it the map of an engine, which has no empty slots, is filled with copies that change least.
+    return named.with_load(run.problem.load) if run.problem.may_copy else named
 
 
 def _make_details(

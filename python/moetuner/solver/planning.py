@@ -272,7 +272,10 @@ def _read_load(
 
 
 def _widen(running: Placement, slots_per_device: int) -> Placement:
-    """Return a placement with more slots on every device; those that are new are empty."""
+    """Return a placement with more slots on every device; those that are new are empty, and last.
+
+    Experts keep their slots, which steps name.
+    """
     fewest = running.slots_per_device
     limit = max(fewest, running.num_experts)
     check.whole_number("slots_per_device", slots_per_device, lowest=fewest, highest=limit)
