@@ -508,15 +508,14 @@ def measure_losses(
     domain: list[int],
     time: list[float],
     *,
-    divided: bool = False,
     threads: int | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Measure single losses of failure domains.
 
     Takes slots [L,D,S] with -1 for an empty one, load [L,E], the failure domain of every device
-    [D], and its time per token as a share of the slowest one's [D]. Copies share evenly, or a
-    dispatcher divides all tokens anew. Returns the time of the busiest device over the mean of
-    those that are left, 1 where nothing is served, and how many experts are lost as a whole [F,L].
+    [D], and its time per token as a share of the slowest one's [D]. Copies share
+    evenly. Returns the time of the busiest device over the mean of those that are left, 1 where
+    nothing is served, and how many experts are lost as a whole [F,L].
     """
 
 def adapt_slots(
