@@ -82,7 +82,7 @@ def test_ours_is_compared_with_annealing_that_took_as_long() -> None:
 
 
 def test_simple_methods_get_the_time_of_ours() -> None:
-    """Once for each of ours, with the seconds that it took; policies have no such row."""
+    """Once for each of ours, with its seconds, or all of its limit; policies have no such row."""
     counts = mt.RoutingStatistics.from_load(domains(1, 4, 0, 8))
     run = balance.Run(Instance("made", counts, mt.Topology(2), 4), 2)
     budgets = []
@@ -92,7 +92,10 @@ def test_simple_methods_get_the_time_of_ours() -> None:
         return initial
 
     methods = {"ours": solved("contiguous", "balance"), "policy": solved("random", "balance")}
-    run.play(methods, {"stays": stays})
+    run.play(methods, {"stays": stays}, {})
     assert list(run.means) == [("ours", ""), ("stays", "ours"), ("policy", "")]
     assert budgets == [row[2] for row in run.rows["ours", ""]]
     assert run.means["stays", "ours"][:2] == run.means["ours", ""][:2]
+    budgets.clear()
+    run.play(methods, {"stays": stays}, {"ours": 100.0})
+    assert budgets == [100.0] * 2
