@@ -211,7 +211,8 @@ def place(states: Any, model: Any, balancer: Balancer, *, drafts: bool = False) 
     ``drafts`` says whether it is a draft model, which earlier versions of vLLM do not mark by name.
     """
     try:
-        state = list(states.model_states.values())[-1]
+        models = states.model_states
+        added, state = list(models.items())[-1]
         running = state.physical_to_logical_map.cpu().numpy()
         name = getattr(state, "model_name", None)
         if name and drafts and not name.endswith(DRAFT):
@@ -239,12 +240,13 @@ def place(states: Any, model: Any, balancer: Balancer, *, drafts: bool = False) 
     )
     if maps is None or (maps == running).all():
         return
-    # The asynchronous balancer can rearrange like the synchronous one.
-    states.is_async = False
+    # The asynchronous balancer can rearrange like the synchronous one. Only the added model moves:
+    # without load yet, vLLM would make all copies of another one those of its first expert.
+    states.is_async, states.model_states = False, {added: state}
     try:
         rearrange()
     finally:
-        states.is_async = asynchronous
+        states.is_async, states.model_states = asynchronous, models
 
 
 def weigh_expert(model: Any) -> int:
