@@ -59,6 +59,20 @@ def test_every_reader_has_a_page(name):
     assert module in pages or any(spelled.search(text) for text in pages.values())
 
 
+def test_recordings_of_a_draft_model_are_read_by_themselves(tmp_path):
+    """Its loads have other layers: the error says how to give those of one model."""
+    for layers in (1, 10, 9):
+        np.savez(tmp_path / f"load-7-{layers}x8.npz", load=np.ones((2, layers, 8), dtype=int))
+    with pytest.raises(ValueError, match=r"3 sizes.* 1x8, 9x8, 10x8,.*load-\*-10x8\*.npz") as error:
+        mt.open_input(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}: ")
+    main = sorted(tmp_path.glob("load-*-10x8*.npz"))
+    assert (mt.open_input(main).layers, mt.open_input(tmp_path / "load-7-1x8.npz").layers) == (
+        10,
+        1,
+    )
+
+
 def test_recordings_of_ranks_that_are_equal_count_once(tmp_path):
     """Those of the plugins' recorder alone, by their content; a line says so of a folder."""
     random = np.random.default_rng(5)

@@ -103,6 +103,18 @@ def test_a_fall_back_is_seen_and_is_logged_again_after_a_success(read, caplog):
         assert sum("own map" in line for line in caplog.messages) == turn
 
 
+def test_a_draft_model_without_a_placement_is_no_fall_back(read, tmp_path):
+    """Figures stay those of the main model, which serves its placement."""
+    path = tmp_path / "main.json"
+    mt.Placement(START.reshape(4, 4, 5)[:, ::-1]).save(path)
+    balancer = make(placements=(path,))
+    assert balancer.decide(LOAD, 20, 1, 1, 4, START, model="main") is not None
+    before = read(balancer)
+    assert before["map_in_force",] == 1
+    assert balancer.decide(LOAD[:1], 20, 1, 1, 4, START[:1], model="main (draft)") is None
+    assert read(balancer) == before
+
+
 def test_off_is_counted_at_every_decision(read, tmp_path):
     """With the reason for which ranks take the engine's own map from now on."""
     balancer = make(placements=(tmp_path / "none.json",))

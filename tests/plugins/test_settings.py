@@ -337,6 +337,120 @@ def test_a_file_is_taken_if_all_models_that_run_get_theirs(stored, tmp_path, cap
     assert f"not taken: {path}: the placement has 1 layers, but the engine has 3" in caplog.text
 
 
+def on_ranks(slots):
+    """Return the experts of every rank of two, of slots in any order [L,2,3]."""
+    return np.sort(np.asarray(slots).reshape(-1, 2, 3))
+
+
+def load_both(serve, *, marked=True):
+    """Load vLLM's model of three layers with its draft model of one, which it adds first.
+
+    ``marked`` says whether vLLM marks a draft model by its name. Returns the state of all models,
+    and vLLM's policy with ours in its place.
+    """
+    states = stand_in_vllm.engine().EplbState
+    vllm.place_at_load(states, serve)
+    engine, name = states(), "/models/Main (draft)" if marked else "/models/Main"
+    theirs = stand_in_vllm.policy()
+    ours = vllm.make_policy_class(theirs, serve)
+    moves = engine.rearrange
+    engine.moved = []
+
+    def rearrange():
+        moves()
+        for state in engine.model_states.values():
+            running = state.physical_to_logical_map
+            load = running[:, :5] * 0
+            state.physical_to_logical_map = ours.rebalance_experts(load, 6, 1, 1, 2, running)
+            engine.moved.append(len(running))
+
+    engine.rearrange = rearrange
+    engine.add_model(
+        stand_in_vllm.model(layers=[None]), SimpleNamespace(runner_type="draft"), model_name=name
+    )
+    engine.add_model(stand_in_vllm.model(), SimpleNamespace(), model_name="/models/Main")
+    return engine, theirs, ours
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_draft_model_without_a_placement_is_the_engines(stored, marked, caplog):
+    """One line says so, however often vLLM asks; the main model's placement stays in force."""
+    torch = pytest.importorskip("torch")
+    caplog.set_level(logging.INFO, LOG.name)
+    serve = balancer(PLACEMENT=stored[0])
+    engine, theirs, ours = load_both(serve, marked=marked)
+    # Without load, vLLM's own policy would make all copies those of the first expert.
+    assert engine.moved == [3]
+    draft, main = engine.model_states.values()
+    for turn in range(3):
+        assert np.array_equal(on_ranks(main.physical_to_logical_map), on_ranks(stored[1].slots))
+        for state in (draft, main):
+            running = state.physical_to_logical_map
+            load = torch.ones((len(running), 5), dtype=torch.int64)
+            state.physical_to_logical_map = ours.rebalance_experts(load, 6, 1, 1, 2, running)
+        assert theirs.calls == turn + 1
+    assert [line for line in caplog.messages if "own map" in line] == [
+        "moetuner: /models/Main (draft): the engine's own map for its layers, as no file is of "
+        "the draft model's layers"
+    ]
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+
+
+def test_a_file_of_both_models_serves_the_draft_model_too(stored, tmp_path, caplog):
+    """Each at its load, once, from one file with a placement after the other."""
+    draft, both = mt.Placement([[[4, 3, 2], [1, 0, 2]]]), tmp_path / "both.json"
+    draft.save(tmp_path / "draft.json")
+    both.write_text(stored[0].read_text() + (tmp_path / "draft.json").read_text())
+    engine, theirs, _ = load_both(balancer(PLACEMENT=both))
+    maps = [state.physical_to_logical_map for state in engine.model_states.values()]
+    for placement, actual in zip((draft, stored[1]), maps, strict=True):
+        assert np.array_equal(on_ranks(actual), on_ranks(placement.slots))
+    assert (engine.moved, theirs.calls, caplog.messages) == ([1, 3], 0, [])
+
+
+def test_a_draft_model_does_not_follow_a_placement_of_other_sizes(stored, tmp_path, caplog):
+    """As many layers on other ranks are a mistake, and a warning."""
+    mt.Placement([[[0, 1], [2, 3], [4, 0]]]).save(tmp_path / "draft.json")
+    serve = balancer(PLACEMENT=f"{stored[0]}{os.pathsep}{tmp_path / 'draft.json'}")
+    assert serve.decide(np.ones((1, 5)), 6, 1, 1, 2, model="Main (draft)") is None
+    assert "own map: " in caplog.text
+    assert "draft.json: 3 devices x 2 slots" in caplog.text
+
+
+def test_pairs_of_the_main_model_are_not_of_the_draft_model(tmp_path, caplog):
+    """A profile has as many layers; without one, the draft model follows its live loads."""
+    path = tmp_path / "profile.npz"
+    ids = np.arange(300).reshape(50, 3, 2) % 5
+    mt.RoutingStatistics.from_trace(trace_of(ids, 5)).save(path)
+    ask = {"weight": [[9, 1, 1, 1, 1]], "num_replicas": 6, "num_groups": 1, "num_nodes": 1}
+    ask |= {"num_ranks": 2, "model": "Main (draft)", "sparse": None}
+    assert balancer(REBALANCE=1, PROFILE=path).decide(**ask) is None
+    assert not caplog.messages
+    assert balancer(REBALANCE=1).decide(**ask) is not None
+
+
+def test_files_are_read_again_whatever_the_draft_model_lacks(stored, tmp_path, caplog):
+    """It had nothing, and needs nothing."""
+    path, flag = tmp_path / "served.json", tmp_path / "reload"
+    path.write_text(stored[0].read_text())
+    serve = balancer(PLACEMENT=path, RELOAD=flag)
+
+    def decide():
+        names = {1: "Main (draft)", 3: "Main"}
+        ask = {layers: (np.ones((layers, 5)), 6, 1, 1, 2) for layers in names}
+        return [serve.decide(*ask[of], model=names[of], sparse=None) for of in names]
+
+    decide()
+    other = mt.Placement([[[4, 3, 2], [1, 0, 2]]] * 3)
+    other.save(path)
+    flag.write_text("1")
+    serve.look_again()
+    draft, main = decide()
+    assert draft is None
+    assert np.array_equal(main, other.slots.reshape(3, 6))
+    assert not caplog.messages
+
+
 def test_says_one_line_when_something_changes(caplog):
     """At INFO on rank 0 and at DEBUG elsewhere, and where nothing moves."""
     caplog.set_level(logging.DEBUG, LOG.name)

@@ -11,7 +11,7 @@ from moetuner.files.contents import holds_statistics, is_own
 from moetuner.formats.counts import drop_dense_layers
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
-from moetuner.formats.sources import first_file, list_files
+from moetuner.formats.sources import first_file, list_files, require_one_model
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
@@ -28,6 +28,7 @@ def recognises(kind: Kind, path: Path) -> bool:
 def read(paths: Sequence[Path], hints: Hints) -> Traffic:
     """Read files one after the other: traces, or counts."""
     files = list_files(paths)
+    require_one_model(files)
     return join([_traffic(path, hints) for path in files], files)
 
 

@@ -60,6 +60,24 @@ def find_equal(files: Iterable[Path]) -> dict[Path, Path]:
     return equal
 
 
+def require_one_model(files: Iterable[Path]) -> None:
+    """Raise if a plugin's recorder wrote some of the files for models of several sizes.
+
+    An engine with a draft model has two: each gets a placement of its own.
+    """
+    files_by_size = {
+        name[1]: file for file in files if (name := RECORDER.fullmatch(file.name)) is not None
+    }
+    if len(files_by_size) > 1:
+        # The main model has the most layers.
+        sizes = sorted(files_by_size, key=lambda size: int(size.split("x")[0]))
+        raise ValueError(
+            f"{files_by_size[sizes[-1]].parent}: the plugin recorded models of {len(sizes)} sizes, "
+            f"layers x experts {', '.join(sizes)}, as a draft model is one: give the files of "
+            f"each by themselves, such as load-*-{sizes[-1]}*.npz"
+        )
+
+
 def list_equal(paths: Iterable[Path]) -> list[str]:
     """Return a line for each folder with files that are taken once, as they are equal."""
     lines = []

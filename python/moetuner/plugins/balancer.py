@@ -37,6 +37,8 @@ from moetuner.plugins.settings import Settings, find_idle_variables
 LOOK_SECONDS = 0.5
 # A model's name and the shape [L,P] of its map.
 ModelKey = tuple[str | None, tuple[int, ...]]
+# Why a draft model has no map of ours. It is none of the main model's fall-backs.
+NO_DRAFT = "no file is of the draft model's layers"
 # Only one thread reads files again at a time; a second caller then finds that they are read.
 READING = threading.Lock()
 
@@ -206,6 +208,10 @@ class Balancer:
             self.log.say(f"read its files again: {self.purpose}", rank)
         if verdict.do != "take" or decided is None:
             self._off = verdict.do == "off"
+            if verdict.do == "own" and verdict.reason == NO_DRAFT:
+                text = f"{model}: the engine's own map for its layers, as {NO_DRAFT}"
+                self.log.say(text, rank, once=True)
+                return None
             until = " from now on" if self._off else ""
             text = f"all ranks take the engine's own map{until}: {verdict.reason}"
             self.log.warn(text, int(not verdict.speaks))
@@ -271,6 +277,8 @@ class Balancer:
                 return None, replace(post, error=files.error, unread=True)
             sizes = len(case.slots), case.experts, model
             self._cases[sizes] = replace(case, windows=case.load[None])
+            if files.lack_draft(case, model):
+                return None, replace(post, error=NO_DRAFT)
             if files.placements:
                 stored, slots = files.slots(case, model)
                 if text := stored.warning(model):
@@ -296,6 +304,9 @@ class Balancer:
         These are the model of the case, and every other one that the files in use can serve.
         """
         rules = self.settings.rules
+        if pending.lack_draft(case, model) and self.files.fault(case, model, rules):
+            # A draft model that had nothing before needs nothing now.
+            return False
         why = pending.fault(case, model, rules)
         if pending.placements and not why:
             try:

@@ -16,6 +16,9 @@ from moetuner.plugins.log import quote_error
 from moetuner.plugins.settings import Settings
 from moetuner.statistics import RoutingStatistics, as_counts
 
+# How vLLM marks the name of a draft model, which has its own decisions beside the main model's.
+DRAFT = " (draft)"
+
 
 def compute_checksum(content: bytes) -> str:
     """Return eight hexadecimal digits that change when the content does."""
@@ -101,6 +104,15 @@ class Files:
         content += [None if profile is None else profile.fingerprint]
         return cls(tuple(placements), profile, compute_checksum(repr(content).encode()))
 
+    def lack_draft(self, case: Case, model: str | None) -> bool:
+        """Return whether a model is a draft model of which these files have nothing.
+
+        They are of the main model then, and its layers are not put on those of the draft model.
+        """
+        layers = [stored.placement.layers for stored in self.placements]
+        layers += [] if self.profile is None else [self.profile.layers]
+        return (model or "").endswith(DRAFT) and bool(layers) and len(case.slots) not in layers
+
     def fault(self, case: Case, model: str | None, rules: MoveLimits) -> str:
         """Return why these files cannot serve a model; "" where they can."""
         try:
@@ -171,4 +183,4 @@ def _short(name: str) -> str:
     """Return the name of a model without its folder, owner and revision, in lower case."""
     # The cache of Hugging Face: models--OWNER--NAME/snapshots/REVISION.
     cached = re.search(r"models--(?:[^/]*--)?([^/]+)/snapshots/", name)
-    return (cached[1] if cached else Path(name.removesuffix(" (draft)")).name).casefold()
+    return (cached[1] if cached else Path(name.removesuffix(DRAFT)).name).casefold()

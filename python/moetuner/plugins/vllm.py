@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from moetuner.plugins.balancer import Balancer
+from moetuner.plugins.files import DRAFT
 from moetuner.plugins.log import Log
 from moetuner.plugins.tensors import find_group, find_process_rank, make_eplb_tensors, read_array
 from moetuner.plugins.updates import follow_updates, wrap
@@ -197,18 +198,25 @@ def _wrap_add_model(balancer: Balancer, add_model: Any) -> Any:
                 arguments_by_name["model"], arguments_by_name["model_config"], self.parallel_config
             )
         if not getattr(getattr(self, "parallel_config", None), "enable_elastic_ep", False):
-            place(self, arguments_by_name.get("model"), balancer)
+            drafts = getattr(arguments_by_name.get("model_config"), "runner_type", "") == "draft"
+            place(self, arguments_by_name.get("model"), balancer, drafts=drafts)
         return added
 
     return add_and_place
 
 
-def place(states: Any, model: Any, balancer: Balancer) -> None:
-    """Put a stored placement in force for the model that was just added to an ``EplbState``."""
+def place(states: Any, model: Any, balancer: Balancer, *, drafts: bool = False) -> None:
+    """Put a stored placement in force for the model that was just added to an ``EplbState``.
+
+    ``drafts`` says whether it is a draft model, which earlier versions of vLLM do not mark by name.
+    """
     try:
-        state = list(states.model_states.values())[-1]
+        models = states.model_states
+        added, state = list(models.items())[-1]
         running = state.physical_to_logical_map.cpu().numpy()
         name = getattr(state, "model_name", None)
+        if name and drafts and not name.endswith(DRAFT):
+            name += DRAFT
         load = running[:, : model.num_logical_experts] * 0
         ranks = model.num_physical_experts // model.num_local_physical_experts
         sizes = (model.num_physical_experts, model.num_expert_groups, 1, ranks)
@@ -232,12 +240,13 @@ def place(states: Any, model: Any, balancer: Balancer) -> None:
     )
     if maps is None or (maps == running).all():
         return
-    # The asynchronous balancer can rearrange like the synchronous one.
-    states.is_async = False
+    # The asynchronous balancer can rearrange like the synchronous one. Only the added model moves:
+    # without load yet, vLLM would make all copies of another one those of its first expert.
+    states.is_async, states.model_states = False, {added: state}
     try:
         rearrange()
     finally:
-        states.is_async = asynchronous
+        states.is_async, states.model_states = asynchronous, models
 
 
 def weigh_expert(model: Any) -> int:
