@@ -143,6 +143,9 @@ def test_layers_are_searched_fewer_times_where_trials_look_at_sets(
         lambda *own, **others: Noted(core_layers(*own, **others), problem, []),
     )
     mt.solve(problem, "heuristic", **arguments)
+    if problem.goal == "balance":
+        # The search by the slowest devices goes on from the best.
+        assert made.pop() == 1
     assert made[-1] == restarts
 
 

@@ -309,11 +309,12 @@ LP_SPLIT_WORK = 32
 BALANCING_FULL = 4000
 # Fewest windows for which the whole search is used.
 MANY_WINDOWS = 17
-# Searches that share the work of one where the slowest devices are searched after the norm, and the
-# fewest windows, or slots of a device, where that helps on unseen windows, too
+# Searches that share the work of one where the slowest devices are searched after the norm; the
+# fewest windows, and most experts of a layer, where that helps on unseen windows, too
 # ("The slowest devices themselves").
 SLOWEST_PARTS = 2
-SLOWEST_LEAST = 16
+SLOWEST_WINDOWS = 16
+SLOWEST_EXPERTS = 8
 # Trials of a start, from which all terms are searched, for a slot times LANES windows.
 BALANCING_START = 400
 # Where experts survive losses: trials for a slot times LANES windows ("Lost devices").

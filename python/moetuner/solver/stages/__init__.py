@@ -230,21 +230,22 @@ def _anneal(run: Run, budget: Budget) -> None:
 def _is_of_slowest(run: Run) -> bool:
     """Return whether the slowest devices themselves are searched, after the norm for them.
 
-    In few windows of few slots that fits what is seen, and not what is unseen. Where experts
-    survive a loss, it takes a thousandth off the slowest device, and adds a hundredth after one.
+    In few windows that fits what is seen, and not what is unseen, where devices are more than their
+    slots; not where a layer has few placements to choose from. Where experts survive a loss, it
+    takes a thousandth off the slowest device, and adds a hundredth after one.
     """
     problem = run.problem
     is_small = not is_large(run) and is_searched_anew(run) and adds_up_over_layers(run)
     if problem.goal != "balance" or problem.rules.need_copies or not is_small:
         return False
-    return (
-        problem.may_copy or max(len(run.objective.windows), problem.slots) >= effort.SLOWEST_LEAST
-    )
+    carries_over = problem.may_copy or len(run.objective.windows) >= effort.SLOWEST_WINDOWS
+    is_tiny = problem.num_experts <= effort.SLOWEST_EXPERTS
+    return carries_over or is_tiny or problem.slots >= problem.devices
 
 
 def _anneal_slowest(run: Run, budget: Budget) -> None:
     """Anneal all layers by the slowest device of every window as it is, from the best placement."""
-    is_cool = run.problem.may_copy and len(run.objective.windows) < effort.SLOWEST_LEAST
+    is_cool = run.problem.may_copy and len(run.objective.windows) < effort.SLOWEST_WINDOWS
     model = LayerModel(run, effort.SLOWEST_PARTS, heat="cool" if is_cool else "warm")
     model.weights = [np.ones(len(model.windows))]
     details = run.details
