@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -32,6 +33,7 @@ from moetuner.plugins.metrics import (
 )
 from moetuner.plugins.recorder import LoadRecorder
 from moetuner.plugins.settings import Settings, find_idle_variables
+from moetuner.plugins.traffic import LiveTraffic
 
 # Seconds between two looks at the file of MOETUNER_RELOAD.
 LOOK_SECONDS = 0.5
@@ -87,6 +89,8 @@ class Balancer:
         self._made = time.time()
         # Bytes of an expert of a layer, by the number of layers of its model.
         self._expert_bytes: dict[int, int] = {}
+        # What is seen of a model's traffic, by its name and the shape of its map.
+        self._traffic: defaultdict[ModelKey, LiveTraffic] = defaultdict(LiveTraffic)
         self._rank = 0
 
     @classmethod
@@ -225,7 +229,7 @@ class Balancer:
             # A copy, as an engine goes on with its arrays, and may reset them.
             case = replace(case, windows=case.load[None])
             took = agreeing - begin, time.perf_counter() - agreeing
-            details = case, slots, stored, rank, ours, took
+            details = key, case, slots, stored, rank, ours, took
             self._run_in_background("a decision is not described", self._describe, *details)
         return answer
 
@@ -314,6 +318,7 @@ class Balancer:
 
     def _describe(
         self,
+        key: ModelKey,
         case: Case,
         slots: Slots,
         stored: Stored | None,
@@ -343,6 +348,7 @@ class Balancer:
         metrics = find_metrics() if rank == 0 else None
         if metrics is not None:
             size = self._expert_bytes.get(layers)
+            seen = self._traffic[key].follow(case, slots, stored, before)
             figures = Figures(
                 _find_quantiles(case.imbalance(case.slots)),
                 _find_quantiles(case.imbalance(slots)),
@@ -350,6 +356,9 @@ class Balancer:
                 moved,
                 None if size is None else size * moved,
                 self._made if stored is None else stored.made,
+                _find_quantiles(seen.distances),
+                seen.has_drifted,
+                seen.gain,
             )
             metrics.count(TAKEN, "live loads" if stored is None else "stored placement")
             metrics.time(*took)

@@ -35,6 +35,12 @@ class Figures:
         Bytes of these copies; None if the engine does not say the size of an expert.
     made
         Unix time at which the placement was made.
+    distance
+        Distance of the last loads from those that the map was computed from, by quantile.
+    has_drifted
+        1 if traffic has drifted from them, 0 if not; NaN if that is not known.
+    seen
+        Share of the slowest ranks' tokens that the map in force has saved.
     """
 
     before: Mapping[float, float] = field(default_factory=dict)
@@ -43,10 +49,13 @@ class Figures:
     moved: int = 0
     bytes: int | None = None
     made: float = NAN
+    distance: Mapping[float, float] = field(default_factory=dict)
+    has_drifted: float = NAN
+    seen: float = NAN
 
 
 class Metrics:
-    """The series of a process, some twenty in all, none of them per expert."""
+    """The series of a process, some thirty in all, none of them per expert or layer."""
 
     def __init__(self, client: Any) -> None:
         mode = {"multiprocess_mode": "mostrecent"}
@@ -66,6 +75,23 @@ class Metrics:
         self._gain = client.Gauge(
             "moetuner_predicted_gain",
             "Share of the slowest ranks' tokens that the last map saves, summed over layers",
+            **mode,
+        )
+        self._seen = client.Gauge(
+            "moetuner_seen_gain",
+            "Share of the slowest ranks' tokens that the map in force has saved on live loads",
+            **mode,
+        )
+        self._distance = client.Gauge(
+            "moetuner_traffic_distance",
+            "Share of tokens that go to other experts than when the placement was computed, "
+            "quantiles over layers",
+            ["quantile"],
+            **mode,
+        )
+        self._has_drifted = client.Gauge(
+            "moetuner_traffic_has_drifted",
+            "1 if traffic has left what the placement was computed from, 0 if not",
             **mode,
         )
         self._made = client.Gauge(
@@ -99,7 +125,12 @@ class Metrics:
             for quantile in QUANTILES:
                 value = values.get(quantile, NAN)
                 self._imbalance.labels(name, f"{quantile:g}").set(value)
+        for quantile in QUANTILES:
+            distance = figures.distance.get(quantile, NAN)
+            self._distance.labels(f"{quantile:g}").set(distance)
+        self._has_drifted.set(figures.has_drifted)
         self._gain.set(figures.gain)
+        self._seen.set(figures.seen)
         self._made.set(figures.made)
         self._moved.inc(figures.moved)
         if figures.bytes is not None:
