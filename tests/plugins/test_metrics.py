@@ -3,8 +3,11 @@
 import importlib
 import logging
 import re
+import socket
+import sys
 from types import SimpleNamespace
 from unittest.mock import patch
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -16,7 +19,8 @@ from moetuner.plugins import vllm
 from moetuner.plugins.balancer import Balancer
 from moetuner.plugins.decision import Case
 from moetuner.plugins.log import Log
-from moetuner.plugins.settings import Settings
+from moetuner.plugins.metrics import serve_metrics
+from moetuner.plugins.settings import Settings, find_idle_variables
 from moetuner.plugins.traffic import decide_drift
 
 torch = pytest.importorskip("torch")
@@ -375,3 +379,95 @@ def test_windows_that_jump_are_no_drift(high, expected):
     """Farther from the profile than halves are from each other on average, but not than all."""
     windows = [np.array([[90.0, 10]])] * high + [np.array([[10.0, 90]])] * (16 - high)
     assert decide_drift(windows, np.array([[5e5, 5e5]])) == expected
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Let no engine collect metrics."""
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    serve_metrics.cache_clear()
+    yield
+    serve_metrics.cache_clear()
+
+
+def serve(caplog, port="0"):
+    """Decide with a port for metrics; return the balancer and the ports that the log names."""
+    caplog.set_level(logging.INFO, LOGGER.name)
+    variables = {"MOETUNER_REBALANCE": "1", "MOETUNER_METRICS_PORT": port}
+    balancer = Balancer(Settings.from_environment(variables), Log(LOGGER))
+    assert balancer.decide(LOAD, 20, 1, 1, 4, START) is not None
+    balancer.flush()
+    lines = [line for line in caplog.messages if "serve" in line]
+    return balancer, [int(port) for port in re.findall(r"metrics at port (\d+)", str(lines))]
+
+
+def scrape(port):
+    """Read what is served at a port."""
+    with urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        return answer.read().decode()
+
+
+def test_rank_0_serves_its_metrics_where_no_engine_does(alone, caplog):
+    """At the port of the variable, once a process, with the series of later decisions too."""
+    balancer, ports = serve(caplog)
+    assert len(ports) == 1
+    assert "moetuner_map_in_force 1.0\n" in scrape(*ports)
+    assert re.search(r'^moetuner_imbalance{map="after",quantile="1"} 1\.\d+$', scrape(*ports), re.M)
+    assert balancer.decide(WRONG, 20, 1, 1, 4, START) is None
+    balancer.flush()
+    assert "moetuner_map_in_force 0.0\n" in scrape(*ports)
+    _, again = serve(caplog)
+    assert set(again) == set(ports)
+
+
+def test_a_port_that_is_taken_stops_nothing(alone, caplog):
+    """One warning names it, however many decisions follow."""
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        port = taken.getsockname()[1]
+        balancer, ports = serve(caplog, str(port))
+        assert balancer.decide(LOAD, 20, 1, 1, 4, START) is not None
+        balancer.flush()
+    assert not ports
+    [line] = [line for line in caplog.messages if "not served" in line]
+    assert f"port {port} of MOETUNER_METRICS_PORT" in line
+    assert "in use" in line
+
+
+@pytest.mark.parametrize("port", ["x", "-1", "65536", "1e3", "0x10", "٣", "9" * 400, "8000.5"])
+def test_a_wrong_port_is_one_line(port, alone, caplog):
+    """It changes nothing of what ranks decide, and nothing is served."""
+    _, ports = serve(caplog, port)
+    assert not ports
+    variables = {"MOETUNER_REBALANCE": "1", "MOETUNER_METRICS_PORT": port}
+    [line] = find_idle_variables(variables)
+    assert line.startswith("MOETUNER_METRICS_PORT must be a port from 0 to 65535, got ")
+    assert "\n" not in line
+    settings = [
+        Settings.from_environment(variables | {"MOETUNER_METRICS_PORT": text})
+        for text in ("", "9100", "65535")
+    ]
+    assert [one.metrics_port for one in settings] == [None, 9100, 65535]
+    assert len({Balancer(one, Log(LOGGER)).files.checksum for one in settings}) == 1
+
+
+def test_without_the_variable_nothing_is_served(alone, caplog):
+    """Nor on other ranks, nor beside an engine that collects the series."""
+    assert serve(caplog, "")[1] == []
+    balancer = make(rebalance=True, metrics_port=0)
+    balancer.decide(LOAD, 20, 1, 1, 4, START, rank=1)
+    balancer.flush()
+    assert not serve_metrics.cache_info().misses
+    both = {"MOETUNER_REBALANCE": "1", "MOETUNER_METRICS_PORT": "0"}
+    both["PROMETHEUS_MULTIPROC_DIR"] = "folder"
+    assert Settings.from_environment(both).metrics_port is None
+    assert find_idle_variables(both) == [
+        "MOETUNER_METRICS_PORT does nothing where PROMETHEUS_MULTIPROC_DIR is set"
+    ]
+
+
+def test_metrics_without_their_library_are_one_line(alone, caplog, monkeypatch):
+    """The engine goes on."""
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    _, ports = serve(caplog)
+    assert not ports
+    assert sum("metrics are not served" in line for line in caplog.messages) == 1

@@ -102,6 +102,10 @@ def test_sglang_knows_the_name_without_variables(caplog):
         ("PLACMENT", "did you mean MOETUNER_PLACEMENT?"),
         ("SPEED", "MOETUNER_SPEED is not a variable of moetuner: known are PLACEMENT, "),
         ("PROFILE REBALANCE", None),
+        ("METRICS_PORT", "MOETUNER_METRICS_PORT does nothing without MOETUNER_PLACEMENT"),
+        ("METRICS_PORT RECORD", "MOETUNER_METRICS_PORT does nothing without MOETUNER_PLACEMENT"),
+        ("METRICS_PORT REBALANCE", None),
+        ("METRICS_PORT PLACEMENT", None),
     ],
 )
 def test_says_which_variable_does_nothing(names, words):

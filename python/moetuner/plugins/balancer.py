@@ -30,6 +30,7 @@ from moetuner.plugins.metrics import (
     TAKEN,
     Figures,
     find_metrics,
+    serve_metrics,
 )
 from moetuner.plugins.recorder import LoadRecorder
 from moetuner.plugins.settings import Settings, find_idle_variables
@@ -70,7 +71,7 @@ class Balancer:
         self._off = False
         self._pending: Files | None = None
         self._seen = _signature(self.settings.reload)
-        self._looks = False
+        self._looks = self._is_served = False
         self._recorder = (
             None if self.settings.record is None else LoadRecorder(self.settings.record)
         )
@@ -188,6 +189,9 @@ class Balancer:
         if not self.settings.decides:
             return None
         self._rank = rank
+        if rank == 0 and self.settings.metrics_port is not None and not self._is_served:
+            self._is_served = True
+            self._run_in_background("metrics are not served", self._serve_metrics)
         self._compare_running(old_map, num_ranks, model)
         if self._off and self._agreement.is_off(group):
             self._count(OFF, self._cause, rank)
@@ -246,11 +250,20 @@ class Balancer:
             else:
                 self._skips.discard(key)
 
+    def _serve_metrics(self) -> None:
+        """Serve metrics at the port of the settings, and log where."""
+        port = self.settings.metrics_port
+        assert port is not None
+        try:
+            self.log.say(f"serves metrics at port {serve_metrics(port)}", once=True)
+        except OSError as error:
+            raise OSError(f"port {port} of MOETUNER_METRICS_PORT: {quote_error(error)}") from error
+
     def _count(self, result: str, reason: str, rank: int) -> None:
         """Count a decision after which the engine does not serve our map."""
 
         def count() -> None:
-            if (metrics := find_metrics()) is not None:
+            if (metrics := find_metrics(self.settings.metrics_port)) is not None:
                 metrics.count(result, reason)
                 metrics.show(Figures(), ours=False)
 
@@ -345,7 +358,7 @@ class Balancer:
         )
         if changed:
             self._made = time.time()
-        metrics = find_metrics() if rank == 0 else None
+        metrics = find_metrics(self.settings.metrics_port) if rank == 0 else None
         if metrics is not None:
             size = self._expert_bytes.get(layers)
             seen = self._traffic[key].follow(case, slots, stored, before)

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 from moetuner._core import __version__
+from moetuner.plugins.settings import METRICS_FOLDER
 
 # Quantiles over the layers: the median, the 95th percentile and the maximum.
 QUANTILES = (0.5, 0.95, 1.0)
@@ -140,14 +141,30 @@ class Metrics:
             self._bytes.inc(figures.bytes)
 
 
-def find_metrics() -> Metrics | None:
-    """Return the metrics of this process; None if no process collects those of others."""
-    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+def find_metrics(port: int | None = None) -> Metrics | None:
+    """Return the metrics of this process; None if neither a folder nor a port is for them."""
+    if METRICS_FOLDER not in os.environ and port is None:
         return None
     try:
         return _make_metrics()
     except Exception:
         return None
+
+
+@cache
+def serve_metrics(port: int) -> int:
+    """Serve the metrics of this process, once; return the port, which the system chooses for 0.
+
+    Raises
+    ------
+    ImportError
+        If ``prometheus_client`` is not installed.
+    OSError
+        If the port is taken, or not allowed.
+    """
+    server = importlib.import_module("prometheus_client").start_http_server(port)
+    # Versions before 0.19 return nothing.
+    return int(server[0].server_port) if server else port
 
 
 @cache
