@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import threading
 import time
@@ -18,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from moetuner._core import __version__
 from moetuner.placement import compute_checksum as checksum_placement
-from moetuner.plugins.agreement import CAUSES, Group, MapAgreement, Post
+from moetuner.plugins.agreement import CAUSES, Group, MapAgreement, Post, Verdict
 from moetuner.plugins.decision import Case, Slots
 from moetuner.plugins.files import Files, Stored, compute_checksum
 from moetuner.plugins.log import Log, quote_error
@@ -33,13 +34,12 @@ from moetuner.plugins.metrics import (
     serve_metrics,
 )
 from moetuner.plugins.recorder import LoadRecorder
+from moetuner.plugins.running import ModelKey, RunningMaps
 from moetuner.plugins.settings import Settings, find_idle_variables
 from moetuner.plugins.traffic import LiveTraffic
 
 # Seconds between two looks at the file of MOETUNER_RELOAD.
 LOOK_SECONDS = 0.5
-# A model's name and the shape [L,P] of its map.
-ModelKey = tuple[str | None, tuple[int, ...]]
 # Only one thread reads files again at a time; a second caller then finds that they are read.
 READING = threading.Lock()
 
@@ -79,10 +79,9 @@ class Balancer:
         self._models: dict[int, set[str]] = {}
         # The last case of every model, by its layers, experts and name.
         self._cases: dict[tuple[int, int, str | None], Case] = {}
-        # Checksum of the map that a model took last, by its name and the shape of its map, and the
-        # models that did not run what they took.
-        self._taken: dict[ModelKey, str] = {}
-        self._skips: set[ModelKey] = set()
+        self._running = RunningMaps()
+        # True while vLLM rearranges for a map that its caller confirms.
+        self.is_placing = False
         # Lines on the engine's own map since ranks took one of ours, and the cause of the last.
         self._fallbacks: set[str] = set()
         self._cause = ""
@@ -133,6 +132,11 @@ class Balancer:
         if not parts:
             parts.append("has weights that change follow the engine's own moves of experts")
         return "; ".join(parts) + f"; checksum {files.checksum}; moetuner {__version__}"
+
+    @property
+    def registered(self) -> str:
+        """A line that claims no more than that the engine may ask."""
+        return f"registered, not asked yet; when asked, it {self.purpose}"
 
     def take_model(self, layers: int, name: str | None, expert_bytes: int = 0) -> None:
         """Remember a model of the engine by its number of layers; 0 bytes are not known."""
@@ -192,7 +196,7 @@ class Balancer:
         if rank == 0 and self.settings.metrics_port is not None and not self._is_served:
             self._is_served = True
             self._run_in_background("metrics are not served", self._serve_metrics)
-        self._compare_running(old_map, num_ranks, model)
+        self.confirm(old_map, num_ranks, model)
         if self._off and self._agreement.is_off(group):
             self._count(OFF, self._cause, rank)
             return None
@@ -213,13 +217,7 @@ class Balancer:
                 self._pending = None
             self.log.say(f"read its files again: {self.purpose}", rank)
         if verdict.do != "take" or decided is None:
-            self._off = verdict.do == "off"
-            until = " from now on" if self._off else ""
-            text = f"all ranks take the engine's own map{until}: {verdict.reason}"
-            self.log.warn(text, int(not verdict.speaks))
-            self._fallbacks.add(text)
-            self._cause = verdict.cause if verdict.cause in CAUSES else "other"
-            self._count(OFF if self._off else OWN, self._cause, rank)
+            self._fall_back(verdict, old_map, model)
             return None
         for text in self._fallbacks:
             self.log.forget(text)
@@ -228,8 +226,8 @@ class Balancer:
         if not quiet:
             key = model, (len(slots), slots[0].size)
             if model is not None or len(self._models.get(len(slots), ())) < 2:
-                self._taken[key] = checksum_placement(slots)
-            ours = key not in self._skips or np.array_equal(slots, case.slots)
+                self._running.take(key, slots, case.slots)
+            ours = not self._running.is_refused(key) or np.array_equal(slots, case.slots)
             # A copy, as an engine goes on with its arrays, and may reset them.
             case = replace(case, windows=case.load[None])
             took = agreeing - begin, time.perf_counter() - agreeing
@@ -237,18 +235,50 @@ class Balancer:
             self._run_in_background("a decision is not described", self._describe, *details)
         return answer
 
-    def _compare_running(self, old_map: ArrayLike | None, ranks: int, model: str | None) -> None:
-        """Count a map that ranks took and that the engine does not run."""
+    def _fall_back(self, verdict: Verdict, old_map: ArrayLike | None, model: str | None) -> None:
+        """Log and count that all ranks take the engine's own map."""
+        self._off = verdict.do == "off"
+        until = " from now on" if self._off else ""
+        text = f"all ranks take the engine's own map{until}: {verdict.reason}"
+        self.log.warn(text, int(not verdict.speaks))
+        self._fallbacks.add(text)
+        self._cause = verdict.cause if verdict.cause in CAUSES else "other"
+        self._count(OFF if self._off else OWN, self._cause, self._rank)
         with suppress(Exception):
-            running = np.asarray(old_map)
-            checksum = checksum_placement(running.reshape(len(running), ranks, -1))
-            key = model, running.shape
-            taken = self._taken.pop(key, checksum)
-            if taken != checksum:
-                self._skips.add(key)
+            self._running.forget((model, np.asarray(old_map).shape))
+
+    def expect(self, taken: ArrayLike, before: ArrayLike, ranks: int, model: str | None) -> None:
+        """Expect that the engine runs a map [L,P] that ranks took, in place of the one before."""
+        slots, ran = (np.asarray(table) for table in (taken, before))
+        shape = len(slots), ranks, -1
+        self._running.take((model, slots.shape), slots.reshape(shape), ran.reshape(shape))
+
+    def forget_taken(self) -> None:
+        """Expect nothing: the engine asked for maps that it will not run."""
+        self._running.forget()
+
+    def confirm(self, running: ArrayLike | None, ranks: int, model: str | None) -> None:
+        """Compare the engine's map [L,P] with the one that ranks took; log changes, and count.
+
+        Nothing is said before ranks have taken a map, nor of a map that was compared.
+        """
+        with suppress(Exception):
+            slots = np.asarray(running)
+            key = model, slots.shape
+            compared = self._running.compare(key, slots.reshape(len(slots), ranks, -1))
+            if compared is None:
+                return
+            if compared.is_new:
+                level = logging.INFO if compared.is_ours else logging.WARNING
+                self.log.say(compared.text, self._rank, level)
+            if not compared.is_ours:
                 self._count(NOT_IN_FORCE, "engine runs another", self._rank)
-            else:
-                self._skips.discard(key)
+            elif compared.is_new and self._rank == 0:
+                self._run_in_background("the map in force is not shown", self._show_in_force)
+
+    def _show_in_force(self) -> None:
+        if (metrics := find_metrics(self.settings.metrics_port)) is not None:
+            metrics.confirm()
 
     def _serve_metrics(self) -> None:
         """Serve metrics at the port of the settings, and log where."""

@@ -119,6 +119,10 @@ class Metrics:
         self._seconds.labels("decide").observe(computed)
         self._seconds.labels("agree").observe(waited)
 
+    def confirm(self) -> None:
+        """Show that the engine runs moetuner's map."""
+        self._in_force.set(1)
+
     def show(self, figures: Figures, *, ours: bool) -> None:
         """Set all gauges; those of a map are no number while the engine serves its own."""
         self._in_force.set(ours)
