@@ -45,7 +45,13 @@ def label(ids, experts):
     return trace_of(ids, experts, sequence=np.arange(len(ids)) // 50)
 
 
-SIZES = [(20_000, 1, 8, 2), (4000, 4, 16, 2), (3000, 8, 64, 8), (20_000, 4, 128, 8)]
+SIZES = [
+    (20_000, 1, 8, 2),
+    (5000, 24, 8, 4),
+    (4000, 4, 16, 2),
+    (3000, 8, 64, 8),
+    (20_000, 4, 128, 8),
+]
 
 
 @pytest.mark.parametrize("sizes", SIZES)
