@@ -178,8 +178,8 @@ class Server:
         try:
             self.wait_for("an answer of the server", self.answers)
             self.check()
-            if "moetuner: in use: serves " not in self.log.read_text(errors="replace"):
-                raise ValueError(f"moetuner's plugin is not in use: see {self.log}")
+            if "moetuner: in force: " not in self.log.read_text(errors="replace"):
+                raise ValueError(f"the engine does not run moetuner's map: see {self.log}")
         except BaseException:
             self.__exit__()
             raise

@@ -380,9 +380,9 @@ class Placement(Frozen):
         return named
 
     def with_load(self, load: ArrayLike) -> Placement:
-        """Return the placement with loads [L,E] in its settings, by which `filled` fills it.
+        """Return the placement with loads [L,E] in its settings: those that it was computed from.
 
-        Where no slot is empty, that is the placement as it is.
+        By them `filled` fills it, and an engine's plugin says how far live loads are from them.
 
         Raises
         ------
@@ -390,17 +390,14 @@ class Placement(Frozen):
             If loads have another shape.
         """
         self._check_load(load)
-        if (self.slots != EMPTY).all():
-            return self
         return self.with_names(settings={**self.settings, "load": np.asarray(load).tolist()})
 
     def filled(self, load: ArrayLike | None = None) -> Placement:
         """Return a placement without empty slots, as engines need it.
 
         Copies fill them: of the experts whose copies have the fewest tokens, by ``load`` [L,E] or
-        by the ``load`` of the settings, which ``solve`` and ``plan`` write where they leave slots
-        empty; without any, of those with the fewest copies. No device gets two copies of one
-        expert.
+        by the ``load`` of the settings, which ``solve`` and ``plan`` write; without any, of those
+        with the fewest copies. No device gets two copies of one expert.
 
         Raises
         ------

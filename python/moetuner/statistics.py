@@ -139,6 +139,9 @@ METADATA = ("window", "set_tokens", "group_names", "model", "expert_size", "top_
 # Tokens of a window by default: about the tokens of a step of decode.
 WINDOW = 512
 
+# Smallest distance of two loads beyond chance, mean of layers, that counts as drift.
+LEAST_DRIFT = 0.05
+
 # Largest tables in bytes: larger ones come from a wrong number of experts or a wrong window.
 TABLE_LIMIT = 16 << 30
 

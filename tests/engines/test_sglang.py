@@ -207,8 +207,14 @@ def test_commands_of_the_page_work_as_printed():
     servers = [of.output for of in typed if "launch_server" in of.command]
     assert len(servers) == 5
     assert (folder / "routed.jsonl").read_bytes().count(b"\n") == 2
-    assert "moetuner: in use: serves " in Path(servers[3]).read_text()
-    assert "moetuner: in use: rebalances by live loads" in Path(servers[4]).read_text()
+    assert (
+        "moetuner: registered, not asked yet; when asked, it serves "
+        in Path(servers[3]).read_text()
+    )
+    assert (
+        "moetuner: registered, not asked yet; when asked, it rebalances by live loads"
+        in Path(servers[4]).read_text()
+    )
 
 
 def test_stored_placement_comes_into_force_and_tokens_stay():
@@ -217,7 +223,7 @@ def test_stored_placement_comes_into_force_and_tokens_stay():
     maps = served.common_maps()
     # From the load on.
     assert [by_rank(of, 2) for of in maps] == [experts_on_ranks(placement())] * len(maps)
-    assert "moetuner: in use: serves " in served.log
+    assert "moetuner: registered, not asked yet; when asked, it serves " in served.log
     served.check_same(one_rank())
 
 

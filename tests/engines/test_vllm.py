@@ -125,7 +125,7 @@ def test_commands_of_the_page_work_as_printed():
     assert len(servers) == 2
     assert (folder / "routed.jsonl").read_bytes().count(b"\n") == 2
     log = Path(servers[1]).read_text()
-    assert "moetuner: in use" in log
+    assert "moetuner: in force: " in log
     assert "4 layers change" in log  # at the load
 
 
@@ -146,7 +146,7 @@ def test_stored_placement_comes_into_force_and_tokens_stay(how):
     # From the first step on: vLLM's own map was replaced at the load.
     assert [by_rank(of, 2) for of in maps] == [experts_on_ranks(placement())] * len(maps)
     served.check_same(one_rank())
-    assert served.log.count("moetuner: in use: serves ") == 1
+    assert served.log.count("moetuner: registered, not asked yet; when asked, it serves ") == 1
     assert served.log.count("3 layers change") == 1
 
 

@@ -75,6 +75,9 @@ def engine():
     class EplbState:
         """Models by their hash, what was drained before which step, and how weights moved."""
 
+        policy = None
+        moves = True
+
         def __init__(self, rank=0, workers=1, *, elastic=False, backend="naive"):
             self.model_states, self.is_async = {}, False
             self.done, self.rearranged = [], []
@@ -102,9 +105,20 @@ def engine():
             """Note that what is staged is dropped."""
             self.done.append("drain")
 
-        def rearrange(self):
-            """Note that weights move, and whether beside the steps."""
+        def rearrange(self, is_profile=False):
+            """Note that weights move, and whether beside the steps; ask the policy if there is one.
+
+            Without an effect of its map in a profile, and where ``moves`` is not set.
+            """
             self.rearranged.append(self.is_async)
+            for state in self.model_states.values() if self.policy else ():
+                model, running = state.model, state.physical_to_logical_map
+                load = torch.ones(len(running), model.num_logical_experts, dtype=torch.int64)
+                ranks = model.num_physical_experts // model.num_local_physical_experts
+                sizes = model.num_physical_experts, model.num_expert_groups, 1, ranks
+                decided = self.policy.rebalance_experts(load, *sizes, running)
+                if self.moves and not is_profile:
+                    running.copy_(decided)
 
     class Worker:
         """Loads weights, sleeps and wakes up."""
@@ -140,8 +154,9 @@ def modules():
     classes = engine()
 
     class VllmConfig:
-        def __init__(self, is_balanced=True):
-            self.parallel_config = SimpleNamespace(enable_eplb=is_balanced)
+        def __init__(self, is_balanced=True, policy="default"):
+            eplb_config = SimpleNamespace(policy=policy)
+            self.parallel_config = SimpleNamespace(enable_eplb=is_balanced, eplb_config=eplb_config)
             getattr(self, "__post_init__", lambda: None)()
 
         def __post_init__(self):

@@ -102,6 +102,10 @@ def test_sglang_knows_the_name_without_variables(caplog):
         ("PLACMENT", "did you mean MOETUNER_PLACEMENT?"),
         ("SPEED", "MOETUNER_SPEED is not a variable of moetuner: known are PLACEMENT, "),
         ("PROFILE REBALANCE", None),
+        ("METRICS_PORT", "MOETUNER_METRICS_PORT does nothing without MOETUNER_PLACEMENT"),
+        ("METRICS_PORT RECORD", "MOETUNER_METRICS_PORT does nothing without MOETUNER_PLACEMENT"),
+        ("METRICS_PORT REBALANCE", None),
+        ("METRICS_PORT PLACEMENT", None),
     ],
 )
 def test_says_which_variable_does_nothing(names, words):
@@ -111,7 +115,7 @@ def test_says_which_variable_does_nothing(names, words):
     assert words is None or words in lines[0]
 
 
-def test_one_line_says_what_is_in_use(stored, caplog):
+def test_one_line_says_what_is_registered(stored, caplog):
     """With the file, its checksum and sizes; or that an option of the engine is missing."""
     caplog.set_level(logging.INFO, LOG.name)
     serve = balancer(PLACEMENT=stored[0])
@@ -120,7 +124,9 @@ def test_one_line_says_what_is_in_use(stored, caplog):
     for is_balanced in (True, True, False):
         configuration(is_balanced)
     line, other = caplog.messages
-    assert line.startswith(f"moetuner: in use: serves {stored[0]} (")
+    assert line.startswith(
+        f"moetuner: registered, not asked yet; when asked, it serves {stored[0]} ("
+    )
     assert stored[1].checksum in line
     assert "3 layers x 3 slots on 2 ranks, 5 experts" in line
     assert line.endswith(f"; moetuner {mt.__version__}")
@@ -460,10 +466,11 @@ def test_says_one_line_when_something_changes(caplog):
     decide.decide(load, 20, 1, 1, 4, rank=1)
     decide.decide(load, 20, 1, 1, 4, first)
     decide.flush()
-    levels = [record.levelno for record in caplog.records]
+    records = [record for record in caplog.records if "layers change" in record.message]
+    levels = [record.levelno for record in records]
     assert levels == [logging.INFO, logging.DEBUG, logging.DEBUG]
-    assert "4 layers change, 80 copies move" in caplog.messages[0]
-    assert "0 layers change, 0 copies move" in caplog.messages[-1]
+    assert "4 layers change, 80 copies move" in records[0].message
+    assert "0 layers change, 0 copies move" in records[-1].message
     assert np.array_equal(first, rebalance_experts(load, 20, 1, 1, 4))
 
 

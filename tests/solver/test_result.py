@@ -148,3 +148,16 @@ def test_no_gap_is_computed_to_a_bound_of_loads_alone(objective):
     outcome = Outcome(problem, result, evaluation)
     assert (outcome.gap, outcome.to_dict()["gap"]) == (None, None)
     assert outcome.to_dict()["bound"] == result.bound
+
+
+@pytest.mark.parametrize("slots", [None, 3, 5])
+def test_a_placement_has_the_loads_that_it_was_computed_from(slots, tmp_path):
+    """Whether slots are full, empty or of copies; by them a plugin tells how far traffic is."""
+    load = np.random.default_rng(0).poisson(100, (4, 2, 6))
+    problem = mt.Problem(
+        mt.RoutingStatistics.from_load(load), mt.Topology(2), slots_per_device=slots
+    )
+    for method in ("contiguous", "lpt"):
+        mt.solve(problem, method).placement.save(tmp_path / "placement.json")
+        placement = mt.Placement.load(tmp_path / "placement.json")
+        assert placement.settings["load"] == load.sum(axis=0).tolist()

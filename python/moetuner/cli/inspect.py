@@ -37,6 +37,7 @@ from moetuner.report.hot_experts import HotExperts
 from moetuner.report.outcome import find_times_of
 from moetuner.report.page.structure import draw_structure
 from moetuner.report.structure import Structure, structure
+from moetuner.report.unreal import find_unreal
 from moetuner.topology import Topology
 
 MOST_GROUPS = 12
@@ -165,6 +166,9 @@ def _show_recording(
         )
     output.say(source.describe(), "")
     _show_skew(output, measured)
+    if (unreal := find_unreal(source.traffic, measured)) is not None:
+        output.tell(unreal)
+        output.say("")
     _show_groups(output, measured)
     _show_crossings(output, measured)
     _show_hot_experts(output, measured.hot_experts)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from moetuner._core import __version__
 from moetuner.placement import compute_checksum as checksum_placement
-from moetuner.plugins.agreement import CAUSES, Group, MapAgreement, Post
+from moetuner.plugins.agreement import CAUSES, Group, MapAgreement, Post, Verdict
 from moetuner.plugins.decision import Case, Slots
 from moetuner.plugins.files import Files, Stored, compute_checksum
 from moetuner.plugins.log import Log, quote_error
@@ -29,14 +31,15 @@ from moetuner.plugins.metrics import (
     TAKEN,
     Figures,
     find_metrics,
+    serve_metrics,
 )
 from moetuner.plugins.recorder import LoadRecorder
+from moetuner.plugins.running import ModelKey, RunningMaps
 from moetuner.plugins.settings import Settings, find_idle_variables
+from moetuner.plugins.traffic import LiveTraffic
 
 # Seconds between two looks at the file of MOETUNER_RELOAD.
 LOOK_SECONDS = 0.5
-# A model's name and the shape [L,P] of its map.
-ModelKey = tuple[str | None, tuple[int, ...]]
 # Why a draft model has no map of ours. It is none of the main model's fall-backs.
 NO_DRAFT = "no file is of the draft model's layers"
 # Only one thread reads files again at a time; a second caller then finds that they are read.
@@ -70,7 +73,7 @@ class Balancer:
         self._off = False
         self._pending: Files | None = None
         self._seen = _signature(self.settings.reload)
-        self._looks = False
+        self._looks = self._is_served = False
         self._recorder = (
             None if self.settings.record is None else LoadRecorder(self.settings.record)
         )
@@ -78,10 +81,9 @@ class Balancer:
         self._models: dict[int, set[str]] = {}
         # The last case of every model, by its layers, experts and name.
         self._cases: dict[tuple[int, int, str | None], Case] = {}
-        # Checksum of the map that a model took last, by its name and the shape of its map, and the
-        # models that did not run what they took.
-        self._taken: dict[ModelKey, str] = {}
-        self._skips: set[ModelKey] = set()
+        self._running = RunningMaps()
+        # True while vLLM rearranges for a map that its caller confirms.
+        self.is_placing = False
         # Lines on the engine's own map since ranks took one of ours, and the cause of the last.
         self._fallbacks: set[str] = set()
         self._cause = ""
@@ -89,6 +91,8 @@ class Balancer:
         self._made = time.time()
         # Bytes of an expert of a layer, by the number of layers of its model.
         self._expert_bytes: dict[int, int] = {}
+        # What is seen of a model's traffic, by its name and the shape of its map.
+        self._traffic: defaultdict[ModelKey, LiveTraffic] = defaultdict(LiveTraffic)
         self._rank = 0
 
     @classmethod
@@ -130,6 +134,11 @@ class Balancer:
         if not parts:
             parts.append("has weights that change follow the engine's own moves of experts")
         return "; ".join(parts) + f"; checksum {files.checksum}; moetuner {__version__}"
+
+    @property
+    def registered(self) -> str:
+        """A line that claims no more than that the engine may ask."""
+        return f"registered, not asked yet; when asked, it {self.purpose}"
 
     def take_model(self, layers: int, name: str | None, expert_bytes: int = 0) -> None:
         """Remember a model of the engine by its number of layers; 0 bytes are not known."""
@@ -186,7 +195,10 @@ class Balancer:
         if not self.settings.decides:
             return None
         self._rank = rank
-        self._compare_running(old_map, num_ranks, model)
+        if rank == 0 and self.settings.metrics_port is not None and not self._is_served:
+            self._is_served = True
+            self._run_in_background("metrics are not served", self._serve_metrics)
+        self.confirm(old_map, num_ranks, model)
         if self._off and self._agreement.is_off(group):
             self._count(OFF, self._cause, rank)
             return None
@@ -207,17 +219,11 @@ class Balancer:
                 self._pending = None
             self.log.say(f"read its files again: {self.purpose}", rank)
         if verdict.do != "take" or decided is None:
-            self._off = verdict.do == "off"
             if verdict.do == "own" and verdict.reason == NO_DRAFT:
                 text = f"{model}: the engine's own map for its layers, as {NO_DRAFT}"
                 self.log.say(text, rank, once=True)
                 return None
-            until = " from now on" if self._off else ""
-            text = f"all ranks take the engine's own map{until}: {verdict.reason}"
-            self.log.warn(text, int(not verdict.speaks))
-            self._fallbacks.add(text)
-            self._cause = verdict.cause if verdict.cause in CAUSES else "other"
-            self._count(OFF if self._off else OWN, self._cause, rank)
+            self._fall_back(verdict, old_map, model)
             return None
         for text in self._fallbacks:
             self.log.forget(text)
@@ -226,33 +232,74 @@ class Balancer:
         if not quiet:
             key = model, (len(slots), slots[0].size)
             if model is not None or len(self._models.get(len(slots), ())) < 2:
-                self._taken[key] = checksum_placement(slots)
-            ours = key not in self._skips or np.array_equal(slots, case.slots)
+                self._running.take(key, slots, case.slots)
+            ours = not self._running.is_refused(key) or np.array_equal(slots, case.slots)
             # A copy, as an engine goes on with its arrays, and may reset them.
             case = replace(case, windows=case.load[None])
             took = agreeing - begin, time.perf_counter() - agreeing
-            details = case, slots, stored, rank, ours, took
+            details = key, case, slots, stored, rank, ours, took
             self._run_in_background("a decision is not described", self._describe, *details)
         return answer
 
-    def _compare_running(self, old_map: ArrayLike | None, ranks: int, model: str | None) -> None:
-        """Count a map that ranks took and that the engine does not run."""
+    def _fall_back(self, verdict: Verdict, old_map: ArrayLike | None, model: str | None) -> None:
+        """Log and count that all ranks take the engine's own map."""
+        self._off = verdict.do == "off"
+        until = " from now on" if self._off else ""
+        text = f"all ranks take the engine's own map{until}: {verdict.reason}"
+        self.log.warn(text, int(not verdict.speaks))
+        self._fallbacks.add(text)
+        self._cause = verdict.cause if verdict.cause in CAUSES else "other"
+        self._count(OFF if self._off else OWN, self._cause, self._rank)
         with suppress(Exception):
-            running = np.asarray(old_map)
-            checksum = checksum_placement(running.reshape(len(running), ranks, -1))
-            key = model, running.shape
-            taken = self._taken.pop(key, checksum)
-            if taken != checksum:
-                self._skips.add(key)
+            self._running.forget((model, np.asarray(old_map).shape))
+
+    def expect(self, taken: ArrayLike, before: ArrayLike, ranks: int, model: str | None) -> None:
+        """Expect that the engine runs a map [L,P] that ranks took, in place of the one before."""
+        slots, ran = (np.asarray(table) for table in (taken, before))
+        shape = len(slots), ranks, -1
+        self._running.take((model, slots.shape), slots.reshape(shape), ran.reshape(shape))
+
+    def forget_taken(self) -> None:
+        """Expect nothing: the engine asked for maps that it will not run."""
+        self._running.forget()
+
+    def confirm(self, running: ArrayLike | None, ranks: int, model: str | None) -> None:
+        """Compare the engine's map [L,P] with the one that ranks took; log changes, and count.
+
+        Nothing is said before ranks have taken a map, nor of a map that was compared.
+        """
+        with suppress(Exception):
+            slots = np.asarray(running)
+            key = model, slots.shape
+            compared = self._running.compare(key, slots.reshape(len(slots), ranks, -1))
+            if compared is None:
+                return
+            if compared.is_new:
+                level = logging.INFO if compared.is_ours else logging.WARNING
+                self.log.say(compared.text, self._rank, level)
+            if not compared.is_ours:
                 self._count(NOT_IN_FORCE, "engine runs another", self._rank)
-            else:
-                self._skips.discard(key)
+            elif compared.is_new and self._rank == 0:
+                self._run_in_background("the map in force is not shown", self._show_in_force)
+
+    def _show_in_force(self) -> None:
+        if (metrics := find_metrics(self.settings.metrics_port)) is not None:
+            metrics.confirm()
+
+    def _serve_metrics(self) -> None:
+        """Serve metrics at the port of the settings, and log where."""
+        port = self.settings.metrics_port
+        assert port is not None
+        try:
+            self.log.say(f"serves metrics at port {serve_metrics(port)}", once=True)
+        except OSError as error:
+            raise OSError(f"port {port} of MOETUNER_METRICS_PORT: {quote_error(error)}") from error
 
     def _count(self, result: str, reason: str, rank: int) -> None:
         """Count a decision after which the engine does not serve our map."""
 
         def count() -> None:
-            if (metrics := find_metrics()) is not None:
+            if (metrics := find_metrics(self.settings.metrics_port)) is not None:
                 metrics.count(result, reason)
                 metrics.show(Figures(), ours=False)
 
@@ -325,6 +372,7 @@ class Balancer:
 
     def _describe(
         self,
+        key: ModelKey,
         case: Case,
         slots: Slots,
         stored: Stored | None,
@@ -351,9 +399,10 @@ class Balancer:
         )
         if changed:
             self._made = time.time()
-        metrics = find_metrics() if rank == 0 else None
+        metrics = find_metrics(self.settings.metrics_port) if rank == 0 else None
         if metrics is not None:
             size = self._expert_bytes.get(layers)
+            seen = self._traffic[key].follow(case, slots, stored, before)
             figures = Figures(
                 _find_quantiles(case.imbalance(case.slots)),
                 _find_quantiles(case.imbalance(slots)),
@@ -361,6 +410,9 @@ class Balancer:
                 moved,
                 None if size is None else size * moved,
                 self._made if stored is None else stored.made,
+                _find_quantiles(seen.distances),
+                seen.has_drifted,
+                seen.gain,
             )
             metrics.count(TAKEN, "live loads" if stored is None else "stored placement")
             metrics.time(*took)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moetuner.formats import open_input
 from moetuner.placement import Placement, keep_slots
@@ -37,6 +39,16 @@ class Stored:
     placement: Placement
     checksum: str
     made: float
+
+    @property
+    def load(self) -> NDArray[np.float64] | None:
+        """Loads [L,E] that the placement was computed from; None if its file does not say them."""
+        placement, load = self.placement, None
+        with suppress(TypeError, ValueError):
+            load = np.array(placement.settings.get("load"), dtype=np.float64)
+        if load is None or load.shape != (placement.layers, placement.num_experts):
+            return None
+        return load if (np.isfinite(load) & (load >= 0)).all() else None
 
     def warning(self, model: str | None) -> str:
         """Return a warning if this was made for another model than the engine's; "" if not.

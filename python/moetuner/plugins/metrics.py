@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 from moetuner._core import __version__
+from moetuner.plugins.settings import METRICS_FOLDER
 
 # Quantiles over the layers: the median, the 95th percentile and the maximum.
 QUANTILES = (0.5, 0.95, 1.0)
@@ -35,6 +36,12 @@ class Figures:
         Bytes of these copies; None if the engine does not say the size of an expert.
     made
         Unix time at which the placement was made.
+    distance
+        Distance of the last loads from those that the map was computed from, by quantile.
+    has_drifted
+        1 if traffic has drifted from them, 0 if not; NaN if that is not known.
+    seen
+        Share of the slowest ranks' tokens that the map in force has saved.
     """
 
     before: Mapping[float, float] = field(default_factory=dict)
@@ -43,10 +50,13 @@ class Figures:
     moved: int = 0
     bytes: int | None = None
     made: float = NAN
+    distance: Mapping[float, float] = field(default_factory=dict)
+    has_drifted: float = NAN
+    seen: float = NAN
 
 
 class Metrics:
-    """The series of a process, some twenty in all, none of them per expert."""
+    """The series of a process, some thirty in all, none of them per expert or layer."""
 
     def __init__(self, client: Any) -> None:
         mode = {"multiprocess_mode": "mostrecent"}
@@ -66,6 +76,23 @@ class Metrics:
         self._gain = client.Gauge(
             "moetuner_predicted_gain",
             "Share of the slowest ranks' tokens that the last map saves, summed over layers",
+            **mode,
+        )
+        self._seen = client.Gauge(
+            "moetuner_seen_gain",
+            "Share of the slowest ranks' tokens that the map in force has saved on live loads",
+            **mode,
+        )
+        self._distance = client.Gauge(
+            "moetuner_traffic_distance",
+            "Share of tokens that go to other experts than when the placement was computed, "
+            "quantiles over layers",
+            ["quantile"],
+            **mode,
+        )
+        self._has_drifted = client.Gauge(
+            "moetuner_traffic_has_drifted",
+            "1 if traffic has left what the placement was computed from, 0 if not",
             **mode,
         )
         self._made = client.Gauge(
@@ -92,6 +119,10 @@ class Metrics:
         self._seconds.labels("decide").observe(computed)
         self._seconds.labels("agree").observe(waited)
 
+    def confirm(self) -> None:
+        """Show that the engine runs moetuner's map."""
+        self._in_force.set(1)
+
     def show(self, figures: Figures, *, ours: bool) -> None:
         """Set all gauges; those of a map are no number while the engine serves its own."""
         self._in_force.set(ours)
@@ -99,7 +130,12 @@ class Metrics:
             for quantile in QUANTILES:
                 value = values.get(quantile, NAN)
                 self._imbalance.labels(name, f"{quantile:g}").set(value)
+        for quantile in QUANTILES:
+            distance = figures.distance.get(quantile, NAN)
+            self._distance.labels(f"{quantile:g}").set(distance)
+        self._has_drifted.set(figures.has_drifted)
         self._gain.set(figures.gain)
+        self._seen.set(figures.seen)
         self._made.set(figures.made)
         self._moved.inc(figures.moved)
         if figures.bytes is not None:
@@ -109,14 +145,30 @@ class Metrics:
             self._bytes.inc(figures.bytes)
 
 
-def find_metrics() -> Metrics | None:
-    """Return the metrics of this process; None if no process collects those of others."""
-    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+def find_metrics(port: int | None = None) -> Metrics | None:
+    """Return the metrics of this process; None if neither a folder nor a port is for them."""
+    if METRICS_FOLDER not in os.environ and port is None:
         return None
     try:
         return _make_metrics()
     except Exception:
         return None
+
+
+@cache
+def serve_metrics(port: int) -> int:
+    """Serve the metrics of this process, once; return the port, which the system chooses for 0.
+
+    Raises
+    ------
+    ImportError
+        If ``prometheus_client`` is not installed.
+    OSError
+        If the port is taken, or not allowed.
+    """
+    server = importlib.import_module("prometheus_client").start_http_server(port)
+    # Versions before 0.19 return nothing.
+    return int(server[0].server_port) if server else port
 
 
 @cache

@@ -17,7 +17,14 @@ NUMBERS = {
     "MOVE_BUDGET" if field.name == "budget" else field.name.upper(): field.name
     for field in fields(MoveLimits)
 }
-NAMES = ("PLACEMENT", "REBALANCE", "PROFILE", "RECORD", "RELOAD", "UPDATES", *NUMBERS)
+NAMES = (
+    *("PLACEMENT", "REBALANCE", "PROFILE", "RECORD", "RELOAD", "UPDATES", "METRICS_PORT"),
+    *NUMBERS,
+)
+# Variable of ``prometheus_client``: the folder in which processes leave their series for the one
+# that serves them.
+METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+HIGHEST_PORT = 65535
 # Texts that switch a variable on and off.
 ON, OFF = ("1", "true", "on"), ("0", "false", "off")
 # Beginnings of variables that other parts of the package read.
@@ -43,6 +50,9 @@ class Settings:
     updates
         If True, weights that change follow experts that move (vLLM): ``MOETUNER_UPDATES``, by
         default if any other variable is set.
+    metrics_port
+        Port at which rank 0 serves its metrics: ``MOETUNER_METRICS_PORT``. A wrong one is None, as
+        it must not change what ranks decide.
     rules
         Limits of moves. Each field has a variable of its name in capitals, such as
         ``MOETUNER_DEAD_ZONE``; that of the budget is ``MOETUNER_MOVE_BUDGET``.
@@ -54,6 +64,7 @@ class Settings:
     record: Path | None = None
     reload: Path | None = None
     updates: bool = True
+    metrics_port: int | None = None
     rules: MoveLimits = field(default_factory=MoveLimits)
 
     @classmethod
@@ -86,6 +97,7 @@ class Settings:
             path("RECORD"),
             path("RELOAD"),
             updates is not False,
+            _find_port(variables),
             MoveLimits(**numbers),  # type: ignore[arg-type]
         )
         return settings if settings.decides or settings.record or updates else None
@@ -106,6 +118,14 @@ def _number(name: str, value: str) -> float:
     return number
 
 
+def _find_port(variables: Mapping[str, str]) -> int | None:
+    """Return the port of the metrics; None if it is not set, wrong, or not needed."""
+    text = variables.get(PREFIX + "METRICS_PORT", "").strip()
+    if METRICS_FOLDER in variables or not (text.isascii() and text.isdigit() and len(text) < 9):
+        return None
+    return int(text) if int(text) <= HIGHEST_PORT else None
+
+
 def find_idle_variables(environment: Mapping[str, str] | None = None) -> list[str]:
     """Return a warning for every variable without effect: it is unknown, or another one wins."""
     variables = os.environ if environment is None else environment
@@ -121,6 +141,18 @@ def find_idle_variables(environment: Mapping[str, str] | None = None) -> list[st
         settings = Settings.from_environment(variables)
     except ValueError:
         return lines
+    port = variables.get(PREFIX + "METRICS_PORT", "").strip()
+    if port and METRICS_FOLDER in variables:
+        lines.append(f"MOETUNER_METRICS_PORT does nothing where {METRICS_FOLDER} is set")
+    elif port and _find_port(variables) is None:
+        lines.append(
+            f"MOETUNER_METRICS_PORT must be a port from 0 to {HIGHEST_PORT}, got {shown(port)}: "
+            "metrics are not served"
+        )
+    elif port and not (settings is not None and settings.decides):
+        lines.append(
+            "MOETUNER_METRICS_PORT does nothing without MOETUNER_PLACEMENT or MOETUNER_REBALANCE=1"
+        )
     placement = settings is not None and bool(settings.placements)
     rebalance = settings is not None and settings.rebalance
     if placement and rebalance:

@@ -90,9 +90,13 @@ class Hooks:
         rank = find_process_rank()
         try:
             first = self._choose_first_map(self.balancer, model_config, trivial, rank)
-            if first is None:
-                return trivial
-            return type(trivial).init_by_mapping(model_config, first, *arguments, **named)
+            placed = trivial
+            if first is not None:
+                placed = type(trivial).init_by_mapping(model_config, first, *arguments, **named)
+            running = placed.physical_to_logical_map_cpu.numpy()
+            name = self.balancer.name_model(len(running))
+            self.balancer.confirm(running, int(trivial.ep_size), name)
+            return placed
         except Exception as error:
             # Another version, on all ranks alike.
             LOG.warn(f"{LATE}: {error!r}", rank)
@@ -102,7 +106,7 @@ class Hooks:
         self, balancer: Balancer, model_config: Any, trivial: Any, rank: int
     ) -> Any:
         """Return the stored map [L,P] for loading, None for SGLang's first map."""
-        LOG.say(f"in use: {balancer.purpose}", rank)
+        LOG.say(balancer.registered, rank)
         chosen = chosen_algorithm()
         if chosen != ALGORITHM:
             if balancer.settings.decides and chosen is not None:

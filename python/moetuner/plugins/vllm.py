@@ -25,6 +25,12 @@ from moetuner.serving.engines import tokens_per_rank
 LOG = Log(logging.getLogger("vllm.moetuner"))
 LATE = "the placement takes effect at the first rearrangement, not at model load"
 POLICIES = "vllm.distributed.eplb.policy"
+# The policy that is replaced, and what is said where another one decides, as on Ascend.
+POLICY = "default"
+OTHER_POLICY = (
+    "never asked: policy {} of the engine decides; pass --eplb-config.policy default to serve "
+    "moetuner's maps"
+)
 # Seconds that a rank waits for others at the load, which takes some longer than others.
 WAIT_AT_LOAD = 120.0
 
@@ -42,7 +48,7 @@ def register() -> None:
             attempt(LATE, place_models, balancer)
         if balancer.settings.updates:
             attempt("weights that change do not follow experts that move", follow_experts, balancer)
-        attempt("does not say what is in use", announce_models, balancer)
+        attempt("does not say that it is registered", announce_models, balancer)
     except Exception as error:
         LOG.warn(f"vLLM keeps its own policy: {error!r}")
 
@@ -98,14 +104,14 @@ def _find(module: str, name: str) -> Any:
 
 
 def announce_models(balancer: Balancer) -> None:
-    """Log what is in use."""
+    """Log that the plugin is there."""
     from vllm.config import VllmConfig
 
     announce(VllmConfig, balancer)
 
 
 def announce(configurations: Any, balancer: Balancer) -> None:
-    """Log what is in use, once the engine has its configuration (``VllmConfig``) and its log."""
+    """Log that the plugin is there, once the engine has its ``VllmConfig`` and its log."""
     # Engines have many processes; only the first one logs for those that start like it.
     rank = int(multiprocessing.parent_process() is not None)
 
@@ -113,10 +119,14 @@ def announce(configurations: Any, balancer: Balancer) -> None:
         def announced(self: Any, *arguments: Any, **named: Any) -> None:
             post_init(self, *arguments, **named)
             with contextlib.suppress(AttributeError):
-                if self.parallel_config.enable_eplb:
-                    LOG.say(f"in use: {balancer.purpose}", rank, once=True)
-                else:
+                parallel = self.parallel_config
+                policy = getattr(getattr(parallel, "eplb_config", None), "policy", POLICY)
+                if not parallel.enable_eplb:
                     LOG.warn("does nothing without --enable-eplb", rank)
+                elif policy != POLICY:
+                    LOG.warn(OTHER_POLICY.format(policy), rank)
+                else:
+                    LOG.say(balancer.registered, rank, once=True)
 
         return announced
 
@@ -187,6 +197,30 @@ def place_at_load(states: Any, balancer: Balancer) -> None:
     the first rearrangement puts the placement in force.
     """
     wrap(states, "add_model", "places", functools.partial(_wrap_add_model, balancer))
+    if hasattr(states, "rearrange"):
+        wrap(states, "rearrange", "confirms", functools.partial(_wrap_rearrange, balancer))
+
+
+def _wrap_rearrange(balancer: Balancer, rearrange: Any) -> Any:
+    def rearrange_and_confirm(self: Any, *arguments: Any, **named: Any) -> Any:
+        result = rearrange(self, *arguments, **named)
+        if named.get("is_profile", arguments[:1] == (True,)):
+            # Its maps are not taken: weights stay where they are.
+            balancer.forget_taken()
+        elif not (balancer.is_placing or getattr(self, "is_async", True)):
+            with contextlib.suppress(Exception):
+                for state in self.model_states.values():
+                    confirm(state, state.model, balancer)
+        return result
+
+    return rearrange_and_confirm
+
+
+def confirm(state: Any, model: Any, balancer: Balancer) -> None:
+    """Compare the map that a model of vLLM runs with the one that ranks took."""
+    running = read_array(state.physical_to_logical_map)
+    ranks = model.num_physical_experts // model.num_local_physical_experts
+    balancer.confirm(running, ranks, balancer.name_model(len(running)))
 
 
 def _wrap_add_model(balancer: Balancer, add_model: Any) -> Any:
@@ -213,7 +247,7 @@ def place(states: Any, model: Any, balancer: Balancer, *, drafts: bool = False) 
     try:
         models = states.model_states
         added, state = list(models.items())[-1]
-        running = state.physical_to_logical_map.cpu().numpy()
+        running = state.physical_to_logical_map.cpu().numpy().copy()
         name = getattr(state, "model_name", None)
         if name and drafts and not name.endswith(DRAFT):
             name += DRAFT
@@ -221,9 +255,14 @@ def place(states: Any, model: Any, balancer: Balancer, *, drafts: bool = False) 
         ranks = model.num_physical_experts // model.num_local_physical_experts
         sizes = (model.num_physical_experts, model.num_expert_groups, 1, ranks)
         rearrange, asynchronous = states.rearrange, states.is_async
+        policy = getattr(states, "policy", None)
     except Exception as error:
         # Another version, on all ranks alike.
         LOG.warn(f"{LATE}: {error!r}")
+        return
+    if not (policy is None or hasattr(policy, "moetuner")):
+        name_of_policy = getattr(policy, "__name__", type(policy).__name__)
+        LOG.warn(OTHER_POLICY.format(name_of_policy), find_process_rank())
         return
     balancer.take_model(len(running), name, weigh_expert(model))
     # Ranks that follow live loads take part as well, as here all ranks compare their files.
@@ -238,15 +277,19 @@ def place(states: Any, model: Any, balancer: Balancer, *, drafts: bool = False) 
         quiet=True,
         sparse=None,
     )
-    if maps is None or (maps == running).all():
+    if maps is None:
         return
-    # The asynchronous balancer can rearrange like the synchronous one. Only the added model moves:
-    # without load yet, vLLM would make all copies of another one those of its first expert.
-    states.is_async, states.model_states = False, {added: state}
-    try:
-        rearrange()
-    finally:
-        states.is_async, states.model_states = asynchronous, models
+    if not (maps == running).all():
+        # The asynchronous balancer can rearrange like the synchronous one. Only the added model
+        # moves: without load yet, vLLM would make all copies of another those of its first expert.
+        states.is_async, states.model_states, balancer.is_placing = False, {added: state}, True
+        try:
+            rearrange()
+        finally:
+            states.is_async, states.model_states = asynchronous, models
+            balancer.is_placing = False
+    balancer.expect(maps, running, ranks, balancer.name_model(len(running)))
+    confirm(state, model, balancer)
 
 
 def weigh_expert(model: Any) -> int:

@@ -1,7 +1,8 @@
 """vllm-ascend's entry point: replaces its balancer's policies if the environment asks for it.
 
 Its first model runner has a balancer of its own; the second runs vLLM's, which ``plugins.vllm``
-serves. The policies were tested with 0.26.0rc1, outside the engine.
+serves where the policy named default decides. The policies were tested with 0.26.0rc1, outside the
+engine.
 """
 
 from __future__ import annotations

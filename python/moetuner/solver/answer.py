@@ -79,8 +79,9 @@ def with_origin(run: Run, placement: Placement, method: str, **figures: Any) -> 
         },
         **figures,
     )
-    # By it the map of an engine, which has no empty slots, is filled with copies that change least.
-    return named.with_load(run.problem.load) if run.problem.may_copy else named
+    # By it the map of an engine, which has no empty slots, is filled with copies that change least,
+    # and its plugin tells whether traffic is still that of the placement.
+    return named.with_load(run.problem.load)
 
 
 def _make_details(

@@ -19,7 +19,13 @@ from moetuner.evaluation.samples import Samples, find_samples, measure_autocorre
 from moetuner.frozen import Frozen
 from moetuner.recording import AnyRecording, Recording
 from moetuner.report.findings import Finding
-from moetuner.statistics import WINDOW, RoutingStatistics, count_loads, measure_distance
+from moetuner.statistics import (
+    LEAST_DRIFT,
+    WINDOW,
+    RoutingStatistics,
+    count_loads,
+    measure_distance,
+)
 from moetuner.trace import RoutingTrace, as_trace
 
 # Blocks of a recording, with equal numbers of sequences, that the permutation test permutes.
@@ -30,8 +36,6 @@ PERMUTATIONS = 400
 SIGNIFICANCE = 0.01
 # Permutations that are computed at once.
 BATCH = 16
-# Smallest share of the tokens that go to other experts, beyond chance, that counts as drift.
-LEAST_DRIFT = 0.05
 # Fewest blocks with more different halves than the test has permutations.
 FEWEST_BLOCKS = 12
 # Correlation lengths of windows in the shortest block that may change sides: the ends of

@@ -155,6 +155,21 @@ CLAUSES: dict[str, Clause] = {
         "The placement was computed from all of this profile, which flatters its figures there"
     ),
     "another profile": "Warning: the placement was not computed from this profile",
+    # Routing that no router made.
+    "random routing": (
+        "this routing looks random (experts have equal loads, and neighbouring tokens and layers "
+        "share no more of them than by chance): a placement gains nothing on it, and it says "
+        "nothing of real traffic. Record requests of users"
+    ),
+    "routing in turns": (
+        "this routing looks dealt out in turns (the loads of experts are more equal than chance "
+        "would make them): a placement gains nothing on it, and it says nothing of real traffic. "
+        "Record requests of users"
+    ),
+    "even loads": (
+        "experts have equal loads within chance, as random routing has them: no placement makes "
+        "them more even. Loads of real traffic differ"
+    ),
     # Structure.
     "no groups": "{voice.recording} has no groups to compare",
     "no transitions": (
