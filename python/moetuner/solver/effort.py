@@ -310,11 +310,12 @@ BALANCING_FULL = 4000
 # Fewest windows for which the whole search is used.
 MANY_WINDOWS = 17
 # Searches that share the work of one where the slowest devices are searched after the norm; the
-# fewest windows, and most experts of a layer, where that helps on unseen windows, too
-# ("The slowest devices themselves").
+# fewest windows, and most experts of a layer, where that helps on unseen windows, too; in large
+# layers the slots of a device, in numbers of devices ("The slowest devices themselves").
 SLOWEST_PARTS = 2
 SLOWEST_WINDOWS = 16
 SLOWEST_EXPERTS = 8
+SLOWEST_SLOTS = 2
 # Trials of a start, from which all terms are searched, for a slot times LANES windows.
 BALANCING_START = 400
 # Where experts survive losses: trials for a slot times LANES windows ("Lost devices").

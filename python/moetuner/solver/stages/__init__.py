@@ -189,10 +189,12 @@ def _balance(run: Run, budget: Budget) -> None:
     starts = (FLOOR, CONSTRUCT, COMBINE) if is_short else ()
 
     def search(inner: Run, share: Budget) -> None:
-        anneal(inner, share, LayerModel(inner, parts))
+        more = effort.SLOWEST_PARTS if not is_short and _is_of_slowest(inner) else 1
+        anneal(inner, share, LayerModel(inner, parts * more))
 
+    slowest = () if is_short else (SLOWEST,)
     settle = (SETTLE,) if budget.work.settles_balance else ()
-    stages = (*starts, Stage(search), COMBINE, *settle)
+    stages = (*starts, Stage(search), *slowest, COMBINE, *settle)
     problem = replace(run.problem, objective="balance")
     start = None if is_short else run.best.slots
     inner = run.run_inner(stages, budget.muted(), problem=problem, start=start)
@@ -231,13 +233,16 @@ def _is_of_slowest(run: Run) -> bool:
     """Return whether the slowest devices themselves are searched, after the norm for them.
 
     In few windows that fits what is seen, and not what is unseen, where devices are more than their
-    slots; not where a layer has few placements to choose from. Where experts survive a loss, it
-    takes a thousandth off the slowest device, and adds a hundredth after one.
+    slots; not where a layer has few placements to choose from. In many windows of large layers it
+    does unless slots are many more. Where experts survive a loss, it takes a thousandth off the
+    slowest device, and adds a hundredth after one.
     """
     problem = run.problem
-    is_small = not is_large(run) and is_searched_anew(run) and adds_up_over_layers(run)
-    if problem.goal != "balance" or problem.rules.need_copies or not is_small:
+    is_summed = is_searched_anew(run) and adds_up_over_layers(run)
+    if problem.goal != "balance" or problem.rules.need_copies or not is_summed:
         return False
+    if is_large(run):
+        return not problem.may_copy and problem.slots >= effort.SLOWEST_SLOTS * problem.devices
     carries_over = problem.may_copy or len(run.objective.windows) >= effort.SLOWEST_WINDOWS
     is_tiny = problem.num_experts <= effort.SLOWEST_EXPERTS
     return carries_over or is_tiny or problem.slots >= problem.devices
@@ -246,7 +251,8 @@ def _is_of_slowest(run: Run) -> bool:
 def _anneal_slowest(run: Run, budget: Budget) -> None:
     """Anneal all layers by the slowest device of every window as it is, from the best placement."""
     is_cool = run.problem.may_copy and len(run.objective.windows) < effort.SLOWEST_WINDOWS
-    model = LayerModel(run, effort.SLOWEST_PARTS, heat="cool" if is_cool else "warm")
+    heat = "cool" if is_cool or is_large(run) else "warm"
+    model = LayerModel(run, effort.SLOWEST_PARTS, heat=heat)
     model.weights = [np.ones(len(model.windows))]
     details = run.details
     anneal(run, budget, model)
@@ -325,6 +331,7 @@ def _find_open_layers(run: Run) -> list[int]:
 
 
 BALANCE = Stage(_balance, applies=_may_be_balanced, share=lambda _: effort.BRIEF_SHARE)
+SLOWEST = Stage(_anneal_slowest, applies=lambda run: ANNEAL.applies(run) and _is_of_slowest(run))
 ANNEAL_COPIES = Stage(_anneal_copies, applies=_has_costly_copies)
 LAYER_SEARCHES = (
     CHAIN,
@@ -338,7 +345,7 @@ LAYER_SEARCHES = (
     replace(
         ANNEAL, run=_anneal, applies=lambda run: ANNEAL.applies(run) and not _has_costly_copies(run)
     ),
-    Stage(_anneal_slowest, applies=lambda run: ANNEAL.applies(run) and _is_of_slowest(run)),
+    SLOWEST,
     ANNEAL_COPIES,
     COMBINE,
     SETTLE,

@@ -73,9 +73,11 @@ class LayerModel:
     def balances_windows(self, moves: Moves | None) -> bool:
         """Return whether to balance windows alone: many windows are all that counts.
 
-        With few slots or windows the search of all terms finds more.
+        With few slots or windows the search of all terms finds more, and near an answer.
         """
         problem = self.problem
+        if self.heat is not None:
+            return False
         even = not problem.serving.rule.by_home or not problem.may_copy
         return bool(windows_alone(problem, moves) and even and self.is_large)
 
@@ -96,7 +98,7 @@ class LayerModel:
             trials = budget.iterations
             if trials is None:
                 batches = effort.count_batches(len(self.windows) + 1)
-                trials = effort.BALANCING_FULL * self.slots_of_layer // batches
+                trials = effort.BALANCING_FULL * self.slots_of_layer // (batches * self.parts)
             return balance_windows(run, budget, self.weight, trials, mean_weight=MEAN_WEIGHT)
         problem = self.problem
         layers, links = self.core(run.moves)
