@@ -295,3 +295,17 @@ def test_loads_of_the_same_shares_are_no_distance_apart_and_of_other_experts_one
     one = np.array([[3, 1, 0, 0], [2, 2, 0, 0], [4, 4, 0, 0]])
     other = np.array([[300, 100, 0, 0], [0, 0, 7, 0], [5, 0, 5, 0]])
     assert measure_distance(one, other).tolist() == [0, 1, 0.5]
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 8, 9, 10])
+def test_sets_are_those_of_a_sort(top_k):
+    """Also where sets differ in their last experts alone, and where rows come in order."""
+    random = np.random.default_rng(top_k)
+    ids = random.permuted(np.tile(np.arange(12), (400, 1)), axis=1)[:, :top_k]
+    counts = random.integers(1, 9, len(ids))
+    rows, at = np.unique(np.sort(ids, axis=1), axis=0, return_inverse=True)
+    tokens = np.bincount(at.ravel(), counts)
+    for given, of_each in ((ids, counts), (rows, tokens), (rows[:, ::-1], tokens)):
+        sets = mt.ExpertSets(given, of_each)
+        assert (sets.ids == rows).all()
+        assert (sets.counts == tokens).all()

@@ -153,8 +153,12 @@ pub(super) fn merge_sets<'py>(
 ) -> PyResult<SetArrays<'py>> {
     let (top_k, ids, counts) = (ids.shape()[1], ids.as_slice()?, counts.as_slice()?);
     let merged = alone(py, || {
+        let rows = || ids.chunks_exact(top_k);
+        if rows().is_sorted_by(|one, next| one < next) && rows().all(<[u16]>::is_sorted) {
+            return (ids.to_vec(), counts.to_vec());
+        }
         let mut sets = Sets::new(top_k);
-        for (ids, &count) in ids.chunks_exact(top_k).zip(counts) {
+        for (ids, &count) in rows().zip(counts) {
             sets.add(ids.iter().copied(), count);
         }
         sets.finish()
