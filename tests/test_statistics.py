@@ -305,7 +305,7 @@ def test_sets_are_those_of_a_sort(top_k):
     counts = random.integers(1, 9, len(ids))
     rows, at = np.unique(np.sort(ids, axis=1), axis=0, return_inverse=True)
     tokens = np.bincount(at.ravel(), counts)
-    for given, of_each in ((ids, counts), (rows, tokens), (rows[:, ::-1], tokens)):
-        sets = mt.ExpertSets(given, of_each)
+    for rows_given, of_each in ((ids, counts), (rows, tokens), (rows[:, ::-1], tokens)):
+        sets = mt.ExpertSets(rows_given, of_each)
         assert (sets.ids == rows).all()
         assert (sets.counts == tokens).all()
