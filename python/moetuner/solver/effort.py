@@ -309,6 +309,8 @@ LP_SPLIT_WORK = 32
 BALANCING_FULL = 4000
 # Fewest windows for which the whole search is used.
 MANY_WINDOWS = 17
+# Fewest trials of a slot with which layers that were balanced are annealed ("Many large layers").
+LEAST_TRIALS = 100
 # Searches that share the work of one where the slowest devices are searched after the norm; the
 # fewest windows, and most experts of a layer, where that helps on unseen windows, too; in large
 # layers the slots of a device, in numbers of devices ("The slowest devices themselves").

@@ -40,7 +40,7 @@ from moetuner.solver.stages.layers import (
 from moetuner.solver.stages.lp_split import LP_SPLIT, has_lp_split
 from moetuner.solver.stages.phases import balance_regret
 from moetuner.solver.stages.polish import POLISH
-from moetuner.solver.stages.visits import PAIRS, VISITS
+from moetuner.solver.stages.visits import PAIRS, VISITS, units_of_trial
 from moetuner.solver.unseen import SearchSetting
 
 __all__ = ["PARTITIONS", "SEARCH", "SEARCHES"]
@@ -229,6 +229,18 @@ def _anneal(run: Run, budget: Budget) -> None:
     anneal(run, budget, LayerModel(run, parts))
 
 
+def _is_annealed(run: Run) -> bool:
+    """Return whether annealing layers is worth its time.
+
+    Where loads alone are searched, large layers are balanced before. A search of so many layers
+    that each gets few trials would end where it begins.
+    """
+    if not ANNEAL.applies(run) or not _is_of_loads(run) or run.budget.iterations is not None:
+        return ANNEAL.applies(run)
+    trials = run.budget.work.layer_work / units_of_trial(run)
+    return trials >= effort.LEAST_TRIALS * run.slots_of_layer
+
+
 def _is_of_slowest(run: Run) -> bool:
     """Return whether the slowest devices themselves are searched, after the norm for them.
 
@@ -343,7 +355,7 @@ LAYER_SEARCHES = (
     BALANCE,
     COMBINE,
     replace(
-        ANNEAL, run=_anneal, applies=lambda run: ANNEAL.applies(run) and not _has_costly_copies(run)
+        ANNEAL, run=_anneal, applies=lambda run: _is_annealed(run) and not _has_costly_copies(run)
     ),
     SLOWEST,
     ANNEAL_COPIES,
