@@ -56,29 +56,43 @@ pub(super) fn rows_of<I: ExpertId>(ids: &[I], top_k: usize, size: usize, rows: &
     }
 }
 
+/// Writes the set of every token's ids.
 #[inline(always)]
 fn sets_of<I: ExpertId, N: Number>(ids: &[I], top_k: usize, sets: &mut [N; BLOCK]) {
+    add_ids(ids, top_k, sets, N::with);
+}
+
+/// Writes what `add` makes of every token's ids, from zero on. It is inlined for constant K, so that the loop over a token's
+/// ids unrolls.
+#[inline(always)]
+fn add_ids<I: ExpertId, N: Number>(
+    ids: &[I],
+    top_k: usize,
+    to: &mut [N; BLOCK],
+    add: impl Fn(N, usize) -> N,
+) {
     #[inline(always)]
-    fn fill<I: ExpertId, N: Number, const K: usize>(ids: &[I], sets: &mut [N; BLOCK]) {
-        for (set, ids) in sets.iter_mut().zip(ids.as_chunks::<K>().0) {
-            *set = N::ZERO;
+    fn fill<I: ExpertId, N: Number, const K: usize>(
+        ids: &[I],
+        to: &mut [N; BLOCK],
+        add: impl Fn(N, usize) -> N,
+    ) {
+        for (to, ids) in to.iter_mut().zip(ids.as_chunks::<K>().0) {
+            *to = N::ZERO;
             for id in ids {
-                *set = set.with(id.index());
+                *to = add(*to, id.index());
             }
         }
     }
     match top_k {
-        1 => fill::<I, N, 1>(ids, sets),
-        2 => fill::<I, N, 2>(ids, sets),
-        4 => fill::<I, N, 4>(ids, sets),
-        6 => fill::<I, N, 6>(ids, sets),
-        8 => fill::<I, N, 8>(ids, sets),
+        1 => fill::<I, N, 1>(ids, to, add),
+        2 => fill::<I, N, 2>(ids, to, add),
+        4 => fill::<I, N, 4>(ids, to, add),
+        6 => fill::<I, N, 6>(ids, to, add),
+        8 => fill::<I, N, 8>(ids, to, add),
         k => {
-            for (set, ids) in sets.iter_mut().zip(ids.chunks_exact(k)) {
-                *set = N::ZERO;
-                for id in ids {
-                    *set = set.with(id.index());
-                }
+            for (to, ids) in to.iter_mut().zip(ids.chunks_exact(k)) {
+                *to = ids.iter().fold(N::ZERO, |sum, id| add(sum, id.index()));
             }
         }
     }
@@ -156,27 +170,7 @@ pub(super) fn rows_of_sums<I: ExpertId>(
 /// Sums the units of every token's ids. It is never inlined, so that it has no vector gathers: single look-ups are faster.
 #[inline(never)]
 fn sums_of<I: ExpertId, N: Number>(ids: &[I], top_k: usize, units: &[N; IDS], sums: &mut [N; BLOCK]) {
-    #[inline(always)]
-    fn fill<I: ExpertId, N: Number, const K: usize>(ids: &[I], units: &[N; IDS], sums: &mut [N; BLOCK]) {
-        for (sum, ids) in sums.iter_mut().zip(ids.as_chunks::<K>().0) {
-            *sum = N::ZERO;
-            for id in ids {
-                *sum = sum.plus(units[id.index() % IDS]);
-            }
-        }
-    }
-    match top_k {
-        1 => fill::<I, N, 1>(ids, units, sums),
-        2 => fill::<I, N, 2>(ids, units, sums),
-        4 => fill::<I, N, 4>(ids, units, sums),
-        6 => fill::<I, N, 6>(ids, units, sums),
-        8 => fill::<I, N, 8>(ids, units, sums),
-        k => {
-            for (sum, ids) in sums.iter_mut().zip(ids.chunks_exact(k)) {
-                *sum = ids.iter().fold(N::ZERO, |sum, id| sum.plus(units[id.index() % IDS]));
-            }
-        }
-    }
+    add_ids(ids, top_k, sums, |sum, id| sum.plus(units[id % IDS]));
 }
 
 /// Transposes what `fill` says of 512 tokens: a number for each, given the word (`N::BITS` rows) and the tokens' ids.

@@ -107,7 +107,7 @@ pub(super) fn search(
     let mut best = (if effort.quick { terms.slowest() } else { terms.cost() }, slots.expert_in.clone());
     let contents = Contents::new(layer, effort.empties);
     let put = if layer.charges_copies() { schedule.put_charged } else { schedule.put };
-    let takes_long = terms.take_long();
+    let counts_sets = layer.costs.sets.is_some();
     let has_few_windows = layer.windows.count <= FEW_WINDOWS && terms.peak().is_some();
     let holds_many = slots.expert_in.len() >= COLD_SLOTS * layer.site.devices();
     let last = match layer.windows.count {
@@ -125,7 +125,7 @@ pub(super) fn search(
     let ramp = Ramp { first: schedule.first * typical, change: last / schedule.first };
     anneal::anneal(length, BLOCKS, [ramp], control, |[temperature]| {
         for trial in 0..BLOCKS.trials {
-            if trial % BETWEEN == BETWEEN - 1 && takes_long && control.stopped() {
+            if trial % BETWEEN == BETWEEN - 1 && counts_sets && control.stopped() {
                 break;
             }
             let step = proposal(&slots, &terms, contents, put, random);

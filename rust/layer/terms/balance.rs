@@ -70,6 +70,16 @@ impl<'a> Balance<'a> {
         self.busy.is_none() && self.ports.is_none()
     }
 
+    /// Returns the slowest devices of every window, where they alone are the cost of a window.
+    pub(super) fn peak(&self) -> Option<&Peak> {
+        self.peak.as_ref()
+    }
+
+    /// Returns whether a candidate gains at most the tokens that it takes from the slowest devices.
+    pub(super) fn is_of_slowest_alone(&self) -> bool {
+        self.peak.is_some() && self.is_of_tokens()
+    }
+
     /// Returns the device, of those that `may` take a copy of an expert, whose powers then rise least.
     pub(in crate::layer) fn best_device(&self, expert: u16, may: &[bool]) -> Option<usize> {
         let price = &self.layer.windows.price;
@@ -107,7 +117,7 @@ impl<'a> Balance<'a> {
     }
 
     /// Writes into `rows` the loads of all devices that a candidate touches, or whose visits it changes.
-    fn stage(&mut self, candidate: Candidate<'_>, visits: &Visits) {
+    fn stage(&mut self, candidate: &Candidate<'_>, visits: &Visits) {
         self.stage_loads(candidate);
         let (loads, width) = (&self.loads, self.loads.width);
         for &(device, _) in visits {
@@ -124,7 +134,7 @@ impl<'a> Balance<'a> {
     }
 
     /// Writes into `rows` the loads of the devices whose shares a candidate changes.
-    fn stage_loads(&mut self, Candidate { slots, step, shares }: Candidate<'_>) {
+    fn stage_loads(&mut self, &Candidate { slots, step, shares }: &Candidate<'_>) {
         let layer = self.layer;
         self.touched.clear();
         let (loads, width) = (&self.loads, self.loads.width);
@@ -165,7 +175,7 @@ impl Term for Balance<'_> {
         devices + self.ports.as_ref().map_or(0.0, Ports::cost)
     }
 
-    fn change(&mut self, candidate: Candidate<'_>, visits: &mut Visits) -> f64 {
+    fn change(&mut self, candidate: &Candidate<'_>, visits: &mut Visits) -> f64 {
         if self.is_of_tokens()
             && let (Some(norm), Some(pair)) =
                 (&self.norm, exchange(self.layer, candidate.slots, candidate.step))
@@ -188,9 +198,9 @@ impl Term for Balance<'_> {
         ports + norm + self.peak.as_ref().map_or(0.0, peak)
     }
 
-    fn apply(&mut self, candidate: Candidate<'_>, visits: &mut Visits) {
+    fn apply(&mut self, candidate: &Candidate<'_>, visits: &mut Visits) {
         self.stage(candidate, visits);
-        let Candidate { slots, step, .. } = candidate;
+        let &Candidate { slots, step, .. } = candidate;
         let width = self.loads.width;
         for (row, &(device, variance)) in self.rows.chunks_exact(width).zip(&self.touched) {
             self.loads.load[usize::from(device) * width..][..width].copy_from_slice(row);
@@ -223,14 +233,6 @@ impl Term for Balance<'_> {
 
     fn needs_shares(&self) -> bool {
         self.busy.is_some() || self.ports.is_some()
-    }
-
-    fn is_of_slowest_alone(&self) -> bool {
-        self.peak.is_some() && self.is_of_tokens()
-    }
-
-    fn peak(&self) -> Option<&Peak> {
-        self.peak.as_ref()
     }
 }
 

@@ -207,6 +207,17 @@ impl<'a> Fanout<'a> {
         fanout
     }
 
+    /// Returns the visits of every device per token of its load `[D]`.
+    pub(super) fn visits_per_load(&self) -> Vec<f32> {
+        self.visits.iter().zip(&self.load).map(|(&visits, &load)| ratio(visits, load)).collect()
+    }
+
+    /// Counts what a move has changed, after the slots have.
+    pub(super) fn finish_apply(&mut self, slots: &Slots) {
+        let touched = std::mem::take(&mut self.touched);
+        self.refresh(slots, &touched);
+    }
+
     /// Writes the visits per token of load after the last candidate, given the shares that it changes.
     fn write_visits(&self, shares: &[Share], visits: &mut Visits) {
         let changed = if self.computes_visits { &self.visits_then[..] } else { &[] };
@@ -352,13 +363,13 @@ impl Term for Fanout<'_> {
         price(self.sets, self.visits.iter().sum(), self.node_visits.iter().sum())
     }
 
-    fn change(&mut self, Candidate { slots, step, shares }: Candidate<'_>, visits: &mut Visits) -> f64 {
+    fn change(&mut self, &Candidate { slots, step, shares }: &Candidate<'_>, visits: &mut Visits) -> f64 {
         let change = self.added(slots, step);
         self.write_visits(shares, visits);
         change
     }
 
-    fn apply(&mut self, Candidate { slots, step, shares }: Candidate<'_>, visits: &mut Visits) {
+    fn apply(&mut self, &Candidate { slots, step, shares }: &Candidate<'_>, visits: &mut Visits) {
         if self.computes_visits {
             // The visits are computed again: other candidates may have been priced since.
             self.added(slots, step);
@@ -370,21 +381,8 @@ impl Term for Fanout<'_> {
         self.touched = touched(slots, step);
     }
 
-    fn finish_apply(&mut self, slots: &Slots) {
-        let touched = std::mem::take(&mut self.touched);
-        self.refresh(slots, &touched);
-    }
-
     fn needs_shares(&self) -> bool {
         self.computes_visits
-    }
-
-    fn takes_long(&self) -> bool {
-        true
-    }
-
-    fn visits_per_load(&self) -> Option<Vec<f32>> {
-        Some(self.visits.iter().zip(&self.load).map(|(&visits, &load)| ratio(visits, load)).collect())
     }
 }
 

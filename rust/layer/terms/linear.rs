@@ -31,7 +31,7 @@ impl<'a> Linear<'a> {
     }
 
     /// Returns the cost that a candidate adds.
-    fn added(&self, Candidate { slots, step, shares }: Candidate<'_>) -> f64 {
+    fn added(&self, &Candidate { slots, step, shares }: &Candidate<'_>) -> f64 {
         let at = |expert: u16, device: u16| usize::from(expert) * self.layer.devices() + usize::from(device);
         let mut change = 0.0;
         if !self.copy_cost.is_empty() {
@@ -74,11 +74,11 @@ impl Term for Linear<'_> {
         self.cost
     }
 
-    fn change(&mut self, candidate: Candidate<'_>, _: &mut Visits) -> f64 {
+    fn change(&mut self, candidate: &Candidate<'_>, _: &mut Visits) -> f64 {
         self.added(candidate)
     }
 
-    fn apply(&mut self, candidate: Candidate<'_>, _: &mut Visits) {
+    fn apply(&mut self, candidate: &Candidate<'_>, _: &mut Visits) {
         self.cost += self.added(candidate);
     }
 
@@ -88,10 +88,6 @@ impl Term for Linear<'_> {
 
     fn needs_shares(&self) -> bool {
         !self.serve_cost.is_empty()
-    }
-
-    fn is_separable(&self) -> bool {
-        true
     }
 }
 

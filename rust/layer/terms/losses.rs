@@ -216,6 +216,28 @@ impl<'a> LossNorm<'a> {
         term
     }
 
+    /// Returns the powers of every device over losses `[D]`.
+    pub(super) fn powers(&self) -> &[f64] {
+        &self.powers
+    }
+
+    /// Returns the device whose powers are the largest.
+    pub(super) fn busiest(&self) -> usize {
+        self.busiest
+    }
+
+    /// Returns an upper bound on what a candidate gains: what it would if the devices that it touches had nothing above the
+    /// mean. It takes less time than what the candidate adds.
+    pub(super) fn max_gain(&mut self, &Candidate { slots, step, .. }: &Candidate<'_>) -> f64 {
+        self.powers_then.clone_from(&self.powers);
+        for Edit { expert, to, .. } in slots.edits(step) {
+            for device in slots.devices(expert).chain(to) {
+                self.powers_then[usize::from(device)] = 0.0;
+            }
+        }
+        (root(self.total, DOUBLINGS) - root(sum(&self.powers_then), DOUBLINGS)) * self.price
+    }
+
     /// Sums the powers of all devices, and finds the busiest.
     fn add_up(&mut self) {
         self.total = sum(&self.powers);
@@ -291,7 +313,7 @@ impl Term for LossNorm<'_> {
         root(self.total, DOUBLINGS) * self.price
     }
 
-    fn change(&mut self, Candidate { slots, step, .. }: Candidate<'_>, _: &mut Visits) -> f64 {
+    fn change(&mut self, &Candidate { slots, step, .. }: &Candidate<'_>, _: &mut Visits) -> f64 {
         self.stage(slots, step);
         self.powers_then.clone_from(&self.powers);
         for &(device, _, powers) in &self.touched {
@@ -300,7 +322,7 @@ impl Term for LossNorm<'_> {
         (root(sum(&self.powers_then), DOUBLINGS) - root(self.total, DOUBLINGS)) * self.price
     }
 
-    fn apply(&mut self, Candidate { slots, step, .. }: Candidate<'_>, _: &mut Visits) {
+    fn apply(&mut self, &Candidate { slots, step, .. }: &Candidate<'_>, _: &mut Visits) {
         self.stage(slots, step);
         let width = self.after.per_mean.len();
         for (row, &(device, load, powers)) in self.rows.chunks_exact(width.max(1)).zip(&self.touched) {
@@ -318,25 +340,6 @@ impl Term for LossNorm<'_> {
 
     fn needs_shares(&self) -> bool {
         false
-    }
-
-    fn bounds_gain(&self) -> bool {
-        true
-    }
-
-    /// Returns the gain if the devices that the candidate touches had nothing above the mean.
-    fn max_gain(&mut self, Candidate { slots, step, .. }: Candidate<'_>) -> f64 {
-        self.powers_then.clone_from(&self.powers);
-        for Edit { expert, to, .. } in slots.edits(step) {
-            for device in slots.devices(expert).chain(to) {
-                self.powers_then[usize::from(device)] = 0.0;
-            }
-        }
-        (root(self.total, DOUBLINGS) - root(sum(&self.powers_then), DOUBLINGS)) * self.price
-    }
-
-    fn after_losses(&self) -> Option<(&[f64], usize)> {
-        Some((&self.powers, self.busiest))
     }
 }
 

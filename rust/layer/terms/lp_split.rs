@@ -74,7 +74,7 @@ impl Term for LpSplit {
         false
     }
 
-    fn change(&mut self, Candidate { slots, step, .. }: Candidate<'_>, _: &mut Visits) -> f64 {
+    fn change(&mut self, &Candidate { slots, step, .. }: &Candidate<'_>, _: &mut Visits) -> f64 {
         let before = self.put(slots, step);
         let mut change = 0.0;
         for window in &mut self.windows {
@@ -87,7 +87,7 @@ impl Term for LpSplit {
         change
     }
 
-    fn apply(&mut self, Candidate { slots, step, .. }: Candidate<'_>, _: &mut Visits) {
+    fn apply(&mut self, &Candidate { slots, step, .. }: &Candidate<'_>, _: &mut Visits) {
         let before = self.put(slots, step);
         self.cost = 0.0;
         for window in &mut self.windows {

@@ -1,8 +1,8 @@
 //! Terms of a layer's cost. Each computes exactly what a move changes, and applies it.
 //!
 //! A new term is a module here: its prices, a struct that implements [`Term`], and its definition for the test of all terms.
-//! This file gets a field of [`Costs`], a line in [`Terms::with_serving`] and one in `DEFINITIONS`. Searches go through the
-//! list of terms and know none of them by name.
+//! This file gets a field of [`Costs`], a line in [`Terms::with_serving`] and one in `DEFINITIONS`. Searches know [`Terms`]
+//! alone; that names those terms of which a search asks more than their cost.
 
 pub(super) mod balance;
 pub mod fanout;
@@ -74,7 +74,7 @@ pub(super) fn share(layer: &Layer, slots: &Slots, expert: usize, device: usize) 
 }
 
 /// A move that is priced before it is made: the slots it changes, and the shares of tokens that it changes.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(super) struct Candidate<'a> {
     pub(super) slots: &'a Slots,
     pub(super) step: Move,
@@ -86,69 +86,50 @@ pub(super) struct Candidate<'a> {
 pub(super) type Visits = Vec<(u16, f32)>;
 
 /// A part of a layer's cost. It holds its own prices, and its counts of the slots as they stand.
-///
-/// Only the first three methods are required. The others let searches skip work; by default they skip none.
 pub(super) trait Term: Debug + Send {
     /// Returns the cost of the slots as they stand.
     fn cost(&self) -> f64;
 
     /// Returns the cost that a candidate adds. A term that counts visits writes those by which rows are priced.
-    fn change(&mut self, candidate: Candidate<'_>, visits: &mut Visits) -> f64;
+    fn change(&mut self, candidate: &Candidate<'_>, visits: &mut Visits) -> f64;
 
     /// Applies a candidate, before the slots change.
-    fn apply(&mut self, candidate: Candidate<'_>, visits: &mut Visits);
+    fn apply(&mut self, candidate: &Candidate<'_>, visits: &mut Visits);
 
     /// Returns the cost of the slowest devices by this term, whatever stands for them in [`Self::cost`].
     fn slowest(&self) -> f64 {
         0.0
     }
 
-    /// Updates the term after the slots have changed by the candidate that was applied.
-    fn finish_apply(&mut self, _slots: &Slots) {}
-
-    /// Returns the visits of every device per token of its load `[D]`, if this term counts them.
-    fn visits_per_load(&self) -> Option<Vec<f32>> {
-        None
-    }
-
     /// Returns whether this term needs the shares of an exchange in which copies keep theirs.
     fn needs_shares(&self) -> bool {
         true
     }
+}
 
-    /// Returns whether [`Self::max_gain`] is a finite bound that takes less time than [`Self::change`].
-    fn bounds_gain(&self) -> bool {
-        false
+/// A term that a layer may lack: then it costs nothing.
+impl<T: Term> Term for Option<T> {
+    fn cost(&self) -> f64 {
+        self.as_ref().map_or(0.0, T::cost)
     }
 
-    /// Returns an upper bound on what a candidate takes from the cost.
-    fn max_gain(&mut self, _candidate: Candidate<'_>) -> f64 {
-        f64::INFINITY
+    #[inline(always)]
+    fn change(&mut self, candidate: &Candidate<'_>, visits: &mut Visits) -> f64 {
+        self.as_mut().map_or(0.0, |term| term.change(candidate, visits))
     }
 
-    /// Returns whether a candidate gains at most the tokens that it takes from the slowest devices.
-    fn is_of_slowest_alone(&self) -> bool {
-        false
+    fn apply(&mut self, candidate: &Candidate<'_>, visits: &mut Visits) {
+        if let Some(term) = self {
+            term.apply(candidate, visits);
+        }
     }
 
-    /// Returns whether the cost of a copy does not depend on other experts: then [`Self::change`] is fast.
-    fn is_separable(&self) -> bool {
-        false
+    fn slowest(&self) -> f64 {
+        self.as_ref().map_or(0.0, T::slowest)
     }
 
-    /// Returns whether many calls of [`Self::change`] may take longer than a user waits after Ctrl-C.
-    fn takes_long(&self) -> bool {
-        false
-    }
-
-    /// Returns the slowest devices of every window, where they alone are the cost of a window.
-    fn peak(&self) -> Option<&Peak> {
-        None
-    }
-
-    /// Returns the powers of every device over losses `[D]`, and the device with the largest.
-    fn after_losses(&self) -> Option<(&[f64], usize)> {
-        None
+    fn needs_shares(&self) -> bool {
+        self.as_ref().is_some_and(T::needs_shares)
     }
 }
 
@@ -156,12 +137,18 @@ pub(super) trait Term: Debug + Send {
 #[derive(Debug)]
 pub(super) struct Terms<'a> {
     layer: &'a Layer,
-    /// Terms that count visits come first: others price rows by the visits that they write.
-    all: Vec<Box<dyn Term + 'a>>,
+    /// Cost of single copies, which does not depend on other experts.
+    linear: Option<Linear<'a>>,
+    fanout: Option<Fanout<'a>>,
+    /// Terms of which searches ask no more than their cost.
+    others: Vec<Box<dyn Term + 'a>>,
+    /// Comes after the terms that count visits: rows are priced by the visits that they write.
+    balance: Option<Balance<'a>>,
+    /// Comes last, as it takes longest.
+    losses: Option<LossNorm<'a>>,
     caps: Option<Caps<'a>>,
-    /// True if some term needs the shares of every candidate, and true if the last term bounds its gain.
+    /// True if the cap or some term needs the shares of every candidate.
     needs_shares: bool,
-    bounds_gain: bool,
     /// Shares and visits of the last candidate; devices are memory for counting the shares.
     shares: Vec<Share>,
     visits: Visits,
@@ -177,76 +164,78 @@ impl<'a> Terms<'a> {
     /// Builds terms with other prices of serving `[E, D]` than the layer's: by where the neighbouring layers are by now.
     pub(super) fn with_serving(layer: &'a Layer, slots: &Slots, serve_cost: Cow<'a, [f64]>) -> Self {
         let costs = &layer.costs;
-        let mut all: Vec<Box<dyn Term + 'a>> = vec![];
-        if let Some(linear) = Linear::new(layer, serve_cost, slots) {
-            all.push(Box::new(linear));
-        }
-        if let Some(sets) = &costs.sets {
-            all.push(Box::new(Fanout::new(layer, sets, slots)));
-        }
+        let fanout = costs.sets.as_ref().map(|sets| Fanout::new(layer, sets, slots));
+        let mut visits = fanout.as_ref().map(Fanout::visits_per_load);
+        let mut others: Vec<Box<dyn Term + 'a>> = vec![];
         if let Some(pairs) = &costs.pairs {
-            all.push(Box::new(Together::new(layer, pairs, slots)));
-        }
-        if !layer.windows.is_weightless() {
-            let visits = all.iter().find_map(|term| term.visits_per_load());
-            all.push(Box::new(Balance::of_time(layer, slots, visits)));
-        }
-        if let Some(losses) = &costs.losses {
-            all.push(Box::new(LossNorm::new(layer, losses, slots)));
+            let together = Together::new(layer, pairs, slots);
+            visits = visits.or_else(|| Some(together.visits_per_load()));
+            others.push(Box::new(together));
         }
         if let Some(loads) = &costs.lp_split {
-            all.push(Box::new(LpSplit::new(layer, loads, slots)));
+            others.push(Box::new(LpSplit::new(layer, loads, slots)));
         }
-        let caps = Caps::new(layer, slots);
-        Self {
+        let has_load = !layer.windows.is_weightless();
+        let mut terms = Self {
             layer,
-            bounds_gain: all.last().is_some_and(|term| term.bounds_gain()),
-            needs_shares: caps.is_some() || all.iter().any(|term| term.needs_shares()),
-            all,
-            caps,
+            linear: Linear::new(layer, serve_cost, slots),
+            fanout,
+            others,
+            balance: has_load.then(|| Balance::of_time(layer, slots, visits)),
+            losses: costs.losses.as_ref().map(|losses| LossNorm::new(layer, losses, slots)),
+            caps: Caps::new(layer, slots),
+            needs_shares: false,
             shares: Vec::new(),
             visits: Vec::new(),
             devices: Vec::new(),
-        }
+        };
+        terms.needs_shares = terms.caps.is_some() || terms.all().any(Term::needs_shares);
+        terms
+    }
+
+    /// Iterates over all terms.
+    fn all(&self) -> impl Iterator<Item = &(dyn Term + 'a)> {
+        let first: [&(dyn Term + 'a); 2] = [&self.linear, &self.fanout];
+        let last: [&(dyn Term + 'a); 2] = [&self.balance, &self.losses];
+        first.into_iter().chain(self.others.iter().map(Box::as_ref)).chain(last)
     }
 
     /// Returns the cost of the slots as they stand.
     pub(super) fn cost(&self) -> f64 {
-        self.all.iter().map(|term| term.cost()).sum()
+        self.all().map(Term::cost).sum()
     }
 
     /// Returns the cost of the slowest devices, in windows and after losses, and of separable terms.
     pub(super) fn slowest(&self) -> f64 {
-        self.all.iter().map(|term| term.slowest()).sum()
+        self.all().map(Term::slowest).sum()
     }
 
     /// Returns the slowest devices of every window, where they alone are the cost of a window.
     pub(super) fn peak(&self) -> Option<&Peak> {
-        self.all.iter().find_map(|term| term.peak())
+        self.balance.as_ref().and_then(Balance::peak)
+    }
+
+    /// Returns whether there is a cost besides those of single copies and of devices' load.
+    fn has_others(&self) -> bool {
+        self.fanout.is_some() || !self.others.is_empty()
     }
 
     /// Returns whether the cost is that of the slowest devices' tokens and of separable terms: they bound a move's gain.
     pub(super) fn are_of_slowest(&self) -> bool {
-        self.all.iter().any(|term| term.is_of_slowest_alone())
-            && self.all.iter().all(|term| term.is_of_slowest_alone() || term.is_separable())
-    }
-
-    /// Returns whether many changes may take longer than a user waits after Ctrl-C.
-    pub(super) fn take_long(&self) -> bool {
-        self.all.iter().any(|term| term.takes_long())
+        let is_of_slowest = self.balance.as_ref().is_some_and(Balance::is_of_slowest_alone);
+        is_of_slowest && self.losses.is_none() && !self.has_others()
     }
 
     /// Returns the powers of every device over losses `[D]`, where losses and the slowest devices are all that costs.
     pub(super) fn after_losses(&self) -> Option<&[f64]> {
-        let mut terms = self.all.iter();
-        let are_of_devices = terms.all(|term| term.peak().is_some() || term.after_losses().is_some());
-        let after = self.all.iter().find_map(|term| term.after_losses());
-        after.filter(|_| are_of_devices).map(|(powers, _)| powers)
+        let is_of_devices = self.linear.is_none() && !self.has_others();
+        let is_of_slowest = self.balance.is_none() || self.peak().is_some();
+        self.losses.as_ref().filter(|_| is_of_devices && is_of_slowest).map(LossNorm::powers)
     }
 
     /// Returns a device that costs most where losses count: the slowest in a random window, or the busiest after losses.
     pub(super) fn costliest(&self, random: &mut Random) -> Option<usize> {
-        let (_, busiest) = self.all.iter().find_map(|term| term.after_losses())?;
+        let busiest = self.losses.as_ref()?.busiest();
         let peak = self.peak().filter(|_| random.below(2) == 0);
         let slowest = peak.and_then(|peak| peak.slowest_in(random.below(self.layer.windows.count.max(1))));
         Some(slowest.unwrap_or(busiest))
@@ -257,9 +246,9 @@ impl<'a> Terms<'a> {
         self.caps.as_ref().map_or(0.0, Caps::excess)
     }
 
-    /// Returns whether some term is separable.
+    /// Returns whether there is a cost of copies that does not depend on other experts.
     pub(super) fn has_separable(&self) -> bool {
-        self.all.iter().any(|term| term.is_separable())
+        self.linear.is_some()
     }
 
     /// Returns the cost that a move adds; nothing if it breaks the cap, or surely adds more than a limit.
@@ -276,12 +265,11 @@ impl<'a> Terms<'a> {
         (excess_change, self.added(slots, step, limit).unwrap_or(f64::INFINITY))
     }
 
-    /// Returns what a move adds to the separable terms alone.
+    /// Returns what a move adds to the separable cost alone.
     pub(super) fn separable_change(&mut self, slots: &Slots, step: Move) -> f64 {
         self.update_shares(slots, step);
-        let candidate = Candidate { slots, step, shares: &self.shares };
-        let separable = self.all.iter_mut().filter(|term| term.is_separable());
-        separable.map(|term| term.change(candidate, &mut self.visits)).sum()
+        let candidate = &Candidate { slots, step, shares: &self.shares };
+        self.linear.change(candidate, &mut self.visits)
     }
 
     /// Computes the shares that a move changes, unless no term needs them.
@@ -294,16 +282,20 @@ impl<'a> Terms<'a> {
 
     /// Returns the cost that a move adds, unless it is surely more than a limit.
     fn added(&mut self, slots: &Slots, step: Move, limit: f64) -> Option<f64> {
-        let candidate = Candidate { slots, step, shares: &self.shares };
-        let mut change = 0.0;
-        self.visits.clear();
-        let (count, bounds_gain) = (self.all.len(), self.bounds_gain);
-        for (at, term) in self.all.iter_mut().enumerate() {
-            // Most moves add more to the slowest device than the last term can gain, and that term takes longest to compute.
-            if bounds_gain && at + 1 == count && change - term.max_gain(candidate) > limit {
+        let candidate = &Candidate { slots, step, shares: &self.shares };
+        let visits = &mut self.visits;
+        visits.clear();
+        let mut change = self.linear.change(candidate, visits) + self.fanout.change(candidate, visits);
+        for term in &mut self.others {
+            change += term.change(candidate, visits);
+        }
+        change += self.balance.change(candidate, visits);
+        if let Some(losses) = &mut self.losses {
+            // Most moves add more to the slowest device than they can gain after losses.
+            if change - losses.max_gain(candidate) > limit {
                 return None;
             }
-            change += term.change(candidate, &mut self.visits);
+            change += losses.change(candidate, visits);
         }
         Some(change)
     }
@@ -311,17 +303,22 @@ impl<'a> Terms<'a> {
     /// Makes a move that is allowed.
     pub(super) fn apply(&mut self, slots: &mut Slots, step: Move) {
         slots.shares(&self.layer.site, step, &mut self.shares, &mut self.devices);
-        let candidate = Candidate { slots, step, shares: &self.shares };
+        let candidate = &Candidate { slots, step, shares: &self.shares };
         if let Some(caps) = &mut self.caps {
             caps.apply(&self.shares);
         }
-        self.visits.clear();
-        for term in &mut self.all {
-            term.apply(candidate, &mut self.visits);
+        let visits = &mut self.visits;
+        visits.clear();
+        self.linear.apply(candidate, visits);
+        self.fanout.apply(candidate, visits);
+        for term in &mut self.others {
+            term.apply(candidate, visits);
         }
+        self.balance.apply(candidate, visits);
+        self.losses.apply(candidate, visits);
         slots.apply(step);
-        for term in &mut self.all {
-            term.finish_apply(slots);
+        if let Some(fanout) = &mut self.fanout {
+            fanout.finish_apply(slots);
         }
     }
 }

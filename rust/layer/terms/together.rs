@@ -106,6 +106,11 @@ impl<'a> Together<'a> {
         together
     }
 
+    /// Returns the visits of every device per token of its load `[D]`.
+    pub(super) fn visits_per_load(&self) -> Vec<f32> {
+        self.served.iter().map(|served| served.visits(self.pairs)).collect()
+    }
+
     /// Writes the visits per token of load after the last candidate.
     fn write_visits(&self, visits: &mut Visits) {
         if self.estimates_visits {
@@ -164,22 +169,18 @@ impl Term for Together<'_> {
         self.pairs_apart * self.pairs.cost
     }
 
-    fn change(&mut self, Candidate { shares, .. }: Candidate<'_>, visits: &mut Visits) -> f64 {
+    fn change(&mut self, &Candidate { shares, .. }: &Candidate<'_>, visits: &mut Visits) -> f64 {
         self.compute_changes(shares);
         self.write_visits(visits);
         -self.pairs_gained * self.pairs.cost
     }
 
-    fn apply(&mut self, Candidate { shares, .. }: Candidate<'_>, visits: &mut Visits) {
+    fn apply(&mut self, &Candidate { shares, .. }: &Candidate<'_>, visits: &mut Visits) {
         if self.estimates_visits {
             self.compute_changes(shares);
             self.write_visits(visits);
         }
         self.apply_shares(shares);
-    }
-
-    fn visits_per_load(&self) -> Option<Vec<f32>> {
-        Some(self.served.iter().map(|served| served.visits(self.pairs)).collect())
     }
 }
 
