@@ -11,6 +11,7 @@ from pathlib import Path
 import notebooks
 import numpy as np
 import pytest
+from engines_files import GOLDEN, truth
 
 import moetuner as mt
 from moetuner.counting import total
@@ -115,6 +116,43 @@ def test_counts_are_those_of_one_process(make_trace, tmp_path, name, library):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "dead").exists()
     assert out.read_bytes() == expected.read_bytes()
+
+
+LOGS = ["memra/trace.txt", "memra/weights.txt", "llama_traces/moe-trace.csv"]
+LOGS += ["llama_traces/route_trace.csv", "llama_traces/rank.csv"]
+
+
+@pytest.mark.parametrize("name", LOGS)
+def test_logs_of_routers_are_converted(tmp_path, example, name):
+    """Tokens that all layers computed are there, in order, best expert first, by prompt."""
+    example("convert_router_logs.py", GOLDEN / name, "--out", "trace.csv")
+    actual = mt.open_input(tmp_path / "trace.csv", num_experts=16)
+    if name.startswith("memra"):
+        assert np.array_equal(actual.expert_ids, truth("memra", "ids"))
+        assert actual.sequence is None
+        return
+    ids, lengths = truth("llama_traces")
+    first, computed = 0, []
+    for prompt, answer in lengths[: 1 if "rank" in name else 2].tolist():
+        # Rows of tokens have the last one of each batch of four; positions are of the last batch.
+        others = [3] if "moe" in name and prompt > 4 else []
+        computed.append(
+            [first + at for at in (prompt - 1, *others, *range(prompt, prompt + answer))]
+        )
+        first += prompt + answer
+    assert np.array_equal(actual.expert_ids, ids[np.concatenate(computed)])
+    if len(computed) > 1:
+        assert np.bincount(actual.sequence).tolist() == [*map(len, computed)]
+
+
+def test_a_log_that_is_cut_off_is_converted(tmp_path, example):
+    """What was being written when memra ended, and its pass, are left out."""
+    content = (GOLDEN / "memra/trace.txt").read_text()
+    cut_off = tmp_path / "trace.txt"
+    cut_off.write_text(content[: content.rfind("65535") - 9])
+    example("convert_router_logs.py", cut_off, "--out", "trace.csv")
+    actual = mt.open_input(tmp_path / "trace.csv", num_experts=16)
+    assert np.array_equal(actual.expert_ids, truth("memra", "ids")[:-1])
 
 
 def test_notebook(brief, tmp_path, monkeypatch):

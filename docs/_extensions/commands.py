@@ -52,7 +52,7 @@ EXPLAINED = {
     "--fill-slots": "choosing.md#the-engine",
     "--for": "choosing.md#the-engine",
     "--forbid": "choosing.md#rules",
-    "--from": "loads.md#traces-of-llamacpps-routers",
+    "--from": "loads.md#what-is-read",
     "--gpu-bytes": "engines/ktransformers.md#choose",
     "--gpu-experts": "engines/ktransformers.md#choose",
     "--group-by": "choosing.md#groups",

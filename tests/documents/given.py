@@ -135,14 +135,13 @@ def large(folder: Path) -> dict[str, object]:
 
 
 def memra(folder: Path) -> dict[str, object]:
-    """Give what memra's router logs: a line for every layer of a forward pass."""
-    recorded = mt.RoutingTrace.load(BUNDLED)
-    with (folder / "trace.txt").open("w") as file:
-        for first in range(0, 1024, 64):
-            ids = recorded.expert_ids[first : first + 64]
-            for layer in range(recorded.layers):
-                chosen = ",".join(map(str, ids[:, layer].ravel()))
-                file.write(f"{layer} {len(ids)} {chosen}\n")
+    """Give what the example makes of memra's log: a row for every choice."""
+    recorded = mt.RoutingTrace.load(BUNDLED).expert_ids[:1024]
+    rows = (
+        f"{token},{layer},{recorded[token, layer, at]}"
+        for token, layer, at in np.ndindex(recorded.shape)
+    )
+    (folder / "trace.csv").write_text("\n".join(["token,layer,expert", *rows]) + "\n")
     return {}
 
 

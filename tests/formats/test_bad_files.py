@@ -1,7 +1,6 @@
 """What is wrong with a file of an engine, a table or a map: one line names file, place and rule."""
 
 import json
-import struct
 
 import numpy as np
 import pytest
@@ -37,9 +36,7 @@ STEPS = [(10 + step, layer) for step in range(3) for layer in (3, 4)]
 LABELLED = "layer,expert,sequence\n"
 TOKEN = "token,layer,expert\n"
 HEAD, LINE = {"num_experts": 4}, {"experts": [[0, 1], [2, 3]]}
-DUMP = struct.pack("<BBHfHf", 1, 2, 0, 0.5, 1, 0.5) * 2
 PIVOT = "layer,e0,e1\n"
-ROUTE = "# route_trace v1\nturn,step,layer,slot,expert\n"
 W2 = "blk.2.ffn_down_exps.weight.counts"
 HUGE = np.full((1, (1 << 14) + 1), (1 << 48) - 1)
 PASS = {"forward_pass_id": 0, "gatherer_key": "primary", "global_physical_count": HUGE}
@@ -195,12 +192,6 @@ def fastdeploy(folder, *answers):
     good = {"code": 0, "msg": "ok", "data": [[[1, 2]]]}
     (folder / "a.json").write_text("\n".join(json.dumps(good | fields) for fields in answers))
     return mt.open_input(folder / "a.json", reader="fastdeploy")
-
-
-def memra(folder, content):
-    path = folder / "trace.txt"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return mt.open_input(path, num_experts=8, reader="memra")
 
 
 def memra_map(folder, change):
@@ -437,22 +428,6 @@ tokenspeed | {"logical_count": np.ones(4)} | logical_count must be a tensor [lay
 tokenspeed | {"logical_count": np.full((2, 4), 0.5)} | must be whole numbers of tokens
 tokenspeed | {"logical_count": -np.ones((2, 4))} | must be counts from 0 to 2**48
 tokenspeed | {}, {"logical_count": np.ones((3, 4))} | must be [2, 4] like those before, got [3, 4]
-csv | ROUTE | must have at least one row, got none
-csv | ROUTE[:17] + "turn,step\n0,1\n" | must have columns turn, step, layer, slot, expert
-csv | ROUTE + "0,0,0,0,1\n0,0,0,0,x\n" | line 4, column 5: must have rows of integers, got 'x'
-csv | ROUTE + "0,0,0,0,1\n\n0,0,0,0\n" | line 5: must have rows of integers, 5 in each, got 4
-csv | ROUTE + f"0,0,0,0,{10**30}\n" | line 3, column 5: must have rows of integers
-csv | ROUTE + "0,0,0,0,-1\n" | expert must be from 0 to 65535, got -1
-csv | ROUTE + "0,0,-1,0,1\n" | layer must be from 0 to
-csv | ROUTE + "0,0,0,0,9\n" | expert id 9 is not below num_experts 8
-csv | ROUTE + "0,0,0,0,1\n0,0,0,1,1\n" | expert id 1 appears twice
-csv | ROUTE + "0,5,0,0,1\n0,5,0,0,2\n" | token 5 must have choice 0 in layer 0 once, got it twice
-csv | ROUTE + "0,0,0,0,1\n0,1,1,0,1\n" | must have a token with 1 experts in each of 2 layers
-csv | ROUTE[:17] + "# n_expert=9\n" + ROUTE[17:] + "0,0,0,0,1\n" | num_experts must be 9, got 8
-csv | "-1,0,1,2\n-1,1,2\n" | line 2: must have rows of integers, 4 in each, got 3
-csv | "-1,0,1\n0,0,1.5\n" | line 2, column 3: must have rows of integers, got '1.5'
-csv | "-1,0,1\nnan,0,1\n" | line 2, column 1: must have rows of integers, got 'nan'
-csv | "-1,0,1\n-1,0,2\n" | token -1 must have choice 0 in layer 0 once, got it twice
 fastdeploy | {"data": []} | response 0: must have code 0 and data by rank, got []
 fastdeploy | {"data": [[1, 2]]} | rank 0: counts must be [layers, experts], got [2]
 fastdeploy | {"data": [[[1, 2], [3]]]} | response 0: rank 0: counts must
@@ -462,21 +437,6 @@ fastdeploy | {"data": [[["a", "b"]]]} | response 0: rank 0: counts must be
 fastdeploy | {"data": [[[1, 2]], [[1, 2, 3]]]} | rank 1: counts must be [1, 2] like those before
 fastdeploy | {}, {"data": [[[1, 2]] * 2]} | must have layers and experts of the answers before
 fastdeploy | {}, {"code": 1, "data": None, "msg": "no"} | response 1: must have code 0 and data by
-memra | "1 1 0,1\n2 1 0,\n" | line 2: must be <layer> <t> <id,id,...>, got '2 1 0,'
-memra | "1 1 0,1\n2 1 0 1\n" | line 2: must be <layer> <t> <id,id,...>
-memra | "1 1 0,1\n2 1 0 1\n1 1,0,1\n2 1 0,1\n" | line 2: must be <layer> <t> <id,id,...>
-memra | "1 1 0:1,1:1\n2 1 0:\x85,1\n3 1 0\n" | line 3: must have 2 ids for each
-memra | "1 1 0,1\n2 1 0,1,2\n" | line 2: must have 2 ids for each of its 1 tokens, got 3
-memra | "1 0 0,1\n" | line 1: must have 2 ids for each of its 0 tokens, got 2
-memra | "1 3 0,1\n" | line 1: must have 0 ids for each of its 3 tokens, got 2
-memra | "1 1 0,1\n1 1 0,9\n" | expert id 9 is not below num_experts 8
-memra | "1 1 0,1\n1 1 2,2\n" | expert id 2 appears twice
-memra | "1 1 0,70000\n" | expert must be below 65536, got 70000
-memra | "70000 1 0,1\n" | layer must be below
-memra | "65535 1 0,1\n" | must have at least one token, got none
-memra | "1 1 0,1\n2 1 0,1\n1 1 0,1\n1 1 0,1\n2 1 0,1\n1 1 0,1\n2 1 0,1\n" | forward pass 1 must have
-memra | "1 1 0,1\n2 2 0,1,0,1\n" | forward pass 0 must have as many tokens in layer 2 as in layer 1
-memra | DUMP + b"\1\3" + DUMP[2:] | record 2: must choose 2 experts like the first, got 3
 memra_map | lambda f: f.update(ranks=9) | ranks must be from 1 to 4, got 9
 memra_map | lambda f: f.update(ranks=1) | layer 0: ranks must be below 1, got 1
 memra_map | lambda f: f.update(format="x") | format must be memra-ep-map-v1

@@ -1,58 +1,18 @@
-"""memra's traces, of text and binary, and its map of experts to two cards."""
+"""memra's map of experts to two cards."""
 
 import json
 
 import numpy as np
 import pytest
-from engines_files import GOLDEN, truth
 from hypothesis import given
 from hypothesis import strategies as st
 
 import moetuner as mt
-from moetuner.formats import WRITERS, find_form, find_reader, list_cautions, write_placement
+from moetuner.formats import WRITERS, find_form, write_placement
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import find_faults
 
-FOLDER = GOLDEN / "memra"
-IDS = truth("memra", "ids")
 HALVES = mt.Placement([[[0, 3], [1, 2]], [[0, 1], [2, 3]]])
-
-
-@pytest.mark.parametrize("name", ["trace.txt", "weights.txt", "selected.bin"])
-def test_traces(name):
-    """Tokens of all passes, in order, best expert first, without the draft head."""
-    path = FOLDER / name
-    assert find_reader(path) == "memra"
-    trace = mt.open_input(path, num_experts=16)
-    assert np.array_equal(trace.expert_ids, IDS)
-    assert "names no requests" in list_cautions(["memra"])[0]
-
-
-@pytest.mark.parametrize(("name", "bytes_left_out"), [("trace.txt", 9), ("selected.bin", 7)])
-def test_a_pass_that_is_cut_off_is_left_out(tmp_path, name, bytes_left_out):
-    """So is what was being written when memra ended; the others are whole."""
-    content = (FOLDER / name).read_bytes()
-    end = content.rfind(b"65535") - bytes_left_out if name == "trace.txt" else -bytes_left_out
-    path = tmp_path / name
-    path.write_bytes(content[:end])
-    assert np.array_equal(mt.open_input(path, num_experts=16).expert_ids, IDS[:-1])
-
-
-def test_files_follow_one_another():
-    """Two traces, of different kinds, are one."""
-    trace = mt.open_input([FOLDER / "trace.txt", FOLDER / "selected.bin"], num_experts=16)
-    assert np.array_equal(trace.expert_ids, np.concatenate([IDS, IDS]))
-
-
-def test_a_long_first_line_is_recognised(tmp_path):
-    """Of a prompt of many thousand tokens a line is longer than what is looked at."""
-    ids = np.argsort(np.random.default_rng(0).random((20_000, 2, 8)), axis=2)[:, :, :3]
-    path = tmp_path / "t.txt"
-    path.write_text(
-        "".join(f"{at} {len(ids)} {','.join(map(str, ids[:, at].ravel()))}\n" for at in range(2))
-    )
-    assert find_reader(path) == "memra"
-    assert np.array_equal(mt.open_input(path, num_experts=8).expert_ids, ids)
 
 
 @given(st.integers(0, 1 << 30), st.integers(1, 4), st.integers(1, 5))

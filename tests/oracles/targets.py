@@ -121,7 +121,6 @@ TABLES = {
     ),
 }
 DUMPS = ("sglang/one-rank-per_token-0.pt", "sglang/responses.json")
-DUMPS += ("llama_traces/moe-trace.csv", "memra/trace.txt", "memra/selected.bin")
 GGUF = ("llama_cpp/imatrix.gguf",)
 TORCH = {
     "torch, megatron": lambda path: save_torch(path, list(np.moveaxis(IDS, 1, 0).astype(int))),

@@ -312,9 +312,7 @@ GOLDEN_FILES = {
     "deepspeed": ["counts-0.npz", "counts-1.npz"],
     "fastdeploy": ["stats.jsonl"],
     "llama_cpp": ["imatrix.gguf"],
-    "llama_traces": ["moe-trace.csv", "route_trace.csv"],
     "megatron": ["router_trace_rank0.jsonl", "router_trace_rank1.jsonl", "replay-0.npz"],
-    "memra": ["trace.txt"],
     "sglang": [
         "two-ranks-per_token-0.pt",
         "two-ranks-per_token-1.pt",

@@ -25,7 +25,6 @@ from moetuner.formats import (
     eplb,
     fastdeploy,
     llama_cpp,
-    llama_traces,
     loads,
     megatron,
     memra,
@@ -78,12 +77,6 @@ class Writer(NamedTuple):
 
 # Readers of engines come first: files that they do not recognise are moetuner's own, or wrong.
 READERS: dict[str, Reader] = {
-    "llama-traces": Reader(
-        "choices of llama.cpp's routers, CSV of llama-moe-trace or BigMoeOnEdge",
-        llama_traces.recognises,
-        llama_traces.read,
-        llama_traces.CAUTION,
-    ),
     "loads": Reader(
         "load tables as CSV, JSON or .npy, or counters of Prometheus", loads.recognises, loads.read
     ),
@@ -127,7 +120,6 @@ READERS: dict[str, Reader] = {
         llama_cpp.read,
         llama_cpp.CAUTION,
     ),
-    "memra": Reader("traces of memra's router", memra.recognises, memra.read, memra.CAUTION),
     "arrow": Reader("Parquet or Arrow", arrow.recognises, partial(read_tables, arrow.open_table)),
     "csv": Reader(
         "CSV with columns layer and expert", csv.recognises, partial(read_tables, csv.open_table)

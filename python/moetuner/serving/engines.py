@@ -208,7 +208,7 @@ def find_engine(reader: str) -> str | None:
 
 
 # Readers of recordings from engines that place no experts on devices.
-NOTHING_PLACED = {"llama-traces": "llama.cpp", "llama-cpp": "llama.cpp"}
+NOTHING_PLACED = {"llama-cpp": "llama.cpp"}
 
 
 # Limit of a buffer of DeepEP's low-latency kernels, in bytes: a signed number of 32 bits counts its
