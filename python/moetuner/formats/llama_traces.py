@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from moetuner._checks import EXPERT_LIMIT, LAYER_LIMIT, shown
 from moetuner.files import naming, size_of
+from moetuner.files.opened import Opened
 from moetuner.formats.hints import Hints
-from moetuner.formats.records import head
 from moetuner.trace import RoutingTrace
 
 FIRST = re.compile(r"-\d{1,9},\d{1,5}(?:,\d{1,5})+\r?\n", re.ASCII)
@@ -52,21 +52,21 @@ class _Choices:
     experts: int | None = None
 
 
-def recognises(path: Path) -> bool:
+def recognises(file: Opened) -> bool:
     """Return whether a file is of one of these forms."""
-    start = head(path, LONGEST_HEADER).decode("latin-1")
+    start = file.head[:LONGEST_HEADER].decode("latin-1")
     line = start.partition("\n")[0].strip()
     is_ranked = {*line.split(",")} == {*RANKED, "phase"}
     return start.startswith(PREAMBLE) or is_ranked or bool(FIRST.match(start))
 
 
-def read(paths: Sequence[Path], hints: Hints) -> RoutingTrace:
+def read(files: Sequence[Opened], hints: Hints) -> RoutingTrace:
     """Read files as one trace; every prompt with its answer is a sequence."""
     parts: list[NDArray[np.int64]] = []
     experts = hints.num_experts
-    for path in paths:
-        with naming(path):
-            choices = _read(path)
+    for file in files:
+        with naming(file.path):
+            choices = _read(file.path)
             if choices.experts is not None:
                 hints.check_experts(choices.experts)
                 experts = experts or choices.experts
@@ -74,7 +74,7 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingTrace:
             if parts:
                 rows[:, 0] += 1 + parts[-1][:, 0].max() - rows[:, 0].min()
             parts.append(rows)
-    with naming(paths[0]):
+    with naming(files[0].path):
         experts = hints.experts_needed() if experts is None else experts
         return _trace(np.concatenate(parts), experts, hints)
 

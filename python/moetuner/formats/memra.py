@@ -23,12 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import DEVICE_LIMIT, LAYER_LIMIT, experts_in, shown, whole_number
-from moetuner.files import naming, read_whole, replacing, size_of
+from moetuner.files import naming, replacing, size_of
 from moetuner.files.contents import TraceInParts
+from moetuner.files.opened import Opened
 from moetuner.files.text import parse_json
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import Layout
-from moetuner.formats.records import head, looks_like_json
+from moetuner.formats.records import looks_like_json
 from moetuner.formats.sources import first_file, list_files
 from moetuner.placement import EMPTY, Placement
 from moetuner.trace import RoutingTrace
@@ -57,9 +58,9 @@ CAUTION = (
 Rows = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
-def recognises(path: Path) -> bool:
+def recognises(file: Opened) -> bool:
     """Return whether a file, or the first one of a folder, is a trace or a dump."""
-    start = head(first_file(path), 1 << 16)
+    start = first_file(file).head[: 1 << 16]
     text = start.decode("latin-1")
     if BEGIN.match(text):
         return CHARACTERS.fullmatch(text) is not None
@@ -75,18 +76,21 @@ def recognises(path: Path) -> bool:
     return len(rows) > 1 and bool((rows["n"] == rows["n"][0]).all()) and is_set and are_weights
 
 
-def read(paths: Sequence[Path], hints: Hints) -> RoutingTrace:
+def read(sources: Sequence[Opened], hints: Hints) -> RoutingTrace:
     """Read traces and dumps one after the other."""
-    files = list_files(paths)
+    files = list_files(sources)
     if not files:
-        raise ValueError(f"{paths[0]}: folder must hold traces, got none")
-    with naming(files[0]):
+        raise ValueError(f"{sources[0].path}: folder must hold traces, got none")
+    with naming(files[0].path):
         trace = TraceInParts(hints.experts_needed())
     layers: list[int] = []
-    for path in files:
+    for file in files:
+        path = file.path
         with naming(path):
             size_of(path)
-            blocks = [*(_lines(path) if BEGIN.match(_start(path)) else _records(path))]
+            start = file.head[: 1 << 12]
+            is_text = BEGIN.match(start.decode("latin-1"))
+            blocks = [*(_lines(path) if is_text else _records(path, _width(start)))]
             layer, ids = (np.concatenate([block[at] for block in blocks]) for at in range(2))
             if int(ids.max(initial=0)) >= 1 << 16:
                 raise ValueError(f"expert must be below 65536, got {ids.max()}")
@@ -98,12 +102,8 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingTrace:
                 raise ValueError(f"must have layers {layers[:4]}... like the others")
             layers = numbers
             trace.add(table)
-    with naming(files[0]):
+    with naming(files[0].path):
         return RoutingTrace(**vars(trace.contents()))
-
-
-def _start(path: Path) -> str:
-    return head(path, 1 << 12).decode("latin-1")
 
 
 def _lines(path: Path) -> Iterator[Rows]:
@@ -157,9 +157,8 @@ def _width(start: bytes) -> int | None:
     return width if 0 < top_k <= MOST_CHOSEN and len(start) >= width else None
 
 
-def _records(path: Path) -> Iterator[Rows]:
-    """Read the records of a dump; one that is cut off at the end is left out."""
-    width = _width(head(path, 2 + 6 * MOST_CHOSEN))
+def _records(path: Path, width: int | None) -> Iterator[Rows]:
+    """Read the records of a dump, of so many bytes; one that is cut off at the end is left out."""
     if width is None:
         raise ValueError("must be lines <layer> <t> <id,id,...>, or a dump of MEMRA_MOE_SEL_DUMP")
     number = 0
@@ -221,16 +220,16 @@ def write_map(placement: Placement, path: Path, hints: Hints) -> None:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def recognises_map(path: Path) -> bool:
+def recognises_map(file: Opened) -> bool:
     """Return whether a file is such a map."""
-    start = head(path, 4096)
+    start = file.head[:4096]
     return looks_like_json(start) and f'"{FORMAT}"'.encode() in start
 
 
-def read_map(path: Path, _: Hints) -> Layout:
+def read_map(file: Opened, _: Hints) -> Layout:
     """Read the map: experts of a rank in rising order, -1 where a rank has fewer than others."""
-    with naming(path):
-        fields = parse_json(read_whole(path))
+    with naming(file.path):
+        fields = parse_json(file.read_whole())
         if not isinstance(fields, dict) or fields.get("format") != FORMAT:
             raise ValueError(f"format must be {FORMAT}")
         experts = experts_in(fields.get("expert_count"))
