@@ -17,7 +17,8 @@ from moetuner import _checks as check
 from moetuner import _core
 from moetuner.charts.figure import plot
 from moetuner.charts.placements import draw_devices, draw_placements
-from moetuner.files import naming, read_whole, replacing
+from moetuner.files import naming, replacing
+from moetuner.files.opened import Opened, opened
 from moetuner.files.text import DECODER
 from moetuner.frozen import Frozen, as_json, html_table
 from moetuner.topology import Topology
@@ -518,7 +519,7 @@ class Placement(Frozen):
             temporary.write_text(json.dumps(values) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> Placement:
+    def load(cls, path: str | Path | Opened) -> Placement:
         """Read a placement that ``save`` wrote.
 
         Raises
@@ -526,13 +527,14 @@ class Placement(Frozen):
         ValueError
             If the file is not a placement, or is one of another schema version.
         """
-        placements = cls.load_all(path)
+        file = opened(path)
+        placements = cls.load_all(file)
         if len(placements) != 1:
-            raise ValueError(f"{path}: must hold one placement, got {len(placements)}")
+            raise ValueError(f"{file.path}: must hold one placement, got {len(placements)}")
         return placements[0]
 
     @classmethod
-    def load_all(cls, path: str | Path) -> list[Placement]:
+    def load_all(cls, path: str | Path | Opened) -> list[Placement]:
         """Read placements from a file that has those of several models, one after another.
 
         Raises
@@ -540,10 +542,10 @@ class Placement(Frozen):
         ValueError
             If the file has anything else, or a placement of another schema version.
         """
-        path = check.path_in(path)
+        file = opened(path)
         placements: list[Placement] = []
-        with naming(path):
-            content = read_whole(path)
+        with naming(file.path):
+            content = file.read_whole()
             try:
                 text = content.decode().strip()
                 while text or not placements:

@@ -20,6 +20,7 @@ from moetuner import _core
 from moetuner.files import contents, naming
 from moetuner.files.contents import SET_TABLES
 from moetuner.files.ids import LeftOut
+from moetuner.files.opened import Opened, opened
 from moetuner.frozen import Frozen
 from moetuner.recording import Recording, compute_once
 from moetuner.recording.population import Population, add_populations, check_same
@@ -795,7 +796,7 @@ class RoutingStatistics(Recording, Frozen):
         contents.write_statistics(check.path_in(path), pairs | to_tables(self.sets), metadata)
 
     @classmethod
-    def load(cls, path: str | Path) -> RoutingStatistics:
+    def load(cls, path: str | Path | Opened) -> RoutingStatistics:
         """Read statistics that ``save`` wrote, or a load table.
 
         A load table is an ``.npz`` with ``load`` [W,L,E] or [L,E] and optionally ``group`` [W],
@@ -808,8 +809,9 @@ class RoutingStatistics(Recording, Frozen):
         OSError
             If it cannot be read.
         """
-        tables, metadata = contents.read_statistics(check.path_in(path))
-        with naming(path):
+        file = opened(path)
+        tables, metadata = contents.read_statistics(file)
+        with naming(file.path):
             metadata |= {name: tables.get(name) for name in (*PAIRS, "group")}
             metadata["population"] = Population.from_tables(metadata.get("population"))
             return cls.from_load(tables["load"], sets=from_tables(tables), **metadata)

@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _checks as check
-from moetuner.files import jsonl, kind_of, naming
+from moetuner.files import jsonl, naming
 from moetuner.files.contents import TraceContents, read_trace, write_trace
 from moetuner.files.ids import Ids, LeftOut, in_memory, joined, read_ahead
+from moetuner.files.opened import Opened, opened
 from moetuner.frozen import html_table
 from moetuner.recording import Recording
 from moetuner.recording.population import Population, add_populations
@@ -142,7 +143,7 @@ class RoutingTrace(Recording):
         return cls(ids, experts, model=model, expert_size=expert_size, **labels)
 
     @classmethod
-    def load(cls, path: str | Path, *, num_experts: int | None = None) -> RoutingTrace:
+    def load(cls, path: str | Path | Opened, *, num_experts: int | None = None) -> RoutingTrace:
         """Open a trace: safetensors, ``.npz``, ``.npy`` or JSON lines, recognised by content.
 
         This checks the header, the size and the labels of a safetensors or ``.npy`` file; its ids
@@ -163,13 +164,12 @@ class RoutingTrace(Recording):
         OSError
             If it cannot be read.
         """
-        path = check.path_in(path)
-        kind = kind_of(path)
-        if kind == "jsonl":
-            contents = jsonl.read(path, num_experts=num_experts)
+        file = opened(path)
+        if file.kind == "jsonl":
+            contents = jsonl.read(file.path, num_experts=num_experts)
         else:
-            contents = read_trace(path, kind, num_experts)
-        with naming(path):
+            contents = read_trace(file, num_experts)
+        with naming(file.path):
             fields = {**vars(contents), "population": Population.from_tables(contents.population)}
             return cls(**fields)
 

@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 from targets import HINTS
 
 import moetuner as mt
+from moetuner.files.opened import Opened
 from moetuner.formats import READERS, read_input, tensorrt_llm, vllm_ascend
 from moetuner.formats.hints import Hints
 from moetuner.formats.native import KINDS
@@ -92,7 +93,7 @@ def tensorrt(folder, change):
 
 def yaml(folder, text):
     (folder / "map.yaml").write_text(text)
-    return tensorrt_llm.read_map(folder / "map.yaml", Hints())
+    return tensorrt_llm.read_map(Opened(folder / "map.yaml"), Hints())
 
 
 def csv(folder, text, experts=8):
@@ -172,7 +173,7 @@ def ascend_map(folder, change):
     fields = json.loads(path.read_text())
     change(fields)
     path.write_text(json.dumps(fields))
-    return vllm_ascend.read_map(path, Hints())
+    return vllm_ascend.read_map(Opened(path), Hints())
 
 
 def sglang_responses(folder, experts):

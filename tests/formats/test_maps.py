@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from placements import full_slots
 
 import moetuner as mt
+from moetuner.files.opened import Opened
 from moetuner.formats import WRITERS, find_form, is_map, read_placement, write_placement
 from moetuner.formats.eplb import eplb_maps
 from moetuner.formats.hints import Hints
@@ -45,7 +46,7 @@ def test_what_is_written_is_read(tmp_path_factory, seed, dense):
         assert find_form(path) == name
         assert read(path) == placement
         writer = WRITERS[name]
-        layout = writer.module.read_map(path, hints)
+        layout = writer.module.read_map(Opened(path), hints)
         assert find_faults(layout, writer.engine, hints) == []
         before = path.rename(folder / f"before{path.suffix}")
 

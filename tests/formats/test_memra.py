@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moetuner as mt
+from moetuner.files.opened import Opened
 from moetuner.formats import WRITERS, find_form, write_placement
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import find_faults
@@ -25,7 +26,7 @@ def test_maps_come_back(tmp_path_factory, seed, layers, half):
     write_placement(placement, "memra", path, dense_layers=[0])
     assert find_form(path) == "memra"
     assert np.array_equal(mt.read_placement(path).device_of, placement.device_of)
-    layout = WRITERS["memra"].module.read_map(path, Hints())
+    layout = WRITERS["memra"].module.read_map(Opened(path), Hints())
     assert layout.layers == tuple(range(1, layers + 1))
     assert find_faults(layout, "memra", Hints(num_experts=experts, devices=2)) == []
 

@@ -14,6 +14,7 @@ import pytest
 from damage import check_line, refused
 from targets import HINTS
 
+from moetuner.files.opened import Opened
 from moetuner.formats import pickled, read_input
 
 FOUR = {"0": np.arange(4, dtype="<i8").tobytes()}
@@ -64,7 +65,7 @@ def test_what_torch_writes(tmp_path):
         path = tmp_path / f"{protocol}.pt"
         others = {"od": OrderedDict(a=1), "size": x.shape, "dev": torch.device("cpu")}
         torch.save(tensors | rest | others, path, pickle_protocol=protocol)
-        assert pickled.is_pickled(path)
+        assert pickled.is_pickled(Opened(path))
         actual = pickled.load(path)
         for name, wanted in tensors.items():
             wanted = wanted.float() if wanted.dtype == torch.bfloat16 else wanted
@@ -207,7 +208,7 @@ def test_other_files(tmp_path):
         ("a.npz", "one data.pkl"),
     ):
         path = tmp_path / name
-        assert not pickled.is_pickled(path)
+        assert not pickled.is_pickled(Opened(path))
         refused(words, path, lambda path=path: pickled.load(path))
 
 

@@ -16,6 +16,7 @@ from make import random_ids
 from targets import HINTS
 
 import moetuner as mt
+from moetuner.files.opened import Opened
 from moetuner.formats import find_reader, pickled, sglang, write_placement
 from moetuner.formats.hints import Hints
 
@@ -178,7 +179,7 @@ def test_map(tmp_path):
         with pytest.raises(ValueError, match=words):
             write_placement(placement, "sglang", path, hints)
     dump(path, {"physical_to_logical_map": placement.slots.reshape(4, -1)})
-    assert pickled.is_pickled(path)
+    assert pickled.is_pickled(Opened(path))
     assert mt.read_placement(path, devices=2) == placement
 
 
@@ -237,6 +238,6 @@ def test_nonsense_of_dumps(tmp_path, monkeypatch):
     @given(st.fixed_dictionaries({}, optional=fields) | value)
     def run(content):
         monkeypatch.setattr(pickled, "load", lambda _: content)
-        check_reading(path, bytes(4096), lambda path: sglang.read([path], HINTS))
+        check_reading(path, bytes(4096), lambda path: sglang.read([Opened(path)], HINTS))
 
     run()

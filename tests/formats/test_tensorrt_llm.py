@@ -10,6 +10,7 @@ from make import random_ids
 from placements import full_slots
 
 import moetuner as mt
+from moetuner.files.opened import Opened
 from moetuner.formats import find_reader, read_input, tensorrt_llm
 from moetuner.formats.hints import Hints
 
@@ -91,7 +92,7 @@ def test_maps_are_those_of_pyyaml(tmp_path):
     path, hints = tmp_path / "map.yaml", Hints(dense_layers=(0, 3), devices=placement.devices)
     tensorrt_llm.write_map(placement, path, hints)
     numbers = [n for n in range(placement.layers + 2) if n not in (0, 3)][: placement.layers]
-    assert tensorrt_llm.read_map(path, hints).layers == tuple(numbers)
+    assert tensorrt_llm.read_map(Opened(path), hints).layers == tuple(numbers)
     fields = yaml.safe_load(path.read_text())
     rows = placement.slots.reshape(placement.layers, -1).tolist()
     assert fields == {
@@ -101,7 +102,7 @@ def test_maps_are_those_of_pyyaml(tmp_path):
     }
     for flow in (None, False):
         path.write_text(yaml.dump(fields, default_flow_style=flow))
-        assert tensorrt_llm.read_map(path, hints).placement(hints) == placement
+        assert tensorrt_llm.read_map(Opened(path), hints).placement(hints) == placement
 
 
 def test_convert_with_the_map_that_ran(tmp_path, run):

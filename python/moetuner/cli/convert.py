@@ -16,6 +16,7 @@ from moetuner.cli.options import argument, option
 from moetuner.cli.output import Output, show_shares, working
 from moetuner.counting import count, total
 from moetuner.files import naming
+from moetuner.files.opened import Opened
 from moetuner.formats import READERS, find_reader, native, read_input, read_map
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.sources import list_files
@@ -167,5 +168,6 @@ def _list_recordings(sources: Sequence[Path]) -> list[Path]:
     recordings: list[Path] = []
     for source in sources:
         is_folder = source.is_dir() and find_reader(source) in native.KINDS
-        recordings += list_files([source]) if is_folder else [source]
+        files = list_files([Opened(source)]) if is_folder else []
+        recordings += [file.path for file in files] if is_folder else [source]
     return recordings

@@ -22,6 +22,7 @@ from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.reading import Progress, split_progress
+from moetuner.files.opened import Opened
 from moetuner.placement import Placement
 from moetuner.problem.made import Made
 from moetuner.recording import Recording
@@ -76,8 +77,9 @@ def command(
         Exit with status 3 if the placement serves INPUT worse than the profile by more than so many
         percent, drifted or not. It has to have a part of the profile that it was not computed from.
     """
-    source = source.with_hints(read_hints(placement_file))
-    placed = Placed.read(placement_file, source, machine, serving)
+    opened = Opened(placement_file)
+    source = source.with_hints(read_hints(opened))
+    placed = Placed.read(opened, source, machine, serving)
     profile = _make_profile(placed, source, placement_file, profile_files)
     on_profile = replace(placed, source=profile)
     if fail_if_drift or fail_if_worse is not None:
@@ -140,7 +142,7 @@ def _make_profile(
     # --group-by names groups of INPUT; the placement remembers those of the profile.
     names = FILES if source.group_by == FILES else None
     files = files or _find_profile(placed.made, placement_file, *source.input_files)
-    profile = replace(placed.source, input_files=files, only=only, group_by=names)
+    profile = placed.source.like(input_files=files, only=only, group_by=names)
     return profile.as_placed(placed.made, placement_file)
 
 

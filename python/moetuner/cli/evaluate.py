@@ -25,6 +25,7 @@ from moetuner.evaluation.figures import FIGURES, US, explain
 from moetuner.evaluation.intervals import FEWEST
 from moetuner.evaluation.judgement import Judgement
 from moetuner.files.cells import counted, listed, signed, span
+from moetuner.files.opened import Opened
 from moetuner.frozen import as_json
 from moetuner.recording import Recording
 from moetuner.report.findings import Finding
@@ -85,7 +86,7 @@ def command(
     expert_bytes
         Bytes of one expert of one layer, for --report. [default: of INPUT's model, if known]
     """
-    placed = Placed.read(placement_file, source, machine, serving).without(lost)
+    placed = Placed.read(Opened(placement_file), source, machine, serving).without(lost)
     gates.check(placed)
     running, against = placed.baseline(baseline)
     names, traffic = (against, placed.name), placed.judged[0]

@@ -26,6 +26,7 @@ from moetuner.cost import bytes_of_expert
 from moetuner.evaluation.samples import hold_out
 from moetuner.files import replacing
 from moetuner.files.cells import percent
+from moetuner.files.opened import Opened
 from moetuner.formats import (
     WRITERS,
     Writer,
@@ -225,8 +226,9 @@ def _write_chosen(
     path: Path, on_gpu: OnGpu, layer_hints: options.FileHints, out_file: Path, output: Output
 ) -> None:
     """Write the experts that a GPU holds; print the share of recorded choices that they take."""
-    traffic = open_input(path, **layer_hints.hints)
-    output.say(recording.describe([path], traffic), *list_cautions(find_readers([path])))
+    file = Opened(path)
+    traffic = open_input(file, **layer_hints.hints)
+    output.say(recording.describe([path], traffic), *list_cautions(find_readers([file])))
     count = on_gpu.per_layer(traffic)
     chosen = choose_gpu_experts(_load(traffic), count, each_layer=on_gpu.each_layer)
     layers = chosen.sum(axis=1)
@@ -316,9 +318,10 @@ def _check(path: Path, form: str | None, engine: str | None, hints: Hints, outpu
     """Print the sizes and faults of a map; fail if there are any."""
     if form is not None and form not in WRITERS:
         raise click.UsageError(f"'--check' is of maps; {form} is none.")
-    form = form or find_form(path)
+    file = Opened(path)
+    form = form or find_form(file)
     writer = WRITERS[form]
-    layout = read_map(path, hints, form)
+    layout = read_map(file, hints, form)
     engine = engine or writer.engine
     rows, slots = layout.experts.shape
     output.say(f"{path.name}: {writer.title}, {rows} rows of {slots} slots")

@@ -110,7 +110,7 @@ def command(
         Write charts of hot experts and of skew as SVG and PNG; needs Chrome or Chromium.
     """
     files = source.input_files
-    if not all(map(is_map, files)):
+    if not all(map(is_map, source.inputs.values())):
         _check_options({*options.list_flags()} - {"expert_bytes"}, "two placements")
         _show_recording(
             output,
@@ -127,7 +127,7 @@ def command(
         raise click.UsageError(
             f"INPUT must be one placement, or two to compare, got {counted(len(files), 'file')}."
         )
-    placements = [read_any(path, machine, source) for path in files]
+    placements = [read_any(file, machine, source) for file in source.inputs.values()]
     if len(files) == 2:
         _show_moves(output, files, placements, machine, expert_bytes)
     else:

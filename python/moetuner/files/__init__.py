@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, recognised by content, named in their errors."""
+"""Files: written whole or not at all, named in their errors."""
 
 from __future__ import annotations
 
@@ -14,16 +14,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
 
 from moetuner._checks import MissingArgumentError
 from moetuner._texts import line, printable
 
-Kind = Literal["safetensors", "npz", "npy", "jsonl"]
-
-SHORTEST_SAFETENSORS = 8
-# First bytes of compressed files, and what unpacks them.
-PACKED = {b"\x1f\x8b": "gunzip", b"\x28\xb5\x2f\xfd": "unzstd", b"\xfd7zXZ": "unxz"}
 # Bytes of a file that is held whole in memory: the largest placement has a tenth.
 LONGEST_TEXT = 1 << 29
 # Temporary files are hidden and have what they become, a random part and this in their names.
@@ -208,33 +202,3 @@ def read_whole(path: str | Path, longest: int = LONGEST_TEXT) -> bytes:
         raise ValueError(f"{path}: must have at most {longest} bytes, got {size}")
     with path.open("rb") as file:
         return file.read(size)
-
-
-def kind_of(path: Path) -> Kind:
-    """Return the format of a file by its first bytes; the name does not matter.
-
-    A safetensors file begins with the length of its header. Text read as such a length is beyond
-    any file's size, so JSON lines are never taken for it.
-    """
-    size = size_of(path)
-    with path.open("rb") as file:
-        start = file.read(64)
-    if not start:
-        raise ValueError(f"{path}: must not be empty, got 0 bytes")
-    if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        return "npz"
-    if start.startswith(b"\x93NUMPY"):
-        return "npy"
-    header = int.from_bytes(start[:SHORTEST_SAFETENSORS], "little")
-    if start[SHORTEST_SAFETENSORS:][:1] == b"{" and header <= size - SHORTEST_SAFETENSORS:
-        return "safetensors"
-    if start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{":
-        return "jsonl"
-    for magic, program in PACKED.items():
-        if start.startswith(magic):
-            raise ValueError(f"{path}: must not be compressed: unpack it with {program} first")
-    rule = (
-        "must be safetensors, .npz, .npy or JSON lines, CSV or Parquet as docs/quickstart.md has "
-        "them, or what an engine records"
-    )
-    raise ValueError(f"{path}: {rule}; its first bytes fit none of them, or its header is cut off")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,9 @@ from numpy.typing import NDArray
 
 from moetuner import _checks
 from moetuner._checks import ArgumentError, MissingArgumentError, experts_in, shown
-from moetuner.files import Kind, kind_of, naming, npz, replacing, safetensors
+from moetuner.files import naming, npz, replacing, safetensors
 from moetuner.files.ids import Ids, in_memory
+from moetuner.files.opened import Opened
 
 TRACE_FORMAT, STATISTICS_FORMAT = "moetuner.trace", "moetuner.statistics"
 VERSION = "1"
@@ -93,21 +95,21 @@ class TraceInParts:
         return TraceContents(in_memory(ids), self.num_experts, **{**labels, **fields})
 
 
-def read_trace(path: Path, kind: Kind, num_experts: int | None) -> TraceContents:
-    """Read a file of a known kind."""
+def read_trace(file: Opened, num_experts: int | None) -> TraceContents:
+    """Read a file of arrays."""
+    path, kind = file.path, file.kind
     with naming(path):
         arrays: dict[str, NDArray[Any]] = {}
         metadata: dict[str, Any] = {}
         if kind == "npy":
-            with path.open("rb") as file:
-                place, fortran = npz.read_npy_header(file)
+            place, fortran = npz.read_npy_header(io.BytesIO(file.head))
             # Column-major, a token's ids are spread over the whole file.
             values = npz.read_npy(path) if fortran else None
         elif kind == "npz":
             arrays, metadata = _read_archive(path, "expert_ids")
             values = arrays["expert_ids"]
         else:
-            header, values = safetensors.read_header(path), None
+            header, values = file.header, None
             # The library of safetensors writes neither format nor version.
             metadata = _parse_metadata(
                 {"format": TRACE_FORMAT, "version": VERSION, **header.metadata}, TRACE_FORMAT
@@ -143,29 +145,22 @@ def write_trace(contents: TraceContents, path: Path, source: str | None, shard_b
     _write(path, tensors, {"format": TRACE_FORMAT, **facts})
 
 
-def holds_statistics(path: Path) -> bool:
+def holds_statistics(file: Opened) -> bool:
     """Return whether a file claims to hold counts; it may be damaged."""
-    kind = kind_of(path)
-    if kind == "safetensors":
-        return safetensors.read_header(path).metadata.get("format") == STATISTICS_FORMAT
-    if kind == "npz":
-        with naming(path):
-            names = npz.names_in_npz(path)
-            return "load" in names and "expert_ids" not in names
-    return False
+    if file.kind == "safetensors":
+        return file.header.metadata.get("format") == STATISTICS_FORMAT
+    return file.kind == "npz" and "load" in file.names and "expert_ids" not in file.names
 
 
-def is_own(path: Path) -> bool:
+def is_own(file: Opened) -> bool:
     """Return whether a file claims that moetuner wrote it, so that its axes are known."""
-    if kind_of(path) != "safetensors":
-        return False
-    form = safetensors.read_header(path).metadata.get("format")
-    return form in (TRACE_FORMAT, STATISTICS_FORMAT)
+    forms = (TRACE_FORMAT, STATISTICS_FORMAT)
+    return file.kind == "safetensors" and file.header.metadata.get("format") in forms
 
 
-def read_statistics(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+def read_statistics(file: Opened) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """Read saved statistics or a load table, unchecked: tables, and metadata."""
-    kind = kind_of(path)
+    path, kind = file.path, file.kind
     with naming(path):
         if kind == "npz":
             arrays, metadata = _read_archive(path, "load")
@@ -175,7 +170,7 @@ def read_statistics(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]
             return {name: arrays[name] for name in arrays if name in TABLES}, metadata
         if kind != "safetensors":
             raise ValueError("must be saved statistics (safetensors) or a load table (.npz)")
-        header = safetensors.read_header(path)
+        header = file.header
         metadata = _parse_metadata(header.metadata, STATISTICS_FORMAT)
         header.tensor("load")
         del metadata["num_experts"]
@@ -218,10 +213,8 @@ def _read_population(path: Path, header: safetensors.Header) -> Population | Non
         raise ValueError(f"population must be JSON: {error}") from None
     if not isinstance(numbers, dict) or set(numbers) != set(POPULATION_NUMBERS):
         raise ValueError(f"population must have {', '.join(POPULATION_NUMBERS)}, got {shown(text)}")
-    tables = {
-        name: safetensors.read(path, header.tensor(POPULATION + name)) for name in POPULATION_TABLES
-    }
-    return tables, numbers
+    places = {name: header.tensor(POPULATION + name) for name in POPULATION_TABLES}
+    return safetensors.read_all(path, places), numbers
 
 
 def _write(path: Path, tensors: Mapping[str, safetensors.Pieces], metadata: dict[str, Any]) -> None:
@@ -239,7 +232,8 @@ def _read_tables(
     path: Path, header: safetensors.Header, names: Sequence[str]
 ) -> dict[str, NDArray[Any]]:
     """Read the arrays of these names that a file has."""
-    return {name: safetensors.read(path, header.tensor(name)) for name in names if name in header}
+    places = {name: header.tensor(name) for name in names if name in header}
+    return safetensors.read_all(path, places)
 
 
 def _parse_metadata(metadata: Mapping[str, str], name: str) -> dict[str, Any]:

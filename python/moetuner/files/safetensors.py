@@ -120,15 +120,25 @@ def size_holding(path: Path, tensor: TensorInFile) -> int:
 
 def read(path: Path, tensor: TensorInFile) -> NDArray[Any]:
     """Read one whole tensor into memory, in native byte order."""
-    with naming(path):
-        size_holding(path, tensor)  # before memory is asked for
+    return read_all(path, {"": tensor})[""]
+
+
+def read_all(path: Path, tensors: Mapping[str, TensorInFile]) -> dict[str, NDArray[Any]]:
+    """Read whole tensors into memory by name, in native byte order."""
+    arrays: dict[str, NDArray[Any]] = {}
+    if not tensors:
+        return arrays
     with path.open("rb") as file:
-        file.seek(tensor.offset)
-        data = file.read(tensor.nbytes)
-    if len(data) < tensor.nbytes:
-        raise ValueError(f"{path}: file shrank while it was read")
-    array = np.frombuffer(data, dtype=tensor.dtype).reshape(tensor.shape)
-    return array.astype(tensor.dtype.newbyteorder("="), copy=False)
+        for name, tensor in tensors.items():
+            with naming(path):
+                size_holding(path, tensor)  # before memory is asked for
+            file.seek(tensor.offset)
+            data = file.read(tensor.nbytes)
+            if len(data) < tensor.nbytes:
+                raise ValueError(f"{path}: file shrank while it was read")
+            array = np.frombuffer(data, dtype=tensor.dtype).reshape(tensor.shape)
+            arrays[name] = array.astype(tensor.dtype.newbyteorder("="), copy=False)
+    return arrays
 
 
 Pieces = tuple["np.dtype[Any]", tuple[int, ...], Iterable[NDArray[Any]]]

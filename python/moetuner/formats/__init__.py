@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from moetuner._checks import ArgumentError, instance, listed, one_of, path_in, window_in
 from moetuner.cost import weight_bits_of
-from moetuner.files import is_stream, kind_of, naming, size_of
+from moetuner.files import is_stream, naming, size_of
+from moetuner.files.opened import Opened, opened
 from moetuner.formats import (
     arrow,
     counts,
@@ -53,8 +54,8 @@ class Reader(NamedTuple):
     """
 
     title: str
-    recognises: Callable[[Path], bool]
-    read: Callable[[Sequence[Path], Hints], Traffic]
+    recognises: Callable[[Opened], bool]
+    read: Callable[[Sequence[Opened], Hints], Traffic]
     caution: str = ""
     takes_map: bool = False
 
@@ -210,26 +211,27 @@ def find_way_back(engine: str | None) -> str:
     return "start the engine without the map" if engine is None else ENGINES[engine].go_back
 
 
-def find_reader(path: str | Path) -> str:
+def find_reader(source: str | Path | Opened) -> str:
     """Find the name of the reader of a file, or of a folder by its first file."""
-    path = path_in(path)
+    file = opened(source)
+    path = file.path
     for name, reader in READERS.items():
         if name == native.KINDS[0] and path.is_file():
-            _refuse_map(path)
-        if reader.recognises(path):
+            _refuse_map(file)
+        if reader.recognises(file):
             return name
     if path.is_dir():
         raise ValueError(f"{path}: folder must hold the files of a recording, got none")
-    return kind_of(path)
+    return file.kind
 
 
-def find_readers(paths: Iterable[Path]) -> tuple[str, ...]:
+def find_readers(sources: Iterable[str | Path | Opened]) -> tuple[str, ...]:
     """Find the names of the readers of files, each once; skip pipes and wrong files."""
     names: list[str] = []
-    for path in paths:
-        if not is_stream(path) and path.exists():
+    for file in map(opened, sources):
+        if not is_stream(file.path) and file.path.exists():
             with suppress(ValueError):
-                names.append(find_reader(path))
+                names.append(find_reader(file))
     return tuple(dict.fromkeys(names))
 
 
@@ -238,15 +240,17 @@ def list_cautions(readers: Iterable[str]) -> list[str]:
     return [*dict.fromkeys(READERS[name].caution for name in readers if READERS[name].caution)]
 
 
-def _refuse_map(path: Path) -> None:
+def _refuse_map(file: Opened) -> None:
     """Raise if a file is an engine's map of experts."""
     for writer in WRITERS.values():
-        if writer.module is not native and writer.module.recognises_map(path):
-            raise ValueError(f"{path}: must be recorded routing, got a placement: {writer.title}")
+        if writer.module is not native and writer.module.recognises_map(file):
+            raise ValueError(
+                f"{file.path}: must be recorded routing, got a placement: {writer.title}"
+            )
 
 
 def open_input(
-    path: str | Path | Iterable[str | Path],
+    path: str | Path | Opened | Iterable[str | Path | Opened],
     *,
     window: int | None = None,
     num_experts: int | None = None,
@@ -299,14 +303,14 @@ def open_input(
     RoutingTrace(tokens=2, layers=1, top_k=2, num_experts=4)
     """
     several = not isinstance(path, str | Path) and isinstance(path, Iterable)
-    paths = [path_in(file) for file in (listed("path", path, "files") if several else [path])]
-    if not paths:
+    files = [opened(file) for file in (listed("path", path, "files") if several else [path])]
+    if not files:
         raise ValueError("path must name at least one file, got none")
     window_in(window)
     hints = Hints(num_experts, top_k, hidden_layers, _numbers(dense_layers), groups=groups)
-    traffic = read_input(paths, hints, reader)
+    traffic = read_input(files, hints, reader)
     if not traffic.ordered:
-        with naming(", ".join(map(str, paths))):
+        with naming(", ".join(str(file.path) for file in files)):
             hints.check_experts(traffic.num_experts)
             if window not in (None, traffic.window):
                 windows = f"{traffic.window} tokens" if traffic.window else "those of its table"
@@ -318,18 +322,21 @@ def open_input(
     return traffic
 
 
-def read_input(paths: Sequence[Path], hints: Hints, reader: str | None = None) -> Traffic:
+def read_input(
+    sources: Iterable[str | Path | Opened], hints: Hints, reader: str | None = None
+) -> Traffic:
     """Read files and folders; consecutive ones of the same reader are one recording."""
     if reader is not None:
         one_of("reader", reader, READERS)
-    names = [find_reader(path) if reader in (None, *native.KINDS) else reader for path in paths]
-    for path, name in zip(paths, names, strict=True):
+    files = [opened(source) for source in sources]
+    names = [find_reader(file) if reader in (None, *native.KINDS) else reader for file in files]
+    for file, name in zip(files, names, strict=True):
         if reader not in (None, name):
-            raise ValueError(f"{path}: must be {reader} as --from says, got {name}")
-    recordings = groupby(zip(names, paths, strict=True), key=lambda pair: pair[0])
+            raise ValueError(f"{file.path}: must be {reader} as --from says, got {name}")
+    recordings = groupby(zip(names, files, strict=True), key=lambda pair: pair[0])
     return native.join(
-        [READERS[str(name)].read([path for _, path in files], hints) for name, files in recordings],
-        paths,
+        [READERS[str(name)].read([file for _, file in pairs], hints) for name, pairs in recordings],
+        [file.path for file in files],
     )
 
 
@@ -389,51 +396,52 @@ def write_placement(
     writer.module.write_map(placement, path, hints)
 
 
-def is_map(path: Path) -> bool:
+def is_map(source: str | Path | Opened) -> bool:
     """Return whether a file holds a placement, or a map of experts, and no recorded routing.
 
     False for a damaged file: the error of reading it as INPUT is better.
     """
-    if is_stream(path) or not path.is_file():
+    file = opened(source)
+    if is_stream(file.path) or not file.path.is_file():
         return False
     with suppress(ValueError):
-        maps = {name for name, writer in WRITERS.items() if writer.module.recognises_map(path)}
+        maps = {name for name, writer in WRITERS.items() if writer.module.recognises_map(file)}
         readers = {
             name: reader
             for name, reader in READERS.items()
             if name not in native.KINDS and not (reader.takes_map and name in maps)
         }
-        return bool(maps) and not any(reader.recognises(path) for reader in readers.values())
+        return bool(maps) and not any(reader.recognises(file) for reader in readers.values())
     return False
 
 
-def find_form(path: str | Path) -> str:
+def find_form(source: str | Path | Opened) -> str:
     """Find the name in ``WRITERS`` of the format of a placement, by its content."""
-    path = path_in(path)
-    size_of(path)
+    file = opened(source)
+    size_of(file.path)
     for name, writer in WRITERS.items():
-        if writer.module.recognises_map(path):
+        if writer.module.recognises_map(file):
             return name
     routing = ""
     for name, reader in READERS.items():
         with suppress(ValueError):
-            if name not in native.KINDS and reader.recognises(path):
+            if name not in native.KINDS and reader.recognises(file):
                 routing = f" but recorded routing, to be given as INPUT ({reader.title})"
     raise ValueError(
-        f"{path}: not a placement{routing}: its content is none of {', '.join(WRITERS)}"
+        f"{file.path}: not a placement{routing}: its content is none of {', '.join(WRITERS)}"
     )
 
 
-def read_map(path: str | Path, hints: Hints, form: str | None = None) -> Layout:
+def read_map(source: str | Path | Opened, hints: Hints, form: str | None = None) -> Layout:
     """Read a map of experts, unchecked, in a format or in that of its content."""
-    path = path_in(path)
-    with naming(path):
-        layout: Layout = WRITERS[form or find_form(path)].module.read_map(path, hints)
+    file = opened(source)
+    with naming(file.path):
+        layout: Layout = WRITERS[form or find_form(file)].module.read_map(file, hints)
     return layout
 
 
 def read_placement(
-    path: str | Path,
+    path: str | Path | Opened,
     *,
     devices: int | None = None,
     num_experts: int | None = None,
@@ -469,15 +477,15 @@ def read_placement(
     >>> mt.read_placement("map.json", devices=2).slots.tolist()
     [[[0, 3], [1, 2]]]
     """
-    path = path_in(path)
+    file = opened(path)
     if form is not None:
         one_of("form", form, WRITERS)
-    form = form or find_form(path)
+    form = form or find_form(file)
     if WRITERS[form].module is native:
-        return Placement.load(path)
+        return Placement.load(file)
     hints = Hints(num_experts, devices=devices, dense_layers=_numbers(dense_layers))
-    layout = read_map(path, hints, form)
-    with naming(path):
+    layout = read_map(file, hints, form)
+    with naming(file.path):
         return layout.placement(hints)
 
 

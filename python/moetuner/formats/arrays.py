@@ -5,51 +5,48 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from moetuner._checks import shown
-from moetuner.files import kind_of, naming, npz, safetensors
+from moetuner.files import npz, safetensors
+from moetuner.files.opened import Opened
 from moetuner.formats import pickled
-from moetuner.formats.records import head
 
 
-def list_names(path: Path) -> list[str]:
+def list_names(file: Opened) -> list[str]:
     """List the names of the arrays of a file; empty for a file of another kind.
 
     Arrays of a list that torch.save wrote are called ``arr_0`` and so on, as in ``numpy.savez``;
     the only array of a file without names is called "".
     """
-    if pickled.is_pickled(path):
-        return [*_name_tensors(pickled.peek(path))]
-    start = head(path, 9)
+    if pickled.is_pickled(file):
+        return [*_name_tensors(pickled.peek(file.path))]
+    start = file.head[:9]
     if start.startswith(b"PK"):
-        with naming(path):
-            return sorted(npz.names_in_npz(path))
-    if start[8:] == b"{" and kind_of(path) == "safetensors":
-        return list(safetensors.read_header(path).entries)
+        return sorted(file.names)
+    if start[8:] == b"{" and file.kind == "safetensors":
+        return list(file.header.entries)
     return [""] if start.startswith(npz.MAGIC) else []
 
 
-def read_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+def read_arrays(file: Opened, names: Sequence[str]) -> dict[str, NDArray[Any]]:
     """Read arrays by name."""
-    if pickled.is_pickled(path):
+    path, kind = file.path, file.kind
+    if pickled.is_pickled(file):
         content = _name_tensors(pickled.load(path))
         for name in names:
             if not isinstance(content[name], pickled.Tensor):
                 raise ValueError(f"{name:.60} must be a tensor, got {shown(content[name])}")
         return {name: content[name].array() for name in names}
-    kind = kind_of(path)
     if kind != "safetensors":
         return npz.read_npz(path, names) if kind == "npz" else {"": npz.read_npy(path)}
-    header = safetensors.read_header(path)
-    return {name: safetensors.read(path, header.tensor(name)) for name in names}
+    return safetensors.read_all(path, {name: file.header.tensor(name) for name in names})
 
 
 def read_by_step(
-    path: Path, pattern: re.Pattern[str], like: str
+    file: Opened, pattern: re.Pattern[str], like: str
 ) -> dict[tuple[int, int], NDArray[Any]]:
     """Read all arrays of a file by step and layer, in rising order.
 
@@ -57,7 +54,7 @@ def read_by_step(
     has one, the step, otherwise 0. ``like`` is an example of a name, for messages.
     """
     names: dict[tuple[int, int], str] = {}
-    for name in list_names(path):
+    for name in list_names(file):
         match = pattern.fullmatch(name)
         if match is None:
             raise ValueError(f"arrays must be named as {like}, got {name:.60}")
@@ -71,7 +68,7 @@ def read_by_step(
     for step, layer in product(sorted(steps), sorted(layers)):
         if (step, layer) not in names:
             raise ValueError(f"step {step} must have layer {layer} like the others")
-    arrays = read_arrays(path, list(names.values()))
+    arrays = read_arrays(file, list(names.values()))
     return {key: arrays[names[key]] for key in sorted(names)}
 
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from moetuner._checks import experts_in
 from moetuner.files import size_of
+from moetuner.files.opened import Opened
 from moetuner.formats.pages import DELTA_BYTE_ARRAY, Page, read_page_headers
-from moetuner.formats.records import head
 from moetuner.formats.rows import LABELS, Add, Columns, OpenTable, add_rows
 
 PARQUET, ARROW = b"PAR1", b"ARROW1\0\0"
@@ -31,9 +31,9 @@ FREE_VALUES, VALUES_PER_BYTE = 1 << 20, 16
 FREE_BYTES, UNPACKED_PER_BYTE = 1 << 26, 100
 
 
-def recognises(path: Path) -> bool:
+def recognises(file: Opened) -> bool:
     """Return whether a file is Parquet or an Arrow file (Feather 2)."""
-    start = head(path, len(ARROW))
+    start = file.head[: len(ARROW)]
     return start.startswith(PARQUET) or start == ARROW
 
 

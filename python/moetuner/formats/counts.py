@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from moetuner._checks import EXPERT_LIMIT, LAYER_LIMIT
 from moetuner.files import naming
+from moetuner.files.opened import Opened
 from moetuner.formats.hints import Hints
 from moetuner.statistics import RoutingStatistics
 
@@ -112,13 +112,13 @@ def add_up(total: NDArray[Any] | None, counts: NDArray[Any]) -> NDArray[np.int64
 
 
 def sum_ranks(
-    paths: Sequence[Path], hints: Hints, read_load: Callable[[Path], NDArray[Any]]
+    files: Sequence[Opened], hints: Hints, read_load: Callable[[Opened], NDArray[Any]]
 ) -> NDArray[np.int64]:
     """Add the counts [W,L,E] of the files of all ranks, as ``read_load`` reads them."""
     total: Any = None
-    for path in paths:
-        with naming(path):
-            load = counts_in("counts", read_load(path))
+    for file in files:
+        with naming(file.path):
+            load = counts_in("counts", read_load(file))
             hints.check_experts(load.shape[2])
             total = add_up(total, load)
     return cast("NDArray[np.int64]", total)

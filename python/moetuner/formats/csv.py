@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from moetuner.files import size_of
-from moetuner.formats.records import head
+from moetuner.files.opened import Opened
 from moetuner.formats.rows import LABELS, Add, OpenTable, add_rows
 
 SEPARATORS = (",", ";", "\t")
@@ -28,10 +28,10 @@ BLOCK = 1 << 21
 LONGEST_HEADER = 1 << 12
 
 
-def recognises(path: Path) -> bool:
+def recognises(file: Opened) -> bool:
     """Return whether the first line of a file names columns layer and expert."""
     try:
-        header = head(path, LONGEST_HEADER).partition(b"\n")[0].decode("utf-8-sig")
+        header = file.head[:LONGEST_HEADER].partition(b"\n")[0].decode("utf-8-sig")
     except UnicodeDecodeError:
         return False
     return {"layer", "expert"} <= set(_header(header)[1])

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import shown
+from moetuner.files.opened import Opened
 from moetuner.formats.arrays import list_names, read_by_step
 from moetuner.formats.counts import sum_ranks
 from moetuner.formats.hints import Hints
@@ -32,18 +32,18 @@ SUFFIXES = ("tokens_per_expert", "exp_counts")
 PATTERN = "*[0-9].*"
 
 
-def recognises(path: Path) -> bool:
+def recognises(file: Opened) -> bool:
     """Return whether a file, or the first of a folder, holds only such counts."""
-    names = list_names(first_file(path, PATTERN))
+    names = list_names(first_file(file, PATTERN))
     return bool(names) and all(name.endswith(SUFFIXES) for name in names)
 
 
-def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
+def read(files: Sequence[Opened], hints: Hints) -> RoutingStatistics:
     """Read and add the counts of all ranks, which have the same layers."""
     layers: list[int] = []
 
-    def read_load(path: Path) -> NDArray[Any]:
-        arrays = read_by_step(path, NAME, "model.layers.0.mlp.tokens_per_expert")
+    def read_load(file: Opened) -> NDArray[Any]:
+        arrays = read_by_step(file, NAME, "model.layers.0.mlp.tokens_per_expert")
         own_layers = [layer for _, layer in arrays]
         if own_layers != (layers or own_layers):
             raise ValueError(
@@ -52,7 +52,7 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
         layers[:] = own_layers
         return _stack(arrays)
 
-    return RoutingStatistics.from_load(sum_ranks(list_by_rank(paths, PATTERN), hints, read_load))
+    return RoutingStatistics.from_load(sum_ranks(list_by_rank(files, PATTERN), hints, read_load))
 
 
 def _stack(arrays: Mapping[tuple[int, int], NDArray[Any]]) -> NDArray[Any]:

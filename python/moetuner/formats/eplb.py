@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import array_in, instance
-from moetuner.files import naming, npz, read_whole, replacing
+from moetuner.files import naming, npz, replacing
+from moetuner.files.opened import Opened
 from moetuner.files.text import parse_json
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import Layout
-from moetuner.formats.records import head, looks_like_json
+from moetuner.formats.records import looks_like_json
 from moetuner.placement import EMPTY, Placement
 
 MAP = "physical_to_logical_map"
@@ -69,25 +70,24 @@ def write_map(placement: Placement, path: Path, _: Hints) -> None:
         np.savez(file, **arrays)
 
 
-def recognises_map(path: Path) -> bool:
+def recognises_map(file: Opened) -> bool:
     """Return whether a file is an archive or JSON with EPLB's arrays, or JSON of its map alone."""
-    start = head(path)
+    start = file.head
     if looks_like_json(start):
         arrays = (b'"logical_replica_count"' in start, b'"logical_to_physical_map"' in start)
         return any(arrays) or re.match(rb"\s*\[\s*\[\s*-?\d", start) is not None
     if not start.startswith(b"PK"):
         return False
-    with naming(path):
-        return "physical_to_logical_map" in npz.names_in_npz(path)
+    return "physical_to_logical_map" in file.names
 
 
-def read_map(path: Path, _: Hints) -> Layout:
+def read_map(file: Opened, _: Hints) -> Layout:
     """Read the map of an archive or of JSON; ignore the arrays that follow from it."""
-    with naming(path):
-        if head(path, 2) == b"PK":
-            arrays = npz.read_npz(path, ("physical_to_logical_map", "logical_replica_count"))
+    with naming(file.path):
+        if file.head.startswith(b"PK"):
+            arrays = npz.read_npz(file.path, ("physical_to_logical_map", "logical_replica_count"))
         else:
-            text = read_whole(path).decode("utf-8-sig").strip()
+            text = file.read_whole().decode("utf-8-sig").strip()
             # The map alone, as vLLM's proposed initial_expert_map_path has it (PR 49572).
             arrays = parse_json(f'{{"{MAP}": {text}}}' if text.startswith("[") else text)
         if MAP not in arrays:

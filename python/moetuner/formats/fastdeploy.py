@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from moetuner._checks import array_in, shown
 from moetuner.files import naming
+from moetuner.files.opened import Opened
 from moetuner.formats.counts import add_up, counts_in, make_statistics
 from moetuner.formats.hints import Hints
-from moetuner.formats.records import MARK, head, looks_like_json, records
+from moetuner.formats.records import MARK, looks_like_json, records
 from moetuner.formats.sources import list_files
 from moetuner.statistics import RoutingStatistics
 
@@ -29,27 +30,27 @@ BEGIN = re.compile(
 )
 
 
-def recognises(path: Path) -> bool:
+def recognises(file: Opened) -> bool:
     """Return whether a file begins with an answer, of counts or of an error."""
-    start = head(path, 1 << 12)
+    start = file.head[: 1 << 12]
     text = start.decode("latin-1").removeprefix(MARK)
     return looks_like_json(start) and BEGIN.match(text) is not None
 
 
-def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
+def read(sources: Sequence[Opened], hints: Hints) -> RoutingStatistics:
     """Read answers as windows."""
     windows: list[NDArray[np.int64]] = []
-    files = list_files(paths)
-    for path in files:
-        with naming(path):
-            for window in _answers(path):
+    files = list_files(sources)
+    for file in files:
+        with naming(file.path):
+            for window in _answers(file.path):
                 if windows and window.shape != windows[0].shape:
                     raise ValueError(
                         f"must have layers and experts of the answers before, "
                         f"{list(windows[0].shape)}, got {list(window.shape)}"
                     )
                 windows.append(window)
-    with naming((files or paths)[0]):
+    with naming((files or sources)[0].path):
         if not windows:
             raise ValueError("must hold at least one answer, got none")
         load = np.stack(windows)

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.files import naming, size_of
+from moetuner.files.opened import Opened
 from moetuner.formats.counts import counts_in, make_statistics
 from moetuner.formats.hints import Hints
-from moetuner.formats.records import head
 from moetuner.formats.sources import first_file, list_files
 from moetuner.statistics import RoutingStatistics
 
@@ -54,19 +54,19 @@ class _Matrix:
     load: NDArray[np.int64]
 
 
-def recognises(path: Path) -> bool:
+def recognises(file: Opened) -> bool:
     """Return whether a file, or the first one of a folder, is GGUF."""
-    return head(first_file(path, PATTERN), len(MAGIC)) == MAGIC
+    return first_file(file, PATTERN).head.startswith(MAGIC)
 
 
-def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
+def read(sources: Sequence[Opened], hints: Hints) -> RoutingStatistics:
     """Read matrices: files of one text are windows by difference, several texts are groups."""
     matrices = []
-    for path in list_files(paths, PATTERN):
-        with naming(path):
-            matrices.append(_read(path))
+    for file in list_files(sources, PATTERN):
+        with naming(file.path):
+            matrices.append(_read(file.path))
     if not matrices:
-        raise ValueError(f"{paths[0]}: folder must hold {PATTERN}, got none")
+        raise ValueError(f"{sources[0].path}: folder must hold {PATTERN}, got none")
     matrices = _with_counts(matrices)
     first = matrices[0]
     for matrix in matrices:

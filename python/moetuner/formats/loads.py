@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections import Counter
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from moetuner._checks import EXPERT_LIMIT, LAYER_LIMIT, shown
 from moetuner.files import naming, npz, read_whole, safetensors
+from moetuner.files.opened import Opened
 from moetuner.files.text import parse_json
 from moetuner.formats.counts import (
     COUNT_LIMIT,
@@ -28,7 +30,7 @@ from moetuner.formats.counts import (
     sum_by_expert,
 )
 from moetuner.formats.hints import Hints
-from moetuner.formats.records import MARK, head
+from moetuner.formats.records import MARK
 from moetuner.statistics import RoutingStatistics
 
 # No model chooses more experts per token: longer rows with a repeated number are counts.
@@ -60,14 +62,15 @@ RECORD_EXPERTS = (
 LoadCounts = NDArray[np.int64]
 
 
-def recognises(path: Path) -> bool:
+def recognises(file: Opened) -> bool:
     """Return whether a file is a load table of one of these forms."""
-    return _find_reader(path) is not None
+    return _find_reader(file) is not None
 
 
-def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
+def read(files: Sequence[Opened], hints: Hints) -> RoutingStatistics:
     """Read load tables one after the other; scrapes of Prometheus become windows between them."""
-    readers = [_find_reader(path) for path in paths]
+    paths = [file.path for file in files]
+    readers = [_find_reader(file) for file in files]
     if {*readers} == {_scrapes}:
         with naming(paths[0]):
             return make_statistics(_scrapes(paths, hints), hints)
@@ -81,11 +84,11 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
         return RoutingStatistics.sum(parts)
 
 
-def _find_reader(path: Path) -> Callable[..., NDArray[Any]] | None:
+def _find_reader(file: Opened) -> Callable[..., NDArray[Any]] | None:
     """Return the function that reads a file, by its content; None for other files."""
-    start = head(path)
+    start = file.head
     if start.startswith(npz.MAGIC):
-        return _array if _holds_counts(path) else None
+        return _array if _holds_counts(file) else None
     text = start.decode("latin-1").removeprefix(MARK).lstrip()
     if not text or "\0" in text:
         return None
@@ -97,19 +100,19 @@ def _find_reader(path: Path) -> Callable[..., NDArray[Any]] | None:
         return _log
     if SAMPLE.search(text):
         return _scrapes
-    with naming(path):
+    with naming(file.path):
         return _csv if _header(text) is not None else None
 
 
-def _holds_counts(path: Path) -> bool:
+def _holds_counts(file: Opened) -> bool:
     """Return whether a bare array cannot be ids [T,L,K]: by axes, fractions or large numbers.
 
     Rows with repeated numbers are no ids either, if they are long, or if the sums of all layers are
     about the same: a repeated expert among few choices may be damage.
     """
+    path = file.path
     try:
-        with path.open("rb") as file:
-            stored, fortran = npz.read_npy_header(file)
+        stored, fortran = npz.read_npy_header(io.BytesIO(file.head))
         if stored.dtype.kind not in "iuf" or len(stored.shape) not in (2, 3) or 0 in stored.shape:
             return False
         if len(stored.shape) == 2:

@@ -31,10 +31,10 @@ from numpy.typing import NDArray
 from moetuner.files import naming, size_of
 from moetuner.files.lines import NO_INTEGER, NO_TEXT, Keys, Lines
 from moetuner.files.lines import batches as lines_of
+from moetuner.files.opened import Opened
 from moetuner.formats.arrays import list_names, read_by_step
 from moetuner.formats.hints import Hints
 from moetuner.formats.microbatches import Microbatches
-from moetuner.formats.records import head
 from moetuner.formats.sources import find_rank, list_by_rank
 from moetuner.trace import RoutingTrace
 
@@ -48,37 +48,38 @@ REPLAY = re.compile(
 Line = tuple[int, int, int, NDArray[Any]]
 
 
-def recognises(path: Path) -> bool:
+def recognises(file: Opened) -> bool:
     """Return whether a file or folder is a router trace, or a file the arrays of RouterReplay."""
-    if path.is_dir():
-        return any(path.glob(PATTERN))
-    start = head(path, 4096)
+    if file.path.is_dir():
+        return any(file.path.glob(PATTERN))
+    start = file.head[:4096]
     if start.lstrip()[:1] == b"{":
         return all(key in start for key in (b'"top_indices"', b'"layer"', b'"block"'))
-    return is_replay(path)
+    return is_replay(file)
 
 
-def is_replay(path: Path) -> bool:
+def is_replay(file: Opened) -> bool:
     """Return whether a file holds only arrays by number or layer, or is a ``.pt`` list."""
-    names = list_names(path) if head(path, 2) == b"PK" else []
+    names = list_names(file) if file.head.startswith(b"PK") else []
     return bool(names) and all(map(REPLAY.fullmatch, names))
 
 
-def read(paths: Sequence[Path], hints: Hints) -> RoutingTrace:
+def read(sources: Sequence[Opened], hints: Hints) -> RoutingTrace:
     """Read the files of all ranks: a router trace, or arrays of RouterReplay."""
-    files = list_by_rank(paths, PATTERN)
-    with naming(files[0]):
+    files = list_by_rank(sources, PATTERN)
+    first = files[0].path
+    with naming(first):
         batches = Microbatches(hints.experts_needed())
     for number, file in enumerate(files):
-        with naming(file):
+        with naming(file.path):
             if is_replay(file):
-                rank = find_rank(file)
+                rank = find_rank(file.path)
                 for (step, layer), ids in read_by_step(file, REPLAY, "step0.layer3").items():
                     batches.add((step, 0, number if rank is None else rank), layer, ids)
             else:
-                _add_lines(file, batches)
+                _add_lines(file.path, batches)
     batches.join_stages()
-    return batches.trace(files[0] if len(files) == 1 else files[0].parent)
+    return batches.trace(first if len(files) == 1 else first.parent)
 
 
 def _add_lines(path: Path, batches: Microbatches) -> None:

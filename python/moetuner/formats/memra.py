@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from moetuner._checks import DEVICE_LIMIT, LAYER_LIMIT, experts_in, shown, whole_number
-from moetuner.files import naming, read_whole, replacing
+from moetuner.files import naming, replacing
+from moetuner.files.opened import Opened
 from moetuner.files.text import parse_json
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import Layout
-from moetuner.formats.records import head, looks_like_json
+from moetuner.formats.records import looks_like_json
 from moetuner.placement import EMPTY, Placement
 
 FORMAT = "memra-ep-map-v1"
@@ -43,16 +44,16 @@ def write_map(placement: Placement, path: Path, hints: Hints) -> None:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def recognises_map(path: Path) -> bool:
+def recognises_map(file: Opened) -> bool:
     """Return whether a file is such a map."""
-    start = head(path, 4096)
+    start = file.head[:4096]
     return looks_like_json(start) and f'"{FORMAT}"'.encode() in start
 
 
-def read_map(path: Path, _: Hints) -> Layout:
+def read_map(file: Opened, _: Hints) -> Layout:
     """Read the map: experts of a rank in rising order, -1 where a rank has fewer than others."""
-    with naming(path):
-        fields = parse_json(read_whole(path))
+    with naming(file.path):
+        fields = parse_json(file.read_whole())
         if not isinstance(fields, dict) or fields.get("format") != FORMAT:
             raise ValueError(f"format must be {FORMAT}")
         experts = experts_in(fields.get("expert_count"))

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moetuner._checks import MissingArgumentError
-from moetuner.files import Kind, kind_of, naming
+from moetuner.files import naming
 from moetuner.files.contents import holds_statistics, is_own
+from moetuner.files.opened import Kind, Opened
 from moetuner.formats.counts import drop_dense_layers
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
@@ -19,33 +20,34 @@ from moetuner.trace import RoutingTrace
 KINDS: tuple[Kind, ...] = ("safetensors", "npz", "npy", "jsonl")
 
 
-def recognises(kind: Kind, path: Path) -> bool:
+def recognises(kind: Kind, file: Opened) -> bool:
     """Return whether a file, or the first one of a folder, is of a kind."""
-    path = first_file(path)
-    return path.is_file() and kind_of(path) == kind
+    file = first_file(file)
+    return file.path.is_file() and file.kind == kind
 
 
-def read(paths: Sequence[Path], hints: Hints) -> Traffic:
+def read(files: Sequence[Opened], hints: Hints) -> Traffic:
     """Read files one after the other: traces, or counts."""
-    files = list_files(paths)
-    require_one_model(files)
-    return join([_traffic(path, hints) for path in files], files)
+    members = list_files(files)
+    paths = [member.path for member in members]
+    require_one_model(paths)
+    return join([_traffic(member, hints) for member in members], paths)
 
 
-def _traffic(path: Path, hints: Hints) -> Traffic:
+def _traffic(file: Opened, hints: Hints) -> Traffic:
     """Read a file; raise if it has another number of experts than the user says."""
     traffic: Traffic
     try:
-        traffic = (RoutingStatistics if holds_statistics(path) else RoutingTrace).load(path)
+        traffic = (RoutingStatistics if holds_statistics(file) else RoutingTrace).load(file)
     except MissingArgumentError:
         if hints.num_experts is None:
             raise
-        traffic = RoutingTrace.load(path, num_experts=hints.num_experts)
-    with naming(path):
+        traffic = RoutingTrace.load(file, num_experts=hints.num_experts)
+    with naming(file.path):
         hints.check_experts(traffic.num_experts)
-        if isinstance(traffic, RoutingStatistics) and kind_of(path) == "npz":
+        if isinstance(traffic, RoutingStatistics) and file.kind == "npz":
             traffic = drop_dense_layers(traffic)
-        if not is_own(path):
+        if not is_own(file):
             hints.check_axes(traffic)
     return traffic
 
@@ -70,12 +72,11 @@ def write_map(placement: Placement, path: Path, _: Hints) -> None:
     placement.save(path)
 
 
-def recognises_map(path: Path) -> bool:
+def recognises_map(file: Opened) -> bool:
     """Return whether a file is a placement of moetuner."""
-    with path.open("rb") as file:
-        return b"moetuner.placement/" in file.read(200)
+    return b"moetuner.placement/" in file.head[:200]
 
 
-def read_map(path: Path, _: Hints) -> Layout:
+def read_map(file: Opened, _: Hints) -> Layout:
     """Read moetuner's JSON."""
-    return Layout.from_placement(Placement.load(path))
+    return Layout.from_placement(Placement.load(file))

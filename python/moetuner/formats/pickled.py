@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.files import naming, npz, replacing, safetensors, size_of
+from moetuner.files.opened import Opened
 from moetuner.files.safetensors import TensorInFile, is_size
-from moetuner.formats.records import head
 
 # Most bytes of an archive's description; dumps per token list their tokens there.
 LONGEST_PICKLE = 1 << 27
@@ -94,9 +94,9 @@ class Tensor:
         return (array.astype("u4") << 16).view("f4") if self.dtype == BFLOAT else array
 
 
-def is_pickled(path: Path) -> bool:
+def is_pickled(file: Opened) -> bool:
     """Return whether ``torch.save``, of torch 1.6 or newer, wrote a file."""
-    start = head(path, 512)
+    start = file.head[:512]
     return start.startswith(ZIP) and DESCRIPTION.encode() in start
 
 

@@ -16,18 +16,9 @@ from moetuner.files.text import DECODER
 
 LONGEST = 1 << 29
 CHUNK = 1 << 22
-HEAD = 1 << 20
 MARK = "\xef\xbb\xbf"
 # Text between objects; streaming servers write the fields of server-sent events there.
 BETWEEN = re.compile(r"(?:[\s,]|data:|\[DONE\]|(?:event|id|retry)?:[^\n]*\n)*")
-
-
-def head(path: Path, size: int = HEAD) -> bytes:
-    """Read the first bytes of a file; none of a folder."""
-    if not path.is_file():
-        return b""
-    with path.open("rb") as file:
-        return file.read(size)
 
 
 def looks_like_json(start: bytes) -> bool:

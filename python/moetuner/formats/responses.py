@@ -15,6 +15,7 @@ from moetuner._checks import shown
 from moetuner.cost import experts_of_served, public_name
 from moetuner.files import naming
 from moetuner.files.contents import TraceInParts
+from moetuner.files.opened import Opened
 from moetuner.formats.hints import Hints
 from moetuner.formats.sources import list_files
 from moetuner.trace import RoutingTrace
@@ -42,13 +43,13 @@ def decode(text: object, where: str) -> bytes:
 
 
 def read_routed(
-    paths: Sequence[Path], read: Callable[[Path], Iterable[Routed]], remedy: str
+    files: Sequence[Opened], read: Callable[[Opened], Iterable[Routed]], remedy: str
 ) -> Iterator[Routed]:
     """Read the ids of files and folders with a function; ``remedy`` is for the error of none."""
-    for path in list_files(paths):
-        with naming(path):
+    for file in list_files(files):
+        with naming(file.path):
             count = 0
-            for routed in read(path):
+            for routed in read(file):
                 count += 1
                 yield routed
             if not count:
@@ -56,7 +57,7 @@ def read_routed(
 
 
 def join_arrays(
-    paths: Sequence[Path],
+    files: Sequence[Opened],
     arrays: Iterable[Routed],
     hints: Hints,
     *,
@@ -97,7 +98,7 @@ def join_arrays(
             if experts_of_served(model, sizes[1], trace.num_experts) is not None:
                 models[public_name(model) or ""] = model
             count += 1
-    with naming(paths[0]):
+    with naming(files[0].path):
         if trace is None:
             raise ValueError(f"{source} must have at least one token with routed experts, got none")
         contents = trace.contents()

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from moetuner._checks import EXPERT_LIMIT, LAYER_LIMIT, shown
 from moetuner.files import naming
 from moetuner.files.contents import TraceInParts
+from moetuner.files.opened import Opened
 from moetuner.formats.counts import FREE_CELLS, check_filled
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.statistics import RoutingStatistics
@@ -39,12 +40,14 @@ class OpenTable:
 
 
 def read_tables(
-    opened: Callable[[Path], AbstractContextManager[OpenTable]], paths: Sequence[Path], hints: Hints
+    open_table: Callable[[Path], AbstractContextManager[OpenTable]],
+    files: Sequence[Opened],
+    hints: Hints,
 ) -> Traffic:
-    """Read tables of the same columns one after the other; ``opened`` opens one."""
+    """Read tables of the same columns one after the other; ``open_table`` opens one."""
     table: Any = None
-    for path in paths:
-        with naming(path), opened(path) as source:
+    for file in files:
+        with naming(file.path), open_table(file.path) as source:
             if table is None:
                 names = source.names
                 hints = replace(hints, num_experts=hints.num_experts or source.experts)
@@ -55,7 +58,7 @@ def read_tables(
                     f"must have columns {names[:8]} like the others, got {source.names[:8]}"
                 )
             source.add_to([*table.numbers, *table.labels], table.add)
-    with naming(paths[0]):
+    with naming(files[0].path):
         traffic: Traffic = table.traffic()
     return traffic
 

@@ -24,13 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import ArgumentError, MissingArgumentError, array_in, shown
-from moetuner.files import naming, npz, read_whole, replacing
+from moetuner.files import naming, npz, replacing
+from moetuner.files.opened import Opened
 from moetuner.files.text import parse_json
 from moetuner.formats import pickled
 from moetuner.formats.counts import add_up, counts_in, make_statistics, sum_by_expert
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
-from moetuner.formats.records import head, looks_like_json, records
+from moetuner.formats.records import looks_like_json, records
 from moetuner.formats.responses import Routed, decode, join_arrays, read_routed
 from moetuner.formats.sources import first_file, list_files
 from moetuner.placement import Placement
@@ -46,20 +47,20 @@ ON = "start SGLang with --enable-return-routed-experts and ask for return_routed
 INT32 = np.dtype("<i4")
 
 
-def recognises(path: Path) -> bool:
+def recognises(file: Opened) -> bool:
     """Return whether a file or folder holds dumps of the recorder."""
-    path = first_file(path)
-    start = head(path, 1 << 16)
+    file = first_file(file)
+    start = file.head[: 1 << 16]
     if not start.startswith(b"PK"):
         return looks_like_json(start) and f'"{COUNTS}"'.encode() in start
     if COUNTS.encode() in start:
         return True
-    return b"records" in start and b"gatherer_key" in start and pickled.is_pickled(path)
+    return b"records" in start and b"gatherer_key" in start and pickled.is_pickled(file)
 
 
-def recognises_responses(path: Path) -> bool:
+def recognises_responses(file: Opened) -> bool:
     """Return whether a file holds responses with routed experts."""
-    start = head(path)
+    start = file.head
     is_ours = b'"meta_info"' in start or b'"sglext"' in start
     return looks_like_json(start) and is_ours and b'"routed_experts"' in start
 
@@ -75,13 +76,13 @@ class _Pass:
     fields: dict[str, Any]
 
 
-def read(paths: Sequence[Path], hints: Hints) -> Traffic:
+def read(sources: Sequence[Opened], hints: Hints) -> Traffic:
     """Read dumps of one recording, of all ranks: a trace of mode per_token, else counts."""
     counts: list[NDArray[Any]] = []
     passes: list[_Pass] = []
-    files = list_files(paths)
-    for path in files:
-        content = _content(path)
+    files = list_files(sources)
+    for file in files:
+        path, content = file.path, _content(file)
         with naming(path):
             if not isinstance(content, dict) or not {COUNTS, "records"} & content.keys():
                 raise ValueError(f"must be a dump of SGLang's recorder, with {COUNTS} or records")
@@ -91,7 +92,7 @@ def read(paths: Sequence[Path], hints: Hints) -> Traffic:
                 counts.append(_distribution(content[COUNTS]))
             else:
                 passes += _passes(path, content)
-    with naming((files or paths)[0]):
+    with naming((files or sources)[0].path):
         modes = {"per_token" if IDS in step.fields else "per_pass" for step in passes}
         modes |= {"stat"} if counts else set()
         if len(modes) != 1:
@@ -111,17 +112,17 @@ def read(paths: Sequence[Path], hints: Hints) -> Traffic:
         # Filled while the arrays are read.
         labels: list[int] = []
         arrays = _tokens(passes, hints, labels)
-        return join_arrays(paths, arrays, hints, source="passes", sequence=labels)
+        return join_arrays(sources, arrays, hints, source="passes", sequence=labels)
 
 
-def _content(path: Path) -> Any:
+def _content(file: Opened) -> Any:
     """Read a dump, or JSON or ``.npz`` that somebody made of it."""
-    if pickled.is_pickled(path):
-        return pickled.load(path)
-    if head(path, 2) == b"PK":
-        return npz.read_npz(path, [COUNTS])
-    with naming(path):
-        return parse_json(read_whole(path))
+    if pickled.is_pickled(file):
+        return pickled.load(file.path)
+    if file.head.startswith(b"PK"):
+        return npz.read_npz(file.path, [COUNTS])
+    with naming(file.path):
+        return parse_json(file.read_whole())
 
 
 def _distribution(value: Any) -> NDArray[np.int64]:
@@ -286,9 +287,10 @@ class _Sequences:
         return labels
 
 
-def read_responses(paths: Sequence[Path], hints: Hints) -> Traffic:
+def read_responses(files: Sequence[Opened], hints: Hints) -> Traffic:
     """Read routed experts of responses; each response is a sequence."""
-    return join_arrays(paths, read_routed(paths, lambda path: _responses(path, hints), ON), hints)
+    routed = read_routed(files, lambda file: _responses(file.path, hints), ON)
+    return join_arrays(files, routed, hints)
 
 
 def _responses(path: Path, hints: Hints) -> Iterator[Routed]:
@@ -364,19 +366,20 @@ def write_map(placement: Placement, path: Path, hints: Hints) -> None:
         temporary.write_text(json.dumps(content, separators=(",", ":")) + "\n")
 
 
-def recognises_map(path: Path) -> bool:
+def recognises_map(file: Opened) -> bool:
     """Return whether a file is a map of SGLang, of JSON or ``torch.save``."""
-    start = head(path, 1 << 16)
+    start = file.head[: 1 << 16]
     if looks_like_json(start):
         return f'"{MAP}"'.encode() in start
     is_ours = MAP.encode() in start and LAST_MAP.encode() not in start
-    return is_ours and pickled.is_pickled(path)
+    return is_ours and pickled.is_pickled(file)
 
 
-def read_map(path: Path, _: Hints) -> Layout:
+def read_map(file: Opened, _: Hints) -> Layout:
     """Read a map: one row for every hidden layer."""
-    with naming(path):
-        content = pickled.load(path) if pickled.is_pickled(path) else parse_json(read_whole(path))
+    with naming(file.path):
+        is_pickled = pickled.is_pickled(file)
+        content = pickled.load(file.path) if is_pickled else parse_json(file.read_whole())
         if not isinstance(content, dict) or set(content) != {MAP}:
             keys = sorted(map(str, content))[:4] if isinstance(content, dict) else shown(content)
             raise ValueError(f"must have the single key {MAP}, got {keys}")

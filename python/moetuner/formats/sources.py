@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import filecmp
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+
+from moetuner.files.opened import Opened
 
 # A file of the plugins' recorder: process, layers and experts, and a number that may follow.
 RECORDER = re.compile(r"load-\d+-(\d+x\d+)(-\d+)?\.npz", re.ASCII)
@@ -15,20 +17,21 @@ RECORDER = re.compile(r"load-\d+-(\d+x\d+)(-\d+)?\.npz", re.ASCII)
 NUMBERS = (re.compile(r"rank[_-]?(\d{1,6})", re.ASCII), re.compile(r"[_-](\d{1,6})$", re.ASCII))
 
 
-def list_files(paths: Iterable[Path], pattern: str = "*") -> list[Path]:
+def list_files(sources: Iterable[Opened], pattern: str = "*") -> list[Opened]:
     """List files, and those of folders that match a pattern.
 
     Hidden files are left out: files have hidden names while they are written. So are those of a
     plugin's recorder that equal another one, as ``find_equal`` lists them.
     """
-    files: list[Path] = []
-    for path in paths:
-        if not path.is_dir():
-            files.append(path)
+    files: list[Opened] = []
+    for source in sources:
+        if not source.path.is_dir():
+            files.append(source)
             continue
-        shown = _list_shown(path, pattern)
+        shown = _list_shown(source.path, pattern)
         equal = find_equal(shown)
-        files += [file for file in shown if file not in equal]
+        known = source.members
+        files += [known.get(path) or Opened(path) for path in shown if path not in equal]
     return files
 
 
@@ -92,12 +95,13 @@ def list_equal(paths: Iterable[Path]) -> list[str]:
     return lines
 
 
-def first_file(path: Path, pattern: str = "*") -> Path:
+def first_file(file: Opened, pattern: str = "*") -> Opened:
     """Return a file itself, or the first file of a folder that matches; else the folder."""
-    if not path.is_dir():
-        return path
+    if not file.path.is_dir():
+        return file
     # The first is no file that equals an earlier one, so none need be compared.
-    return next(iter(_list_shown(path, pattern)), path)
+    first = next(iter(_list_shown(file.path, pattern)), None)
+    return file if first is None else file.members.setdefault(first, Opened(first))
 
 
 def find_rank(path: Path) -> int | None:
@@ -108,17 +112,19 @@ def find_rank(path: Path) -> int | None:
     return None
 
 
-def list_by_rank(paths: Sequence[Path], pattern: str) -> list[Path]:
+def list_by_rank(sources: Iterable[Opened], pattern: str) -> list[Opened]:
     """List files, and those of folders that match a pattern, in the order of their ranks."""
-    files: list[Path] = []
-    for path in paths:
+    files: list[Opened] = []
+    for source in sources:
+        path = source.path
         files_of_ranks = sorted(
-            list_files([path], pattern), key=lambda file: (find_rank(file) or 0, file.name)
+            list_files([source], pattern),
+            key=lambda file: (find_rank(file.path) or 0, file.path.name),
         )
         if path.is_dir():
             if not files_of_ranks:
                 raise ValueError(f"{path}: folder must hold {pattern}, got none")
-            ranks = [(find_rank(file), file) for file in files_of_ranks]
+            ranks = [(find_rank(file.path), file.path) for file in files_of_ranks]
             numbered = [(rank, file) for rank, file in ranks if rank is not None]
             for (rank, file), (after, other) in pairwise(numbered):
                 if rank == after:

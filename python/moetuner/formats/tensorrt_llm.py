@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 
 from moetuner._checks import LAYER_LIMIT, experts_in, shown, whole_number
 from moetuner.files import naming, read_whole, replacing
+from moetuner.files.opened import Opened
 from moetuner.files.text import parse_json
 from moetuner.formats.arrays import list_names, read_by_step
 from moetuner.formats.counts import sum_by_expert, sum_ranks
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
 from moetuner.formats.microbatches import Microbatches
-from moetuner.formats.records import head
 from moetuner.formats.sources import find_rank, list_by_rank
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
@@ -41,25 +41,28 @@ COUNTS, RAW = "rank*[0-9].safetensors", "rank*_raw.safetensors"
 ENTRY = re.compile(r"(?P<step>\d{1,12})_(?P<layer>\d{1,5})", re.ASCII)
 
 
-def recognises(path: Path) -> bool:
+def recognises(file: Opened) -> bool:
     """Return whether a folder or file is a dump of expert statistics."""
+    path = file.path
     if path.is_dir():
-        return any(recognises(file) for pattern in (COUNTS, RAW) for file in path.glob(pattern))
-    if head(path, 9)[8:] != b"{":
+        dumps = (dump for pattern in (COUNTS, RAW) for dump in path.glob(pattern))
+        return any(recognises(file.members.setdefault(dump, Opened(dump))) for dump in dumps)
+    if file.head[8:9] != b"{":
         return False
-    names = list_names(path)
+    names = list_names(file)
     return bool(names) and all(map(ENTRY.fullmatch, names))
 
 
-def read(paths: Sequence[Path], hints: Hints) -> Traffic:
+def read(sources: Sequence[Opened], hints: Hints) -> Traffic:
     """Read the dumps of all ranks: a trace from raw choices, else counts by iteration."""
+    paths = [source.path for source in sources]
     raw = any(_is_raw(path) or (path.is_dir() and any(path.glob(RAW))) for path in paths)
-    files = list_by_rank(paths, RAW if raw else COUNTS)
-    first = files[0]
-    if any(_is_raw(file) != raw for file in files):
+    files = list_by_rank(sources, RAW if raw else COUNTS)
+    first = files[0].path
+    if any(_is_raw(file.path) != raw for file in files):
         raise ValueError(f"{first.parent}: must be raw dumps or counts, got both")
     counted, top_k = _read_meta(first)
-    dumps = {file: _read_dump(file, raw, top_k if raw else counted) for file in files}
+    dumps = {file.path: _read_dump(file, raw, top_k if raw else counted) for file in files}
     keys = dumps[first].keys()
     for file, dump in dumps.items():
         if other := keys ^ dump.keys():
@@ -75,7 +78,7 @@ def read(paths: Sequence[Path], hints: Hints) -> Traffic:
         return _trace(dumps, layers, counted, running)
     shape = (len(keys) // len(layers), len(layers), counted)
     load = sum_ranks(
-        files, Hints(), lambda file: np.stack(list(dumps[file].values())).reshape(shape)
+        files, Hints(), lambda file: np.stack(list(dumps[file.path].values())).reshape(shape)
     )
     with naming(first):
         if running is not None:
@@ -99,10 +102,10 @@ def _read_meta(file: Path) -> tuple[int, int]:
         return experts, whole_number(names[1], top_k, highest=experts)
 
 
-def _read_dump(path: Path, raw: bool, width: int) -> dict[tuple[int, int], NDArray[Any]]:
+def _read_dump(file: Opened, raw: bool, width: int) -> dict[tuple[int, int], NDArray[Any]]:
     """Read counts [E], or ids [tokens, top-k], by iteration and layer."""
-    with naming(path):
-        dump = read_by_step(path, ENTRY, "iteration_layer")
+    with naming(file.path):
+        dump = read_by_step(file, ENTRY, "iteration_layer")
         for (iteration, layer), array in dump.items():
             is_right = array.ndim == 1 + raw and array.shape[-1] == width
             if not is_right or array.dtype.kind not in "iu":
@@ -168,16 +171,16 @@ def write_map(placement: Placement, path: Path, hints: Hints) -> None:
         temporary.write_text("\n".join(lines) + "\n")
 
 
-def recognises_map(path: Path) -> bool:
+def recognises_map(file: Opened) -> bool:
     """Return whether a file is such a YAML."""
-    start = head(path, 4096)
+    start = file.head[:4096]
     return any(key.encode() in start for key in KEYS[:2])
 
 
-def read_map(path: Path, hints: Hints) -> Layout:
+def read_map(file: Opened, hints: Hints) -> Layout:
     """Read the map of YAML, as moetuner or PyYAML writes it, or of JSON."""
-    with naming(path):
-        text = read_whole(path).decode("utf-8")
+    with naming(file.path):
+        text = file.read_whole().decode("utf-8")
         proposed = VLLM_RECORD.search(text)
         if proposed is not None:
             fields = {key: value for key, value in parse_json(proposed[0]).items() if key in KEYS}

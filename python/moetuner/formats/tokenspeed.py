@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from moetuner._checks import shown
 from moetuner.files import naming
+from moetuner.files.opened import Opened
 from moetuner.formats import pickled
 from moetuner.formats.counts import add_up, counts_in, make_statistics
 from moetuner.formats.hints import Hints
-from moetuner.formats.records import head
 from moetuner.formats.sources import first_file, list_files
 from moetuner.statistics import RoutingStatistics
 
@@ -33,22 +33,22 @@ COUNT, RANK, RANKS = "logical_count", "ep_rank", "ep_size"
 MOST_RANKS = 1 << 16
 
 
-def recognises(path: Path) -> bool:
+def recognises(file: Opened) -> bool:
     """Return whether a file, or the first one of a folder, is a record of a rank."""
-    path = first_file(path, PATTERN)
-    start = head(path, 1 << 16)
+    file = first_file(file, PATTERN)
+    start = file.head[: 1 << 16]
     is_ours = all(name.encode() in start for name in (COUNT, RANK, RANKS))
-    return is_ours and pickled.is_pickled(path)
+    return is_ours and pickled.is_pickled(file)
 
 
-def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
+def read(sources: Sequence[Opened], hints: Hints) -> RoutingStatistics:
     """Read and add the records of all ranks, profile by profile."""
     by_rank: dict[int, list[NDArray[np.int64]]] = {}
     sizes: set[int] = set()
-    files = list_files(paths, PATTERN)
-    for path in files:
-        with naming(path):
-            rank, size, count = _record(path)
+    files = list_files(sources, PATTERN)
+    for file in files:
+        with naming(file.path):
+            rank, size, count = _record(file.path)
             sizes.add(size)
             if len(sizes) > 1:
                 raise ValueError(
@@ -57,8 +57,9 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
                 )
             by_rank.setdefault(rank, []).append(count)
     if not files:
-        raise ValueError(f"{paths[0]}: folder must hold {PATTERN}, got none")
-    with naming(files[0] if len(files) == 1 else files[0].parent):
+        raise ValueError(f"{sources[0].path}: folder must hold {PATTERN}, got none")
+    first_file = files[0].path
+    with naming(first_file if len(files) == 1 else first_file.parent):
         rank_count, first = sizes.pop(), min(by_rank)
         for rank in range(rank_count):
             if len(by_rank.get(rank, ())) != len(by_rank[first]):

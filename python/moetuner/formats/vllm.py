@@ -8,19 +8,20 @@ map of experts by itself: moetuner's plugin does.
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
 from moetuner.files import naming, npz, safetensors
+from moetuner.files.opened import Opened
 from moetuner.formats.arrays import list_names, read_arrays
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.pickled import is_pickled
-from moetuner.formats.records import head, looks_like_json, records
+from moetuner.formats.records import looks_like_json, records
 from moetuner.formats.responses import Routed, decode, join_arrays, read_routed
 from moetuner.formats.sources import first_file
 
@@ -31,29 +32,29 @@ ON = "start vLLM with --enable-return-routed-experts"
 SEQUENCE = re.compile(r"arr_\d+|\d+|.*routed_experts.*")
 
 
-def recognises(path: Path) -> bool:
+def recognises(file: Opened) -> bool:
     """Return whether a file holds routed experts: responses, or arrays other than moetuner's."""
-    path = first_file(path)
-    start = head(path)
+    file = first_file(file)
+    start = file.head
     if looks_like_json(start):
         # Answers without experts are recognised, too: the error of reading them names the option.
         is_answer = b'"routed_experts"' in start or b'"finish_reason"' in start
         is_openai = is_answer and b'"choices"' in start
         return is_openai and b'"sglext"' not in start and b'"meta_info"' not in start
     if start.startswith(npz.MAGIC):
-        return _has_dense_rows(path)
-    names = list_names(path) if start.startswith(b"PK\x03\x04") and not is_pickled(path) else []
+        return _has_dense_rows(file)
+    names = list_names(file) if start.startswith(b"PK\x03\x04") and not is_pickled(file) else []
     if not names or not all(map(SEQUENCE.fullmatch, names)):
         return False
-    (first,) = read_arrays(path, names[:1]).values()
+    (first,) = read_arrays(file, names[:1]).values()
     return first.ndim == 3 and first.dtype.kind in "iu"
 
 
-def _has_dense_rows(path: Path) -> bool:
+def _has_dense_rows(file: Opened) -> bool:
     """Return whether a row of zeros shows that an array has layers without experts, too."""
+    path = file.path
     try:
-        with path.open("rb") as file:
-            stored, fortran = npz.read_npy_header(file)
+        stored, fortran = npz.read_npy_header(io.BytesIO(file.head))
         _check_ids(stored)
         if 0 in stored.shape or stored.shape[2] < 2:
             return False
@@ -64,15 +65,16 @@ def _has_dense_rows(path: Path) -> bool:
         return False  # the reader of moetuner's own says what is wrong
 
 
-def read(paths: Sequence[Path], hints: Hints) -> Traffic:
+def read(files: Sequence[Opened], hints: Hints) -> Traffic:
     """Read routed experts: every response or array is a sequence."""
-    return join_arrays(paths, read_routed(paths, _arrays, ON), hints)
+    return join_arrays(files, read_routed(files, _arrays, ON), hints)
 
 
-def _arrays(path: Path) -> Iterator[Routed]:
-    names = [] if looks_like_json(head(path, 64)) else list_names(path)
+def _arrays(file: Opened) -> Iterator[Routed]:
+    path = file.path
+    names = [] if looks_like_json(file.head[:64]) else list_names(file)
     if names:
-        arrays = read_arrays(path, names)
+        arrays = read_arrays(file, names)
         for name in sorted(names, key=lambda name: (len(name), name)):
             yield Routed(path, _check_ids(arrays[name], name))
         return

@@ -21,15 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import shown
-from moetuner.files import naming, npz, read_whole, replacing
+from moetuner.files import naming, npz, replacing
 from moetuner.files.cells import and_more
+from moetuner.files.opened import Opened
 from moetuner.files.text import parse_json
 from moetuner.formats import pickled
 from moetuner.formats.arrays import list_names, read_arrays
 from moetuner.formats.counts import counts_in, sum_by_expert
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import Layout
-from moetuner.formats.records import head
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 
@@ -37,41 +37,41 @@ LOADS = ("expert_workload", "moe_load", "workload")
 TABLES = ("current_expert_table", "expert_table", "table")
 
 
-def recognises(path: Path) -> bool:
+def recognises(file: Opened) -> bool:
     """Return whether a file is a workload with its table, a bare tensor, or an expert map."""
-    if not head(path, 2).startswith(b"PK"):
-        return recognises_map(path)
-    load, table = _names(path)
-    return load is not None and (table is not None or pickled.is_pickled(path))
+    if not file.head.startswith(b"PK"):
+        return recognises_map(file)
+    load, table = _names(file)
+    return load is not None and (table is not None or pickled.is_pickled(file))
 
 
-def _names(path: Path) -> tuple[str | None, str | None]:
+def _names(file: Opened) -> tuple[str | None, str | None]:
     """Return the names of workload and table in a file; a bare array has the name ""."""
-    names = list_names(path)
+    names = list_names(file)
     load = next((name for name in (*LOADS, "") if name in names), None)
     table = next((name for name in TABLES if name in names), None)
     return load, table
 
 
-def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
+def read(files: Sequence[Opened], hints: Hints) -> RoutingStatistics:
     """Read workloads; those of slots need a table or map in one of the files."""
     loads: dict[Path, NDArray[np.int64]] = {}
     tables = [] if hints.running is None else [hints.running]
-    for path in paths:
-        with naming(path):
-            if head(path, 6)[:2] != b"PK" and head(path, 6) != npz.MAGIC:
-                tables.append(read_map(path, hints).experts)
+    for file in files:
+        with naming(file.path):
+            if not file.head.startswith((b"PK", npz.MAGIC)):
+                tables.append(read_map(file, hints).experts)
                 continue
-            load, table = _names(path)
+            load, table = _names(file)
             if load is None:
                 raise ValueError(f"must hold {LOADS[0]!r}")
-            arrays = read_arrays(path, [name for name in (load, table) if name is not None])
-            loads[path] = counts_in("workload", arrays[load])
+            arrays = read_arrays(file, [name for name in (load, table) if name is not None])
+            loads[file.path] = counts_in("workload", arrays[load])
             if table is not None and arrays[table].dtype.kind not in "iu":
                 raise ValueError(f"table must be integers, got {shown(arrays[table])}")
             tables += [] if table is None else [arrays[table].astype(np.int64)]
     if not loads:
-        raise ValueError(f"{paths[0]}: is an expert map; a workload is needed beside it")
+        raise ValueError(f"{files[0].path}: is an expert map; a workload is needed beside it")
     parts = []
     for path, counts in loads.items():
         with naming(path):
@@ -116,19 +116,21 @@ def write_map(placement: Placement, path: Path, _: Hints) -> None:
         temporary.write_text(json.dumps(fields) + "\n")
 
 
-def recognises_map(path: Path) -> bool:
+def recognises_map(file: Opened) -> bool:
     """Return whether a file is such a map."""
-    return b'"moe_layer_count"' in head(path, 4096)
+    return b'"moe_layer_count"' in file.head[:4096]
 
 
-def read_map(path: Path, _: Hints) -> Layout:
+def read_map(file: Opened, _: Hints) -> Layout:
     """Read the expert map in the order of the file, as the engine does, which ignores ids.
 
     The layout's ``remarks`` name layers and devices whose ``layer_id`` or ``device_id`` differs
     from their place.
     """
-    with naming(path):
-        layers = _members("the file", parse_json(read_whole(path)), "layer_list", "moe_layer_count")
+    with naming(file.path):
+        layers = _members(
+            "the file", parse_json(file.read_whole()), "layer_list", "moe_layer_count"
+        )
         rows, devices, remarks = [], 0, _misplaced("layer_list", layers, "layer_id")
         for at, layer in enumerate(layers):
             where = f"layer {at}"

@@ -17,6 +17,7 @@ from moetuner.cli.output import Output, working
 from moetuner.evaluation.replay import check_model
 from moetuner.files import naming
 from moetuner.files.cells import counted, in_bytes, percent
+from moetuner.files.opened import Opened, opened
 from moetuner.formats import find_form, read_placement
 from moetuner.placement import Placement, PlacementDiff, blocks
 from moetuner.problem import Problem
@@ -68,23 +69,27 @@ def start_placement(
 
 
 def load_placement(
-    path: Path, source: Source, topology: Topology | None = None, *, devices: int | None = None
+    path: Path | Opened,
+    source: Source,
+    topology: Topology | None = None,
+    *,
+    devices: int | None = None,
 ) -> Placement:
     """Read a placement, or a map of an engine; raise unless it fits INPUT's model and the machine.
 
     Without a topology, ``devices`` is the number of devices of a map that does not say it.
     """
-    traffic = source.traffic
+    traffic, file = source.traffic, opened(path)
     _, dense = traffic.left_out or (None, None)
     placement = read_placement(
-        path,
+        file,
         devices=devices if topology is None else topology.devices,
         num_experts=traffic.num_experts,
         dense_layers=dense if source.dense_layers is None else source.dense_layers,
     )
-    with naming(path):
+    with naming(file.path):
         surplus = placement.layers - traffic.layers
-        if surplus > 0 and find_form(path) != "json":
+        if surplus > 0 and find_form(file) != "json":
             raise ValueError(
                 f"placement must have {traffic.layers} layers like INPUT, got "
                 f"{placement.layers}: if {surplus} of them are not in INPUT, as they have no "

@@ -28,6 +28,7 @@ from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.samples import find_samples, hold_out
 from moetuner.files import naming
 from moetuner.files.cells import counted, listed
+from moetuner.files.opened import Opened
 from moetuner.formats import WRITERS, find_form, read_placement
 from moetuner.placement import Placement, contiguous
 from moetuner.problem.made import Made
@@ -86,15 +87,17 @@ def write_held_out(part: Recording, traffic: Recording) -> str:
     )
 
 
-def read_any(path: Path, machine: Machine, hints: LayerHints) -> Placement:
+def read_any(path: Path | Opened, machine: Machine, hints: LayerHints) -> Placement:
     """Read a placement, or an engine's map; options give sizes that a map leaves out."""
     sizes = {name: hints.hints[name] for name in ("num_experts", "dense_layers")}
     return read_placement(path, devices=machine.given, **sizes)
 
 
-def read_hints(path: Path) -> Reading:
+def read_hints(file: Opened) -> Reading:
     """Return how the INPUT of a placement was read, by its file; an engine's map does not say."""
-    return Reading() if find_form(path) != "json" else read_made(path, read_placement(path)).input
+    if find_form(file) != "json":
+        return Reading()
+    return read_made(file.path, read_placement(file)).input
 
 
 def with_input(placement: Placement, source: Source, holdout: float) -> Placement:
@@ -153,16 +156,17 @@ class Placed:
     @classmethod
     def read(
         cls,
-        path: Path,
+        file: Opened,
         source: Source,
         machine: Machine,
         options: ServingOptions,
     ) -> Placed:
         """Read a placement of INPUT's model; its settings replace options that are not given."""
-        source = source.with_hints(read_hints(path))
-        placement = load_placement(path, source, devices=machine.given)
+        path = file.path
+        source = source.with_hints(read_hints(file))
+        placement = load_placement(file, source, devices=machine.given)
         made = read_made(path, placement)
-        engine = WRITERS[find_form(path)].engine
+        engine = WRITERS[find_form(file)].engine
         if engine is not None:  # only this engine loads the map
             made = replace(made, serving={**made.serving, "engine": engine})
         source, recorded = source.as_placed(made, path), made.input

@@ -29,6 +29,7 @@ from moetuner.cli.options.groups import FILES, group_input, locate_names
 from moetuner.cli.output import working
 from moetuner.cost import public_name, top_k_of, type_in_name
 from moetuner.files import same_file
+from moetuner.files.opened import Opened
 from moetuner.formats import find_readers, list_cautions, open_input
 from moetuner.formats.hints import Traffic as Traffic
 from moetuner.formats.sources import list_equal
@@ -124,7 +125,20 @@ class Source(FileHints):
     @cached_property
     def readers(self) -> tuple[str, ...]:
         """Names of the readers of INPUT's files; none for a pipe."""
-        return find_readers(self.input_files)
+        return find_readers(self.inputs.values())
+
+    @cached_property
+    def inputs(self) -> dict[Path, Opened]:
+        """The files of INPUT, opened."""
+        return {path: Opened(path) for path in self.input_files}
+
+    def like(self, **options: Any) -> Source:
+        """Return INPUT, or other files, with other options; files that stay are not asked again."""
+        source, known = replace(self, **options), self.inputs
+        vars(source)["inputs"] = {
+            path: known.get(path) or Opened(path) for path in source.input_files
+        }
+        return source
 
     @cached_property
     def recorded(self) -> Traffic:
@@ -136,16 +150,17 @@ class Source(FileHints):
 
     def _read(self) -> Traffic:
         """Read INPUT, with its own groups or those of --group-by."""
-
-        def read(paths: Sequence[Path], groups: Mapping[str, str] | None) -> Traffic:
-            return open_input(paths, window=self.window, groups=groups, **self.hints)
-
         with warnings.catch_warnings():
             # What was counted in several files is a warning of INPUT's description.
             warnings.simplefilter("ignore", UserWarning)
             if self.group_by is None:
-                return read(self.input_files, None)
-            return group_input(self.group_by, self.input_files, read, self.window or WINDOW)
+                return self._open(self.input_files, None)
+            return group_input(self.group_by, self.input_files, self._open, self.window or WINDOW)
+
+    def _open(self, paths: Sequence[Path], groups: Mapping[str, str] | None) -> Traffic:
+        """Read files of INPUT, with the groups of their requests."""
+        files = [self.inputs[path] for path in paths]
+        return open_input(files, window=self.window, groups=groups, **self.hints)
 
     def _check_model(self, traffic: Traffic) -> None:
         """Raise if --model has another number of experts."""
@@ -187,7 +202,7 @@ class Source(FileHints):
         counts = self.count_all(self.recorded)
         if counts is self.recorded:
             return self
-        source = replace(self, uncounted=self)
+        source = self.like(uncounted=self)
         vars(source)["recorded"] = counts
         return source
 
@@ -204,7 +219,7 @@ class Source(FileHints):
         hints: dict[str, Any] = {
             name: getattr(self, name) or value for name, value in reading.hints()
         }
-        source = replace(self, **hints)
+        source = self.like(**hints)
         return self if source == self else source  # traffic that is read already stays
 
     def as_placed(self, made: Made, placement_file: Path) -> Source:
@@ -213,12 +228,12 @@ class Source(FileHints):
         missing = reading.substitute(self, recorded)
         if recorded.ordered and self.window is None:
             missing["window"] = made.serving.get("window")
-        source, text = replace(self, **missing), reading.group_by
+        source, text = self.like(**missing), reading.group_by
         has_groups = self.group_by is not None or recorded.group is not None or self.only
         if text is not None and not has_groups and reading.fits(recorded):
             names = locate_names(text, placement_file)
             if names is None:
-                source = replace(source, missing_names=text)
+                source = source.like(missing_names=text)
             else:
                 recorded = self._grouped_by(names, source.window)
         vars(source)["recorded"] = recorded
@@ -231,7 +246,7 @@ class Source(FileHints):
         def read(paths: Sequence[Path], groups: Mapping[str, str] | None) -> Traffic:
             if groups is None and list(paths) == list(self.input_files):
                 return recorded
-            return open_input(paths, window=self.window, groups=groups, **self.hints)
+            return self._open(paths, groups)
 
         try:
             return group_input(text, self.input_files, read, window or WINDOW)

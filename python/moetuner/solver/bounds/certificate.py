@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from moetuner._checks import path_in, shown
 from moetuner.files import naming, replacing, safetensors, size_of
+from moetuner.files.opened import Opened, opened
 from moetuner.frozen import Frozen
 from moetuner.topology import Regime
 
@@ -144,21 +145,20 @@ class Certificate(Frozen):
         ValueError
             If the file is truncated, corrupt, of another version, or something else.
         """
-        path = path_in(path)
-        with naming(path):
+        file = opened(path)
+        with naming(file.path):
             try:
-                return cls._read(path)
+                return cls._read(file)
             except (KeyError, TypeError, ValueError) as error:
-                reason = str(error).removeprefix(f"{path}: ")
+                reason = str(error).removeprefix(f"{file.path}: ")
                 raise ValueError(f"not a certificate: {reason}") from None
 
     @classmethod
-    def _read(cls, path: Path) -> Certificate:
-        size_of(path)  # refuses what is no regular file, which would block
-        with path.open("rb") as file:
-            if file.read(1) == b"{":
-                raise ValueError("it is JSON, as placements are")
-        header = safetensors.read_header(path)
+    def _read(cls, file: Opened) -> Certificate:
+        size_of(file.path)  # refuses what is no regular file, which would block
+        if file.head.startswith(b"{"):
+            raise ValueError("it is JSON, as placements are")
+        header = file.header
         metadata: dict[str, Any] = dict(header.metadata)
         for name, wanted in (("format", FORMAT), ("version", VERSION), ("about", cls.scope)):
             if metadata.get(name) != wanted:
@@ -170,14 +170,16 @@ class Certificate(Frozen):
         for name in ("slots", "cost"):
             if not (metadata[name].isascii() and metadata[name].isdigit()):
                 raise ValueError(f"{name} must be a whole number, got {shown(metadata[name])}")
+        places = {name: header.tensor(name) for name in header.entries}
+        tensors = safetensors.read_all(file.path, places)
 
         def array(name: str, dtype: Any) -> NDArray[Any]:
-            """Read an array of one dimension and just this type."""
+            """Return an array of one dimension and just this type."""
             place = header.tensor(name)
             if len(place.shape) != 1 or place.dtype != dtype:
                 wanted = f"{np.dtype(dtype)} of one dimension"
                 raise ValueError(f"{name} must be {wanted}, got {place.dtype} {list(place.shape)}")
-            return safetensors.read(path, place)
+            return tensors[name]
 
         def proof(prefix: str, parts: int, price: int) -> Proof:
             arrays = [array(f"{prefix}.{name}", dtype) for name, dtype in ARRAYS.items()]
