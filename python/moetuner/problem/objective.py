@@ -445,6 +445,11 @@ class Objective:
         return self.way.visits_devices and self.statistics.sets is not None
 
     @property
+    def is_of_loads(self) -> bool:
+        """True if no table of traffic was counted that costs something: loads alone do."""
+        return self.aim.costs_loads and not self.knows_visits and self.transitions is None
+
+    @property
     def knows_visits(self) -> bool:
         """True if expert sets or pairs tell which devices tokens visit.
 
