@@ -21,7 +21,7 @@ from moetuner.cli.recipes import FEW_MOVES_FILE
 from moetuner.evaluation.comparison import PRICE, Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.files.cells import counted, in_bytes, percent, signed, span, with_values
-from moetuner.problem.objective import Goal
+from moetuner.problem.goals import Goal
 from moetuner.recording import Recording
 from moetuner.report import advice as advising
 from moetuner.report.advice.conclusion import write_order

@@ -30,8 +30,8 @@ from moetuner.files.cells import counted, listed, number, percent
 from moetuner.formats import is_map
 from moetuner.placement import EMPTY, Placement, blocks
 from moetuner.problem import TRAFFIC_CAP
+from moetuner.problem.goals import AIMS
 from moetuner.problem.made import Made
-from moetuner.problem.objective import count_decimals
 from moetuner.report.findings import Finding
 from moetuner.report.hot_experts import HotExperts
 from moetuner.report.outcome import find_times_of
@@ -346,7 +346,7 @@ def _origins(placement: Placement, made: Made, moment: str) -> Iterator[str]:
     model = "" if placement.model is None else f" of {_texts.name(placement.model)}"
     yield ", ".join([f"From {source}{model}", *sizes, f"fingerprint {placement.fingerprint}"])
     if placement.objective is not None:
-        places = count_decimals(made.wanted.get("objective"))
+        places = AIMS[made.wanted.get("objective") or "traffic"].decimals
         bound = "" if placement.bound is None else f"; lower bound {placement.bound:,.{places}f}"
         scope = f" of {placement.bound_scope}" if bound and placement.bound_scope else ""
         value = f"{placement.objective:,.{places}f} {made.unit or ''}"

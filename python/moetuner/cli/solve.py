@@ -295,7 +295,7 @@ def _serve_as(
 
 def _refuse_unprovable(problem: Problem, method: str, *, moving: bool) -> None:
     """Raise, before any work, if no bound with a certificate can be found."""
-    if problem.goal != "traffic":
+    if problem.aim.costs_loads:
         why = f"bounds of {problem.goal} are formulas of INPUT; pass --objective traffic"
     elif method != "joint":
         why = f"method {method} has no bound; pass --method joint"

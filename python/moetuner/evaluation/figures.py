@@ -216,7 +216,7 @@ def compute_layer_us(counts: Counts, setting: Setting) -> Floats:
     for chunk in chunks(len(counts.load), counts.load[0].size):
         chunk_counts = counts.select(chunk)
         compute = model.compute_us(chunk_counts.load, chunk_counts.active, topology.speed_of_device)
-        if setting.serving.regime == "follow":
+        if setting.serving.way.joins_layers:
             moved = _compute_follow_us(chunk_counts, topology, model)
         else:
             if model.once_per == "node" and chunk_counts.node_visits is not None and tiers == 2:

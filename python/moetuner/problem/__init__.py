@@ -20,7 +20,8 @@ from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement, fill
 from moetuner.problem import capacity
 from moetuner.problem.caps import Caps
-from moetuner.problem.objective import Goal, Objective, choose_goal, choose_tables
+from moetuner.problem.goals import AIMS, Aim, Goal
+from moetuner.problem.objective import Objective, choose_goal, choose_tables
 from moetuner.problem.pins import Pin, SlotRules, make_rules
 from moetuner.problem.settings import (
     PIN,
@@ -162,11 +163,7 @@ class Problem(Frozen):
         GOAL,
         choices=get_args(Goal),
         label="Minimised",
-        words={
-            "time": "predicted time of a layer",
-            "balance": "imbalance",
-            "traffic": "traffic between devices",
-        },
+        words={name: aim.label for name, aim in AIMS.items()},
     )
     cost_model: CostModel | None = reuse_setting(Serving, "cost_model")
     split: Split = reuse_setting(Serving, "split")
@@ -223,7 +220,7 @@ class Problem(Frozen):
         check.instance("statistics", traffic, RoutingStatistics, RoutingTrace, hint=counted)
         check.instance("topology", self.topology, Topology, hint=", such as Topology(devices=8)")
         check_settings(self)
-        if RULES[self.split].needs_windows and self.goal == "traffic":
+        if RULES[self.split].needs_windows and not self.aim.costs_loads:
             raise check.ArgumentError(
                 f"split {self.split!r} balances load, so objective must be balance or time, got "
                 + ("'traffic'" if self.objective else "the default with max_imbalance, 'traffic'"),
@@ -367,10 +364,15 @@ class Problem(Frozen):
         return choose_goal(self.objective, self.max_imbalance)
 
     @property
+    def aim(self) -> Aim:
+        """What counts for the goal."""
+        return AIMS[self.goal]
+
+    @property
     def is_plain(self) -> bool:
         """True if only traffic counts, with single copies, on equal devices, without rules."""
         return (
-            self.goal == "traffic"
+            not self.aim.costs_loads
             and not (self.fill_slots and self.may_copy)
             and not self.rules.exist
             and self.capacity.min() == self.capacity.max()

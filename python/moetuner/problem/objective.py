@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import cached_property, wraps
-from typing import Any, Generic, Literal, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +17,14 @@ from moetuner.evaluation.losses import Domain
 from moetuner.evaluation.options import ReplayOptions
 from moetuner.placement import Placement, blocks
 from moetuner.problem.caps import compute_slowest_load
+from moetuner.problem.goals import AIMS, TRAFFIC_WORDS, Goal, Words
 from moetuner.problem.windows import Windows
 from moetuner.serving import Serving, phases
+from moetuner.serving.regimes import WAYS
 from moetuner.statistics import ExpertSets, RoutingStatistics
 from moetuner.topology import Regime
 
 Floats = NDArray[np.float64]
-Goal = Literal["time", "balance", "traffic"]
 Value = TypeVar("Value")
 
 
@@ -128,24 +129,9 @@ def choose_tables(regime: Regime, goal: Goal) -> dict[str, bool]:
     the time of counting. A search for the fewest visits begins with pairs.
     """
     # Balance does not depend on visits, and sets take memory.
-    sets = regime == "dispatch" and goal != "balance"
-    pairs = not sets or goal == "traffic"
+    sets = WAYS[regime].visits_devices and AIMS[goal].costs_traffic
+    pairs = not (sets and AIMS[goal].costs_loads)
     return {"sets": sets, "transitions": pairs, "coactivation": pairs}
-
-
-# Unit, text of a value, and nearest figure of an evaluation, for each kind of objective.
-WORDS = {
-    "time": ("us per layer", "{:,.1f} us per layer", "predicted_layer_us"),
-    "balance": ("max / mean load", "imbalance {:.4f}", "imbalance"),
-    "visits": ("fanout", "fanout {:.4f}", "fanout"),
-    "follow": ("share of the traffic", "crossing {:.4f}", "crossing"),
-    "dispatch": ("share of the traffic", "{:.4f} of the co-activations apart", "fanout"),
-}
-
-
-def count_decimals(goal: Goal | None) -> int:
-    """Return the number of decimals to show of an objective's value."""
-    return 1 if goal == "time" else 4
 
 
 class Objective:
@@ -199,8 +185,8 @@ class Objective:
         survive: Domain | None = None,
     ) -> None:
         self.statistics, self.serving = statistics, serving
-        self.topology, self.regime = serving.topology, serving.regime
-        self.goal, self.windows, self.shares = goal, windows, shares
+        self.topology, self.way = serving.topology, serving.way
+        self.goal, self.aim, self.windows, self.shares = goal, AIMS[goal], windows, shares
         self._by_groups, self.survive = by_groups, survive
         self._recent: _Recent[Any] = _Recent(RECENT)
         self._visits_of_layers = _LayerVisits(serving, statistics.sets)
@@ -217,17 +203,17 @@ class Objective:
 
     def __repr__(self) -> str:
         """Return goal and regime."""
-        return f"Objective({self.goal!r}, regime={self.regime!r})"
+        return f"Objective({self.goal!r}, regime={self.serving.regime!r})"
 
     # For every goal.
 
     def value(self, placement: Placement) -> float:
         """Return the objective of a placement, in ``unit``."""
         check.instance("placement", placement, Placement)
-        if self.goal == "traffic":
-            value = self.traffic(placement)
-        else:
+        if self.aim.costs_loads:
             value = float(self.compute_values(self.window_cost(placement).sum(axis=1)))
+        else:
+            value = self.traffic(placement)
         return value * float(self.layer_factors(placement).mean())
 
     @property
@@ -262,33 +248,46 @@ class Objective:
     @property
     def has_needed_tables(self) -> bool:
         """True if the statistics have the tables that the objective needs."""
-        return self.goal != "traffic" or self.has_traffic
+        return self.aim.costs_loads or self.has_traffic
+
+    @property
+    def joins_layers(self) -> bool:
+        """True if transitions from layer to layer cost something."""
+        return self.aim.costs_traffic and self.way.joins_layers and self.statistics.layers > 1
 
     @property
     def is_sum_of_layers(self) -> bool:
         """True if the objective is a sum over layers, so that each may be placed by itself."""
-        joins = self.goal != "balance" and self.regime == "follow" and self.statistics.layers > 1
-        return self.has_needed_tables and not joins and self.is_of_windows
+        return self.has_needed_tables and not self.joins_layers and self.is_of_windows
 
     def layer_costs(self, placement: Placement) -> Floats:
         """Compute the cost of layers [L,1], or of layers and windows [L,W] under a risk."""
-        if self.goal == "traffic":
+        if not self.aim.costs_loads:
             return self.layers_traffic(placement)[:, None]
         costs = self.window_cost(placement).T
         return self.compute_values(costs)[:, None] if self.windows.is_mean else costs
 
     @property
-    def _words(self) -> tuple[str, str, str]:
-        """Unit, text of a value, and nearest figure."""
-        if self.goal == "traffic" and self.has_expert_sets:
-            return WORDS["visits"]
-        return WORDS[self.regime if self.goal == "traffic" else self.goal]
+    def _words(self) -> Words:
+        """Words of the value, with the costs of nodes and links that differ."""
+        words = self.aim.words
+        if words is not None:
+            return words
+        words = TRAFFIC_WORDS["sets" if self.has_expert_sets else self.way.pairs]
+        if self.has_expert_sets and (node := self.visit_costs[1]):
+            both = (
+                f"fanout + {node:.3g} node fanout",
+                f"fanout + {node:.3g} x node fanout = {{:.4f}}",
+            )
+            return Words(*both, words.figure)
+        if self.way.joins_layers and np.unique(self.link_cost).size > 2:
+            return words._replace(text="cost of links {:.4f} per transition")
+        return words
 
     @property
     def unit(self) -> str:
         """Unit of the value, for JSON."""
-        node = self.visit_costs[1] if self._words is WORDS["visits"] else 0.0
-        return f"fanout + {node:.3g} node fanout" if node else self._words[0]
+        return self._words.unit
 
     def text(self, value: float) -> str:
         """Return a value with its unit, for a sentence."""
@@ -301,81 +300,70 @@ class Objective:
 
     def _text(self, value: float) -> str:
         """Return a value with its unit, without the words on losses."""
-        node = self.visit_costs[1] if self._words is WORDS["visits"] else 0.0
-        if node:
-            return f"fanout + {node:.3g} x node fanout = {value:.4f}"
-        if self._words is WORDS["follow"] and np.unique(self.link_cost).size > 2:
-            return f"cost of links {value:.4f} per transition"
-        where = phases.describe(self.shares) if self.goal != "traffic" else ""
-        return self._words[1].format(value) + (f", in {where}" if where else "")
-
-    @property
-    def decimals(self) -> int:
-        """Decimals of the value in a table."""
-        return count_decimals(self.goal)
+        where = phases.describe(self.shares) if self.aim.costs_loads else ""
+        return self._words.text.format(value) + (f", in {where}" if where else "")
 
     @property
     def is_predicted_time(self) -> bool:
         """True if the value is the predicted time of ``evaluate``, as far as counts give it."""
         is_mean = self.windows.risk == "mean" and not self._by_groups and self.is_of_windows
-        return self.goal == "time" and is_mean and len(self.shares) == 1
+        return self.aim.predicts_time and is_mean and len(self.shares) == 1
 
     @property
     def figure(self) -> str:
         """Figure of an evaluation that is nearest to the objective."""
-        return self._words[2]
+        return self._words.figure
 
     @property
     def figures(self) -> tuple[str, ...]:
         """Figures of an evaluation to show beside imbalance in bursts and mixed."""
-        visits_nodes = self.regime == "dispatch" and self.topology.nodes > 1
-        if self.goal == "time":
+        visits_nodes = self.way.visits_devices and self.topology.nodes > 1
+        if self.aim.predicts_time:
             visited = "node_fanout" if visits_nodes else "fanout"
-            return ("crossing" if self.regime == "follow" else visited, "predicted_layer_us")
+            return ("crossing" if self.way.joins_layers else visited, "predicted_layer_us")
         return ("imbalance_total", "node_fanout" if visits_nodes else "crossing", "fanout")
 
     @property
     def lacks(self) -> str | None:
         """Sentence on a table that the statistics lack, and what follows; None if they have all."""
-        if self.goal == "balance":
+        if not self.aim.costs_traffic:
             return None
         if not self.has_traffic:
-            pairs = "transitions" if self.regime == "follow" else "co-activation"
-            return f"no {pairs}: methods could only balance the load"
+            return f"no {self.way.pairs_name}: methods could only balance the load"
         # Without pairs every token has one expert, and visits one device.
         if self.coactivation is None:
             return None
-        if self.goal == "traffic":
-            return "no expert sets: co-activated pairs stand for the devices that tokens visit"
-        return "no expert sets: the devices that tokens visit are estimated from pairs"
+        if self.aim.predicts_time:
+            return "no expert sets: the devices that tokens visit are estimated from pairs"
+        return "no expert sets: co-activated pairs stand for the devices that tokens visit"
 
     # The tables that the objective depends on besides load: searches make a term of each.
 
     @property
     def cost_model(self) -> CostModel | None:
         """Cost model of the predicted time; None if time is not the goal."""
-        return self.serving.cost_model if self.goal == "time" else None
+        return self.serving.cost_model if self.aim.predicts_time else None
 
     @property
     def transitions(self) -> NDArray[np.uint64] | None:
         """Transitions [L-1,E,E] that the objective counts; None if layers are independent."""
-        return self._counted_pairs if self.regime == "follow" else None
+        return self._counted_pairs if self.way.joins_layers else None
 
     @property
     def sets(self) -> tuple[ExpertSets, ...] | None:
         """Expert sets whose visits the objective counts; None if it counts none."""
-        is_counted = self.has_expert_sets and self.goal != "balance"
+        is_counted = self.has_expert_sets and self.aim.costs_traffic
         return self.statistics.sets if is_counted else None
 
     @property
     def coactivation(self) -> NDArray[np.uint64] | None:
         """Co-activation [L,E,E] in place of expert sets that were not counted; None otherwise."""
-        lacks_sets = self.regime == "dispatch" and not self.has_expert_sets
+        lacks_sets = self.way.visits_devices and not self.has_expert_sets
         return self._counted_pairs if lacks_sets else None
 
     @property
     def _counted_pairs(self) -> NDArray[np.uint64] | None:
-        pairs = None if self.goal == "balance" else self.pairs
+        pairs = self.pairs if self.aim.costs_traffic else None
         return pairs if pairs is not None and pairs.any() else None
 
     # For time and balance: costs of windows and layers, over a reference.
@@ -383,7 +371,7 @@ class Objective:
     @_recall
     def window_cost(self, placement: Placement) -> Floats:
         """Compute the contribution of every window and layer [W,L] to time or balance."""
-        compute = self._layer_times if self.goal == "time" else self._slowest
+        compute = self._layer_times if self.aim.predicts_time else self._slowest
         return self.windows.map(compute(placement))
 
     @cached_property
@@ -393,7 +381,7 @@ class Objective:
         For time, the mean time of a step of its size, or 1 if all windows have one size. For
         balance, the load over speed of evenly loaded devices.
         """
-        if self.goal != "time":
+        if not self.aim.predicts_time:
             return self._even_load
         reference = self.windows.reference
         return np.ones(len(self.windows)) if reference is None else reference
@@ -401,7 +389,7 @@ class Objective:
     @cached_property
     def _mean_reference(self) -> float:
         """Factor that turns a ratio to the reference into ``unit``: 1 for balance."""
-        if self.goal != "time" or self.windows.reference is None:
+        if not self.aim.predicts_time or self.windows.reference is None:
             return 1.0
         weight = self.windows.weight
         return float((weight * self.windows.reference).sum() / weight.sum())
@@ -413,7 +401,7 @@ class Objective:
         It turns shares of the time into weights of windows of several sizes.
         """
         cost, weight = self._even_load, self.windows.weight
-        if self.goal == "time":
+        if self.aim.predicts_time:
             sizes = self.statistics.layers, self.statistics.num_experts, self.topology.devices
             cost = self.window_cost(blocks(*sizes)).sum(axis=1)
         return float((weight * cost).sum() / weight.sum())
@@ -438,7 +426,7 @@ class Objective:
         """Return a function from loads [W,L,E] to predicted microseconds over L [W,L]."""
         setting = replay.Setting(placement, self.serving, ReplayOptions(mixed=False))
         visits = None if self.statistics.sets is None else self._count_visits(placement)
-        follows = self.regime == "follow"
+        follows = self.way.joins_layers
         expected = replay.Expected(self.statistics, setting, follows=follows, visits=visits)
         # Home devices follow from the load of all windows, which may come in several chunks.
         total = None if self.windows.are_few else self.windows.total[None]
@@ -454,7 +442,12 @@ class Objective:
     @property
     def has_expert_sets(self) -> bool:
         """True if expert sets were counted, so that traffic is the devices that tokens visit."""
-        return self.regime == "dispatch" and self.statistics.sets is not None
+        return self.way.visits_devices and self.statistics.sets is not None
+
+    @property
+    def is_of_loads(self) -> bool:
+        """True if no table of traffic was counted that costs something: loads alone do."""
+        return self.aim.costs_loads and not self.knows_visits and self.transitions is None
 
     @property
     def knows_visits(self) -> bool:
@@ -467,13 +460,13 @@ class Objective:
     @property
     def counts_pairs(self) -> bool:
         """True if the goal is traffic of pairs: its bounds are integer costs."""
-        return self.goal == "traffic" and not self.has_expert_sets
+        return not (self.aim.costs_loads or self.has_expert_sets)
 
     @property
     def pairs(self) -> NDArray[np.uint64] | None:
         """Pairs that cost traffic in the regime, [L-1,E,E] or [L,E,E]; None if not counted."""
-        statistics = self.statistics
-        return statistics.transitions if self.regime == "follow" else statistics.coactivation
+        pairs: NDArray[np.uint64] | None = getattr(self.statistics, self.way.pairs)
+        return pairs
 
     @property
     def has_traffic(self) -> bool:
@@ -492,7 +485,7 @@ class Objective:
             return self.cost(placement) / self.scale
         if self.pairs is None:
             return 0.0
-        if self.regime == "dispatch":
+        if not self.way.joins_layers:
             return float(self._compute_apart(placement).sum())
         topology = self.topology
         moved = copies.count_pairs(placement, topology, self.serving.split, self.pairs)
@@ -502,7 +495,7 @@ class Objective:
         """Compute the contribution of every layer [L] to the traffic of dispatch; 0 for follow."""
         if self.has_expert_sets:
             return self._visits(placement)
-        has_pairs = self.regime == "dispatch" and self.has_traffic
+        has_pairs = not self.way.joins_layers and self.has_traffic
         return self._compute_apart(placement) if has_pairs else np.zeros(self.statistics.layers)
 
     def cost(self, placement: Placement) -> int:
@@ -515,19 +508,19 @@ class Objective:
         if self.pairs is None:
             return 0
         device_of = placement.device_of
-        there = device_of[1:] if self.regime == "follow" else device_of
+        there = device_of[1:] if self.way.joins_layers else device_of
         total = _core.pair_cost(
             device_of[: len(there)].astype(np.uint16),
             there.astype(np.uint16),
             self.pairs,
             self.link_cost.astype(np.uint64),
         )
-        return total if self.regime == "follow" else total // 2
+        return total // self.way.times_counted
 
     @cached_property
     def link_cost(self) -> NDArray[np.int64]:
         """Cost of a pair by its devices [D,D]; a co-activated pair costs 1 on any two devices."""
-        if self.regime == "follow":
+        if self.way.joins_layers:
             return self.topology.cost
         return 1 - np.eye(self.topology.devices, dtype=np.int64)
 
@@ -536,11 +529,9 @@ class Objective:
         """Cost if every counted pair moved over the cheapest link: the whole of a share."""
         pairs = self.pairs
         counted = 0 if pairs is None else int(pairs.sum(dtype=np.uint64))  # below 2**63
-        if self.regime == "dispatch":
-            counted //= 2
         cost = self.link_cost
         cheapest = int(cost[cost > 0].min()) if self.topology.devices > 1 else 1
-        return max(counted * cheapest, 1)
+        return max(counted // self.way.times_counted * cheapest, 1)
 
     @cached_property
     def tokens(self) -> int:
@@ -572,7 +563,7 @@ class Objective:
         """
         model, topology = self.serving.cost_model, self.topology
         assert model is not None
-        crossing = model.crossing_us(topology, returns=self.regime == "dispatch")
+        crossing = model.crossing_us(topology, returns=self.way.visits_devices)
         price: Floats = crossing[topology.tier] / self.top_k
         return price
 

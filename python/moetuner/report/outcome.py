@@ -93,7 +93,7 @@ class Outcome:
             cells.append(FIGURES[name].text(getattr(self.evaluation, name)))
         if not objective.is_predicted_time:
             value = self.result.objective if objective.has_needed_tables else None
-            cells.append(number(value, objective.decimals))
+            cells.append(number(value, objective.aim.decimals))
         return (*cells, percent(self.gap), number(self.result.seconds, 2))
 
 

@@ -26,6 +26,7 @@ from moetuner.serving import phases as phase
 from moetuner.serving.arrival import Arrival, read_arrival, share_mixed
 from moetuner.serving.engines import ENGINES
 from moetuner.serving.phases import Phases
+from moetuner.serving.regimes import WAYS, Way
 from moetuner.serving.settings import ENGINE, GOAL, MACHINE, check_settings, setting
 from moetuner.serving.splits import RULES, SPLITS, Rule, Split
 from moetuner.statistics import WINDOW, RoutingStatistics, check_recording
@@ -68,9 +69,9 @@ class Serving(Frozen):
     engine
         The engine that serves the model, of ``ENGINES``; None if unknown.
     regime
-        Path of tokens after a layer. dispatch: they return to their home device, as in today's
-        engines, so co-activation saves traffic. follow: they move on to the next expert, as in the
-        paper, so transitions cost.
+        Way of tokens after a layer: a row of ``moetuner.serving.regimes.WAYS``. dispatch: they
+        return to their home device, as in today's engines, so co-activation saves traffic. follow:
+        they move on to the next expert, as in the paper, so transitions cost.
     split
         Rule that splits tokens over an expert's copies: a row of ``moetuner.serving.splits.RULES``.
     arrival
@@ -111,7 +112,7 @@ class Serving(Frozen):
         choices=get_args(Regime),
         by_engine=True,
         label="After a layer, tokens",
-        words={"dispatch": "go home", "follow": "go on to the next expert"},
+        words={name: way.words for name, way in WAYS.items()},
     )
     split: Split = setting(
         "even",
@@ -194,6 +195,11 @@ class Serving(Frozen):
                 "name their model, such as 'deepseek-v3'",
                 "waterfill",
             )
+
+    @property
+    def way(self) -> Way:
+        """The way of tokens in the regime."""
+        return WAYS[self.regime]
 
     @property
     def rule(self) -> Rule:

@@ -115,7 +115,7 @@ def _raises_as_balance(problem: Problem, placement: Placement) -> bool:
 def list_sampling_facts(problem: Problem) -> dict[str, int]:
     """Return how many windows and tokens a search has seen, where it has not seen all."""
     facts, windows = {}, problem.windows
-    if windows.searched is not windows and problem.goal != "traffic":
+    if windows.searched is not windows and problem.aim.costs_loads:
         facts = {"windows": len(windows), "windows_searched": len(windows.searched)}
     if problem.objective_function.has_expert_sets and problem.statistics.set_tokens is not None:
         facts["set_tokens"] = problem.statistics.set_tokens

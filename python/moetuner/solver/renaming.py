@@ -72,7 +72,7 @@ def rename_devices(problem: Problem, running: NDArray[np.bool_], slots: Slots) -
     staying = np.matmul(holders.astype(np.float32), running.transpose(0, 2, 1).astype(np.float32))
     weight = staying.astype(np.int64) * (devices + 1)
     weight[~_may_take(problem, holders)] = FORBIDDEN
-    if problem.regime == "follow":
+    if problem.serving.way.joins_layers:
         weight = np.maximum(weight.sum(axis=0, keepdims=True), FORBIDDEN)
     # Among renamings that keep equally many copies, the one that renames the fewest devices.
     weight = weight + np.eye(devices, dtype=np.int64)

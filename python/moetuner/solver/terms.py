@@ -199,11 +199,10 @@ def make_terms(problem: Problem, unit: float, *, copy_costs: Floats | None = Non
 def tokens_per_unit(problem: Problem, load: Floats, weight: Floats) -> float:
     """Compute the weighted tokens on the slowest device that make one unit of the objective."""
     speed = problem.topology.speed_of_device
-    if problem.goal == "time":
-        assert problem.cost_model is not None
-        token_us = max(problem.cost_model.token_us, LEAST_TOKEN_US)
+    if (model := problem.objective_function.cost_model) is not None:
+        token_us = max(model.token_us, LEAST_TOKEN_US)
         return float(speed.min() * weight.sum() * problem.layers / token_us)
-    if problem.goal == "traffic":
+    if not problem.aim.costs_loads:
         return TRAFFIC_FIRST * problem.objective_function.scale
     return float(speed.min() * (weight * load.sum(axis=(1, 2))).sum() / speed.sum())
 
@@ -229,13 +228,13 @@ def _time_costs(problem: Problem) -> TimeCosts | None:
     if model is None:
         return None
     token_us = max(model.token_us, LEAST_TOKEN_US)
-    speed, dispatched = problem.topology.speed_of_device, problem.regime == "dispatch"
+    speed, way = problem.topology.speed_of_device, problem.serving.way
     return TimeCosts(
         base=(model.base_us - model.start_us) / token_us,
         expert=model.expert_us / token_us,
         exposed=model.exposed,
         start=model.start_us / token_us,
-        row=row_us(problem) * float(speed.min()) / token_us if dispatched else 0.0,
+        row=row_us(problem) * float(speed.min()) / token_us if way.visits_devices else 0.0,
         counted=problem.objective_function.knows_visits,
     )
 
@@ -245,11 +244,8 @@ def _visit_costs(problem: Problem, unit: float) -> VisitCosts | None:
     sets = problem.objective_function.sets
     if sets is None:
         return None
-    if problem.goal == "time":
-        # The busiest port has a price of its own.
-        return visit_costs(problem, unit=0.0)
     tokens = float(sets[0].counts.sum())
-    return visit_costs(problem, unit / (problem.layers * max(tokens, 1)))
+    return visit_costs(problem, _visit_unit(problem, unit) / (problem.layers * max(tokens, 1)))
 
 
 def _pair_costs(problem: Problem, unit: float) -> PairCosts | None:
@@ -258,10 +254,12 @@ def _pair_costs(problem: Problem, unit: float) -> PairCosts | None:
     pairs, top_k = objective.coactivation, problem.statistics.top_k_of_layer
     if pairs is None or top_k is None:
         return None
-    if problem.goal == "time":
-        # The busiest port has a price of its own.
-        return PairCosts(pairs, top_k)
-    return PairCosts(pairs, top_k, unit / objective.scale)
+    return PairCosts(pairs, top_k, _visit_unit(problem, unit) / objective.scale)
+
+
+def _visit_unit(problem: Problem, unit: float) -> float:
+    """Return the price of visits; none in a time, where the busiest port has a price of its own."""
+    return 0.0 if problem.aim.predicts_time else unit
 
 
 def loss_costs(problem: Problem) -> LossCosts | None:
@@ -288,9 +286,9 @@ def make_links(problem: Problem, unit: float) -> Links | None:
 def link_costs(problem: Problem, unit: float) -> Floats:
     """Compute the cost of a pair over a link [D,D]."""
     objective = problem.objective_function
-    if problem.goal == "traffic":
-        return problem.topology.cost.astype(np.float64) * (unit / objective.scale)
-    return objective.link_us * (unit / (problem.layers * windows_in_all(problem)))
+    if problem.aim.predicts_time:
+        return objective.link_us * (unit / (problem.layers * windows_in_all(problem)))
+    return problem.topology.cost.astype(np.float64) * (unit / objective.scale)
 
 
 def row_us(problem: Problem) -> float:

@@ -15,7 +15,7 @@ from moetuner.cost.memory import Memory, compute_memory, memory_of
 from moetuner.evaluation.comparison import PRICE
 from moetuner.files.cells import counted
 from moetuner.placement import Placement
-from moetuner.problem.objective import Goal
+from moetuner.problem.goals import Goal
 from moetuner.recording import Recording
 from moetuner.report.advice.conclusion import (
     conclude,

@@ -31,6 +31,7 @@ from moetuner.report.words.parts import LEAST_SHOWN, name_windows
 from moetuner.serving.arrival import Arrival
 from moetuner.serving.engines import ENGINES, Engine
 from moetuner.serving.phases import WINDOWS, name_phase
+from moetuner.serving.regimes import WAYS
 from moetuner.topology import Regime
 
 # A gain above the price is ruled out if the upper end of its interval is at most so many prices.
@@ -422,7 +423,7 @@ def _find_on_one(advice: Advice) -> list[Finding]:
     """Return how many tokens stay on one of two devices; nothing where that does not change."""
     counts = [evaluation.on_one_device for evaluation in (advice.running, advice.proposed)]
     before, after = ("" if count is None else f"{count:.0f}" for count in counts)
-    if before == after or advice.settings["regime"] != "dispatch":
+    if before == after or WAYS[advice.settings["regime"]].joins_layers:
         return []
     numbers = {"before": before, "after": after, "running": advice.settings["initial"]}
     return [Finding("tokens on one device", numbers)]

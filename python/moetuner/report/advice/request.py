@@ -12,7 +12,8 @@ from moetuner.cost.memory import Memory
 from moetuner.evaluation.samples import Samples, find_samples, hold_out
 from moetuner.placement import Placement
 from moetuner.problem import TRAFFIC_CAP, Problem
-from moetuner.problem.objective import Goal, choose_goal, choose_tables
+from moetuner.problem.goals import Goal
+from moetuner.problem.objective import choose_goal, choose_tables
 from moetuner.recording import Recording
 from moetuner.serving import Serving
 from moetuner.serving.engines import ENGINES, Engine, engine_settings

@@ -104,7 +104,7 @@ def _compute_gains(
     evaluations = evaluate_all(request, placements, holdout.unseen, request.windows)
     # Layers are ordered by what their copies gain on the seen traffic.
     seen = {}
-    if len(with_copies) > 1 and NONE in with_copies and request.serving.regime == "dispatch":
+    if len(with_copies) > 1 and NONE in with_copies and not request.serving.way.joins_layers:
         counts = holdout.statistics
         seen = evaluate_all(request, with_copies, counts, (counts.window,))[counts.window]
     rows = []

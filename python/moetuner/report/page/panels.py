@@ -304,7 +304,7 @@ def _draw_by_layer(
 def _show_next(page: PageData) -> Panel | None:
     """Show the share of steps to the next layer that leave their device, or node."""
     tables = _list_traffic(page, "follow")
-    is_followed = page.settings[1].serving.regime == "follow" and page.topology.devices > 1
+    is_followed = page.settings[1].serving.way.joins_layers and page.topology.devices > 1
     if not is_followed or len(tables) < 2 or not len(tables[0]):
         return None
     node, boundaries = page.topology.node_of_device, np.arange(len(tables[0]))

@@ -11,6 +11,7 @@ from moetuner.files.cells import (
     number,
     percent,
 )
+from moetuner.problem.goals import AIMS
 from moetuner.report.findings import Voice
 from moetuner.report.words.parts import Clause, in_windows
 
@@ -123,7 +124,7 @@ def _slower_than_running(
             "slots for copies cost more time than they save: try --slots-per-device "
             f'{fewest_slots}, or "moetuner advise", which tries several numbers'
         )
-    if goal != "time":
+    if not AIMS[goal].predicts_time:
         remedy += ", or solve for --objective time"
     slower = "this placement" if method is None else f"the placement of {method}"
     times = " against ".join(distinct(us, us_before, 1))

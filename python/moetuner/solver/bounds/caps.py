@@ -64,7 +64,7 @@ def are_least(caps: CapsDetails) -> bool:
 def describe_scope(problem: Problem, caps: CapsDetails) -> str:
     """Return in words which placements a bound on a solved problem covers, under such caps."""
     which = "placements" + (" that may have copies" if problem.may_copy else SINGLE)
-    if problem.goal != "traffic" and (where := phases.describe(problem.shares)):
+    if problem.aim.costs_loads and (where := phases.describe(problem.shares)):
         which += f" in {where}"
     if not problem.caps.exist:
         return which

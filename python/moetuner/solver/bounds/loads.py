@@ -30,17 +30,17 @@ def _prove(run: Run, budget: Budget) -> None:
     traffic, are bounded one by one.
     """
     problem, source = run.problem, LOADS
-    if problem.goal == "traffic":
+    if not problem.aim.costs_loads:
         placement = Placement(run.best.slots, num_experts=problem.num_experts)
         if problem.objective_function.value(placement) > 0:
             return  # no bound on traffic with copies is known
         least = 0.0
-    elif problem.goal == "balance":
-        least = least_balance(problem)
-    else:
+    elif problem.aim.predicts_time:
         moved = _least_pairs_us(problem, budget)
         least = least_time(problem, 0.0 if moved is None else moved[0])
         source = LOADS if moved is None else f"loads + {moved[1]}"
+    else:
+        least = least_balance(problem)
     # Takes off what rounding may have added; it is below the digits that are shown.
     run.prove(Bound(least * (1 - SUM_ROUNDING) * run.scale, source))
 
@@ -48,8 +48,8 @@ def _prove(run: Run, budget: Budget) -> None:
 def proves_pairs(problem: Problem) -> bool:
     """Return whether a bound on pairs is proven: with single copies on equal devices only."""
     alike = problem.topology.has_equal_devices and not problem.may_copy
-    follows = problem.goal == "time" and problem.regime == "follow"
-    return follows and alike and problem.devices > 1
+    joins_layers = problem.aim.predicts_time and problem.serving.way.joins_layers
+    return joins_layers and alike and problem.devices > 1
 
 
 def least_balance(problem: Problem) -> float:
@@ -66,7 +66,7 @@ def least_time(problem: Problem, pairs_us: float = 0.0) -> float:
     """
     assert problem.cost_model is not None
     compute = problem.windows.map(lambda load: _least_compute(problem, load).mean(axis=1))
-    if problem.regime == "dispatch":
+    if problem.serving.way.visits_devices:
         moved = problem.windows.map(lambda load: _least_rows_us(problem, load).mean(axis=1))
     else:
         moved = pairs_us * _least_part(problem) / problem.layers
@@ -194,7 +194,7 @@ def _least_pairs_us(problem: Problem, budget: Budget) -> tuple[float, str] | Non
 
 def _applies(run: Run) -> bool:
     is_proven = run.objective.has_expert_sets or pairs.is_of_pairs(run)
-    return run.problem.goal != "traffic" or not is_proven
+    return run.problem.aim.costs_loads or not is_proven
 
 
 LOAD_BOUND = Stage(

@@ -56,7 +56,7 @@ def bound(
             iterations = effort.BOUND_ITERATIONS_TIMED
     sources: list[str] = []
     proven: dict[str, LevelBound] = {}
-    goal = target if target is None or problem.regime == "follow" else 2 * target
+    goal = None if target is None else problem.serving.way.times_counted * target
     for name, price, parts in levels:
         level_budget = budget.within(1 / (len(levels) - len(proofs)))
         crossing, source, done, ended, stopped, arrays = _core.bound(
@@ -125,7 +125,7 @@ def make_chain(
     """Return the core's chain for single copies under caps [L], with costs of links [D,D]."""
     objective = problem.objective_function
     pairs = objective.pairs if objective.pairs is not None and objective.pairs.any() else None
-    tables = (pairs, None) if problem.regime == "follow" else (None, pairs)
+    tables = (pairs, None) if objective.way.joins_layers else (None, pairs)
     cost = objective.link_cost if cost is None else cost
     return (problem.load, caps, cost, problem.slots, *tables)
 
@@ -188,15 +188,14 @@ def pad_layers(
     transitions to its own copy as to any other expert, which draws the two together.
     """
     experts, slots = problem.num_experts, problem.devices * problem.slots
-    follow = problem.regime == "follow"
+    copies, joins_layers = problem.serving.way.times_counted, problem.serving.way.joins_layers
     caps = join_caps(problem, caps, problem.devices // parts)
-    if follow and slots == experts:
+    if joins_layers and slots == experts:
         return problem.load, problem.statistics.transitions_or_empty, caps
-    copies = 1 if follow else 2
     load = np.zeros((copies * problem.layers, slots), dtype=np.uint64)
     load[:, :experts] = np.repeat(problem.load, copies, axis=0)
     tables = np.zeros((len(load) - 1, slots, slots), dtype=np.uint64)
-    if follow:
+    if joins_layers:
         tables[:, :experts, :experts] = problem.statistics.transitions_or_empty
     else:
         together = problem.statistics.coactivation_or_empty
@@ -215,7 +214,7 @@ def join_caps(problem: Problem, caps: NDArray[np.uint64], devices: int) -> NDArr
 
 def _to_problem_cost(problem: Problem, cost: int) -> int:
     """Return the problem's cost from that of `pad_layers`, which counts dispatch's pairs twice."""
-    return cost if problem.regime == "follow" else -(-cost // 2)
+    return -(-cost // problem.serving.way.times_counted)
 
 
 def _share(problem: Problem, price: int, crossing: int) -> float:
@@ -226,7 +225,7 @@ def _share(problem: Problem, price: int, crossing: int) -> float:
 def _levels(problem: Problem) -> list[tuple[str, int, int]] | None:
     """Split the cost of a pair by level: name, price, and the parts between which it is paid."""
     statistics = problem.statistics
-    if problem.regime == "dispatch":
+    if not problem.serving.way.joins_layers:
         apart = statistics.coactivation is not None and problem.devices > 1
         return [("devices", 1, problem.devices)] if apart else None
     if statistics.transitions is None or problem.layers < 2 or problem.devices < 2:
@@ -247,7 +246,7 @@ def _levels(problem: Problem) -> list[tuple[str, int, int]] | None:
 
 def count_affordable(problem: Problem) -> float:
     """Compute the iterations of a solve without a time limit: one takes L-1 eigenproblems."""
-    layers = problem.layers if problem.regime == "follow" else 2 * problem.layers
+    layers = problem.serving.way.times_counted * problem.layers
     return effort.BOUND_WORK / (float(layers - 1) * (2 * problem.devices * problem.slots) ** 3)
 
 

@@ -416,7 +416,7 @@ def _reserve(run: Run, seconds_left: float) -> float:
 
 VISIT_BOUND = Stage(
     _prove,
-    applies=lambda run: run.problem.goal == "traffic" and run.objective.has_expert_sets,
+    applies=lambda run: not run.problem.aim.costs_loads and run.objective.has_expert_sets,
     least=lambda _: -1.0,
     reserve=_reserve,
 )

@@ -60,7 +60,7 @@ def _single(problem: Problem) -> Problem | None:
     change that later.
     """
     alike = problem.topology.has_equal_devices and not problem.rules.exist
-    return problem.without_copies(even=problem.goal == "time" and alike)
+    return problem.without_copies(even=problem.aim.predicts_time and alike)
 
 
 def _smaller(run: Run) -> Problem | None:
@@ -75,7 +75,7 @@ def _smaller(run: Run) -> Problem | None:
         return replace(problem, fill_slots=False)
     rules = problem.rules
     may_be_empty = not (problem.fill_slots or rules.exist or rules.need_copies)
-    if problem.goal == "time" and may_be_empty and charges_copies(run):
+    if may_be_empty and charges_copies(run):
         return problem.with_fewer_slots() or _single(problem)
     return _single(problem)
 
@@ -129,10 +129,7 @@ def _offer_smaller(run: Run, slots: Slots, *, interrupted: bool = False) -> None
 
 def _is_of_loads(run: Run) -> bool:
     """Return whether large layers are searched by loads alone: a start predicts the answer."""
-    objective = run.objective
-    tables = (objective.sets, objective.coactivation, objective.transitions)
-    has_loads_alone = run.problem.goal != "traffic" and all(table is None for table in tables)
-    return has_loads_alone and is_searched_anew(run) and not has_few_slots(run)
+    return run.objective.is_of_loads and is_searched_anew(run) and not has_few_slots(run)
 
 
 def _cache_key(single: Problem, run: Run, budget: Budget) -> tuple[object, ...] | None:
@@ -163,8 +160,7 @@ def _has_spare_slots(run: Run) -> bool:
 
 def _single_share(run: Run) -> float:
     """Return the share of time for single copies: little for balance, which copies seldom harm."""
-    is_balance = run.problem.goal == "balance"
-    return effort.BRIEF_SHARE if is_balance else effort.SEARCH_SHARE
+    return effort.SEARCH_SHARE if run.problem.aim.costs_traffic else effort.BRIEF_SHARE
 
 
 FEWER_SLOTS = Stage(
@@ -210,7 +206,11 @@ def _may_be_balanced(run: Run) -> bool:
     copies are the best so far. Then balance by copies does not pay, as the slowest device's load is
     not what takes time.
     """
-    if run.problem.goal != "time" or not is_searched_anew(run) or not adds_up_over_layers(run):
+    if (
+        not run.problem.aim.predicts_time
+        or not is_searched_anew(run)
+        or not adds_up_over_layers(run)
+    ):
         return False
     if _has_costly_copies(run):
         return False
@@ -251,7 +251,7 @@ def _is_of_slowest(run: Run) -> bool:
     """
     problem = run.problem
     is_summed = is_searched_anew(run) and adds_up_over_layers(run)
-    if problem.goal != "balance" or problem.rules.need_copies or not is_summed:
+    if problem.aim.costs_traffic or problem.rules.need_copies or not is_summed:
         return False
     if is_large(run):
         return not problem.may_copy and problem.slots >= effort.SLOWEST_SLOTS * problem.devices
@@ -393,7 +393,7 @@ def _has_unequal_speeds(run: Run) -> bool:
     At equal speeds the best single copies put equally many experts on all devices.
     """
     speeds = run.problem.topology.speed_of_device
-    is_time = run.problem.goal == "time" and is_searched_anew(run)
+    is_time = run.problem.aim.predicts_time and is_searched_anew(run)
     return is_time and bool(speeds.min() < speeds.max())
 
 
@@ -415,7 +415,7 @@ def _evenly_split(problem: Problem) -> Problem:
 def _may_improve(run: Run) -> bool:
     """Return whether another placement may be better: balance is not what it is at best."""
     best, objective = run.best, run.objective
-    is_best = objective.goal == "balance" and objective.is_of_windows and not best.excess
+    is_best = not objective.aim.costs_traffic and objective.is_of_windows and not best.excess
     return not (is_best and best.value <= least_balance(run.problem) * (1 + ROUNDING))
 
 

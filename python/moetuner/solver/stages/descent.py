@@ -113,7 +113,7 @@ def _settle(run: Run, budget: Budget) -> None:
     running = Placement(start, num_experts=run.problem.num_experts)
     path, interrupted = descend(run, LayerModel(run), start, running, np.inf, budget.within())
     if len(path.value) > 1:
-        share = 1.0 if run.problem.goal == "time" else SETTLED
+        share = 1.0 if run.problem.aim.predicts_time else SETTLED
         enough = np.flatnonzero(path.value <= share * path.value[-1])[0]
         run.offer(path.after(int(enough)), "layers", is_start=True)
     if interrupted:

@@ -80,8 +80,7 @@ def _may_be_behind(run: Run) -> bool:
     """
     problem = run.problem
     alike = problem.serving.rule.is_even and problem.topology.has_equal_devices
-    alone = problem.goal == "balance" and problem.windows.is_mean and not problem.caps.exist
-    return not (alike and alone)
+    return not (alike and problem.windows.is_mean and windows_alone(problem, None))
 
 
 def _floor(run: Run, _: Budget) -> None:
@@ -90,7 +89,7 @@ def _floor(run: Run, _: Budget) -> None:
 
 def windows_alone(problem: Problem, moves: Moves | None) -> bool:
     """Return whether windows alone count: the goal is balance, without caps or prices of moves."""
-    return bool(problem.goal == "balance" and not problem.caps.exist and moves is None)
+    return not (problem.aim.costs_traffic or problem.caps.exist or moves is not None)
 
 
 FLOOR = Stage(_floor)

@@ -172,10 +172,8 @@ def charges_copies(run: Run) -> bool:
     Its weights are read, and tokens visit more devices. Where loads are all that is known of
     tokens, large layers are searched by loads alone.
     """
-    objective = run.objective
-    tables = (objective.sets, objective.coactivation)
-    knows_visits = any(table is not None for table in tables)
-    return run.problem.goal == "time" and (knows_visits or has_few_slots(run))
+    knows_visits = run.objective.knows_visits
+    return run.problem.aim.predicts_time and (knows_visits or has_few_slots(run))
 
 
 def is_searched_anew(run: Run) -> bool:
@@ -187,7 +185,7 @@ def _construct(run: Run, budget: Budget) -> None:
     """Offer starts that take milliseconds: balanced on the sum of windows, and on each window."""
     layers, _ = LayerModel(run).core()
     run.offer(layers.construct(threads=budget.threads), "construct", is_start=True)
-    if run.problem.goal == "traffic":
+    if not run.problem.aim.costs_loads:
         return
     windows = run.objective.windows
     if run.objective.is_of_windows:
@@ -207,9 +205,7 @@ def are_joined(run: Run) -> bool:
 
     Transitions join them, or the goal is traffic, which has no costs by window and layer.
     """
-    problem = run.problem
-    follows = problem.regime == "follow" and problem.goal == "time" and problem.layers > 1
-    return problem.goal == "traffic" or follows
+    return run.objective.joins_layers or not run.problem.aim.costs_loads
 
 
 def adds_up_over_layers(run: Run) -> bool:
@@ -307,10 +303,8 @@ def _is_searched_hot(run: Run) -> bool:
     It does not where large layers have to survive a loss and loads are all that counts: it loses
     the spread of partners, and does not find it again in twenty times the trials.
     """
-    objective, problem = run.objective, run.problem
-    pairs = (objective.sets, objective.coactivation, objective.transitions)
-    has_no_pairs = all(table is None for table in pairs)
-    has_loads_alone = problem.goal != "traffic" and not problem.caps.exist and has_no_pairs
+    problem = run.problem
+    has_loads_alone = run.objective.is_of_loads and not problem.caps.exist
     is_spread = problem.survive is not None and is_searched_anew(run) and not has_few_slots(run)
     return is_of_layers(run) and not (is_spread and has_loads_alone)
 

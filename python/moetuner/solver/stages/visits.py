@@ -27,7 +27,7 @@ def units_of_trial(run: Run, *, has_tokens_alone: bool = False) -> float:
     parts = effort.SET_PARTS if copies else 1
     words = sum(float(np.minimum(layer_sets.counts, parts).sum()) for layer_sets in sets) / 64
     per_trial = effort.UNITS_PER_TRIAL + len(run.objective.windows)
-    is_of_times = run.problem.goal == "time" and not has_tokens_alone
+    is_of_times = run.problem.aim.predicts_time and not has_tokens_alone
     times = effort.TIME_UNITS if is_of_times else 1
     units = run.problem.layers * per_trial * times + words
     return units * (effort.COPY_UNITS if copies and sets else 1)
