@@ -160,7 +160,7 @@ def _list_trial(
         solving["initial_file"] = initial if baseline is None else baseline
     commands.append(solve(problem.slots, why, out_file=placed))
     step = advice.step
-    if step is not None and "initial_file" in solving:
+    if step is not None:
         finding = next(f for f in advice.findings if f.kind == "few moves")
         instead = f"or with few moves: {write(finding, TERMINAL)}"
         # All digits of the bytes: a budget that is rounded down is one expert less.

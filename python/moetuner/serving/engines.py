@@ -243,8 +243,13 @@ def find_engine(reader: str) -> str | None:
     return max(fitting, key=len, default=None)
 
 
-# Readers of recordings from engines that place no experts on devices.
-NOTHING_PLACED = {"llama-traces": "llama.cpp", "llama-cpp": "llama.cpp"}
+# Readers of recordings from programs that place no experts on devices.
+_READS_NO_ENGINE = {"llama-traces": "llama.cpp", "llama-cpp": "llama.cpp"}
+
+
+def find_recorder(reader: str) -> str | None:
+    """Return the program whose recordings a reader reads, which may place no experts."""
+    return _READS_NO_ENGINE.get(reader) or find_engine(reader)
 
 
 # Limit of a buffer of DeepEP's low-latency kernels, in bytes: a signed number of 32 bits counts its
