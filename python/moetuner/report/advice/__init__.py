@@ -465,7 +465,9 @@ def _read_step_ms(
     """
     if step_ms is None:
         return {}
-    of_phases = [step_ms] if isinstance(step_ms, int | float) else [*step_ms]
+    of_phases: Sequence[Any] = [step_ms]
+    if not isinstance(step_ms, int | float):
+        of_phases = check.listed("step_ms", step_ms, "numbers of milliseconds")
     if len(of_phases) not in (1, 2):
         raise check.ArgumentError(
             "step_ms must be milliseconds of a step in decode, or in decode and in prefill, got "
