@@ -728,3 +728,14 @@ def test_more_windows_are_asked_for_than_there_are(windows, stay, seed):
     kind, numbers = advice.findings[0].kind, advice.findings[0].numbers
     assert kind == "neighbouring windows are alike"
     assert numbers["needed"] >= windows * numbers["least"] / numbers["unseen"] > windows
+
+
+def test_what_places_no_experts_is_answered_by_the_library():
+    """Traffic of llama.cpp asks for no placement, so nothing moves; an engine named decides."""
+    traffic, topology = routed(skewed()), mt.Topology(4)
+    advice = advise(traffic, topology, recorded_by="llama.cpp")
+    assert (advice.answer, advice.findings[0].kind) == ("not now", "nothing to place")
+    assert (advice.moving.experts, advice.step, advice.say("cost")) == (0, None, ())
+    assert advice.sentence.endswith("name it (engine).")
+    for options in ({"recorded_by": "vllm"}, {"recorded_by": "llama.cpp", "engine": "vllm"}):
+        assert advise(traffic, topology, **options).answer == "worth a trial"

@@ -4,6 +4,7 @@ import base64
 import gzip
 import json
 import re
+import shlex
 import shutil
 import zlib
 from dataclasses import replace
@@ -73,7 +74,11 @@ def made(trace):
     )
     made = shown(trace, placement, topology)
     serve = " ".join(["serve /a/long-path/to/a.json", *OPTIONS * 3])
-    recipes = (Recipe(COMMAND, "why"), *(Recipe(f"{serve} {'x' * size}") for size in range(9)))
+    lines = [COMMAND, *(f"{serve} {'x' * size}".rstrip() for size in range(9))]
+    recipes = tuple(
+        Recipe(tuple(shlex.split(line)), "" if number else "why")
+        for number, line in enumerate(lines)
+    )
     reasons = ("<b>why", *(f"{'word ' * number}{' '.join(OPTIONS)}" for number in range(9)))
     contents = {**made.contents, "go_back": f"start it without {OPTIONS[0]}"}
     return replace(made, contents=contents, recipes=recipes, reasons=reasons)

@@ -204,6 +204,19 @@ def test_weights_that_do_not_start_are_named(model, engine, is_trap):
     assert ("MXFP4" in recipe.why) is is_trap
 
 
+def test_names_of_others_are_words_of_the_command():
+    """Whatever file and model are called, the line has them whole, and a shell reads them back."""
+    file, model = "a {b} 'MODEL'.json", r"of placement.json/{ranks} \1"
+    (served,) = list_serving_recipes("vllm", placed(redundant=4), file, model=model)
+    words = shlex.split(served.command)
+    assert words[0] == f"MOETUNER_PLACEMENT={file}"
+    assert words[1:4] == ["vllm", "serve", model]
+    assert words[-1] == '{"num_redundant_experts": 4}'
+    export, served = list_serving_recipes("sglang", placed(redundant=4), file, model=model)
+    assert shlex.split(export.command)[:3] == ["moetuner", "export", file]
+    assert shlex.split(served.command)[3:5] == ["--model", model]
+
+
 @pytest.mark.parametrize("split", ["even", "nearest", "lp"])
 @pytest.mark.parametrize("redundant", [0, 4])
 def test_sglang_has_a_back_end_where_copies_are_not_shared_evenly(split, redundant):

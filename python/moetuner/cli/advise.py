@@ -17,7 +17,6 @@ from moetuner.cli.options.pages import Pages, make_origin
 from moetuner.cli.options.serving import JudgedOptions, setting_option
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, show_steps, working
-from moetuner.cli.recipes import FEW_MOVES_FILE
 from moetuner.evaluation.comparison import PRICE, Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.files.cells import counted, in_bytes, percent, signed, span, with_values
@@ -26,10 +25,9 @@ from moetuner.recording import Recording
 from moetuner.report import advice as advising
 from moetuner.report.advice.conclusion import write_order
 from moetuner.report.advice.values import Advice, write_windows
-from moetuner.report.findings import TERMINAL, Finding, Voice
+from moetuner.report.findings import TERMINAL, Voice
 from moetuner.report.page.data import PageData, make_advice_data
-from moetuner.serving import Serving
-from moetuner.serving.engines import NOTHING_PLACED
+from moetuner.serving.engines import find_recorder
 from moetuner.serving.running import Running
 from moetuner.serving.settings import read_count
 
@@ -138,6 +136,7 @@ def command(
             step_ms=step_ms,
             price=price,
             prefill_share=prefill_share,
+            recorded_by=next(map(find_recorder, source.readers), None),
             splits=splits,
             by_group=by_group,
             in_order=not any_order,
@@ -148,12 +147,11 @@ def command(
             threads=source.threads,
             progress=show_steps(report, weights),
         )
-    advice = _overrule_where_nothing_is_placed(advice, source, served)
     voice = TERMINAL._replace(audit=recipes.make_recipe_to_audit(source, advice, unseen).command)
     following = recipes.list_recipes_after(source, advice, unseen)
-    # The gain of few moves stands above their command, if there is one.
-    has_command = any(FEW_MOVES_FILE in recipe.command for recipe in following)
-    _show(output, _leave_out_few_moves(advice) if has_command else advice, voice)
+    # The gain of few moves stands above their command.
+    others = tuple(finding for finding in advice.findings if finding.kind != "few moves")
+    _show(output, replace(advice, findings=others), voice)
     output.next_commands(following)
     go_back = recipes.find_way_back_from(advice)
     if go_back is not None:
@@ -169,21 +167,6 @@ def command(
 
     pages.write(output, page)
     output.finish(contents)
-
-
-def _overrule_where_nothing_is_placed(advice: Advice, source: Source, served: Serving) -> Advice:
-    """Return the advice, which is "not now" if the engine of INPUT places no experts."""
-    nothing_placed = next((NOTHING_PLACED.get(name) for name in source.readers), None)
-    if nothing_placed is None or served.engine is not None:
-        return advice
-    numbers = {"engine": nothing_placed}
-    return advice.overruled(Finding("nothing to place", numbers, forces="not now"))
-
-
-def _leave_out_few_moves(advice: Advice) -> Advice:
-    """Return the advice without its finding on few moves."""
-    others = tuple(finding for finding in advice.findings if finding.kind != "few moves")
-    return replace(advice, findings=others)
 
 
 def _future(source: Source, unseen: tuple[Path, ...]) -> Source | None:

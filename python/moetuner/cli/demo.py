@@ -70,7 +70,7 @@ def command(
         "Today's engines send every token back after each layer (regime dispatch). Is a better",
         "placement worth it there? For this trace, or a recording of your own model:",
         "",
-        f"  moetuner advise {files[0]} --devices {DEVICES}",
+        f"  {options.recipe('advise', files[:1], {'devices': DEVICES}).command}",
     )
     methods = {method: outcome.to_dict() for method, outcome in outcomes.items()}
     output.finish({"input": source.facts(), "structure": measured.to_dict(), "methods": methods})

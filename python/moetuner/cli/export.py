@@ -106,7 +106,8 @@ class FormChoice(click.Choice[str]):
         """Return the name of a format."""
         engine = ENGINES.get(str(value).lower())
         if engine is not None and value not in self.choices:
-            serve = engine.serve.partition(" ")[0]
+            placed = engine.make_serve_recipe(1, 0).variables.items()
+            serve = " ".join(f"{name}={file}" for name, file in placed)
             # The user means this engine, so no other format is suggested.
             raise click.UsageError(
                 f"'--to {value}': {engine.title} loads no map, so nothing is to export: its plugin "

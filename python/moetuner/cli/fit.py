@@ -101,9 +101,9 @@ def command(
         f"Error on batches that the fit has not seen: {percent(fitted.prediction_error)}.",
     )
     fitted.save(out_file)
-    output.say(
-        f"wrote {out_file}", "Next:", f"  moetuner advise INPUT --devices 8 --cost-model {out_file}"
-    )
+    output.say(f"wrote {out_file}")
+    served = {"devices": 8, "cost_model": out_file}
+    output.next_commands([options.recipe("advise", ["INPUT"], served)])
     output.finish({"times": times, "cost_model": asdict(fitted)})
 
 

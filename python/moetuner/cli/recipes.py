@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def list_recipes_after(
             nodes=advice.problem.topology.nodes,
         ):
             note = "; ".join(filter(None, (f"the engine for {phase}" if phase else "", line.why)))
-            serving.append(Recipe(line.command, note))
+            serving.append(replace(line, why=note))
     return [*trying, *serving]
 
 
@@ -96,19 +97,19 @@ def _record_more(source: Source, advice: Advice, typed: dict[str, Any]) -> list[
     """Return the commands that record more traffic, with INPUT's engine or by ``collect``."""
     engine = advice.settings["engine"] or next(map(find_engine, source.readers), None)
     if engine is not None and ENGINES[engine].record:
-        command = ENGINES[engine].record.format(devices=advice.problem.devices)
         page = f"docs/engines/{engine.replace('-', '_')}.md"
+        why = f"record into MORE, a file for each kind of traffic: {page}"
         return [
-            Recipe(command, f"record into MORE, a file for each kind of traffic: {page}"),
+            ENGINES[engine].make_record_recipe(advice.problem.devices, why),
             # The groups then have the names of the files.
             recipe("advise", ["MORE"], {**typed, "group_by": FILES, "only": None}),
         ]
     typed = _name_groups_of(typed, "MORE")
     if advice.main.window is None:
         return [recipe("advise", ["MORE"], typed, "MORE: more windows, of all kinds of traffic")]
-    collect = "moetuner collect MODEL --dataset FILE --out MORE"
     why = "more sequences, of all kinds; or as the engine records them, see docs/engines"
-    return [Recipe(collect, why), recipe("advise", ["MORE"], typed)]
+    collect = recipe("collect", ["MODEL"], {"dataset": "FILE", "out_file": "MORE"}, why)
+    return [collect, recipe("advise", ["MORE"], typed)]
 
 
 def _name_groups_of(typed: dict[str, Any], name: str) -> dict[str, Any]:
@@ -159,7 +160,7 @@ def _list_trial(
         solving["initial_file"] = initial if baseline is None else baseline
     commands.append(solve(problem.slots, why, out_file=placed))
     step = advice.step
-    if step is not None and "initial_file" in solving:
+    if step is not None:
         finding = next(f for f in advice.findings if f.kind == "few moves")
         instead = f"or with few moves: {write(finding, TERMINAL)}"
         # All digits of the bytes: a budget that is rounded down is one expert less.

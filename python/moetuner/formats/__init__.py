@@ -5,12 +5,10 @@ Nothing here imports an engine, and no engine's file imports these tables.
 
 from __future__ import annotations
 
-import re
-import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,37 +171,33 @@ def list_serving_recipes(
     they are guessed. The command tells an engine to split tokens as the placement assumes, if the
     engine can.
     """
-    path = shlex.quote(str(file))
-    export = f"moetuner export {path} --to"
+    export = ("moetuner", "export", str(file), "--to")
     if engine is None:
-        return [Recipe(f"{export} eplb --out experts.npz")]
+        return [Recipe((*export, "eplb", "--out", "experts.npz"))]
     layers = {"hidden_layers": hidden_layers, "dense_layers": dense_layers}
-    commands = []
+    recipes = []
     for name, writer in WRITERS.items():
         if writer.engine == engine:
-            hints = "".join(f" --{hint.replace('_', '-')} {layers[hint]}" for hint in writer.hints)
-            line = f"{export} {name}{hints} --out experts{writer.suffixes[0]}"
-            commands.append(Recipe(line, note if hints else ""))
+            hints = [("--" + hint.replace("_", "-"), layers[hint]) for hint in writer.hints]
+            words = (name, *chain(*hints), "--out", f"experts{writer.suffixes[0]}")
+            recipes.append(Recipe((*export, *words), note if hints else ""))
     capabilities = ENGINES[engine]
     if capabilities.serve:
         slots = placement.devices * placement.slots_per_device
-        redundant = slots - placement.num_experts
-        line = capabilities.write_serve(placement.devices, redundant)
-        if model is not None:
-            line = re.sub(r"\bMODEL\b", shlex.quote(model), line)
-        if redundant:
-            options = (text for name, text in capabilities.splits_by.items() if name == split)
-            line += "".join(f" {option}" for option in options)
-        bits = weight_bits_of(model or placement.model)
-        remarks = [capabilities.serve_note, capabilities.bits_notes.get(bits, "")]
-        if nodes > 1 and capabilities.on_nodes:
-            line += f" {capabilities.on_nodes.format(nodes=nodes)}"
-            remarks.append(capabilities.nodes_note)
-        why = "; ".join(remark for remark in remarks if remark)
-        commands.append(Recipe(line.replace("placement.json", path), why))
+        serve = capabilities.make_serve_recipe(
+            placement.devices,
+            slots - placement.num_experts,
+            placement=str(file),
+            model=model or "MODEL",
+            nodes=nodes,
+            split=split,
+            bits=weight_bits_of(model or placement.model),
+        )
+        recipes.append(serve)
     if capabilities.renumbers:
-        commands.append(Recipe(f"{export} {engine} --checkpoint MODEL --out MODEL-placed"))
-    return commands
+        words = (engine, "--checkpoint", "MODEL", "--out", "MODEL-placed")
+        recipes.append(Recipe((*export, *words)))
+    return recipes
 
 
 def find_way_back(engine: str | None) -> str:

@@ -55,6 +55,8 @@ class Voice(NamedTuple):
         Option or argument that names the groups of a recording, and how to name its model.
     expert_size
         Options or argument that give the size of an expert.
+    engine
+        Option or argument that names the engine.
     audit
         The command that shows which groups are served worse; None for the call of Python.
     is_page
@@ -66,6 +68,7 @@ class Voice(NamedTuple):
     name_groups: str
     name_model: str
     expert_size: str
+    engine: str
     audit: str | None = None
     is_page: bool = False
 
@@ -76,6 +79,7 @@ TERMINAL = Voice(
     "--group-by FILE",
     "pass --model",
     "--model or --cost-model h100:HIDDENxINTERMEDIATE",
+    "--for",
 )
 PYTHON = Voice(
     "traffic",
@@ -83,4 +87,5 @@ PYTHON = Voice(
     "group and group_names",
     "name one by dataclasses.replace(traffic, model=...)",
     "expert_bytes",
+    "engine",
 )

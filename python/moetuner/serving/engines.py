@@ -7,6 +7,7 @@ blocks of one size: slot p of a layer is on device ``p // (P / D)``.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,6 +16,7 @@ import numpy as np
 
 from moetuner import router_groups as whole_groups
 from moetuner._checks import ArgumentError, instance, one_of, per_device, whole_number
+from moetuner.serving.recipes import Recipe
 from moetuner.serving.splits import RULES, Split
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
@@ -46,8 +48,8 @@ class Engine:
     has_low_latency
         True if it may exchange tokens by DeepEP's low-latency kernels, see ``tokens_per_rank``.
     serve
-        The command that serves ``placement.json``, or its map ``experts.json``, on ``devices``
-        devices with ``redundant`` redundant slots; empty if only the engine's page has it.
+        The command that serves ``placement``, or its map ``experts.json``, of a ``model`` with
+        ``redundant`` redundant slots; empty if only the engine's page has it.
     tensor_ranks, data_ranks
         What its command has in place of ``{ranks}``: options by which ranks divide the heads of
         attention, and by which each has all heads.
@@ -97,15 +99,49 @@ class Engine:
         pairs = self.splits_by.items()
         return next((pair for pair in pairs if RULES[pair[0]].needs_windows), None)
 
-    def write_serve(self, devices: int, redundant: int) -> str:
-        """Write the command that serves a placement on devices with redundant slots."""
+    def make_serve_recipe(
+        self,
+        devices: int,
+        redundant: int,
+        *,
+        placement: str = "placement.json",
+        model: str = "MODEL",
+        nodes: int = 1,
+        split: str | None = None,
+        bits: float | None = None,
+    ) -> Recipe:
+        """Return the command that serves a placement's file on devices with redundant slots.
+
+        It tells the engine to split tokens over copies by ``split``, if the engine can. ``bits``
+        are those of a weight, None if unknown.
+        """
         # Tensor parallelism needs a number of devices that divides the heads of attention. They are
         # not known here, but powers of two divide those of nearly all models, and 7 or 9 do not.
         is_power_of_two = devices & (devices - 1) == 0
         ranks = self.tensor_ranks if is_power_of_two else self.data_ranks
-        return self.serve.format(
-            ranks=ranks.format(devices=devices), devices=devices, redundant=redundant
+        lines = [self.serve]
+        if redundant:
+            lines += [options for name, options in self.splits_by.items() if name == split]
+        remarks = [self.serve_note, "" if bits is None else self.bits_notes.get(bits, "")]
+        if nodes > 1 and self.on_nodes:
+            lines.append(self.on_nodes)
+            remarks.append(self.nodes_note)
+        words: list[str] = []
+        for word in shlex.split(" ".join(lines)):
+            words += shlex.split(ranks) if word == "{ranks}" else [word]
+        return Recipe.fill(
+            words,
+            "; ".join(filter(None, remarks)),
+            devices=devices,
+            redundant=redundant,
+            placement=placement,
+            model=model,
+            nodes=nodes,
         )
+
+    def make_record_recipe(self, devices: int, why: str) -> Recipe:
+        """Return the command that records into ``MORE`` on devices."""
+        return Recipe.fill(shlex.split(self.record), why, devices=devices)
 
 
 # Programs that do not place whole experts on devices, and why there is nothing to place.
@@ -123,7 +159,7 @@ ENGINES: dict[str, Engine] = {
         "even",
         "by a hash of the token",
         has_low_latency=True,
-        serve="MOETUNER_PLACEMENT=placement.json vllm serve MODEL {ranks} "
+        serve="MOETUNER_PLACEMENT={placement} vllm serve {model} {ranks} "
         "--enable-expert-parallel --enable-eplb "
         """--eplb-config '{{"num_redundant_experts": {redundant}}}'""",
         on_nodes="--nnodes {nodes} --node-rank 0 --master-addr HOST",
@@ -141,7 +177,7 @@ ENGINES: dict[str, Engine] = {
         "the nearest, as static dispatch with --moe-a2a-backend does",
         repeated="loads one of them and sends tokens to both",
         has_low_latency=True,
-        serve="python -m sglang.launch_server --model MODEL {ranks} --ep-size {devices} "
+        serve="python -m sglang.launch_server --model {model} {ranks} --ep-size {devices} "
         "--init-expert-location experts.json --ep-num-redundant-experts {redundant}",
         tensor_ranks="--tp-size {devices}",
         data_ranks="--tp-size {devices} --dp-size {devices} --enable-dp-attention",
@@ -164,7 +200,7 @@ ENGINES: dict[str, Engine] = {
         "TensorRT-LLM",
         "round_robin",
         "in turns",
-        serve="trtllm-serve MODEL --tp_size {devices} --ep_size {devices} "
+        serve="trtllm-serve {model} --tp_size {devices} --ep_size {devices} "
         "--extra_llm_api_options options.yaml",
         serve_note='options.yaml has "moe_config: {load_balancer: experts.yaml}" and '
         '"enable_attention_dp: true"',
@@ -176,7 +212,7 @@ ENGINES: dict[str, Engine] = {
         "even",
         "one for each device, in turns over devices",
         repeated="refuses it",
-        serve="vllm serve MODEL {ranks} --enable-expert-parallel "
+        serve="vllm serve {model} {ranks} --enable-expert-parallel "
         """--additional-config '{{"eplb_config": {{"expert_map_path": "experts.json"}}}}'""",
         go_back="start vLLM without expert_map_path",
     ),
@@ -207,8 +243,13 @@ def find_engine(reader: str) -> str | None:
     return max(fitting, key=len, default=None)
 
 
-# Readers of recordings from engines that place no experts on devices.
-NOTHING_PLACED = {"llama-cpp": "llama.cpp"}
+# Readers of recordings from programs that place no experts on devices.
+_READS_NO_ENGINE = {"llama-cpp": "llama.cpp"}
+
+
+def find_recorder(reader: str) -> str | None:
+    """Return the program whose recordings a reader reads, which may place no experts."""
+    return _READS_NO_ENGINE.get(reader) or find_engine(reader)
 
 
 # Limit of a buffer of DeepEP's low-latency kernels, in bytes: a signed number of 32 bits counts its

@@ -6,7 +6,6 @@ import inspect
 import math
 import os
 import re
-import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import partial
@@ -237,12 +236,12 @@ NAMED_FILES = ("out_file", "report_file")
 NOT_PASSED_ON = ("threads", "report_file", "figures", "json_file", "quiet")
 
 
-def write_options(command: click.Command, values: dict[str, Any]) -> str:
-    """Write a command's options with their values, a space in front of each.
+def list_words(command: click.Command, values: dict[str, Any]) -> list[str]:
+    """Return a command's options with their values, in the order of its parameters.
 
     Defaults are left out.
     """
-    text = ""
+    words: list[str] = []
     for parameter in command.params:
         name, value = str(parameter.name), values.get(str(parameter.name))
         if not isinstance(parameter, click.Option) or value is None or value is False:
@@ -250,9 +249,9 @@ def write_options(command: click.Command, values: dict[str, Any]) -> str:
         plain = {str(parameter.default), str(getattr(parameter, "usual", None))}
         if name in NAMED_FILES or str(value) not in plain:
             for argument in value if isinstance(value, list) else [value]:
-                text += f" {max(parameter.opts, key=len)}"
-                text += "" if argument is True else f" {shlex.quote(str(argument))}"
-    return text
+                words.append(max(parameter.opts, key=len))
+                words += [] if argument is True else [str(argument)]
+    return words
 
 
 def list_spelled_options() -> dict[str, str]:
@@ -265,10 +264,8 @@ def recipe(name: str, files: Iterable[str | Path], values: dict[str, Any], why: 
     """Return a command on some files, with values of its options and its purpose."""
     menu = click.get_current_context().find_root().command
     assert isinstance(menu, click.Group)
-    text = (
-        f"moetuner {name} {shlex.join(map(str, files))}{write_options(menu.commands[name], values)}"
-    )
-    return Recipe(text, why)
+    options = list_words(menu.commands[name], values)
+    return Recipe(("moetuner", name, *map(str, files), *options), why)
 
 
 def choose_file_name(running: str | Path | None, name: str) -> str:

@@ -12,7 +12,9 @@ from typing import Any, get_args
 from moetuner import _checks as check
 from moetuner.cost import CostModel, bytes_of_expert
 from moetuner.cost.memory import Memory, compute_memory, memory_of
-from moetuner.evaluation.comparison import PRICE
+from moetuner.evaluation.comparison import PRICE, Comparison
+from moetuner.evaluation.judgement import Judgement
+from moetuner.evaluation.samples import Samples
 from moetuner.files.cells import counted
 from moetuner.placement import Placement
 from moetuner.problem.goals import Goal
@@ -24,7 +26,7 @@ from moetuner.report.advice.conclusion import (
     write_judged_on,
 )
 from moetuner.report.advice.copies import choose_copies
-from moetuner.report.advice.drift import cut_in_half, measure_drift
+from moetuner.report.advice.drift import Drift, cut_in_half, measure_drift
 from moetuner.report.advice.judging import (
     combine_phases,
     compute_move_cost,
@@ -43,14 +45,17 @@ from moetuner.report.advice.sweep import sweep
 from moetuner.report.advice.trial import PROPOSED, RUNNING, Trial, try_out
 from moetuner.report.advice.values import (
     Advice,
+    Copies,
     choose_main,
     compute_saved_us,
     share_of_step,
 )
+from moetuner.report.findings import Finding
 from moetuner.report.recording import find_one_kind
 from moetuner.serving import Serving, refuse_keywords
 from moetuner.serving.arrival import Arrival
-from moetuner.serving.phases import PREFILL_WINDOWS, choose_judged_windows, make_phases
+from moetuner.serving.engines import ENGINES, NO_ENGINES
+from moetuner.serving.phases import PREFILL_WINDOWS, Phases, choose_judged_windows, make_phases
 from moetuner.serving.running import STARTS, Running
 from moetuner.serving.splits import Split
 from moetuner.statistics import RoutingStatistics, check_recording
@@ -76,6 +81,7 @@ def advise(
     price: float = PRICE,
     prefill_share: float | None = None,
     waterfill: float | None = None,
+    recorded_by: str | None = None,
     by_group: bool = False,
     objective: Goal | None = None,
     expert_bytes: float | None = None,
@@ -142,6 +148,9 @@ def advise(
     waterfill
         As for ``evaluate``. The advice then says what the proposed placement gains where the
         dispatcher gives the shared expert's work to devices that wait.
+    recorded_by
+        Program that recorded the traffic, such as ``"vllm"`` or ``"llama.cpp"``. Where it places no
+        experts on devices, and no engine is named, the answer is that there is nothing to place.
     by_group
         If True, judge, on each group, a placement that was computed from all other groups.
     objective
@@ -195,31 +204,21 @@ def advise(
     check.callable_or_none("progress", progress)
     if objective is not None:
         check.one_of("objective", objective, get_args(Goal))
+    if recorded_by is not None:
+        check.one_of("recorded_by", recorded_by, (*ENGINES, *NO_ENGINES))
     if unseen is not None:
         check_unseen(traffic, unseen)
+        unseen = unseen.without_pairs()
     _check_groups(traffic, by_group)
     copies_to_try = _sort_copies(copies)
     windows = _choose_windows(traffic, unseen, check.window_in(window))
     splits = check.whole_number("splits", splits, highest=100)
-    if prefill_share is not None:
-        _check_share(prefill_share, windows)
-    phases = None if prefill_share is None else make_phases(prefill_share)
-    if traffic.ordered and window is not None:
-        phases = {window: 1.0}
+    phases = _choose_phases(traffic, prefill_share, window, windows)
     traffic = traffic.without_pairs()
-    if not traffic.ordered:
-        # Counts have no sequences that could be mixed.
-        arrival = None
-        if isinstance(topology, Serving):
-            topology = replace(topology, arrival="bursts")
-        unseen = None if unseen is None else unseen.without_pairs()
     options = {"regime": regime, "split": split, "arrival": arrival, "cost_model": cost_model}
     serving = _resolve_serving(topology, traffic, options, engine=engine, waterfill=waterfill)
     serving = replace(serving, phases=phases)
-    if expert_bytes is None:
-        expert_bytes = bytes_of_expert(traffic.expert_size, traffic.model)
-    else:
-        check.positive("expert_bytes", expert_bytes, "number of bytes")
+    expert_bytes = _find_expert_bytes(traffic, expert_bytes)
     memory = _find_memory(traffic, serving, expert_bytes, kv_bytes, device_memory, initial)
     request = Request(
         traffic=traffic,
@@ -234,6 +233,7 @@ def advise(
         step_ms=_read_step_ms(step_ms, windows),
         price=price,
         prefill_share=prefill_share,
+        recorded_by=recorded_by,
         by_group=by_group,
         in_order=in_order,
         iterations=iterations,
@@ -254,9 +254,11 @@ def _resolve_serving(
     waterfill: float | None,
 ) -> Serving:
     """Return the serving of an argument, which is a serving or a machine with keywords."""
+    if not traffic.ordered:  # counts have no sequences that could be mixed
+        options = {**options, "arrival": None}
     if isinstance(topology, Serving):
         refuse_keywords(engine=engine, waterfill=waterfill, **options)
-        return topology
+        return topology if traffic.ordered else replace(topology, arrival="bursts")
     options = {name: value for name, value in options.items() if value is not None}
     return Serving.resolve(topology, traffic, options=options, engine=engine, waterfill=waterfill)
 
@@ -268,79 +270,50 @@ def _advise(request: Request, splits: int) -> Advice:
     request.progress("counting the seen traffic")
     holdout = make_holdout(request, check.nth_seed(request.seed, 0))
     swept = sweep(request, holdout)
-    copies = swept.rows
     choice = choose_copies(
-        copies,
+        swept.rows,
         request.running_copies,
         price=request.price,
         prefill_share=request.prefill_share,
         parts=swept.parts,
         requested=request.copies[0] if len(request.copies) == 1 else None,
     )
-    chosen_copies = choice.chosen
-    trials = _try_splits(request, holdout, chosen_copies, splits)
-    request.progress("judging")
-    first = trials[0]
-    compute_trial_halves(request, first, [RUNNING, PROPOSED], by_group=True)
-    judgements = tuple(
-        judge_trials(request, trials, RUNNING, window, request.units[window], by_group=True)
-        for window in request.windows
-    )
-    main = choose_main(judgements)
-    if len(copies) == 1:  # a single number is not searched for
-        gains: dict[int | None, tuple[float, ...]]
-        gains = {judgement.window: (judgement.gain.gain,) for judgement in judgements}
-        copies = (replace(copies[0], gains=gains),)
-    units = request.units[main.window]
-    request.progress("comparing the halves of the recording")
-    drift = None
-    if request.unseen is None:
-        drift = measure_drift(request.traffic, units, seed=request.seed)
-    has_drifted = request.in_order and drift is not None and drift.is_beyond_chance
-    halves = cut_in_half(request.traffic) if has_drifted else ()
-    gains_of_halves = judge_halves(request, halves, chosen_copies, main.window) if halves else ()
-    of_step = {
-        judgement.window: share_of_step(
-            judgement.gain, judgement.layers, request.step_ms[judgement.window]
-        )
-        for judgement in judgements
-        if judgement.window in request.step_ms
-    }
+    trials = _try_splits(request, holdout, choice.chosen, splits)
+    judgements = _judge_splits(request, trials)
+    first, main = trials[0], choose_main(judgements)
+    drift, halves = _compare_halves(request, request.units[main.window])
+    gains_of_halves = judge_halves(request, halves, choice.chosen, main.window) if halves else ()
+    of_step = _compute_gains_of_step(request, judgements)
     request.progress("comparing moves and phases")
     advice = Advice(
         answer="not enough evidence",
         findings=(),
         judged=judgements,
         over_eplb=judge_over_eplb(request, trials),
-        copies=copies,
-        chosen_copies=chosen_copies,
+        copies=_complete_copies(swept.rows, judgements),
+        chosen_copies=choice.chosen,
         fewer_copies=choice.fewer,
         larger_copies=choice.larger,
         moving=compute_move_cost(request, first, compute_saved_us(main)),
-        phases=judge_phases(request, holdout, chosen_copies, swept.placements.get(chosen_copies)),
+        phases=judge_phases(request, holdout, choice.chosen, swept.placements.get(choice.chosen)),
         lp_split=judge_lp_split(request, holdout, first.placements[PROPOSED], main.window),
         drift=drift,
         halves=gains_of_halves,
         groups_of_halves=name_groups(halves),
         placements=(first.placements[RUNNING], first.placements[PROPOSED]),
         result=first.result,
-        units=units,
+        units=request.units[main.window],
         problem=first.problem,
         judged_on=write_judged_on(request, holdout.unseen),
         one_kind=find_one_kind(request.traffic, request.unseen),
         prefill_lacks=_count_missing_tokens(request),
         total=combine_phases(request, judgements, of_step),
-        by_group=judge_groups(request, chosen_copies) if request.by_group else {},
+        by_group=judge_groups(request, choice.chosen) if request.by_group else {},
         of_step=of_step,
         memory=request.memory,
         settings=_list_settings(request, splits, first.problem.shares),
     )
-    advice = conclude(advice, find_notes(request, advice), request.judged_recording.length)
-    if advice.answer == "not now":
-        advice = replace(advice, moving=advice.moving.stay())
-    request.progress("comparing fewer moves")
-    advice = replace(advice, step=find_step(request, first, holdout, advice))
-    return replace(advice, findings=(*advice.findings, *find_costs(advice)))
+    return _conclude(request, advice, first, holdout)
 
 
 def _try_splits(request: Request, holdout: Holdout, copies: int, splits: int) -> list[Trial]:
@@ -354,6 +327,63 @@ def _try_splits(request: Request, holdout: Holdout, copies: int, splits: int) ->
         # Only the first problem is read later: without theirs the others' counts can be freed.
         trials.append(replace(trial, problem=trials[0].problem) if number else trial)
     return trials
+
+
+def _judge_splits(request: Request, trials: Sequence[Trial]) -> tuple[Judgement, ...]:
+    """Judge the proposed beside the running placement of all splits, in each size of windows."""
+    request.progress("judging")
+    compute_trial_halves(request, trials[0], [RUNNING, PROPOSED], by_group=True)
+    return tuple(
+        judge_trials(request, trials, RUNNING, window, request.units[window], by_group=True)
+        for window in request.windows
+    )
+
+
+def _complete_copies(
+    rows: tuple[Copies, ...], judgements: Sequence[Judgement]
+) -> tuple[Copies, ...]:
+    """Return numbers of slots with their gains; a single number is not searched for."""
+    if len(rows) > 1:
+        return rows
+    gains: dict[int | None, tuple[float, ...]]
+    gains = {judgement.window: (judgement.gain.gain,) for judgement in judgements}
+    return (replace(rows[0], gains=gains),)
+
+
+def _compare_halves(request: Request, units: Samples) -> tuple[Drift | None, Sequence[Recording]]:
+    """Return how far the halves of the recording differ, and the halves if beyond chance."""
+    request.progress("comparing the halves of the recording")
+    if request.unseen is not None:
+        return None, ()
+    drift = measure_drift(request.traffic, units, seed=request.seed)
+    has_drifted = request.in_order and drift is not None and drift.is_beyond_chance
+    return drift, cut_in_half(request.traffic) if has_drifted else ()
+
+
+def _compute_gains_of_step(
+    request: Request, judgements: Sequence[Judgement]
+) -> dict[int | None, Comparison]:
+    """Return the gain of a whole step by window, where the time of a step is known."""
+    return {
+        judgement.window: share_of_step(
+            judgement.gain, judgement.layers, request.step_ms[judgement.window]
+        )
+        for judgement in judgements
+        if judgement.window in request.step_ms
+    }
+
+
+def _conclude(request: Request, advice: Advice, trial: Trial, holdout: Holdout) -> Advice:
+    """Return the advice with its answer and findings, and the step that few moves reach."""
+    advice = conclude(advice, find_notes(request, advice), request.judged_recording.length)
+    if request.serving.engine is None and request.recorded_by in NO_ENGINES:
+        numbers = {"engine": request.recorded_by}
+        advice = advice.overruled(Finding("nothing to place", numbers, forces="not now"))
+    if advice.answer == "not now":
+        advice = replace(advice, moving=advice.moving.stay())
+    request.progress("comparing fewer moves")
+    advice = replace(advice, step=find_step(request, trial, holdout, advice))
+    return replace(advice, findings=(*advice.findings, *find_costs(advice)))
 
 
 def _list_settings(
@@ -388,6 +418,13 @@ def _list_settings(
         "held_out": request.is_held_out,
         "cost_model": request.serving.cost_model and request.serving.cost_model.name,
     }
+
+
+def _find_expert_bytes(traffic: Recording, expert_bytes: float | None) -> float | None:
+    """Return the bytes of one expert, as given or of the model's experts; None where unknown."""
+    if expert_bytes is None:
+        return bytes_of_expert(traffic.expert_size, traffic.model)
+    return check.positive("expert_bytes", expert_bytes, "number of bytes")
 
 
 def _find_memory(
@@ -428,7 +465,9 @@ def _read_step_ms(
     """
     if step_ms is None:
         return {}
-    of_phases = [step_ms] if isinstance(step_ms, int | float) else [*step_ms]
+    of_phases: Sequence[Any] = [step_ms]
+    if not isinstance(step_ms, int | float):
+        of_phases = check.listed("step_ms", step_ms, "numbers of milliseconds")
     if len(of_phases) not in (1, 2):
         raise check.ArgumentError(
             "step_ms must be milliseconds of a step in decode, or in decode and in prefill, got "
@@ -515,8 +554,18 @@ def check_unseen(traffic: Recording, unseen: Recording) -> None:
         raise check.ArgumentError("unseen must have tokens, got none", "unseen")
 
 
-def _check_share(share: float, windows: tuple[int | None, ...]) -> None:
-    """Raise if the share of prefill is no share, or only one phase is judged."""
+def _choose_phases(
+    traffic: Recording,
+    share: float | None,
+    window: int | None,
+    windows: tuple[int | None, ...],
+) -> Phases | None:
+    """Return the phases that placements are computed for: one window's, or by prefill's share.
+
+    Raises if the share is no share, or only one phase is judged.
+    """
+    if share is None:
+        return {window: 1.0} if traffic.ordered and window is not None else None
     check.share("prefill_share", share)
     if len(windows) == 1:
         raise check.ArgumentError(
@@ -524,3 +573,4 @@ def _check_share(share: float, windows: tuple[int | None, ...]) -> None:
             "window, so that both prefill and decode are judged",
             "prefill_share",
         )
+    return make_phases(share)

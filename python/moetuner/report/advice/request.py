@@ -66,6 +66,7 @@ class Request:
     step_ms: Mapping[Window, float]
     price: float
     prefill_share: float | None
+    recorded_by: str | None
     by_group: bool
     in_order: bool
     iterations: int | None

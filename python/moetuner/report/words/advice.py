@@ -544,10 +544,10 @@ CLAUSES: dict[str, Clause] = {
     "prefill not judged": lambda voice, gain, tokens: (
         f"decode {write_gain(gain)}{_prefill_lacks(tokens)}"
     ),
-    "nothing to place": (
-        "{engine} splits layers or weights over devices, not experts, so no placement helps there. "
-        "Its traces show which experts are hot, and whether a fixed set of them near the GPU is "
-        "worth it; for an engine with expert parallelism name it (--for)"
+    "nothing to place": lambda voice, engine: (
+        f"{engine} splits layers or weights over devices, not experts, so no placement helps "
+        "there. Its traces show which experts are hot, and whether a fixed set of them near the "
+        f"GPU is worth it; for an engine with expert parallelism name it ({voice.engine})"
     ),
     "one device": "there is one device, so all placements are alike",
     "one kind of traffic": f"{{shows}}, so the figures hold for such traffic only; {MIX}",
