@@ -69,9 +69,9 @@ class Serving(Frozen):
     engine
         The engine that serves the model, of ``ENGINES``; None if unknown.
     regime
-        Way of tokens after a layer: a row of ``moetuner.serving.regimes.WAYS``. dispatch: they
-        return to their home device, as in today's engines, so co-activation saves traffic. follow:
-        they move on to the next expert, as in the paper, so transitions cost.
+        Path of tokens after a layer. dispatch: they return to their home device, as in today's
+        engines, so co-activation saves traffic. follow: they move on to the next expert, as in the
+        paper, so transitions cost.
     split
         Rule that splits tokens over an expert's copies: a row of ``moetuner.serving.splits.RULES``.
     arrival

@@ -232,10 +232,12 @@ def _anneal(run: Run, budget: Budget) -> None:
 def _is_annealed(run: Run) -> bool:
     """Return whether annealing layers is worth its time.
 
-    Where loads alone are searched, large layers are balanced before. A search of so many layers
-    that each gets few trials would end where it begins.
+    Large layers of single copies, searched by loads alone, are balanced before. A search of so many
+    layers that each gets few trials would end where it begins. With copies it does not: where
+    reading weights is what takes time, balance is not what counts.
     """
-    if not ANNEAL.applies(run) or not _is_of_loads(run) or run.budget.iterations is not None:
+    is_balanced = _is_of_loads(run) and not run.problem.may_copy
+    if not ANNEAL.applies(run) or not is_balanced or run.budget.iterations is not None:
         return ANNEAL.applies(run)
     trials = run.budget.work.layer_work / units_of_trial(run)
     return trials >= effort.LEAST_TRIALS * run.slots_of_layer
