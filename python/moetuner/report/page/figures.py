@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from moetuner.charts import Chart
 from moetuner.charts.figure import make_figure
@@ -19,6 +19,8 @@ BROWSER = (
     "one, or BROWSER_PATH names yours"
 )
 WIDTH, SCALE = 1080, 2
+# How often the browser is asked for a figure.
+ATTEMPTS = 2
 
 
 def check_figures() -> None:
@@ -43,7 +45,7 @@ def write_figures(
     import kaleido
 
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = []
+    drawn: list[dict[str, Any]] = []
     for chart in charts:
         figure = make_figure(chart)
         for kind in formats:
@@ -51,9 +53,14 @@ def write_figures(
             size = {"width": WIDTH, "height": chart.height, "scale": scale}
             path = folder / f"{chart.key}.{kind}"
             drawn.append({"fig": figure, "path": path, "opts": {"format": kind, **size}})
-    # No chart has formulas, and kaleido would load MathJax from the network.
-    kaleido.write_fig_from_object_sync(drawn, kopts={"mathjax": False})
-    # Kaleido returns what went wrong with a figure, and removes its file.
-    if missing := [str(each["path"]) for each in drawn if not each["path"].exists()]:
-        raise OSError(f"Chrome did not draw {', '.join(missing)}; run the command again")
-    return len(drawn)
+    missing = drawn
+    # Kaleido returns what went wrong with a figure, and removes its file: on a machine that is busy
+    # the browser misses one now and then.
+    for _ in range(ATTEMPTS):
+        # No chart has formulas, and kaleido would load MathJax from the network.
+        kaleido.write_fig_from_object_sync(missing, kopts={"mathjax": False})
+        missing = [each for each in missing if not each["path"].exists()]
+        if not missing:
+            return len(drawn)
+    names = ", ".join(str(each["path"]) for each in missing)
+    raise OSError(f"Chrome did not draw {names}; run the command again")
