@@ -3,16 +3,11 @@
 ``bench/neighbours.py`` draws the problems; docs/experiments.md has the distribution of 200.
 """
 
-import sys
-from pathlib import Path
-
+import neighbours
 import numpy as np
 import pytest
 
 import moetuner as mt
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-neighbours = pytest.importorskip("neighbours")
 
 
 @pytest.fixture(scope="module")

@@ -167,7 +167,7 @@ def _list_recordings(sources: Sequence[Path]) -> list[Path]:
     """
     recordings: list[Path] = []
     for source in sources:
-        is_folder = source.is_dir() and find_reader(source) in native.KINDS
-        files = list_files([Opened(source)]) if is_folder else []
-        recordings += [file.path for file in files] if is_folder else [source]
+        file = Opened(source)
+        is_folder = source.is_dir() and find_reader(file) in native.KINDS
+        recordings += [each.path for each in list_files([file])] if is_folder else [source]
     return recordings

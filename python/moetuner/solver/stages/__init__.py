@@ -41,7 +41,6 @@ from moetuner.solver.stages.lp_split import LP_SPLIT, has_lp_split
 from moetuner.solver.stages.phases import balance_regret
 from moetuner.solver.stages.polish import POLISH
 from moetuner.solver.stages.visits import PAIRS, VISITS, units_of_trial
-from moetuner.solver.unseen import SearchSetting
 
 __all__ = ["PARTITIONS", "SEARCH", "SEARCHES"]
 
@@ -185,8 +184,7 @@ def _balance(run: Run, budget: Budget) -> None:
     starts = (FLOOR, CONSTRUCT, COMBINE) if is_short else ()
 
     def search(inner: Run, share: Budget) -> None:
-        more = effort.SLOWEST_PARTS if not is_short and _is_of_slowest(inner) else 1
-        anneal(inner, share, LayerModel(inner, parts * more))
+        anneal(inner, share, LayerModel(inner, parts * _count_parts_beside_slowest(inner)))
 
     slowest = () if is_short else (SLOWEST,)
     settle = (SETTLE,) if budget.work.settles_balance else ()
@@ -223,10 +221,7 @@ def _anneal(run: Run, budget: Budget) -> None:
     parts = effort.BALANCE_PART if is_balanced else 1
     if _has_costly_fillers(run):
         parts *= effort.FULL_PART
-    # A search of few slots takes milliseconds, and finds less in half the trials.
-    if _is_of_slowest(run) and not has_few_slots(run):
-        parts *= effort.SLOWEST_PARTS
-    anneal(run, budget, LayerModel(run, parts))
+    anneal(run, budget, LayerModel(run, parts * _count_parts_beside_slowest(run)))
 
 
 def _is_annealed(run: Run) -> bool:
@@ -237,10 +232,9 @@ def _is_annealed(run: Run) -> bool:
     reading weights is what takes time, balance is not what counts.
     """
     is_balanced = _is_of_loads(run) and not run.problem.may_copy
-    if not ANNEAL.applies(run) or not is_balanced or run.budget.iterations is not None:
-        return ANNEAL.applies(run)
-    trials = run.budget.work.layer_work / units_of_trial(run)
-    return trials >= effort.LEAST_TRIALS * run.slots_of_layer
+    trials = run.budget.work.layer_work / units_of_trial(run) / run.slots_of_layer
+    is_long = run.budget.iterations is not None or trials >= effort.LEAST_TRIALS
+    return ANNEAL.applies(run) and (is_long or not is_balanced)
 
 
 def _is_of_slowest(run: Run) -> bool:
@@ -262,14 +256,18 @@ def _is_of_slowest(run: Run) -> bool:
     return carries_over or is_tiny or problem.slots >= problem.devices
 
 
+def _count_parts_beside_slowest(run: Run) -> int:
+    """Return how many searches share the work of one that is followed by one of the slowest."""
+    # A search of few slots takes milliseconds, and finds less in half the trials.
+    return effort.SLOWEST_PARTS if _is_of_slowest(run) and not has_few_slots(run) else 1
+
+
 def _anneal_slowest(run: Run, budget: Budget) -> None:
     """Anneal all layers by the slowest device of every window as it is, from the best placement."""
     is_cool = run.problem.may_copy and len(run.objective.windows) < effort.SLOWEST_WINDOWS
     heat = "cool" if is_cool or is_large(run) else "warm"
-    model = LayerModel(run, effort.SLOWEST_PARTS, heat=heat)
-    model.weights = [np.ones(len(model.windows))]
     details = run.details
-    anneal(run, budget, model)
+    anneal(run, budget, LayerModel(run, effort.SLOWEST_PARTS, heat=heat, of_slowest=True))
     # What the search before did about unseen windows is what it is reported by.
     run.details = replace(run.details, unseen=details.unseen)
 
@@ -297,12 +295,10 @@ def _anneal_copies(run: Run, budget: Budget) -> None:
         is_done = fewer and number == 2 and run.best.value >= value * (1 - effort.COPY_GAIN)
         if part.time_limit == 0 or is_done:
             return
-        model = LayerModel(run, len(effort.COPY_SEARCHES), heat=way.heat)
+        # The norm over devices that stands for the slowest one counts all others, too: by it a copy
+        # on each of them costs, though none of them is slower than the slowest.
+        model = LayerModel(run, len(effort.COPY_SEARCHES), heat=way.heat, of_slowest=way.of_slowest)
         model.chosen = _find_open_layers(run)
-        if way.of_slowest:
-            # The norm over devices that stands for the slowest one counts all others, too: by it a
-            # copy on each of them costs, though none of them is slower than the slowest.
-            model.weights, model.setting = [np.ones(len(model.windows))], SearchSetting()
         anneal(run, part, model, start=full if way.from_full else None)
         COMBINE.run(run, part)
 

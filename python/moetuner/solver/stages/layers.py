@@ -42,16 +42,19 @@ class LayerModel:
 
     ``parts`` is the number of searches that share the work of one. They begin at a ``heat``, or by
     default as suits the layers. Without links, only ``chosen`` layers are searched, if not None.
+    If ``of_slowest``, that is by the slowest devices, not by the norm that stands for them.
     """
 
-    def __init__(self, run: Run, parts: int = 1, *, heat: str | None = None) -> None:
+    def __init__(
+        self, run: Run, parts: int = 1, *, heat: str | None = None, of_slowest: bool = False
+    ) -> None:
         self.parts, self.heat, self.slots_of_layer = parts, heat, run.slots_of_layer
         self.chosen: list[int] | None = None
         self.is_large = is_large(run)
         self.problem, self.seed, self.objective = run.problem, run.seed, run.objective
         self.windows = run.objective.windows
         self.weight, self.setting = self.windows.weight, SearchSetting()
-        self.weights: list[Floats] = []
+        self.weights: list[Floats] = [np.ones(len(self.windows))] if of_slowest else []
 
     @property
     def unit(self) -> float:
