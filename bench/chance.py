@@ -14,13 +14,15 @@ share, of shards that are counted and sampled, and of counters: how often a gain
 fresh traffic does not have, how many intervals hold the truth, and, where all text shares a skew,
 how often the gain is found; and how often drift seems to be beyond chance between two recordings of
 one law. The others print how often the interval of 95 % misses, by the number of sequences and how
-they lie in windows; how often a null audit of seven groups names somebody; how often one group that
-is served worse is named; and what verdict says of a change between the two. Seeds are fixed.
+they lie in windows; how often intervals would miss whose errors are of differences of windows; how
+often a null audit of seven groups names somebody; how often one group that is served worse is
+named; and what verdict says of a change between the two. Seeds are fixed.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -38,7 +40,11 @@ from simulated import Law, advised, draw_table, placed, prompts, true_gain
 import moetuner as mt
 from moetuner.cli import moetuner as command_line
 from moetuner.counting import total
+from moetuner.evaluation import Replayed
 from moetuner.evaluation.arrival import draw_mixed_order
+from moetuner.evaluation.figures import compute_window_imbalances
+from moetuner.evaluation.intervals import Spread
+from moetuner.evaluation.replay import count_each
 
 Traffic = mt.RoutingTrace | mt.RoutingStatistics
 Rng = np.random.Generator
@@ -115,6 +121,64 @@ def measure_misses(sequences: int, shape: str, runs: int) -> NDArray[np.float64]
             assert change.high is not None
             count[place] += not change.low <= 0 <= change.high
     return count / runs
+
+
+def measure_window_misses(sequences: int, shape: str, runs: int) -> list[float | None]:
+    """Return shares of null audits whose interval of the imbalance misses 0, by kind of error.
+
+    The first error is that of halves. The others are of the differences of full windows: as if they
+    were independent, robust to autocorrelation (Newey and West 1987), and to clusters, which are
+    the sequences (Liang and Zeger 1986). Without two full windows these give no interval: None.
+    """
+    misses: list[list[bool]] = [[], [], [], []]
+    for run in range(runs):
+        trace = draw_trace(sequences, shape, np.random.default_rng([sequences, run]))
+        judgement = audit_blocks(trace)
+        change = judgement.whole["imbalance"].change
+        assert change is not None
+        assert change.low is not None
+        assert change.high is not None
+        misses[0].append(not change.low <= 0 <= change.high)
+        before, after = (
+            compute_imbalances(each.replayed) for each in (judgement.before, judgement.after)
+        )
+        number = len(before)
+        if number < 2:
+            continue
+        value = after.mean() / before.mean() - 1
+        difference = (after - after.mean() / before.mean() * before) / before.mean()
+        products = np.outer(difference, difference) / number / (number - 1)
+        # Bartlett's weights, up to the lag that Newey and West (1994) advise.
+        lags = math.floor(4 * (number / 100) ** (2 / 9))
+        lag = np.abs(np.subtract.outer(np.arange(number), np.arange(number)))
+        robust = float((products * np.maximum(1 - lag / (lags + 1), 0)).sum())
+        sequence = np.asarray(trace.sequence)[: number * WINDOW].reshape(number, WINDOW)
+        labels = np.unique(sequence)
+        # The share that every sequence has of every window [W,S].
+        share = (sequence[:, :, None] == labels).mean(axis=1)
+        clusters = len(labels)
+        of_clusters = ((difference @ share) ** 2).sum() / number**2
+        of_clusters *= clusters / max(clusters - 1, 1)
+        errors = [
+            (np.trace(products), number),
+            (max(robust, 0.0), number),
+            (of_clusters, clusters),
+        ]
+        for kind, (variance, units) in enumerate(errors, start=1):
+            spread = Spread(value, math.sqrt(variance), max(units - 1, 1), units)
+            assert spread.low is not None
+            assert spread.high is not None
+            misses[kind].append(not spread.low <= 0 <= spread.high)
+    return [float(np.mean(missed)) if missed else None for missed in misses]
+
+
+def compute_imbalances(replayed: Replayed | None) -> NDArray[np.float64]:
+    """Compute the imbalance of every full window of an evaluation's traffic [W]."""
+    assert replayed is not None
+    [counts] = count_each(replayed.traffic, [replayed.setting])
+    table = compute_window_imbalances(counts[None], replayed.setting)
+    assert table is not None
+    return table.mean(axis=1)[counts[None].is_full_window]
 
 
 def measure_alarms(
@@ -365,6 +429,20 @@ def print_audits(report: Report, runs: int, audits: int) -> None:
     for shape in SHAPES:
         for sequences in (3, 5, 10, 20, 50):
             table(shape, sequences, *(100 * measure_misses(sequences, shape, runs)))
+    table = report.table(
+        f"Intervals of the imbalance that miss, percent of {runs} null audits, by their errors",
+        "shape <18s",
+        "sequences 10d",
+        "halves 7.1f",
+        "windows 8.1f",
+        "autocorrelated 15.1f",
+        "clusters 9.1f",
+    )
+    for shape in SHAPES:
+        for sequences in (5, 10, 20, 50):
+            shares = measure_window_misses(sequences, shape, runs)
+            cells = ["none" if share is None else 100 * share for share in shares]
+            table(shape, sequences, *cells)
     table = report.table(
         f"Groups that {audits} null audits of seven name, percent of audits",
         "shape <18s",
