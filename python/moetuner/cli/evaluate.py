@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moetuner import _checks, _texts
+from moetuner import _arrays as arrays
+from moetuner import _texts
 from moetuner.cli import options
 from moetuner.cli.options import JUDGING, argument, option
 from moetuner.cli.options.figures import FigureOptions
@@ -184,7 +185,7 @@ def _find_mixed(traffic: Recording, seed: int) -> Finding:
         return Finding("mixed windows", {"windows": windows, "seed": seed})
     if traffic.sequence is None:
         return Finding("mixed tokens", {"seed": seed})
-    sequences = _checks.distinct(traffic.sequence).size
+    sequences = arrays.distinct(traffic.sequence).size
     running = min(choose_batch_size(sequences), sequences)
     return Finding("mixed sequences", {"running": running, "of": sequences, "seed": seed})
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import _checks as check
+from moetuner import _arrays as arrays
 from moetuner._checks import ArgumentError, is_number, seed_in, shown
 from moetuner.evaluation.arrival import overlay
 from moetuner.evaluation.kinds import (
@@ -177,7 +177,7 @@ class Samples:
             label = find_samples(traffic).kinds
         if label is None:
             return self._deal_runs(traffic, len(rows), window, folds)
-        return _deal_samples(check.at(label, rows), folds)
+        return _deal_samples(arrays.at(label, rows), folds)
 
     def _deal_runs(
         self, traffic: Recording, rows: int, window: int | None, folds: int | None
@@ -195,14 +195,14 @@ class Samples:
         """Return the label of the sample that every token is of, given its sequence [t]."""
         if self.sequences is None or self.kinds is None:
             return sequence
-        return check.at(self.kinds.astype(np.int32), check.ranks(sequence, self.sequences))
+        return arrays.at(self.kinds.astype(np.int32), arrays.ranks(sequence, self.sequences))
 
 
 def _deal_samples(label: Integers, folds: int | None) -> Folds:
     """Deal whole samples into folds, given the sample of every row [n]."""
-    labels = check.distinct(label)
-    sample = check.ranks(label, labels)
-    first, sizes = check.first_of(sample, len(labels)), check.counts(sample, len(labels))
+    labels = arrays.distinct(label)
+    sample = arrays.ranks(label, labels)
+    first, sizes = arrays.first_of(sample, len(labels)), arrays.counts(sample, len(labels))
     number = max(min(len(sizes), folds or FOLDS), 1)
     fold = np.empty(len(sizes), dtype=np.min_scalar_type(number))
     smallest = [(0, number_of_fold) for number_of_fold in range(number)]
@@ -212,7 +212,7 @@ def _deal_samples(label: Integers, folds: int | None) -> Folds:
     for place in np.argsort(first)[order].tolist():
         size, fold[place] = heapq.heappop(smallest)
         heapq.heappush(smallest, (size + int(sizes[place]), int(fold[place])))
-    return Folds(check.at(fold, sample), number, len(sizes))
+    return Folds(arrays.at(fold, sample), number, len(sizes))
 
 
 def find_samples(
@@ -288,7 +288,7 @@ def _find_samples_of_windows(table: RoutingStatistics) -> Samples:
 
 def _find_samples_of_sequences(trace: RoutingTrace, progress: Progress | None) -> Samples:
     """Find the samples of a trace with sequence labels: the sequences, or their kinds."""
-    labels = check.distinct(cast("NDArray[np.int32]", trace.sequence))
+    labels = arrays.distinct(cast("NDArray[np.int32]", trace.sequence))
     kinds, likeness, all_alike = find_sequence_kinds(trace, labels, progress)
     if kinds is None:
         return Samples("sequence", len(labels), all_alike=all_alike)
@@ -350,7 +350,7 @@ def _compute_shares(
     windows, layers, experts = load.shape
     compared = min(windows, WINDOWS)
     fits = min(CELLS // max(windows * experts, 1), PRODUCTS // (compared**2 * experts), layers)
-    chosen = check.evenly_spaced(layers, max(fits, 1))
+    chosen = arrays.evenly_spaced(layers, max(fits, 1))
     counts = load[:, chosen].astype(np.float64)
     total = counts.sum(axis=2, keepdims=True)
     share = np.divide(counts, total, out=np.zeros_like(counts), where=total > 0)
@@ -525,9 +525,9 @@ def _draw(
     label: NDArray[np.integer[Any]], share: float, rng: np.random.Generator
 ) -> NDArray[np.bool_]:
     """Draw a share of the labels, and return which items [n] have one of them."""
-    labels = check.distinct(label)
+    labels = arrays.distinct(label)
     count = min(max(round(share * labels.size), 1), labels.size - 1)
-    return check.among(label, rng.permutation(labels)[:count])
+    return arrays.among(label, rng.permutation(labels)[:count])
 
 
 def measure_correlation_length(trace: Recording) -> int:

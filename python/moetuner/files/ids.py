@@ -16,7 +16,8 @@ from typing import IO, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import U8, U16, IdArray, IdType, check_sizes, frozen, id_type, valid
+from moetuner._arrays import frozen
+from moetuner._checks import U8, U16, IdArray, IdType, check_sizes, id_type, valid
 from moetuner.files import naming, size_of
 from moetuner.files.safetensors import TensorInFile, size_holding
 

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import ArgumentError, evenly_spaced, is_number, shown
+from moetuner._arrays import evenly_spaced
+from moetuner._checks import ArgumentError, is_number, shown
 from moetuner._texts import suggestion
 from moetuner.evaluation.arrival import WINDOWS_MIXED, mix_windows
 from moetuner.evaluation.chunks import by_chunk, chunks

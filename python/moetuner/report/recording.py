@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import evenly_spaced
+from moetuner._arrays import evenly_spaced
 from moetuner._texts import name
 from moetuner.cost import top_k_of
 from moetuner.files.cells import counted, layer_list, percent

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import _checks as check
+from moetuner import _arrays as arrays
 from moetuner._checks import callable_or_none, instance, seed_in
 from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.figures import FIGURES
@@ -311,9 +311,9 @@ def _find_places(
     if traffic.sequence is None:
         item = first = np.arange(traffic.length)
     else:
-        labels = check.distinct(traffic.sequence)
-        item = check.ranks(traffic.sequence, labels)
-        first = check.first_of(item, len(labels))
+        labels = arrays.distinct(traffic.sequence)
+        item = arrays.ranks(traffic.sequence, labels)
+        first = arrays.first_of(item, len(labels))
     order = np.argsort(first)
     if by_group and traffic.group is not None:
         # Item r of the n of a group belongs where a share (r + 0.5) / n of the recording is over.

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from moetuner._checks import evenly_spaced
+from moetuner._arrays import evenly_spaced
 from moetuner.cost import compute_move_us
 from moetuner.evaluation import evaluate
 from moetuner.evaluation.comparison import Comparison, with_splits

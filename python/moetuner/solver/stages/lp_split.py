@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moetuner._checks import evenly_spaced
+from moetuner._arrays import evenly_spaced
 from moetuner.placement import find_holders
 from moetuner.solver import effort
 from moetuner.solver.budget import Budget

@@ -1,0 +1,105 @@
+"""Arrays of rows: their labels, ranks and counts, in pieces that bound the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+# Labels that are processed together: for all at once, numpy's copies would take much memory, and no
+# signal could interrupt it.
+PIECE = 1 << 20
+
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+
+def evenly_spaced(number: int, limit: int) -> NDArray[np.int64]:
+    """Return at most ``limit`` of so many numbers from 0, at even distances, the last with them."""
+    return np.unique(np.linspace(0, number - 1, limit).round().astype(np.int64))
+
+
+def pieces(values: NDArray[Scalar]) -> Iterator[NDArray[Scalar]]:
+    """Yield labels [n] in pieces, at least one."""
+    return (values[at : at + PIECE] for at in range(0, max(len(values), 1), PIECE))
+
+
+def distinct(values: NDArray[Scalar]) -> NDArray[Scalar]:
+    """Return the distinct labels in ascending order."""
+    return np.unique(np.concatenate([np.unique(piece) for piece in pieces(values)]))
+
+
+def among(values: NDArray[Any], wanted: ArrayLike) -> NDArray[np.bool_]:
+    """Return the mask of the labels that are among those wanted."""
+    return np.concatenate([np.isin(piece, wanted) for piece in pieces(values)])
+
+
+def at(values: NDArray[Scalar], numbers: NDArray[Any]) -> NDArray[Scalar]:
+    """Return values by their numbers [n]."""
+    return np.concatenate([values[piece] for piece in pieces(numbers)])
+
+
+def ranks(values: NDArray[Any], labels: NDArray[Any]) -> NDArray[Any]:
+    """Return the rank of each value [n] among the distinct labels in ascending order."""
+    kind = np.min_scalar_type(max(len(labels) - 1, 0))
+    return np.concatenate([np.searchsorted(labels, piece).astype(kind) for piece in pieces(values)])
+
+
+def counts(ranks: NDArray[Any], number: int) -> NDArray[np.int64]:
+    """Count how often each rank below ``number`` occurs."""
+    total = np.zeros(number, dtype=np.int64)
+    for _, present, _, times in _runs(ranks):
+        total[present] += times
+    return total
+
+
+def first_of(ranks: NDArray[Any], number: int) -> NDArray[np.int64]:
+    """Return the number of the first item of every rank; each rank must occur."""
+    first, begin = np.full(number, len(ranks), dtype=np.int64), 0
+    for order, present, start, _ in _runs(ranks):
+        first[present] = np.minimum(first[present], begin + order[start])
+        begin += len(order)
+    return first
+
+
+def number_runs(
+    first: NDArray[np.signedinteger[Any]], lengths: NDArray[np.int64]
+) -> NDArray[np.signedinteger[Any]]:
+    """Return the numbers of the items of runs [n], in the type of the first ones."""
+    numbers: NDArray[np.signedinteger[Any]]
+    numbers = np.repeat((first - np.cumsum(lengths) + lengths).astype(first.dtype), lengths)
+    numbers += np.arange(len(numbers), dtype=first.dtype)
+    return numbers
+
+
+def sorted_by(ranks: NDArray[Any], number: int) -> NDArray[Any]:
+    """Return the numbers of items [n] in the order of their ranks (a stable sort)."""
+    place = np.empty(len(ranks), dtype=np.int32 if len(ranks) < 1 << 31 else np.int64)
+    size, first = counts(ranks, number), 0
+    begin = np.cumsum(size) - size
+    for order, present, start, times in _runs(ranks):
+        within = np.arange(len(order)) - np.repeat(start, times)
+        place[np.repeat(begin[present], times) + within] = first + order
+        begin[present] += times
+        first += len(order)
+    return place
+
+
+def _runs(ranks: NDArray[Any]) -> Iterator[tuple[NDArray[Any], ...]]:
+    """Yield for every piece of ranks [n]: its stable order, and its distinct ranks.
+
+    Each rank comes with the index in the order at which it begins, and with its count.
+    """
+    for piece in pieces(ranks):
+        order = np.argsort(piece, kind="stable")
+        in_order = piece[order]
+        start = np.flatnonzero(np.append(True, in_order[1:] != in_order[:-1])[: len(piece)])
+        yield order, in_order[start], start, np.diff(np.append(start, len(piece)))
+
+
+def frozen(array: NDArray[Scalar]) -> NDArray[Scalar]:
+    """Return a read-only view of an array, which itself stays writable."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
