@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _core
-from moetuner._arrays import distinct, frozen, pieces
 from moetuner._texts import suggestion
+from moetuner.frozen import freeze
 
 IdArray = NDArray[np.uint8] | NDArray[np.uint16]
 IdType = np.dtype[np.uint8] | np.dtype[np.uint16]
@@ -367,7 +367,7 @@ def labels(name: str, values: ArrayLike, length: int, dtype: type[Integer]) -> N
             f"{name} must be from {limits.min} to {limits.max}, got {array.min()} to {array.max()}",
             name,
         )
-    return frozen(np.ascontiguousarray(array, dtype=dtype))
+    return freeze(np.ascontiguousarray(array, dtype=dtype))
 
 
 def names(values: Iterable[str] | None) -> tuple[str, ...]:
@@ -398,29 +398,6 @@ def groups(
     return array
 
 
-def rows(name: str, values: ArrayLike, length: int) -> NDArray[Any]:
-    """Return a mask of rows [length], or distinct numbers of rows, checked."""
-    array = array_in(name, values)
-    if array.dtype == np.bool_ and array.shape == (length,):
-        return array.copy()
-    if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
-        raise ArgumentError(
-            f"{name} must be a mask [{length}] or numbers of rows, got {shown(array)}", name
-        )
-    if array.size and not (int(array.min()) >= 0 and int(array.max()) < length):
-        raise ArgumentError(
-            f"{name} must be below {length} and at least 0, got {array.min()} to {array.max()}",
-            name,
-        )
-    numbers = array.astype(np.int32 if length < 1 << 31 else np.int64)
-    is_wanted = np.zeros(length, dtype=bool)
-    for piece in pieces(numbers):
-        is_wanted[piece] = True
-    if np.count_nonzero(is_wanted) < len(numbers):
-        raise ArgumentError(f"{name} must name each row once, got {shown(array)}", name)
-    return numbers
-
-
 def name_groups(group: ArrayLike) -> list[str]:
     """Return the numbers of groups as their names, for groups without names."""
     array = array_in("group", group)
@@ -430,31 +407,6 @@ def name_groups(group: ArrayLike) -> list[str]:
     if count > 1 << 15:
         raise ValueError(f"group must be below {1 << 15}, got {count - 1}")
     return [str(number) for number in range(count)]
-
-
-def join_sequences(parts: list[NDArray[np.int32] | None]) -> NDArray[np.int64] | None:
-    """Join the sequence labels of traces; if a label occurs in two, all are numbered anew."""
-    present = [part for part in parts if part is not None]
-    if len(present) < len(parts):
-        return None
-    labels = [distinct(part) for part in present]
-    ends = np.cumsum([len(values) for values in labels])
-    if len(distinct(np.concatenate(labels))) == ends[-1]:
-        return np.concatenate(present).astype(np.int64)
-    rows = zip(present, labels, ends, strict=True)
-    return np.concatenate(
-        [np.searchsorted(values, part) + end - len(values) for part, values, end in rows]
-    )
-
-
-def join_groups(parts: Iterable[Any]) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
-    """Join the group numbers of traces or statistics, and return the joint names, too."""
-    names = tuple(dict.fromkeys(name for part in parts for name in part.group_names))
-    if any(part.group is None for part in parts):
-        return None, names
-    numbers = [np.array([names.index(name) for name in part.group_names], int) for part in parts]
-    groups = [number[part.group] for number, part in zip(numbers, parts, strict=True)]
-    return np.concatenate(groups), names
 
 
 def expert_size(sizes: Any) -> tuple[int, int] | None:

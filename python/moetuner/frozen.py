@@ -6,9 +6,10 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from html import escape
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 WIDTH = 100
 BREAK = "\n    "
@@ -16,6 +17,8 @@ BREAK = "\n    "
 FEW = 8
 # Numbers of an array that enter its hash: enough to tell arrays apart, and read quickly.
 HASHED = 64
+
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 class Frozen:
@@ -140,3 +143,10 @@ def _hash(value: Any) -> int:
     if isinstance(value, (tuple, list)):
         return hash(tuple(map(_hash, value)))
     return hash(value)
+
+
+def freeze(array: NDArray[Scalar]) -> NDArray[Scalar]:
+    """Return a read-only view of an array, which itself stays writable."""
+    view = array.view()
+    view.flags.writeable = False
+    return view

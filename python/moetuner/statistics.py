@@ -22,7 +22,7 @@ from moetuner.files.contents import SET_TABLES
 from moetuner.files.ids import LeftOut
 from moetuner.files.opened import Opened, opened
 from moetuner.frozen import Frozen
-from moetuner.recording import Recording, compute_once
+from moetuner.recording import Recording, compute_once, labelling
 from moetuner.recording.population import Population, add_populations, check_same
 from moetuner.trace import RoutingTrace, as_trace
 
@@ -529,7 +529,7 @@ class RoutingStatistics(Recording, Frozen):
         >>> table.take([2, 0]).window_load.tolist()
         [[[3, 0]], [[1, 0]]]
         """
-        wanted = check.rows("rows", rows, self.windows)
+        wanted = labelling.rows("rows", rows, self.windows)
         if not (wanted.any() if wanted.dtype == np.bool_ else wanted.size):
             raise check.ArgumentError("rows must be at least one window, got none", "rows")
         labels: dict[str, Any] = {"group": self.group, "drawn_from": self.drawn_from}
@@ -653,7 +653,7 @@ class RoutingStatistics(Recording, Frozen):
         if (self.group is None) != (other.group is None):
             raise ValueError("statistics must both have groups, or none, got groups of only one")
         check_same(self, other, ("model", "expert_size", "top_k", "window"), "statistics")
-        group, names = check.join_groups([self, other])
+        group, names = labelling.join_groups([self, other])
         fields: dict[str, Any] = {"window": self.window, "group": group}
         fields["group_names"] = names if group is not None else ()
         for name in ("model", "expert_size", "top_k"):

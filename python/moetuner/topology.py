@@ -13,11 +13,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner import _arrays as arrays
 from moetuner import _checks as check
 from moetuner.files import naming, read_whole
 from moetuner.files.text import parse_json
-from moetuner.frozen import Frozen, as_json
+from moetuner.frozen import Frozen, as_json, freeze
 from moetuner.presets import MACHINES
 
 # The way of tokens after a layer: from expert to expert of the next layer (follow), as in the
@@ -291,7 +290,7 @@ class Topology(Frozen):
         cost = np.rint(16 * fastest / self.bandwidth)
         if self.link_cost is not None:
             cost = np.array(self.link_cost, dtype=np.float64)
-        return arrays.frozen(scale_to_integers(cost))
+        return freeze(scale_to_integers(cost))
 
     @property
     def has_equal_devices(self) -> bool:

@@ -17,14 +17,13 @@ from typing import Any, SupportsIndex, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner import _arrays as arrays
 from moetuner import _checks as check
 from moetuner.files import jsonl, naming
 from moetuner.files.contents import TraceContents, read_trace, write_trace
 from moetuner.files.ids import Ids, LeftOut, in_memory, joined, read_ahead
 from moetuner.files.opened import Opened, opened
-from moetuner.frozen import html_table
-from moetuner.recording import Recording
+from moetuner.frozen import freeze, html_table
+from moetuner.recording import Recording, labelling
 from moetuner.recording.population import Population, add_populations
 
 SHARD_BYTES = 64 << 20
@@ -302,13 +301,13 @@ class RoutingTrace(Recording):
         if not (check.is_number(share) and 0 < share < 1):
             raise ValueError(f"share must be between 0 and 1, got {check.shown(share)}")
         seed = check.seed_in(seed)
-        sequences = arrays.distinct(self.sequence) if self.sequence is not None else np.empty(0)
+        sequences = labelling.distinct(self.sequence) if self.sequence is not None else np.empty(0)
         units = sequences.size if sequences.size > 1 else self.tokens
         count = min(max(round(share * units), 1), max(units - 1, 0))
         first = np.arange(self.tokens) < count
         if self.sequence is not None and sequences.size > 1:
             chosen = np.random.default_rng(seed).permutation(sequences)[:count]
-            first = arrays.among(self.sequence, chosen)
+            first = labelling.among(self.sequence, chosen)
         return self._keep(first), self._keep(~first)
 
     def select(
@@ -355,7 +354,7 @@ class RoutingTrace(Recording):
         names: list[Any] = [groups]
         if not isinstance(groups, str):
             names = check.listed("groups", groups, "names or numbers")
-        return arrays.among(self.group, [self._find_group(name) for name in names])
+        return labelling.among(self.group, [self._find_group(name) for name in names])
 
     def _mark_sequences(self, sequences: Iterable[SupportsIndex]) -> NDArray[np.bool_]:
         """Return the mask of the tokens [T] of some sequences."""
@@ -364,10 +363,10 @@ class RoutingTrace(Recording):
         limits = {"lowest": -(1 << 31), "highest": (1 << 31) - 1}
         listed = check.listed("sequences", sequences, "labels")
         labels = [check.whole_number("sequences", label, **limits) for label in listed]
-        unknown = np.setdiff1d(np.array(labels, np.int64), arrays.distinct(self.sequence))
+        unknown = np.setdiff1d(np.array(labels, np.int64), labelling.distinct(self.sequence))
         if unknown.size:
             raise ValueError(f"sequences must be labels of the trace, got {unknown[0]}")
-        return arrays.among(self.sequence, labels)
+        return labelling.among(self.sequence, labels)
 
     def take(self, rows: ArrayLike) -> RoutingTrace:
         """Return some tokens.
@@ -385,13 +384,13 @@ class RoutingTrace(Recording):
         >>> trace.take([2, 0]).expert_ids.ravel().tolist()
         [2, 0]
         """
-        wanted = check.rows("rows", rows, self.tokens)
+        wanted = labelling.rows("rows", rows, self.tokens)
         if wanted.dtype == np.bool_:
             return self._keep(wanted)
         if (wanted[:-1] < wanted[1:]).all():
             return self._keep(_make_mask(wanted, self.tokens))
         labels: dict[str, Any] = {
-            name: None if values is None else arrays.frozen(arrays.at(values, wanted))
+            name: None if values is None else freeze(labelling.at(values, wanted))
             for name, values in (("sequence", self.sequence), ("group", self.group))
         }
         return replace(self, ids=self.ids.reorder(wanted), population=None, **labels)
@@ -426,8 +425,8 @@ class RoutingTrace(Recording):
                 f"traces must have the same layers, experts and top_k, got {sorted(sizes)}"
             )
         labels: dict[str, Any] = {}
-        labels["group"], labels["group_names"] = check.join_groups(traces)
-        labels["sequence"] = check.join_sequences([trace.sequence for trace in traces])
+        labels["group"], labels["group_names"] = labelling.join_groups(traces)
+        labels["sequence"] = labelling.join_sequences([trace.sequence for trace in traces])
         for name in ("model", "expert_size"):
             values = {getattr(trace, name) for trace in traces}
             labels[name] = values.pop() if len(values) == 1 else None
@@ -481,7 +480,7 @@ class RoutingTrace(Recording):
             return self
         if tokens is not None:
             labels = {
-                name: None if values is None else arrays.frozen(values[tokens])
+                name: None if values is None else freeze(values[tokens])
                 for name, values in labels.items()
             }
         return replace(self, ids=self.ids.select(tokens, layers), population=None, **labels)

@@ -51,7 +51,7 @@ def test_the_order_is_that_of_a_plain_loop(sequence, seed, sorts, piece):
         free_at[place] += len(tokens_of[number])
     expected = [token for _, _, token in sorted(served)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moetuner.arrays.PIECE", piece)
+        patch.setattr("moetuner.recording.labelling.PIECE", piece)
         assert draw_mixed_order(sequence, len(sequence), seed=seed).tolist() == expected
 
 

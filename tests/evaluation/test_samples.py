@@ -197,7 +197,7 @@ def test_units_and_folds_are_the_same_however_many_tokens_are_looked_at_together
     trace = trace.take(draw_mixed_order(trace.sequence, trace.tokens))
     dealt = []
     for piece in (1 << 20, 17):
-        monkeypatch.setattr("moetuner.arrays.PIECE", piece)
+        monkeypatch.setattr("moetuner.recording.labelling.PIECE", piece)
         fresh = replace(trace)  # of which nothing has been computed
         units, rows = find_samples(fresh), np.arange(fresh.tokens)
         parts = [part.sequence.tolist() for part in hold_out(fresh, 0.5, seed=1)]

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moetuner import _arrays as arrays
 from moetuner import _texts
 from moetuner.cli import options
 from moetuner.cli.options import JUDGING, argument, option
@@ -28,7 +27,7 @@ from moetuner.evaluation.judgement import Judgement
 from moetuner.files.cells import counted, listed, signed, span
 from moetuner.files.opened import Opened
 from moetuner.frozen import as_json
-from moetuner.recording import Recording
+from moetuner.recording import Recording, labelling
 from moetuner.report.findings import Finding
 from moetuner.report.outcome import find_gain, find_times_of
 from moetuner.report.page.data import PageData, make_judgement_data
@@ -185,7 +184,7 @@ def _find_mixed(traffic: Recording, seed: int) -> Finding:
         return Finding("mixed windows", {"windows": windows, "seed": seed})
     if traffic.sequence is None:
         return Finding("mixed tokens", {"seed": seed})
-    sequences = arrays.distinct(traffic.sequence).size
+    sequences = labelling.distinct(traffic.sequence).size
     running = min(choose_batch_size(sequences), sequences)
     return Finding("mixed sequences", {"running": running, "of": sequences, "seed": seed})
 

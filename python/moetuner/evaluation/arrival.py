@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import _arrays as arrays
 from moetuner.evaluation.chunks import chunks
-from moetuner.recording import Recording
+from moetuner.recording import Recording, labelling
 from moetuner.serving.arrival import Arrival, share_mixed
 
 # Sequences of a batch: as many as engines serve by default, but no more than a quarter of all where
@@ -64,14 +63,14 @@ def find_places(order: Order | None, rows: Integers) -> Integers | None:
     if order is None:
         return None
     place = np.full(len(order), -1, dtype=order.dtype)
-    for piece in arrays.pieces(rows):
+    for piece in labelling.pieces(rows):
         place[piece] = 0
     first = 0
-    for piece in arrays.pieces(order):
+    for piece in labelling.pieces(order):
         served = piece[place[piece] == 0] if len(rows) < len(order) else piece
         place[served] = np.arange(first, first + len(served))
         first += len(served)
-    return place if len(rows) == len(order) else arrays.at(place, rows)
+    return place if len(rows) == len(order) else labelling.at(place, rows)
 
 
 def mix(
@@ -82,14 +81,14 @@ def mix(
     ``place`` [n] are their positions before, by default as recorded.
     """
     if sequence is not None:
-        sequence = arrays.at(sequence, tokens)
+        sequence = labelling.at(sequence, tokens)
         if place is not None:
             served = np.empty_like(sequence)
             served[place] = sequence
             sequence = served
     every = np.arange(len(tokens))
     mixed = find_places(draw_mixed_order(sequence, len(tokens), seed=seed), every)
-    return mixed if place is None or mixed is None else arrays.at(mixed, place)
+    return mixed if place is None or mixed is None else labelling.at(mixed, place)
 
 
 def choose_batch_size(sequences: int) -> int:
@@ -117,10 +116,10 @@ def draw_mixed_order(sequence: NDArray[np.int32] | None, tokens: int, *, seed: i
     # Sequence by sequence, in the order of their labels, which is that of most recordings.
     grouped = None
     if (sequence[:-1] > sequence[1:]).any():
-        labels = arrays.distinct(sequence)
-        rank = arrays.ranks(sequence, labels)
-        grouped = arrays.sorted_by(rank, len(labels))
-        sequence = arrays.at(rank, grouped)
+        labels = labelling.distinct(sequence)
+        rank = labelling.ranks(sequence, labels)
+        grouped = labelling.sorted_by(rank, len(labels))
+        sequence = labelling.at(rank, grouped)
     first = np.append(0, np.flatnonzero(sequence[:-1] != sequence[1:]) + 1)
     lengths = np.diff(np.append(first, tokens))
 
@@ -132,9 +131,9 @@ def draw_mixed_order(sequence: NDArray[np.int32] | None, tokens: int, *, seed: i
         heapq.heappush(free, (step + int(lengths[waiting]), place))
     # The tokens that a place serves follow one another, and those of the next place follow them.
     ordered = np.array([number for sequences in served for number in sequences])
-    tokens_of_places = arrays.number_runs(first[ordered].astype(kind), lengths[ordered])
+    tokens_of_places = labelling.number_runs(first[ordered].astype(kind), lengths[ordered])
     if grouped is not None:
-        tokens_of_places = arrays.at(grouped, tokens_of_places)
+        tokens_of_places = labelling.at(grouped, tokens_of_places)
     steps = np.array([int(lengths[sequences].sum()) for sequences in served])
     return _take_steps(tokens_of_places, steps)
 
@@ -145,7 +144,7 @@ def _take_steps(tokens: Order, steps: NDArray[np.int64]) -> Order:
     for end in np.unique(steps).tolist():
         running = begin[steps > step]
         while step < end:
-            until = min(end, step + max(arrays.PIECE // len(running), 1))
+            until = min(end, step + max(labelling.PIECE // len(running), 1))
             rows = running + np.arange(step, until)[:, None]
             order[done : done + rows.size] = tokens[rows].ravel()
             done, step = done + rows.size, until
@@ -154,7 +153,7 @@ def _take_steps(tokens: Order, steps: NDArray[np.int64]) -> Order:
 
 def count_together(sequence: NDArray[np.int32], piece: int) -> float:
     """Return the mean number of sequences that so many consecutive tokens are of, given [T]."""
-    starts = arrays.evenly_spaced(max(len(sequence) - piece, 0) + 1, PIECES).tolist()
+    starts = labelling.evenly_spaced(max(len(sequence) - piece, 0) + 1, PIECES).tolist()
     return float(np.mean([len(np.unique(sequence[first : first + piece])) for first in starts]))
 
 
@@ -173,7 +172,7 @@ def overlay(sequence: NDArray[np.int32], sequence_of_all: NDArray[np.int32]) -> 
     times = round(count_together(sequence_of_all, piece) / remaining)
     if times < 2:
         return None
-    duration = remaining * len(sequence) / len(arrays.distinct(sequence))
+    duration = remaining * len(sequence) / len(labelling.distinct(sequence))
     # Where all sequences last as long as the recording there are no others to meet.
     if times * duration > len(sequence):
         return None

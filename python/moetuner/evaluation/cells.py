@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import _arrays as arrays
 from moetuner.evaluation.reading import Integers, RowReader, find_windows, read
 from moetuner.evaluation.replay import Setting
 from moetuner.evaluation.samples import Folds
-from moetuner.recording import Recording
+from moetuner.recording import Recording, labelling
 from moetuner.serving.splits import EVEN
 from moetuner.trace import as_trace
 
@@ -69,8 +68,8 @@ class Dealt:
         begin, end = windows.start * size, min(windows.stop * size, len(self.items))
         if self.place is not None:
             begin, end = 0, len(self.items)
-        firsts = range(begin, end, arrays.PIECE)
-        return [slice(first, min(first + arrays.PIECE, end)) for first in firsts]
+        firsts = range(begin, end, labelling.PIECE)
+        return [slice(first, min(first + labelling.PIECE, end)) for first in firsts]
 
     def count_items(self, size: int) -> NDArray[np.uint64]:
         """Count items by window and fold [W,F], in windows of ``size`` items."""

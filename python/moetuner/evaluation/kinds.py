@@ -14,9 +14,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import _arrays as arrays
 from moetuner import _core
 from moetuner.evaluation.reading import Progress, RowReader, read, scale_progress
+from moetuner.recording import labelling
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
@@ -99,7 +99,7 @@ def find_sequence_kinds(
     """
     number = len(labels)
     assert trace.sequence is not None
-    label, group = arrays.ranks(trace.sequence, labels), np.zeros(number, dtype=np.int64)
+    label, group = labelling.ranks(trace.sequence, labels), np.zeros(number, dtype=np.int64)
     if trace.group is not None:
         group[label] = trace.group
     text, likeness = number_texts(trace, label, number, scale_progress(progress, 0, 1 / 2))
@@ -112,7 +112,7 @@ def find_sequence_kinds(
     kind, all_alike = _find_kinds_by_group(count, group[first])
     like_kinds: Likeness = "experts"
     if EACH * (int(kind.max(initial=-1)) + 1) > len(texts):
-        time = arrays.first_of(label, number)[first]
+        time = labelling.first_of(label, number)[first]
         kind, like_kinds = find_stretches(count, group[first], time), "in a row"
     kinds = int(kind.max(initial=-1)) + 1
     if kinds < len(texts):
@@ -127,7 +127,7 @@ def find_window_kinds(statistics: RoutingStatistics) -> tuple[Integers | None, b
     used = statistics.window_load.any(axis=(1, 2))
     if layers < 1 or not used.all():
         return None, False
-    chosen = arrays.evenly_spaced(statistics.layers, layers)
+    chosen = labelling.evenly_spaced(statistics.layers, layers)
     count = statistics.window_load[:, chosen].astype(np.float64)
     joint, group = _find_few_kinds(count, are_windows=True), statistics.group
     if joint is not None and np.bincount(joint).max() > STEADY * number:
@@ -208,18 +208,18 @@ def _list_passages(
     collision, size = float(((frequency / max(frequency.sum(), 1)) ** 2).sum()), PASSAGE
     if 0 < collision < 1:
         size = max(size, math.ceil(math.log(len(token) / BY_CHANCE) / -math.log(collision)))
-    order, length = arrays.sorted_by(label, number), arrays.counts(label, number)
+    order, length = labelling.sorted_by(label, number), labelling.counts(label, number)
     first, every = np.cumsum(length) - length, np.uint64(max(len(token) // PASSAGES, 1))
     # A rolling hash: prefix sums of tokens times powers of an odd number. The difference of two
     # sums, shifted to the power of its first token, is the code of the tokens between.
-    longest = min(arrays.PIECE + size, len(token))
+    longest = min(labelling.PIECE + size, len(token))
     powers = np.cumprod(np.full(longest, FACTOR, dtype=np.uint64))
     shift = np.cumprod(np.full(longest, pow(FACTOR, -1, 1 << 64), dtype=np.uint64))
     codes, owners = [], []
-    for begin in range(0, max(len(token), 1), arrays.PIECE):
+    for begin in range(0, max(len(token), 1), labelling.PIECE):
         tokens = token[order[begin : begin + longest]]
         sums = np.append(np.uint64(0), np.cumsum(tokens * powers[: len(tokens)]))
-        owner = label[order[begin : begin + arrays.PIECE]].astype(np.int64)
+        owner = label[order[begin : begin + labelling.PIECE]].astype(np.int64)
         place = np.arange(begin, begin + len(owner))
         end = np.minimum(place + size, first[owner] + length[owner])
         code = (sums[end - begin] - sums[place - begin]) * shift[: len(place)]
@@ -495,8 +495,8 @@ def count_loads_by_label(
 ) -> Floats:
     """Count experts' load [N,L,E] by labels of tokens [T], in all or evenly spaced ``layers``."""
     layers = trace.layers if layers is None else layers
-    chosen = arrays.evenly_spaced(trace.layers, layers)
-    tokens, largest = np.arange(trace.tokens), int(arrays.counts(label, number).max(initial=1))
+    chosen = labelling.evenly_spaced(trace.layers, layers)
+    tokens, largest = np.arange(trace.tokens), int(labelling.counts(label, number).max(initial=1))
     rows = RowReader(trace, tokens, lambda run: label[run], number, largest)
     replay = rows.count_experts(len(chosen))
     read([rows], layers=chosen, progress=progress)

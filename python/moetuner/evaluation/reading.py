@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import _arrays as arrays
 from moetuner import _core
 from moetuner._checks import IdArray
 from moetuner.files.ids import read_ahead
+from moetuner.recording import labelling
 from moetuner.trace import RoutingTrace
 
 # Bytes of a trace that are counted at once: under all placements while they are in the cache.
@@ -158,7 +158,7 @@ def read(
     trace = readers[0].trace
     is_read = np.zeros(trace.tokens, dtype=bool)
     for reader in readers:
-        for piece in arrays.pieces(reader.tokens):
+        for piece in labelling.pieces(reader.tokens):
             is_read[piece] = True
     total, done = int(np.count_nonzero(is_read)), 0
     for ids, numbers in _pieces(trace, None if total == trace.tokens else is_read, threads):

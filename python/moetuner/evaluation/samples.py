@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import _arrays as arrays
 from moetuner._checks import ArgumentError, is_number, seed_in, shown
 from moetuner.evaluation.arrival import overlay
 from moetuner.evaluation.kinds import (
@@ -29,7 +28,7 @@ from moetuner.evaluation.kinds import (
     subtract_levels,
 )
 from moetuner.evaluation.reading import Progress
-from moetuner.recording import AnyRecording, Recording, compute_once
+from moetuner.recording import AnyRecording, Recording, compute_once, labelling
 from moetuner.statistics import RoutingStatistics, check_recording, count_loads
 from moetuner.trace import RoutingTrace, as_trace
 
@@ -177,7 +176,7 @@ class Samples:
             label = find_samples(traffic).kinds
         if label is None:
             return self._deal_runs(traffic, len(rows), window, folds)
-        return _deal_samples(arrays.at(label, rows), folds)
+        return _deal_samples(labelling.at(label, rows), folds)
 
     def _deal_runs(
         self, traffic: Recording, rows: int, window: int | None, folds: int | None
@@ -195,14 +194,14 @@ class Samples:
         """Return the label of the sample that every token is of, given its sequence [t]."""
         if self.sequences is None or self.kinds is None:
             return sequence
-        return arrays.at(self.kinds.astype(np.int32), arrays.ranks(sequence, self.sequences))
+        return labelling.at(self.kinds.astype(np.int32), labelling.ranks(sequence, self.sequences))
 
 
 def _deal_samples(label: Integers, folds: int | None) -> Folds:
     """Deal whole samples into folds, given the sample of every row [n]."""
-    labels = arrays.distinct(label)
-    sample = arrays.ranks(label, labels)
-    first, sizes = arrays.first_of(sample, len(labels)), arrays.counts(sample, len(labels))
+    labels = labelling.distinct(label)
+    sample = labelling.ranks(label, labels)
+    first, sizes = labelling.first_of(sample, len(labels)), labelling.counts(sample, len(labels))
     number = max(min(len(sizes), folds or FOLDS), 1)
     fold = np.empty(len(sizes), dtype=np.min_scalar_type(number))
     smallest = [(0, number_of_fold) for number_of_fold in range(number)]
@@ -212,7 +211,7 @@ def _deal_samples(label: Integers, folds: int | None) -> Folds:
     for place in np.argsort(first)[order].tolist():
         size, fold[place] = heapq.heappop(smallest)
         heapq.heappush(smallest, (size + int(sizes[place]), int(fold[place])))
-    return Folds(arrays.at(fold, sample), number, len(sizes))
+    return Folds(labelling.at(fold, sample), number, len(sizes))
 
 
 def find_samples(
@@ -288,7 +287,7 @@ def _find_samples_of_windows(table: RoutingStatistics) -> Samples:
 
 def _find_samples_of_sequences(trace: RoutingTrace, progress: Progress | None) -> Samples:
     """Find the samples of a trace with sequence labels: the sequences, or their kinds."""
-    labels = arrays.distinct(cast("NDArray[np.int32]", trace.sequence))
+    labels = labelling.distinct(cast("NDArray[np.int32]", trace.sequence))
     kinds, likeness, all_alike = find_sequence_kinds(trace, labels, progress)
     if kinds is None:
         return Samples("sequence", len(labels), all_alike=all_alike)
@@ -350,7 +349,7 @@ def _compute_shares(
     windows, layers, experts = load.shape
     compared = min(windows, WINDOWS)
     fits = min(CELLS // max(windows * experts, 1), PRODUCTS // (compared**2 * experts), layers)
-    chosen = arrays.evenly_spaced(layers, max(fits, 1))
+    chosen = labelling.evenly_spaced(layers, max(fits, 1))
     counts = load[:, chosen].astype(np.float64)
     total = counts.sum(axis=2, keepdims=True)
     share = np.divide(counts, total, out=np.zeros_like(counts), where=total > 0)
@@ -525,9 +524,9 @@ def _draw(
     label: NDArray[np.integer[Any]], share: float, rng: np.random.Generator
 ) -> NDArray[np.bool_]:
     """Draw a share of the labels, and return which items [n] have one of them."""
-    labels = arrays.distinct(label)
+    labels = labelling.distinct(label)
     count = min(max(round(share * labels.size), 1), labels.size - 1)
-    return arrays.among(label, rng.permutation(labels)[:count])
+    return labelling.among(label, rng.permutation(labels)[:count])
 
 
 def measure_correlation_length(trace: Recording) -> int:

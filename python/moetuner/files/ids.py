@@ -16,10 +16,10 @@ from typing import IO, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._arrays import frozen
 from moetuner._checks import U8, U16, IdArray, IdType, check_sizes, id_type, valid
 from moetuner.files import naming, size_of
 from moetuner.files.safetensors import TensorInFile, size_holding
+from moetuner.frozen import freeze
 
 Shape = tuple[int, int, int]
 Mask = NDArray[np.bool_] | None
@@ -200,7 +200,7 @@ class Ids:
         """
         if isinstance(self.whole, np.ndarray) and self.whole.nbytes <= COPIED_BYTES:
             return in_memory(self.whole[order])
-        return Ids((ReorderedIds(self, frozen(order)),))
+        return Ids((ReorderedIds(self, freeze(order)),))
 
 
 @dataclass(frozen=True, eq=False)
@@ -449,4 +449,4 @@ def _select(ids: IdArray, tokens: Mask, layers: Numbers) -> IdArray:
 
 def in_memory(ids: IdArray) -> Ids:
     """Wrap valid ids [T,L,K] that are in memory."""
-    return Ids((cast(IdArray, frozen(cast("NDArray[np.generic]", ids))),))
+    return Ids((cast(IdArray, freeze(cast("NDArray[np.generic]", ids))),))

@@ -11,12 +11,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._arrays import evenly_spaced
 from moetuner._checks import ArgumentError, is_number, shown
 from moetuner._texts import suggestion
 from moetuner.evaluation.arrival import WINDOWS_MIXED, mix_windows
 from moetuner.evaluation.chunks import by_chunk, chunks
 from moetuner.recording import compute_once
+from moetuner.recording.labelling import evenly_spaced
 from moetuner.serving.arrival import Arrival, share_mixed
 from moetuner.statistics import WINDOW, Loads, RoutingStatistics, narrow
 

@@ -18,12 +18,12 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import _arrays as arrays
 from moetuner import _checks as check
 from moetuner.files import contents
 from moetuner.files.contents import POPULATION_NUMBERS as NUMBERS
 from moetuner.files.contents import POPULATION_TABLES as TABLES
-from moetuner.frozen import Frozen
+from moetuner.frozen import Frozen, freeze
+from moetuner.recording import labelling
 
 Unit = Literal["token", "window"]
 Table = NDArray[np.uint64]
@@ -111,7 +111,7 @@ class Population(Frozen):
                     f"{name} of a population must be counts of {dimensions} dimensions, got "
                     f"{check.shown(table)}"
                 )
-            table = arrays.frozen(table.astype(np.uint64))
+            table = freeze(table.astype(np.uint64))
             vars(self)[name] = table
             limit = LIMITS.get(name)
             if limit is not None and int(table.max(initial=0)) >= limit:
@@ -275,7 +275,7 @@ class Population(Frozen):
             unreadable=self.unreadable + other.unreadable,
             sequences=None if None in sequences else sum(filter(None, sequences)),
         )
-        return total, arrays.number_runs(first_row[order], sizes[order])
+        return total, labelling.number_runs(first_row[order], sizes[order])
 
     def number_sequences(self, labels: Integers) -> tuple[Integers, Population]:
         """Return the sequence of every row of the sample [n], and the population with ``labels``.

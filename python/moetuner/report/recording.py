@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._arrays import evenly_spaced
 from moetuner._texts import name
 from moetuner.cost import top_k_of
 from moetuner.files.cells import counted, layer_list, percent
 from moetuner.recording import Recording
+from moetuner.recording.labelling import evenly_spaced
 from moetuner.recording.population import Population
 from moetuner.statistics import RoutingStatistics, count_loads, measure_distance
 from moetuner.trace import as_trace

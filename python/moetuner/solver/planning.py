@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import _arrays as arrays
 from moetuner import _checks as check
 from moetuner.evaluation.losses import DOMAINS, Domain, number_domains
 from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement, count_copies
+from moetuner.recording import labelling
 from moetuner.solver.rebalancing import rebalance, slowest
 from moetuner.statistics import WINDOW, RoutingStatistics, check_recording, count_loads
 from moetuner.topology import Topology
@@ -369,7 +369,7 @@ def _plan(
     end = rebalance(service.load, start, budget=budget, time=time, full=False).slots
     slots[:, serves] = _keep_copies(start, end)
     if budget and len(windows) > 1:
-        chosen = arrays.evenly_spaced(len(windows), SEARCHED_WINDOWS)
+        chosen = labelling.evenly_spaced(len(windows), SEARCHED_WINDOWS)
         by_windows = rebalance(windows[chosen], start, budget=budget, time=time, full=False)
         other = _keep_copies(start, by_windows.slots)
         by_sum = _imbalance(windows, slots[:, serves], speed[serves])

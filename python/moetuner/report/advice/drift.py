@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import _arrays as arrays
 from moetuner._checks import callable_or_none, instance, seed_in
 from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.figures import FIGURES
@@ -17,7 +16,7 @@ from moetuner.evaluation.kinds import count_loads_by_label
 from moetuner.evaluation.reading import Progress, scale_progress, split_progress
 from moetuner.evaluation.samples import Samples, find_samples, measure_autocorrelation
 from moetuner.frozen import Frozen
-from moetuner.recording import AnyRecording, Recording
+from moetuner.recording import AnyRecording, Recording, labelling
 from moetuner.report.findings import Finding
 from moetuner.statistics import (
     LEAST_DRIFT,
@@ -311,9 +310,9 @@ def _find_places(
     if traffic.sequence is None:
         item = first = np.arange(traffic.length)
     else:
-        labels = arrays.distinct(traffic.sequence)
-        item = arrays.ranks(traffic.sequence, labels)
-        first = arrays.first_of(item, len(labels))
+        labels = labelling.distinct(traffic.sequence)
+        item = labelling.ranks(traffic.sequence, labels)
+        first = labelling.first_of(item, len(labels))
     order = np.argsort(first)
     if by_group and traffic.group is not None:
         # Item r of the n of a group belongs where a share (r + 0.5) / n of the recording is over.

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from moetuner._arrays import evenly_spaced
 from moetuner.cost import compute_move_us
 from moetuner.evaluation import evaluate
 from moetuner.evaluation.comparison import Comparison, with_splits
@@ -18,6 +17,7 @@ from moetuner.evaluation.replay import drop_groups
 from moetuner.evaluation.samples import Samples
 from moetuner.placement import EMPTY, Placement
 from moetuner.recording import Recording
+from moetuner.recording.labelling import evenly_spaced
 from moetuner.report.advice.request import (
     Holdout,
     Request,

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from moetuner._arrays import evenly_spaced
 from moetuner.placement import find_holders
+from moetuner.recording.labelling import evenly_spaced
 from moetuner.solver import effort
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Run, Stage

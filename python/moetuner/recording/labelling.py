@@ -1,12 +1,14 @@
-"""Arrays of rows: their labels, ranks and counts, in pieces that bound the memory."""
+"""Rows and their labels: ranks, counts and choices, in pieces that bound the memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from moetuner import _checks as check
 
 # Labels that are processed together: for all at once, numpy's copies would take much memory, and no
 # signal could interrupt it.
@@ -98,8 +100,49 @@ def _runs(ranks: NDArray[Any]) -> Iterator[tuple[NDArray[Any], ...]]:
         yield order, in_order[start], start, np.diff(np.append(start, len(piece)))
 
 
-def frozen(array: NDArray[Scalar]) -> NDArray[Scalar]:
-    """Return a read-only view of an array, which itself stays writable."""
-    view = array.view()
-    view.flags.writeable = False
-    return view
+def rows(name: str, values: ArrayLike, length: int) -> NDArray[Any]:
+    """Return a mask of rows [length], or distinct numbers of rows, checked."""
+    array = check.array_in(name, values)
+    if array.dtype == np.bool_ and array.shape == (length,):
+        return array.copy()
+    if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+        raise check.ArgumentError(
+            f"{name} must be a mask [{length}] or numbers of rows, got {check.shown(array)}", name
+        )
+    if array.size and not (int(array.min()) >= 0 and int(array.max()) < length):
+        raise check.ArgumentError(
+            f"{name} must be below {length} and at least 0, got {array.min()} to {array.max()}",
+            name,
+        )
+    numbers = array.astype(np.int32 if length < 1 << 31 else np.int64)
+    is_wanted = np.zeros(length, dtype=bool)
+    for piece in pieces(numbers):
+        is_wanted[piece] = True
+    if np.count_nonzero(is_wanted) < len(numbers):
+        raise check.ArgumentError(f"{name} must name each row once, got {check.shown(array)}", name)
+    return numbers
+
+
+def join_sequences(parts: list[NDArray[np.int32] | None]) -> NDArray[np.int64] | None:
+    """Join the sequence labels of traces; if a label occurs in two, all are numbered anew."""
+    present = [part for part in parts if part is not None]
+    if len(present) < len(parts):
+        return None
+    labels = [distinct(part) for part in present]
+    ends = np.cumsum([len(values) for values in labels])
+    if len(distinct(np.concatenate(labels))) == ends[-1]:
+        return np.concatenate(present).astype(np.int64)
+    rows = zip(present, labels, ends, strict=True)
+    return np.concatenate(
+        [np.searchsorted(values, part) + end - len(values) for part, values, end in rows]
+    )
+
+
+def join_groups(parts: Iterable[Any]) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
+    """Join the group numbers of traces or statistics, and return the joint names, too."""
+    names = tuple(dict.fromkeys(name for part in parts for name in part.group_names))
+    if any(part.group is None for part in parts):
+        return None, names
+    numbers = [np.array([names.index(name) for name in part.group_names], int) for part in parts]
+    groups = [number[part.group] for number, part in zip(numbers, parts, strict=True)]
+    return np.concatenate(groups), names
