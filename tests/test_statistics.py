@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 import moetuner as mt
 from moetuner import _core
-from moetuner.evaluation.samples import hold_out
+from moetuner.evaluation.samples.holdout import hold_out
 from moetuner.files import safetensors
 from moetuner.statistics import measure_distance
 

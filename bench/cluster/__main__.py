@@ -50,7 +50,7 @@ from instances import bundled
 
 import moetuner as mt
 from moetuner.cost import cost_model_of
-from moetuner.evaluation.samples import hold_out
+from moetuner.evaluation.samples.holdout import hold_out
 from moetuner.presets import GPUS, MACHINES
 
 METHODS = {"contiguous": "contiguous", "EPLB": "eplb", "paper": "paper", "joint": "joint"}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from moetuner.evaluation.comparison import Comparison
     from moetuner.evaluation.judgement import Judgement, audit, judge, verdict
     from moetuner.evaluation.rows import dispatch_rows
-    from moetuner.evaluation.samples import hold_out
+    from moetuner.evaluation.samples.holdout import hold_out
     from moetuner.formats import open_input, read_placement, write_placement
     from moetuner.placement import Placement, PlacementDiff
     from moetuner.problem import Problem
@@ -100,7 +100,7 @@ _HOMES = {
     "open_input": "formats",
     "count": "counting",
     "structure": "report.structure",
-    "hold_out": "evaluation.samples",
+    "hold_out": "evaluation.samples.holdout",
     "Topology": "topology",
     "Tier": "topology",
     "CostModel": "cost",

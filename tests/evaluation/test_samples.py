@@ -10,15 +10,9 @@ from make import trace_of
 
 import moetuner as mt
 from moetuner.evaluation.arrival import draw_mixed_order
-from moetuner.evaluation.samples import (
-    Autocorrelation,
-    Samples,
-    choose_runs,
-    find_samples,
-    hold_out,
-    measure_autocorrelation,
-    measure_correlation_length,
-)
+from moetuner.evaluation.samples import Samples, find_samples, measure_correlation_length
+from moetuner.evaluation.samples.autocorrelation import Autocorrelation, measure_autocorrelation
+from moetuner.evaluation.samples.holdout import choose_runs, hold_out
 from moetuner.formats import open_input
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))

@@ -9,7 +9,8 @@ from make import random_ids, trace_of
 import moetuner as mt
 from moetuner import _checks as check
 from moetuner.cost.memory import compute_memory
-from moetuner.evaluation.samples import Samples, hold_out
+from moetuner.evaluation.samples import Samples
+from moetuner.evaluation.samples.holdout import hold_out
 from moetuner.report import recording
 from moetuner.report.advice import drift
 from moetuner.report.advice.copies import NEAR_BEST, Choice, choose_copies, find_copies

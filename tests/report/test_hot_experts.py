@@ -51,7 +51,7 @@ def test_a_set_is_judged_on_what_it_was_not_chosen_by(make_trace):
     hot = mt.structure(trace, 2).hot_experts
     seen, unseen = (
         mt.RoutingStatistics.from_trace(half, window=None).total_load
-        for half in mt.evaluation.samples.hold_out(trace, 0.5, seed=0)
+        for half in mt.hold_out(trace, 0.5, seed=0)
     )
     order = np.argsort(-seen.ravel().astype(float), kind="stable")
     for size, share in zip(SIZES, hot.static, strict=True):

@@ -23,7 +23,7 @@ from moetuner.cli.recipes import HOLDOUT
 from moetuner.evaluation.comparison import Comparison, with_splits
 from moetuner.evaluation.figures import explain
 from moetuner.evaluation.judgement import Judgement
-from moetuner.evaluation.samples import hold_out
+from moetuner.evaluation.samples.holdout import hold_out
 from moetuner.files.cells import counted, signed, span, with_values
 from moetuner.placement import Placement, blocks
 from moetuner.problem import Problem

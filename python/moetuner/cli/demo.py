@@ -11,7 +11,7 @@ from moetuner.cli import options, work
 from moetuner.cli.options import option
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
-from moetuner.evaluation.samples import hold_out
+from moetuner.evaluation.samples.holdout import hold_out
 from moetuner.files import replacing, same_file
 from moetuner.files.cells import percent
 from moetuner.formats import eplb

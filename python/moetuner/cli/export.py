@@ -23,7 +23,7 @@ from moetuner.cli.options.moves import show_moves
 from moetuner.cli.options.placed import read_any, read_made
 from moetuner.cli.output import Output, working
 from moetuner.cost import bytes_of_expert
-from moetuner.evaluation.samples import hold_out
+from moetuner.evaluation.samples.holdout import hold_out
 from moetuner.files import replacing
 from moetuner.files.cells import percent
 from moetuner.files.opened import Opened

@@ -19,7 +19,7 @@ from moetuner.cli.options.serving import ProblemOptions, settings_for_json
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output
 from moetuner.evaluation.judgement import Judgement
-from moetuner.evaluation.samples import hold_out
+from moetuner.evaluation.samples.holdout import hold_out
 from moetuner.files.cells import with_values
 from moetuner.placement import Placement, contiguous
 from moetuner.problem import Problem

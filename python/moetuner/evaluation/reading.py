@@ -188,3 +188,21 @@ def _pieces(
         first = run.stop
         yield ids, np.arange(run.start, run.stop) if numbers is None else numbers[run]
         del ids  # else the next ones are read while these are still in memory
+
+
+def count_loads_by_label(
+    trace: RoutingTrace,
+    label: NDArray[Any],
+    number: int,
+    layers: int | None = None,
+    progress: Progress | None = None,
+) -> NDArray[np.float64]:
+    """Count experts' load [N,L,E] by labels of tokens [T], in all or evenly spaced ``layers``."""
+    layers = trace.layers if layers is None else layers
+    chosen = labelling.evenly_spaced(trace.layers, layers)
+    tokens, largest = np.arange(trace.tokens), int(labelling.counts(label, number).max(initial=1))
+    rows = RowReader(trace, tokens, lambda run: label[run], number, largest)
+    replay = rows.count_experts(len(chosen))
+    read([rows], layers=chosen, progress=progress)
+    load: NDArray[np.float64] = replay.finish()[0].astype(np.float64)
+    return load

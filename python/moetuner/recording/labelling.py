@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,6 +20,38 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 def evenly_spaced(number: int, limit: int) -> NDArray[np.int64]:
     """Return at most ``limit`` of so many numbers from 0, at even distances, the last with them."""
     return np.unique(np.linspace(0, number - 1, limit).round().astype(np.int64))
+
+
+class Labelled(NamedTuple):
+    """Rows by their labels.
+
+    Parameters
+    ----------
+    labels
+        The distinct labels in ascending order [S].
+    rank
+        Rank of every row's label among them [n].
+    first, sizes
+        Number of the first row of every label, and how many rows have it [S].
+    """
+
+    labels: NDArray[Any]
+    rank: NDArray[Any]
+    first: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+
+
+def by_label(values: NDArray[Any]) -> Labelled:
+    """Return rows by their labels [n]."""
+    labels = distinct(values)
+    rank, number = ranks(values, labels), len(labels)
+    first, sizes = np.full(number, len(values), dtype=np.int64), np.zeros(number, dtype=np.int64)
+    begin = 0
+    for order, present, start, times in _runs(rank):
+        first[present] = np.minimum(first[present], begin + order[start])
+        sizes[present] += times
+        begin += len(order)
+    return Labelled(labels, rank, first, sizes)
 
 
 def pieces(values: NDArray[Scalar]) -> Iterator[NDArray[Scalar]]:
@@ -54,15 +86,6 @@ def counts(ranks: NDArray[Any], number: int) -> NDArray[np.int64]:
     for _, present, _, times in _runs(ranks):
         total[present] += times
     return total
-
-
-def first_of(ranks: NDArray[Any], number: int) -> NDArray[np.int64]:
-    """Return the number of the first item of every rank; each rank must occur."""
-    first, begin = np.full(number, len(ranks), dtype=np.int64), 0
-    for order, present, start, _ in _runs(ranks):
-        first[present] = np.minimum(first[present], begin + order[start])
-        begin += len(order)
-    return first
 
 
 def number_runs(

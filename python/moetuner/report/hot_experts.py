@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner._checks import ArgumentError
-from moetuner.evaluation.samples import hold_out
+from moetuner.evaluation.samples.holdout import hold_out
 from moetuner.frozen import Frozen
 from moetuner.recording import Recording
 from moetuner.report.findings import Finding

@@ -26,7 +26,8 @@ from moetuner.evaluation.intervals import FEWEST, estimate_spread
 from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.reading import Progress, scale_progress
 from moetuner.evaluation.replay import Setting
-from moetuner.evaluation.samples import find_samples, hold_out
+from moetuner.evaluation.samples import find_samples
+from moetuner.evaluation.samples.holdout import hold_out
 from moetuner.frozen import Frozen, html_table
 from moetuner.placement import Placement
 from moetuner.problem import TRAFFIC_CAP, Problem

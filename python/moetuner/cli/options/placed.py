@@ -25,7 +25,8 @@ from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES, WITH_ARGUMENT
 from moetuner.evaluation.judgement import MEASURES, Judgement, judge
 from moetuner.evaluation.options import ReplayOptions
-from moetuner.evaluation.samples import find_samples, hold_out
+from moetuner.evaluation.samples import find_samples
+from moetuner.evaluation.samples.holdout import hold_out
 from moetuner.files import naming
 from moetuner.files.cells import counted, listed
 from moetuner.files.opened import Opened

@@ -12,9 +12,14 @@ from numpy.typing import NDArray
 from moetuner._checks import callable_or_none, instance, seed_in
 from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.figures import FIGURES
-from moetuner.evaluation.kinds import count_loads_by_label
-from moetuner.evaluation.reading import Progress, scale_progress, split_progress
-from moetuner.evaluation.samples import Samples, find_samples, measure_autocorrelation
+from moetuner.evaluation.reading import (
+    Progress,
+    count_loads_by_label,
+    scale_progress,
+    split_progress,
+)
+from moetuner.evaluation.samples import Samples, find_samples
+from moetuner.evaluation.samples.autocorrelation import measure_autocorrelation
 from moetuner.frozen import Frozen
 from moetuner.recording import AnyRecording, Recording, labelling
 from moetuner.report.findings import Finding
@@ -310,9 +315,7 @@ def _find_places(
     if traffic.sequence is None:
         item = first = np.arange(traffic.length)
     else:
-        labels = labelling.distinct(traffic.sequence)
-        item = labelling.ranks(traffic.sequence, labels)
-        first = labelling.first_of(item, len(labels))
+        _, item, first, _ = labelling.by_label(traffic.sequence)
     order = np.argsort(first)
     if by_group and traffic.group is not None:
         # Item r of the n of a group belongs where a share (r + 0.5) / n of the recording is over.

@@ -9,7 +9,8 @@ from typing import Any
 
 from moetuner._checks import ArgumentError
 from moetuner.cost.memory import Memory
-from moetuner.evaluation.samples import Samples, find_samples, hold_out
+from moetuner.evaluation.samples import Samples, find_samples
+from moetuner.evaluation.samples.holdout import hold_out
 from moetuner.placement import Placement
 from moetuner.problem import TRAFFIC_CAP, Problem
 from moetuner.problem.goals import Goal

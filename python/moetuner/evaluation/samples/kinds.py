@@ -9,20 +9,20 @@ are samples with autocorrelation (``samples``).
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import _core
-from moetuner.evaluation.reading import Progress, RowReader, read, scale_progress
-from moetuner.recording import labelling
+from moetuner.evaluation.reading import Progress, count_loads_by_label, scale_progress
+from moetuner.evaluation.samples.levels import subtract_levels
+from moetuner.evaluation.samples.texts import Likeness, number_texts
+from moetuner.recording.labelling import Labelled, evenly_spaced
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
-Likeness = Literal["text", "part of the text", "experts", "in a row"]
 
 # Largest number of counts [S,L,E] in memory, and of layers that are compared; of many sequences
 # fewer layers are compared, or none.
@@ -45,10 +45,6 @@ SEPARATE = 5.0
 APART = 3.0
 # Least mean number of sequences of a kind.
 EACH = 2
-# Share of the shorter of two texts that the longer one must have, if both share a document.
-SHARES = 0.4
-# The same if one repeats the other, as generations do that were cut off or went on.
-REPEATS = 0.9
 # Largest number of sequences that are compared pairwise in the order of time; of more, neighbours
 # are added up.
 IN_ORDER = 1024
@@ -61,16 +57,6 @@ COMMON = 0.7
 # Standard errors of the likeness of any two sequences by which those of a stretch are more alike.
 # As many stretches are tried as there are pairs.
 SCORE = 6.0
-# Fewest tokens of a passage by which shared text is found.
-PASSAGE = 4
-# Expected number of pairs of passages in a trace that are the same by chance.
-BY_CHANCE = 0.01
-# Largest number of passages; of more, a sample is compared.
-PASSAGES = 1 << 22
-# Odd factor of the rolling hash of passages.
-FACTOR = 0x9E3779B97F4A7C15
-# A passage that more than this share of the sequences have is no text of theirs: a system prompt.
-OF_ALL = 0.5
 # Share of the windows in one kind above which traffic is steady but for some windows.
 STEADY = 0.75
 # Share of the windows that are not in the main group of their kind, from which groups share kinds.
@@ -82,14 +68,12 @@ NEARER = 1.5
 FAR = 3
 # Kinds recur if pairs of one kind are far apart at least half as often as any two windows are.
 AGAIN = 0.5
-# Groups of fewer windows on average have no level of their own.
-FEW_PER_GROUP = 4
 
 
 def find_sequence_kinds(
-    trace: RoutingTrace, labels: NDArray[np.int32], progress: Progress | None = None
+    trace: RoutingTrace, sequences: Labelled, progress: Progress | None = None
 ) -> tuple[Integers | None, Likeness, bool]:
-    """Return the kind [S] of the sequences in ``labels`` [S]; None where each is a kind of its own.
+    """Return the kind of every sequence of a trace [S]; None where each is a kind of its own.
 
     Sequences that share a document are of one kind, and so are those that route alike. Where kinds
     are not few, those of a stretch of time that route alike are of one kind. Two groups share no
@@ -97,23 +81,22 @@ def find_sequence_kinds(
     sequences differ by no more than the noise of their tokens. ``progress`` gets the share of two
     readings of the trace.
     """
-    number = len(labels)
-    assert trace.sequence is not None
-    label, group = labelling.ranks(trace.sequence, labels), np.zeros(number, dtype=np.int64)
+    number = len(sequences.labels)
+    group = np.zeros(number, dtype=np.int64)
     if trace.group is not None:
-        group[label] = trace.group
-    text, likeness = number_texts(trace, label, number, scale_progress(progress, 0, 1 / 2))
+        group[sequences.rank] = trace.group
+    text, likeness = number_texts(trace, sequences, scale_progress(progress, 0, 1 / 2))
     texts, first = np.unique(text, return_index=True)
     layers = min(LAYERS, trace.layers, CELLS // max(number * trace.num_experts, 1))
     if layers < 1:
         return (text if len(texts) < number else None), likeness, False
     report = scale_progress(progress, 1 / 2, 1)
-    count = count_loads_by_label(trace, label, number, layers, report)[first]
+    count = count_loads_by_label(trace, sequences.rank, number, layers, report)[first]
     kind, all_alike = _find_kinds_by_group(count, group[first])
     like_kinds: Likeness = "experts"
     if EACH * (int(kind.max(initial=-1)) + 1) > len(texts):
-        time = labelling.first_of(label, number)[first]
-        kind, like_kinds = find_stretches(count, group[first], time), "in a row"
+        stretch = find_stretches(count, group[first], sequences.first[first])
+        kind, like_kinds = stretch, "in a row"
     kinds = int(kind.max(initial=-1)) + 1
     if kinds < len(texts):
         likeness = like_kinds
@@ -127,7 +110,7 @@ def find_window_kinds(statistics: RoutingStatistics) -> tuple[Integers | None, b
     used = statistics.window_load.any(axis=(1, 2))
     if layers < 1 or not used.all():
         return None, False
-    chosen = labelling.evenly_spaced(statistics.layers, layers)
+    chosen = evenly_spaced(statistics.layers, layers)
     count = statistics.window_load[:, chosen].astype(np.float64)
     joint, group = _find_few_kinds(count, are_windows=True), statistics.group
     if joint is not None and np.bincount(joint).max() > STEADY * number:
@@ -152,101 +135,6 @@ def _are_shared(kind: Integers, group: Integers) -> bool:
     np.add.at(size, (kind, group), 1)
     in_main_group = size.max(axis=1).sum()
     return bool(in_main_group < (1 - SHARED) * len(kind)) or size.shape[1] == 1
-
-
-def number_texts(
-    trace: RoutingTrace, label: Integers, number: int, progress: Progress | None = None
-) -> tuple[Integers, Likeness]:
-    """Return the number of the text of every sequence [S], and how much of a text is repeated.
-
-    That is "text" where sequences of one number repeat all of it, else "part of the text".
-    ``label`` is the sequence of every token [T]. Two tokens are the same where all layers route
-    them to the same experts. Passages that most sequences have in common are no text.
-    """
-    passage, owner = _list_passages(trace, label, number, progress)
-    # Sort, so that equal passages follow one another, and keep each once per sequence.
-    order = np.argsort(passage, kind="stable")
-    passage, owner = passage[order], owner[order]
-    is_new = np.diff(passage, prepend=~passage[:1]).astype(bool)
-    is_first = is_new | np.diff(owner, prepend=-1).astype(bool)
-    passage, owner, is_new = passage[is_first], owner[is_first], is_new[is_first]
-    number_of_passage = np.cumsum(is_new) - 1
-    is_text = (np.bincount(number_of_passage) <= OF_ALL * number)[number_of_passage]
-    size = np.bincount(owner[is_text], minlength=number)
-    # Sequences that have a passage in common are linked, each with the next one.
-    links = np.flatnonzero(~is_new[1:] & is_text[1:])
-    pair, shared = np.unique(owner[links] * number + owner[links + 1], return_counts=True)
-    one, other = pair // number, pair % number
-    share = shared / np.minimum(size[one], size[other])
-    merged = np.flatnonzero(share >= SHARES)
-    repeats = bool((share[merged] >= REPEATS).all())
-    # Sequences that have only passages which most have are one text.
-    common = np.flatnonzero(size == 0)
-    pairs = [*zip(one[merged].tolist(), other[merged].tolist(), strict=True)]
-    pairs += [(int(common[0]), sequence) for sequence in common[1:].tolist()]
-    return _merge_pairs(pairs, number), "text" if repeats else "part of the text"
-
-
-def _list_passages(
-    trace: RoutingTrace, label: Integers, number: int, progress: Progress | None
-) -> tuple[NDArray[np.uint64], Integers]:
-    """Return codes of passages, runs of tokens of one sequence, and the sequence of each.
-
-    Passages are so long that no two are the same by chance. A shorter sequence is one passage.
-    """
-    rng = np.random.default_rng(0)
-    table = rng.integers(0, 1 << 63, (trace.layers, trace.num_experts), dtype=np.uint64)
-    token, done = np.empty(trace.tokens, dtype=np.uint64), 0
-    for shard in trace.shards():
-        token[done : done + len(shard)] = _core.code_tokens(shard, table)
-        done += len(shard)
-        if progress is not None:
-            progress(done / trace.tokens)
-        del shard  # else memory holds it while the next one is read
-    frequency = np.unique(token[:: max(len(token) // PASSAGES, 1)], return_counts=True)[1]
-    # The probability that two tokens are the same by chance.
-    collision, size = float(((frequency / max(frequency.sum(), 1)) ** 2).sum()), PASSAGE
-    if 0 < collision < 1:
-        size = max(size, math.ceil(math.log(len(token) / BY_CHANCE) / -math.log(collision)))
-    order, length = labelling.sorted_by(label, number), labelling.counts(label, number)
-    first, every = np.cumsum(length) - length, np.uint64(max(len(token) // PASSAGES, 1))
-    # A rolling hash: prefix sums of tokens times powers of an odd number. The difference of two
-    # sums, shifted to the power of its first token, is the code of the tokens between.
-    longest = min(labelling.PIECE + size, len(token))
-    powers = np.cumprod(np.full(longest, FACTOR, dtype=np.uint64))
-    shift = np.cumprod(np.full(longest, pow(FACTOR, -1, 1 << 64), dtype=np.uint64))
-    codes, owners = [], []
-    for begin in range(0, max(len(token), 1), labelling.PIECE):
-        tokens = token[order[begin : begin + longest]]
-        sums = np.append(np.uint64(0), np.cumsum(tokens * powers[: len(tokens)]))
-        owner = label[order[begin : begin + labelling.PIECE]].astype(np.int64)
-        place = np.arange(begin, begin + len(owner))
-        end = np.minimum(place + size, first[owner] + length[owner])
-        code = (sums[end - begin] - sums[place - begin]) * shift[: len(place)]
-        is_passage = (end - place == size) | (place == first[owner])
-        is_listed = is_passage & ((code >> np.uint64(32)) % every == 0)
-        codes.append(code[is_listed])
-        owners.append(owner[is_listed])
-    return np.concatenate(codes), np.concatenate(owners)
-
-
-def _merge_pairs(pairs: list[tuple[int, int]], number: int) -> Integers:
-    """Return the connected component of each of ``number`` items [S] that pairs link.
-
-    Components are numbered in the order of their first items.
-    """
-    parent = list(range(number))
-
-    def root(one: int) -> int:
-        while parent[one] != one:
-            parent[one] = one = parent[parent[one]]
-        return one
-
-    for one, other in pairs:
-        low, high = sorted((root(one), root(other)))
-        parent[high] = low
-    roots = [root(one) for one in range(number)]
-    return np.unique(roots, return_inverse=True)[1].astype(np.int64)
 
 
 def _find_kinds_by_group(
@@ -465,40 +353,3 @@ def _is_path(share: Floats, kind: Integers) -> bool:
     pairs = sum(len(time) * (len(time) - 1) // 2 for time in times)
     far_share_of_any = (number - far) * (number - far - 1) / (number * (number - 1))
     return far_pairs < AGAIN * far_share_of_any * pairs
-
-
-def number_groups(windows: int, group: NDArray[np.integer[Any]] | None) -> NDArray[np.int64]:
-    """Return the number of each window's group [W]; all 0 where groups have few windows."""
-    if group is None:
-        return np.zeros(windows, dtype=np.int64)
-    names, label = np.unique(group, return_inverse=True)
-    if windows < FEW_PER_GROUP * len(names):
-        return np.zeros(windows, dtype=np.int64)
-    number: NDArray[np.int64] = label.astype(np.int64)
-    return number
-
-
-def subtract_levels(share: Floats, group: NDArray[np.integer[Any]] | None) -> Floats:
-    """Subtract from shares [W,F] the mean of their group, where groups have enough windows."""
-    label, levelled = number_groups(len(share), group), share.copy()
-    for number in range(int(label.max(initial=0)) + 1):
-        levelled[label == number] -= share[label == number].mean(axis=0)
-    return levelled
-
-
-def count_loads_by_label(
-    trace: RoutingTrace,
-    label: NDArray[Any],
-    number: int,
-    layers: int | None = None,
-    progress: Progress | None = None,
-) -> Floats:
-    """Count experts' load [N,L,E] by labels of tokens [T], in all or evenly spaced ``layers``."""
-    layers = trace.layers if layers is None else layers
-    chosen = labelling.evenly_spaced(trace.layers, layers)
-    tokens, largest = np.arange(trace.tokens), int(labelling.counts(label, number).max(initial=1))
-    rows = RowReader(trace, tokens, lambda run: label[run], number, largest)
-    replay = rows.count_experts(len(chosen))
-    read([rows], layers=chosen, progress=progress)
-    load: Floats = replay.finish()[0].astype(np.float64)
-    return load
