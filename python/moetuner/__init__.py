@@ -41,7 +41,8 @@ if TYPE_CHECKING:
         verify,
     )
     from moetuner.solver.pareto import Trade, pareto
-    from moetuner.statistics import ExpertSets, RoutingStatistics
+    from moetuner.statistics import RoutingStatistics
+    from moetuner.statistics.sets import ExpertSets
     from moetuner.topology import Tier, Topology
     from moetuner.trace import RoutingTrace
 
@@ -96,7 +97,7 @@ __all__ = [  # noqa: RUF022
 _HOMES = {
     "RoutingTrace": "trace",
     "RoutingStatistics": "statistics",
-    "ExpertSets": "statistics",
+    "ExpertSets": "statistics.sets",
     "open_input": "formats",
     "count": "counting",
     "structure": "report.structure",

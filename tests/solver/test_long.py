@@ -8,12 +8,13 @@ import pytest
 from make import random_ids, trace_of
 
 import moetuner as mt
-from moetuner import statistics as statistics_
 from moetuner.evaluation import copies
 from moetuner.problem import windows as windows_
 from moetuner.problem.windows import MERGED, MOST, choose_windows
 from moetuner.solver import effort
 from moetuner.solver.bounds.loads import least_balance, least_time
+from moetuner.statistics import limits as limits_
+from moetuner.statistics import tables as tables_
 
 MANY = 2 * MOST + 3
 
@@ -31,7 +32,7 @@ def test_loads_have_the_smallest_type(largest, tmp_path, monkeypatch):
     """Where they are large, whatever they came in; what is equal is equal, and so are hashes."""
     small = mt.RoutingStatistics.from_load([[[0, 7]], [[3, 4]]])
     assert small.window_load.dtype == np.uint64
-    monkeypatch.setattr(statistics_, "NARROW_BYTES", 0)
+    monkeypatch.setattr(tables_, "NARROW_BYTES", 0)
     given_load = np.array([[[0, largest]], [[3, 4]]])
     made = [
         mt.RoutingStatistics.from_load(given_load.astype(kind))
@@ -134,7 +135,7 @@ def test_sets_are_sampled_beyond_those_of_a_layer_of_pairs_and_of_all_layers(
     """So many of a layer, or for every pair of experts; but never more than all layers may have."""
     names = ("MOST_SETS", "LAYER_SETS", "PAIR_SETS")
     for name, limit in zip(names, limits, strict=True):
-        monkeypatch.setattr(statistics_, name, limit)
+        monkeypatch.setattr(limits_, name, limit)
     trace = make_trace(tokens=399, experts=16, top_k=3, layers=2)
     counted = mt.RoutingStatistics.from_trace(trace, sets=True)
     assert counted.set_tokens == (None if every == 1 else -(-399 // every))
@@ -145,7 +146,7 @@ def test_sets_of_a_sample_stand_for_all(monkeypatch, make_trace, tmp_path):
     trace = make_trace(tokens=203, experts=16, top_k=3, layers=2)
     whole = mt.RoutingStatistics.from_trace(trace, sets=True)
     assert whole.set_tokens is None
-    monkeypatch.setattr(statistics_, "MOST_SETS", 100)
+    monkeypatch.setattr(limits_, "MOST_SETS", 100)
     counted = mt.RoutingStatistics.from_trace(trace, window=50, sets=True)
     every = -(-203 // 50)
     assert counted.set_tokens == -(-203 // every)
@@ -179,7 +180,7 @@ def test_counting_tells_how_far_it_is(make_trace, monkeypatch, shard, window):
     for how in ({"window": window}, {"window": window, "by_group": True}):
         whole, shares = mt.RoutingStatistics.from_trace(make_trace(), **how), []
         with monkeypatch.context() as patch:
-            patch.setattr(statistics_, "WIDE_SHARD_BYTES", shard)
+            patch.setattr(limits_, "WIDE_SHARD_BYTES", shard)
             counted = mt.RoutingStatistics.from_trace(make_trace(), **how, progress=shares.append)
         assert counted == whole
         assert shares == sorted(shares)

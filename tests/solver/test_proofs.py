@@ -32,7 +32,7 @@ from moetuner.solver.bounds.verification import verify
 from moetuner.solver.budget import Budget
 from moetuner.solver.result import CapsDetails
 from moetuner.solver.run import Bound, Stage
-from moetuner.statistics import ExpertSets
+from moetuner.statistics.sets import ExpertSets
 
 HUGE = 2**62
 # Placements that are held against a claim.

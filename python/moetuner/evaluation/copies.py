@@ -18,7 +18,7 @@ from moetuner import _core
 from moetuner.evaluation.chunks import by_chunk
 from moetuner.placement import EMPTY, Placement
 from moetuner.serving.splits import RULES, Split
-from moetuner.statistics import ExpertSets
+from moetuner.statistics.sets import ExpertSets
 from moetuner.topology import Topology
 
 Floats = NDArray[np.float64]

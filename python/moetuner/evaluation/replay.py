@@ -22,7 +22,8 @@ from moetuner.files.cells import counted
 from moetuner.placement import EMPTY, Placement
 from moetuner.recording import Recording
 from moetuner.serving import Serving
-from moetuner.statistics import TABLE_LIMIT, RoutingStatistics, check_recording
+from moetuner.statistics import RoutingStatistics, check_recording
+from moetuner.statistics.limits import TABLE_LIMIT
 from moetuner.topology import Topology, sum_by_node
 from moetuner.trace import RoutingTrace, as_trace
 

@@ -21,7 +21,8 @@ from moetuner.problem.goals import AIMS, TRAFFIC_WORDS, Goal, Words
 from moetuner.problem.windows import Windows
 from moetuner.serving import Serving, phases
 from moetuner.serving.regimes import WAYS
-from moetuner.statistics import ExpertSets, RoutingStatistics
+from moetuner.statistics import RoutingStatistics
+from moetuner.statistics.sets import ExpertSets
 from moetuner.topology import Regime
 
 Floats = NDArray[np.float64]

@@ -18,7 +18,8 @@ from moetuner.evaluation.chunks import by_chunk, chunks
 from moetuner.recording import compute_once
 from moetuner.recording.labelling import evenly_spaced
 from moetuner.serving.arrival import Arrival, share_mixed
-from moetuner.statistics import WINDOW, Loads, RoutingStatistics, narrow
+from moetuner.statistics import WINDOW, RoutingStatistics
+from moetuner.statistics.tables import Loads, narrow
 
 Floats = NDArray[np.float64]
 Risk = Literal["mean"] | float

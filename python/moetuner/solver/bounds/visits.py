@@ -30,7 +30,8 @@ from moetuner.solver.bounds import pairs
 from moetuner.solver.bounds.certificate import Visits
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import ROUNDING, Bound, Run, Stage
-from moetuner.statistics import ExpertSets, RoutingStatistics
+from moetuner.statistics import RoutingStatistics
+from moetuner.statistics.sets import ExpertSets
 from moetuner.topology import Topology
 
 Integers = NDArray[np.int64]

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moetuner._checks import experts_in, flag, shown, whole_number, window_in
-from moetuner.statistics import PAIRS, TABLE_LIMIT, RoutingStatistics
+from moetuner.statistics import RoutingStatistics
+from moetuner.statistics.limits import PAIRS, TABLE_LIMIT
 from moetuner.torch.models import moe_layers, same_sizes
 from moetuner.torch.record.hooks import Step, StepHooks
 

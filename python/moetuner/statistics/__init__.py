@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import operator
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property, reduce
@@ -18,118 +16,22 @@ from numpy.typing import ArrayLike, NDArray
 from moetuner import _checks as check
 from moetuner import _core
 from moetuner.files import contents, naming
-from moetuner.files.contents import SET_TABLES
 from moetuner.files.ids import LeftOut
 from moetuner.files.opened import Opened, opened
 from moetuner.frozen import Frozen
 from moetuner.recording import Recording, compute_once, labelling
 from moetuner.recording.population import Population, add_populations, check_same
+from moetuner.statistics.limits import (
+    PAIRS,
+    check_table_bytes,
+    choose_shard_bytes,
+    choose_stride,
+)
+from moetuner.statistics.sets import ExpertSets, from_tables, to_tables
+from moetuner.statistics.steps import draw_window, scale_window
+from moetuner.statistics.tables import Loads, check_counts, narrow
 from moetuner.trace import RoutingTrace, as_trace
 
-Loads = NDArray[np.unsignedinteger[Any]]
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class ExpertSets(Frozen):
-    """Distinct expert sets of one layer, with the tokens that chose each.
-
-    The number of devices that a token visits depends on its whole set, not on pairs. Every set is
-    here once: ids rise within a set, and sets are in the order of their ids.
-
-    Memory is 2 K + 8 bytes for each distinct set, of which there are at most as many as tokens.
-
-    Parameters
-    ----------
-    ids
-        Expert ids [N,K]; those of a set differ.
-    counts
-        Tokens of every set [N]. Counts of equal sets are added.
-
-    Examples
-    --------
-    >>> import moetuner as mt
-    >>> import numpy as np
-    >>> sets = mt.ExpertSets(np.array([[2, 3], [1, 0], [0, 1]]), np.array([5, 1, 1]))
-    >>> sets.ids.tolist(), sets.counts.tolist()
-    ([[0, 1], [2, 3]], [2, 5])
-    """
-
-    ids: NDArray[np.uint16]
-    counts: NDArray[np.uint64]
-
-    def __post_init__(self) -> None:
-        ids = check.array_in("ids of expert sets", self.ids)
-        fits = ids.ndim == 2 and ids.shape[1] > 0 and ids.dtype.kind in "ui"
-        if not fits or (ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < 1 << 16):
-            raise ValueError(
-                f"ids of expert sets must be [sets, top_k] from 0 to 65535, got {check.shown(ids)}"
-            )
-        counts = _check_counts("counts of expert sets", self.counts, "[sets]").astype(np.uint64)
-        if len(counts) != len(ids):
-            raise ValueError(
-                f"counts of expert sets must be whole numbers [{len(ids)}] like their ids, "
-                f"got {check.shown(counts)}"
-            )
-        ids, counts = _core.merge_sets(np.ascontiguousarray(ids, dtype=np.uint16), counts)
-        if (ids[:, 1:] == ids[:, :-1]).any():
-            raise ValueError("ids of an expert set must differ")
-        vars(self).update(ids=ids, counts=counts)
-
-    @property
-    def top_k(self) -> int:
-        """Experts of a token, K."""
-        return int(self.ids.shape[1])
-
-    def __len__(self) -> int:
-        return len(self.counts)
-
-    def __add__(self, other: ExpertSets) -> ExpertSets:
-        """Join the sets of both; counts of equal ones are added."""
-        if not isinstance(other, ExpertSets):
-            return NotImplemented
-        if self.top_k != other.top_k:
-            sizes = f"{self.top_k} and {other.top_k}"
-            raise ValueError(f"expert sets must have the same number of experts, got {sizes}")
-        ids, counts = [self.ids, other.ids], [self.counts, other.counts]
-        return ExpertSets(np.concatenate(ids), np.concatenate(counts))
-
-    def load(self, experts: int) -> NDArray[np.uint64]:
-        """Return tokens of every expert [E]."""
-        least = int(self.ids.max(initial=0)) + 1
-        load = np.zeros(check.whole_number("experts", experts, lowest=least), dtype=np.uint64)
-        np.add.at(load, self.ids, self.counts[:, None])
-        return load
-
-
-def to_tables(sets: tuple[ExpertSets, ...] | None) -> dict[str, NDArray[Any] | None]:
-    """Return the tables of a file that hold the sets of layers; each is None without sets."""
-    if sets is None:
-        return dict.fromkeys(SET_TABLES)
-    ids, counts = (
-        np.concatenate(arrays) for arrays in zip(*((s.ids, s.counts) for s in sets), strict=True)
-    )
-    return dict(zip(SET_TABLES, (ids, counts, np.array([*map(len, sets)], np.uint64)), strict=True))
-
-
-def from_tables(tables: Mapping[str, NDArray[Any]]) -> tuple[ExpertSets, ...] | None:
-    """Return the sets of every layer; None if the tables are missing."""
-    missing = [name for name in SET_TABLES if name not in tables]
-    if 0 < len(missing) < len(SET_TABLES):
-        raise ValueError(f"expert sets must have {', '.join(SET_TABLES)}, got no {missing[0]}")
-    if missing:
-        return None
-    ids, counts, sizes = (tables[name] for name in SET_TABLES)
-    fits = sizes.ndim == 1 and sizes.dtype.kind in "ui" and len(sizes) > 0
-    if not fits or sum(sizes.tolist()) != len(ids) or min(sizes.tolist()) < 0:
-        raise ValueError(f"sets_per_layer must add up to the {len(ids)} sets of set_ids")
-    if counts.shape != ids.shape[:1]:
-        raise ValueError(f"set_counts must be [{len(ids)}], got {list(counts.shape)}")
-    cuts = np.cumsum(sizes[:-1].astype(np.int64))
-    return tuple(map(ExpertSets, np.split(ids, cuts), np.split(counts, cuts)))
-
-
-# Fields that are tables of pairs of experts [L-n,E,E], and their n.
-PAIRS = {"transitions": 1, "coactivation": 0}
 # Fields that belong to all windows together, so that other windows do not have them.
 OF_ALL_WINDOWS = (*PAIRS, "sets", "set_tokens", "population")
 # Options of counting, and the fields that they fill, on which the fingerprint depends.
@@ -143,24 +45,9 @@ WINDOW = 512
 # Smallest distance of two loads beyond chance, mean of layers, that counts as drift.
 LEAST_DRIFT = 0.05
 
-# Largest tables in bytes: larger ones come from a wrong number of experts or a wrong window.
-TABLE_LIMIT = 16 << 30
-
-# Distinct expert sets of all layers, of a layer, and of a layer for each pair of experts, beyond
-# which only a sample of the tokens is counted: the time of searches grows with the number of sets
-# ("Long traces" in docs/experiments.md).
-MOST_SETS, LAYER_SETS, PAIR_SETS = 1 << 22, 40_000, 32
 
 # Smallest number of steps that are drawn from windows of counters.
 STEPS = 32
-
-# Size in 64 bits beyond which loads, of thousands of windows, are held in narrower types.
-NARROW_BYTES = 64 << 20
-
-# Bytes of a shard that stays in the cache of most processors between reading and counting.
-SHARD_BYTES = 16 << 20
-# Wide tables do not fit the cache, so the core adds up this many tokens before it writes to them.
-WIDE_SHARD_BYTES, WIDE_SHARD_TOKENS = 64 << 20, 1 << 15
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -233,7 +120,7 @@ class RoutingStatistics(Recording, Frozen):
     population: Population | None = None
 
     def __post_init__(self) -> None:
-        load = _check_counts("load", self.window_load, "[windows, layers, experts]")
+        load = check_counts("load", self.window_load, "[windows, layers, experts]")
         if 0 in load.shape:
             raise ValueError(
                 f"load must have at least one window, layer and expert, got {list(load.shape)}"
@@ -248,9 +135,7 @@ class RoutingStatistics(Recording, Frozen):
         for name, table in self._pairs.items():
             if table is not None:
                 shape = (layers - PAIRS[name], experts, experts)
-                pairs = _check_counts(name, table, "[.., experts, experts]").astype(
-                    "u8", copy=False
-                )
+                pairs = check_counts(name, table, "[.., experts, experts]").astype("u8", copy=False)
                 if pairs.shape != shape:
                     raise ValueError(f"{name} must be {list(shape)}, got {list(pairs.shape)}")
                 vars(self)[name] = pairs
@@ -342,10 +227,10 @@ class RoutingStatistics(Recording, Frozen):
         tables = {"transitions": transitions, "coactivation": coactivation, "sets": sets}
         for name, value in {**tables, "by_group": by_group}.items():
             check.flag(name, value)
-        _check_table_bytes(trace, window, tables)
+        check_table_bytes(trace, window, tables)
         check.callable_or_none("progress", progress)
         report = progress or (lambda _: None)
-        every = _choose_stride(trace) if sets else 1
+        every = choose_stride(trace) if sets else 1
         options: Any = {"window": window, "every": every, "threads": threads, "tables": tables}
         if not by_group:
             return cls._count(trace, None, report, **options)[0]
@@ -394,7 +279,7 @@ class RoutingStatistics(Recording, Frozen):
             for number in numbers
         }
         counted = 0
-        for shard in trace.shards(_choose_shard_bytes(trace), threads=threads):
+        for shard in trace.shards(choose_shard_bytes(trace), threads=threads):
             group_of_token = None if group is None else group[counted : counted + len(shard)]
             for number in [0] if group_of_token is None else np.unique(group_of_token).tolist():
                 ids = shard if group_of_token is None else shard[group_of_token == number]
@@ -725,11 +610,11 @@ class RoutingStatistics(Recording, Frozen):
             raise ValueError("load must have a count above 0 to be scaled, got only zeros")
         several = -(-STEPS // len(used)) if drawn and len(used) > 1 else 1
         if not drawn or len(used) == 1:
-            scaled = [_scale(self.window_load[window], choices) for window in used]
+            scaled = [scale_window(self.window_load[window], choices) for window in used]
         else:
             used = np.repeat(used, several)
             scaled = [
-                _draw(self.window_load[window], choices, [seed, number])
+                draw_window(self.window_load[window], choices, [seed, number])
                 for number, window in enumerate(used)
             ]
         fields: dict[str, Any] = dict.fromkeys(OF_ALL_WINDOWS)
@@ -887,90 +772,3 @@ def measure_distance(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float
     shares = [load / np.maximum(load.sum(axis=-1, keepdims=True), 1) for load in loads]
     apart: NDArray[np.float64] = np.abs(shares[0] - shares[1]).sum(axis=-1) / 2
     return apart
-
-
-def _check_counts(name: str, table: Any, dimensions: str) -> Loads:
-    """Return a table of counts as unsigned integers; raise for what is no count."""
-    table = check.array_in(name, table)
-    if table.ndim != dimensions.count(",") + 1 or table.dtype.kind not in "uif":
-        raise ValueError(f"{name} must be numbers {dimensions}, got {check.shown(table)}")
-    if table.dtype.kind == "f" and table.dtype.itemsize < 8:
-        table = table.astype(np.float64)  # as 2**63 is too much for half floats
-    if table.dtype.kind != "u":
-        wrong = ~((table >= 0) & (np.floor(table) == table) & (table < 2.0**64))
-        for index in map(tuple, np.argwhere(wrong)[:1].tolist()):
-            raise ValueError(
-                f"{name} must be whole counts of at least 0, got {table[index]} at {list(index)}"
-            )
-    # A bound from the largest count is enough in most cases, and faster than the sum.
-    highest = int(table.max(initial=0))
-    if highest * table.size >= 2**63 and not float(table.sum(dtype=np.float64)) < 2.0**63:
-        raise ValueError(f"{name} must add up to less than 2**63, got a count of {highest}")
-    unsigned = table.dtype.newbyteorder("=") if table.dtype.kind == "u" else np.dtype(np.uint64)
-    return np.ascontiguousarray(table, dtype=unsigned)
-
-
-def _scale(load: Loads, choices: int) -> Loads:
-    """Scale a window [L,E] to a number of choices in its busiest layer, by largest remainder."""
-    shares, wanted = _compute_shares(load, choices)
-    exact = shares * wanted[:, None]
-    scaled = np.floor(exact).astype(np.int64)
-    rank = np.argsort(np.argsort(scaled - exact, axis=1, kind="stable"), axis=1)
-    scaled += rank < (wanted - scaled.sum(axis=1))[:, None]
-    return scaled.astype(np.uint64)
-
-
-def _draw(load: Loads, choices: int, seeds: list[int]) -> Loads:
-    """Draw a window [L,E] with a number of choices in its busiest layer, in proportion to load."""
-    shares, wanted = _compute_shares(load, choices)
-    # The loads are part of the seed, so that another file's window of the same number differs.
-    rng = np.random.default_rng([*seeds, zlib.crc32(shares.tobytes())])
-    return np.stack(
-        [
-            rng.multinomial(count, share) if count else np.zeros(share.size, np.int64)
-            for share, count in zip(shares, wanted.tolist(), strict=True)
-        ]
-    ).astype(np.uint64)
-
-
-def _compute_shares(load: Loads, choices: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return shares of experts [L,E], and choices of layers [L], the busiest of which has all."""
-    total = load.astype(np.float64).sum(axis=1, keepdims=True)
-    shares: NDArray[np.float64] = load / np.maximum(total, 1)
-    return shares, np.rint(choices * (total / total.max()))[:, 0].astype(np.int64)
-
-
-def narrow(table: Loads) -> Loads:
-    """Return a large table in the narrowest unsigned type that holds it, others in 64 bits."""
-    is_large = table.size * 8 > NARROW_BYTES
-    kind = np.min_scalar_type(int(table.max())) if is_large else np.dtype(np.uint64)
-    return table.astype(kind, copy=False)
-
-
-def _choose_shard_bytes(trace: RoutingTrace) -> int:
-    """Return the bytes of a trace to count at a time."""
-    tokens = WIDE_SHARD_TOKENS * trace.layers * trace.top_k * trace.ids.dtype.itemsize
-    return min(max(SHARD_BYTES, tokens), WIDE_SHARD_BYTES)
-
-
-def _check_table_bytes(trace: RoutingTrace, window: int | None, tables: Mapping[str, bool]) -> None:
-    """Raise if the tables of a trace would take more than ``TABLE_LIMIT``."""
-    layers, experts = trace.layers, trace.num_experts
-    windows = 1 if window is None else max(1, -(-trace.tokens // window))
-    pairs = sum(tables[name] * (layers - fewer) for name, fewer in PAIRS.items())
-    width = np.min_scalar_type(trace.tokens if window is None else window).itemsize
-    size = experts * (width * windows * layers + 8 * pairs * experts)
-    if size > TABLE_LIMIT:
-        raise ValueError(
-            f"counts must fit {TABLE_LIMIT >> 30} GiB, got {size / 2**30:.0f} GiB for {windows} "
-            f"windows, {layers} layers, {experts} experts: count fewer windows or leave out pairs"
-        )
-
-
-def _choose_stride(trace: RoutingTrace) -> int:
-    """Return the n of which every n-th token's set is counted: 1 if there are few sets."""
-    experts, top_k = trace.num_experts, trace.top_k
-    distinct = min(trace.tokens, math.comb(experts, top_k))
-    enough = max(LAYER_SETS, PAIR_SETS * experts**2 // max(top_k * (top_k - 1), 1))
-    enough = min(enough, MOST_SETS // max(trace.layers, 1))
-    return 1 if distinct <= enough else -(-trace.tokens // enough)
