@@ -231,7 +231,7 @@ def test_tokens_in_another_order_stay_in_the_file(tmp_path, monkeypatch):
     ids = random_ids(8_000, 12, 4, 64)
     mt.RoutingTrace.from_arrays(ids, num_experts=64).save(tmp_path / "a.safetensors")
     trace = mt.RoutingTrace.load(tmp_path / "a.safetensors")
-    monkeypatch.setattr("moetuner.files.ids.GATHERED_BYTES", 1 << 14)
+    monkeypatch.setattr("moetuner.files.ids.order.GATHERED_BYTES", 1 << 14)
     steps = np.arange(8_000).reshape(40, -1).T.ravel()  # forty sequences advance together
     for order in (steps, np.random.default_rng(0).permutation(8_000), steps[::3]):
         wanted, done = trace.take(order), 0
