@@ -223,7 +223,9 @@ class Balancer:
                 text = f"{model}: the engine's own map for its layers, as {NO_DRAFT}"
                 self.log.say(text, rank, once=True)
                 return None
-            self._fall_back(verdict, old_map, model)
+            self._fall_back(verdict)
+            with suppress(Exception):
+                self._running.forget((model, (np.shape(weight)[-2], num_replicas)))
             return None
         for text in self._fallbacks:
             self.log.forget(text)
@@ -241,7 +243,7 @@ class Balancer:
             self._run_in_background("a decision is not described", self._describe, *details)
         return answer
 
-    def _fall_back(self, verdict: Verdict, old_map: ArrayLike | None, model: str | None) -> None:
+    def _fall_back(self, verdict: Verdict) -> None:
         """Log and count that all ranks take the engine's own map."""
         self._off = verdict.do == "off"
         until = " from now on" if self._off else ""
@@ -250,8 +252,6 @@ class Balancer:
         self._fallbacks.add(text)
         self._cause = verdict.cause if verdict.cause in CAUSES else "other"
         self._count(OFF if self._off else OWN, self._cause, self._rank)
-        with suppress(Exception):
-            self._running.forget((model, np.asarray(old_map).shape))
 
     def expect(self, taken: ArrayLike, before: ArrayLike, ranks: int, model: str | None) -> None:
         """Expect that the engine runs a map [L,P] that ranks took, in place of the one before."""
@@ -261,7 +261,7 @@ class Balancer:
 
     def forget_taken(self) -> None:
         """Expect nothing: the engine asked for maps that it will not run."""
-        self._running.forget()
+        self._running.expect_nothing()
 
     def confirm(self, running: ArrayLike | None, ranks: int, model: str | None) -> None:
         """Compare the engine's map [L,P] with the one that ranks took; log changes, and count.
