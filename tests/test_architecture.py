@@ -74,7 +74,7 @@ MAY_IMPORT = {
     # One case for each way through the core.
     "selftest": ("plugins.decision", "solver", *SOLVER),
     # Ranks agree in one way, whoever places their experts.
-    "torch": ("plugins.consensus", "solver", "files", "router_groups", *SOLVER),
+    "torch": ("plugins.consensus", "plugins.store", "solver", "files", "router_groups", *SOLVER),
     "cli": ("selftest", "counting", *COMMANDS, *SOLVER),
 }
 # Rooms where a foreign library is known.

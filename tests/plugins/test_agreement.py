@@ -20,10 +20,12 @@ import pytest
 
 import moetuner as mt
 from moetuner.plugins import agreement, consensus
-from moetuner.plugins.agreement import Group, MapAgreement, Post, judge, name_ranks
+from moetuner.plugins.agreement import MapAgreement
 from moetuner.plugins.balancer import Balancer
 from moetuner.plugins.log import Log
+from moetuner.plugins.rounds import Group
 from moetuner.plugins.settings import Settings
+from moetuner.plugins.verdicts import VERSION, Post, Verdict, judge, name_ranks
 
 distributed = pytest.importorskip("torch.distributed")
 
@@ -155,9 +157,9 @@ def speaking(how):
     inner = agreement.to_json
 
     def written(said):
-        if isinstance(said, agreement.Verdict):
+        if isinstance(said, Verdict):
             return inner(said)
-        more = {"since": "0.2"} if how == "more" else {"version": agreement.VERSION + 1}
+        more = {"since": "0.2"} if how == "more" else {"version": VERSION + 1}
         return "{" if how == "junk" else json.dumps({**json.loads(inner(said)), **more})
 
     def judge(posts, wait):
@@ -218,11 +220,11 @@ class Older:
         del content["version"]
         ranks.store.set(f"{key}/{ranks.rank}", json.dumps(content))
         if ranks.rank == 0:
-            return agreement.Verdict("own", "unexpected keyword argument 'version'")
+            return Verdict("own", "unexpected keyword argument 'version'")
         ranks.store.wait([f"{key}/verdict"])
         said = json.loads(ranks.store.get(f"{key}/verdict"))
         assert set(said) <= {"do", "reason", "silent", "speaker", "speaks"}
-        return agreement.Verdict(**said)
+        return Verdict(**said)
 
     def is_off(self, group):
         """Return that what was off stays so."""
@@ -532,7 +534,7 @@ def test_a_store_whose_file_is_lost_ends_a_round_at_once(how, files, file_stores
         return None if decided is None else decided.tolist()
 
     full = SimpleNamespace(f_bavail=0, f_frsize=1)
-    disk = patch.object(consensus.os, "statvfs", return_value=full)
+    disk = patch("os.statvfs", return_value=full)
     with ThreadPoolExecutor(2) as ranks:
         assert list(ranks.map(decide, range(2))) == [FIRST] * 2
         size = path.stat().st_size

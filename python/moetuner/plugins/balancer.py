@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from moetuner._core import __version__
 from moetuner.placement import compute_checksum as checksum_placement
-from moetuner.plugins.agreement import CAUSES, Group, MapAgreement, Post, Verdict
+from moetuner.plugins.agreement import MapAgreement
 from moetuner.plugins.decision import Case, Slots
 from moetuner.plugins.files import Files, Stored, compute_checksum
 from moetuner.plugins.log import Log, quote_error
@@ -34,9 +34,11 @@ from moetuner.plugins.metrics import (
     serve_metrics,
 )
 from moetuner.plugins.recorder import LoadRecorder
+from moetuner.plugins.rounds import Group
 from moetuner.plugins.running import ModelKey, RunningMaps
 from moetuner.plugins.settings import Settings, find_idle_variables
 from moetuner.plugins.traffic import LiveTraffic
+from moetuner.plugins.verdicts import CAUSES, OTHER, Post, Verdict
 
 # Seconds between two looks at the file of MOETUNER_RELOAD.
 LOOK_SECONDS = 0.5
@@ -250,7 +252,7 @@ class Balancer:
         text = f"all ranks take the engine's own map{until}: {verdict.reason}"
         self.log.warn(text, int(not verdict.speaks))
         self._fallbacks.add(text)
-        self._cause = verdict.cause if verdict.cause in CAUSES else "other"
+        self._cause = verdict.cause if verdict.cause in CAUSES else OTHER
         self._count(OFF if self._off else OWN, self._cause, self._rank)
 
     def expect(self, taken: ArrayLike, before: ArrayLike, ranks: int, model: str | None) -> None:

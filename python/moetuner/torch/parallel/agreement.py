@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-from moetuner.plugins.consensus import ANSWER, TimedStore, agree, list_keys, verdict_key
+from moetuner.plugins.consensus import agree, list_keys, verdict_key
+from moetuner.plugins.store import ANSWER, TimedStore
 
 T = TypeVar("T")
 Failure = Exception | None
