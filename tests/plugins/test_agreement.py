@@ -19,13 +19,24 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.plugins import agreement, consensus
+from moetuner.plugins import agreement, consensus, verdicts
 from moetuner.plugins.agreement import MapAgreement
 from moetuner.plugins.balancer import Balancer
 from moetuner.plugins.log import Log
 from moetuner.plugins.rounds import Group
 from moetuner.plugins.settings import Settings
-from moetuner.plugins.verdicts import VERSION, Post, Verdict, judge, name_ranks
+from moetuner.plugins.verdicts import (
+    FAILED,
+    NO_DRAFT,
+    SILENT,
+    VERSION,
+    Post,
+    Verdict,
+    judge,
+    name_ranks,
+    read_post,
+    to_json,
+)
 
 distributed = pytest.importorskip("torch.distributed")
 
@@ -154,7 +165,7 @@ KEPT = {}
 @contextmanager
 def speaking(how):
     """Let this process write or judge as another version, or a broken one."""
-    inner = agreement.to_json
+    inner = verdicts.to_json
 
     def written(said):
         if isinstance(said, Verdict):
@@ -166,7 +177,7 @@ def speaking(how):
         raise MemoryError("out of memory on purpose")
 
     changes = {} if how is None else {"judge": judge} if how == "judge" else {"to_json": written}
-    with patch.multiple(agreement, **changes) if changes else nullcontext():
+    with patch.multiple(verdicts, **changes) if changes else nullcontext():
         yield
 
 
@@ -440,6 +451,16 @@ def test_verdicts(posts, do, words):
     verdict = judge(posts)
     assert verdict.do == do
     assert verdict.reason.startswith(words)
+
+
+def test_a_draft_model_without_a_file_is_no_failure():
+    """All ranks say so in their posts; where one has another error, or none, a rank failed."""
+    draft = Post("a", error="nothing for it", no_draft=True)
+    assert read_post(0, to_json(draft)) == draft
+    assert judge([draft] * 2).cause == NO_DRAFT
+    for other in (Post("a", error="nothing for it"), Post("a", "m")):
+        assert judge([draft, other]).cause == judge([other, draft]).cause == FAILED
+    assert judge([draft, None]).cause == SILENT
 
 
 def test_a_killed_rank_is_not_waited_for_for_ever(world, files):

@@ -5,6 +5,7 @@ import logging
 import re
 import socket
 import sys
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
 from urllib.request import urlopen
@@ -19,7 +20,7 @@ from moetuner.plugins import vllm
 from moetuner.plugins.balancer import Balancer
 from moetuner.plugins.decision import Case
 from moetuner.plugins.log import Log
-from moetuner.plugins.metrics import serve_metrics
+from moetuner.plugins.metrics import Metrics, serve_metrics
 from moetuner.plugins.settings import Settings, find_idle_variables
 from moetuner.plugins.traffic import decide_drift
 
@@ -29,6 +30,9 @@ RANDOM = np.random.default_rng(7)
 LOAD = RANDOM.lognormal(5, 1, (4, 16)).round()
 START = np.tile(np.arange(20) % 16, (4, 1))
 WRONG = np.full((4, 16), np.nan)
+# Reasons for the engine's own map.
+REASONS = ["files unreadable", "files differ", "maps differ", "rank failed", "rank silent"]
+REASONS += ["rank late", "store failed", "round failed", "other"]
 LOGGER = logging.getLogger("moetuner.tests.metrics")
 
 
@@ -148,6 +152,21 @@ def test_a_map_that_the_engine_does_not_run_is_not_in_force(read):
     balancer.confirm(last, 4, None)
     series = read(balancer)
     assert (series[key], series["map_in_force",]) == (3, 1)
+
+
+def test_decisions_are_counted_from_zero():
+    """Every result and reason is there before the first, which is an increase then."""
+    client = importlib.import_module("prometheus_client")
+    registry = client.CollectorRegistry()
+    kinds = ("Counter", "Gauge", "Summary")
+    Metrics(SimpleNamespace(**{k: partial(getattr(client, k), registry=registry) for k in kinds}))
+    text = client.generate_latest(registry).decode()
+    lines = re.findall(r"^moetuner_decisions_total{(.*)} (\S+)$", text, re.MULTILINE)
+    counts = {tuple(re.findall(r'"(.*?)"', labels)): float(value) for labels, value in lines}
+    assert not any(counts.values())
+    fallbacks = [(reason, result) for result in ("own map", "off") for reason in REASONS]
+    others = [("live loads", "taken"), ("stored placement", "taken")]
+    assert set(counts) == {*fallbacks, *others, ("engine runs another", "not in force")}
 
 
 def test_other_ranks_have_no_series(read):
@@ -467,7 +486,7 @@ def test_a_wrong_port_is_one_line(port, alone, caplog):
         for text in ("", "9100", "65535")
     ]
     assert [one.metrics_port for one in settings] == [None, 9100, 65535]
-    assert len({Balancer(one, Log(LOGGER)).files.checksum for one in settings}) == 1
+    assert len({Balancer(one, Log(LOGGER)).purpose for one in settings}) == 1
 
 
 def test_without_the_variable_nothing_is_served(alone, caplog):

@@ -7,32 +7,17 @@ every rank posts its decision and its files (``verdicts``), and one verdict hold
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
+from moetuner.plugins import verdicts
 from moetuner.plugins.consensus import agree, verdict_key
 from moetuner.plugins.rounds import Group, Rounds
 from moetuner.plugins.store import ANSWER, TimedStore
-from moetuner.plugins.verdicts import (
-    LATE,
-    LONGEST,
-    NO_ROUND,
-    NO_STORE,
-    WAIT,
-    Post,
-    Verdict,
-    find_speaker,
-    has_other_version,
-    judge,
-    read_post,
-    read_verdict,
-    to_json,
-)
+from moetuner.plugins.verdicts import Post, Verdict
 
-# Consecutive rounds that may fail before ranks stop asking.
-PATIENCE = 2
 # Seconds that a process in the place of another one waits for ranks that have stopped asking.
 WAIT_TO_REOPEN = 1.0
 
@@ -46,13 +31,13 @@ class MapAgreement:
     Parameters
     ----------
     wait
-        Seconds that this process waits for the others' posts, by default ``WAIT``.
+        Seconds that this process waits for the others' posts, by default ``verdicts.WAIT``.
     answer
         Seconds that it waits for an answer of the store.
     """
 
     def __init__(self, wait: float | None = None, answer: float = ANSWER) -> None:
-        self.wait, self.answer = WAIT if wait is None else wait, answer
+        self.wait, self.answer = verdicts.WAIT if wait is None else wait, answer
         self._rounds: dict[tuple[int, ...], Rounds] = {}
         # Consecutive rounds in which this process could not take part.
         self._failures = 0
@@ -65,18 +50,18 @@ class MapAgreement:
         post gives a verdict. Without the store no rank gets an answer, and all take the engine's
         own map.
         """
-        post = replace(post, error=post.error[:LONGEST])
+        post = replace(post, error=post.error[: verdicts.LONGEST])
         try:
             group = find_group()
             if group is None or len(group.ranks) == 1:
-                return judge([post])
+                return verdicts.judge([post])
             seconds = self.wait if wait is None else wait
             with closing(TimedStore(group.store, self.answer)) as store:
                 verdict = self._ask(group, store, post, seconds)
         except Exception as error:
             self._failures += 1
             lost = _lose_round(error)
-            return replace(lost, do="off") if self._failures >= PATIENCE else lost
+            return replace(lost, do="off") if self._failures >= verdicts.PATIENCE else lost
         self._failures = 0
         return replace(verdict, speaks=verdict.speaker == group.rank)
 
@@ -88,7 +73,7 @@ class MapAgreement:
         """
         try:
             group = find_group()
-            if group is None or self._failures >= PATIENCE:
+            if group is None or self._failures >= verdicts.PATIENCE:
                 return True
             rounds = self._rounds.get(group.ranks)
             if rounds is None:
@@ -115,47 +100,28 @@ class MapAgreement:
                 rounds.key,
                 group.rank,
                 len(group.ranks),
-                post=to_json(post),
-                judge=partial(_judge_messages, rounds.last, wait),
+                post=verdicts.to_json(post),
+                judge=partial(verdicts.judge_messages, rounds.last, wait),
                 wait=wait,
-                distrusts=has_other_version,
+                distrusts=verdicts.has_other_version,
             )
         except TimeoutError as error:
             # Others may read this rank's post when the store answers again. Then they find this
             # verdict, and do not judge the post.
             lost = replace(_lose_round(error), speaker=group.rank, failures=1)
-            store.put_later(verdict_key(rounds.key), to_json(lost))
+            store.put_later(verdict_key(rounds.key), verdicts.to_json(lost))
             raise
-        verdict = read_verdict(answer)
+        verdict = verdicts.read_verdict(answer)
         rounds.close(store, verdict, complete=complete)
         if verdict.do == "take" and verdict.map != post.map:
             # The verdict is on the post of another process that had this rank.
-            return Verdict(reason="this rank came too late with another map", cause=LATE)
+            return Verdict(reason="this rank came too late with another map", cause=verdicts.LATE)
         return verdict
-
-
-def _judge_messages(last: Verdict, wait: float, messages: Sequence[str | None]) -> str:
-    """Return the verdict on posts as JSON; an error of judging is one, too.
-
-    ``last`` is the verdict before it: if as many rounds failed as may fail, ranks stop asking.
-    """
-    try:
-        posts = [
-            None if message is None else read_post(rank, message)
-            for rank, message in enumerate(messages)
-        ]
-        verdict = judge(posts, wait)
-    except Exception as error:
-        reason = (str(error) or repr(error))[:LONGEST]
-        speaker = find_speaker(messages)
-        verdict = Verdict(reason=reason, speaker=speaker, failures=1, cause=NO_ROUND)
-    if verdict.silent or verdict.failures:
-        failures = 1 if last.do == "off" else last.failures + 1
-        do = "off" if failures >= PATIENCE else verdict.do
-        verdict = replace(verdict, do=do, failures=failures)
-    return to_json(verdict)
 
 
 def _lose_round(error: Exception) -> Verdict:
     """Return the verdict of a rank that cannot take part in a round."""
-    return Verdict(reason=f"ranks cannot compare their maps: {error!r}"[:LONGEST], cause=NO_STORE)
+    return Verdict(
+        reason=f"ranks cannot compare their maps: {error!r}"[: verdicts.LONGEST],
+        cause=verdicts.NO_STORE,
+    )

@@ -13,16 +13,9 @@ from moetuner.plugins.verdicts import Verdict, read_verdict
 
 @dataclass(frozen=True)
 class Group:
-    """The ranks that exchange experts.
+    """The ranks that exchange experts, by their numbers in the whole job.
 
-    Parameters
-    ----------
-    store
-        A store of ``torch.distributed`` that all of them reach.
-    ranks
-        Their numbers in the whole job.
-    rank
-        The place of this rank among them.
+    All of them reach the ``store`` of ``torch.distributed``. ``rank`` is the place of this one.
     """
 
     store: Any
@@ -35,17 +28,13 @@ class Rounds:
 
     A process that was late goes through the rounds that it has missed, each of which has a verdict.
     A process in the place of another one continues with the next round in the store. In a new store
-    all ranks start with round 0.
-
-    Parameters
-    ----------
-    group
-        The group. Its store is not kept: an engine may make a new one.
+    all ranks start with round 0. The group's store is not kept: an engine may make a new one.
     """
 
     def __init__(self, group: Group) -> None:
         self.rank, self.size = group.rank, len(group.ranks)
         self.name = "moetuner/" + "-".join(map(str, group.ranks))
+        self._next = f"{self.name}/next"
         self.number = 0
         # Verdict of the round before.
         self.last = Verdict()
@@ -56,10 +45,6 @@ class Rounds:
     def key(self) -> str:
         """Key of the next round's question in the store."""
         return f"{self.name}/{self.number}"
-
-    @property
-    def _next(self) -> str:
-        return f"{self.name}/next"
 
     @property
     def _opened(self) -> str:

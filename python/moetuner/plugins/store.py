@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NoAnswer
-from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -41,11 +41,13 @@ class TimedStore:
         self._store, self._seconds = store, seconds
         # The file of a store that is one.
         self.file = find_file(store)
-        self._questions: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        threading.Thread(target=self._ask, name="moetuner-store", daemon=True).start()
+        self._questions: SimpleQueue[tuple[Future[Any], str, tuple[Any, ...]] | None] = (
+            SimpleQueue()
+        )
+        threading.Thread(target=self._work, name="moetuner-store", daemon=True).start()
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        return lambda *arguments: self._wait_for(name, arguments)
+        return functools.partial(self._wait_for, name)
 
     def close(self) -> None:
         """End the thread once all questions have their answers."""
@@ -53,28 +55,26 @@ class TimedStore:
 
     def put_later(self, key: str, value: str) -> None:
         """Write a value if there is none yet, as soon as the store answers again."""
-        self._questions.put(lambda: self._call("compare_set", (key, "", value)))
+        self._ask("compare_set", key, "", value)
 
-    def _ask(self) -> None:
-        while (question := self._questions.get()) is not None:
-            # Nobody waits for a question that fails later.
-            with suppress(Exception):
-                question()
-
-    def _wait_for(self, name: str, arguments: tuple[Any, ...]) -> Any:
+    def _ask(self, name: str, *arguments: Any) -> Future[Any]:
         answer: Future[Any] = Future()
+        self._questions.put((answer, name, arguments))
+        return answer
 
-        def question() -> None:
+    def _wait_for(self, name: str, *arguments: Any) -> Any:
+        try:
+            return self._ask(name, *arguments).result(self._seconds)
+        except NoAnswer:
+            raise TimeoutError(f"the store did not answer within {self._seconds:g} s") from None
+
+    def _work(self) -> None:
+        while (question := self._questions.get()) is not None:
+            answer, name, arguments = question
             try:
                 answer.set_result(self._call(name, arguments))
             except Exception as error:
                 answer.set_exception(error)
-
-        self._questions.put(question)
-        try:
-            return answer.result(self._seconds)
-        except NoAnswer:
-            raise TimeoutError(f"the store did not answer within {self._seconds:g} s") from None
 
     def _call(self, name: str, arguments: tuple[Any, ...]) -> Any:
         if self.file is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 # Goes up when posts change their meaning. Fields ``version``, ``do`` and ``reason`` keep theirs, so
@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args
 VERSION = 1
 # Seconds that a rank waits for the others. A rank without the plugin never answers.
 WAIT = 30.0
+# Consecutive rounds that may fail before ranks stop asking.
+PATIENCE = 2
 # Most characters of an error in a post.
 LONGEST = 400
 # Most ranks that a line names.
@@ -122,6 +124,28 @@ def judge(posts: Sequence[Post | None], wait: float = WAIT) -> Verdict:
     return Verdict("take", map=first.map)
 
 
+def judge_messages(last: Verdict, wait: float, messages: Sequence[str | None]) -> str:
+    """Return the verdict on posts as JSON; an error of judging is one, too.
+
+    ``last`` is the verdict before it: if as many rounds failed as may fail, ranks stop asking.
+    """
+    try:
+        posts = [
+            None if message is None else read_post(rank, message)
+            for rank, message in enumerate(messages)
+        ]
+        verdict = judge(posts, wait)
+    except Exception as error:
+        reason = (str(error) or repr(error))[:LONGEST]
+        speaker = find_speaker(messages)
+        verdict = Verdict(reason=reason, speaker=speaker, failures=1, cause=NO_ROUND)
+    if verdict.silent or verdict.failures:
+        failures = 1 if last.do == "off" else last.failures + 1
+        do = "off" if failures >= PATIENCE else verdict.do
+        verdict = replace(verdict, do=do, failures=failures)
+    return to_json(verdict)
+
+
 def find_speaker(posts: Sequence[object | None]) -> int:
     """Return the first rank with a post; 0 without any."""
     return next((rank for rank, post in enumerate(posts) if post is not None), 0)
@@ -142,12 +166,10 @@ def name_ranks(ranks: Sequence[int]) -> str:
 
 
 def to_json(message: Post | Verdict) -> str:
-    """Return a message as JSON; a verdict without defaults, so that earlier versions read it."""
+    """Return a message as JSON, without defaults, so that earlier versions read it."""
+    defaults = asdict(type(message)()) | {"do": None, "version": None}
     content = asdict(message)
-    if isinstance(message, Verdict):
-        defaults = asdict(Verdict()) | {"do": ""}
-        content = {name: value for name, value in content.items() if value != defaults[name]}
-    return json.dumps(content)
+    return json.dumps({name: content[name] for name in content if content[name] != defaults[name]})
 
 
 def read_post(rank: int, message: str) -> Post:

@@ -115,22 +115,19 @@ def announce(configurations: Any, balancer: Balancer) -> None:
     # Engines have many processes; only the first one logs for those that start like it.
     rank = int(multiprocessing.parent_process() is not None)
 
-    def around(post_init: Any) -> Any:
-        def announced(self: Any, *arguments: Any, **named: Any) -> None:
-            post_init(self, *arguments, **named)
-            with contextlib.suppress(AttributeError):
-                parallel = self.parallel_config
-                policy = getattr(getattr(parallel, "eplb_config", None), "policy", POLICY)
-                if not parallel.enable_eplb:
-                    LOG.warn("does nothing without --enable-eplb", rank)
-                elif policy != POLICY:
-                    LOG.warn(OTHER_POLICY.format(policy), rank)
-                else:
-                    LOG.say(balancer.registered, rank, once=True)
+    def announced(post_init: Any, self: Any, *arguments: Any, **named: Any) -> None:
+        post_init(self, *arguments, **named)
+        with contextlib.suppress(AttributeError):
+            parallel = self.parallel_config
+            policy = getattr(getattr(parallel, "eplb_config", None), "policy", POLICY)
+            if not parallel.enable_eplb:
+                LOG.warn("does nothing without --enable-eplb", rank)
+            elif policy != POLICY:
+                LOG.warn(OTHER_POLICY.format(policy), rank)
+            else:
+                LOG.say(balancer.registered, rank, once=True)
 
-        return announced
-
-    wrap(configurations, "__post_init__", "announces", around)
+    wrap(configurations, "__post_init__", "announces", announced)
 
 
 def coordinator() -> Any:
@@ -196,24 +193,23 @@ def place_at_load(states: Any, balancer: Balancer) -> None:
     rearrangement moves the weights. With elastic expert parallelism ranks may come one by one; then
     the first rearrangement puts the placement in force.
     """
-    wrap(states, "add_model", "places", functools.partial(_wrap_add_model, balancer))
+    wrap(states, "add_model", "places", functools.partial(_add_and_place, balancer))
     if hasattr(states, "rearrange"):
-        wrap(states, "rearrange", "confirms", functools.partial(_wrap_rearrange, balancer))
+        wrap(states, "rearrange", "confirms", functools.partial(_rearrange_and_confirm, balancer))
 
 
-def _wrap_rearrange(balancer: Balancer, rearrange: Any) -> Any:
-    def rearrange_and_confirm(self: Any, *arguments: Any, **named: Any) -> Any:
-        result = rearrange(self, *arguments, **named)
-        if named.get("is_profile", arguments[:1] == (True,)):
-            # Its maps are not taken: weights stay where they are.
-            balancer.forget_taken()
-        elif not (balancer.is_placing or getattr(self, "is_async", True)):
-            with contextlib.suppress(Exception):
-                for state in self.model_states.values():
-                    confirm(state, state.model, balancer)
-        return result
-
-    return rearrange_and_confirm
+def _rearrange_and_confirm(
+    balancer: Balancer, rearrange: Any, self: Any, *arguments: Any, **named: Any
+) -> Any:
+    result = rearrange(self, *arguments, **named)
+    if named.get("is_profile", arguments[:1] == (True,)):
+        # Its maps are not taken: weights stay where they are.
+        balancer.expect_nothing()
+    elif not (balancer.is_placing or getattr(self, "is_async", True)):
+        with contextlib.suppress(Exception):
+            for state in self.model_states.values():
+                confirm(state, state.model, balancer)
+    return result
 
 
 def confirm(state: Any, model: Any, balancer: Balancer) -> None:
@@ -223,20 +219,19 @@ def confirm(state: Any, model: Any, balancer: Balancer) -> None:
     balancer.confirm(running, ranks, balancer.name_model(len(running)))
 
 
-def _wrap_add_model(balancer: Balancer, add_model: Any) -> Any:
-    def add_and_place(self: Any, *arguments: Any, **named: Any) -> Any:
-        added = add_model(self, *arguments, **named)
-        arguments_by_name = dict(zip(("model", "model_config"), arguments, strict=False)) | named
-        with contextlib.suppress(Exception):
-            warn_of_traps(
-                arguments_by_name["model"], arguments_by_name["model_config"], self.parallel_config
-            )
-        if not getattr(getattr(self, "parallel_config", None), "enable_elastic_ep", False):
-            drafts = getattr(arguments_by_name.get("model_config"), "runner_type", "") == "draft"
-            place(self, arguments_by_name.get("model"), balancer, drafts=drafts)
-        return added
-
-    return add_and_place
+def _add_and_place(
+    balancer: Balancer, add_model: Any, self: Any, *arguments: Any, **named: Any
+) -> Any:
+    added = add_model(self, *arguments, **named)
+    arguments_by_name = dict(zip(("model", "model_config"), arguments, strict=False)) | named
+    with contextlib.suppress(Exception):
+        warn_of_traps(
+            arguments_by_name["model"], arguments_by_name["model_config"], self.parallel_config
+        )
+    if not getattr(getattr(self, "parallel_config", None), "enable_elastic_ep", False):
+        drafts = getattr(arguments_by_name.get("model_config"), "runner_type", "") == "draft"
+        place(self, arguments_by_name.get("model"), balancer, drafts=drafts)
+    return added
 
 
 def place(states: Any, model: Any, balancer: Balancer, *, drafts: bool = False) -> None:
