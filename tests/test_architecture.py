@@ -485,7 +485,7 @@ MOST_LINES = {
         "evaluation": 5091,
         "files": 1865,
         "formats": 4889,
-        "plugins": 3562,
+        "plugins": 3554,
         "problem": 2722,
         "recording": 635,
         # The browser is asked again for a figure that it missed.

@@ -28,12 +28,7 @@ FindGroup = Callable[[], Group | None]
 class MapAgreement:
     """Verdicts of all ranks on the posts of one process and theirs, one round per decision.
 
-    Parameters
-    ----------
-    wait
-        Seconds that this process waits for the others' posts, by default ``verdicts.WAIT``.
-    answer
-        Seconds that it waits for an answer of the store.
+    It waits ``wait`` seconds for the others' posts, and ``answer`` seconds for the store's answers.
     """
 
     def __init__(self, wait: float | None = None, answer: float = ANSWER) -> None:

@@ -18,12 +18,12 @@ from moetuner.plugins.agreement import FindGroup, MapAgreement
 from moetuner.plugins.decision import Case
 from moetuner.plugins.files import Files
 from moetuner.plugins.log import Background, Log
-from moetuner.plugins.proposals import Form, Proposal, Proposer
+from moetuner.plugins.proposals import Form, Proposal, Proposed, Proposer
 from moetuner.plugins.recorder import LoadRecorder
 from moetuner.plugins.reports import Reports
 from moetuner.plugins.running import ModelKey, RunningMaps
 from moetuner.plugins.settings import Settings, find_idle_variables
-from moetuner.plugins.verdicts import NO_DRAFT, Post, Verdict
+from moetuner.plugins.verdicts import NO_DRAFT, Verdict
 
 
 class Balancer:
@@ -31,16 +31,8 @@ class Balancer:
 
     A decision goes from one station to the next: a question of the engine, a proposal of this rank,
     the verdict of all ranks, and what the log and the metrics say of it. Files are read when the
-    balancer is made, never while the engine waits.
-
-    Parameters
-    ----------
-    settings
-        Settings of the environment, or the error of reading them.
-    log
-        Where lines are logged.
-    agreement
-        Agreement of ranks; by default with the usual patience.
+    balancer is made, never while the engine waits. ``settings`` may be the error of reading them,
+    which the other ranks are told; ``agreement`` is by default one with the usual patience.
     """
 
     def __init__(
@@ -184,10 +176,7 @@ class Balancer:
         return proposal.answer
 
     def _agree(
-        self,
-        propose: Callable[[], tuple[Proposal | None, Post]],
-        group: FindGroup,
-        wait: float | None,
+        self, propose: Callable[[], Proposed], group: FindGroup, wait: float | None
     ) -> tuple[Proposal | None, Verdict, tuple[float, float]]:
         """Return this rank's proposal, the verdict on it, and the seconds of both.
 
@@ -241,9 +230,8 @@ class Balancer:
         """
         with suppress(Exception):
             slots = np.asarray(running)
-            compared = self._running.compare(
-                (model, slots.shape), slots.reshape(len(slots), ranks, -1)
-            )
+            key = model, slots.shape
+            compared = self._running.compare(key, slots.reshape(len(slots), ranks, -1))
             if compared is not None:
                 self._reports.compare(compared)
 

@@ -14,13 +14,7 @@ def quote_error(error: BaseException) -> str:
 
 
 class Log:
-    """Lines of one engine's plugin.
-
-    Parameters
-    ----------
-    logger
-        The engine's logger, so that lines appear among its own.
-    """
+    """Lines of one engine's plugin, by the engine's logger, so that they appear among its own."""
 
     def __init__(self, logger: logging.Logger) -> None:
         self.logger = logger

@@ -158,14 +158,9 @@ def find_metrics(port: int | None = None) -> Metrics | None:
 
 @cache
 def serve_metrics(port: int) -> int:
-    """Serve the metrics of this process, once; return the port, which the system chooses for 0.
+    """Return the port at which the metrics of this process are served from the first call on.
 
-    Raises
-    ------
-    ImportError
-        If ``prometheus_client`` is not installed.
-    OSError
-        If the port is taken, or not allowed.
+    The system chooses one for 0. Raises without ``prometheus_client``, and if the port is taken.
     """
     server = importlib.import_module("prometheus_client").start_http_server(port)
     # Versions before 0.19 return nothing.

@@ -40,6 +40,10 @@ class Proposal:
     answer: Any
 
 
+# A map, None without one, and the post that says why.
+Proposed = tuple[Proposal | None, Post]
+
+
 class Proposer:
     """Proposals of one rank by its files, and by those that it has read again."""
 
@@ -56,7 +60,7 @@ class Proposer:
 
     def propose(
         self, make_case: Callable[[], Case], model: str | None, form: Form, rank: int
-    ) -> tuple[Proposal | None, Post]:
+    ) -> Proposed:
         """Return the map for a case of a model, None without one, and the post that says why."""
         files, pending = self.files, self._pending
         self._rank, self._offered = rank, None

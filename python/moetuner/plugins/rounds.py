@@ -46,10 +46,6 @@ class Rounds:
         """Key of the next round's question in the store."""
         return f"{self.name}/{self.number}"
 
-    @property
-    def _opened(self) -> str:
-        return f"{self.key}/opened"
-
     def enter(self, store: Any) -> bool:
         """Return whether another process had this rank before, after finding the next round."""
         token = uuid.uuid4().hex
@@ -77,11 +73,11 @@ class Rounds:
 
     def open(self, store: Any) -> None:
         """Mark the next round as open, so that others take part who have stopped asking."""
-        store.set(self._opened, "")
+        store.set(f"{self.key}/opened", "")
 
     def is_open(self, store: Any) -> bool:
         """Return whether a process asks the others to take part in the next round."""
-        return bool(store.check([self._opened]))
+        return bool(store.check([f"{self.key}/opened"]))
 
     def close(self, store: Any, verdict: Verdict, *, complete: bool) -> None:
         """Remember the verdict of this round; if all took part, delete the round before.

@@ -29,12 +29,7 @@ class TimedStore:
     new file, or write half of a value, and whoever then reads that computes for ever: torch's
     client seeks what is missing, also when a process ends.
 
-    Parameters
-    ----------
-    store
-        The store.
-    seconds
-        Time for an answer. A store that runs takes less than a millisecond.
+    A store that runs answers in less than a millisecond.
     """
 
     def __init__(self, store: Any, seconds: float = ANSWER) -> None:

@@ -31,26 +31,12 @@ Action = Literal["take", "own", "reload", "off"]
 
 @dataclass(frozen=True)
 class Post:
-    """The decision of a rank.
+    """The decision of a rank: checksums of its ``files`` and rules, and of the ``map``.
 
-    Parameters
-    ----------
-    files
-        Checksum of its files and rules.
-    map
-        Checksum of the map; "" without a map.
-    error
-        Reason for having no map.
-    unread
-        True if the error is in the files, so that the next decision has it, too.
-    no_draft
-        True if the reason is that the files have nothing for a draft model.
-    pending
-        Checksum of files that were read again; "" if none were.
-    reloads
-        True if files may be read again.
-    version
-        Version of the agreement, 0 where a post does not say it.
+    Without a map, ``error`` is the reason. ``unread`` says that it is in the files, so that the
+    next decision has it, too; ``no_draft`` that the files have nothing for a draft model.
+    ``reloads`` says whether files may be read again, and ``pending`` is the checksum of those that
+    were. ``version`` is that of the agreement, 0 where a post does not say it.
     """
 
     files: str = ""

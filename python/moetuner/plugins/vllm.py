@@ -24,7 +24,7 @@ from moetuner.serving.engines import tokens_per_rank
 # A child of vLLM's logger, so that lines appear among its own.
 LOG = Log(logging.getLogger("vllm.moetuner"))
 LATE = "the placement takes effect at the first rearrangement, not at model load"
-POLICIES = "vllm.distributed.eplb.policy"
+POLICIES, STATES = "vllm.distributed.eplb.policy", "vllm.distributed.eplb.eplb_state"
 # The policy that is replaced, and what is said where another one decides, as on Ascend.
 POLICY = "default"
 OTHER_POLICY = (
@@ -43,20 +43,22 @@ def register() -> None:
     try:
         if _is_registered() or (balancer := Balancer.from_environment(LOG, "vLLM")) is None:
             return
-        replaced = attempt("vLLM keeps its own policy", replace_policy, balancer)
+        replaced = attempt("vLLM keeps its own policy", lambda: replace_policy(balancer))
         if replaced and balancer.settings.decides:
-            attempt(LATE, place_models, balancer)
+            attempt(LATE, lambda: place_at_load(load_name(STATES, "EplbState"), balancer))
         if balancer.settings.updates:
-            attempt("weights that change do not follow experts that move", follow_experts, balancer)
-        attempt("does not say that it is registered", announce_models, balancer)
+            lost = "weights that change do not follow experts that move"
+            attempt(lost, lambda: follow_experts(balancer))
+        lost = "does not say that it is registered"
+        attempt(lost, lambda: announce(load_name("vllm.config", "VllmConfig"), balancer))
     except Exception as error:
         LOG.warn(f"vLLM keeps its own policy: {error!r}")
 
 
-def attempt(lost: str, step: Callable[[Balancer], None], balancer: Balancer) -> bool:
+def attempt(lost: str, step: Callable[[], None]) -> bool:
     """Run a step of the registration; warn and return False if this version of vLLM differs."""
     try:
-        step(balancer)
+        step()
     except Exception as error:
         LOG.warn(f"{lost}: {error!r}")
         return False
@@ -65,49 +67,38 @@ def attempt(lost: str, step: Callable[[Balancer], None], balancer: Balancer) -> 
 
 def _is_registered() -> bool:
     with contextlib.suppress(Exception):
-        return hasattr(sys.modules[POLICIES].EPLB_POLICIES["default"], "moetuner")
+        return hasattr(sys.modules[POLICIES].EPLB_POLICIES[POLICY], "moetuner")
     return False
 
 
 def replace_policy(balancer: Balancer) -> None:
     """Replace vLLM's default policy by ours."""
-    from vllm.distributed.eplb.policy import EPLB_POLICIES
-
-    if "default" not in EPLB_POLICIES:
-        raise LookupError(f"it has none named default, but {', '.join(map(str, EPLB_POLICIES))}")
-    EPLB_POLICIES["default"] = make_policy_class(EPLB_POLICIES["default"], balancer)
-
-
-def place_models(balancer: Balancer) -> None:
-    """Serve stored placements as soon as a model is loaded."""
-    from vllm.distributed.eplb.eplb_state import EplbState
-
-    place_at_load(EplbState, balancer)
+    policies = load_name(POLICIES, "EPLB_POLICIES")
+    if POLICY not in policies:
+        raise LookupError(f"it has none named {POLICY}, but {', '.join(map(str, policies))}")
+    policies[POLICY] = make_policy_class(policies[POLICY], balancer)
 
 
 def follow_experts(balancer: Balancer) -> None:
     """Make weights that change follow the experts."""
-    from vllm.distributed.eplb.eplb_state import EplbState
-
     layers = _find("vllm.model_executor.layers.fused_moe.routed_experts", "RoutedExperts")
     worker = _find("vllm.v1.worker.gpu_worker", "Worker")
     settings = balancer.settings
     rearranges = not settings.placements or settings.reload is not None
-    follow_updates(EplbState, layers, worker, LOG, rearranges=rearranges)
+    states = load_name(STATES, "EplbState")
+    follow_updates(states, layers, worker, LOG, rearranges=rearranges)
+
+
+def load_name(module: str, name: str) -> Any:
+    """Return a name of a module of vLLM."""
+    return getattr(importlib.import_module(module), name)
 
 
 def _find(module: str, name: str) -> Any:
     """Return a name of a module of vLLM; None if this version does not have it."""
     with contextlib.suppress(Exception):
-        return getattr(importlib.import_module(module), name, None)
+        return load_name(module, name)
     return None
-
-
-def announce_models(balancer: Balancer) -> None:
-    """Log that the plugin is there."""
-    from vllm.config import VllmConfig
-
-    announce(VllmConfig, balancer)
 
 
 def announce(configurations: Any, balancer: Balancer) -> None:

@@ -79,16 +79,8 @@ class AscendPolicy:
         layers, ranks, width = slots.shape
         # This runs in a process beside each rank, which is in no group of torch's: ranks are given
         # the same loads and decide alike, but cannot compare what they read.
-        full = self.balancer.decide(
-            windows,
-            ranks * width,
-            None,
-            1,
-            ranks,
-            slots.reshape(layers, -1),
-            rank=self.rank,
-            sparse=None,
-        )
+        sizes, running = (ranks * width, None, 1, ranks), slots.reshape(layers, -1)
+        full = self.balancer.decide(windows, *sizes, running, rank=self.rank, sparse=None)
         if full is None:
             return self.theirs.rebalance_experts(current_expert_table, expert_workload)
         placed = full.reshape(slots.shape)
