@@ -2,8 +2,10 @@
 
 import importlib
 import logging
+import os
 import re
 import socket
+import subprocess
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -167,6 +169,33 @@ def test_decisions_are_counted_from_zero():
     fallbacks = [(reason, result) for result in ("own map", "off") for reason in REASONS]
     others = [("live loads", "taken"), ("stored placement", "taken")]
     assert set(counts) == {*fallbacks, *others, ("engine runs another", "not in force")}
+
+
+# A process of rank 0 or of another one that decides at the load of a model, and its series.
+LOAD_ALONE = """
+import logging, sys
+import numpy as np
+from prometheus_client import generate_latest
+from moetuner.plugins.balancer import Balancer
+from moetuner.plugins.log import Log
+from moetuner.plugins.settings import Settings
+
+balancer = Balancer(Settings(rebalance=True), Log(logging.getLogger()))
+balancer.decide(np.zeros((1, 4)), 4, 1, 1, 2, quiet=True, rank=int(sys.argv[1]))
+balancer.flush()
+print(generate_latest().decode())
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_series_are_there_from_the_load_on(rank, tmp_path):
+    """Of rank 0, though a decision at the load of a model is not counted."""
+    pytest.importorskip("prometheus_client")
+    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", LOAD_ALONE, str(rank)]
+    text = subprocess.run(command, env=environment, check=True, capture_output=True).stdout.decode()
+    series = 'moetuner_decisions_total{reason="live loads",result="taken"} 0.0'
+    assert (series in text) == (rank == 0)
 
 
 def test_other_ranks_have_no_series(read):
