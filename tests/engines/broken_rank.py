@@ -34,12 +34,12 @@ def fail(*arguments):
 
 def apply():
     """Break this process if it is the rank."""
-    from moetuner.plugins import agreement, balancer, sglang, vllm
+    from moetuner.plugins import decision, sglang, verdicts, vllm
 
     setting = os.environ.get("ENGINES_BREAK", ":")
     rank, how = setting.split(":")
     wait = SHORT if how == "unset" or how.startswith("kill") else PATIENT
-    agreement.WAIT = vllm.WAIT_AT_LOAD = sglang.WAIT_AT_LOAD = wait
+    verdicts.WAIT = vllm.WAIT_AT_LOAD = sglang.WAIT_AT_LOAD = wait
     if str(rank_of_this_process()) != rank:
         return
     if how == "missing":
@@ -52,9 +52,9 @@ def apply():
         for name in [name for name in os.environ if name.startswith("MOETUNER_")]:
             del os.environ[name]
     elif how == "raise":
-        balancer.Case.make_map = fail
+        decision.Case.make_map = fail
     elif how.startswith("kill-"):
-        calls, inner = [], balancer.Case.make_map
+        calls, inner = [], decision.Case.make_map
 
         def make_map(*arguments):
             calls.append(1)
@@ -62,7 +62,7 @@ def apply():
                 os.kill(os.getpid(), signal.SIGKILL)
             return inner(*arguments)
 
-        balancer.Case.make_map = make_map
+        decision.Case.make_map = make_map
 
 
 apply()

@@ -19,11 +19,24 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.plugins import agreement, consensus
-from moetuner.plugins.agreement import Group, MapAgreement, Post, judge, name_ranks
+from moetuner.plugins import agreement, consensus, verdicts
+from moetuner.plugins.agreement import MapAgreement
 from moetuner.plugins.balancer import Balancer
 from moetuner.plugins.log import Log
+from moetuner.plugins.rounds import Group
 from moetuner.plugins.settings import Settings
+from moetuner.plugins.verdicts import (
+    FAILED,
+    NO_DRAFT,
+    SILENT,
+    VERSION,
+    Post,
+    Verdict,
+    judge,
+    name_ranks,
+    read_post,
+    to_json,
+)
 
 distributed = pytest.importorskip("torch.distributed")
 
@@ -152,19 +165,19 @@ KEPT = {}
 @contextmanager
 def speaking(how):
     """Let this process write or judge as another version, or a broken one."""
-    inner = agreement.to_json
+    inner = verdicts.to_json
 
     def written(said):
-        if isinstance(said, agreement.Verdict):
+        if isinstance(said, Verdict):
             return inner(said)
-        more = {"since": "0.2"} if how == "more" else {"version": agreement.VERSION + 1}
+        more = {"since": "0.2"} if how == "more" else {"version": VERSION + 1}
         return "{" if how == "junk" else json.dumps({**json.loads(inner(said)), **more})
 
     def judge(posts, wait):
         raise MemoryError("out of memory on purpose")
 
     changes = {} if how is None else {"judge": judge} if how == "judge" else {"to_json": written}
-    with patch.multiple(agreement, **changes) if changes else nullcontext():
+    with patch.multiple(verdicts, **changes) if changes else nullcontext():
         yield
 
 
@@ -218,11 +231,11 @@ class Older:
         del content["version"]
         ranks.store.set(f"{key}/{ranks.rank}", json.dumps(content))
         if ranks.rank == 0:
-            return agreement.Verdict("own", "unexpected keyword argument 'version'")
+            return Verdict("own", "unexpected keyword argument 'version'")
         ranks.store.wait([f"{key}/verdict"])
         said = json.loads(ranks.store.get(f"{key}/verdict"))
         assert set(said) <= {"do", "reason", "silent", "speaker", "speaks"}
-        return agreement.Verdict(**said)
+        return Verdict(**said)
 
     def is_off(self, group):
         """Return that what was off stays so."""
@@ -440,6 +453,16 @@ def test_verdicts(posts, do, words):
     assert verdict.reason.startswith(words)
 
 
+def test_a_draft_model_without_a_file_is_no_failure():
+    """All ranks say so in their posts; where one has another error, or none, a rank failed."""
+    draft = Post("a", error="nothing for it", no_draft=True)
+    assert read_post(0, to_json(draft)) == draft
+    assert judge([draft] * 2).cause == NO_DRAFT
+    for other in (Post("a", error="nothing for it"), Post("a", "m")):
+        assert judge([draft, other]).cause == judge([other, draft]).cause == FAILED
+    assert judge([draft, None]).cause == SILENT
+
+
 def test_a_killed_rank_is_not_waited_for_for_ever(world, files):
     """SIGKILL in the middle of a run: the others go on with the engine's own map."""
     done = world.run(partial(serve, files=[files[0]] * 3, dies=2, calls=3), 3, killed=2)
@@ -532,7 +555,7 @@ def test_a_store_whose_file_is_lost_ends_a_round_at_once(how, files, file_stores
         return None if decided is None else decided.tolist()
 
     full = SimpleNamespace(f_bavail=0, f_frsize=1)
-    disk = patch.object(consensus.os, "statvfs", return_value=full)
+    disk = patch("os.statvfs", return_value=full)
     with ThreadPoolExecutor(2) as ranks:
         assert list(ranks.map(decide, range(2))) == [FIRST] * 2
         size = path.stat().st_size

@@ -100,6 +100,23 @@ def test_after_a_fall_back_it_is_said_again(placement, lines):
     assert lines() == []
 
 
+@pytest.mark.parametrize("says_what_runs", [True, False])
+def test_a_fall_back_is_of_one_model(placement, lines, says_what_runs):
+    """What another model was to run is compared all the same; of the one, nothing is expected."""
+    text = placement.read_text()
+    mt.Placement([[[4, 1, 2], [3, 0, 1]]] * 2).save(placement)
+    placement.write_text(text + placement.read_text())
+    balancer = make(placements=(placement,))
+    one, other = (ask(balancer, OWN[:layers], model=str(layers)) for layers in (3, 2))
+    wrong, running = np.full((3, 5), np.nan), OWN if says_what_runs else None
+    assert balancer.decide(wrong, *SIZES, running, model="3") is None
+    lines()
+    balancer.confirm(one, 2, "3")
+    assert lines() == []
+    balancer.confirm(other, 2, "2")
+    assert len(lines()) == 1
+
+
 @pytest.fixture
 def engine(placement, monkeypatch, lines):
     """Return a function that makes a vLLM with the plugin, whose configuration has a policy."""

@@ -2,9 +2,12 @@
 
 import importlib
 import logging
+import os
 import re
 import socket
+import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
 from urllib.request import urlopen
@@ -19,7 +22,7 @@ from moetuner.plugins import vllm
 from moetuner.plugins.balancer import Balancer
 from moetuner.plugins.decision import Case
 from moetuner.plugins.log import Log
-from moetuner.plugins.metrics import serve_metrics
+from moetuner.plugins.metrics import Metrics, serve_metrics
 from moetuner.plugins.settings import Settings, find_idle_variables
 from moetuner.plugins.traffic import decide_drift
 
@@ -29,6 +32,9 @@ RANDOM = np.random.default_rng(7)
 LOAD = RANDOM.lognormal(5, 1, (4, 16)).round()
 START = np.tile(np.arange(20) % 16, (4, 1))
 WRONG = np.full((4, 16), np.nan)
+# Reasons for the engine's own map.
+REASONS = ["files unreadable", "files differ", "maps differ", "rank failed", "rank silent"]
+REASONS += ["rank late", "store failed", "round failed", "other"]
 LOGGER = logging.getLogger("moetuner.tests.metrics")
 
 
@@ -148,6 +154,48 @@ def test_a_map_that_the_engine_does_not_run_is_not_in_force(read):
     balancer.confirm(last, 4, None)
     series = read(balancer)
     assert (series[key], series["map_in_force",]) == (3, 1)
+
+
+def test_decisions_are_counted_from_zero():
+    """Every result and reason is there before the first, which is an increase then."""
+    client = importlib.import_module("prometheus_client")
+    registry = client.CollectorRegistry()
+    kinds = ("Counter", "Gauge", "Summary")
+    Metrics(SimpleNamespace(**{k: partial(getattr(client, k), registry=registry) for k in kinds}))
+    text = client.generate_latest(registry).decode()
+    lines = re.findall(r"^moetuner_decisions_total{(.*)} (\S+)$", text, re.MULTILINE)
+    counts = {tuple(re.findall(r'"(.*?)"', labels)): float(value) for labels, value in lines}
+    assert not any(counts.values())
+    fallbacks = [(reason, result) for result in ("own map", "off") for reason in REASONS]
+    others = [("live loads", "taken"), ("stored placement", "taken")]
+    assert set(counts) == {*fallbacks, *others, ("engine runs another", "not in force")}
+
+
+# A process of rank 0 or of another one that decides at the load of a model, and its series.
+LOAD_ALONE = """
+import logging, sys
+import numpy as np
+from prometheus_client import generate_latest
+from moetuner.plugins.balancer import Balancer
+from moetuner.plugins.log import Log
+from moetuner.plugins.settings import Settings
+
+balancer = Balancer(Settings(rebalance=True), Log(logging.getLogger()))
+balancer.decide(np.zeros((1, 4)), 4, 1, 1, 2, quiet=True, rank=int(sys.argv[1]))
+balancer.flush()
+print(generate_latest().decode())
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_series_are_there_from_the_load_on(rank, tmp_path):
+    """Of rank 0, though a decision at the load of a model is not counted."""
+    pytest.importorskip("prometheus_client")
+    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", LOAD_ALONE, str(rank)]
+    text = subprocess.run(command, env=environment, check=True, capture_output=True).stdout.decode()
+    series = 'moetuner_decisions_total{reason="live loads",result="taken"} 0.0'
+    assert (series in text) == (rank == 0)
 
 
 def test_other_ranks_have_no_series(read):
@@ -467,7 +515,7 @@ def test_a_wrong_port_is_one_line(port, alone, caplog):
         for text in ("", "9100", "65535")
     ]
     assert [one.metrics_port for one in settings] == [None, 9100, 65535]
-    assert len({Balancer(one, Log(LOGGER)).files.checksum for one in settings}) == 1
+    assert len({Balancer(one, Log(LOGGER)).purpose for one in settings}) == 1
 
 
 def test_without_the_variable_nothing_is_served(alone, caplog):

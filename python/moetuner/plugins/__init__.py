@@ -1,9 +1,11 @@
 """Policies that engines load, which place experts while a model serves.
 
-``decision`` decides, and knows no engine; ``settings`` reads variables, ``files`` the files that
-they name; ``agreement`` lets all ranks do the same, ``log`` writes lines, ``metrics`` those of
-Prometheus. The module of an engine calls ``balancer``. Functions import engines and torch, so this
-package imports neither.
+The module of an engine asks ``balancer``, and a decision goes from station to station:
+``proposals`` has what this rank would serve by its ``settings`` and ``files`` (``decision``
+computes it, and knows no engine), ``agreement`` lets all ranks do the same, ``running`` compares
+what the engine then runs, and ``reports`` passes all to the log and the metrics. ``updates`` loads
+weights that change to where the experts are. Functions import engines and torch, so this package
+imports neither.
 """
 
 from moetuner.plugins.decision import rebalance_experts

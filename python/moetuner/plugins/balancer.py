@@ -1,99 +1,60 @@
-"""The balancer that engines' plugins call: it decides with all ranks, records and logs."""
+"""The balancer that engines' plugins call: it proposes, agrees with all ranks, and reports."""
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
-import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from moetuner._core import __version__
-from moetuner.placement import compute_checksum as checksum_placement
-from moetuner.plugins.agreement import CAUSES, Group, MapAgreement, Post, Verdict
-from moetuner.plugins.decision import Case, Slots
-from moetuner.plugins.files import Files, Stored, compute_checksum
-from moetuner.plugins.log import Log, quote_error
-from moetuner.plugins.metrics import (
-    NOT_IN_FORCE,
-    OFF,
-    OWN,
-    QUANTILES,
-    TAKEN,
-    Figures,
-    find_metrics,
-    serve_metrics,
-)
+from moetuner.plugins.agreement import FindGroup, MapAgreement
+from moetuner.plugins.decision import Case
+from moetuner.plugins.files import Files
+from moetuner.plugins.log import Background, Log
+from moetuner.plugins.proposals import Form, Proposal, Proposed, Proposer
 from moetuner.plugins.recorder import LoadRecorder
+from moetuner.plugins.reports import Reports
 from moetuner.plugins.running import ModelKey, RunningMaps
 from moetuner.plugins.settings import Settings, find_idle_variables
-from moetuner.plugins.traffic import LiveTraffic
-
-# Seconds between two looks at the file of MOETUNER_RELOAD.
-LOOK_SECONDS = 0.5
-# Why a draft model has no map of ours. It is none of the main model's fall-backs.
-NO_DRAFT = "no file is of the draft model's layers"
-# Only one thread reads files again at a time; a second caller then finds that they are read.
-READING = threading.Lock()
+from moetuner.plugins.verdicts import NO_DRAFT, Verdict
 
 
 class Balancer:
     """Decisions and records of one engine, as the settings ask.
 
-    Files are read when it is made, never while the engine waits.
-
-    Parameters
-    ----------
-    settings
-        Settings of the environment, or the error of reading them.
-    log
-        Where lines are logged.
-    agreement
-        Agreement of ranks; by default with the usual patience.
+    A decision goes from one station to the next: a question of the engine, a proposal of this rank,
+    the verdict of all ranks, and what the log and the metrics say of it. Files are read when the
+    balancer is made, never while the engine waits. ``settings`` may be the error of reading them,
+    which the other ranks are told; ``agreement`` is by default one with the usual patience.
     """
 
     def __init__(
         self, settings: Settings | str, log: Log, agreement: MapAgreement | None = None
     ) -> None:
         self.log = log
-        self.settings = Settings(rebalance=True) if isinstance(settings, str) else settings
-        self.files = (
-            Files(error=settings) if isinstance(settings, str) else Files.read(self.settings)
-        )
+        if isinstance(settings, str):
+            self.settings, files = Settings(rebalance=True), Files(error=settings)
+        else:
+            self.settings, files = settings, Files.read(settings)
+        self._proposer = Proposer(self.settings, files, log)
         self._agreement = agreement or MapAgreement()
-        self._off = False
-        self._pending: Files | None = None
-        self._seen = _signature(self.settings.reload)
-        self._looks = self._is_served = False
-        self._recorder = (
-            None if self.settings.record is None else LoadRecorder(self.settings.record)
-        )
-        self._background: ThreadPoolExecutor | None = None
-        self._models: dict[int, set[str]] = {}
-        # The last case of every model, by its layers, experts and name.
-        self._cases: dict[tuple[int, int, str | None], Case] = {}
+        self._background = Background(log)
+        self._reports = Reports(log, self._background, self.settings.metrics_port)
         self._running = RunningMaps()
+        folder = self.settings.record
+        self._recorder = None if folder is None else LoadRecorder(folder)
+        # Names of the engine's models by their number of layers.
+        self._models: dict[int, set[str]] = {}
+        self._is_off = False
         # True while vLLM rearranges for a map that its caller confirms.
         self.is_placing = False
-        # Lines on the engine's own map since ranks took one of ours, and the cause of the last.
-        self._fallbacks: set[str] = set()
-        self._cause = ""
-        # Unix time of the last live decision that changed a map.
-        self._made = time.time()
-        # Bytes of an expert of a layer, by the number of layers of its model.
-        self._expert_bytes: dict[int, int] = {}
-        # What is seen of a model's traffic, by its name and the shape of its map.
-        self._traffic: defaultdict[ModelKey, LiveTraffic] = defaultdict(LiveTraffic)
-        self._rank = 0
 
     @classmethod
     def from_environment(cls, log: Log, engine: str) -> Balancer | None:
@@ -111,14 +72,14 @@ class Balancer:
             balancer = None if settings is None else cls(settings, log)
         except ValueError as error:
             balancer = cls(str(error), log)
-        if balancer is not None and balancer.files.error:
-            log.warn(f"{balancer.files.error}; {engine} decides by itself", rank)
+        if balancer is not None and (error_of_files := balancer._proposer.files.error):
+            log.warn(f"{error_of_files}; {engine} decides by itself", rank)
         return balancer
 
     @property
     def purpose(self) -> str:
         """A sentence on what the settings ask for."""
-        settings, files = self.settings, self.files
+        settings, files = self.settings, self._proposer.files
         if files.error:
             return f"takes part with nothing, as {files.error}"
         parts = []
@@ -143,7 +104,7 @@ class Balancer:
     def take_model(self, layers: int, name: str | None, expert_bytes: int = 0) -> None:
         """Remember a model of the engine by its number of layers; 0 bytes are not known."""
         if expert_bytes:
-            self._expert_bytes[layers] = expert_bytes
+            self._reports.expert_bytes[layers] = expert_bytes
         self._models.setdefault(layers, set()).update([name] if name else [])
 
     def name_model(self, layers: int) -> str | None:
@@ -160,9 +121,9 @@ class Balancer:
         num_ranks: int,
         old_map: ArrayLike | None = None,
         *,
-        group: Callable[[], Group | None] = lambda: None,
+        group: FindGroup = lambda: None,
         model: str | None = None,
-        form: Callable[[NDArray[np.int64]], Any] = lambda slots: slots,
+        form: Form = lambda slots: slots,
         rank: int = 0,
         wait: float | None = None,
         quiet: bool = False,
@@ -194,64 +155,63 @@ class Balancer:
         """
         if not self.settings.decides:
             return None
-        self._rank = rank
-        if rank == 0 and self.settings.metrics_port is not None and not self._is_served:
-            self._is_served = True
-            self._run_in_background("metrics are not served", self._serve_metrics)
+        self._reports.begin(rank)
         self.confirm(old_map, num_ranks, model)
-        if self._off and self._agreement.is_off(group):
-            self._count(OFF, self._cause, rank)
+        if self._is_off and self._agreement.is_off(group):
+            self._reports.stay_off()
             return None
-        if self.settings.reload is not None and not self._looks:
-            # Started once, in the process that decides.
-            self._looks = True
-            threading.Thread(target=self._watch, name="moetuner-reload", daemon=True).start()
-        arguments = (weight, num_replicas, num_groups, num_nodes, num_ranks, old_map, sparse)
-        while True:
-            begin, pending = time.perf_counter(), self._pending
-            decided, post = self._decide_alone(arguments, model, form, pending)
-            agreeing = time.perf_counter()
-            verdict = self._agreement.verdict(group, post, wait)
-            if verdict.do != "reload" or pending is None:
-                break
-            self.files = pending
-            if self._pending is pending:
-                self._pending = None
-            self.log.say(f"read its files again: {self.purpose}", rank)
-        if verdict.do != "take" or decided is None:
-            if verdict.do == "own" and verdict.reason == NO_DRAFT:
-                text = f"{model}: the engine's own map for its layers, as {NO_DRAFT}"
-                self.log.say(text, rank, once=True)
-                return None
-            self._fall_back(verdict, old_map, model)
+        self._proposer.watch()
+        sizes = num_replicas, num_groups, num_nodes, num_ranks
+        make_case = partial(Case.from_arguments, weight, *sizes, old_map, sparse)
+        propose = partial(self._proposer.propose, make_case, model, form, rank)
+        proposal, verdict, took = self._agree(propose, group, wait)
+        if proposal is None or verdict.do != "take":
+            self._fall_back(verdict, model)
+            with suppress(Exception):
+                self._running.forget((model, (np.shape(weight)[-2], num_replicas)))
             return None
-        for text in self._fallbacks:
-            self.log.forget(text)
-        self._fallbacks.clear()
-        answer, case, slots, stored = decided
+        self._reports.end_fall_back()
         if not quiet:
-            key = model, (len(slots), slots[0].size)
-            if model is not None or len(self._models.get(len(slots), ())) < 2:
-                self._running.take(key, slots, case.slots)
-            ours = not self._running.is_refused(key) or np.array_equal(slots, case.slots)
-            # A copy, as an engine goes on with its arrays, and may reset them.
-            case = replace(case, windows=case.load[None])
-            took = agreeing - begin, time.perf_counter() - agreeing
-            details = key, case, slots, stored, rank, ours, took
-            self._run_in_background("a decision is not described", self._describe, *details)
-        return answer
+            self._expect(proposal, model, took)
+        return proposal.answer
 
-    def _fall_back(self, verdict: Verdict, old_map: ArrayLike | None, model: str | None) -> None:
-        """Log and count that all ranks take the engine's own map."""
-        self._off = verdict.do == "off"
-        until = " from now on" if self._off else ""
-        text = f"all ranks take the engine's own map{until}: {verdict.reason}"
-        self.log.warn(text, int(not verdict.speaks))
-        self._fallbacks.add(text)
-        self._cause = verdict.cause if verdict.cause in CAUSES else "other"
-        self._count(OFF if self._off else OWN, self._cause, self._rank)
-        with suppress(Exception):
-            self._running.forget((model, np.asarray(old_map).shape))
+    def _agree(
+        self, propose: Callable[[], Proposed], group: FindGroup, wait: float | None
+    ) -> tuple[Proposal | None, Verdict, tuple[float, float]]:
+        """Return this rank's proposal, the verdict on it, and the seconds of both.
+
+        If all ranks have read their files again, they decide again by these.
+        """
+        while True:
+            begin = time.perf_counter()
+            proposal, post = propose()
+            proposed = time.perf_counter()
+            verdict = self._agreement.verdict(group, post, wait)
+            took = proposed - begin, time.perf_counter() - proposed
+            if verdict.do != "reload" or not self._proposer.take_offered():
+                return proposal, verdict, took
+            self.log.say(f"read its files again: {self.purpose}", self._reports.rank)
+
+    def _fall_back(self, verdict: Verdict, model: str | None) -> None:
+        """Leave this decision, or all from now on, to the engine's own map."""
+        if verdict.cause == NO_DRAFT:
+            text = f"{model}: the engine's own map for its layers, as {verdict.reason}"
+            self.log.say(text, self._reports.rank, once=True)
+            return
+        self._is_off = verdict.do == "off"
+        self._reports.fall_back(verdict)
+
+    def _expect(self, proposal: Proposal, model: str | None, took: tuple[float, float]) -> None:
+        """Expect that the engine runs the map that ranks took, and report it."""
+        case, slots = proposal.case, proposal.slots
+        key: ModelKey = model, (len(slots), slots[0].size)
+        if model is not None or len(self._models.get(len(slots), ())) < 2:
+            self._running.take(key, slots, case.slots)
+        is_ours = not self._running.is_refused(key) or np.array_equal(slots, case.slots)
+        # A copy, as an engine goes on with its arrays, and may reset them.
+        proposal = replace(proposal, case=replace(case, windows=case.load[None]), answer=None)
+        details = key, proposal, took, self._reports.rank, is_ours
+        self._background.run("a decision is not described", self._reports.describe, *details)
 
     def expect(self, taken: ArrayLike, before: ArrayLike, ranks: int, model: str | None) -> None:
         """Expect that the engine runs a map [L,P] that ranks took, in place of the one before."""
@@ -259,12 +219,12 @@ class Balancer:
         shape = len(slots), ranks, -1
         self._running.take((model, slots.shape), slots.reshape(shape), ran.reshape(shape))
 
-    def forget_taken(self) -> None:
-        """Expect nothing: the engine asked for maps that it will not run."""
-        self._running.forget()
+    def expect_nothing(self) -> None:
+        """Expect no map: the engine asked for some that it will not run."""
+        self._running.expect_nothing()
 
     def confirm(self, running: ArrayLike | None, ranks: int, model: str | None) -> None:
-        """Compare the engine's map [L,P] with the one that ranks took; log changes, and count.
+        """Compare the engine's map [L,P] with the one that ranks took, and report it.
 
         Nothing is said before ranks have taken a map, nor of a map that was compared.
         """
@@ -272,211 +232,18 @@ class Balancer:
             slots = np.asarray(running)
             key = model, slots.shape
             compared = self._running.compare(key, slots.reshape(len(slots), ranks, -1))
-            if compared is None:
-                return
-            if compared.is_new:
-                level = logging.INFO if compared.is_ours else logging.WARNING
-                self.log.say(compared.text, self._rank, level)
-            if not compared.is_ours:
-                self._count(NOT_IN_FORCE, "engine runs another", self._rank)
-            elif compared.is_new and self._rank == 0:
-                self._run_in_background("the map in force is not shown", self._show_in_force)
-
-    def _show_in_force(self) -> None:
-        if (metrics := find_metrics(self.settings.metrics_port)) is not None:
-            metrics.confirm()
-
-    def _serve_metrics(self) -> None:
-        """Serve metrics at the port of the settings, and log where."""
-        port = self.settings.metrics_port
-        assert port is not None
-        try:
-            self.log.say(f"serves metrics at port {serve_metrics(port)}", once=True)
-        except OSError as error:
-            raise OSError(f"port {port} of MOETUNER_METRICS_PORT: {quote_error(error)}") from error
-
-    def _count(self, result: str, reason: str, rank: int) -> None:
-        """Count a decision after which the engine does not serve our map."""
-
-        def count() -> None:
-            if (metrics := find_metrics(self.settings.metrics_port)) is not None:
-                metrics.count(result, reason)
-                metrics.show(Figures(), ours=False)
-
-        if rank == 0:
-            self._run_in_background("a decision is not counted", count)
-
-    def _decide_alone(
-        self,
-        arguments: tuple[Any, ...],
-        model: str | None,
-        form: Callable[[NDArray[np.int64]], Any],
-        pending: Files | None,
-    ) -> tuple[tuple[Any, Case, Slots, Stored | None] | None, Post]:
-        """Decide by the files of this rank; return answer, case, slots and file, and the post."""
-        files = self.files
-        post = Post(files.checksum, reloads=self.settings.reload is not None)
-        try:
-            case, stored = Case.from_arguments(*arguments), None
-            if pending is not None and self._serves(pending, case, model, form):
-                post = replace(post, pending=pending.checksum)
-            if files.error:
-                return None, replace(post, error=files.error, unread=True)
-            sizes = len(case.slots), case.experts, model
-            self._cases[sizes] = replace(case, windows=case.load[None])
-            if files.lack_draft(case, model):
-                return None, replace(post, error=NO_DRAFT)
-            if files.placements:
-                stored, slots = files.slots(case, model)
-                if text := stored.warning(model):
-                    self.log.warn(text, self._rank)
-            else:
-                slots = case.rebalance(self.settings.rules, files.profile).slots
-            full = case.make_map(slots)
-            answer = form(full)
-        except Exception as error:
-            return None, replace(post, error=quote_error(error))
-        slots = full.astype(np.int32).reshape(case.slots.shape)
-        return (answer, case, slots, stored), replace(post, map=compute_checksum(slots.tobytes()))
-
-    def _serves(
-        self,
-        pending: Files,
-        case: Case,
-        model: str | None,
-        form: Callable[[NDArray[np.int64]], Any],
-    ) -> bool:
-        """Return whether files that were read again serve all models here; warn if they do not.
-
-        These are the model of the case, and every other one that the files in use can serve.
-        """
-        rules = self.settings.rules
-        if pending.lack_draft(case, model) and self.files.fault(case, model, rules):
-            # A draft model that had nothing before needs nothing now.
-            return False
-        why = pending.fault(case, model, rules)
-        if pending.placements and not why:
-            try:
-                form(case.make_map(pending.slots(case, model)[1]))
-            except Exception as error:
-                why = quote_error(error)
-        for (*_, name), other in self._cases.items():
-            if not why and not self.files.fault(other, name, rules):
-                why = pending.fault(other, name, rules)
-        if why:
-            self._warn_not_taken(why)
-        return not why
-
-    def _warn_not_taken(self, why: str) -> None:
-        self.log.warn(f"read again, not taken: {why}", self._rank)
-
-    def _describe(
-        self,
-        key: ModelKey,
-        case: Case,
-        slots: Slots,
-        stored: Stored | None,
-        rank: int,
-        ours: bool,
-        took: tuple[float, float],
-    ) -> None:
-        """Log what a map changes, at DEBUG if it changes nothing; pass its figures to metrics."""
-        layers, ranks, width = slots.shape
-        changed = int((slots != case.slots).any(axis=(1, 2)).sum())
-        before, after = case.balancedness(case.slots), case.balancedness(slots)
-        moved = case.copies_moved(slots)
-        gain = "no load yet"
-        if after is not None:
-            was = "" if before is None else f"{before:.3f} -> "
-            gain = f"balancedness {was}{after:.3f}"
-        source = "live loads" if stored is None else f"{stored.path} ({stored.checksum})"
-        decided, agreed = (1e3 * seconds for seconds in took)
-        self.log.say(
-            f"{source}: {gain}, {changed} layers change, {moved} copies move; map "
-            f"{checksum_placement(slots)} of {layers} layers x {ranks * width} slots on "
-            f"{ranks} ranks, decided in {decided:.1f} ms, agreed in {agreed:.1f} ms",
-            rank if changed else 1,
-        )
-        if changed:
-            self._made = time.time()
-        metrics = find_metrics(self.settings.metrics_port) if rank == 0 else None
-        if metrics is not None:
-            size = self._expert_bytes.get(layers)
-            seen = self._traffic[key].follow(case, slots, stored, before)
-            figures = Figures(
-                _find_quantiles(case.imbalance(case.slots)),
-                _find_quantiles(case.imbalance(slots)),
-                1 - before / after if before and after else float("nan"),
-                moved,
-                None if size is None else size * moved,
-                self._made if stored is None else stored.made,
-                _find_quantiles(seen.distances),
-                seen.has_drifted,
-                seen.gain,
-            )
-            metrics.count(TAKEN, "live loads" if stored is None else "stored placement")
-            metrics.time(*took)
-            metrics.show(figures, ours=ours)
-
-    def failed(self, what: str, error: BaseException) -> None:
-        """Warn of an error, once per text."""
-        self.log.warn(f"{what}: {quote_error(error)}")
+            if compared is not None:
+                self._reports.compare(compared)
 
     def record(self, weight: ArrayLike, rank: int = 0) -> None:
         """Record loads [L,E] or [W,L,E] on rank 0, if settings ask for it; never raise."""
         if self._recorder is not None and rank == 0:
-            self._run_in_background("loads are not recorded", self._recorder.add, np.array(weight))
-
-    def flush(self) -> None:
-        """Wait until all windows are written, and all lines are logged."""
-        if self._background is not None:
-            self._background.shutdown()
-            self._background = None
-
-    def _run_in_background(
-        self, failure: str, work: Callable[..., object], *arguments: Any
-    ) -> None:
-        """Run work that must not delay the engine in another thread; warn if it fails."""
-
-        def run() -> None:
-            try:
-                work(*arguments)
-            except Exception as error:
-                self.failed(failure, error)
-
-        if self._background is None:
-            self._background = ThreadPoolExecutor(1, thread_name_prefix="moetuner")
-        self._background.submit(run)
-
-    def _watch(self) -> None:
-        while True:
-            self.look_again()
-            time.sleep(LOOK_SECONDS)
+            self._background.run("loads are not recorded", self._recorder.add, np.array(weight))
 
     def look_again(self) -> None:
         """Read the files again if that of MOETUNER_RELOAD changed, for the next decision."""
-        with READING:
-            seen = _signature(self.settings.reload)
-            if seen == self._seen:
-                return
-            self._seen = seen
-            files = Files.read(self.settings)
-            if files.error:
-                self._warn_not_taken(files.error)
-            self._pending = files
+        self._proposer.look_again()
 
-
-def _find_quantiles(values: NDArray[np.float64]) -> dict[float, float]:
-    """Return quantiles of values; none of no values."""
-    if not values.size:
-        return {}
-    return dict(zip(QUANTILES, np.quantile(values, QUANTILES).tolist(), strict=True))
-
-
-def _signature(path: Path | None) -> tuple[int, ...] | None:
-    """Return time, size and inode of a file, which change when it does; None if it is missing."""
-    if path is not None:
-        with suppress(OSError):
-            status = path.stat()
-            return (status.st_mtime_ns, status.st_size, status.st_ino)
-    return None
+    def flush(self) -> None:
+        """Wait until all windows are written, and all lines are logged."""
+        self._background.flush()

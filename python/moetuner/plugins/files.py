@@ -73,16 +73,8 @@ class Stored:
 class Files:
     """The content of all files that the settings name, or the error of reading them.
 
-    Parameters
-    ----------
-    placements
-        Placements of all files.
-    profile
-        Statistics that live decisions take pairs from.
-    checksum
-        Checksum of the rules and of all content: ranks with the same one decide alike.
-    error
-        Error of reading a file; "" without one.
+    Live decisions take pairs from the ``profile``. Ranks with the same ``checksum``, which is of
+    the rules and of all content, decide alike.
     """
 
     placements: tuple[Stored, ...] = ()

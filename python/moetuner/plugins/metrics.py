@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from moetuner._core import __version__
 from moetuner.plugins.settings import METRICS_FOLDER
+from moetuner.plugins.verdicts import CAUSES
 
 # Quantiles over the layers: the median, the 95th percentile and the maximum.
 QUANTILES = (0.5, 0.95, 1.0)
@@ -18,87 +22,78 @@ NAN = float("nan")
 # Results of decisions: the map was taken, the engine's own map holds for this decision or from now
 # on, or the engine runs another map than the one that it took.
 TAKEN, OWN, OFF, NOT_IN_FORCE = "taken", "own map", "off", "not in force"
+# Reasons of the first and the last of them; of the others they are those of a verdict.
+LIVE, STORED, RUNS_OTHER = "live loads", "stored placement", "engine runs another"
+RESULTS = [(TAKEN, LIVE), (TAKEN, STORED), (NOT_IN_FORCE, RUNS_OTHER)]
+RESULTS += [(result, cause) for result in (OWN, OFF) for cause in CAUSES]
+
+# Numbers of a gauge by the values of its labels.
+Numbers = Mapping[tuple[str, ...], float]
+
+
+def find_quantiles(values: NDArray[np.float64], *labels: str) -> Numbers:
+    """Return the quantiles of values by labels and quantile; those of no values are no number."""
+    numbers = np.quantile(values, QUANTILES).tolist() if values.size else [NAN] * len(QUANTILES)
+    names = [(*labels, f"{quantile:g}") for quantile in QUANTILES]
+    return dict(zip(names, numbers, strict=True))
+
+
+def find_imbalance(before: NDArray[np.float64], after: NDArray[np.float64]) -> Numbers:
+    """Return the quantiles of imbalance over layers, as the engine ran and with the map."""
+    return {**find_quantiles(before, "before"), **find_quantiles(after, "after")}
+
+
+def _gauge(text: str, default: Any = NAN, labels: tuple[str, ...] = ()) -> Any:
+    return field(default_factory=lambda: default, metadata={"text": text, "labels": labels})
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What a map that was taken brings.
+    """What a map that was taken brings: each field is the gauge of its name.
 
-    Parameters
-    ----------
-    before, after
-        Slowest rank / mean of ranks as the engine ran and with the map, by quantile over layers.
-    gain
-        Share of the slowest ranks' tokens that the map saves, summed over layers.
-    moved
-        Copies of experts that move to other ranks.
-    bytes
-        Bytes of these copies; None if the engine does not say the size of an expert.
-    made
-        Unix time at which the placement was made.
-    distance
-        Distance of the last loads from those that the map was computed from, by quantile.
-    has_drifted
-        1 if traffic has drifted from them, 0 if not; NaN if that is not known.
-    seen
-        Share of the slowest ranks' tokens that the map in force has saved.
+    By default they are those of an engine that serves its own map.
     """
 
-    before: Mapping[float, float] = field(default_factory=dict)
-    after: Mapping[float, float] = field(default_factory=dict)
-    gain: float = NAN
-    moved: int = 0
-    bytes: int | None = None
-    made: float = NAN
-    distance: Mapping[float, float] = field(default_factory=dict)
-    has_drifted: float = NAN
-    seen: float = NAN
+    map_in_force: bool = _gauge("1 if the engine serves moetuner's map, 0 if its own", False)
+    imbalance: Mapping[tuple[str, ...], float] = _gauge(
+        "Slowest rank / mean of ranks on the last live loads, quantiles over layers",
+        find_imbalance(np.empty(0), np.empty(0)),
+        ("map", "quantile"),
+    )
+    predicted_gain: float = _gauge(
+        "Share of the slowest ranks' tokens that the last map saves, summed over layers, against "
+        "the map that ran before it"
+    )
+    seen_gain: float = _gauge(
+        "Share of the slowest ranks' tokens that the map in force has saved on live loads, against "
+        "the engine's own map"
+    )
+    traffic_distance: Mapping[tuple[str, ...], float] = _gauge(
+        "Share of tokens that go to other experts than when the placement was computed, "
+        "quantiles over layers",
+        find_quantiles(np.empty(0)),
+        ("quantile",),
+    )
+    traffic_has_drifted: float = _gauge(
+        "1 if traffic has left what the placement was computed from, 0 if not"
+    )
+    placement_timestamp_seconds: float = _gauge(
+        "Unix time at which the placement in force was made"
+    )
 
 
 class Metrics:
-    """The series of a process, some thirty in all, none of them per expert or layer."""
+    """The series of a process, some fifty in all, none of them per expert or layer."""
 
     def __init__(self, client: Any) -> None:
-        mode = {"multiprocess_mode": "mostrecent"}
         self._client = client
+        self._gauges = {
+            gauge.name: self._make_gauge(gauge.name, **gauge.metadata) for gauge in fields(Figures)
+        }
+        version = self._make_gauge("build_info", "Version of moetuner", ["version"])
+        version.labels(__version__).set(1)
         self._decisions = client.Counter(
             "moetuner_decisions", "Decisions by their result and its reason", ["result", "reason"]
-        )
-        self._in_force = client.Gauge(
-            "moetuner_map_in_force", "1 if the engine serves moetuner's map, 0 if its own", **mode
-        )
-        self._imbalance = client.Gauge(
-            "moetuner_imbalance",
-            "Slowest rank / mean of ranks on the last live loads, quantiles over layers",
-            ["map", "quantile"],
-            **mode,
-        )
-        self._gain = client.Gauge(
-            "moetuner_predicted_gain",
-            "Share of the slowest ranks' tokens that the last map saves, summed over layers",
-            **mode,
-        )
-        self._seen = client.Gauge(
-            "moetuner_seen_gain",
-            "Share of the slowest ranks' tokens that the map in force has saved on live loads",
-            **mode,
-        )
-        self._distance = client.Gauge(
-            "moetuner_traffic_distance",
-            "Share of tokens that go to other experts than when the placement was computed, "
-            "quantiles over layers",
-            ["quantile"],
-            **mode,
-        )
-        self._has_drifted = client.Gauge(
-            "moetuner_traffic_has_drifted",
-            "1 if traffic has left what the placement was computed from, 0 if not",
-            **mode,
-        )
-        self._made = client.Gauge(
-            "moetuner_placement_timestamp_seconds",
-            "Unix time at which the placement in force was made",
-            **mode,
         )
         self._moved = client.Counter(
             "moetuner_copies_moved", "Copies of experts moved to other ranks"
@@ -107,42 +102,48 @@ class Metrics:
         self._seconds = client.Summary(
             "moetuner_decision_seconds", "Seconds of decisions by their part", ["part"]
         )
-        build = client.Gauge("moetuner_build_info", "Version of moetuner", ["version"], **mode)
-        build.labels(__version__).set(1)
+        # Counters are there from the start: of one that appears with its first decision,
+        # Prometheus sees no increase.
+        for result, reason in RESULTS:
+            self._decisions.labels(result, reason)
 
-    def count(self, result: str, reason: str) -> None:
-        """Count a decision."""
+    def _make_gauge(self, name: str, text: str, labels: Sequence[str]) -> Any:
+        mode = "mostrecent"
+        return self._client.Gauge(f"moetuner_{name}", text, labels, multiprocess_mode=mode)
+
+    def take(
+        self, reason: str, figures: Figures, moved: int, size: int, took: tuple[float, float]
+    ) -> None:
+        """Add a decision that took a map, which moves so many copies of experts.
+
+        ``size`` is the bytes of a copy, 0 if they are not known. ``took`` are the seconds in which
+        a rank decided, and those in which ranks agreed.
+        """
+        self._decisions.labels(TAKEN, reason).inc()
+        for part, seconds in zip(("decide", "agree"), took, strict=True):
+            self._seconds.labels(part).observe(seconds)
+        self._moved.inc(moved)
+        if size and self._bytes is None:
+            text = "Bytes of the copies of experts moved to other ranks"
+            self._bytes = self._client.Counter("moetuner_moved_bytes", text)
+        if size:
+            self._bytes.inc(size * moved)
+        self._show(figures)
+
+    def fall_back(self, result: str, reason: str) -> None:
+        """Add a decision after which the engine serves another map than ours."""
         self._decisions.labels(result, reason).inc()
-
-    def time(self, computed: float, waited: float) -> None:
-        """Add the seconds in which a rank decided, and those in which ranks agreed."""
-        self._seconds.labels("decide").observe(computed)
-        self._seconds.labels("agree").observe(waited)
+        self._show(Figures())
 
     def confirm(self) -> None:
         """Show that the engine runs moetuner's map."""
-        self._in_force.set(1)
+        self._gauges["map_in_force"].set(1)
 
-    def show(self, figures: Figures, *, ours: bool) -> None:
-        """Set all gauges; those of a map are no number while the engine serves its own."""
-        self._in_force.set(ours)
-        for name, values in (("before", figures.before), ("after", figures.after)):
-            for quantile in QUANTILES:
-                value = values.get(quantile, NAN)
-                self._imbalance.labels(name, f"{quantile:g}").set(value)
-        for quantile in QUANTILES:
-            distance = figures.distance.get(quantile, NAN)
-            self._distance.labels(f"{quantile:g}").set(distance)
-        self._has_drifted.set(figures.has_drifted)
-        self._gain.set(figures.gain)
-        self._seen.set(figures.seen)
-        self._made.set(figures.made)
-        self._moved.inc(figures.moved)
-        if figures.bytes is not None:
-            if self._bytes is None:
-                text = "Bytes of the copies of experts moved to other ranks"
-                self._bytes = self._client.Counter("moetuner_moved_bytes", text)
-            self._bytes.inc(figures.bytes)
+    def _show(self, figures: Figures) -> None:
+        for name, gauge in self._gauges.items():
+            value = getattr(figures, name)
+            for labels, number in value.items() if isinstance(value, Mapping) else [((), value)]:
+                (gauge.labels(*labels) if labels else gauge).set(number)
 
 
 def find_metrics(port: int | None = None) -> Metrics | None:
@@ -157,14 +158,9 @@ def find_metrics(port: int | None = None) -> Metrics | None:
 
 @cache
 def serve_metrics(port: int) -> int:
-    """Serve the metrics of this process, once; return the port, which the system chooses for 0.
+    """Return the port at which the metrics of this process are served from the first call on.
 
-    Raises
-    ------
-    ImportError
-        If ``prometheus_client`` is not installed.
-    OSError
-        If the port is taken, or not allowed.
+    The system chooses one for 0. Raises without ``prometheus_client``, and if the port is taken.
     """
     server = importlib.import_module("prometheus_client").start_http_server(port)
     # Versions before 0.19 return nothing.

@@ -34,13 +34,7 @@ class LoadRecorder:
         self._recordings: dict[tuple[int, ...], LoadFile] = {}
 
     def add(self, weight: NDArray[np.generic]) -> Path | None:
-        """Add windows [L,E] or [W,L,E], without empty ones; return the file if it changed.
-
-        Raises
-        ------
-        OSError
-            If the file cannot be written.
-        """
+        """Add windows [L,E] or [W,L,E], without empty ones; return the file if it changed."""
         windows = weight[None] if weight.ndim == 2 else weight
         if windows.ndim != 3:
             raise ValueError(f"loads must be [layers, experts], got {list(weight.shape)}")

@@ -35,11 +35,14 @@ class RunningMaps:
         """Remember a map that ranks took, and the one that ran before."""
         self._taken[key] = slots, before
 
-    def forget(self, key: ModelKey | None = None) -> None:
-        """Forget what was taken; of a model that runs the engine's own map, all that is known."""
+    def forget(self, key: ModelKey) -> None:
+        """Forget all of a model, which runs the engine's own map; others run what they ran."""
+        self._taken.pop(key, None)
+        self._is_ours.pop(key, None)
+
+    def expect_nothing(self) -> None:
+        """Forget what was taken of all models: an engine asked for maps that it will not run."""
         self._taken.clear()
-        if key is not None:
-            self._is_ours.pop(key, None)
 
     def is_refused(self, key: ModelKey) -> bool:
         """Return whether the engine ran another map than the last one that was compared."""

@@ -141,6 +141,9 @@ def find_idle_variables(environment: Mapping[str, str] | None = None) -> list[st
         settings = Settings.from_environment(variables)
     except ValueError:
         return lines
+    serves = settings is not None and bool(settings.placements)
+    rebalances = settings is not None and settings.rebalance
+    useless = "{} does nothing without MOETUNER_PLACEMENT or MOETUNER_REBALANCE=1"
     port = variables.get(PREFIX + "METRICS_PORT", "").strip()
     if port and METRICS_FOLDER in variables:
         lines.append(f"MOETUNER_METRICS_PORT does nothing where {METRICS_FOLDER} is set")
@@ -149,19 +152,13 @@ def find_idle_variables(environment: Mapping[str, str] | None = None) -> list[st
             f"MOETUNER_METRICS_PORT must be a port from 0 to {HIGHEST_PORT}, got {shown(port)}: "
             "metrics are not served"
         )
-    elif port and not (settings is not None and settings.decides):
-        lines.append(
-            "MOETUNER_METRICS_PORT does nothing without MOETUNER_PLACEMENT or MOETUNER_REBALANCE=1"
-        )
-    placement = settings is not None and bool(settings.placements)
-    rebalance = settings is not None and settings.rebalance
-    if placement and rebalance:
+    elif port and not (serves or rebalances):
+        lines.append(useless.format("MOETUNER_METRICS_PORT"))
+    if serves and rebalances:
         lines.append("MOETUNER_PLACEMENT is served, so MOETUNER_REBALANCE does nothing")
-    if variables.get(PREFIX + "PROFILE") and (placement or not rebalance):
-        condition = "with MOETUNER_PLACEMENT" if placement else "without MOETUNER_REBALANCE=1"
+    if variables.get(PREFIX + "PROFILE") and (serves or not rebalances):
+        condition = "with MOETUNER_PLACEMENT" if serves else "without MOETUNER_REBALANCE=1"
         lines.append(f"MOETUNER_PROFILE does nothing {condition}")
-    if variables.get(PREFIX + "RELOAD") and not (settings is not None and settings.decides):
-        lines.append(
-            "MOETUNER_RELOAD does nothing without MOETUNER_PLACEMENT or MOETUNER_REBALANCE=1"
-        )
+    if variables.get(PREFIX + "RELOAD") and not (serves or rebalances):
+        lines.append(useless.format("MOETUNER_RELOAD"))
     return lines

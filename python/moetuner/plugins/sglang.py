@@ -118,12 +118,10 @@ class Hooks:
         name = getattr(model_config, "model_path", None)
         self._sparse[layers] = list_sparse_layers(model_config, layers)
         balancer.take_model(layers, name)
+        sizes = slots, None, 1, ranks
         first = balancer.decide(
             np.zeros((layers, experts), dtype=np.int64),
-            slots,
-            None,
-            1,
-            ranks,
+            *sizes,
             running,
             group=lambda: find_group(coordinator),
             model=name,
@@ -172,13 +170,10 @@ class Hooks:
         if algorithm != ALGORITHM:
             return None
         ranks, experts = num_physical_experts // num_local_physical_experts, loads.shape[-1]
-        layers = loads.shape[-2]
+        layers, sizes = loads.shape[-2], (num_physical_experts, num_groups, num_nodes, ranks)
         maps = self.balancer.decide(
             loads,
-            num_physical_experts,
-            num_groups,
-            num_nodes,
-            ranks,
+            *sizes,
             running_map(layers),
             group=lambda: find_group(coordinator),
             model=self.balancer.name_model(layers),

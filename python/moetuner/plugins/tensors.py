@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from moetuner.formats.eplb import eplb_maps
 from moetuner.placement import Placement
-from moetuner.plugins.agreement import Group
+from moetuner.plugins.rounds import Group
 
 
 def make_eplb_tensors(slots: NDArray[np.int64], ranks: int, experts: int) -> tuple[Any, ...]:

@@ -16,35 +16,15 @@ from numpy.typing import NDArray
 from moetuner.placement import compute_checksum
 from moetuner.plugins.decision import Case, Slots
 from moetuner.plugins.files import Stored
+from moetuner.plugins.metrics import NAN, Figures, find_quantiles
 from moetuner.statistics import LEAST_DRIFT, measure_distance
 
 Load = NDArray[np.float64]
-NAN = float("nan")
-
 # Windows of live loads, each of one decision, that are compared with the profile: fewer say
 # nothing, and of more the last ones count.
 FEWEST_WINDOWS, MOST_WINDOWS = 8, 16
 # Random halves of these windows, whose distances are those by chance.
 HALVES = 16
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What live loads say of the map in force.
-
-    Parameters
-    ----------
-    distances
-        Distance of the last decision's loads from the profile, of every layer with load in both.
-    has_drifted
-        1 if the last windows have drifted from the profile, 0 if not; NaN if that is not known.
-    gain
-        Share of the slowest ranks' tokens that the map in force saved; NaN before it has served.
-    """
-
-    distances: Load
-    has_drifted: float = NAN
-    gain: float = NAN
 
 
 @dataclass
@@ -65,10 +45,11 @@ class LiveTraffic:
 
     def follow(
         self, case: Case, slots: Slots, stored: Stored | None, balancedness: float | None
-    ) -> Seen:
-        """Add the loads of a decision that takes ``slots``; return what is seen up to now.
+    ) -> Figures:
+        """Return what is seen up to a decision that takes ``slots``, with its loads.
 
-        ``balancedness`` is that of the case under the map that runs.
+        ``balancedness`` is that of the case under the map that runs. The traffic's distance from
+        the profile is that of this decision's loads.
         """
         gain = self._add_tokens(case, balancedness)
         if stored is not None and stored is not self.stored:
@@ -85,7 +66,11 @@ class LiveTraffic:
             self.own_tokens = self.tokens = 0.0
             if stored is None:
                 self._take_profile(load if load.any() else None)
-        return Seen(distances, has_drifted, gain)
+        return Figures(
+            seen_gain=gain,
+            traffic_distance=find_quantiles(distances),
+            traffic_has_drifted=has_drifted,
+        )
 
     def _take_profile(self, profile: Load | None) -> None:
         self.profile = profile

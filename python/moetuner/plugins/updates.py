@@ -40,28 +40,25 @@ MAPS = (
 )
 
 
-def wrap(owner: Any, name: str, purpose: str, around: Callable[[Any], Any]) -> None:
-    """Wrap a function of an engine, once for each purpose."""
+def wrap(owner: Any, name: str, purpose: str, hook: Callable[..., Any]) -> None:
+    """Wrap a function of an engine, once for each purpose; ``hook`` gets it, then arguments."""
     inner, mark = getattr(owner, name), f"moetuner_{purpose}"
-    if not hasattr(inner, mark):
-        outer = functools.wraps(inner)(around(inner))
-        setattr(outer, mark, True)
-        setattr(owner, name, outer)
+    if hasattr(inner, mark):
+        return
+
+    @functools.wraps(inner)
+    def outer(*arguments: Any, **named: Any) -> Any:
+        return hook(inner, *arguments, **named)
+
+    setattr(outer, mark, True)
+    setattr(owner, name, outer)
 
 
 class PlacedModel:
     """The slots of a model's experts, and whether updates of its weights can follow them.
 
-    Parameters
-    ----------
-    state
-        vLLM's ``EplbModelState``.
-    experts
-        Number of experts, without their copies.
-    parallel_config
-        vLLM's configuration, with the number of workers of this engine.
-    log
-        Log for warnings.
+    ``state`` is vLLM's ``EplbModelState``, ``experts`` are without their copies, and
+    ``parallel_config`` has the number of workers of this engine.
     """
 
     def __init__(self, state: Any, experts: int, parallel_config: Any, log: Log) -> None:
@@ -150,25 +147,30 @@ def follow_updates(
     """
     missing = _find_missing(layers)
     if not missing:
-        wrap(layers, "weight_loader", "follows", _wrap_weight_loader)
-    wrap(
-        states,
-        "add_model",
-        "follows",
-        functools.partial(_wrap_add_model, layers, missing, log, rearranges),
-    )
+        wrap(layers, "weight_loader", "follows", _load_into_current_slots)
+
+    def add_model(inner: Any, self: Any, *arguments: Any, **named: Any) -> Any:
+        added = inner(self, *arguments, **named)
+        model = named.get("model", arguments[0] if arguments else None)
+        try:
+            placed = track_model(self, model, layers, missing, log)
+            placed.computes_scales &= rearranges
+        except Exception as error:
+            log.warn(f"weight updates cannot follow experts: {error!r}", find_process_rank())
+        return added
+
+    wrap(states, "add_model", "follows", add_model)
     if hasattr(states, "drain_async"):
-        wrap(states, "step", "follows", _wrap_step)
-    for name in LOADS:
+        wrap(states, "step", "follows", _step_after_update)
+    hooks: dict[str, Callable[..., Any]] = {
+        name: functools.partial(_guard_load, name) for name in LOADS
+    }
+    hooks["sleep"] = functools.partial(_sleep_with_maps, log)
+    hooks["discard"] = functools.partial(_discard_without_maps, log)
+    hooks["wake_up"] = _wake_up_with_maps
+    for name, hook in hooks.items():
         if hasattr(worker, name):
-            wrap(worker, name, "follows", functools.partial(_wrap_load, name))
-    for name, around in (
-        ("sleep", _wrap_sleep),
-        ("discard", _wrap_discard),
-        ("wake_up", _wrap_wake_up),
-    ):
-        if hasattr(worker, name):
-            wrap(worker, name, "follows", functools.partial(around, log))
+            wrap(worker, name, "follows", hook)
     return missing
 
 
@@ -181,31 +183,29 @@ def _find_missing(layers: Any) -> str:
     return ""
 
 
-def _wrap_weight_loader(load: Any) -> Any:
-    def load_into_current_slots(
-        self: Any,
-        param: Any,
-        loaded_weight: Any,
-        weight_name: str,
-        shard_id: str,
-        expert_id: int,
-        return_success: bool = False,
-    ) -> bool | None:
-        tensor = param, loaded_weight, weight_name, shard_id
-        is_whole = loaded_weight.dim() >= max(2, param.dim())
+def _load_into_current_slots(
+    load: Any,
+    self: Any,
+    param: Any,
+    loaded_weight: Any,
+    weight_name: str,
+    shard_id: str,
+    expert_id: int,
+    return_success: bool = False,
+) -> bool | None:
+    tensor = param, loaded_weight, weight_name, shard_id
+    is_whole = loaded_weight.dim() >= max(2, param.dim())
 
-        def into(slot: int) -> bool:
-            return bool(load(self, *tensor, slot, True))
+    def into(slot: int) -> bool:
+        return bool(load(self, *tensor, slot, True))
 
-        if (placed := vars(self).get(PLACED)) is not None:
-            model, layer = placed
-            is_loaded = model.load(layer, expert_id, is_whole, into)
-        else:  # the first load
-            slots = [expert_id] if is_whole else first_slots(self, expert_id)
-            is_loaded = sum(map(into, slots)) > 0
-        return is_loaded if return_success else None
-
-    return load_into_current_slots
+    if (placed := vars(self).get(PLACED)) is not None:
+        model, layer = placed
+        is_loaded = model.load(layer, expert_id, is_whole, into)
+    else:  # the first load
+        slots = [expert_id] if is_whole else first_slots(self, expert_id)
+        is_loaded = sum(map(into, slots)) > 0
+    return is_loaded if return_success else None
 
 
 def first_slots(layer: Any, expert: int) -> list[int]:
@@ -219,20 +219,6 @@ def first_slots(layer: Any, expert: int) -> list[int]:
     if not 0 < experts < slots:
         return [expert]
     return [*range(expert, slots, experts)] if expert < experts else []
-
-
-def _wrap_add_model(layers: Any, missing: str, log: Log, rearranges: bool, add_model: Any) -> Any:
-    def add(self: Any, *arguments: Any, **named: Any) -> Any:
-        added = add_model(self, *arguments, **named)
-        model = named.get("model", arguments[0] if arguments else None)
-        try:
-            placed = track_model(self, model, layers, missing, log)
-            placed.computes_scales &= rearranges
-        except Exception as error:
-            log.warn(f"weight updates cannot follow experts: {error!r}", find_process_rank())
-        return added
-
-    return add
 
 
 def track_model(states: Any, model: Any, layers: Any, missing: str, log: Log) -> PlacedModel:
@@ -290,58 +276,49 @@ def find_models_of_worker(worker: Any) -> list[PlacedModel]:
     return find_models(getattr(getattr(worker, "model_runner", None), "eplb_state", None))
 
 
-def _wrap_step(step: Any) -> Any:
-    def step_after_update(self: Any, *arguments: Any, **named: Any) -> Any:
-        # An asynchronous rearrangement may have staged weights older than the update. All ranks
-        # took the update between the same two steps, so all of them drain it here.
-        if any(model.stale for model in find_models(self)):
-            self.drain_async()
-            for model in find_models(self):
-                model.stale = False
-        return step(self, *arguments, **named)
-
-    return step_after_update
+def _step_after_update(step: Any, self: Any, *arguments: Any, **named: Any) -> Any:
+    # An asynchronous rearrangement may have staged weights older than the update. All ranks took
+    # the update between the same two steps, so all of them drain it here.
+    if any(model.stale for model in find_models(self)):
+        self.drain_async()
+        for model in find_models(self):
+            model.stale = False
+    return step(self, *arguments, **named)
 
 
-def _wrap_load(name: str, call: Any) -> Any:
-    def guarded(self: Any, *arguments: Any, **named: Any) -> Any:
-        checkpoint = named.get("is_checkpoint_format", len(arguments) < 3 or arguments[2])
-        kernel = name == "reload_weights" and not checkpoint
-        for model in find_models_of_worker(self):
-            why = "weights in the kernel's format" if kernel else model.unfollowed
-            if why and model.moved:
-                return model.refuse(name, why, self.rank) or None
-        return call(self, *arguments, **named)
-
-    return guarded
+def _guard_load(name: str, call: Any, self: Any, *arguments: Any, **named: Any) -> Any:
+    checkpoint = named.get("is_checkpoint_format", len(arguments) < 3 or arguments[2])
+    kernel = name == "reload_weights" and not checkpoint
+    for model in find_models_of_worker(self):
+        why = "weights in the kernel's format" if kernel else model.unfollowed
+        if why and model.moved:
+            return model.refuse(name, why, self.rank) or None
+    return call(self, *arguments, **named)
 
 
-def _wrap_sleep(log: Log, sleep: Any) -> Any:
-    def sleep_with_maps(self: Any, level: int = 1, *arguments: Any, **named: Any) -> Any:
-        if level == 2:
-            keep_maps(self, log)
-        return sleep(self, level, *arguments, **named)
-
-    return sleep_with_maps
-
-
-def _wrap_discard(log: Log, discard: Any) -> Any:
-    def discard_without_maps(self: Any, tags: Any, *arguments: Any, **named: Any) -> Any:
-        if "weights" in tags:
-            keep_maps(self, log)
-        return discard(self, tags, *arguments, **named)
-
-    return discard_without_maps
+def _sleep_with_maps(
+    log: Log, sleep: Any, self: Any, level: int = 1, *arguments: Any, **named: Any
+) -> Any:
+    if level == 2:
+        keep_maps(self, log)
+    return sleep(self, level, *arguments, **named)
 
 
-def _wrap_wake_up(log: Log, wake_up: Any) -> Any:
-    def wake_up_with_maps(self: Any, tags: Any = None, *arguments: Any, **named: Any) -> Any:
-        woken = wake_up(self, tags, *arguments, **named)
-        if tags is None or "weights" in tags:
-            bring_maps(self)
-        return woken
+def _discard_without_maps(
+    log: Log, discard: Any, self: Any, tags: Any, *arguments: Any, **named: Any
+) -> Any:
+    if "weights" in tags:
+        keep_maps(self, log)
+    return discard(self, tags, *arguments, **named)
 
-    return wake_up_with_maps
+
+def _wake_up_with_maps(
+    wake_up: Any, self: Any, tags: Any = None, *arguments: Any, **named: Any
+) -> Any:
+    woken = wake_up(self, tags, *arguments, **named)
+    if tags is None or "weights" in tags:
+        bring_maps(self)
+    return woken
 
 
 def keep_maps(worker: Any, log: Log) -> None:

@@ -24,7 +24,7 @@ from moetuner.serving.engines import tokens_per_rank
 # A child of vLLM's logger, so that lines appear among its own.
 LOG = Log(logging.getLogger("vllm.moetuner"))
 LATE = "the placement takes effect at the first rearrangement, not at model load"
-POLICIES = "vllm.distributed.eplb.policy"
+POLICIES, STATES = "vllm.distributed.eplb.policy", "vllm.distributed.eplb.eplb_state"
 # The policy that is replaced, and what is said where another one decides, as on Ascend.
 POLICY = "default"
 OTHER_POLICY = (
@@ -43,20 +43,22 @@ def register() -> None:
     try:
         if _is_registered() or (balancer := Balancer.from_environment(LOG, "vLLM")) is None:
             return
-        replaced = attempt("vLLM keeps its own policy", replace_policy, balancer)
+        replaced = attempt("vLLM keeps its own policy", lambda: replace_policy(balancer))
         if replaced and balancer.settings.decides:
-            attempt(LATE, place_models, balancer)
+            attempt(LATE, lambda: place_at_load(load_name(STATES, "EplbState"), balancer))
         if balancer.settings.updates:
-            attempt("weights that change do not follow experts that move", follow_experts, balancer)
-        attempt("does not say that it is registered", announce_models, balancer)
+            lost = "weights that change do not follow experts that move"
+            attempt(lost, lambda: follow_experts(balancer))
+        lost = "does not say that it is registered"
+        attempt(lost, lambda: announce(load_name("vllm.config", "VllmConfig"), balancer))
     except Exception as error:
         LOG.warn(f"vLLM keeps its own policy: {error!r}")
 
 
-def attempt(lost: str, step: Callable[[Balancer], None], balancer: Balancer) -> bool:
+def attempt(lost: str, step: Callable[[], None]) -> bool:
     """Run a step of the registration; warn and return False if this version of vLLM differs."""
     try:
-        step(balancer)
+        step()
     except Exception as error:
         LOG.warn(f"{lost}: {error!r}")
         return False
@@ -65,49 +67,38 @@ def attempt(lost: str, step: Callable[[Balancer], None], balancer: Balancer) -> 
 
 def _is_registered() -> bool:
     with contextlib.suppress(Exception):
-        return hasattr(sys.modules[POLICIES].EPLB_POLICIES["default"], "moetuner")
+        return hasattr(sys.modules[POLICIES].EPLB_POLICIES[POLICY], "moetuner")
     return False
 
 
 def replace_policy(balancer: Balancer) -> None:
     """Replace vLLM's default policy by ours."""
-    from vllm.distributed.eplb.policy import EPLB_POLICIES
-
-    if "default" not in EPLB_POLICIES:
-        raise LookupError(f"it has none named default, but {', '.join(map(str, EPLB_POLICIES))}")
-    EPLB_POLICIES["default"] = make_policy_class(EPLB_POLICIES["default"], balancer)
-
-
-def place_models(balancer: Balancer) -> None:
-    """Serve stored placements as soon as a model is loaded."""
-    from vllm.distributed.eplb.eplb_state import EplbState
-
-    place_at_load(EplbState, balancer)
+    policies = load_name(POLICIES, "EPLB_POLICIES")
+    if POLICY not in policies:
+        raise LookupError(f"it has none named {POLICY}, but {', '.join(map(str, policies))}")
+    policies[POLICY] = make_policy_class(policies[POLICY], balancer)
 
 
 def follow_experts(balancer: Balancer) -> None:
     """Make weights that change follow the experts."""
-    from vllm.distributed.eplb.eplb_state import EplbState
-
     layers = _find("vllm.model_executor.layers.fused_moe.routed_experts", "RoutedExperts")
     worker = _find("vllm.v1.worker.gpu_worker", "Worker")
     settings = balancer.settings
     rearranges = not settings.placements or settings.reload is not None
-    follow_updates(EplbState, layers, worker, LOG, rearranges=rearranges)
+    states = load_name(STATES, "EplbState")
+    follow_updates(states, layers, worker, LOG, rearranges=rearranges)
+
+
+def load_name(module: str, name: str) -> Any:
+    """Return a name of a module of vLLM."""
+    return getattr(importlib.import_module(module), name)
 
 
 def _find(module: str, name: str) -> Any:
     """Return a name of a module of vLLM; None if this version does not have it."""
     with contextlib.suppress(Exception):
-        return getattr(importlib.import_module(module), name, None)
+        return load_name(module, name)
     return None
-
-
-def announce_models(balancer: Balancer) -> None:
-    """Log that the plugin is there."""
-    from vllm.config import VllmConfig
-
-    announce(VllmConfig, balancer)
 
 
 def announce(configurations: Any, balancer: Balancer) -> None:
@@ -115,22 +106,19 @@ def announce(configurations: Any, balancer: Balancer) -> None:
     # Engines have many processes; only the first one logs for those that start like it.
     rank = int(multiprocessing.parent_process() is not None)
 
-    def around(post_init: Any) -> Any:
-        def announced(self: Any, *arguments: Any, **named: Any) -> None:
-            post_init(self, *arguments, **named)
-            with contextlib.suppress(AttributeError):
-                parallel = self.parallel_config
-                policy = getattr(getattr(parallel, "eplb_config", None), "policy", POLICY)
-                if not parallel.enable_eplb:
-                    LOG.warn("does nothing without --enable-eplb", rank)
-                elif policy != POLICY:
-                    LOG.warn(OTHER_POLICY.format(policy), rank)
-                else:
-                    LOG.say(balancer.registered, rank, once=True)
+    def announced(post_init: Any, self: Any, *arguments: Any, **named: Any) -> None:
+        post_init(self, *arguments, **named)
+        with contextlib.suppress(AttributeError):
+            parallel = self.parallel_config
+            policy = getattr(getattr(parallel, "eplb_config", None), "policy", POLICY)
+            if not parallel.enable_eplb:
+                LOG.warn("does nothing without --enable-eplb", rank)
+            elif policy != POLICY:
+                LOG.warn(OTHER_POLICY.format(policy), rank)
+            else:
+                LOG.say(balancer.registered, rank, once=True)
 
-        return announced
-
-    wrap(configurations, "__post_init__", "announces", around)
+    wrap(configurations, "__post_init__", "announces", announced)
 
 
 def coordinator() -> Any:
@@ -196,24 +184,23 @@ def place_at_load(states: Any, balancer: Balancer) -> None:
     rearrangement moves the weights. With elastic expert parallelism ranks may come one by one; then
     the first rearrangement puts the placement in force.
     """
-    wrap(states, "add_model", "places", functools.partial(_wrap_add_model, balancer))
+    wrap(states, "add_model", "places", functools.partial(_add_and_place, balancer))
     if hasattr(states, "rearrange"):
-        wrap(states, "rearrange", "confirms", functools.partial(_wrap_rearrange, balancer))
+        wrap(states, "rearrange", "confirms", functools.partial(_rearrange_and_confirm, balancer))
 
 
-def _wrap_rearrange(balancer: Balancer, rearrange: Any) -> Any:
-    def rearrange_and_confirm(self: Any, *arguments: Any, **named: Any) -> Any:
-        result = rearrange(self, *arguments, **named)
-        if named.get("is_profile", arguments[:1] == (True,)):
-            # Its maps are not taken: weights stay where they are.
-            balancer.forget_taken()
-        elif not (balancer.is_placing or getattr(self, "is_async", True)):
-            with contextlib.suppress(Exception):
-                for state in self.model_states.values():
-                    confirm(state, state.model, balancer)
-        return result
-
-    return rearrange_and_confirm
+def _rearrange_and_confirm(
+    balancer: Balancer, rearrange: Any, self: Any, *arguments: Any, **named: Any
+) -> Any:
+    result = rearrange(self, *arguments, **named)
+    if named.get("is_profile", arguments[:1] == (True,)):
+        # Its maps are not taken: weights stay where they are.
+        balancer.expect_nothing()
+    elif not (balancer.is_placing or getattr(self, "is_async", True)):
+        with contextlib.suppress(Exception):
+            for state in self.model_states.values():
+                confirm(state, state.model, balancer)
+    return result
 
 
 def confirm(state: Any, model: Any, balancer: Balancer) -> None:
@@ -223,20 +210,19 @@ def confirm(state: Any, model: Any, balancer: Balancer) -> None:
     balancer.confirm(running, ranks, balancer.name_model(len(running)))
 
 
-def _wrap_add_model(balancer: Balancer, add_model: Any) -> Any:
-    def add_and_place(self: Any, *arguments: Any, **named: Any) -> Any:
-        added = add_model(self, *arguments, **named)
-        arguments_by_name = dict(zip(("model", "model_config"), arguments, strict=False)) | named
-        with contextlib.suppress(Exception):
-            warn_of_traps(
-                arguments_by_name["model"], arguments_by_name["model_config"], self.parallel_config
-            )
-        if not getattr(getattr(self, "parallel_config", None), "enable_elastic_ep", False):
-            drafts = getattr(arguments_by_name.get("model_config"), "runner_type", "") == "draft"
-            place(self, arguments_by_name.get("model"), balancer, drafts=drafts)
-        return added
-
-    return add_and_place
+def _add_and_place(
+    balancer: Balancer, add_model: Any, self: Any, *arguments: Any, **named: Any
+) -> Any:
+    added = add_model(self, *arguments, **named)
+    arguments_by_name = dict(zip(("model", "model_config"), arguments, strict=False)) | named
+    with contextlib.suppress(Exception):
+        warn_of_traps(
+            arguments_by_name["model"], arguments_by_name["model_config"], self.parallel_config
+        )
+    if not getattr(getattr(self, "parallel_config", None), "enable_elastic_ep", False):
+        drafts = getattr(arguments_by_name.get("model_config"), "runner_type", "") == "draft"
+        place(self, arguments_by_name.get("model"), balancer, drafts=drafts)
+    return added
 
 
 def place(states: Any, model: Any, balancer: Balancer, *, drafts: bool = False) -> None:

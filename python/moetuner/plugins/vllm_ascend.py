@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.plugins.balancer import Balancer
-from moetuner.plugins.log import Log
+from moetuner.plugins.log import Log, quote_error
 from moetuner.plugins.settings import Settings
 from moetuner.plugins.tensors import find_process_rank, read_array
 from moetuner.solver.rebalancing import slowest
@@ -73,22 +73,14 @@ class AscendPolicy:
             slots = read_array(current_expert_table)
             windows = count_loads(slots, read_array(expert_workload))
         except Exception as error:
-            self.balancer.failed("vllm-ascend's own policy decides", error)
+            self.balancer.log.warn(f"vllm-ascend's own policy decides: {quote_error(error)}")
             return self.theirs.rebalance_experts(current_expert_table, expert_workload)
         self.balancer.record(windows, self.rank)
         layers, ranks, width = slots.shape
         # This runs in a process beside each rank, which is in no group of torch's: ranks are given
         # the same loads and decide alike, but cannot compare what they read.
-        full = self.balancer.decide(
-            windows,
-            ranks * width,
-            None,
-            1,
-            ranks,
-            slots.reshape(layers, -1),
-            rank=self.rank,
-            sparse=None,
-        )
+        sizes, running = (ranks * width, None, 1, ranks), slots.reshape(layers, -1)
+        full = self.balancer.decide(windows, *sizes, running, rank=self.rank, sparse=None)
         if full is None:
             return self.theirs.rebalance_experts(current_expert_table, expert_workload)
         placed = full.reshape(slots.shape)

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-from moetuner.plugins.consensus import ANSWER, TimedStore, agree, list_keys, verdict_key
+from moetuner.plugins.consensus import agree, list_keys, verdict_key
+from moetuner.plugins.store import ANSWER, TimedStore
 
 T = TypeVar("T")
 Failure = Exception | None
@@ -103,9 +104,8 @@ class Agreement:
             except (RuntimeError, TimeoutError) as error:
                 # The process that serves the store stands still or is gone.
                 values, complete = [], False
-                problem = self._give_up(
-                    store, key, f"no agreement on {subject}: {failure or error}"
-                )
+                why = f"no agreement on {subject}: {failure or error}"
+                problem = self._give_up(store, key, why)
             if complete and key.endswith(".0"):
                 # All are in this round, so no rank needs the verdicts on earlier ones.
                 with suppress(RuntimeError, TimeoutError):
