@@ -488,7 +488,8 @@ MOST_LINES = {
         "files": 1952,
         "formats": 4889,
         "plugins": 3554,
-        "problem": 2725,
+        # Windows are a folder: what counts, how it is chosen, and clusters have a module each.
+        "problem": 2765,
         # Rows and their labels came from the top level, which is shorter by as much.
         "recording": 807,
         # The browser is asked again for a figure that it missed.

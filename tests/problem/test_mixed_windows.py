@@ -7,7 +7,7 @@ from make import random_ids, trace_of
 import moetuner as mt
 from moetuner.evaluation.arrival import mix_windows
 from moetuner.placement import blocks
-from moetuner.problem.windows import CERTAIN, FEWEST, choose_windows
+from moetuner.problem.windows.choice import CERTAIN, FEWEST, choose_windows
 
 DEVICES, EXPERTS = 4, 16
 

@@ -10,7 +10,9 @@ from make import random_ids, trace_of
 import moetuner as mt
 from moetuner.evaluation import copies
 from moetuner.problem import windows as windows_
-from moetuner.problem.windows import MERGED, MOST, choose_windows
+from moetuner.problem.windows import MOST
+from moetuner.problem.windows.choice import choose_windows
+from moetuner.problem.windows.clusters import MERGED
 from moetuner.solver import effort
 from moetuner.solver.bounds.loads import least_balance, least_time
 from moetuner.statistics import limits as limits_

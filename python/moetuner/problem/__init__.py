@@ -31,7 +31,8 @@ from moetuner.problem.settings import (
     read_slots,
     write_groups,
 )
-from moetuner.problem.windows import Risk, Windows, choose_windows, join_sizes
+from moetuner.problem.windows import Risk, Windows, join_sizes
+from moetuner.problem.windows.choice import choose_windows
 from moetuner.recording import compute_once
 from moetuner.serving import Serving, phases
 from moetuner.serving.arrival import Arrival
