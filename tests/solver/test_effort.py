@@ -93,9 +93,14 @@ def test_a_time_limit_decides_alone():
         assert Budget(effort=name).work == EFFORTS[name]
 
 
-@pytest.mark.parametrize("name", EFFORTS)
-def test_tangents_get_iterations_by_effort(make_trace, monkeypatch, name):
-    """Two devices, whose contents are too many to try: the bound iterates as the effort says."""
+@pytest.mark.parametrize(
+    ("name", "hopeless"), [*((name, 1.0) for name in EFFORTS), ("default", 0.01)]
+)
+def test_tangents_get_iterations_by_effort(make_trace, monkeypatch, name, hopeless):
+    """Two devices, whose contents are too many to try: the bound iterates as the effort says.
+
+    It does not where sums of rows and columns are too far below; what they prove is the bound then.
+    """
     made, bound = [], pairs.bound
 
     def note(*arguments, iterations, **others):
@@ -103,10 +108,31 @@ def test_tangents_get_iterations_by_effort(make_trace, monkeypatch, name):
         return bound(*arguments, iterations=iterations, **others)
 
     monkeypatch.setattr(pairs, "bound", note)
+    monkeypatch.setattr(effort, "HOPELESS", hopeless)
     statistics = mt.RoutingStatistics.from_trace(make_trace(60, layers=1, experts=32), sets=True)
     problem = mt.Problem(statistics, mt.Topology(2), objective="traffic", regime="dispatch")
-    mt.solve(problem, iterations=50, effort=name)
-    assert made == [EFFORTS[name].tangent_iterations]
+    result = mt.solve(problem, iterations=50, effort=name)
+    assert made == ([0, EFFORTS[name].tangent_iterations] if hopeless == 1 else [0])
+    assert hopeless < 1 or result.bound_source.startswith("tangents + ")
+    assert 0 < result.bound <= result.objective
+    assert mt.verify(result.certificate, problem) == result.certificate.cost
+
+
+@pytest.mark.parametrize(("experts", "searches"), [(8, effort.VISIT_SEARCHES), (96, 1)])
+def test_searches_of_visits_share_the_trials(make_trace, monkeypatch, experts, searches):
+    """A layer of few slots is searched as often as is written down, a larger one once."""
+    made = []
+
+    class Noted:
+        def place(self, start, *, trials, restarts, **_):
+            made.append((trials, restarts))
+            return start, False
+
+    monkeypatch.setattr(visits, "core_layers", lambda *_, **__: Noted())
+    statistics = mt.RoutingStatistics.from_trace(make_trace(40, experts=experts), sets=True)
+    problem = mt.Problem(statistics, mt.Topology(4), objective="traffic", regime="dispatch")
+    mt.solve(problem, "heuristic", iterations=100)
+    assert made == [(100 // searches, searches)]
 
 
 @pytest.mark.parametrize(

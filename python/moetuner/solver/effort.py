@@ -208,6 +208,11 @@ WIDE_PAIR_TRIALS = 20_000
 # Work of a trial besides its expert sets, where 64 sets are a unit: a larger number means fewer
 # trials ("Constants").
 UNITS_PER_TRIAL = 100
+# Searches of a layer of few slots, which share its trials: fewer are longer, and end better
+# ("Fewest devices per token").
+VISIT_SEARCHES = 2
+# Trials for the work of one: most are refused before all of their sets are counted (the same).
+VISIT_TRIALS = 2
 # Parts that the core cuts the tokens of a set into, where experts have copies: a larger number
 # means fewer trials ("Constants").
 SET_PARTS = 12
@@ -248,6 +253,9 @@ TANGENT_STEP = 0.15
 TANGENT_WORK = 1e6
 # Least iterations of the bound of pairs that prove more than none, without a time limit.
 TANGENT_ITERATIONS = 20
+# Gap of the first tangents, by sums of rows and columns, beyond which a solve without a time limit
+# states this bound: steps and iterations would close less than half of it ("Bounds of visits").
+HOPELESS = 0.3
 # Seconds to weigh a pair of experts of a set: part of the least time limit ("Limits").
 TANGENT_SECONDS = 3e-8
 

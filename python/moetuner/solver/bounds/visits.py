@@ -87,6 +87,15 @@ class _Level:
             find_hull(layer_sets.top_k, int(slots.max()), self.parts) for layer_sets, slots in rows
         ]
 
+    def count_visits(self, part_of: Integers) -> int:
+        """Count the visits of a placement, the part of every expert [L,E]."""
+        visits = 0
+        for layer_sets, parts in zip(self.sets, part_of, strict=True):
+            visited = np.sort(parts[layer_sets.ids], axis=1)
+            others = (np.diff(visited, axis=1) != 0).sum(axis=1)
+            visits += int((1 + others) @ layer_sets.counts.astype(np.int64))
+        return visits
+
     @property
     def weighing_seconds(self) -> float:
         """Seconds that it takes to weigh the pairs of all sets."""
@@ -315,33 +324,54 @@ def _bound_by_tangents(
     finishing = level.weighing_seconds + pairs.least_seconds(level.problem)
     if budget.time_limit is not None and budget.time_limit < finishing:
         return None
+    if not timed:
+        # Sums of rows and columns take a small part of the time, and say what the rest can reach.
+        first = _bound_by_slopes(level, _move_slopes(level, start, budget, 0)[0], budget, 0)
+        wanted = (1 - effort.HOPELESS) * level.count_visits(start)
+        if first is None or first.visits < wanted:
+            return first
+    count = effort.TANGENT_STEPS
+    if not timed:
+        work = effort.TANGENT_WORK / (level.problem.layers * level.problem.num_experts**2)
+        count = min(count, int(work))
     searching = budget.within(effort.SEARCH_SHARE, keep=finishing)
-    slopes, interrupted = _move_slopes(level, start, searching)
+    slopes, interrupted = _move_slopes(level, start, searching, count)
+    iterations = None if timed else budget.work.tangent_iterations
+    proven = _bound_by_slopes(level, slopes, budget, iterations)
+    if proven is not None and report is not None:
+        report(budget.elapsed, -proven.visits)
+    return proven and replace(proven, interrupted=interrupted or proven.interrupted)
+
+
+def _bound_by_slopes(
+    level: _Level, slopes: Integers, budget: Budget, iterations: int | None
+) -> _Proven | None:
+    """Return a bound by pairs weighted by slopes, in so many iterations or as many as fit."""
     weighed = _weigh_pairs(level, slopes)
     if weighed is None:
         return None
-    affordable = int(min(pairs.count_affordable(weighed[0]), budget.work.tangent_iterations))
-    if affordable < effort.TANGENT_ITERATIONS:
-        affordable = 0  # few iterations prove less than the sums of rows and columns
+    if iterations is not None:
+        iterations = min(int(pairs.count_affordable(weighed[0])), iterations)
+        if iterations < effort.TANGENT_ITERATIONS:
+            iterations = 0  # few iterations prove less than the sums of rows and columns
     proven = pairs.bound(
         weighed[0],
         weighed[0].caps.whole,
         budget=replace(budget.within(), progress=None, gap=None),
-        iterations=None if timed else affordable,
+        iterations=iterations,
     )
     if proven is None or proven.certificate is None:
         return None
     visits = -(-(weighed[1] + int(proven.value)) // UNIT)
-    if report is not None:
-        report(budget.elapsed, -visits)
     (pair_proof,) = proven.certificate.proofs
     proof = Visits(level.parts, slopes=slopes.astype(np.uint8), pairs=pair_proof)
-    interrupted |= proven.interrupted
-    return _Proven(visits, f"tangents + {proven.source}", proof, interrupted)
+    return _Proven(visits, f"tangents + {proven.source}", proof, proven.interrupted)
 
 
-def _move_slopes(level: _Level, start: Integers, budget: Budget) -> tuple[Integers, bool]:
-    """Return slopes of all sets after some steps from a placement [L,E], and if interrupted."""
+def _move_slopes(
+    level: _Level, start: Integers, budget: Budget, count: int
+) -> tuple[Integers, bool]:
+    """Return slopes of all sets after steps from a placement [L,E], and if interrupted."""
     sets, corners, interrupted = level.sets, level.corners, False
     edges = [-np.diff(spread) / np.diff(together) * UNIT for together, spread in corners]
     slopes: list[Floats] = []
@@ -356,10 +386,6 @@ def _move_slopes(level: _Level, start: Integers, budget: Budget) -> tuple[Intege
     def rounded() -> Integers:
         return np.rint(np.concatenate(slopes)).astype(np.int64)
 
-    count = effort.TANGENT_STEPS
-    if budget.time_limit is None:
-        work = effort.TANGENT_WORK / (level.problem.layers * level.problem.num_experts**2)
-        count = min(count, int(work))
     for step in range(count):
         step_budget = budget.within(keep=level.weighing_seconds)
         weighed = None if step_budget.time_limit == 0 else _weigh_pairs(level, rounded())

@@ -60,7 +60,7 @@ def _visits(run: Run, budget: Budget) -> None:
         return
     trials = budget.iterations
     if trials is None:
-        work = budget.work.layer_work / units_of_trial(run)
+        work = effort.VISIT_TRIALS * budget.work.layer_work / units_of_trial(run)
         trials = int(min(effort.most_trials(slots_of_layer, 1), work))
     run.details = run.details.with_search_facts(trials=trials)
     # The window has weight 0: balance is a cap here, not a cost.
@@ -69,7 +69,7 @@ def _visits(run: Run, budget: Budget) -> None:
     site = make_site(problem, caps=caps, nearest=False)
     layers = core_layers(load, np.zeros(1), site, terms=Terms(visits=costs))
     # Small layers have local optima that one descent does not leave.
-    restarts = effort.RESTARTS if slots_of_layer <= effort.FEW_SLOTS else 1
+    restarts = effort.VISIT_SEARCHES if slots_of_layer <= effort.FEW_SLOTS else 1
     slots, interrupted = layers.place(
         start,
         trials=max(trials // restarts, 1),
