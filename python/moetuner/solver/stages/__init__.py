@@ -241,9 +241,9 @@ def _is_annealed(run: Run) -> bool:
 def _is_of_slowest(run: Run) -> bool:
     """Return whether the slowest devices themselves are searched, after the norm for them.
 
-    For time that is so in small layers with copies. For balance, in few windows that fits what is seen, and not
-    what is unseen, where devices are more than their slots; not where a layer has few placements to
-    choose from. In many windows of large layers it does unless slots are many more.
+    For time that is so in small layers with copies. For balance, in few windows that fits what is
+    seen, and not what is unseen, where devices are more than their slots; not where a layer has few
+    placements to choose from. In many windows of large layers it does unless slots are many more.
     Where experts survive a loss, it takes a thousandth off the slowest device, and adds a hundredth
     after one.
     """
