@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +63,28 @@ def every_layer(problem: mt.Problem, capacity: list[int]) -> Iterator[list[list[
     for devices in itertools.product(*contents):
         if len(set().union(*devices)) == problem.num_experts:
             yield [[*chosen, *[-1] * (width - len(chosen))] for chosen in devices]
+
+
+def least_value_of_layer(problem: mt.Problem) -> float:
+    """Least value of the only layer of a problem on equal devices.
+
+    All that devices may hold are judged at once, as the layers of one placement.
+    """
+    experts = range(problem.num_experts)
+    sets = [
+        chosen
+        for number in range(problem.slots + 1)
+        for chosen in itertools.combinations(experts, number)
+    ]
+    contents = [
+        [(*chosen, *[-1] * (problem.slots - len(chosen))) for chosen in devices]
+        for devices in itertools.combinations_with_replacement(sets, problem.devices)
+        if len(set().union(*devices)) == problem.num_experts
+    ]
+    load = np.repeat(problem.statistics.window_load, len(contents), axis=1)
+    many = replace(problem, statistics=mt.RoutingStatistics.from_load(load)).objective_function
+    costs = many.window_cost(mt.Placement(np.array(contents), num_experts=problem.num_experts))
+    return float(many.compute_values(costs.T).min()) * len(contents)
 
 
 def optimum(problem: mt.Problem, caps: NDArray[np.integer] | None = None) -> int | None:

@@ -319,6 +319,9 @@ BALANCING_FULL = 4000
 MANY_WINDOWS = 17
 # Fewest trials of a slot with which layers that were balanced are annealed ("Many large layers").
 LEAST_TRIALS = 100
+# Fewest trials of a slot with which a small layer is searched several times by its slowest devices:
+# it is there that this ends at the optimum ("Tiny layers").
+MANY_TRIALS = 40_000
 # Searches that share the work of one where the slowest devices are searched after the norm; the
 # fewest windows, and most experts of a layer, where that helps on unseen windows, too; in large
 # layers the slots of a device, in numbers of devices ("The slowest devices themselves").

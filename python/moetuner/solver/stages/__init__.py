@@ -34,13 +34,15 @@ from moetuner.solver.stages.layers import (
     anneal,
     charges_copies,
     has_few_slots,
+    has_many_trials,
     is_large,
     is_searched_anew,
+    trials_of_slot,
 )
 from moetuner.solver.stages.lp_split import LP_SPLIT, has_lp_split
 from moetuner.solver.stages.phases import balance_regret
 from moetuner.solver.stages.polish import POLISH
-from moetuner.solver.stages.visits import PAIRS, VISITS, units_of_trial
+from moetuner.solver.stages.visits import PAIRS, VISITS
 
 __all__ = ["PARTITIONS", "SEARCH", "SEARCHES"]
 
@@ -232,23 +234,25 @@ def _is_annealed(run: Run) -> bool:
     reading weights is what takes time, balance is not what counts.
     """
     is_balanced = _is_of_loads(run) and not run.problem.may_copy
-    trials = run.budget.work.layer_work / units_of_trial(run) / run.slots_of_layer
-    is_long = run.budget.iterations is not None or trials >= effort.LEAST_TRIALS
+    is_long = run.budget.iterations is not None or trials_of_slot(run) >= effort.LEAST_TRIALS
     return ANNEAL.applies(run) and (is_long or not is_balanced)
 
 
 def _is_of_slowest(run: Run) -> bool:
     """Return whether the slowest devices themselves are searched, after the norm for them.
 
-    In few windows that fits what is seen, and not what is unseen, where devices are more than their
-    slots; not where a layer has few placements to choose from. In many windows of large layers it
-    does unless slots are many more. Where experts survive a loss, it takes a thousandth off the
-    slowest device, and adds a hundredth after one.
+    For time that is so in small layers with copies. For balance, in few windows that fits what is
+    seen, and not what is unseen, where devices are more than their slots; not where a layer has few
+    placements to choose from. In many windows of large layers it does unless slots are many more.
+    Where experts survive a loss, it takes a thousandth off the slowest device, and adds a hundredth
+    after one.
     """
     problem = run.problem
     is_summed = is_searched_anew(run) and adds_up_over_layers(run)
-    if problem.aim.costs_traffic or problem.rules.need_copies or not is_summed:
+    if problem.rules.need_copies or not is_summed:
         return False
+    if problem.aim.costs_traffic:
+        return problem.may_copy and has_many_trials(run)
     if is_large(run):
         return not problem.may_copy and problem.slots >= effort.SLOWEST_SLOTS * problem.devices
     carries_over = problem.may_copy or len(run.objective.windows) >= effort.SLOWEST_WINDOWS
@@ -263,10 +267,14 @@ def _count_parts_beside_slowest(run: Run) -> int:
 
 
 def _anneal_slowest(run: Run, budget: Budget) -> None:
-    """Anneal all layers by the slowest device of every window as it is, from the best placement."""
+    """Anneal all layers by the slowest device of every window as it is, from the best placement.
+
+    Small layers are searched several times: only a search that is hot exchanges the copies that a
+    start has for others, and there it takes milliseconds.
+    """
     is_cool = run.problem.may_copy and len(run.objective.windows) < effort.SLOWEST_WINDOWS
-    heat = "cool" if is_cool or is_large(run) else "warm"
-    details = run.details
+    one = "cool" if is_cool or is_large(run) else "warm"
+    heat, details = None if has_many_trials(run) else one, run.details
     anneal(run, budget, LayerModel(run, effort.SLOWEST_PARTS, heat=heat, of_slowest=True))
     # What the search before did about unseen windows is what it is reported by.
     run.details = replace(run.details, unseen=details.unseen)
@@ -355,8 +363,8 @@ LAYER_SEARCHES = (
     replace(
         ANNEAL, run=_anneal, applies=lambda run: _is_annealed(run) and not _has_costly_copies(run)
     ),
-    SLOWEST,
     ANNEAL_COPIES,
+    SLOWEST,
     COMBINE,
     SETTLE,
     POLISH,

@@ -105,10 +105,7 @@ class LayerModel:
             return balance_windows(run, budget, self.weight, trials, mean_weight=MEAN_WEIGHT)
         problem = self.problem
         layers, links = self.core(run.moves)
-        restarts, heat = (
-            effort.RESTARTS if self.slots_of_layer <= effort.FEW_SLOTS else 1,
-            self.heat,
-        )
+        heat, restarts = self.heat, effort.RESTARTS if has_few_slots(run) else 1
         if heat is not None:
             restarts = 1
         elif self.is_large and links is None and run.moves is None:
@@ -158,6 +155,17 @@ def is_of_layers(run: Run) -> bool:
 def has_few_slots(run: Run) -> bool:
     """Return whether layers are small enough for searches whose work grows faster than slots."""
     return run.slots_of_layer <= effort.FEW_SLOTS
+
+
+def trials_of_slot(run: Run) -> float:
+    """Return the trials that the work of searching all layers leaves each of their slots."""
+    return run.budget.work.layer_work / units_of_trial(run) / run.slots_of_layer
+
+
+def has_many_trials(run: Run) -> bool:
+    """Return whether layers are so small that several long searches of each take little time."""
+    is_counted = run.budget.iterations is not None
+    return has_few_slots(run) and not is_counted and trials_of_slot(run) >= effort.MANY_TRIALS
 
 
 def is_large(run: Run) -> bool:
