@@ -496,6 +496,7 @@ MOST_LINES = {
         "report": 7074,
         "selftest": 241,
         "serving": 1374,
+        # Small layers are searched several times; two long searches of visits say when to end.
         "solver": 7711,
         "statistics": 1024,
         "torch": 4997,
