@@ -20,7 +20,7 @@ mod loads;
 use super::budget::{Choice, Spending, choose};
 use super::construct::{LEAST, Placed, check, complete, fill};
 use super::{EMPTY, Move, Site, Slots, root};
-use crate::assignment::assign_max;
+use crate::assignment::assign_pairs;
 use crate::error::Result;
 pub(super) use change::LoadChange;
 use copies::{Removal, find_copy};
@@ -47,8 +47,9 @@ const HEAVIER_BY: f64 = 0.05;
 /// after that.
 const COARSE_GAIN: f64 = 1e-3;
 const FINE_GAIN: f64 = 2e-6;
-/// Least gain of packing from scratch over steps, as a part of the cost, where loads have shaped the running slots.
-const REPACK_GAIN: f64 = 0.01;
+/// Least gain of packing from scratch over steps, as a part of the cost, where loads have shaped the running slots: this if
+/// it moves a copy more for every slot of the layer, in proportion less if it moves fewer.
+const REPACK_GAIN: f64 = 0.002;
 /// Devices that a step may relieve: the slowest; the next one only if no step relieves those before it.
 const SLOWEST: usize = 3;
 /// Devices that a slow one may exchange slots with: the fastest, so many quarters of all.
@@ -132,9 +133,10 @@ fn improve<'a>(
     let mean = expected.iter().sum::<f64>() / devices as f64;
     let square = if mean > 0.0 { (NORM - 1.0) / 2.0 * variance / mean } else { 0.0 };
     let loads = Loads::new(site, [measured, &expected], &first, &running, square);
-    let (choices, contents, partners) = (vec![], vec![], Partners::new(slots, devices));
+    let (order, partners) = ((0..devices).collect(), Partners::new(slots, devices));
+    let (choices, contents) = (vec![], vec![]);
     let mut steps =
-        Steps { site, measured, expected, running, slots: first, loads, partners, choices, contents };
+        Steps { site, measured, expected, running, slots: first, loads, order, partners, choices, contents };
     steps.record();
     // No step starts from slots that no load has shaped: experts that are neighbours there are often busy together, which
     // a single load does not show.
@@ -153,15 +155,19 @@ fn improve<'a>(
 /// Every packed device becomes one that already holds much of its content.
 #[must_use]
 pub fn keep_devices(packed: &Slots, running: &Slots, capacity: &[usize]) -> Slots {
-    let devices = capacity.len();
-    let mut stay = vec![0; devices * devices];
-    for (slot, &e) in packed.expert_in.iter().enumerate().filter(|(_, e)| **e != EMPTY) {
-        for device in running.devices(e) {
-            stay[packed.device(slot) * devices + usize::from(device)] += 1;
-        }
-    }
+    // The devices that hold some of a packed device's content, with the number of its copies that stay there: few of all,
+    // where devices have few slots.
+    let stays = |from: usize| {
+        let contents = packed.expert_in[packed.of(from)].iter().filter(|e| **e != EMPTY);
+        let mut holders: Vec<_> = contents.flat_map(|&e| running.devices(e)).map(usize::from).collect();
+        holders.sort_unstable();
+        let same = holders.chunk_by(|a, b| a == b);
+        same.map(|same| (same[0], same.len() as i64)).collect::<Vec<_>>()
+    };
+    let stays: Vec<_> = (0..capacity.len()).map(stays).collect();
     let mut slots = Slots::empty(capacity, packed.copies.len());
-    for (from, to) in assign_max(&stay, devices).into_iter().enumerate() {
+    let matched = assign_pairs(stays.len(), |from| stays[from].iter().copied());
+    for (from, to) in matched.into_iter().enumerate() {
         for (slot, there) in packed.of(from).zip(slots.of(to)) {
             slots.put(there, packed.expert_in[slot]);
         }
@@ -186,6 +192,8 @@ struct Steps<'a> {
     /// The slots after the steps so far.
     slots: Slots,
     loads: Loads,
+    /// Devices `[D]`, the slowest first when they were last looked at.
+    order: Vec<usize>,
     partners: Partners,
     /// The start and the end of every step, with the contents of all slots `[P]` there.
     choices: Vec<Choice>,
@@ -214,16 +222,23 @@ impl Steps<'_> {
         }
     }
 
-    /// Adds a packing from scratch as the last choice, if it costs less than every other one, by a part of at least
-    /// `min_gain`.
+    /// Adds a packing from scratch as the last choice, if it costs less than every other one: by a part of at least
+    /// `min_gain` for as many further moves as there are slots.
     fn add_packing(&mut self, packed: &Slots, min_gain: f64, full: bool) -> Placed<()> {
-        let least = self.choices.iter().map(|choice| choice.cost).fold(f64::INFINITY, f64::min);
+        let best = self.choices.iter().copied().reduce(|a, b| if b.cost < a.cost { b } else { a });
         self.slots = keep_devices(packed, &self.running, &self.site.capacity);
         complete(&mut self.slots, self.site, &self.expected, full)?;
         let loads = [self.measured, &self.expected];
         self.loads = Loads::new(self.site, loads, &self.slots, &self.running, self.loads.square);
         self.record();
-        if self.choices.pop_if(|packing| packing.cost >= least * (1.0 - min_gain)).is_some() {
+        let slots = self.slots.expert_in.len() as f64;
+        let is_behind = |packing: &mut Choice| {
+            best.is_some_and(|best| {
+                let further_moves = packing.moves.saturating_sub(best.moves) as f64;
+                packing.cost >= best.cost * (1.0 - min_gain * further_moves / slots)
+            })
+        };
+        if self.choices.pop_if(is_behind).is_some() {
             self.contents.pop();
         }
         Ok(())
@@ -264,8 +279,9 @@ impl Steps<'_> {
     /// Takes the step that relieves one of the slowest devices most per moved copy; returns false if no step gains
     /// `min_gain`.
     fn relieve(&mut self, min_gain: f64) -> bool {
-        let mut order: Vec<usize> = (0..self.loads.times.len()).collect();
-        order.sort_by(|&g, &h| self.loads.times[h].total_cmp(&self.loads.times[g]));
+        // A step changes few times, so this sorts what is nearly in order.
+        let mut order = std::mem::take(&mut self.order);
+        order.sort_by(|&g, &h| self.loads.times[h].total_cmp(&self.loads.times[g]).then(g.cmp(&h)));
         let fastest = &order[order.len() - (order.len() * PARTNER_QUARTERS).div_ceil(4)..];
         let mut best = Best { gain_per_copy: self.loads.total() * NORM * min_gain, step: None };
         let removal = Removal::new(self);
@@ -279,6 +295,7 @@ impl Steps<'_> {
                 break;
             }
         }
+        self.order = order;
         best.step.is_some_and(|step| self.take(step))
     }
 
