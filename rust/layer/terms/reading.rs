@@ -6,9 +6,9 @@
 //! are exact.
 
 use super::loads::Loads;
-use super::windows::{Windows, deviation};
+use super::windows::{Windows, chunks, deviation, lanes};
 use crate::layer::slots::Share;
-use crate::layer::{Layer, Site, Slots};
+use crate::layer::{LANES, Layer, Site, Slots};
 
 /// Units that one active expert counts as.
 const ACTIVE: f32 = 65536.0;
@@ -172,18 +172,18 @@ impl ActiveParts {
         if share <= 0.0 {
             return;
         }
-        let idle = libm::log1p(-share);
-        let active = |(&load, &unit): (&f32, &f32)| active_part(load, unit, share, idle);
         let copies = libm::rint(1.0 / share) as usize;
-        if copies < CACHED && share.to_bits() == (1.0 / copies as f64).to_bits() {
-            let row = &mut self.0[usize::from(expert) * CACHED + copies];
-            if row.is_empty() {
-                row.extend(load.iter().zip(&windows.unit).map(active));
-            }
+        let is_even = copies < CACHED && share.to_bits() == (1.0 / copies as f64).to_bits();
+        let cached = is_even.then(|| &mut self.0[usize::from(expert) * CACHED + copies]);
+        if let Some(row) = cached.as_ref().filter(|row| !row.is_empty()) {
             return add_row(to, row, sign);
         }
-        for (to, active) in to.iter_mut().zip(load.iter().zip(&windows.unit).map(active)) {
-            *to += sign * active;
+        let idle = libm::log1p(-share);
+        let row = load.iter().zip(&windows.unit).map(|(&load, &unit)| active_part(load, unit, share, idle));
+        let row: Vec<f32> = row.collect();
+        add_row(to, &row, sign);
+        if let Some(cached) = cached {
+            *cached = row;
         }
     }
 }
@@ -216,6 +216,7 @@ fn add_present(to: &mut [f32], load: &[f32], amount: f32) {
 }
 
 /// Writes the time of a device in every window, its own deviation included: the longer of computing and reading.
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
 fn write_times(
     to: &mut [f32],
     load: &[f32],
@@ -223,29 +224,17 @@ fn write_times(
     reading: &Reading,
     (g, time, variance): (usize, f32, i64),
 ) {
-    let Reading { base, expert, unit, mean, .. } = reading;
-    write_longer(
-        to,
-        [load, active, base, expert, unit, mean],
-        [time, deviation(variance), reading.exposed, reading.start[g]],
-    );
-}
-
-/// Does the work of [`write_times`].
-#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-fn write_longer(to: &mut [f32], rows: [&[f32]; 6], factors: [f32; 4]) {
-    let width = to.len();
-    // No closure: it would be compiled for these instruction sets, and `map` for none, so neither into the other.
-    let mut rows = rows;
-    for row in &mut rows {
-        *row = &row[..width];
-    }
-    let [load, active, base, expert, unit, mean] = rows;
-    let [time, deviation, exposed, start] = factors;
-    for w in 0..width {
-        let computed = load[w] + deviation * mean[w];
-        let read = base[w] + expert[w] * active[w] + exposed * load[w];
-        let longer = if computed > read { computed } else { read };
-        to[w] = longer * time + start * unit[w];
+    let n = chunks(to);
+    let [load, active, base] = [lanes(load, n), lanes(active, n), lanes(&reading.base, n)];
+    let [expert, unit] = [lanes(&reading.expert, n), lanes(&reading.unit, n)];
+    let mean = lanes(&reading.mean, n);
+    let (deviation, exposed, start) = (deviation(variance), reading.exposed, reading.start[g]);
+    for (at, to) in to.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+        for k in 0..LANES {
+            let computed = load[at][k] + deviation * mean[at][k];
+            let read = base[at][k] + expert[at][k] * active[at][k] + exposed * load[at][k];
+            let longer = if computed > read { computed } else { read };
+            to[k] = longer * time + start * unit[at][k];
+        }
     }
 }
