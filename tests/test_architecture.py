@@ -483,7 +483,7 @@ MOST_LINES = {
         "cli": 6711,
         "cost": 941,
         # Samples are a folder: what they are found by has a module each.
-        "evaluation": 5150,
+        "evaluation": 5304,
         # Ids are a folder: in memory, in files and in another order each have a module.
         "files": 1952,
         "formats": 4889,
@@ -508,7 +508,7 @@ MOST_LINES = {
         "chain": 1950,
         "counting": 1816,
         # Packing a layer anew is weighed by the moves that it takes beyond those of steps.
-        "layer": 7330,
+        "layer": 7329,
         "packing": 538,
         "python": 2068,
         "replay": 1644,

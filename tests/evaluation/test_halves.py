@@ -9,9 +9,10 @@ import pytest
 from make import trace_of
 
 import moetuner as mt
-from moetuner.evaluation import cells, evaluate_each, halves
+from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.figures import FIGURES, Figure
-from moetuner.evaluation.halves import choose_halvings, halve, halve_each
+from moetuner.evaluation.halves import answers, cells, halve, halve_each, means
+from moetuner.evaluation.halves.halvings import choose_halvings
 from moetuner.evaluation.intervals import QUANTILES, estimate_spread
 from moetuner.evaluation.judgement import MEASURES
 from moetuner.evaluation.options import ReplayOptions
@@ -125,8 +126,8 @@ def test_sides_add_up_to_the_figure_of_all(together):
 
 @pytest.mark.parametrize(
     ("module", "limit"),
-    [(halves, "SIDE_COUNTS_AT_ONCE"), (cells, "CELL_COUNTS_AT_ONCE")],
-    ids=["halves", "cells"],
+    [(means, "SIDE_COUNTS_AT_ONCE"), (cells, "CELL_COUNTS_AT_ONCE")],
+    ids=["means", "cells"],
 )
 @pytest.mark.parametrize("arrival", ["bursts", "mixed", 0.5])
 def test_runs_of_windows_change_no_half(monkeypatch, arrival, module, limit):
@@ -215,9 +216,9 @@ def test_halves_that_are_known_are_not_computed_again():
 def test_a_trace_keeps_no_more_than_a_few_halves():
     """However many placements it is judged under, what is kept of them does not grow."""
     trace, units = traffic([40] * 4), Samples("sequence", 4)
-    for window in range(1, 2 * halves.CACHED_SETTINGS):
+    for window in range(1, 2 * answers.CACHED_SETTINGS):
         halve(trace, setting(window=window), units)
-    assert len(trace.memo["halves"]) <= halves.CACHED_SETTINGS + 1
+    assert len(trace.memo["halves"]) <= answers.CACHED_SETTINGS + 1
 
 
 def test_a_new_figure_of_windows_has_an_interval(monkeypatch):

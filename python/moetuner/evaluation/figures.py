@@ -209,8 +209,7 @@ def compute_layer_us(counts: Counts, setting: Setting) -> Floats:
     model, topology = setting.serving.cost_model, setting.topology
     assert model is not None
     # Homes are counted over all windows together: every window has their shares.
-    visits_of_all = np.maximum(counts.visits.sum(axis=0, dtype=np.float64), 1e-300)
-    from_home = np.ascontiguousarray(counts.dispatch / visits_of_all[:, None, :])
+    from_home = np.ascontiguousarray(counts.dispatch / counts.total_visits[:, None, :])
     tier, tiers = topology.tier.astype(np.uint16), len(topology.levels)
     times = []
     for chunk in chunks(len(counts.load), counts.load[0].size):

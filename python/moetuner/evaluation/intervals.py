@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.evaluation.halves import Halved
+from moetuner.evaluation.halves.halved import Halved
 from moetuner.evaluation.samples import Folds
 from moetuner.frozen import Frozen
 

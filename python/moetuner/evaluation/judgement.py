@@ -16,7 +16,8 @@ from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation, Replayed, evaluate_each
 from moetuner.evaluation.comparison import PRICE, Comparison
 from moetuner.evaluation.figures import FIGURES
-from moetuner.evaluation.halves import Halved, halve, halve_each
+from moetuner.evaluation.halves import halve, halve_each
+from moetuner.evaluation.halves.halved import Halved
 from moetuner.evaluation.intervals import CONFIDENCE, FEWEST, Spread, adjust_by_holm, compute_change
 from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.samples import Samples, find_samples

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,12 @@ class Counts:
     def total_load(self) -> Numbers:
         """Tokens of every device, summed over windows [L,D]."""
         return self.load.sum(axis=0) if self.lp_split_load is None else self.lp_split_load
+
+    @cached_property
+    def total_visits(self) -> Floats:
+        """Visits of every device, summed over windows [L,D]; above 0, so that shares have them."""
+        total: Floats = np.maximum(self.visits.sum(axis=0, dtype=np.float64), 1e-300)
+        return total
 
     def select(self, windows: slice) -> Counts:
         """Return the counts of a run of windows; counts that have no windows stay as they are."""
