@@ -482,12 +482,13 @@ MOST_LINES = {
         "charts": 582,
         "cli": 6711,
         "cost": 941,
-        # Samples are a folder: what they are found by has a module each.
-        "evaluation": 5151,
+        # A figure says in which regime it matters.
+        "evaluation": 5154,
         "files": 1866,
         "formats": 4889,
         "plugins": 3562,
-        "problem": 2725,
+        # A goal has its default load cap in its row.
+        "problem": 2727,
         # Rows and their labels came from the top level, which is shorter by as much.
         "recording": 807,
         # The browser is asked again for a figure that it missed.
@@ -524,7 +525,7 @@ def test_no_room_grows(part):
 
 
 @pytest.mark.parametrize(
-    ("names", "most"), [({"dispatch", "follow"}, 0), ({"time", "balance", "traffic"}, 4)]
+    ("names", "most"), [({"dispatch", "follow"}, 0), ({"time", "balance", "traffic"}, 1)]
 )
 def test_regimes_and_goals_are_rows_not_names(names, most):
     """What depends on them is asked of their rows; few places compare their names."""

@@ -252,7 +252,7 @@ def _show_figures(output: Output, advice: Advice) -> None:
         over_eplb = advice.over_eplb.get(judged.window)
         for measure, gain in judged.gains.items():
             figure = FIGURES[measure]
-            if figure.regime not in (None, advice.settings["regime"]):
+            if not figure.matters_in(advice.settings["regime"]):
                 continue
             values = [gain.before]
             if over_eplb is not None:

@@ -16,7 +16,8 @@ from moetuner.files import replacing, same_file
 from moetuner.files.cells import percent
 from moetuner.formats import eplb
 from moetuner.formats.hints import Hints
-from moetuner.problem import TRAFFIC_CAP, Problem
+from moetuner.problem import Problem
+from moetuner.problem.goals import TRAFFIC_CAP
 from moetuner.report.outcome import Outcome
 from moetuner.report.structure import Structure, structure
 from moetuner.topology import Topology

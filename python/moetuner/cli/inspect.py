@@ -29,8 +29,7 @@ from moetuner.evaluation.options import ReplayOptions
 from moetuner.files.cells import counted, listed, number, percent
 from moetuner.formats import is_map
 from moetuner.placement import EMPTY, Placement, blocks
-from moetuner.problem import TRAFFIC_CAP
-from moetuner.problem.goals import AIMS
+from moetuner.problem.goals import AIMS, TRAFFIC_CAP
 from moetuner.problem.made import Made
 from moetuner.report.findings import Finding
 from moetuner.report.hot_experts import HotExperts

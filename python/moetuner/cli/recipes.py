@@ -22,7 +22,7 @@ from moetuner.cli.options.traffic import Source
 from moetuner.files.cells import layer_list
 from moetuner.formats import find_way_back, list_serving_recipes
 from moetuner.placement import Placement
-from moetuner.problem import TRAFFIC_CAP
+from moetuner.problem.goals import AIMS
 from moetuner.problem.objective import choose_goal
 from moetuner.problem.reading import SCALES
 from moetuner.report.advice.request import count_running_slots
@@ -292,7 +292,7 @@ def make_recipe_to_solve(
     goal, cap = made.wanted.get("objective"), made.wanted.get("max_imbalance")
     values |= {
         "objective": None if goal == choose_goal(None, cap) else goal,
-        "max_imbalance": None if goal == "traffic" and cap == TRAFFIC_CAP else cap,
+        "max_imbalance": None if goal in AIMS and cap == AIMS[goal].cap else cap,
         "method": made.method,
         "seed": made.seed,
     }

@@ -30,7 +30,8 @@ from moetuner.evaluation.samples import find_samples
 from moetuner.evaluation.samples.holdout import hold_out
 from moetuner.frozen import Frozen, html_table
 from moetuner.placement import Placement
-from moetuner.problem import TRAFFIC_CAP, Problem
+from moetuner.problem import Problem
+from moetuner.problem.goals import TRAFFIC_CAP
 from moetuner.recording import Recording
 from moetuner.report.hot_experts import (
     HotExperts,

@@ -275,8 +275,8 @@ class Placed:
 
     def _choose_measures(self, typed: Iterable[str]) -> tuple[str, ...]:
         """Return the measures of groups: those of the regime, and those that options name."""
-        regimes = (None, self.serving.regime)
-        return tuple(name for name in MEASURES if FIGURES[name].regime in regimes or name in typed)
+        regime = self.serving.regime
+        return tuple(name for name in MEASURES if name in typed or FIGURES[name].matters_in(regime))
 
     @property
     def expert_bytes(self) -> float | None:

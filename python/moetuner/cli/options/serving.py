@@ -18,7 +18,8 @@ from moetuner.cli.output import working
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation.options import ReplayOptions
 from moetuner.placement import Placement
-from moetuner.problem import TRAFFIC_CAP, Problem
+from moetuner.problem import Problem
+from moetuner.problem.goals import AIMS
 from moetuner.problem.made import Made
 from moetuner.problem.objective import choose_goal, choose_tables
 from moetuner.serving import ENGINE_SETTINGS, Serving
@@ -216,8 +217,7 @@ class ProblemOptions(ServingOptions):
             if "phases" in chosen:
                 raise click.UsageError("Give either '--window' or '--prefill-share', not both.")
             rules["phases"] = {source.window: 1.0}
-        if goal == "traffic":
-            rules.setdefault("max_imbalance", TRAFFIC_CAP)
+        rules.setdefault("max_imbalance", AIMS[goal].cap)
         if self.engine is not None or self.router_groups is not None:
             by_engine = self._by_engine(statistics, topology)
             rules |= {"slots_per_device": by_engine["slots_per_device"], "extra_slots": None}

@@ -436,7 +436,7 @@ def _find_small_gains(advice: Advice) -> list[str]:
     gains: dict[str, list[float]] = {}
     for measure, figure in FIGURES.items():
         gain = advice.main.gains.get(measure)
-        if gain is not None and figure.title and figure.regime in (None, regime):
+        if gain is not None and figure.title and figure.matters_in(regime):
             gains.setdefault(figure.aspect, []).append(gain.gain)
     return [aspect for aspect, values in gains.items() if max(map(abs, values)) < price]
 

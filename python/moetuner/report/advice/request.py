@@ -12,8 +12,8 @@ from moetuner.cost.memory import Memory
 from moetuner.evaluation.samples import Samples, find_samples
 from moetuner.evaluation.samples.holdout import hold_out
 from moetuner.placement import Placement
-from moetuner.problem import TRAFFIC_CAP, Problem
-from moetuner.problem.goals import Goal
+from moetuner.problem import Problem
+from moetuner.problem.goals import AIMS, Goal
 from moetuner.problem.objective import choose_goal, choose_tables
 from moetuner.recording import Recording
 from moetuner.serving import Serving
@@ -88,6 +88,11 @@ class Request:
         return self.serving.topology
 
     @property
+    def goal(self) -> Goal:
+        """The goal of placements: the objective, by default time."""
+        return choose_goal(self.objective, None)
+
+    @property
     def single_slots(self) -> int:
         """Slots of a device that hold each expert once."""
         return -(-self.traffic.num_experts // self.topology.devices)
@@ -156,7 +161,7 @@ def split_seen_unseen(request: Request, seed: int) -> tuple[Recording, Recording
 def count_traffic(request: Request, seen: Recording) -> RoutingStatistics:
     """Count seen traffic as ``moetuner solve`` does."""
     options: dict[str, Any] = {"window": request.windows[0], "threads": request.threads}
-    options |= choose_tables(request.serving.regime, choose_goal(request.objective, None))
+    options |= choose_tables(request.serving.regime, request.goal)
     return as_counts(seen, **options)
 
 
@@ -186,7 +191,7 @@ def build_problem(
         fill_slots=fill_slots,
         phases=serving.phases if phases is None else phases,
         objective=request.objective,
-        max_imbalance=TRAFFIC_CAP if request.objective == "traffic" else None,
+        max_imbalance=AIMS[request.goal].cap,
     )
 
 
