@@ -119,9 +119,10 @@ def command(
     expert_bytes = serving.expert_bytes(source, expert_bytes)
     running = initial if is_start(initial) else load_placement(Path(initial), source, topology)
     future = _future(source, unseen)
-    output.say(source.describe())
+    output.say(*source.introduction.lines)
     if future is not None:
-        output.say(f"Judged on {future.describe()}")
+        line, *notes = future.introduction.lines
+        output.say(f"Judged on {line}", *notes)
     weights = _weigh_steps(source.traffic, len(copies), splits)
     with working("advising") as report:
         advice = advising.advise(
@@ -152,12 +153,11 @@ def command(
     # The gain of few moves stands above their command.
     others = tuple(finding for finding in advice.findings if finding.kind != "few moves")
     _show(output, replace(advice, findings=others), voice)
-    output.next_commands(following)
-    go_back = recipes.find_way_back_from(advice)
-    if go_back is not None:
-        output.say(f"  # to go back: {go_back}")
-    contents: dict[str, Any] = {"input": source.facts(), **advice.to_dict(voice)}
-    contents |= {"commands": [*map(str, following)], "go_back": go_back}
+    output.next_commands(following.commands)
+    if following.go_back is not None:
+        output.say(f"  # to go back: {following.go_back}")
+    contents: dict[str, Any] = {"input": source.introduction.facts, **advice.to_dict(voice)}
+    contents |= {"commands": [*map(str, following.commands)], "go_back": following.go_back}
 
     def page() -> PageData:
         # A page has room for the command that the terminal names in a remark.

@@ -101,7 +101,7 @@ def command(
         rows = _replay(placement, placed.serving, source.window, (profile, unseen), now, progress)
     worst = max(rows, key=lambda row: row["change"])
     output.say(
-        f"profile: {profile.describe()}", f"now: {placed.source.describe()}", *placed.differences()
+        *_name_lines("profile", profile), *_name_lines("now", placed.source), *placed.differences()
     )
     if profile.missing_names is not None:
         output.say(f"Warning: {on_profile.names_warning}")
@@ -123,7 +123,10 @@ def command(
         output.say(f"  {again}")
     is_worse = limit is not None and answer == "worse"
     failed = is_worse or (fail_if_drift and drifted.is_beyond_chance)
-    contents: dict[str, Any] = {"input": source.facts(), "profile": profile.facts()}
+    contents: dict[str, Any] = {
+        "input": source.introduction.facts,
+        "profile": profile.introduction.facts,
+    }
     served = placed.serving.facts()
     contents |= {"placement": str(placement_file), "settings": served}
     contents |= {"answer": answer, "drift": drifted.to_dict(), "figures": rows}
@@ -144,6 +147,12 @@ def _make_profile(
     files = files or _find_profile(placed.made, placement_file, *source.input_files)
     profile = placed.source.like(input_files=files, only=only, group_by=names)
     return profile.as_placed(placed.made, placement_file)
+
+
+def _name_lines(name: str, source: Source) -> list[str]:
+    """Return the lines on a recording, with a name before the first one."""
+    line, *notes = source.introduction.lines
+    return [f"{name}: {line}", *notes]
 
 
 def _show(

@@ -163,7 +163,7 @@ def _show_recording(
             threads=source.threads,
             progress=show_shares(report, "", then="structure"),
         )
-    output.say(source.describe(), "")
+    output.say(*source.introduction.lines, "")
     _show_skew(output, measured)
     if (unreal := find_unreal(source.traffic, measured)) is not None:
         output.tell(unreal)
@@ -171,7 +171,7 @@ def _show_recording(
     _show_groups(output, measured)
     _show_crossings(output, measured)
     _show_hot_experts(output, measured.hot_experts)
-    contents = {"input": source.facts(), **measured.to_dict()}
+    contents = {"input": source.introduction.facts, **measured.to_dict()}
     if serving.is_given:
         contents["contiguous"] = _show_served(output, source, serving, topology)
     if figures is not None:

@@ -292,7 +292,7 @@ class Placed:
 
     def lines(self) -> Iterator[str]:
         """Write INPUT, how it is served, differences to the settings, and what is judged."""
-        yield self.source.describe()
+        yield from self.source.introduction.lines
         if self.source.missing_names is not None:
             yield f"Warning: {self.names_warning}"
         yield from self.differences()
@@ -365,7 +365,7 @@ class Placed:
         """Return INPUT, settings with further ones, and the traffic judged on, for JSON."""
         current = self.serving.facts() | {"window": self.source.counting_window}
         return {
-            "input": self.source.facts(),
+            "input": self.source.introduction.facts,
             "settings": current | settings,
             "judged_on": self.judged[2] | self.judged[0].size,
         }

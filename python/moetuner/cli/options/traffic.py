@@ -30,14 +30,13 @@ from moetuner.cli.output import working
 from moetuner.cost import public_name, top_k_of, type_in_name
 from moetuner.files import same_file
 from moetuner.files.opened import Opened
-from moetuner.formats import find_readers, list_cautions, open_input
+from moetuner.formats import find_readers, open_input
 from moetuner.formats.hints import Traffic as Traffic
-from moetuner.formats.sources import list_equal
 from moetuner.presets import MODELS
 from moetuner.problem.made import Made
 from moetuner.problem.reading import Reading
 from moetuner.recording import Recording
-from moetuner.report import recording
+from moetuner.report.recording import Introduction, introduce
 from moetuner.serving import Serving
 from moetuner.serving.settings import ENGINE, GOAL
 from moetuner.statistics import WINDOW, RoutingStatistics
@@ -261,19 +260,14 @@ class Source(FileHints):
         traffic = self.traffic if traffic is None else traffic
         return work.count(traffic, window=self.window or WINDOW, threads=self.threads, **tables)
 
-    def facts(self) -> dict[str, Any]:
-        """Return kind and sizes, for JSON."""
-        return recording.facts(self.input_files, self.traffic) | {"warnings": self.warnings}
-
-    def describe(self) -> str:
-        """Describe INPUT in a line; further lines have its limits, assumptions and warnings."""
-        with working(f"looking at {self.input_files[0].name}"):
-            line = recording.describe(self.input_files, self.traffic)
-            limits = list_cautions(self.readers)
-            steps = recording.describe_steps(self.traffic, self.tokens_per_step, self.top_k)
-            return "\n".join([line, *limits, *steps, *self.warnings])
-
     @cached_property
-    def warnings(self) -> list[str]:
-        """Warnings about INPUT that is of little or no use."""
-        return [*list_equal(self.input_files), *recording.list_warnings(self.traffic)]
+    def introduction(self) -> Introduction:
+        """Lines on INPUT, with its limits, assumptions and warnings, and its facts."""
+        with working(f"looking at {self.input_files[0].name}"):
+            return introduce(
+                self.input_files,
+                self.traffic,
+                self.readers,
+                step=self.tokens_per_step,
+                top_k=self.top_k,
+            )
