@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from moetuner.cli import options, recipes
+from moetuner.cli import options
 from moetuner.cli.options import JUDGING, RUNNING, SEARCH, option
 from moetuner.cli.options.groups import FILES
 from moetuner.cli.options.machine import Machine
@@ -17,6 +17,7 @@ from moetuner.cli.options.pages import Pages, make_origin
 from moetuner.cli.options.serving import JudgedOptions, setting_option
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, show_steps, working
+from moetuner.cli.recipes import follow
 from moetuner.evaluation.comparison import PRICE, Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.files.cells import counted, in_bytes, percent, signed, span, with_values
@@ -148,8 +149,8 @@ def command(
             threads=source.threads,
             progress=show_steps(report, weights),
         )
-    voice = TERMINAL._replace(audit=recipes.make_recipe_to_audit(source, advice, unseen).command)
-    following = recipes.list_recipes_after(source, advice, unseen)
+    following = follow(source, advice, unseen)
+    voice = TERMINAL._replace(audit=following.audit.command)
     # The gain of few moves stands above their command.
     others = tuple(finding for finding in advice.findings if finding.kind != "few moves")
     _show(output, replace(advice, findings=others), voice)
@@ -160,10 +161,8 @@ def command(
     contents |= {"commands": [*map(str, following.commands)], "go_back": following.go_back}
 
     def page() -> PageData:
-        # A page has room for the command that the terminal names in a remark.
-        full = recipes.list_recipes_after(source, advice, unseen, from_all=True)
-        on_page = contents | {"commands": [*map(str, full)]}
-        return make_advice_data(advice, make_origin(source), on_page, full, voice)
+        on_page = contents | {"commands": [*map(str, following.on_page)]}
+        return make_advice_data(advice, make_origin(source), on_page, following.on_page, voice)
 
     pages.write(output, page)
     output.finish(contents)
