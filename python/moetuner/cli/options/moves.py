@@ -139,16 +139,18 @@ class MoveOptions:
     def initial(
         self, source: Source, problem: Problem, running: Placement | None, seed: int
     ) -> Placement | None:
-        """Return the running placement: that of the file, checked, or a start of engines."""
+        """Return the running placement: that of the file, or a start; raise unless it fits."""
         initial, topology = self.initial_file, problem.topology
         if initial is None:
             return None
-        if running is None:
-            return start_placement(
+        if running is not None:
+            with naming(Path(initial)):
+                check_model(running, source.traffic, topology)
+        else:
+            running = start_placement(
                 initial, problem.statistics, topology, seed=seed, threads=source.threads
             )
-        with naming(Path(initial)):
-            check_model(running, source.traffic, topology)
+        problem.check_running(running)  # before anything is said
         return running
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 import click
@@ -15,8 +15,10 @@ from moetuner.cli.options import SIZE, Number, Text, list_flags, option
 from moetuner.cli.options.machine import COST_MODEL, bytes_in_cost_model, cost_model_for
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import working
+from moetuner.cli.work import TrafficSplit
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation.options import ReplayOptions
+from moetuner.evaluation.samples.holdout import hold_out
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.goals import AIMS
@@ -192,15 +194,20 @@ class ProblemOptions(ServingOptions):
         super().__init__(**values)
         self.router_groups = router_groups
 
-    def problem(
-        self,
-        source: Source,
-        topology: Topology,
-        traffic: Traffic | None = None,
-        *,
-        pairs: bool = True,
+    def split(
+        self, source: Source, topology: Topology, holdout: float, seed: int, *, pairs: bool = True
+    ) -> TrafficSplit:
+        """Hold out a share of INPUT, and make the problem of the rest, with ``pairs`` if needed."""
+        seen, judged_on = hold_out(source.traffic, holdout, seed=seed)
+        problem = self._make_problem(source, topology, seen, pairs=pairs)
+        judged_on = source.count_for_lp_split(judged_on, problem.serving)
+        serving = replace(problem.serving, window=source.replay_window)
+        return TrafficSplit(problem, judged_on, serving)
+
+    def _make_problem(
+        self, source: Source, topology: Topology, traffic: Traffic, *, pairs: bool
     ) -> Problem:
-        """Count INPUT, or a part of it, and make the problem.
+        """Count a part of INPUT, and make the problem.
 
         With ``pairs``, pairs are counted that the objective does not need, but other methods may.
         """
