@@ -33,12 +33,8 @@ from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.goals import TRAFFIC_CAP
 from moetuner.recording import Recording
-from moetuner.report.hot_experts import (
-    HotExperts,
-    count_loads_by_group,
-    hold_out_hot_experts,
-    measure_hot_experts,
-)
+from moetuner.report.hot_experts import HotExperts, hold_out_hot_experts, measure_hot_experts
+from moetuner.report.loads import count_part_loads
 from moetuner.serving import Serving
 from moetuner.solver import Method, solve
 from moetuner.statistics import RoutingStatistics, as_counts, check_recording, measure_distance
@@ -169,10 +165,9 @@ def structure(
     seen, unseen = (_count_transitions(half, threads, passes.begin()) for half in halves)
     statistics = seen + unseen if held_out else seen
     load = statistics.total_load
-    loads = count_loads_by_group(traffic, threads)
     # Halves of a trace without sequences leave some tokens out; groups have all of them.
-    load_of_groups = np.stack([*loads.values()]).sum(axis=0, dtype=np.uint64) if loads else load
-    share, distance = _compare_groups(loads, load_of_groups)
+    parts = count_part_loads(traffic, threads)
+    share, distance = _compare_groups(parts.groups, parts.total)
 
     tables = statistics.transitions_or_empty
     bits = chance = None
@@ -185,7 +180,7 @@ def structure(
     skew = np.where(total > 0, _compute_shares(load).max(axis=1) * load.shape[1], 1.0)
     if held_out:
         hot_experts = measure_hot_experts(
-            traffic, seen.total_load, unseen.total_load, halves[1], loads, threads
+            traffic, seen.total_load, unseen.total_load, halves[1], threads
         )
     else:
         hot_experts = hold_out_hot_experts(traffic, seed=seed, threads=threads)
