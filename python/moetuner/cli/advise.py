@@ -17,7 +17,7 @@ from moetuner.cli.options.pages import Pages, make_origin
 from moetuner.cli.options.serving import JudgedOptions, setting_option
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, show_steps, working
-from moetuner.cli.recipes import follow
+from moetuner.cli.recipes import Following
 from moetuner.evaluation.comparison import PRICE, Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.files.cells import counted, in_bytes, percent, signed, span, with_values
@@ -149,11 +149,9 @@ def command(
             threads=source.threads,
             progress=show_steps(report, weights),
         )
-    following = follow(source, advice, unseen)
+    following = Following(source, advice, unseen)
     voice = TERMINAL._replace(audit=following.audit.command)
-    # The gain of few moves stands above their command.
-    others = tuple(finding for finding in advice.findings if finding.kind != "few moves")
-    _show(output, replace(advice, findings=others), voice)
+    _show(output, advice, voice)
     output.next_commands(following.commands)
     if following.go_back is not None:
         output.say(f"  # to go back: {following.go_back}")
@@ -198,8 +196,11 @@ def _show(output: Output, advice: Advice, voice: Voice) -> None:
     """Print the answer, its reasons, its figures, and the gains of copies where they pay."""
     output.say("")
     output.verdict(advice.findings[0], advice.say_answer(voice))
-    output.say(*(f"- {reason}" for reason in advice.say("reason", "cost", voice=voice)))
-    output.say(*(f"! {warning}" for warning in advice.say("warning", voice=voice)))
+    # The gain of few moves stands above their command.
+    others = tuple(finding for finding in advice.findings if finding.kind != "few moves")
+    shown = replace(advice, findings=others)
+    reasons, warnings = shown.say("reason", "cost", voice=voice), shown.say("warning", voice=voice)
+    output.say(*(f"- {reason}" for reason in reasons), *(f"! {warning}" for warning in warnings))
     _show_figures(output, advice)
     if advice.by_group:
         windows = [write_windows(judged) for judged in advice.judged]

@@ -83,6 +83,12 @@ class Change:
             raise click.UsageError("Give '--every-loss' and '--table' together.")
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """The change, as arguments of ``plan``."""
+        names = ("without", "retire", "fewer", "join", "slots_per_device")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def numbers(self) -> dict[str, Any]:
         """The change, as numbers of a finding."""
         named = {"lost": list(self.without), "retire": list(self.retire)}
@@ -148,23 +154,17 @@ def command(
         planned = plan(
             running,
             traffic,
-            without=change.without,
-            retire=change.retire,
-            fewer=change.fewer,
-            join=change.join,
-            slots_per_device=change.slots_per_device,
+            **change.arguments,
             more_copies=more_copies,
             topology=topology,
             window=source.replay_window,
         )
     not_serving = sorted({*range(running.devices)} - {*planned.devices.tolist()})
     left = topology.without(not_serving, change.join)
-    served = replace(
-        made.on(left),
-        plan={"running": running_file.name, "change": write_change(**change.numbers)},
-    )
+    summary = {"running": running_file.name, "change": write_change(**change.numbers)}
+    settings = replace(made.on(left), plan=summary).to_settings()
     placement = planned.placement.with_names(
-        model=running.model, topology=topology.name, settings=served.to_settings()
+        model=running.model, topology=topology.name, settings=settings
     ).with_load(traffic.total_load)
     placement.save(out_file)
     if topology.has_nested_nodes and (not_serving or change.join):

@@ -7,18 +7,13 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 
 from moetuner.cli import options
 from moetuner.cli.options.groups import FILES
-from moetuner.cli.options.machine import (
-    Machine,
-    cost_model_for,
-    find_preset_name,
-    write_node_sizes,
-)
+from moetuner.cli.options.machine import Machine, cost_model_for, find_preset_name, write_node_sizes
 from moetuner.cli.options.placed import Placed
 from moetuner.cli.options.traffic import Source
 from moetuner.files import same_file
@@ -79,47 +74,38 @@ def choose_file_name(running: str | Path | None, name: str) -> str:
     return f"new-{name}" if running is not None and same_file(running, name) else name
 
 
-class Following(NamedTuple):
-    """The commands that follow an advice.
-
-    Parameters
-    ----------
-    audit
-        Shows the groups which the proposed placement serves worse.
-    commands
-        Repeat the answer, and lead from it to the engine, or to more evidence.
-    on_page
-        The same, with the command that computes the placement to serve from all of INPUT: the
-        terminal names it in a remark.
-    go_back
-        How to undo the proposed placement; None if none is proposed.
-    """
-
-    audit: Recipe
-    commands: list[Recipe]
-    on_page: list[Recipe]
-    go_back: str | None
-
-
-def follow(source: Source, advice: Advice, unseen: Collection[Path] = ()) -> Following:
-    """Return the commands to run after advice, each with every option that changes its answer."""
-    answer = _Answer(source, advice, unseen)
-    is_proposed = advice.answer == "worth a trial"
-    return Following(
-        audit=answer.make_audit(),
-        commands=answer.list_recipes(from_all=False),
-        on_page=answer.list_recipes(from_all=True),
-        go_back=find_way_back(advice.settings["engine"]) if is_proposed else None,
-    )
-
-
 @dataclass(frozen=True)
-class _Answer:
-    """An answer of "moetuner advise", and what was typed to get it."""
+class Following:
+    """The commands that follow an advice, each with every option that changes its answer."""
 
     source: Source
     advice: Advice
     unseen: Collection[Path]
+
+    @property
+    def commands(self) -> list[Recipe]:
+        """The commands that repeat the answer, and lead to the engine or to more evidence."""
+        return self._list_recipes(from_all=False)
+
+    @property
+    def on_page(self) -> list[Recipe]:
+        """The same, with that for all of INPUT, which the terminal names in a remark."""
+        return self._list_recipes(from_all=True)
+
+    @property
+    def go_back(self) -> str | None:
+        """How to undo the proposed placement; None if none is proposed."""
+        is_proposed = self.advice.answer == "worth a trial"
+        return find_way_back(self.advice.settings["engine"]) if is_proposed else None
+
+    @property
+    def audit(self) -> Recipe:
+        """The command that shows the groups which the proposed placement serves worse."""
+        files = self.unseen or self.source.input_files
+        values: dict[str, Any] = {"window": self.advice.main.window, "by_group": True}
+        if self.advice.settings["initial"] != "contiguous":
+            values["baseline"] = self.running_file or RUNNING_FILE
+        return recipe("evaluate", [self.name_file(PLACED_FILE), *files], values)
 
     @cached_property
     def typed(self) -> dict[str, Any]:
@@ -135,7 +121,7 @@ class _Answer:
         """Return the name of a file to write, another one than that of the running placement."""
         return choose_file_name(self.running_file, name)
 
-    def list_recipes(self, *, from_all: bool) -> list[Recipe]:
+    def _list_recipes(self, *, from_all: bool) -> list[Recipe]:
         """Return the commands to run.
 
         With ``from_all``, one more command computes the placement to serve from all of INPUT.
@@ -292,14 +278,6 @@ class _Answer:
         if holds_out:
             values["holdout"] = HOLDOUT
         return values
-
-    def make_audit(self) -> Recipe:
-        """Return the command that shows the groups which the proposed placement serves worse."""
-        files = self.unseen or self.source.input_files
-        values: dict[str, Any] = {"window": self.advice.main.window, "by_group": True}
-        if self.advice.settings["initial"] != "contiguous":
-            values["baseline"] = self.running_file or RUNNING_FILE
-        return recipe("evaluate", [self.name_file(PLACED_FILE), *files], values)
 
 
 def list_recipes_to_serve(

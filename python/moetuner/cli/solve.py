@@ -139,14 +139,9 @@ def command(
 
     def page() -> PageData:
         judgement = replayed.first_judgement(source.traffic, split.serving.window)
+        origin = make_origin(source)
         return make_outcome_data(
-            judgement,
-            outcome,
-            make_origin(source),
-            contents,
-            traffic=judged,
-            trades=trades,
-            expert_bytes=size,
+            judgement, outcome, origin, contents, traffic=judged, trades=trades, expert_bytes=size
         )
 
     pages.write(output, page)

@@ -22,14 +22,7 @@ from moetuner.statistics import RoutingStatistics, as_counts
 class TrafficSplit:
     """The problem of the seen part of INPUT, and the part that its placements are judged on.
 
-    Parameters
-    ----------
-    problem
-        Problem of the seen part.
-    judged_on
-        The unseen part; all of INPUT where nothing is held out.
-    serving
-        How the placements are served, in the windows of the replay.
+    That is all of INPUT where nothing is held out. It is served in the windows of ``serving``.
     """
 
     problem: Problem

@@ -134,16 +134,8 @@ def measure_hot_experts(
 ) -> HotExperts:
     """Compute the shares of picks that sets of experts take.
 
-    Parameters
-    ----------
-    traffic
-        The recording.
-    seen_load, unseen_load
-        Load [L,E] by which sets are chosen, and by which they are judged.
-    unseen
-        The held-out part of the recording; all of it if nothing was held out.
-    threads
-        Threads to use.
+    Sets are chosen by ``seen_load`` [L,E] and judged by ``unseen_load``. ``unseen`` is the held-out
+    part of the recording; all of it if nothing was held out.
     """
     is_unseen, is_hot = unseen is not traffic, _choose_hottest(seen_load, HALF)
     static = [_compute_share(unseen_load, _choose_hottest(seen_load, size)) for size in SIZES]

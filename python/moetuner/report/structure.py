@@ -14,12 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import (
-    at_least,
-    callable_or_none,
-    seed_in,
-    threads_in,
-)
+from moetuner._checks import at_least, callable_or_none, seed_in, threads_in
 from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.halves import halve
 from moetuner.evaluation.intervals import FEWEST, estimate_spread

@@ -15,7 +15,7 @@ from moetuner import _texts
 from moetuner._checks import nth_seed
 from moetuner.cli.options import LayerHints, list_spelled_options
 from moetuner.cli.options.machine import Machine
-from moetuner.cli.options.moves import is_start, load_placement, start_placement
+from moetuner.cli.options.moves import check_placement, is_start, load_placement, start_placement
 from moetuner.cli.options.serving import ServingOptions
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import show_shares, working
@@ -94,13 +94,6 @@ def read_any(path: Path | Opened, machine: Machine, hints: LayerHints) -> Placem
     return read_placement(path, devices=machine.given, **sizes)
 
 
-def read_hints(file: Opened) -> Reading:
-    """Return how the INPUT of a placement was read, by its file; an engine's map does not say."""
-    if find_form(file) != "json":
-        return Reading()
-    return read_made(file.path, read_placement(file)).input
-
-
 def with_input(placement: Placement, source: Source, holdout: float) -> Placement:
     """Return a placement with INPUT, and the held-out share of it, in its settings."""
     reading = Reading.from_options(source, source.traffic)
@@ -120,6 +113,8 @@ class Placed:
         The placement, and its name in sentences.
     made
         Facts of its computation, from its file.
+    typed
+        INPUT as it was recorded, and as options alone say.
     source, serving
         INPUT in the placement's windows, and how it is served.
     lost
@@ -131,6 +126,7 @@ class Placed:
     placement: Placement
     name: str
     made: Made
+    typed: Source
     source: Source
     serving: Serving
     lost: tuple[int, ...] = ()
@@ -163,14 +159,19 @@ class Placed:
         options: ServingOptions,
     ) -> Placed:
         """Read a placement of INPUT's model; its settings replace options that are not given."""
-        path = file.path
-        source = source.with_hints(read_hints(file))
-        placement = load_placement(file, source, devices=machine.given)
-        made = read_made(path, placement)
-        engine = WRITERS[find_form(file)].engine
-        if engine is not None:  # only this engine loads the map
-            made = replace(made, serving={**made.serving, "engine": engine})
-        source, recorded = source.as_placed(made, path), made.input
+        path, form = file.path, find_form(file)
+        if form == "json":
+            placement = read_placement(file)
+            made = read_made(path, placement)
+            source = source.with_hints(made.input)
+            check_placement(placement, file, source.traffic)
+        else:
+            placement = load_placement(file, source, devices=machine.given)
+            made = read_made(path, placement)
+            engine = WRITERS[form].engine
+            if engine is not None:  # only this engine loads the map
+                made = replace(made, serving={**made.serving, "engine": engine})
+        typed, source, recorded = source, source.as_placed(made, path), made.input
         topology = machine.topology(placement.devices, made.machine)
         served = dict(made.serving)
         # The placement's cost model is for experts of the same model and bits.
@@ -179,7 +180,7 @@ class Placed:
         with naming(path):
             chosen = find_choices(served, is_counted=made.is_counted)
         source, serving = options.resolve(source, topology, chosen)
-        return cls(placement, _texts.name(path.name), made, source, serving)
+        return cls(placement, _texts.name(path.name), made, typed, source, serving)
 
     @cached_property
     def judged(self) -> tuple[Recording, str, dict[str, Any]]:

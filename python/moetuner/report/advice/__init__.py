@@ -19,12 +19,7 @@ from moetuner.files.cells import counted
 from moetuner.placement import Placement
 from moetuner.problem.goals import Goal
 from moetuner.recording import Recording
-from moetuner.report.advice.conclusion import (
-    conclude,
-    find_costs,
-    find_notes,
-    write_judged_on,
-)
+from moetuner.report.advice.conclusion import conclude, find_costs, find_notes, write_judged_on
 from moetuner.report.advice.copies import choose_copies
 from moetuner.report.advice.drift import Drift, cut_in_half, measure_drift
 from moetuner.report.advice.judging import (

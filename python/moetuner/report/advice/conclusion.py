@@ -14,12 +14,7 @@ from moetuner.evaluation.judgement import Judgement
 from moetuner.evaluation.samples import Samples
 from moetuner.files.cells import counted
 from moetuner.recording import Recording
-from moetuner.report.advice.copies import (
-    Choice,
-    copies_matter,
-    count_running_copies,
-    find_copies,
-)
+from moetuner.report.advice.copies import Choice, copies_matter, count_running_copies, find_copies
 from moetuner.report.advice.drift import Drift
 from moetuner.report.advice.request import Request
 from moetuner.report.advice.sweep import compute_token_limit

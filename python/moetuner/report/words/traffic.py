@@ -5,13 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moetuner._texts import name
-from moetuner.files.cells import (
-    counted,
-    in_bytes,
-    number,
-    percent,
-    span,
-)
+from moetuner.files.cells import counted, in_bytes, number, percent, span
 from moetuner.report.findings import Voice
 from moetuner.report.words.parts import Clause, in_windows
 
