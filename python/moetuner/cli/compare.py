@@ -52,7 +52,6 @@ BLOCKS, RUNNING = "contiguous", "running"
 # other methods bound their own work, and a limit would change their results.
 PAPER_SECONDS = 30.0
 
-
 # The traffic of the page's figures.
 UNSEEN = "Unseen traffic of the first split."
 SEEN = "The traffic that the placements were computed from, which flatters them."

@@ -192,10 +192,7 @@ def _show_served(
         [[evaluation]] = evaluate_each([placement], traffic, [serving], replayed, progress=progress)
     output.say("", *serving.explain())
     figures = {"imbalance": evaluation.imbalance, "us": evaluation.predicted_layer_us}
-    output.tell(
-        Finding("contiguous placement", figures),
-        *find_times_of(serving, traffic),
-    )
+    output.tell(Finding("contiguous placement", figures), *find_times_of(serving, traffic))
     names = ("imbalance", "imbalance_mixed", "predicted_layer_us")
     return {name: getattr(evaluation, name) for name in names}
 

@@ -84,15 +84,9 @@ class Change:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The change, as arguments of ``plan``."""
+        """The change, as arguments of ``plan`` and of ``write_change``."""
         names = ("without", "retire", "fewer", "join", "slots_per_device")
         return {name: getattr(self, name) for name in names}
-
-    @property
-    def numbers(self) -> dict[str, Any]:
-        """The change, as numbers of a finding."""
-        named = {"lost": list(self.without), "retire": list(self.retire)}
-        return {**named, "fewer": self.fewer, "join": self.join, "slots": self.slots_per_device}
 
 
 @options.command(
@@ -161,7 +155,7 @@ def command(
         )
     not_serving = sorted({*range(running.devices)} - {*planned.devices.tolist()})
     left = topology.without(not_serving, change.join)
-    summary = {"running": running_file.name, "change": write_change(**change.numbers)}
+    summary = {"running": running_file.name, "change": write_change(**change.arguments)}
     settings = replace(made.on(left), plan=summary).to_settings()
     placement = planned.placement.with_names(
         model=running.model, topology=topology.name, settings=settings
@@ -217,7 +211,7 @@ def _show(
 ) -> None:
     """Print the moves, and the load of the busiest device before and after."""
     machine = _machine(running)
-    served = {"machine": machine, "change": change.numbers, "serving": len(planned.devices)}
+    served = {"machine": machine, "change": change.arguments, "serving": len(planned.devices)}
     output.tell(Finding("devices that serve", served))
     if change.fewer:
         known = {*planned.devices.tolist(), *change.without, *change.retire}

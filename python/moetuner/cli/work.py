@@ -46,9 +46,7 @@ class TrafficSplit:
 
 
 def count(
-    recording: Recording,
-    counted: Callable[..., RoutingStatistics] = as_counts,
-    **options: Any,
+    recording: Recording, counted: Callable[..., RoutingStatistics] = as_counts, **options: Any
 ) -> RoutingStatistics:
     """Count a trace in windows; return statistics as they are.
 

@@ -303,12 +303,7 @@ def _count_transitions(
 ) -> RoutingStatistics:
     """Count the load and the transitions of a half of a trace."""
     return as_counts(
-        traffic,
-        window=None,
-        coactivation=False,
-        sets=False,
-        threads=threads,
-        progress=progress,
+        traffic, window=None, coactivation=False, sets=False, threads=threads, progress=progress
     )
 
 

@@ -26,9 +26,7 @@ BEGIN = "Begin with"
 RUNNING, SEARCH, JUDGING = "The running placement", "The search", "The evaluation"
 GROUPS = (BEGIN, MACHINE, GOAL, ENGINE, RUNNING, SEARCH, JUDGING, OTHER)
 
-
 TYPED = f"{__name__}.typed"
-
 
 # Errors of click about numbers, in plainer words.
 NUMBERS = {"is not a valid integer": "is not an integer", "is not a valid float": "is not a number"}

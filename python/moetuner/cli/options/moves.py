@@ -32,12 +32,8 @@ from moetuner.topology import Topology
 # Most devices for which moves per pair are a table; JSON always has them.
 MOST_DEVICES = 16
 
-
 initial_option = partial(
-    option,
-    FileText(words=STARTS),
-    "PLACEMENT|contiguous|round_robin|eplb[:N]",
-    group=RUNNING,
+    option, FileText(words=STARTS), "PLACEMENT|contiguous|round_robin|eplb[:N]", group=RUNNING
 )
 baseline_option = partial(
     option, FileText(words=STARTS), "PLACEMENT|contiguous|round_robin|eplb[:N]", flag="--baseline"

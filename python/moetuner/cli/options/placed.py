@@ -152,11 +152,7 @@ class Placed:
 
     @classmethod
     def read(
-        cls,
-        file: Opened,
-        source: Source,
-        machine: Machine,
-        options: ServingOptions,
+        cls, file: Opened, source: Source, machine: Machine, options: ServingOptions
     ) -> Placed:
         """Read a placement of INPUT's model; its settings replace options that are not given."""
         path, form = file.path, find_form(file)

@@ -77,7 +77,6 @@ ENGINE_OPTION = option(
     "do. If a placement is computed, it also sets equal slots, all of them full.",
 )
 
-
 ROUTER_GROUPS_HELP = (
     "Groups among which the router chooses first (n_group), kept whole. For engines that renumber "
     "experts in a checkpoint."
@@ -114,10 +113,7 @@ class ServingOptions:
         return self.engine is not None or bool(self.given)
 
     def resolve(
-        self,
-        source: Source,
-        topology: Topology,
-        recorded: Mapping[str, Any] | None = None,
+        self, source: Source, topology: Topology, recorded: Mapping[str, Any] | None = None
     ) -> tuple[Source, Serving]:
         """Return INPUT as it is served, and how it is served.
 
@@ -131,10 +127,7 @@ class ServingOptions:
         return source, serving
 
     def _resolve(
-        self,
-        source: Source,
-        topology: Topology,
-        recorded: Mapping[str, Any] | None,
+        self, source: Source, topology: Topology, recorded: Mapping[str, Any] | None
     ) -> Serving:
         traffic = source.traffic
         options = {name: value for name, value in self.given.items() if name in ENGINE_SETTINGS}

@@ -550,10 +550,7 @@ def check_unseen(traffic: Recording, unseen: Recording) -> None:
 
 
 def _choose_phases(
-    traffic: Recording,
-    share: float | None,
-    window: int | None,
-    windows: tuple[int | None, ...],
+    traffic: Recording, share: float | None, window: int | None, windows: tuple[int | None, ...]
 ) -> Phases | None:
     """Return the phases that placements are computed for: one window's, or by prefill's share.
 

@@ -166,11 +166,7 @@ def count_traffic(request: Request, seen: Recording) -> RoutingStatistics:
 
 
 def build_problem(
-    request: Request,
-    statistics: RoutingStatistics,
-    copies: int,
-    *,
-    phases: Phases | None = None,
+    request: Request, statistics: RoutingStatistics, copies: int, *, phases: Phases | None = None
 ) -> Problem:
     """Build the problem of ``moetuner solve`` with a number of slots for copies on a device.
 

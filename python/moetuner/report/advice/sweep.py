@@ -88,10 +88,7 @@ def sweep(request: Request, holdout: Holdout) -> Sweep:
 
 
 def _compute_gains(
-    request: Request,
-    holdout: Holdout,
-    running: Placement,
-    with_copies: dict[Key, Placement],
+    request: Request, holdout: Holdout, running: Placement, with_copies: dict[Key, Placement]
 ) -> Sweep:
     """Compute gains of placements with copies over the running one, and the memory of copies."""
     request.progress("replaying them on unseen traffic")

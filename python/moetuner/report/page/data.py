@@ -460,9 +460,7 @@ def make_judgement_data(
 
 
 def make_gain_tile(
-    gain: Comparison,
-    judgement: Judgement,
-    others: Mapping[str, float] | None = None,
+    gain: Comparison, judgement: Judgement, others: Mapping[str, float] | None = None
 ) -> Tile:
     """Show a gain of a judgement, with the figures before and after.
 
