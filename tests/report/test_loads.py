@@ -30,13 +30,12 @@ def make_trace():
 def test_parts_have_the_loads_of_their_tokens():
     """Groups with tokens, and halves by place, have what a plain loop counts of them."""
     trace = make_trace()
-    parts, place = count_part_loads(trace), np.arange(trace.tokens)
-    assert [*parts.groups] == ["code", "chat"]
+    place, (groups, halves) = np.arange(trace.tokens), count_part_loads(trace)
+    assert [*groups] == ["code", "chat"]
     for name, number in (("code", 0), ("chat", 2)):
-        assert np.array_equal(parts.groups[name], count(trace, trace.group == number))
-    assert np.array_equal(parts.early, count(trace, place < 51))
-    assert np.array_equal(parts.late, count(trace, place >= 51))
-    assert np.array_equal(parts.total, count(trace, place >= 0))
+        assert np.array_equal(groups[name], count(trace, trace.group == number))
+    assert np.array_equal(halves[0], count(trace, place < 51))
+    assert np.array_equal(halves[1], count(trace, place >= 51))
 
 
 def test_parts_are_counted_once():
@@ -48,9 +47,10 @@ def test_parts_are_counted_once():
 def test_counts_are_halved_by_window():
     """Windows of counts are divided in the middle; a single one is the later half."""
     load = np.arange(24).reshape(3, 2, 4)
-    parts = count_part_loads(mt.RoutingStatistics.from_load(load))
-    assert parts.groups == {}
-    assert np.array_equal(parts.early, load[0])
-    assert np.array_equal(parts.late, load[1:].sum(axis=0))
-    single = count_part_loads(mt.RoutingStatistics.from_load(load[:1]))
-    assert np.array_equal(single.total, single.late)
+    groups, halves = count_part_loads(mt.RoutingStatistics.from_load(load))
+    assert groups == {}
+    assert np.array_equal(halves[0], load[0])
+    assert np.array_equal(halves[1], load[1:].sum(axis=0))
+    _, (early, late) = count_part_loads(mt.RoutingStatistics.from_load(load[:1]))
+    assert not early.any()
+    assert np.array_equal(late, load[0])

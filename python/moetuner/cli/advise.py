@@ -120,9 +120,9 @@ def command(
     expert_bytes = serving.expert_bytes(source, expert_bytes)
     running = initial if is_start(initial) else load_placement(Path(initial), source, topology)
     future = _future(source, unseen)
-    output.say(*source.introduction.lines)
+    output.say(*source.lines)
     if future is not None:
-        line, *notes = future.introduction.lines
+        line, *notes = future.lines
         output.say(f"Judged on {line}", *notes)
     weights = _weigh_steps(source.traffic, len(copies), splits)
     with working("advising") as report:
@@ -155,7 +155,7 @@ def command(
     output.next_commands(following.commands)
     if following.go_back is not None:
         output.say(f"  # to go back: {following.go_back}")
-    contents: dict[str, Any] = {"input": source.introduction.facts, **advice.to_dict(voice)}
+    contents: dict[str, Any] = {"input": source.facts, **advice.to_dict(voice)}
     contents |= {"commands": [*map(str, following.commands)], "go_back": following.go_back}
 
     def page() -> PageData:

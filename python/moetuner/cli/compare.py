@@ -130,7 +130,7 @@ def command(
 
     first = contest(0)
     problem = first.split.problem
-    output.say(*source.introduction.lines, *wanted.explain_problem(problem))
+    output.say(*source.lines, *wanted.explain_problem(problem))
     output.say(first.describe(held_out=holdout > 0), "")
     outcomes_by_split = _run(
         lambda number: (contest(number) if number else first).outcomes(methods, source.threads),
@@ -158,7 +158,7 @@ def command(
         "waterfill": wanted.given.get("waterfill"),
     }
     facts = {name: _facts(name, outcome, by_windows) for name, outcome in outcomes.items()}
-    contents = {"input": source.introduction.facts, "settings": settings, "methods": facts}
+    contents = {"input": source.facts, "settings": settings, "methods": facts}
 
     def page() -> PageData:
         judgement = judge_outcome(

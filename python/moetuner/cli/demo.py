@@ -75,9 +75,7 @@ def command(
         f"  {recipe('advise', files[:1], {'devices': DEVICES}).command}",
     )
     methods = {method: outcome.to_dict() for method, outcome in outcomes.items()}
-    output.finish(
-        {"input": source.introduction.facts, "structure": measured.to_dict(), "methods": methods}
-    )
+    output.finish({"input": source.facts, "structure": measured.to_dict(), "methods": methods})
     if not output.is_json:
         _advise(files[0], threads, output)
 

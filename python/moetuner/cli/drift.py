@@ -115,8 +115,8 @@ def command(
     is_worse = limit is not None and answer == "worse"
     failed = is_worse or (fail_if_drift and drifted.is_beyond_chance)
     contents: dict[str, Any] = {
-        "input": source.introduction.facts,
-        "profile": profile.introduction.facts,
+        "input": source.facts,
+        "profile": profile.facts,
     }
     served = placed.serving.facts()
     contents |= {"placement": str(placement_file), "settings": served}
@@ -143,7 +143,7 @@ def _make_profile(
 def _introduce(output: Output, on_profile: Placed, placed: Placed) -> None:
     """Print what the profile and INPUT are, and whether the placement has seen the profile."""
     for name, source in (("profile", on_profile.source), ("now", placed.source)):
-        line, *notes = source.introduction.lines
+        line, *notes = source.lines
         output.say(f"{name}: {line}", *notes)
     output.say(*placed.differences())
     if on_profile.source.missing_names is not None:

@@ -136,7 +136,7 @@ def command(
     topology = machine.topology(running.devices, made.machine)
     if expert_bytes is None:
         expert_bytes = _find_expert_bytes(source, running, made)
-    contents: dict[str, Any] = {"input": source.introduction.facts, "running": str(running_file)}
+    contents: dict[str, Any] = {"input": source.facts, "running": str(running_file)}
     contents |= {"expert_bytes": expert_bytes, "topology": topology.to_dict()}
     traffic = _count_loads(source, made)
     if table_file is not None:

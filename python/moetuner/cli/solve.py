@@ -105,7 +105,7 @@ def command(
     if certificate_file is not None:
         _refuse_unprovable(problem, method, moving=initial is not None)
     arguments = asdict(search)
-    output.say(*source.introduction.lines, *wanted.explain_problem(problem), *moving.explain())
+    output.say(*source.lines, *wanted.explain_problem(problem), *moving.explain())
     moves = moving.arguments(initial)
     result = work.solve(problem, method, threads=threads, **arguments, **moves)
     result = replace(result, placement=with_input(result.placement, source, holdout))
@@ -132,10 +132,11 @@ def command(
     )
     settings = settings_for_json(problem) | moving.settings() | arguments
     settings |= {"window": source.counting_window, "threads": threads, "holdout": holdout}
-    contents: dict[str, Any] = {"input": source.introduction.facts, "settings": settings}
+    contents: dict[str, Any] = {"input": source.facts, "settings": settings}
     contents["placement"] = str(out_file)
     contents |= {"method": method, **outcome.to_dict(), **moves, "kept": keeps_running}
-    contents |= replayed.gain_facts() | {"judged_on": _describe_part(split.judged_on, holdout)}
+    part = {"part": "unseen" if holdout else "all", "is_seen": not holdout}
+    contents |= replayed.gain_facts() | {"judged_on": part | split.judged_on.size}
 
     def page() -> PageData:
         judgement = replayed.first_judgement(source.traffic, split.serving.window)
@@ -240,12 +241,6 @@ def _write_judged(source: Source, split: TrafficSplit, holdout: float) -> str:
         recorded = source.count_for_lp_split(source.traffic, split.serving)
         sentence = write_held_out(split.judged_on, recorded)
     return add_windows(sentence, source, split.judged_on)
-
-
-def _describe_part(judged_on: Recording, holdout: float) -> dict[str, Any]:
-    """Return the part of INPUT that the result is judged on, for JSON."""
-    description = {"part": "unseen" if holdout else "all", "is_seen": not holdout}
-    return description | judged_on.size
 
 
 def _keep_running(

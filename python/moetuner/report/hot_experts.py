@@ -140,8 +140,8 @@ def measure_hot_experts(
     is_unseen, is_hot = unseen is not traffic, _choose_hottest(seen_load, HALF)
     static = [_compute_share(unseen_load, _choose_hottest(seen_load, size)) for size in SIZES]
     layer_load = np.maximum(unseen_load.sum(axis=1, dtype=float), 1.0)
-    parts = count_part_loads(traffic, threads)
-    later = _compute_share(parts.late, _choose_hottest(parts.early, HALF))
+    groups, (early, late) = count_part_loads(traffic, threads)
+    later = _compute_share(late, _choose_hottest(early, HALF))
     of_layer = (unseen_load * is_hot).sum(axis=1) / layer_load
     return HotExperts(
         sizes=SIZES,
@@ -150,7 +150,7 @@ def measure_hot_experts(
         chance=SIZES if is_unseen else _draw_shares(unseen_load),
         cache=_simulate_cache(unseen, threads) if isinstance(unseen, RoutingTrace) else None,
         static_of_layer=tuple(of_layer.tolist()),
-        static_of_group=_measure_groups(parts.groups),
+        static_of_group=_measure_groups(groups),
         static_later=later if traffic.length > 1 else None,
     )
 

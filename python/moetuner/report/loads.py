@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,25 +11,14 @@ from moetuner.statistics import count_loads
 Loads = NDArray[np.uint64]
 
 
-class PartLoads(NamedTuple):
-    """Loads [L,E] of a recording's groups that have tokens, and of its earlier and later half."""
-
-    groups: dict[str, Loads]
-    early: Loads
-    late: Loads
-
-    @property
-    def total(self) -> Loads:
-        """Load [L,E] of all tokens."""
-        return self.early + self.late
-
-
-def count_part_loads(traffic: Recording, threads: int | None = None) -> PartLoads:
-    """Count the loads of the parts of a recording; they are counted once."""
+def count_part_loads(
+    traffic: Recording, threads: int | None = None
+) -> tuple[dict[str, Loads], Loads]:
+    """Count the load [L,E] of every group that has tokens, and of both halves [2,L,E], once."""
     return compute_once(traffic, "loads of parts", lambda: _count(traffic, threads))
 
 
-def _count(traffic: Recording, threads: int | None) -> PartLoads:
+def _count(traffic: Recording, threads: int | None) -> tuple[dict[str, Loads], Loads]:
     groups: dict[str, Loads] = {}
     if traffic.group is not None and traffic.group.size:
         windows = count_loads(traffic, threads=threads)
@@ -41,8 +28,6 @@ def _count(traffic: Recording, threads: int | None) -> PartLoads:
             if load.any():
                 groups[name] = load
     window = max(-(-traffic.length // 2), 1)
-    halves = count_loads(traffic, window=window, by_group=False, threads=threads).window_load
-    early, late = (
-        half.sum(axis=0, dtype=np.uint64) for half in np.split(halves, [len(halves) // 2])
-    )
-    return PartLoads(groups, early, late)
+    load = count_loads(traffic, window=window, by_group=False, threads=threads).window_load
+    halves = [half.sum(axis=0, dtype=np.uint64) for half in np.split(load, [len(load) // 2])]
+    return groups, np.stack(halves)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,29 +38,21 @@ SHOWN_REPEATED = 3
 COMPARED = 256
 
 
-class Introduction(NamedTuple):
-    """A recording as commands introduce it: lines on it for people, and its facts for JSON."""
-
-    lines: list[str]
-    facts: dict[str, Any]
-
-
 def introduce(
     paths: Sequence[Path],
     recording: Recording,
     readers: Sequence[str],
-    *,
     step: int | None,
     top_k: int | None,
-) -> Introduction:
-    """Describe a recording, its limits, its assumptions and what is wrong with it.
+) -> tuple[list[str], dict[str, Any]]:
+    """Return lines on a recording, its limits, assumptions and warnings, and its facts for JSON.
 
     ``readers`` are those of its files; ``step`` and ``top_k`` as for ``describe_steps``.
     """
     warnings = [*list_equal(paths), *list_warnings(recording)]
     lines = describe(paths, recording).split("\n")
     lines += [*list_cautions(readers), *describe_steps(recording, step, top_k), *warnings]
-    return Introduction(lines, facts(paths, recording) | {"warnings": warnings})
+    return lines, facts(paths, recording) | {"warnings": warnings}
 
 
 def facts(paths: Sequence[Path], recording: Recording) -> dict[str, Any]:

@@ -161,8 +161,8 @@ def structure(
     statistics = seen + unseen if held_out else seen
     load = statistics.total_load
     # Halves of a trace without sequences leave some tokens out; groups have all of them.
-    parts = count_part_loads(traffic, threads)
-    share, distance = _compare_groups(parts.groups, parts.total)
+    groups, loads = count_part_loads(traffic, threads)
+    share, distance = _compare_groups(groups, loads.sum(axis=0, dtype=np.uint64))
 
     tables = statistics.transitions_or_empty
     bits = chance = None

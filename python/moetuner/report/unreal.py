@@ -31,7 +31,7 @@ def find_unreal(traffic: Recording, structure: Structure) -> Finding | None:
     chance if, too, neighbouring tokens and neighbouring layers share nothing beyond chance; of
     counts alone the loads are all that is known.
     """
-    load = count_part_loads(traffic).total.astype(np.float64)
+    load = count_part_loads(traffic)[1].sum(axis=0, dtype=np.float64)
     load = load[load.any(axis=1)]
     if not traffic.ordered:
         if not load.size or load.mean(axis=1).min() < LEAST_COUNT:

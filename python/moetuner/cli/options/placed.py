@@ -29,7 +29,7 @@ from moetuner.evaluation.samples import find_samples
 from moetuner.evaluation.samples.holdout import hold_out
 from moetuner.files import naming
 from moetuner.files.cells import counted, listed
-from moetuner.files.opened import Opened
+from moetuner.files.opened import Opened, opened
 from moetuner.formats import WRITERS, find_form, read_placement
 from moetuner.placement import Placement, contiguous
 from moetuner.problem.made import Made
@@ -88,10 +88,12 @@ def write_held_out(part: Recording, traffic: Recording) -> str:
     )
 
 
-def read_any(path: Path | Opened, machine: Machine, hints: LayerHints) -> Placement:
-    """Read a placement, or an engine's map; options give sizes that a map leaves out."""
+def read_any(path: Path | Opened, machine: Machine, hints: LayerHints) -> tuple[Placement, Made]:
+    """Read a placement or an engine's map, by sizes that options give, and how it was made."""
+    file = opened(path)
     sizes = {name: hints.hints[name] for name in ("num_experts", "dense_layers")}
-    return read_placement(path, devices=machine.given, **sizes)
+    placement = read_placement(file, devices=machine.given, **sizes)
+    return placement, read_made(file.path, placement)
 
 
 def with_input(placement: Placement, source: Source, holdout: float) -> Placement:
@@ -289,7 +291,7 @@ class Placed:
 
     def lines(self) -> Iterator[str]:
         """Write INPUT, how it is served, differences to the settings, and what is judged."""
-        yield from self.source.introduction.lines
+        yield from self.source.lines
         if self.source.missing_names is not None:
             yield f"Warning: {self.names_warning}"
         yield from self.differences()
@@ -362,7 +364,7 @@ class Placed:
         """Return INPUT, settings with further ones, and the traffic judged on, for JSON."""
         current = self.serving.facts() | {"window": self.source.counting_window}
         return {
-            "input": self.source.introduction.facts,
+            "input": self.source.facts,
             "settings": current | settings,
             "judged_on": self.judged[2] | self.judged[0].size,
         }

@@ -190,7 +190,10 @@ class ProblemOptions(ServingOptions):
     def split(
         self, source: Source, topology: Topology, holdout: float, seed: int, *, pairs: bool = True
     ) -> TrafficSplit:
-        """Hold out a share of INPUT, and make the problem of the rest, with ``pairs`` if needed."""
+        """Hold out a share of INPUT, and make the problem of the rest.
+
+        With ``pairs``, pairs are counted that the objective does not need, but other methods may.
+        """
         seen, judged_on = hold_out(source.traffic, holdout, seed=seed)
         problem = self._make_problem(source, topology, seen, pairs=pairs)
         judged_on = source.count_for_lp_split(judged_on, problem.serving)
@@ -200,10 +203,7 @@ class ProblemOptions(ServingOptions):
     def _make_problem(
         self, source: Source, topology: Topology, traffic: Traffic, *, pairs: bool
     ) -> Problem:
-        """Count a part of INPUT, and make the problem.
-
-        With ``pairs``, pairs are counted that the objective does not need, but other methods may.
-        """
+        """Count a part of INPUT, and make the problem."""
         chosen = self.given
         goal = choose_goal(chosen.get("objective"), chosen.get("max_imbalance"))
         tables = choose_tables(chosen.get("regime", "dispatch"), goal)

@@ -36,7 +36,7 @@ from moetuner.presets import MODELS
 from moetuner.problem.made import Made
 from moetuner.problem.reading import Reading
 from moetuner.recording import Recording
-from moetuner.report.recording import Introduction, introduce
+from moetuner.report.recording import introduce
 from moetuner.serving import Serving
 from moetuner.serving.settings import ENGINE, GOAL
 from moetuner.statistics import WINDOW, RoutingStatistics
@@ -260,14 +260,19 @@ class Source(FileHints):
         traffic = self.traffic if traffic is None else traffic
         return work.count(traffic, window=self.window or WINDOW, threads=self.threads, **tables)
 
+    @property
+    def lines(self) -> list[str]:
+        """Lines on INPUT: its sizes, then its limits, assumptions and warnings."""
+        return self._introduction[0]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Kind, sizes and warnings of INPUT, for JSON."""
+        return self._introduction[1]
+
     @cached_property
-    def introduction(self) -> Introduction:
-        """Lines on INPUT, with its limits, assumptions and warnings, and its facts."""
+    def _introduction(self) -> tuple[list[str], dict[str, Any]]:
         with working(f"looking at {self.input_files[0].name}"):
             return introduce(
-                self.input_files,
-                self.traffic,
-                self.readers,
-                step=self.tokens_per_step,
-                top_k=self.top_k,
+                self.input_files, self.traffic, self.readers, self.tokens_per_step, self.top_k
             )

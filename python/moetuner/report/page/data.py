@@ -444,7 +444,7 @@ def make_judgement_data(
         traffic=traffic,
         origin=origin,
         contents=contents,
-        load=count_part_loads(replayed.traffic, threads).total.astype(np.float64),
+        load=count_part_loads(replayed.traffic, threads)[1].sum(axis=0, dtype=np.float64),
         recipes=recipes,
         reasons=(sentence(gain.doubt),) if gain.doubt else (),
         warnings=warnings,
