@@ -82,12 +82,12 @@ class Following:
     advice: Advice
     unseen: Collection[Path]
 
-    @property
+    @cached_property
     def commands(self) -> list[Recipe]:
         """The commands that repeat the answer, and lead to the engine or to more evidence."""
         return self._list_recipes(from_all=False)
 
-    @property
+    @cached_property
     def on_page(self) -> list[Recipe]:
         """The same, with that for all of INPUT, which the terminal names in a remark."""
         return self._list_recipes(from_all=True)

@@ -131,12 +131,16 @@ class Source(FileHints):
         """The files of INPUT, opened."""
         return {path: Opened(path) for path in self.input_files}
 
-    def like(self, **options: Any) -> Source:
-        """Return INPUT, or other files, with other options; files that stay are not asked again."""
+    def like(self, recorded: Traffic | None = None, **options: Any) -> Source:
+        """Return INPUT or other files, with other options, and what is ``recorded`` if it is read.
+
+        Files that stay are not asked again.
+        """
         source, known = replace(self, **options), self.inputs
-        vars(source)["inputs"] = {
-            path: known.get(path) or Opened(path) for path in source.input_files
-        }
+        files = {path: known.get(path) or Opened(path) for path in source.input_files}
+        vars(source)["inputs"] = files
+        if recorded is not None:
+            vars(source)["recorded"] = recorded
         return source
 
     @cached_property
@@ -201,9 +205,7 @@ class Source(FileHints):
         counts = self.count_all(self.recorded)
         if counts is self.recorded:
             return self
-        source = self.like(uncounted=self)
-        vars(source)["recorded"] = counts
-        return source
+        return self.like(counts, uncounted=self)
 
     def count_all(self, traffic: Recording) -> RoutingStatistics:
         """Count INPUT, or a part of it, with expert sets and groups."""
@@ -227,16 +229,15 @@ class Source(FileHints):
         missing = reading.substitute(self, recorded)
         if recorded.ordered and self.window is None:
             missing["window"] = made.serving.get("window")
-        source, text = self.like(**missing), reading.group_by
+        text = reading.group_by
         has_groups = self.group_by is not None or recorded.group is not None or self.only
         if text is not None and not has_groups and reading.fits(recorded):
             names = locate_names(text, placement_file)
             if names is None:
-                source = source.like(missing_names=text)
+                missing["missing_names"] = text
             else:
-                recorded = self._grouped_by(names, source.window)
-        vars(source)["recorded"] = recorded
-        return source
+                recorded = self._grouped_by(names, missing.get("window", self.window))
+        return self.like(recorded, **missing)
 
     def _grouped_by(self, text: str, window: int | None) -> Traffic:
         """Return INPUT with the groups that a placement remembers, if they fit."""
