@@ -114,10 +114,7 @@ def command(
         output.say(f"  {again}")
     is_worse = limit is not None and answer == "worse"
     failed = is_worse or (fail_if_drift and drifted.is_beyond_chance)
-    contents: dict[str, Any] = {
-        "input": source.facts,
-        "profile": profile.facts,
-    }
+    contents: dict[str, Any] = {"input": source.facts, "profile": profile.facts}
     served = placed.serving.facts()
     contents |= {"placement": str(placement_file), "settings": served}
     contents |= {"answer": answer, "drift": drifted.to_dict(), "figures": rows}

@@ -23,7 +23,6 @@ from moetuner.placement import Placement
 from moetuner.problem.goals import AIMS
 from moetuner.problem.objective import choose_goal
 from moetuner.problem.reading import SCALES
-from moetuner.report.advice.request import count_running_slots
 from moetuner.report.advice.values import Advice
 from moetuner.report.findings import TERMINAL
 from moetuner.report.words import write
@@ -217,10 +216,10 @@ class Following:
         commands = []
         baseline, placed = self.running_file, self.name_file(PLACED_FILE)
         if initial not in ("given", "contiguous"):
-            slots = count_running_slots(initial, problem.num_experts, problem.devices)
-            baseline, method = RUNNING_FILE, Running.parse(initial).method
-            running = f"what runs: {name_running(initial)}"
-            commands.append(solve(slots, running, method=method, out_file=baseline))
+            baseline, running = RUNNING_FILE, Running.parse(initial)
+            slots = running.count_slots(problem.num_experts, problem.devices)
+            named = f"what runs: {name_running(initial)}"
+            commands.append(solve(slots, named, method=running.method, out_file=baseline))
         if problem.has_slots_for(advice.placements[0]):
             solving["initial_file"] = initial if baseline is None else baseline
         commands.append(solve(problem.slots, why, out_file=placed))

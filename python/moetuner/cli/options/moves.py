@@ -22,7 +22,6 @@ from moetuner.formats import find_form, read_placement
 from moetuner.placement import Placement, PlacementDiff, blocks
 from moetuner.problem import Problem
 from moetuner.recording import Recording
-from moetuner.report.advice.request import count_running_slots
 from moetuner.report.outcome import find_moves
 from moetuner.serving.running import STARTS, Running
 from moetuner.solver import Method, Result, Trade, pareto, solve
@@ -60,9 +59,9 @@ def start_placement(
     sizes = statistics.layers, statistics.num_experts, topology.devices
     if name == "contiguous":
         return blocks(*sizes)
-    running = Problem(statistics, topology, slots_per_device=count_running_slots(name, *sizes[1:]))
-    method = cast(Method, Running.parse(name).method)
-    return solve(running, method, seed=seed, threads=threads).placement
+    running = Running.parse(name)
+    problem = Problem(statistics, topology, slots_per_device=running.count_slots(*sizes[1:]))
+    return solve(problem, cast(Method, running.method), seed=seed, threads=threads).placement
 
 
 def load_placement(

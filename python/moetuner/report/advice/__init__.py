@@ -527,7 +527,7 @@ def _check_values(
             raise check.ArgumentError(
                 f"initial must be {names} or eplb:N, got {check.shown(initial)}", "initial"
             )
-        count_running_slots(initial, traffic.num_experts, topology.devices)
+        Running.parse(initial).count_slots(traffic.num_experts, topology.devices)
     else:
         check.instance("initial", initial, Placement)
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from moetuner._checks import ArgumentError
 from moetuner.cost.memory import Memory
 from moetuner.evaluation.samples import Samples, find_samples
 from moetuner.evaluation.samples.holdout import hold_out
@@ -29,22 +28,10 @@ Window = int | None
 
 
 def count_running_slots(initial: Placement | str, experts: int, devices: int) -> int:
-    """Return the slots of a device in a layer under the running placement.
-
-    Raises ArgumentError if EPLB's redundant experts do not fill the devices evenly.
-    """
+    """Return the slots of a device in a layer under the running placement."""
     if isinstance(initial, Placement):
         return initial.slots_per_device
-    running = Running.parse(initial)
-    slots = -(-(experts + running.redundant) // devices)
-    if running.method == "eplb" and slots * devices != experts + running.redundant:
-        raise ArgumentError(
-            f"initial {initial} must fill all devices evenly: {experts} experts and "
-            f"{running.redundant} redundant ones are no multiple of {devices} devices; "
-            f"eplb:{slots * devices - experts} would do",
-            "initial",
-        )
-    return slots
+    return Running.parse(initial).count_slots(experts, devices)
 
 
 @dataclass(frozen=True, eq=False)
