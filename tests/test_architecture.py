@@ -480,22 +480,21 @@ MOST_LINES = {
     "python": {
         "": 3209,
         "charts": 582,
-        "cli": 6711,
+        "cli": 6703,
         "cost": 941,
         # Samples are a folder: what they are found by has a module each.
-        "evaluation": 5304,
+        "evaluation": 5308,
         # Ids are a folder: in memory, in files and in another order each have a module.
         "files": 1952,
         "formats": 4889,
         "plugins": 3554,
         # Windows are a folder: what counts, how it is chosen, and clusters have a module each.
-        "problem": 2765,
+        "problem": 2767,
         # Rows and their labels came from the top level, which is shorter by as much.
         "recording": 807,
-        # The browser is asked again for a figure that it missed.
-        "report": 7074,
+        "report": 6988,
         "selftest": 241,
-        "serving": 1374,
+        "serving": 1392,
         # Small layers are searched several times; two long searches of visits say when to end.
         "solver": 7711,
         "statistics": 1024,
@@ -529,7 +528,7 @@ def test_no_room_grows(part):
 
 
 @pytest.mark.parametrize(
-    ("names", "most"), [({"dispatch", "follow"}, 0), ({"time", "balance", "traffic"}, 4)]
+    ("names", "most"), [({"dispatch", "follow"}, 0), ({"time", "balance", "traffic"}, 1)]
 )
 def test_regimes_and_goals_are_rows_not_names(names, most):
     """What depends on them is asked of their rows; few places compare their names."""

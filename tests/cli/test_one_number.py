@@ -197,3 +197,14 @@ def test_settings_of_another_type_are_one_line(run, make_trace, tmp_path, comman
                     assert (status, out) == (2, ""), why
                     assert re.fullmatch(r"moetuner: error: [^\n]+\n", err), why
             holder[name] = value
+
+
+@pytest.mark.parametrize(("objective", "cap"), [("traffic", 1.05), ("balance", None)])
+def test_solve_and_advice_have_the_same_load_cap(as_json, trace, tmp_path, objective, cap):
+    """Without --max-imbalance both have the cap of the goal."""
+    how = ("--devices", 4, "--objective", objective)
+    solved = as_json("solve", trace, *how, "--method", "lpt", "--out", tmp_path / "p.json")
+    assert solved["settings"]["max_imbalance"] == cap
+    traffic = mt.RoutingTrace.load(trace)
+    advice = mt.advise(traffic, mt.Topology(4), objective=objective, copies=(0,), splits=1)
+    assert advice.problem.max_imbalance == cap

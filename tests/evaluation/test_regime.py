@@ -10,6 +10,7 @@ from recorded import write_lines
 
 import moetuner as mt
 from moetuner import cost
+from moetuner.evaluation.figures import FIGURES
 
 COMMANDS = {
     "solve": ["trace", "--devices", 2, "--method", "lpt", "--out", "new"],
@@ -167,3 +168,18 @@ def test_traffic_counts_whatever_the_rules_are(rule):
     assert plain.objective < 0.5 * contiguous.objective
     assert result.objective <= plain.objective + (0.3 if given else 0.03)
     assert not problem.rules.violations(result.placement)
+
+
+def test_a_figure_matters_in_its_own_regime_or_in_all():
+    """Crossing is of tokens that follow their experts, fanout of those that are dispatched."""
+    matters = {
+        regime: {name for name in ("imbalance", "crossing", "fanout") if matters_in(name, regime)}
+        for regime in ("follow", "dispatch")
+    }
+    assert matters["follow"] == {"imbalance", "crossing"}
+    assert matters["dispatch"] == {"imbalance", "fanout"}
+
+
+def matters_in(name, regime):
+    """Return whether a figure matters in a regime."""
+    return FIGURES[name].matters_in(regime)

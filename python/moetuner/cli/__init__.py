@@ -31,7 +31,6 @@ LONGEST_LINE = 1000
 # How the core and Python say that there is no memory for another thread.
 THREADS = re.compile(r"^threads: |can't start new thread")
 
-
 # Commands in the order in which most need them: each is a module of its name, which is loaded when
 # it is used, and begins with this line.
 MENU = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from moetuner.cli import options, recipes
+from moetuner.cli import options
 from moetuner.cli.options import JUDGING, RUNNING, SEARCH, option
 from moetuner.cli.options.groups import FILES
 from moetuner.cli.options.machine import Machine
@@ -17,6 +17,7 @@ from moetuner.cli.options.pages import Pages, make_origin
 from moetuner.cli.options.serving import JudgedOptions, setting_option
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, show_steps, working
+from moetuner.cli.recipes import Following
 from moetuner.evaluation.comparison import PRICE, Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.files.cells import counted, in_bytes, percent, signed, span, with_values
@@ -119,9 +120,10 @@ def command(
     expert_bytes = serving.expert_bytes(source, expert_bytes)
     running = initial if is_start(initial) else load_placement(Path(initial), source, topology)
     future = _future(source, unseen)
-    output.say(source.describe())
+    output.say(*source.lines)
     if future is not None:
-        output.say(f"Judged on {future.describe()}")
+        line, *notes = future.lines
+        output.say(f"Judged on {line}", *notes)
     weights = _weigh_steps(source.traffic, len(copies), splits)
     with working("advising") as report:
         advice = advising.advise(
@@ -147,23 +149,18 @@ def command(
             threads=source.threads,
             progress=show_steps(report, weights),
         )
-    voice = TERMINAL._replace(audit=recipes.make_recipe_to_audit(source, advice, unseen).command)
-    following = recipes.list_recipes_after(source, advice, unseen)
-    # The gain of few moves stands above their command.
-    others = tuple(finding for finding in advice.findings if finding.kind != "few moves")
-    _show(output, replace(advice, findings=others), voice)
-    output.next_commands(following)
-    go_back = recipes.find_way_back_from(advice)
-    if go_back is not None:
-        output.say(f"  # to go back: {go_back}")
-    contents: dict[str, Any] = {"input": source.facts(), **advice.to_dict(voice)}
-    contents |= {"commands": [*map(str, following)], "go_back": go_back}
+    following = Following(source, advice, unseen)
+    voice = TERMINAL._replace(audit=following.audit.command)
+    _show(output, advice, voice)
+    output.next_commands(following.commands)
+    if following.go_back is not None:
+        output.say(f"  # to go back: {following.go_back}")
+    contents: dict[str, Any] = {"input": source.facts, **advice.to_dict(voice)}
+    contents |= {"commands": [*map(str, following.commands)], "go_back": following.go_back}
 
     def page() -> PageData:
-        # A page has room for the command that the terminal names in a remark.
-        full = recipes.list_recipes_after(source, advice, unseen, from_all=True)
-        on_page = contents | {"commands": [*map(str, full)]}
-        return make_advice_data(advice, make_origin(source), on_page, full, voice)
+        on_page = contents | {"commands": [*map(str, following.on_page)]}
+        return make_advice_data(advice, make_origin(source), on_page, following.on_page, voice)
 
     pages.write(output, page)
     output.finish(contents)
@@ -199,8 +196,11 @@ def _show(output: Output, advice: Advice, voice: Voice) -> None:
     """Print the answer, its reasons, its figures, and the gains of copies where they pay."""
     output.say("")
     output.verdict(advice.findings[0], advice.say_answer(voice))
-    output.say(*(f"- {reason}" for reason in advice.say("reason", "cost", voice=voice)))
-    output.say(*(f"! {warning}" for warning in advice.say("warning", voice=voice)))
+    # The gain of few moves stands above their command.
+    others = tuple(finding for finding in advice.findings if finding.kind != "few moves")
+    shown = replace(advice, findings=others)
+    reasons, warnings = shown.say("reason", "cost", voice=voice), shown.say("warning", voice=voice)
+    output.say(*(f"- {reason}" for reason in reasons), *(f"! {warning}" for warning in warnings))
     _show_figures(output, advice)
     if advice.by_group:
         windows = [write_windows(judged) for judged in advice.judged]
@@ -252,7 +252,7 @@ def _show_figures(output: Output, advice: Advice) -> None:
         over_eplb = advice.over_eplb.get(judged.window)
         for measure, gain in judged.gains.items():
             figure = FIGURES[measure]
-            if figure.regime not in (None, advice.settings["regime"]):
+            if not figure.matters_in(advice.settings["regime"]):
                 continue
             values = [gain.before]
             if over_eplb is not None:

@@ -17,16 +17,15 @@ from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import load_placement
 from moetuner.cli.options.pages import Pages, make_origin
 from moetuner.cli.options.serving import ComparedOptions, settings_for_json
-from moetuner.cli.options.traffic import Source, Traffic
+from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output
 from moetuner.cli.recipes import HOLDOUT
+from moetuner.cli.work import TrafficSplit
 from moetuner.evaluation.comparison import Comparison, with_splits
 from moetuner.evaluation.figures import explain
 from moetuner.evaluation.judgement import Judgement
-from moetuner.evaluation.samples.holdout import hold_out
 from moetuner.files.cells import counted, signed, span, with_values
 from moetuner.placement import Placement, blocks
-from moetuner.problem import Problem
 from moetuner.problem.made import Made
 from moetuner.recording import Recording
 from moetuner.report.advice import SPLITS
@@ -44,7 +43,6 @@ from moetuner.report.outcome import (
     window_to_name,
 )
 from moetuner.report.page.data import PageData, make_outcome_data
-from moetuner.serving import Serving
 from moetuner.solver import ALIASES, METHODS, Result
 
 DEFAULT_METHODS = "contiguous,lpt,eplb,paper,joint"
@@ -53,7 +51,6 @@ BLOCKS, RUNNING = "contiguous", "running"
 # Seconds for the paper's method without --time-limit: its integer programmes can take minutes. All
 # other methods bound their own work, and a limit would change their results.
 PAPER_SECONDS = 30.0
-
 
 # The traffic of the page's figures.
 UNSEEN = "Unseen traffic of the first split."
@@ -119,28 +116,24 @@ def command(
     initial_file
         The placement that runs.
     """
+    topology = machine.topology()
     if not holdout:
-        source, _ = wanted.resolve(source, machine.topology())
+        source, _ = wanted.resolve(source, topology)
     methods, baseline = _choose_baseline(baseline, methods, initial_file)
     _check_splits(splits, holdout)
-    initial = None
-    if initial_file is not None:
-        initial = load_placement(initial_file, source, machine.topology())
+    initial = None if initial_file is None else load_placement(initial_file, source, topology)
 
-    def split(number: int) -> TrafficSplit:
+    def contest(number: int) -> Contest:
         seed = nth_seed(search.seed, number)
-        seen, unseen = hold_out(source.traffic, holdout, seed=seed)
-        problem = wanted.problem(source, machine.topology(), seen)
-        unseen = source.count_for_lp_split(unseen, problem.serving)
-        serving = replace(problem.serving, window=source.replay_window)
-        return TrafficSplit(number, problem, unseen, replace(search, seed=seed), initial, serving)
+        split = wanted.split(source, topology, holdout, seed)
+        return Contest(number, split, replace(search, seed=seed), initial)
 
-    first = split(0)
-    problem = first.problem
-    output.say(source.describe(), *wanted.explain_problem(problem))
+    first = contest(0)
+    problem = first.split.problem
+    output.say(*source.lines, *wanted.explain_problem(problem))
     output.say(first.describe(held_out=holdout > 0), "")
     outcomes_by_split = _run(
-        lambda number: (split(number) if number else first).outcomes(methods, source.threads),
+        lambda number: (contest(number) if number else first).outcomes(methods, source.threads),
         splits or (SPLITS if holdout else 1),
         output,
     )
@@ -165,7 +158,7 @@ def command(
         "waterfill": wanted.given.get("waterfill"),
     }
     facts = {name: _facts(name, outcome, by_windows) for name, outcome in outcomes.items()}
-    contents = {"input": source.facts(), "settings": settings, "methods": facts}
+    contents = {"input": source.facts, "settings": settings, "methods": facts}
 
     def page() -> PageData:
         judgement = judge_outcome(
@@ -219,29 +212,29 @@ def _choose_baseline(
 
 
 @dataclass(frozen=True)
-class TrafficSplit:
-    """One split: the problem of its seen part, its unseen traffic, and the running placement."""
+class Contest:
+    """One split on which methods are compared, and the placement that runs."""
 
     number: int
-    problem: Problem
-    unseen: Traffic
+    split: TrafficSplit
     search: options.SearchOptions
     initial: Placement | None
-    serving: Serving
 
     def describe(self, *, held_out: bool) -> str:
         """Write the slots, what they are computed for, and the traffic to judge on."""
         judged_on = "the same traffic"
         if held_out:
-            judged_on = counted(self.unseen.length, f"unseen {self.unseen.unit}")
+            unseen = self.split.judged_on
+            judged_on = counted(unseen.length, f"unseen {unseen.unit}")
+        problem = self.split.problem
         return (
-            f"{counted(self.problem.slots, 'slot')} on each device, for "
-            f"{Made.for_problem(self.problem).describe()}; judged on {judged_on}."
+            f"{counted(problem.slots, 'slot')} on each device, for "
+            f"{Made.for_problem(problem).describe()}; judged on {judged_on}."
         )
 
     def _find_running(self, method: str) -> Placement | None:
         """Return the running placement of a row; None if the row has to be solved."""
-        problem = self.problem
+        problem = self.split.problem
         if method == BLOCKS and problem.fill_slots and problem.may_copy:
             # Nobody runs copies before there is a placement: those fill a proposal's slots.
             return blocks(problem.layers, problem.num_experts, problem.devices)
@@ -250,20 +243,20 @@ class TrafficSplit:
     def outcomes(self, methods: Sequence[str], threads: int | None) -> dict[str, Outcome]:
         """Solve with every method, until one is interrupted, and evaluate on the unseen traffic."""
         results: list[Result] = []
+        problem = self.split.problem
         for place, method in enumerate(methods, 1):
             if (running := self._find_running(method)) is not None:
-                results.append(make_running_result(self.problem, running, method))
+                results.append(make_running_result(problem, running, method))
                 continue
             where = f"{place} of {len(methods)}, split {self.number + 1}"
             arguments = asdict(self.search)
             if method == "paper" and arguments["time_limit"] is None:
                 arguments["time_limit"] = PAPER_SECONDS
-            result = work.solve(self.problem, method, place=where, threads=threads, **arguments)
+            result = work.solve(problem, method, place=where, threads=threads, **arguments)
             results.append(result.uninterrupted() if self.number else result)
             if result.status == "interrupted":
                 break
-        outcomes = work.replay(results, self.problem, self.serving, self.unseen, threads=threads)
-        return dict(zip(methods, outcomes, strict=False))
+        return dict(zip(methods, self.split.replay(results, threads=threads), strict=False))
 
 
 def _run(

@@ -11,12 +11,14 @@ from moetuner.cli import options, work
 from moetuner.cli.options import option
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
+from moetuner.cli.recipes import recipe
 from moetuner.evaluation.samples.holdout import hold_out
 from moetuner.files import replacing, same_file
 from moetuner.files.cells import percent
 from moetuner.formats import eplb
 from moetuner.formats.hints import Hints
-from moetuner.problem import TRAFFIC_CAP, Problem
+from moetuner.problem import Problem
+from moetuner.problem.goals import TRAFFIC_CAP
 from moetuner.report.outcome import Outcome
 from moetuner.report.structure import Structure, structure
 from moetuner.topology import Topology
@@ -70,10 +72,10 @@ def command(
         "Today's engines send every token back after each layer (regime dispatch). Is a better",
         "placement worth it there? For this trace, or a recording of your own model:",
         "",
-        f"  {options.recipe('advise', files[:1], {'devices': DEVICES}).command}",
+        f"  {recipe('advise', files[:1], {'devices': DEVICES}).command}",
     )
     methods = {method: outcome.to_dict() for method, outcome in outcomes.items()}
-    output.finish({"input": source.facts(), "structure": measured.to_dict(), "methods": methods})
+    output.finish({"input": source.facts, "structure": measured.to_dict(), "methods": methods})
     if not output.is_json:
         _advise(files[0], threads, output)
 
@@ -89,7 +91,8 @@ def _compare_methods(source: Source, trace: RoutingTrace, output: Output) -> dic
         work.solve(problem, method, seed=0, threads=source.threads).uninterrupted()
         for method in METHODS
     ]
-    replayed = work.replay(results, problem, problem.serving, unseen, threads=source.threads)
+    split = work.TrafficSplit(problem, unseen, problem.serving)
+    replayed = split.replay(results, threads=source.threads)
     outcomes = dict(zip(METHODS, replayed, strict=True))
     output.say(
         f"Placements on {DEVICES} devices, computed from half of the texts, judged on the other.",

@@ -13,7 +13,7 @@ from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.groups import FILES
 from moetuner.cli.options.machine import Machine
-from moetuner.cli.options.placed import Placed, read_hints
+from moetuner.cli.options.placed import Placed
 from moetuner.cli.options.serving import ServingOptions
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, show_shares, working
@@ -77,9 +77,8 @@ def command(
         Exit with status 3 if the placement serves INPUT worse than the profile by more than so many
         percent, drifted or not. It has to have a part of the profile that it was not computed from.
     """
-    opened = Opened(placement_file)
-    source = source.with_hints(read_hints(opened))
-    placed = Placed.read(opened, source, machine, serving)
+    placed = Placed.read(Opened(placement_file), source, machine, serving)
+    source = placed.typed
     profile = _make_profile(placed, source, placement_file, profile_files)
     on_profile = replace(placed, source=profile)
     if fail_if_drift or fail_if_worse is not None:
@@ -100,15 +99,7 @@ def command(
         progress = show_shares(report, "of the tokens", then="figures")
         rows = _replay(placement, placed.serving, source.window, (profile, unseen), now, progress)
     worst = max(rows, key=lambda row: row["change"])
-    output.say(
-        f"profile: {profile.describe()}", f"now: {placed.source.describe()}", *placed.differences()
-    )
-    if profile.missing_names is not None:
-        output.say(f"Warning: {on_profile.names_warning}")
-    if part_facts["is_seen"] is False and "holdout" not in part_facts:
-        output.tell(Finding("another profile", role="warning"))
-    if part_facts["is_seen"]:
-        output.tell(Finding("seen profile"))
+    _introduce(output, on_profile, placed)
     _show(output, placement_file, drifted, rows)
     output.tell(*find_times_of(placed.serving, source.traffic))
     output.say("")
@@ -123,7 +114,7 @@ def command(
         output.say(f"  {again}")
     is_worse = limit is not None and answer == "worse"
     failed = is_worse or (fail_if_drift and drifted.is_beyond_chance)
-    contents: dict[str, Any] = {"input": source.facts(), "profile": profile.facts()}
+    contents: dict[str, Any] = {"input": source.facts, "profile": profile.facts}
     served = placed.serving.facts()
     contents |= {"placement": str(placement_file), "settings": served}
     contents |= {"answer": answer, "drift": drifted.to_dict(), "figures": rows}
@@ -144,6 +135,21 @@ def _make_profile(
     files = files or _find_profile(placed.made, placement_file, *source.input_files)
     profile = placed.source.like(input_files=files, only=only, group_by=names)
     return profile.as_placed(placed.made, placement_file)
+
+
+def _introduce(output: Output, on_profile: Placed, placed: Placed) -> None:
+    """Print what the profile and INPUT are, and whether the placement has seen the profile."""
+    for name, source in (("profile", on_profile.source), ("now", placed.source)):
+        line, *notes = source.lines
+        output.say(f"{name}: {line}", *notes)
+    output.say(*placed.differences())
+    if on_profile.source.missing_names is not None:
+        output.say(f"Warning: {on_profile.names_warning}")
+    facts = on_profile.judged[2]
+    if facts["is_seen"] is False and "holdout" not in facts:
+        output.tell(Finding("another profile", role="warning"))
+    if facts["is_seen"]:
+        output.tell(Finding("seen profile"))
 
 
 def _show(

@@ -20,7 +20,7 @@ from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import show_moves
-from moetuner.cli.options.placed import read_any, read_made
+from moetuner.cli.options.placed import read_any
 from moetuner.cli.output import Output, working
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation.samples.holdout import hold_out
@@ -176,8 +176,7 @@ def command(
     if form == KTRANSFORMERS:
         _write_chosen(placement_file, on_gpu, layer_hints, out_file, output)
         return
-    placement = read_any(placement_file, machine, layer_hints)
-    made = read_made(placement_file, placement)
+    placement, made = read_any(placement_file, machine, layer_hints)
     output.say(*_differences(made, WRITERS[form].engine if form in WRITERS else form))
     contents: dict[str, Any] = {"placement": str(placement_file), "format": form}
     contents["out"] = str(out_file)

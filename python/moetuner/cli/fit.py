@@ -16,6 +16,7 @@ from moetuner._texts import name, suggestion
 from moetuner.cli import options
 from moetuner.cli.options import SIZE, option
 from moetuner.cli.output import Output, show_shares, working
+from moetuner.cli.recipes import recipe
 from moetuner.cost import CostModel, public_name
 from moetuner.files import naming, read_whole
 from moetuner.files.cells import number, percent, signed
@@ -103,7 +104,7 @@ def command(
     fitted.save(out_file)
     output.say(f"wrote {out_file}")
     served = {"devices": 8, "cost_model": out_file}
-    output.next_commands([options.recipe("advise", ["INPUT"], served)])
+    output.next_commands([recipe("advise", ["INPUT"], served)])
     output.finish({"times": times, "cost_model": asdict(fitted)})
 
 

@@ -18,7 +18,7 @@ from moetuner.cli.options import list_options, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import show_moves
 from moetuner.cli.options.pages import draw_into, figures_option
-from moetuner.cli.options.placed import read_any, read_made
+from moetuner.cli.options.placed import read_any
 from moetuner.cli.options.serving import ServingOptions
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, show_shares, working
@@ -29,8 +29,7 @@ from moetuner.evaluation.options import ReplayOptions
 from moetuner.files.cells import counted, listed, number, percent
 from moetuner.formats import is_map
 from moetuner.placement import EMPTY, Placement, blocks
-from moetuner.problem import TRAFFIC_CAP
-from moetuner.problem.goals import AIMS
+from moetuner.problem.goals import AIMS, TRAFFIC_CAP
 from moetuner.problem.made import Made
 from moetuner.report.findings import Finding
 from moetuner.report.hot_experts import HotExperts
@@ -132,7 +131,7 @@ def command(
         _show_moves(output, files, placements, machine, expert_bytes)
     else:
         _check_options(PLACEMENT_OPTIONS, "two placements")
-        _show_placement(output, files[0], placements[0])
+        _show_placement(output, files[0], *placements[0])
 
 
 def _check_options(names: Collection[str], others: str) -> None:
@@ -164,7 +163,7 @@ def _show_recording(
             threads=source.threads,
             progress=show_shares(report, "", then="structure"),
         )
-    output.say(source.describe(), "")
+    output.say(*source.lines, "")
     _show_skew(output, measured)
     if (unreal := find_unreal(source.traffic, measured)) is not None:
         output.tell(unreal)
@@ -172,7 +171,7 @@ def _show_recording(
     _show_groups(output, measured)
     _show_crossings(output, measured)
     _show_hot_experts(output, measured.hot_experts)
-    contents = {"input": source.facts(), **measured.to_dict()}
+    contents = {"input": source.facts, **measured.to_dict()}
     if serving.is_given:
         contents["contiguous"] = _show_served(output, source, serving, topology)
     if figures is not None:
@@ -193,10 +192,7 @@ def _show_served(
         [[evaluation]] = evaluate_each([placement], traffic, [serving], replayed, progress=progress)
     output.say("", *serving.explain())
     figures = {"imbalance": evaluation.imbalance, "us": evaluation.predicted_layer_us}
-    output.tell(
-        Finding("contiguous placement", figures),
-        *find_times_of(serving, traffic),
-    )
+    output.tell(Finding("contiguous placement", figures), *find_times_of(serving, traffic))
     names = ("imbalance", "imbalance_mixed", "predicted_layer_us")
     return {name: getattr(evaluation, name) for name in names}
 
@@ -286,9 +282,8 @@ def _conclude(gain: tuple[float, float] | None, difference: float) -> Finding:
     return Finding("structure", {"kept": difference, "low": low, "high": high})
 
 
-def _show_placement(output: Output, placement_file: Path, placement: Placement) -> None:
+def _show_placement(output: Output, placement_file: Path, placement: Placement, made: Made) -> None:
     """Print a placement's sizes, and what it was computed for."""
-    made = read_made(placement_file, placement)
     sizes = {name: int(getattr(placement, name)) for name in SIZES}
     sizes["empty_slots"] = int((placement.slots == EMPTY).sum())
     sizes["copies"] = int((placement.replicas - 1).sum())
@@ -356,16 +351,17 @@ def _origins(placement: Placement, made: Made, moment: str) -> Iterator[str]:
 def _show_moves(
     output: Output,
     files: Sequence[Path],
-    placements: Sequence[Placement],
+    placements: Sequence[tuple[Placement, Made]],
     machine: Machine,
     expert_bytes: float | None,
 ) -> None:
     """Print the moves from one placement to another."""
-    (before_file, after_file), (before, after) = files, placements
+    (before_file, after_file), ((before, made_before), (after, made_after)) = files, placements
     # Where both say it, the second one's file decides.
-    made = [read_made(after_file, after), read_made(before_file, before)]
+    made = [made_after, made_before]
     sizes_before, sizes_after = (
-        (placement.layers, placement.devices, placement.num_experts) for placement in placements
+        (placement.layers, placement.devices, placement.num_experts)
+        for placement in (before, after)
     )
     if sizes_before != sizes_after:
         # The same model on another number of devices.

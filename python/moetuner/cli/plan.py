@@ -83,10 +83,10 @@ class Change:
             raise click.UsageError("Give '--every-loss' and '--table' together.")
 
     @property
-    def numbers(self) -> dict[str, Any]:
-        """The change, as numbers of a finding."""
-        named = {"lost": list(self.without), "retire": list(self.retire)}
-        return {**named, "fewer": self.fewer, "join": self.join, "slots": self.slots_per_device}
+    def arguments(self) -> dict[str, Any]:
+        """The change, as arguments of ``plan`` and of ``write_change``."""
+        names = ("without", "retire", "fewer", "join", "slots_per_device")
+        return {name: getattr(self, name) for name in names}
 
 
 @options.command(
@@ -136,7 +136,7 @@ def command(
     topology = machine.topology(running.devices, made.machine)
     if expert_bytes is None:
         expert_bytes = _find_expert_bytes(source, running, made)
-    contents: dict[str, Any] = {"input": source.facts(), "running": str(running_file)}
+    contents: dict[str, Any] = {"input": source.facts, "running": str(running_file)}
     contents |= {"expert_bytes": expert_bytes, "topology": topology.to_dict()}
     traffic = _count_loads(source, made)
     if table_file is not None:
@@ -148,23 +148,17 @@ def command(
         planned = plan(
             running,
             traffic,
-            without=change.without,
-            retire=change.retire,
-            fewer=change.fewer,
-            join=change.join,
-            slots_per_device=change.slots_per_device,
+            **change.arguments,
             more_copies=more_copies,
             topology=topology,
             window=source.replay_window,
         )
     not_serving = sorted({*range(running.devices)} - {*planned.devices.tolist()})
     left = topology.without(not_serving, change.join)
-    served = replace(
-        made.on(left),
-        plan={"running": running_file.name, "change": write_change(**change.numbers)},
-    )
+    summary = {"running": running_file.name, "change": write_change(**change.arguments)}
+    settings = replace(made.on(left), plan=summary).to_settings()
     placement = planned.placement.with_names(
-        model=running.model, topology=topology.name, settings=served.to_settings()
+        model=running.model, topology=topology.name, settings=settings
     ).with_load(traffic.total_load)
     placement.save(out_file)
     if topology.has_nested_nodes and (not_serving or change.join):
@@ -217,7 +211,7 @@ def _show(
 ) -> None:
     """Print the moves, and the load of the busiest device before and after."""
     machine = _machine(running)
-    served = {"machine": machine, "change": change.numbers, "serving": len(planned.devices)}
+    served = {"machine": machine, "change": change.arguments, "serving": len(planned.devices)}
     output.tell(Finding("devices that serve", served))
     if change.fewer:
         known = {*planned.devices.tolist(), *change.without, *change.retire}

@@ -16,10 +16,10 @@ from moetuner.cli.options.moves import MoveOptions
 from moetuner.cli.options.pages import Pages, make_origin
 from moetuner.cli.options.placed import add_windows, read_made, with_input, write_held_out
 from moetuner.cli.options.serving import ProblemOptions, settings_for_json
-from moetuner.cli.options.traffic import Source, Traffic
+from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output
+from moetuner.cli.work import TrafficSplit
 from moetuner.evaluation.judgement import Judgement
-from moetuner.evaluation.samples.holdout import hold_out
 from moetuner.files.cells import with_values
 from moetuner.placement import Placement, contiguous
 from moetuner.problem import Problem
@@ -96,19 +96,16 @@ def command(
     topology, wanted = _serve_as(running, moving, machine, wanted)
     if not holdout:
         source, _ = wanted.resolve(source, topology)
-    seen, judged_on = hold_out(source.traffic, holdout, seed=seed)
     # The default method counts only the tables that its objective needs.
-    problem = wanted.problem(source, topology, seen, pairs=method != "joint")
-    judged_on = source.count_for_lp_split(judged_on, problem.serving)
+    split = wanted.split(source, topology, holdout, seed, pairs=method != "joint")
+    problem, size = split.problem, wanted.expert_bytes(source, moving.expert_bytes)
     initial = moving.initial(source, problem, running, seed)
-    size = wanted.expert_bytes(source, moving.expert_bytes)
     if initial is not None:
         moving = replace(moving, expert_bytes=size)
-        problem.check_running(initial)  # before anything is said
     if certificate_file is not None:
         _refuse_unprovable(problem, method, moving=initial is not None)
     arguments = asdict(search)
-    output.say(source.describe(), *wanted.explain_problem(problem), *moving.explain())
+    output.say(*source.lines, *wanted.explain_problem(problem), *moving.explain())
     moves = moving.arguments(initial)
     result = work.solve(problem, method, threads=threads, **arguments, **moves)
     result = replace(result, placement=with_input(result.placement, source, holdout))
@@ -117,34 +114,33 @@ def command(
     output.say("")
     try:
         by_group = pages.wanted or output.json_file is not None
-        replayed = _replay(result, initial, problem, source, judged_on, by_group=by_group)
+        replayed = _replay(result, initial, split, by_group=by_group, threads=threads)
         if holdout:
-            judgements = judge_outcomes(
-                replayed.before, replayed.outcome, source.traffic, by_group=pages.wanted
-            )
-            replayed = replace(replayed, judgements=judgements)
+            replayed = replayed.judged(source.traffic, by_group=pages.wanted)
     except KeyboardInterrupt:
         raise click.ClickException(f"interrupted; {out_file} was written") from None
+    judged = _write_judged(source, split, holdout)
     replayed.show(output, problem, held_out=holdout > 0)
-    judged = _write_judged(source, problem, judged_on, holdout)
     output.say(judged)
     result, outcome, keeps_running = _keep_running(initial, result, replayed, problem, output)
     if keeps_running:
         result.placement.save(out_file)
     moves, trades = moving.show(output, problem, initial, result, threads=threads, **arguments)
     output.say(f"wrote {out_file}{', which is what runs' if keeps_running else ''}")
-    failure = None
-    if certificate_file is not None:
-        failure = _prove(problem, result, certificate_file, output)
+    failure = (
+        None if certificate_file is None else _prove(result, problem, certificate_file, output)
+    )
     settings = settings_for_json(problem) | moving.settings() | arguments
     settings |= {"window": source.counting_window, "threads": threads, "holdout": holdout}
-    contents: dict[str, Any] = {"input": source.facts(), "settings": settings}
+    contents: dict[str, Any] = {"input": source.facts, "settings": settings}
     contents["placement"] = str(out_file)
     contents |= {"method": method, **outcome.to_dict(), **moves, "kept": keeps_running}
-    contents |= replayed.gain_facts() | {"judged_on": _describe_part(judged_on, holdout)}
+    part = {"part": "unseen" if holdout else "all", "is_seen": not holdout}
+    contents |= replayed.gain_facts() | {"judged_on": part | split.judged_on.size}
 
     def page() -> PageData:
-        judgement, origin = replayed.first_judgement(source), make_origin(source)
+        judgement = replayed.first_judgement(source.traffic, split.serving.window)
+        origin = make_origin(source)
         return make_outcome_data(
             judgement, outcome, origin, contents, traffic=judged, trades=trades, expert_bytes=size
         )
@@ -184,13 +180,16 @@ class ReplayedResult:
         answers = {judgement.gain.answer for judgement in self.judgements.values()}
         return bool(answers) and answers <= {"no evidence", "worse"}
 
-    def first_judgement(self, source: Source) -> Judgement:
+    def judged(self, recording: Recording, *, by_group: bool) -> ReplayedResult:
+        """Return the outcomes with the judgements of the change, by the samples of a recording."""
+        judgements = judge_outcomes(self.before, self.outcome, recording, by_group=by_group)
+        return replace(self, judgements=judgements)
+
+    def first_judgement(self, recording: Recording, window: int | None) -> Judgement:
         """Return the judgement for the first size of windows, on seen traffic if there is none."""
         for judgement in self.judgements.values():
             return judgement
-        return judge_outcome(
-            self.before, self.outcome, source.traffic, source.replay_window, by_group=True
-        )
+        return judge_outcome(self.before, self.outcome, recording, window, by_group=True)
 
     def show(self, output: Output, problem: Problem, *, held_out: bool) -> None:
         """Print the table, the objective of the result, and a warning if another row is faster."""
@@ -220,39 +219,28 @@ class ReplayedResult:
 def _replay(
     result: Result,
     initial: Placement | None,
-    problem: Problem,
-    source: Source,
-    judged_on: Traffic,
+    split: TrafficSplit,
     *,
     by_group: bool,
+    threads: int | None,
 ) -> ReplayedResult:
     """Replay a result, the running placement if there is one, and the contiguous one."""
-    blocks = make_running_result(problem, contiguous(result.placement), "contiguous")
+    blocks = make_running_result(split.problem, contiguous(result.placement), "contiguous")
     before = [blocks]
     if initial is not None and initial != blocks.placement:
-        before.append(make_running_result(problem, initial))
-    serving = replace(problem.serving, window=source.replay_window)
-    outcomes = work.replay(
-        [*before, result], problem, serving, judged_on, by_group=by_group, threads=source.threads
-    )
+        before.append(make_running_result(split.problem, initial))
+    outcomes = split.replay([*before, result], by_group=by_group, threads=threads)
     is_shown = result.method != "contiguous" or initial is not None
     return ReplayedResult(outcomes[len(before) - 1], outcomes if is_shown else outcomes[-1:])
 
 
-def _write_judged(source: Source, problem: Problem, judged_on: Recording, holdout: float) -> str:
+def _write_judged(source: Source, split: TrafficSplit, holdout: float) -> str:
     """Write on which traffic the result is judged, and in which windows."""
     sentence = FLATTERED
     if holdout:
-        sentence = write_held_out(
-            judged_on, source.count_for_lp_split(source.traffic, problem.serving)
-        )
-    return add_windows(sentence, source, judged_on)
-
-
-def _describe_part(judged_on: Recording, holdout: float) -> dict[str, Any]:
-    """Return the part of INPUT that the result is judged on, for JSON."""
-    description = {"part": "unseen" if holdout else "all", "is_seen": not holdout}
-    return description | judged_on.size
+        recorded = source.count_for_lp_split(source.traffic, split.serving)
+        sentence = write_held_out(split.judged_on, recorded)
+    return add_windows(sentence, source, split.judged_on)
 
 
 def _keep_running(
@@ -312,7 +300,7 @@ def _refuse_unprovable(problem: Problem, method: str, *, moving: bool) -> None:
     raise click.UsageError(f"'--certificate' needs a bound with a proof to write: {why}.")
 
 
-def _prove(problem: Problem, result: Result, path: Path, output: Output) -> str | None:
+def _prove(result: Result, problem: Problem, path: Path, output: Output) -> str | None:
     """Write the certificate of a bound and print what it proves; return why there is none."""
     certificate = result.certificate
     if certificate is None:

@@ -150,6 +150,10 @@ class Figure:
             return average(replay.steps(self.windows))
         return replay.per_token(self.windows(replay.counts, replay.setting))
 
+    def matters_in(self, regime: str) -> bool:
+        """Return whether the figure says something of traffic in this regime."""
+        return self.regime in (None, regime)
+
     def text(self, value: float | None) -> str:
         """Format a value for a table; a dash where it is None."""
         return "-" if value is None else f"{value:,.{self.decimals}f}"

@@ -20,7 +20,7 @@ from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement, fill
 from moetuner.problem import capacity
 from moetuner.problem.caps import Caps
-from moetuner.problem.goals import AIMS, Aim, Goal
+from moetuner.problem.goals import AIMS, TRAFFIC_CAP, Aim, Goal
 from moetuner.problem.objective import Objective, choose_goal, choose_tables
 from moetuner.problem.pins import Pin, SlotRules, make_rules
 from moetuner.problem.settings import (
@@ -56,10 +56,6 @@ if TYPE_CHECKING:
     TraceOrStatistics: TypeAlias = RoutingStatistics | Any
 else:
     TraceOrStatistics = RoutingStatistics | RoutingTrace
-
-# Default load cap of the command line where traffic is minimised. Without a cap, unused experts
-# would fill some devices, and the busiest experts would share one.
-TRAFFIC_CAP = 1.05
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -11,6 +11,9 @@ from typing import Literal, NamedTuple
 
 Goal = Literal["time", "balance", "traffic"]
 
+# Without a cap, unused experts would fill some devices, and the busiest experts would share one.
+TRAFFIC_CAP = 1.05
+
 
 class Words(NamedTuple):
     """Unit, text of a value, and nearest figure of an evaluation."""
@@ -38,6 +41,8 @@ class Aim:
         True if it costs something where tokens go, so that copies may harm.
     predicts_time
         True if values are of the cost model: the weights of an expert, and rows, take time.
+    cap
+        Load cap of the command line and of advice where none is given; None for no cap.
     """
 
     label: str
@@ -46,6 +51,7 @@ class Aim:
     costs_loads: bool = False
     costs_traffic: bool = False
     predicts_time: bool = False
+    cap: float | None = None
 
 
 AIMS: dict[str, Aim] = {
@@ -60,7 +66,7 @@ AIMS: dict[str, Aim] = {
     "balance": Aim(
         "imbalance", Words("max / mean load", "imbalance {:.4f}", "imbalance"), costs_loads=True
     ),
-    "traffic": Aim("traffic between devices", costs_traffic=True),
+    "traffic": Aim("traffic between devices", costs_traffic=True, cap=TRAFFIC_CAP),
 }
 
 # Words of traffic, by the table that tells it.

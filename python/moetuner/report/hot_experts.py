@@ -22,11 +22,11 @@ from moetuner.evaluation.samples.holdout import hold_out
 from moetuner.frozen import Frozen
 from moetuner.recording import Recording
 from moetuner.report.findings import Finding
+from moetuner.report.loads import Loads, count_part_loads
 from moetuner.report.words import say
 from moetuner.statistics import choose_hottest, count_loads
 from moetuner.trace import RoutingTrace
 
-Loads = NDArray[np.uint64]
 # Sizes of sets, as shares of all experts.
 SIZES = (0.25, 0.5, 0.75)
 # Size of the set that decides, and whose figures are given by group and by layer.
@@ -109,19 +109,6 @@ class HotExperts(Frozen):
         return Finding("hot experts", numbers)
 
 
-def count_loads_by_group(traffic: Recording, threads: int | None = None) -> dict[str, Loads]:
-    """Count the load [L,E] of every group that has tokens."""
-    if traffic.group is None or not traffic.group.size:
-        return {}
-    windows = count_loads(traffic, threads=threads)
-    assert windows.group is not None
-    loads = {
-        name: windows.window_load[windows.group == number].sum(axis=0, dtype=np.uint64)
-        for number, name in enumerate(windows.group_names)
-    }
-    return {name: load for name, load in loads.items() if load.any()}
-
-
 def hold_out_hot_experts(
     traffic: Recording, *, seed: int = 0, threads: int | None = None
 ) -> HotExperts:
@@ -135,8 +122,7 @@ def hold_out_hot_experts(
     seen_load, unseen_load = (
         count_loads(recording, threads=threads).total_load for recording in (seen, unseen)
     )
-    loads = count_loads_by_group(traffic, threads)
-    return measure_hot_experts(traffic, seen_load, unseen_load, unseen, loads, threads)
+    return measure_hot_experts(traffic, seen_load, unseen_load, unseen, threads)
 
 
 def measure_hot_experts(
@@ -144,27 +130,18 @@ def measure_hot_experts(
     seen_load: Loads,
     unseen_load: Loads,
     unseen: Recording,
-    loads: dict[str, Loads],
     threads: int | None = None,
 ) -> HotExperts:
     """Compute the shares of picks that sets of experts take.
 
-    Parameters
-    ----------
-    traffic
-        The recording.
-    seen_load, unseen_load
-        Load [L,E] by which sets are chosen, and by which they are judged.
-    unseen
-        The held-out part of the recording; all of it if nothing was held out.
-    loads
-        Load [L,E] of every group in the whole recording.
-    threads
-        Threads to use.
+    Sets are chosen by ``seen_load`` [L,E] and judged by ``unseen_load``. ``unseen`` is the held-out
+    part of the recording; all of it if nothing was held out.
     """
     is_unseen, is_hot = unseen is not traffic, _choose_hottest(seen_load, HALF)
     static = [_compute_share(unseen_load, _choose_hottest(seen_load, size)) for size in SIZES]
     layer_load = np.maximum(unseen_load.sum(axis=1, dtype=float), 1.0)
+    groups, (early, late) = count_part_loads(traffic, threads)
+    later = _compute_share(late, _choose_hottest(early, HALF))
     of_layer = (unseen_load * is_hot).sum(axis=1) / layer_load
     return HotExperts(
         sizes=SIZES,
@@ -173,8 +150,8 @@ def measure_hot_experts(
         chance=SIZES if is_unseen else _draw_shares(unseen_load),
         cache=_simulate_cache(unseen, threads) if isinstance(unseen, RoutingTrace) else None,
         static_of_layer=tuple(of_layer.tolist()),
-        static_of_group=_measure_groups(loads),
-        static_later=_measure_later_half(traffic, threads),
+        static_of_group=_measure_groups(groups),
+        static_later=later if traffic.length > 1 else None,
     )
 
 
@@ -223,15 +200,3 @@ def _measure_groups(loads: dict[str, Loads]) -> dict[str, float]:
         name: _compute_share(load, _choose_hottest(total - load, HALF))
         for name, load in loads.items()
     }
-
-
-def _measure_later_half(traffic: Recording, threads: int | None) -> float | None:
-    """Compute the share of the later half's picks of half of the experts, chosen by the earlier."""
-    if traffic.length < 2:
-        return None
-    window = -(-traffic.length // 2)
-    load = count_loads(traffic, window=window, by_group=False, threads=threads).window_load
-    early, late = (
-        windows.sum(axis=0, dtype=np.uint64) for windows in np.split(load, [len(load) // 2])
-    )
-    return _compute_share(late, _choose_hottest(early, HALF))

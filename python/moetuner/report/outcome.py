@@ -184,11 +184,7 @@ def judge_outcome(
 
 
 def judge_outcomes(
-    before: Outcome,
-    after: Outcome,
-    recording: Recording,
-    *,
-    by_group: bool = False,
+    before: Outcome, after: Outcome, recording: Recording, *, by_group: bool = False
 ) -> dict[int | None, Judgement]:
     """Judge the change from one outcome to another in every size of windows, by its tokens.
 

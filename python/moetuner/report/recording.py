@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from moetuner._texts import name
 from moetuner.cost import top_k_of
 from moetuner.files.cells import counted, layer_list, percent
+from moetuner.formats import list_cautions
+from moetuner.formats.sources import list_equal
 from moetuner.recording import Recording
 from moetuner.recording.labelling import evenly_spaced
 from moetuner.recording.population import Population
@@ -34,6 +36,23 @@ ALIKE = 0.05
 SHOWN_REPEATED = 3
 # Most windows that are compared, evenly spaced.
 COMPARED = 256
+
+
+def introduce(
+    paths: Sequence[Path],
+    recording: Recording,
+    readers: Sequence[str],
+    step: int | None,
+    top_k: int | None,
+) -> tuple[list[str], dict[str, Any]]:
+    """Return lines on a recording, its limits, assumptions and warnings, and its facts for JSON.
+
+    ``readers`` are those of its files; ``step`` and ``top_k`` as for ``describe_steps``.
+    """
+    warnings = [*list_equal(paths), *list_warnings(recording)]
+    lines = describe(paths, recording).split("\n")
+    lines += [*list_cautions(readers), *describe_steps(recording, step, top_k), *warnings]
+    return lines, facts(paths, recording) | {"warnings": warnings}
 
 
 def facts(paths: Sequence[Path], recording: Recording) -> dict[str, Any]:

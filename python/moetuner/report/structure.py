@@ -14,12 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import (
-    at_least,
-    callable_or_none,
-    seed_in,
-    threads_in,
-)
+from moetuner._checks import at_least, callable_or_none, seed_in, threads_in
 from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.halves import halve
 from moetuner.evaluation.intervals import FEWEST, estimate_spread
@@ -30,14 +25,11 @@ from moetuner.evaluation.samples import find_samples
 from moetuner.evaluation.samples.holdout import hold_out
 from moetuner.frozen import Frozen, html_table
 from moetuner.placement import Placement
-from moetuner.problem import TRAFFIC_CAP, Problem
+from moetuner.problem import Problem
+from moetuner.problem.goals import TRAFFIC_CAP
 from moetuner.recording import Recording
-from moetuner.report.hot_experts import (
-    HotExperts,
-    count_loads_by_group,
-    hold_out_hot_experts,
-    measure_hot_experts,
-)
+from moetuner.report.hot_experts import HotExperts, hold_out_hot_experts, measure_hot_experts
+from moetuner.report.loads import count_part_loads
 from moetuner.serving import Serving
 from moetuner.solver import Method, solve
 from moetuner.statistics import RoutingStatistics, as_counts, check_recording, measure_distance
@@ -168,10 +160,9 @@ def structure(
     seen, unseen = (_count_transitions(half, threads, passes.begin()) for half in halves)
     statistics = seen + unseen if held_out else seen
     load = statistics.total_load
-    loads = count_loads_by_group(traffic, threads)
     # Halves of a trace without sequences leave some tokens out; groups have all of them.
-    load_of_groups = np.stack([*loads.values()]).sum(axis=0, dtype=np.uint64) if loads else load
-    share, distance = _compare_groups(loads, load_of_groups)
+    groups, loads = count_part_loads(traffic, threads)
+    share, distance = _compare_groups(groups, loads.sum(axis=0, dtype=np.uint64))
 
     tables = statistics.transitions_or_empty
     bits = chance = None
@@ -184,7 +175,7 @@ def structure(
     skew = np.where(total > 0, _compute_shares(load).max(axis=1) * load.shape[1], 1.0)
     if held_out:
         hot_experts = measure_hot_experts(
-            traffic, seen.total_load, unseen.total_load, halves[1], loads, threads
+            traffic, seen.total_load, unseen.total_load, halves[1], threads
         )
     else:
         hot_experts = hold_out_hot_experts(traffic, seed=seed, threads=threads)
@@ -312,12 +303,7 @@ def _count_transitions(
 ) -> RoutingStatistics:
     """Count the load and the transitions of a half of a trace."""
     return as_counts(
-        traffic,
-        window=None,
-        coactivation=False,
-        sets=False,
-        threads=threads,
-        progress=progress,
+        traffic, window=None, coactivation=False, sets=False, threads=threads, progress=progress
     )
 
 

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from moetuner.recording import Recording
 from moetuner.report.findings import Finding
+from moetuner.report.loads import count_part_loads
 from moetuner.report.structure import Structure
-from moetuner.statistics import count_loads
 from moetuner.trace import RoutingTrace, as_trace
 
 # Standard deviations of chance beyond which a figure is not chance.
@@ -31,7 +31,7 @@ def find_unreal(traffic: Recording, structure: Structure) -> Finding | None:
     chance if, too, neighbouring tokens and neighbouring layers share nothing beyond chance; of
     counts alone the loads are all that is known.
     """
-    load = count_loads(traffic).total_load.astype(np.float64)
+    load = count_part_loads(traffic)[1].sum(axis=0, dtype=np.float64)
     load = load[load.any(axis=1)]
     if not traffic.ordered:
         if not load.size or load.mean(axis=1).min() < LEAST_COUNT:

@@ -18,7 +18,6 @@ from click.shell_completion import CompletionItem
 from moetuner._checks import ArgumentError
 from moetuner._texts import suggestion
 from moetuner.files import same_file
-from moetuner.serving.recipes import Recipe
 from moetuner.serving.settings import ENGINE, GOAL, MACHINE, OTHER, read_parameters
 from moetuner.solver import ALIASES, EFFORTS, METHODS
 
@@ -27,9 +26,7 @@ BEGIN = "Begin with"
 RUNNING, SEARCH, JUDGING = "The running placement", "The search", "The evaluation"
 GROUPS = (BEGIN, MACHINE, GOAL, ENGINE, RUNNING, SEARCH, JUDGING, OTHER)
 
-
 TYPED = f"{__name__}.typed"
-
 
 # Errors of click about numbers, in plainer words.
 NUMBERS = {"is not a valid integer": "is not an integer", "is not a valid float": "is not a number"}
@@ -230,47 +227,14 @@ def list_typed(*kinds: type) -> dict[str, Any]:
     return {name: text for name, text in texts.items() if name in names - {*NOT_PASSED_ON}}
 
 
-# Options that are written even with their default: next commands name these files.
-NAMED_FILES = ("out_file", "report_file")
 # Options that no next command takes over.
 NOT_PASSED_ON = ("threads", "report_file", "figures", "json_file", "quiet")
-
-
-def list_words(command: click.Command, values: dict[str, Any]) -> list[str]:
-    """Return a command's options with their values, in the order of its parameters.
-
-    Defaults are left out.
-    """
-    words: list[str] = []
-    for parameter in command.params:
-        name, value = str(parameter.name), values.get(str(parameter.name))
-        if not isinstance(parameter, click.Option) or value is None or value is False:
-            continue
-        plain = {str(parameter.default), str(getattr(parameter, "usual", None))}
-        if name in NAMED_FILES or str(value) not in plain:
-            for argument in value if isinstance(value, list) else [value]:
-                words.append(max(parameter.opts, key=len))
-                words += [] if argument is True else [str(argument)]
-    return words
 
 
 def list_spelled_options() -> dict[str, str]:
     """Return the texts of --topology and --cost-model, whose values do not tell them."""
     texts = {"topology": list_typed().get("machine"), "cost_model": list_typed().get("cost_model")}
     return {name: text for name, text in texts.items() if text}
-
-
-def recipe(name: str, files: Iterable[str | Path], values: dict[str, Any], why: str = "") -> Recipe:
-    """Return a command on some files, with values of its options and its purpose."""
-    menu = click.get_current_context().find_root().command
-    assert isinstance(menu, click.Group)
-    options = list_words(menu.commands[name], values)
-    return Recipe(("moetuner", name, *map(str, files), *options), why)
-
-
-def choose_file_name(running: str | Path | None, name: str) -> str:
-    """Return the name of a file to write, with "new-" in front if it is the running placement's."""
-    return f"new-{name}" if running is not None and same_file(running, name) else name
 
 
 class Number(click.FloatRange):

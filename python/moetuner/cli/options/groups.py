@@ -106,12 +106,7 @@ def _check_requests(rows: Sequence[Row], text: str) -> None:
             )
 
 
-def group_input(
-    text: str,
-    paths: Sequence[Path],
-    read: Read,
-    window: int = WINDOW,
-) -> Traffic:
+def group_input(text: str, paths: Sequence[Path], read: Read, window: int = WINDOW) -> Traffic:
     """Read files, with the groups that --group-by names.
 
     There is a name for each request (if both files name requests), each sequence in the order of

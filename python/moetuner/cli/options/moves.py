@@ -21,7 +21,7 @@ from moetuner.files.opened import Opened, opened
 from moetuner.formats import find_form, read_placement
 from moetuner.placement import Placement, PlacementDiff, blocks
 from moetuner.problem import Problem
-from moetuner.report.advice.request import count_running_slots
+from moetuner.recording import Recording
 from moetuner.report.outcome import find_moves
 from moetuner.serving.running import STARTS, Running
 from moetuner.solver import Method, Result, Trade, pareto, solve
@@ -31,12 +31,8 @@ from moetuner.topology import Topology
 # Most devices for which moves per pair are a table; JSON always has them.
 MOST_DEVICES = 16
 
-
 initial_option = partial(
-    option,
-    FileText(words=STARTS),
-    "PLACEMENT|contiguous|round_robin|eplb[:N]",
-    group=RUNNING,
+    option, FileText(words=STARTS), "PLACEMENT|contiguous|round_robin|eplb[:N]", group=RUNNING
 )
 baseline_option = partial(
     option, FileText(words=STARTS), "PLACEMENT|contiguous|round_robin|eplb[:N]", flag="--baseline"
@@ -63,9 +59,9 @@ def start_placement(
     sizes = statistics.layers, statistics.num_experts, topology.devices
     if name == "contiguous":
         return blocks(*sizes)
-    running = Problem(statistics, topology, slots_per_device=count_running_slots(name, *sizes[1:]))
-    method = cast(Method, Running.parse(name).method)
-    return solve(running, method, seed=seed, threads=threads).placement
+    running = Running.parse(name)
+    problem = Problem(statistics, topology, slots_per_device=running.count_slots(*sizes[1:]))
+    return solve(problem, cast(Method, running.method), seed=seed, threads=threads).placement
 
 
 def load_placement(
@@ -87,6 +83,14 @@ def load_placement(
         num_experts=traffic.num_experts,
         dense_layers=dense if source.dense_layers is None else source.dense_layers,
     )
+    check_placement(placement, file, traffic, topology)
+    return placement
+
+
+def check_placement(
+    placement: Placement, file: Opened, traffic: Recording, topology: Topology | None = None
+) -> None:
+    """Raise unless the placement of a file fits INPUT's model, and the machine."""
     with naming(file.path):
         surplus = placement.layers - traffic.layers
         if surplus > 0 and find_form(file) != "json":
@@ -96,7 +100,6 @@ def load_placement(
                 f"experts or predict further tokens, --dense-layers names them"
             )
         check_model(placement, traffic, topology or Topology(placement.devices))
-    return placement
 
 
 @dataclass(frozen=True)
@@ -139,16 +142,18 @@ class MoveOptions:
     def initial(
         self, source: Source, problem: Problem, running: Placement | None, seed: int
     ) -> Placement | None:
-        """Return the running placement: that of the file, checked, or a start of engines."""
+        """Return the running placement: that of the file, or a start; raise unless it fits."""
         initial, topology = self.initial_file, problem.topology
         if initial is None:
             return None
-        if running is None:
-            return start_placement(
+        if running is not None:
+            with naming(Path(initial)):
+                check_model(running, source.traffic, topology)
+        else:
+            running = start_placement(
                 initial, problem.statistics, topology, seed=seed, threads=source.threads
             )
-        with naming(Path(initial)):
-            check_model(running, source.traffic, topology)
+        problem.check_running(running)  # before anything is said
         return running
 
     @property

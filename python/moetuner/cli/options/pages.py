@@ -87,6 +87,6 @@ def make_origin(source: Source) -> Origin:
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
     if words[0] in ("__main__.py", "-c"):
         words[0] = "moetuner"
-    line, *notes = source.describe().splitlines()
+    line, *notes = source.lines
     command = shlex.join(words)
     return Origin(line, source.input_files, command, tuple(notes))

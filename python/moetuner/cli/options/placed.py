@@ -15,7 +15,7 @@ from moetuner import _texts
 from moetuner._checks import nth_seed
 from moetuner.cli.options import LayerHints, list_spelled_options
 from moetuner.cli.options.machine import Machine
-from moetuner.cli.options.moves import is_start, load_placement, start_placement
+from moetuner.cli.options.moves import check_placement, is_start, load_placement, start_placement
 from moetuner.cli.options.serving import ServingOptions
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import show_shares, working
@@ -29,7 +29,7 @@ from moetuner.evaluation.samples import find_samples
 from moetuner.evaluation.samples.holdout import hold_out
 from moetuner.files import naming
 from moetuner.files.cells import counted, listed
-from moetuner.files.opened import Opened
+from moetuner.files.opened import Opened, opened
 from moetuner.formats import WRITERS, find_form, read_placement
 from moetuner.placement import Placement, contiguous
 from moetuner.problem.made import Made
@@ -88,17 +88,12 @@ def write_held_out(part: Recording, traffic: Recording) -> str:
     )
 
 
-def read_any(path: Path | Opened, machine: Machine, hints: LayerHints) -> Placement:
-    """Read a placement, or an engine's map; options give sizes that a map leaves out."""
+def read_any(path: Path | Opened, machine: Machine, hints: LayerHints) -> tuple[Placement, Made]:
+    """Read a placement or an engine's map, by sizes that options give, and how it was made."""
+    file = opened(path)
     sizes = {name: hints.hints[name] for name in ("num_experts", "dense_layers")}
-    return read_placement(path, devices=machine.given, **sizes)
-
-
-def read_hints(file: Opened) -> Reading:
-    """Return how the INPUT of a placement was read, by its file; an engine's map does not say."""
-    if find_form(file) != "json":
-        return Reading()
-    return read_made(file.path, read_placement(file)).input
+    placement = read_placement(file, devices=machine.given, **sizes)
+    return placement, read_made(file.path, placement)
 
 
 def with_input(placement: Placement, source: Source, holdout: float) -> Placement:
@@ -120,6 +115,8 @@ class Placed:
         The placement, and its name in sentences.
     made
         Facts of its computation, from its file.
+    typed
+        INPUT as it was recorded, and as options alone say.
     source, serving
         INPUT in the placement's windows, and how it is served.
     lost
@@ -131,6 +128,7 @@ class Placed:
     placement: Placement
     name: str
     made: Made
+    typed: Source
     source: Source
     serving: Serving
     lost: tuple[int, ...] = ()
@@ -156,21 +154,22 @@ class Placed:
 
     @classmethod
     def read(
-        cls,
-        file: Opened,
-        source: Source,
-        machine: Machine,
-        options: ServingOptions,
+        cls, file: Opened, source: Source, machine: Machine, options: ServingOptions
     ) -> Placed:
         """Read a placement of INPUT's model; its settings replace options that are not given."""
-        path = file.path
-        source = source.with_hints(read_hints(file))
-        placement = load_placement(file, source, devices=machine.given)
-        made = read_made(path, placement)
-        engine = WRITERS[find_form(file)].engine
-        if engine is not None:  # only this engine loads the map
-            made = replace(made, serving={**made.serving, "engine": engine})
-        source, recorded = source.as_placed(made, path), made.input
+        path, form = file.path, find_form(file)
+        if form == "json":
+            placement = read_placement(file)
+            made = read_made(path, placement)
+            source = source.with_hints(made.input)
+            check_placement(placement, file, source.traffic)
+        else:
+            placement = load_placement(file, source, devices=machine.given)
+            made = read_made(path, placement)
+            engine = WRITERS[form].engine
+            if engine is not None:  # only this engine loads the map
+                made = replace(made, serving={**made.serving, "engine": engine})
+        typed, source, recorded = source, source.as_placed(made, path), made.input
         topology = machine.topology(placement.devices, made.machine)
         served = dict(made.serving)
         # The placement's cost model is for experts of the same model and bits.
@@ -179,7 +178,7 @@ class Placed:
         with naming(path):
             chosen = find_choices(served, is_counted=made.is_counted)
         source, serving = options.resolve(source, topology, chosen)
-        return cls(placement, _texts.name(path.name), made, source, serving)
+        return cls(placement, _texts.name(path.name), made, typed, source, serving)
 
     @cached_property
     def judged(self) -> tuple[Recording, str, dict[str, Any]]:
@@ -275,8 +274,8 @@ class Placed:
 
     def _choose_measures(self, typed: Iterable[str]) -> tuple[str, ...]:
         """Return the measures of groups: those of the regime, and those that options name."""
-        regimes = (None, self.serving.regime)
-        return tuple(name for name in MEASURES if FIGURES[name].regime in regimes or name in typed)
+        regime = self.serving.regime
+        return tuple(name for name in MEASURES if name in typed or FIGURES[name].matters_in(regime))
 
     @property
     def expert_bytes(self) -> float | None:
@@ -292,7 +291,7 @@ class Placed:
 
     def lines(self) -> Iterator[str]:
         """Write INPUT, how it is served, differences to the settings, and what is judged."""
-        yield self.source.describe()
+        yield from self.source.lines
         if self.source.missing_names is not None:
             yield f"Warning: {self.names_warning}"
         yield from self.differences()
@@ -365,7 +364,7 @@ class Placed:
         """Return INPUT, settings with further ones, and the traffic judged on, for JSON."""
         current = self.serving.facts() | {"window": self.source.counting_window}
         return {
-            "input": self.source.facts(),
+            "input": self.source.facts,
             "settings": current | settings,
             "judged_on": self.judged[2] | self.judged[0].size,
         }

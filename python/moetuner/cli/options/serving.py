@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 import click
@@ -15,10 +15,13 @@ from moetuner.cli.options import SIZE, Number, Text, list_flags, option
 from moetuner.cli.options.machine import COST_MODEL, bytes_in_cost_model, cost_model_for
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import working
+from moetuner.cli.work import TrafficSplit
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation.options import ReplayOptions
+from moetuner.evaluation.samples.holdout import hold_out
 from moetuner.placement import Placement
-from moetuner.problem import TRAFFIC_CAP, Problem
+from moetuner.problem import Problem
+from moetuner.problem.goals import AIMS
 from moetuner.problem.made import Made
 from moetuner.problem.objective import choose_goal, choose_tables
 from moetuner.serving import ENGINE_SETTINGS, Serving
@@ -74,7 +77,6 @@ ENGINE_OPTION = option(
     "do. If a placement is computed, it also sets equal slots, all of them full.",
 )
 
-
 ROUTER_GROUPS_HELP = (
     "Groups among which the router chooses first (n_group), kept whole. For engines that renumber "
     "experts in a checkpoint."
@@ -111,10 +113,7 @@ class ServingOptions:
         return self.engine is not None or bool(self.given)
 
     def resolve(
-        self,
-        source: Source,
-        topology: Topology,
-        recorded: Mapping[str, Any] | None = None,
+        self, source: Source, topology: Topology, recorded: Mapping[str, Any] | None = None
     ) -> tuple[Source, Serving]:
         """Return INPUT as it is served, and how it is served.
 
@@ -128,10 +127,7 @@ class ServingOptions:
         return source, serving
 
     def _resolve(
-        self,
-        source: Source,
-        topology: Topology,
-        recorded: Mapping[str, Any] | None,
+        self, source: Source, topology: Topology, recorded: Mapping[str, Any] | None
     ) -> Serving:
         traffic = source.traffic
         options = {name: value for name, value in self.given.items() if name in ENGINE_SETTINGS}
@@ -191,18 +187,23 @@ class ProblemOptions(ServingOptions):
         super().__init__(**values)
         self.router_groups = router_groups
 
-    def problem(
-        self,
-        source: Source,
-        topology: Topology,
-        traffic: Traffic | None = None,
-        *,
-        pairs: bool = True,
-    ) -> Problem:
-        """Count INPUT, or a part of it, and make the problem.
+    def split(
+        self, source: Source, topology: Topology, holdout: float, seed: int, *, pairs: bool = True
+    ) -> TrafficSplit:
+        """Hold out a share of INPUT, and make the problem of the rest.
 
         With ``pairs``, pairs are counted that the objective does not need, but other methods may.
         """
+        seen, judged_on = hold_out(source.traffic, holdout, seed=seed)
+        problem = self._make_problem(source, topology, seen, pairs=pairs)
+        judged_on = source.count_for_lp_split(judged_on, problem.serving)
+        serving = replace(problem.serving, window=source.replay_window)
+        return TrafficSplit(problem, judged_on, serving)
+
+    def _make_problem(
+        self, source: Source, topology: Topology, traffic: Traffic, *, pairs: bool
+    ) -> Problem:
+        """Count a part of INPUT, and make the problem."""
         chosen = self.given
         goal = choose_goal(chosen.get("objective"), chosen.get("max_imbalance"))
         tables = choose_tables(chosen.get("regime", "dispatch"), goal)
@@ -216,8 +217,7 @@ class ProblemOptions(ServingOptions):
             if "phases" in chosen:
                 raise click.UsageError("Give either '--window' or '--prefill-share', not both.")
             rules["phases"] = {source.window: 1.0}
-        if goal == "traffic":
-            rules.setdefault("max_imbalance", TRAFFIC_CAP)
+        rules.setdefault("max_imbalance", AIMS[goal].cap)
         if self.engine is not None or self.router_groups is not None:
             by_engine = self._by_engine(statistics, topology)
             rules |= {"slots_per_device": by_engine["slots_per_device"], "extra_slots": None}

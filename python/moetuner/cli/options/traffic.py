@@ -30,14 +30,13 @@ from moetuner.cli.output import working
 from moetuner.cost import public_name, top_k_of, type_in_name
 from moetuner.files import same_file
 from moetuner.files.opened import Opened
-from moetuner.formats import find_readers, list_cautions, open_input
+from moetuner.formats import find_readers, open_input
 from moetuner.formats.hints import Traffic as Traffic
-from moetuner.formats.sources import list_equal
 from moetuner.presets import MODELS
 from moetuner.problem.made import Made
 from moetuner.problem.reading import Reading
 from moetuner.recording import Recording
-from moetuner.report import recording
+from moetuner.report.recording import introduce
 from moetuner.serving import Serving
 from moetuner.serving.settings import ENGINE, GOAL
 from moetuner.statistics import WINDOW, RoutingStatistics
@@ -132,12 +131,16 @@ class Source(FileHints):
         """The files of INPUT, opened."""
         return {path: Opened(path) for path in self.input_files}
 
-    def like(self, **options: Any) -> Source:
-        """Return INPUT, or other files, with other options; files that stay are not asked again."""
+    def like(self, recorded: Traffic | None = None, **options: Any) -> Source:
+        """Return INPUT or other files, with other options, and what is ``recorded`` if it is read.
+
+        Files that stay are not asked again.
+        """
         source, known = replace(self, **options), self.inputs
-        vars(source)["inputs"] = {
-            path: known.get(path) or Opened(path) for path in source.input_files
-        }
+        files = {path: known.get(path) or Opened(path) for path in source.input_files}
+        vars(source)["inputs"] = files
+        if recorded is not None:
+            vars(source)["recorded"] = recorded
         return source
 
     @cached_property
@@ -202,9 +205,7 @@ class Source(FileHints):
         counts = self.count_all(self.recorded)
         if counts is self.recorded:
             return self
-        source = self.like(uncounted=self)
-        vars(source)["recorded"] = counts
-        return source
+        return self.like(counts, uncounted=self)
 
     def count_all(self, traffic: Recording) -> RoutingStatistics:
         """Count INPUT, or a part of it, with expert sets and groups."""
@@ -228,16 +229,15 @@ class Source(FileHints):
         missing = reading.substitute(self, recorded)
         if recorded.ordered and self.window is None:
             missing["window"] = made.serving.get("window")
-        source, text = self.like(**missing), reading.group_by
+        text = reading.group_by
         has_groups = self.group_by is not None or recorded.group is not None or self.only
         if text is not None and not has_groups and reading.fits(recorded):
             names = locate_names(text, placement_file)
             if names is None:
-                source = source.like(missing_names=text)
+                missing["missing_names"] = text
             else:
-                recorded = self._grouped_by(names, source.window)
-        vars(source)["recorded"] = recorded
-        return source
+                recorded = self._grouped_by(names, missing.get("window", self.window))
+        return self.like(recorded, **missing)
 
     def _grouped_by(self, text: str, window: int | None) -> Traffic:
         """Return INPUT with the groups that a placement remembers, if they fit."""
@@ -261,19 +261,19 @@ class Source(FileHints):
         traffic = self.traffic if traffic is None else traffic
         return work.count(traffic, window=self.window or WINDOW, threads=self.threads, **tables)
 
-    def facts(self) -> dict[str, Any]:
-        """Return kind and sizes, for JSON."""
-        return recording.facts(self.input_files, self.traffic) | {"warnings": self.warnings}
+    @property
+    def lines(self) -> list[str]:
+        """Lines on INPUT: its sizes, then its limits, assumptions and warnings."""
+        return self._introduction[0]
 
-    def describe(self) -> str:
-        """Describe INPUT in a line; further lines have its limits, assumptions and warnings."""
-        with working(f"looking at {self.input_files[0].name}"):
-            line = recording.describe(self.input_files, self.traffic)
-            limits = list_cautions(self.readers)
-            steps = recording.describe_steps(self.traffic, self.tokens_per_step, self.top_k)
-            return "\n".join([line, *limits, *steps, *self.warnings])
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Kind, sizes and warnings of INPUT, for JSON."""
+        return self._introduction[1]
 
     @cached_property
-    def warnings(self) -> list[str]:
-        """Warnings about INPUT that is of little or no use."""
-        return [*list_equal(self.input_files), *recording.list_warnings(self.traffic)]
+    def _introduction(self) -> tuple[list[str], dict[str, Any]]:
+        with working(f"looking at {self.input_files[0].name}"):
+            return introduce(
+                self.input_files, self.traffic, self.readers, self.tokens_per_step, self.top_k
+            )

@@ -19,12 +19,7 @@ from moetuner.files.cells import counted
 from moetuner.placement import Placement
 from moetuner.problem.goals import Goal
 from moetuner.recording import Recording
-from moetuner.report.advice.conclusion import (
-    conclude,
-    find_costs,
-    find_notes,
-    write_judged_on,
-)
+from moetuner.report.advice.conclusion import conclude, find_costs, find_notes, write_judged_on
 from moetuner.report.advice.copies import choose_copies
 from moetuner.report.advice.drift import Drift, cut_in_half, measure_drift
 from moetuner.report.advice.judging import (
@@ -532,7 +527,7 @@ def _check_values(
             raise check.ArgumentError(
                 f"initial must be {names} or eplb:N, got {check.shown(initial)}", "initial"
             )
-        count_running_slots(initial, traffic.num_experts, topology.devices)
+        Running.parse(initial).count_slots(traffic.num_experts, topology.devices)
     else:
         check.instance("initial", initial, Placement)
 
@@ -555,10 +550,7 @@ def check_unseen(traffic: Recording, unseen: Recording) -> None:
 
 
 def _choose_phases(
-    traffic: Recording,
-    share: float | None,
-    window: int | None,
-    windows: tuple[int | None, ...],
+    traffic: Recording, share: float | None, window: int | None, windows: tuple[int | None, ...]
 ) -> Phases | None:
     """Return the phases that placements are computed for: one window's, or by prefill's share.
 

@@ -14,12 +14,7 @@ from moetuner.evaluation.judgement import Judgement
 from moetuner.evaluation.samples import Samples
 from moetuner.files.cells import counted
 from moetuner.recording import Recording
-from moetuner.report.advice.copies import (
-    Choice,
-    copies_matter,
-    count_running_copies,
-    find_copies,
-)
+from moetuner.report.advice.copies import Choice, copies_matter, count_running_copies, find_copies
 from moetuner.report.advice.drift import Drift
 from moetuner.report.advice.request import Request
 from moetuner.report.advice.sweep import compute_token_limit
@@ -436,7 +431,7 @@ def _find_small_gains(advice: Advice) -> list[str]:
     gains: dict[str, list[float]] = {}
     for measure, figure in FIGURES.items():
         gain = advice.main.gains.get(measure)
-        if gain is not None and figure.title and figure.regime in (None, regime):
+        if gain is not None and figure.title and figure.matters_in(regime):
             gains.setdefault(figure.aspect, []).append(gain.gain)
     return [aspect for aspect, values in gains.items() if max(map(abs, values)) < price]
 

@@ -109,11 +109,7 @@ class Drift(Frozen):
 
 
 def drift(
-    profile: Recording,
-    traffic: Recording,
-    *,
-    seed: int = 0,
-    progress: Progress | None = None,
+    profile: Recording, traffic: Recording, *, seed: int = 0, progress: Progress | None = None
 ) -> Drift:
     """Compute how far traffic has drifted from a profile, such as that of a placement.
 

@@ -27,15 +27,7 @@ from moetuner.report.advice.request import (
     search_shortly,
     split_seen_unseen,
 )
-from moetuner.report.advice.trial import (
-    EPLB,
-    PROPOSED,
-    RUNNING,
-    Key,
-    Trial,
-    evaluate_all,
-    try_out,
-)
+from moetuner.report.advice.trial import EPLB, PROPOSED, RUNNING, Key, Trial, evaluate_all, try_out
 from moetuner.report.advice.values import LpSplit, Moving, PhaseTimes
 from moetuner.report.recording import PHASES
 from moetuner.serving.splits import EVEN, Split

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from moetuner._checks import ArgumentError
 from moetuner.cost.memory import Memory
 from moetuner.evaluation.samples import Samples, find_samples
 from moetuner.evaluation.samples.holdout import hold_out
 from moetuner.placement import Placement
-from moetuner.problem import TRAFFIC_CAP, Problem
-from moetuner.problem.goals import Goal
+from moetuner.problem import Problem
+from moetuner.problem.goals import AIMS, Goal
 from moetuner.problem.objective import choose_goal, choose_tables
 from moetuner.recording import Recording
 from moetuner.serving import Serving
@@ -29,22 +28,10 @@ Window = int | None
 
 
 def count_running_slots(initial: Placement | str, experts: int, devices: int) -> int:
-    """Return the slots of a device in a layer under the running placement.
-
-    Raises ArgumentError if EPLB's redundant experts do not fill the devices evenly.
-    """
+    """Return the slots of a device in a layer under the running placement."""
     if isinstance(initial, Placement):
         return initial.slots_per_device
-    running = Running.parse(initial)
-    slots = -(-(experts + running.redundant) // devices)
-    if running.method == "eplb" and slots * devices != experts + running.redundant:
-        raise ArgumentError(
-            f"initial {initial} must fill all devices evenly: {experts} experts and "
-            f"{running.redundant} redundant ones are no multiple of {devices} devices; "
-            f"eplb:{slots * devices - experts} would do",
-            "initial",
-        )
-    return slots
+    return Running.parse(initial).count_slots(experts, devices)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +73,11 @@ class Request:
     def topology(self) -> Topology:
         """The machine."""
         return self.serving.topology
+
+    @property
+    def goal(self) -> Goal:
+        """The goal of placements: the objective, by default time."""
+        return choose_goal(self.objective, None)
 
     @property
     def single_slots(self) -> int:
@@ -156,16 +148,12 @@ def split_seen_unseen(request: Request, seed: int) -> tuple[Recording, Recording
 def count_traffic(request: Request, seen: Recording) -> RoutingStatistics:
     """Count seen traffic as ``moetuner solve`` does."""
     options: dict[str, Any] = {"window": request.windows[0], "threads": request.threads}
-    options |= choose_tables(request.serving.regime, choose_goal(request.objective, None))
+    options |= choose_tables(request.serving.regime, request.goal)
     return as_counts(seen, **options)
 
 
 def build_problem(
-    request: Request,
-    statistics: RoutingStatistics,
-    copies: int,
-    *,
-    phases: Phases | None = None,
+    request: Request, statistics: RoutingStatistics, copies: int, *, phases: Phases | None = None
 ) -> Problem:
     """Build the problem of ``moetuner solve`` with a number of slots for copies on a device.
 
@@ -186,7 +174,7 @@ def build_problem(
         fill_slots=fill_slots,
         phases=serving.phases if phases is None else phases,
         objective=request.objective,
-        max_imbalance=TRAFFIC_CAP if request.objective == "traffic" else None,
+        max_imbalance=AIMS[request.goal].cap,
     )
 
 

@@ -12,12 +12,7 @@ from moetuner.evaluation import Evaluation
 from moetuner.files.cells import counted
 from moetuner.placement import Placement
 from moetuner.report.advice.request import Holdout, Request, Window, build_problem, search_shortly
-from moetuner.report.advice.trial import (
-    RUNNING,
-    Key,
-    evaluate_all,
-    find_running_placement,
-)
+from moetuner.report.advice.trial import RUNNING, Key, evaluate_all, find_running_placement
 from moetuner.report.advice.values import Copies
 from moetuner.serving.engines import tokens_per_rank
 
@@ -93,10 +88,7 @@ def sweep(request: Request, holdout: Holdout) -> Sweep:
 
 
 def _compute_gains(
-    request: Request,
-    holdout: Holdout,
-    running: Placement,
-    with_copies: dict[Key, Placement],
+    request: Request, holdout: Holdout, running: Placement, with_copies: dict[Key, Placement]
 ) -> Sweep:
     """Compute gains of placements with copies over the running one, and the memory of copies."""
     request.progress("replaying them on unseen traffic")

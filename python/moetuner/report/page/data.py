@@ -36,6 +36,7 @@ from moetuner.placement import Placement, PlacementDiff
 from moetuner.report.advice.values import Advice
 from moetuner.report.findings import PYTHON, TERMINAL, Finding, Voice
 from moetuner.report.hot_experts import HotExperts, hold_out_hot_experts
+from moetuner.report.loads import count_part_loads
 from moetuner.report.outcome import Outcome, find_times
 from moetuner.report.page.words import write_settings
 from moetuner.report.words import say
@@ -44,7 +45,6 @@ from moetuner.serving.phases import name_phase
 from moetuner.serving.recipes import Recipe
 from moetuner.solver import Trade
 from moetuner.solver.result import Result
-from moetuner.statistics import count_loads
 from moetuner.topology import Topology
 
 TRY = "Try it: serve the same traffic with both placements, and compare the times you measure."
@@ -415,7 +415,7 @@ def make_judgement_data(
     verdict = f"{words}: {gain.change_in_words}"
     if not gain.is_too_few:
         verdict += f" ({gain.interval_in_words})"
-    loads = count_loads(replayed.traffic, threads=replayed.setting.options.threads)
+    threads = replayed.setting.options.threads
     warnings: tuple[str, ...] = ()
     if gain.measure == "predicted_layer_us":
         model = replayed.setting.serving.cost_model
@@ -444,15 +444,13 @@ def make_judgement_data(
         traffic=traffic,
         origin=origin,
         contents=contents,
-        load=loads.total_load.astype(np.float64),
+        load=count_part_loads(replayed.traffic, threads)[1].sum(axis=0, dtype=np.float64),
         recipes=recipes,
         reasons=(sentence(gain.doubt),) if gain.doubt else (),
         warnings=warnings,
         token_bytes=token_bytes,
         expert_bytes=expert_bytes,
-        hot_experts=hold_out_hot_experts(
-            replayed.traffic, threads=replayed.setting.options.threads
-        ),
+        hot_experts=hold_out_hot_experts(replayed.traffic, threads=threads),
     )
     if page.moves.experts_moved or judgement.before.imbalance != judgement.after.imbalance:
         return page
@@ -462,9 +460,7 @@ def make_judgement_data(
 
 
 def make_gain_tile(
-    gain: Comparison,
-    judgement: Judgement,
-    others: Mapping[str, float] | None = None,
+    gain: Comparison, judgement: Judgement, others: Mapping[str, float] | None = None
 ) -> Tile:
     """Show a gain of a judgement, with the figures before and after.
 

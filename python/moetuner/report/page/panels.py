@@ -15,24 +15,11 @@ from numpy.typing import NDArray
 
 from moetuner import charts as draw
 from moetuner.charts import PROPOSED, RUNNING, Chart, Spec
-from moetuner.charts.placements import (
-    draw_losses,
-    draw_on_one_device,
-    draw_slots,
-    share_load,
-)
+from moetuner.charts.placements import draw_losses, draw_on_one_device, draw_slots, share_load
 from moetuner.evaluation.copies import compute_slot_shares
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import Spread
-from moetuner.files.cells import (
-    counted,
-    digits,
-    in_bytes,
-    percent,
-    sentence,
-    signed,
-    unit_of_time,
-)
+from moetuner.files.cells import counted, digits, in_bytes, percent, sentence, signed, unit_of_time
 from moetuner.report.advice.values import Advice
 from moetuner.report.findings import Finding
 from moetuner.report.outcome import find_moves, write_left_out
@@ -503,15 +490,8 @@ def _show_search(page: PageData) -> Panel | None:
     line = {"shape": "hv", "color": "var(--good)", "dash": "dash"}
     marker = {"symbol": "triangle-up"}
     data.append(draw.scatter(x, y, "bound: %{y:,.3r}", name="bound", line=line, marker=marker))
-    proven = Finding(
-        "bound",
-        {
-            "bound": f"{digits(result.bound)} {page.unit}",
-            "gap": result.gap,
-            "single": False,
-            "cap": None,
-        },
-    )
+    bound = {"bound": f"{digits(result.bound)} {page.unit}", "gap": result.gap}
+    proven = Finding("bound", {**bound, "single": False, "cap": None})
     axis, when = "step", "after each step of the search"
     spec = draw.layout("step", page.unit, count=len(history))
     if page.timed:

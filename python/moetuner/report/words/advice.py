@@ -44,7 +44,6 @@ ANSWER_WORDS = {
     "worse": "slower",
 }
 
-
 # Headlines of advice that gains decide.
 
 
@@ -80,11 +79,7 @@ def _of_a_mix(groups: bool) -> str:
 
 
 def _gain(
-    voice: Voice,
-    gain: Comparison,
-    window: int | None,
-    recorded: int | None,
-    running: str,
+    voice: Voice, gain: Comparison, window: int | None, recorded: int | None, running: str
 ) -> str:
     return (
         f"in {name_windows(window, recorded)} an MoE layer takes {write_amount(gain)} predicted "

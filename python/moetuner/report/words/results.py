@@ -5,12 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moetuner.evaluation.comparison import Comparison
-from moetuner.files.cells import (
-    counted,
-    distinct,
-    number,
-    percent,
-)
+from moetuner.files.cells import counted, distinct, number, percent
 from moetuner.problem.goals import AIMS
 from moetuner.report.findings import Voice
 from moetuner.report.words.parts import Clause, in_windows

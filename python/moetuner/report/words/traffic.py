@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from moetuner._texts import name
-from moetuner.files.cells import (
-    counted,
-    in_bytes,
-    number,
-    percent,
-    span,
-)
+from moetuner.files.cells import counted, in_bytes, number, percent, span
 from moetuner.report.findings import Voice
 from moetuner.report.words.parts import Clause, in_windows
 
@@ -42,12 +37,7 @@ def _profile_not_left(
 
 
 def _hot_experts(
-    voice: Voice,
-    answer: str,
-    static: float,
-    cache: float | None,
-    chance: float,
-    is_unseen: bool,
+    voice: Voice, answer: str, static: float, cache: float | None, chance: float, is_unseen: bool
 ) -> str:
     with_cache = "" if cache is None else f", a cache of that size {100 * cache:.0f} %"
     picks = "unseen picks" if is_unseen else "picks that they are chosen by"
@@ -83,24 +73,28 @@ def _machine(layers: int, devices: int, slots: int) -> str:
 
 
 def write_change(
-    lost: list[int], retire: list[int], fewer: int, join: int, slots: int | None
+    without: Sequence[int],
+    retire: Sequence[int],
+    fewer: int,
+    join: int,
+    slots_per_device: int | None,
 ) -> str:
     """Write which devices are lost, leave and join, and how many slots each has from now on."""
     texts = []
-    if lost:
-        texts.append(f"{_named_devices(lost)} lost")
+    if without:
+        texts.append(f"{_named_devices(without)} lost")
     if retire:
         texts.append(f"{_named_devices(retire)} to leave")
     if fewer:
         texts.append(f"{counted(fewer, 'device')} fewer")
     if join:
         texts.append(f"{counted(join, 'device')} more")
-    if slots is not None:
-        texts.append(f"{counted(slots, 'slot')} on each from now on")
+    if slots_per_device is not None:
+        texts.append(f"{counted(slots_per_device, 'slot')} on each from now on")
     return ", ".join(texts)
 
 
-def _named_devices(devices: list[int]) -> str:
+def _named_devices(devices: Sequence[int]) -> str:
     return f"{'device' if len(devices) == 1 else 'devices'} {', '.join(map(str, devices))}"
 
 
