@@ -17,9 +17,11 @@ from moetuner.solver.budget import Budget
 from moetuner.solver.run import Moves, Run
 from moetuner.solver.stages import moves
 from moetuner.solver.stages.descent import descend
-from moetuner.solver.stages.front import Front, solve_knapsack
 from moetuner.solver.stages.layers import LayerModel
-from moetuner.solver.stages.repair import repair
+from moetuner.solver.stages.moves import filling
+from moetuner.solver.stages.moves.front import Front
+from moetuner.solver.stages.moves.mixing import solve_knapsack, trace_back
+from moetuner.solver.stages.repair import offer_running, repair
 
 
 def statistics(seed=0, windows=3, layers=3, experts=16, transitions=False):
@@ -254,11 +256,8 @@ def test_layers_are_put_together_at_the_least_sum(seed):
     columns, limit = np.arange(3), 12
     chosen = solve_knapsack(moves, worth, limit)
     for budget_of_moves in range(limit + 1):
-        left, rows = budget_of_moves, [0, 0, 0]
-        for column in reversed(columns):
-            rows[column] = chosen[column, left]
-            left -= moves[rows[column], column]
-        assert left >= 0
+        rows = trace_back(chosen, moves, budget_of_moves)
+        assert moves[rows, columns].sum() <= budget_of_moves
         least = min(
             worth[list(other), columns].sum()
             for other in product(range(5), repeat=3)
@@ -346,7 +345,7 @@ def test_with_little_time_steps_come_first(monkeypatch):
         raise AssertionError("a search without time")
 
     monkeypatch.setattr(budget, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(moves, "descend", slow)
+    monkeypatch.setattr(filling, "descend", slow)
     monkeypatch.setattr(LayerModel, "improve", improve)
     result = mt.solve(problem, initial=initial, move_budget=8, time_limit=1.0)
     path = steps(problem, initial, most=8)
@@ -402,9 +401,9 @@ def test_a_front_has_all_points_of_one_to_fewer_moves(goal):
     smaller: set[bytes] = set()
     for limit in (2, 5, 12):
         run = Run(problem, budget=Budget(iterations=30), moves=Moves(initial))
-        moves.offer_running(run)
-        front = Front(run, run.moves)
-        moves.fill(front, run.budget, limit)
+        offer_running(run)
+        front = Front(run)
+        filling.fill(front, run.budget, limit)
         points = set(front.points)
         assert points >= smaller
         smaller = points

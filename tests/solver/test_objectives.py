@@ -18,8 +18,9 @@ from moetuner.problem.objective import Objective
 from moetuner.solver.bounds.loads import LOAD_BOUND, least_balance, least_time
 from moetuner.solver.run import Moves, Run
 from moetuner.solver.stages.floor import balanced
-from moetuner.solver.stages.front import Front
 from moetuner.solver.stages.layers import COMBINE
+from moetuner.solver.stages.moves.front import Front
+from moetuner.solver.stages.repair import offer_running
 
 SPLITS = ("even", "nearest", "round_robin")
 # Joined layers are searched from many starts: fewer examples do.
@@ -369,7 +370,8 @@ def test_layers_are_chosen_by_all_that_counts(monkeypatch):
     run.run_stages((COMBINE,), run.budget)
     assert run.best.slots.tolist() == [good, good]
     run = Run(problem, moves=Moves(mt.Placement([poor, poor])))
-    front = Front(run, run.moves)
+    offer_running(run)
+    front = Front(run)
     for slots in mixed:
         front.add(run.judge(slots, "start"))
     front.mix([8], problem.windows.weight)

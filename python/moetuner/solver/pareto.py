@@ -17,14 +17,11 @@ from moetuner.solver.bounds.caps import cap_report
 from moetuner.solver.budget import Budget, History, Progress
 from moetuner.solver.methods import METHODS, METHODS_WITH_INITIAL, Method
 from moetuner.solver.run import Incumbent, Moves, Run, Stage
-from moetuner.solver.stages.front import Front, undominated
-from moetuner.solver.stages.moves import (
-    fill,
-    find_fewest_moves,
-    from_running,
-    offer_running,
-    require_moves,
-)
+from moetuner.solver.stages.moves import from_running
+from moetuner.solver.stages.moves.fewest import find_fewest_moves
+from moetuner.solver.stages.moves.filling import fill
+from moetuner.solver.stages.moves.front import Front, undominated
+from moetuner.solver.stages.repair import offer_running
 
 # Most trades that are listed, at about even distances of the logarithm of their moves.
 TRADES = 24
@@ -129,7 +126,7 @@ def pareto(
         budget = replace(budget, progress=History(progress).add)
     run = Run(problem, seed=seed, budget=budget, moves=Moves(initial, expert_bytes=expert_bytes))
     offer_running(run)
-    front = Front(run, require_moves(run))
+    front = Front(run)
 
     def at_no_price(run: Run, budget: Budget) -> None:
         inner = run.run_inner(from_running(METHODS[method]), budget, moves=Moves(initial))
@@ -162,7 +159,7 @@ def search_fewest_moves(
     budget = Budget(time_limit, threads=threads)
     run = Run(problem, budget=budget, moves=Moves(initial))
     offer_running(run)
-    point = find_fewest_moves(Front(run, require_moves(run)), budget, most_moves, enough)
+    point = find_fewest_moves(Front(run), budget, most_moves, enough)
     return None if point is None else make_placement(run, point)
 
 
@@ -189,6 +186,6 @@ def _make_trade(run: Run, initial: Placement, incumbent: Incumbent, objective: f
         objective,
         gain=problem.value(initial) - objective,
         experts_moved=incumbent.moves,
-        bytes_moved=incumbent.moves * require_moves(run).expert_bytes,
+        bytes_moved=incumbent.moves * run.require_moves().expert_bytes,
         caps_raised=dict(cap_report(problem, placement.slots).raised),
     )

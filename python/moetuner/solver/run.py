@@ -291,6 +291,20 @@ class Run:
             raise KeyboardInterrupt
         return inner
 
+    def adopt(self, inner: Run) -> Incumbent:
+        """Offer the best of an inner run and return it; take over the inner bound and details."""
+        best = inner.answer()
+        is_as_good = best.rank <= self.best.rank
+        incumbent = self.offer(best.slots, best.by, role=best.role)
+        if self.details == Details():
+            self.details = inner.details
+        self.cut |= inner.cut
+        if is_as_good and inner.bound is not None:
+            self.bound = inner.bound
+        if inner.interrupted:
+            raise KeyboardInterrupt
+        return incumbent
+
     # Placements.
 
     def judge(
@@ -370,6 +384,11 @@ class Run:
         value = incumbent.value + abs(incumbent.value) * ROUNDING
         is_as_good = nearer.excess <= incumbent.excess and nearer.value <= value
         return nearer if is_as_good and nearer.moves < incumbent.moves else incumbent
+
+    def require_moves(self) -> Moves:
+        """Return the moves of a run that has a running placement."""
+        assert self.moves is not None
+        return self.moves
 
     @property
     def is_priced(self) -> bool:

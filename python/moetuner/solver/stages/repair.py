@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner._checks import ArgumentError
 from moetuner.placement import EMPTY, Placement, find_holders, moves_from
 from moetuner.problem import Problem
 from moetuner.problem.capacity import pad_slots
+from moetuner.solver.budget import Budget
+from moetuner.solver.run import Incumbent, Role, Run, Stage
 from moetuner.solver.terms import core_layers, make_site
 
 Bools = NDArray[np.bool_]
@@ -77,3 +80,24 @@ def _keep_copies(problem: Problem, layer: int, holds: Bools, stays: Bools) -> No
             others[expert] = False
             copies[expert] -= 1
         holds[device] |= others
+
+
+def offer_running(run: Run) -> Incumbent:
+    """Offer the running placement, or the nearest one that keeps the rules, and return it."""
+    slots = repair(run.problem, run.require_moves().initial)
+    return run.offer(slots, "running", role=Role.RUNNING, is_start=True)
+
+
+def _repair(run: Run, _: Budget) -> None:
+    """Offer the same as a stage; raise if the budget of moves does not suffice for it."""
+    problem, moves, start = run.problem, run.require_moves(), offer_running(run)
+    if start.moves > moves.most:
+        raise ArgumentError(
+            f"move_budget {moves.budget:g} is too small: "
+            f"initial breaks a rule ({problem.violations(moves.initial)[0]}), and to keep "
+            f"all rules takes {start.moves} moves",
+            "move_budget",
+        )
+
+
+REPAIR = Stage(_repair)
