@@ -26,7 +26,7 @@ MACHINES = {
     "16 in 4 nodes": mt.Topology(16, devices_per_node=4),
 }
 # What the same goal may be worse by, and what a single step may gain.
-SLOT, STEP, THOROUGH = 2e-3, 1.5e-3, 5e-3
+SLOT, STEP, THOROUGH = 2e-3, 1.5e-3, 7e-3
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_no_single_step_improves_on_the_answer(traces, name, machine, spare, sha
     [("bundled", "16 in 4 nodes", 1, 0.5), ("drawn", "8", 2, 0.2)],
 )
 def test_thorough_searches_find_hardly_more(traces, name, machine, spare, share):
-    """The default is within half a per cent of a search that takes many times as long."""
+    """The default is within 0.7 per cent of a search that takes many times as long."""
     problem = make_problem(traces[name], MACHINES[machine], spare, "small", share)
     default, thorough = (
         problem.value(mt.solve(problem, effort=effort).placement)

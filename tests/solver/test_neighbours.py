@@ -42,8 +42,7 @@ def test_neighbours_answers_are_answers():
     objective = mt.solve(problem, "heuristic").objective
     values = [problem.value(found[name]) for name in ("another seed", "other names")]
     assert values == pytest.approx([objective] * 2, rel=0.01)
-    shuffled = mt.Placement(
-        np.roll(problem.num_experts - 1 - found["other names"].slots, 1, axis=0),
-        num_experts=problem.num_experts,
-    )
+    slots, experts = found["other names"].slots, problem.num_experts
+    reversed_names = np.where(slots >= 0, experts - 1 - slots, slots)
+    shuffled = mt.Placement(np.roll(reversed_names, 1, axis=0), num_experts=experts)
     assert problem.value(shuffled) > 1.02 * objective
