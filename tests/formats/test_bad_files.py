@@ -1,6 +1,7 @@
 """What is wrong with a file of an engine, a table or a map: one line names file, place and rule."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -495,9 +496,9 @@ def test_every_reader_has_a_row(tmp_path, monkeypatch):
     def listen(name, reader):
         def read(*arguments, **others):
             asked.add(name)
-            return reader.read(*arguments, **others)
+            return reader.module.read(*arguments, **others)
 
-        return reader._replace(read=read)
+        return reader._replace(module=SimpleNamespace(read=read))
 
     for name, reader in READERS.items():
         monkeypatch.setitem(READERS, name, listen(name, reader))

@@ -20,7 +20,7 @@ from moetuner.cli.options.machine import (
 from moetuner.cli.options.placed import Placed
 from moetuner.cli.options.traffic import Source
 from moetuner.files.cells import layer_list
-from moetuner.formats import find_way_back, list_serving_recipes
+from moetuner.formats.recipes import find_way_back, list_serving_recipes
 from moetuner.placement import Placement
 from moetuner.problem import TRAFFIC_CAP
 from moetuner.problem.objective import choose_goal

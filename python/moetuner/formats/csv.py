@@ -17,7 +17,7 @@ import numpy as np
 
 from moetuner.files import size_of
 from moetuner.files.opened import Opened
-from moetuner.formats.rows import LABELS, Add, OpenTable, add_rows
+from moetuner.formats.rows import LABELS, Add, OpenTable, add_rows, read_tables
 
 SEPARATORS = (",", ";", "\t")
 # Other names of columns of counts.
@@ -59,6 +59,9 @@ def open_table(path: Path) -> Iterator[OpenTable]:
                 same = [cell for cell, renamed in zip(cells, names, strict=True) if renamed == name]
                 raise ValueError(f"line 1: must have one column {name}, got {' and '.join(same)}")
         yield OpenTable(names, None, partial(_add_lines, file, separator, names))
+
+
+read = partial(read_tables, open_table)
 
 
 def _add_lines(

@@ -12,18 +12,12 @@ from moetuner.files.opened import Kind, Opened
 from moetuner.formats.counts import drop_dense_layers
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
-from moetuner.formats.sources import first_file, list_files, require_one_model
+from moetuner.formats.sources import list_files, require_one_model
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
 KINDS: tuple[Kind, ...] = ("safetensors", "npz", "npy", "jsonl")
-
-
-def recognises(kind: Kind, file: Opened) -> bool:
-    """Return whether a file, or the first one of a folder, is of a kind."""
-    file = first_file(file)
-    return file.path.is_file() and file.kind == kind
 
 
 def read(files: Sequence[Opened], hints: Hints) -> Traffic:

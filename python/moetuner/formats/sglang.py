@@ -1,11 +1,9 @@
-"""Read SGLang's dumps and routed experts of its responses; read and write its maps of experts.
+"""Read SGLang's dumps; read and write its maps of experts.
 
 Dumps (``--expert-distribution-recorder-mode``) are files of ``torch.save`` with a row for every
 hidden layer, dense ones too. Mode ``stat`` (and ``stat_approx``) has counts of experts,
 ``per_pass`` counts of slots by pass and rank, ``per_token`` the slots of every token, -1 beyond
-top-k. Slots are translated by the last map that a dump holds. Responses
-(``--enable-return-routed-experts``) have logical ids as raw int32 in base64, [tokens, hidden
-layers, top-k].
+top-k. Slots are translated by the last map that a dump holds.
 
 A map for ``--init-expert-location`` has one key only, a row for every hidden layer, and never two
 copies of an expert on one rank: the owner would load the first alone.
@@ -31,8 +29,8 @@ from moetuner.formats import pickled
 from moetuner.formats.counts import add_up, counts_in, make_statistics, sum_by_expert
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
-from moetuner.formats.records import looks_like_json, records
-from moetuner.formats.responses import Routed, decode, join_arrays, read_routed
+from moetuner.formats.records import looks_like_json
+from moetuner.formats.responses import Routed, join_arrays
 from moetuner.formats.sources import first_file, list_files
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
@@ -43,8 +41,6 @@ IDS = "topk_ids_of_layer"
 COUNTS, COUNT = "logical_count", "global_physical_count"
 # Key beside counts that only say which experts are chosen, see ``formats/ktransformers.py``.
 CHOSEN = "chosen_experts"
-ON = "start SGLang with --enable-return-routed-experts and ask for return_routed_experts"
-INT32 = np.dtype("<i4")
 
 
 def recognises(file: Opened) -> bool:
@@ -56,13 +52,6 @@ def recognises(file: Opened) -> bool:
     if COUNTS.encode() in start:
         return True
     return b"records" in start and b"gatherer_key" in start and pickled.is_pickled(file)
-
-
-def recognises_responses(file: Opened) -> bool:
-    """Return whether a file holds responses with routed experts."""
-    start = file.head
-    is_ours = b'"meta_info"' in start or b'"sglext"' in start
-    return looks_like_json(start) and is_ours and b'"routed_experts"' in start
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,59 +274,6 @@ class _Sequences:
         for end, label in ended:
             self.ends.setdefault(end, []).append(label)
         return labels
-
-
-def read_responses(files: Sequence[Opened], hints: Hints) -> Traffic:
-    """Read routed experts of responses; each response is a sequence."""
-    routed = read_routed(files, lambda file: _responses(file.path, hints), ON)
-    return join_arrays(files, routed, hints)
-
-
-def _responses(path: Path, hints: Hints) -> Iterator[Routed]:
-    """Read the arrays of responses, of SGLang's own route or of OpenAI's."""
-    for response, fields in records(path):
-        usage = fields.get("usage")
-        choices = fields.get("choices")
-        places = [(fields.get("meta_info"), fields.get("meta_info")), (fields.get("sglext"), usage)]
-        for choice in choices if isinstance(choices, list) else []:
-            places.append((choice.get("sglext") if isinstance(choice, dict) else None, usage))
-        for number, (place, sizes) in enumerate(places):
-            text = place.get("routed_experts") if isinstance(place, dict) else None
-            if text is not None:
-                where = response if number < 2 else f"{response}, choice {number - 2}"
-                data = decode(text, where)
-                with naming(where):
-                    shape = _shape(len(data), sizes if isinstance(sizes, dict) else {}, hints)
-                meta = fields.get("meta_info")
-                named = meta if isinstance(meta, dict) else fields
-                ids = np.frombuffer(data, INT32).reshape(shape)
-                yield Routed(path, ids, str(named.get("id", "")), str(fields.get("model", "")))
-
-
-def _shape(size: int, usage: dict[str, Any], hints: Hints) -> tuple[int, int, int]:
-    """Return tokens, hidden layers and top-k of ids with so many bytes."""
-    count, rest = divmod(size, INT32.itemsize)
-    if rest:
-        raise ValueError(f"routed_experts must be 32-bit integers, got {size} bytes")
-    if hints.top_k is None:
-        raise MissingArgumentError("top_k is needed: responses hold bytes without a shape", "top_k")
-    rows, rest = divmod(count, hints.top_k)
-    layers = hints.hidden_layers
-    if layers is None:
-        prompt, answer = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        if not isinstance(prompt, int) or not isinstance(answer, int) or min(prompt, answer) < 0:
-            raise MissingArgumentError(
-                "hidden_layers is needed: the response does not say its tokens", "hidden_layers"
-            )
-        layers = rows // max(prompt + answer - 1, 1)
-    if rest or not rows or not layers or rows % layers:
-        raise MissingArgumentError(
-            f"routed_experts must fill tokens x layers x top-k, got {count} numbers "
-            f"for top-k {hints.top_k} and {layers} layers; with a start in the request, "
-            "hidden_layers must be given",
-            "hidden_layers",
-        )
-    return rows // layers, layers, hints.top_k
 
 
 def write_map(placement: Placement, path: Path, hints: Hints) -> None:
