@@ -26,8 +26,7 @@ from safetensors.numpy import save_file
 from targets import HINTS
 
 import moetuner as mt
-from moetuner.files.opened import Opened
-from moetuner.formats import READERS, read_input, tensorrt_llm, vllm_ascend
+from moetuner.formats import READERS, read_input, read_map, vllm_ascend
 from moetuner.formats.hints import Hints
 from moetuner.formats.native import KINDS
 
@@ -94,7 +93,7 @@ def tensorrt(folder, change):
 
 def yaml(folder, text):
     (folder / "map.yaml").write_text(text)
-    return tensorrt_llm.read_map(Opened(folder / "map.yaml"), Hints())
+    return read_map(folder / "map.yaml", Hints(), "tensorrt-llm")
 
 
 def csv(folder, text, experts=8):
@@ -174,7 +173,7 @@ def ascend_map(folder, change):
     fields = json.loads(path.read_text())
     change(fields)
     path.write_text(json.dumps(fields))
-    return vllm_ascend.read_map(Opened(path), Hints())
+    return read_map(path, Hints(), "vllm-ascend")
 
 
 def sglang_responses(folder, experts):
@@ -424,7 +423,7 @@ tokenspeed | {"ep_size": 10**9} | ep_rank must be an integer below ep_size, got 
 tokenspeed | {"ep_rank": True} | ep_rank must be an integer below ep_size, got True and 1
 tokenspeed | {"ep_size": 2} | got 1 of rank 0 and 0 of rank 1
 tokenspeed | {}, {"ep_rank": 0} | got 2 of rank 0 and 0 of rank 1
-tokenspeed | {}, {"ep_size": 3} | ep_size must be 2 like the others, got 3
+tokenspeed | {}, {"ep_size": 3} | ep_size must be the same in all, got 2 and 3
 tokenspeed | {"logical_count": 7} | logical_count must be a tensor [layers, experts], got 7
 tokenspeed | {"logical_count": np.ones(4)} | logical_count must be a tensor [layers, experts]
 tokenspeed | {"logical_count": np.full((2, 4), 0.5)} | must be whole numbers of tokens
@@ -437,7 +436,7 @@ fastdeploy | {"data": [[[1, 0.5]]]} | must be whole numbers of tokens
 fastdeploy | {"data": [[[1, -1]]]} | must be counts from 0 to 2**48
 fastdeploy | {"data": [[["a", "b"]]]} | response 0: rank 0: counts must be
 fastdeploy | {"data": [[[1, 2]], [[1, 2, 3]]]} | rank 1: counts must be [1, 2] like those before
-fastdeploy | {}, {"data": [[[1, 2]] * 2]} | must have layers and experts of the answers before
+fastdeploy | {}, {"data": [[[1, 2]] * 2]} | must have layers and experts of the windows before
 fastdeploy | {}, {"code": 1, "data": None, "msg": "no"} | response 1: must have code 0 and data by
 memra_map | lambda f: f.update(ranks=9) | ranks must be from 1 to 4, got 9
 memra_map | lambda f: f.update(ranks=1) | layer 0: ranks must be below 1, got 1

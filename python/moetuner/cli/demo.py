@@ -14,8 +14,7 @@ from moetuner.cli.output import Output, working
 from moetuner.evaluation.samples.holdout import hold_out
 from moetuner.files import replacing, same_file
 from moetuner.files.cells import percent
-from moetuner.formats import eplb
-from moetuner.formats.hints import Hints
+from moetuner.formats import write_placement
 from moetuner.problem import TRAFFIC_CAP, Problem
 from moetuner.report.outcome import Outcome
 from moetuner.report.structure import Structure, structure
@@ -62,7 +61,7 @@ def command(
     outcomes = _compare_methods(source, trace, output)
     best = outcomes["joint"].result.placement
     best.save(files[1])
-    eplb.write_map(best, files[2], Hints())
+    write_placement(best, "eplb", files[2])
     output.say(
         "",
         f"Wrote placement.json, eplb.npz and trace.safetensors into {directory}/",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moetuner._checks import ArgumentError, instance, listed, one_of, path_in, window_in
-from moetuner.files import is_stream, naming, size_of
+from moetuner.files import is_stream, naming, replacing, size_of
 from moetuner.files.opened import Opened, opened
 from moetuner.formats import (
     arrow,
@@ -45,21 +45,20 @@ class Reader(NamedTuple):
     ``module`` has ``recognises(file)`` and ``read(files, hints)``, which takes all files of one
     recording. Files that are damaged, or do not fit together, raise ValueError with file, place and
     rule in one line; ``recognises`` may, too. ``caution`` is a sentence on what such a recording
-    cannot say; it follows INPUT's description. With ``takes_map`` the module also recognises the
-    engine's maps, which may be given beside the recording.
+    cannot say; it follows INPUT's description.
     """
 
     title: str
     module: Any
     caution: str = ""
-    takes_map: bool = False
 
 
 class Writer(NamedTuple):
     """A format of placements.
 
-    ``module`` has ``write_map(placement, path, hints)``, ``recognises_map(path)`` and
-    ``read_map(path, hints)``, which returns a ``Layout``. All raise ValueError as readers do.
+    ``module`` has ``write_map(placement, path, hints)``, ``recognises_map(file)`` and
+    ``read_map(file, hints)``, which returns a ``Layout``. They raise ValueError as readers do; the
+    caller names the file, and replaces what was there by what is written.
     ``suffixes`` are endings of file names. ``engine`` is the name in ``ENGINES`` of the engine that
     loads the format, if it is a single one; ``hints`` are the hints that writing needs.
     """
@@ -86,7 +85,7 @@ FOREIGN: dict[str, Reader] = {
         "FastDeploy's tokens per expert, answers of its server", fastdeploy, counts.CAUTION
     ),
     "deepspeed": Reader("tokens_per_expert of DeepSpeed's ranks", deepspeed),
-    "vllm-ascend": Reader("workloads of vllm-ascend's balancer", vllm_ascend, takes_map=True),
+    "vllm-ascend": Reader("workloads of vllm-ascend's balancer", vllm_ascend),
     "llama-cpp": Reader(
         "importance matrices of llama.cpp, imatrix.gguf", llama_cpp, llama_cpp.CAUTION
     ),
@@ -250,7 +249,6 @@ def write_placement(
     placement: Placement,
     to: str,
     path: str | Path,
-    hints: Hints | None = None,
     *,
     hidden_layers: int | None = None,
     dense_layers: Iterable[int] | None = None,
@@ -268,8 +266,6 @@ def write_placement(
     hidden_layers, dense_layers
         Layers of the model, dense ones included, and the numbers of those without experts: for
         formats that count them too.
-    hints
-        Instead: both in one value.
 
     Raises
     ------
@@ -287,10 +283,8 @@ def write_placement(
     """
     one_of("to", to, WRITERS)
     instance("placement", placement, Placement)
-    if hints is not None:
-        instance("hints", hints, Hints)
     path, writer = path_in(path), WRITERS[to]
-    hints = hints or Hints(hidden_layers=hidden_layers, dense_layers=_numbers(dense_layers))
+    hints = Hints(hidden_layers=hidden_layers, dense_layers=_numbers(dense_layers))
     if not is_stream(path) and path.suffix not in writer.suffixes:
         with naming(path):
             raise ValueError(
@@ -299,7 +293,8 @@ def write_placement(
             )
     if writer.engine is not None:
         check_placement(placement, writer.engine)
-    writer.module.write_map(placement, path, hints)
+    with replacing(path) as temporary:
+        writer.module.write_map(placement, temporary, hints)
 
 
 def is_map(source: str | Path | Opened) -> bool:
@@ -311,13 +306,8 @@ def is_map(source: str | Path | Opened) -> bool:
     if is_stream(file.path) or not file.path.is_file():
         return False
     with suppress(ValueError):
-        maps = {name for name, writer in WRITERS.items() if writer.module.recognises_map(file)}
-        readers = [
-            reader.module
-            for name, reader in FOREIGN.items()
-            if not (reader.takes_map and name in maps)
-        ]
-        return bool(maps) and not any(module.recognises(file) for module in readers)
+        is_ours = any(writer.module.recognises_map(file) for writer in WRITERS.values())
+        return is_ours and not any(reader.module.recognises(file) for reader in FOREIGN.values())
     return False
 
 

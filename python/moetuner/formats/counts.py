@@ -111,6 +111,16 @@ def add_up(total: NDArray[Any] | None, counts: NDArray[Any]) -> NDArray[np.int64
     return total.astype(np.int64, copy=False) + counts.astype(np.int64, copy=False)
 
 
+def add_window(windows: list[NDArray[np.int64]], window: NDArray[np.int64]) -> None:
+    """Append counts [L,E] to windows; raise unless their sizes are those of the ones before."""
+    if windows and window.shape != windows[0].shape:
+        raise ValueError(
+            f"must have layers and experts of the windows before, {list(windows[0].shape)}, got "
+            f"{list(window.shape)}"
+        )
+    windows.append(window)
+
+
 def sum_ranks(
     files: Sequence[Opened], hints: Hints, read_load: Callable[[Opened], NDArray[Any]]
 ) -> NDArray[np.int64]:

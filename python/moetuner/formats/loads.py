@@ -24,6 +24,7 @@ from moetuner.files.opened import Opened
 from moetuner.files.text import parse_json
 from moetuner.formats.counts import (
     COUNT_LIMIT,
+    add_window,
     check_filled,
     counts_in,
     make_statistics,
@@ -165,13 +166,8 @@ def _records(path: Path, _: Hints) -> LoadCounts:
                 load, slots = (np.asarray(fields.get(key)) for key in ("expert_load", "p2l_map"))
                 if slots.ndim != 2 or slots.dtype.kind not in "iu":
                     raise ValueError("p2l_map must be lists of experts, one for every layer")
-                window = sum_by_expert(counts_in("expert_load", load), slots, None)
-                if windows and window.shape != windows[0].shape:
-                    raise ValueError(
-                        f"must have layers and experts of the lines before, "
-                        f"{list(windows[0].shape)}, got {list(window.shape)}"
-                    )
-                windows.append(window)
+                load = counts_in("expert_load", load)
+                add_window(windows, sum_by_expert(load, slots, None))
     return np.stack(windows)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import ArgumentError, MissingArgumentError, array_in, shown
-from moetuner.files import naming, npz, replacing
+from moetuner.files import naming, npz
 from moetuner.files.opened import Opened
 from moetuner.files.text import parse_json
 from moetuner.formats import pickled
@@ -81,7 +81,7 @@ def read(sources: Sequence[Opened], hints: Hints) -> Traffic:
                 counts.append(_distribution(content[COUNTS]))
             else:
                 passes += _passes(path, content)
-    with naming((files or sources)[0].path):
+    with naming(files[0].path):
         modes = {"per_token" if IDS in step.fields else "per_pass" for step in passes}
         modes |= {"stat"} if counts else set()
         if len(modes) != 1:
@@ -297,9 +297,8 @@ def write_map(placement: Placement, path: Path, hints: Hints) -> None:
     rows = placement.slots.reshape(layers, -1).tolist()
     # SGLang checks rows of dense layers, but never uses them: they repeat the next MoE layer's.
     at = np.minimum(np.searchsorted(moe, np.arange(hidden)), layers - 1)
-    with replacing(path) as temporary:
-        content = {MAP: [rows[row] for row in at]}
-        temporary.write_text(json.dumps(content, separators=(",", ":")) + "\n")
+    content = {MAP: [rows[row] for row in at]}
+    path.write_text(json.dumps(content, separators=(",", ":")) + "\n")
 
 
 def recognises_map(file: Opened) -> bool:
@@ -313,12 +312,11 @@ def recognises_map(file: Opened) -> bool:
 
 def read_map(file: Opened, _: Hints) -> Layout:
     """Read a map: one row for every hidden layer."""
-    with naming(file.path):
-        is_pickled = pickled.is_pickled(file)
-        content = pickled.load(file.path) if is_pickled else parse_json(file.read_whole())
-        if not isinstance(content, dict) or set(content) != {MAP}:
-            keys = sorted(map(str, content))[:4] if isinstance(content, dict) else shown(content)
-            raise ValueError(f"must have the single key {MAP}, got {keys}")
-        rows = content[MAP]
-        rows = rows.array() if isinstance(rows, pickled.Tensor) else rows
-        return Layout.from_rows(rows, counts_dense=True)
+    is_pickled = pickled.is_pickled(file)
+    content = pickled.load(file.path) if is_pickled else parse_json(file.read_whole())
+    if not isinstance(content, dict) or set(content) != {MAP}:
+        keys = sorted(map(str, content))[:4] if isinstance(content, dict) else shown(content)
+        raise ValueError(f"must have the single key {MAP}, got {keys}")
+    rows = content[MAP]
+    rows = rows.array() if isinstance(rows, pickled.Tensor) else rows
+    return Layout.from_rows(rows, counts_dense=True)

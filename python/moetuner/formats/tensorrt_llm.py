@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import LAYER_LIMIT, experts_in, shown, whole_number
-from moetuner.files import naming, read_whole, replacing
+from moetuner.files import naming, read_whole
 from moetuner.files.opened import Opened
 from moetuner.files.text import parse_json
 from moetuner.formats.arrays import list_names, read_by_step
@@ -167,8 +167,7 @@ def write_map(placement: Placement, path: Path, hints: Hints) -> None:
     lines = [f"num_slots: {rows.shape[1]}", "initial_global_assignments:"]
     lines += [f"  {number}: {row.tolist()}" for number, row in zip(numbers, rows, strict=True)]
     lines.append("layer_updates_per_iter: 0")
-    with replacing(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n")
 
 
 def recognises_map(file: Opened) -> bool:
@@ -179,29 +178,28 @@ def recognises_map(file: Opened) -> bool:
 
 def read_map(file: Opened, hints: Hints) -> Layout:
     """Read the map of YAML, as moetuner or PyYAML writes it, or of JSON."""
-    with naming(file.path):
-        text = file.read_whole().decode("utf-8")
-        proposed = VLLM_RECORD.search(text)
-        if proposed is not None:
-            fields = {key: value for key, value in parse_json(proposed[0]).items() if key in KEYS}
-        else:
-            fields = parse_json(text) if text.lstrip()[:1] == "{" else _yaml(text)
-        unknown = sorted(fields.keys() - set(KEYS))
-        if unknown:
-            raise ValueError(f"keys must be {', '.join(KEYS)}, got {shown(unknown[0])}")
-        for key in KEYS[:2]:
-            if key not in fields:
-                raise ValueError(f"must have {key!r}")
-        slots, rows = (fields[key] for key in KEYS[:2])
-        whole_number("num_slots", slots, highest=1 << 16)
-        if not isinstance(rows, dict) or not rows:
-            raise ValueError("initial_global_assignments must be lists of experts by layer")
-        numbers = dict(sorted((_layer(key), row) for key, row in rows.items()))
-        for number, row in numbers.items():
-            if not isinstance(row, list) or len(row) != slots:
-                size = len(row) if isinstance(row, list) else "none"
-                raise ValueError(f"layer {number} must have num_slots {slots} experts, got {size}")
-        return Layout.from_rows(list(numbers.values()), layers=tuple(numbers))
+    text = file.read_whole().decode("utf-8")
+    proposed = VLLM_RECORD.search(text)
+    if proposed is not None:
+        fields = {key: value for key, value in parse_json(proposed[0]).items() if key in KEYS}
+    else:
+        fields = parse_json(text) if text.lstrip()[:1] == "{" else _yaml(text)
+    unknown = sorted(fields.keys() - set(KEYS))
+    if unknown:
+        raise ValueError(f"keys must be {', '.join(KEYS)}, got {shown(unknown[0])}")
+    for key in KEYS[:2]:
+        if key not in fields:
+            raise ValueError(f"must have {key!r}")
+    slots, rows = (fields[key] for key in KEYS[:2])
+    whole_number("num_slots", slots, highest=1 << 16)
+    if not isinstance(rows, dict) or not rows:
+        raise ValueError("initial_global_assignments must be lists of experts by layer")
+    numbers = dict(sorted((_layer(key), row) for key, row in rows.items()))
+    for number, row in numbers.items():
+        if not isinstance(row, list) or len(row) != slots:
+            size = len(row) if isinstance(row, list) else "none"
+            raise ValueError(f"layer {number} must have num_slots {slots} experts, got {size}")
+    return Layout.from_rows(list(numbers.values()), layers=tuple(numbers))
 
 
 def _layer(key: object) -> int:
