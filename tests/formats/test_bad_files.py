@@ -226,12 +226,12 @@ def sglang_map(folder, content):
 # Who reads, what is changed of good files or what is in one, and what the error says.
 CASES = r"""
 deepspeed | lambda a: {k: v[:3] for k, v in a.items()} | counts must be [1, 3, 4] like those before
-deepspeed | lambda a: dict(list(a.items())[1:]) | must have layers [1, 2, 10] like those before
+deepspeed | lambda a: dict(list(a.items())[1:]) | must have the steps and layers of
 deepspeed | lambda a: {k: v + 0.5 for k, v in a.items()} | counts must be whole numbers
-deepspeed | lambda a: {k.replace("10", "11"): v for k, v in a.items()} | got [1, 2, 11]
+deepspeed | lambda a: {k.replace("10", "11"): v for k, v in a.items()} | differs in step 0, layer 10
 deepspeed | lambda a: {k: v[: 2 + ("10" in k)] for k, v in a.items()} | layer 10 must be counts [
-ranks | "a_rank0.npz", "b_rank0.npz" | must hold one file of rank 0, got a_rank0.npz and b_rank0.npz
-ranks | "a_rank0.npz", "a_rank999999.npz" | must hold files of ranks 0 to 999999, got none of rank 1
+ranks | "a_rank0.npz", "b_rank0.npz" | ranks 0 to 0, one of each, got two of rank 0
+ranks | "a_rank0.npz", "a_rank999999.npz" | ranks 0 to 999999, one of each, got none of rank 1
 deepspeed | lambda a: {**a, "layer2.tokens_per_expert": np.ones(4)} | layer 2 must be there once
 deepspeed | lambda a: {"tokens_per_expert": np.ones(4)} | arrays must be named as model.layers.0.mlp
 megatron | lambda lines: lines[:-1] | step 2, rank 1: must have ids of each of layers [1, 2, 4]
@@ -249,7 +249,7 @@ tensorrt | lambda f: (f / "meta_info.json").unlink() | must be beside rank0.safe
 tensorrt | lambda f: write_tensorrt_about(f, 7) | must be counts [7] as meta_info
 tensorrt | lambda f: write_tensorrt_about(f, 6, 7) | num_experts_per_token must be from 1 to 6, got
 tensorrt | lambda f: write_tensorrt_about(f, "7") | num_experts must be an integer, got '7'
-tensorrt | lambda f: write_tensorrt(f, 1, {(0, 3): np.zeros(6, int)}) | must have the iterations
+tensorrt | lambda f: write_tensorrt(f, 1, {(0, 3): np.zeros(6, int)}) | must have the steps and
 tensorrt | lambda f: write_tensorrt(f, 0, {(0, 3): LOAD[0, 0], (1, 4): LOAD[0, 0]}) | step 0 must
 tensorrt | lambda f: (p := f / "rank0.safetensors").write_bytes(p.read_bytes()[:-9]) | must have
 yaml | "num_slots: 4\n" | must have 'initial_global_assignments'

@@ -201,7 +201,7 @@ def test_dumps_of_two_models_are_not_joined(tmp_path):
         record = {"forward_pass_id": rank, "rank": 0, "gatherer_key": "primary"}
         record["global_physical_count"] = np.ones((1, experts), dtype=np.int32)
         write_sglang(tmp_path / f"{rank}.pt", [record], np.arange(experts)[None])
-    with pytest.raises(ValueError, match="must be of one model, got 4 and 6 experts"):
+    with pytest.raises(ValueError, match="must be of one model, got 1 x 4 and 1 x 6 layers"):
         mt.open_input(tmp_path)
     assert mt.open_input(tmp_path / "1.pt").num_experts == 6
 

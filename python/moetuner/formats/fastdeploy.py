@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from moetuner._checks import array_in, shown
 from moetuner.files import naming
 from moetuner.files.opened import Opened
-from moetuner.formats.counts import add_up, add_window, counts_in, make_statistics
+from moetuner.formats.counts import add_up, add_window, counts_in, stack_windows
 from moetuner.formats.hints import Hints
 from moetuner.formats.records import MARK, looks_like_json, records
 from moetuner.formats.sources import list_files
@@ -46,10 +46,7 @@ def read(sources: Sequence[Opened], hints: Hints) -> RoutingStatistics:
             for window in _answers(file.path):
                 add_window(windows, window)
     with naming(files[0].path):
-        if not windows:
-            raise ValueError("must hold at least one answer, got none")
-        load = np.stack(windows)
-        return make_statistics(load, hints, hints.moe_layers(load.shape[1]))
+        return stack_windows(windows, hints)
 
 
 def _answers(path: Path) -> Iterator[NDArray[np.int64]]:

@@ -5,12 +5,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import EXPERT_LIMIT, LAYER_LIMIT, shown
-from moetuner.files import naming, npz, read_whole, safetensors
+from moetuner.files import naming, npz, read_whole
 from moetuner.files.opened import Opened
 from moetuner.files.text import parse_json
 from moetuner.formats.counts import (
@@ -111,15 +109,12 @@ def _holds_counts(file: Opened) -> bool:
     Rows with repeated numbers are no ids either, if they are long, or if the sums of all layers are
     about the same: a repeated expert among few choices may be damage.
     """
-    path = file.path
     try:
-        stored, fortran = npz.read_npy_header(io.BytesIO(file.head))
-        if stored.dtype.kind not in "iuf" or len(stored.shape) not in (2, 3) or 0 in stored.shape:
+        rows = npz.read_npy(file.path, FIRST)
+        if rows.dtype.kind not in "iuf" or rows.ndim not in (2, 3) or not rows.size:
             return False
-        if len(stored.shape) == 2:
+        if rows.ndim == 2:
             return True
-        begin = replace(stored, shape=(min(FIRST, stored.shape[0]), *stored.shape[1:]))
-        rows = npz.read_npy(path)[:FIRST] if fortran else safetensors.read(path, begin)
         first = counts_in("load", rows)
     except ValueError as error:
         # Other errors are those of the reader of moetuner's own files.
@@ -256,14 +251,8 @@ def _cells(line: str) -> tuple[str, list[str]]:
 class _Header(NamedTuple):
     """The columns of a load table.
 
-    Parameters
-    ----------
-    names
-        Names of all columns; empty if the table has no header.
-    columns
-        Columns of window and layer, by these words.
-    experts
-        Numbers of experts, and their columns.
+    They are the names of all columns, none if the table has no header; the columns of window and
+    layer, by these words; and the numbers of experts with their columns.
     """
 
     names: list[str]

@@ -26,14 +26,13 @@ from moetuner.files import naming, npz
 from moetuner.files.opened import Opened
 from moetuner.files.text import parse_json
 from moetuner.formats import pickled
-from moetuner.formats.counts import add_up, counts_in, make_statistics, sum_by_expert
+from moetuner.formats.counts import add_up, add_window, counts_in, stack_windows, sum_by_expert
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
 from moetuner.formats.records import looks_like_json
 from moetuner.formats.responses import Routed, join_arrays
 from moetuner.formats.sources import first_file, list_files
 from moetuner.placement import Placement
-from moetuner.statistics import RoutingStatistics
 
 MAP = "physical_to_logical_map"
 LAST_MAP = f"last_{MAP}"
@@ -78,7 +77,8 @@ def read(sources: Sequence[Opened], hints: Hints) -> Traffic:
             if CHOSEN in content:
                 raise ValueError("must be recorded counts, got which experts a GPU holds")
             if COUNTS in content:
-                counts.append(_distribution(content[COUNTS]))
+                for step in _distribution(content[COUNTS]):
+                    add_window(counts, step)
             else:
                 passes += _passes(path, content)
     with naming(files[0].path):
@@ -88,16 +88,17 @@ def read(sources: Sequence[Opened], hints: Hints) -> Traffic:
             got = " and ".join(sorted(modes)) or "no pass"
             raise ValueError(f"dumps must be of one mode, got {got}")
         if counts:
-            return _windows(counts, hints)
+            return stack_windows(counts, hints)
         passes.sort(key=lambda step: (step.number, step.rank))
-        experts = {int(step.slots.max(initial=0)) + 1 for step in passes}
-        if len(experts) > 1:
-            both = f"{min(experts)} and {max(experts)}"
-            raise ValueError(f"dumps must be of one model, got {both} experts")
-        hints.check_experts(*experts)
-        hints = replace(hints, num_experts=experts.pop())
+        sizes = {(len(step.slots), int(step.slots.max(initial=0)) + 1) for step in passes}
+        if len(sizes) > 1:
+            both = " and ".join(f"{layers} x {experts}" for layers, experts in sorted(sizes)[:2])
+            raise ValueError(f"dumps must be of one model, got {both} layers x experts")
+        experts = sizes.pop()[1]
+        hints.check_experts(experts)
         if "per_pass" in modes:
-            return _windows(_by_pass(passes, hints.experts_needed()), hints)
+            return stack_windows(_by_pass(passes, experts), hints)
+        hints = replace(hints, num_experts=experts)
         # Filled while the arrays are read.
         labels: list[int] = []
         arrays = _tokens(passes, hints, labels)
@@ -137,17 +138,6 @@ def _tensor(fields: dict[str, Any], name: str, dimensions: int) -> pickled.Tenso
     raise ValueError(f"{name} must be a tensor of integers in {dimensions} dimensions, got {got}")
 
 
-def _windows(counts: Sequence[NDArray[Any]], hints: Hints) -> RoutingStatistics:
-    """Make statistics of steps [steps,hidden,E], without the rows of dense layers."""
-    sizes = {count.shape[1:] for count in counts}
-    if len(sizes) > 1:
-        raise ValueError(f"dumps must have the same layers and experts, got {sorted(sizes)[:2]}")
-    load = np.concatenate(counts) if counts else np.empty((0, 0, 0), int)
-    if not len(load):
-        raise ValueError("must have at least one step with tokens, got none")
-    return make_statistics(load, hints, hints.moe_layers(load.shape[1]))
-
-
 def _passes(path: Path, content: dict[str, Any]) -> Iterator[_Pass]:
     """Read the passes of a dump, without those that were gathered for another purpose."""
     slots = _tensor(content, LAST_MAP, 2).array().astype(np.int64)
@@ -166,7 +156,7 @@ def _passes(path: Path, content: dict[str, Any]) -> Iterator[_Pass]:
 
 
 def _by_pass(passes: Sequence[_Pass], experts: int) -> list[NDArray[Any]]:
-    """Return the sum over ranks of every pass [1,hidden,E]."""
+    """Return the sum over ranks of every pass [hidden,E]."""
     sums: dict[tuple[int, int], NDArray[Any]] = {}
     repeats: Counter[tuple[int, int]] = Counter()
     for step in passes:
@@ -177,7 +167,7 @@ def _by_pass(passes: Sequence[_Pass], experts: int) -> list[NDArray[Any]]:
             key = (step.number, repeats[step.number, step.rank])
             repeats[step.number, step.rank] += 1
             sums[key] = add_up(sums.get(key), load)
-    return [load[None] for load in sums.values() if load.any()]
+    return [load for load in sums.values() if load.any()]
 
 
 def _tokens(passes: Sequence[_Pass], hints: Hints, labels: list[int]) -> Iterator[Routed]:

@@ -6,7 +6,6 @@ import filecmp
 import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -140,19 +139,13 @@ def list_by_rank(sources: Iterable[Opened], pattern: str) -> list[Opened]:
             key=lambda file: (find_rank(file.path) or 0, file.path.name),
         )
         if path.is_dir():
-            ranks = [(find_rank(file.path), file.path) for file in files_of_ranks]
-            numbered = [(rank, file) for rank, file in ranks if rank is not None]
-            for (rank, file), (after, other) in pairwise(numbered):
-                if rank == after:
-                    raise ValueError(
-                        f"{path}: must hold one file of rank {rank}, got {file.name} and "
-                        f"{other.name}: give the files of one recording"
-                    )
-            for expected, (rank, _) in enumerate(numbered):
+            ranks = [rank for file in files_of_ranks if (rank := find_rank(file.path)) is not None]
+            for expected, rank in enumerate(ranks):
                 if rank != expected:
+                    got = f"none of rank {expected}" if rank > expected else f"two of rank {rank}"
                     raise ValueError(
-                        f"{path}: must hold files of ranks 0 to {numbered[-1][0]}, "
-                        f"got none of rank {expected}"
+                        f"{path}: must hold files of ranks 0 to {ranks[-1]}, one of each, got "
+                        f"{got}: give the files of one recording"
                     )
         files += files_of_ranks
     return files

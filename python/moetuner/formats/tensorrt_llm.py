@@ -26,7 +26,7 @@ from moetuner._checks import LAYER_LIMIT, experts_in, shown, whole_number
 from moetuner.files import naming, read_whole
 from moetuner.files.opened import Opened
 from moetuner.files.text import parse_json
-from moetuner.formats.arrays import list_names, read_by_step
+from moetuner.formats.arrays import Dump, list_names, read_by_step, read_ranks
 from moetuner.formats.counts import sum_by_expert, sum_ranks
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
@@ -62,14 +62,8 @@ def read(sources: Sequence[Opened], hints: Hints) -> Traffic:
     if any(_is_raw(file.path) != raw for file in files):
         raise ValueError(f"{first.parent}: must be raw dumps or counts, got both")
     counted, top_k = _read_meta(first)
-    dumps = {file.path: _read_dump(file, raw, top_k if raw else counted) for file in files}
+    dumps = read_ranks(files, lambda file: _read_dump(file, raw, top_k if raw else counted))
     keys = dumps[first].keys()
-    for file, dump in dumps.items():
-        if other := keys ^ dump.keys():
-            raise ValueError(
-                f"{file}: must have the iterations and layers of {first.name}, differs in "
-                f"iteration {min(other)[0]}, layer {min(other)[1]}"
-            )
     layers = sorted({layer for _, layer in keys})
     with naming(first):
         hints.check_have_experts(layers)
@@ -77,9 +71,7 @@ def read(sources: Sequence[Opened], hints: Hints) -> Traffic:
     if raw:
         return _trace(dumps, layers, counted, running)
     shape = (len(keys) // len(layers), len(layers), counted)
-    load = sum_ranks(
-        files, Hints(), lambda file: np.stack(list(dumps[file.path].values())).reshape(shape)
-    )
+    load = sum_ranks(dumps, Hints(), lambda dump: np.stack([*dump.values()]).reshape(shape))
     with naming(first):
         if running is not None:
             load = sum_by_expert(load, running, hints.num_experts)
@@ -102,16 +94,15 @@ def _read_meta(file: Path) -> tuple[int, int]:
         return experts, whole_number(names[1], top_k, highest=experts)
 
 
-def _read_dump(file: Opened, raw: bool, width: int) -> dict[tuple[int, int], NDArray[Any]]:
+def _read_dump(file: Opened, raw: bool, width: int) -> Dump:
     """Read counts [E], or ids [tokens, top-k], by iteration and layer."""
-    with naming(file.path):
-        dump = read_by_step(file, ENTRY, "iteration_layer")
-        for (iteration, layer), array in dump.items():
-            is_right = array.ndim == 1 + raw and array.shape[-1] == width
-            if not is_right or array.dtype.kind not in "iu":
-                what = f"ids [tokens, {width}]" if raw else f"counts [{width}]"
-                rule = f"{iteration}_{layer} must be {what} as {META} says"
-                raise ValueError(f"{rule}, got {shown(array)}")
+    dump = read_by_step(file, ENTRY, "iteration_layer")
+    for (iteration, layer), array in dump.items():
+        is_right = array.ndim == 1 + raw and array.shape[-1] == width
+        if not is_right or array.dtype.kind not in "iu":
+            what = f"ids [tokens, {width}]" if raw else f"counts [{width}]"
+            rule = f"{iteration}_{layer} must be {what} as {META} says"
+            raise ValueError(f"{rule}, got {shown(array)}")
     return dump
 
 
@@ -136,7 +127,7 @@ def _check_running(file: Path, layers: int, counted: int, hints: Hints) -> NDArr
 
 
 def _trace(
-    dumps: dict[Path, dict[tuple[int, int], NDArray[Any]]],
+    dumps: dict[Path, Dump],
     layers: list[int],
     counted: int,
     running: NDArray[np.int64] | None,

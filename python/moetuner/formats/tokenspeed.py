@@ -13,7 +13,6 @@ the load. Several profiles in a folder are windows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,7 @@ from moetuner._checks import shown
 from moetuner.files import naming
 from moetuner.files.opened import Opened
 from moetuner.formats import pickled
-from moetuner.formats.counts import add_up, counts_in, make_statistics
+from moetuner.formats.counts import add_up, counts_in, stack_windows
 from moetuner.formats.hints import Hints
 from moetuner.formats.sources import first_file, read_each
 from moetuner.statistics import RoutingStatistics
@@ -62,9 +61,9 @@ def read(sources: Sequence[Opened], hints: Hints) -> RoutingStatistics:
                     f"their own tokens, got {got} of rank {rank}: give the folder that TokenSpeed "
                     "wrote"
                 )
-        loads = [_sum(counts) for counts in zip_longest(*(by_rank[rank] for rank in by_rank))]
-        load = np.stack(loads)
-        return make_statistics(load, hints, hints.moe_layers(load.shape[1]))
+        return stack_windows(
+            [_sum(counts) for counts in zip(*by_rank.values(), strict=True)], hints
+        )
 
 
 def _record(file: Opened) -> tuple[int, int, NDArray[np.int64]]:
