@@ -30,6 +30,7 @@ from moetuner.formats.counts import (
 )
 from moetuner.formats.hints import Hints
 from moetuner.formats.records import MARK
+from moetuner.formats.rows import split_cells
 from moetuner.statistics import RoutingStatistics
 
 # No model chooses more experts per token: longer rows with a repeated number are counts.
@@ -242,12 +243,6 @@ def _label(name: str, text: str) -> int:
     return int(text)
 
 
-def _cells(line: str) -> tuple[str, list[str]]:
-    """Return the separator of a line of a table, and its cells in small letters."""
-    separator = max(",;\t", key=line.count)
-    return separator, [cell.strip().strip('"').lower() for cell in line.split(separator)]
-
-
 class _Header(NamedTuple):
     """The columns of a load table.
 
@@ -263,7 +258,7 @@ class _Header(NamedTuple):
 def _header(text: str) -> _Header | None:
     """Read the first line of a load table; None if the text is no load table."""
     lines = text[:LONGEST_HEADER].split("\n", 2)[:2]
-    names, row = (_cells(line)[1] for line in (lines[0], lines[-1]))
+    names, row = (split_cells(line.lower())[1] for line in (lines[0], lines[-1]))
     if len(names) > 1 and all(map(NUMBER.fullmatch, names)):
         return _Header([], {}, [(at, at) for at in range(len(names))])
     numbers = enumerate(map(LAST.search, names))
@@ -357,11 +352,11 @@ def _numbers(lines: list[str], filled: list[int], header: _Header) -> NDArray[np
     """Read the rows of a table; raise unless layers and counts are whole numbers from 0."""
     rows = [lines[at].replace('"', "") for at in filled]
     try:
-        table = np.loadtxt(rows, delimiter=_cells(rows[0])[0], ndmin=2, comments=None)
+        table = np.loadtxt(rows, delimiter=split_cells(rows[0])[0], ndmin=2, comments=None)
     except ValueError as error:
         width = len(header.names or header.experts)
         for at in filled:
-            cells = _cells(lines[at])[1]
+            cells = split_cells(lines[at].lower())[1]
             for column, cell in enumerate(cells[:width]):
                 if not _is_float(cell):
                     where = f"line {at + 1}, column {_column(header, column)}"

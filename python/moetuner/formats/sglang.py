@@ -70,8 +70,8 @@ def read(sources: Sequence[Opened], hints: Hints) -> Traffic:
     passes: list[_Pass] = []
     files = list_files(sources)
     for file in files:
-        path, content = file.path, _content(file)
-        with naming(path):
+        with naming(file.path):
+            content = _content(file)
             if not isinstance(content, dict) or not {COUNTS, "records"} & content.keys():
                 raise ValueError(f"must be a dump of SGLang's recorder, with {COUNTS} or records")
             if CHOSEN in content:
@@ -80,7 +80,7 @@ def read(sources: Sequence[Opened], hints: Hints) -> Traffic:
                 for step in _distribution(content[COUNTS]):
                     add_window(counts, step)
             else:
-                passes += _passes(path, content)
+                passes += _passes(file.path, content)
     with naming(files[0].path):
         modes = {"per_token" if IDS in step.fields else "per_pass" for step in passes}
         modes |= {"stat"} if counts else set()
@@ -111,8 +111,7 @@ def _content(file: Opened) -> Any:
         return pickled.load(file.path)
     if file.head.startswith(b"PK"):
         return npz.read_npz(file.path, [COUNTS])
-    with naming(file.path):
-        return parse_json(file.read_whole())
+    return parse_json(file.read_whole())
 
 
 def _distribution(value: Any) -> NDArray[np.int64]:
