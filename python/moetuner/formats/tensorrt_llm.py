@@ -55,8 +55,7 @@ def recognises(file: Opened) -> bool:
 
 def read(sources: Sequence[Opened], hints: Hints) -> Traffic:
     """Read the dumps of all ranks: a trace from raw choices, else counts by iteration."""
-    paths = [source.path for source in sources]
-    raw = any(_is_raw(path) or (path.is_dir() and any(path.glob(RAW))) for path in paths)
+    raw = any(_is_raw(source.path) or any(source.path.glob(RAW)) for source in sources)
     files = list_by_rank(sources, RAW if raw else COUNTS)
     first = files[0].path
     if any(_is_raw(file.path) != raw for file in files):
