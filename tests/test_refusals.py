@@ -466,8 +466,8 @@ counts | statistics(set_ids=SET_IDS * 1.0) | ids of expert sets must be
 counts | statistics(sets_per_layer=np.array([len(SET_IDS)])) | sets must be those of 3 layers, got 1
 counts | lambda path: SEQUENCES.save(path) | format must be moetuner.statistics version 1, got
 trace | counted("{") | population must be JSON
-trace | counted("[]") | population must have sample, limit, unreadable, sequences, got
-trace | counted({"more": 1}) | population must have sample, limit, unreadable, sequences
+trace | counted("[]") | population must be numbers by name, got
+trace | counted({"more": 1}) | population must have no 'more'
 trace | counted({"sample": 0}) | sample must be
 trace | counted({"limit": 1}) | stretches of a population must have hashes below 1
 trace | counted({"sequences": -1}) | sequences must be
@@ -479,7 +479,7 @@ trace | counted(load=np.zeros((2, 3, 8), int)) | 2 of each of 50 tokens, got 0 a
 trace | counted(load=np.full((2, 3, 8), 1 << 60)) | load of a population must add up to less
 trace | counted(stretch_rows=np.array([1 << 63, 100 + (1 << 63)], "u8")) | must add up to less than
 trace | counted(stretch_highest=np.array([1, 1 << 32])) | must be below 4294967296, got 4294967296
-trace | counted(load=None) | must hold a tensor 'population.load'
+trace | counted(load=None) | population must have 'load'
 trace | counted(load=-np.ones((2, 3, 8))) | load of a population must be counts of 3 dimensions
 trace | counted(load=np.ones((1, 3, 8), int)) | tables of a population must fit
 trace | counted(load=np.ones((2, 3, 9), int)) | population must have load [2, 3, 8] and 100 rows

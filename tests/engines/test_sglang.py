@@ -43,7 +43,7 @@ from serving import (
 from serving import on_two_ranks as serve_on_two_ranks
 
 import moetuner as mt
-from moetuner.formats import list_serving_recipes
+from moetuner.formats.recipes import list_serving_recipes
 from moetuner.plugins import rebalance_experts
 
 MODEL, DENSE = "qwen3_moe", "glm4_moe"

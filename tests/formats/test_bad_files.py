@@ -1,6 +1,7 @@
 """What is wrong with a file of an engine, a table or a map: one line names file, place and rule."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,8 +26,7 @@ from safetensors.numpy import save_file
 from targets import HINTS
 
 import moetuner as mt
-from moetuner.files.opened import Opened
-from moetuner.formats import READERS, read_input, tensorrt_llm, vllm_ascend
+from moetuner.formats import READERS, read_input, read_map, vllm_ascend
 from moetuner.formats.hints import Hints
 from moetuner.formats.native import KINDS
 
@@ -93,7 +93,7 @@ def tensorrt(folder, change):
 
 def yaml(folder, text):
     (folder / "map.yaml").write_text(text)
-    return tensorrt_llm.read_map(Opened(folder / "map.yaml"), Hints())
+    return read_map(folder / "map.yaml", Hints(), "tensorrt-llm")
 
 
 def csv(folder, text, experts=8):
@@ -173,7 +173,7 @@ def ascend_map(folder, change):
     fields = json.loads(path.read_text())
     change(fields)
     path.write_text(json.dumps(fields))
-    return vllm_ascend.read_map(Opened(path), Hints())
+    return read_map(path, Hints(), "vllm-ascend")
 
 
 def sglang_responses(folder, experts):
@@ -226,12 +226,12 @@ def sglang_map(folder, content):
 # Who reads, what is changed of good files or what is in one, and what the error says.
 CASES = r"""
 deepspeed | lambda a: {k: v[:3] for k, v in a.items()} | counts must be [1, 3, 4] like those before
-deepspeed | lambda a: dict(list(a.items())[1:]) | must have layers [1, 2, 10] like those before
+deepspeed | lambda a: dict(list(a.items())[1:]) | must have the steps and layers of
 deepspeed | lambda a: {k: v + 0.5 for k, v in a.items()} | counts must be whole numbers
-deepspeed | lambda a: {k.replace("10", "11"): v for k, v in a.items()} | got [1, 2, 11]
+deepspeed | lambda a: {k.replace("10", "11"): v for k, v in a.items()} | differs in step 0, layer 10
 deepspeed | lambda a: {k: v[: 2 + ("10" in k)] for k, v in a.items()} | layer 10 must be counts [
-ranks | "a_rank0.npz", "b_rank0.npz" | must hold one file of rank 0, got a_rank0.npz and b_rank0.npz
-ranks | "a_rank0.npz", "a_rank999999.npz" | must hold files of ranks 0 to 999999, got none of rank 1
+ranks | "a_rank0.npz", "b_rank0.npz" | ranks 0 to 0, one of each, got two of rank 0
+ranks | "a_rank0.npz", "a_rank999999.npz" | ranks 0 to 999999, one of each, got none of rank 1
 deepspeed | lambda a: {**a, "layer2.tokens_per_expert": np.ones(4)} | layer 2 must be there once
 deepspeed | lambda a: {"tokens_per_expert": np.ones(4)} | arrays must be named as model.layers.0.mlp
 megatron | lambda lines: lines[:-1] | step 2, rank 1: must have ids of each of layers [1, 2, 4]
@@ -249,7 +249,7 @@ tensorrt | lambda f: (f / "meta_info.json").unlink() | must be beside rank0.safe
 tensorrt | lambda f: write_tensorrt_about(f, 7) | must be counts [7] as meta_info
 tensorrt | lambda f: write_tensorrt_about(f, 6, 7) | num_experts_per_token must be from 1 to 6, got
 tensorrt | lambda f: write_tensorrt_about(f, "7") | num_experts must be an integer, got '7'
-tensorrt | lambda f: write_tensorrt(f, 1, {(0, 3): np.zeros(6, int)}) | must have the iterations
+tensorrt | lambda f: write_tensorrt(f, 1, {(0, 3): np.zeros(6, int)}) | must have the steps and
 tensorrt | lambda f: write_tensorrt(f, 0, {(0, 3): LOAD[0, 0], (1, 4): LOAD[0, 0]}) | step 0 must
 tensorrt | lambda f: (p := f / "rank0.safetensors").write_bytes(p.read_bytes()[:-9]) | must have
 yaml | "num_slots: 4\n" | must have 'initial_global_assignments'
@@ -423,7 +423,7 @@ tokenspeed | {"ep_size": 10**9} | ep_rank must be an integer below ep_size, got 
 tokenspeed | {"ep_rank": True} | ep_rank must be an integer below ep_size, got True and 1
 tokenspeed | {"ep_size": 2} | got 1 of rank 0 and 0 of rank 1
 tokenspeed | {}, {"ep_rank": 0} | got 2 of rank 0 and 0 of rank 1
-tokenspeed | {}, {"ep_size": 3} | ep_size must be 2 like the others, got 3
+tokenspeed | {}, {"ep_size": 3} | ep_size must be the same in all, got 2 and 3
 tokenspeed | {"logical_count": 7} | logical_count must be a tensor [layers, experts], got 7
 tokenspeed | {"logical_count": np.ones(4)} | logical_count must be a tensor [layers, experts]
 tokenspeed | {"logical_count": np.full((2, 4), 0.5)} | must be whole numbers of tokens
@@ -436,7 +436,7 @@ fastdeploy | {"data": [[[1, 0.5]]]} | must be whole numbers of tokens
 fastdeploy | {"data": [[[1, -1]]]} | must be counts from 0 to 2**48
 fastdeploy | {"data": [[["a", "b"]]]} | response 0: rank 0: counts must be
 fastdeploy | {"data": [[[1, 2]], [[1, 2, 3]]]} | rank 1: counts must be [1, 2] like those before
-fastdeploy | {}, {"data": [[[1, 2]] * 2]} | must have layers and experts of the answers before
+fastdeploy | {}, {"data": [[[1, 2]] * 2]} | must have layers and experts of the windows before
 fastdeploy | {}, {"code": 1, "data": None, "msg": "no"} | response 1: must have code 0 and data by
 memra_map | lambda f: f.update(ranks=9) | ranks must be from 1 to 4, got 9
 memra_map | lambda f: f.update(ranks=1) | layer 0: ranks must be below 1, got 1
@@ -495,9 +495,9 @@ def test_every_reader_has_a_row(tmp_path, monkeypatch):
     def listen(name, reader):
         def read(*arguments, **others):
             asked.add(name)
-            return reader.read(*arguments, **others)
+            return reader.module.read(*arguments, **others)
 
-        return reader._replace(read=read)
+        return reader._replace(module=SimpleNamespace(read=read))
 
     for name, reader in READERS.items():
         monkeypatch.setitem(READERS, name, listen(name, reader))

@@ -25,7 +25,7 @@ def test_ranks_are_added(tmp_path, suffix, kind):
     with pytest.raises(ValueError, match="num_experts must be 4, got 5"):
         mt.open_input(files[0], num_experts=5)
     files[0].rename(tmp_path / f"tokens_per_expert_rank2.{suffix}")
-    with pytest.raises(ValueError, match="files of ranks 0 to 2, got none of rank 0"):
+    with pytest.raises(ValueError, match="files of ranks 0 to 2, one of each, got none of rank 0"):
         mt.open_input(tmp_path)
 
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 import moetuner as mt
 from moetuner.formats import WRITERS, write_placement
-from moetuner.formats.hints import Hints
 from moetuner.formats.layout import check_placement
 from moetuner.serving.engines import ENGINES
 
@@ -29,7 +28,7 @@ def test_an_engine_can_load_it(tmp_path, engine, method):
     for name, writer in WRITERS.items():
         if writer.engine == engine:
             path = tmp_path / f"map{writer.suffixes[0]}"
-            write_placement(result.placement, name, path, Hints(dense_layers=()))
+            write_placement(result.placement, name, path, dense_layers=())
 
 
 def test_facts():

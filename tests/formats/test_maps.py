@@ -42,7 +42,7 @@ def test_what_is_written_is_read(tmp_path_factory, seed, dense):
     for name in READ:
         path = path_of(folder, name)
         # From what was written last: any format can be made of any other.
-        write_placement(read(before), name, path, hints)
+        write_placement(read(before), name, path, dense_layers=dense)
         assert find_form(path) == name
         assert read(path) == placement
         writer = WRITERS[name]
@@ -57,11 +57,11 @@ def test_what_an_engine_cannot_load_is_not_written(tmp_path, name):
     placement = mt.Placement([[[0, 1], [2, -1]], [[0, 1], [2, 0]]])
     path = path_of(tmp_path, name)
     with pytest.raises(ValueError, match=r"layer 0, device 1: slot 1 is empty.*--for ") as caught:
-        write_placement(placement, name, path, Hints(dense_layers=()))
+        write_placement(placement, name, path, dense_layers=())
     assert f'"--for {WRITERS[name].engine}"' in str(caught.value)
     assert not path.exists()
     with pytest.raises(ValueError, match="path must end in"):
-        write_placement(placement.filled(), name, tmp_path / "map.txt", Hints(dense_layers=()))
+        write_placement(placement.filled(), name, tmp_path / "map.txt", dense_layers=())
 
 
 of = Layout.from_rows
@@ -105,7 +105,7 @@ def test_eplbs_arrays_are_inverse(tmp_path):
     """
     placement = mt.Placement(np.array([[[0, 1, 2], [3, 0, 1]], [[3, 2, 1], [0, 3, 2]]]))
     path = tmp_path / "maps.npz"
-    write_placement(placement, "eplb", path, Hints())
+    write_placement(placement, "eplb", path)
     with np.load(path) as arrays:
         maps = dict(arrays)
     assert {array.dtype for array in maps.values()} == {np.dtype(np.int64)}
@@ -124,9 +124,8 @@ def test_eplbs_arrays_are_inverse(tmp_path):
 @pytest.mark.parametrize("form", WRITERS)
 def test_what_is_written_is_known_for_a_map(tmp_path, form):
     """Whatever the format, so that inspect shows it as a placement."""
-    hints = Hints(hidden_layers=3, dense_layers=(0,))
     entry = mt.Placement([[[0, 1, 2], [3, 4, 5]]] * 2)
-    write_placement(entry, form, path_of(tmp_path, form), hints)
+    write_placement(entry, form, path_of(tmp_path, form), hidden_layers=3, dense_layers=(0,))
     assert is_map(path_of(tmp_path, form))
 
 

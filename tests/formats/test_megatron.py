@@ -90,7 +90,7 @@ def test_missing_ranks_and_experts(recorded):
     with pytest.raises(ValueError, match="num_experts is needed: the file does not say it"):
         mt.open_input(folder)
     write(folder, 3, [line | {"rank": 3} for line in lines[1]])
-    with pytest.raises(ValueError, match="files of ranks 0 to 3, got none of rank 2"):
+    with pytest.raises(ValueError, match="files of ranks 0 to 3, one of each, got none of rank 2"):
         mt.open_input(folder, num_experts=8)
     text = (folder / "router_trace_rank3.jsonl").read_text()
     (folder / "router_trace_rank2.jsonl").write_text(text[:-40])

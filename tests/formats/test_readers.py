@@ -52,7 +52,7 @@ def test_every_reader_has_a_sample_to_damage(tmp_path):
 @pytest.mark.parametrize("name", sorted(READERS.keys() - {*KINDS}))
 def test_every_reader_has_a_page(name):
     """A page has the name of its module, or names it, however that is spelled."""
-    module = READERS[name].recognises.__module__.rpartition(".")[2]
+    module = READERS[name].module.__name__.rpartition(".")[2]
     pages = {path.stem: path.read_text().lower() for path in DOCS.rglob("*.md")}
     del pages["architecture"]  # its example is no page
     spelled = re.compile(r"[-_ .]?".join(module.split("_")))

@@ -18,7 +18,6 @@ from targets import HINTS
 import moetuner as mt
 from moetuner.files.opened import Opened
 from moetuner.formats import find_reader, pickled, sglang, write_placement
-from moetuner.formats.hints import Hints
 
 GOLDEN = OF_ALL / "sglang"
 
@@ -166,18 +165,18 @@ def test_map(tmp_path):
     placement = mt.read_placement(GOLDEN / "expert_location.json", devices=2)
     assert (placement.layers, placement.devices, placement.num_experts) == (4, 2, 16)
     path = tmp_path / "m.json"
-    write_placement(placement, "sglang", path, Hints(dense_layers=(0, 3)))
+    write_placement(placement, "sglang", path, dense_layers=(0, 3))
     rows = json.loads(path.read_text())
     assert list(rows) == ["physical_to_logical_map"]
     assert len(rows["physical_to_logical_map"]) == 6
     assert mt.read_placement(path, devices=2, dense_layers=[0, 3]) == placement
-    for hints, words in (
-        (Hints(), "hidden_layers is needed"),
-        (Hints(hidden_layers=6), "dense_layers is needed: which 2 of 6"),
-        (Hints(hidden_layers=6, dense_layers=(1,)), "must leave 4 layers"),
+    for hidden, dense, words in (
+        (None, None, "hidden_layers is needed"),
+        (6, None, "dense_layers is needed: which 2 of 6"),
+        (6, (1,), "must leave 4 layers"),
     ):
         with pytest.raises(ValueError, match=words):
-            write_placement(placement, "sglang", path, hints)
+            write_placement(placement, "sglang", path, hidden_layers=hidden, dense_layers=dense)
     dump(path, {"physical_to_logical_map": placement.slots.reshape(4, -1)})
     assert pickled.is_pickled(Opened(path))
     assert mt.read_placement(path, devices=2) == placement
@@ -202,7 +201,7 @@ def test_dumps_of_two_models_are_not_joined(tmp_path):
         record = {"forward_pass_id": rank, "rank": 0, "gatherer_key": "primary"}
         record["global_physical_count"] = np.ones((1, experts), dtype=np.int32)
         write_sglang(tmp_path / f"{rank}.pt", [record], np.arange(experts)[None])
-    with pytest.raises(ValueError, match="must be of one model, got 4 and 6 experts"):
+    with pytest.raises(ValueError, match="must be of one model, got 1 x 4 and 1 x 6 layers"):
         mt.open_input(tmp_path)
     assert mt.open_input(tmp_path / "1.pt").num_experts == 6
 

@@ -66,6 +66,8 @@ def test_counts(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("layer,expert\n3,0\n3,0\n4,1\n")
     assert mt.open_input(path).window_load.tolist() == [[[2, 0], [0, 1]]]
+    path.write_text("\tlayer\texpert\n0\t3\t0\n1\t4\t1\n")  # with pandas' index, without a name
+    assert mt.open_input(path).window_load.tolist() == [[[1, 0], [0, 1]]]
     path.write_text('group,"layer",weight,expert\na,3,5,0\nb,3,2,1\na,4,0,1\n')
     actual = mt.open_input(path, num_experts=3)
     assert actual.window_load.tolist() == [[[5, 0, 0], [0, 0, 0]], [[0, 2, 0], [0, 0, 0]]]

@@ -95,7 +95,6 @@ WRITTEN = {
     "tensorrt-llm": lambda path: save_file(
         {f"3_{layer}": np.arange(EXPERTS) for layer in range(LAYERS)}, path
     ),
-    "ascend map": lambda path: WRITERS["vllm-ascend"].module.write_map(PLACEMENT, path, Hints()),
 }
 # Load tables, as text.
 TABLES = {
@@ -259,7 +258,7 @@ def read_checkpoint(path, name):
 
 def targets() -> dict[str, Target]:
     """Return every target that the packages here allow, by name."""
-    named = {"replay": "megatron", "parquet": "arrow", "ascend map": "vllm-ascend"}
+    named = {"replay": "megatron", "parquet": "arrow"}
     given = ("tensorrt-llm", "deepspeed", "vllm-ascend", "arrow")
     found = {}
     here = [*ARCHIVES, *BYTES, *TABLES, *WRITTEN, *DUMPS]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from make import skewed_loads
 
 import moetuner as mt
-from moetuner.formats import list_serving_recipes
+from moetuner.formats.recipes import list_serving_recipes
 from moetuner.placement import Placement
 from moetuner.solver.terms import Terms, core_layers, make_site
 

@@ -15,8 +15,7 @@ from moetuner.cli.recipes import recipe
 from moetuner.evaluation.samples.holdout import hold_out
 from moetuner.files import replacing, same_file
 from moetuner.files.cells import percent
-from moetuner.formats import eplb
-from moetuner.formats.hints import Hints
+from moetuner.formats import write_placement
 from moetuner.problem import Problem
 from moetuner.problem.goals import TRAFFIC_CAP
 from moetuner.report.outcome import Outcome
@@ -64,7 +63,7 @@ def command(
     outcomes = _compare_methods(source, trace, output)
     best = outcomes["joint"].result.placement
     best.save(files[1])
-    eplb.write_map(best, files[2], Hints())
+    write_placement(best, "eplb", files[2])
     output.say(
         "",
         f"Wrote placement.json, eplb.npz and trace.safetensors into {directory}/",

@@ -197,8 +197,9 @@ def command(
                     "as engines have none; what was predicted is of empty ones. "
                     '"moetuner solve --fill-slots" searches full slots'
                 )
-            write_placement(placement, form, out_file, hints)
-            has_no_hints = hints.hidden_layers is None and hints.dense_layers is None
+            layers = {name: getattr(hints, name) for name in ("hidden_layers", "dense_layers")}
+            write_placement(placement, form, out_file, **layers)
+            has_no_hints = all(value is None for value in layers.values())
             if WRITERS[form].hints == ("dense_layers",) and has_no_hints:
                 output.say(
                     "layers are numbered from 0; if the model has dense ones, --dense-layers "

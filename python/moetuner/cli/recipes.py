@@ -18,7 +18,7 @@ from moetuner.cli.options.placed import Placed
 from moetuner.cli.options.traffic import Source
 from moetuner.files import same_file
 from moetuner.files.cells import layer_list
-from moetuner.formats import find_way_back, list_serving_recipes
+from moetuner.formats.recipes import find_way_back, list_serving_recipes
 from moetuner.placement import Placement
 from moetuner.problem.goals import AIMS
 from moetuner.problem.objective import choose_goal

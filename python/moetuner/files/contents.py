@@ -27,20 +27,6 @@ TABLES = ("load", "transitions", "coactivation", "group", *SET_TABLES)
 # Tables and numbers of a ``Population``, as a file has them.
 Population = tuple[dict[str, NDArray[Any]], dict[str, int | None]]
 POPULATION = "population."
-POPULATION_TABLES = (
-    "load",
-    "rows",
-    "labels",
-    "recording_hashes",
-    "stretch_hash",
-    "stretch_rows",
-    "stretch_recording",
-    "stretch_place",
-    "stretch_time",
-    "stretch_lowest",
-    "stretch_highest",
-)
-POPULATION_NUMBERS = ("sample", "limit", "unreadable", "sequences")
 ARRAYS = ("expert_ids", "load", "sequence", "group")
 # Further arrays of an archive, which describe these: numpy's letters of the types that they may
 # have, their dimensions, and both in words.
@@ -211,9 +197,10 @@ def _read_population(path: Path, header: safetensors.Header) -> Population | Non
         numbers = json.loads(text)
     except ValueError as error:
         raise ValueError(f"population must be JSON: {error}") from None
-    if not isinstance(numbers, dict) or set(numbers) != set(POPULATION_NUMBERS):
-        raise ValueError(f"population must have {', '.join(POPULATION_NUMBERS)}, got {shown(text)}")
-    places = {name: header.tensor(POPULATION + name) for name in POPULATION_TABLES}
+    if not isinstance(numbers, dict):
+        raise ValueError(f"population must be numbers by name, got {shown(text)}")
+    names = [name for name in header.entries if name.startswith(POPULATION)]
+    places = {name.removeprefix(POPULATION): header.tensor(name) for name in names}
     return safetensors.read_all(path, places), numbers
 
 

@@ -53,20 +53,15 @@ def read_npy_header(file: IO[bytes]) -> tuple[TensorInFile, bool]:
     return TensorInFile(dtype, sizes, file.tell()), fortran
 
 
-def read_npy(path: Path) -> NDArray[Any]:
-    """Read the array of an .npy file."""
+def read_npy(path: Path, rows: int | None = None) -> NDArray[Any]:
+    """Read the array of an .npy file, or its first rows."""
     with path.open("rb") as file:
         place, fortran = read_npy_header(file)
     size_holding(path, place)
-    if not fortran:
-        return read(path, place)
-    return read(path, replace(place, shape=place.shape[::-1])).transpose()
-
-
-def names_in_npz(path: Path) -> set[str]:
-    """Return the names of an archive's arrays; none is read."""
-    with open_archive(path) as archive:
-        return {name.removesuffix(".npy") for name in archive.namelist()}
+    if fortran and len(place.shape) > 1:
+        return read(path, replace(place, shape=place.shape[::-1])).transpose()[:rows]
+    first = (len(range(size)[:rows]) for size in place.shape[:1])
+    return read(path, replace(place, shape=(*first, *place.shape[1:])))
 
 
 def read_npz(path: Path, names: Collection[str]) -> dict[str, NDArray[Any]]:

@@ -82,8 +82,8 @@ class Opened:
     @cached_property
     def names(self) -> frozenset[str]:
         """Names of the arrays of an ``.npz``."""
-        with naming(self.path):
-            return frozenset(npz.names_in_npz(self.path))
+        with naming(self.path), npz.open_archive(self.path) as archive:
+            return frozenset(name.removesuffix(".npy") for name in archive.namelist())
 
     def read_whole(self) -> bytes:
         """Read all bytes of a small file; those of its head are there already."""

@@ -5,16 +5,14 @@ Nothing here imports an engine, and no engine's file imports these tables.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from functools import partial
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moetuner._checks import ArgumentError, instance, listed, one_of, path_in, window_in
-from moetuner.cost import weight_bits_of
-from moetuner.files import is_stream, naming, size_of
+from moetuner.files import is_stream, naming, replacing, size_of
 from moetuner.files.opened import Opened, opened
 from moetuner.formats import (
     arrow,
@@ -29,6 +27,7 @@ from moetuner.formats import (
     memra,
     native,
     sglang,
+    sglang_responses,
     tensorrt_llm,
     tokenspeed,
     vllm,
@@ -36,33 +35,30 @@ from moetuner.formats import (
 )
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout, check_placement
-from moetuner.formats.rows import read_tables
+from moetuner.formats.sources import first_file
 from moetuner.placement import Placement
-from moetuner.serving.engines import ENGINES
-from moetuner.serving.recipes import Recipe
 
 
 class Reader(NamedTuple):
-    """A format of recorded routing: its title, and functions that recognise and read it.
+    """A format of recorded routing.
 
-    ``caution`` is a sentence on what such a recording cannot say; it follows INPUT's description.
-    With ``takes_map`` the reader also recognises the engine's maps, which may be given beside the
-    recording. ``read`` takes all files of one recording. Files that are damaged, or do not fit
-    together, raise ValueError with file, place and rule in one line; ``recognises`` may, too.
+    ``module`` has ``recognises(file)`` and ``read(files, hints)``, which takes all files of one
+    recording. Files that are damaged, or do not fit together, raise ValueError with file, place and
+    rule in one line; ``recognises`` may, too. ``caution`` is a sentence on what such a recording
+    cannot say; it follows INPUT's description.
     """
 
     title: str
-    recognises: Callable[[Opened], bool]
-    read: Callable[[Sequence[Opened], Hints], Traffic]
+    module: Any
     caution: str = ""
-    takes_map: bool = False
 
 
 class Writer(NamedTuple):
     """A format of placements.
 
-    ``module`` has ``write_map(placement, path, hints)``, ``recognises_map(path)`` and
-    ``read_map(path, hints)``, which returns a ``Layout``. All raise ValueError as readers do.
+    ``module`` has ``write_map(placement, path, hints)``, ``recognises_map(file)`` and
+    ``read_map(file, hints)``, which returns a ``Layout``. They raise ValueError as readers do; the
+    caller names the file, and replaces what was there by what is written.
     ``suffixes`` are endings of file names. ``engine`` is the name in ``ENGINES`` of the engine that
     loads the format, if it is a single one; ``hints`` are the hints that writing needs.
     """
@@ -74,60 +70,30 @@ class Writer(NamedTuple):
     hints: tuple[str, ...] = ()
 
 
-# Readers of engines come first: files that they do not recognise are moetuner's own, or wrong.
-READERS: dict[str, Reader] = {
-    "loads": Reader(
-        "load tables as CSV, JSON or .npy, or counters of Prometheus", loads.recognises, loads.read
-    ),
-    "vllm": Reader("routed experts of vLLM, responses or arrays", vllm.recognises, vllm.read),
+# Files that none of these recognises are moetuner's own, or wrong.
+FOREIGN: dict[str, Reader] = {
+    "loads": Reader("load tables as CSV, JSON or .npy, or counters of Prometheus", loads),
+    "vllm": Reader("routed experts of vLLM, responses or arrays", vllm),
     "tokenspeed": Reader(
-        "records of expert load of TokenSpeed's ranks",
-        tokenspeed.recognises,
-        tokenspeed.read,
-        counts.CAUTION,
+        "records of expert load of TokenSpeed's ranks", tokenspeed, counts.CAUTION
     ),
-    "sglang": Reader("dumps of SGLang's recorder", sglang.recognises, sglang.read),
-    "sglang-responses": Reader(
-        "routed experts of SGLang, responses", sglang.recognises_responses, sglang.read_responses
-    ),
-    "megatron": Reader(
-        "Megatron-Core's router trace, or arrays of its RouterReplay",
-        megatron.recognises,
-        megatron.read,
-    ),
-    "tensorrt-llm": Reader(
-        "TensorRT-LLM's expert statistics", tensorrt_llm.recognises, tensorrt_llm.read
-    ),
+    "sglang": Reader("dumps of SGLang's recorder", sglang),
+    "sglang-responses": Reader("routed experts of SGLang, responses", sglang_responses),
+    "megatron": Reader("Megatron-Core's router trace, or arrays of its RouterReplay", megatron),
+    "tensorrt-llm": Reader("TensorRT-LLM's expert statistics", tensorrt_llm),
     "fastdeploy": Reader(
-        "FastDeploy's tokens per expert, answers of its server",
-        fastdeploy.recognises,
-        fastdeploy.read,
-        counts.CAUTION,
+        "FastDeploy's tokens per expert, answers of its server", fastdeploy, counts.CAUTION
     ),
-    "deepspeed": Reader(
-        "tokens_per_expert of DeepSpeed's ranks", deepspeed.recognises, deepspeed.read
-    ),
-    "vllm-ascend": Reader(
-        "workloads of vllm-ascend's balancer",
-        vllm_ascend.recognises,
-        vllm_ascend.read,
-        takes_map=True,
-    ),
+    "deepspeed": Reader("tokens_per_expert of DeepSpeed's ranks", deepspeed),
+    "vllm-ascend": Reader("workloads of vllm-ascend's balancer", vllm_ascend),
     "llama-cpp": Reader(
-        "importance matrices of llama.cpp, imatrix.gguf",
-        llama_cpp.recognises,
-        llama_cpp.read,
-        llama_cpp.CAUTION,
+        "importance matrices of llama.cpp, imatrix.gguf", llama_cpp, llama_cpp.CAUTION
     ),
-    "arrow": Reader("Parquet or Arrow", arrow.recognises, partial(read_tables, arrow.open_table)),
-    "csv": Reader(
-        "CSV with columns layer and expert", csv.recognises, partial(read_tables, csv.open_table)
-    ),
-    **{
-        kind: Reader(f"moetuner's own, as {kind}", partial(native.recognises, kind), native.read)
-        for kind in native.KINDS
-    },
+    "arrow": Reader("Parquet or Arrow", arrow),
+    "csv": Reader("CSV with columns layer and expert", csv),
 }
+OWN = {kind: Reader(f"moetuner's own, as {kind}", native) for kind in native.KINDS}
+READERS = FOREIGN | OWN
 
 WRITERS: dict[str, Writer] = {
     "json": Writer("moetuner's own JSON, which its plugins load", (".json",), native),
@@ -153,70 +119,21 @@ WRITERS: dict[str, Writer] = {
 }
 
 
-def list_serving_recipes(
-    engine: str | None,
-    placement: Placement,
-    file: str | Path = "placement.json",
-    *,
-    nodes: int = 1,
-    split: str | None = None,
-    hidden_layers: str = "N",
-    dense_layers: str = "A-B",
-    note: str = "",
-    model: str | None = None,
-) -> list[Recipe]:
-    """Return the commands that export the placement of a file to an engine, and serve it there.
-
-    ``hidden_layers`` and ``dense_layers`` are texts for the options of export; ``note`` says where
-    they are guessed. The command tells an engine to split tokens as the placement assumes, if the
-    engine can.
-    """
-    export = ("moetuner", "export", str(file), "--to")
-    if engine is None:
-        return [Recipe((*export, "eplb", "--out", "experts.npz"))]
-    layers = {"hidden_layers": hidden_layers, "dense_layers": dense_layers}
-    recipes = []
-    for name, writer in WRITERS.items():
-        if writer.engine == engine:
-            hints = [("--" + hint.replace("_", "-"), layers[hint]) for hint in writer.hints]
-            words = (name, *chain(*hints), "--out", f"experts{writer.suffixes[0]}")
-            recipes.append(Recipe((*export, *words), note if hints else ""))
-    capabilities = ENGINES[engine]
-    if capabilities.serve:
-        slots = placement.devices * placement.slots_per_device
-        serve = capabilities.make_serve_recipe(
-            placement.devices,
-            slots - placement.num_experts,
-            placement=str(file),
-            model=model or "MODEL",
-            nodes=nodes,
-            split=split,
-            bits=weight_bits_of(model or placement.model),
-        )
-        recipes.append(serve)
-    if capabilities.renumbers:
-        words = (engine, "--checkpoint", "MODEL", "--out", "MODEL-placed")
-        recipes.append(Recipe((*export, *words)))
-    return recipes
-
-
-def find_way_back(engine: str | None) -> str:
-    """Return how an engine is started without its placement again."""
-    return "start the engine without the map" if engine is None else ENGINES[engine].go_back
-
-
 def find_reader(source: str | Path | Opened) -> str:
     """Find the name of the reader of a file, or of a folder by its first file."""
     file = opened(source)
-    path = file.path
-    for name, reader in READERS.items():
-        if name == native.KINDS[0] and path.is_file():
-            _refuse_map(file)
-        if reader.recognises(file):
+    for name, reader in FOREIGN.items():
+        if reader.module.recognises(file):
             return name
-    if path.is_dir():
-        raise ValueError(f"{path}: folder must hold the files of a recording, got none")
-    return file.kind
+    first = first_file(file)
+    if first.path.is_dir():
+        raise ValueError(f"{file.path}: folder must hold the files of a recording, got none")
+    for writer in WRITERS.values():
+        if first is file and writer.module is not native and writer.module.recognises_map(file):
+            raise ValueError(
+                f"{file.path}: must be recorded routing, got a placement: {writer.title}"
+            )
+    return first.kind
 
 
 def find_readers(sources: Iterable[str | Path | Opened]) -> tuple[str, ...]:
@@ -232,15 +149,6 @@ def find_readers(sources: Iterable[str | Path | Opened]) -> tuple[str, ...]:
 def list_cautions(readers: Iterable[str]) -> list[str]:
     """List the cautions of readers, each once."""
     return [*dict.fromkeys(READERS[name].caution for name in readers if READERS[name].caution)]
-
-
-def _refuse_map(file: Opened) -> None:
-    """Raise if a file is an engine's map of experts."""
-    for writer in WRITERS.values():
-        if writer.module is not native and writer.module.recognises_map(file):
-            raise ValueError(
-                f"{file.path}: must be recorded routing, got a placement: {writer.title}"
-            )
 
 
 def open_input(
@@ -323,13 +231,16 @@ def read_input(
     if reader is not None:
         one_of("reader", reader, READERS)
     files = [opened(source) for source in sources]
-    names = [find_reader(file) if reader in (None, *native.KINDS) else reader for file in files]
+    names = [find_reader(file) if reader in (None, *OWN) else reader for file in files]
     for file, name in zip(files, names, strict=True):
         if reader not in (None, name):
             raise ValueError(f"{file.path}: must be {reader} as --from says, got {name}")
     recordings = groupby(zip(names, files, strict=True), key=lambda pair: pair[0])
     return native.join(
-        [READERS[str(name)].read([file for _, file in pairs], hints) for name, pairs in recordings],
+        [
+            READERS[str(name)].module.read([file for _, file in pairs], hints)
+            for name, pairs in recordings
+        ],
         [file.path for file in files],
     )
 
@@ -338,7 +249,6 @@ def write_placement(
     placement: Placement,
     to: str,
     path: str | Path,
-    hints: Hints | None = None,
     *,
     hidden_layers: int | None = None,
     dense_layers: Iterable[int] | None = None,
@@ -356,8 +266,6 @@ def write_placement(
     hidden_layers, dense_layers
         Layers of the model, dense ones included, and the numbers of those without experts: for
         formats that count them too.
-    hints
-        Instead: both in one value.
 
     Raises
     ------
@@ -375,10 +283,8 @@ def write_placement(
     """
     one_of("to", to, WRITERS)
     instance("placement", placement, Placement)
-    if hints is not None:
-        instance("hints", hints, Hints)
     path, writer = path_in(path), WRITERS[to]
-    hints = hints or Hints(hidden_layers=hidden_layers, dense_layers=_numbers(dense_layers))
+    hints = Hints(hidden_layers=hidden_layers, dense_layers=_numbers(dense_layers))
     if not is_stream(path) and path.suffix not in writer.suffixes:
         with naming(path):
             raise ValueError(
@@ -387,7 +293,8 @@ def write_placement(
             )
     if writer.engine is not None:
         check_placement(placement, writer.engine)
-    writer.module.write_map(placement, path, hints)
+    with replacing(path) as temporary:
+        writer.module.write_map(placement, temporary, hints)
 
 
 def is_map(source: str | Path | Opened) -> bool:
@@ -399,13 +306,8 @@ def is_map(source: str | Path | Opened) -> bool:
     if is_stream(file.path) or not file.path.is_file():
         return False
     with suppress(ValueError):
-        maps = {name for name, writer in WRITERS.items() if writer.module.recognises_map(file)}
-        readers = {
-            name: reader
-            for name, reader in READERS.items()
-            if name not in native.KINDS and not (reader.takes_map and name in maps)
-        }
-        return bool(maps) and not any(reader.recognises(file) for reader in readers.values())
+        is_ours = any(writer.module.recognises_map(file) for writer in WRITERS.values())
+        return is_ours and not any(reader.module.recognises(file) for reader in FOREIGN.values())
     return False
 
 
@@ -417,9 +319,9 @@ def find_form(source: str | Path | Opened) -> str:
         if writer.module.recognises_map(file):
             return name
     routing = ""
-    for name, reader in READERS.items():
+    for reader in FOREIGN.values():
         with suppress(ValueError):
-            if name not in native.KINDS and reader.recognises(file):
+            if reader.module.recognises(file):
                 routing = f" but recorded routing, to be given as INPUT ({reader.title})"
     raise ValueError(
         f"{file.path}: not a placement{routing}: its content is none of {', '.join(WRITERS)}"

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from moetuner._checks import shown
-from moetuner.files import npz, safetensors
+from moetuner.files import naming, npz, safetensors
 from moetuner.files.opened import Opened
 from moetuner.formats import pickled
+
+# Arrays by step and layer.
+Dump = dict[tuple[int, int], NDArray[Any]]
 
 
 def list_names(file: Opened) -> list[str]:
@@ -45,9 +49,7 @@ def read_arrays(file: Opened, names: Sequence[str]) -> dict[str, NDArray[Any]]:
     return safetensors.read_all(path, {name: file.header.tensor(name) for name in names})
 
 
-def read_by_step(
-    file: Opened, pattern: re.Pattern[str], like: str
-) -> dict[tuple[int, int], NDArray[Any]]:
+def read_by_step(file: Opened, pattern: re.Pattern[str], like: str) -> Dump:
     """Read all arrays of a file by step and layer, in rising order.
 
     ``pattern`` matches whole names. Its group ``layer`` is the layer, and its group ``step``, if it
@@ -70,6 +72,21 @@ def read_by_step(
             raise ValueError(f"step {step} must have layer {layer} like the others")
     arrays = read_arrays(file, list(names.values()))
     return {key: arrays[names[key]] for key in sorted(names)}
+
+
+def read_ranks(files: Sequence[Opened], read: Callable[[Opened], Dump]) -> dict[Path, Dump]:
+    """Read arrays by step and layer of all ranks with a function; they have the same ones."""
+    dumps: dict[Path, Dump] = {}
+    for file in files:
+        with naming(file.path):
+            dumps[file.path] = read(file)
+            if other := dumps[file.path].keys() ^ dumps[files[0].path].keys():
+                step, layer = min(other)
+                raise ValueError(
+                    f"must have the steps and layers of {files[0].path.name}, differs in step "
+                    f"{step}, layer {layer}"
+                )
+    return dumps
 
 
 def _name_tensors(content: Any) -> dict[str, Any]:

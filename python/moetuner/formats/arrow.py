@@ -10,6 +10,7 @@ import errno
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +21,7 @@ from moetuner._checks import experts_in
 from moetuner.files import size_of
 from moetuner.files.opened import Opened
 from moetuner.formats.pages import DELTA_BYTE_ARRAY, Page, read_page_headers
-from moetuner.formats.rows import LABELS, Add, Columns, OpenTable, add_rows
+from moetuner.formats.rows import LABELS, Add, Columns, OpenTable, add_rows, read_tables
 
 PARQUET, ARROW = b"PAR1", b"ARROW1\0\0"
 BATCH = 1 << 16
@@ -91,6 +92,9 @@ def open_table(path: Path) -> Iterator[OpenTable]:
         if error.errno not in (None, errno.EINVAL):  # a place beyond all files
             raise
         raise ValueError(f"damaged file: {error}") from None
+
+
+read = partial(read_tables, open_table)
 
 
 def _parquet_batches(reader: Any, file: BinaryIO, size: int, names: list[str]) -> Iterator[Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from moetuner._checks import EXPERT_LIMIT, LAYER_LIMIT
 from moetuner.files import naming
-from moetuner.files.opened import Opened
+from moetuner.formats.arrays import Dump
 from moetuner.formats.hints import Hints
 from moetuner.statistics import RoutingStatistics
 
@@ -86,6 +87,14 @@ def make_statistics(
     return statistics
 
 
+def stack_windows(windows: Sequence[NDArray[Any]], hints: Hints) -> RoutingStatistics:
+    """Make statistics of windows [hidden,E], without the rows of dense layers."""
+    if not windows:
+        raise ValueError("must hold the counts of at least one window, got none")
+    load = np.stack(windows)
+    return make_statistics(load, hints, hints.moe_layers(load.shape[1]))
+
+
 def drop_dense_layers(
     statistics: RoutingStatistics, moe: list[int] | None = None
 ) -> RoutingStatistics:
@@ -111,14 +120,24 @@ def add_up(total: NDArray[Any] | None, counts: NDArray[Any]) -> NDArray[np.int64
     return total.astype(np.int64, copy=False) + counts.astype(np.int64, copy=False)
 
 
+def add_window(windows: list[NDArray[np.int64]], window: NDArray[np.int64]) -> None:
+    """Append counts [L,E] to windows; raise unless their sizes are those of the ones before."""
+    if windows and window.shape != windows[0].shape:
+        raise ValueError(
+            f"must have layers and experts of the windows before, {list(windows[0].shape)}, got "
+            f"{list(window.shape)}"
+        )
+    windows.append(window)
+
+
 def sum_ranks(
-    files: Sequence[Opened], hints: Hints, read_load: Callable[[Opened], NDArray[Any]]
+    dumps: Mapping[Path, Dump], hints: Hints, stack: Callable[[Dump], NDArray[Any]]
 ) -> NDArray[np.int64]:
-    """Add the counts [W,L,E] of the files of all ranks, as ``read_load`` reads them."""
+    """Add the counts of the files of all ranks, of which ``stack`` makes tables [W,L,E]."""
     total: Any = None
-    for file in files:
-        with naming(file.path):
-            load = counts_in("counts", read_load(file))
+    for path, dump in dumps.items():
+        with naming(path):
+            load = counts_in("counts", stack(dump))
             hints.check_experts(load.shape[2])
             total = add_up(total, load)
     return cast("NDArray[np.int64]", total)

@@ -17,9 +17,8 @@ import numpy as np
 
 from moetuner.files import size_of
 from moetuner.files.opened import Opened
-from moetuner.formats.rows import LABELS, Add, OpenTable, add_rows
+from moetuner.formats.rows import LABELS, Add, OpenTable, add_rows, read_tables, split_cells
 
-SEPARATORS = (",", ";", "\t")
 # Other names of columns of counts.
 ALIASES = {"count": "weight", "counts": "weight", "load": "weight", "tokens": "weight"}
 ALIASES |= {"window": "sequence", "step": "sequence", "layer_id": "layer", "expert_id": "expert"}
@@ -39,8 +38,7 @@ def recognises(file: Opened) -> bool:
 
 def _header(line: str) -> tuple[str, list[str]]:
     """Return the separator and the names of columns of a header."""
-    separator = max(SEPARATORS, key=line.count)
-    names = [name.strip().strip('"') for name in line.strip().split(separator)]
+    separator, names = split_cells(line)
     if "token" in names:
         return separator, names
     return separator, [ALIASES.get(name.lower(), name) for name in names]
@@ -55,10 +53,13 @@ def open_table(path: Path) -> Iterator[OpenTable]:
         separator, names = _header(header)
         for name in COLUMNS:
             if names.count(name) > 1:
-                cells = [cell.strip().strip('"') for cell in header.strip().split(separator)]
-                same = [cell for cell, renamed in zip(cells, names, strict=True) if renamed == name]
+                pairs = zip(split_cells(header)[1], names, strict=True)
+                same = [cell for cell, renamed in pairs if renamed == name]
                 raise ValueError(f"line 1: must have one column {name}, got {' and '.join(same)}")
         yield OpenTable(names, None, partial(_add_lines, file, separator, names))
+
+
+read = partial(read_tables, open_table)
 
 
 def _add_lines(

@@ -13,15 +13,14 @@ under such names too; rows of two dimensions [W,E] are windows. The number in a 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import shown
 from moetuner.files.opened import Opened
-from moetuner.formats.arrays import list_names, read_by_step
+from moetuner.formats.arrays import Dump, list_names, read_by_step, read_ranks
 from moetuner.formats.counts import sum_ranks
 from moetuner.formats.hints import Hints
 from moetuner.formats.sources import first_file, list_by_rank
@@ -40,22 +39,12 @@ def recognises(file: Opened) -> bool:
 
 def read(files: Sequence[Opened], hints: Hints) -> RoutingStatistics:
     """Read and add the counts of all ranks, which have the same layers."""
-    layers: list[int] = []
-
-    def read_load(file: Opened) -> NDArray[Any]:
-        arrays = read_by_step(file, NAME, "model.layers.0.mlp.tokens_per_expert")
-        own_layers = [layer for _, layer in arrays]
-        if own_layers != (layers or own_layers):
-            raise ValueError(
-                f"must have layers {shown(layers)} like those before, got {shown(own_layers)}"
-            )
-        layers[:] = own_layers
-        return _stack(arrays)
-
-    return RoutingStatistics.from_load(sum_ranks(list_by_rank(files, PATTERN), hints, read_load))
+    like = "model.layers.0.mlp.tokens_per_expert"
+    dumps = read_ranks(list_by_rank(files, PATTERN), lambda file: read_by_step(file, NAME, like))
+    return RoutingStatistics.from_load(sum_ranks(dumps, hints, _stack))
 
 
-def _stack(arrays: Mapping[tuple[int, int], NDArray[Any]]) -> NDArray[Any]:
+def _stack(arrays: Dump) -> NDArray[Any]:
     """Return the counts of the layers of a file [W,L,E]."""
     rows = []
     for (_, layer), counts in arrays.items():

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import array_in, instance
-from moetuner.files import naming, npz, replacing
+from moetuner.files import npz
 from moetuner.files.opened import Opened
 from moetuner.files.text import parse_json
 from moetuner.formats.hints import Hints
@@ -66,7 +66,7 @@ def eplb_maps(placement: Placement) -> dict[str, NDArray[np.int64]]:
 def write_map(placement: Placement, path: Path, _: Hints) -> None:
     """Write the arrays under EPLB's names, with further copies in slots that are empty."""
     arrays: dict[str, Any] = {**eplb_maps(placement.filled())}
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with path.open("wb") as file:
         np.savez(file, **arrays)
 
 
@@ -83,16 +83,15 @@ def recognises_map(file: Opened) -> bool:
 
 def read_map(file: Opened, _: Hints) -> Layout:
     """Read the map of an archive or of JSON; ignore the arrays that follow from it."""
-    with naming(file.path):
-        if file.head.startswith(b"PK"):
-            arrays = npz.read_npz(file.path, ("physical_to_logical_map", "logical_replica_count"))
-        else:
-            text = file.read_whole().decode("utf-8-sig").strip()
-            # The map alone, as vLLM's proposed initial_expert_map_path has it (PR 49572).
-            arrays = parse_json(f'{{"{MAP}": {text}}}' if text.startswith("[") else text)
-        if MAP not in arrays:
-            raise ValueError(f"must hold an array {MAP!r}")
-        count = arrays.get("logical_replica_count")
-        count = None if count is None else array_in("logical_replica_count", count)
-        experts = None if count is None or count.ndim != 2 else count.shape[1]
-        return Layout.from_rows(arrays[MAP], num_experts=experts)
+    if file.head.startswith(b"PK"):
+        arrays = npz.read_npz(file.path, ("physical_to_logical_map", "logical_replica_count"))
+    else:
+        text = file.read_whole().decode("utf-8-sig").strip()
+        # The map alone, as vLLM's proposed initial_expert_map_path has it (PR 49572).
+        arrays = parse_json(f'{{"{MAP}": {text}}}' if text.startswith("[") else text)
+    if MAP not in arrays:
+        raise ValueError(f"must hold an array {MAP!r}")
+    count = arrays.get("logical_replica_count")
+    count = None if count is None else array_in("logical_replica_count", count)
+    experts = None if count is None or count.ndim != 2 else count.shape[1]
+    return Layout.from_rows(arrays[MAP], num_experts=experts)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from moetuner._checks import array_in, shown
 from moetuner.files import naming
 from moetuner.files.opened import Opened
-from moetuner.formats.counts import add_up, counts_in, make_statistics
+from moetuner.formats.counts import add_up, add_window, counts_in, stack_windows
 from moetuner.formats.hints import Hints
 from moetuner.formats.records import MARK, looks_like_json, records
 from moetuner.formats.sources import list_files
@@ -44,17 +44,9 @@ def read(sources: Sequence[Opened], hints: Hints) -> RoutingStatistics:
     for file in files:
         with naming(file.path):
             for window in _answers(file.path):
-                if windows and window.shape != windows[0].shape:
-                    raise ValueError(
-                        f"must have layers and experts of the answers before, "
-                        f"{list(windows[0].shape)}, got {list(window.shape)}"
-                    )
-                windows.append(window)
-    with naming((files or sources)[0].path):
-        if not windows:
-            raise ValueError("must hold at least one answer, got none")
-        load = np.stack(windows)
-        return make_statistics(load, hints, hints.moe_layers(load.shape[1]))
+                add_window(windows, window)
+    with naming(files[0].path):
+        return stack_windows(windows, hints)
 
 
 def _answers(path: Path) -> Iterator[NDArray[np.int64]]:

@@ -11,19 +11,21 @@ beside it says that this is no recording.
 
 from __future__ import annotations
 
+import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import MissingArgumentError, whole_number
-from moetuner.files import naming
+from moetuner.files import naming, replacing
 from moetuner.formats import pickled
 from moetuner.formats.hints import Hints
 from moetuner.formats.sglang import CHOSEN, COUNTS
 from moetuner.statistics import choose_hottest
 
-SUFFIX = ".pt"
+SUFFIX, MEANING = ".pt", "2 for experts on the GPU, 1 for others"
 
 
 def choose_gpu_experts(
@@ -55,4 +57,30 @@ def write_chosen(chosen: NDArray[np.bool_], path: Path, hints: Hints) -> None:
     hidden = hints.hidden_layers or layers + len(hints.dense_layers or ())
     counts = np.zeros((1, hidden, experts), dtype=np.int64)
     counts[0, moe] = 1 + chosen
-    pickled.save(path, COUNTS, counts, **{CHOSEN: "2 for experts on the GPU, 1 for others"})
+    _save(path, counts)
+
+
+def _save(path: Path, counts: NDArray[np.int64]) -> None:
+    """Write a dict of counts [1,H,E], and of a text on them, as ``torch.save`` does."""
+    storage = b"(" + _pickled("storage") + b"ctorch\nLongStorage\n" + _pickled("0", "cpu")
+    storage += _pickled(counts.size) + b"tQ"
+    sizes = b"(" + _pickled(*counts.shape) + b"t(" + _pickled(counts.size, counts.shape[2], 1)
+    # The dict, its key, the tensor's maker with its arguments, and the text.
+    text = b"\x80\x02}" + _pickled(COUNTS) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage
+    text += _pickled(0) + sizes + b"t\x89ccollections\nOrderedDict\n)RtRs"
+    text += _pickled(CHOSEN, MEANING) + b"s."
+    content = {pickled.DESCRIPTION: text, "byteorder": b"little"}
+    content |= {"data/0": counts.astype("<i8").tobytes(), "version": b"3\n"}
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for entry, data in content.items():
+            archive.writestr(zipfile.ZipInfo(f"archive/{entry}"), data)
+
+
+def _pickled(*values: str | int) -> bytes:
+    """Return texts and integers as instructions of a description."""
+    return b"".join(
+        b"X" + struct.pack("<I", len(value)) + value.encode("ascii")
+        if isinstance(value, str)
+        else b"\x8a\x08" + struct.pack("<q", value)
+        for value in values
+    )

@@ -23,7 +23,7 @@ from moetuner.files import naming, size_of
 from moetuner.files.opened import Opened
 from moetuner.formats.counts import counts_in, make_statistics
 from moetuner.formats.hints import Hints
-from moetuner.formats.sources import first_file, list_files
+from moetuner.formats.sources import first_file, read_each
 from moetuner.statistics import RoutingStatistics
 
 MAGIC = b"GGUF"
@@ -61,13 +61,7 @@ def recognises(file: Opened) -> bool:
 
 def read(sources: Sequence[Opened], hints: Hints) -> RoutingStatistics:
     """Read matrices: files of one text are windows by difference, several texts are groups."""
-    matrices = []
-    for file in list_files(sources, PATTERN):
-        with naming(file.path):
-            matrices.append(_read(file.path))
-    if not matrices:
-        raise ValueError(f"{sources[0].path}: folder must hold {PATTERN}, got none")
-    matrices = _with_counts(matrices)
+    matrices = _with_counts(read_each(sources, _read, PATTERN))
     first = matrices[0]
     for matrix in matrices:
         if (matrix.layers, matrix.load.shape) != (first.layers, first.load.shape):
@@ -124,9 +118,9 @@ def _windows(matrices: Sequence[_Matrix]) -> NDArray[np.int64]:
     return np.stack([window for window in windows if window.any()] or windows[:1])
 
 
-def _read(path: Path) -> _Matrix:
+def _read(file: Opened) -> _Matrix:
     """Read the counts of a file."""
-    reader = _open(path)
+    reader = _open(file.path)
     kind = _read_texts(reader, "general.type")
     if kind != ["imatrix"]:
         got = f"a file of type {kind[0]!r:.40}" if kind else "none"
@@ -150,7 +144,7 @@ def _read(path: Path) -> _Matrix:
     chunks = int(field.parts[-1][0]) if field is not None else 0
     texts = tuple(_read_texts(reader, "imatrix.datasets"))
     load = np.stack(rows) if rows else np.zeros((0, 0), np.int64)
-    return _Matrix(path, texts, chunks, tuple(sorted(tensors)), load)
+    return _Matrix(file.path, texts, chunks, tuple(sorted(tensors)), load)
 
 
 def _open(path: Path) -> Any:

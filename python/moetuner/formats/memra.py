@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from moetuner._checks import DEVICE_LIMIT, LAYER_LIMIT, experts_in, shown, whole_number
-from moetuner.files import naming, replacing
 from moetuner.files.opened import Opened
 from moetuner.files.text import parse_json
 from moetuner.formats.hints import Hints
@@ -39,9 +38,8 @@ def write_map(placement: Placement, path: Path, hints: Hints) -> None:
         "params": {},
         "layers": [{"layer": number, "assignment": row, "stats": {}} for number, row in rows],
     }
-    with replacing(path) as temporary:
-        # As memra's own tool writes it.
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    # As memra's own tool writes it.
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def recognises_map(file: Opened) -> bool:
@@ -52,39 +50,36 @@ def recognises_map(file: Opened) -> bool:
 
 def read_map(file: Opened, _: Hints) -> Layout:
     """Read the map: experts of a rank in rising order, -1 where a rank has fewer than others."""
-    with naming(file.path):
-        fields = parse_json(file.read_whole())
-        if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-            raise ValueError(f"format must be {FORMAT}")
-        experts = experts_in(fields.get("expert_count"))
-        ranks = whole_number("ranks", fields.get("ranks"), highest=min(experts, DEVICE_LIMIT))
-        entry, layers = fields.get("entry_rank"), fields.get("layers")
-        remarks = []
-        if entry != 0:
-            remarks.append(f"entry_rank must be 0 for its loaders, got {shown(entry)}")
-        if not isinstance(layers, list) or not layers:
-            raise ValueError(f"layers must be a list of layers, got {shown(layers)}")
-        rows = dict(_row(layer, ranks, experts) for layer in layers)
-        if len(rows) < len(layers):
-            raise ValueError("layers must be there once each")
-        numbers = tuple(sorted(rows))
-        sizes = [np.bincount(rows[number], minlength=ranks) for number in numbers]
-        width = max(int(size.max()) for size in sizes)
-        if ranks * width > 64 * experts:
-            raise ValueError(
-                f"ranks must share {experts} experts about evenly, got one with {width}"
-            )
-        slots = np.full((len(rows), ranks, width), EMPTY)
-        for at, rank in np.ndindex(len(rows), ranks):
-            on_rank = np.flatnonzero(np.equal(rows[numbers[at]], rank))
-            slots[at, rank, : len(on_rank)] = on_rank
-        return Layout.from_rows(
-            slots.reshape(len(rows), -1),
-            devices=ranks,
-            num_experts=experts,
-            layers=numbers,
-            remarks=tuple(remarks),
-        )
+    fields = parse_json(file.read_whole())
+    if fields.get("format") != FORMAT:
+        raise ValueError(f"format must be {FORMAT}")
+    experts = experts_in(fields.get("expert_count"))
+    ranks = whole_number("ranks", fields.get("ranks"), highest=min(experts, DEVICE_LIMIT))
+    entry, layers = fields.get("entry_rank"), fields.get("layers")
+    remarks = []
+    if entry != 0:
+        remarks.append(f"entry_rank must be 0 for its loaders, got {shown(entry)}")
+    if not isinstance(layers, list) or not layers:
+        raise ValueError(f"layers must be a list of layers, got {shown(layers)}")
+    rows = dict(_row(layer, ranks, experts) for layer in layers)
+    if len(rows) < len(layers):
+        raise ValueError("layers must be there once each")
+    numbers = tuple(sorted(rows))
+    sizes = [np.bincount(rows[number], minlength=ranks) for number in numbers]
+    width = max(int(size.max()) for size in sizes)
+    if ranks * width > 64 * experts:
+        raise ValueError(f"ranks must share {experts} experts about evenly, got one with {width}")
+    slots = np.full((len(rows), ranks, width), EMPTY)
+    for at, rank in np.ndindex(len(rows), ranks):
+        on_rank = np.flatnonzero(np.equal(rows[numbers[at]], rank))
+        slots[at, rank, : len(on_rank)] = on_rank
+    return Layout.from_rows(
+        slots.reshape(len(rows), -1),
+        devices=ranks,
+        num_experts=experts,
+        layers=numbers,
+        remarks=tuple(remarks),
+    )
 
 
 def _row(layer: Any, ranks: int, experts: int) -> tuple[int, list[int]]:

@@ -12,7 +12,7 @@ from moetuner.files.opened import Kind, Opened
 from moetuner.formats.counts import drop_dense_layers
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
-from moetuner.formats.sources import first_file, list_files, require_one_model
+from moetuner.formats.sources import list_files, read_each, require_one_model
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
@@ -20,18 +20,12 @@ from moetuner.trace import RoutingTrace
 KINDS: tuple[Kind, ...] = ("safetensors", "npz", "npy", "jsonl")
 
 
-def recognises(kind: Kind, file: Opened) -> bool:
-    """Return whether a file, or the first one of a folder, is of a kind."""
-    file = first_file(file)
-    return file.path.is_file() and file.kind == kind
-
-
 def read(files: Sequence[Opened], hints: Hints) -> Traffic:
     """Read files one after the other: traces, or counts."""
     members = list_files(files)
     paths = [member.path for member in members]
     require_one_model(paths)
-    return join([_traffic(member, hints) for member in members], paths)
+    return join(read_each(members, lambda member: _traffic(member, hints)), paths)
 
 
 def _traffic(file: Opened, hints: Hints) -> Traffic:
@@ -43,12 +37,11 @@ def _traffic(file: Opened, hints: Hints) -> Traffic:
         if hints.num_experts is None:
             raise
         traffic = RoutingTrace.load(file, num_experts=hints.num_experts)
-    with naming(file.path):
-        hints.check_experts(traffic.num_experts)
-        if isinstance(traffic, RoutingStatistics) and file.kind == "npz":
-            traffic = drop_dense_layers(traffic)
-        if not is_own(file):
-            hints.check_axes(traffic)
+    hints.check_experts(traffic.num_experts)
+    if isinstance(traffic, RoutingStatistics) and file.kind == "npz":
+        traffic = drop_dense_layers(traffic)
+    if not is_own(file):
+        hints.check_axes(traffic)
     return traffic
 
 

@@ -23,7 +23,7 @@ from typing import IO, Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.files import naming, npz, replacing, safetensors, size_of
+from moetuner.files import naming, npz, safetensors, size_of
 from moetuner.files.opened import Opened
 from moetuner.files.safetensors import TensorInFile, is_size
 
@@ -117,33 +117,6 @@ def load(path: Path) -> Any:
 def _load(path: Path, *_: int) -> Any:
     with naming(path), npz.open_archive(path, "archive of torch.save") as archive:
         return _Content(path, archive).value()
-
-
-def save(path: Path, name: str, array: NDArray[np.int64], **texts: str) -> None:
-    """Write a dict of one tensor of 64-bit integers, and of texts, as ``torch.save`` does."""
-    array = np.ascontiguousarray(array, dtype="<i8")
-    storage = b"(" + _pickled("storage") + b"ctorch\nLongStorage\n" + _pickled("0", "cpu")
-    storage += _pickled(array.size) + b"tQ"
-    strides = [step // array.itemsize for step in array.strides]
-    # The dict, its key, the tensor's maker with its arguments, and the end.
-    text = b"\x80\x02}" + _pickled(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage
-    text += _pickled(0) + b"(" + _pickled(*array.shape) + b"t(" + _pickled(*strides) + b"t\x89"
-    text += b"ccollections\nOrderedDict\n)RtRs"
-    text += b"".join(_pickled(key, value) + b"s" for key, value in texts.items()) + b"."
-    entries = {DESCRIPTION: text, "byteorder": b"little", "data/0": array.tobytes()}
-    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        for entry, content in {**entries, "version": b"3\n"}.items():
-            archive.writestr(zipfile.ZipInfo(f"archive/{entry}"), content)
-
-
-def _pickled(*values: str | int) -> bytes:
-    """Return texts and integers as instructions of a description."""
-    return b"".join(
-        b"X" + struct.pack("<I", len(value)) + value.encode("ascii")
-        if isinstance(value, str)
-        else b"\x8a\x08" + struct.pack("<q", value)
-        for value in values
-    )
 
 
 def _stored(dtype: str) -> np.dtype[Any]:

@@ -79,6 +79,12 @@ def add_rows(add: Add, columns_of: Callable[[int, int], Columns], count: int, fi
         raise ValueError(f"from {first}: {error}") from None
 
 
+def split_cells(line: str) -> tuple[str, list[str]]:
+    """Return the separator of a line of a table, and its cells."""
+    separator = max(",;\t", key=line.count)
+    return separator, [cell.strip().strip('"') for cell in line.split(separator)]
+
+
 class Labels(dict[str, int]):
     """Numbers of names in order of appearance; 7 and "7" are the same name."""
 

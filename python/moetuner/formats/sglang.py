@@ -1,11 +1,9 @@
-"""Read SGLang's dumps and routed experts of its responses; read and write its maps of experts.
+"""Read SGLang's dumps; read and write its maps of experts.
 
 Dumps (``--expert-distribution-recorder-mode``) are files of ``torch.save`` with a row for every
 hidden layer, dense ones too. Mode ``stat`` (and ``stat_approx``) has counts of experts,
 ``per_pass`` counts of slots by pass and rank, ``per_token`` the slots of every token, -1 beyond
-top-k. Slots are translated by the last map that a dump holds. Responses
-(``--enable-return-routed-experts``) have logical ids as raw int32 in base64, [tokens, hidden
-layers, top-k].
+top-k. Slots are translated by the last map that a dump holds.
 
 A map for ``--init-expert-location`` has one key only, a row for every hidden layer, and never two
 copies of an expert on one rank: the owner would load the first alone.
@@ -24,18 +22,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import ArgumentError, MissingArgumentError, array_in, shown
-from moetuner.files import naming, npz, replacing
+from moetuner.files import naming, npz
 from moetuner.files.opened import Opened
 from moetuner.files.text import parse_json
 from moetuner.formats import pickled
-from moetuner.formats.counts import add_up, counts_in, make_statistics, sum_by_expert
+from moetuner.formats.counts import add_up, add_window, counts_in, stack_windows, sum_by_expert
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
-from moetuner.formats.records import looks_like_json, records
-from moetuner.formats.responses import Routed, decode, join_arrays, read_routed
+from moetuner.formats.records import looks_like_json
+from moetuner.formats.responses import Routed, join_arrays
 from moetuner.formats.sources import first_file, list_files
 from moetuner.placement import Placement
-from moetuner.statistics import RoutingStatistics
 
 MAP = "physical_to_logical_map"
 LAST_MAP = f"last_{MAP}"
@@ -43,8 +40,6 @@ IDS = "topk_ids_of_layer"
 COUNTS, COUNT = "logical_count", "global_physical_count"
 # Key beside counts that only say which experts are chosen, see ``formats/ktransformers.py``.
 CHOSEN = "chosen_experts"
-ON = "start SGLang with --enable-return-routed-experts and ask for return_routed_experts"
-INT32 = np.dtype("<i4")
 
 
 def recognises(file: Opened) -> bool:
@@ -56,13 +51,6 @@ def recognises(file: Opened) -> bool:
     if COUNTS.encode() in start:
         return True
     return b"records" in start and b"gatherer_key" in start and pickled.is_pickled(file)
-
-
-def recognises_responses(file: Opened) -> bool:
-    """Return whether a file holds responses with routed experts."""
-    start = file.head
-    is_ours = b'"meta_info"' in start or b'"sglext"' in start
-    return looks_like_json(start) and is_ours and b'"routed_experts"' in start
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,33 +70,35 @@ def read(sources: Sequence[Opened], hints: Hints) -> Traffic:
     passes: list[_Pass] = []
     files = list_files(sources)
     for file in files:
-        path, content = file.path, _content(file)
-        with naming(path):
+        with naming(file.path):
+            content = _content(file)
             if not isinstance(content, dict) or not {COUNTS, "records"} & content.keys():
                 raise ValueError(f"must be a dump of SGLang's recorder, with {COUNTS} or records")
             if CHOSEN in content:
                 raise ValueError("must be recorded counts, got which experts a GPU holds")
             if COUNTS in content:
-                counts.append(_distribution(content[COUNTS]))
+                for step in _distribution(content[COUNTS]):
+                    add_window(counts, step)
             else:
-                passes += _passes(path, content)
-    with naming((files or sources)[0].path):
+                passes += _passes(file.path, content)
+    with naming(files[0].path):
         modes = {"per_token" if IDS in step.fields else "per_pass" for step in passes}
         modes |= {"stat"} if counts else set()
         if len(modes) != 1:
             got = " and ".join(sorted(modes)) or "no pass"
             raise ValueError(f"dumps must be of one mode, got {got}")
         if counts:
-            return _windows(counts, hints)
+            return stack_windows(counts, hints)
         passes.sort(key=lambda step: (step.number, step.rank))
-        experts = {int(step.slots.max(initial=0)) + 1 for step in passes}
-        if len(experts) > 1:
-            both = f"{min(experts)} and {max(experts)}"
-            raise ValueError(f"dumps must be of one model, got {both} experts")
-        hints.check_experts(*experts)
-        hints = replace(hints, num_experts=experts.pop())
+        sizes = {(len(step.slots), int(step.slots.max(initial=0)) + 1) for step in passes}
+        if len(sizes) > 1:
+            both = " and ".join(f"{layers} x {experts}" for layers, experts in sorted(sizes)[:2])
+            raise ValueError(f"dumps must be of one model, got {both} layers x experts")
+        experts = sizes.pop()[1]
+        hints.check_experts(experts)
         if "per_pass" in modes:
-            return _windows(_by_pass(passes, hints.experts_needed()), hints)
+            return stack_windows(_by_pass(passes, experts), hints)
+        hints = replace(hints, num_experts=experts)
         # Filled while the arrays are read.
         labels: list[int] = []
         arrays = _tokens(passes, hints, labels)
@@ -121,8 +111,7 @@ def _content(file: Opened) -> Any:
         return pickled.load(file.path)
     if file.head.startswith(b"PK"):
         return npz.read_npz(file.path, [COUNTS])
-    with naming(file.path):
-        return parse_json(file.read_whole())
+    return parse_json(file.read_whole())
 
 
 def _distribution(value: Any) -> NDArray[np.int64]:
@@ -148,17 +137,6 @@ def _tensor(fields: dict[str, Any], name: str, dimensions: int) -> pickled.Tenso
     raise ValueError(f"{name} must be a tensor of integers in {dimensions} dimensions, got {got}")
 
 
-def _windows(counts: Sequence[NDArray[Any]], hints: Hints) -> RoutingStatistics:
-    """Make statistics of steps [steps,hidden,E], without the rows of dense layers."""
-    sizes = {count.shape[1:] for count in counts}
-    if len(sizes) > 1:
-        raise ValueError(f"dumps must have the same layers and experts, got {sorted(sizes)[:2]}")
-    load = np.concatenate(counts) if counts else np.empty((0, 0, 0), int)
-    if not len(load):
-        raise ValueError("must have at least one step with tokens, got none")
-    return make_statistics(load, hints, hints.moe_layers(load.shape[1]))
-
-
 def _passes(path: Path, content: dict[str, Any]) -> Iterator[_Pass]:
     """Read the passes of a dump, without those that were gathered for another purpose."""
     slots = _tensor(content, LAST_MAP, 2).array().astype(np.int64)
@@ -177,7 +155,7 @@ def _passes(path: Path, content: dict[str, Any]) -> Iterator[_Pass]:
 
 
 def _by_pass(passes: Sequence[_Pass], experts: int) -> list[NDArray[Any]]:
-    """Return the sum over ranks of every pass [1,hidden,E]."""
+    """Return the sum over ranks of every pass [hidden,E]."""
     sums: dict[tuple[int, int], NDArray[Any]] = {}
     repeats: Counter[tuple[int, int]] = Counter()
     for step in passes:
@@ -188,7 +166,7 @@ def _by_pass(passes: Sequence[_Pass], experts: int) -> list[NDArray[Any]]:
             key = (step.number, repeats[step.number, step.rank])
             repeats[step.number, step.rank] += 1
             sums[key] = add_up(sums.get(key), load)
-    return [load[None] for load in sums.values() if load.any()]
+    return [load for load in sums.values() if load.any()]
 
 
 def _tokens(passes: Sequence[_Pass], hints: Hints, labels: list[int]) -> Iterator[Routed]:
@@ -287,59 +265,6 @@ class _Sequences:
         return labels
 
 
-def read_responses(files: Sequence[Opened], hints: Hints) -> Traffic:
-    """Read routed experts of responses; each response is a sequence."""
-    routed = read_routed(files, lambda file: _responses(file.path, hints), ON)
-    return join_arrays(files, routed, hints)
-
-
-def _responses(path: Path, hints: Hints) -> Iterator[Routed]:
-    """Read the arrays of responses, of SGLang's own route or of OpenAI's."""
-    for response, fields in records(path):
-        usage = fields.get("usage")
-        choices = fields.get("choices")
-        places = [(fields.get("meta_info"), fields.get("meta_info")), (fields.get("sglext"), usage)]
-        for choice in choices if isinstance(choices, list) else []:
-            places.append((choice.get("sglext") if isinstance(choice, dict) else None, usage))
-        for number, (place, sizes) in enumerate(places):
-            text = place.get("routed_experts") if isinstance(place, dict) else None
-            if text is not None:
-                where = response if number < 2 else f"{response}, choice {number - 2}"
-                data = decode(text, where)
-                with naming(where):
-                    shape = _shape(len(data), sizes if isinstance(sizes, dict) else {}, hints)
-                meta = fields.get("meta_info")
-                named = meta if isinstance(meta, dict) else fields
-                ids = np.frombuffer(data, INT32).reshape(shape)
-                yield Routed(path, ids, str(named.get("id", "")), str(fields.get("model", "")))
-
-
-def _shape(size: int, usage: dict[str, Any], hints: Hints) -> tuple[int, int, int]:
-    """Return tokens, hidden layers and top-k of ids with so many bytes."""
-    count, rest = divmod(size, INT32.itemsize)
-    if rest:
-        raise ValueError(f"routed_experts must be 32-bit integers, got {size} bytes")
-    if hints.top_k is None:
-        raise MissingArgumentError("top_k is needed: responses hold bytes without a shape", "top_k")
-    rows, rest = divmod(count, hints.top_k)
-    layers = hints.hidden_layers
-    if layers is None:
-        prompt, answer = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        if not isinstance(prompt, int) or not isinstance(answer, int) or min(prompt, answer) < 0:
-            raise MissingArgumentError(
-                "hidden_layers is needed: the response does not say its tokens", "hidden_layers"
-            )
-        layers = rows // max(prompt + answer - 1, 1)
-    if rest or not rows or not layers or rows % layers:
-        raise MissingArgumentError(
-            f"routed_experts must fill tokens x layers x top-k, got {count} numbers "
-            f"for top-k {hints.top_k} and {layers} layers; with a start in the request, "
-            "hidden_layers must be given",
-            "hidden_layers",
-        )
-    return rows // layers, layers, hints.top_k
-
-
 def write_map(placement: Placement, path: Path, hints: Hints) -> None:
     """Write a map for ``--init-expert-location``."""
     dense, hidden, layers = hints.dense_layers, hints.hidden_layers, placement.layers
@@ -361,9 +286,8 @@ def write_map(placement: Placement, path: Path, hints: Hints) -> None:
     rows = placement.slots.reshape(layers, -1).tolist()
     # SGLang checks rows of dense layers, but never uses them: they repeat the next MoE layer's.
     at = np.minimum(np.searchsorted(moe, np.arange(hidden)), layers - 1)
-    with replacing(path) as temporary:
-        content = {MAP: [rows[row] for row in at]}
-        temporary.write_text(json.dumps(content, separators=(",", ":")) + "\n")
+    content = {MAP: [rows[row] for row in at]}
+    path.write_text(json.dumps(content, separators=(",", ":")) + "\n")
 
 
 def recognises_map(file: Opened) -> bool:
@@ -377,12 +301,11 @@ def recognises_map(file: Opened) -> bool:
 
 def read_map(file: Opened, _: Hints) -> Layout:
     """Read a map: one row for every hidden layer."""
-    with naming(file.path):
-        is_pickled = pickled.is_pickled(file)
-        content = pickled.load(file.path) if is_pickled else parse_json(file.read_whole())
-        if not isinstance(content, dict) or set(content) != {MAP}:
-            keys = sorted(map(str, content))[:4] if isinstance(content, dict) else shown(content)
-            raise ValueError(f"must have the single key {MAP}, got {keys}")
-        rows = content[MAP]
-        rows = rows.array() if isinstance(rows, pickled.Tensor) else rows
-        return Layout.from_rows(rows, counts_dense=True)
+    is_pickled = pickled.is_pickled(file)
+    content = pickled.load(file.path) if is_pickled else parse_json(file.read_whole())
+    if not isinstance(content, dict) or set(content) != {MAP}:
+        keys = sorted(map(str, content))[:4] if isinstance(content, dict) else shown(content)
+        raise ValueError(f"must have the single key {MAP}, got {keys}")
+    rows = content[MAP]
+    rows = rows.array() if isinstance(rows, pickled.Tensor) else rows
+    return Layout.from_rows(rows, counts_dense=True)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import filecmp
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
+from moetuner.files import naming
 from moetuner.files.opened import Opened
+
+T = TypeVar("T")
 
 # A file of the plugins' recorder: process, layers and experts, and a number that may follow.
 RECORDER = re.compile(r"load-\d+-(\d+x\d+)(-\d+)?\.npz", re.ASCII)
@@ -18,7 +21,7 @@ NUMBERS = (re.compile(r"rank[_-]?(\d{1,6})", re.ASCII), re.compile(r"[_-](\d{1,6
 
 
 def list_files(sources: Iterable[Opened], pattern: str = "*") -> list[Opened]:
-    """List files, and those of folders that match a pattern.
+    """List files, and those of folders that match a pattern; raise if a folder has none.
 
     Hidden files are left out: files have hidden names while they are written. So are those of a
     plugin's recorder that equal another one, as ``find_equal`` lists them.
@@ -29,10 +32,24 @@ def list_files(sources: Iterable[Opened], pattern: str = "*") -> list[Opened]:
             files.append(source)
             continue
         shown = _list_shown(source.path, pattern)
+        if not shown:
+            wanted = "the files of a recording" if pattern == "*" else pattern
+            raise ValueError(f"{source.path}: folder must hold {wanted}, got none")
         equal = find_equal(shown)
         known = source.members
         files += [known.get(path) or Opened(path) for path in shown if path not in equal]
     return files
+
+
+def read_each(
+    sources: Iterable[Opened], read: Callable[[Opened], T], pattern: str = "*"
+) -> list[T]:
+    """Read each file that ``list_files`` lists with a function, whose errors name the file."""
+    parts = []
+    for file in list_files(sources, pattern):
+        with naming(file.path):
+            parts.append(read(file))
+    return parts
 
 
 def _list_shown(folder: Path, pattern: str) -> list[Path]:
@@ -122,21 +139,13 @@ def list_by_rank(sources: Iterable[Opened], pattern: str) -> list[Opened]:
             key=lambda file: (find_rank(file.path) or 0, file.path.name),
         )
         if path.is_dir():
-            if not files_of_ranks:
-                raise ValueError(f"{path}: folder must hold {pattern}, got none")
-            ranks = [(find_rank(file.path), file.path) for file in files_of_ranks]
-            numbered = [(rank, file) for rank, file in ranks if rank is not None]
-            for (rank, file), (after, other) in pairwise(numbered):
-                if rank == after:
-                    raise ValueError(
-                        f"{path}: must hold one file of rank {rank}, got {file.name} and "
-                        f"{other.name}: give the files of one recording"
-                    )
-            for expected, (rank, _) in enumerate(numbered):
+            ranks = [rank for file in files_of_ranks if (rank := find_rank(file.path)) is not None]
+            for expected, rank in enumerate(ranks):
                 if rank != expected:
+                    got = f"none of rank {expected}" if rank > expected else f"two of rank {rank}"
                     raise ValueError(
-                        f"{path}: must hold files of ranks 0 to {numbered[-1][0]}, "
-                        f"got none of rank {expected}"
+                        f"{path}: must hold files of ranks 0 to {ranks[-1]}, one of each, got "
+                        f"{got}: give the files of one recording"
                     )
         files += files_of_ranks
     return files

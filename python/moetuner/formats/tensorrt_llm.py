@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import LAYER_LIMIT, experts_in, shown, whole_number
-from moetuner.files import naming, read_whole, replacing
+from moetuner.files import naming, read_whole
 from moetuner.files.opened import Opened
 from moetuner.files.text import parse_json
-from moetuner.formats.arrays import list_names, read_by_step
+from moetuner.formats.arrays import Dump, list_names, read_by_step, read_ranks
 from moetuner.formats.counts import sum_by_expert, sum_ranks
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
@@ -55,21 +55,14 @@ def recognises(file: Opened) -> bool:
 
 def read(sources: Sequence[Opened], hints: Hints) -> Traffic:
     """Read the dumps of all ranks: a trace from raw choices, else counts by iteration."""
-    paths = [source.path for source in sources]
-    raw = any(_is_raw(path) or (path.is_dir() and any(path.glob(RAW))) for path in paths)
+    raw = any(_is_raw(source.path) or any(source.path.glob(RAW)) for source in sources)
     files = list_by_rank(sources, RAW if raw else COUNTS)
     first = files[0].path
     if any(_is_raw(file.path) != raw for file in files):
         raise ValueError(f"{first.parent}: must be raw dumps or counts, got both")
     counted, top_k = _read_meta(first)
-    dumps = {file.path: _read_dump(file, raw, top_k if raw else counted) for file in files}
+    dumps = read_ranks(files, lambda file: _read_dump(file, raw, top_k if raw else counted))
     keys = dumps[first].keys()
-    for file, dump in dumps.items():
-        if other := keys ^ dump.keys():
-            raise ValueError(
-                f"{file}: must have the iterations and layers of {first.name}, differs in "
-                f"iteration {min(other)[0]}, layer {min(other)[1]}"
-            )
     layers = sorted({layer for _, layer in keys})
     with naming(first):
         hints.check_have_experts(layers)
@@ -77,9 +70,7 @@ def read(sources: Sequence[Opened], hints: Hints) -> Traffic:
     if raw:
         return _trace(dumps, layers, counted, running)
     shape = (len(keys) // len(layers), len(layers), counted)
-    load = sum_ranks(
-        files, Hints(), lambda file: np.stack(list(dumps[file.path].values())).reshape(shape)
-    )
+    load = sum_ranks(dumps, Hints(), lambda dump: np.stack([*dump.values()]).reshape(shape))
     with naming(first):
         if running is not None:
             load = sum_by_expert(load, running, hints.num_experts)
@@ -102,16 +93,15 @@ def _read_meta(file: Path) -> tuple[int, int]:
         return experts, whole_number(names[1], top_k, highest=experts)
 
 
-def _read_dump(file: Opened, raw: bool, width: int) -> dict[tuple[int, int], NDArray[Any]]:
+def _read_dump(file: Opened, raw: bool, width: int) -> Dump:
     """Read counts [E], or ids [tokens, top-k], by iteration and layer."""
-    with naming(file.path):
-        dump = read_by_step(file, ENTRY, "iteration_layer")
-        for (iteration, layer), array in dump.items():
-            is_right = array.ndim == 1 + raw and array.shape[-1] == width
-            if not is_right or array.dtype.kind not in "iu":
-                what = f"ids [tokens, {width}]" if raw else f"counts [{width}]"
-                rule = f"{iteration}_{layer} must be {what} as {META} says"
-                raise ValueError(f"{rule}, got {shown(array)}")
+    dump = read_by_step(file, ENTRY, "iteration_layer")
+    for (iteration, layer), array in dump.items():
+        is_right = array.ndim == 1 + raw and array.shape[-1] == width
+        if not is_right or array.dtype.kind not in "iu":
+            what = f"ids [tokens, {width}]" if raw else f"counts [{width}]"
+            rule = f"{iteration}_{layer} must be {what} as {META} says"
+            raise ValueError(f"{rule}, got {shown(array)}")
     return dump
 
 
@@ -136,7 +126,7 @@ def _check_running(file: Path, layers: int, counted: int, hints: Hints) -> NDArr
 
 
 def _trace(
-    dumps: dict[Path, dict[tuple[int, int], NDArray[Any]]],
+    dumps: dict[Path, Dump],
     layers: list[int],
     counted: int,
     running: NDArray[np.int64] | None,
@@ -167,8 +157,7 @@ def write_map(placement: Placement, path: Path, hints: Hints) -> None:
     lines = [f"num_slots: {rows.shape[1]}", "initial_global_assignments:"]
     lines += [f"  {number}: {row.tolist()}" for number, row in zip(numbers, rows, strict=True)]
     lines.append("layer_updates_per_iter: 0")
-    with replacing(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n")
 
 
 def recognises_map(file: Opened) -> bool:
@@ -179,29 +168,28 @@ def recognises_map(file: Opened) -> bool:
 
 def read_map(file: Opened, hints: Hints) -> Layout:
     """Read the map of YAML, as moetuner or PyYAML writes it, or of JSON."""
-    with naming(file.path):
-        text = file.read_whole().decode("utf-8")
-        proposed = VLLM_RECORD.search(text)
-        if proposed is not None:
-            fields = {key: value for key, value in parse_json(proposed[0]).items() if key in KEYS}
-        else:
-            fields = parse_json(text) if text.lstrip()[:1] == "{" else _yaml(text)
-        unknown = sorted(fields.keys() - set(KEYS))
-        if unknown:
-            raise ValueError(f"keys must be {', '.join(KEYS)}, got {shown(unknown[0])}")
-        for key in KEYS[:2]:
-            if key not in fields:
-                raise ValueError(f"must have {key!r}")
-        slots, rows = (fields[key] for key in KEYS[:2])
-        whole_number("num_slots", slots, highest=1 << 16)
-        if not isinstance(rows, dict) or not rows:
-            raise ValueError("initial_global_assignments must be lists of experts by layer")
-        numbers = dict(sorted((_layer(key), row) for key, row in rows.items()))
-        for number, row in numbers.items():
-            if not isinstance(row, list) or len(row) != slots:
-                size = len(row) if isinstance(row, list) else "none"
-                raise ValueError(f"layer {number} must have num_slots {slots} experts, got {size}")
-        return Layout.from_rows(list(numbers.values()), layers=tuple(numbers))
+    text = file.read_whole().decode("utf-8")
+    proposed = VLLM_RECORD.search(text)
+    if proposed is not None:
+        fields = {key: value for key, value in parse_json(proposed[0]).items() if key in KEYS}
+    else:
+        fields = parse_json(text) if text.lstrip()[:1] == "{" else _yaml(text)
+    unknown = sorted(fields.keys() - set(KEYS))
+    if unknown:
+        raise ValueError(f"keys must be {', '.join(KEYS)}, got {shown(unknown[0])}")
+    for key in KEYS[:2]:
+        if key not in fields:
+            raise ValueError(f"must have {key!r}")
+    slots, rows = (fields[key] for key in KEYS[:2])
+    whole_number("num_slots", slots, highest=1 << 16)
+    if not isinstance(rows, dict) or not rows:
+        raise ValueError("initial_global_assignments must be lists of experts by layer")
+    numbers = dict(sorted((_layer(key), row) for key, row in rows.items()))
+    for number, row in numbers.items():
+        if not isinstance(row, list) or len(row) != slots:
+            size = len(row) if isinstance(row, list) else "none"
+            raise ValueError(f"layer {number} must have num_slots {slots} experts, got {size}")
+    return Layout.from_rows(list(numbers.values()), layers=tuple(numbers))
 
 
 def _layer(key: object) -> int:

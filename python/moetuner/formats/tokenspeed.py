@@ -13,8 +13,6 @@ the load. Several profiles in a folder are windows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import zip_longest
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +21,9 @@ from moetuner._checks import shown
 from moetuner.files import naming
 from moetuner.files.opened import Opened
 from moetuner.formats import pickled
-from moetuner.formats.counts import add_up, counts_in, make_statistics
+from moetuner.formats.counts import add_up, counts_in, stack_windows
 from moetuner.formats.hints import Hints
-from moetuner.formats.sources import first_file, list_files
+from moetuner.formats.sources import first_file, read_each
 from moetuner.statistics import RoutingStatistics
 
 PATTERN = "*.expert-load.pt"
@@ -45,21 +43,15 @@ def read(sources: Sequence[Opened], hints: Hints) -> RoutingStatistics:
     """Read and add the records of all ranks, profile by profile."""
     by_rank: dict[int, list[NDArray[np.int64]]] = {}
     sizes: set[int] = set()
-    files = list_files(sources, PATTERN)
-    for file in files:
-        with naming(file.path):
-            rank, size, count = _record(file.path)
-            sizes.add(size)
-            if len(sizes) > 1:
-                raise ValueError(
-                    f"{RANKS} must be {min(sizes)} like the others, got {max(sizes)}: give the "
-                    "records of one server"
-                )
-            by_rank.setdefault(rank, []).append(count)
-    if not files:
-        raise ValueError(f"{sources[0].path}: folder must hold {PATTERN}, got none")
-    first_file = files[0].path
-    with naming(first_file if len(files) == 1 else first_file.parent):
+    for rank, size, count in read_each(sources, _record, PATTERN):
+        sizes.add(size)
+        by_rank.setdefault(rank, []).append(count)
+    with naming(sources[0].path):
+        if len(sizes) > 1:
+            raise ValueError(
+                f"{RANKS} must be the same in all, got {min(sizes)} and {max(sizes)}: give the "
+                "records of one server"
+            )
         rank_count, first = sizes.pop(), min(by_rank)
         for rank in range(rank_count):
             if len(by_rank.get(rank, ())) != len(by_rank[first]):
@@ -69,14 +61,14 @@ def read(sources: Sequence[Opened], hints: Hints) -> RoutingStatistics:
                     f"their own tokens, got {got} of rank {rank}: give the folder that TokenSpeed "
                     "wrote"
                 )
-        loads = [_sum(counts) for counts in zip_longest(*(by_rank[rank] for rank in by_rank))]
-        load = np.stack(loads)
-        return make_statistics(load, hints, hints.moe_layers(load.shape[1]))
+        return stack_windows(
+            [_sum(counts) for counts in zip(*by_rank.values(), strict=True)], hints
+        )
 
 
-def _record(path: Path) -> tuple[int, int, NDArray[np.int64]]:
+def _record(file: Opened) -> tuple[int, int, NDArray[np.int64]]:
     """Read the record of a rank: its number, the number of ranks, and its counts [hidden,E]."""
-    content = pickled.load(path)
+    content = pickled.load(file.path)
     if not isinstance(content, dict) or not {COUNT, RANK, RANKS} <= content.keys():
         raise ValueError(f"must be a record with {COUNT}, {RANK} and {RANKS}, got {shown(content)}")
     rank, size, count = (content[name] for name in (RANK, RANKS, COUNT))

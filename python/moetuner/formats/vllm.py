@@ -8,15 +8,13 @@ map of experts by itself: moetuner's plugin does.
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from numpy.typing import NDArray
 
-from moetuner.files import naming, npz, safetensors
+from moetuner.files import naming, npz
 from moetuner.files.opened import Opened
 from moetuner.formats.arrays import list_names, read_arrays
 from moetuner.formats.hints import Hints, Traffic
@@ -24,8 +22,6 @@ from moetuner.formats.pickled import is_pickled
 from moetuner.formats.records import looks_like_json, records
 from moetuner.formats.responses import Routed, decode, join_arrays, read_routed
 from moetuner.formats.sources import first_file
-
-Array = TypeVar("Array", "NDArray[Any]", safetensors.TensorInFile)
 
 ON = "start vLLM with --enable-return-routed-experts"
 # Names of arrays in an archive of sequences: np.savez gives the first ones.
@@ -52,17 +48,11 @@ def recognises(file: Opened) -> bool:
 
 def _has_dense_rows(file: Opened) -> bool:
     """Return whether a row of zeros shows that an array has layers without experts, too."""
-    path = file.path
     try:
-        stored, fortran = npz.read_npy_header(io.BytesIO(file.head))
-        _check_ids(stored)
-        if 0 in stored.shape or stored.shape[2] < 2:
-            return False
-        first = replace(stored, shape=(1, *stored.shape[1:]))
-        ids = npz.read_npy(path) if fortran else safetensors.read(path, first)
-        return not ids[0].any(axis=1).all()
+        ids = _check_ids(npz.read_npy(file.path, 1))
     except ValueError:
         return False  # the reader of moetuner's own says what is wrong
+    return ids.size > 0 and ids.shape[2] > 1 and not ids[0].any(axis=1).all()
 
 
 def read(files: Sequence[Opened], hints: Hints) -> Traffic:
@@ -92,8 +82,8 @@ def _arrays(file: Opened) -> Iterator[Routed]:
                 yield Routed(path, array, request, model)
 
 
-def _check_ids(array: Array, name: str = "") -> Array:
-    if len(array.shape) != 3 or array.dtype.kind not in "iu":
+def _check_ids(array: NDArray[Any], name: str = "") -> NDArray[Any]:
+    if array.ndim != 3 or array.dtype.kind not in "iu":
         raise ValueError(
             f"{name} must be integers [tokens, layers, top_k], got {array.dtype} "
             f"{list(array.shape)}".lstrip()

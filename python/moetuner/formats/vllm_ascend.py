@@ -3,8 +3,8 @@
 A policy gets ``expert_workload`` [L,D,S] (FlashLB: [W,L,D,S]), tokens by slot, and
 ``current_expert_table`` [L,D,S], the expert in each of them
 (``eplb/core/policy/policy_abstract.py`` of 0.26.0rc1). This module reads an ``.npz`` or ``.pt``
-with both by these names; a workload (``.npy``, ``.pt``) of slots together with the expert map; or a
-workload of experts [L,E], as ``examples/eplb/eplb_strategy.py`` takes it.
+with both by these names; a workload (``.npy``, ``.pt``) of slots, where the map that ran is known;
+or a workload of experts [L,E], as ``examples/eplb/eplb_strategy.py`` takes it.
 
 ``expert_map_path`` names a JSON file of MoE layers only, every device's experts in slot order.
 """
@@ -21,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import shown
-from moetuner.files import naming, npz, replacing
 from moetuner.files.cells import and_more
 from moetuner.files.opened import Opened
 from moetuner.files.text import parse_json
@@ -30,6 +29,7 @@ from moetuner.formats.arrays import list_names, read_arrays
 from moetuner.formats.counts import counts_in, sum_by_expert
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import Layout
+from moetuner.formats.sources import read_each
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 
@@ -38,10 +38,8 @@ TABLES = ("current_expert_table", "expert_table", "table")
 
 
 def recognises(file: Opened) -> bool:
-    """Return whether a file is a workload with its table, a bare tensor, or an expert map."""
-    if not file.head.startswith(b"PK"):
-        return recognises_map(file)
-    load, table = _names(file)
+    """Return whether a file is a workload with its table, or a bare tensor."""
+    load, table = _names(file) if file.head.startswith(b"PK") else (None, None)
     return load is not None and (table is not None or pickled.is_pickled(file))
 
 
@@ -54,32 +52,24 @@ def _names(file: Opened) -> tuple[str | None, str | None]:
 
 
 def read(files: Sequence[Opened], hints: Hints) -> RoutingStatistics:
-    """Read workloads; those of slots need a table or map in one of the files."""
-    loads: dict[Path, NDArray[np.int64]] = {}
-    tables = [] if hints.running is None else [hints.running]
-    for file in files:
-        with naming(file.path):
-            if not file.head.startswith((b"PK", npz.MAGIC)):
-                tables.append(read_map(file, hints).experts)
-                continue
-            load, table = _names(file)
-            if load is None:
-                raise ValueError(f"must hold {LOADS[0]!r}")
-            arrays = read_arrays(file, [name for name in (load, table) if name is not None])
-            loads[file.path] = counts_in("workload", arrays[load])
-            if table is not None and arrays[table].dtype.kind not in "iu":
+    """Read workloads; those of slots need a table in their file, or the map that ran."""
+
+    def read_one(file: Opened) -> RoutingStatistics:
+        load, table = _names(file)
+        if load is None:
+            raise ValueError(f"must hold {LOADS[0]!r}")
+        arrays = read_arrays(file, [name for name in (load, table) if name is not None])
+        counts, slots = counts_in("workload", arrays[load]), hints.running
+        if table is not None:
+            if arrays[table].dtype.kind not in "iu":
                 raise ValueError(f"table must be integers, got {shown(arrays[table])}")
-            tables += [] if table is None else [arrays[table].astype(np.int64)]
-    if not loads:
-        raise ValueError(f"{files[0].path}: is an expert map; a workload is needed beside it")
-    parts = []
-    for path, counts in loads.items():
-        with naming(path):
-            if counts.ndim != 2:
-                counts = _by_expert(counts, tables[-1] if tables else None, hints.num_experts)
-            hints.check_experts(counts.shape[-1])
-            parts.append(RoutingStatistics.from_load(counts))
-    return RoutingStatistics.sum(parts)
+            slots = arrays[table].astype(np.int64)
+        if counts.ndim != 2:
+            counts = _by_expert(counts, slots, hints.num_experts)
+        hints.check_experts(counts.shape[-1])
+        return RoutingStatistics.from_load(counts)
+
+    return RoutingStatistics.sum(read_each(files, read_one))
 
 
 def _by_expert(
@@ -93,8 +83,8 @@ def _by_expert(
         )
     if table is None:
         raise ValueError(
-            "workload counts slots: the expert map that ran is needed, as another source or "
-            f"as {TABLES[0]} in the file"
+            f"workload counts slots: {TABLES[0]} is needed in the file, or the expert map that ran "
+            "(convert --running)"
         )
     layers, ranks, slots = load.shape[-3:]
     if table.shape not in ((layers, ranks, slots), (layers, ranks * slots)):
@@ -111,9 +101,8 @@ def write_map(placement: Placement, path: Path, _: Hints) -> None:
     for number, devices in enumerate(placement.slots.tolist()):
         lists = [{"device_id": at, "device_expert": experts} for at, experts in enumerate(devices)]
         layers.append({"layer_id": number, "device_count": len(lists), "device_list": lists})
-    with replacing(path) as temporary:
-        fields = {"moe_layer_count": placement.layers, "layer_list": layers}
-        temporary.write_text(json.dumps(fields) + "\n")
+    fields = {"moe_layer_count": placement.layers, "layer_list": layers}
+    path.write_text(json.dumps(fields) + "\n")
 
 
 def recognises_map(file: Opened) -> bool:
@@ -127,27 +116,24 @@ def read_map(file: Opened, _: Hints) -> Layout:
     The layout's ``remarks`` name layers and devices whose ``layer_id`` or ``device_id`` differs
     from their place.
     """
-    with naming(file.path):
-        layers = _members(
-            "the file", parse_json(file.read_whole()), "layer_list", "moe_layer_count"
-        )
-        rows, devices, remarks = [], 0, _misplaced("layer_list", layers, "layer_id")
-        for at, layer in enumerate(layers):
-            where = f"layer {at}"
-            members = _members(where, layer, "device_list", "device_count")
-            lists = [
-                _members(f"{where}, device {number}", device, "device_expert")
-                for number, device in enumerate(members)
-            ]
-            remarks += _misplaced(f"{where}: device_list", members, "device_id")
-            devices = devices or len(members)
-            if len(members) != devices or len(set(map(len, lists))) != 1:
-                raise ValueError(
-                    f"{where}: must have {devices} devices with as many experts each, got "
-                    f"{[len(experts) for experts in lists][:16]}"
-                )
-            rows.append(list(chain(*lists)))
-        return Layout.from_rows(rows, devices=devices, remarks=tuple(remarks))
+    layers = _members("the file", parse_json(file.read_whole()), "layer_list", "moe_layer_count")
+    rows, devices, remarks = [], 0, _misplaced("layer_list", layers, "layer_id")
+    for at, layer in enumerate(layers):
+        where = f"layer {at}"
+        members = _members(where, layer, "device_list", "device_count")
+        lists = [
+            _members(f"{where}, device {number}", device, "device_expert")
+            for number, device in enumerate(members)
+        ]
+        remarks += _misplaced(f"{where}: device_list", members, "device_id")
+        devices = devices or len(members)
+        if len(members) != devices or len(set(map(len, lists))) != 1:
+            raise ValueError(
+                f"{where}: must have {devices} devices with as many experts each, got "
+                f"{[len(experts) for experts in lists][:16]}"
+            )
+        rows.append(list(chain(*lists)))
+    return Layout.from_rows(rows, devices=devices, remarks=tuple(remarks))
 
 
 def _members(where: str, fields: object, key: str, count: str = "") -> list[Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -20,8 +20,6 @@ from numpy.typing import NDArray
 
 from moetuner import _checks as check
 from moetuner.files import contents
-from moetuner.files.contents import POPULATION_NUMBERS as NUMBERS
-from moetuner.files.contents import POPULATION_TABLES as TABLES
 from moetuner.frozen import Frozen, freeze
 from moetuner.recording import labelling
 
@@ -40,8 +38,6 @@ NO_LIMIT = 1 << 64
 # Added to labels of sequences, which have 32 bits and a sign, where they are held without one; and
 # bits of such a label.
 LABEL_OFFSET, LABEL_BITS = 1 << 31, 32
-# Tables of stretches.
-OF_STRETCHES = tuple(name for name in TABLES if name.startswith("stretch_"))
 # Limit of sums, excluded, as in statistics: two of them still fit 64 bits, and then are refused.
 SUM_LIMIT = 1 << 63
 # Times of recordings are below this.
@@ -311,8 +307,17 @@ class Population(Frozen):
         """Return the population that a file holds; None if it holds none."""
         if stored is None:
             return None
-        fields: dict[str, Any] = {**stored[0], **stored[1]}
-        return cls(**fields)
+        values: dict[str, Any] = {**stored[0], **stored[1]}
+        for name in sorted(values.keys() ^ {*TABLES, *NUMBERS}):
+            rule = "must have no" if name in values else "must have"
+            raise ValueError(f"population {rule} {name!r:.60}")
+        return cls(**values)
+
+
+# Names of a population's tables, of those of stretches, and of its numbers.
+TABLES = tuple(field.name for field in fields(Population) if field.type == "Table")
+OF_STRETCHES = tuple(name for name in TABLES if name.startswith("stretch_"))
+NUMBERS = tuple(field.name for field in fields(Population) if field.name not in TABLES)
 
 
 def add_populations(

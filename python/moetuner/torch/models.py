@@ -155,9 +155,8 @@ def _make_layer(name: str, modules: dict[str, nn.Module]) -> MoELayer:
             f"router or its block, {type(router).__name__} has none"
         )
     choices = size + (_find_number(holders, ("zero_expert_num",)) or 0)
-    return MoELayer(
-        name, block, router, experts, size, choices, top_k, _count_groups(router, block)
-    )
+    groups = _count_groups(router, block)
+    return MoELayer(name, block, router, experts, size, choices, top_k, groups)
 
 
 def _count_groups(router: nn.Module, block: nn.Module) -> int:

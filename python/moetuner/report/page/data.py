@@ -31,7 +31,7 @@ from moetuner.files.cells import (
     sentence,
     unit_of_time,
 )
-from moetuner.formats import find_way_back, list_serving_recipes
+from moetuner.formats.recipes import find_way_back, list_serving_recipes
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.report.advice.values import Advice
 from moetuner.report.findings import PYTHON, TERMINAL, Finding, Voice

@@ -99,10 +99,8 @@ class Spares:
         those of the others, which have given up, and not with the next exchanges of the others.
         """
         deadline, failures, started = time.monotonic() + timeout, [], []
-        slots, ranks = (
-            [move.source_slot for move in self._departing],
-            range(dist.get_world_size(group)),
-        )
+        slots = [move.source_slot for move in self._departing]
+        ranks = range(dist.get_world_size(group))
         arriving = Counter(move.source for move in self._arriving)
         departing = Counter(move.target for move in self._departing)
         splits = [arriving[rank] for rank in ranks], [departing[rank] for rank in ranks]

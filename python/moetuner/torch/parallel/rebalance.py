@@ -211,8 +211,7 @@ class Rebalancer:
         MoveError
             On every rank, if one fails, is lost or late, or has observed something else, or if the
             store of ``torch.distributed`` stands still. The old placement is in force on all of
-            them. Counts that differ are forgotten on all ranks, so
-            the next steps work again.
+            them. Counts that differ are forgotten on all ranks, so the next steps work again.
         """
         agreement, current = self._agreement, self.placement
         agreement.begin()

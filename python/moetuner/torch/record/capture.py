@@ -269,10 +269,8 @@ class Recorder:
                 "others"
             )
         labels = np.empty(step.rows, LABEL)
-        labels["sequence"], labels["group"] = (
-            self._label_sequences(step),
-            self._number_groups(step.rows),
-        )
+        labels["sequence"] = self._label_sequences(step)
+        labels["group"] = self._number_groups(step.rows)
         # On CUDA to pinned memory, behind the work of the step.
         tables = (step.ids.to(self._id_type), step.is_counted)
         ids, is_counted = (table.to("cpu", non_blocking=True) for table in tables)

@@ -14,7 +14,7 @@ from moetuner._checks import flag, instance
 from moetuner.placement import Placement
 from moetuner.router_groups import check_whole
 from moetuner.torch.models import MoELayer, moe_layers
-from moetuner.torch.outside import Registered, has_memory, is_plain
+from moetuner.torch.outside import Registered, has_memory
 from moetuner.torch.reorder import plan
 from moetuner.torch.reorder.plan import Changes, Order, TensorChange, TensorPlan, Tensors, is_under
 from moetuner.torch.reorder.steps import Exchange, exchange_all, list_exchanges
@@ -142,10 +142,7 @@ def _check_weights(
 
 def _check_rows(name: str, tensor: Tensor) -> None:
     """Raise unless the rows of a tensor can be written one by one."""
-    if not has_memory(tensor):
-        kind = type(tensor).__name__ if not is_plain(tensor) else str(tensor.layout)
-        rule = "must be a tensor with memory of its own, row by row"
-        raise ValueError(f"{name}: {rule}, got {kind}: {ADVICE}")
+    plan.check_memory(name, tensor, f": {ADVICE}")
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     if any(size > 1 and step == 0 for size, step in sizes):
         raise ValueError(f"{name}: its elements must not share memory, as those of an expanded one")

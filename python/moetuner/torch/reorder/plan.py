@@ -89,14 +89,10 @@ def order_experts(placement: Placement) -> Order:
     """Return the old expert at every new position [L,E]: by device, ascending within one."""
     layers, devices, _ = placement.slots.shape
     experts, on_device = placement.num_experts, (placement.slots != EMPTY).sum(axis=2)
-    for rule, counts, breaks_rule, noun in (
-        ("one copy of each expert", placement.replicas, placement.replicas > 1, "of expert"),
-        (
-            f"{experts}/{devices} experts on every device",
-            on_device,
-            on_device * devices != experts,
-            "on device",
-        ),
+    copies, equal = placement.replicas, f"{experts}/{devices} experts on every device"
+    for rule, noun, counts, breaks_rule in (
+        ("one copy of each expert", "of expert", copies, copies > 1),
+        (equal, "on device", on_device, on_device * devices != experts),
     ):
         for layer, number in np.argwhere(breaks_rule)[:1]:
             found = f"{counts[layer, number]} {noun} {number} in layer {layer}"
@@ -285,12 +281,13 @@ def check_ties(changes: Changes, rows: Callable[[str, int], Tensor]) -> None:
                 )
 
 
-def check_memory(name: str, tensor: Tensor) -> None:
+def check_memory(name: str, tensor: Tensor, advice: str = "") -> None:
     """Raise unless a tensor's memory has its elements as it shows them, so that rows can move."""
     if not has_memory(tensor):
-        kind = type(tensor).__name__ if not is_plain(tensor) else "one without memory"
+        place = f"{tensor.layout} on {tensor.device}"
+        kind = place if is_plain(tensor) else type(tensor).__name__
         rule = "must be a whole tensor in memory, in which its elements are as it shows them"
-        raise ValueError(f"{name}: {rule}, got {kind}")
+        raise ValueError(f"{name}: {rule}, got {kind}{advice}")
 
 
 def reorder(name: str, tensor: Tensor, change: TensorChange) -> Tensor:

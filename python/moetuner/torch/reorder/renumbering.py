@@ -120,13 +120,10 @@ def _make_plans(config: Any, order: Order, hidden_layers: int | None) -> list[Te
         raise ValueError(
             f"{text}: with layers beyond it, give all names of the checkpoint in names"
         )
+    from transformers.core_model_loading import revert_weight_conversion
+
     tensors = model.state_dict()
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # versions whose names are the same in both places
-        stored = tensors
-    else:
-        stored = revert_weight_conversion(model, dict(tensors))
+    stored = revert_weight_conversion(model, dict(tensors))
     plans = [_check_plan(stored, order, hidden_layers)]
     if stored.keys() != tensors.keys():
         with suppress(ValueError):  # where only the checkpoint can be renumbered
