@@ -13,7 +13,7 @@ PACKAGE = Path(moetuner.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 VALUES = ("recording", "trace", "statistics", "topology", "cost", "placement")
 SOLVER = ("evaluation", "problem", "serving", *VALUES)
-EFFORT = ("solver.effort", "solver.budget")
+EFFORT = ("solver.effort", "solver.budget", "solver.arrays")
 STAGES = ("solver.run", "solver.result", "solver.terms", "solver.unseen", "solver.bounds")
 COMMANDS = ("charts", "report", "formats", "solver", "torch", "files", "presets")
 
@@ -42,18 +42,19 @@ MAY_IMPORT = {
     "evaluation": (*VALUES, "serving", "files.ids", "files.cells", "charts"),
     "formats": (*VALUES, "files", "router_groups", "serving"),
     "problem": (*VALUES, "serving", "evaluation", "files"),
+    "solver.arrays": (),
     "solver.effort": (),
     # The one clock.
     "solver.budget": ("solver.effort",),
     "solver.bounds.certificate": ("files", "topology"),
     "solver.result": ("solver.bounds.certificate", "solver.budget", *SOLVER),
-    "solver.renaming": SOLVER,
+    "solver.renaming": ("solver.arrays", *SOLVER),
     "solver.run": (
         *("solver.renaming", "solver.result", "solver.bounds.certificate"),
         *(*EFFORT, *SOLVER),
     ),
-    "solver.unseen": ("solver.result",),
-    "solver.terms": ("solver.unseen", *SOLVER),
+    "solver.unseen": ("solver.arrays", "solver.result"),
+    "solver.terms": ("solver.arrays", "solver.unseen", *SOLVER),
     "solver.bounds": ("solver.run", "solver.result", *EFFORT, *SOLVER),
     "solver.milp": ("solver.result", *EFFORT, *SOLVER),
     "solver.two_stage": (
@@ -65,7 +66,10 @@ MAY_IMPORT = {
         *SOLVER,
     ),
     "solver.balancing": ("solver.effort", "problem.capacity", "placement", "topology"),
-    "solver.rebalancing": ("solver.effort", "solver.unseen", "solver.terms", "placement"),
+    "solver.rebalancing": (
+        *("solver.arrays", "solver.effort", "solver.unseen", "solver.terms"),
+        "placement",
+    ),
     # No stage knows a method.
     "solver.stages": ("solver.rebalancing", *STAGES, *EFFORT, *SOLVER),
     "solver": SOLVER,
@@ -496,7 +500,7 @@ MOST_LINES = {
         "selftest": 241,
         "serving": 1392,
         # Small layers are searched several times; two long searches of visits say when to end.
-        "solver": 7766,
+        "solver": 7705,
         "statistics": 1024,
         "torch": 4996,
     },

@@ -64,8 +64,9 @@ def test_a_pass_of_polish_ends_when_time_is_over(make_trace):
     run = Run(problem, seed=0, budget=Budget())
     start = run.offer(mt.solve(problem, "random").placement.slots, "start")
     contents = [None] * problem.layers
-    assert polish._find_better(run, start, contents, Budget()) is not None
-    assert polish._find_better(run, start, contents, Budget(0.0)) is None
+    neighbours = polish._neighbours(problem, start.slots, contents)
+    assert polish._find_better(run, start, neighbours, Budget(0.0)) is None
+    assert polish._find_better(run, start, neighbours, Budget()) is not None
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

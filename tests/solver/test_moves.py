@@ -327,7 +327,7 @@ def test_a_step_gains_most_for_a_move(seed, copies):
         assert -path.value[1] / (moves if moves > 0 else 1e-3) == pytest.approx(best, rel=1e-3)
         start = path.after(1)
     path = steps(problem, initial, most=6)
-    ends = mt.Placement(path.after(path.best(6, 0.0)), num_experts=8)
+    ends = mt.Placement(path.after(path.best(6)), num_experts=8)
     result = mt.solve(problem, initial=initial, move_budget=6, iterations=500)
     assert result.objective <= problem.value(ends) * (1 + 1e-9)
 
@@ -349,7 +349,7 @@ def test_with_little_time_steps_come_first(monkeypatch):
     monkeypatch.setattr(LayerModel, "improve", improve)
     result = mt.solve(problem, initial=initial, move_budget=8, time_limit=1.0)
     path = steps(problem, initial, most=8)
-    best = mt.Placement(path.after(path.best(8, 0.0)), num_experts=16)
+    best = mt.Placement(path.after(path.best(8)), num_experts=16)
     assert result.objective == problem.value(best)
     assert result.status == "time_limit"
 

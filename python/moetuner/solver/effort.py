@@ -348,14 +348,9 @@ def most_trials(slots: int, windows: int) -> int:
     return SLOT_WORK // (count_batches(windows) * LANES) * slots
 
 
-def start_trials(slots: int, windows: int) -> int:
-    """Return the trials that give a search of a layer its start."""
-    return max(BALANCING_START * slots // count_batches(windows), LEAST_BALANCING)
-
-
-def spread_trials(slots: int, windows: int) -> int:
-    """Return the trials of a layer whose experts survive losses."""
-    return max(SPREAD_TRIALS * slots // count_batches(windows), LEAST_BALANCING)
+def start_trials(slots: int, windows: int, of_slot: int) -> int:
+    """Return the trials that give a search of a layer its start, by those of a slot."""
+    return max(of_slot * slots // count_batches(windows), LEAST_BALANCING)
 
 
 def lp_split_trials(slots: int, windows: int) -> int:

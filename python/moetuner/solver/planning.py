@@ -14,19 +14,18 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moetuner import _checks as check
 from moetuner.evaluation.losses import DOMAINS, Domain, number_domains
 from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement, count_copies
 from moetuner.recording import labelling
+from moetuner.solver.arrays import Bools, Floats, Integers, Slots
 from moetuner.solver.rebalancing import rebalance, slowest
 from moetuner.statistics import WINDOW, RoutingStatistics, check_recording, count_loads
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
-Slots = NDArray[np.int32]
 # Source of a copy whose expert is on no device any more.
 DISK = -1
 # Largest number of windows, evenly spaced, that a search balances one by one.
@@ -40,20 +39,20 @@ class _Service:
     """A placement that serves windows of load [W,L,E] on a machine, if that is known."""
 
     placement: Placement
-    windows: NDArray[np.float64]
+    windows: Floats
     topology: Topology | None
 
     @cached_property
-    def speed(self) -> NDArray[np.float64]:
+    def speed(self) -> Floats:
         """Speeds of devices [D]."""
         if self.topology is None:
             return np.ones(self.placement.devices)
         return self.topology.speed_of_device
 
     @cached_property
-    def load(self) -> NDArray[np.float64]:
+    def load(self) -> Floats:
         """Load of every expert over all windows [L,E]."""
-        load: NDArray[np.float64] = self.windows.sum(axis=0)
+        load: Floats = self.windows.sum(axis=0)
         return load
 
     @cached_property
@@ -98,9 +97,9 @@ class Plan(Frozen):
 
     num_experts: int
     slots: Slots
-    devices: NDArray[np.int64]
-    lost: NDArray[np.int64]
-    steps: NDArray[np.int64]
+    devices: Integers
+    lost: Integers
+    steps: Integers
     imbalance_before: float
     imbalance_after: float
 
@@ -183,7 +182,7 @@ def plan(
     [[0, 2, -1, 0, 1, 0]]
     """
     check.instance("running", running, Placement)
-    windows = _read_load(running, traffic, check.window_in(window))
+    windows = _read_load(running, traffic, window)
     if slots_per_device is not None:
         running = _widen(running, slots_per_device)
     lost = check.chosen("without", without, running.devices)
@@ -197,10 +196,8 @@ def plan(
     check.whole_number("join", join, lowest=0, highest=check.DEVICE_LIMIT - running.devices)
     if more_copies is not None:
         check.whole_number("more_copies", more_copies, lowest=0)
-    if topology is not None:
-        _check_machine(running, topology)
-    service = _Service(running, windows, topology)
-    return _plan(service, lost, removed, join, more_copies)
+    _check_machine(running, topology)
+    return _plan(_Service(running, windows, topology), lost, removed, join, more_copies)
 
 
 def plan_losses(
@@ -228,10 +225,8 @@ def plan_losses(
     check.instance("running", running, Placement)
     check.one_of("domain", domain, DOMAINS)
     check.callable_or_none("progress", progress)
-    if topology is not None:
-        _check_machine(running, topology)
-    windows = _read_load(running, traffic, check.window_in(window))
-    service = _Service(running, windows, topology)
+    _check_machine(running, topology)
+    service = _Service(running, _read_load(running, traffic, window), topology)
     member = number_domains(topology or Topology(running.devices), domain)
     plans, numbers = {}, int(member.max()) + 1
     for number in range(numbers):
@@ -244,7 +239,10 @@ def plan_losses(
     return plans
 
 
-def _check_machine(running: Placement, topology: Topology) -> None:
+def _check_machine(running: Placement, topology: Topology | None) -> None:
+    """Raise if a machine is given and is not that of the placement."""
+    if topology is None:
+        return
     check.instance("topology", topology, Topology)
     if topology.devices != running.devices:
         raise check.ArgumentError(
@@ -255,9 +253,10 @@ def _check_machine(running: Placement, topology: Topology) -> None:
 
 def _read_load(
     running: Placement, traffic: RoutingTrace | RoutingStatistics, window: int | None
-) -> NDArray[np.float64]:
+) -> Floats:
     """Return the load of every expert in windows [W,L,E]; check that they are the placement's."""
     check_recording(traffic)
+    window = check.window_in(window)
     # Windows of all tokens, whatever their groups, as they are evaluated.
     counted = count_loads(traffic, window=window, by_group=False)
     load = counted.window_load.astype(np.float64)
@@ -286,12 +285,8 @@ def _widen(running: Placement, slots_per_device: int) -> Placement:
 
 
 def _choose_removed(
-    running: Placement,
-    load: NDArray[np.float64],
-    lost: NDArray[np.bool_],
-    named: NDArray[np.bool_],
-    number: int,
-) -> NDArray[np.bool_]:
+    running: Placement, load: Floats, lost: Bools, named: Bools, number: int
+) -> Bools:
     """Return which devices are removed [D]: those that are named, and a number of others.
 
     Greedily, the device is chosen next that holds the fewest experts which no other one holds. Then
@@ -335,11 +330,7 @@ def _choose_removed(
 
 
 def _plan(
-    service: _Service,
-    lost: NDArray[np.bool_],
-    removed: NDArray[np.bool_],
-    join: int,
-    more_copies: int | None,
+    service: _Service, lost: Bools, removed: Bools, join: int, more_copies: int | None
 ) -> Plan:
     """Place missing experts, and as many more copies as gain something and are allowed."""
     running, windows = service.placement, service.windows
@@ -396,7 +387,7 @@ def _keep_copies(start: Slots, end: Slots) -> Slots:
     return filled
 
 
-def _imbalance(windows: NDArray[np.float64], slots: Slots, speed: NDArray[np.float64]) -> float:
+def _imbalance(windows: Floats, slots: Slots, speed: Floats) -> float:
     """Compute the slowest device's time over that of an even load.
 
     It is averaged over the layers and windows of loads [W,L,E] that are not empty.
@@ -412,7 +403,7 @@ def _imbalance(windows: NDArray[np.float64], slots: Slots, speed: NDArray[np.flo
     return float(summed.sum() / (even > 0).sum())
 
 
-def _order_steps(before: Slots, after: Slots, topology: Topology | None) -> NDArray[np.int64]:
+def _order_steps(before: Slots, after: Slots, topology: Topology | None) -> Integers:
     """Return steps [M,6] between slots [L,D,S], ordered so that no expert loses its last copy."""
     experts = int(max(before.max(), after.max())) + 1
     distance = np.zeros((before.shape[1],) * 2)
@@ -451,12 +442,7 @@ class _Order:
     """
 
     def __init__(
-        self,
-        now: Slots,
-        end: Slots,
-        arriving: NDArray[np.int64],
-        copies: NDArray[np.int64],
-        distance: NDArray[np.float64],
+        self, now: Slots, end: Slots, arriving: Integers, copies: Integers, distance: Floats
     ) -> None:
         self.now, self.end, self.distance = now.copy(), end, distance
         self.copies = copies.copy()

@@ -15,11 +15,9 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.placement import count_copies, find_holders, keep_slots, moves_from
 from moetuner.solver import effort
+from moetuner.solver.arrays import Bools, Floats, Integers, Slots
 from moetuner.solver.terms import Site, core_layers
 from moetuner.solver.unseen import NOISE, NORM, SearchSetting
-
-Floats = NDArray[np.float64]
-Slots = NDArray[np.int32]
 
 # Where arriving copies need memory beside the running ones, a decision moves at most this share of
 # the copies that packing the model from scratch would move.
@@ -70,7 +68,7 @@ class Rebalanced:
     slots: Slots
     before: Floats
     after: Floats
-    moves: NDArray[np.int64]
+    moves: Integers
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def rebalance(
     time: Floats | None = None,
     dead_zone: float = DEAD_ZONE,
     deviations: float = DEVIATIONS,
-    fresh: NDArray[np.bool_] | None = None,
+    fresh: Bools | None = None,
     pairs: Pairs | None = None,
     full: bool = True,
     min_gain: float = 0.0,
@@ -155,13 +153,13 @@ def rebalance(
     return live.search(budget, price, pairs)
 
 
-def choose_repacked(fresh: NDArray[np.bool_], slots: Slots, budget: int) -> NDArray[np.bool_]:
+def choose_repacked(fresh: Bools, slots: Slots, budget: int) -> Bools:
     """Return the layers [L] that a budget packs from scratch, of those that no load has shaped.
 
     They are the first layers whose slots the budget covers, if that is at least three quarters of
     all such layers, else none: then copies gain more if every layer gets some.
     """
-    fits: NDArray[np.bool_] = fresh & (np.cumsum(fresh) * slots[0].size <= budget)
+    fits: Bools = fresh & (np.cumsum(fresh) * slots[0].size <= budget)
     return fits if 4 * fits.sum() >= 3 * fresh.sum() else np.zeros_like(fresh)
 
 
@@ -175,7 +173,7 @@ class _Live:
     load: Floats
     slots: Slots
     time: Floats
-    repack: NDArray[np.bool_]
+    repack: Bools
     dead_zone: float
     deviations: float
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.placement import Placement, find_holders
@@ -17,11 +16,9 @@ from moetuner.problem import Problem
 from moetuner.problem.capacity import pad_slots
 from moetuner.problem.caps import ROUNDING
 from moetuner.problem.objective import Objective
+from moetuner.solver.arrays import Bools, Integers, Slots
 from moetuner.topology import Topology
 
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
-Slots = NDArray[np.int32]
 # Weight of an exchange that a rule or a device's speed or slots forbid: below any sum of experts.
 FORBIDDEN = -(1 << 40)
 
@@ -49,7 +46,7 @@ def keep_running(problem: Problem, objective: Objective, running: Placement, slo
     return result
 
 
-def rename_devices(problem: Problem, running: NDArray[np.bool_], slots: Slots) -> Slots:
+def rename_devices(problem: Problem, running: Bools, slots: Slots) -> Slots:
     """Return slots [L,D,S] with devices renamed so that the fewest copies move.
 
     The contents of a device go to a device that is as fast, has enough slots, and may hold them.
@@ -98,10 +95,10 @@ def _is_tiered(topology: Topology) -> bool:
     )
 
 
-def _may_take(problem: Problem, holders: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _may_take(problem: Problem, holders: Bools) -> Bools:
     """Return whether the contents of a device [L,D,E] may be on another device [L,D,D]."""
     speed, rules = problem.topology.speed_of_device, problem.rules
-    may: NDArray[np.bool_] = holders.sum(axis=2)[:, :, None] <= problem.capacity[:, None, :]
+    may: Bools = holders.sum(axis=2)[:, :, None] <= problem.capacity[:, None, :]
     may &= speed[:, None] == speed
     holds, lacks = holders.astype(np.float32), (~holders).astype(np.float32)
     if rules.forbidden is not None:

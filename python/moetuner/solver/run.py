@@ -16,19 +16,18 @@ from functools import cached_property
 from typing import Literal, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moetuner._checks import at_least, not_negative
 from moetuner.placement import EMPTY, Placement, moves_from
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.solver import effort
+from moetuner.solver.arrays import Bools, Floats, Slots
 from moetuner.solver.bounds.certificate import Certificate
 from moetuner.solver.budget import Budget, Progress
 from moetuner.solver.renaming import keep_running
 from moetuner.solver.result import BoundDetails, Details, LevelBound, Status
 
-Slots = NDArray[np.int32]
 Value = TypeVar("Value")
 
 
@@ -61,12 +60,12 @@ class Moves:
         return self.budget / self.expert_bytes
 
     @cached_property
-    def running(self) -> NDArray[np.bool_]:
+    def running(self) -> Bools:
         """True where a device of the running placement holds an expert [L,D,E]; computed once."""
         return self.initial.held
 
     @property
-    def copy_costs(self) -> NDArray[np.float64]:
+    def copy_costs(self) -> Floats:
         """Price of a copy of an expert on a device [L,D,E]: none where it runs already."""
         return np.where(self.running, 0.0, self.price)
 
@@ -408,6 +407,10 @@ class Run:
             key=lambda incumbent: (incumbent.rank, incumbent.role is Role.FLOOR),
         )
 
+    def with_role(self, role: Role) -> list[Incumbent]:
+        """Return the incumbents that have a role, in the order in which they were offered."""
+        return [incumbent for incumbent in self.incumbents if incumbent.role is role]
+
     def answer(self) -> Incumbent:
         """Return the better one of the best incumbent and the best start, by all windows.
 
@@ -416,8 +419,7 @@ class Run:
         Where a search saw all windows, that is the best incumbent. If there are very many windows,
         a sample of them judges. Where time is over, the start is the answer.
         """
-        chosen = [incumbent for incumbent in self.incumbents if incumbent.role is Role.ANSWER]
-        if chosen:
+        if chosen := self.with_role(Role.ANSWER):
             return chosen[-1]
         best = self.best
         starts = [incumbent for incumbent in self.incumbents if incumbent.is_start]

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.evaluation.losses import number_domains
 from moetuner.problem import Problem
+from moetuner.solver.arrays import Floats, Integers
 from moetuner.solver.unseen import FEWEST_WINDOWS, SearchSetting
 
-Floats = NDArray[np.float64]
 # Transitions [L-1,E,E], and what one costs between devices [D,D].
 Links = tuple[NDArray[np.uint64], Floats]
 
@@ -52,7 +52,7 @@ class Site:
         Rules of every placement; None where every expert must be somewhere, and no more.
     """
 
-    capacity: NDArray[np.int64]
+    capacity: Integers
     node: list[int]
     time: list[float]
     nearest: bool = False

@@ -12,11 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from moetuner.solver.arrays import Floats
 from moetuner.solver.result import UnseenDetails
-
-Floats = NDArray[np.float64]
 
 # Order of the norm that stands for the slowest device ("Unseen windows").
 NORM = 8

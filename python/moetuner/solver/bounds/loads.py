@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.pins import NO_RULES
+from moetuner.solver.arrays import Floats
 from moetuner.solver.bounds import pairs
 from moetuner.solver.budget import Budget
 from moetuner.solver.result import LOADS
 from moetuner.solver.run import Bound, Run, Stage
-
-Floats = NDArray[np.float64]
 
 # Sums of floats may be off by this part.
 SUM_ROUNDING = 1e-10

@@ -26,6 +26,7 @@ from moetuner import _core
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver import effort
+from moetuner.solver.arrays import Floats, Integers
 from moetuner.solver.bounds import pairs
 from moetuner.solver.bounds.certificate import Visits
 from moetuner.solver.budget import Budget
@@ -33,9 +34,6 @@ from moetuner.solver.run import ROUNDING, Bound, Run, Stage
 from moetuner.statistics import RoutingStatistics
 from moetuner.statistics.sets import ExpertSets
 from moetuner.topology import Topology
-
-Integers = NDArray[np.int64]
-Floats = NDArray[np.float64]
 
 # Slopes are whole multiples of one over this, as 1 / 2, 1 / 3, 1 / 4, 1 / 5 and 1 / 16 are.
 UNIT = 240

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moetuner.solver.arrays import Floats
 from moetuner.solver.result import Status
 
 if TYPE_CHECKING:
     from highspy._core import _Highs
 
-Floats = NDArray[np.float64]
 
 POLL_SECONDS = 0.05
 

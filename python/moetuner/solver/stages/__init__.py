@@ -17,6 +17,7 @@ from moetuner.problem import Problem
 from moetuner.problem.capacity import pad_slots
 from moetuner.serving.splits import EVEN
 from moetuner.solver import effort
+from moetuner.solver.arrays import Slots
 from moetuner.solver.bounds.loads import least_balance
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import ROUNDING, Role, Run, Stage
@@ -29,7 +30,6 @@ from moetuner.solver.stages.layers import (
     COMBINE,
     CONSTRUCT,
     LayerModel,
-    Slots,
     adds_up_over_layers,
     anneal,
     charges_copies,
@@ -101,8 +101,7 @@ def _fewer_slots(run: Run, budget: Budget) -> None:
 
 def _answers(run: Run) -> tuple[Slots, ...]:
     """Return the answers for fewer slots that a run began with, the fewest first, and its own."""
-    starts = [start.slots for start in run.incumbents if start.role is Role.SINGLE]
-    return (*starts, run.answer().slots)
+    return tuple(start.slots for start in (*run.with_role(Role.SINGLE), run.answer()))
 
 
 def _single_of_loads(run: Run, budget: Budget) -> None:
@@ -219,8 +218,7 @@ def _may_be_balanced(run: Run) -> bool:
 
 def _anneal(run: Run, budget: Budget) -> None:
     """Anneal all layers by the whole objective; half as long if large layers were balanced."""
-    is_balanced = any(start.role is Role.BALANCED for start in run.incumbents)
-    parts = effort.BALANCE_PART if is_balanced else 1
+    parts = effort.BALANCE_PART if run.with_role(Role.BALANCED) else 1
     if _has_costly_fillers(run):
         parts *= effort.FULL_PART
     anneal(run, budget, LayerModel(run, parts * _count_parts_beside_slowest(run)))
@@ -292,7 +290,7 @@ def _anneal_copies(run: Run, budget: Budget) -> None:
     many windows has lost load. So a search that begins without them seldom finds where many pay,
     and one that begins with full slots seldom finds where few do. Each layer goes on with the best.
     """
-    full = [start.slots for start in run.incumbents if start.role is Role.FULL][-1]
+    full = run.with_role(Role.FULL)[-1].slots
     smaller, value = _smaller(run), run.best.value
     fewer = smaller is not None and smaller.may_copy
     searches = effort.COPY_SEARCHES[: budget.work.copy_searches]
@@ -340,10 +338,10 @@ def _find_open_layers(run: Run) -> list[int]:
     Where the answer for fewer slots leaves all devices of a layer a slot, one more is not needed.
     """
     smaller = _smaller(run)
-    starts = [start.slots for start in run.incumbents if start.role is Role.SINGLE]
+    starts = run.with_role(Role.SINGLE)
     if smaller is None or not smaller.may_copy or not starts:
         return list(range(run.problem.layers))
-    used = (starts[-1] != EMPTY).sum(axis=2)
+    used = (starts[-1].slots != EMPTY).sum(axis=2)
     open_layers: list[int] = np.flatnonzero((used >= smaller.capacity).any(axis=1)).tolist()
     return open_layers
 
@@ -386,11 +384,16 @@ SEARCHES = (
 )
 
 
+def _offer_answer_to(problem: Problem, run: Run, budget: Budget, by: str) -> None:
+    """Offer the answer to a simpler problem as a start, so that no answer is worse."""
+    inner = run.run_inner((FLOOR, PARTITIONS, *SEARCHES), budget, problem=problem)
+    run.offer(inner.answer().slots, by, is_start=True, interrupted=inner.interrupted)
+
+
 def _equal(run: Run, budget: Budget) -> None:
-    """Offer the answer for equally fast devices as a start, so that no answer is worse."""
+    """Offer the answer for equally fast devices."""
     problem = replace(run.problem, topology=replace(run.problem.topology, speed=None))
-    inner = run.run_inner((FLOOR, PARTITIONS, *SEARCHES), budget.muted(), problem=problem)
-    run.offer(inner.answer().slots, "equal", is_start=True, interrupted=inner.interrupted)
+    _offer_answer_to(problem, run, budget.muted(), "equal")
 
 
 def _has_unequal_speeds(run: Run) -> bool:
@@ -407,15 +410,8 @@ EQUAL = Stage(_equal, applies=_has_unequal_speeds, share=lambda _: effort.SEARCH
 
 
 def _even(run: Run, budget: Budget) -> None:
-    """Offer the answer for an even split as a start, so that no answer is worse."""
-    inner = run.run_inner(
-        (FLOOR, PARTITIONS, *SEARCHES), budget, problem=_evenly_split(run.problem)
-    )
-    run.offer(inner.answer().slots, "even", is_start=True, interrupted=inner.interrupted)
-
-
-def _evenly_split(problem: Problem) -> Problem:
-    return replace(problem, split=EVEN)
+    """Offer the answer for an even split."""
+    _offer_answer_to(replace(run.problem, split=EVEN), run, budget, "even")
 
 
 def _may_improve(run: Run) -> bool:
@@ -449,7 +445,7 @@ def _may_regret(run: Run) -> bool:
     if run.interrupted or not (has_default_phases and is_whole and _has_costly_copies(run)):
         return False
     # One slot more must not be worse by the default share, so with little gain there is no choice.
-    fewer = [start.value for start in run.incumbents if start.role is Role.SINGLE]
+    fewer = [start.value for start in run.with_role(Role.SINGLE)]
     return not fewer or run.best.value < min(fewer) * (1 - effort.WALK_GAIN)
 
 

@@ -15,6 +15,7 @@ from moetuner import _core
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver import effort
+from moetuner.solver.arrays import Floats, Integers, Slots
 from moetuner.solver.budget import Budget
 from moetuner.solver.rebalancing import slowest
 from moetuner.solver.run import Run
@@ -22,10 +23,6 @@ from moetuner.solver.stages import SEARCH
 from moetuner.solver.stages.floor import FLOOR, balanced
 from moetuner.solver.terms import core_layers, make_site
 from moetuner.statistics import RoutingStatistics
-
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
-Slots = NDArray[np.int32]
 
 
 def contiguous(run: Run, _: Budget) -> None:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-from numpy.typing import NDArray
-
 from moetuner import _core
 from moetuner.problem import Problem
 from moetuner.solver import effort
+from moetuner.solver.arrays import Slots
 from moetuner.solver.bounds.pairs import (
     COMPLETE,
     is_of_pairs,
@@ -23,8 +21,6 @@ from moetuner.solver.bounds.pairs import (
 )
 from moetuner.solver.budget import Budget, Progress
 from moetuner.solver.run import Bound, Role, Run, Stage
-
-Slots = NDArray[np.int32]
 
 
 def search_traffic(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moetuner.placement import Placement, moves_from
 from moetuner.problem.capacity import pad_slots
 from moetuner.solver import effort
+from moetuner.solver.arrays import Floats, Integers, Slots
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Run, Stage
 from moetuner.solver.stages.layers import (
@@ -18,9 +18,6 @@ from moetuner.solver.stages.layers import (
     has_few_slots,
     is_searched_anew,
 )
-
-Floats = NDArray[np.float64]
-Slots = NDArray[np.int32]
 
 # Steps end after this share of what they could gain: the last ones fit noise of the windows seen
 # ("The default and cheaper methods").
@@ -48,9 +45,9 @@ class Path:
     """
 
     start: Slots
-    places: NDArray[np.int64]
+    places: Integers
     experts: Slots
-    moves: NDArray[np.int64]
+    moves: Integers
     excess: Floats
     value: Floats
 
@@ -73,11 +70,10 @@ class Path:
         first = int(moving[0])
         return float(self.value[0] - self.value[first]) / int(self.moves[first] - self.moves[0])
 
-    def best(self, most_moves: float, price: float) -> int:
-        """Return the best number of steps with at most so many moves, at a price of a move."""
+    def best(self, most_moves: float) -> int:
+        """Return the best number of steps with at most so many moves."""
         allowed = np.flatnonzero(self.moves <= most_moves)
-        cost = self.value[allowed] + price * self.moves[allowed]
-        return int(allowed[np.lexsort((cost, self.excess[allowed]))[0]])
+        return int(allowed[np.lexsort((self.value[allowed], self.excess[allowed]))[0]])
 
 
 def descend(

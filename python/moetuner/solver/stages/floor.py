@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.problem import Problem
 from moetuner.solver import effort
+from moetuner.solver.arrays import Floats, Slots
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Moves, Role, Run, Stage
 from moetuner.solver.terms import Terms, core_layers, loss_costs, make_site
 from moetuner.solver.unseen import NOISE, NORM, SearchSetting, choose_search_setting
-
-Floats = NDArray[np.float64]
-Slots = NDArray[np.int32]
 
 
 def balanced(problem: Problem, *, trials: int = effort.PATIENT) -> Slots:

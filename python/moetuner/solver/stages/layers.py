@@ -9,14 +9,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.capacity import pad_slots
+from moetuner.problem.objective import Objective
 from moetuner.problem.pins import NO_RULES
 from moetuner.solver import effort
+from moetuner.solver.arrays import Floats, Slots
 from moetuner.solver.bounds.pairs import is_of_pairs
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Moves, Role, Run, Stage
@@ -32,9 +33,6 @@ from moetuner.solver.terms import (
     tokens_per_unit,
 )
 from moetuner.solver.unseen import MEAN_WEIGHT, SearchSetting, choose_search_setting
-
-Floats = NDArray[np.float64]
-Slots = NDArray[np.int32]
 
 
 class LayerModel:
@@ -200,10 +198,11 @@ def _construct(run: Run, budget: Budget) -> None:
         return
     windows = run.objective.windows
     if run.objective.is_of_windows:
-        longer = effort.start_trials(run.slots_of_layer, len(windows))
+        longer = effort.start_trials(run.slots_of_layer, len(windows), effort.BALANCING_START)
         lengths = [quick_trials(run, budget), longer]
     else:
-        lengths = [budget.iterations or effort.spread_trials(run.slots_of_layer, len(windows))]
+        trials = effort.start_trials(run.slots_of_layer, len(windows), effort.SPREAD_TRIALS)
+        lengths = [budget.iterations or trials]
     for trials in lengths:
         if not budget.is_over():
             slots, interrupted = balance_windows(run, budget, windows.weight, trials)
@@ -224,17 +223,20 @@ def adds_up_over_layers(run: Run) -> bool:
     return run.problem.windows.is_mean and not are_joined(run)
 
 
+def cost_of_layers(objective: Objective, placement: Placement) -> Floats:
+    """Compute the part [L] that every layer adds to an objective that is their sum."""
+    costs = objective.compute_values(objective.window_cost(placement).T)
+    by_layer: Floats = costs * objective.layer_factors(placement)
+    return by_layer
+
+
 def _combine(run: Run, _: Budget) -> None:
     """Offer the combination of the best contents of every layer in all incumbents."""
     pool = [incumbent.slots for incumbent in run.incumbents if incumbent.excess == 0]
     if len(pool) > 1:
         experts, objective = run.problem.num_experts, run.objective
         placements = [Placement(slots, num_experts=experts) for slots in pool]
-        costs = [
-            objective.compute_values(objective.window_cost(placement).T)
-            * objective.layer_factors(placement)
-            for placement in placements
-        ]
+        costs = [cost_of_layers(objective, placement) for placement in placements]
         layers = np.arange(run.problem.layers)
         slots = np.stack(pool)[np.argmin(costs, axis=0), layers]
         run.offer(slots, "combined", is_start=True)

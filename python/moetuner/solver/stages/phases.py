@@ -13,18 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moetuner.placement import Placement
 from moetuner.problem import Problem
-from moetuner.problem.objective import Objective
 from moetuner.serving.phases import make_phases
+from moetuner.solver.arrays import Bools, Floats, Slots
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import ROUNDING, Role, Run, Stage
 from moetuner.solver.stages.floor import balanced
-
-Floats = NDArray[np.float64]
-Slots = NDArray[np.int32]
+from moetuner.solver.stages.layers import cost_of_layers
 
 # Shares of prefill that are tried on the pool.
 SHARES = np.linspace(0.02, 0.98, 49)
@@ -49,9 +46,9 @@ class Limit:
     weight: Floats
     value: float
 
-    def keeps(self, times: Floats) -> NDArray[np.bool_]:
+    def keeps(self, times: Floats) -> Bools:
         """Return whether times [S,2] keep the limit; all do if none does."""
-        keeps: NDArray[np.bool_] = times @ self.weight <= self.value * (1 + ROUNDING)
+        keeps: Bools = times @ self.weight <= self.value * (1 + ROUNDING)
         return keeps if keeps.any() else np.ones_like(keeps)
 
 
@@ -77,7 +74,7 @@ class _Pool:
     def measure(self, slots: Slots) -> Floats:
         """Compute the microseconds [L,2] of slots [L,D,S] in decode and in prefill."""
         placement = Placement(slots, num_experts=self.num_experts)
-        return np.stack([_layer_costs(phase, placement) for phase in self.phases], axis=1)
+        return np.stack([cost_of_layers(phase, placement) for phase in self.phases], axis=1)
 
     def choose(self, peer: Floats, limit: Limit) -> tuple[float, Slots]:
         """Return the share whose best placement of the pool has the least regret, and that one.
@@ -102,25 +99,17 @@ class _Pool:
 
 def _limit_of_fewer_slots(run: Run, pool: _Pool) -> Limit:
     """Return the limit that one slot more on every device is not worse by the problem's shares."""
-    starts = [start.slots for start in run.incumbents if start.role is Role.SINGLE]
     (_, decode), (_, prefill) = sorted(run.problem.shares.items(), key=lambda item: item[0] or 0)
     blocks_of_phase = [phase.cost_in_blocks for phase in pool.phases]
     weight = np.array([decode, prefill]) / blocks_of_phase
-    fewer = min(
-        (float(pool.measure(slots).sum(axis=0) @ weight) for slots in starts), default=np.inf
-    )
-    return Limit(weight, fewer)
+    starts = run.with_role(Role.SINGLE)
+    values = [float(pool.measure(start.slots).sum(axis=0) @ weight) for start in starts]
+    return Limit(weight, min(values, default=np.inf))
 
 
 def problem_at(problem: Problem, share: float) -> Problem:
     """Return the problem with a share of prefill."""
     return replace(problem, phases=make_phases(share))
-
-
-def _layer_costs(objective: Objective, placement: Placement) -> Floats:
-    costs = objective.compute_values(objective.window_cost(placement).T)
-    layers: Floats = costs * objective.layer_factors(placement)
-    return layers
 
 
 def balance_regret(run: Run, budget: Budget, searches: Sequence[Stage]) -> None:

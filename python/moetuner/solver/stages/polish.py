@@ -11,16 +11,13 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moetuner.placement import EMPTY, Placement, find_holders
 from moetuner.problem import Problem
 from moetuner.solver import effort
+from moetuner.solver.arrays import Integers, Slots
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Incumbent, Run, Stage
-
-Slots = NDArray[np.int32]
-
 
 # Contents [D,S] that a layer may have, for every layer; None where they are many.
 Contents = list[list[Slots] | None]
@@ -47,13 +44,9 @@ def _try_all(run: Run, contents: Contents, budget: Budget) -> bool:
     are_many = len(choices) < len(contents) or math.prod(map(len, choices)) > effort.FEW_CHOICES
     if are_many or budget.iterations is not None:
         return False
-    best = run.best
-    for slots in map(np.stack, itertools.product(*choices)):
-        if budget.is_over():
-            break
-        judged = run.judge(slots, "polish")
-        if judged.rank < best.rank and run.can_afford(judged):
-            best = judged
+    best, placements = run.best, map(np.stack, itertools.product(*choices))
+    while (better := _find_better(run, best, placements, budget)) is not None:
+        best = better
     if best is not run.best:
         run.offer(best.slots, "polish")
     return True
@@ -61,9 +54,11 @@ def _try_all(run: Run, contents: Contents, budget: Budget) -> bool:
 
 def _descend(run: Run, start: Incumbent, contents: Contents, budget: Budget) -> None:
     """Take improving changes until there is none, and offer the end if it is better than all."""
-    current, better = start, _find_better(run, start, contents, budget)
-    while better is not None and not budget.is_over():
-        current, better = better, _find_better(run, better, contents, budget)
+    better: Incumbent | None = start
+    current = start
+    while better is not None:
+        current, neighbours = better, _neighbours(run.problem, better.slots, contents)
+        better = _find_better(run, current, neighbours, budget)
     if current.rank < run.best.rank:
         run.offer(current.slots, "polish")
 
@@ -84,10 +79,10 @@ def _on_few_devices(problem: Problem) -> Iterator[Slots]:
 
 
 def _find_better(
-    run: Run, incumbent: Incumbent, contents: Contents, budget: Budget
+    run: Run, incumbent: Incumbent, placements: Iterator[Slots], budget: Budget
 ) -> Incumbent | None:
-    """Return the first neighbour within the budget of moves that ranks before an incumbent."""
-    for slots in _neighbours(run.problem, incumbent.slots, contents):
+    """Return the next placement within the budget of moves that ranks before an incumbent."""
+    for slots in placements:
         if budget.is_over():
             break
         judged = run.judge(slots, "polish")
@@ -149,7 +144,7 @@ def _steps(problem: Problem, layer: int, slots: Slots) -> Iterator[Slots]:
             yield changed
 
 
-def _changed(problem: Problem, capacity: NDArray[np.int64], slots: Slots) -> Iterator[Slots]:
+def _changed(problem: Problem, capacity: Integers, slots: Slots) -> Iterator[Slots]:
     """Iterate over slots [D,S] with one changed or two exchanged, within the rules or not."""
     free = [(d, s) for d, count in enumerate(capacity) for s in range(count)]
     for number, at in enumerate(free):

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moetuner._checks import ArgumentError
 from moetuner.placement import EMPTY, Placement, find_holders, moves_from
 from moetuner.problem import Problem
 from moetuner.problem.capacity import pad_slots
+from moetuner.solver.arrays import Bools, Slots
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Incumbent, Role, Run, Stage
 from moetuner.solver.terms import core_layers, make_site
-
-Bools = NDArray[np.bool_]
-Slots = NDArray[np.int32]
 
 
 def repair(problem: Problem, initial: Placement) -> Slots:

@@ -84,13 +84,12 @@ def _visits(run: Run, budget: Budget) -> None:
 
 def _start(run: Run) -> np.ndarray:
     """Return the slots [L,D,S] of single copies or of pairs, else those of the floor."""
-    starts = [start.slots for start in run.incumbents if start.role is Role.SINGLE]
-    return starts[-1] if starts else run.best.slots
+    starts = run.with_role(Role.SINGLE)
+    return starts[-1].slots if starts else run.best.slots
 
 
 def _has_no_start(run: Run) -> bool:
-    is_begun = any(start.role is Role.SINGLE for start in run.incumbents)
-    return is_of_visits(run) and not is_begun
+    return is_of_visits(run) and not run.with_role(Role.SINGLE)
 
 
 PAIRS = Stage(_pairs, applies=_has_no_start, share=lambda _: effort.SEARCH_SHARE)

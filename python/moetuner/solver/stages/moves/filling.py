@@ -11,16 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moetuner.solver import effort
+from moetuner.solver.arrays import Slots
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Incumbent, Moves, Stage
 from moetuner.solver.stages.descent import Path, descend
 from moetuner.solver.stages.layers import LayerModel, anneal, has_few_slots
 from moetuner.solver.stages.moves.front import Front, list_move_limits
-
-Slots = NDArray[np.int32]
 
 
 def fill(front: Front, budget: Budget, limit: float) -> None:
@@ -81,7 +79,7 @@ class _Filling:
             steps = path.before(moves)
             if path.moves[steps] < moves and not self.budget.is_over():
                 extension, interrupted = self._descend(path.after(steps), moves)
-                end = extension.after(extension.best(moves, 0.0))
+                end = extension.after(extension.best(moves))
                 front.add(run.judge(end, "moves"), is_start=False)
                 if interrupted:
                     raise KeyboardInterrupt

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
+from moetuner.solver.arrays import Floats, Slots
 from moetuner.solver.run import Incumbent, Run
 from moetuner.solver.stages.layers import are_joined
 from moetuner.solver.stages.moves.mixing import Mixer
-
-Floats = NDArray[np.float64]
-Slots = NDArray[np.int32]
 
 # The front has points at numbers of moves that are 3 % apart. At 1.5 and 6 % no objective of the
 # scorecard's few moves changes by more than 0.02 %, up or down, and 1.5 % takes longer ("Budgets
@@ -98,9 +95,7 @@ class Front:
             self.mix(limits, self.run.objective.windows.weight)
 
 
-def undominated(
-    ranked: Iterable[tuple[Incumbent, tuple[float, float]]],
-) -> list[Incumbent]:
+def undominated(ranked: Iterable[tuple[Incumbent, tuple[float, float]]]) -> list[Incumbent]:
     """Return placements whose rank is below that of all with fewer moves, fewest moves first."""
     front: list[Incumbent] = []
     lowest = (np.inf, np.inf)

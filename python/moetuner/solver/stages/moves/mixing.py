@@ -9,15 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moetuner.placement import Placement, moves_from
+from moetuner.solver.arrays import Floats, Integers, Slots
 from moetuner.solver.run import Moves, Run
 from moetuner.solver.stages.layers import adds_up_over_layers
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Slots = NDArray[np.int32]
 
 # Weight of a layer's excess over its cap, in whole objectives: caps come before the objective.
 CAPS_FIRST = 1e6
@@ -40,7 +36,7 @@ class Mixer:
         self.is_exact = adds_up_over_layers(run) and run.objective.is_of_windows
         # Of each row: slots [L,D,S], moves [L], costs [W,L], excess [L], and if it is a start.
         self._slots: list[Slots] = []
-        self._moves: list[Ints] = []
+        self._moves: list[Integers] = []
         self._costs: list[Floats] = []
         self._excess: list[Floats] = []
         self._is_start: list[bool] = []
@@ -80,7 +76,9 @@ class Mixer:
             mixtures += self._mix(rows, moves[rows], costs[rows], [limit])
         return mixtures
 
-    def _mix(self, rows: Ints, moves: Ints, costs: Floats, limits: Sequence[int]) -> list[Slots]:
+    def _mix(
+        self, rows: Integers, moves: Integers, costs: Floats, limits: Sequence[int]
+    ) -> list[Slots]:
         """Return the best mixture within each limit of some rows [P], by moves and costs [P,L]."""
         chosen = solve_knapsack(moves, costs, max(limits))
         return [self._join(rows[trace_back(chosen, moves, limit)]) for limit in limits]
@@ -92,12 +90,12 @@ class Mixer:
         penalty: Floats = CAPS_FIRST * costs[0].sum() * np.stack(self._excess)
         return costs + penalty
 
-    def _join(self, rows: Ints) -> Slots:
+    def _join(self, rows: Integers) -> Slots:
         """Return slots [L,D,S] whose layers come from these rows [L]."""
         return np.stack([self._slots[row][layer] for layer, row in enumerate(rows.tolist())])
 
 
-def solve_knapsack(moves: Ints, costs: Floats, limit: int) -> Ints:
+def solve_knapsack(moves: Integers, costs: Floats, limit: int) -> Integers:
     """Return the row that each column takes at every budget of moves up to a limit [L,M+1].
 
     The multiple-choice knapsack, exactly, by dynamic programming over columns: of moves and costs
@@ -123,7 +121,7 @@ def solve_knapsack(moves: Ints, costs: Floats, limit: int) -> Ints:
     return chosen
 
 
-def trace_back(chosen: Ints, moves: Ints, budget: int) -> Ints:
+def trace_back(chosen: Integers, moves: Integers, budget: int) -> Integers:
     """Return the rows [L] of the least cost within a budget, from the rows chosen [L,M+1]."""
     rows = np.zeros(len(chosen), dtype=np.int64)
     for column in reversed(range(len(chosen))):
