@@ -115,12 +115,16 @@ def measure_misses(sequences: int, shape: str, runs: int) -> NDArray[np.float64]
         rng = np.random.default_rng([sequences, run])
         answer = audit_blocks(draw_trace(sequences, shape, rng)).whole
         for place, name in enumerate(MEASURES):
-            change = answer[name].change
-            assert change is not None
-            assert change.low is not None
-            assert change.high is not None
-            count[place] += not change.low <= 0 <= change.high
+            count[place] += misses_zero(answer[name].change)
     return count / runs
+
+
+def misses_zero(spread: Spread | None) -> bool:
+    """Return whether an interval does not hold 0."""
+    assert spread is not None
+    assert spread.low is not None
+    assert spread.high is not None
+    return not spread.low <= 0 <= spread.high
 
 
 def measure_window_misses(sequences: int, shape: str, runs: int) -> list[float | None]:
@@ -134,11 +138,7 @@ def measure_window_misses(sequences: int, shape: str, runs: int) -> list[float |
     for run in range(runs):
         trace = draw_trace(sequences, shape, np.random.default_rng([sequences, run]))
         judgement = audit_blocks(trace)
-        change = judgement.whole["imbalance"].change
-        assert change is not None
-        assert change.low is not None
-        assert change.high is not None
-        misses[0].append(not change.low <= 0 <= change.high)
+        misses[0].append(misses_zero(judgement.whole["imbalance"].change))
         before, after = (
             compute_imbalances(each.replayed) for each in (judgement.before, judgement.after)
         )
@@ -166,9 +166,7 @@ def measure_window_misses(sequences: int, shape: str, runs: int) -> list[float |
         ]
         for kind, (variance, units) in enumerate(errors, start=1):
             spread = Spread(value, math.sqrt(variance), max(units - 1, 1), units)
-            assert spread.low is not None
-            assert spread.high is not None
-            misses[kind].append(not spread.low <= 0 <= spread.high)
+            misses[kind].append(misses_zero(spread))
     return [float(np.mean(missed)) if missed else None for missed in misses]
 
 

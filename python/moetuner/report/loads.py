@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.recording import Recording, compute_once
-from moetuner.statistics import count_loads
+from moetuner.statistics import count_loads, sum_by_group
 
 Loads = NDArray[np.uint64]
 
@@ -21,12 +21,10 @@ def count_part_loads(
 def _count(traffic: Recording, threads: int | None) -> tuple[dict[str, Loads], Loads]:
     groups: dict[str, Loads] = {}
     if traffic.group is not None and traffic.group.size:
-        windows = count_loads(traffic, threads=threads)
-        assert windows.group is not None
-        for number, name in enumerate(windows.group_names):
-            load = windows.window_load[windows.group == number].sum(axis=0, dtype=np.uint64)
-            if load.any():
-                groups[name] = load
+        loads = sum_by_group(count_loads(traffic, threads=threads))
+        groups = {
+            name: load for name, load in zip(traffic.group_names, loads, strict=True) if load.any()
+        }
     window = max(-(-traffic.length // 2), 1)
     load = count_loads(traffic, window=window, by_group=False, threads=threads).window_load
     halves = [half.sum(axis=0, dtype=np.uint64) for half in np.split(load, [len(load) // 2])]

@@ -36,7 +36,7 @@ def halve_figures(
     """
     pairs = dealt.pairs if "crossing" in names else 0
     sizes = [dealt.measure_window(setting.window) for setting in settings]
-    items_by_size = {size: dealt.count_items(size) for size in sizes}
+    items_by_size = {size: dealt.count_items(size) for size in dict.fromkeys(sizes)}
     sides = list_sides(dealt.folds.number)
     windowed = [
         _Windowed(setting, counts_of_all, items_by_size[size], size, pairs)

@@ -187,11 +187,10 @@ def _find_samples_anew(
         return _find_samples_of_windows(traffic)
     if traffic.sequence is not None:
         return _find_samples_of_sequences(as_trace(traffic), progress)
-    if window is None:
-        window = choose_piece_size(traffic)
+    window = choose_piece_size(traffic) if window is None else window
     loads = count_loads(traffic, window=window, threads=threads, progress=progress)
     autocorrelation = measure_autocorrelation(loads.window_load, loads.group)
-    number = autocorrelation.number(max(traffic.length // (window or 1), 1))
+    number = autocorrelation.number(max(traffic.length // window, 1))
     return Samples("window", number, autocorrelation)
 
 
@@ -207,20 +206,15 @@ def _find_samples_of_windows(table: RoutingStatistics) -> Samples:
         load = np.zeros((len(first), table.layers, table.num_experts), np.uint64)
         np.add.at(load, label, table.window_load.astype(np.uint64))
         group = None if table.group is None else table.group[first]
-        samples = _find_samples_of_windows(
-            RoutingStatistics(load, group=group, group_names=table.group_names)
-        )
+        counters = RoutingStatistics(load, group=group, group_names=table.group_names)
+        samples = _find_samples_of_windows(counters)
         if samples.kinds is not None:
             return replace(samples, kinds=samples.kinds[label])
         if samples.autocorrelation.correlation_length == 1:
             return replace(samples, kinds=label)
         windows, steps = samples.autocorrelation, int(sizes.max())
-        return replace(
-            samples,
-            autocorrelation=Autocorrelation(
-                steps * windows.correlation_time, steps * windows.correlation_length
-            ),
-        )
+        time, length = steps * windows.correlation_time, steps * windows.correlation_length
+        return replace(samples, autocorrelation=Autocorrelation(time, length))
     kinds, _ = find_window_kinds(table)
     if kinds is not None:
         return Samples("kind", int(kinds.max()) + 1, kinds=kinds)
@@ -243,8 +237,13 @@ def _find_samples_of_sequences(trace: RoutingTrace, progress: Progress | None) -
 def measure_correlation_length(trace: Recording) -> int:
     """Compute the correlation length of an unlabelled trace, in tokens."""
     piece = choose_piece_size(trace)
-    loads = count_loads(trace, window=piece)
-    return piece * measure_autocorrelation(loads.window_load, loads.group).correlation_length
+
+    def measure() -> int:
+        loads = count_loads(trace, window=piece)
+        return piece * measure_autocorrelation(loads.window_load, loads.group).correlation_length
+
+    # Every split asks for it.
+    return compute_once(trace, "correlation length", measure)
 
 
 def choose_piece_size(trace: Recording) -> int:
