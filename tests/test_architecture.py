@@ -484,19 +484,20 @@ MOST_LINES = {
     "python": {
         "": 3209,
         "charts": 582,
-        "cli": 6703,
+        "cli": 6716,
         "cost": 941,
         # Samples are a folder: what they are found by has a module each.
-        "evaluation": 5308,
+        "evaluation": 5307,
         # Ids are a folder: in memory, in files and in another order each have a module.
         "files": 1934,
         "formats": 4836,
         "plugins": 3554,
-        # Windows are a folder: what counts, how it is chosen, and clusters have a module each.
-        "problem": 2767,
+        # Windows are a folder: what counts, how it is chosen, and clusters have a module each. A
+        # problem knows the tokens of a step, as a short trace is counted in shorter windows.
+        "problem": 2817,
         # Rows and their labels came from the top level, which is shorter by as much.
         "recording": 812,
-        "report": 6988,
+        "report": 6990,
         "selftest": 241,
         "serving": 1392,
         # Small layers are searched several times; two long searches of visits say when to end.

@@ -110,11 +110,10 @@ def test_solve_takes_every_term(solved, recorded):
         "--risk 0.5 --groups even=2,odd=0.5 --window 64 --pin *:3:0 --forbid 1:2:3 --forbid 0:2:3"
     )
     actual, placement = solved(*terms.split())
-    statistics = mt.RoutingStatistics.from_trace(recorded, window=64, by_group=True)
     how = {"slots_per_device": [3, 3, 2, 2], "objective": "balance", "split": "nearest"}
     how |= {"arrival": 0.5, "risk": 0.5, "groups": {"even": 2, "odd": 0.5}}
     how |= {"pinned": [(None, 3, 0)], "forbidden": [(1, 2, 3), (0, 2, 3)]}
-    problem = mt.Problem(statistics, mt.Topology(4), **how)
+    problem = mt.Problem(recorded, mt.Topology(4), phases={64: 1.0}, **how)
     assert placement == mt.solve(problem).placement
     value = problem.objective_function.value(placement)
     assert (actual["unit"], actual["objective"]) == ("max / mean load", value)
@@ -123,7 +122,7 @@ def test_solve_takes_every_term(solved, recorded):
 
 def test_every_field_of_a_problem_is_an_option(solved):
     """Declared once: there is an option in a group, its help, and its value in the JSON."""
-    names = {of.name for of in fields(mt.Problem)} - {"statistics", "topology"}
+    names = {of.name for of in fields(mt.Problem)} - {"statistics", "topology", "window"}
     declared = list_settings(mt.Problem, mt.Serving)
     settings = {name: declared[name] for name in names}
     assert set(settings) <= set(solved("--devices", 2, "--method", "lpt")[0]["settings"])

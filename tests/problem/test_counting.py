@@ -27,8 +27,9 @@ def test_a_trace_is_counted_as_the_goal_needs(make_trace, regime, goal):
     assert all(getattr(problem.statistics, name) is not None for name in needed)
     # Visits are no part of balance, nor of what moves on: sets take memory.
     assert (problem.statistics.sets is not None) == ("sets" in needed)
-    counts = mt.RoutingStatistics.from_trace(trace, sets="sets" in needed)
-    assert problem == mt.Problem(counts, mt.Topology(2), regime=regime, objective=goal)
+    counts = mt.RoutingStatistics.from_trace(trace, window=64, sets="sets" in needed)
+    rules = {"regime": regime, "objective": goal, "window": 512}
+    assert problem == mt.Problem(counts, mt.Topology(2), **rules)
     assert problem.objective_function.lacks is None
     assert mt.solve(problem, "contiguous").lacks is None
     assert replace(problem, slots_per_device=5).statistics is problem.statistics
@@ -36,7 +37,7 @@ def test_a_trace_is_counted_as_the_goal_needs(make_trace, regime, goal):
 
 def test_windows_are_those_of_the_phases(make_trace):
     """A trace is counted in windows that all phases are made of, by group where groups count."""
-    trace, topology = make_trace(tokens=1200), mt.Topology(2)
+    trace, topology = make_trace(tokens=16 * 512), mt.Topology(2)
     assert mt.Problem(trace, topology).statistics.window == 512
     phases = {300: 0.5, 450: 0.5, 7: 0.0}
     assert mt.Problem(trace, topology, phases=phases).statistics.window == 150
@@ -45,6 +46,51 @@ def test_windows_are_those_of_the_phases(make_trace):
     assert set(grouped.group.tolist()) == {0, 1}
     with pytest.raises(TypeError, match="statistics must be a RoutingStatistics or RoutingTrace"):
         mt.Problem(trace.expert_ids, topology)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "phases", "counted"),
+    [
+        (16 * 512, None, 512),
+        (16 * 512 - 1, None, 256),
+        (1_000, None, 32),
+        (100, None, 32),
+        (1_000, {300: 1.0}, 75),
+        (1_000, {8192: 1.0}, 32),
+    ],
+)
+def test_a_short_trace_is_counted_in_short_windows(make_trace, tokens, phases, counted):
+    """Its steps and phases stay what they are: only their loads are seen in more windows."""
+    problem = mt.Problem(make_trace(tokens=tokens), mt.Topology(2), phases=phases)
+    step = 300 if phases and 300 in phases else 512
+    assert problem.statistics.window == counted
+    assert (problem.window, problem.serving.window) == (step, step)
+    assert problem.shares == (phases or {512: 0.4, 8192: 0.6})
+    others = replace(problem, slots_per_device=5)
+    assert (others.window, others.statistics) == (step, problem.statistics)
+
+
+def test_steps_of_a_short_trace_are_scaled_from_means(make_trace):
+    """Chance adds twice a short window's variance over their number: `UNSEEN_SHORTER`.
+
+    So of 31 windows seven are a step of decode (1 / (1/16 + 2/31)), fourteen one of prefill.
+    """
+    problem = mt.Problem(make_trace(tokens=1_000), mt.Topology(2), arrival="bursts")
+    tokens = problem.windows.load.sum(axis=2) / 2
+    assert (np.abs(tokens - 512) < 16).all(axis=1).tolist() == [True] * 4 + [False] * 2
+    assert (np.abs(tokens - 8192) < 16).all(axis=1).tolist() == [False] * 4 + [True] * 2
+
+
+def test_steps_are_whole_windows(make_trace):
+    """Counted windows stay whole; without phases, steps of another size are all that counts."""
+    counts = mt.RoutingStatistics.from_trace(make_trace(tokens=1_000), window=100)
+    assert mt.Problem(counts, mt.Topology(2)).shares == {100: 1.0}
+    assert mt.Problem(counts, mt.Topology(2), window=300).shares == {300: 1.0}
+    with pytest.raises(ValueError, match=r"of whole windows of .* 100 tokens, got 150"):
+        mt.Problem(counts, mt.Topology(2), window=150)
+    table = mt.RoutingStatistics.from_load([[3, 4]])
+    with pytest.raises(ValueError, match="of unknown length, got 512 tokens"):
+        mt.Problem(table, mt.Topology(2), window=512)
 
 
 def test_everything_is_counted_by_default(make_trace):

@@ -163,17 +163,24 @@ def test_longer_windows_stay_in_order_and_within_a_group():
     assert (joined.window, joined.transitions) == (128, None)
 
 
-@pytest.mark.parametrize(("windows", "size"), [(1, 1), (2, 1), (7, 2), (16, 4), (31, 7)])
-def test_windows_of_a_short_recording_are_scaled_from_shorter_runs(windows, size):
-    """By a plain loop: runs of all of its tokens, scaled to the tokens of a long window."""
-    statistics, tokens = counted(windows * 64 + 9, window=64), 64 * 32
+@pytest.mark.parametrize(
+    ("window", "windows", "size"),
+    [(512, 1, 1), (512, 2, 1), (512, 7, 2), (512, 16, 4), (512, 31, 7)]
+    + [(64, 1, 1), (64, 2, 1), (64, 7, 3), (64, 16, 6), (64, 31, 10)],
+)
+def test_windows_of_a_short_recording_are_scaled_from_shorter_runs(window, windows, size):
+    """By a plain loop: runs of all of its tokens, scaled to the tokens of a long window.
+
+    Runs are longer where the windows are shorter than those of decode.
+    """
+    statistics, tokens = counted(windows * window + 9, window=window), window * 32
     phase = mt.Problem(statistics, mt.Topology(2), phases={tokens: 1.0}).windows
     wanted = []
     for run in np.array_split(statistics.window_load, windows // size):
         total = run.sum(axis=0)
         wanted.append(total * (tokens * 2 * 2 / total.sum()))
     assert np.array_equal(phase.load, np.rint(wanted))
-    assert phase.weight.sum() == pytest.approx((windows * 64 + 9) / tokens)
+    assert phase.weight.sum() == pytest.approx((windows * window + 9) / tokens)
 
 
 def test_groups_of_a_short_recording_count_as_their_tokens_do():

@@ -52,7 +52,7 @@ def command(
     """
     certificate = Certificate.load(certificate_file)
     is_about_visits = certificate.method == "visits"
-    statistics = source.count(sets=is_about_visits)
+    statistics = source.count_for_search(sets=is_about_visits)
     topology = machine.topology()
     imbalances = _imbalances(statistics.total_load, topology.devices, certificate.caps)
     # The tightest cap that the certificate covers in every layer; its own caps are said below.

@@ -32,8 +32,8 @@ from moetuner.problem.settings import (
     write_groups,
 )
 from moetuner.problem.windows import Risk, Windows, join_sizes
-from moetuner.problem.windows.choice import choose_windows
-from moetuner.recording import compute_once
+from moetuner.problem.windows.choice import choose_counted_window, choose_windows
+from moetuner.recording import Recording, compute_once
 from moetuner.serving import Serving, phases
 from moetuner.serving.arrival import Arrival
 from moetuner.serving.phases import Phases
@@ -69,8 +69,9 @@ class Problem(Frozen):
     ----------
     statistics
         Counts of the traffic to place for. A ``RoutingTrace`` is counted here: the tables that
-        ``objective`` and ``regime`` need, in windows that divide those of ``phases``. Count it with
-        ``RoutingStatistics.from_trace`` where several problems share the same traffic.
+        ``objective`` and ``regime`` need, in windows that divide those of ``phases``, and in
+        shorter ones where it has few tokens. Count it with ``RoutingStatistics.from_trace`` where
+        several problems share the same traffic.
     topology
         The devices and links.
     slots_per_device
@@ -99,9 +100,12 @@ class Problem(Frozen):
         Shares of the serving time, by tokens of a window: ``{512: 0.8, 8192: 0.2}`` for a fifth of
         prefill. Longer windows are sums of the statistics' own, and where these fill none or one,
         sums of fewer, scaled. The objective is a mean over steps that take such shares of the time,
-        if experts are placed in blocks. By default, for statistics of a trace in windows of 512,
+        if experts are placed in blocks. By default, for statistics of a trace in steps of 512,
         0.4 of 512 tokens (decode) and 0.6 of 8192 (prefill), and with copies ``solve`` returns the
         placement that neither phase regrets; else the statistics' windows alone.
+    window
+        Tokens of a step. By default those of the statistics' windows; for a trace 512, or fewer if
+        ``phases`` are no multiples of them.
     pinned
         Put a copy of the expert on the device: (layer, expert, device), with None or * for all
         layers.
@@ -191,6 +195,7 @@ class Problem(Frozen):
         words=write_groups,
     )
     phases: Phases | None = reuse_setting(Serving, "phases")
+    window: int | None = None
     pinned: Iterable[Pin] = setting(
         (), ENGINE, flag="--pin", label="Experts kept on a device", **PIN
     )
@@ -234,6 +239,7 @@ class Problem(Frozen):
             vars(self)["groups"] = dict(self.groups)
         if self.phases is not None:
             vars(self)["phases"] = phases.check_phases(self.phases)
+        vars(self)["window"] = self._choose_step(self.statistics)
         if isinstance(traffic, RoutingTrace):
             vars(self)["statistics"] = self._count(traffic)
         if self.cost_model is None:
@@ -246,21 +252,38 @@ class Problem(Frozen):
         if self.fill_slots:
             capacity.check_filling(self.capacity, self.rules.forbidden, self.num_experts)
 
-    def _count(self, trace: RoutingTrace) -> RoutingStatistics:
-        """Count a trace: the tables that the objective needs, in windows that divide all phases.
+    def _choose_step(self, traffic: Recording) -> int | None:
+        """Return the tokens of a step, checked: as given, or those of windows.
 
-        They are those of decode where these divide the others: mixed windows of prefill are made of
-        shorter ones, of which a recording has more.
+        A trace has windows that divide all phases. They are those of decode where these divide the
+        others: mixed windows of prefill are made of shorter ones, of which a recording has more.
         """
+        counted = traffic.window
+        if self.window is not None:
+            step = check.whole_number("window", self.window)
+            if not traffic.ordered and (counted is None or step % counted):
+                length = "of unknown length" if counted is None else f"of {counted:,} tokens"
+                raise check.ArgumentError(
+                    f"window must be of whole windows of the statistics, which are {length}, "
+                    f"got {step:,} tokens",
+                    "window",
+                )
+            return step
+        if not traffic.ordered:
+            return counted
+        lengths = [tokens for tokens, share in (self.phases or {}).items() if share]
+        step = math.gcd(*lengths) or WINDOW
+        return step if step % WINDOW else WINDOW
+
+    def _count(self, trace: RoutingTrace) -> RoutingStatistics:
+        """Count a trace: the tables that the objective needs."""
         if self.groups is not None and trace.group is None:
             raise check.ArgumentError(
                 "groups needs a trace with groups; this one has none", "groups"
             )
-        lengths = [tokens for tokens, share in (self.phases or {}).items() if share]
-        window = math.gcd(*lengths) or WINDOW
         return RoutingStatistics.from_trace(
             trace,
-            window=window if window % WINDOW else WINDOW,
+            window=choose_counted_window(trace.length, self.window or WINDOW),
             sets=choose_tables(self.regime, self.goal)["sets"],
             by_group=self.groups is not None,
         )
@@ -304,16 +327,15 @@ class Problem(Frozen):
     def served(cls, statistics: TraceOrStatistics, serving: Serving, **rules: Any) -> Problem:
         """Return the problem of some traffic under a serving; ``rules`` are its other arguments.
 
-        The windows are those of the statistics, or those of ``phases``.
+        The windows are those of the statistics, or those of ``phases`` or ``window``.
         """
         check.instance("serving", serving, Serving, hint=", such as Serving(Topology(8))")
         names = ("regime", "split", "arrival", "cost_model", "phases")
         served = {name: getattr(serving, name) for name in names}
         problem = cls(statistics, serving.topology, **{**served, **rules})
         # The serving keeps the origins of its settings, and the settings that no search uses.
-        served = {name: getattr(problem, name) for name in names}
-        window = problem.statistics.window
-        vars(problem)["serving"] = replace(serving, **served, window=window)
+        served = {name: getattr(problem, name) for name in (*names, "window")}
+        vars(problem)["serving"] = replace(serving, **served)
         return problem
 
     @cached_property
@@ -325,7 +347,7 @@ class Problem(Frozen):
             split=self.split,
             arrival=self.arrival,
             cost_model=self.cost_model,
-            window=self.statistics.window,
+            window=self.window,
             phases=self.phases,
             is_ordered=False,
         )
@@ -333,7 +355,7 @@ class Problem(Frozen):
     @cached_property
     def shares(self) -> dict[int | None, float]:
         """Share of the serving time of each size of windows that counts, by its tokens."""
-        return phases.compute_phase_shares(self.statistics, self.phases)
+        return phases.compute_phase_shares(self.statistics, self.phases, self.window)
 
     @cached_property
     def windows(self) -> Windows:

@@ -71,7 +71,8 @@ class Made:
     holdout
         Share of the recording that was held out.
     counted
-        True for each table that was counted from it, by name.
+        True for each table that was counted from it, by name; and the tokens of its windows, where
+        a step has more.
     input
         Settings with which the recording was read.
     plan
@@ -135,7 +136,7 @@ class Made:
         names = [name for name in SERVING_FIELDS if hasattr(problem, name)] + ["topology"]
         served = {name: getattr(problem.serving, name) for name in names}
         shares = {tokens: share for tokens, share in problem.shares.items() if tokens}
-        served |= {"phases": shares or None, "window": statistics.window}
+        served |= {"phases": shares or None, "window": problem.window}
         if problem.serving.engine is not None:
             served["engine"] = problem.serving.engine
         wanted = {name: getattr(problem, name) for name in PROBLEM_FIELDS}
@@ -145,10 +146,11 @@ class Made:
             figure=objective.figure,
             unit=objective.unit,
             expert_size=statistics.expert_size,
-            # The same traffic has another fingerprint if other tables were counted.
+            # The same traffic has another fingerprint if it was counted in another way.
             counted={
                 name: getattr(statistics, table) is not None for name, table in COUNTED.items()
-            },
+            }
+            | ({} if statistics.window == problem.window else {"window": statistics.window}),
             **search,
         )
 

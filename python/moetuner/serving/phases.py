@@ -90,17 +90,17 @@ def from_keys(values: object) -> dict[int, float]:
 
 
 def compute_phase_shares(
-    statistics: RoutingStatistics, phases: Phases | None
+    statistics: RoutingStatistics, phases: Phases | None, step: int | None
 ) -> dict[int | None, float]:
     """Return the shares of the time, by tokens of a window, for some statistics.
 
-    Without phases, statistics of a trace in windows of decode get both phases, however few tokens
-    they have. All others are in one phase.
+    Without phases, statistics of a trace in steps of decode get both phases, however few tokens
+    they have. All others are in one phase. ``step`` is the tokens of a step.
     """
     if phases is None:
         of_trace = statistics.transitions is not None or statistics.sets is not None
-        if not of_trace or statistics.window != WINDOW:
-            return {statistics.window: 1.0}
+        if not of_trace or step != WINDOW:
+            return {step: 1.0}
         phases = make_phases(PREFILL_SHARE)
     total = sum(phases.values())
     shares: dict[int | None, float] = {

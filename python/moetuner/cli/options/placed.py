@@ -234,7 +234,7 @@ class Placed:
         with working("counting"):
             return as_counts(
                 traffic,
-                window=self.made.serving.get("window"),
+                window=tables.get("window", self.made.serving.get("window")),
                 threads=self.source.threads,
                 **tables_counted,
             ).fingerprint

@@ -209,7 +209,7 @@ class ProblemOptions(ServingOptions):
         tables = choose_tables(chosen.get("regime", "dispatch"), goal)
         if pairs:
             tables |= {"transitions": True, "coactivation": True}
-        statistics = source.count(traffic, by_group="groups" in chosen, **tables)
+        statistics = source.count_for_search(traffic, by_group="groups" in chosen, **tables)
         serving = self._resolve(source, topology, None)
         served = (*ENGINE_SETTINGS, "cost_model", *WATERFILL)
         rules = {name: chosen[name] for name in chosen if name not in served}
@@ -230,7 +230,7 @@ class ProblemOptions(ServingOptions):
             if no_visits and statistics.transitions is not None:
                 rules["regime"] = "follow"
         with working("grouping windows"):
-            return Problem.served(statistics, serving, **rules)
+            return Problem.served(statistics, serving, window=source.replay_window, **rules)
 
     def _by_engine(self, statistics: RoutingStatistics, topology: Topology) -> dict[str, Any]:
         """Return the settings of a problem that the engine decides on."""

@@ -35,6 +35,7 @@ from moetuner.formats.hints import Traffic as Traffic
 from moetuner.presets import MODELS
 from moetuner.problem.made import Made
 from moetuner.problem.reading import Reading
+from moetuner.problem.windows.choice import choose_counted_window
 from moetuner.recording import Recording
 from moetuner.report.recording import introduce
 from moetuner.serving import Serving
@@ -259,7 +260,19 @@ class Source(FileHints):
         ``tables`` as for ``RoutingStatistics.from_trace``.
         """
         traffic = self.traffic if traffic is None else traffic
-        return work.count(traffic, window=self.window or WINDOW, threads=self.threads, **tables)
+        tables = {"window": self.window or WINDOW, **tables}
+        return work.count(traffic, threads=self.threads, **tables)
+
+    def count_for_search(
+        self, traffic: Recording | None = None, **tables: Any
+    ) -> RoutingStatistics:
+        """Count INPUT, or a part of it, as ``Problem`` counts it: a short trace in short windows.
+
+        ``tables`` as for ``RoutingStatistics.from_trace``.
+        """
+        traffic = self.traffic if traffic is None else traffic
+        window = choose_counted_window(traffic.length, self.window or WINDOW)
+        return self.count(traffic, window=window, **tables)
 
     @property
     def lines(self) -> list[str]:

@@ -35,9 +35,28 @@ UNSEEN = 3
 # The same for counted windows that are longer than those of decode: a sequence is in few of them,
 # so that less of their variance is that of single sequences.
 UNSEEN_LONGER = 1
+# The same for windows shorter than those of decode, as a short trace is counted in: more of their
+# variance is that of single tokens ("Short recordings" in docs/experiments.md).
+UNSEEN_SHORTER = 2
+# Windows in which a trace is counted, at least, down to the shortest of so many tokens: few windows
+# do not show how loads vary, so that a search puts experts together that are used together
+# ("Short recordings" in docs/experiments.md).
+FEWEST_COUNTED = 16
+SHORTEST = 32
 # Longer windows that a group must fill to be searched on them as recorded; for a group that fills
 # fewer, shorter runs are scaled ("Short recordings" in docs/experiments.md).
 FILLED = 2
+
+
+def choose_counted_window(tokens: int, step: int) -> int:
+    """Return the tokens of windows in which to count a trace for a search.
+
+    They are the tokens of a step, halved as often as a short trace needs to fill enough of them.
+    """
+    window = step
+    while tokens < FEWEST_COUNTED * window and window % 2 == 0 and window > SHORTEST:
+        window //= 2
+    return window
 
 
 def choose_windows(
@@ -154,7 +173,8 @@ def _join_windows(
         scale = np.ones(len(runs))
         if len(runs) < FILLED:
             steps = int((statistics.is_full_window & (label == number)).sum())
-            count = steps // choose_mean_size(times, steps)
+            unseen = UNSEEN_SHORTER if _is_counted_shorter(statistics) else UNSEEN
+            count = steps // choose_mean_size(times, steps, unseen)
             runs = np.array_split(np.flatnonzero(label == number), count)
             totals = np.array([tokens[run].sum() for run in runs])
             scale = times * max(tokens.max(), 1) / np.maximum(totals, 1)
@@ -171,7 +191,12 @@ def _join_windows(
     return narrow(np.stack(loads)[order]), None if statistics.group is None else group, weight
 
 
-def choose_mean_size(size: int, windows: int, unseen: float = UNSEEN) -> int:
+def _is_counted_shorter(statistics: RoutingStatistics) -> bool:
+    """Return whether windows are shorter than those of decode."""
+    return statistics.window is not None and statistics.window < WINDOW
+
+
+def choose_mean_size(size: int, windows: int, unseen: float) -> int:
     """Return how many seen windows to average, so that means vary like those of unseen windows.
 
     Means of ``size`` unseen windows vary more around the mean of the seen ones than means of seen
@@ -194,6 +219,7 @@ def _mix_windows(statistics: RoutingStatistics, weight: Floats, count: int, time
     if times > 1 or is_counted_longer:
         count, size = max(count, FEWEST), LONGER * WINDOWS_MIXED
     unseen = UNSEEN_LONGER if is_counted_longer else UNSEEN
+    unseen = UNSEEN_SHORTER if _is_counted_shorter(statistics) else unseen
     drawn = mix_windows(load, weight, count, size=choose_mean_size(size, len(load), unseen))
     mean = np.concatenate([load for _, load in drawn]) * times
     return _draw_tokens(mean, float(weight.mean()))

@@ -14,6 +14,7 @@ from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.goals import AIMS, Goal
 from moetuner.problem.objective import choose_goal, choose_tables
+from moetuner.problem.windows.choice import choose_counted_window
 from moetuner.recording import Recording
 from moetuner.serving import Serving
 from moetuner.serving.engines import ENGINES, Engine, engine_settings
@@ -147,7 +148,9 @@ def split_seen_unseen(request: Request, seed: int) -> tuple[Recording, Recording
 
 def count_traffic(request: Request, seen: Recording) -> RoutingStatistics:
     """Count seen traffic as ``moetuner solve`` does."""
-    options: dict[str, Any] = {"window": request.windows[0], "threads": request.threads}
+    step = request.windows[0]
+    window = None if step is None else choose_counted_window(seen.length, step)
+    options: dict[str, Any] = {"window": window, "threads": request.threads}
     options |= choose_tables(request.serving.regime, request.goal)
     return as_counts(seen, **options)
 
@@ -173,6 +176,7 @@ def build_problem(
         slots_per_device=slots,
         fill_slots=fill_slots,
         phases=serving.phases if phases is None else phases,
+        window=request.windows[0],
         objective=request.objective,
         max_imbalance=AIMS[request.goal].cap,
     )
