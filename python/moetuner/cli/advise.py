@@ -149,21 +149,7 @@ def command(
             threads=source.threads,
             progress=show_steps(report, weights),
         )
-    following = Following(source, advice, unseen)
-    voice = TERMINAL._replace(audit=following.audit.command)
-    _show(output, advice, voice)
-    output.next_commands(following.commands)
-    if following.go_back is not None:
-        output.say(f"  # to go back: {following.go_back}")
-    contents: dict[str, Any] = {"input": source.facts, **advice.to_dict(voice)}
-    contents |= {"commands": [*map(str, following.commands)], "go_back": following.go_back}
-
-    def page() -> PageData:
-        on_page = contents | {"commands": [*map(str, following.on_page)]}
-        return make_advice_data(advice, make_origin(source), on_page, following.on_page, voice)
-
-    pages.write(output, page)
-    output.finish(contents)
+    _show_all(output, pages, Following(source, advice, unseen))
 
 
 def _future(source: Source, unseen: tuple[Path, ...]) -> Source | None:
@@ -190,6 +176,25 @@ def _weigh_steps(traffic: Recording, searches: int, splits: int) -> list[float]:
     of_halves, fewer_moves = [0.1, *(2 * [solving + 1])], 3 + choices
     first = [counting, *(searches * [searching]), *steps_of_splits]
     return [*first, *of_halves, moving, fewer_moves]
+
+
+def _show_all(output: Output, pages: Pages, following: Following) -> None:
+    """Print an advice and the commands that follow it; write its page and its JSON."""
+    source, advice = following.source, following.advice
+    voice = TERMINAL._replace(audit=following.audit.command)
+    _show(output, advice, voice)
+    output.next_commands(following.commands)
+    if following.go_back is not None:
+        output.say(f"  # to go back: {following.go_back}")
+    contents: dict[str, Any] = {"input": source.facts, **advice.to_dict(voice)}
+    contents |= {"commands": [*map(str, following.commands)], "go_back": following.go_back}
+
+    def page() -> PageData:
+        on_page = contents | {"commands": [*map(str, following.on_page)]}
+        return make_advice_data(advice, make_origin(source), on_page, following.on_page, voice)
+
+    pages.write(output, page)
+    output.finish(contents)
 
 
 def _show(output: Output, advice: Advice, voice: Voice) -> None:

@@ -94,8 +94,7 @@ def command(
             kind = "statistics"
             traffic.save(out_file)
     output.say(f"wrote {recording.describe([out_file], traffic)}")
-    for remark in remarks:
-        output.say(f"! {remark}")
+    output.say(*(f"! {remark}" for remark in remarks))
     output.finish(
         {
             "sources": [str(source) for source in sources],

@@ -9,13 +9,12 @@ from typing import Any
 from moetuner import _texts
 from moetuner.cli import options
 from moetuner.cli.options import JUDGING, argument, option
-from moetuner.cli.options.figures import FigureOptions
 from moetuner.cli.options.gates import Gates
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import baseline_option, is_start
 from moetuner.cli.options.pages import Pages, make_origin
 from moetuner.cli.options.placed import Placed
-from moetuner.cli.options.serving import JudgedOptions
+from moetuner.cli.options.serving import FigureOptions, JudgedOptions
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output
 from moetuner.evaluation import Evaluation
@@ -89,7 +88,7 @@ def command(
     placed = Placed.read(Opened(placement_file), source, machine, serving).without(lost)
     gates.check(placed)
     running, against = placed.baseline(baseline)
-    names, traffic = (against, placed.name), placed.judged[0]
+    names, traffic = (against, placed.name), placed.parts.judged_on
     if pages.wanted:
         is_file = baseline is not None and not is_start(baseline, "--baseline")
         names = "running" if is_file else against, _texts.name(placement_file.stem)
@@ -141,7 +140,7 @@ def _make_page(
         judgement,
         make_origin(placed.source),
         contents,
-        traffic=placed.judged[1],
+        traffic=placed.parts.sentence,
         token_bytes=placed.serving.cost_model.token_bytes,
         expert_bytes=placed.expert_bytes if expert_bytes is None else expert_bytes,
     )
@@ -160,7 +159,7 @@ def _heading(placed: Placed) -> str:
 
 def _show_figures(output: Output, placed: Placed, evaluation: Evaluation, mixed_seed: int) -> None:
     """Print the figures of all traffic and of its groups, times, losses and busiest ports."""
-    traffic = placed.judged[0]
+    traffic = placed.parts.judged_on
     _table(output, "traffic", OTHERS, evaluation)
     together = evaluation.on_one_device
     if together is not None:

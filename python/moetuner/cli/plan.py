@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,12 @@ from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import load_placement
 from moetuner.cli.options.placed import read_made
 from moetuner.cli.options.traffic import Source
-from moetuner.cli.output import Output, show_shares, working
+from moetuner.cli.output import Output, show_shares, working, write_json
 from moetuner.cli.recipes import list_recipes_to_serve
 from moetuner.cli.work import count
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation.arrival import list_orders
 from moetuner.evaluation.losses import DOMAINS, Domain
-from moetuner.files import replacing
 from moetuner.formats.hints import Traffic
 from moetuner.placement import Placement
 from moetuner.problem.made import Made
@@ -134,8 +132,7 @@ def command(
     running = load_placement(running_file, source, devices=machine.given)
     made = read_made(running_file, running)
     topology = machine.topology(running.devices, made.machine)
-    if expert_bytes is None:
-        expert_bytes = _find_expert_bytes(source, running, made)
+    expert_bytes = expert_bytes or _find_expert_bytes(source, running, made)
     contents: dict[str, Any] = {"input": source.facts, "running": str(running_file)}
     contents |= {"expert_bytes": expert_bytes, "topology": topology.to_dict()}
     traffic = _count_loads(source, made)
@@ -167,7 +164,7 @@ def command(
     output.say(f"wrote {out_file}")
     contents |= {"out": str(out_file), "without": list(change.without)} | planned.to_dict()
     if steps_file is not None:
-        _write(steps_file, {"running": running_file.name} | planned.to_dict())
+        write_json(steps_file, {"running": running_file.name} | planned.to_dict())
         output.say(f"wrote {steps_file}")
     following = list_recipes_to_serve(
         source,
@@ -269,7 +266,7 @@ def _plan_losses(
         rows.append((f"{domain} {lost}", *numbers_of_loss, f"{planned.imbalance_after:.3f}"))
     output.table(("the worst", "from disk", "copies moved", "busiest / mean then"), rows)
     table = {str(lost): _without_map(planned) for lost, planned in plans.items()}
-    _write(table_file, {"domain": domain, "losses": table})
+    write_json(table_file, {"domain": domain, "losses": table})
     output.say(f"wrote {table_file}")
     return {"domain": domain, "losses": table, "table": str(table_file)}
 
@@ -279,9 +276,3 @@ def _without_map(planned: Plan) -> dict[str, Any]:
     values = planned.to_dict()
     del values["physical_to_logical_map"]
     return values
-
-
-def _write(path: Path, values: dict[str, Any]) -> None:
-    """Write JSON; the file appears whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(values) + "\n")

@@ -231,12 +231,6 @@ def list_typed(*kinds: type) -> dict[str, Any]:
 NOT_PASSED_ON = ("threads", "report_file", "figures", "json_file", "quiet")
 
 
-def list_spelled_options() -> dict[str, str]:
-    """Return the texts of --topology and --cost-model, whose values do not tell them."""
-    texts = {"topology": list_typed().get("machine"), "cost_model": list_typed().get("cost_model")}
-    return {name: text for name, text in texts.items() if text}
-
-
 class Number(click.FloatRange):
     """A number in a range, finite unless ``infinite`` allows "inf", and never NaN."""
 

@@ -21,7 +21,6 @@ from moetuner.files.opened import Opened, opened
 from moetuner.formats import find_form, read_placement
 from moetuner.placement import Placement, PlacementDiff, blocks
 from moetuner.problem import Problem
-from moetuner.recording import Recording
 from moetuner.report.outcome import find_moves
 from moetuner.serving.running import STARTS, Running
 from moetuner.solver import Method, Result, Trade, pareto, solve
@@ -83,14 +82,6 @@ def load_placement(
         num_experts=traffic.num_experts,
         dense_layers=dense if source.dense_layers is None else source.dense_layers,
     )
-    check_placement(placement, file, traffic, topology)
-    return placement
-
-
-def check_placement(
-    placement: Placement, file: Opened, traffic: Recording, topology: Topology | None = None
-) -> None:
-    """Raise unless the placement of a file fits INPUT's model, and the machine."""
     with naming(file.path):
         surplus = placement.layers - traffic.layers
         if surplus > 0 and find_form(file) != "json":
@@ -100,6 +91,7 @@ def check_placement(
                 f"experts or predict further tokens, --dense-layers names them"
             )
         check_model(placement, traffic, topology or Topology(placement.devices))
+    return placement
 
 
 @dataclass(frozen=True)

@@ -215,6 +215,14 @@ class Source(FileHints):
         """Return INPUT, or a part of it, counted if the split divides whole windows together."""
         return self.count_all(traffic) if serving.rule.needs_windows else traffic
 
+    def size_for_split(self, serving: Serving) -> dict[str, int]:
+        """Return the size of INPUT; that of its windows if the split divides whole ones."""
+        if not serving.rule.needs_windows or not self.traffic.ordered:
+            return self.traffic.size
+        groups, window = self.traffic.group_rows(), self.window or WINDOW
+        tokens = groups.pop(None)
+        return {"windows": sum(-(-len(rows) // window) for rows in groups.values() or [tokens])}
+
     def with_hints(self, reading: Reading) -> Source:
         """Return the same INPUT; a placement's settings give hints that no option gives."""
         hints: dict[str, Any] = {
