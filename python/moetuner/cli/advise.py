@@ -25,6 +25,7 @@ from moetuner.problem.goals import Goal
 from moetuner.recording import Recording
 from moetuner.report import advice as advising
 from moetuner.report.advice.conclusion import write_order
+from moetuner.report.advice.request import check_unseen
 from moetuner.report.advice.values import Advice, write_windows
 from moetuner.report.findings import TERMINAL, Voice
 from moetuner.report.page.data import PageData, make_advice_data
@@ -159,7 +160,7 @@ def _future(source: Source, unseen: tuple[Path, ...]) -> Source | None:
     # Names in a file are those of INPUT's windows or sequences.
     names = source.group_by if source.group_by == FILES else None
     future = replace(source, input_files=unseen, group_by=names)
-    advising.check_unseen(source.traffic, future.traffic)  # before anything is said
+    check_unseen(source.traffic, future.traffic)  # before anything is said
     return future
 
 
