@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import get_args
 
 from moetuner import _checks as check
 from moetuner.cost import CostModel
@@ -35,7 +35,6 @@ from moetuner.report.advice.judging import (
 from moetuner.report.advice.request import (
     Holdout,
     Request,
-    check_groups,
     check_unseen,
     check_values,
     choose_phases,
@@ -61,8 +60,7 @@ from moetuner.report.findings import Finding
 from moetuner.report.recording import find_one_kind
 from moetuner.serving import Serving
 from moetuner.serving.arrival import Arrival
-from moetuner.serving.engines import ENGINES, NO_ENGINES
-from moetuner.serving.phases import PREFILL_WINDOWS
+from moetuner.serving.engines import NO_ENGINES
 from moetuner.serving.splits import Split
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Regime, Topology
@@ -206,32 +204,23 @@ def advise(
     machine = topology.topology if isinstance(topology, Serving) else topology
     check_values(traffic, machine, price, initial)
     check.one_of("regime", regime, get_args(Regime))
-    check.flag("in_order", in_order)
     check.callable_or_none("progress", progress)
-    if objective is not None:
-        check.one_of("objective", objective, get_args(Goal))
-    if recorded_by is not None:
-        check.one_of("recorded_by", recorded_by, (*ENGINES, *NO_ENGINES))
     if unseen is not None:
         check_unseen(traffic, unseen)
         unseen = unseen.without_pairs()
-    check_groups(traffic, by_group)
-    copies_to_try = sort_copies(copies)
     windows = choose_windows(traffic, unseen, check.window_in(window))
-    splits = check.whole_number("splits", splits, highest=100)
     phases = choose_phases(traffic, prefill_share, window, windows)
     traffic = traffic.without_pairs()
     options = {"regime": regime, "split": split, "arrival": arrival, "cost_model": cost_model}
     serving = resolve_serving(topology, traffic, options, engine=engine, waterfill=waterfill)
-    serving = replace(serving, phases=phases)
     expert_bytes = find_expert_bytes(traffic, expert_bytes)
     memory = find_memory(traffic, serving, expert_bytes, kv_bytes, device_memory, initial)
     request = Request(
         traffic=traffic,
         unseen=unseen,
-        serving=serving,
+        serving=replace(serving, phases=phases),
         initial=initial,
-        copies=tuple(copies_to_try),
+        copies=sort_copies(copies),
         windows=windows,
         objective=objective,
         expert_bytes=expert_bytes,
@@ -248,7 +237,7 @@ def advise(
         threads=threads,
         progress=progress or (lambda _: None),
     )
-    return _advise(request, splits)
+    return _advise(request, check.whole_number("splits", splits, highest=100))
 
 
 def _advise(request: Request, splits: int) -> Advice:
@@ -294,12 +283,12 @@ def _advise(request: Request, splits: int) -> Advice:
         problem=first.problem,
         judged_on=write_judged_on(request, holdout.unseen),
         one_kind=find_one_kind(request.traffic, request.unseen),
-        prefill_lacks=_count_missing_tokens(request),
+        prefill_lacks=request.prefill_lacks,
         total=combine_phases(request, judgements, of_step),
         by_group=judge_groups(request, choice.chosen) if request.by_group else {},
         of_step=of_step,
         memory=request.memory,
-        settings=_list_settings(request, splits, first.problem.shares),
+        settings=request.settings(splits, first.problem.shares),
     )
     return _conclude(request, advice, first, holdout)
 
@@ -372,47 +361,3 @@ def _conclude(request: Request, advice: Advice, trial: Trial, holdout: Holdout) 
     request.progress("comparing fewer moves")
     advice = replace(advice, step=find_step(request, trial, holdout, advice))
     return replace(advice, findings=(*advice.findings, *find_costs(advice)))
-
-
-def _list_settings(
-    request: Request, splits: int, phases: dict[int | None, float]
-) -> dict[str, Any]:
-    """Return the settings of an advice as JSON values."""
-    initial, topology = request.initial, request.topology
-    return {
-        "engine": request.serving.engine,
-        "price": request.price,
-        "waterfill": request.serving.waterfill,
-        "expert_bytes": request.expert_bytes,
-        "kv_bytes": None if request.memory is None else request.memory.token,
-        "device_memory": None if request.memory is None else request.memory.device,
-        "step_ms": [request.step_ms.get(window) for window in request.windows],
-        "in_order": request.in_order,
-        "seed": request.seed,
-        "time_limit": request.time_limit,
-        "prefill_share": request.prefill_share,
-        "regime": request.serving.regime,
-        "split": request.serving.split,
-        "arrival": request.serving.arrival,
-        "objective": request.objective,
-        "devices": topology.devices,
-        "devices_per_node": topology.devices_per_node,
-        "topology": topology.name,
-        "initial": initial if isinstance(initial, str) else "given",
-        "copies": list(request.tried_copies),
-        "windows": list(request.windows),
-        "phases": phases,
-        "splits": splits,
-        "held_out": request.is_held_out,
-        "cost_model": request.serving.cost_model and request.serving.cost_model.name,
-    }
-
-
-def _count_missing_tokens(request: Request) -> int:
-    """Return by how many tokens the recording is too short to judge prefill; 0 if it is not."""
-    tokens, fewest = request.judged_recording.length, 2 * PREFILL_WINDOWS[-1]
-    is_judged = len(request.windows) > 1 or request.serving.phases is not None
-    if is_judged or request.windows[0] is None:
-        return 0
-    # Without unseen traffic, half of the recording is judged on.
-    return (fewest if request.unseen is not None else 2 * fewest) - tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 from moetuner import _checks as check
 from moetuner.cost import bytes_of_expert
@@ -19,7 +19,7 @@ from moetuner.problem.goals import AIMS, Goal
 from moetuner.problem.objective import choose_goal, choose_tables
 from moetuner.recording import Recording
 from moetuner.serving import Serving, refuse_keywords
-from moetuner.serving.engines import ENGINES, Engine, engine_settings
+from moetuner.serving.engines import ENGINES, NO_ENGINES, Engine, engine_settings
 from moetuner.serving.phases import PREFILL_WINDOWS, Phases, choose_judged_windows, make_phases
 from moetuner.serving.running import STARTS, Running
 from moetuner.solver import Method, solve
@@ -65,6 +65,16 @@ class Request:
     seed: int
     threads: int | None
     progress: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        check.flag("in_order", self.in_order)
+        check.flag("by_group", self.by_group)
+        if self.by_group and len(self.traffic.group_rows()) < 3:
+            raise check.ArgumentError("by_group needs traffic of two groups or more", "by_group")
+        if self.objective is not None:
+            check.one_of("objective", self.objective, get_args(Goal))
+        if self.recorded_by is not None:
+            check.one_of("recorded_by", self.recorded_by, (*ENGINES, *NO_ENGINES))
 
     @property
     def engine(self) -> Engine | None:
@@ -113,6 +123,47 @@ class Request:
     def judged_recording(self) -> Recording:
         """The recording that has the unseen traffic: given apart, or half of ``traffic``."""
         return self.traffic if self.unseen is None else self.unseen
+
+    @property
+    def prefill_lacks(self) -> int:
+        """Tokens by which the recording is too short to judge prefill; 0 if it is not."""
+        is_judged = len(self.windows) > 1 or self.serving.phases is not None
+        if is_judged or self.windows[0] is None:
+            return 0
+        # Without unseen traffic, half of the recording is judged on.
+        fewest = (2 if self.unseen is not None else 4) * PREFILL_WINDOWS[-1]
+        return fewest - self.judged_recording.length
+
+    def settings(self, splits: int, phases: dict[int | None, float]) -> dict[str, Any]:
+        """Return the settings of an advice as JSON values."""
+        initial, topology, serving = self.initial, self.topology, self.serving
+        return {
+            "engine": serving.engine,
+            "price": self.price,
+            "waterfill": serving.waterfill,
+            "expert_bytes": self.expert_bytes,
+            "kv_bytes": None if self.memory is None else self.memory.token,
+            "device_memory": None if self.memory is None else self.memory.device,
+            "step_ms": [self.step_ms.get(window) for window in self.windows],
+            "in_order": self.in_order,
+            "seed": self.seed,
+            "time_limit": self.time_limit,
+            "prefill_share": self.prefill_share,
+            "regime": serving.regime,
+            "split": serving.split,
+            "arrival": serving.arrival,
+            "objective": self.objective,
+            "devices": topology.devices,
+            "devices_per_node": topology.devices_per_node,
+            "topology": topology.name,
+            "initial": initial if isinstance(initial, str) else "given",
+            "copies": list(self.tried_copies),
+            "windows": list(self.windows),
+            "phases": phases,
+            "splits": splits,
+            "held_out": self.is_held_out,
+            "cost_model": serving.cost_model and serving.cost_model.name,
+        }
 
     @cached_property
     def units(self) -> dict[Window, Samples]:
@@ -288,20 +339,13 @@ def read_step_ms(
     return dict(zip(windows, times, strict=False))
 
 
-def check_groups(traffic: Recording, by_group: bool) -> None:
-    """Raise if groups are to be judged by themselves, and there are fewer than two."""
-    check.flag("by_group", by_group)
-    if by_group and len(traffic.group_rows()) < 3:
-        raise check.ArgumentError("by_group needs traffic of two groups or more", "by_group")
-
-
-def sort_copies(copies: Sequence[int]) -> list[int]:
+def sort_copies(copies: Sequence[int]) -> tuple[int, ...]:
     """Return the numbers of slots for copies to try, in ascending order."""
     listed = check.listed("copies", copies, "whole numbers")
     counts = sorted({check.whole_number("copies", count, lowest=0) for count in listed})
     if not counts:
         raise check.ArgumentError("copies must be at least one number of slots, got none", "copies")
-    return counts
+    return tuple(counts)
 
 
 def choose_windows(

@@ -13,7 +13,7 @@ from moetuner.files.cells import counted
 from moetuner.placement import Placement
 from moetuner.report.advice.request import Holdout, Request, Window, build_problem, search_shortly
 from moetuner.report.advice.trial import RUNNING, Key, evaluate_all, find_running_placement
-from moetuner.report.advice.values import Copies
+from moetuner.report.advice.values import Copies, compute_part
 from moetuner.serving.engines import tokens_per_rank
 
 # Share of the gain of copies in all layers that copies in the fewest layers must bring.
@@ -122,11 +122,8 @@ def _compute_gains(
             cache_share = request.memory.cache_share(more)
         rows.append(Copies(copies, gains, memory, tokens, layers, cache_tokens, cache_share))
     parts = {
-        window: min(
-            request.traffic.layers
-            * (evaluations[window][RUNNING].predicted_layer_us or 0.0)
-            / (1e3 * step_ms),
-            1.0,
+        window: compute_part(
+            evaluations[window][RUNNING].predicted_layer_us or 0.0, request.traffic.layers, step_ms
         )
         for window, step_ms in request.step_ms.items()
     }
