@@ -22,8 +22,6 @@ from moetuner.serving import Serving, refuse_keywords
 from moetuner.serving.engines import ENGINES, NO_ENGINES, Engine, engine_settings
 from moetuner.serving.phases import PREFILL_WINDOWS, Phases, choose_judged_windows, make_phases
 from moetuner.serving.running import STARTS, Running
-from moetuner.solver import Method, solve
-from moetuner.solver.result import Result
 from moetuner.statistics import RoutingStatistics, as_counts, check_recording
 from moetuner.topology import Topology
 
@@ -230,37 +228,6 @@ def build_problem(
         objective=request.objective,
         max_imbalance=AIMS[request.goal].cap,
     )
-
-
-def search(
-    request: Request,
-    problem: Problem,
-    method: Method,
-    seed: int,
-    *,
-    iterations: int | None = None,
-    initial: Placement | None = None,
-    effort: str = "default",
-) -> Result:
-    """Return the result of solving a problem, from ``initial`` if given; raise if interrupted."""
-    return solve(
-        problem,
-        method,
-        seed=seed,
-        iterations=iterations,
-        initial=initial,
-        effort=effort,
-        threads=request.threads,
-        time_limit=request.time_limit,
-    ).uninterrupted()
-
-
-def search_shortly(request: Request, problem: Problem) -> Placement:
-    """Return the placement of a brief search, of the request's steps if it says how many."""
-    steps = request.iterations
-    return search(
-        request, problem, "heuristic", request.seed, iterations=steps, effort="brief"
-    ).placement
 
 
 def resolve_serving(

@@ -11,8 +11,14 @@ from moetuner.cost import size_of_expert
 from moetuner.evaluation import Evaluation
 from moetuner.files.cells import counted
 from moetuner.placement import Placement
-from moetuner.report.advice.request import Holdout, Request, Window, build_problem, search_shortly
-from moetuner.report.advice.trial import RUNNING, Key, evaluate_all, find_running_placement
+from moetuner.report.advice.request import Holdout, Request, Window, build_problem
+from moetuner.report.advice.trial import (
+    RUNNING,
+    Key,
+    evaluate_all,
+    find_running_placement,
+    search_shortly,
+)
 from moetuner.report.advice.values import Copies, compute_part
 from moetuner.serving.engines import tokens_per_rank
 

@@ -12,9 +12,9 @@ from moetuner.evaluation.replay import drop_groups
 from moetuner.placement import Placement, blocks
 from moetuner.problem import Problem
 from moetuner.recording import Recording
-from moetuner.report.advice.request import Holdout, Request, Window, build_problem, search
+from moetuner.report.advice.request import Holdout, Request, Window, build_problem
 from moetuner.serving.running import Running
-from moetuner.solver import Method
+from moetuner.solver import Method, solve
 from moetuner.solver.result import Result
 
 # Placements of a trial: the running one, EPLB's in as many slots as the proposed one, and the
@@ -31,6 +31,37 @@ class Trial:
     problem: Problem
     placements: dict[Key, Placement]
     evaluations: dict[Window, dict[Key, Evaluation]]
+
+
+def search(
+    request: Request,
+    problem: Problem,
+    method: Method,
+    seed: int,
+    *,
+    iterations: int | None = None,
+    initial: Placement | None = None,
+    effort: str = "default",
+) -> Result:
+    """Return the result of solving a problem, from ``initial`` if given; raise if interrupted."""
+    return solve(
+        problem,
+        method,
+        seed=seed,
+        iterations=iterations,
+        initial=initial,
+        effort=effort,
+        threads=request.threads,
+        time_limit=request.time_limit,
+    ).uninterrupted()
+
+
+def search_shortly(request: Request, problem: Problem) -> Placement:
+    """Return the placement of a brief search, of the request's steps if it says how many."""
+    steps = request.iterations
+    return search(
+        request, problem, "heuristic", request.seed, iterations=steps, effort="brief"
+    ).placement
 
 
 def try_out(
