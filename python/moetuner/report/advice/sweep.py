@@ -31,17 +31,10 @@ NONE: Key = 0
 
 
 class Sweep(NamedTuple):
-    """Numbers of slots for copies, and the placements that were searched for them.
+    """What numbers of slots for copies gain and cost, and the placements searched for them.
 
-    Parameters
-    ----------
-    rows
-        What each number gains on the unseen traffic, and what it costs.
-    parts
-        Share of a step that the layers take with the running placement, by window, where the time
-        of a step is known.
-    placements
-        The placement of each number that was searched.
+    ``parts`` is the share of a step that the layers take with the running placement, by window,
+    where the time of a step is known.
     """
 
     rows: tuple[Copies, ...]

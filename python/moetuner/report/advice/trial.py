@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 from moetuner.evaluation import Evaluation, evaluate_each
 from moetuner.evaluation.options import ReplayOptions
@@ -38,22 +38,11 @@ def search(
     problem: Problem,
     method: Method,
     seed: int,
-    *,
-    iterations: int | None = None,
-    initial: Placement | None = None,
-    effort: str = "default",
+    **options: Any,
 ) -> Result:
-    """Return the result of solving a problem, from ``initial`` if given; raise if interrupted."""
-    return solve(
-        problem,
-        method,
-        seed=seed,
-        iterations=iterations,
-        initial=initial,
-        effort=effort,
-        threads=request.threads,
-        time_limit=request.time_limit,
-    ).uninterrupted()
+    """Return the result of ``solve`` with further options of it; raise if interrupted."""
+    limits: dict[str, Any] = {"threads": request.threads, "time_limit": request.time_limit}
+    return solve(problem, method, seed=seed, **limits, **options).uninterrupted()
 
 
 def search_shortly(request: Request, problem: Problem) -> Placement:
