@@ -28,7 +28,8 @@ from moetuner.report.advice.conclusion import write_order
 from moetuner.report.advice.request import check_unseen
 from moetuner.report.advice.values import Advice, write_windows
 from moetuner.report.findings import TERMINAL, Voice
-from moetuner.report.page.data import PageData, make_advice_data
+from moetuner.report.page.data import PageData
+from moetuner.report.page.making import make_advice_data
 from moetuner.serving.engines import find_recorder
 from moetuner.serving.running import Running
 from moetuner.serving.settings import read_count

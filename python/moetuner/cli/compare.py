@@ -41,7 +41,8 @@ from moetuner.report.outcome import (
     make_running_result,
     window_to_name,
 )
-from moetuner.report.page.data import PageData, make_outcome_data
+from moetuner.report.page.data import PageData
+from moetuner.report.page.making import make_outcome_data
 from moetuner.solver import ALIASES, METHODS, Result
 
 DEFAULT_METHODS = "contiguous,lpt,eplb,paper,joint"

@@ -29,7 +29,8 @@ from moetuner.frozen import as_json
 from moetuner.recording import Recording, labelling
 from moetuner.report.findings import Finding
 from moetuner.report.outcome import find_gain, find_times_of
-from moetuner.report.page.data import PageData, make_judgement_data
+from moetuner.report.page.data import PageData
+from moetuner.report.page.making import make_judgement_data
 
 # Exit status where a limit is exceeded.
 FAILED = 3

@@ -38,7 +38,8 @@ from moetuner.report.outcome import (
     make_running_result,
     window_to_name,
 )
-from moetuner.report.page.data import PageData, make_outcome_data
+from moetuner.report.page.data import PageData
+from moetuner.report.page.making import make_outcome_data
 from moetuner.solver import METHODS, Result, Trade
 from moetuner.topology import Topology
 
