@@ -95,30 +95,21 @@ class PageData:
 
     Parameters
     ----------
-    title
-        Title of the page.
-    sentence, todo, reasons, warnings
-        The verdict, in a sentence that stands alone; what to do next; and the reasons and the
-        limits of the verdict.
+    sentence, todo
+        The verdict, in a sentence that stands alone; and what to do next.
     answer
         Colour of the verdict: ``"good"``, ``"bad"`` or ``"unsure"``.
     gains, others
         Tiles of the first screen: gains in windows of each size, and tiles that only some pages
         have.
-    names, judgement
-        Names of the running and the proposed placement, and the judgement of the change.
-    traffic
-        A sentence on the traffic that the placements were judged on.
-    origin, contents
-        Origin of the numbers, and the JSON that the page carries, with its settings.
-    load
-        Load of every expert in that traffic [L,E].
-    recipes
-        Commands to run next.
+    names
+        Names of the running and the proposed placement.
+    traffic, load
+        A sentence on the traffic that placements were judged on, and its load by expert [L,E].
+    contents
+        The JSON that the page carries, with its settings.
     token_bytes, expert_bytes
         Bytes of a row and of an expert; None where unknown.
-    hot_experts
-        Shares of the picks that the hottest experts take.
     result, advice, trades
         Results that have panels of their own, where there are any.
     unit

@@ -158,8 +158,11 @@ def _show_over_time(page: PageData) -> Panel | None:
     windows = len(page.evaluations[0].imbalance_per_window)
     if windows < 2:
         return None
+    notes = _write_notes_over_time(page)
     if windows < FEWEST_WINDOWS:
-        return replace(_list_windows(page), notes=_write_notes_over_time(page))
+        by_window = zip(*(each.imbalance_per_window for each in page.evaluations), strict=True)
+        cells = [(str(window), *map(digits, both)) for window, both in enumerate(by_window)]
+        return Panel((), (Table("Imbalance of windows", ("window", *page.names), cells),), notes)
     lines, rows = [], []
     for name, evaluation, colour, dash in zip(
         page.names, page.evaluations, COLOURS, ("dot", "solid"), strict=True
@@ -182,18 +185,9 @@ def _show_over_time(page: PageData) -> Panel | None:
     return Panel(
         (Chart("time", "imbalance of every window", chart, 340),),
         (Table("Imbalance of windows", ("placement", "5 %", "median", "95 %"), rows),),
-        _write_notes_over_time(page),
+        notes,
         words=" Drag to look closer, double-click to go back.",
     )
-
-
-def _list_windows(page: PageData) -> Panel:
-    """List the imbalance of windows that are too few for a chart."""
-    values = [evaluation.imbalance_per_window for evaluation in page.evaluations]
-    rows = [
-        (str(window), *map(digits, both)) for window, both in enumerate(zip(*values, strict=True))
-    ]
-    return Panel(tables=(Table("Imbalance of windows", ("window", *page.names), rows),))
 
 
 def _write_notes_over_time(page: PageData) -> tuple[str, ...]:
