@@ -1,4 +1,4 @@
-"""Make the panels of devices: what a loss does, what crosses their links, and what moves."""
+"""Make the panels of devices: their experts, what a loss does, what crosses links, what moves."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from moetuner import charts as draw
 from moetuner.charts import PROPOSED, RUNNING, Chart, Spec
-from moetuner.charts.placements import draw_losses, draw_on_one_device
-from moetuner.files.cells import digits, percent
+from moetuner.charts.placements import draw_losses, draw_on_one_device, draw_slots, share_load
+from moetuner.evaluation.copies import compute_slot_shares
+from moetuner.files.cells import counted, digits, percent
 from moetuner.report.outcome import find_moves
 from moetuner.report.page.data import PageData, Panel, Table
 from moetuner.report.words import say
@@ -20,6 +21,53 @@ from moetuner.topology import sum_by_node
 # Most rows of a table.
 ROWS = 200
 COLOURS, SYMBOLS = (RUNNING, PROPOSED), ("x", "circle")
+
+
+def show_experts(page: PageData) -> Panel | None:
+    """Show the load of every copy, by layer and device, and the slowest devices."""
+    variants, tables, times = {}, [], {}
+    for name, setting in reversed(list(zip(page.names, page.settings, strict=True))):
+        placement = setting.placement
+        slots = placement.slots
+        shares = compute_slot_shares(placement, page.topology, setting.serving.split)
+        load, copies = share_load(slots, page.load, placement.replicas, shares)
+        times[name] = np.maximum(load, 0).sum(axis=2) / page.topology.speed_of_device
+        variants[name] = draw_slots(slots, load, copies, times[name])
+        rows = []
+        for index in np.argsort(-load, axis=None, kind="stable")[:20]:
+            place = np.unravel_index(index, load.shape)
+            cells = (place[0], slots[place], place[1], copies[place])
+            rows.append((*map(str, cells), digits(float(load[place]))))
+        head = ("layer", "expert", "device", "copies", "x mean")
+        tables.append(Table(f"Hottest copies, {name}", head, rows, load.size))
+    label = "heat map of the load of every copy, by layer and device"
+    height = max(280, min(760, 90 + 9 * page.placements[1].layers))
+    chart = Chart("experts", label, variants, height)
+    notes: tuple[str, ...] = ()
+    if page.topology.devices > 1 and page.load.any():
+        table, notes = _list_slowest_devices({name: times[name] for name in page.names})
+        tables.insert(0, table)
+    words = " A red box is the device that all others wait for." if notes else ""
+    return Panel((chart,), tuple(tables), notes, words)
+
+
+def _list_slowest_devices(by_placement: dict[str, NDArray[Any]]) -> tuple[Table, tuple[str, ...]]:
+    """List the device that all others wait for in every layer, of times [L,D] by placement."""
+    columns, notes = [], []
+    for name, times in by_placement.items():
+        slowest, loaded = times.argmax(axis=1), times.any(axis=1)
+        ratios = times.max(axis=1) / np.maximum(times.mean(axis=1), 1e-12)
+        columns.append(np.where(loaded, slowest.astype(str), "-").tolist())
+        columns.append([digits(ratio) if ratio else "-" for ratio in ratios.tolist()])
+        layers = np.bincount(slowest[loaded], minlength=times.shape[1])
+        device, number = int(layers.argmax()), int(layers.max())
+        notes.append(
+            f"With {name}, all others wait most often for device {device}: in {number} of "
+            f"{counted(len(times), 'layer')}."
+        )
+    head = [f"{name}, {column}" for name in by_placement for column in ("device", "x mean")]
+    rows = [(str(layer), *row) for layer, row in enumerate(zip(*columns, strict=True))]
+    return Table("Devices that all others wait for", ("layer", *head), rows), tuple(notes)
 
 
 def show_losses(page: PageData) -> Panel | None:
