@@ -12,7 +12,7 @@ from moetuner.cli import options
 from moetuner.cli.options import JUDGING, RUNNING, SEARCH, option
 from moetuner.cli.options.groups import FILES
 from moetuner.cli.options.machine import Machine
-from moetuner.cli.options.moves import initial_option, is_start, load_placement
+from moetuner.cli.options.moves import is_start, load_placement, start_option
 from moetuner.cli.options.pages import Pages, make_origin
 from moetuner.cli.options.serving import JudgedOptions, setting_option
 from moetuner.cli.options.traffic import Source
@@ -56,7 +56,7 @@ def command(
     machine: Machine,
     unseen: tuple[Path, ...] = option(options.IN_INPUT, "FUTURE", (), multiple=True, group=JUDGING),
     copies: tuple[int, ...] = option(COPIES, "N,N,...", DEFAULT_COPIES, group=RUNNING),
-    initial: str = initial_option(default="contiguous"),
+    initial: str = start_option("contiguous", group=RUNNING),
     expert_bytes: float | None = options.expert_bytes_option(),
     kv_bytes: float | None = options.expert_bytes_option(),
     device_memory: float | None = options.expert_bytes_option(),

@@ -276,19 +276,13 @@ def _facts(
     method: str, outcome: Outcome, by_windows: dict[int | None, dict[str, Comparison]]
 ) -> dict[str, Any]:
     """Return an outcome as JSON values, with its gains by window."""
-    gains = [
-        {"window": tokens, **_gain_facts(gains_of_methods[method])}
-        for tokens, gains_of_methods in by_windows.items()
-        if method in gains_of_methods
-    ]
-    first = next(iter(by_windows.values())).get(method)
-    gain = None if first is None else _gain_facts(first)
-    return {**outcome.to_dict(), "gain": gain, "gains": gains}
-
-
-def _gain_facts(gain: Comparison) -> dict[str, Any]:
-    """Return the first split's gain as JSON values, with the gains of all splits and their mean."""
-    return gain.to_dict() | {"mean": sum(gain.splits) / len(gain.splits)}
+    facts: dict[int | None, dict[str, Any]] = {}
+    for tokens, gains_of_methods in by_windows.items():
+        if method in gains_of_methods:
+            gain = gains_of_methods[method]
+            facts[tokens] = gain.to_dict() | {"mean": sum(gain.splits) / len(gain.splits)}
+    gains = [{"window": tokens, **of_window} for tokens, of_window in facts.items()]
+    return {**outcome.to_dict(), "gain": facts.get(next(iter(by_windows))), "gains": gains}
 
 
 def _judge_methods(

@@ -11,7 +11,7 @@ from moetuner.cli import options
 from moetuner.cli.options import JUDGING, argument, option
 from moetuner.cli.options.gates import Gates
 from moetuner.cli.options.machine import Machine
-from moetuner.cli.options.moves import baseline_option, is_start
+from moetuner.cli.options.moves import is_start, start_option
 from moetuner.cli.options.pages import Pages, make_origin
 from moetuner.cli.options.placed import Placed
 from moetuner.cli.options.serving import FigureOptions, JudgedOptions
@@ -63,7 +63,7 @@ def command(
     placement_file: Path = argument("PLACEMENT", options.IN_FILE),
     source: Source,
     machine: Machine,
-    baseline: str | None = baseline_option(),
+    baseline: str | None = start_option(),
     lost: tuple[int, ...] = option(options.DEVICE_LIST, "LIST", (), flag="--without"),
     serving: JudgedOptions,
     replaying: FigureOptions,

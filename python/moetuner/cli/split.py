@@ -19,14 +19,7 @@ from moetuner.solver import Result
 class TrafficSplit:
     """The problem of the seen part of INPUT, and the part that its placements are judged on.
 
-    Parameters
-    ----------
-    source, holdout
-        INPUT, and the share of it that is held out.
-    problem
-        The problem of the rest.
-    judged_on, serving
-        What is held out, all of INPUT if nothing is; and how it is served.
+    That is the share ``holdout`` of INPUT, all of it if nothing is held out, as ``serving`` says.
     """
 
     source: Source

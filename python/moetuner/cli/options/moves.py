@@ -30,12 +30,7 @@ from moetuner.topology import Topology
 # Most devices for which moves per pair are a table; JSON always has them.
 MOST_DEVICES = 16
 
-initial_option = partial(
-    option, FileText(words=STARTS), "PLACEMENT|contiguous|round_robin|eplb[:N]", group=RUNNING
-)
-baseline_option = partial(
-    option, FileText(words=STARTS), "PLACEMENT|contiguous|round_robin|eplb[:N]", flag="--baseline"
-)
+start_option = partial(option, FileText(words=STARTS), "PLACEMENT|contiguous|round_robin|eplb[:N]")
 
 
 def is_start(initial: str, flag: str = "--initial") -> bool:
@@ -113,7 +108,7 @@ class MoveOptions:
         Also show what fewer or more moves would gain.
     """
 
-    initial_file: str | None = initial_option()
+    initial_file: str | None = start_option(group=RUNNING)
     move_budget: float | None = option(Number(min=0, infinite=True), "BYTES", group=RUNNING)
     move_cost: float = option(Number(min=0), "COST", 0.0, group=RUNNING)
     expert_bytes: float | None = expert_bytes_option()

@@ -108,14 +108,9 @@ def with_input(placement: Placement, source: Source, holdout: float) -> Placemen
 
 
 class Parts(NamedTuple):
-    """INPUT in two parts, by what its placement was computed from.
+    """INPUT in two parts: what a placement has seen, and what was held out to judge it on.
 
-    Parameters
-    ----------
-    seen
-        What the placement was computed from, if a part was held out.
-    judged_on, sentence, facts
-        The held-out part of INPUT, else INPUT; a sentence on it, and its facts for JSON.
+    Both are all of INPUT if no part was held out. A sentence and facts for JSON say which it is.
     """
 
     seen: Recording
