@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from moetuner.cli import options
-from moetuner.cli.options import JUDGING, RUNNING, SEARCH, option
+from moetuner.cli.options import JUDGING, RUNNING, SEARCH, kinds, option
 from moetuner.cli.options.groups import FILES
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import is_start, load_placement, start_option
@@ -34,11 +34,11 @@ from moetuner.serving.engines import find_recorder
 from moetuner.serving.running import Running
 from moetuner.serving.settings import read_count
 
-COPIES = options.Text(
+COPIES = kinds.Text(
     lambda text: tuple(read_count(number.strip()) for number in text.split(",")),
     "numbers as in 0,1,2,4",
 )
-STEP_MS = options.Text(
+STEP_MS = kinds.Text(
     lambda text: tuple(float(number) for number in text.split(",")),
     "milliseconds as in 30 or 30,400",
 )
@@ -54,23 +54,21 @@ def command(
     *,
     source: Source,
     machine: Machine,
-    unseen: tuple[Path, ...] = option(options.IN_INPUT, "FUTURE", (), multiple=True, group=JUDGING),
+    unseen: tuple[Path, ...] = option(kinds.IN_INPUT, "FUTURE", (), multiple=True, group=JUDGING),
     copies: tuple[int, ...] = option(COPIES, "N,N,...", DEFAULT_COPIES, group=RUNNING),
     initial: str = start_option("contiguous", group=RUNNING),
     expert_bytes: float | None = options.expert_bytes_option(),
     kv_bytes: float | None = options.expert_bytes_option(),
     device_memory: float | None = options.expert_bytes_option(),
     step_ms: tuple[float, ...] | None = option(STEP_MS, "DECODE[,PREFILL]", group=JUDGING),
-    price: float = option(options.Number(0, 1), "SHARE", PRICE, group=JUDGING),
-    prefill_share: float | None = option(options.Number(0, 1), "SHARE", group=JUDGING),
+    price: float = option(kinds.Number(0, 1), "SHARE", PRICE, group=JUDGING),
+    prefill_share: float | None = option(kinds.Number(0, 1), "SHARE", group=JUDGING),
     splits: int = option(click.IntRange(1, 100), "N", advising.SPLITS, group=JUDGING),
     by_group: bool = option(group=JUDGING, is_flag=True, default=False),
     any_order: bool = option(group=JUDGING, is_flag=True, default=False),
     objective: Goal | None = setting_option("objective"),
     seed: int = options.seed_option(),
-    time_limit: float | None = option(
-        options.Number(min=0, infinite=True), "SECONDS", group=SEARCH
-    ),
+    time_limit: float | None = option(kinds.Number(min=0, infinite=True), "SECONDS", group=SEARCH),
     serving: JudgedOptions,
     pages: Pages,
     output: Output,

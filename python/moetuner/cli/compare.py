@@ -12,7 +12,7 @@ import click
 from moetuner._checks import nth_seed
 from moetuner._texts import suggestion
 from moetuner.cli import options, work
-from moetuner.cli.options import JUDGING, option
+from moetuner.cli.options import JUDGING, kinds, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import load_placement
 from moetuner.cli.options.pages import Pages, make_origin
@@ -88,15 +88,15 @@ def command(
     machine: Machine,
     wanted: ComparedOptions,
     methods: tuple[str, ...] = option(
-        options.Text(options.read_methods, words=METHODS),
+        kinds.Text(kinds.read_methods, words=METHODS),
         "A,B,C",
         DEFAULT_METHODS,
         help=f"Methods to compare, out of {', '.join(METHODS)}.",
     ),
-    holdout: float = option(options.Number(0, 1, max_open=True), "SHARE", HOLDOUT, group=JUDGING),
+    holdout: float = option(kinds.Number(0, 1, max_open=True), "SHARE", HOLDOUT, group=JUDGING),
     splits: int | None = option(click.IntRange(1, 1000), "N", group=JUDGING),
     baseline: str | None = option(str, "METHOD", group=JUDGING),
-    initial_file: Path | None = option(options.IN_FILE, "PLACEMENT", group=options.RUNNING),
+    initial_file: Path | None = option(kinds.IN_FILE, "PLACEMENT", group=options.RUNNING),
     search: options.SearchOptions,
     pages: Pages,
     output: Output,

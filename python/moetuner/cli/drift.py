@@ -10,7 +10,7 @@ import click
 
 from moetuner import _texts
 from moetuner.cli import options
-from moetuner.cli.options import argument, option
+from moetuner.cli.options import argument, kinds, option
 from moetuner.cli.options.groups import FILES
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.placed import Placed
@@ -46,15 +46,15 @@ FLATTERED = (
 @options.command("drift", example="placement.json newer.safetensors")
 def command(
     *,
-    placement_file: Path = argument("PLACEMENT", options.IN_FILE),
+    placement_file: Path = argument("PLACEMENT", kinds.IN_FILE),
     source: Source,
     profile_files: tuple[Path, ...] = option(
-        options.IN_INPUT, "FILE", (), flag="--profile", multiple=True
+        kinds.IN_INPUT, "FILE", (), flag="--profile", multiple=True
     ),
     machine: Machine,
     serving: ServingOptions,
     fail_if_drift: bool = option(is_flag=True, default=False),
-    fail_if_worse: float | None = option(options.Number(min=0), "PCT"),
+    fail_if_worse: float | None = option(kinds.Number(min=0), "PCT"),
     seed: int = options.seed_option(),
     output: Output,
 ) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from moetuner import _texts
 from moetuner.cli import options
-from moetuner.cli.options import JUDGING, argument, option
+from moetuner.cli.options import JUDGING, argument, kinds, option
 from moetuner.cli.options.gates import Gates
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import is_start, start_option
@@ -60,11 +60,11 @@ five sequences, or independent windows, are not judged.
 )
 def command(
     *,
-    placement_file: Path = argument("PLACEMENT", options.IN_FILE),
+    placement_file: Path = argument("PLACEMENT", kinds.IN_FILE),
     source: Source,
     machine: Machine,
     baseline: str | None = start_option(),
-    lost: tuple[int, ...] = option(options.DEVICE_LIST, "LIST", (), flag="--without"),
+    lost: tuple[int, ...] = option(kinds.DEVICE_LIST, "LIST", (), flag="--without"),
     serving: JudgedOptions,
     replaying: FigureOptions,
     by_group: bool = option(is_flag=True, default=False, group=JUDGING),

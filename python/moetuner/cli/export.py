@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moetuner._checks import ArgumentError
 from moetuner.cli import options
-from moetuner.cli.options import argument, option
+from moetuner.cli.options import argument, kinds, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import show_moves
 from moetuner.cli.options.placed import read_any
@@ -72,10 +72,10 @@ class OnGpu:
         Bytes of an expert, for --gpu-bytes.  [default: as the model of INPUT says]
     """
 
-    gpu_experts: int | None = option(options.SIZE, "N")
+    gpu_experts: int | None = option(kinds.SIZE, "N")
     each_layer: bool = option(is_flag=True, default=False)
-    gpu_bytes: float | None = option(options.Number(min=0, min_open=True), "BYTES")
-    expert_bytes: float | None = option(options.Number(min=0, min_open=True), "BYTES")
+    gpu_bytes: float | None = option(kinds.Number(min=0, min_open=True), "BYTES")
+    expert_bytes: float | None = option(kinds.Number(min=0, min_open=True), "BYTES")
 
     def per_layer(self, traffic: Recording) -> int:
         """Return the number of experts on the GPU, on average over layers."""
@@ -124,16 +124,16 @@ class FormChoice(click.Choice[str]):
 )
 def command(
     *,
-    placement_file: Path | None = argument("[PLACEMENT]", options.IN_INPUT, required=False),
+    placement_file: Path | None = argument("[PLACEMENT]", kinds.IN_INPUT, required=False),
     form: str | None = option(
         FormChoice([*WRITERS, KTRANSFORMERS, MOVES, *RENUMBERING]), flag="--to"
     ),
-    out_file: Path | None = option(options.OutFile(), "FILE"),
-    check_file: Path | None = option(options.IN_FILE, "FILE"),
+    out_file: Path | None = option(kinds.OutFile(), "FILE"),
+    check_file: Path | None = option(kinds.IN_FILE, "FILE"),
     engine: str | None = option(click.Choice(list(ENGINES)), flag="--for"),
     layer_hints: options.FileHints,
-    checkpoint: Path | None = option(options.IN_INPUT, "FOLDER"),
-    initial_file: Path | None = option(options.IN_FILE, "PLACEMENT"),
+    checkpoint: Path | None = option(kinds.IN_INPUT, "FOLDER"),
+    initial_file: Path | None = option(kinds.IN_FILE, "PLACEMENT"),
     on_gpu: OnGpu,
     machine: Machine,
     output: Output,

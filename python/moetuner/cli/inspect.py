@@ -14,7 +14,7 @@ from click.core import ParameterSource
 
 from moetuner import _texts
 from moetuner.cli import options
-from moetuner.cli.options import list_options, option
+from moetuner.cli.options import kinds, list_options, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import show_moves
 from moetuner.cli.options.pages import draw_into, figures_option
@@ -89,7 +89,7 @@ def command(
     *,
     source: Source,
     machine: InspectedMachine,
-    max_imbalance: float = option(options.Number(min=1, infinite=True), "X", TRAFFIC_CAP),
+    max_imbalance: float = option(kinds.Number(min=1, infinite=True), "X", TRAFFIC_CAP),
     serving: ServingOptions,
     seed: int = options.seed_option(),
     expert_bytes: float | None = options.expert_bytes_option(),

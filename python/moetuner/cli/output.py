@@ -24,7 +24,8 @@ from rich.text import Text
 
 from moetuner._texts import line, name, printable
 from moetuner.cli import streams
-from moetuner.cli.options import OutFile, option
+from moetuner.cli.options import option
+from moetuner.cli.options.kinds import OutFile
 from moetuner.files import descriptor_of, replacing
 from moetuner.files.cells import finite
 from moetuner.report.findings import TERMINAL, Finding

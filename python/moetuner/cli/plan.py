@@ -10,7 +10,7 @@ import click
 
 from moetuner._checks import DEVICE_LIMIT
 from moetuner.cli import options
-from moetuner.cli.options import argument, option
+from moetuner.cli.options import argument, kinds, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import load_placement
 from moetuner.cli.options.placed import read_made
@@ -56,8 +56,8 @@ class Change:
         Plan the loss of every device, or node, instead, and write all plans to --table.
     """
 
-    without: tuple[int, ...] = option(options.DEVICE_LIST, "LIST", (), group=options.BEGIN)
-    retire: tuple[int, ...] = option(options.DEVICE_LIST, "LIST", (), group=options.BEGIN)
+    without: tuple[int, ...] = option(kinds.DEVICE_LIST, "LIST", (), group=options.BEGIN)
+    retire: tuple[int, ...] = option(kinds.DEVICE_LIST, "LIST", (), group=options.BEGIN)
     fewer: int = option(click.IntRange(0, DEVICE_LIMIT), "N", 0, group=options.BEGIN)
     join: int = option(click.IntRange(0, DEVICE_LIMIT), "N", 0, group=options.BEGIN, flag="--with")
     slots_per_device: int | None = option(click.IntRange(1), "N", group=options.BEGIN)
@@ -95,15 +95,15 @@ class Change:
 )
 def command(
     *,
-    running_file: Path = argument("RUNNING", options.IN_FILE),
+    running_file: Path = argument("RUNNING", kinds.IN_FILE),
     source: Source,
     machine: Machine,
     change: Change,
     more_copies: int | None = option(click.IntRange(0), "N", group=options.RUNNING),
     expert_bytes: float | None = options.expert_bytes_option(),
-    out_file: Path = option(options.OutFile(), "FILE", Path("plan.json")),
-    steps_file: Path | None = option(options.OutFile(), "FILE"),
-    table_file: Path | None = option(options.OutFile(), "FILE"),
+    out_file: Path = option(kinds.OutFile(), "FILE", Path("plan.json")),
+    steps_file: Path | None = option(kinds.OutFile(), "FILE"),
+    table_file: Path | None = option(kinds.OutFile(), "FILE"),
     output: Output,
 ) -> None:
     """Plan which copies move when devices are lost, removed or added.

@@ -11,7 +11,7 @@ import click
 
 from moetuner._checks import nth_seed
 from moetuner.cli import options, work
-from moetuner.cli.options import JUDGING, SEARCH, SearchOptions, option
+from moetuner.cli.options import JUDGING, SEARCH, SearchOptions, kinds, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import MoveOptions
 from moetuner.cli.options.pages import Pages, make_origin
@@ -61,16 +61,16 @@ def command(
     wanted: ProblemOptions,
     moving: MoveOptions,
     method: str = option(
-        options.Text(options.read_method, words=METHODS),
+        kinds.Text(kinds.read_method, words=METHODS),
         "METHOD",
         "joint",
         group=SEARCH,
         help=f"Method: {', '.join(METHODS)}; paper is the two stages of MoETuner.",
     ),
     search: SearchOptions,
-    holdout: float = option(options.Number(0, 1, max_open=True), "SHARE", 0.0, group=JUDGING),
-    out_file: Path = option(options.OutFile(), "FILE", Path("placement.json")),
-    certificate_file: Path | None = option(options.OutFile(), "FILE", group=SEARCH),
+    holdout: float = option(kinds.Number(0, 1, max_open=True), "SHARE", 0.0, group=JUDGING),
+    out_file: Path = option(kinds.OutFile(), "FILE", Path("placement.json")),
+    certificate_file: Path | None = option(kinds.OutFile(), "FILE", group=SEARCH),
     pages: Pages,
     output: Output,
 ) -> None:

@@ -11,7 +11,8 @@ from typing import Any, cast
 import click
 
 from moetuner._texts import suggestion
-from moetuner.cli.options import RUNNING, FileText, Number, expert_bytes_option, option
+from moetuner.cli.options import RUNNING, expert_bytes_option, option
+from moetuner.cli.options.kinds import FileText, Number
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
 from moetuner.evaluation.replay import check_model

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import click
 
 from moetuner._checks import ArgumentError
-from moetuner.cli.options import SIZE, Number, Text, list_flags, option
+from moetuner.cli.options import list_flags, option
+from moetuner.cli.options.kinds import SIZE, Number, Text
 from moetuner.cli.options.machine import COST_MODEL, bytes_in_cost_model, cost_model_for
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import working

@@ -14,18 +14,9 @@ import numpy as np
 
 from moetuner._texts import suggestion
 from moetuner.cli import work
-from moetuner.cli.options import (
-    COUNT,
-    IN_INPUT,
-    FileHints,
-    FileText,
-    Number,
-    Text,
-    argument,
-    option,
-    threads_option,
-)
+from moetuner.cli.options import FileHints, argument, option, threads_option
 from moetuner.cli.options.groups import FILES, group_input, locate_names
+from moetuner.cli.options.kinds import COUNT, IN_INPUT, FileText, Number, Text
 from moetuner.cli.output import working
 from moetuner.cost import public_name, top_k_of, type_in_name
 from moetuner.files import same_file
