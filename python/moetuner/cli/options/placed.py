@@ -176,8 +176,9 @@ class Placed:
             placement = Placement.load(file)
             made = read_made(path, placement)
             source = source.with_hints(made.input)
+            traffic = source.traffic  # its errors name its own file
             with naming(path):
-                check_model(placement, source.traffic, Topology(placement.devices))
+                check_model(placement, traffic, Topology(placement.devices))
         else:
             placement = load_placement(file, source, devices=machine.given)
             made = read_made(path, placement)
