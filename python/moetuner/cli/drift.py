@@ -28,7 +28,6 @@ from moetuner.report.advice import drift as measuring
 from moetuner.report.findings import Finding
 from moetuner.report.outcome import find_times_of
 from moetuner.serving.phases import WINDOWS
-from moetuner.trace import RoutingTrace
 
 # Exit status where the traffic has drifted, or the placement serves it worse than was allowed.
 DRIFTED = 3
@@ -170,8 +169,7 @@ def _replay(on_profile: Placed, placed: Placed, progress: Progress) -> list[dict
         "profile": (on_profile.source, on_profile.parts.judged_on),
         "now": (placed.source, placed.source.traffic),
     }
-    recordings = [traffic for _, traffic in sides.values()]
-    tokens = [traffic.tokens for traffic in recordings if isinstance(traffic, RoutingTrace)]
+    tokens = [traffic.length for _, traffic in sides.values() if traffic.ordered]
     first, windows = placed.source.replay_window, list[int | None]([None])
     if len(tokens) == 2 and first is not None:
         # Both sides have windows of one size: a short recording is one window.

@@ -166,14 +166,7 @@ def command(
     if steps_file is not None:
         write_json(steps_file, {"running": running_file.name} | planned.to_dict())
         output.say(f"wrote {steps_file}")
-    following = list_recipes_to_serve(
-        source,
-        placement,
-        out_file,
-        engine=made.serving.get("engine"),
-        split=made.serving.get("split"),
-        nodes=left.nodes,
-    )
+    following = list_recipes_to_serve(source, placement, out_file, made.serving, nodes=left.nodes)
     output.say("")
     output.next_commands(following)
     contents["commands"] = [*map(str, following)]

@@ -30,7 +30,6 @@ from moetuner.serving.engines import ENGINES, NO_ENGINES, engine_settings
 from moetuner.serving.settings import ENGINE, list_settings
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
-from moetuner.trace import RoutingTrace
 
 DECLARED = list_settings(Problem, Serving, ReplayOptions)
 # Settings of a problem.
@@ -240,7 +239,7 @@ class ProblemOptions(ServingOptions):
         serving = self._resolve(source, topology, None)
         served = (*ENGINE_SETTINGS, "cost_model", *WATERFILL)
         rules = {name: chosen[name] for name in chosen if name not in served}
-        if source.window is not None and isinstance(source.traffic, RoutingTrace):
+        if source.window is not None and source.traffic.ordered:
             if "phases" in chosen:
                 raise click.UsageError("Give either '--window' or '--prefill-share', not both.")
             rules["phases"] = {source.window: 1.0}
