@@ -108,9 +108,9 @@ def with_input(placement: Placement, source: Source, holdout: float) -> Placemen
 
 
 class Parts(NamedTuple):
-    """INPUT in two parts: what a placement has seen, and what was held out to judge it on.
+    """INPUT in two parts: what a placement may have seen, and what it is judged on.
 
-    Both are all of INPUT if no part was held out. A sentence and facts for JSON say which it is.
+    That is what was held out, else all of INPUT; a sentence and facts for JSON say which.
     """
 
     seen: Recording
