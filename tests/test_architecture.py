@@ -482,22 +482,22 @@ def test_no_two_classes_have_one_name():
 # branch that raises a number says why beside it; one that makes a room smaller lowers it.
 MOST_LINES = {
     "python": {
-        "": 3209,
+        "": 3208,
         "charts": 582,
-        "cli": 6716,
+        "cli": 6689,
         "cost": 941,
         # Samples are a folder: what they are found by has a module each.
         "evaluation": 5307,
         # Ids are a folder: in memory, in files and in another order each have a module.
         "files": 1934,
-        "formats": 4836,
+        "formats": 4834,
         "plugins": 3554,
         # Windows are a folder: what counts, how it is chosen, and clusters have a module each. A
         # problem knows the tokens of a step, as a short trace is counted in shorter windows.
         "problem": 2817,
         # Rows and their labels came from the top level, which is shorter by as much.
         "recording": 812,
-        "report": 6990,
+        "report": 6988,
         "selftest": 241,
         "serving": 1392,
         # Small layers are searched several times; two long searches of visits say when to end.

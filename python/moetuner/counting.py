@@ -98,16 +98,7 @@ def count(
     threads = check.threads_in(threads)
     check.callable_or_none("progress", progress)
     if traffic.population is not None:
-        if sample is not None and traffic.population.sample != size:
-            raise check.ArgumentError(
-                f"sample must be {traffic.population.sample:,}, with which this recording was "
-                f"counted, got {size:,}",
-                "sample",
-            )
-        if time is not None:
-            raise check.ArgumentError(
-                f"time must be None, as this recording was counted before, got {time}", "time"
-            )
+        _check_counted(traffic.population, sample, time)
         return traffic
     report = progress or (lambda _: None)
     starts = np.arange(0, traffic.length, STRETCH[traffic.unit])
@@ -161,15 +152,23 @@ def total(recordings: Iterable[AnyRecording]) -> AnyRecording:
     return cast(AnyRecording, result)
 
 
+def _check_counted(population: Population, sample: int | None, time: int | None) -> None:
+    """Raise if arguments are not those with which a population was counted."""
+    if sample not in (None, population.sample):
+        rule = f"sample must be {population.sample:,}, with which this recording was counted"
+        raise check.ArgumentError(f"{rule}, got {sample:,}", "sample")
+    if time is not None:
+        rule = "time must be None, as this recording was counted before"
+        raise check.ArgumentError(f"{rule}, got {time}", "time")
+
+
 def _repeat(number: int, is_kept: NDArray[np.bool_]) -> Table:
     """Return a number for every stretch that is kept [N]."""
     return np.full(int(np.count_nonzero(is_kept)), number, dtype=np.uint64)
 
 
 def _hash_stretches(
-    recording: Recording,
-    starts: NDArray[np.int64],
-    lengths: NDArray[np.int64],
+    recording: Recording, starts: NDArray[np.int64], lengths: NDArray[np.int64]
 ) -> Table:
     """Compute the hash of every stretch [N], from evenly spaced rows of it and its number."""
     places = starts[:, None] + lengths[:, None] * np.arange(HASHED) // HASHED

@@ -10,7 +10,7 @@ import pytest
 
 import moetuner as mt
 from moetuner.cli import moetuner
-from moetuner.cli.options import InFile
+from moetuner.cli.options.kinds import InFile
 
 BUNDLED = Path(mt.__file__).parent / "data" / "small-moe.safetensors"
 # The bytes that tell what a file is, its header or list of names, and its content, once for a

@@ -22,7 +22,8 @@ from moetuner.placement import contiguous as blocks_of
 from moetuner.report import page
 from moetuner.report.page import figures
 from moetuner.report.page import panels as drawing
-from moetuner.report.page.data import Origin, make_judgement_data
+from moetuner.report.page.data import Origin
+from moetuner.report.page.making import make_judgement_data
 from moetuner.serving.recipes import Recipe
 from moetuner.solver import Progress
 from moetuner.solver.result import LOADS

@@ -9,10 +9,10 @@ from typing import Any
 import click
 
 from moetuner.cli import options
-from moetuner.cli.options import JUDGING, RUNNING, SEARCH, option
+from moetuner.cli.options import JUDGING, RUNNING, SEARCH, kinds, option
 from moetuner.cli.options.groups import FILES
 from moetuner.cli.options.machine import Machine
-from moetuner.cli.options.moves import initial_option, is_start, load_placement
+from moetuner.cli.options.moves import is_start, load_placement, start_option
 from moetuner.cli.options.pages import Pages, make_origin
 from moetuner.cli.options.serving import JudgedOptions, setting_option
 from moetuner.cli.options.traffic import Source
@@ -25,18 +25,20 @@ from moetuner.problem.goals import Goal
 from moetuner.recording import Recording
 from moetuner.report import advice as advising
 from moetuner.report.advice.conclusion import write_order
+from moetuner.report.advice.request import check_unseen
 from moetuner.report.advice.values import Advice, write_windows
 from moetuner.report.findings import TERMINAL, Voice
-from moetuner.report.page.data import PageData, make_advice_data
+from moetuner.report.page.data import PageData
+from moetuner.report.page.making import make_advice_data
 from moetuner.serving.engines import find_recorder
 from moetuner.serving.running import Running
 from moetuner.serving.settings import read_count
 
-COPIES = options.Text(
+COPIES = kinds.Text(
     lambda text: tuple(read_count(number.strip()) for number in text.split(",")),
     "numbers as in 0,1,2,4",
 )
-STEP_MS = options.Text(
+STEP_MS = kinds.Text(
     lambda text: tuple(float(number) for number in text.split(",")),
     "milliseconds as in 30 or 30,400",
 )
@@ -52,23 +54,21 @@ def command(
     *,
     source: Source,
     machine: Machine,
-    unseen: tuple[Path, ...] = option(options.IN_INPUT, "FUTURE", (), multiple=True, group=JUDGING),
+    unseen: tuple[Path, ...] = option(kinds.IN_INPUT, "FUTURE", (), multiple=True, group=JUDGING),
     copies: tuple[int, ...] = option(COPIES, "N,N,...", DEFAULT_COPIES, group=RUNNING),
-    initial: str = initial_option(default="contiguous"),
+    initial: str = start_option("contiguous", group=RUNNING),
     expert_bytes: float | None = options.expert_bytes_option(),
     kv_bytes: float | None = options.expert_bytes_option(),
     device_memory: float | None = options.expert_bytes_option(),
     step_ms: tuple[float, ...] | None = option(STEP_MS, "DECODE[,PREFILL]", group=JUDGING),
-    price: float = option(options.Number(0, 1), "SHARE", PRICE, group=JUDGING),
-    prefill_share: float | None = option(options.Number(0, 1), "SHARE", group=JUDGING),
+    price: float = option(kinds.Number(0, 1), "SHARE", PRICE, group=JUDGING),
+    prefill_share: float | None = option(kinds.Number(0, 1), "SHARE", group=JUDGING),
     splits: int = option(click.IntRange(1, 100), "N", advising.SPLITS, group=JUDGING),
     by_group: bool = option(group=JUDGING, is_flag=True, default=False),
     any_order: bool = option(group=JUDGING, is_flag=True, default=False),
     objective: Goal | None = setting_option("objective"),
     seed: int = options.seed_option(),
-    time_limit: float | None = option(
-        options.Number(min=0, infinite=True), "SECONDS", group=SEARCH
-    ),
+    time_limit: float | None = option(kinds.Number(min=0, infinite=True), "SECONDS", group=SEARCH),
     serving: JudgedOptions,
     pages: Pages,
     output: Output,
@@ -149,21 +149,7 @@ def command(
             threads=source.threads,
             progress=show_steps(report, weights),
         )
-    following = Following(source, advice, unseen)
-    voice = TERMINAL._replace(audit=following.audit.command)
-    _show(output, advice, voice)
-    output.next_commands(following.commands)
-    if following.go_back is not None:
-        output.say(f"  # to go back: {following.go_back}")
-    contents: dict[str, Any] = {"input": source.facts, **advice.to_dict(voice)}
-    contents |= {"commands": [*map(str, following.commands)], "go_back": following.go_back}
-
-    def page() -> PageData:
-        on_page = contents | {"commands": [*map(str, following.on_page)]}
-        return make_advice_data(advice, make_origin(source), on_page, following.on_page, voice)
-
-    pages.write(output, page)
-    output.finish(contents)
+    _show_all(output, pages, Following(source, advice, unseen))
 
 
 def _future(source: Source, unseen: tuple[Path, ...]) -> Source | None:
@@ -173,7 +159,7 @@ def _future(source: Source, unseen: tuple[Path, ...]) -> Source | None:
     # Names in a file are those of INPUT's windows or sequences.
     names = source.group_by if source.group_by == FILES else None
     future = replace(source, input_files=unseen, group_by=names)
-    advising.check_unseen(source.traffic, future.traffic)  # before anything is said
+    check_unseen(source.traffic, future.traffic)  # before anything is said
     return future
 
 
@@ -190,6 +176,25 @@ def _weigh_steps(traffic: Recording, searches: int, splits: int) -> list[float]:
     of_halves, fewer_moves = [0.1, *(2 * [solving + 1])], 3 + choices
     first = [counting, *(searches * [searching]), *steps_of_splits]
     return [*first, *of_halves, moving, fewer_moves]
+
+
+def _show_all(output: Output, pages: Pages, following: Following) -> None:
+    """Print an advice and the commands that follow it; write its page and its JSON."""
+    source, advice = following.source, following.advice
+    voice = TERMINAL._replace(audit=following.audit.command)
+    _show(output, advice, voice)
+    output.next_commands(following.commands)
+    if following.go_back is not None:
+        output.say(f"  # to go back: {following.go_back}")
+    contents: dict[str, Any] = {"input": source.facts, **advice.to_dict(voice)}
+    contents |= {"commands": [*map(str, following.commands)], "go_back": following.go_back}
+
+    def page() -> PageData:
+        on_page = contents | {"commands": [*map(str, following.on_page)]}
+        return make_advice_data(advice, make_origin(source), on_page, following.on_page, voice)
+
+    pages.write(output, page)
+    output.finish(contents)
 
 
 def _show(output: Output, advice: Advice, voice: Voice) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from moetuner.cli import options
-from moetuner.cli.options import argument, option
+from moetuner.cli.options import argument, kinds, option
 from moetuner.cli.output import Output, working
 from moetuner.report import recording
 
@@ -17,12 +17,12 @@ from moetuner.report import recording
 @options.command("collect", example="MODEL --dataset texts.jsonl --out trace.safetensors")
 def command(
     *,
-    model: str = argument("MODEL", options.FileText()),
-    dataset: Path = option(options.IN_FILE, "FILE", required=True),
+    model: str = argument("MODEL", kinds.FileText()),
+    dataset: Path = option(kinds.IN_FILE, "FILE", required=True),
     out_file: Path = options.trace_option(),
-    max_tokens: int = option(options.COUNT, "N", 100_000),
-    batch_size: int = option(options.COUNT, "N", 8),
-    sequence_length: int = option(options.COUNT, "N", 1024),
+    max_tokens: int = option(kinds.COUNT, "N", 100_000),
+    batch_size: int = option(kinds.COUNT, "N", 8),
+    sequence_length: int = option(kinds.COUNT, "N", 1024),
     dtype: str = option(click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto"),
     device: str | None = option(str, "DEVICE"),
     output: Output,

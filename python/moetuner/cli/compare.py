@@ -12,7 +12,7 @@ import click
 from moetuner._checks import nth_seed
 from moetuner._texts import suggestion
 from moetuner.cli import options, work
-from moetuner.cli.options import JUDGING, option
+from moetuner.cli.options import JUDGING, kinds, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import load_placement
 from moetuner.cli.options.pages import Pages, make_origin
@@ -20,10 +20,9 @@ from moetuner.cli.options.serving import ComparedOptions, settings_for_json
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output
 from moetuner.cli.recipes import HOLDOUT
-from moetuner.cli.work import TrafficSplit
+from moetuner.cli.split import TrafficSplit
 from moetuner.evaluation.comparison import Comparison, with_splits
 from moetuner.evaluation.figures import explain
-from moetuner.evaluation.judgement import Judgement
 from moetuner.files.cells import counted, signed, span, with_values
 from moetuner.placement import Placement, blocks
 from moetuner.problem.made import Made
@@ -42,7 +41,8 @@ from moetuner.report.outcome import (
     make_running_result,
     window_to_name,
 )
-from moetuner.report.page.data import PageData, make_outcome_data
+from moetuner.report.page.data import PageData
+from moetuner.report.page.making import make_outcome_data
 from moetuner.solver import ALIASES, METHODS, Result
 
 DEFAULT_METHODS = "contiguous,lpt,eplb,paper,joint"
@@ -88,15 +88,15 @@ def command(
     machine: Machine,
     wanted: ComparedOptions,
     methods: tuple[str, ...] = option(
-        options.Text(options.read_methods, words=METHODS),
+        kinds.Text(kinds.read_methods, words=METHODS),
         "A,B,C",
         DEFAULT_METHODS,
         help=f"Methods to compare, out of {', '.join(METHODS)}.",
     ),
-    holdout: float = option(options.Number(0, 1, max_open=True), "SHARE", HOLDOUT, group=JUDGING),
+    holdout: float = option(kinds.Number(0, 1, max_open=True), "SHARE", HOLDOUT, group=JUDGING),
     splits: int | None = option(click.IntRange(1, 1000), "N", group=JUDGING),
     baseline: str | None = option(str, "METHOD", group=JUDGING),
-    initial_file: Path | None = option(options.IN_FILE, "PLACEMENT", group=options.RUNNING),
+    initial_file: Path | None = option(kinds.IN_FILE, "PLACEMENT", group=options.RUNNING),
     search: options.SearchOptions,
     pages: Pages,
     output: Output,
@@ -117,8 +117,6 @@ def command(
         The placement that runs.
     """
     topology = machine.topology()
-    if not holdout:
-        source, _ = wanted.resolve(source, topology)
     methods, baseline = _choose_baseline(baseline, methods, initial_file)
     _check_splits(splits, holdout)
     initial = None if initial_file is None else load_placement(initial_file, source, topology)
@@ -129,24 +127,21 @@ def command(
         return Contest(number, split, replace(search, seed=seed), initial)
 
     first = contest(0)
-    problem = first.split.problem
+    source, problem = first.split.source, first.split.problem
     output.say(*source.lines, *wanted.explain_problem(problem))
-    output.say(first.describe(held_out=holdout > 0), "")
+    output.say(first.describe(), "")
     outcomes_by_split = _run(
-        lambda number: (contest(number) if number else first).outcomes(methods, source.threads),
+        lambda number: (contest(number) if number else first).outcomes(methods),
         splits or (SPLITS if holdout else 1),
         output,
     )
     outcomes = outcomes_by_split[0]
     rival = outcomes.get(baseline, next(iter(outcomes.values())))
-    best = _show(output, list(outcomes.values()), rival, held_out=holdout > 0)
+    best = _show(output, list(outcomes.values()), rival, held_out=first.split.is_held_out)
     compared_with = rival if rival is not best else next(iter(outcomes.values()))
-    judged = _judge_methods(outcomes_by_split, baseline, source.traffic)
-    by_windows = {
-        tokens: _gains(outcomes_by_split, baseline, judged, tokens) for tokens in best.phases
-    }
+    by_windows = _judge_methods(outcomes_by_split, baseline, source.traffic)
     for tokens, gains in by_windows.items():
-        _show_gains(output, gains, baseline, best, tokens, held_out=holdout > 0)
+        _show_gains(output, gains, baseline, best, tokens, held_out=first.split.is_held_out)
     settings = settings_for_json(problem) | {
         **asdict(search),
         "window": source.counting_window,
@@ -159,16 +154,18 @@ def command(
     }
     facts = {name: _facts(name, outcome, by_windows) for name, outcome in outcomes.items()}
     contents = {"input": source.facts, "settings": settings, "methods": facts}
-
-    def page() -> PageData:
-        judgement = judge_outcome(
-            compared_with, best, source.traffic, source.replay_window, by_group=True
-        )
-        traffic = UNSEEN if holdout else SEEN
-        return make_outcome_data(judgement, best, make_origin(source), contents, traffic=traffic)
-
-    pages.write(output, page)
+    pages.write(output, lambda: _make_page(first.split, compared_with, best, contents))
     output.finish(contents)
+
+
+def _make_page(
+    split: TrafficSplit, before: Outcome, best: Outcome, contents: dict[str, Any]
+) -> PageData:
+    """Return the data of the page: the best outcome beside another one."""
+    source, window = split.source, split.serving.window
+    judgement = judge_outcome(before, best, source.traffic, window, by_group=True)
+    traffic = UNSEEN if split.is_held_out else SEEN
+    return make_outcome_data(judgement, best, make_origin(source), contents, traffic=traffic)
 
 
 def _show(output: Output, rows: list[Outcome], rival: Outcome, *, held_out: bool) -> Outcome:
@@ -220,10 +217,10 @@ class Contest:
     search: options.SearchOptions
     initial: Placement | None
 
-    def describe(self, *, held_out: bool) -> str:
+    def describe(self) -> str:
         """Write the slots, what they are computed for, and the traffic to judge on."""
         judged_on = "the same traffic"
-        if held_out:
+        if self.split.is_held_out:
             unseen = self.split.judged_on
             judged_on = counted(unseen.length, f"unseen {unseen.unit}")
         problem = self.split.problem
@@ -240,10 +237,10 @@ class Contest:
             return blocks(problem.layers, problem.num_experts, problem.devices)
         return self.initial if method == RUNNING else None
 
-    def outcomes(self, methods: Sequence[str], threads: int | None) -> dict[str, Outcome]:
+    def outcomes(self, methods: Sequence[str]) -> dict[str, Outcome]:
         """Solve with every method, until one is interrupted, and evaluate on the unseen traffic."""
         results: list[Result] = []
-        problem = self.split.problem
+        problem, threads = self.split.problem, self.split.source.threads
         for place, method in enumerate(methods, 1):
             if (running := self._find_running(method)) is not None:
                 results.append(make_running_result(problem, running, method))
@@ -256,7 +253,7 @@ class Contest:
             results.append(result.uninterrupted() if self.number else result)
             if result.status == "interrupted":
                 break
-        return dict(zip(methods, self.split.replay(results, threads=threads), strict=False))
+        return dict(zip(methods, self.split.replay(results), strict=False))
 
 
 def _run(
@@ -279,55 +276,40 @@ def _facts(
     method: str, outcome: Outcome, by_windows: dict[int | None, dict[str, Comparison]]
 ) -> dict[str, Any]:
     """Return an outcome as JSON values, with its gains by window."""
-    gains = [
-        {"window": tokens, **_gain_facts(gains_of_methods[method])}
-        for tokens, gains_of_methods in by_windows.items()
-        if method in gains_of_methods
-    ]
-    first = next(iter(by_windows.values())).get(method)
-    gain = None if first is None else _gain_facts(first)
-    return {**outcome.to_dict(), "gain": gain, "gains": gains}
-
-
-def _gain_facts(gain: Comparison) -> dict[str, Any]:
-    """Return the first split's gain as JSON values, with the gains of all splits and their mean."""
-    return gain.to_dict() | {"mean": sum(gain.splits) / len(gain.splits)}
+    facts: dict[int | None, dict[str, Any]] = {}
+    for tokens, gains_of_methods in by_windows.items():
+        if method in gains_of_methods:
+            gain = gains_of_methods[method]
+            facts[tokens] = gain.to_dict() | {"mean": sum(gain.splits) / len(gain.splits)}
+    gains = [{"window": tokens, **of_window} for tokens, of_window in facts.items()]
+    return {**outcome.to_dict(), "gain": facts.get(next(iter(by_windows))), "gains": gains}
 
 
 def _judge_methods(
     splits: list[dict[str, Outcome]], baseline: str, recording: Recording
-) -> dict[str, dict[int | None, Judgement]]:
-    """Judge all methods of the first split against one, in the objective's figure, by window."""
+) -> dict[int | None, dict[str, Comparison]]:
+    """Judge all methods of the first split against one, in the objective's figure, by window.
+
+    Comparisons have the gains of all splits in which every method ran.
+    """
     outcomes = splits[0]
     first = outcomes.get(baseline)
-    if first is None or getattr(first.evaluation, first.objective.figure) is None:
-        return {}
-    return {
-        name: judge_outcomes(first, outcome, recording)
-        for name, outcome in outcomes.items()
-        if name != baseline
+    gains: dict[int | None, dict[str, Comparison]] = {
+        tokens: {} for tokens in next(iter(outcomes.values())).phases
     }
-
-
-def _gains(
-    splits: list[dict[str, Outcome]],
-    baseline: str,
-    judged: dict[str, dict[int | None, Judgement]],
-    window: int | None,
-) -> dict[str, Comparison]:
-    """Return the gains of all methods in windows of one size, with the gains of all splits.
-
-    Splits in which a method did not run do not count.
-    """
-    complete = [split for split in splits if list(split) == list(splits[0])]
-    gains = {}
-    for method, by_window in judged.items():
-        pairs = [
-            (split[baseline].phases[window], split[method].phases[window])
-            for split in complete
-            if window in split[baseline].phases
-        ]
-        gains[method] = with_splits(by_window[window].gain, pairs)
+    if first is None or getattr(first.evaluation, first.objective.figure) is None:
+        return gains
+    complete = [split for split in splits if list(split) == list(outcomes)]
+    for method, outcome in outcomes.items():
+        if method == baseline:
+            continue
+        for tokens, judgement in judge_outcomes(first, outcome, recording).items():
+            pairs = [
+                (split[baseline].phases[tokens], split[method].phases[tokens])
+                for split in complete
+                if tokens in split[baseline].phases
+            ]
+            gains[tokens][method] = with_splits(judgement.gain, pairs)
     return gains
 
 

@@ -12,7 +12,7 @@ import click
 from moetuner._checks import ArgumentError
 from moetuner._texts import name
 from moetuner.cli import options
-from moetuner.cli.options import argument, option
+from moetuner.cli.options import argument, kinds, option
 from moetuner.cli.output import Output, show_shares, working
 from moetuner.counting import count, total
 from moetuner.files import naming
@@ -34,13 +34,13 @@ FORMATS = "".join(f"\n\n{name}: {reader.title}." for name, reader in READERS.ite
 )
 def command(
     *,
-    sources: tuple[Path, ...] = argument("SOURCE...", options.IN_INPUT, nargs=-1, required=True),
+    sources: tuple[Path, ...] = argument("SOURCE...", kinds.IN_INPUT, nargs=-1, required=True),
     form: str = option(click.Choice([AUTO, *READERS]), default=AUTO, flag="--from"),
     out_file: Path = options.trace_option(),
     counts: bool = option(is_flag=True, default=False, flag="--count"),
-    sample: int | None = option(options.COUNT, "N"),
+    sample: int | None = option(kinds.COUNT, "N"),
     skip_unreadable: bool = option(is_flag=True, default=False),
-    running_file: Path | None = option(options.IN_FILE, "MAP"),
+    running_file: Path | None = option(kinds.IN_FILE, "MAP"),
     file_hints: options.FileHints,
     output: Output,
 ) -> None:
@@ -94,8 +94,7 @@ def command(
             kind = "statistics"
             traffic.save(out_file)
     output.say(f"wrote {recording.describe([out_file], traffic)}")
-    for remark in remarks:
-        output.say(f"! {remark}")
+    output.say(*(f"! {remark}" for remark in remarks))
     output.finish(
         {
             "sources": [str(source) for source in sources],

@@ -11,7 +11,8 @@ from moetuner.cli import options, work
 from moetuner.cli.options import option
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
-from moetuner.cli.recipes import recipe
+from moetuner.cli.recipes import HOLDOUT, recipe
+from moetuner.cli.split import TrafficSplit
 from moetuner.evaluation.samples.holdout import hold_out
 from moetuner.files import replacing, same_file
 from moetuner.files.cells import percent
@@ -81,7 +82,7 @@ def command(
 
 def _compare_methods(source: Source, trace: RoutingTrace, output: Output) -> dict[str, Outcome]:
     """Solve with all methods on half of a trace; print and return the outcomes on the other."""
-    seen, unseen = hold_out(trace)
+    seen, unseen = hold_out(trace, HOLDOUT)
     # The paper's regime, as its method is among those shown.
     problem = Problem(
         source.count(seen), Topology(DEVICES), regime="follow", max_imbalance=TRAFFIC_CAP
@@ -90,9 +91,8 @@ def _compare_methods(source: Source, trace: RoutingTrace, output: Output) -> dic
         work.solve(problem, method, seed=0, threads=source.threads).uninterrupted()
         for method in METHODS
     ]
-    split = work.TrafficSplit(problem, unseen, problem.serving)
-    replayed = split.replay(results, threads=source.threads)
-    outcomes = dict(zip(METHODS, replayed, strict=True))
+    split = TrafficSplit(source, HOLDOUT, problem, unseen, problem.serving)
+    outcomes = dict(zip(METHODS, split.replay(results), strict=True))
     output.say(
         f"Placements on {DEVICES} devices, computed from half of the texts, judged on the other.",
         "crossing: share of steps from layer to layer between devices, if tokens move on to their",

@@ -10,7 +10,7 @@ import click
 
 from moetuner import _texts
 from moetuner.cli import options
-from moetuner.cli.options import argument, option
+from moetuner.cli.options import argument, kinds, option
 from moetuner.cli.options.groups import FILES
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.placed import Placed
@@ -23,15 +23,11 @@ from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.reading import Progress, split_progress
 from moetuner.files.opened import Opened
-from moetuner.placement import Placement
 from moetuner.problem.made import Made
-from moetuner.recording import Recording
 from moetuner.report.advice import drift as measuring
 from moetuner.report.findings import Finding
 from moetuner.report.outcome import find_times_of
-from moetuner.serving import Serving
 from moetuner.serving.phases import WINDOWS
-from moetuner.trace import RoutingTrace
 
 # Exit status where the traffic has drifted, or the placement serves it worse than was allowed.
 DRIFTED = 3
@@ -49,15 +45,15 @@ FLATTERED = (
 @options.command("drift", example="placement.json newer.safetensors")
 def command(
     *,
-    placement_file: Path = argument("PLACEMENT", options.IN_FILE),
+    placement_file: Path = argument("PLACEMENT", kinds.IN_FILE),
     source: Source,
     profile_files: tuple[Path, ...] = option(
-        options.IN_INPUT, "FILE", (), flag="--profile", multiple=True
+        kinds.IN_INPUT, "FILE", (), flag="--profile", multiple=True
     ),
     machine: Machine,
     serving: ServingOptions,
     fail_if_drift: bool = option(is_flag=True, default=False),
-    fail_if_worse: float | None = option(options.Number(min=0), "PCT"),
+    fail_if_worse: float | None = option(kinds.Number(min=0), "PCT"),
     seed: int = options.seed_option(),
     output: Output,
 ) -> int:
@@ -79,13 +75,13 @@ def command(
     """
     placed = Placed.read(Opened(placement_file), source, machine, serving)
     source = placed.typed
-    profile = _make_profile(placed, source, placement_file, profile_files)
+    profile = _make_profile(placed, placement_file, profile_files)
     on_profile = replace(placed, source=profile)
     if fail_if_drift or fail_if_worse is not None:
         on_profile.check_gate()
     # The part that was held out does not flatter the placement, as the rest of its profile does.
-    unseen, _, part_facts = on_profile.judged
-    if part_facts["is_seen"] and fail_if_worse is not None:
+    is_seen = on_profile.parts.facts["is_seen"]
+    if is_seen and fail_if_worse is not None:
         raise click.UsageError(FLATTERED)
     with working("comparing the expert shares") as report:
         # Counts as recorded: fewer of them would be less evidence.
@@ -93,20 +89,16 @@ def command(
         drifted = measuring.drift(
             *recorded, seed=seed, progress=show_shares(report, "", then="shares")
         )
-    placement = placed.placement
     with working("replaying") as report:
-        now = placed.source, placed.source.traffic
         progress = show_shares(report, "of the tokens", then="figures")
-        rows = _replay(placement, placed.serving, source.window, (profile, unseen), now, progress)
+        rows = _replay(on_profile, placed, progress)
     worst = max(rows, key=lambda row: row["change"])
     _introduce(output, on_profile, placed)
     _show(output, placement_file, drifted, rows)
     output.tell(*find_times_of(placed.serving, source.traffic))
     output.say("")
     limit = None if fail_if_worse is None else fail_if_worse / 100
-    headline = measuring.conclude_drift(
-        drifted, worst, limit=limit, is_seen=part_facts["is_seen"] is True
-    )
+    headline = measuring.conclude_drift(drifted, worst, limit=limit, is_seen=is_seen is True)
     answer = headline.forces
     output.verdict(headline)
     again = make_recipe_to_solve(placement_file, placed, machine, worst["window"]).command
@@ -122,10 +114,9 @@ def command(
     return DRIFTED if failed else 0
 
 
-def _make_profile(
-    placed: Placed, source: Source, placement_file: Path, files: tuple[Path, ...]
-) -> Source:
+def _make_profile(placed: Placed, placement_file: Path, files: tuple[Path, ...]) -> Source:
     """Return the traffic that the placement was computed from, of ``files`` if there are some."""
+    source = placed.typed
     # The profile has the groups of the placement; --only chooses among those of INPUT.
     only = placed.made.input.only or ()
     if files and not source.only:  # a file of these groups alone, perhaps
@@ -145,7 +136,7 @@ def _introduce(output: Output, on_profile: Placed, placed: Placed) -> None:
     output.say(*placed.differences())
     if on_profile.source.missing_names is not None:
         output.say(f"Warning: {on_profile.names_warning}")
-    facts = on_profile.judged[2]
+    facts = on_profile.parts.facts
     if facts["is_seen"] is False and "holdout" not in facts:
         output.tell(Finding("another profile", role="warning"))
     if facts["is_seen"]:
@@ -172,37 +163,36 @@ def _show(
     output.table(head, cells)
 
 
-def _replay(
-    placement: Placement,
-    serving: Serving,
-    window: int | None,
-    before: tuple[Source, Recording],
-    after: tuple[Source, Recording],
-    progress: Progress,
-) -> list[dict[str, Any]]:
-    """Return a placement's figures on two recordings, and their change, by size of window."""
-    recordings = (before[1], after[1])
-    tokens = [traffic.tokens for traffic in recordings if isinstance(traffic, RoutingTrace)]
-    first, windows = after[0].replay_window, list[int | None]([None])
+def _replay(on_profile: Placed, placed: Placed, progress: Progress) -> list[dict[str, Any]]:
+    """Return a placement's figures on its profile and on INPUT, and their change, by window."""
+    sides = {
+        "profile": (on_profile.source, on_profile.parts.judged_on),
+        "now": (placed.source, placed.source.traffic),
+    }
+    tokens = [traffic.length for _, traffic in sides.values() if traffic.ordered]
+    first, windows = placed.source.replay_window, list[int | None]([None])
     if len(tokens) == 2 and first is not None:
         # Both sides have windows of one size: a short recording is one window.
         windows = [min(first, *tokens)]
         # Without --window, windows of prefill are compared too, if both sides have four of them.
         longer = min(WINDOWS[-1], min(tokens) // LEAST_WINDOWS)
-        if window is None and longer >= LEAST_WINDOWS * first:
+        if placed.typed.window is None and longer >= LEAST_WINDOWS * first:
             windows.append(longer)
     # Recorded windows of different sizes have different times, so only their imbalance is compared.
-    have_one_size = before[0].counting_window == after[0].counting_window is not None
+    sizes = {source.counting_window for source, _ in sides.values()}
+    have_one_size = len(sizes) == 1 and None not in sizes
     measure = "predicted_layer_us" if have_one_size else "imbalance"
     rows, done, passes = [], 0, 2 * len(windows)
     for window in windows:
         row: dict[str, Any] = {"window": window, "measure": measure}
-        for name, (source, traffic) in (("profile", before), ("now", after)):
+        for name, (source, traffic) in sides.items():
             replayed = window if window is not None else source.replay_window
-            served = replace(serving, window=replayed)
+            served = replace(placed.serving, window=replayed)
             options = ReplayOptions(threads=source.threads)
             report = split_progress(progress, done, passes)
-            [[figures]] = evaluate_each([placement], traffic, [served], options, progress=report)
+            [[figures]] = evaluate_each(
+                [placed.placement], traffic, [served], options, progress=report
+            )
             done += 1
             row[name] = {shown: getattr(figures, shown) for shown in SHOWN}
         old, new = row["profile"][measure], row["now"][measure]

@@ -8,14 +8,13 @@ from typing import Any
 
 from moetuner import _texts
 from moetuner.cli import options
-from moetuner.cli.options import JUDGING, argument, option
-from moetuner.cli.options.figures import FigureOptions
+from moetuner.cli.options import JUDGING, argument, kinds, option
 from moetuner.cli.options.gates import Gates
 from moetuner.cli.options.machine import Machine
-from moetuner.cli.options.moves import baseline_option, is_start
+from moetuner.cli.options.moves import is_start, start_option
 from moetuner.cli.options.pages import Pages, make_origin
 from moetuner.cli.options.placed import Placed
-from moetuner.cli.options.serving import JudgedOptions
+from moetuner.cli.options.serving import FigureOptions, JudgedOptions
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output
 from moetuner.evaluation import Evaluation
@@ -30,7 +29,8 @@ from moetuner.frozen import as_json
 from moetuner.recording import Recording, labelling
 from moetuner.report.findings import Finding
 from moetuner.report.outcome import find_gain, find_times_of
-from moetuner.report.page.data import PageData, make_judgement_data
+from moetuner.report.page.data import PageData
+from moetuner.report.page.making import make_judgement_data
 
 # Exit status where a limit is exceeded.
 FAILED = 3
@@ -60,11 +60,11 @@ five sequences, or independent windows, are not judged.
 )
 def command(
     *,
-    placement_file: Path = argument("PLACEMENT", options.IN_FILE),
+    placement_file: Path = argument("PLACEMENT", kinds.IN_FILE),
     source: Source,
     machine: Machine,
-    baseline: str | None = baseline_option(),
-    lost: tuple[int, ...] = option(options.DEVICE_LIST, "LIST", (), flag="--without"),
+    baseline: str | None = start_option(),
+    lost: tuple[int, ...] = option(kinds.DEVICE_LIST, "LIST", (), flag="--without"),
     serving: JudgedOptions,
     replaying: FigureOptions,
     by_group: bool = option(is_flag=True, default=False, group=JUDGING),
@@ -89,7 +89,7 @@ def command(
     placed = Placed.read(Opened(placement_file), source, machine, serving).without(lost)
     gates.check(placed)
     running, against = placed.baseline(baseline)
-    names, traffic = (against, placed.name), placed.judged[0]
+    names, traffic = (against, placed.name), placed.parts.judged_on
     if pages.wanted:
         is_file = baseline is not None and not is_start(baseline, "--baseline")
         names = "running" if is_file else against, _texts.name(placement_file.stem)
@@ -141,7 +141,7 @@ def _make_page(
         judgement,
         make_origin(placed.source),
         contents,
-        traffic=placed.judged[1],
+        traffic=placed.parts.sentence,
         token_bytes=placed.serving.cost_model.token_bytes,
         expert_bytes=placed.expert_bytes if expert_bytes is None else expert_bytes,
     )
@@ -160,7 +160,7 @@ def _heading(placed: Placed) -> str:
 
 def _show_figures(output: Output, placed: Placed, evaluation: Evaluation, mixed_seed: int) -> None:
     """Print the figures of all traffic and of its groups, times, losses and busiest ports."""
-    traffic = placed.judged[0]
+    traffic = placed.parts.judged_on
     _table(output, "traffic", OTHERS, evaluation)
     together = evaluation.on_one_device
     if together is not None:

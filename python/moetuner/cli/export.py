@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shlex
 import warnings
 from collections.abc import Iterator
@@ -17,14 +16,13 @@ from numpy.typing import NDArray
 
 from moetuner._checks import ArgumentError
 from moetuner.cli import options
-from moetuner.cli.options import argument, option
+from moetuner.cli.options import argument, kinds, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import show_moves
 from moetuner.cli.options.placed import read_any
-from moetuner.cli.output import Output, working
+from moetuner.cli.output import Output, working, write_json
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation.samples.holdout import hold_out
-from moetuner.files import replacing
 from moetuner.files.cells import percent
 from moetuner.files.opened import Opened
 from moetuner.formats import (
@@ -74,10 +72,10 @@ class OnGpu:
         Bytes of an expert, for --gpu-bytes.  [default: as the model of INPUT says]
     """
 
-    gpu_experts: int | None = option(options.SIZE, "N")
+    gpu_experts: int | None = option(kinds.SIZE, "N")
     each_layer: bool = option(is_flag=True, default=False)
-    gpu_bytes: float | None = option(options.Number(min=0, min_open=True), "BYTES")
-    expert_bytes: float | None = option(options.Number(min=0, min_open=True), "BYTES")
+    gpu_bytes: float | None = option(kinds.Number(min=0, min_open=True), "BYTES")
+    expert_bytes: float | None = option(kinds.Number(min=0, min_open=True), "BYTES")
 
     def per_layer(self, traffic: Recording) -> int:
         """Return the number of experts on the GPU, on average over layers."""
@@ -97,6 +95,11 @@ class OnGpu:
                 f"must keep 1 to {traffic.num_experts} experts of a layer on the GPU, got {experts}"
             )
         return experts
+
+    def choose(self, traffic: Recording, experts: int) -> NDArray[np.bool_]:
+        """Return which experts [L,E] of traffic are on the GPU, so many on average over layers."""
+        load = count_loads(traffic).total_load
+        return choose_gpu_experts(load, experts, each_layer=self.each_layer)
 
 
 class FormChoice(click.Choice[str]):
@@ -121,16 +124,16 @@ class FormChoice(click.Choice[str]):
 )
 def command(
     *,
-    placement_file: Path | None = argument("[PLACEMENT]", options.IN_INPUT, required=False),
+    placement_file: Path | None = argument("[PLACEMENT]", kinds.IN_INPUT, required=False),
     form: str | None = option(
         FormChoice([*WRITERS, KTRANSFORMERS, MOVES, *RENUMBERING]), flag="--to"
     ),
-    out_file: Path | None = option(options.OutFile(), "FILE"),
-    check_file: Path | None = option(options.IN_FILE, "FILE"),
+    out_file: Path | None = option(kinds.OutFile(), "FILE"),
+    check_file: Path | None = option(kinds.IN_FILE, "FILE"),
     engine: str | None = option(click.Choice(list(ENGINES)), flag="--for"),
     layer_hints: options.FileHints,
-    checkpoint: Path | None = option(options.IN_INPUT, "FOLDER"),
-    initial_file: Path | None = option(options.IN_FILE, "PLACEMENT"),
+    checkpoint: Path | None = option(kinds.IN_INPUT, "FOLDER"),
+    initial_file: Path | None = option(kinds.IN_FILE, "PLACEMENT"),
     on_gpu: OnGpu,
     machine: Machine,
     output: Output,
@@ -187,28 +190,33 @@ def command(
         elif form in RENUMBERING:
             _renumber(placement, form, checkpoint, out_file, output)
         else:
-            empty = int((placement.slots == EMPTY).sum())
-            if form == "eplb" and empty:
-                contents["filled_slots"] = empty
-                fewest = "tokens" if "load" in placement.settings else "copies"
-                output.say(
-                    f"filled {empty} empty slots of {placement.slots.size} with further copies of "
-                    f"experts with the fewest {fewest}, "
-                    "as engines have none; what was predicted is of empty ones. "
-                    '"moetuner solve --fill-slots" searches full slots'
-                )
-            layers = {name: getattr(hints, name) for name in ("hidden_layers", "dense_layers")}
-            write_placement(placement, form, out_file, **layers)
-            has_no_hints = all(value is None for value in layers.values())
-            if WRITERS[form].hints == ("dense_layers",) and has_no_hints:
-                output.say(
-                    "layers are numbered from 0; if the model has dense ones, --dense-layers "
-                    "names them"
-                )
+            contents |= _write_map(placement, form, hints, out_file, output)
     except ImportError as error:
         raise click.ClickException(str(error)) from None
     output.say(f"wrote {out_file}", *_how_to_serve(placement, made, WRITERS.get(form)))
     output.finish(contents)
+
+
+def _write_map(
+    placement: Placement, form: str, hints: Hints, out_file: Path, output: Output
+) -> dict[str, int]:
+    """Write a map of experts, and print what it assumes; return the slots that were filled."""
+    empty, filled = int((placement.slots == EMPTY).sum()), {}
+    if form == "eplb" and empty:
+        filled["filled_slots"] = empty
+        fewest = "tokens" if "load" in placement.settings else "copies"
+        output.say(
+            f"filled {empty} empty slots of {placement.slots.size} with further copies of "
+            f"experts with the fewest {fewest}, as engines have none; what was predicted is of "
+            'empty ones. "moetuner solve --fill-slots" searches full slots'
+        )
+    hidden, dense = hints.hidden_layers, hints.dense_layers
+    write_placement(placement, form, out_file, hidden_layers=hidden, dense_layers=dense)
+    if WRITERS[form].hints == ("dense_layers",) and hidden is None and dense is None:
+        output.say(
+            "layers are numbered from 0; if the model has dense ones, --dense-layers names them"
+        )
+    return filled
 
 
 def _how_to_serve(placement: Placement, made: Made, writer: Writer | None) -> Iterator[str]:
@@ -231,15 +239,14 @@ def _write_chosen(
     traffic = open_input(file, **layer_hints.hints)
     output.say(recording.describe([path], traffic), *list_cautions(find_readers([file])))
     count = on_gpu.per_layer(traffic)
-    chosen = choose_gpu_experts(_load(traffic), count, each_layer=on_gpu.each_layer)
+    chosen = on_gpu.choose(traffic, count)
     layers = chosen.sum(axis=1)
     contents = {"input": str(path), "format": KTRANSFORMERS, "out": str(out_file)}
     shares = {"share": _share(chosen, traffic), "unseen_share": None}
     sentence = f"they take {percent(shares['share'])} of the choices of INPUT, which chose them"
     with contextlib.suppress(ArgumentError):  # one token or window cannot be divided
         seen, unseen = hold_out(traffic.without_pairs())
-        chosen_by_seen = choose_gpu_experts(_load(seen), count, each_layer=on_gpu.each_layer)
-        shares["unseen_share"] = _share(chosen_by_seen, unseen)
+        shares["unseen_share"] = _share(on_gpu.choose(seen, count), unseen)
         sentence += f"; {percent(shares['unseen_share'])} of one half if chosen by the other"
     spread = "each layer alike"
     if np.ptp(layers):
@@ -262,14 +269,9 @@ def _write_chosen(
     output.finish({**contents, "gpu_experts": layers.tolist(), **shares})
 
 
-def _load(traffic: Recording) -> NDArray[np.int64]:
-    """Return the choices of every expert [L,E]."""
-    return count_loads(traffic).total_load.astype(np.int64)
-
-
 def _share(chosen: NDArray[np.bool_], traffic: Recording) -> float:
     """Return the share of the choices that the chosen experts take."""
-    load = _load(traffic)
+    load = count_loads(traffic).total_load
     return float(load[chosen].sum() / load.sum())
 
 
@@ -291,8 +293,7 @@ def _write_moves(
         raise click.UsageError("'--to moves' needs '--initial', the placement to move from.")
     running = read_placement(initial, devices=placement.devices, num_experts=placement.num_experts)
     diff = running.diff(placement, topology=topology)
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(diff.to_dict()) + "\n")
+    write_json(path, diff.to_dict())
     show_moves(output, diff, topology)
 
 

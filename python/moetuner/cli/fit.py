@@ -14,7 +14,8 @@ import numpy as np
 
 from moetuner._texts import name, suggestion
 from moetuner.cli import options
-from moetuner.cli.options import SIZE, option
+from moetuner.cli.options import kinds, option
+from moetuner.cli.options.kinds import SIZE
 from moetuner.cli.output import Output, show_shares, working
 from moetuner.cli.recipes import recipe
 from moetuner.cost import CostModel, public_name
@@ -32,14 +33,14 @@ LONGEST = 1 << 26
 @options.command("fit", example="--model qwen3-30b-a3b --out gpu.json")
 def command(
     *,
-    model: str | None = option(options.Text(words=MODELS), "NAME"),
+    model: str | None = option(kinds.Text(words=MODELS), "NAME"),
     hidden: int | None = option(SIZE, "H"),
     intermediate: int | None = option(SIZE, "I"),
     experts: int = option(SIZE, "E", 32),
     top_k: int = option(SIZE, "K", 8),
     device: str | None = option(str, "DEVICE"),
-    times_file: Path | None = option(options.IN_FILE, "FILE.csv"),
-    out_file: Path = option(options.OutFile(".json"), "FILE.json", required=True),
+    times_file: Path | None = option(kinds.IN_FILE, "FILE.csv"),
+    out_file: Path = option(kinds.OutFile(".json"), "FILE.json", required=True),
     output: Output,
 ) -> None:
     """Measure one MoE layer, and write its cost model.

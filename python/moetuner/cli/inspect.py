@@ -14,7 +14,7 @@ from click.core import ParameterSource
 
 from moetuner import _texts
 from moetuner.cli import options
-from moetuner.cli.options import list_options, option
+from moetuner.cli.options import kinds, list_options, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import show_moves
 from moetuner.cli.options.pages import draw_into, figures_option
@@ -89,7 +89,7 @@ def command(
     *,
     source: Source,
     machine: InspectedMachine,
-    max_imbalance: float = option(options.Number(min=1, infinite=True), "X", TRAFFIC_CAP),
+    max_imbalance: float = option(kinds.Number(min=1, infinite=True), "X", TRAFFIC_CAP),
     serving: ServingOptions,
     seed: int = options.seed_option(),
     expert_bytes: float | None = options.expert_bytes_option(),
@@ -111,15 +111,23 @@ def command(
     files = source.input_files
     if not all(map(is_map, source.inputs.values())):
         _check_options({*options.list_flags()} - {"expert_bytes"}, "two placements")
-        _show_recording(
-            output,
-            source,
-            machine.topology(machine.given or DEVICES),
-            max_imbalance=max_imbalance,
-            serving=serving,
-            seed=seed,
-            figures=figures,
-        )
+        topology = machine.topology(machine.given or DEVICES)
+        with working("looking for structure") as report:
+            measured = structure(
+                source.traffic,
+                topology.devices,
+                max_imbalance=max_imbalance,
+                seed=seed,
+                threads=source.threads,
+                progress=show_shares(report, "", then="structure"),
+            )
+        _show_structure(output, source, measured)
+        contents = {"input": source.facts, **measured.to_dict()}
+        if serving.is_given:
+            contents["contiguous"] = _show_served(output, source, serving, topology)
+        if figures is not None:
+            draw_into(figures, draw_structure(measured), output)
+        output.finish(contents)
         return
     _check_options(MOVES_OPTIONS, "recordings")
     if len(files) > 2:
@@ -143,26 +151,8 @@ def _check_options(names: Collection[str], others: str) -> None:
             raise click.UsageError(f"'{flag}' is for {others}.")
 
 
-def _show_recording(
-    output: Output,
-    source: Source,
-    topology: Topology,
-    *,
-    max_imbalance: float,
-    serving: ServingOptions,
-    seed: int,
-    figures: Path | None,
-) -> None:
-    """Print skew, groups and structure of recorded routing."""
-    with working("looking for structure") as report:
-        measured = structure(
-            source.traffic,
-            topology.devices,
-            max_imbalance=max_imbalance,
-            seed=seed,
-            threads=source.threads,
-            progress=show_shares(report, "", then="structure"),
-        )
+def _show_structure(output: Output, source: Source, measured: Structure) -> None:
+    """Print INPUT, and its skew, groups and structure."""
     output.say(*source.lines, "")
     _show_skew(output, measured)
     if (unreal := find_unreal(source.traffic, measured)) is not None:
@@ -171,12 +161,6 @@ def _show_recording(
     _show_groups(output, measured)
     _show_crossings(output, measured)
     _show_hot_experts(output, measured.hot_experts)
-    contents = {"input": source.facts, **measured.to_dict()}
-    if serving.is_given:
-        contents["contiguous"] = _show_served(output, source, serving, topology)
-    if figures is not None:
-        draw_into(figures, draw_structure(measured), output)
-    output.finish(contents)
 
 
 def _show_served(

@@ -24,7 +24,8 @@ from rich.text import Text
 
 from moetuner._texts import line, name, printable
 from moetuner.cli import streams
-from moetuner.cli.options import OutFile, option
+from moetuner.cli.options import option
+from moetuner.cli.options.kinds import OutFile
 from moetuner.files import descriptor_of, replacing
 from moetuner.files.cells import finite
 from moetuner.report.findings import TERMINAL, Finding
@@ -130,13 +131,22 @@ class Output:
         """Write the JSON if --json asks for it; docs/json.md has its keys."""
         if self.json_file is None:
             return
-        schema = {"schema": f"moetuner.{click.get_current_context().command.name}/1"}
-        text = json.dumps(finite(schema | contents), indent=2, allow_nan=False)
+        schema = f"moetuner.{click.get_current_context().command.name}/1"
+        contents = {"schema": schema, **contents}
         if str(self.json_file) == "-":
-            click.echo(text)
+            click.echo(_as_text(contents, indent=2))
         else:
-            with replacing(self.json_file) as temporary:
-                temporary.write_text(text + "\n")
+            write_json(self.json_file, contents, indent=2)
+
+
+def write_json(path: Path, contents: dict[str, Any], indent: int | None = None) -> None:
+    """Write JSON; the file appears whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(_as_text(contents, indent) + "\n")
+
+
+def _as_text(contents: dict[str, Any], indent: int | None) -> str:
+    return json.dumps(finite(contents), indent=indent, allow_nan=False)
 
 
 def is_quiet() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,17 @@ import click
 
 from moetuner._checks import DEVICE_LIMIT
 from moetuner.cli import options
-from moetuner.cli.options import argument, option
+from moetuner.cli.options import argument, kinds, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import load_placement
 from moetuner.cli.options.placed import read_made
 from moetuner.cli.options.traffic import Source
-from moetuner.cli.output import Output, show_shares, working
+from moetuner.cli.output import Output, show_shares, working, write_json
 from moetuner.cli.recipes import list_recipes_to_serve
 from moetuner.cli.work import count
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation.arrival import list_orders
 from moetuner.evaluation.losses import DOMAINS, Domain
-from moetuner.files import replacing
 from moetuner.formats.hints import Traffic
 from moetuner.placement import Placement
 from moetuner.problem.made import Made
@@ -58,8 +56,8 @@ class Change:
         Plan the loss of every device, or node, instead, and write all plans to --table.
     """
 
-    without: tuple[int, ...] = option(options.DEVICE_LIST, "LIST", (), group=options.BEGIN)
-    retire: tuple[int, ...] = option(options.DEVICE_LIST, "LIST", (), group=options.BEGIN)
+    without: tuple[int, ...] = option(kinds.DEVICE_LIST, "LIST", (), group=options.BEGIN)
+    retire: tuple[int, ...] = option(kinds.DEVICE_LIST, "LIST", (), group=options.BEGIN)
     fewer: int = option(click.IntRange(0, DEVICE_LIMIT), "N", 0, group=options.BEGIN)
     join: int = option(click.IntRange(0, DEVICE_LIMIT), "N", 0, group=options.BEGIN, flag="--with")
     slots_per_device: int | None = option(click.IntRange(1), "N", group=options.BEGIN)
@@ -97,15 +95,15 @@ class Change:
 )
 def command(
     *,
-    running_file: Path = argument("RUNNING", options.IN_FILE),
+    running_file: Path = argument("RUNNING", kinds.IN_FILE),
     source: Source,
     machine: Machine,
     change: Change,
     more_copies: int | None = option(click.IntRange(0), "N", group=options.RUNNING),
     expert_bytes: float | None = options.expert_bytes_option(),
-    out_file: Path = option(options.OutFile(), "FILE", Path("plan.json")),
-    steps_file: Path | None = option(options.OutFile(), "FILE"),
-    table_file: Path | None = option(options.OutFile(), "FILE"),
+    out_file: Path = option(kinds.OutFile(), "FILE", Path("plan.json")),
+    steps_file: Path | None = option(kinds.OutFile(), "FILE"),
+    table_file: Path | None = option(kinds.OutFile(), "FILE"),
     output: Output,
 ) -> None:
     """Plan which copies move when devices are lost, removed or added.
@@ -134,8 +132,7 @@ def command(
     running = load_placement(running_file, source, devices=machine.given)
     made = read_made(running_file, running)
     topology = machine.topology(running.devices, made.machine)
-    if expert_bytes is None:
-        expert_bytes = _find_expert_bytes(source, running, made)
+    expert_bytes = expert_bytes or _find_expert_bytes(source, running, made)
     contents: dict[str, Any] = {"input": source.facts, "running": str(running_file)}
     contents |= {"expert_bytes": expert_bytes, "topology": topology.to_dict()}
     traffic = _count_loads(source, made)
@@ -167,16 +164,9 @@ def command(
     output.say(f"wrote {out_file}")
     contents |= {"out": str(out_file), "without": list(change.without)} | planned.to_dict()
     if steps_file is not None:
-        _write(steps_file, {"running": running_file.name} | planned.to_dict())
+        write_json(steps_file, {"running": running_file.name} | planned.to_dict())
         output.say(f"wrote {steps_file}")
-    following = list_recipes_to_serve(
-        source,
-        placement,
-        out_file,
-        engine=made.serving.get("engine"),
-        split=made.serving.get("split"),
-        nodes=left.nodes,
-    )
+    following = list_recipes_to_serve(source, placement, out_file, made.serving, nodes=left.nodes)
     output.say("")
     output.next_commands(following)
     contents["commands"] = [*map(str, following)]
@@ -269,7 +259,7 @@ def _plan_losses(
         rows.append((f"{domain} {lost}", *numbers_of_loss, f"{planned.imbalance_after:.3f}"))
     output.table(("the worst", "from disk", "copies moved", "busiest / mean then"), rows)
     table = {str(lost): _without_map(planned) for lost, planned in plans.items()}
-    _write(table_file, {"domain": domain, "losses": table})
+    write_json(table_file, {"domain": domain, "losses": table})
     output.say(f"wrote {table_file}")
     return {"domain": domain, "losses": table, "table": str(table_file)}
 
@@ -279,9 +269,3 @@ def _without_map(planned: Plan) -> dict[str, Any]:
     values = planned.to_dict()
     del values["physical_to_logical_map"]
     return values
-
-
-def _write(path: Path, values: dict[str, Any]) -> None:
-    """Write JSON; the file appears whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(values) + "\n")

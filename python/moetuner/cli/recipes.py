@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -142,13 +142,9 @@ class Following:
         files = {self.name_file(PLACED_FILE): ""}
         files |= {file: phase for phase, _, file in self._list_phases_apart()}
         for file, phase in files.items():
+            placement, nodes = advice.placements[1], advice.problem.topology.nodes
             for line in list_recipes_to_serve(
-                self.source,
-                advice.placements[1],
-                file,
-                engine=advice.settings["engine"],
-                split=advice.problem.split,
-                nodes=advice.problem.topology.nodes,
+                self.source, placement, file, advice.settings, nodes=nodes
             ):
                 notes = (f"the engine for {phase}" if phase else "", line.why)
                 yield replace(line, why="; ".join(filter(None, notes)))
@@ -283,23 +279,25 @@ def list_recipes_to_serve(
     source: Source,
     placement: Placement,
     file: str | Path,
+    serving: Mapping[str, Any],
     *,
-    engine: str | None,
-    split: str | None,
     nodes: int,
 ) -> list[Recipe]:
-    """Return the commands that export a placement of INPUT's model, and serve it."""
+    """Return the commands that export a placement of INPUT's model, and serve it.
+
+    ``serving`` has its engine and its split, if it has any.
+    """
     layers, dense = source.traffic.left_out or (source.hidden_layers, source.dense_layers)
     why = ""
     if not layers and dense is None:
         layers, dense = placement.layers, ()
         why = "if all layers of the model have experts"
     return list_serving_recipes(
-        engine,
+        serving.get("engine"),
         placement,
         file,
         nodes=nodes,
-        split=split,
+        split=serving.get("split"),
         hidden_layers=str(layers or "N"),
         dense_layers="A-B" if dense is None else layer_list(dense),
         note=why,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import click
 
 from moetuner._checks import nth_seed
 from moetuner.cli import options, work
-from moetuner.cli.options import JUDGING, SEARCH, SearchOptions, option
+from moetuner.cli.options import JUDGING, SEARCH, SearchOptions, kinds, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import MoveOptions
 from moetuner.cli.options.pages import Pages, make_origin
@@ -18,12 +19,11 @@ from moetuner.cli.options.placed import add_windows, read_made, with_input, writ
 from moetuner.cli.options.serving import ProblemOptions, settings_for_json
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output
-from moetuner.cli.work import TrafficSplit
+from moetuner.cli.split import TrafficSplit
 from moetuner.evaluation.judgement import Judgement
 from moetuner.files.cells import with_values
 from moetuner.placement import Placement, contiguous
 from moetuner.problem import Problem
-from moetuner.recording import Recording
 from moetuner.report.findings import Finding
 from moetuner.report.outcome import (
     Outcome,
@@ -38,8 +38,9 @@ from moetuner.report.outcome import (
     make_running_result,
     window_to_name,
 )
-from moetuner.report.page.data import PageData, make_outcome_data
-from moetuner.solver import METHODS, Result
+from moetuner.report.page.data import PageData
+from moetuner.report.page.making import make_outcome_data
+from moetuner.solver import METHODS, Result, Trade
 from moetuner.topology import Topology
 
 FLATTERED = (
@@ -60,16 +61,16 @@ def command(
     wanted: ProblemOptions,
     moving: MoveOptions,
     method: str = option(
-        options.Text(options.read_method, words=METHODS),
+        kinds.Text(kinds.read_method, words=METHODS),
         "METHOD",
         "joint",
         group=SEARCH,
         help=f"Method: {', '.join(METHODS)}; paper is the two stages of MoETuner.",
     ),
     search: SearchOptions,
-    holdout: float = option(options.Number(0, 1, max_open=True), "SHARE", 0.0, group=JUDGING),
-    out_file: Path = option(options.OutFile(), "FILE", Path("placement.json")),
-    certificate_file: Path | None = option(options.OutFile(), "FILE", group=SEARCH),
+    holdout: float = option(kinds.Number(0, 1, max_open=True), "SHARE", 0.0, group=JUDGING),
+    out_file: Path = option(kinds.OutFile(), "FILE", Path("placement.json")),
+    certificate_file: Path | None = option(kinds.OutFile(), "FILE", group=SEARCH),
     pages: Pages,
     output: Output,
 ) -> None:
@@ -94,11 +95,10 @@ def command(
     seed, threads = nth_seed(search.seed, 0), source.threads
     running = moving.running(source, machine.given)
     topology, wanted = _serve_as(running, moving, machine, wanted)
-    if not holdout:
-        source, _ = wanted.resolve(source, topology)
     # The default method counts only the tables that its objective needs.
     split = wanted.split(source, topology, holdout, seed, pairs=method != "joint")
-    problem, size = split.problem, wanted.expert_bytes(source, moving.expert_bytes)
+    source, problem = split.source, split.problem
+    size = wanted.expert_bytes(source, moving.expert_bytes)
     initial = moving.initial(source, problem, running, seed)
     if initial is not None:
         moving = replace(moving, expert_bytes=size)
@@ -113,39 +113,22 @@ def command(
     result.placement.save(out_file)
     output.say("")
     try:
-        by_group = pages.wanted or output.json_file is not None
-        replayed = _replay(result, initial, split, by_group=by_group, threads=threads)
-        if holdout:
-            replayed = replayed.judged(source.traffic, by_group=pages.wanted)
+        replayed = _replay(result, initial, split, pages, output)
     except KeyboardInterrupt:
         raise click.ClickException(f"interrupted; {out_file} was written") from None
-    judged = _write_judged(source, split, holdout)
-    replayed.show(output, problem, held_out=holdout > 0)
-    output.say(judged)
-    result, outcome, keeps_running = _keep_running(initial, result, replayed, problem, output)
+    replayed.show(output)
+    result, outcome, keeps_running = _keep_running(initial, result, replayed, output)
     if keeps_running:
         result.placement.save(out_file)
     moves, trades = moving.show(output, problem, initial, result, threads=threads, **arguments)
     output.say(f"wrote {out_file}{', which is what runs' if keeps_running else ''}")
-    failure = (
-        None if certificate_file is None else _prove(result, problem, certificate_file, output)
-    )
+    failure = _prove(result, problem, certificate_file, output)
     settings = settings_for_json(problem) | moving.settings() | arguments
     settings |= {"window": source.counting_window, "threads": threads, "holdout": holdout}
     contents: dict[str, Any] = {"input": source.facts, "settings": settings}
-    contents["placement"] = str(out_file)
-    contents |= {"method": method, **outcome.to_dict(), **moves, "kept": keeps_running}
-    part = {"part": "unseen" if holdout else "all", "is_seen": not holdout}
-    contents |= replayed.gain_facts() | {"judged_on": part | split.judged_on.size}
-
-    def page() -> PageData:
-        judgement = replayed.first_judgement(source.traffic, split.serving.window)
-        origin = make_origin(source)
-        return make_outcome_data(
-            judgement, outcome, origin, contents, traffic=judged, trades=trades, expert_bytes=size
-        )
-
-    pages.write(output, page)
+    contents |= {"placement": str(out_file), "method": method, **outcome.to_dict(), **moves}
+    contents |= {"kept": keeps_running, **replayed.facts()}
+    pages.write(output, lambda: replayed.make_page(outcome, contents, trades, size))
     output.finish(contents)
     if failure is not None:
         raise click.ClickException(failure)
@@ -157,6 +140,8 @@ class ReplayedResult:
 
     Parameters
     ----------
+    split
+        INPUT, and the part of it that the outcomes are of.
     before
         Outcome of the running placement; contiguous if none runs.
     outcomes
@@ -165,9 +150,10 @@ class ReplayedResult:
         Judgements of the change on unseen traffic, by tokens per window.
     """
 
+    split: TrafficSplit
     before: Outcome
     outcomes: list[Outcome]
-    judgements: dict[int | None, Judgement] = field(default_factory=dict)
+    judgements: dict[int | None, Judgement]
 
     @property
     def outcome(self) -> Outcome:
@@ -180,19 +166,42 @@ class ReplayedResult:
         answers = {judgement.gain.answer for judgement in self.judgements.values()}
         return bool(answers) and answers <= {"no evidence", "worse"}
 
-    def judged(self, recording: Recording, *, by_group: bool) -> ReplayedResult:
-        """Return the outcomes with the judgements of the change, by the samples of a recording."""
-        judgements = judge_outcomes(self.before, self.outcome, recording, by_group=by_group)
-        return replace(self, judgements=judgements)
+    def make_page(
+        self,
+        outcome: Outcome,
+        contents: dict[str, Any],
+        trades: tuple[Trade, ...],
+        expert_bytes: float | None,
+    ) -> PageData:
+        """Return the data of the page: what is written, judged in the first size of windows."""
+        source, window = self.split.source, self.split.serving.window
+        judgement = next(iter(self.judgements.values()), None)
+        if judgement is None:
+            judgement = judge_outcome(
+                self.before, self.outcome, source.traffic, window, by_group=True
+            )
+        return make_outcome_data(
+            judgement,
+            outcome,
+            make_origin(source),
+            contents,
+            traffic=self.sentence,
+            trades=trades,
+            expert_bytes=expert_bytes,
+        )
 
-    def first_judgement(self, recording: Recording, window: int | None) -> Judgement:
-        """Return the judgement for the first size of windows, on seen traffic if there is none."""
-        for judgement in self.judgements.values():
-            return judgement
-        return judge_outcome(self.before, self.outcome, recording, window, by_group=True)
+    @cached_property
+    def sentence(self) -> str:
+        """The traffic that the result is judged on, and its windows."""
+        sentence, source = FLATTERED, self.split.source
+        if self.split.is_held_out:
+            recorded = source.size_for_split(self.split.serving)
+            sentence = write_held_out(self.split.judged_on.size, recorded)
+        return add_windows(sentence, source, self.split.judged_on)
 
-    def show(self, output: Output, problem: Problem, *, held_out: bool) -> None:
-        """Print the table, the objective of the result, and a warning if another row is faster."""
+    def show(self, output: Output) -> None:
+        """Print the table, the objective of the result, gains, and what they are judged on."""
+        problem, held_out = self.split.problem, self.split.is_held_out
         rows = [outcome.row() for outcome in self.outcomes]
         output.table(*with_values(head(problem, held_out=held_out), rows))
         others = (self.before, *self.outcomes[:-1])
@@ -205,55 +214,55 @@ class ReplayedResult:
         )
         for tokens, judgement in self.judgements.items():
             output.tell(find_gain(judgement.gain, window_to_name(tokens, self.outcome)))
+        output.say(self.sentence)
 
-    def gain_facts(self) -> dict[str, Any]:
-        """Return the gains for JSON."""
+    def facts(self) -> dict[str, Any]:
+        """Return the gains, and the traffic that they are judged on, for JSON."""
         gains = [
             {"window": tokens, **judgement.gain.to_dict()}
             for tokens, judgement in self.judgements.items()
         ]
         first = next(iter(self.judgements.values()), None)
-        return {"gain": None if first is None else first.gain.to_dict(), "gains": gains}
+        is_unseen = self.split.is_held_out
+        part = {"part": "unseen" if is_unseen else "all", "is_seen": not is_unseen}
+        return {
+            "gain": None if first is None else first.gain.to_dict(),
+            "gains": gains,
+            "judged_on": part | self.split.judged_on.size,
+        }
 
 
 def _replay(
-    result: Result,
-    initial: Placement | None,
-    split: TrafficSplit,
-    *,
-    by_group: bool,
-    threads: int | None,
+    result: Result, initial: Placement | None, split: TrafficSplit, pages: Pages, output: Output
 ) -> ReplayedResult:
-    """Replay a result, the running placement if there is one, and the contiguous one."""
+    """Replay a result, the running placement if there is one, and the contiguous one.
+
+    The change is judged if traffic is held out. Only pages and JSON have groups.
+    """
     blocks = make_running_result(split.problem, contiguous(result.placement), "contiguous")
-    before = [blocks]
+    runs = [blocks]
     if initial is not None and initial != blocks.placement:
-        before.append(make_running_result(split.problem, initial))
-    outcomes = split.replay([*before, result], by_group=by_group, threads=threads)
+        runs.append(make_running_result(split.problem, initial))
+    by_group = pages.wanted or output.json_file is not None
+    outcomes = split.replay([*runs, result], by_group=by_group)
+    before, after = outcomes[-2:]
+    judgements = {}
+    if split.is_held_out:
+        traffic = split.source.traffic
+        judgements = judge_outcomes(before, after, traffic, by_group=pages.wanted)
     is_shown = result.method != "contiguous" or initial is not None
-    return ReplayedResult(outcomes[len(before) - 1], outcomes if is_shown else outcomes[-1:])
-
-
-def _write_judged(source: Source, split: TrafficSplit, holdout: float) -> str:
-    """Write on which traffic the result is judged, and in which windows."""
-    sentence = FLATTERED
-    if holdout:
-        recorded = source.count_for_lp_split(source.traffic, split.serving)
-        sentence = write_held_out(split.judged_on, recorded)
-    return add_windows(sentence, source, split.judged_on)
+    rows = outcomes if is_shown else [after]
+    return ReplayedResult(split, before, rows, judgements)
 
 
 def _keep_running(
-    initial: Placement | None,
-    result: Result,
-    replayed: ReplayedResult,
-    problem: Problem,
-    output: Output,
+    initial: Placement | None, result: Result, replayed: ReplayedResult, output: Output
 ) -> tuple[Result, Outcome, bool]:
     """Return a result that keeps the running placement if the gain of another may be chance.
 
     Also return its outcome, and whether the running placement is kept.
     """
+    problem = replayed.split.problem
     if initial is None or not replayed.may_be_chance or problem.violations(initial):
         return result, replayed.outcome, False
     if initial == result.placement:
@@ -300,9 +309,11 @@ def _refuse_unprovable(problem: Problem, method: str, *, moving: bool) -> None:
     raise click.UsageError(f"'--certificate' needs a bound with a proof to write: {why}.")
 
 
-def _prove(result: Result, problem: Problem, path: Path, output: Output) -> str | None:
+def _prove(result: Result, problem: Problem, path: Path | None, output: Output) -> str | None:
     """Write the certificate of a bound and print what it proves; return why there is none."""
     certificate = result.certificate
+    if path is None:
+        return None
     if certificate is None:
         if path.is_file():
             path.unlink()

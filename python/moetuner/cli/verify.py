@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.cli import options
-from moetuner.cli.options import argument, option
+from moetuner.cli.options import argument, kinds, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output
@@ -34,10 +34,10 @@ MOST_NAMED = 6
 @options.command("verify", example="proof.json trace.safetensors --devices 8")
 def command(
     *,
-    certificate_file: Path = argument("CERTIFICATE", options.IN_FILE),
+    certificate_file: Path = argument("CERTIFICATE", kinds.IN_FILE),
     source: Source,
     machine: Machine,
-    placement_file: Path | None = option(options.IN_FILE, "FILE"),
+    placement_file: Path | None = option(kinds.IN_FILE, "FILE"),
     output: Output,
 ) -> None:
     """Recompute the bound that a certificate proves.

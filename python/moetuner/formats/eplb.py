@@ -58,9 +58,7 @@ def eplb_maps(placement: Placement) -> dict[str, NDArray[np.int64]]:
     copy = np.arange(logical.shape[1]) - np.take_along_axis(first, expert, axis=1)
     physical = np.full((layers, experts, int(count.max())), -1, dtype=np.int64)
     physical[np.arange(layers)[:, None], expert, copy] = slot
-    arrays = (logical, physical, count)
-    names = ("physical_to_logical_map", "logical_to_physical_map", "logical_replica_count")
-    return dict(zip(names, arrays, strict=True))
+    return {MAP: logical, "logical_to_physical_map": physical, "logical_replica_count": count}
 
 
 def write_map(placement: Placement, path: Path, _: Hints) -> None:
@@ -78,13 +76,13 @@ def recognises_map(file: Opened) -> bool:
         return any(arrays) or re.match(rb"\s*\[\s*\[\s*-?\d", start) is not None
     if not start.startswith(b"PK"):
         return False
-    return "physical_to_logical_map" in file.names
+    return MAP in file.names
 
 
 def read_map(file: Opened, _: Hints) -> Layout:
     """Read the map of an archive or of JSON; ignore the arrays that follow from it."""
     if file.head.startswith(b"PK"):
-        arrays = npz.read_npz(file.path, ("physical_to_logical_map", "logical_replica_count"))
+        arrays = npz.read_npz(file.path, (MAP, "logical_replica_count"))
     else:
         text = file.read_whole().decode("utf-8-sig").strip()
         # The map alone, as vLLM's proposed initial_expert_map_path has it (PR 49572).

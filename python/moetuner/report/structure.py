@@ -21,7 +21,7 @@ from moetuner.evaluation.intervals import FEWEST, estimate_spread
 from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.reading import Progress, scale_progress
 from moetuner.evaluation.replay import Setting
-from moetuner.evaluation.samples import find_samples
+from moetuner.evaluation.samples import Samples, find_samples
 from moetuner.evaluation.samples.holdout import hold_out
 from moetuner.frozen import Frozen, html_table
 from moetuner.placement import Placement
@@ -153,9 +153,9 @@ def structure(
     topology, seed, threads = Topology(devices), seed_in(seed), threads_in(threads)
     at_least("max_imbalance", max_imbalance, 1)
     held_out, passes = traffic.ordered and traffic.length > 1, _Passes(progress)
-    progress_of_samples = passes.begin(PASSES_OF_SAMPLES)
+    progress_of_samples, units = passes.begin(PASSES_OF_SAMPLES), None
     if held_out:
-        find_samples(traffic, threads=threads, progress=progress_of_samples)
+        units = find_samples(traffic, threads=threads, progress=progress_of_samples)
     halves = hold_out(traffic, seed=seed) if held_out else (traffic, traffic)
     seen, unseen = (_count_transitions(half, threads, passes.begin()) for half in halves)
     statistics = seen + unseen if held_out else seen
@@ -170,7 +170,7 @@ def structure(
     if tables.any():
         bits, chance = _measure_beyond_chance(tables, np.random.default_rng(seed))
         searches = _Searches(topology, max_imbalance, seed, threads, passes)
-        crossings = searches.measure(seen, unseen, (traffic, halves[1]) if held_out else None)
+        crossings = searches.measure(seen, unseen, halves[1], units)
     total = load.sum(axis=1, dtype=np.float64)
     skew = np.where(total > 0, _compute_shares(load).max(axis=1) * load.shape[1], 1.0)
     if held_out:
@@ -247,17 +247,17 @@ class _Searches:
         self,
         seen: RoutingStatistics,
         unseen: RoutingStatistics,
-        held_out: tuple[Recording, Recording] | None,
+        unseen_half: Recording,
+        units: Samples | None,
     ) -> _Crossings:
         """Measure the crossings of placements that are computed from seen transitions.
 
-        ``held_out`` is the recording and its unseen half, on which a search is judged; without it
-        only the contiguous placement is measured.
+        A search is judged on the unseen half, by the recording's samples; without these only the
+        contiguous placement is measured.
         """
         contiguous = self._measure_crossing(self._place("contiguous", seen), unseen)
-        if held_out is None:
+        if units is None:
             return _Crossings(contiguous)
-        traffic, unseen_half = held_out
         placement = self._place("heuristic", seen)
         searched = self._measure_crossing(placement, unseen_half)
         independent = self._measure_crossing(
@@ -265,7 +265,7 @@ class _Searches:
         )
         setting = Setting(placement, self._serving, self._options)
         progress = self.passes.begin(PASSES_OF_HALVES)
-        gain = _measure_gain(setting, traffic, unseen_half, independent, progress)
+        gain = _measure_gain(setting, units, unseen_half, independent, progress)
         return _Crossings(contiguous, searched, independent, gain)
 
     def _place(self, method: Method, seen: RoutingStatistics) -> Placement:
@@ -284,13 +284,12 @@ class _Searches:
 
 def _measure_gain(
     setting: Setting,
-    traffic: Recording,
+    units: Samples,
     unseen: Recording,
     null: float | None,
     progress: Callable[[float], None] | None,
 ) -> tuple[float, float] | None:
     """Compute the interval of the null less the crossing of unseen traffic; None if too short."""
-    units = find_samples(traffic, threads=setting.options.threads)
     figures = halve(unseen, setting, units, by_group=False, progress=progress)[None]
     crossing = estimate_spread(*figures["crossing"])
     if null is None or crossing.interval is None or crossing.units < FEWEST:

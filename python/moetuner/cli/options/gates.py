@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from moetuner import _texts
-from moetuner.cli.options import JUDGING, Number, option
+from moetuner.cli.options import JUDGING, option
+from moetuner.cli.options.kinds import Number
 from moetuner.cli.options.placed import Placed
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.judgement import MEASURES, Judgement

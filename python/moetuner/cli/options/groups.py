@@ -131,10 +131,11 @@ def group_input(text: str, paths: Sequence[Path], read: Read, window: int = WIND
     for division in others:
         if len(names) == division.number:
             return _label(traffic, numbers[division.part_of_row()], labels)
+    hint = f"; to take a column of the CSV: {text}:COLUMN" if text.lower().endswith(".csv") else ""
     of_input = ", ".join(f"{division.number} {division.what}" for division in divisions)
     raise click.UsageError(
         f"'--group-by' must have a name for each of {of_input} or "
-        f"{counted(len(paths), 'file')}, got {len(names)} names{_column_hint(text)}."
+        f"{counted(len(paths), 'file')}, got {len(names)} names{hint}."
     )
 
 
@@ -165,12 +166,6 @@ def _distinct_names(paths: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [str(path) for path in paths]
-
-
-def _column_hint(text: str) -> str:
-    """Write how to name a column, if the file is a CSV."""
-    is_table = text.lower().endswith(".csv")
-    return f"; to take a column of the CSV: {text}:COLUMN" if is_table else ""
 
 
 def _label(traffic: Traffic, group: Any, names: Sequence[str]) -> Traffic:

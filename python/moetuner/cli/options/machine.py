@@ -10,7 +10,8 @@ from pathlib import Path
 import click
 
 from moetuner._checks import DEVICE_LIMIT
-from moetuner.cli.options import FileText, Text, option
+from moetuner.cli.options import option
+from moetuner.cli.options.kinds import FileText, Text
 from moetuner.cost import DEFAULT_GPU, CostModel, bytes_of_expert, cost_model_of
 from moetuner.presets import GPUS, MACHINES, MEASURED
 from moetuner.recording import Recording

@@ -11,7 +11,8 @@ from typing import Any, cast
 import click
 
 from moetuner._texts import suggestion
-from moetuner.cli.options import RUNNING, FileText, Number, expert_bytes_option, option
+from moetuner.cli.options import RUNNING, expert_bytes_option, option
+from moetuner.cli.options.kinds import FileText, Number
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
 from moetuner.evaluation.replay import check_model
@@ -21,7 +22,6 @@ from moetuner.files.opened import Opened, opened
 from moetuner.formats import find_form, read_placement
 from moetuner.placement import Placement, PlacementDiff, blocks
 from moetuner.problem import Problem
-from moetuner.recording import Recording
 from moetuner.report.outcome import find_moves
 from moetuner.serving.running import STARTS, Running
 from moetuner.solver import Method, Result, Trade, pareto, solve
@@ -31,12 +31,7 @@ from moetuner.topology import Topology
 # Most devices for which moves per pair are a table; JSON always has them.
 MOST_DEVICES = 16
 
-initial_option = partial(
-    option, FileText(words=STARTS), "PLACEMENT|contiguous|round_robin|eplb[:N]", group=RUNNING
-)
-baseline_option = partial(
-    option, FileText(words=STARTS), "PLACEMENT|contiguous|round_robin|eplb[:N]", flag="--baseline"
-)
+start_option = partial(option, FileText(words=STARTS), "PLACEMENT|contiguous|round_robin|eplb[:N]")
 
 
 def is_start(initial: str, flag: str = "--initial") -> bool:
@@ -83,14 +78,6 @@ def load_placement(
         num_experts=traffic.num_experts,
         dense_layers=dense if source.dense_layers is None else source.dense_layers,
     )
-    check_placement(placement, file, traffic, topology)
-    return placement
-
-
-def check_placement(
-    placement: Placement, file: Opened, traffic: Recording, topology: Topology | None = None
-) -> None:
-    """Raise unless the placement of a file fits INPUT's model, and the machine."""
     with naming(file.path):
         surplus = placement.layers - traffic.layers
         if surplus > 0 and find_form(file) != "json":
@@ -100,6 +87,7 @@ def check_placement(
                 f"experts or predict further tokens, --dense-layers names them"
             )
         check_model(placement, traffic, topology or Topology(placement.devices))
+    return placement
 
 
 @dataclass(frozen=True)
@@ -121,7 +109,7 @@ class MoveOptions:
         Also show what fewer or more moves would gain.
     """
 
-    initial_file: str | None = initial_option()
+    initial_file: str | None = start_option(group=RUNNING)
     move_budget: float | None = option(Number(min=0, infinite=True), "BYTES", group=RUNNING)
     move_cost: float = option(Number(min=0), "COST", 0.0, group=RUNNING)
     expert_bytes: float | None = expert_bytes_option()

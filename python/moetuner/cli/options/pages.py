@@ -12,7 +12,8 @@ from pathlib import Path
 import click
 
 from moetuner.charts import Chart
-from moetuner.cli.options import OutFile, option
+from moetuner.cli.options import option
+from moetuner.cli.options.kinds import OutFile
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
 from moetuner.report.page import check_libraries, write_page

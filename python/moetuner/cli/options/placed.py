@@ -6,16 +6,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
 
 from moetuner import _texts
 from moetuner._checks import nth_seed
-from moetuner.cli.options import LayerHints, list_spelled_options
+from moetuner.cli.options import LayerHints, list_typed
 from moetuner.cli.options.machine import Machine
-from moetuner.cli.options.moves import check_placement, is_start, load_placement, start_placement
+from moetuner.cli.options.moves import is_start, load_placement, start_placement
 from moetuner.cli.options.serving import ServingOptions
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import show_shares, working
@@ -25,6 +25,7 @@ from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES, WITH_ARGUMENT
 from moetuner.evaluation.judgement import MEASURES, Judgement, judge
 from moetuner.evaluation.options import ReplayOptions
+from moetuner.evaluation.replay import check_model
 from moetuner.evaluation.samples import find_samples
 from moetuner.evaluation.samples.holdout import hold_out
 from moetuner.files import naming
@@ -79,9 +80,9 @@ def name_short_groups(traffic: Recording, window: int | None) -> str:
     return f"a group of fewer tokens is one window: {listed(short, NAMED)}" if short else ""
 
 
-def write_held_out(part: Recording, traffic: Recording) -> str:
-    """Write how much of INPUT was held out when a placement was computed."""
-    (name, judged), (_, total) = (*part.size.items(), *traffic.size.items())
+def write_held_out(part: dict[str, int], recorded: dict[str, int]) -> str:
+    """Write how much of INPUT was held out when a placement was computed, given both sizes."""
+    (name, judged), (_, total) = (*part.items(), *recorded.items())
     return (
         f"Judged on {judged:,} of {total:,} {name}, which were held out when the placement was "
         "computed."
@@ -99,10 +100,23 @@ def read_any(path: Path | Opened, machine: Machine, hints: LayerHints) -> tuple[
 def with_input(placement: Placement, source: Source, holdout: float) -> Placement:
     """Return a placement with INPUT, and the held-out share of it, in its settings."""
     reading = Reading.from_options(source, source.traffic)
-    made = replace(
-        Made.read(placement), holdout=holdout, input=reading, spelled=list_spelled_options()
-    )
+    # The values of these options do not tell how they were typed.
+    names, typed = {"topology": "machine", "cost_model": "cost_model"}, list_typed()
+    spelled = {name: typed[option] for name, option in names.items() if typed.get(option)}
+    made = replace(Made.read(placement), holdout=holdout, input=reading, spelled=spelled)
     return placement.with_names(settings={**placement.settings, **made.to_settings()})
+
+
+class Parts(NamedTuple):
+    """INPUT in two parts: what a placement may have seen, and what it is judged on.
+
+    That is what was held out, else all of INPUT; a sentence and facts for JSON say which.
+    """
+
+    seen: Recording
+    judged_on: Recording
+    sentence: str
+    facts: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -159,10 +173,12 @@ class Placed:
         """Read a placement of INPUT's model; its settings replace options that are not given."""
         path, form = file.path, find_form(file)
         if form == "json":
-            placement = read_placement(file)
+            placement = Placement.load(file)
             made = read_made(path, placement)
             source = source.with_hints(made.input)
-            check_placement(placement, file, source.traffic)
+            traffic = source.traffic  # its errors name its own file
+            with naming(path):
+                check_model(placement, traffic, Topology(placement.devices))
         else:
             placement = load_placement(file, source, devices=machine.given)
             made = read_made(path, placement)
@@ -181,16 +197,8 @@ class Placed:
         return cls(placement, _texts.name(path.name), made, typed, source, serving)
 
     @cached_property
-    def judged(self) -> tuple[Recording, str, dict[str, Any]]:
-        """The held-out part of INPUT, else INPUT; a sentence on it, and its facts for JSON."""
-        return self._parts[1:]
-
-    @cached_property
-    def _parts(self) -> tuple[Recording, Recording, str, dict[str, Any]]:
-        """The part of INPUT that the placement was computed from, followed by ``judged``.
-
-        A part was held out if the rest of INPUT has the fingerprint of the placement.
-        """
+    def parts(self) -> Parts:
+        """The parts of INPUT; one was held out if the rest has the placement's fingerprint."""
         # Parts are held out of the recording, before it is counted.
         source, made = self.source.uncounted or self.source, self.made
         traffic = source.traffic
@@ -216,10 +224,10 @@ class Placed:
         facts: dict[str, Any] = {"part": "all", "is_seen": is_seen}
         if is_seen and share:
             unseen = source.count_for_lp_split(unseen, self.serving)
-            judged_on, sentence = unseen, write_held_out(unseen, judged_on)
+            judged_on, sentence = unseen, write_held_out(unseen.size, judged_on.size)
             facts = {"part": "unseen", "is_seen": False, "holdout": share}
         groups = name_short_groups(judged_on, self.source.counting_window)
-        return seen, judged_on, add_windows(sentence, self.source, judged_on, groups), facts
+        return Parts(seen, judged_on, add_windows(sentence, self.source, judged_on, groups), facts)
 
     def _fingerprint(self, traffic: Recording) -> str | None:
         """Return the fingerprint of traffic, counted as for the placement; None if unknown."""
@@ -255,7 +263,7 @@ class Placed:
         with working("replaying") as report:
             [(before, after)] = evaluate_each(
                 [running, self.placement],
-                self.judged[0],
+                self.parts.judged_on,
                 [self.serving],
                 options,
                 progress=show_shares(report, "of the tokens", then="figures"),
@@ -295,7 +303,7 @@ class Placed:
         if self.source.missing_names is not None:
             yield f"Warning: {self.names_warning}"
         yield from self.differences()
-        yield self.judged[1]
+        yield self.parts.sentence
 
     @property
     def names_warning(self) -> str:
@@ -344,7 +352,7 @@ class Placed:
             return contiguous(self.placement), "contiguous"
         number = self.topology.devices + len({*self.lost})
         if is_start(running, "--baseline"):
-            counts = self.source.count(self._parts[0])
+            counts = self.source.count(self.parts.seen)
             seed, threads = nth_seed(self.made.seed, 0), self.source.threads
             machine = Topology(number)
             placement = start_placement(running, counts, machine, seed=seed, threads=threads)
@@ -366,5 +374,5 @@ class Placed:
         return {
             "input": self.source.facts,
             "settings": current | settings,
-            "judged_on": self.judged[2] | self.judged[0].size,
+            "judged_on": self.parts.facts | self.parts.judged_on.size,
         }

@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 import click
 
 from moetuner._checks import ArgumentError
-from moetuner.cli.options import SIZE, Number, Text, list_flags, option
+from moetuner.cli.options import list_flags, option
+from moetuner.cli.options.kinds import SIZE, Number, Text
 from moetuner.cli.options.machine import COST_MODEL, bytes_in_cost_model, cost_model_for
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import working
-from moetuner.cli.work import TrafficSplit
+from moetuner.cli.split import TrafficSplit
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation.options import ReplayOptions
 from moetuner.evaluation.samples.holdout import hold_out
@@ -29,7 +30,6 @@ from moetuner.serving.engines import ENGINES, NO_ENGINES, engine_settings
 from moetuner.serving.settings import ENGINE, list_settings
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
-from moetuner.trace import RoutingTrace
 
 DECLARED = list_settings(Problem, Serving, ReplayOptions)
 # Settings of a problem.
@@ -166,6 +166,29 @@ class JudgedOptions(ServingOptions):
     OPTIONS: ClassVar[dict[str, Any]] = {**ServingOptions.OPTIONS, **WATERFILL}
 
 
+class FigureOptions:
+    """Options of all settings that say how figures are computed.
+
+    Parameters
+    ----------
+    values
+        Values of settings by name.
+    """
+
+    OPTIONS: ClassVar[dict[str, Any]] = {
+        setting.name: setting_option(setting.name)
+        for setting in fields(ReplayOptions)
+        if setting.metadata
+    }
+
+    def __init__(self, **values: Any) -> None:
+        self.values = values
+
+    def replay_options(self, source: Source) -> ReplayOptions:
+        """Return the options of a replay of INPUT."""
+        return ReplayOptions(threads=source.threads, **self.values)
+
+
 class ProblemOptions(ServingOptions):
     """Options of every setting of a problem.
 
@@ -192,13 +215,16 @@ class ProblemOptions(ServingOptions):
     ) -> TrafficSplit:
         """Hold out a share of INPUT, and make the problem of the rest.
 
+        If nothing is held out, INPUT is counted where the split of copies divides whole windows.
         With ``pairs``, pairs are counted that the objective does not need, but other methods may.
         """
+        if not holdout:
+            source, _ = self.resolve(source, topology)
         seen, judged_on = hold_out(source.traffic, holdout, seed=seed)
         problem = self._make_problem(source, topology, seen, pairs=pairs)
         judged_on = source.count_for_lp_split(judged_on, problem.serving)
         serving = replace(problem.serving, window=source.replay_window)
-        return TrafficSplit(problem, judged_on, serving)
+        return TrafficSplit(source, holdout, problem, judged_on, serving)
 
     def _make_problem(
         self, source: Source, topology: Topology, traffic: Traffic, *, pairs: bool
@@ -213,7 +239,7 @@ class ProblemOptions(ServingOptions):
         serving = self._resolve(source, topology, None)
         served = (*ENGINE_SETTINGS, "cost_model", *WATERFILL)
         rules = {name: chosen[name] for name in chosen if name not in served}
-        if source.window is not None and isinstance(source.traffic, RoutingTrace):
+        if source.window is not None and source.traffic.ordered:
             if "phases" in chosen:
                 raise click.UsageError("Give either '--window' or '--prefill-share', not both.")
             rules["phases"] = {source.window: 1.0}

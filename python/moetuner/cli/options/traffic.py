@@ -14,18 +14,9 @@ import numpy as np
 
 from moetuner._texts import suggestion
 from moetuner.cli import work
-from moetuner.cli.options import (
-    COUNT,
-    IN_INPUT,
-    FileHints,
-    FileText,
-    Number,
-    Text,
-    argument,
-    option,
-    threads_option,
-)
+from moetuner.cli.options import FileHints, argument, option, threads_option
 from moetuner.cli.options.groups import FILES, group_input, locate_names
+from moetuner.cli.options.kinds import COUNT, IN_INPUT, FileText, Number, Text
 from moetuner.cli.output import working
 from moetuner.cost import public_name, top_k_of, type_in_name
 from moetuner.files import same_file
@@ -215,6 +206,14 @@ class Source(FileHints):
     def count_for_lp_split(self, traffic: Traffic, serving: Serving) -> Traffic:
         """Return INPUT, or a part of it, counted if the split divides whole windows together."""
         return self.count_all(traffic) if serving.rule.needs_windows else traffic
+
+    def size_for_split(self, serving: Serving) -> dict[str, int]:
+        """Return the size of INPUT; that of its windows if the split divides whole ones."""
+        if not serving.rule.needs_windows or not self.traffic.ordered:
+            return self.traffic.size
+        groups, window = self.traffic.group_rows(), self.window or WINDOW
+        tokens = groups.pop(None)
+        return {"windows": sum(-(-len(rows) // window) for rows in groups.values() or [tokens])}
 
     def with_hints(self, reading: Reading) -> Source:
         """Return the same INPUT; a placement's settings give hints that no option gives."""

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import get_args
 
 from moetuner import _checks as check
-from moetuner.cost import CostModel, bytes_of_expert
-from moetuner.cost.memory import Memory, compute_memory, memory_of
+from moetuner.cost import CostModel
 from moetuner.evaluation.comparison import PRICE, Comparison
 from moetuner.evaluation.judgement import Judgement
 from moetuner.evaluation.samples import Samples
-from moetuner.files.cells import counted
 from moetuner.placement import Placement
 from moetuner.problem.goals import Goal
 from moetuner.recording import Recording
@@ -34,7 +32,20 @@ from moetuner.report.advice.judging import (
     judge_trials,
     name_groups,
 )
-from moetuner.report.advice.request import Holdout, Request, count_running_slots, make_holdout
+from moetuner.report.advice.request import (
+    Holdout,
+    Request,
+    check_unseen,
+    check_values,
+    choose_phases,
+    choose_windows,
+    find_expert_bytes,
+    find_memory,
+    make_holdout,
+    read_step_ms,
+    resolve_serving,
+    sort_copies,
+)
 from moetuner.report.advice.step import find_step
 from moetuner.report.advice.sweep import sweep
 from moetuner.report.advice.trial import PROPOSED, RUNNING, Trial, try_out
@@ -47,13 +58,11 @@ from moetuner.report.advice.values import (
 )
 from moetuner.report.findings import Finding
 from moetuner.report.recording import find_one_kind
-from moetuner.serving import Serving, refuse_keywords
+from moetuner.serving import Serving
 from moetuner.serving.arrival import Arrival
-from moetuner.serving.engines import ENGINES, NO_ENGINES
-from moetuner.serving.phases import PREFILL_WINDOWS, Phases, choose_judged_windows, make_phases
-from moetuner.serving.running import STARTS, Running
+from moetuner.serving.engines import NO_ENGINES
 from moetuner.serving.splits import Split
-from moetuner.statistics import RoutingStatistics, check_recording
+from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
 
@@ -193,39 +202,30 @@ def advise(
     'worth a trial'
     """
     machine = topology.topology if isinstance(topology, Serving) else topology
-    _check_values(traffic, machine, price, initial)
+    check_values(traffic, machine, price, initial)
     check.one_of("regime", regime, get_args(Regime))
-    check.flag("in_order", in_order)
     check.callable_or_none("progress", progress)
-    if objective is not None:
-        check.one_of("objective", objective, get_args(Goal))
-    if recorded_by is not None:
-        check.one_of("recorded_by", recorded_by, (*ENGINES, *NO_ENGINES))
     if unseen is not None:
         check_unseen(traffic, unseen)
         unseen = unseen.without_pairs()
-    _check_groups(traffic, by_group)
-    copies_to_try = _sort_copies(copies)
-    windows = _choose_windows(traffic, unseen, check.window_in(window))
-    splits = check.whole_number("splits", splits, highest=100)
-    phases = _choose_phases(traffic, prefill_share, window, windows)
+    windows = choose_windows(traffic, unseen, check.window_in(window))
+    phases = choose_phases(traffic, prefill_share, window, windows)
     traffic = traffic.without_pairs()
     options = {"regime": regime, "split": split, "arrival": arrival, "cost_model": cost_model}
-    serving = _resolve_serving(topology, traffic, options, engine=engine, waterfill=waterfill)
-    serving = replace(serving, phases=phases)
-    expert_bytes = _find_expert_bytes(traffic, expert_bytes)
-    memory = _find_memory(traffic, serving, expert_bytes, kv_bytes, device_memory, initial)
+    serving = resolve_serving(topology, traffic, options, engine=engine, waterfill=waterfill)
+    expert_bytes = find_expert_bytes(traffic, expert_bytes)
+    memory = find_memory(traffic, serving, expert_bytes, kv_bytes, device_memory, initial)
     request = Request(
         traffic=traffic,
         unseen=unseen,
-        serving=serving,
+        serving=replace(serving, phases=phases),
         initial=initial,
-        copies=tuple(copies_to_try),
+        copies=sort_copies(copies),
         windows=windows,
         objective=objective,
         expert_bytes=expert_bytes,
         memory=memory,
-        step_ms=_read_step_ms(step_ms, windows),
+        step_ms=read_step_ms(step_ms, windows),
         price=price,
         prefill_share=prefill_share,
         recorded_by=recorded_by,
@@ -237,25 +237,7 @@ def advise(
         threads=threads,
         progress=progress or (lambda _: None),
     )
-    return _advise(request, splits)
-
-
-def _resolve_serving(
-    topology: Topology | Serving,
-    traffic: Recording,
-    options: dict[str, Any],
-    *,
-    engine: str | None,
-    waterfill: float | None,
-) -> Serving:
-    """Return the serving of an argument, which is a serving or a machine with keywords."""
-    if not traffic.ordered:  # counts have no sequences that could be mixed
-        options = {**options, "arrival": None}
-    if isinstance(topology, Serving):
-        refuse_keywords(engine=engine, waterfill=waterfill, **options)
-        return topology if traffic.ordered else replace(topology, arrival="bursts")
-    options = {name: value for name, value in options.items() if value is not None}
-    return Serving.resolve(topology, traffic, options=options, engine=engine, waterfill=waterfill)
+    return _advise(request, check.whole_number("splits", splits, highest=100))
 
 
 def _advise(request: Request, splits: int) -> Advice:
@@ -301,12 +283,12 @@ def _advise(request: Request, splits: int) -> Advice:
         problem=first.problem,
         judged_on=write_judged_on(request, holdout.unseen),
         one_kind=find_one_kind(request.traffic, request.unseen),
-        prefill_lacks=_count_missing_tokens(request),
+        prefill_lacks=request.prefill_lacks,
         total=combine_phases(request, judgements, of_step),
         by_group=judge_groups(request, choice.chosen) if request.by_group else {},
         of_step=of_step,
         memory=request.memory,
-        settings=_list_settings(request, splits, first.problem.shares),
+        settings=request.settings(splits, first.problem.shares),
     )
     return _conclude(request, advice, first, holdout)
 
@@ -379,190 +361,3 @@ def _conclude(request: Request, advice: Advice, trial: Trial, holdout: Holdout) 
     request.progress("comparing fewer moves")
     advice = replace(advice, step=find_step(request, trial, holdout, advice))
     return replace(advice, findings=(*advice.findings, *find_costs(advice)))
-
-
-def _list_settings(
-    request: Request, splits: int, phases: dict[int | None, float]
-) -> dict[str, Any]:
-    """Return the settings of an advice as JSON values."""
-    initial, topology = request.initial, request.topology
-    return {
-        "engine": request.serving.engine,
-        "price": request.price,
-        "waterfill": request.serving.waterfill,
-        "expert_bytes": request.expert_bytes,
-        "kv_bytes": None if request.memory is None else request.memory.token,
-        "device_memory": None if request.memory is None else request.memory.device,
-        "step_ms": [request.step_ms.get(window) for window in request.windows],
-        "in_order": request.in_order,
-        "seed": request.seed,
-        "time_limit": request.time_limit,
-        "prefill_share": request.prefill_share,
-        "regime": request.serving.regime,
-        "split": request.serving.split,
-        "arrival": request.serving.arrival,
-        "objective": request.objective,
-        "devices": topology.devices,
-        "devices_per_node": topology.devices_per_node,
-        "topology": topology.name,
-        "initial": initial if isinstance(initial, str) else "given",
-        "copies": list(request.tried_copies),
-        "windows": list(request.windows),
-        "phases": phases,
-        "splits": splits,
-        "held_out": request.is_held_out,
-        "cost_model": request.serving.cost_model and request.serving.cost_model.name,
-    }
-
-
-def _find_expert_bytes(traffic: Recording, expert_bytes: float | None) -> float | None:
-    """Return the bytes of one expert, as given or of the model's experts; None where unknown."""
-    if expert_bytes is None:
-        return bytes_of_expert(traffic.expert_size, traffic.model)
-    return check.positive("expert_bytes", expert_bytes, "number of bytes")
-
-
-def _find_memory(
-    traffic: Recording,
-    serving: Serving,
-    expert_bytes: float | None,
-    kv_bytes: float | None,
-    device_memory: float | None,
-    initial: Placement | str,
-) -> Memory | None:
-    """Return the memory of a device; None where it, or the bytes of an expert, are unknown."""
-    topology = serving.topology
-    if kv_bytes is not None:
-        check.positive("kv_bytes", kv_bytes, "number of bytes")
-    if device_memory is None:
-        model = serving.cost_model
-        device_memory = memory_of(topology.name, None if model is None else model.preset_text)
-    else:
-        check.positive("device_memory", device_memory, "number of bytes")
-    if device_memory is None or expert_bytes is None:
-        return None
-    return compute_memory(
-        traffic.model,
-        layers=traffic.layers,
-        slots=count_running_slots(initial, traffic.num_experts, topology.devices),
-        expert_bytes=expert_bytes,
-        device_bytes=device_memory,
-        kv_bytes=kv_bytes,
-    )
-
-
-def _read_step_ms(
-    step_ms: float | Sequence[float] | None, windows: tuple[int | None, ...]
-) -> dict[int | None, float]:
-    """Return the milliseconds of a step by window; empty where they are unknown.
-
-    Those of prefill are left out where it is not judged.
-    """
-    if step_ms is None:
-        return {}
-    of_phases: Sequence[Any] = [step_ms]
-    if not isinstance(step_ms, int | float):
-        of_phases = check.listed("step_ms", step_ms, "numbers of milliseconds")
-    if len(of_phases) not in (1, 2):
-        raise check.ArgumentError(
-            "step_ms must be milliseconds of a step in decode, or in decode and in prefill, got "
-            f"{counted(len(of_phases), 'number')}",
-            "step_ms",
-        )
-    times = [check.positive("step_ms", each, "number of milliseconds") for each in of_phases]
-    return dict(zip(windows, times, strict=False))
-
-
-def _check_groups(traffic: Recording, by_group: bool) -> None:
-    """Raise if groups are to be judged by themselves, and there are fewer than two."""
-    check.flag("by_group", by_group)
-    if by_group and len(traffic.group_rows()) < 3:
-        raise check.ArgumentError("by_group needs traffic of two groups or more", "by_group")
-
-
-def _sort_copies(copies: Sequence[int]) -> list[int]:
-    """Return the numbers of slots for copies to try, in ascending order."""
-    listed = check.listed("copies", copies, "whole numbers")
-    counts = sorted({check.whole_number("copies", count, lowest=0) for count in listed})
-    if not counts:
-        raise check.ArgumentError("copies must be at least one number of slots, got none", "copies")
-    return counts
-
-
-def _choose_windows(
-    traffic: Recording, unseen: Recording | None, window: int | None
-) -> tuple[int | None, ...]:
-    """Return the sizes of windows to judge: the given one, else those of decode and prefill."""
-    if not traffic.ordered:
-        return (None,)  # statistics come in their windows
-    if window is not None:
-        return (window,)
-    return choose_judged_windows(traffic.length // 2 if unseen is None else unseen.length)
-
-
-def _count_missing_tokens(request: Request) -> int:
-    """Return by how many tokens the recording is too short to judge prefill; 0 if it is not."""
-    tokens, fewest = request.judged_recording.length, 2 * PREFILL_WINDOWS[-1]
-    is_judged = len(request.windows) > 1 or request.serving.phases is not None
-    if is_judged or request.windows[0] is None:
-        return 0
-    # Without unseen traffic, half of the recording is judged on.
-    return (fewest if request.unseen is not None else 2 * fewest) - tokens
-
-
-def _check_values(
-    traffic: Recording, topology: Topology, price: float, initial: Placement | str
-) -> None:
-    """Raise for traffic without tokens, a price out of range, and a placement that cannot run."""
-    check_recording(traffic)
-    check.instance("topology", topology, Topology, hint=", such as Topology(devices=8)")
-    if traffic.ordered and traffic.length < 2:
-        raise ValueError(f"traffic must have two tokens or more, got {traffic.length}")
-    if traffic.is_empty:
-        raise ValueError("traffic must have tokens, got a load of 0")
-    check.share("price", price)
-    if isinstance(initial, str):
-        if not Running.is_name(initial):
-            names = ", ".join(STARTS)
-            raise check.ArgumentError(
-                f"initial must be {names} or eplb:N, got {check.shown(initial)}", "initial"
-            )
-        Running.parse(initial).count_slots(traffic.num_experts, topology.devices)
-    else:
-        check.instance("initial", initial, Placement)
-
-
-def check_unseen(traffic: Recording, unseen: Recording) -> None:
-    """Raise if the unseen traffic is of another kind or model, or has no tokens."""
-    check_recording(unseen, "unseen")
-    if traffic.noun != unseen.noun:
-        raise check.ArgumentError(
-            f"unseen must be {traffic.noun} like traffic, got {unseen.noun}", "unseen"
-        )
-    wanted, got = (
-        f"{recording.layers} layers of {recording.num_experts} experts"
-        for recording in (traffic, unseen)
-    )
-    if wanted != got:
-        raise check.ArgumentError(f"unseen must have {wanted} like traffic, got {got}", "unseen")
-    if unseen.is_empty:
-        raise check.ArgumentError("unseen must have tokens, got none", "unseen")
-
-
-def _choose_phases(
-    traffic: Recording, share: float | None, window: int | None, windows: tuple[int | None, ...]
-) -> Phases | None:
-    """Return the phases that placements are computed for: one window's, or by prefill's share.
-
-    Raises if the share is no share, or only one phase is judged.
-    """
-    if share is None:
-        return {window: 1.0} if traffic.ordered and window is not None else None
-    check.share("prefill_share", share)
-    if len(windows) == 1:
-        raise check.ArgumentError(
-            f"prefill_share needs a trace of at least {4 * PREFILL_WINDOWS[-1]:,} tokens and no "
-            "window, so that both prefill and decode are judged",
-            "prefill_share",
-        )
-    return make_phases(share)

@@ -53,22 +53,11 @@ def choose_copies(
     A number of slots pays where what it gains over fewer slots, in the phase that gains least, is
     more than the share of the KV cache that it takes: a cache that is smaller by a tenth serves up
     to a tenth fewer requests at once. Where the share of prefill is known, the gain of both phases
-    together counts.
+    together counts; without it neither phase may pay for the other.
 
-    Parameters
-    ----------
-    rows
-        Gain and cost of each number of slots.
-    running
-        Slots for copies that run already, whose memory costs nothing.
-    price
-        Gain that memory of unknown worth must bring.
-    prefill_share
-        Share of the time that is prefill; None where neither phase may pay for the other.
-    parts
-        Share of a step that the MoE layers take, by window; 1 where unknown.
-    requested
-        Number of slots that was asked for; it is proposed, whatever it costs.
+    The memory of ``running`` slots costs nothing, and ``price`` is the gain that memory of unknown
+    worth must bring. ``parts`` is the share of a step that the MoE layers take, by window; 1 where
+    unknown. Slots that were ``requested`` are proposed, whatever they cost.
     """
     rows = sorted(rows, key=lambda row: row.per_device)
     by_slots = {row.per_device: row for row in rows}

@@ -24,10 +24,18 @@ from moetuner.report.advice.request import (
     Window,
     build_problem,
     count_traffic,
-    search_shortly,
     split_seen_unseen,
 )
-from moetuner.report.advice.trial import EPLB, PROPOSED, RUNNING, Key, Trial, evaluate_all, try_out
+from moetuner.report.advice.trial import (
+    EPLB,
+    PROPOSED,
+    RUNNING,
+    Key,
+    Trial,
+    evaluate_all,
+    search_shortly,
+    try_out,
+)
 from moetuner.report.advice.values import LpSplit, Moving, PhaseTimes
 from moetuner.report.recording import PHASES
 from moetuner.serving.splits import EVEN, Split

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from moetuner.evaluation.judgement import judge
-from moetuner.placement import Placement
 from moetuner.report.advice.request import Holdout, Request
 from moetuner.report.advice.trial import PROPOSED, RUNNING, Trial, evaluate_all
 from moetuner.report.advice.values import Advice, SmallStep
@@ -38,15 +37,10 @@ def find_step(request: Request, trial: Trial, holdout: Holdout, advice: Advice) 
     )
     if placement is None or problem.violations(placement):
         return None
-    step = _measure_step(request, trial, holdout, advice, placement)
-    return step if step.experts <= highest else None
-
-
-def _measure_step(
-    request: Request, trial: Trial, holdout: Holdout, advice: Advice, placement: Placement
-) -> SmallStep:
-    """Return what a step moves, and its gain on the unseen traffic of the first split."""
-    window, running = advice.main.window, trial.placements[RUNNING]
+    diff = running.diff(placement, expert_bytes=request.expert_bytes)
+    if diff.experts_moved > highest:
+        return None
+    window = advice.main.window
     evaluated = evaluate_all(request, {STEP: placement}, holdout.unseen, [window])
     judgement = judge(
         trial.evaluations[window][RUNNING],
@@ -57,5 +51,4 @@ def _measure_step(
         price=request.price,
         names=("running", STEP),
     )
-    diff = running.diff(placement, expert_bytes=request.expert_bytes)
     return SmallStep(diff.experts_moved, diff.bytes_moved, judgement.gain)

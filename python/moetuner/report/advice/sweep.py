@@ -11,9 +11,15 @@ from moetuner.cost import size_of_expert
 from moetuner.evaluation import Evaluation
 from moetuner.files.cells import counted
 from moetuner.placement import Placement
-from moetuner.report.advice.request import Holdout, Request, Window, build_problem, search_shortly
-from moetuner.report.advice.trial import RUNNING, Key, evaluate_all, find_running_placement
-from moetuner.report.advice.values import Copies
+from moetuner.report.advice.request import Holdout, Request, Window, build_problem
+from moetuner.report.advice.trial import (
+    RUNNING,
+    Key,
+    evaluate_all,
+    find_running_placement,
+    search_shortly,
+)
+from moetuner.report.advice.values import Copies, compute_part
 from moetuner.serving.engines import tokens_per_rank
 
 # Share of the gain of copies in all layers that copies in the fewest layers must bring.
@@ -25,17 +31,10 @@ NONE: Key = 0
 
 
 class Sweep(NamedTuple):
-    """Numbers of slots for copies, and the placements that were searched for them.
+    """What numbers of slots for copies gain and cost, and the placements searched for them.
 
-    Parameters
-    ----------
-    rows
-        What each number gains on the unseen traffic, and what it costs.
-    parts
-        Share of a step that the layers take with the running placement, by window, where the time
-        of a step is known.
-    placements
-        The placement of each number that was searched.
+    ``parts`` is the share of a step that the layers take with the running placement, by window,
+    where the time of a step is known.
     """
 
     rows: tuple[Copies, ...]
@@ -122,11 +121,8 @@ def _compute_gains(
             cache_share = request.memory.cache_share(more)
         rows.append(Copies(copies, gains, memory, tokens, layers, cache_tokens, cache_share))
     parts = {
-        window: min(
-            request.traffic.layers
-            * (evaluations[window][RUNNING].predicted_layer_us or 0.0)
-            / (1e3 * step_ms),
-            1.0,
+        window: compute_part(
+            evaluations[window][RUNNING].predicted_layer_us or 0.0, request.traffic.layers, step_ms
         )
         for window, step_ms in request.step_ms.items()
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 from moetuner.evaluation import Evaluation, evaluate_each
 from moetuner.evaluation.options import ReplayOptions
@@ -12,9 +12,9 @@ from moetuner.evaluation.replay import drop_groups
 from moetuner.placement import Placement, blocks
 from moetuner.problem import Problem
 from moetuner.recording import Recording
-from moetuner.report.advice.request import Holdout, Request, Window, build_problem, search
+from moetuner.report.advice.request import Holdout, Request, Window, build_problem
 from moetuner.serving.running import Running
-from moetuner.solver import Method
+from moetuner.solver import Method, solve
 from moetuner.solver.result import Result
 
 # Placements of a trial: the running one, EPLB's in as many slots as the proposed one, and the
@@ -31,6 +31,26 @@ class Trial:
     problem: Problem
     placements: dict[Key, Placement]
     evaluations: dict[Window, dict[Key, Evaluation]]
+
+
+def search(
+    request: Request,
+    problem: Problem,
+    method: Method,
+    seed: int,
+    **options: Any,
+) -> Result:
+    """Return the result of ``solve`` with further options of it; raise if interrupted."""
+    limits: dict[str, Any] = {"threads": request.threads, "time_limit": request.time_limit}
+    return solve(problem, method, seed=seed, **limits, **options).uninterrupted()
+
+
+def search_shortly(request: Request, problem: Problem) -> Placement:
+    """Return the placement of a brief search, of the request's steps if it says how many."""
+    steps = request.iterations
+    return search(
+        request, problem, "heuristic", request.seed, iterations=steps, effort="brief"
+    ).placement
 
 
 def try_out(

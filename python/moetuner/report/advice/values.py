@@ -43,12 +43,14 @@ def compute_saved_us(judgement: Judgement) -> float:
     return judgement.layers * (judgement.gain.before - judgement.gain.after)
 
 
-def share_of_step(gain: Comparison, layers: int, step_ms: float) -> Comparison:
-    """Return the gain of a whole step, of which the layers with experts are a part.
+def compute_part(us: float, layers: int, step_ms: float) -> float:
+    """Compute the share of a step that its layers take, each ``us``: at most all of it."""
+    return min(layers * us / 1e3 / step_ms, 1.0)
 
-    They are at most all of it, however long they are predicted to take.
-    """
-    part = min(layers * gain.before / 1e3 / step_ms, 1.0)
+
+def share_of_step(gain: Comparison, layers: int, step_ms: float) -> Comparison:
+    """Return the gain of a whole step, of which the layers with experts are a part."""
+    part = compute_part(gain.before, layers, step_ms)
     change = gain.change
     error = None if change.error is None else part * change.error
     value = part * change.value
@@ -104,11 +106,6 @@ class Copies(Frozen):
     def mean(self, window: int | None) -> float:
         """Return the mean gain in windows of a size."""
         return float(np.mean(self.gains[window]))
-
-    @property
-    def best_gain(self) -> float:
-        """Mean gain in the windows where it is largest."""
-        return max(map(self.mean, self.gains))
 
     def to_dict(self) -> dict[str, Any]:
         """Return fields as JSON values."""

@@ -23,7 +23,8 @@ from moetuner.evaluation import Evaluation
 from moetuner.files import replacing
 from moetuner.files.cells import finite
 from moetuner.report.advice.values import Advice
-from moetuner.report.page.data import PageData, make_results_data
+from moetuner.report.page.data import PageData
+from moetuner.report.page.making import make_results_data
 from moetuner.report.page.panels import make_panels
 from moetuner.report.page.words import as_command, unbroken
 

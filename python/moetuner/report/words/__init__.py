@@ -36,18 +36,15 @@ def say_all(
 ) -> list[str]:
     """Write findings of some roles, or all, as sentences, without those that another one covers."""
     findings, roles = list(findings), set(roles)
-    covered = {kind for finding in findings for kind in list_covered(finding.kind, voice)}
+    covered = ""
+    # On a page the headline has no times; there their sentence stands among the reasons.
+    if any(finding.kind == "gain of one size of windows" for finding in findings):
+        covered = "" if voice.is_page else "gain"
     return [
         say(finding, voice)
         for finding in findings
-        if finding.kind not in covered and (not roles or finding.role in roles)
+        if finding.kind != covered and (not roles or finding.role in roles)
     ]
-
-
-def list_covered(kind: str, voice: Voice) -> tuple[str, ...]:
-    """Return the kinds of findings whose numbers the sentence of this kind has."""
-    # On a page the headline has no times; there the sentence stands among the reasons.
-    return ("gain",) if kind == "gain of one size of windows" and not voice.is_page else ()
 
 
 def say_answer(answer: str, headline: Finding, voice: Voice = PYTHON) -> str:
