@@ -111,6 +111,12 @@ impl Slots {
         })
     }
 
+    /// Iterates over the slots that hold an expert, in rising order.
+    pub(crate) fn slots_with(&self, expert: u16) -> impl Iterator<Item = usize> + '_ {
+        let slot = move |device| self.of(usize::from(device)).find(|&slot| self.expert_in[slot] == expert);
+        self.devices(expert).filter_map(slot)
+    }
+
     /// Returns whether an edit keeps the rules of a layer, and puts no second copy on a device.
     #[inline(always)]
     fn may(&self, site: &Site, edit: Edit) -> bool {
@@ -253,6 +259,12 @@ impl Slots {
     #[inline(always)]
     pub(crate) fn lacks(&self, expert: u16, device: usize) -> bool {
         expert != EMPTY && !self.holds(expert, device)
+    }
+
+    /// Returns whether a slot's content is on a device that holds it in `running`, too; false if there is none.
+    pub(crate) fn is_home(&self, slot: usize, running: &Self) -> bool {
+        let expert = self.expert_in[slot];
+        expert != EMPTY && running.holds(expert, self.device(slot))
     }
 
     /// Returns whether a slot's content is on a device that does not hold it in `running`.
