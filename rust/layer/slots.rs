@@ -261,20 +261,10 @@ impl Slots {
         expert != EMPTY && !self.holds(expert, device)
     }
 
-    /// Returns whether a slot's content is on a device that holds it in `running`, too; false if there is none.
-    pub(crate) fn is_home(&self, slot: usize, running: &Self) -> bool {
-        let expert = self.expert_in[slot];
-        expert != EMPTY && running.holds(expert, self.device(slot))
-    }
-
-    /// Returns whether a slot's content is on a device that does not hold it in `running`.
-    pub(crate) fn is_moved(&self, slot: usize, running: &Self) -> bool {
-        running.lacks(self.expert_in[slot], self.device(slot))
-    }
-
     /// Counts the copies on devices that do not hold them in `running`.
     pub(crate) fn moved_from(&self, running: &Self) -> i64 {
-        (0..self.expert_in.len()).filter(|&slot| self.is_moved(slot, running)).count() as i64
+        let is_moved = |&slot: &usize| running.lacks(self.expert_in[slot], self.device(slot));
+        (0..self.expert_in.len()).filter(is_moved).count() as i64
     }
 
     /// Counts the copies that a move brings to devices that do not hold them in `running`, less those that it takes back.

@@ -6,7 +6,7 @@
 use super::super::budget::factor_per_copy;
 use super::super::{EMPTY, Move};
 use super::exchanges::State;
-use super::loads::{Loads, one_if, power};
+use super::loads::{one_if, power};
 use super::{Best, Steps};
 
 /// Load and time that one more copy of an expert, elsewhere, takes from a slow device that holds it.
@@ -14,17 +14,18 @@ struct Relief {
     expert: u16,
     /// Load of each copy then.
     load: f64,
-    /// Time that the slow device saves, and the power.
+    /// Time that the slow device saves.
     time: f64,
-    power: f64,
 }
 
 /// A slot, and what changes if its content is removed.
-#[derive(Clone, Copy)]
+#[derive(Clone, Default)]
 struct Target {
     slot: usize,
     device: usize,
     expert: u16,
+    /// True if there is no content, or other copies of it.
+    is_spare: bool,
     /// 1 if its content counts as a move, otherwise 0.
     is_moved: f64,
     /// Time of the slot's device without the content, its power, and the power with the content.
@@ -38,22 +39,15 @@ struct Target {
     added_power: f64,
 }
 
-/// Powers that a removal adds to devices other than the slow one, and time that it adds to the slow one: other copies take
-/// over the load.
-struct Added {
-    elsewhere: f64,
-    to_slowest: f64,
-}
-
 /// Looks for an additional copy, on the slow device or elsewhere, that gains more per copy than the best step so far.
 pub(super) fn find_copy(steps: &Steps<'_>, slow: usize, removals: &Removals, best: &mut Best) {
     let reliefs = find_reliefs(steps, slow);
-    for target in removals.spare.iter().map(|&slot| &removals.targets[slot]) {
+    for target in removals.targets.iter().filter(|target| target.is_spare) {
         let added = removals.added(steps, target, slow);
         if target.device == slow {
-            find_copy_here(steps, target, &added, best);
+            find_copy_here(steps, target, added.0, best);
         } else {
-            find_copy_elsewhere(steps, target, &added, (slow, &reliefs), best);
+            find_copy_elsewhere(steps, target, added, (slow, &reliefs), best);
         }
     }
 }
@@ -64,8 +58,7 @@ fn find_reliefs(steps: &Steps<'_>, slow: usize) -> Vec<Relief> {
     let relief = |slot: usize| {
         let expert = slots.expert_in[slot];
         let load = loads.with_one_more[usize::from(expert)];
-        let time = (loads.load_in[slot] - load) * loads.per_token[slow];
-        Relief { expert, load, time, power: loads.powers[slow] - power(loads.times[slow] - time) }
+        Relief { expert, load, time: (loads.load_in[slot] - load) * loads.per_token[slow] }
     };
     let filled = slots.of(slow).filter(|&slot| slots.expert_in[slot] != EMPTY);
     let mut reliefs: Vec<Relief> = filled.map(relief).collect();
@@ -74,15 +67,15 @@ fn find_reliefs(steps: &Steps<'_>, slow: usize) -> Vec<Relief> {
 }
 
 /// Prices copies of all experts in a slot of the slow device itself, in place of something heavier.
-fn find_copy_here(steps: &Steps<'_>, target: &Target, added: &Added, best: &mut Best) {
+fn find_copy_here(steps: &Steps<'_>, target: &Target, added_elsewhere: f64, best: &mut Best) {
     let per_token = steps.loads.per_token[target.device];
     // The gain if the new copy had no load.
-    let largest_gain = target.power - target.power_without - added.elsewhere;
+    let largest_gain = target.power - target.power_without - added_elsewhere;
     if largest_gain * factor_per_copy(1.0 - target.is_moved) <= best.gain_per_copy {
         return;
     }
     for (expert, &load) in (0..).zip(&steps.loads.with_one_more) {
-        let gain = target.power - power(target.time_without + load * per_token) - added.elsewhere;
+        let gain = target.power - power(target.time_without + load * per_token) - added_elsewhere;
         if gain * factor_per_copy(1.0 - target.is_moved) > best.gain_per_copy {
             consider(steps, target, (expert, gain), best);
         }
@@ -93,24 +86,20 @@ fn find_copy_here(steps: &Steps<'_>, target: &Target, added: &Added, best: &mut 
 fn find_copy_elsewhere(
     steps: &Steps<'_>,
     target: &Target,
-    added: &Added,
+    (added_elsewhere, added_to_slowest): (f64, f64),
     (slow, reliefs): (usize, &[Relief]),
     best: &mut Best,
 ) {
     let loads = &steps.loads;
-    let per_token = loads.per_token[target.device];
-    for &Relief { expert, load, time, power: relief } in reliefs {
-        let relief = if added.to_slowest == 0.0 {
-            relief
-        } else {
-            loads.powers[slow] - power(loads.times[slow] - time + added.to_slowest)
-        };
-        let relieved = relief - added.elsewhere + target.power;
+    let (slow_time, slow_power) = (loads.times[slow], loads.powers[slow]);
+    for &Relief { expert, load, time } in reliefs {
+        let relieved =
+            slow_power - power(slow_time - time + added_to_slowest) - added_elsewhere + target.power;
         // Even without the load of the copy this gains too little, and reliefs further on are smaller.
         if target.is_moved == 0.0 && relieved - target.power_without <= best.gain_per_copy {
             break;
         }
-        let gain = relieved - power(target.time_without + load * per_token);
+        let gain = relieved - power(target.time_without + load * loads.per_token[target.device]);
         if gain > 0.0 {
             consider(steps, target, (expert, gain), best);
         }
@@ -138,101 +127,70 @@ fn consider(steps: &Steps<'_>, target: &Target, (expert, gain): (u16, f64), best
 pub(super) struct Removals {
     /// Every slot `[P]`.
     targets: Vec<Target>,
-    /// The slots that are empty, or whose expert has other copies, in rising order.
-    spare: Vec<usize>,
     /// Sum of `added_power` over the slots of an expert `[E]`.
     added_by_expert: Vec<f64>,
 }
 
 impl Removals {
-    /// Computes what every removal would change, given the expected load of every expert `[E]`.
-    pub(super) fn new(state: State<'_>, expected: &[f64]) -> Self {
-        let slots = state.slots;
-        let all = 0..slots.expert_in.len();
-        let targets: Vec<Target> = all.clone().map(|slot| Target::new(state, slot, expected)).collect();
-        let is_spare = |&slot: &usize| slots.copies(slots.expert_in[slot]) != 1;
-        let mut added_by_expert = vec![0.0; expected.len()];
-        for target in targets.iter().filter(|target| target.expert != EMPTY) {
-            added_by_expert[usize::from(target.expert)] += target.added_power;
-        }
-        Self { targets, spare: all.filter(is_spare).collect(), added_by_expert }
+    /// Computes what every removal would change.
+    pub(super) fn new(state: State<'_>) -> Self {
+        let targets = vec![Target::default(); state.slots.expert_in.len()];
+        let mut removals = Self { targets, added_by_expert: vec![0.0; state.expected.len()] };
+        removals.update(state, 0..state.slots.expert_in.len());
+        removals
     }
 
-    /// Computes anew what an exchange of slots `p` and `q` has changed.
-    pub(super) fn exchange(&mut self, state: State<'_>, [p, q]: [usize; 2], expected: &[f64]) {
+    /// Computes anew the slots of devices that have changed.
+    pub(super) fn update(&mut self, state: State<'_>, changed: impl Iterator<Item = usize> + Clone) {
         let slots = state.slots;
-        let place = |slot: usize| self.spare.binary_search(&slot);
-        let spare_moved = match (place(p), place(q)) {
-            (Ok(at), Err(_)) => Some((at, q)),
-            (Err(_), Ok(at)) => Some((at, p)),
-            _ => None,
-        };
-        if let Some((at, slot)) = spare_moved {
-            self.spare.remove(at);
-            self.spare.insert(self.spare.partition_point(|&other| other < slot), slot);
+        for slot in changed.clone() {
+            self.targets[slot] = Target::new(state, slot);
         }
-        let changed = || [p, q].into_iter().flat_map(|slot| slots.of(slots.device(slot)));
-        for slot in changed() {
-            self.targets[slot] = Target::new(state, slot, expected);
-        }
-        for expert in changed().map(|slot| slots.expert_in[slot]).filter(|&e| slots.copies(e) > 1) {
+        for expert in changed.map(|slot| slots.expert_in[slot]).filter(|&e| slots.copies(e) > 1) {
             let added = slots.slots_with(expert).map(|slot| self.targets[slot].added_power);
             self.added_by_expert[usize::from(expert)] = added.sum();
         }
     }
 
-    /// Returns what a removal adds to other devices.
-    fn added(&self, steps: &Steps<'_>, target: &Target, slow: usize) -> Added {
+    /// Returns what a removal adds to the powers of devices other than the slow one, and to the time of the slow one.
+    fn added(&self, steps: &Steps<'_>, target: &Target, slow: usize) -> (f64, f64) {
         let (slots, expert) = (&steps.slots, target.expert);
         if expert == EMPTY {
-            return Added { elsewhere: 0.0, to_slowest: 0.0 };
+            return (0.0, 0.0);
         }
         let elsewhere = self.added_by_expert[usize::from(expert)] - target.added_power;
         let on_slow = (target.device != slow && slots.holds(expert, slow))
             .then(|| slots.of(slow).find(|&other| slots.expert_in[other] == expert))
             .flatten();
-        match on_slow {
-            Some(other) => Added {
-                elsewhere: elsewhere - self.targets[other].added_power,
-                to_slowest: target.added_load * steps.loads.per_token[slow],
-            },
-            None => Added { elsewhere, to_slowest: 0.0 },
-        }
+        on_slow.map_or((elsewhere, 0.0), |other| {
+            let added_to_slowest = target.added_load * steps.loads.per_token[slow];
+            (elsewhere - self.targets[other].added_power, added_to_slowest)
+        })
     }
 }
 
 impl Target {
     /// Computes what the removal of a slot's content would change.
-    fn new(state: State<'_>, slot: usize, expected: &[f64]) -> Self {
-        let State { slots, running, loads } = state;
+    fn new(State { slots, running, loads, expected }: State<'_>, slot: usize) -> Self {
         let (device, expert) = (slots.device(slot), slots.expert_in[slot]);
-        let (mut tokens_left, mut added_load, mut added_power) = (0.0, 0.0, 0.0);
-        if slots.copies(expert) > 1 {
-            tokens_left = expected[usize::from(expert)] / f64::from(slots.copies(expert) - 1);
-            added_load = loads.with_variance(tokens_left) - loads.load_in[slot];
-            added_power = loads.added_power(device, added_load);
-        }
         let time_without = loads.times[device] - loads.load_in[slot] * loads.per_token[device];
-        let is_moved = one_if(running.lacks(expert, device));
-        let (power_without, power) = (power(time_without), loads.powers[device]);
-        Self {
+        let mut target = Self {
             slot,
             device,
             expert,
-            is_moved,
+            is_spare: slots.copies(expert) != 1,
+            is_moved: one_if(running.lacks(expert, device)),
             time_without,
-            power_without,
-            power,
-            tokens_left,
-            added_load,
-            added_power,
+            power_without: power(time_without),
+            power: loads.powers[device],
+            ..Self::default()
+        };
+        if slots.copies(expert) > 1 {
+            target.tokens_left = expected[usize::from(expert)] / f64::from(slots.copies(expert) - 1);
+            target.added_load = loads.with_variance(target.tokens_left) - loads.load_in[slot];
+            let time = loads.times[device] + target.added_load * loads.per_token[device];
+            target.added_power = power(time) - target.power;
         }
-    }
-}
-
-impl Loads {
-    /// Returns what more load adds to the power of a device's time.
-    fn added_power(&self, device: usize, load: f64) -> f64 {
-        power(self.times[device] + load * self.per_token[device]) - self.powers[device]
+        target
     }
 }

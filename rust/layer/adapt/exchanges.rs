@@ -1,25 +1,25 @@
 //! The best exchange of a slot of a slow device with a slot elsewhere: choose the partners, price all exchanges at once,
 //! take the best one that the rules allow.
 
-use std::cmp::Ordering;
-
 use super::super::budget::factor_per_copy;
 use super::super::{EMPTY, Slots};
-use super::loads::{LANES, Loads, largest, one_if, power};
+use super::loads::{Loads, largest, one_if, power};
 
 /// Devices that a slow one may exchange slots with: the fastest, so many quarters of all.
 const PARTNER_QUARTERS: usize = 3;
 
-/// A layer's slots as they stand, the slots that run, and the loads of the former.
+/// A layer's slots as they stand, the slots that run, and the loads of the former, given what experts are expected to have.
 #[derive(Clone, Copy)]
 pub(super) struct State<'a> {
     pub(super) slots: &'a Slots,
     pub(super) running: &'a Slots,
     pub(super) loads: &'a Loads,
+    pub(super) expected: &'a [f64],
 }
 
 /// Slots that a slow device may exchange one of its own with. Tables have a row for every slot of the layer, so that vectors
 /// can price them.
+#[derive(Default)]
 pub(super) struct Partners {
     /// Devices `[D]`, the slowest first, of equals the first.
     pub(super) order: Vec<usize>,
@@ -42,45 +42,38 @@ pub(super) struct Partners {
 impl Partners {
     /// Gathers all slots of a layer.
     pub(super) fn new(state: State<'_>) -> Self {
-        let State { slots, running, loads } = state;
-        let all = 0..slots.expert_in.len();
-        let by_slot =
-            |of_device: &[f64]| all.clone().map(|slot| of_device[slots.device(slot)]).collect::<Vec<_>>();
-        let mut order: Vec<usize> = (0..loads.times.len()).collect();
-        order.sort_unstable_by(|&g, &h| slower_first(&loads.times, g, h));
-        let [time, copies, gain_per_copy] = std::array::from_fn(|_| vec![0.0; all.len()]);
-        Self {
-            order,
-            time_in: by_slot(&loads.times),
-            power_in: by_slot(&loads.powers),
-            per_token_in: by_slot(&loads.per_token),
-            is_home: all.clone().map(|slot| one_if(slots.is_home(slot, running))).collect(),
-            time,
-            copies,
-            least_load: f64::INFINITY,
-            gain_per_copy,
+        let mut partners = Self::default();
+        let Self { time_in, power_in, per_token_in, is_home, time, copies, gain_per_copy, .. } =
+            &mut partners;
+        for table in [time_in, power_in, per_token_in, is_home, time, copies, gain_per_copy] {
+            table.resize(state.slots.expert_in.len(), 0.0);
         }
+        partners.update(state, &(0..state.loads.times.len()).collect::<Vec<_>>());
+        partners
     }
 
-    /// Gathers anew what an exchange of slots `p` and `q` has changed.
-    pub(super) fn exchange(&mut self, state: State<'_>, [p, q]: [usize; 2]) {
-        let State { slots, running, loads } = state;
-        let changed = [slots.device(p), slots.device(q)];
-        self.order.retain(|device| !changed.contains(device));
-        for device in changed {
-            let at = self.order.partition_point(|&other| slower_first(&loads.times, other, device).is_lt());
+    /// Gathers the slots of devices that have changed.
+    pub(super) fn update(&mut self, State { slots, running, loads, .. }: State<'_>, devices: &[usize]) {
+        self.order.retain(|device| !devices.contains(device));
+        for &device in devices {
+            let time = loads.times[device];
+            let is_slower =
+                |other: &usize| time.total_cmp(&loads.times[*other]).then(other.cmp(&device)).is_lt();
+            let at = self.order.partition_point(is_slower);
             self.order.insert(at, device);
             self.time_in[slots.of(device)].fill(loads.times[device]);
             self.power_in[slots.of(device)].fill(loads.powers[device]);
-        }
-        for slot in [p, q] {
-            self.is_home[slot] = one_if(slots.is_home(slot, running));
+            self.per_token_in[slots.of(device)].fill(loads.per_token[device]);
+            for slot in slots.of(device) {
+                let expert = slots.expert_in[slot];
+                self.is_home[slot] = one_if(expert != EMPTY && running.holds(expert, device));
+            }
         }
     }
 
     /// Chooses the slots of the fastest devices, for exchanges with a slow one.
     pub(super) fn choose(&mut self, state: State<'_>, slow: usize) {
-        let State { slots, running, loads } = state;
+        let State { slots, running, loads, .. } = state;
         let slowest = self.order.len() - (self.order.len() * PARTNER_QUARTERS).div_ceil(4);
         self.time.copy_from_slice(&self.time_in);
         for &device in self.order[..slowest].iter().chain([&slow]) {
@@ -105,7 +98,7 @@ impl Partners {
         limit: f64,
         is_allowed: impl Fn(usize) -> bool,
     ) -> Option<(f64, usize)> {
-        let State { slots, running, loads } = state;
+        let State { slots, running, loads, .. } = state;
         let (device, expert) = (slots.device(slot), slots.expert_in[slot]);
         let (load, time, per_token) = (loads.load_in[slot], loads.times[device], loads.per_token[device]);
         // The lightest partner relieves this device most: no exchange that moves one copy gains more than this.
@@ -125,7 +118,10 @@ impl Partners {
             if gain <= limit {
                 break;
             }
-            let row = self.find(gain).unwrap_or_default();
+            // Of equals the first one of the slowest device.
+            let equals = (0..self.time.len()).filter(|&row| self.gain_per_copy[row] >= gain);
+            let row =
+                equals.reduce(|a, b| if self.time[b] > self.time[a] { b } else { a }).unwrap_or_default();
             if is_allowed(row) {
                 best = Some((gain, row));
                 break;
@@ -142,22 +138,6 @@ impl Partners {
         }
         best
     }
-
-    /// Returns the slot that gains so much; of equals the first one of the slowest device.
-    fn find(&self, gain: f64) -> Option<usize> {
-        // A count has no early end, so that vectors can compare.
-        let has_one = |gains: &[f64]| gains.iter().filter(|other| **other >= gain).count() > 0;
-        let chunks = self.gain_per_copy.chunks(LANES).enumerate();
-        let rows = chunks.filter(|(_, gains)| has_one(gains));
-        let rows = rows.flat_map(|(chunk, gains)| (chunk * LANES..).zip(gains));
-        let equals = rows.filter(|(_, other)| **other >= gain).map(|(row, _)| row);
-        equals.reduce(|a, b| if self.time[b] > self.time[a] { b } else { a })
-    }
-}
-
-/// Orders two devices: the slower one first, of equals the one with the lower number.
-fn slower_first(times: &[f64], g: usize, h: usize) -> Ordering {
-    times[h].total_cmp(&times[g]).then(g.cmp(&h))
 }
 
 /// Returns the least load of slots whose time is finite; `negative` is scratch memory.

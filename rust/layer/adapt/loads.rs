@@ -1,6 +1,6 @@
 //! Times of devices and loads of slots, as steps see them.
 
-use super::super::{Site, Slots};
+use super::super::{LANES, Site, Slots};
 
 /// The norm of device times has order 2 to the power of this. The slowest device counts most, and so do those that are
 /// nearly as slow, which may be the slowest under the next load.
@@ -12,9 +12,6 @@ pub(super) const NORM: f64 = (1 << DOUBLINGS) as f64;
 pub(super) fn power(time: f64) -> f64 {
     super::super::power(time, DOUBLINGS)
 }
-
-/// Numbers that are compared together.
-pub(super) const LANES: usize = 8;
 
 /// Returns the largest of numbers, or `least` if none is larger.
 #[inline(always)]

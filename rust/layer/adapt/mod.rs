@@ -71,14 +71,14 @@ pub fn adapt_layers(
 ) -> Result<Vec<(Vec<u16>, [Choice; 2])>> {
     check(load, experts)?;
     let idle = vec![0.0; experts];
+    // Loads that sum to too little to divide by are none.
+    let is_idle = |load: &[f64]| load.iter().sum::<f64>() < LEAST;
     let layers = || load.chunks_exact(experts).map(|load| if is_idle(load) { &idle[..] } else { load });
     let slots = running.iter().zip(sites).map(|(running, site)| Slots::new(&site.capacity, experts, running));
     let running: Vec<Slots> = slots.collect();
-    let is_shaped: Vec<bool> = running
-        .iter()
-        .zip(repack)
-        .map(|(slots, repack)| !repack && slots.copies.iter().all(|&copies| copies > 0))
-        .collect();
+    let has_all = |slots: &Slots| slots.copies.iter().all(|&copies| copies > 0);
+    let is_shaped = running.iter().zip(repack).map(|(slots, repack)| !repack && has_all(slots));
+    let is_shaped: Vec<bool> = is_shaped.collect();
     let shaped = layers().zip(sites).zip(&running).zip(&is_shaped).filter(|(_, shaped)| **shaped);
     let change =
         LoadChange::estimate_from_imbalance(shaped.map(|(layer, _)| layer), effort.spending.deviations);
@@ -96,14 +96,9 @@ pub fn adapt_layers(
     let choices: Vec<&[Choice]> = all.iter().map(|steps| &steps.choices[..]).collect();
     let chosen = choose(&choices, change.require_gain_beyond_chance(effort.spending));
     let end = |(steps, at): (&Steps<'_>, usize)| {
-        (steps.running.keep_slots(&steps.contents(at)), [steps.choices[0], steps.choices[at]])
+        (steps.running.keep_slots(&steps.end(at).expert_in), [steps.choices[0], steps.choices[at]])
     };
     Ok(all.iter().zip(chosen).map(end).collect())
-}
-
-/// Returns whether a layer's loads sum to nothing, or to too little to divide by.
-fn is_idle(load: &[f64]) -> bool {
-    load.iter().sum::<f64>() < LEAST
 }
 
 /// Takes steps from running slots as long as they gain, and adds a packing from scratch as one more choice.
@@ -121,7 +116,8 @@ fn improve<'a>(
     let devices = site.devices();
     let is_new = running.expert_in.iter().all(|&e| e == EMPTY);
     let mut packed = None;
-    if is_new || effort.steps > 0 && site.has_equal_devices() {
+    let is_even = site.has_equal_speeds() && site.capacity.iter().all(|slots| *slots == site.capacity[0]);
+    if is_new || effort.steps > 0 && is_even {
         packed = Some(fill(site, &expected, effort.trials)?);
     }
     let mut first = packed.take_if(|_| is_new).unwrap_or_else(|| running.clone());
@@ -134,7 +130,7 @@ fn improve<'a>(
     let mut steps = Steps {
         site,
         measured,
-        start: first.expert_in.clone(),
+        start: first.clone(),
         candidates: None,
         moves: first.moved_from(&running),
         slots: first,
@@ -143,7 +139,6 @@ fn improve<'a>(
         loads,
         choices: vec![],
         taken: vec![],
-        packing: None,
     };
     steps.record();
     // No step starts from slots that no load has shaped: experts that are neighbours there are often busy together, which
@@ -203,12 +198,10 @@ struct Steps<'a> {
     loads: Loads,
     /// What steps choose among, in one part by [`exchanges`] and one by [`copies`]; nothing once copies were added.
     candidates: Option<(Partners, Removals)>,
-    /// The start, the end of every step, and the packing from scratch if it is a choice.
-    choices: Vec<Choice>,
-    /// Contents of all slots `[P]` at the start, the steps that were taken, and the contents of the packing.
-    start: Vec<u16>,
+    /// The start, the steps from there, and what was recorded of it and after every step.
+    start: Slots,
     taken: Vec<Move>,
-    packing: Option<Vec<u16>>,
+    choices: Vec<Choice>,
 }
 
 impl Steps<'_> {
@@ -220,19 +213,14 @@ impl Steps<'_> {
         self.choices.push(Choice { moves, slowest, cost: norm * self.loads.mean });
     }
 
-    /// Returns the contents of all slots `[P]` at a choice.
-    fn contents(&self, choice: usize) -> Vec<u16> {
-        if let (Some(packing), true) = (&self.packing, choice + 1 == self.choices.len()) {
-            return packing.clone();
+    /// Returns the slots of a choice: after so many steps or, if it comes after all steps, packed from scratch.
+    fn end(&self, choice: usize) -> Slots {
+        let Some(steps) = self.taken.get(..choice) else { return self.slots.clone() };
+        let mut slots = self.start.clone();
+        for &step in steps {
+            slots.apply(step);
         }
-        let mut contents = self.start.clone();
-        for &step in &self.taken[..choice] {
-            match step {
-                Move::Swap(p, q) => contents.swap(p, q),
-                Move::Put(slot, expert) => contents[slot] = expert,
-            }
-        }
-        contents
+        slots
     }
 
     /// Takes steps as long as they gain, up to a number of them.
@@ -264,9 +252,7 @@ impl Steps<'_> {
                 packing.cost >= best.cost * (1.0 - min_gain * further_moves / slots)
             })
         };
-        if self.choices.pop_if(is_behind).is_none() {
-            self.packing = Some(self.slots.expert_in.clone());
-        }
+        self.choices.pop_if(is_behind);
         Ok(())
     }
 
@@ -307,8 +293,8 @@ impl Steps<'_> {
     fn relieve(&mut self, min_gain: f64) -> bool {
         let mut best = Best { gain_per_copy: self.loads.total * NORM * min_gain, step: None };
         let candidates = self.candidates.take();
-        let (mut partners, removals) = candidates
-            .unwrap_or_else(|| (Partners::new(self.state()), Removals::new(self.state(), &self.expected)));
+        let (mut partners, removals) =
+            candidates.unwrap_or_else(|| (Partners::new(self.state()), Removals::new(self.state())));
         for at in 0..SLOWEST.min(partners.order.len()) {
             let slow = partners.order[at];
             if self.loads.times[slow] <= 1.0 {
@@ -326,7 +312,7 @@ impl Steps<'_> {
 
     /// Returns the slots as they stand, for what steps choose among.
     fn state(&self) -> State<'_> {
-        State { slots: &self.slots, running: &self.running, loads: &self.loads }
+        State { slots: &self.slots, running: &self.running, loads: &self.loads, expected: &self.expected }
     }
 
     /// Looks for an exchange between a slow device and faster ones that gains more per copy than the best step so far.
@@ -347,15 +333,16 @@ impl Steps<'_> {
         self.moves += self.slots.brings(&self.running, step);
         self.slots.apply(step);
         self.taken.push(step);
-        let candidates = self.candidates.take();
+        let mut candidates = self.candidates.take();
         match step {
             Move::Swap(p, q) => {
                 self.loads.exchange([p, q], self.site, self.measured, &self.slots);
-                self.candidates = candidates.map(|(mut partners, mut removals)| {
-                    partners.exchange(self.state(), [p, q]);
-                    removals.exchange(self.state(), [p, q], &self.expected);
-                    (partners, removals)
-                });
+                if let Some((partners, removals)) = &mut candidates {
+                    let devices = [p, q].map(|slot| self.slots.device(slot));
+                    partners.update(self.state(), &devices);
+                    removals.update(self.state(), devices.into_iter().flat_map(|g| self.slots.of(g)));
+                }
+                self.candidates = candidates;
             }
             Move::Put(..) => {
                 let (loads, square) = ([self.measured, &self.expected], self.loads.square);
