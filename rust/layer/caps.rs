@@ -22,12 +22,9 @@ impl<'a> Caps<'a> {
             return None;
         }
         let mut load = vec![0.0; layer.devices()];
-        for e in 0..layer.experts as u16 {
-            let devices: Vec<u16> = slots.devices(e).collect();
-            for &device in &devices {
-                let share = layer.site.share(&devices, device) * layer.site.time[usize::from(device)];
-                load[usize::from(device)] += layer.load[usize::from(e)] * share;
-            }
+        for Share { expert, device, after, .. } in layer.copies(slots) {
+            let share = after * layer.site.time[usize::from(device)];
+            load[usize::from(device)] += layer.load[usize::from(expert)] * share;
         }
         Some(Self { layer, load })
     }

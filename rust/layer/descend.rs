@@ -324,17 +324,12 @@ impl<'a> Descent<'a> {
         self.choose(moves_left);
     }
 
-    /// Returns the load above the layer's cap, as a part of the cap.
-    fn excess(&self) -> f64 {
-        self.terms.excess()
-    }
-
     /// Takes all steps of the layer, where other layers do not change what they gain.
     ///
     /// Where copies cost, only the devices whose slots a step changes are searched again after it: the tokens of an expert
     /// with many copies change on most devices. All are searched when no step is left.
     fn descend(mut self) -> LayerSteps {
-        let (excess, mut taken) = (self.excess(), Vec::new());
+        let (excess, mut taken) = (self.terms.excess(), Vec::new());
         let is_lazy = self.layer.charges_copies() && self.layer.has_spare();
         while let Some(choice) = self.top.filter(|_| !self.control.stopped()) {
             self.control.count(1);
@@ -344,7 +339,7 @@ impl<'a> Descent<'a> {
                 touched = written.map(|(slot, _)| self.slots.device(slot) as u16).to_vec();
             }
             self.choose_next(&touched, UNLIMITED);
-            taken.push(Taken { choice, written, excess: self.excess() });
+            taken.push(Taken { choice, written, excess: self.terms.excess() });
         }
         LayerSteps { excess, taken }
     }
@@ -436,7 +431,7 @@ pub fn descend(
         for descent in &mut all[neighbours] {
             descent.choose_next(&touched, max_moves - moved);
         }
-        let excess = all.iter().map(Descent::excess).sum();
+        let excess = all.iter().map(|descent| descent.terms.excess()).sum();
         steps.push(Step { layer: l, written, moved, excess, change });
     }
     steps
@@ -484,7 +479,7 @@ mod tests {
             let slots = Slots::new(&layer.site.capacity, experts, &halves.concat());
             let control = Control::new(None);
             let mut descent = Descent::new(&layer, slots.clone(), &slots, None, &control);
-            prop_assume!(descent.excess() > 0.0);
+            prop_assume!(descent.terms.excess() > 0.0);
             descent.search_pairs(|_| true);
             let smallest = descent.smallest_gain();
             for (g, h) in (0..devices).flat_map(|g| (g + 1..devices).map(move |h| (g, h))) {

@@ -21,6 +21,7 @@ pub mod turns;
 pub use crate::replay::Split;
 pub use budget::{Choice, Spending, choose};
 pub use rules::Rules;
+use slots::Share;
 pub use slots::{EMPTY, Move, Slots};
 use terms::Costs;
 use terms::windows::Windows;
@@ -71,11 +72,6 @@ impl Site {
     /// Returns whether all devices have the same time per token.
     pub(crate) fn has_equal_speeds(&self) -> bool {
         self.time.iter().all(|time| time.to_bits() == self.time[0].to_bits())
-    }
-
-    /// Returns whether all devices have the same time per token and number of slots.
-    pub(crate) fn has_equal_devices(&self) -> bool {
-        self.has_equal_speeds() && self.capacity.iter().all(|slots| *slots == self.capacity[0])
     }
 
     /// Returns the tokens that all devices together serve while the slowest serves one.
@@ -134,6 +130,18 @@ impl Layer {
     #[must_use]
     pub fn slots(&self) -> usize {
         self.site.capacity.iter().sum()
+    }
+
+    /// Iterates over all copies in slots, each as if it had just come with the share that it serves.
+    pub(crate) fn copies<'a>(&'a self, slots: &'a Slots) -> impl Iterator<Item = Share> + 'a {
+        (0..self.experts as u16).flat_map(|expert| {
+            let devices: Vec<u16> = slots.devices(expert).collect();
+            let arrival = |&device: &u16| {
+                let after = self.site.share(&devices, device);
+                Share { expert, device, before: 0.0, after }
+            };
+            devices.iter().map(arrival).collect::<Vec<_>>()
+        })
     }
 
     /// Returns whether there are spare slots, which may hold further copies.

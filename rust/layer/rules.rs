@@ -110,11 +110,6 @@ impl Rules {
         pinned.map(move |at| ((at / devices) as u16, at % devices))
     }
 
-    /// Returns the number of copies that an expert must have, of which so many are pinned.
-    pub(super) fn least_copies(&self, pinned: u32) -> u32 {
-        pinned.max(self.min_copies)
-    }
-
     /// Returns how many copies each expert may have, besides those that are pinned, on devices of so many slots `[D]`.
     pub(super) fn max_copies_of<'a>(&'a self, capacity: &'a [usize]) -> impl Fn(usize) -> u32 + use<'a> {
         let devices = capacity.len();

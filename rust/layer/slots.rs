@@ -111,6 +111,12 @@ impl Slots {
         })
     }
 
+    /// Iterates over the slots that hold an expert, in rising order.
+    pub(crate) fn slots_with(&self, expert: u16) -> impl Iterator<Item = usize> + '_ {
+        let slot = move |device| self.of(usize::from(device)).find(|&slot| self.expert_in[slot] == expert);
+        self.devices(expert).filter_map(slot)
+    }
+
     /// Returns whether an edit keeps the rules of a layer, and puts no second copy on a device.
     #[inline(always)]
     fn may(&self, site: &Site, edit: Edit) -> bool {
@@ -255,14 +261,10 @@ impl Slots {
         expert != EMPTY && !self.holds(expert, device)
     }
 
-    /// Returns whether a slot's content is on a device that does not hold it in `running`.
-    pub(crate) fn is_moved(&self, slot: usize, running: &Self) -> bool {
-        running.lacks(self.expert_in[slot], self.device(slot))
-    }
-
     /// Counts the copies on devices that do not hold them in `running`.
     pub(crate) fn moved_from(&self, running: &Self) -> i64 {
-        (0..self.expert_in.len()).filter(|&slot| self.is_moved(slot, running)).count() as i64
+        let is_moved = |&slot: &usize| running.lacks(self.expert_in[slot], self.device(slot));
+        (0..self.expert_in.len()).filter(is_moved).count() as i64
     }
 
     /// Counts the copies that a move brings to devices that do not hold them in `running`, less those that it takes back.

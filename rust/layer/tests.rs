@@ -86,8 +86,7 @@ fn weighted(traffic: &Traffic, experts: usize) -> Vec<f64> {
 /// Computes the cost of windows by definition, in weighted tokens.
 fn window_cost(layer: &Layer, slots: &Slots, traffic: &Traffic) -> f64 {
     let (experts, devices) = (layer.experts, layer.devices());
-    let weighted = traffic.load.chunks(experts).zip(&traffic.weight);
-    let rows: Vec<Vec<f64>> = weighted.map(|(row, w)| row.iter().map(|x| x * w).collect()).collect();
+    let rows: Vec<Vec<f64>> = weighted(traffic, experts).chunks(experts).map(<[f64]>::to_vec).collect();
     let parts: Vec<Vec<f64>> = (0..devices)
         .map(|g| (0..experts).map(|e| share(layer, slots, e, g) * layer.site.time[g]).collect())
         .collect();
@@ -453,8 +452,8 @@ proptest! {
     #[test]
     fn devices_are_joined(experts in 1usize..24, devices in 1usize..7, more in 0usize..4, rules: bool, seed: u64) {
         let mut random = Random::new(seed, 0);
-        let site = Site { split: Split::Even, ..site(&mut random, experts, devices, rules) };
-        let mut site = Site { time: vec![1.0; devices], ..site };
+        let (time, split) = (vec![1.0; devices], Split::Even);
+        let mut site = Site { time, split, ..site(&mut random, experts, devices, rules) };
         site.capacity.iter_mut().for_each(|slots| *slots = experts.div_ceil(devices) + more);
         let traffic = traffic(&mut random, experts);
         let mut layer = layer(site, &traffic, experts, Measure::Peak);

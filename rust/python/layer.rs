@@ -404,8 +404,7 @@ impl Layers {
             };
             slots.into_par_iter().zip(layers).map(complete_layer).collect()
         };
-        let placements: Vec<Slots> = detached(py, threads, work)?;
-        self.write_slots(py, &placements)
+        self.write_slots(py, &detached::<Vec<Slots>>(py, threads, work)?)
     }
 
     /// Returns whether devices are to hold experts [N,D,E] of some layers [N], by the fewest moves from `running` [L,D,E].
@@ -523,8 +522,7 @@ pub(super) fn adapt_slots<'py>(
     shaped("slots", slots.shape(), &[l, d, per_device])?;
     shaped("fresh", fresh.shape(), &[l])?;
     check_slots("slots", d, per_device)?;
-    let (load, time) = (load.as_slice()?, time.as_slice()?);
-    let fresh = fresh.as_slice()?;
+    let (load, time, fresh) = (load.as_slice()?, time.as_slice()?, fresh.as_slice()?);
     let capacity = vec![per_device; d];
     let sites = vec![Site::plain(capacity.clone(), time.to_vec()); l];
     let rows = slots.as_slice()?.chunks_exact((d * per_device).max(1));
@@ -538,6 +536,25 @@ pub(super) fn adapt_slots<'py>(
     Ok((slots, before, after, all.iter().map(|(_, [_, after])| after.moves).collect()))
 }
 
+/// Returns slots [L,D,S] that `work` makes of those of every layer and of its running ones; it gets their capacity first.
+fn map_layers<'py>(
+    py: Python<'py>,
+    slots: &PyReadonlyArray3<'py, i32>,
+    running: &PyReadonlyArray3<'py, i32>,
+    work: impl Fn(&[usize], &[u16], &[u16]) -> Vec<u16> + Sync,
+) -> PyResult<Bound<'py, PyArray3<i32>>> {
+    let [_, d, per_device] = sizes(slots.shape());
+    shaped("running", running.shape(), slots.shape())?;
+    check_slots("slots", d, per_device)?;
+    let site = Site::plain(vec![per_device; d], vec![1.0; d]);
+    let (slots, running, size) = (slots.as_slice()?, running.as_slice()?, (d * per_device).max(1));
+    let contents = |rows| read_contents(rows, per_device, &site.capacity);
+    let layers = slots.chunks_exact(size).zip(running.chunks_exact(size));
+    let layer = |(slots, running)| work(&site.capacity, &contents(slots), &contents(running));
+    let all = alone(py, || layers.map(layer).collect::<Vec<_>>())?;
+    slots_array(py, all.iter().map(|contents| (&contents[..], &site)), [d, per_device])
+}
+
 #[pyfunction]
 pub(super) fn match_devices<'py>(
     py: Python<'py>,
@@ -545,17 +562,10 @@ pub(super) fn match_devices<'py>(
     running: PyReadonlyArray3<'py, i32>,
     experts: usize,
 ) -> PyResult<Bound<'py, PyArray3<i32>>> {
-    let [_, d, per_device] = sizes(packed.shape());
-    shaped("running", running.shape(), packed.shape())?;
-    check_slots("packed", d, per_device)?;
-    let site = Site::plain(vec![per_device; d], vec![1.0; d]);
-    let (packed, running) = (packed.as_slice()?, running.as_slice()?);
-    let slots = |rows| Slots::new(&site.capacity, experts, &read_contents(rows, per_device, &site.capacity));
-    let size = (d * per_device).max(1);
-    let layers = packed.chunks_exact(size).zip(running.chunks_exact(size));
-    let matched = |(packed, running)| keep_devices(&slots(packed), &slots(running), &site.capacity);
-    let all = alone(py, || layers.map(matched).collect::<Vec<_>>())?;
-    slots_array(py, all.iter().map(|slots| (&slots.expert_in[..], &site)), [d, per_device])
+    map_layers(py, &packed, &running, |capacity, packed, running| {
+        let slots = |contents| Slots::new(capacity, experts, contents);
+        keep_devices(&slots(packed), &slots(running), capacity).expert_in
+    })
 }
 
 #[pyfunction]
@@ -580,19 +590,9 @@ pub(super) fn keep_slots<'py>(
     slots: PyReadonlyArray3<'py, i32>,
     experts: usize,
 ) -> PyResult<Bound<'py, PyArray3<i32>>> {
-    let [_, d, per_device] = sizes(slots.shape());
-    shaped("running", running.shape(), slots.shape())?;
-    check_slots("slots", d, per_device)?;
-    let site = Site::plain(vec![per_device; d], vec![1.0; d]);
-    let (running, slots) = (running.as_slice()?, slots.as_slice()?);
-    let contents = |rows| read_contents(rows, per_device, &site.capacity);
-    let size = (d * per_device).max(1);
-    let layers = running.chunks_exact(size).zip(slots.chunks_exact(size));
-    let keep = |(running, slots)| {
-        Slots::new(&site.capacity, experts, &contents(running)).keep_slots(&contents(slots))
-    };
-    let all = alone(py, || layers.map(keep).collect::<Vec<_>>())?;
-    slots_array(py, all.iter().map(|contents| (&contents[..], &site)), [d, per_device])
+    map_layers(py, &slots, &running, |capacity, slots, running| {
+        Slots::new(capacity, experts, running).keep_slots(slots)
+    })
 }
 
 #[pyfunction]

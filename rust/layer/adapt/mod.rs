@@ -23,9 +23,9 @@ use super::{EMPTY, Move, Site, Slots, root};
 use crate::assignment::assign_pairs;
 use crate::error::Result;
 pub(super) use change::LoadChange;
-use copies::{Removal, find_copy};
+use copies::{Removals, find_copy};
 use exchanges::{Partners, State};
-use loads::{DOUBLINGS, Loads, NORM};
+use loads::{DOUBLINGS, Loads, NORM, largest};
 
 /// Limits on the work of adapting, and on moves.
 #[derive(Debug, Clone, Copy)]
@@ -52,8 +52,6 @@ const FINE_GAIN: f64 = 2e-6;
 const REPACK_GAIN: f64 = 0.002;
 /// Devices that a step may relieve: the slowest; the next one only if no step relieves those before it.
 const SLOWEST: usize = 3;
-/// Devices that a slow one may exchange slots with: the fastest, so many quarters of all.
-const PARTNER_QUARTERS: usize = 3;
 
 /// Returns better slots than those that run `[L][P]`, for loads `[L, E]`: for every layer the new contents of its slots,
 /// with the choice that it was and the one that it became.
@@ -73,14 +71,14 @@ pub fn adapt_layers(
 ) -> Result<Vec<(Vec<u16>, [Choice; 2])>> {
     check(load, experts)?;
     let idle = vec![0.0; experts];
+    // Loads that sum to too little to divide by are none.
+    let is_idle = |load: &[f64]| load.iter().sum::<f64>() < LEAST;
     let layers = || load.chunks_exact(experts).map(|load| if is_idle(load) { &idle[..] } else { load });
     let slots = running.iter().zip(sites).map(|(running, site)| Slots::new(&site.capacity, experts, running));
     let running: Vec<Slots> = slots.collect();
-    let is_shaped: Vec<bool> = running
-        .iter()
-        .zip(repack)
-        .map(|(slots, repack)| !repack && slots.copies.iter().all(|&copies| copies > 0))
-        .collect();
+    let has_all = |slots: &Slots| slots.copies.iter().all(|&copies| copies > 0);
+    let is_shaped = running.iter().zip(repack).map(|(slots, repack)| !repack && has_all(slots));
+    let is_shaped: Vec<bool> = is_shaped.collect();
     let shaped = layers().zip(sites).zip(&running).zip(&is_shaped).filter(|(_, shaped)| **shaped);
     let change =
         LoadChange::estimate_from_imbalance(shaped.map(|(layer, _)| layer), effort.spending.deviations);
@@ -98,14 +96,9 @@ pub fn adapt_layers(
     let choices: Vec<&[Choice]> = all.iter().map(|steps| &steps.choices[..]).collect();
     let chosen = choose(&choices, change.require_gain_beyond_chance(effort.spending));
     let end = |(steps, at): (&Steps<'_>, usize)| {
-        (steps.running.keep_slots(&steps.contents[at]), [steps.choices[0], steps.choices[at]])
+        (steps.running.keep_slots(&steps.end(at).expert_in), [steps.choices[0], steps.choices[at]])
     };
     Ok(all.iter().zip(chosen).map(end).collect())
-}
-
-/// Returns whether a layer's loads sum to nothing, or to too little to divide by.
-fn is_idle(load: &[f64]) -> bool {
-    load.iter().sum::<f64>() < LEAST
 }
 
 /// Takes steps from running slots as long as they gain, and adds a packing from scratch as one more choice.
@@ -120,10 +113,11 @@ fn improve<'a>(
     variance: f64,
     effort: Effort,
 ) -> Placed<Steps<'a>> {
-    let (slots, devices) = (running.expert_in.len(), site.devices());
+    let devices = site.devices();
     let is_new = running.expert_in.iter().all(|&e| e == EMPTY);
     let mut packed = None;
-    if is_new || effort.steps > 0 && site.has_equal_devices() {
+    let is_even = site.has_equal_speeds() && site.capacity.iter().all(|slots| *slots == site.capacity[0]);
+    if is_new || effort.steps > 0 && is_even {
         packed = Some(fill(site, &expected, effort.trials)?);
     }
     let mut first = packed.take_if(|_| is_new).unwrap_or_else(|| running.clone());
@@ -132,11 +126,20 @@ fn improve<'a>(
     // (n - 1) / 2 of them longer.
     let mean = expected.iter().sum::<f64>() / devices as f64;
     let square = if mean > 0.0 { (NORM - 1.0) / 2.0 * variance / mean } else { 0.0 };
-    let loads = Loads::new(site, [measured, &expected], &first, &running, square);
-    let (order, partners) = ((0..devices).collect(), Partners::new(slots, devices));
-    let (choices, contents) = (vec![], vec![]);
-    let mut steps =
-        Steps { site, measured, expected, running, slots: first, loads, order, partners, choices, contents };
+    let loads = Loads::new(site, [measured, &expected], &first, square);
+    let mut steps = Steps {
+        site,
+        measured,
+        start: first.clone(),
+        candidates: None,
+        moves: first.moved_from(&running),
+        slots: first,
+        expected,
+        running,
+        loads,
+        choices: vec![],
+        taken: vec![],
+    };
     steps.record();
     // No step starts from slots that no load has shaped: experts that are neighbours there are often busy together, which
     // a single load does not show.
@@ -189,25 +192,35 @@ struct Steps<'a> {
     expected: Vec<f64>,
     /// The slots that run, from which moves are counted.
     running: Slots,
-    /// The slots after the steps so far.
+    /// The slots after the steps so far, and how many of their copies have moved.
     slots: Slots,
+    moves: i64,
     loads: Loads,
-    /// Devices `[D]`, the slowest first when they were last looked at.
-    order: Vec<usize>,
-    partners: Partners,
-    /// The start and the end of every step, with the contents of all slots `[P]` there.
+    /// What steps choose among, in one part by [`exchanges`] and one by [`copies`]; nothing once copies were added.
+    candidates: Option<(Partners, Removals)>,
+    /// The start, the steps from there, and what was recorded of it and after every step.
+    start: Slots,
+    taken: Vec<Move>,
     choices: Vec<Choice>,
-    contents: Vec<Vec<u16>>,
 }
 
 impl Steps<'_> {
     /// Records the slots as they stand as a choice.
     fn record(&mut self) {
-        let slowest = self.loads.measured_times.iter().copied().fold(0.0, f64::max);
-        let moves = self.loads.is_moved.iter().sum::<f64>() as usize;
-        let norm = root(self.loads.total() / self.loads.times.len() as f64, DOUBLINGS);
+        let slowest = largest(&self.loads.measured_times, 0.0);
+        let norm = root(self.loads.total / self.loads.times.len() as f64, DOUBLINGS);
+        let moves = self.moves as usize;
         self.choices.push(Choice { moves, slowest, cost: norm * self.loads.mean });
-        self.contents.push(self.slots.expert_in.clone());
+    }
+
+    /// Returns the slots of a choice: after so many steps or, if it comes after all steps, packed from scratch.
+    fn end(&self, choice: usize) -> Slots {
+        let Some(steps) = self.taken.get(..choice) else { return self.slots.clone() };
+        let mut slots = self.start.clone();
+        for &step in steps {
+            slots.apply(step);
+        }
+        slots
     }
 
     /// Takes steps as long as they gain, up to a number of them.
@@ -229,7 +242,8 @@ impl Steps<'_> {
         self.slots = keep_devices(packed, &self.running, &self.site.capacity);
         complete(&mut self.slots, self.site, &self.expected, full)?;
         let loads = [self.measured, &self.expected];
-        self.loads = Loads::new(self.site, loads, &self.slots, &self.running, self.loads.square);
+        self.loads = Loads::new(self.site, loads, &self.slots, self.loads.square);
+        self.moves = self.slots.moved_from(&self.running);
         self.record();
         let slots = self.slots.expert_in.len() as f64;
         let is_behind = |packing: &mut Choice| {
@@ -238,9 +252,7 @@ impl Steps<'_> {
                 packing.cost >= best.cost * (1.0 - min_gain * further_moves / slots)
             })
         };
-        if self.choices.pop_if(is_behind).is_some() {
-            self.contents.pop();
-        }
+        self.choices.pop_if(is_behind);
         Ok(())
     }
 
@@ -279,33 +291,36 @@ impl Steps<'_> {
     /// Takes the step that relieves one of the slowest devices most per moved copy; returns false if no step gains
     /// `min_gain`.
     fn relieve(&mut self, min_gain: f64) -> bool {
-        // A step changes few times, so this sorts what is nearly in order.
-        let mut order = std::mem::take(&mut self.order);
-        order.sort_by(|&g, &h| self.loads.times[h].total_cmp(&self.loads.times[g]).then(g.cmp(&h)));
-        let fastest = &order[order.len() - (order.len() * PARTNER_QUARTERS).div_ceil(4)..];
-        let mut best = Best { gain_per_copy: self.loads.total() * NORM * min_gain, step: None };
-        let removal = Removal::new(self);
-        for &slow in order.iter().take(SLOWEST) {
+        let mut best = Best { gain_per_copy: self.loads.total * NORM * min_gain, step: None };
+        let candidates = self.candidates.take();
+        let (mut partners, removals) =
+            candidates.unwrap_or_else(|| (Partners::new(self.state()), Removals::new(self.state())));
+        for at in 0..SLOWEST.min(partners.order.len()) {
+            let slow = partners.order[at];
             if self.loads.times[slow] <= 1.0 {
                 break;
             }
-            self.find_exchange(slow, fastest, &mut best);
-            find_copy(self, slow, &removal, &mut best);
+            self.find_exchange(slow, &mut partners, &mut best);
+            find_copy(self, slow, &removals, &mut best);
             if best.step.is_some() {
                 break;
             }
         }
-        self.order = order;
+        self.candidates = Some((partners, removals));
         best.step.is_some_and(|step| self.take(step))
     }
 
-    /// Looks for an exchange between a slow device and other devices that gains more per copy than the best step so far.
-    fn find_exchange(&mut self, slow: usize, devices: &[usize], best: &mut Best) {
-        let Self { site, slots, running, loads, partners, .. } = self;
-        let state = State { slots, running, loads };
-        partners.gather(state, slow, devices);
+    /// Returns the slots as they stand, for what steps choose among.
+    fn state(&self) -> State<'_> {
+        State { slots: &self.slots, running: &self.running, loads: &self.loads, expected: &self.expected }
+    }
+
+    /// Looks for an exchange between a slow device and faster ones that gains more per copy than the best step so far.
+    fn find_exchange(&self, slow: usize, partners: &mut Partners, best: &mut Best) {
+        let (slots, state) = (&self.slots, self.state());
+        partners.choose(state, slow);
         for p in slots.of(slow) {
-            let is_allowed = |q: usize| slots.allows(site, Move::Swap(p, q));
+            let is_allowed = |q: usize| slots.allows(self.site, Move::Swap(p, q));
             let exchange = partners.best_allowed(state, p, best.gain_per_copy, is_allowed);
             if let Some((gain_per_copy, q)) = exchange {
                 *best = Best { gain_per_copy, step: Some(Move::Swap(p, q)) };
@@ -315,13 +330,23 @@ impl Steps<'_> {
 
     /// Takes a step that is allowed, and updates the loads.
     fn take(&mut self, step: Move) -> bool {
+        self.moves += self.slots.brings(&self.running, step);
         self.slots.apply(step);
-        let (slots, running) = (&self.slots, &self.running);
+        self.taken.push(step);
+        let mut candidates = self.candidates.take();
         match step {
-            Move::Swap(p, q) => self.loads.exchange([p, q], self.site, self.measured, slots, running),
+            Move::Swap(p, q) => {
+                self.loads.exchange([p, q], self.site, self.measured, &self.slots);
+                if let Some((partners, removals)) = &mut candidates {
+                    let devices = [p, q].map(|slot| self.slots.device(slot));
+                    partners.update(self.state(), &devices);
+                    removals.update(self.state(), devices.into_iter().flat_map(|g| self.slots.of(g)));
+                }
+                self.candidates = candidates;
+            }
             Move::Put(..) => {
                 let (loads, square) = ([self.measured, &self.expected], self.loads.square);
-                self.loads = Loads::new(self.site, loads, slots, running, square);
+                self.loads = Loads::new(self.site, loads, &self.slots, square);
             }
         }
         true

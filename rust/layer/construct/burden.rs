@@ -7,14 +7,6 @@ use crate::layer::terms::losses::AfterLosses;
 use crate::layer::{EMPTY, Layer, Site, Slots};
 use crate::tournament::Tournament;
 
-/// Returns the device with the least key, the first among equals.
-fn least<K>(
-    keys: impl Iterator<Item = (K, usize)>,
-    order: impl Fn(&K, &K) -> std::cmp::Ordering,
-) -> Option<usize> {
-    keys.min_by(|(a, _), (b, _)| order(a, b)).map(|(_, device)| device)
-}
-
 /// Devices by the time that their copies take, under one load of every expert.
 pub(super) struct TimeBurden<'a> {
     site: &'a Site,
@@ -149,10 +141,12 @@ impl<'a> PartnerBurden<'a> {
 impl Burden for PartnerBurden<'_> {
     fn lightest(&mut self, slots: &Slots, expert: u16, may_take: impl Fn(usize) -> bool) -> Option<usize> {
         let open = (0..self.loads.len()).filter(|&device| may_take(device));
-        least(open.map(|device| (self.key(slots, expert, device), device)), |a, b| {
+        let keys = open.map(|device| (self.key(slots, expert, device), device));
+        let least = keys.min_by(|(a, _), (b, _)| {
             let first = a.0.cmp(&b.0).then(a.1.total_cmp(&b.1));
             first.then(a.2.cmp(&b.2)).then(a.3.total_cmp(&b.3))
-        })
+        });
+        least.map(|(_, device)| device)
     }
 
     fn add_copy(&mut self, slots: &Slots, expert: u16, device: usize, _: bool) {
@@ -214,10 +208,8 @@ impl Burden for LossBurden<'_> {
         let (load, copies) = (self.load[usize::from(expert)], f64::from(self.copies[usize::from(expert)]));
         let shares = (load / copies, if copies > 1.0 { load / (copies * (copies - 1.0)) } else { 0.0 });
         let open = (0..self.site.devices()).filter(|&device| may_take(device));
-        least(
-            open.map(|device| (self.time_after_loss(slots, expert, device, shares), device)),
-            f64::total_cmp,
-        )
+        let times = open.map(|device| (self.time_after_loss(slots, expert, device, shares), device));
+        times.min_by(|(a, _), (b, _)| a.total_cmp(b)).map(|(_, device)| device)
     }
 
     fn add_copy(&mut self, slots: &Slots, expert: u16, device: usize, _: bool) {

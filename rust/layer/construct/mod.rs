@@ -52,8 +52,7 @@ pub(super) const LEAST: f64 = 1e-200;
 ///
 /// Every expert gets a slot if the rules allow it, and none gets two on one device; a slot may stay empty.
 pub fn fill(site: &Site, load: &[f64], trials: usize) -> Placed<Slots> {
-    let mut slots = Slots::empty(&site.capacity, load.len());
-    pin(&mut slots, site)?;
+    let mut slots = with_pins(site, load.len())?;
     if site.rules.min_copies > 1 {
         fill_for_losses(&mut slots, site, load)?;
         return Ok(slots);
@@ -93,8 +92,7 @@ pub fn fill_by_windows(layer: &Layer) -> Placed<Slots> {
 /// Constructs slots by the norm of all windows alone.
 fn pack_windows(layer: &Layer) -> Placed<Slots> {
     let site = &layer.site;
-    let mut slots = Slots::empty(&site.capacity, layer.experts);
-    pin(&mut slots, site)?;
+    let mut slots = with_pins(site, layer.experts)?;
     let (order, copies) = count_copies(&slots, site, &layer.windows.heaviness, load_per_copy)?;
     let mut burden = NormBurden::new(&slots, layer, &copies);
     longest_first(&mut slots, site, &order, &copies, &mut burden)?;
@@ -109,8 +107,7 @@ const WEIGHT_OF_FURTHER: f64 = 0.5;
 
 /// Constructs slots for a dispatcher that divides loads `[E]` over copies by a linear programme.
 fn fill_for_lp_split(site: &Site, load: &[f64]) -> Placed<Slots> {
-    let mut slots = Slots::empty(&site.capacity, load.len());
-    pin(&mut slots, site)?;
+    let mut slots = with_pins(site, load.len())?;
     let weight =
         |load, copies| load_per_copy(load, copies) * if copies > 1 { WEIGHT_OF_FURTHER } else { 1.0 };
     let (mut order, copies) = count_copies(&slots, site, load, weight)?;
@@ -172,15 +169,16 @@ pub(super) fn check(load: &[f64], experts: usize) -> Result<()> {
     Ok(())
 }
 
-/// Puts experts on the devices that they are pinned to.
-fn pin(slots: &mut Slots, site: &Site) -> Placed<()> {
+/// Returns slots with experts on the devices that they are pinned to, and no others.
+fn with_pins(site: &Site, experts: usize) -> Placed<Slots> {
+    let mut slots = Slots::empty(&site.capacity, experts);
     for (e, g) in site.rules.pins(site.devices()) {
         match slots.of(g).find(|&slot| slots.expert_in[slot] == EMPTY) {
             Some(slot) if slots.may_take(site, e, g) => slots.put(slot, e),
             _ => return Err(NoSlot(usize::from(e))),
         }
     }
-    Ok(())
+    Ok(slots)
 }
 
 /// An expert and its load per copy as one number: the load, and in its lowest 16 of 64 bits the expert, so that equal
@@ -215,7 +213,7 @@ fn count_copies(
     weight: impl Fn(f64, u32) -> f64,
 ) -> Placed<(Vec<Item>, Vec<u32>)> {
     let max_copies = site.rules.max_copies_of(&site.capacity);
-    let mut copies: Vec<u32> = slots.copies.iter().map(|&placed| site.rules.least_copies(placed)).collect();
+    let mut copies: Vec<u32> = slots.copies.iter().map(|&placed| placed.max(site.rules.min_copies)).collect();
     let taken: usize = copies.iter().map(|&copies| copies as usize).sum();
     let Some(mut spare) = slots.expert_in.len().checked_sub(taken) else {
         return Err(NoSlot(slots.copies.iter().rposition(|&placed| placed == 0).unwrap_or(0)));

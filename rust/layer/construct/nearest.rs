@@ -23,7 +23,11 @@ pub fn nearest(site: &Site, running: &[bool], full: bool, control: &Control) -> 
     let (devices, wanted) = (site.devices(), site.rules.min_copies as usize);
     let experts = running.len() / devices.max(1);
     let mut flow = Flow::new(site, running, full);
-    let mut lacking: Vec<usize> = (0..experts).map(|e| wanted.saturating_sub(flow.domains_of(e))).collect();
+    // Copies that experts need beyond the failure domains where they have one.
+    let served = flow.is_served.chunks_exact(flow.domains.max(1));
+    let lacks =
+        |served: &[bool]| wanted.saturating_sub(served.iter().filter(|is_served| **is_served).count());
+    let mut lacking: Vec<usize> = served.map(lacks).collect();
     flow.add_free(&mut lacking);
     for (expert, &copies) in lacking.iter().enumerate() {
         for _ in 0..copies {
@@ -103,12 +107,6 @@ impl Flow {
 
     fn places(&self) -> usize {
         self.free_slots.len()
-    }
-
-    /// Returns the number of failure domains that have a copy of an expert.
-    fn domains_of(&self, expert: usize) -> usize {
-        let domains = &self.is_served[expert * self.domains..][..self.domains];
-        domains.iter().filter(|is_served| **is_served).count()
     }
 
     /// Returns whether an expert may have another copy in a place, beside those that it has.

@@ -5,7 +5,7 @@
 
 use super::squeeze::squeeze;
 use super::{NoSlot, Placed};
-use crate::layer::{EMPTY, Move, Site, Slots};
+use crate::layer::{EMPTY, Move, Site, Slots, power};
 
 /// Number of squarings of a time: powers so high that the slowest devices decide their sum.
 const DOUBLINGS: u32 = 4;
@@ -106,7 +106,7 @@ impl<'a> Search<'a> {
             self.spare[device].clear();
             self.spare[device].extend(self.slots.of(device).filter(has_more));
             self.times[device] = load * self.site.time[device] * self.unit;
-            self.powers[device] = power(self.times[device]);
+            self.powers[device] = power(self.times[device], DOUBLINGS);
         }
     }
 
@@ -142,7 +142,8 @@ impl<'a> Search<'a> {
 
     /// Returns what more load adds to the power of a device's time.
     fn added_power(&self, device: usize, load: f64) -> f64 {
-        power(self.times[device] + load * self.site.time[device] * self.unit) - self.powers[device]
+        let time = self.times[device] + load * self.site.time[device] * self.unit;
+        power(time, DOUBLINGS) - self.powers[device]
     }
 
     /// Moves every expert to its best slot; returns whether that gains.
@@ -170,11 +171,15 @@ impl<'a> Search<'a> {
         for first in 0..taken.len() {
             for second in 0..first {
                 let (p, q) = (taken[first].slot, taken[second].slot);
-                if self.added_by_exchange(p, q) >= -least || !self.slots.allows(self.site, Move::Swap(p, q)) {
+                let devices = [p, q].map(|slot| self.slots.device(slot));
+                let added_load = self.load_in(q) - self.load_in(p);
+                let added =
+                    self.added_power(devices[0], added_load) + self.added_power(devices[1], -added_load);
+                if added >= -least || !self.slots.allows(self.site, Move::Swap(p, q)) {
                     continue;
                 }
                 self.slots.apply(Move::Swap(p, q));
-                self.count([p, q].map(|slot| self.slots.device(slot)).into_iter());
+                self.count(devices.into_iter());
                 let (one, other) = (taken[first], taken[second]);
                 taken[first] = Taken { expert: one.expert, ..other };
                 taken[second] = Taken { expert: other.expert, ..one };
@@ -189,16 +194,11 @@ impl<'a> Search<'a> {
         let tokens = self.load_per_copy(expert, self.slots.copies(expert) + 1);
         let open = (0..self.times.len()).filter(|&g| self.slots.may_take(self.site, expert, g));
         let empty = open.clone().filter_map(|g| self.empty[g]);
+        let priced = empty.map(|slot| (self.added_power(self.slots.device(slot), tokens), slot));
+        if let Some((_, slot)) = priced.reduce(|a, b| if b.0 < a.0 { b } else { a }) {
+            return Some(slot);
+        }
         let mut best = (f64::INFINITY, None);
-        for slot in empty {
-            let cost = self.added_power(self.slots.device(slot), tokens);
-            if best.1.is_none() || cost < best.0 {
-                best = (cost, Some(slot));
-            }
-        }
-        if best.1.is_some() {
-            return best.1;
-        }
         for &slot in open.flat_map(|g| &self.spare[g]) {
             if self.slots.may_lose(self.site, slot) {
                 let cost = self.added_by_replacing(tokens, slot, best.0);
@@ -222,16 +222,4 @@ impl<'a> Search<'a> {
         let others = self.slots.devices(gone).map(usize::from).filter(|&other| other != device);
         added_power + others.map(|other| self.added_power(other, added_load)).sum::<f64>()
     }
-
-    /// Returns what an exchange of two slots adds to the powers of times.
-    fn added_by_exchange(&self, p: usize, q: usize) -> f64 {
-        let added_load = self.load_in(q) - self.load_in(p);
-        self.added_power(self.slots.device(p), added_load)
-            + self.added_power(self.slots.device(q), -added_load)
-    }
-}
-
-/// Returns a time to the power of the norm.
-fn power(time: f64) -> f64 {
-    crate::layer::power(time, DOUBLINGS)
 }

@@ -196,11 +196,8 @@ impl<'a> Fanout<'a> {
             visits_then: Vec::new(),
             touched: Vec::new(),
         };
-        for e in 0..layer.experts as u16 {
-            let devices: Vec<u16> = slots.devices(e).collect();
-            for &device in &devices {
-                fanout.load[usize::from(device)] += sets.load(e, layer.site.share(&devices, device));
-            }
+        for Share { expert, device, after, .. } in layer.copies(slots) {
+            fanout.load[usize::from(device)] += sets.load(expert, after);
         }
         let all: Vec<u16> = (0..d as u16).collect();
         fanout.refresh(slots, &all);

@@ -54,16 +54,10 @@ impl<'a> Linear<'a> {
     /// Sums the cost of all experts.
     fn count(&self, slots: &Slots) -> f64 {
         let mut cost = 0.0;
-        for expert in 0..self.layer.experts as u16 {
-            let devices: Vec<u16> = slots.devices(expert).collect();
-            for &device in &devices {
-                let at = usize::from(expert) * self.layer.devices() + usize::from(device);
-                cost += self.copy_cost.get(at).copied().unwrap_or(0.0);
-                cost += self
-                    .serve_cost
-                    .get(at)
-                    .map_or(0.0, |serve| self.layer.site.share(&devices, device) * serve);
-            }
+        for Share { expert, device, after, .. } in self.layer.copies(slots) {
+            let at = usize::from(expert) * self.layer.devices() + usize::from(device);
+            cost += self.copy_cost.get(at).copied().unwrap_or(0.0);
+            cost += self.serve_cost.get(at).map_or(0.0, |serve| after * serve);
         }
         cost
     }

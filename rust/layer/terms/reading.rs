@@ -115,12 +115,9 @@ impl<'a> Busy<'a> {
         let [active, time, active_then, time_then] = [rows(), rows(), rows(), rows()];
         let parts = ActiveParts(vec![vec![]; layer.experts * CACHED]);
         let mut busy = Self { reading, active, time, active_then, time_then, ones: vec![1.0; d], parts };
-        for e in 0..layer.experts as u16 {
-            let devices: Vec<u16> = slots.devices(e).collect();
-            for &device in &devices {
-                let row = &mut busy.active[usize::from(device) * width..][..width];
-                busy.parts.add(row, &layer.windows, e, layer.site.share(&devices, device), 1.0);
-            }
+        for Share { expert, device, after, .. } in layer.copies(slots) {
+            let row = &mut busy.active[usize::from(device) * width..][..width];
+            busy.parts.add(row, &layer.windows, expert, after, 1.0);
         }
         for g in 0..d {
             let (load, _) = loads.rows(g, 0);

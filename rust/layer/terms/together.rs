@@ -93,15 +93,9 @@ impl<'a> Together<'a> {
             pairs_gained: 0.0,
             changes: Vec::new(),
         };
-        for expert in 0..layer.experts as u16 {
-            let devices: Vec<u16> = slots.devices(expert).collect();
-            let arrival = |&device: &u16| Share {
-                expert,
-                device,
-                before: 0.0,
-                after: layer.site.share(&devices, device),
-            };
-            together.apply_shares(&devices.iter().map(arrival).collect::<Vec<_>>());
+        let copies: Vec<Share> = layer.copies(slots).collect();
+        for of_expert in copies.chunk_by(|a, b| a.expert == b.expert) {
+            together.apply_shares(of_expert);
         }
         together
     }
