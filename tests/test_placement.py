@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from placements import random_slots
 
 import moetuner as mt
-from moetuner.placement import keep_slots, moves_from
+from moetuner.placement import EMPTY, fill, keep_slots, moves_from
 
 
 @st.composite
@@ -146,3 +146,36 @@ def test_slots_are_a_frozen_copy():
     assert placement.slots.tolist() == [[[0], [1]]]
     with pytest.raises(ValueError, match="read-only"):
         placement.slots[0, 0, 0] = 1
+
+
+def fill_one_by_one(slots, load, capacity, forbidden, holders):
+    """Fill slot after slot with the copy that moves nothing, takes least and is rarest."""
+    full = slots.copy()
+    for layer, devices in enumerate(full):
+        for device, row in enumerate(devices):
+            while (row != EMPTY).sum() < capacity[layer, device]:
+                copies = [(full[layer] == expert).sum() for expert in range(load.shape[1])]
+                order = [
+                    (not holders[layer, device, expert], tokens / (number + 1), number, expert)
+                    for expert, (tokens, number) in enumerate(zip(load[layer], copies, strict=True))
+                    if expert not in row and not forbidden[layer, expert, device]
+                ]
+                row[np.flatnonzero(row == EMPTY)[0]] = min(order)[-1]
+    return full
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_layers_filled_side_by_side_are_those_filled_slot_by_slot(seed):
+    """All layers are filled at once, each as if it were alone."""
+    random, (layers, devices, width, experts) = np.random.default_rng(seed), (4, 3, 4, 9)
+    slots = np.full((layers, devices, width), EMPTY, np.int32)
+    for row in slots.reshape(-1, width):
+        chosen = random.permutation(experts)[: random.integers(width)]
+        row[random.permutation(width)[: len(chosen)]] = chosen
+    load = random.integers(4, size=(layers, experts))
+    capacity = random.integers(2, width + 1, size=(layers, devices))
+    forbidden = random.random((layers, experts, devices)) < 0.2
+    holders = random.random((layers, devices, experts)) < 0.3
+    rules = {"capacity": capacity, "load": load, "forbidden": forbidden, "holders": holders}
+    expected = fill_one_by_one(slots, load, capacity, forbidden, holders)
+    assert np.array_equal(fill(slots, experts, **rules), expected)

@@ -83,6 +83,8 @@ def short(value: Any) -> str:
 
 def as_json(value: Any) -> Any:
     """Return a value as JSON has it: fields by name, arrays and tuples as lists."""
+    if type(value) in (float, int, str):  # nearly all: the loads of a placement are thousands
+        return value
     if hasattr(value, "to_dict"):
         return value.to_dict()
     if hasattr(value, "_asdict"):

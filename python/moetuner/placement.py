@@ -152,30 +152,32 @@ def fill(
     full = slots.copy()
     targets = np.full(slots.shape[:2], slots.shape[2]) if capacity is None else capacity
     short = targets - (slots != EMPTY).sum(axis=2)
-    for layer in np.flatnonzero((short > 0).any(axis=1)).tolist():
-        copies = np.bincount(slots[layer].ravel() + 1, minlength=experts + 1)[1:]
-        for device in np.flatnonzero(short[layer] > 0).tolist():
-            row, is_excluded = full[layer, device], np.zeros(experts, dtype=bool)
-            is_excluded[row[row != EMPTY]] = True
-            if forbidden is not None:
-                is_excluded |= forbidden[layer, :, device]
-            if (~is_excluded).sum() < short[layer, device]:
-                raise ValueError(
-                    f"layer {layer}, device {device}: {targets[layer, device]} slots cannot be "
-                    f"filled, with {experts} experts and no two copies of one on a device"
-                )
-            moves = np.zeros(experts) if holders is None else ~holders[layer, device]
-            for slot in np.flatnonzero(row == EMPTY)[: short[layer, device]].tolist():
-                taken = copies if load is None else load[layer] / (copies + 1)
-                expert = int(np.lexsort((copies, taken, moves, is_excluded))[0])
-                row[slot], is_excluded[expert] = expert, True
-                copies[expert] += 1
+    if (short <= 0).all():
+        return full
+    excluded = find_holders(slots, experts)
+    if forbidden is not None:
+        excluded |= forbidden.transpose(0, 2, 1)
+    rank = np.where(excluded, 2, 0 if holders is None else ~holders)
+    for layer, device in np.argwhere((short > 0) & ((rank < 2).sum(axis=2) < short))[:1]:
+        raise ValueError(
+            f"layer {layer}, device {device}: {targets[layer, device]} slots cannot be "
+            f"filled, with {experts} experts and no two copies of one on a device"
+        )
+    copies = count_copies(slots, experts)
+    for device in range(slots.shape[1]):
+        # Layers are filled side by side, as none depends on another one.
+        for number in range(int(short[:, device].max())):
+            layers = np.flatnonzero(short[:, device] > number)
+            taken = copies[layers] if load is None else load[layers] / (copies[layers] + 1)
+            is_first = np.ones((len(layers), experts), dtype=bool)
+            for key in (rank[layers, device], taken, copies[layers]):
+                left = np.where(is_first, key, np.inf)
+                is_first = left == left.min(axis=1, keepdims=True)
+            expert = is_first.argmax(axis=1)
+            full[layers, device, np.argmax(full[layers, device] == EMPTY, axis=1)] = expert
+            rank[layers, device, expert] = 2
+            copies[layers, expert] += 1
     return full
-
-
-def _write_experts(slots: NDArray[np.int32]) -> str:
-    """Write the experts of a device."""
-    return ", ".join("-" if expert == EMPTY else str(expert) for expert in slots.tolist())
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -262,10 +264,9 @@ class Placement(Frozen):
             return
         try:
             # The settings become what a file would give back.
-            text = json.dumps(as_json(self.settings), allow_nan=False)
+            vars(self)["settings"] = json.loads(json.dumps(as_json(self.settings), allow_nan=False))
         except (TypeError, ValueError) as error:
             raise ValueError(f"settings must be JSON values: {error}") from None
-        vars(self)["settings"] = json.loads(text)
 
     @classmethod
     def from_assignment(
@@ -328,6 +329,11 @@ class Placement(Frozen):
     def slots_per_device(self) -> int:
         """Slots of a device in a layer, S."""
         return int(self.slots.shape[2])
+
+    @property
+    def _sizes(self) -> tuple[int, int, int]:
+        """Layers, devices and experts, which are the same in placements that are compared."""
+        return self.layers, self.devices, self.num_experts
 
     @property
     def has_copies(self) -> bool:
@@ -481,11 +487,7 @@ class Placement(Frozen):
         tables = {"placement": (self.slots, self.replicas)}
         if before is not None:
             check.instance("before", before, Placement)
-            if (before.layers, before.devices, before.num_experts) != (
-                self.layers,
-                self.devices,
-                self.num_experts,
-            ):
+            if before._sizes != self._sizes:
                 raise ValueError(
                     f"before must have {self.layers} layers, {self.devices} devices and "
                     f"{self.num_experts} experts, got {check.shown(before)}"
@@ -505,7 +507,7 @@ class Placement(Frozen):
             return super()._repr_html_()
         head = ("layer", *(f"device {device}" for device in range(self.devices)))
         rows = [
-            (str(layer), *(_write_experts(slots) for slots in devices))
+            (str(layer), *(", ".join(map(str, slots)).replace("-1", "-") for slots in devices))
             for layer, devices in enumerate(self.slots)
         ]
         return html_table(head, rows)
@@ -585,14 +587,10 @@ class Placement(Frozen):
         check.instance("other", other, Placement)
         if expert_bytes is not None:
             check.not_negative("expert_bytes", expert_bytes, "number of bytes")
-        sizes, other_sizes = (
-            (placement.layers, placement.devices, placement.num_experts)
-            for placement in (self, other)
-        )
-        if sizes != other_sizes:
+        if self._sizes != other._sizes:
             raise ValueError(
                 "other must have the same layers, devices and experts, "
-                f"got {sizes} and {other_sizes}"
+                f"got {self._sizes} and {other._sizes}"
             )
         if topology is not None:
             check.instance("topology", topology, Topology)

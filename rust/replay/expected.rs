@@ -391,9 +391,7 @@ impl Expectation {
                 return;
             }
             for (expert, &load) in load.iter().enumerate() {
-                for (device, share) in self.layers[l].of(expert) {
-                    tokens[device] += share * load;
-                }
+                self.layers[l].of(expert).for_each(|(device, share)| tokens[device] += share * load);
             }
         })
     }
@@ -418,9 +416,7 @@ impl Expectation {
         let (layers, e, d) = (self.layers.len(), self.experts, self.devices);
         let mut table = vec![0.0; load.len() / e.max(1) * d];
         let window = |(table, load): (&mut [f64], &[f64])| {
-            for (l, (row, load)) in table.chunks_exact_mut(d).zip(load.chunks_exact(e)).enumerate() {
-                add(l, load, row);
-            }
+            (0..layers).for_each(|l| add(l, &load[l * e..][..e], &mut table[l * d..][..d]));
         };
         let (rows, size) = ((layers * d).max(1), (layers * e).max(1));
         if rayon::current_thread_index().is_none() {
@@ -577,10 +573,9 @@ impl Idle {
         let place = |log: &f64| distinct.partition_point(|other| other.total_cmp(log).is_lt());
         let begin = log_others.iter().map(|log| TABULATED * place(log)).collect();
         let probabilities = distinct.iter().flat_map(|log| {
-            (0..TABULATED).map(move |tokens| if tokens == 0 { 1.0 } else { (tokens as f64 * log).exp() })
+            (0..TABULATED).map(move |tokens| if tokens == 0 { 1.0 } else { exp_or_zero(tokens as f64 * log) })
         });
-        let probabilities = probabilities.collect();
-        Self { log_others, begin, probabilities }
+        Self { log_others, begin, probabilities: probabilities.collect() }
     }
 
     /// Returns the probability that a copy serves none of so many tokens, which may be fractional in means of windows.
@@ -590,8 +585,13 @@ impl Idle {
         if number < TABULATED && number as f64 == tokens {
             return self.probabilities[self.begin[copy] + number];
         }
-        (tokens * self.log_others[copy]).exp()
+        exp_or_zero(tokens * self.log_others[copy])
     }
+}
+
+/// Returns `exp(log)`, or zero where one less that is one anyway: most copies have tokens for certain.
+fn exp_or_zero(log: f64) -> f64 {
+    if log < -40.0 { 0.0 } else { log.exp() }
 }
 
 /// Computes the cost of counted pairs `[N, E, E]` with costs of links `[D, D]`.

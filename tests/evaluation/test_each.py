@@ -180,3 +180,16 @@ def test_percentile_of_two_parts(some, others):
             for compare in (np.less_equal, np.less)
         )
         assert before - 1e-9 <= percent / 100 <= reached + 1e-9
+
+
+@pytest.mark.parametrize("parts", [([2, 3, 4, 5], [4, 5, 6]), ([0, 1, 5, 9], [1, 6, 9, 11])])
+def test_readers_of_some_tokens_count_what_each_counts_alone(parts):
+    """A reader finds its tokens among those that are read for others, with and without gaps."""
+    rng = np.random.default_rng(0)
+    trace = mt.RoutingTrace.from_arrays(rng.integers(8, size=(12, 2, 1)), num_experts=8)
+    readers = [reading.RowReader.by_window(trace, np.array(tokens), window=2) for tokens in parts]
+    replays = [reader.count_experts() for reader in readers]
+    reading.read(readers)
+    for tokens, replay in zip(parts, replays, strict=True):
+        alone = mt.RoutingStatistics.from_trace(trace.take(tokens), window=2)
+        assert replay.finish()[0].tolist() == alone.window_load.tolist()

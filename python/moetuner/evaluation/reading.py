@@ -126,7 +126,8 @@ class RowReader:
         if not count:
             return
         if count < len(ids):
-            ids = ids[np.searchsorted(numbers, self.tokens[run])]
+            wanted, has_gaps = self.tokens[run], numbers[-1] - numbers[0] >= len(numbers)
+            ids = ids[np.searchsorted(numbers, wanted) if has_gaps else wanted - numbers[0]]
         row = self._row_of(run).astype(np.uint32)
         place = None if self._place is None else self._place[run].astype(np.uint64)
         home = None if self._home is None else self._home[run].astype(np.uint16)
