@@ -165,8 +165,18 @@ def test_longer_windows_stay_in_order_and_within_a_group():
 
 @pytest.mark.parametrize(
     ("window", "windows", "size"),
-    [(512, 1, 1), (512, 2, 1), (512, 7, 2), (512, 16, 4), (512, 31, 7)]
-    + [(64, 1, 1), (64, 2, 1), (64, 7, 3), (64, 16, 6), (64, 31, 10)],
+    [
+        (512, 1, 1),
+        (512, 2, 1),
+        (512, 7, 2),
+        (512, 16, 4),
+        (512, 31, 7),
+        (64, 1, 1),
+        (64, 2, 1),
+        (64, 7, 3),
+        (64, 16, 6),
+        (64, 31, 10),
+    ],
 )
 def test_windows_of_a_short_recording_are_scaled_from_shorter_runs(window, windows, size):
     """By a plain loop: runs of all of its tokens, scaled to the tokens of a long window.
