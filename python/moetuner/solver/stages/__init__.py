@@ -85,12 +85,13 @@ def _fewer_slots(run: Run, budget: Budget) -> None:
     """Search the problem with fewer slots, and offer its answer and its starts as starts."""
     problem = _smaller(run)
     assert problem is not None
+    # What may stay empty is searched whole, with the regret of phases.
+    is_whole = _has_costly_fillers(run)
     # Not by ``compute_once``: an answer that was interrupted, or may depend on time, is no result.
-    cache, key = problem.statistics.memo, _cache_key(problem, run, budget)
+    cache, key = problem.statistics.memo, _cache_key(problem, run, budget, is_whole=is_whole)
     answers, interrupted = cache.get(key), False
     if answers is None:
-        # What may stay empty is searched whole, with the regret of phases.
-        searches = (SEARCH,) if _has_costly_fillers(run) else SEARCHES
+        searches = (SEARCH,) if is_whole else SEARCHES
         inner = run.run_inner((FLOOR, PARTITIONS, *searches), _muted(run, budget), problem=problem)
         answers, interrupted = _answers(inner), inner.interrupted
         if key is not None and not interrupted:
@@ -132,19 +133,24 @@ def _is_of_loads(run: Run) -> bool:
     return run.objective.is_of_loads and is_searched_anew(run) and not has_few_slots(run)
 
 
-def _cache_key(single: Problem, run: Run, budget: Budget) -> tuple[object, ...] | None:
-    """Return all that the answer to a problem of single copies depends on; None if time is in it.
+def _cache_key(
+    problem: Problem, run: Run, budget: Budget, *, is_whole: bool = False
+) -> tuple[object, ...] | None:
+    """Return all that the answer to a smaller problem depends on; None if time is in it.
 
-    Callers try several numbers of slots for copies with the same counts. With one copy of each
-    expert these are the same problem, so it is searched once.
+    Callers try several numbers of slots for copies with the same counts. Without copies, and with
+    one slot less, these are the same problem, so it is searched once. ``is_whole`` says whether the
+    answer is that of least regret.
     """
     if budget.time_limit is not None or budget.gap is not None:
         return None
+    # Slots are what their capacity says, whoever left some out.
     left_out = ("statistics", "slots_per_device", "extra_slots", "fill_slots")
-    names = (setting.name for setting in fields(single))
-    values = [getattr(single, name) for name in names if name not in left_out]
+    names = (setting.name for setting in fields(Problem))
+    values = [getattr(problem, name) for name in names if name not in left_out]
+    slots = (problem.may_copy, problem.capacity.tobytes())
     limits = (run.seed, budget.iterations, budget.effort)
-    return ("smaller", _frozen(values), single.may_copy, single.capacity.tobytes(), *limits)
+    return ("smaller", is_whole, _frozen(values), *slots, *limits)
 
 
 def _frozen(value: object) -> object:
