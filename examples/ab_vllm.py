@@ -58,6 +58,11 @@ REFUSALS = "read again, not taken", "all ranks take the engine's own map"
 WARM_UP_SEED = 10_000
 
 
+def describe_stored(path: Path, placement: mt.Placement) -> Stored:
+    """Return what the plugin's log says of a placement that it reads from a file."""
+    return Stored(path, placement.filled(), placement.checksum, made=0.0)
+
+
 @dataclass(frozen=True)
 class Engine:
     """How an engine is started, asked to forget prefixes, and measured by its own client.
@@ -222,7 +227,7 @@ class Server:
     def serve(self, arm: str) -> None:
         """Exchange the map for that of an arm, and send requests until all ranks serve it."""
         begin, placement = self.log.stat().st_size, self.arms[arm]
-        stored = Stored(self.live, placement)
+        stored = describe_stored(self.live, placement)
         lines = [f"moetuner: read its files again: serves {stored};"]
         if not has_same_experts(placement, self.arms[self.arm]):
             lines.append(f"moetuner: {self.live} ({stored.checksum}): ")
@@ -248,7 +253,7 @@ class Server:
         tokens = result["total_input_tokens"] + result["total_output_tokens"]
         return {
             "arm": self.arm,
-            "map": Stored(self.live, self.arms[self.arm]).checksum,
+            "map": self.arms[self.arm].checksum,
             "seed": seed,
             "requests": result["completed"],
             "throughput": tokens / result["duration"],

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 import moetuner as mt
+from moetuner.plugins.files import Files
+from moetuner.plugins.settings import Settings
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # Quantile of Student's t with 5 degrees of freedom, two-sided, 95 %.
@@ -44,6 +46,16 @@ def test_arms_alternate(ab):
         *("own", "ours", "ours", "own"),
         *("own", "ours", "ours", "own"),
     ]
+
+
+def test_the_log_is_searched_for_what_the_plugin_writes(ab, tmp_path):
+    """The plugin reads what the trial has written, and says of it what the trial awaits."""
+    placement, path = mt.Placement([[[0, 1], [2, -1]]], num_experts=3), tmp_path / "live.json"
+    placement.save(path)
+    [read] = Files.read(Settings.from_environment({"MOETUNER_PLACEMENT": str(path)})).placements
+    awaited = ab.describe_stored(path, placement)
+    assert str(awaited) == str(read)
+    assert awaited.checksum == placement.checksum == read.checksum
 
 
 def test_change_is_that_of_pairs(ab):
