@@ -158,7 +158,7 @@ def fill(
     if forbidden is not None:
         excluded |= forbidden.transpose(0, 2, 1)
     rank = np.where(excluded, 2, 0 if holders is None else ~holders)
-    for layer, device in np.argwhere((short > 0) & ((rank < 2).sum(axis=2) < short))[:1]:
+    for layer, device in np.argwhere((short > 0) & ((rank < 2).sum(axis=2) < short)):
         raise ValueError(
             f"layer {layer}, device {device}: {targets[layer, device]} slots cannot be "
             f"filled, with {experts} experts and no two copies of one on a device"

@@ -33,7 +33,7 @@ from moetuner.problem.settings import (
 )
 from moetuner.problem.windows import Risk, Windows, join_sizes
 from moetuner.problem.windows.choice import choose_counted_window, choose_windows
-from moetuner.recording import Recording, compute_once
+from moetuner.recording import compute_once
 from moetuner.serving import Serving, phases
 from moetuner.serving.arrival import Arrival
 from moetuner.serving.phases import Phases
@@ -239,7 +239,7 @@ class Problem(Frozen):
             vars(self)["groups"] = dict(self.groups)
         if self.phases is not None:
             vars(self)["phases"] = phases.check_phases(self.phases)
-        vars(self)["window"] = self._choose_step(self.statistics)
+        vars(self)["window"] = self._choose_step()
         if isinstance(traffic, RoutingTrace):
             vars(self)["statistics"] = self._count(traffic)
         if self.cost_model is None:
@@ -252,16 +252,16 @@ class Problem(Frozen):
         if self.fill_slots:
             capacity.check_filling(self.capacity, self.rules.forbidden, self.num_experts)
 
-    def _choose_step(self, traffic: Recording) -> int | None:
+    def _choose_step(self) -> int | None:
         """Return the tokens of a step, checked: as given, or those of windows.
 
         A trace has windows that divide all phases. They are those of decode where these divide the
         others: mixed windows of prefill are made of shorter ones, of which a recording has more.
         """
-        counted = traffic.window
+        counted, is_trace = self.statistics.window, self.statistics.ordered
         if self.window is not None:
             step = check.whole_number("window", self.window)
-            if not traffic.ordered and (counted is None or step % counted):
+            if not is_trace and (counted is None or step % counted):
                 length = "of unknown length" if counted is None else f"of {counted:,} tokens"
                 raise check.ArgumentError(
                     f"window must be of whole windows of the statistics, which are {length}, "
@@ -269,7 +269,7 @@ class Problem(Frozen):
                     "window",
                 )
             return step
-        if not traffic.ordered:
+        if not is_trace:
             return counted
         lengths = [tokens for tokens, share in (self.phases or {}).items() if share]
         step = math.gcd(*lengths) or WINDOW

@@ -173,8 +173,7 @@ def _join_windows(
         scale = np.ones(len(runs))
         if len(runs) < FILLED:
             steps = int((statistics.is_full_window & (label == number)).sum())
-            unseen = UNSEEN_SHORTER if _is_counted_shorter(statistics) else UNSEEN
-            count = steps // choose_mean_size(times, steps, unseen)
+            count = steps // choose_mean_size(times, steps, _choose_unseen(statistics))
             runs = np.array_split(np.flatnonzero(label == number), count)
             totals = np.array([tokens[run].sum() for run in runs])
             scale = times * max(tokens.max(), 1) / np.maximum(totals, 1)
@@ -191,9 +190,9 @@ def _join_windows(
     return narrow(np.stack(loads)[order]), None if statistics.group is None else group, weight
 
 
-def _is_counted_shorter(statistics: RoutingStatistics) -> bool:
-    """Return whether windows are shorter than those of decode."""
-    return statistics.window is not None and statistics.window < WINDOW
+def _choose_unseen(statistics: RoutingStatistics) -> float:
+    """Return the variance that unseen traffic adds to a mean, for windows of decode or shorter."""
+    return UNSEEN if statistics.window is None or statistics.window >= WINDOW else UNSEEN_SHORTER
 
 
 def choose_mean_size(size: int, windows: int, unseen: float) -> int:
@@ -218,8 +217,7 @@ def _mix_windows(statistics: RoutingStatistics, weight: Floats, count: int, time
     is_counted_longer = statistics.window is not None and statistics.window > WINDOW
     if times > 1 or is_counted_longer:
         count, size = max(count, FEWEST), LONGER * WINDOWS_MIXED
-    unseen = UNSEEN_LONGER if is_counted_longer else UNSEEN
-    unseen = UNSEEN_SHORTER if _is_counted_shorter(statistics) else unseen
+    unseen = UNSEEN_LONGER if is_counted_longer else _choose_unseen(statistics)
     drawn = mix_windows(load, weight, count, size=choose_mean_size(size, len(load), unseen))
     mean = np.concatenate([load for _, load in drawn]) * times
     return _draw_tokens(mean, float(weight.mean()))
