@@ -181,7 +181,7 @@ engines: wheel  ## real engines on the CPU with moetuner inside (20 GB, an hour)
 	$(BIN)/python tests/engines/run.py --wheel dist/*.whl $(ENGINES)
 
 bench: $(CORE) $(TOOLS)  ## one file per question, each prints its answer (quick settings)
-	$(BIN)/python bench/scale.py transitions text replay stream --turns 3 --bytes 200000000
+	$(BIN)/python bench/scale.py transitions sets text replay stream --turns 3 --bytes 200000000
 	$(BIN)/python bench/versus.py --quick
 	$(BIN)/python bench/cluster --quick
 

@@ -1,10 +1,11 @@
 """How fast the core is beside named peers, and what a solve takes as its input doubles.
 
-    python bench/scale.py [transitions text replay axes limits stream] [--turns 3] [--record]
+    python bench/scale.py [transitions sets text replay axes limits stream] [--turns 3] [--record]
     python bench/scale.py stream --bytes 50000000000
     python bench/scale.py effort [--names crossing] [--default-only]
 
-*Transitions*: tables of pairs against numpy's bincount. *Text*: JSON lines of moetuner and of
+*Transitions*: tables of pairs against numpy's bincount. *Sets*: distinct expert sets against
+numpy's unique, and beside counting without them. *Text*: JSON lines of moetuner and of
 Megatron-Core, and CSV; beside them Python's json on the same lines, thrown away. *Replay*:
 `evaluate` against the same figures from numpy, layer by layer without a loop over tokens. Both
 sides have the same input, must find the same numbers, and take turns. Figures are medians, with
@@ -58,6 +59,7 @@ from numpy.typing import NDArray
 import moetuner as mt
 from moetuner.files import safetensors
 from moetuner.solver.stages.floor import balanced
+from moetuner.statistics.limits import LAYER_SETS
 
 BLOCK = 1 << 12
 Ids = NDArray[np.uint8] | NDArray[np.uint16]
@@ -182,6 +184,48 @@ def transitions(report: Report, asked: Any) -> None:
         own, theirs = in_turns({"ours": ours, "numpy": peer}, asked.turns, processor=True).values()
         name = f"{tokens} x {layers} x {top_k} of {experts}"
         row(name, milliseconds(own), milliseconds(theirs), ratio(own, theirs))
+
+
+def sets_of(ids: Ids, experts: int) -> list[tuple[NDArray[Any], NDArray[np.int64]]]:
+    """Count the sets of every layer: each as a number of its rising ids."""
+    factors = experts ** np.arange(ids.shape[2], dtype=np.int64)[::-1]
+    numbers = np.sort(ids, axis=2).astype(np.int64) @ factors
+    return [np.unique(layer, return_counts=True) for layer in numbers.T]
+
+
+def sets(report: Report, asked: Any) -> None:
+    """Print a row per size whose sets fit a number."""
+    row = report.table(
+        "Pairs of a layer and expert sets, one thread each, ms of the processor",
+        "tokens x layers x top-k of experts <36",
+        "moetuner <24",
+        "without sets <24",
+        "numpy's sets alone <28",
+        "to without 10.1f",
+        "numpy to what sets add 22.1f",
+    )
+    for tokens, layers, top_k, experts in TRANSITIONS:
+        if experts**top_k >= 2**63:
+            continue
+        # Of more tokens a sample would be counted.
+        tokens = min(max(int(tokens * asked.share), 1), LAYER_SETS)
+        trace = routing(layers, experts, top_k, tokens=tokens, skew=SKEW)
+        ids = trace.expert_ids[:]
+        count = partial(mt.RoutingStatistics.from_trace, trace, threads=1)
+        found = count().sets
+        assert found is not None
+        for of_layer, (_, counts) in zip(found, sets_of(ids, experts), strict=True):
+            assert np.array_equal(of_layer.counts, counts)
+        works: dict[str, Callable[[], object]] = {
+            "ours": count,
+            "without": partial(count, sets=False),
+            "numpy": partial(sets_of, ids, experts),
+        }
+        taken = in_turns(works, asked.turns, processor=True)
+        name = f"{tokens} x {layers} x {top_k} of {experts}"
+        shown = [milliseconds(seconds) for seconds in taken.values()]
+        own, without, peer = (statistics.median(seconds) for seconds in taken.values())
+        row(name, *shown, own / without, peer / (own - without))
 
 
 def megatron_lines(ids: Ids) -> Iterator[str]:
@@ -755,6 +799,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     parts: dict[str, Callable[[Report, Any], None]] = {
         "transitions": transitions,
+        "sets": sets,
         "text": text,
         "replay": replay,
         "axes": axes,

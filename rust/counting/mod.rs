@@ -53,8 +53,8 @@ pub struct Counted {
     pub windows: usize,
     /// Load `[windows, layers, experts]`.
     pub load: Narrow,
-    /// Distinct expert sets of every layer, where they were wanted.
-    pub sets: Vec<Sets>,
+    /// Distinct expert sets of every layer `[N, K]` and their tokens `[N]`, where they were wanted.
+    pub sets: Vec<(Vec<u16>, Vec<u64>)>,
 }
 
 impl Counter {
@@ -65,7 +65,7 @@ impl Counter {
     pub fn new(routing: Routing, window: Option<u64>, sets: Option<u64>) -> Self {
         let Routing { layers, experts, top_k } = routing;
         let every = sets.unwrap_or(1);
-        let sets = vec![Sets::new(top_k); if sets.is_some() { layers } else { 0 }];
+        let sets = vec![Sets::new(experts, top_k, every); if sets.is_some() { layers } else { 0 }];
         Self { routing, windows: WindowCounts::new(layers, experts, window, 1), sets, every }
     }
 
@@ -108,9 +108,7 @@ impl Counter {
                 if let Some(sets) = &mut layer.sets {
                     // Place of the block's first token whose set is counted.
                     let skip = (*every - (begin + at) % *every) % *every;
-                    for ids in here.rows().skip(skip as usize).step_by(*every as usize) {
-                        sets.add(ids.iter().map(|id| id.index() as u16), *every);
-                    }
+                    sets.add(here.rows().skip(skip as usize).step_by(*every as usize));
                 }
             },
         );
@@ -121,12 +119,9 @@ impl Counter {
     /// Returns everything that was counted.
     #[must_use]
     pub fn finish(self) -> Counted {
-        let Self { windows, mut sets, every, .. } = self;
-        // The last token of a sample stands for fewer.
+        let Self { windows, sets, every, .. } = self;
         let beyond = windows.tokens.next_multiple_of(every) - windows.tokens;
-        for sets in &mut sets {
-            sets.take_back(beyond);
-        }
+        let sets = sets.into_par_iter().map(|sets| sets.finish(beyond)).collect();
         Counted { tokens: windows.tokens, windows: windows.number(), load: windows.finish(), sets }
     }
 }

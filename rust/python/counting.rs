@@ -8,11 +8,10 @@ use numpy::{
 };
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use rayon::prelude::*;
 
 use super::{alone, array2, array3, caught, detached, shaped, sizes};
 use crate::counting::recency::count;
-use crate::counting::sets::Sets;
+use crate::counting::sets::merge_rows;
 use crate::counting::windows::{Narrow, of_any_type};
 use crate::counting::{Counter, Tables};
 use crate::error::{Error, room_for};
@@ -157,11 +156,7 @@ pub(super) fn merge_sets<'py>(
         if rows().is_sorted_by(|one, next| one < next) && rows().all(<[u16]>::is_sorted) {
             return (ids.to_vec(), counts.to_vec());
         }
-        let mut sets = Sets::new(top_k);
-        for (ids, &count) in rows().zip(counts) {
-            sets.add(ids.iter().copied(), count);
-        }
-        sets.finish()
+        merge_rows(ids, counts, top_k)
     })?;
     set_arrays(py, top_k, merged)
 }
@@ -226,7 +221,6 @@ impl StatisticsCounter {
         let (counted, sets) = detached(py, threads, || {
             let mut counted = counter.finish();
             let sets = std::mem::take(&mut counted.sets);
-            let sets: Vec<_> = sets.into_par_iter().map(Sets::finish).collect();
             (counted, sets)
         })?;
         let sets = sets.into_iter().map(|sets| set_arrays(py, top_k, sets)).collect::<PyResult<Vec<_>>>()?;

@@ -12,10 +12,15 @@ def test_speeds_are_of_equal_answers(monkeypatch):
     monkeypatch.setattr(scale, "LINES", (256, 4, 8, 64))
     report, asked = Report(), SimpleNamespace(turns=1, share=0.005, megabytes=1)
     scale.transitions(report, asked)
+    scale.sets(report, asked)
     scale.replay(report, asked)
     scale.text(report, asked)
-    transitions, replay, text = report.parts
+    transitions, sets, replay, text = report.parts
     assert len(transitions.rows) == 1 + len(scale.TRANSITIONS)
+    # Sets of 8 of 256 experts and more are no numbers of 64 bits.
+    assert len(sets.rows) == 1 + sum(
+        experts**top_k < 2**63 for *_, top_k, experts in scale.TRANSITIONS
+    )
     assert len(replay.rows) == 1 + 2 * len(scale.REPLAYS)
     assert [row[0] for row in text.rows[1:]][-1] == "CSV"
 
