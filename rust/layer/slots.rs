@@ -111,6 +111,14 @@ impl Slots {
         })
     }
 
+    /// Returns how many copies of an expert are on devices before a device.
+    pub(crate) fn copies_before(&self, expert: u16, device: usize) -> usize {
+        let words = &self.holds[usize::from(expert) * self.words..][..=device / 64];
+        let last = words[device / 64] & ((1 << (device % 64)) - 1);
+        let before = words[..device / 64].iter().chain([&last]);
+        before.map(|word| word.count_ones() as usize).sum()
+    }
+
     /// Iterates over the slots that hold an expert, in rising order.
     pub(crate) fn slots_with(&self, expert: u16) -> impl Iterator<Item = usize> + '_ {
         let slot = move |device| self.of(usize::from(device)).find(|&slot| self.expert_in[slot] == expert);

@@ -15,7 +15,6 @@ use super::{Candidate, Term, Visits};
 use crate::arrays::count_groups;
 use crate::layer::slots::Share;
 use crate::layer::{EMPTY, Layer, Move, Slots};
-use crate::random::choose_copy;
 
 /// Bits in a word.
 const WORD: usize = 64;
@@ -118,10 +117,10 @@ impl Sets {
         if copies < 2 {
             return join(to, row);
         }
-        let copy = slots.devices(expert).filter(|&other| usize::from(other) < slots.device(slot)).count();
-        match PATTERNS.get(copies).map(|patterns| &patterns[copy]) {
-            Some(pattern) => join_within(to, row, pattern),
-            None => join_within(to, row, &pattern(copies, copy)),
+        let copy = slots.copies_before(expert, slots.device(slot));
+        match PATTERNS.get(copies) {
+            Some(patterns) => join_within(to, row, &patterns[copy]),
+            None => join_sparsely(to, row, copies, copy),
         }
     }
 }
@@ -135,11 +134,9 @@ static PATTERNS: LazyLock<Vec<Vec<Vec<u64>>>> = LazyLock::new(|| {
 
 /// Returns the parts that a copy serves, a bit each, in as many words as it takes until they repeat.
 fn pattern(copies: usize, copy: usize) -> Vec<u64> {
-    let word = |first: usize| {
-        let is_served = |n: &usize| choose_copy(first + n, copies) == copy;
-        (0..WORD).filter(is_served).fold(0u64, |word, n| word | 1 << n)
-    };
-    (0..copies * WORDS).map(|number| word(number % copies * WORD % copies)).collect()
+    let mut pattern = vec![0; copies * WORDS];
+    join_sparsely(&mut pattern, &vec![u64::MAX; copies * WORDS], copies, copy);
+    pattern
 }
 
 /// The term: sets that devices and nodes serve, and the tokens that visit them.
@@ -428,6 +425,19 @@ fn join_within(to: &mut [u64], row: &[u64], pattern: &[u64]) {
     }
 }
 
+/// Adds the bits of a row that a copy serves: those whose number leaves `copy` when it is divided by `copies`.
+fn join_sparsely(to: &mut [u64], row: &[u64], copies: usize, copy: usize) {
+    let multiples = (0..WORD).step_by(copies).fold(0u64, |word, n| word | 1 << n);
+    // The first bit of the word that is served, from its lowest one on; none of this word if it is beyond.
+    let (mut first, step) = (copy, WORD % copies);
+    for (to, &row) in to.iter_mut().zip(row) {
+        if first < WORD {
+            *to |= row & multiples << first;
+        }
+        first = if first < step { first + copies - step } else { first - step };
+    }
+}
+
 /// Counts the bits of a mask that are in at least one of the rows; the mask may be shorter than the rows.
 #[multiversion::multiversion(targets(
     "x86_64+avx512f+avx512vl+avx512bw+avx512vpopcntdq+avx2+popcnt",
@@ -449,4 +459,33 @@ fn ones<const N: usize>(mask: &[u64], rows: [&[u64]; N]) -> u64 {
         sum += u64::from((any & mask[word]).count_ones());
     }
     sum
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::{Sets, WORD};
+    use crate::layer::Slots;
+    use crate::random::choose_copy;
+
+    proptest! {
+        /// Every part of a set is served by the copy that its number chooses, in the order of devices, however many there are.
+        #[test]
+        fn parts_are_served_in_turns(devices in 2usize..200, held in any::<[u64; 4]>(), sets in 1usize..1500) {
+            let holds = |device: usize| held[device / 64] >> (device % 64) & 1 == 1;
+            let contents: Vec<u16> = (0..devices).map(|device| u16::from(!holds(device))).collect();
+            let slots = Slots::new(&vec![1; devices], 2, &contents);
+            let all = Sets::new(&vec![0; sets], &vec![1; sets], 2, true);
+            for device in (0..devices).filter(|&device| holds(device)) {
+                let copy = (0..device).filter(|&other| holds(other)).count();
+                let mut row = vec![0; all.words];
+                all.serve(&mut row, &slots, device);
+                for n in 0..sets {
+                    let is_served = row[n / WORD] >> (n % WORD) & 1 == 1;
+                    prop_assert_eq!(is_served, choose_copy(n, slots.copies(0) as usize) == copy, "{}", n);
+                }
+            }
+        }
+    }
 }
