@@ -39,6 +39,9 @@ class Effort:
     restarts, single_restarts
         Most searches of a layer of few slots; the second where a trial counts the expert sets of
         single copies. Each search is as long as if there were ``RESTARTS`` of them.
+    balancing
+        Trials for a slot times LANES windows of the whole search in windows: more fit the windows
+        seen, and not the unseen ones.
     copy_searches
         How many of ``COPY_SEARCHES`` are made.
     settles_balance
@@ -51,6 +54,7 @@ class Effort:
     tangent_iterations: int
     restarts: int
     single_restarts: int
+    balancing: int
     copy_searches: int = 4
     settles_balance: bool = True
 
@@ -103,6 +107,7 @@ EFFORTS = {
         tangent_iterations=24,
         restarts=2,
         single_restarts=1,
+        balancing=1000,
         copy_searches=3,
         settles_balance=False,
     ),
@@ -113,6 +118,7 @@ EFFORTS = {
         tangent_iterations=24,
         restarts=RESTARTS,
         single_restarts=2,
+        balancing=4000,
     ),
     "thorough": Effort(
         layer_work=3e10,
@@ -121,6 +127,7 @@ EFFORTS = {
         tangent_iterations=150,
         restarts=RESTARTS,
         single_restarts=RESTARTS,
+        balancing=4000,
     ),
 }
 
@@ -311,11 +318,8 @@ LEAST_BALANCING = 2500
 BALANCING_WORK = 400
 # Split lp: trials for a slot times windows ("Constants": the case did not change).
 LP_SPLIT_WORK = 32
-# The whole search in windows: more trials fit the windows seen, and not the unseen ones
-# ("Constants", "Balance in windows within milliseconds").
-# Trials for a slot times LANES windows.
-BALANCING_FULL = 4000
-# Fewest windows for which the whole search is used.
+# Fewest windows for which the whole search is used: more trials fit the windows seen, and not the
+# unseen ones ("Constants", "Balance in windows within milliseconds").
 MANY_WINDOWS = 17
 # Fewest trials of a slot with which layers that were balanced are annealed ("Many large layers").
 LEAST_TRIALS = 100

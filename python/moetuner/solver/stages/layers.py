@@ -99,7 +99,7 @@ class LayerModel:
             trials = budget.iterations
             if trials is None:
                 batches = effort.count_batches(len(self.windows) + 1)
-                trials = effort.BALANCING_FULL * self.slots_of_layer // (batches * self.parts)
+                trials = budget.work.balancing * self.slots_of_layer // (batches * self.parts)
             return balance_windows(run, budget, self.weight, trials, mean_weight=MEAN_WEIGHT)
         problem = self.problem
         layers, links = self.core(run.moves)
