@@ -39,13 +39,12 @@ class Effort:
     restarts, single_restarts
         Most searches of a layer of few slots; the second where a trial counts the expert sets of
         single copies. Each search is as long as if there were ``RESTARTS`` of them.
-    balancing
-        Trials for a slot times LANES windows of the whole search in windows: more fit the windows
-        seen, and not the unseen ones.
     copy_searches
         How many of ``COPY_SEARCHES`` are made.
     settles_balance
         True if the search for balance, with which a search for time begins, ends with steps down.
+    balancing
+        Trials for a slot times LANES windows of the whole search in windows.
     """
 
     layer_work: float
@@ -54,9 +53,9 @@ class Effort:
     tangent_iterations: int
     restarts: int
     single_restarts: int
-    balancing: int
     copy_searches: int = 4
     settles_balance: bool = True
+    balancing: int = 4000
 
 
 @dataclass(frozen=True)
@@ -107,9 +106,9 @@ EFFORTS = {
         tangent_iterations=24,
         restarts=2,
         single_restarts=1,
-        balancing=1000,
         copy_searches=3,
         settles_balance=False,
+        balancing=1000,
     ),
     "default": Effort(
         layer_work=1.5e9,
@@ -118,7 +117,6 @@ EFFORTS = {
         tangent_iterations=24,
         restarts=RESTARTS,
         single_restarts=2,
-        balancing=4000,
     ),
     "thorough": Effort(
         layer_work=3e10,
@@ -127,7 +125,6 @@ EFFORTS = {
         tangent_iterations=150,
         restarts=RESTARTS,
         single_restarts=RESTARTS,
-        balancing=4000,
     ),
 }
 
