@@ -400,9 +400,15 @@ impl Expectation {
     /// experts `[W, L, E]`.
     #[must_use]
     pub fn active(&self, load: &[f64]) -> Vec<f64> {
+        let single: Vec<_> = self.layers.iter().map(Holders::single).collect();
         let idle: Vec<Idle> = self.layers.iter().map(|holders| Idle::new(&holders.share)).collect();
         self.by_device(load, |l, load, active| {
             let holders = &self.layers[l];
+            if let Some(device) = single[l] {
+                let is_active = load.iter().map(|&tokens| f64::from(u8::from(tokens > 0.0)));
+                is_active.zip(device).for_each(|(one, &device)| active[device as usize] += one);
+                return;
+            }
             for (expert, &tokens) in load.iter().enumerate().filter(|&(_, &tokens)| tokens > 0.0) {
                 for copy in holders.first[expert] as usize..holders.first[expert + 1] as usize {
                     active[holders.unit[copy] as usize] += 1.0 - idle[l].probability(copy, tokens);

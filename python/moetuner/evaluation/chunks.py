@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Bytes of a chunk in double precision.
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 16 << 20
 
 
 def chunks(windows: int, size: int) -> Iterator[slice]:
