@@ -222,7 +222,8 @@ def _balance(run: Run, budget: Budget) -> None:
     """Search for balance alone, and offer that as a start: a search for time seldom finds it."""
     # The whole search for balance takes no longer than a short one for time, in large layers.
     is_short = has_few_slots(run)
-    parts = effort.BALANCE_PART if is_short else 1
+    whole = effort.SETS_BALANCE_PART if run.objective.has_expert_sets else 1
+    parts = effort.BALANCE_PART if is_short else whole
     starts = (FLOOR, CONSTRUCT, COMBINE) if is_short else ()
 
     def search(inner: Run, share: Budget) -> None:
