@@ -5,14 +5,15 @@ from dataclasses import replace
 
 import pytest
 from brute_force import rank
+from instances import routing
 
 import moetuner as mt
 from moetuner.solver import EFFORTS, effort, stages
 from moetuner.solver.bounds import pairs
 from moetuner.solver.budget import Budget
 from moetuner.solver.effort import RESTARTS
-from moetuner.solver.run import Run
-from moetuner.solver.stages import descent, layers, visits
+from moetuner.solver.run import Run, Stage
+from moetuner.solver.stages import annealing, descent, layers, visits
 
 
 class Counted:
@@ -188,7 +189,8 @@ def test_numbers_of_slots_share_a_search_of_single_copies(make_trace, monkeypatc
 
     search = {"method": "heuristic", "iterations": 30, **arguments}
     wanted = mt.solve(problem_of(make_trace, slots_per_device=3), **search).placement
-    monkeypatch.setattr(stages, "FLOOR", replace(stages.FLOOR, run=note))
+    for module in (stages, annealing):
+        monkeypatch.setattr(module, "FLOOR", replace(stages.FLOOR, run=note))
     single = problem_of(make_trace)
     mt.solve(single, **search)
     copied = mt.Problem(single.statistics, single.topology, slots_per_device=3)
@@ -196,6 +198,49 @@ def test_numbers_of_slots_share_a_search_of_single_copies(make_trace, monkeypatc
     assert set(searched) == {mt.Problem}
     mt.solve(copied, **{**search, "seed": 4})
     assert set(searched) > {mt.Problem}
+
+
+@pytest.mark.parametrize(
+    ("experts", "slots", "times", "is_left_out"),
+    [(128, 12, 200, True), (128, 12, 1, False), (32, 3, 200, False)],
+)
+def test_full_slots_far_behind_are_not_searched(monkeypatch, experts, slots, times, is_left_out):
+    """Not in large layers that get few trials each: the answer is the same without a search."""
+    brief = EFFORTS["brief"]
+    short = replace(brief, layer_work=brief.layer_work / times)
+    monkeypatch.setitem(EFFORTS, "brief", short)
+    trace = routing(2, experts, 4, tokens=2000, types=12)
+    statistics = mt.RoutingStatistics.from_trace(trace, window=100, sets=True)
+    problem = mt.Problem(statistics, mt.Topology(16), slots_per_device=slots, fill_slots=True)
+    searched, answers = [], []
+    note = Stage(lambda run, _: searched.append(run.problem.fill_slots))
+    monkeypatch.setattr(stages, "LAYER_SEARCHES", (note, *stages.LAYER_SEARCHES))
+    for behind in (stages.SINGLE_BEHIND, math.inf):
+        monkeypatch.setattr(stages, "SINGLE_BEHIND", behind)
+        statistics.memo.clear()
+        searched.clear()
+        answers.append(mt.solve(problem, "heuristic", effort="brief"))
+        assert any(searched) != (is_left_out and not math.isinf(behind))
+    assert answers[0].placement == answers[1].placement
+
+
+@pytest.mark.parametrize("has_sets", [False, True])
+def test_a_search_for_time_begins_with_one_for_balance(monkeypatch, has_sets):
+    """In large layers it is a whole one, or a quarter where expert sets are known."""
+    trace = routing(2, 128, 4, tokens=2000, types=12)
+    statistics = mt.RoutingStatistics.from_trace(trace, window=100, sets=has_sets)
+    made = []
+    balance = layers.balance_windows
+
+    def note(run, budget, weight, trials, **options):
+        made.append((trials, bool(options)))
+        return balance(run, budget, weight, trials, **options)
+
+    monkeypatch.setattr(layers, "balance_windows", note)
+    mt.solve(mt.Problem(statistics, mt.Topology(16)), "heuristic")
+    # The others are starts. The windows and their mean are two batches.
+    whole = EFFORTS["default"].balancing * 128 // 2
+    assert [trials for trials, is_whole in made if is_whole] == [whole // (4 if has_sets else 1)]
 
 
 @pytest.mark.parametrize(("name", "times"), [("brief", 1), ("default", 2), ("thorough", 2)])

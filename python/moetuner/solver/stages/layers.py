@@ -160,6 +160,11 @@ def trials_of_slot(run: Run) -> float:
     return run.budget.work.layer_work / units_of_trial(run) / run.slots_of_layer
 
 
+def has_few_trials(run: Run) -> bool:
+    """Return whether layers are so many that a search of each would end where it begins."""
+    return run.budget.iterations is None and trials_of_slot(run) < effort.LEAST_TRIALS
+
+
 def has_many_trials(run: Run) -> bool:
     """Return whether layers are so small that several long searches of each take little time."""
     is_counted = run.budget.iterations is not None
