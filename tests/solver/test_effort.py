@@ -224,9 +224,14 @@ def test_full_slots_far_behind_are_not_searched(monkeypatch, experts, slots, tim
     assert answers[0].placement == answers[1].placement
 
 
-@pytest.mark.parametrize("has_sets", [False, True])
-def test_a_search_for_time_begins_with_one_for_balance(monkeypatch, has_sets):
-    """In large layers it is a whole one, or a quarter where expert sets are known."""
+@pytest.mark.parametrize(
+    ("has_sets", "times", "parts"), [(False, 200, 1), (True, 1, 1), (True, 200, 4)]
+)
+def test_a_search_for_time_begins_with_one_for_balance(monkeypatch, has_sets, times, parts):
+    """In large layers it is a whole one, or a quarter where visits leave few trials for time."""
+    default = EFFORTS["default"]
+    short = replace(default, layer_work=default.layer_work / times)
+    monkeypatch.setitem(EFFORTS, "default", short)
     trace = routing(2, 128, 4, tokens=2000, types=12)
     statistics = mt.RoutingStatistics.from_trace(trace, window=100, sets=has_sets)
     made = []
@@ -239,8 +244,8 @@ def test_a_search_for_time_begins_with_one_for_balance(monkeypatch, has_sets):
     monkeypatch.setattr(layers, "balance_windows", note)
     mt.solve(mt.Problem(statistics, mt.Topology(16)), "heuristic")
     # The others are starts. The windows and their mean are two batches.
-    whole = EFFORTS["default"].balancing * 128 // 2
-    assert [trials for trials, is_whole in made if is_whole] == [whole // (4 if has_sets else 1)]
+    whole = default.balancing * 128 // 2
+    assert [trials for trials, is_whole in made if is_whole] == [whole // parts]
 
 
 @pytest.mark.parametrize(("name", "times"), [("brief", 1), ("default", 2), ("thorough", 2)])

@@ -147,8 +147,8 @@ SINGLE_LEAST = 20
 # a whole one, whose trials take a fifth of those for time, and the search for time has this part
 # ("The default and cheaper methods", "Constants").
 BALANCE_PART = 2
-# The same of the whole search in large layers where expert sets are known: there the search for
-# time gains by visits what balance does not ("The default and cheaper methods").
+# The same of the whole search in large layers where expert sets are known, and the search for time
+# has less than this part of its trials ("The default and cheaper methods").
 SETS_BALANCE_PART = 4
 
 # Parts of the work of a search where all slots must be full: with which full slots are searched,

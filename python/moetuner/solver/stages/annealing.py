@@ -22,6 +22,7 @@ from moetuner.solver.stages.layers import (
     has_many_trials,
     is_large,
     is_searched_anew,
+    trials_of_slot,
 )
 
 
@@ -29,8 +30,10 @@ def _balance(run: Run, budget: Budget) -> None:
     """Search for balance alone, and offer that as a start: a search for time seldom finds it."""
     # In large layers the whole search for balance takes no longer than a short one for time.
     is_short = has_few_slots(run)
-    has_sets = run.objective.has_expert_sets
-    parts = effort.BALANCE_PART if is_short else effort.SETS_BALANCE_PART if has_sets else 1
+    # Visits are what a search for time gains by; a short one gains more of it than of balance.
+    is_of_visits = run.objective.has_expert_sets
+    is_of_visits &= trials_of_slot(run) * effort.SETS_BALANCE_PART < budget.work.balancing
+    parts = effort.BALANCE_PART if is_short else effort.SETS_BALANCE_PART if is_of_visits else 1
     starts = (FLOOR, CONSTRUCT, COMBINE) if is_short else ()
 
     def search(inner: Run, share: Budget) -> None:
