@@ -109,8 +109,10 @@ pub(super) fn expected_visits<'py>(
     threads: Option<usize>,
 ) -> PyResult<Visits<'py>> {
     let nodes = count_groups(&node_of_device);
-    let slices =
-        sets.iter().map(|(ids, counts)| Ok(Sets { ids: ids.as_slice()?, counts: counts.as_slice()? }));
+    let slices = sets.iter().map(|(ids, counts)| {
+        let top_k = ids.shape()[1].max(1);
+        Ok(Sets { ids: ids.as_slice()?, top_k, counts: counts.as_slice()? })
+    });
     let slices = slices.collect::<PyResult<Vec<_>>>()?;
     let steps = slices.iter().map(|slice| slice.ids.len()).sum();
     let work = |expectation: &Expectation| expectation.visits(&node_of_device, &slices, hashed);

@@ -22,8 +22,10 @@ fn map_numbers<T: Send>(count: usize, make: impl Fn(usize) -> T + Sync + Send) -
 
 /// Longest period whose hashes are tried one by one; numbers of copies with a longer common period are treated as independent.
 const PERIOD: u32 = 1 << 12;
-/// Longest period for which [`Hits`] tabulates all hashes; that of up to eight copies, 840, is shorter.
-const TABULATED_PERIOD: u32 = 1 << 10;
+/// Longest period for which [`Tries`] list what every hash serves; that of up to eight copies, 840, is shorter.
+const LISTED_PERIOD: u32 = 1 << 10;
+/// Words of a row of bits, one for each of some sets; a row is a line of the cache.
+const WORDS: usize = 8;
 /// Bits in a word.
 const WORD: usize = 64;
 
@@ -62,17 +64,14 @@ impl Holders {
 
     /// Computes the tokens of sets that visit every device `[D]` and every node `[N]`; `node` has the node of every device `[D]`.
     fn visits(&self, node: &[u16], nodes: usize, sets: Sets<'_>, hashed: bool) -> (Vec<f64>, Vec<f64>) {
-        if let Some(device) = self.single() {
-            return visits_of_single(device, node, nodes, sets);
-        }
         let in_nodes = |e: usize| self.copies(e).map(|(device, copy)| (usize::from(node[device]), copy));
         let experts = self.first.len() - 1;
-        let visits = visits_of_copies(experts, node.len(), sets, |e| self.copies(e), hashed);
+        let visits = visits_of_units(experts, node.len(), sets, |e| self.copies(e), hashed);
         if nodes == 1 {
             let all: u64 = sets.iter().map(|(_, count)| count).sum();
             return (visits, vec![all as f64]);
         }
-        (visits, visits_of_copies(experts, nodes, sets, in_nodes, hashed))
+        (visits, visits_of_units(experts, nodes, sets, in_nodes, hashed))
     }
 }
 
@@ -84,75 +83,107 @@ struct Holder {
     share: f64,
 }
 
-/// Computes the tokens that visit every unit, for sets of experts with several copies.
+/// Computes the tokens that visit every unit, a device or a node.
 ///
 /// `copies` iterates over the units and copies of an expert. A token's experts choose copies by one hash, or independently.
-fn visits_of_copies<Copies: Iterator<Item = (usize, Holder)>>(
+fn visits_of_units<Copies: Iterator<Item = (usize, Holder)>>(
     experts: usize,
     units: usize,
     sets: Sets<'_>,
     copies: impl Fn(usize) -> Copies,
     hashed: bool,
 ) -> Vec<f64> {
-    let mut parts = Parts::new(experts, copies, hashed);
-    let unvisited = Visited { tokens: 0.0, certain_set: u32::MAX, possible_set: u32::MAX, part: 0 };
-    let mut units = vec![unvisited; units];
-    // For the set at hand: parts of experts in several units, units that it may visit, and further parts there.
-    let (mut shared, mut possible, mut further, mut parts_there) =
-        (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let parts = Parts::new(experts, copies, hashed);
+    match parts.tries(units) {
+        Some(tries) => visits_of_tries(experts, &tries, sets),
+        None => visits_set_by_set(&parts, units, sets),
+    }
+}
+
+/// Computes the tokens that visit every unit from what each hash makes the units serve: a sum of integers.
+///
+/// For some sets at a time, an expert has a bit for every set that it is in. The bits of experts that a unit serves together are
+/// the sets that visit it.
+#[multiversion::multiversion(targets(
+    "x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx512vpopcntdq+avx2+bmi2+popcnt",
+    "x86_64+avx2+bmi2+popcnt"
+))]
+fn visits_of_tries(experts: usize, tries: &[Tries], sets: Sets<'_>) -> Vec<f64> {
+    let mut visited = vec![0u128; tries.len()];
+    let mut sets_of = vec![[0u64; WORDS]; experts];
+    // Sets whose number of tokens has a bit, bit by bit.
+    let mut planes: Vec<[u64; WORDS]> = Vec::new();
+    for sets in sets.chunks(WORDS * WORD) {
+        sets_of.fill([0; WORDS]);
+        planes.clear();
+        for (n, (ids, count)) in sets.iter().enumerate() {
+            let (word, bit) = (n / WORD, 1 << (n % WORD));
+            for &e in ids {
+                sets_of[usize::from(e)][word] |= bit;
+            }
+            planes.resize(planes.len().max((u64::BITS - count.leading_zeros()) as usize), [0; WORDS]);
+            for (b, plane) in planes.iter_mut().enumerate() {
+                plane[word] |= (count >> b & 1) << (n % WORD);
+            }
+        }
+        for (visited, tries) in visited.iter_mut().zip(tries) {
+            let mut always = [0; WORDS];
+            for &e in &tries.always {
+                for word in 0..WORDS {
+                    always[word] |= sets_of[usize::from(e)][word];
+                }
+            }
+            for (hashes, served) in &tries.served {
+                let mut any = always;
+                for &e in served {
+                    for word in 0..WORDS {
+                        any[word] |= sets_of[usize::from(e)][word];
+                    }
+                }
+                let mut tokens = 0;
+                for (b, plane) in planes.iter().enumerate() {
+                    let mut ones = 0;
+                    for word in 0..WORDS {
+                        ones += u64::from((any[word] & plane[word]).count_ones());
+                    }
+                    tokens += ones << b;
+                }
+                *visited += u128::from(*hashes) * u128::from(tokens);
+            }
+        }
+    }
+    let mean = |(visited, tries): (u128, &Tries)| visited as f64 / f64::from(tries.period);
+    visited.into_iter().zip(tries).map(mean).collect()
+}
+
+/// Computes the tokens that visit every unit set by set, where choices are independent or have a long period.
+fn visits_set_by_set(parts: &Parts, units: usize, sets: Sets<'_>) -> Vec<f64> {
+    let mut visits = vec![0.0; units];
+    // The last set that visits a unit for certain, and the units that the set at hand may visit, with parts there.
+    let (mut last, mut possible) = (vec![u32::MAX; units], Vec::new());
     for (set, (ids, count)) in (0..).zip(sets.iter()) {
         let count = count as f64;
         for &e in ids {
             let range = parts.range(usize::from(e));
-            if range.len() != 1 {
-                shared.push(range);
+            if range.len() > 1 {
+                possible.extend(range.map(|part| (parts.unit[part], part as u32)));
                 continue;
             }
-            let visited = &mut units[parts.unit[range.start] as usize];
-            if visited.certain_set != set {
-                visited.certain_set = set;
-                visited.tokens += count;
+            let unit = parts.unit[range.start] as usize;
+            if last[unit] != set {
+                last[unit] = set;
+                visits[unit] += count;
             }
         }
-        for part in shared.drain(..).flatten() {
-            let unit = parts.unit[part];
-            let visited = &mut units[unit as usize];
-            if visited.certain_set == set {
-                continue;
-            }
-            if visited.possible_set == set {
-                further.push((unit, part as u32));
-            } else {
-                (visited.possible_set, visited.part) = (set, part as u32);
-                possible.push(unit);
-            }
+        possible.retain(|&(unit, _)| last[unit as usize] != set);
+        possible.sort_unstable();
+        possible.dedup();
+        for there in possible.chunk_by(|(a, _), (b, _)| a == b) {
+            visits[there[0].0 as usize] += count * (1.0 - parts.missed(there));
         }
-        for unit in possible.drain(..) {
-            let visited = &mut units[unit as usize];
-            let mut missed = parts.missed[visited.part as usize];
-            if further.iter().any(|&(there, _)| there == unit) {
-                parts_there.clear();
-                parts_there.push(visited.part);
-                let others = further.iter().filter(|&&(there, _)| there == unit);
-                parts_there.extend(others.map(|&(_, part)| part));
-                missed = parts.missed(&parts_there);
-            }
-            visited.tokens += count * (1.0 - missed);
-        }
-        further.clear();
+        possible.clear();
     }
-    units.into_iter().map(|unit| unit.tokens).collect()
-}
-
-/// The visits of a unit.
-#[derive(Clone)]
-struct Visited {
-    tokens: f64,
-    /// The last set that visits the unit for certain, and the last one that may visit it.
-    certain_set: u32,
-    possible_set: u32,
-    /// The first part in the unit that may serve the latter.
-    part: u32,
+    visits
 }
 
 /// The copies of every expert of a layer by unit. All copies of an expert in one unit are a part of the expert.
@@ -165,55 +196,45 @@ struct Parts {
     copies: Vec<Vec<Holder>>,
     /// Share of the expert's tokens that a part does not serve.
     missed: Vec<f64>,
-    choice: CopyChoice,
+    /// True if one hash of a token chooses the copies of all experts, not each independently.
+    hashed: bool,
 }
 
-/// The way in which the experts of a token choose among their copies.
-enum CopyChoice {
-    /// Every expert chooses independently.
-    Independent,
-    /// All experts choose by the remainders of one hash, which are tabulated.
-    Hash(Hits),
-    /// All experts choose by the remainders of one hash, whose period is too long to be tabulated.
-    LongHash,
-}
-
-/// The hashes of a period that every part serves, a bit each.
-struct Hits {
+/// What the hashes of a period make a unit serve.
+struct Tries {
     period: u32,
-    /// Number of words of a part.
-    words: usize,
-    /// Bits of all parts.
-    bits: Vec<u64>,
-    /// Scratch memory: hashes that several parts serve together.
-    served: Vec<u64>,
+    /// Experts with all of their copies in the unit.
+    always: Vec<u16>,
+    /// Numbers of hashes, and the further experts that these serve in the unit.
+    served: Vec<(u32, Vec<u16>)>,
 }
 
-impl Hits {
-    /// Tabulates the hashes of a period that the copies of every part serve.
-    fn new(period: u32, copies: &[Vec<Holder>]) -> Self {
-        let words = (period as usize).div_ceil(WORD);
-        let mut bits = vec![0; words * copies.len()];
-        for (bits, copies) in bits.chunks_exact_mut(words).zip(copies) {
-            for hash in 0..period as usize {
-                let is_hit = |copy: &Holder| choose_copy(hash, copy.copies as usize) == copy.number as usize;
-                bits[hash / WORD] |= u64::from(copies.iter().any(is_hit)) << (hash % WORD);
-            }
-        }
-        Self { period, words, bits, served: vec![0; words] }
+impl Tries {
+    /// Lists what hashes make a unit with such parts of experts serve; None if the hashes have a long period.
+    fn new(parts: Vec<(u16, &[Holder])>) -> Option<Self> {
+        let (always, by_hash): (Vec<_>, Vec<_>) =
+            parts.into_iter().partition(|&(_, copies)| has_all_copies(copies));
+        let period = by_hash.iter().try_fold(1, |period, (_, copies)| {
+            let longer = common_period(period, copies[0].copies);
+            (longer <= LISTED_PERIOD).then_some(longer)
+        })?;
+        let serves = |hash, copies: &[Holder]| {
+            copies.iter().any(|copy| choose_copy(hash, copy.copies as usize) == copy.number as usize)
+        };
+        let of_hash = |hash: u32| -> Vec<u16> {
+            let served = by_hash.iter().filter(|(_, copies)| serves(hash as usize, copies));
+            served.map(|&(expert, _)| expert).collect()
+        };
+        let mut served: Vec<Vec<u16>> = (0..period).map(of_hash).collect();
+        served.sort_unstable();
+        let equal = served.chunk_by(Vec::eq).map(|equal| (equal.len() as u32, equal[0].clone()));
+        Some(Self { period, always: always.into_iter().map(|(e, _)| e).collect(), served: equal.collect() })
     }
+}
 
-    /// Returns the share of the period's hashes that none of some parts serves.
-    fn missed(&mut self, parts: &[u32]) -> f64 {
-        let words = self.words;
-        self.served.fill(0);
-        for &part in parts {
-            let bits = &self.bits[part as usize * words..][..words];
-            self.served.iter_mut().zip(bits).for_each(|(served, bits)| *served |= bits);
-        }
-        let served: u32 = self.served.iter().map(|word| word.count_ones()).sum();
-        f64::from(self.period - served) / f64::from(self.period)
-    }
+/// Returns true if the copies of an expert in one unit are all that it has.
+fn has_all_copies(copies: &[Holder]) -> bool {
+    copies.len() == copies[0].copies as usize
 }
 
 impl Parts {
@@ -240,16 +261,21 @@ impl Parts {
             if hashed { missed_by_hash(&mut copies.clone()) } else { missed_independently(copies) }
         };
         let missed = members.iter().map(alone).collect();
-        let period = members.iter().flatten().try_fold(1u32, |period, copy| {
-            let longer = common_period(period, copy.copies);
-            (longer <= TABULATED_PERIOD).then_some(longer)
-        });
-        let choice = match period {
-            _ if !hashed => CopyChoice::Independent,
-            None => CopyChoice::LongHash,
-            Some(period) => CopyChoice::Hash(Hits::new(period, &members)),
-        };
-        Self { first, unit, copies: members, missed, choice }
+        Self { first, unit, copies: members, missed, hashed }
+    }
+
+    /// Returns what hashes make every unit serve; None if choices are independent of hashes or a period is long.
+    fn tries(&self, units: usize) -> Option<Vec<Tries>> {
+        if !self.hashed && !self.copies.iter().all(|copies| has_all_copies(copies)) {
+            return None;
+        }
+        let mut parts_in: Vec<Vec<(u16, &[Holder])>> = vec![Vec::new(); units];
+        for expert in 0..self.first.len() - 1 {
+            for part in self.range(expert) {
+                parts_in[self.unit[part] as usize].push((expert as u16, &self.copies[part]));
+            }
+        }
+        parts_in.into_iter().map(Tries::new).collect()
     }
 
     /// Returns the indices of an expert's parts.
@@ -257,19 +283,13 @@ impl Parts {
         self.first[expert]..self.first[expert + 1]
     }
 
-    /// Returns the share of tokens that none of some parts in a unit serves; the parts are of different experts.
-    fn missed(&mut self, parts: &[u32]) -> f64 {
-        if let [part] = parts {
-            return self.missed[*part as usize];
+    /// Returns the share of tokens that none of some parts serves, given with their unit; they are of different experts.
+    fn missed(&self, parts: &[(u32, u32)]) -> f64 {
+        if !self.hashed || parts.len() == 1 {
+            return parts.iter().map(|&(_, part)| self.missed[part as usize]).product();
         }
-        match &mut self.choice {
-            CopyChoice::Independent => parts.iter().map(|&part| self.missed[part as usize]).product(),
-            CopyChoice::Hash(hits) => hits.missed(parts),
-            CopyChoice::LongHash => {
-                let copies = parts.iter().flat_map(|&part| self.copies[part as usize].iter().copied());
-                missed_by_hash(&mut copies.collect())
-            }
-        }
+        let copies = parts.iter().flat_map(|&(_, part)| &self.copies[part as usize]);
+        missed_by_hash(&mut copies.copied().collect())
     }
 }
 
@@ -317,31 +337,13 @@ fn common_period(a: u32, b: u32) -> u32 {
     a / gcd(a, b) * b
 }
 
-/// Computes the tokens of sets that visit every device `[D]` and every node `[N]`, for experts with a single copy.
-fn visits_of_single(device: &[u32], node: &[u16], nodes: usize, sets: Sets<'_>) -> (Vec<f64>, Vec<f64>) {
-    // The last set that visited a device or node, and its tokens so far.
-    let mut devices = vec![(u32::MAX, 0u64); node.len()];
-    let mut of_nodes = vec![(u32::MAX, 0u64); nodes];
-    for (set, (ids, count)) in (0..).zip(sets.iter()) {
-        for &e in ids {
-            let device = device[usize::from(e)] as usize;
-            let visited = &mut devices[device];
-            if visited.0 != set {
-                *visited = (set, visited.1 + count);
-                let visited = &mut of_nodes[usize::from(node[device])];
-                *visited = (set, visited.1 + if visited.0 == set { 0 } else { count });
-            }
-        }
-    }
-    let tokens = |units: Vec<(u32, u64)>| units.into_iter().map(|(_, tokens)| tokens as f64).collect();
-    (tokens(devices), tokens(of_nodes))
-}
-
 /// Expert sets of a layer.
 #[derive(Debug, Clone, Copy)]
 pub struct Sets<'a> {
     /// Experts of every set `[N, K]`.
     pub ids: &'a [u16],
+    /// Experts of a set, K.
+    pub top_k: usize,
     /// Tokens of every set `[N]`; they add up to less than 2^63.
     pub counts: &'a [u64],
 }
@@ -355,10 +357,15 @@ pub struct Expectation {
 }
 
 impl<'a> Sets<'a> {
+    /// Iterates over the sets in pieces of up to so many.
+    fn chunks(self, number: usize) -> impl Iterator<Item = Self> {
+        let ids = self.ids.chunks(number * self.top_k);
+        ids.zip(self.counts.chunks(number)).map(move |(ids, counts)| Self { ids, counts, ..self })
+    }
+
     /// Iterates over the experts of sets, and their tokens.
     fn iter(self) -> impl Iterator<Item = (&'a [u16], u64)> {
-        let k = (self.ids.len() / self.counts.len().max(1)).max(1);
-        self.ids.chunks_exact(k).zip(self.counts.iter().copied())
+        self.ids.chunks_exact(self.top_k).zip(self.counts.iter().copied())
     }
 }
 
@@ -650,4 +657,53 @@ pub fn busiest_rows(visits: &[f64], share: &[f64], tier: &[u16], tiers: usize) -
         rows
     };
     map_numbers(visits.len() / (layers * d), window).concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::random::Random;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// Experts of one copy and of several; sets that fill a word, a chunk and more; copies of one expert in one unit.
+        #[test]
+        fn visits_by_bits_are_those_set_by_set(
+            seed: u64,
+            units in 1..6usize,
+            experts in 1..20usize,
+            copies in 1..5usize,
+            sets in prop::sample::select(vec![0usize, 1, 63, 64, 65, 512, 513, 700]),
+            hashed: bool,
+        ) {
+            let mut random = Random::new(seed, 0);
+            let mut unit_of_copy = || (0..=random.below(copies)).map(|_| random.below(units)).collect();
+            let units_of: Vec<Vec<usize>> = (0..experts).map(|_| unit_of_copy()).collect();
+            let top_k = 1 + random.below(experts);
+            let ids: Vec<u16> = (0..sets * top_k).map(|_| random.below(experts) as u16).collect();
+            let counts: Vec<u64> = (0..sets).map(|_| 1 << random.below(40)).collect();
+            let copies = |e: usize| {
+                let units = units_of[e].clone();
+                let copy = move |number: usize| {
+                    let share = 1.0 / units.len() as f64;
+                    (units[number], Holder { copies: units.len() as u32, number: number as u32, share })
+                };
+                (0..units_of[e].len()).map(copy)
+            };
+            let parts = Parts::new(experts, copies, hashed);
+            let sets = Sets { ids: &ids, top_k, counts: &counts };
+            let by_set = visits_set_by_set(&parts, units, sets);
+            match parts.tries(units) {
+                Some(tries) => {
+                    for (bits, expected) in visits_of_tries(experts, &tries, sets).iter().zip(by_set) {
+                        prop_assert!((bits - expected).abs() <= 1e-12 * expected, "{bits} {expected}");
+                    }
+                }
+                None => prop_assert!(!hashed),
+            }
+        }
+    }
 }
