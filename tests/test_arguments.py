@@ -161,7 +161,7 @@ WRONG = {
                     POSITIVE),
     **dict.fromkeys(("latency", "intra_node_latency", "inter_node_latency", "base_us", "expert_us",
                      "start_us", "token_us", "token_bytes", "combine_bytes", "residual",
-                     "launch_us", "gap", "move_cost"), AMOUNT),
+                     "launch_us", "gap", "cutoff", "move_cost"), AMOUNT),
     "price": SHARE, "sample": COUNT, "time": INDEX, "population": others(),
     **dict.fromkeys(("time_limit", "move_budget"), AT_LEAST_0),
     **dict.fromkeys(("regime", "split", "method", "once_per", "per", "engine",

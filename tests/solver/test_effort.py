@@ -224,6 +224,31 @@ def test_full_slots_far_behind_are_not_searched(monkeypatch, experts, slots, tim
     assert answers[0].placement == answers[1].placement
 
 
+@pytest.mark.parametrize("effort_name", ["brief", "default"])
+def test_full_slots_are_searched_for_an_answer_below_the_cutoff(monkeypatch, effort_name):
+    """Where slots that may stay empty are worth the cutoff or more, their copies are filled up."""
+    trace = routing(2, 32, 4, tokens=2000, types=12)
+    statistics = mt.RoutingStatistics.from_trace(trace, window=100, sets=True)
+    full = mt.Problem(statistics, mt.Topology(16), slots_per_device=3, fill_slots=True)
+    search = {"method": "heuristic", "effort": effort_name}
+    searched = []
+    note = Stage(lambda run, _: searched.append(run.problem.fill_slots))
+    monkeypatch.setattr(stages, "LAYER_SEARCHES", (note, *stages.LAYER_SEARCHES))
+    partly_empty = replace(full, fill_slots=False)
+    known = mt.solve(partly_empty, **search)
+    filled = partly_empty.value(known.placement.filled())
+    for cutoff, is_wanted in [(known.objective * (1 + 1e-9), True), (known.objective, False)]:
+        searched.clear()
+        answer = mt.solve(full, **search, cutoff=cutoff)
+        assert any(searched) == is_wanted
+        assert answer.objective <= filled * (1 + 1e-12)
+        assert answer.objective >= known.objective
+    searched.clear()
+    # Only full slots that cost are left out.
+    assert mt.solve(partly_empty, **search, cutoff=0).placement == known.placement
+    assert searched
+
+
 @pytest.mark.parametrize(
     ("has_sets", "times", "parts"), [(False, 200, 1), (True, 1, 1), (True, 200, 4)]
 )

@@ -54,6 +54,7 @@ def solve(
     time_limit: float | None = None,
     iterations: int | None = None,
     gap: float | None = None,
+    cutoff: float | None = None,
     effort: str = "default",
     threads: int | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -83,6 +84,10 @@ def solve(
         Search steps of each start; by default chosen by the problem's size.
     gap
         Stop when (objective - bound) / objective is at most this.
+    cutoff
+        Objective of a known answer, for callers who try several problems. Where all slots must be
+        full, and the best placement that may leave some empty is not below it, its copies are
+        filled up, and full slots are not searched.
     effort
         How much to search without a time limit: ``default``, seconds for most problems; ``brief``,
         a third to two thirds of that, mostly within a quarter of a per cent; or ``thorough``, up to
@@ -126,7 +131,7 @@ def solve(
     name: str = ALIASES.get(method, method) if isinstance(method, str) else method
     one_of("method", name, METHODS)
     seed = seed_in(seed)
-    budget = Budget(time_limit, iterations, gap, threads, progress, effort)
+    budget = Budget(time_limit, iterations, gap, threads, progress, effort, cutoff)
     stages, searched, moves = METHODS[name], name in METHODS_WITH_INITIAL, None
     not_negative("expert_bytes", expert_bytes, "number of bytes")
     if initial is None:

@@ -68,7 +68,8 @@ def with_origin(run: Run, placement: Placement, method: str, **figures: Any) -> 
     made = Made.for_problem(
         run.problem, version=__version__, method=method, seed=run.seed, effort=budget.effort
     )
-    limits = {name: getattr(budget, name) for name in ("time_limit", "iterations", "gap")}
+    names = ("time_limit", "iterations", "gap", "cutoff")
+    limits = {name: getattr(budget, name) for name in names}
     named = placement.with_names(
         model=statistics.model,
         topology=topology.name,

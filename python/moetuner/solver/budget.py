@@ -64,6 +64,8 @@ class Budget:
         Search steps of each start; None for the default of the problem's size.
     gap
         Stop when (objective - bound) / objective is at most this.
+    cutoff
+        Value of a known answer; full slots that seem to have none below it are not searched.
     threads
         Threads to use, all cores by default; the answer does not depend on it.
     progress
@@ -78,6 +80,7 @@ class Budget:
     threads: int | None = None
     progress: Callable[[Progress], None] | None = None
     effort: str = "default"
+    cutoff: float | None = None
     begin: float = field(default_factory=lambda: time.monotonic(), compare=False)
 
     def __post_init__(self) -> None:
@@ -89,6 +92,8 @@ class Budget:
             whole_number("iterations", self.iterations, lowest=0)
         if self.gap is not None:
             not_negative("gap", self.gap, "share")
+        if self.cutoff is not None:
+            not_negative("cutoff", self.cutoff, "value")
         threads_in(self.threads)
         if self.progress is not None and not callable(self.progress):
             raise TypeError(f"progress must be a function, got {shown(self.progress)}")

@@ -45,8 +45,9 @@ class Sweep(NamedTuple):
 def sweep(request: Request, holdout: Holdout) -> Sweep:
     """Return what each number of copies gains on the unseen traffic, and what it costs.
 
-    All searches are equally short, so that only the copies differ. A single number is not searched:
-    the caller fills in the gain of the proposed placement. Numbers that take more memory than the
+    All searches are equally short, so that only the copies differ; but full slots that would gain
+    nothing if some of them might stay empty are not searched. A single number is not searched: the
+    caller fills in the gain of the proposed placement. Numbers that take more memory than the
     running placement are searched upwards as long as each gains on the seen traffic. Where the
     first one does not, the largest is tried, and those between if it gains: copies may pay only
     together.
@@ -62,10 +63,11 @@ def sweep(request: Request, holdout: Holdout) -> Sweep:
     def gains_with(copies: int) -> bool:
         request.progress(f"searching with {counted(copies, 'slot')} for copies")
         problem = build_problem(request, holdout.statistics, copies)
-        placements[copies] = search_shortly(request, problem)
-        least = min(values.values(), default=math.inf)
+        wanted = min(values.values(), default=math.inf) * (1 - LEAST_GAIN)
+        cutoff = wanted if values else None
+        placements[copies] = search_shortly(request, problem, cutoff=cutoff)
         values[copies] = problem.value(placements[copies])
-        return values[copies] < least * (1 - LEAST_GAIN)
+        return values[copies] < wanted
 
     affordable = [copies for copies in counts if copies <= request.running_copies] or [counts[0]]
     for copies in affordable:

@@ -45,12 +45,10 @@ def search(
     return solve(problem, method, seed=seed, **limits, **options).uninterrupted()
 
 
-def search_shortly(request: Request, problem: Problem) -> Placement:
+def search_shortly(request: Request, problem: Problem, *, cutoff: float | None = None) -> Placement:
     """Return the placement of a brief search, of the request's steps if it says how many."""
-    steps = request.iterations
-    return search(
-        request, problem, "heuristic", request.seed, iterations=steps, effort="brief"
-    ).placement
+    options = {"iterations": request.iterations, "effort": "brief", "cutoff": cutoff}
+    return search(request, problem, "heuristic", request.seed, **options).placement
 
 
 def try_out(

@@ -143,26 +143,38 @@ def _search_layers(run: Run, budget: Budget) -> None:
     """Search layers, but not full slots that start far behind those of which some may be empty."""
     # Longer searches leave their start; under a limit there is no time to look ahead.
     is_short = has_few_trials(run) and not SETTLE.applies(run)
-    if not (is_short and has_costly_fillers(run)) or budget.time_limit is not None:
+    looks_ahead = has_costly_fillers(run) and (is_short or budget.cutoff is not None)
+    if not looks_ahead or budget.time_limit is not None:
         run.run_stages((*LAYER_STARTS, *LAYER_SEARCHES), budget)
         return
     run.run_stages(LAYER_STARTS, budget)
-    if not (run.interrupted or _is_far_behind(run, budget)):
+    if not (run.interrupted or _is_hopeless(run, budget, is_short=is_short)):
         run.run_stages(LAYER_SEARCHES, budget)
 
 
-def _is_far_behind(run: Run, budget: Budget) -> bool:
-    """Return whether every start is far behind the answer for fewer slots, in every layer."""
+def _is_hopeless(run: Run, budget: Budget, *, is_short: bool) -> bool:
+    """Return whether full slots seem not worth a search, by the answer of which some may be empty.
+
+    That is where this answer is not below the cutoff; in a short search, also where every start is
+    far behind it in every layer.
+    """
     answers, interrupted = _search_fewer(run, budget)
     if interrupted:
         _offer_smaller(run, answers[-1], interrupted=True)
-    fewer = run.judge(pad_slots(answers[-1], run.problem.capacity))
+    padded = pad_slots(answers[-1], run.problem.capacity)
+    fewer = run.judge(padded)
+    if fewer.excess:
+        return False
+    if budget.cutoff is not None:
+        value = run.objective.value(Placement(padded, num_experts=run.problem.num_experts))
+        if value >= budget.cutoff or not is_short:
+            return value >= budget.cutoff
 
     def costs(slots: Slots) -> Floats:
         return cost_of_layers(run.objective, Placement(slots, num_experts=run.problem.num_experts))
 
     starts = np.min([costs(start.slots) for start in run.incumbents], axis=0)
-    return not fewer.excess and bool((starts > costs(fewer.slots) * (1 + SINGLE_BEHIND)).all())
+    return bool((starts > costs(fewer.slots) * (1 + SINGLE_BEHIND)).all())
 
 
 def _has_spare_slots(run: Run) -> bool:
