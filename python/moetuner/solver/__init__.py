@@ -86,8 +86,8 @@ def solve(
         Stop when (objective - bound) / objective is at most this.
     cutoff
         Objective of a known answer, for callers who try several problems. Where all slots must be
-        full, and the best placement that may leave some empty is not below it, its copies are
-        filled up, and full slots are not searched.
+        full, and the answer that may leave some empty is not below it, that answer is filled up,
+        and full slots are not searched. It does nothing under a time limit.
     effort
         How much to search without a time limit: ``default``, seconds for most problems; ``brief``,
         a third to two thirds of that, mostly within a quarter of a per cent; or ``thorough``, up to

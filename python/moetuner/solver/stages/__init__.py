@@ -17,7 +17,7 @@ from moetuner.problem import Problem
 from moetuner.problem.capacity import pad_slots
 from moetuner.serving.splits import EVEN
 from moetuner.solver import effort
-from moetuner.solver.arrays import Floats, Slots
+from moetuner.solver.arrays import Slots
 from moetuner.solver.bounds.loads import least_balance
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import ROUNDING, Role, Run, Stage
@@ -155,8 +155,7 @@ def _search_layers(run: Run, budget: Budget) -> None:
 def _is_hopeless(run: Run, budget: Budget, *, is_short: bool) -> bool:
     """Return whether full slots seem not worth a search, by the answer of which some may be empty.
 
-    That is where this answer is not below the cutoff; in a short search, also where every start is
-    far behind it in every layer.
+    It is not below the cutoff, or, in a short search, every start is far behind it in every layer.
     """
     answers, interrupted = _search_fewer(run, budget)
     if interrupted:
@@ -165,16 +164,17 @@ def _is_hopeless(run: Run, budget: Budget, *, is_short: bool) -> bool:
     fewer = run.judge(padded)
     if fewer.excess:
         return False
-    if budget.cutoff is not None:
-        value = run.objective.value(Placement(padded, num_experts=run.problem.num_experts))
-        if value >= budget.cutoff or not is_short:
-            return value >= budget.cutoff
 
-    def costs(slots: Slots) -> Floats:
-        return cost_of_layers(run.objective, Placement(slots, num_experts=run.problem.num_experts))
+    def placement_of(slots: Slots) -> Placement:
+        return Placement(slots, num_experts=run.problem.num_experts)
 
-    starts = np.min([costs(start.slots) for start in run.incumbents], axis=0)
-    return bool((starts > costs(fewer.slots) * (1 + SINGLE_BEHIND)).all())
+    if budget.cutoff is not None and run.objective.value(placement_of(padded)) >= budget.cutoff:
+        return True
+    if not is_short:
+        return False
+    costs = cost_of_layers(run.objective, placement_of(fewer.slots))
+    starts = [cost_of_layers(run.objective, placement_of(start.slots)) for start in run.incumbents]
+    return bool((np.min(starts, axis=0) > costs * (1 + SINGLE_BEHIND)).all())
 
 
 def _has_spare_slots(run: Run) -> bool:
