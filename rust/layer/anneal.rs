@@ -47,6 +47,8 @@ const BETWEEN: u64 = 16;
 
 /// Temperatures that no accepted change adds more than: no number of 24 bits between 0 and 1 has a larger logarithm.
 const OUT_OF_QUESTION: f64 = 18.0;
+/// The logarithm of 2 from below and from above.
+const LOG_2: [f64; 2] = [0.693_147_1, 0.693_147_2];
 
 /// Bits of proposals that begin with the device that costs most, where losses count.
 const AIMED: u64 = 1 << 16;
@@ -226,9 +228,15 @@ fn accepts(change: f64, temperature: f64, bits: u64) -> bool {
     if change <= 0.0 {
         return true;
     }
-    if change > OUT_OF_QUESTION * temperature {
+    let number = bits >> 40;
+    // Leading zeros of 24 bits bound the logarithm from both sides, and seldom leave the question open.
+    let zeros = f64::from(number.leading_zeros() - 40);
+    if change > (zeros + 1.0) * LOG_2[1] * temperature {
         return false;
     }
-    let uniform = ((bits >> 40) as f64 + 0.5) / (1u64 << 24) as f64;
+    if change < zeros * LOG_2[0] * temperature {
+        return true;
+    }
+    let uniform = (number as f64 + 0.5) / (1u64 << 24) as f64;
     change <= -temperature * libm::log(uniform)
 }

@@ -138,11 +138,17 @@ impl<'a> Busy<'a> {
         let width = loads.width;
         for (at, &(device, variance)) in touched.iter().enumerate() {
             let g = usize::from(device);
-            let active = &mut self.active_then[at * width..][..width];
-            active.copy_from_slice(&self.active[g * width..][..width]);
-            for share in shares.iter().filter(|share| share.device == device) {
-                self.parts.add(active, &layer.windows, share.expert, share.before, -1.0);
-                self.parts.add(active, &layer.windows, share.expert, share.after, 1.0);
+            let (now, active) =
+                (&self.active[g * width..][..width], &mut self.active_then[at * width..][..width]);
+            if let Some([leaves, enters]) = find_exchanged(shares, device) {
+                let windows = &layer.windows;
+                exchange_present(active, now, windows.of(leaves), windows.of(enters));
+            } else {
+                active.copy_from_slice(now);
+                for share in shares.iter().filter(|share| share.device == device) {
+                    self.parts.add(active, &layer.windows, share.expert, share.before, -1.0);
+                    self.parts.add(active, &layer.windows, share.expert, share.after, 1.0);
+                }
             }
             let (load, time) = (&rows[at * width..][..width], &mut self.time_then[at * width..][..width]);
             write_times(time, load, active, self.reading, (g, loads.time[g], variance));
@@ -196,6 +202,22 @@ fn active_part(load: f32, unit: f32, share: f64, idle: f64) -> f32 {
     libm::rint(busy * f64::from(ACTIVE)) as f32
 }
 
+/// Returns the expert that leaves a device and the one that enters it, where that is all, and both have one copy.
+#[inline(always)]
+fn find_exchanged(shares: &[Share], device: u16) -> Option<[u16; 2]> {
+    let [a, b, c, d] = shares else { return None };
+    let is_single = |leaves: &Share, enters: &Share| {
+        let is_here = leaves.device == device && enters.device == device;
+        is_here && leaves.before - leaves.after >= 1.0 && enters.after - enters.before >= 1.0
+    };
+    // Shares of one expert follow each other, first of the device that it leaves.
+    match (is_single(a, d), is_single(c, b)) {
+        (true, _) => Some([a.expert, d.expert]),
+        (_, true) => Some([c.expert, b.expert]),
+        _ => None,
+    }
+}
+
 /// Adds a row, times a sign.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
 fn add_row(to: &mut [f32], row: &[f32], sign: f32) {
@@ -209,6 +231,20 @@ fn add_row(to: &mut [f32], row: &[f32], sign: f32) {
 fn add_present(to: &mut [f32], load: &[f32], amount: f32) {
     for (to, &load) in to.iter_mut().zip(load) {
         *to += if load > 0.0 { amount } else { 0.0 };
+    }
+}
+
+/// Writes active experts, given those before, with one expert less and another one more, of one copy each.
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
+fn exchange_present(to: &mut [f32], from: &[f32], leaves: &[f32], enters: &[f32]) {
+    let n = chunks(to);
+    let [from, leaves, enters] = [lanes(from, n), lanes(leaves, n), lanes(enters, n)];
+    for (at, to) in to.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+        for k in 0..LANES {
+            let gone = if leaves[at][k] > 0.0 { ACTIVE } else { 0.0 };
+            let new = if enters[at][k] > 0.0 { ACTIVE } else { 0.0 };
+            to[k] = from[at][k] - gone + new;
+        }
     }
 }
 
