@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from brute_force import rank
 from instances import routing
@@ -288,3 +289,62 @@ def test_a_brief_search_settles_at_its_end_alone(make_trace, monkeypatch, name, 
     mt.solve(mt.Problem(counts, mt.Topology(4)), "heuristic", iterations=30, effort=name)
     assert len(settled) == times
     assert settled[-1] == "time"
+
+
+@pytest.mark.parametrize("gains", [True, False])
+def test_the_others_of_many_layers_are_searched_where_the_first_gain(monkeypatch, gains):
+    """Those that cost most come first; where the others follow, the answer is as if all did."""
+    trace = routing(40, 16, 2, tokens=400, types=8)
+    statistics = mt.RoutingStatistics.from_trace(trace, window=100, sets=True)
+    if not gains:
+        # Each device has as much work as any other, however experts are placed.
+        load = np.full((1, 40, 16), 100, dtype=np.uint64)
+        statistics = mt.RoutingStatistics.from_load(load)
+    problem = mt.Problem(statistics, mt.Topology(4), slots_per_device=5, fill_slots=True)
+    anneal, searched, first = layers.anneal, [], effort.FIRST_LAYERS
+
+    def note(run, budget, model):
+        searched.append((model.chosen, layers._cost_of(run, run.best.slots)))
+        anneal(run, budget, model)
+
+    monkeypatch.setattr(layers, "anneal", note)
+    answer = mt.solve(problem, "heuristic", seed=1)
+    begun = [(chosen, costs) for chosen, costs in searched if len(chosen) == first]
+    for chosen, costs in begun:
+        assert costs[chosen].min() >= np.delete(costs, chosen).max()
+    followed = [chosen for chosen, _ in searched if len(chosen) == problem.layers - first]
+    assert len(begun) + len(followed) == len(searched)
+    assert bool(followed) == gains
+    searched.clear()
+    monkeypatch.setattr(effort, "MANY_LAYERS", math.inf)
+    statistics.memo.clear()
+    assert mt.solve(problem, "heuristic", seed=1).objective == pytest.approx(answer.objective)
+    assert [chosen for chosen, _ in searched] == [None] * len(begun)
+
+
+def test_starts_are_made_once_for_the_same_counts(monkeypatch):
+    """Neither another effort nor full slots change them; a time limit may, so they are not kept."""
+    trace = routing(2, 16, 2, tokens=400, types=8)
+    statistics = mt.RoutingStatistics.from_trace(trace, window=100, sets=True)
+    full = mt.Problem(statistics, mt.Topology(4), slots_per_device=5, fill_slots=True)
+    find_starts, made = layers._find_starts, []
+
+    def note(run, budget):
+        made.append((run.problem.slots, run.problem.objective))
+        return find_starts(run, budget)
+
+    monkeypatch.setattr(layers, "_find_starts", note)
+    mt.solve(full, "heuristic", seed=1)
+    first = list(made)
+    assert {slots for slots, _ in first} == {4, 5}
+    assert len(set(first)) == len(first)
+    others = replace(full, fill_slots=False)
+    wanted = mt.solve(others, "heuristic", seed=1, effort="brief").placement
+    assert made == first
+    mt.solve(others, "heuristic", seed=2)
+    again = len(made)
+    assert again > len(first)
+    mt.solve(others, "heuristic", seed=2, time_limit=5)
+    assert len(made) > again
+    statistics.memo.clear()
+    assert mt.solve(others, "heuristic", seed=1, effort="brief").placement == wanted

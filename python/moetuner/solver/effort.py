@@ -326,6 +326,9 @@ LEAST_TRIALS = 100
 # Fewest trials of a slot with which a small layer is searched several times by its slowest devices:
 # it is there that this ends at the optimum ("Tiny layers").
 MANY_TRIALS = 40_000
+# Of at least so many layers, this number is searched first, and the others only if one of these
+# gains ("The default and cheaper methods").
+MANY_LAYERS, FIRST_LAYERS = 32, 8
 # Searches that share the work of one where the slowest devices are searched after the norm; the
 # fewest windows, and most experts of a layer, where that helps on unseen windows, too; in large
 # layers the slots of a device, in numbers of devices ("The slowest devices themselves").

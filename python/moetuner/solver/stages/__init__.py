@@ -7,8 +7,7 @@ placement with one copy of each expert is a start, and copies must improve on it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -44,6 +43,7 @@ from moetuner.solver.stages.layers import (
     is_searched_anew,
 )
 from moetuner.solver.stages.lp_split import LP_SPLIT, has_lp_split
+from moetuner.solver.stages.memo import make_key
 from moetuner.solver.stages.phases import balance_regret
 from moetuner.solver.stages.polish import POLISH
 from moetuner.solver.stages.visits import PAIRS, VISITS
@@ -73,7 +73,7 @@ def _search_fewer(run: Run, budget: Budget) -> tuple[tuple[Slots, ...], bool]:
     # What may stay empty is searched whole, with the regret of phases.
     is_whole = has_costly_fillers(run)
     # Not by ``compute_once``: an answer that was interrupted, or may depend on time, is no result.
-    cache, key = problem.statistics.memo, _cache_key(problem, run, budget, is_whole=is_whole)
+    cache, key = problem.statistics.memo, _key_of_smaller(problem, run, budget, is_whole=is_whole)
     answers, interrupted = cache.get(key), False
     if answers is None:
         searches = (SEARCH,) if is_whole else SEARCHES
@@ -82,6 +82,17 @@ def _search_fewer(run: Run, budget: Budget) -> tuple[tuple[Slots, ...], bool]:
         if key is not None and not interrupted:
             cache[key] = answers
     return answers, interrupted
+
+
+def _key_of_smaller(
+    problem: Problem, run: Run, budget: Budget, *, is_whole: bool = False
+) -> tuple[object, ...] | None:
+    """Return all that the answer to a smaller problem depends on; None if time is in it.
+
+    Without copies, and with one slot less, several numbers of slots have the same smaller problem.
+    ``is_whole`` says whether the answer is that of least regret.
+    """
+    return make_key(problem, run.seed, budget, "smaller", is_whole, budget.effort)
 
 
 def _answers(run: Run) -> tuple[Slots, ...]:
@@ -112,69 +123,45 @@ def _offer_smaller(run: Run, slots: Slots, *, interrupted: bool = False) -> None
     run.offer(padded, "single", role=Role.SINGLE, is_start=True, interrupted=interrupted)
 
 
-def _cache_key(
-    problem: Problem, run: Run, budget: Budget, *, is_whole: bool = False
-) -> tuple[object, ...] | None:
-    """Return all that the answer to a smaller problem depends on; None if time is in it.
-
-    Callers try several numbers of slots for copies with the same counts. Without copies, and with
-    one slot less, these are the same problem, so it is searched once. ``is_whole`` says whether the
-    answer is that of least regret.
-    """
-    if budget.time_limit is not None or budget.gap is not None:
-        return None
-    # Slots are what their capacity says, whoever left some out.
-    left_out = ("statistics", "slots_per_device", "extra_slots", "fill_slots")
-    names = (setting.name for setting in fields(Problem))
-    values = [getattr(problem, name) for name in names if name not in left_out]
-    slots = (problem.may_copy, problem.capacity.tobytes())
-    limits = (run.seed, budget.iterations, budget.effort)
-    return ("smaller", is_whole, _frozen(values), *slots, *limits)
-
-
-def _frozen(value: object) -> object:
-    """Return a setting as a value with a hash: rules may come as lists of lists."""
-    if isinstance(value, Mapping):
-        value = tuple(value.items())
-    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
-
-
 def _search_layers(run: Run, budget: Budget) -> None:
     """Search layers, but not full slots that start far behind those of which some may be empty."""
-    # Longer searches leave their start; under a limit there is no time to look ahead.
-    is_short = has_few_trials(run) and not SETTLE.applies(run)
-    looks_ahead = has_costly_fillers(run) and (is_short or budget.cutoff is not None)
-    if not looks_ahead or budget.time_limit is not None:
-        run.run_stages((*LAYER_STARTS, *LAYER_SEARCHES), budget)
+    # Under a limit there is no time to look ahead.
+    looks_ahead = has_costly_fillers(run) and budget.time_limit is None
+    if looks_ahead and budget.cutoff is not None and _is_not_below(run, budget, budget.cutoff):
         return
     run.run_stages(LAYER_STARTS, budget)
-    if not (run.interrupted or _is_hopeless(run, budget, is_short=is_short)):
-        run.run_stages(LAYER_SEARCHES, budget)
+    # Longer searches leave their start.
+    is_short = has_few_trials(run) and not SETTLE.applies(run)
+    if run.interrupted or (looks_ahead and is_short and _are_starts_behind(run, budget)):
+        return
+    run.run_stages(LAYER_SEARCHES, budget)
 
 
-def _is_hopeless(run: Run, budget: Budget, *, is_short: bool) -> bool:
-    """Return whether full slots seem not worth a search, by the answer of which some may be empty.
+def _is_not_below(run: Run, budget: Budget, cutoff: float) -> bool:
+    """Return whether slots of which some may stay empty have no answer below the cutoff."""
+    padded = _padded_fewer(run, budget)
+    value = run.objective.value(Placement(padded, num_experts=run.problem.num_experts))
+    return value >= cutoff and not run.judge(padded).excess
 
-    It is not below the cutoff, or, in a short search, every start is far behind it in every layer.
-    """
+
+def _are_starts_behind(run: Run, budget: Budget) -> bool:
+    """Return whether all starts are far behind filled slots that may be empty, in every layer."""
+    filled = run.judge(_padded_fewer(run, budget))
+    if filled.excess:
+        return False
+    costs, *starts = (
+        cost_of_layers(run.objective, Placement(slots, num_experts=run.problem.num_experts))
+        for slots in (filled.slots, *(start.slots for start in run.incumbents))
+    )
+    return bool((np.min(starts, axis=0) > costs * (1 + SINGLE_BEHIND)).all())
+
+
+def _padded_fewer(run: Run, budget: Budget) -> Slots:
+    """Return the answer to the problem with fewer slots, with empty ones."""
     answers, interrupted = _search_fewer(run, budget)
     if interrupted:
         _offer_smaller(run, answers[-1], interrupted=True)
-    padded = pad_slots(answers[-1], run.problem.capacity)
-    fewer = run.judge(padded)
-    if fewer.excess:
-        return False
-
-    def placement_of(slots: Slots) -> Placement:
-        return Placement(slots, num_experts=run.problem.num_experts)
-
-    if budget.cutoff is not None and run.objective.value(placement_of(padded)) >= budget.cutoff:
-        return True
-    if not is_short:
-        return False
-    costs = cost_of_layers(run.objective, placement_of(fewer.slots))
-    starts = [cost_of_layers(run.objective, placement_of(start.slots)) for start in run.incumbents]
-    return bool((np.min(starts, axis=0) > costs * (1 + SINGLE_BEHIND)).all())
+    return pad_slots(answers[-1], run.problem.capacity)
 
 
 def _has_spare_slots(run: Run) -> bool:
@@ -274,7 +261,7 @@ def _search(run: Run, budget: Budget) -> None:
     run.run_stages(LP_SPLIT_SEARCHES if is_lp_split else (EQUAL, *SEARCHES), budget)
     is_smaller = is_searched_anew(run) and not is_lp_split and not _has_unequal_speeds(run)
     is_smaller = is_smaller and not problem.fill_slots
-    key = _cache_key(problem, run, budget) if is_smaller and not run.interrupted else None
+    key = _key_of_smaller(problem, run, budget) if is_smaller and not run.interrupted else None
     if key is not None:
         problem.statistics.memo[key] = _answers(run)
     if _may_regret(run):

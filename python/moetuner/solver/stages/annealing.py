@@ -17,6 +17,7 @@ from moetuner.solver.stages.layers import (
     LayerModel,
     adds_up_over_layers,
     anneal,
+    anneal_where_it_gains,
     has_few_slots,
     has_few_trials,
     has_many_trials,
@@ -73,7 +74,8 @@ def _anneal(run: Run, budget: Budget) -> None:
     parts = effort.BALANCE_PART if run.with_role(Role.BALANCED) else 1
     if has_costly_fillers(run):
         parts *= effort.FULL_PART
-    anneal(run, budget, LayerModel(run, parts * _count_parts_beside_slowest(run)))
+    model = LayerModel(run, parts * _count_parts_beside_slowest(run))
+    anneal_where_it_gains(run, budget, model)
 
 
 def _is_annealed(run: Run) -> bool:

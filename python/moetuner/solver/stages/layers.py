@@ -6,6 +6,7 @@ annealed in turns from the answer of a search for traffic: one changes while its
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -20,9 +21,10 @@ from moetuner.solver import effort
 from moetuner.solver.arrays import Floats, Slots
 from moetuner.solver.bounds.pairs import is_of_pairs
 from moetuner.solver.budget import Budget
-from moetuner.solver.run import Moves, Role, Run, Stage
+from moetuner.solver.run import ROUNDING, Moves, Role, Run, Stage
 from moetuner.solver.stages.chain import search_traffic
 from moetuner.solver.stages.floor import balance_windows, quick_trials, windows_alone
+from moetuner.solver.stages.memo import make_key
 from moetuner.solver.stages.visits import is_of_visits, units_of_trial
 from moetuner.solver.terms import (
     Links,
@@ -197,8 +199,21 @@ def is_searched_anew(run: Run) -> bool:
 
 def _construct(run: Run, budget: Budget) -> None:
     """Offer starts that take milliseconds: balanced on the sum of windows, and on each window."""
+    memo, key = run.problem.statistics.memo, make_key(run.problem, run.seed, budget, "starts")
+    known = memo.get(key) if key is not None else None
+    starts = []
+    for start in _find_starts(run, budget) if known is None else known:
+        slots, by, role, interrupted = start
+        run.offer(slots, by, role=role, is_start=True, interrupted=interrupted)
+        starts.append(start)
+    if key is not None:
+        memo[key] = starts
+
+
+def _find_starts(run: Run, budget: Budget) -> Iterator[tuple[Slots, str, Role, bool]]:
+    """Yield starts, by whom they are, their role, and if they were interrupted."""
     layers, _ = LayerModel(run).core()
-    run.offer(layers.construct(threads=budget.threads), "construct", is_start=True)
+    yield layers.construct(threads=budget.threads), "construct", Role.FOUND, False
     if not run.problem.aim.costs_loads:
         return
     windows = run.objective.windows
@@ -208,11 +223,11 @@ def _construct(run: Run, budget: Budget) -> None:
     else:
         trials = effort.start_trials(run.slots_of_layer, len(windows), effort.SPREAD_TRIALS)
         lengths = [budget.iterations or trials]
+    role = Role.FULL if run.problem.may_copy else Role.FOUND
     for trials in lengths:
         if not budget.is_over():
             slots, interrupted = balance_windows(run, budget, windows.weight, trials)
-            role = Role.FULL if run.problem.may_copy else Role.FOUND
-            run.offer(slots, "windows", role=role, is_start=True, interrupted=interrupted)
+            yield slots, "windows", role, interrupted
 
 
 def are_joined(run: Run) -> bool:
@@ -307,6 +322,29 @@ def anneal(
         )
         model.reweight(slots)
         run.offer(slots, "layers", interrupted=interrupted)
+
+
+def anneal_where_it_gains(run: Run, budget: Budget, model: LayerModel) -> None:
+    """Anneal the layers that cost most, and the others only if any of those gains.
+
+    A layer has its own random numbers and trials, so its answer is the same either way.
+    """
+    has_many = run.problem.layers >= effort.MANY_LAYERS and adds_up_over_layers(run)
+    # Under a limit, layers share what is left of it, so they are searched at once.
+    if has_many and budget.time_limit is None and not model.balances_windows(run.moves):
+        costs = _cost_of(run, run.best.slots)
+        order = np.argsort(-costs, kind="stable").tolist()
+        model.chosen = order[: effort.FIRST_LAYERS]
+        anneal(run, budget, model)
+        if (_cost_of(run, run.incumbents[-1].slots) >= costs * (1 - ROUNDING)).all():
+            return
+        model.chosen = order[effort.FIRST_LAYERS :]
+    anneal(run, budget, model)
+
+
+def _cost_of(run: Run, slots: Slots) -> Floats:
+    """Compute the part [L] that every layer adds to the objective of a search."""
+    return cost_of_layers(run.objective, Placement(slots, num_experts=run.problem.num_experts))
 
 
 CONSTRUCT = Stage(_construct, applies=is_searched_anew)
