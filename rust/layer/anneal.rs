@@ -1,5 +1,6 @@
 //! Annealing of one layer by swaps and, where slots are to spare, by other copies.
 
+use std::f64::consts::LN_2;
 use std::time::{Duration, Instant};
 
 use super::terms::Terms;
@@ -48,7 +49,7 @@ const BETWEEN: u64 = 16;
 /// Temperatures that no accepted change adds more than: no number of 24 bits between 0 and 1 has a larger logarithm.
 const OUT_OF_QUESTION: f64 = 18.0;
 /// The logarithm of 2 from below and from above.
-const LOG_2: [f64; 2] = [0.693_147_1, 0.693_147_2];
+const LOG_2: [f64; 2] = [LN_2 - 1e-7, LN_2 + 1e-7];
 
 /// Bits of proposals that begin with the device that costs most, where losses count.
 const AIMED: u64 = 1 << 16;

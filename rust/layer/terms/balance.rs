@@ -4,15 +4,16 @@
 //! `(sum_d time[d]^p)^(1/p)`. A device takes the time of its tokens or, where weights are read, of tokens or reading,
 //! whichever is longer ([`Busy`]).
 
-use super::loads::{Loads, Pair};
-use super::norm::{Norm, best_device, exchange_change};
+use super::exchange::{Pair, change_of_times, change_of_tokens};
+use super::loads::Loads;
+use super::norm::{Norm, best_device};
 use super::peak::Peak;
 use super::ports::Ports;
 use super::reading::Busy;
 use super::windows::{Measure, add};
 use super::{Candidate, Term, Visits};
 use crate::layer::slots::Share;
-use crate::layer::{Layer, Move, Slots, Split};
+use crate::layer::{Layer, Move, Slots};
 
 /// The term: loads of devices, and their cost.
 #[derive(Debug, Clone)]
@@ -134,11 +135,11 @@ impl<'a> Balance<'a> {
     }
 
     /// Writes into `rows` the loads of the devices whose shares a candidate changes.
-    fn stage_loads(&mut self, &Candidate { slots, step, shares }: &Candidate<'_>) {
+    fn stage_loads(&mut self, &Candidate { pair, shares, .. }: &Candidate<'_>) {
         let layer = self.layer;
         self.touched.clear();
         let (loads, width) = (&self.loads, self.loads.width);
-        if let Some(Pair { devices: [g, h], rows: [a, b] }) = exchange(layer, slots, step) {
+        if let Some(Pair { devices: [g, h], rows: [a, b], .. }) = pair {
             self.touched.extend([
                 (g as u16, loads.variance_after(g, b, a)),
                 (h as u16, loads.variance_after(h, a, b)),
@@ -176,11 +177,15 @@ impl Term for Balance<'_> {
     }
 
     fn change(&mut self, candidate: &Candidate<'_>, visits: &mut Visits) -> f64 {
-        if self.is_of_tokens()
-            && let (Some(norm), Some(pair)) =
-                (&self.norm, exchange(self.layer, candidate.slots, candidate.step))
-        {
-            return exchange_change(norm, &self.loads, pair);
+        if let (Some(norm), Some(pair)) = (&self.norm, candidate.pair) {
+            if self.is_of_tokens() {
+                return change_of_tokens(norm, &self.loads, pair);
+            }
+            if let (Some(busy), true) = (&self.busy, pair.are_single) {
+                let ports = self.ports.as_ref().and_then(|ports| ports.norm_after(visits, pair.devices));
+                let [time, rows] = change_of_times(norm, ports, busy, &self.loads, pair);
+                return self.ports.as_ref().map_or(0.0, |ports| ports.price_of(rows)) + time;
+            }
         }
         self.stage(candidate, visits);
         let (loads, staged) = (&self.loads, (&self.rows[..], &self.touched[..]));
@@ -231,20 +236,10 @@ impl Term for Balance<'_> {
         peak.times().zip(counts).map(|(time, (per, price))| f64::from(time * per) * f64::from(*price)).sum()
     }
 
-    fn needs_shares(&self) -> bool {
-        self.busy.is_some() || self.ports.is_some()
+    fn needs_shares(&self, are_single: bool) -> bool {
+        let is_one_pass = are_single && self.norm.is_some() && self.busy.is_some();
+        !(self.is_of_tokens() || is_one_pass)
     }
-}
-
-/// Returns the two devices and experts of an exchange in which copies keep their shares; most moves are such exchanges.
-#[inline(always)]
-pub(super) fn exchange(layer: &Layer, slots: &Slots, step: Move) -> Option<Pair> {
-    let Move::Swap(p, q) = step else { return None };
-    let experts = [p, q].map(|slot| slots.expert_in[slot]);
-    let ones = |e: u16| layer.site.split != Split::Nearest || slots.copies(e) < 2;
-    let row = |e: u16| usize::from(e).min(layer.experts);
-    (ones(experts[0]) && ones(experts[1]))
-        .then(|| Pair { devices: [p, q].map(|slot| slots.device(slot)), rows: experts.map(row) })
 }
 
 /// Writes a device's `load` with one row less and another more.

@@ -11,6 +11,7 @@
 
 use std::sync::{Arc, LazyLock};
 
+use super::exchange::Pair;
 use super::{Candidate, Term, Visits};
 use crate::arrays::count_groups;
 use crate::layer::slots::Share;
@@ -24,8 +25,8 @@ const WORDS: usize = 8;
 const PARTS: u64 = 12;
 /// Parts of a token that loads are counted in: sums are whole numbers.
 const PER_TOKEN: f64 = 4096.0;
-/// A number of tokens that is not known yet.
-const UNKNOWN: i64 = -1;
+/// A number of tokens that is not known, or too large to be kept.
+const UNKNOWN: u32 = u32::MAX;
 
 /// Sets that are built when a search first needs them, so that a search that a time limit leaves out costs nothing.
 pub type Lazy = Arc<LazyLock<Sets, Box<dyn FnOnce() -> Sets + Send>>>;
@@ -40,8 +41,9 @@ pub struct Sets {
     /// Sets whose count of tokens has a bit, bit by bit. Sets are in the order of falling counts, so that those with
     /// a high bit are few and come first.
     planes: Vec<Vec<u64>>,
-    /// Tokens of every expert `[E]`.
+    /// Tokens of every expert `[E]`, and the same in parts, then those of an empty slot `[E + 1]`.
     tokens_of: Vec<f64>,
+    parts_of: Vec<i64>,
     /// Cost of a token's visit of a device, and of a node.
     pub device_cost: f64,
     /// See `device_cost`.
@@ -85,7 +87,8 @@ impl Sets {
                 tokens_of[usize::from(e)] += count as f64;
             }
         }
-        Self { words, rows, planes, tokens_of, device_cost: 0.0, node_cost: 0.0 }
+        let parts_of = tokens_of.iter().chain([&0.0]).map(|tokens| (tokens * PER_TOKEN) as i64).collect();
+        Self { words, rows, planes, tokens_of, parts_of, device_cost: 0.0, node_cost: 0.0 }
     }
 
     /// Returns sets that `make` builds when they are first needed.
@@ -107,7 +110,7 @@ impl Sets {
 
     /// Counts the tokens of the sets that are in at least one of the rows.
     fn tokens<const N: usize>(&self, rows: [&[u64]; N]) -> i64 {
-        self.planes.iter().enumerate().map(|(bit, plane)| (ones(plane, rows) as i64) << bit).sum()
+        count_tokens(&self.planes, rows)
     }
 
     /// Adds the sets that a slot serves to a row.
@@ -167,7 +170,7 @@ pub(crate) struct Fanout<'a> {
     touched: Vec<u16>,
     /// Tokens that visit a slot's device if the slot holds an expert, or, last, nothing `[P, E + 1]`; [`UNKNOWN`] where it was
     /// not counted since the other slots there changed. Cold searches need the same counts again and again.
-    visits_if: Vec<i64>,
+    visits_if: Vec<u32>,
 }
 
 impl<'a> Fanout<'a> {
@@ -213,11 +216,16 @@ impl<'a> Fanout<'a> {
     }
 
     /// Writes the visits per token of load after the last candidate, given the shares that it changes.
-    fn write_visits(&self, shares: &[Share], visits: &mut Visits) {
+    fn write_visits(&self, &Candidate { pair, shares, .. }: &Candidate<'_>, visits: &mut Visits) {
         let changed = if self.computes_visits { &self.visits_then[..] } else { &[] };
         for &(device, visits_then) in changed {
-            let at_device = shares.iter().filter(|share| share.device == device);
-            let added_load: i64 = at_device.map(|share| self.added_load(share)).sum();
+            let added_load = if let Some(Pair { devices, rows: [a, b], are_single: true }) = pair {
+                let enters = self.sets.parts_of[b] - self.sets.parts_of[a];
+                if devices[0] == usize::from(device) { enters } else { -enters }
+            } else {
+                let at_device = shares.iter().filter(|share| share.device == device);
+                at_device.map(|share| self.added_load(share)).sum()
+            };
             visits.push((device, ratio(visits_then, self.load[usize::from(device)] + added_load)));
         }
     }
@@ -228,14 +236,10 @@ impl<'a> Fanout<'a> {
     }
 
     /// Returns the cost that a move adds.
-    fn added(&mut self, slots: &Slots, step: Move) -> f64 {
+    fn added(&mut self, &Candidate { slots, step, pair, .. }: &Candidate<'_>) -> f64 {
         let (layer, sets) = (self.layer, self.sets);
-        if let Move::Swap(p, q) = step {
-            let [a, b] = [p, q].map(|slot| slots.expert_in[slot]);
-            let single = |e: u16| e == EMPTY || slots.copies(e) == 1;
-            if single(a) && single(b) {
-                return self.exchange(slots, [(p, b), (q, a)]);
-            }
+        if let (Move::Swap(p, q), Some(Pair { are_single: true, .. })) = (step, pair) {
+            return self.exchange(slots, [(p, slots.expert_in[q]), (q, slots.expert_in[p])]);
         }
         let mut after = slots.clone();
         after.apply(step);
@@ -291,12 +295,13 @@ impl<'a> Fanout<'a> {
     /// Counts touched devices, and their nodes, in the slots `after` a move.
     fn refresh(&mut self, after: &Slots, touched: &[u16]) {
         let (layer, sets, words) = (self.layer, self.sets, self.words);
+        let mut sum = vec![0; words];
         for &device in touched {
             let g = usize::from(device);
             let range = after.of(g);
             self.visits_if[range.start * self.contents..range.end * self.contents].fill(UNKNOWN);
             // Forwards and backwards, so that every slot gets the others before and behind it.
-            let mut sum = vec![0; words];
+            sum.fill(0);
             for slot in range.clone() {
                 self.others[slot * words..][..words].copy_from_slice(&sum);
                 sets.serve(&mut sum, after, slot);
@@ -336,11 +341,15 @@ impl<'a> Fanout<'a> {
             let (others, row) = (&self.others[slot * words..][..words], sets.row(expert));
             let visits_if =
                 &mut self.visits_if[slot * self.contents + usize::from(expert).min(self.contents - 1)];
-            if *visits_if == UNKNOWN {
-                *visits_if = sets.tokens([others, row]);
-            }
-            self.visits_then.push((g as u16, *visits_if));
-            devices += *visits_if - self.visits[g];
+            let visits = if *visits_if == UNKNOWN {
+                let visits = sets.tokens([others, row]);
+                *visits_if = u32::try_from(visits).unwrap_or(UNKNOWN);
+                visits
+            } else {
+                i64::from(*visits_if)
+            };
+            self.visits_then.push((g as u16, visits));
+            devices += visits - self.visits[g];
             // An exchange within a node does not change the visits of the node.
             if changes_nodes {
                 let node_others = &self.node_others[g * words..][..words];
@@ -357,26 +366,26 @@ impl Term for Fanout<'_> {
         price(self.sets, self.visits.iter().sum(), self.node_visits.iter().sum())
     }
 
-    fn change(&mut self, &Candidate { slots, step, shares }: &Candidate<'_>, visits: &mut Visits) -> f64 {
-        let change = self.added(slots, step);
-        self.write_visits(shares, visits);
+    fn change(&mut self, candidate: &Candidate<'_>, visits: &mut Visits) -> f64 {
+        let change = self.added(candidate);
+        self.write_visits(candidate, visits);
         change
     }
 
-    fn apply(&mut self, &Candidate { slots, step, shares }: &Candidate<'_>, visits: &mut Visits) {
+    fn apply(&mut self, candidate: &Candidate<'_>, visits: &mut Visits) {
         if self.computes_visits {
             // The visits are computed again: other candidates may have been priced since.
-            self.added(slots, step);
-            self.write_visits(shares, visits);
+            self.added(candidate);
+            self.write_visits(candidate, visits);
         }
-        for share in shares {
+        for share in candidate.shares {
             self.load[usize::from(share.device)] += self.added_load(share);
         }
-        self.touched = touched(slots, step);
+        self.touched = touched(candidate.slots, candidate.step);
     }
 
-    fn needs_shares(&self) -> bool {
-        self.computes_visits
+    fn needs_shares(&self, are_single: bool) -> bool {
+        self.computes_visits && !are_single
     }
 }
 
@@ -413,7 +422,7 @@ fn join(to: &mut [u64], row: &[u64]) {
 /// Adds the bits of a row that a pattern has; the pattern repeats.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
 fn join_within(to: &mut [u64], row: &[u64], pattern: &[u64]) {
-    // Indices, as in `ones`: short slices of iterators take longer than what is done with them.
+    // Indices, as in `count_tokens`: short slices of iterators take longer than what is done with them.
     let (mut first, row) = (0, &row[..to.len()]);
     while first < to.len() {
         let n = pattern.len().min(to.len() - first);
@@ -438,27 +447,31 @@ fn join_sparsely(to: &mut [u64], row: &[u64], copies: usize, copy: usize) {
     }
 }
 
-/// Counts the bits of a mask that are in at least one of the rows; the mask may be shorter than the rows.
+/// Counts tokens, bit by bit of their counts, of the sets that are in at least one of the rows; planes may be shorter than rows.
 #[multiversion::multiversion(targets(
     "x86_64+avx512f+avx512vl+avx512bw+avx512vpopcntdq+avx2+popcnt",
     "x86_64+avx2+popcnt"
 ))]
-fn ones<const N: usize>(mask: &[u64], rows: [&[u64]; N]) -> u64 {
-    let n = mask.len();
-    // No closure: it would be compiled for these instruction sets, and `map` for none, so neither into the other.
-    let mut rows = rows;
-    for row in &mut rows {
-        *row = &row[..n];
-    }
-    let mut sum = 0;
-    for word in 0..n {
-        let mut any = 0;
-        for row in rows {
-            any |= row[word];
+fn count_tokens<const N: usize>(planes: &[Vec<u64>], rows: [&[u64]; N]) -> i64 {
+    let mut tokens = 0;
+    for (bit, plane) in planes.iter().enumerate() {
+        let n = plane.len();
+        // No closure: it would be compiled for these instruction sets, and `map` for none, so neither into the other.
+        let mut rows = rows;
+        for row in &mut rows {
+            *row = &row[..n];
         }
-        sum += u64::from((any & mask[word]).count_ones());
+        let mut ones = 0;
+        for word in 0..n {
+            let mut any = 0;
+            for row in rows {
+                any |= row[word];
+            }
+            ones += i64::from((any & plane[word]).count_ones());
+        }
+        tokens += ones << bit;
     }
-    sum
+    tokens
 }
 
 #[cfg(test)]

@@ -31,7 +31,7 @@ impl<'a> Linear<'a> {
     }
 
     /// Returns the cost that a candidate adds.
-    fn added(&self, &Candidate { slots, step, shares }: &Candidate<'_>) -> f64 {
+    fn added(&self, &Candidate { slots, step, shares, .. }: &Candidate<'_>) -> f64 {
         let at = |expert: u16, device: u16| usize::from(expert) * self.layer.devices() + usize::from(device);
         let mut change = 0.0;
         if !self.copy_cost.is_empty() {
@@ -80,7 +80,7 @@ impl Term for Linear<'_> {
         self.cost
     }
 
-    fn needs_shares(&self) -> bool {
+    fn needs_shares(&self, _: bool) -> bool {
         !self.serve_cost.is_empty()
     }
 }

@@ -84,10 +84,3 @@ impl Loads {
         (self.time[device], deviation(variance) * self.time[device])
     }
 }
-
-/// An exchange: two devices, and the rows of the experts that they give.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Pair {
-    pub(super) devices: [usize; 2],
-    pub(super) rows: [usize; 2],
-}

@@ -338,7 +338,7 @@ impl Term for LossNorm<'_> {
         above.fold(0.0, f64::max) * self.price
     }
 
-    fn needs_shares(&self) -> bool {
+    fn needs_shares(&self, _: bool) -> bool {
         false
     }
 }

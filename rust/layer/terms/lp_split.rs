@@ -70,7 +70,7 @@ impl Term for LpSplit {
         self.cost
     }
 
-    fn needs_shares(&self) -> bool {
+    fn needs_shares(&self, _: bool) -> bool {
         false
     }
 

@@ -5,6 +5,7 @@
 //! alone; that names those terms of which a search asks more than their cost.
 
 pub(super) mod balance;
+mod exchange;
 pub mod fanout;
 mod linear;
 mod loads;
@@ -25,6 +26,7 @@ use crate::layer::caps::Caps;
 use crate::layer::{Layer, Move, Slots};
 use crate::random::Random;
 use balance::Balance;
+use exchange::Pair;
 use fanout::Fanout;
 use linear::Linear;
 use losses::{LossNorm, Losses};
@@ -78,6 +80,8 @@ pub(super) fn share(layer: &Layer, slots: &Slots, expert: usize, device: usize) 
 pub(super) struct Candidate<'a> {
     pub(super) slots: &'a Slots,
     pub(super) step: Move,
+    /// The move, if it is an exchange in which copies keep their shares.
+    pub(super) pair: Option<Pair>,
     /// Unset where copies exchange places and keep their shares, and no term needs them.
     pub(super) shares: &'a [Share],
 }
@@ -101,8 +105,8 @@ pub(super) trait Term: Debug + Send {
         0.0
     }
 
-    /// Returns whether this term needs the shares of an exchange in which copies keep theirs.
-    fn needs_shares(&self) -> bool {
+    /// Returns whether this term needs the shares of an exchange in which copies keep theirs; of single copies, or others.
+    fn needs_shares(&self, _are_single: bool) -> bool {
         true
     }
 }
@@ -128,8 +132,8 @@ impl<T: Term> Term for Option<T> {
         self.as_ref().map_or(0.0, T::slowest)
     }
 
-    fn needs_shares(&self) -> bool {
-        self.as_ref().is_some_and(T::needs_shares)
+    fn needs_shares(&self, are_single: bool) -> bool {
+        self.as_ref().is_some_and(|term| term.needs_shares(are_single))
     }
 }
 
@@ -147,8 +151,8 @@ pub(super) struct Terms<'a> {
     /// Comes last, as it takes longest.
     losses: Option<LossNorm<'a>>,
     caps: Option<Caps<'a>>,
-    /// True if the cap or some term needs the shares of every candidate.
-    needs_shares: bool,
+    /// True if the cap or some term needs the shares of exchanges in which copies keep theirs: of single copies, and others.
+    needs_shares: [bool; 2],
     /// Shares and visits of the last candidate; devices are memory for counting the shares.
     shares: Vec<Share>,
     visits: Visits,
@@ -184,12 +188,14 @@ impl<'a> Terms<'a> {
             balance: has_load.then(|| Balance::of_time(layer, slots, visits)),
             losses: costs.losses.as_ref().map(|losses| LossNorm::new(layer, losses, slots)),
             caps: Caps::new(layer, slots),
-            needs_shares: false,
+            needs_shares: [true; 2],
             shares: Vec::new(),
             visits: Vec::new(),
             devices: Vec::new(),
         };
-        terms.needs_shares = terms.caps.is_some() || terms.all().any(Term::needs_shares);
+        let needs =
+            |are_single| terms.caps.is_some() || terms.all().any(|term| term.needs_shares(are_single));
+        terms.needs_shares = [needs(true), needs(false)];
         terms
     }
 
@@ -253,36 +259,39 @@ impl<'a> Terms<'a> {
 
     /// Returns the cost that a move adds; nothing if it breaks the cap, or surely adds more than a limit.
     pub(super) fn change(&mut self, slots: &Slots, step: Move, limit: f64) -> Option<f64> {
-        self.update_shares(slots, step);
+        let pair = self.update_shares(slots, step);
         let is_allowed = self.caps.as_ref().is_none_or(|caps| caps.allows(&self.shares));
-        if is_allowed { self.added(slots, step, limit) } else { None }
+        if is_allowed { self.added(slots, step, pair, limit) } else { None }
     }
 
     /// Returns what a move adds to the excess over the cap, and to the cost: infinity if that is surely above a limit.
     pub(super) fn excess_and_change(&mut self, slots: &Slots, step: Move, limit: f64) -> (f64, f64) {
-        self.update_shares(slots, step);
+        let pair = self.update_shares(slots, step);
         let excess_change = self.caps.as_ref().map_or(0.0, |caps| caps.excess_change(&self.shares));
-        (excess_change, self.added(slots, step, limit).unwrap_or(f64::INFINITY))
+        (excess_change, self.added(slots, step, pair, limit).unwrap_or(f64::INFINITY))
     }
 
     /// Returns what a move adds to the separable cost alone.
     pub(super) fn separable_change(&mut self, slots: &Slots, step: Move) -> f64 {
-        self.update_shares(slots, step);
-        let candidate = &Candidate { slots, step, shares: &self.shares };
+        let pair = self.update_shares(slots, step);
+        let candidate = &Candidate { slots, step, pair, shares: &self.shares };
         self.linear.change(candidate, &mut self.visits)
     }
 
-    /// Computes the shares that a move changes, unless no term needs them.
+    /// Computes the shares that a move changes, unless no term needs them; returns the exchange that keeps shares, if it is.
     #[inline(always)]
-    fn update_shares(&mut self, slots: &Slots, step: Move) {
-        if self.needs_shares || balance::exchange(self.layer, slots, step).is_none() {
+    fn update_shares(&mut self, slots: &Slots, step: Move) -> Option<Pair> {
+        let pair = Pair::of(self.layer, slots, step);
+        let [of_single, of_others] = self.needs_shares;
+        if pair.is_none_or(|pair| if pair.are_single { of_single } else { of_others }) {
             slots.shares(&self.layer.site, step, &mut self.shares, &mut self.devices);
         }
+        pair
     }
 
     /// Returns the cost that a move adds, unless it is surely more than a limit.
-    fn added(&mut self, slots: &Slots, step: Move, limit: f64) -> Option<f64> {
-        let candidate = &Candidate { slots, step, shares: &self.shares };
+    fn added(&mut self, slots: &Slots, step: Move, pair: Option<Pair>, limit: f64) -> Option<f64> {
+        let candidate = &Candidate { slots, step, pair, shares: &self.shares };
         let visits = &mut self.visits;
         visits.clear();
         let mut change = self.linear.change(candidate, visits) + self.fanout.change(candidate, visits);
@@ -303,7 +312,8 @@ impl<'a> Terms<'a> {
     /// Makes a move that is allowed.
     pub(super) fn apply(&mut self, slots: &mut Slots, step: Move) {
         slots.shares(&self.layer.site, step, &mut self.shares, &mut self.devices);
-        let candidate = &Candidate { slots, step, shares: &self.shares };
+        let pair = Pair::of(self.layer, slots, step);
+        let candidate = &Candidate { slots, step, pair, shares: &self.shares };
         if let Some(caps) = &mut self.caps {
             caps.apply(&self.shares);
         }

@@ -11,7 +11,7 @@
 //! copies' shares. So in every window a device counts its load plus the standard deviation of that rest. `FlashLB` of
 //! `vllm-ascend` scores devices in the same way, by the mean plus z standard deviations.
 
-use super::loads::{Loads, Pair};
+use super::loads::Loads;
 use super::windows::{chunks, lanes, total};
 use crate::layer::LANES;
 
@@ -24,11 +24,11 @@ const MOST: f32 = 128.0;
 #[derive(Debug, Clone)]
 pub(super) struct Norm {
     /// One over the mean of every window `[width]`.
-    per_mean: Vec<f32>,
+    pub(super) per_mean: Vec<f32>,
     /// Powers of all devices `[D, width]`.
     power: Vec<f32>,
     /// Slope of the norm in the sum of powers, times its price `[width]`.
-    slope: Vec<f32>,
+    pub(super) slope: Vec<f32>,
     cost: f64,
 }
 
@@ -47,7 +47,7 @@ impl Norm {
 
     /// Returns the powers of a device `[width]`.
     #[inline(always)]
-    fn of(&self, device: usize) -> &[f32] {
+    pub(super) fn of(&self, device: usize) -> &[f32] {
         &self.power[device * self.slope.len()..][..self.slope.len()]
     }
 
@@ -81,34 +81,11 @@ impl Norm {
 
 /// Returns a time to the power of the norm's order.
 #[inline(always)]
-fn power_of(x: f32) -> f32 {
+pub(super) fn power_of(x: f32) -> f32 {
     let x = if x < MOST { x } else { MOST };
     let square = x * x;
     let fourth = square * square;
     fourth * fourth
-}
-
-/// Returns the cost that an exchange of two experts adds, without writing anything.
-#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-pub(super) fn exchange_change(norm: &Norm, loads: &Loads, pair: Pair) -> f64 {
-    let Pair { devices: [g, h], rows: [a, b] } = pair;
-    let ((load_g, of_a), (load_h, of_b)) = (loads.rows(g, a), loads.rows(h, b));
-    let n = chunks(&norm.slope);
-    let (load_g, load_h, of_a, of_b) = (lanes(load_g, n), lanes(load_h, n), lanes(of_a, n), lanes(of_b, n));
-    let (power_g, power_h) = (lanes(norm.of(g), n), lanes(norm.of(h), n));
-    let (per_mean, slope) = (lanes(&norm.per_mean, n), lanes(&norm.slope, n));
-    let ((time_g, deviation_g), (time_h, deviation_h)) =
-        (loads.unit(g, loads.variance_after(g, b, a)), loads.unit(h, loads.variance_after(h, a, b)));
-    let mut sums = [0.0f32; LANES];
-    for at in 0..n {
-        for k in 0..LANES {
-            let moved = of_b[at][k] - of_a[at][k];
-            let then_g = power_of((load_g[at][k] + moved) * per_mean[at][k] * time_g + deviation_g);
-            let then_h = power_of((load_h[at][k] - moved) * per_mean[at][k] * time_h + deviation_h);
-            sums[k] += ((then_g + then_h) - (power_g[at][k] + power_h[at][k])) * slope[at][k];
-        }
-    }
-    f64::from(total(sums))
 }
 
 /// Adds to `sums` the rise of the powers of a device's row, times slopes; `rows` are its powers, one over the windows' means,

@@ -70,6 +70,20 @@ impl Ports {
         self.row * change
     }
 
+    /// Returns the norm of rows, if it stands for the busiest port, and the visits per token that two devices then have.
+    pub(super) fn norm_after(&self, visits: &[(u16, f32)], devices: [usize; 2]) -> Option<(&Norm, [f32; 2])> {
+        let visits_of = |g: usize| {
+            let changed = visits.iter().find(|&&(device, _)| usize::from(device) == g);
+            changed.map_or(self.visits[g], |&(_, visits)| visits)
+        };
+        self.norm.as_ref().map(|norm| (norm, devices.map(visits_of)))
+    }
+
+    /// Returns the cost of so many rows at the busiest port.
+    pub(super) fn price_of(&self, rows: f64) -> f64 {
+        self.row * rows
+    }
+
     /// Updates devices whose tokens or visits per token have changed.
     pub(super) fn apply(
         &mut self,

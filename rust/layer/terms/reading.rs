@@ -138,21 +138,22 @@ impl<'a> Busy<'a> {
         let width = loads.width;
         for (at, &(device, variance)) in touched.iter().enumerate() {
             let g = usize::from(device);
-            let (now, active) =
-                (&self.active[g * width..][..width], &mut self.active_then[at * width..][..width]);
-            if let Some([leaves, enters]) = find_exchanged(shares, device) {
-                let windows = &layer.windows;
-                exchange_present(active, now, windows.of(leaves), windows.of(enters));
-            } else {
-                active.copy_from_slice(now);
-                for share in shares.iter().filter(|share| share.device == device) {
-                    self.parts.add(active, &layer.windows, share.expert, share.before, -1.0);
-                    self.parts.add(active, &layer.windows, share.expert, share.after, 1.0);
-                }
+            let active = &mut self.active_then[at * width..][..width];
+            active.copy_from_slice(&self.active[g * width..][..width]);
+            for share in shares.iter().filter(|share| share.device == device) {
+                self.parts.add(active, &layer.windows, share.expert, share.before, -1.0);
+                self.parts.add(active, &layer.windows, share.expert, share.after, 1.0);
             }
             let (load, time) = (&rows[at * width..][..width], &mut self.time_then[at * width..][..width]);
             write_times(time, load, active, self.reading, (g, loads.time[g], variance));
         }
+    }
+
+    /// Returns what the time of a device depends on in its `n` vectors of windows.
+    #[inline(always)]
+    pub(super) fn device(&self, g: usize, n: usize, time: f32, variance: i64) -> Device<'_> {
+        let width = n * LANES;
+        Device::new(self.reading, lanes(&self.active[g * width..][..width], n), (g, time, variance))
     }
 
     /// Applies the candidate that was staged.
@@ -202,22 +203,6 @@ fn active_part(load: f32, unit: f32, share: f64, idle: f64) -> f32 {
     libm::rint(busy * f64::from(ACTIVE)) as f32
 }
 
-/// Returns the expert that leaves a device and the one that enters it, where that is all, and both have one copy.
-#[inline(always)]
-fn find_exchanged(shares: &[Share], device: u16) -> Option<[u16; 2]> {
-    let [a, b, c, d] = shares else { return None };
-    let is_single = |leaves: &Share, enters: &Share| {
-        let is_here = leaves.device == device && enters.device == device;
-        is_here && leaves.before - leaves.after >= 1.0 && enters.after - enters.before >= 1.0
-    };
-    // Shares of one expert follow each other, first of the device that it leaves.
-    match (is_single(a, d), is_single(c, b)) {
-        (true, _) => Some([a.expert, d.expert]),
-        (_, true) => Some([c.expert, b.expert]),
-        _ => None,
-    }
-}
-
 /// Adds a row, times a sign.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
 fn add_row(to: &mut [f32], row: &[f32], sign: f32) {
@@ -234,20 +219,6 @@ fn add_present(to: &mut [f32], load: &[f32], amount: f32) {
     }
 }
 
-/// Writes active experts, given those before, with one expert less and another one more, of one copy each.
-#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-fn exchange_present(to: &mut [f32], from: &[f32], leaves: &[f32], enters: &[f32]) {
-    let n = chunks(to);
-    let [from, leaves, enters] = [lanes(from, n), lanes(leaves, n), lanes(enters, n)];
-    for (at, to) in to.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-        for k in 0..LANES {
-            let gone = if leaves[at][k] > 0.0 { ACTIVE } else { 0.0 };
-            let new = if enters[at][k] > 0.0 { ACTIVE } else { 0.0 };
-            to[k] = from[at][k] - gone + new;
-        }
-    }
-}
-
 /// Writes the time of a device in every window, its own deviation included: the longer of computing and reading.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
 fn write_times(
@@ -258,16 +229,58 @@ fn write_times(
     (g, time, variance): (usize, f32, i64),
 ) {
     let n = chunks(to);
-    let [load, active, base] = [lanes(load, n), lanes(active, n), lanes(&reading.base, n)];
-    let [expert, unit] = [lanes(&reading.expert, n), lanes(&reading.unit, n)];
-    let mean = lanes(&reading.mean, n);
-    let (deviation, exposed, start) = (deviation(variance), reading.exposed, reading.start[g]);
+    let (load, device) = (lanes(load, n), Device::new(reading, lanes(active, n), (g, time, variance)));
     for (at, to) in to.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
         for k in 0..LANES {
-            let computed = load[at][k] + deviation * mean[at][k];
-            let read = base[at][k] + expert[at][k] * active[at][k] + exposed * load[at][k];
-            let longer = if computed > read { computed } else { read };
-            to[k] = longer * time + start * unit[at][k];
+            to[k] = device.time([at, k], load[at][k], device.active[at][k]);
         }
+    }
+}
+
+/// What a device's time depends on, beside its tokens.
+#[derive(Clone, Copy)]
+pub(super) struct Device<'a> {
+    active: &'a [[f32; LANES]],
+    base: &'a [[f32; LANES]],
+    expert: &'a [[f32; LANES]],
+    unit: &'a [[f32; LANES]],
+    mean: &'a [[f32; LANES]],
+    deviation: f32,
+    exposed: f32,
+    start: f32,
+    time: f32,
+}
+
+impl<'a> Device<'a> {
+    #[inline(always)]
+    fn new(reading: &'a Reading, active: &'a [[f32; LANES]], (g, time, variance): (usize, f32, i64)) -> Self {
+        let n = active.len();
+        Self {
+            active,
+            base: lanes(&reading.base, n),
+            expert: lanes(&reading.expert, n),
+            unit: lanes(&reading.unit, n),
+            mean: lanes(&reading.mean, n),
+            deviation: deviation(variance),
+            exposed: reading.exposed,
+            start: reading.start[g],
+            time,
+        }
+    }
+
+    /// Returns the time in a window, by its vector and lane, with these tokens and active experts.
+    #[inline(always)]
+    fn time(&self, [at, k]: [usize; 2], load: f32, active: f32) -> f32 {
+        let computed = load + self.deviation * self.mean[at][k];
+        let read = self.base[at][k] + self.expert[at][k] * active + self.exposed * load;
+        let longer = if computed > read { computed } else { read };
+        longer * self.time + self.start * self.unit[at][k]
+    }
+
+    /// Returns the time with these tokens after a single copy was exchanged for another one, with tokens of both.
+    #[inline(always)]
+    pub(super) fn time_after(&self, [at, k]: [usize; 2], load: f32, leaves: f32, enters: f32) -> f32 {
+        let is_active = |tokens: f32| if tokens > 0.0 { ACTIVE } else { 0.0 };
+        self.time([at, k], load, self.active[at][k] - is_active(leaves) + is_active(enters))
     }
 }
