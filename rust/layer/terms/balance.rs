@@ -130,7 +130,7 @@ impl<'a> Balance<'a> {
             }
         }
         if let Some(busy) = &mut self.busy {
-            busy.stage(self.layer, loads, (&self.rows, &self.touched), candidate.shares);
+            busy.stage(self.layer, loads, (&self.rows, &self.touched), candidate);
         }
     }
 
@@ -237,8 +237,7 @@ impl Term for Balance<'_> {
     }
 
     fn needs_shares(&self, are_single: bool) -> bool {
-        let is_one_pass = are_single && self.norm.is_some() && self.busy.is_some();
-        !(self.is_of_tokens() || is_one_pass)
+        self.busy.is_some() && !are_single
     }
 }
 
