@@ -83,8 +83,8 @@ def short(value: Any) -> str:
 
 def as_json(value: Any) -> Any:
     """Return a value as JSON has it: fields by name, arrays and tuples as lists."""
-    if type(value) in (float, int, str):  # nearly all: the loads of a placement are thousands
-        return value
+    if type(value) in (list, tuple) and set(map(type, value)) <= {float, int}:
+        return list(value)  # the loads of a placement are thousands
     if hasattr(value, "to_dict"):
         return value.to_dict()
     if hasattr(value, "_asdict"):

@@ -139,7 +139,7 @@ impl<'a> Balance<'a> {
         let layer = self.layer;
         self.touched.clear();
         let (loads, width) = (&self.loads, self.loads.width);
-        if let Some(Pair { devices: [g, h], rows: [a, b], .. }) = pair {
+        if let Some(&Pair { devices: [g, h], rows: [a, b] }) = pair {
             self.touched.extend([
                 (g as u16, loads.variance_after(g, b, a)),
                 (h as u16, loads.variance_after(h, a, b)),
@@ -181,7 +181,7 @@ impl Term for Balance<'_> {
             if self.is_of_tokens() {
                 return change_of_tokens(norm, &self.loads, pair);
             }
-            if let (Some(busy), true) = (&self.busy, pair.are_single) {
+            if let (Some(busy), true) = (&self.busy, candidate.is_single) {
                 let ports = self.ports.as_ref().and_then(|ports| ports.norm_after(visits, pair.devices));
                 let [time, rows] = change_of_times(norm, ports, busy, &self.loads, pair);
                 return self.ports.as_ref().map_or(0.0, |ports| ports.price_of(rows)) + time;

@@ -12,8 +12,6 @@ use crate::layer::{LANES, Layer, Move, Slots, Split};
 pub(in crate::layer) struct Pair {
     pub(super) devices: [usize; 2],
     pub(super) rows: [usize; 2],
-    /// True if neither expert has another copy.
-    pub(super) are_single: bool,
 }
 
 impl Pair {
@@ -22,19 +20,24 @@ impl Pair {
     pub(super) fn of(layer: &Layer, slots: &Slots, step: Move) -> Option<Self> {
         let Move::Swap(p, q) = step else { return None };
         let experts = [p, q].map(|slot| slots.expert_in[slot]);
-        let are_single = experts.iter().all(|&expert| slots.copies(expert) < 2);
-        (are_single || layer.site.split != Split::Nearest).then(|| Self {
+        let pair = Self {
             devices: [p, q].map(|slot| slots.device(slot)),
             rows: experts.map(|expert| usize::from(expert).min(layer.experts)),
-            are_single,
-        })
+        };
+        (layer.site.split != Split::Nearest || pair.is_single(slots)).then_some(pair)
+    }
+
+    /// Returns whether neither expert has another copy.
+    #[inline(always)]
+    pub(super) fn is_single(&self, slots: &Slots) -> bool {
+        self.rows.iter().all(|&row| slots.copies.get(row).is_none_or(|&copies| copies < 2))
     }
 }
 
 /// Returns what an exchange adds to the norm of tokens.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-pub(super) fn change_of_tokens(norm: &Norm, loads: &Loads, pair: Pair) -> f64 {
-    let Pair { devices: [g, h], rows: [a, b], .. } = pair;
+pub(super) fn change_of_tokens(norm: &Norm, loads: &Loads, pair: &Pair) -> f64 {
+    let &Pair { devices: [g, h], rows: [a, b] } = pair;
     let ((load_g, of_a), (load_h, of_b)) = (loads.rows(g, a), loads.rows(h, b));
     let n = chunks(&norm.slope);
     let (load_g, load_h, of_a, of_b) = (lanes(load_g, n), lanes(load_h, n), lanes(of_a, n), lanes(of_b, n));
@@ -62,7 +65,7 @@ pub(super) fn change_of_times(
     ports: Option<(&Norm, [f32; 2])>,
     busy: &Busy<'_>,
     loads: &Loads,
-    pair: Pair,
+    pair: &Pair,
 ) -> [f64; 2] {
     let n = chunks(&norm.slope);
     let (per_mean, slope) = (lanes(&norm.per_mean, n), lanes(&norm.slope, n));

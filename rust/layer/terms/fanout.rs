@@ -216,10 +216,11 @@ impl<'a> Fanout<'a> {
     }
 
     /// Writes the visits per token of load after the last candidate, given the shares that it changes.
-    fn write_visits(&self, &Candidate { pair, shares, .. }: &Candidate<'_>, visits: &mut Visits) {
+    fn write_visits(&self, candidate: &Candidate<'_>, visits: &mut Visits) {
+        let &Candidate { pair, is_single, shares, .. } = candidate;
         let changed = if self.computes_visits { &self.visits_then[..] } else { &[] };
         for &(device, visits_then) in changed {
-            let added_load = if let Some(Pair { devices, rows: [a, b], are_single: true }) = pair {
+            let added_load = if let (Some(&Pair { devices, rows: [a, b] }), true) = (pair, is_single) {
                 let enters = self.sets.parts_of[b] - self.sets.parts_of[a];
                 if devices[0] == usize::from(device) { enters } else { -enters }
             } else {
@@ -236,9 +237,9 @@ impl<'a> Fanout<'a> {
     }
 
     /// Returns the cost that a move adds.
-    fn added(&mut self, &Candidate { slots, step, pair, .. }: &Candidate<'_>) -> f64 {
+    fn added(&mut self, &Candidate { slots, step, is_single, .. }: &Candidate<'_>) -> f64 {
         let (layer, sets) = (self.layer, self.sets);
-        if let (Move::Swap(p, q), Some(Pair { are_single: true, .. })) = (step, pair) {
+        if let (Move::Swap(p, q), true) = (step, is_single) {
             return self.exchange(slots, [(p, slots.expert_in[q]), (q, slots.expert_in[p])]);
         }
         let mut after = slots.clone();

@@ -81,7 +81,9 @@ pub(super) struct Candidate<'a> {
     pub(super) slots: &'a Slots,
     pub(super) step: Move,
     /// The move, if it is an exchange in which copies keep their shares.
-    pub(super) pair: Option<Pair>,
+    pub(super) pair: Option<&'a Pair>,
+    /// True if neither expert of that exchange has another copy; false where no term asks.
+    pub(super) is_single: bool,
     /// Unset where copies exchange places and keep their shares, and no term needs them.
     pub(super) shares: &'a [Share],
 }
@@ -151,8 +153,10 @@ pub(super) struct Terms<'a> {
     /// Comes last, as it takes longest.
     losses: Option<LossNorm<'a>>,
     caps: Option<Caps<'a>>,
-    /// True if the cap or some term needs the shares of exchanges in which copies keep theirs: of single copies, and others.
+    /// True if the cap or some term needs the shares of exchanges in which copies keep theirs, and if those are single.
     needs_shares: [bool; 2],
+    /// True if some term asks if copies are single.
+    asks_single: bool,
     /// Shares and visits of the last candidate; devices are memory for counting the shares.
     shares: Vec<Share>,
     visits: Visits,
@@ -189,13 +193,15 @@ impl<'a> Terms<'a> {
             losses: costs.losses.as_ref().map(|losses| LossNorm::new(layer, losses, slots)),
             caps: Caps::new(layer, slots),
             needs_shares: [true; 2],
+            asks_single: false,
             shares: Vec::new(),
             visits: Vec::new(),
             devices: Vec::new(),
         };
         let needs =
             |are_single| terms.caps.is_some() || terms.all().any(|term| term.needs_shares(are_single));
-        terms.needs_shares = [needs(true), needs(false)];
+        terms.needs_shares = [needs(false), needs(true)];
+        terms.asks_single = terms.fanout.is_some() || terms.needs_shares == [true, false];
         terms
     }
 
@@ -259,39 +265,51 @@ impl<'a> Terms<'a> {
 
     /// Returns the cost that a move adds; nothing if it breaks the cap, or surely adds more than a limit.
     pub(super) fn change(&mut self, slots: &Slots, step: Move, limit: f64) -> Option<f64> {
-        let pair = self.update_shares(slots, step);
+        let (pair, is_single) = self.update_shares(slots, step);
         let is_allowed = self.caps.as_ref().is_none_or(|caps| caps.allows(&self.shares));
-        if is_allowed { self.added(slots, step, pair, limit) } else { None }
+        if is_allowed { self.added(slots, step, (&pair, is_single), limit) } else { None }
     }
 
     /// Returns what a move adds to the excess over the cap, and to the cost: infinity if that is surely above a limit.
     pub(super) fn excess_and_change(&mut self, slots: &Slots, step: Move, limit: f64) -> (f64, f64) {
-        let pair = self.update_shares(slots, step);
+        let (pair, is_single) = self.update_shares(slots, step);
         let excess_change = self.caps.as_ref().map_or(0.0, |caps| caps.excess_change(&self.shares));
-        (excess_change, self.added(slots, step, pair, limit).unwrap_or(f64::INFINITY))
+        (excess_change, self.added(slots, step, (&pair, is_single), limit).unwrap_or(f64::INFINITY))
     }
 
     /// Returns what a move adds to the separable cost alone.
     pub(super) fn separable_change(&mut self, slots: &Slots, step: Move) -> f64 {
-        let pair = self.update_shares(slots, step);
-        let candidate = &Candidate { slots, step, pair, shares: &self.shares };
+        let (pair, is_single) = self.update_shares(slots, step);
+        let candidate = &Candidate { slots, step, pair: pair.as_ref(), is_single, shares: &self.shares };
         self.linear.change(candidate, &mut self.visits)
     }
 
     /// Computes the shares that a move changes, unless no term needs them; returns the exchange that keeps shares, if it is.
     #[inline(always)]
-    fn update_shares(&mut self, slots: &Slots, step: Move) -> Option<Pair> {
-        let pair = Pair::of(self.layer, slots, step);
-        let [of_single, of_others] = self.needs_shares;
-        if pair.is_none_or(|pair| if pair.are_single { of_single } else { of_others }) {
+    fn update_shares(&mut self, slots: &Slots, step: Move) -> (Option<Pair>, bool) {
+        let (pair, is_single) = self.find_pair(slots, step);
+        if pair.is_none() || self.needs_shares[usize::from(is_single)] {
             slots.shares(&self.layer.site, step, &mut self.shares, &mut self.devices);
         }
-        pair
+        (pair, is_single)
+    }
+
+    /// Returns the exchange in which copies keep their shares that a move is, and whether a term asks and they are single.
+    #[inline(always)]
+    fn find_pair(&self, slots: &Slots, step: Move) -> (Option<Pair>, bool) {
+        let pair = Pair::of(self.layer, slots, step);
+        (pair, self.asks_single && pair.is_some_and(|pair| pair.is_single(slots)))
     }
 
     /// Returns the cost that a move adds, unless it is surely more than a limit.
-    fn added(&mut self, slots: &Slots, step: Move, pair: Option<Pair>, limit: f64) -> Option<f64> {
-        let candidate = &Candidate { slots, step, pair, shares: &self.shares };
+    fn added(
+        &mut self,
+        slots: &Slots,
+        step: Move,
+        (pair, is_single): (&Option<Pair>, bool),
+        limit: f64,
+    ) -> Option<f64> {
+        let candidate = &Candidate { slots, step, pair: pair.as_ref(), is_single, shares: &self.shares };
         let visits = &mut self.visits;
         visits.clear();
         let mut change = self.linear.change(candidate, visits) + self.fanout.change(candidate, visits);
@@ -312,8 +330,8 @@ impl<'a> Terms<'a> {
     /// Makes a move that is allowed.
     pub(super) fn apply(&mut self, slots: &mut Slots, step: Move) {
         slots.shares(&self.layer.site, step, &mut self.shares, &mut self.devices);
-        let pair = Pair::of(self.layer, slots, step);
-        let candidate = &Candidate { slots, step, pair, shares: &self.shares };
+        let (pair, is_single) = self.find_pair(slots, step);
+        let candidate = &Candidate { slots, step, pair: pair.as_ref(), is_single, shares: &self.shares };
         if let Some(caps) = &mut self.caps {
             caps.apply(&self.shares);
         }

@@ -6,7 +6,6 @@
 //! are exact.
 
 use super::Candidate;
-use super::exchange::Pair;
 use super::loads::Loads;
 use super::windows::{Windows, chunks, deviation, lanes};
 use crate::layer::slots::Share;
@@ -135,7 +134,7 @@ impl<'a> Busy<'a> {
         layer: &Layer,
         loads: &Loads,
         (rows, touched): (&[f32], &[(u16, i64)]),
-        &Candidate { pair, shares, .. }: &Candidate<'_>,
+        &Candidate { pair, is_single, shares, .. }: &Candidate<'_>,
     ) {
         let width = loads.width;
         for (at, &(device, variance)) in touched.iter().enumerate() {
@@ -144,7 +143,7 @@ impl<'a> Busy<'a> {
             let now = &self.active[g * width..][..width];
             let (load, time) = (&rows[at * width..][..width], &mut self.time_then[at * width..][..width]);
             // The devices of an exchange come first, in its order.
-            if let (Some(pair @ Pair { are_single: true, .. }), 0..2) = (pair, at) {
+            if let (Some(pair), true, 0..2) = (pair, is_single, at) {
                 let exchanged = [loads.rows(g, pair.rows[at]).1, loads.rows(g, pair.rows[1 - at]).1];
                 let device = (g, loads.time[g], variance);
                 write_exchanged([active, time], [load, now], exchanged, self.reading, device);

@@ -114,15 +114,22 @@ def _compute_shares(
     compared = min(windows, WINDOWS)
     fits = min(CELLS // max(windows * experts, 1), PRODUCTS // (compared**2 * experts), layers)
     chosen = evenly_spaced(layers, max(fits, 1))
-    counts = load[:, chosen].astype(np.float64)
-    total = counts.sum(axis=2, keepdims=True)
-    share = np.divide(counts, total, out=np.zeros_like(counts), where=total > 0)
-    noise = (share * (1 - share)).sum(axis=2, keepdims=True) / np.maximum(total, 1)
+    share, noise = np.empty((windows, len(chosen), experts)), np.empty((windows, len(chosen)))
+    is_empty = np.zeros(windows, dtype=bool)
+    # Window by window: arrays of all of them take longer to allocate than to compute.
+    for number, counts in enumerate(load):
+        tokens = counts[chosen].astype(np.float64)
+        total = tokens.sum(axis=1, keepdims=True)
+        np.divide(tokens, np.maximum(total, 1), out=share[number])
+        noise[number] = (share[number] * (1 - share[number])).sum(axis=1)
+        noise[number] /= np.maximum(total[:, 0], 1)
+        is_empty[number] = not total.any()
     share = share.reshape(windows, -1)
-    share = subtract_levels(share, group)
+    subtract_levels(share, group)
     # Windows without tokens must not look alike.
-    share[total.sum(axis=(1, 2)) == 0] = 0
-    return np.round(share * SHARE_SCALE), float(noise.sum()) / windows * SHARE_SCALE**2
+    share[is_empty] = 0
+    share *= SHARE_SCALE
+    return np.round(share, out=share), float(noise.sum()) / windows * SHARE_SCALE**2
 
 
 def _measure_lags(share: Floats, label: NDArray[np.int64]) -> tuple[Floats, Floats, float]:

@@ -173,7 +173,7 @@ def _find_few_kinds(
     tokens = count[:, 0].sum(axis=1)
     share = (count / np.maximum(count.sum(axis=2, keepdims=True), 1)).reshape(number, -1)
     noise, limit = _measure_noise(share, tokens, count.shape, are_windows=are_windows)
-    share = subtract_levels(share, group)
+    subtract_levels(share, group)
     kind = _cluster(share, tokens, noise, limit)
     if kind is not None or number > COMPARED:
         is_path = are_windows and kind is not None and _is_path(share, kind)
@@ -227,7 +227,7 @@ def _score_stretches(count: Floats, group: Integers) -> Floats:
     number, tokens = len(count), count[:, 0].sum(axis=1)
     share = (count / np.maximum(count.sum(axis=2, keepdims=True), 1)).reshape(number, -1)
     noise, _ = _measure_noise(share, tokens, count.shape, are_windows=False)
-    share = subtract_levels(share, group)
+    subtract_levels(share, group)
     products = share @ share.T
     # Squares of shares, without the noise of their tokens, which products of two do not have.
     squares = np.append(0, np.cumsum(products.diagonal() - noise))

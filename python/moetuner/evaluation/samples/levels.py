@@ -24,9 +24,10 @@ def number_groups(windows: int, group: NDArray[np.integer[Any]] | None) -> NDArr
     return number
 
 
-def subtract_levels(share: Floats, group: NDArray[np.integer[Any]] | None) -> Floats:
-    """Subtract from shares [W,F] the mean of their group, where groups have enough windows."""
-    label, levelled = number_groups(len(share), group), share.copy()
+def subtract_levels(share: Floats, group: NDArray[np.integer[Any]] | None) -> None:
+    """Subtract from shares [W,F], in place, the mean of their group, if that has enough windows."""
+    label = number_groups(len(share), group)
     for number in range(int(label.max(initial=0)) + 1):
-        levelled[label == number] -= share[label == number].mean(axis=0)
-    return levelled
+        # A slice of all windows is no copy.
+        members = label == number if label.any() else slice(None)
+        share[members] -= share[members].mean(axis=0)
