@@ -226,24 +226,12 @@ impl Slots {
     #[inline]
     pub(crate) fn shares(&self, site: &Site, step: Move, shares: &mut Vec<Share>, devices: &mut Vec<u16>) {
         shares.clear();
-        let exchange = |shares: &mut Vec<Share>, expert: u16, from: u16, to: u16| {
-            let share = 1.0 / f64::from(self.copies(expert));
-            shares.push(Share { expert, device: from, before: share, after: 0.0 });
-            shares.push(Share { expert, device: to, before: 0.0, after: share });
-        };
-        // Most moves are exchanges: written out, they take half as long as edits do.
-        if let (Move::Swap(p, q), true) = (step, site.split != Split::Nearest) {
-            for (from, to) in [(p, q), (q, p)] {
-                if self.expert_in[from] != EMPTY {
-                    exchange(shares, self.expert_in[from], self.device_of[from], self.device_of[to]);
-                }
-            }
-            return;
-        }
         for Edit { expert, from, to } in self.edits(step) {
             let copies = self.copies(expert);
-            if let (Some(from), Some(to), 1) = (from, to, copies) {
-                exchange(shares, expert, from, to);
+            if let (Some(from), Some(to), true) = (from, to, copies == 1 || site.split != Split::Nearest) {
+                let share = 1.0 / f64::from(copies);
+                shares.push(Share { expert, device: from, before: share, after: 0.0 });
+                shares.push(Share { expert, device: to, before: 0.0, after: share });
                 continue;
             }
             devices.clear();

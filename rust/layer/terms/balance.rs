@@ -130,7 +130,7 @@ impl<'a> Balance<'a> {
             }
         }
         if let Some(busy) = &mut self.busy {
-            busy.stage(self.layer, loads, (&self.rows, &self.touched), candidate);
+            busy.stage(self.layer, loads, (&self.rows, &self.touched), candidate.shares);
         }
     }
 
@@ -237,7 +237,7 @@ impl Term for Balance<'_> {
     }
 
     fn needs_shares(&self, are_single: bool) -> bool {
-        self.busy.is_some() && !are_single
+        self.busy.is_some() && (self.norm.is_none() || !are_single)
     }
 }
 

@@ -80,8 +80,7 @@ pub(super) fn change_of_times(
             let mut then = [0.0f32; LANES];
             for k in 0..LANES {
                 then[k] = load[at][k] - leaves[at][k] + enters[at][k];
-                let active = device.active_after([at, k], leaves[at][k], enters[at][k]);
-                let time = device.time([at, k], then[k], active);
+                let time = device.time_after([at, k], then[k], leaves[at][k], enters[at][k]);
                 sums[k] += (power_of(time * per_mean[at][k]) - power[at][k]) * slope[at][k];
             }
             if let Some((norm, visits)) = ports {

@@ -270,6 +270,13 @@ impl<'a> Terms<'a> {
         if is_allowed { self.added(slots, step, (&pair, is_single), limit) } else { None }
     }
 
+    /// Returns the cost that a move adds, from the shares that it changes, as if it were no exchange.
+    #[cfg(test)]
+    pub(super) fn change_by_shares(&mut self, slots: &Slots, step: Move) -> f64 {
+        slots.shares(&self.layer.site, step, &mut self.shares, &mut self.devices);
+        self.added(slots, step, (&None, false), f64::INFINITY).expect("no limit")
+    }
+
     /// Returns what a move adds to the excess over the cap, and to the cost: infinity if that is surely above a limit.
     pub(super) fn excess_and_change(&mut self, slots: &Slots, step: Move, limit: f64) -> (f64, f64) {
         let (pair, is_single) = self.update_shares(slots, step);

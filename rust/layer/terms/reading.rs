@@ -5,7 +5,6 @@
 //! part of them is idle if all tokens go to other copies. Active experts are counted in whole numbers of 2^-16, so that sums
 //! are exact.
 
-use super::Candidate;
 use super::loads::Loads;
 use super::windows::{Windows, chunks, deviation, lanes};
 use crate::layer::slots::Share;
@@ -128,32 +127,24 @@ impl<'a> Busy<'a> {
         busy
     }
 
-    /// Counts the devices that a candidate touches, given their tokens then `[touched, width]`.
+    /// Counts the devices that a candidate touches, given their tokens then `[touched, width]` and the changed shares.
     pub(super) fn stage(
         &mut self,
         layer: &Layer,
         loads: &Loads,
         (rows, touched): (&[f32], &[(u16, i64)]),
-        &Candidate { pair, is_single, shares, .. }: &Candidate<'_>,
+        shares: &[Share],
     ) {
         let width = loads.width;
         for (at, &(device, variance)) in touched.iter().enumerate() {
             let g = usize::from(device);
             let active = &mut self.active_then[at * width..][..width];
-            let now = &self.active[g * width..][..width];
-            let (load, time) = (&rows[at * width..][..width], &mut self.time_then[at * width..][..width]);
-            // The devices of an exchange come first, in its order.
-            if let (Some(pair), true, 0..2) = (pair, is_single, at) {
-                let exchanged = [loads.rows(g, pair.rows[at]).1, loads.rows(g, pair.rows[1 - at]).1];
-                let device = (g, loads.time[g], variance);
-                write_exchanged([active, time], [load, now], exchanged, self.reading, device);
-                continue;
-            }
-            active.copy_from_slice(now);
+            active.copy_from_slice(&self.active[g * width..][..width]);
             for share in shares.iter().filter(|share| share.device == device) {
                 self.parts.add(active, &layer.windows, share.expert, share.before, -1.0);
                 self.parts.add(active, &layer.windows, share.expert, share.after, 1.0);
             }
+            let (load, time) = (&rows[at * width..][..width], &mut self.time_then[at * width..][..width]);
             write_times(time, load, active, self.reading, (g, loads.time[g], variance));
         }
     }
@@ -246,28 +237,6 @@ fn write_times(
     }
 }
 
-/// Writes active experts and times of a device, given its tokens then and active experts now, after a single copy was
-/// exchanged for another one.
-#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-fn write_exchanged(
-    [active, time]: [&mut [f32]; 2],
-    [load, now]: [&[f32]; 2],
-    [leaves, enters]: [&[f32]; 2],
-    reading: &Reading,
-    device: (usize, f32, i64),
-) {
-    let n = chunks(now);
-    let (load, leaves, enters) = (lanes(load, n), lanes(leaves, n), lanes(enters, n));
-    let device = Device::new(reading, lanes(now, n), device);
-    let active = active.as_chunks_mut::<LANES>().0.iter_mut();
-    for (at, (active, time)) in active.zip(time.as_chunks_mut::<LANES>().0).enumerate() {
-        for k in 0..LANES {
-            active[k] = device.active_after([at, k], leaves[at][k], enters[at][k]);
-            time[k] = device.time([at, k], load[at][k], active[k]);
-        }
-    }
-}
-
 /// What a device's time depends on, beside its tokens.
 #[derive(Clone, Copy)]
 pub(super) struct Device<'a> {
@@ -301,17 +270,17 @@ impl<'a> Device<'a> {
 
     /// Returns the time in a window, by its vector and lane, with these tokens and active experts.
     #[inline(always)]
-    pub(super) fn time(&self, [at, k]: [usize; 2], load: f32, active: f32) -> f32 {
+    fn time(&self, [at, k]: [usize; 2], load: f32, active: f32) -> f32 {
         let computed = load + self.deviation * self.mean[at][k];
         let read = self.base[at][k] + self.expert[at][k] * active + self.exposed * load;
         let longer = if computed > read { computed } else { read };
         longer * self.time + self.start * self.unit[at][k]
     }
 
-    /// Returns the active experts after a single copy was exchanged for another one, with tokens of both.
+    /// Returns the time with these tokens after a single copy was exchanged for another one, with tokens of both.
     #[inline(always)]
-    pub(super) fn active_after(&self, [at, k]: [usize; 2], leaves: f32, enters: f32) -> f32 {
+    pub(super) fn time_after(&self, [at, k]: [usize; 2], load: f32, leaves: f32, enters: f32) -> f32 {
         let is_active = |tokens: f32| if tokens > 0.0 { ACTIVE } else { 0.0 };
-        self.active[at][k] - is_active(leaves) + is_active(enters)
+        self.time([at, k], load, self.active[at][k] - is_active(leaves) + is_active(enters))
     }
 }

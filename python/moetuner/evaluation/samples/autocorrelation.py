@@ -114,22 +114,20 @@ def _compute_shares(
     compared = min(windows, WINDOWS)
     fits = min(CELLS // max(windows * experts, 1), PRODUCTS // (compared**2 * experts), layers)
     chosen = evenly_spaced(layers, max(fits, 1))
-    share, noise = np.empty((windows, len(chosen), experts)), np.empty((windows, len(chosen)))
-    is_empty = np.zeros(windows, dtype=bool)
+    share: Floats = np.zeros((windows, len(chosen), experts))
+    noise = 0.0
     # Window by window: arrays of all of them take longer to allocate than to compute.
-    for number, counts in enumerate(load):
-        tokens = counts[chosen].astype(np.float64)
-        total = tokens.sum(axis=1, keepdims=True)
-        np.divide(tokens, np.maximum(total, 1), out=share[number])
-        noise[number] = (share[number] * (1 - share[number])).sum(axis=1)
-        noise[number] /= np.maximum(total[:, 0], 1)
-        is_empty[number] = not total.any()
+    for to, counts in zip(share, load, strict=True):
+        tokens = counts[chosen].sum(axis=1, keepdims=True)
+        np.divide(counts[chosen], tokens, out=to, where=tokens > 0)
+        noise += float(((to * (1 - to)).sum(axis=1) / np.maximum(tokens[:, 0], 1)).sum())
     share = share.reshape(windows, -1)
+    is_empty = ~share.any(axis=1)
     subtract_levels(share, group)
     # Windows without tokens must not look alike.
     share[is_empty] = 0
     share *= SHARE_SCALE
-    return np.round(share, out=share), float(noise.sum()) / windows * SHARE_SCALE**2
+    return np.round(share, out=share), noise / windows * SHARE_SCALE**2
 
 
 def _measure_lags(share: Floats, label: NDArray[np.int64]) -> tuple[Floats, Floats, float]:
@@ -148,10 +146,9 @@ def _measure_lags(share: Floats, label: NDArray[np.int64]) -> tuple[Floats, Floa
     mean = _centre(products, label)
     error = float(products[~np.eye(windows, dtype=bool)].std())
     furthest = max(windows // 2, 1)
-    covariances, pairs = np.empty(furthest), windows - np.arange(1, furthest + 1)
-    for lag in range(1, furthest + 1):
-        covariances[lag - 1] = np.diagonal(products, lag).mean()
-    errors = max(error, 1e-300) / np.sqrt(pairs)
+    every_lag = np.arange(1, furthest + 1)
+    covariances = np.array([np.diagonal(products, lag).mean() for lag in every_lag])
+    errors = max(error, 1e-300) / np.sqrt(windows - every_lag)
     score, weight, lags = covariances / errors, np.zeros(furthest), 0
     for first in range(0, furthest, 2):
         pair, second = slice(first, first + 2), slice(first + 1, first + 2)
